@@ -103,6 +103,18 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     os.execve(command[0], command, environment)
 
 
+@commands.command()
+def schedule(
+    cron: Annotated[str, typer.Argument(help="Minute, hour, day, month, weekday: '0 2 * * *' is 2 o'clock at night.")],
+    timezone: Annotated[str, typer.Option(help="Where that is the time, like Europe/Vienna.")] = "UTC",
+) -> None:
+    """Run the pipeline at set times, for as long as this command runs; stop it with Ctrl-C."""
+    root = _root()
+    from flows.schedule import serve
+
+    serve(root, cron, timezone)
+
+
 def _bring_up_to_date(stages: list[str] | None, *, force: bool, pull: bool, retries: int) -> list[Outcome]:
     from flows.server import temporary_server
 

@@ -32,6 +32,7 @@ ENVIRONMENT = {
     "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_UI_ENABLED": "false",
 }
 
 
@@ -60,8 +61,12 @@ class TemporaryServer:
 
 
 @contextmanager
-def temporary_server() -> Iterator[TemporaryServer]:
-    """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it."""
+def temporary_server(*, scheduler: bool = False) -> Iterator[TemporaryServer]:
+    """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it.
+
+    Args:
+        scheduler: it also starts the runs of scheduled deployments; otherwise it only records.
+    """
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if PREFECT_API_URL.value():
@@ -69,7 +74,7 @@ def temporary_server() -> Iterator[TemporaryServer]:
         return
     port = _free_port()
     address = f"http://127.0.0.1:{port}/api"
-    command = [sys.executable, "-m", "flows.server", str(port)]
+    command = [sys.executable, "-m", "flows.server", str(port), *(["scheduler"] if scheduler else [])]
     process = subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)
     assert process.stdin
     # Registered before Prefect's own exit handlers, so called after them: they still send logs and events. Nobody waits
@@ -79,14 +84,15 @@ def temporary_server() -> Iterator[TemporaryServer]:
         yield TemporaryServer(address, process)
 
 
-def serve(port: int) -> None:
+def serve(port: int, *, scheduler: bool = False) -> None:
     """Serve Prefect's API on loopback until standard input closes."""
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     import uvicorn
     from prefect.server.api.server import create_app
 
-    app = create_app(ephemeral=True, final=True)
+    # Prefect's scheduler does not run in what it calls an ephemeral server.
+    app = create_app(ephemeral=not scheduler, final=True)
     server = uvicorn.Server(uvicorn.Config(app, host="127.0.0.1", port=port, log_level="critical", lifespan="on"))
     threading.Thread(target=_stop_with_parent, args=[server], daemon=True).start()
     server.run()
@@ -114,4 +120,4 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    serve(int(sys.argv[1]))
+    serve(int(sys.argv[1]), scheduler="scheduler" in sys.argv[2:])

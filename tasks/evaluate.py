@@ -20,14 +20,15 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from tasks.core import tracking
 from tasks.core.errors import DataError, TrainingError
 from tasks.core.files import write_json, write_table
-from tasks.core.models import ADAPTER, load_policy, load_reference, load_tokenizer, prepare_process
+from tasks.core.models import ADAPTER, is_off, load_policy, load_reference, load_tokenizer, prepare_process
 from tasks.core.params import EvaluateParams, GenerationParams, RewardParams
 from tasks.core.schema import Prompt, read_rows, write_rows
-from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline
+from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
 from tasks.evals.report import Evidence, read_table, render
 from tasks.evals.text import length_counts, word_count
-from tasks.rewards.composition import LEARNED, build_reward
-from tasks.rewards.learned import GoldJudge, RewardModel
+from tasks.rewards.composition import CompositeReward, load_reward
+from tasks.rewards.learned import GoldJudge
+from tasks.rewards.rules import RewardFunction, right_answer
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, generate
@@ -51,41 +52,44 @@ def evaluate(
     prepare: Path,
     out: Path,
 ) -> None:
-    """Compare SFT, PPO, GRPO and DPO on held-out prompts.
+    """Compare SFT and those of PPO, GRPO and DPO that are on, on held-out prompts.
 
-    Each policy writes one response per prompt, all with the same random numbers. Writes responses.jsonl (every
-    response with every score), policies.json (policy → numbers, see `tasks.evals.compare`), metrics.json (the
-    headline of it), samples.jsonl (some prompts side by side), plots/*.csv and report.html. All of it follows from the
-    inputs alone: no time, no path.
+    The gold judge is the model of that stage; where the stage is off, it is whether the answer is right. Each policy
+    writes one response per prompt, all with the same random numbers. Writes responses.jsonl (every response with every
+    score), policies.json (policy → numbers, see `tasks.evals.compare`), metrics.json (the headline of it),
+    samples.jsonl (some prompts side by side), plots/*.csv and report.html. All of it follows from the inputs alone: no
+    time, no path.
 
     Raises:
-        DataError: there are fewer held-out prompts than params ask for.
+        DataError: there are fewer held-out prompts than params ask for, or nothing that could judge them.
         ModelError: an upstream folder is incomplete.
         TrainingError: a judge gives a score that is not finite.
     """
     prepare_process()
     prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
-    stages = {REFERENCE: sft, "ppo": ppo, "grpo": grpo, "dpo": dpo}
+    policies = {name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_off(folder)}
     sampler = _Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
     answers = sampler.answers(REFERENCE, load_reference(base_model, sft))
-    for name in ("ppo", "grpo", "dpo"):
+    for name, folder in policies.items():
         gc.collect()  # the policy before it holds itself in reference cycles
-        answers += sampler.answers(name, load_policy(base_model, sft, stages[name]))
-    records = _judge(answers, reward, base_model=base_model, sft=sft, reward_model=reward_model, gold_judge=gold_judge)
+        answers += sampler.answers(name, load_policy(base_model, sft, folder))
+    proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
+    records = _judge(answers, proxy, _gold(prompts, base_model, gold_judge), vader=params.vader)
     table = compare(records, samples=params.bootstrap_samples, seed=seed)
     _write_tables(out, table, records, params.report_samples)
     evidence = Evidence(
         table=table,
         records=records,
-        histories={name: read_table(stages[name] / "history.csv") for name in ("ppo", "grpo")},
+        histories={name: read_table(policies[name] / "history.csv") for name in ("ppo", "grpo") if name in policies},
         accuracy=read_table(reward_model / "accuracy_by_margin.csv"),
         calibration=read_table(reward_model / "calibration.csv"),
         samples=params.report_samples,
         weights=reward.weights,
+        rated=not is_off(gold_judge),
         provenance=_provenance(
             seed,
             (params, generation, reward),
-            stages | {"reward model": reward_model, "gold judge": gold_judge},
+            {REFERENCE: sft} | policies | {"reward model": reward_model, "gold judge": gold_judge},
             prompts,
         ),
     )
@@ -190,27 +194,34 @@ class _Sampler:
         ]
 
 
-def _judge(
-    answers: Sequence[_Answer],
-    reward: RewardParams,
-    *,
-    base_model: Path,
-    sft: Path,
-    reward_model: Path,
-    gold_judge: Path,
-) -> list[Judged]:
-    """Every judge scores every response, one judge in memory at a time."""
+def _gold(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -> RewardFunction:
+    """What stands for the truth: a model of people's ratings that training never saw, or the right answers.
+
+    Raises:
+        DataError: there are neither.
+    """
+    if not is_off(gold_judge):
+        return GoldJudge.load(base_model, gold_judge)
+    answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
+    if len(answers) < len(prompts):
+        raise DataError(
+            f"gold_judge is off (null in params.yaml), and only {len(answers)} of {len(prompts)} held-out prompts have "
+            "a right answer, so nothing independent can judge the policies: switch it on, or give prompts an `answer`"
+        )
+    return lambda asked, responses: [
+        right_answer(text, answers[prompt]) for prompt, text in zip(asked, responses, strict=True)
+    ]
+
+
+def _judge(answers: Sequence[_Answer], reward: CompositeReward, gold: RewardFunction, *, vader: bool) -> list[Judged]:
+    """Every judge scores every response."""
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
-    learned = RewardModel.load(base_model, sft, reward_model)
-    proxy = build_reward(reward, learned)(prompts, responses)
-    learned_scores = proxy.components[LEARNED] if LEARNED in proxy.components else learned(prompts, responses)
-    del learned
-    gc.collect()
-    gold = GoldJudge.load(base_model, gold_judge)(prompts, responses)
-    if not torch.isfinite(gold).all():
+    proxy = reward(prompts, responses)
+    truth = torch.as_tensor(gold(prompts, responses))
+    if not torch.isfinite(truth).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
-    vader: Any = SentimentIntensityAnalyzer()
+    lexicon: Any = SentimentIntensityAnalyzer() if vader else None
     return [
         Judged(
             id=f"{answer.policy}/{answer.prompt.id}",
@@ -224,9 +235,8 @@ def _judge(
             kl_k3=answer.kl_k3,
             proxy=proxy.total[row].item(),
             rewards={name: values[row].item() for name, values in proxy.components.items()},
-            learned=learned_scores[row].item(),
-            gold=gold[row].item(),
-            vader=vader.polarity_scores(answer.prompt.prompt + answer.response)["compound"],
+            gold=truth[row].item(),
+            vader=lexicon.polarity_scores(answer.prompt.prompt + answer.response)["compound"] if lexicon else None,
         )
         for row, answer in enumerate(answers)
     ]
@@ -244,13 +254,13 @@ def _write_tables(out: Path, table: Table, records: Sequence[Judged], samples: i
     plots.mkdir(parents=True, exist_ok=True)
     write_table(plots / "reward_against_kl.csv", [
         {"policy": policy, "sqrt_kl": max(row["kl"], 0.0) ** 0.5}
-        | {f"gain_{judge}": row[f"gain_{judge}"] for judge in JUDGES}
+        | {f"gain_{judge}": row[f"gain_{judge}"] for judge in judges_of(table)}
         for policy, row in table.items()
     ])  # fmt: skip
     write_table(plots / "win_rates.csv", [
         {"policy": policy, "judge": judge, "win_rate": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]}
         for policy, row in table.items() if policy != REFERENCE
-        for judge, key in JUDGES.items()
+        for judge, key in judges_of(table).items()
     ])  # fmt: skip
     write_table(plots / "lengths.csv", [
         {"policy": policy, "words": words, "responses": count}
@@ -265,7 +275,7 @@ def _side_by_side(records: Sequence[Judged], count: int) -> list[dict[str, objec
     for record in records:
         row = rows.setdefault(record.prompt_id, {"prompt": record.prompt})
         row[record.policy] = record.response
-        row |= {f"{judge}_{record.policy}": record.score(judge) for judge in JUDGES}
+        row |= {f"{judge}_{record.policy}": score for judge in JUDGES if (score := record.score(judge)) is not None}
         row[f"kl_{record.policy}"] = record.kl
     return list(rows.values())[:count]
 
@@ -278,6 +288,7 @@ def _provenance(
     weights = [
         (f"Weights: {name}", _digest((folder / ADAPTER / "adapter_model.safetensors").read_bytes()))
         for name, folder in folders.items()
+        if not is_off(folder)
     ]
     texts = "\n".join(row.prompt for row in prompts)
     return [

@@ -18,8 +18,7 @@ from tasks.core.models import load_reference, load_tokenizer, lora_config, prepa
 from tasks.core.params import GenerationParams, GRPOParams, LoraParams, RewardParams
 from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
-from tasks.rewards.composition import CompositeReward, build_reward
-from tasks.rewards.learned import RewardModel
+from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.rollout import generate
 from tasks.rl.shaping import missing_eos_penalty
 
@@ -53,8 +52,8 @@ def grpo(
     """
     prepare_process()
     tokenizer = load_tokenizer(base_model)
-    prompts = [{"prompt": row.prompt} for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
-    composed = build_reward(reward, RewardModel.load(base_model, sft, reward_model))
+    prompts = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
+    composed = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     score = _Score(composed, params, tokenizer.eos_token_id)
     history = HistoryCallback("grpo")
     torch.manual_seed(seed)
@@ -65,7 +64,7 @@ def grpo(
             peft_config=lora_config(lora, TaskType.CAUSAL_LM),
             reward_funcs=[score],
             args=_arguments(params, generation, seed),
-            train_dataset=Dataset.from_list(prompts),
+            train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
             callbacks=[history],
             rollout_func=_Rollouts(params, generation, tokenizer, seed),

@@ -13,8 +13,7 @@ from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_
 from tasks.core.params import GenerationParams, LoraParams, PPOParams, RewardParams
 from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.core.training import write_history
-from tasks.rewards.composition import build_reward
-from tasks.rewards.learned import RewardModel
+from tasks.rewards.composition import load_reward
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, TextCodec
 
@@ -40,7 +39,8 @@ def ppo(
     """
     prepare_process()
     tokenizer = load_tokenizer(base_model)
-    prompts = [row.prompt for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
+    rows = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
+    prompts = [row.prompt for row in rows]
     model = add_lora(load_reference(base_model, sft), lora, seed=seed).eval()
     progress = _Progress(params.updates)
     trainer = PPOTrainer(
@@ -52,7 +52,7 @@ def ppo(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        build_reward(reward, RewardModel.load(base_model, sft, reward_model)),
+        load_reward(reward, rows, base_model=base_model, sft=sft, reward_model=reward_model),
         params,
         generation,
         seed=seed,

@@ -28,10 +28,12 @@ from transformers.utils import logging as transformers_logging
 
 from tasks.core.errors import ModelError
 from tasks.core.params import LoraParams
+from tasks.core.paths import OFF
 
 __all__ = [
     "add_lora",
     "device",
+    "is_off",
     "load_policy",
     "load_reference",
     "load_scorer",
@@ -48,6 +50,11 @@ BASE = "model"
 def device() -> torch.device:
     """The first GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def is_off(stage: Path) -> bool:
+    """Whether the stage that wrote this folder is off, so that there is no adapter to load."""
+    return (stage / ADAPTER / OFF).is_file()
 
 
 def prepare_process() -> None:
@@ -118,7 +125,8 @@ def add_lora(
     task = TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS
     config = lora_config(lora, task, head)
     if first_layer:
-        config.target_modules = _linear_names(model, first_layer)
+        linear = _linear_names(model, first_layer)
+        config.target_modules = linear if lora.target_modules == "all-linear" else config.target_modules
         config.layers_to_transform = list(range(first_layer, int(model.config.num_hidden_layers)))
     adapted: Any = get_peft_model(model, config)
     return cast(PeftModel, adapted)

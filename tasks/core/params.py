@@ -87,6 +87,9 @@ class SourceParams(Section):
     revision: str = Field("main", description="For hub: the branch, tag or commit.")
     subset: str | None = Field(None, description="For hub: the configuration name.")
     split: str = Field("train", description="For hub: the split.")
+    options: dict[str, int | float | str | bool] = Field(
+        default_factory=dict, description="For reasoning_gym: the task's own settings."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Row field → column name, where they differ.")
     template: str = Field(
         "{prompt}", pattern=r"\{prompt\}", description="What the policy sees of a prompt, for example a chat template."
@@ -309,10 +312,11 @@ class EvaluateParams(Section):
     batch_size: Positive = Field(description="Sequences per forward pass.")
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")
+    vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
 
 
 class Params(Section):
-    """The whole of params.yaml."""
+    """The whole of params.yaml. A stage whose section is null is off: it writes empty outputs, and nothing needs it."""
 
     seed: int = Field(ge=0, description="Every random choice follows from it.")
     base_model: BaseModelParams
@@ -320,15 +324,23 @@ class Params(Section):
     prepare: PrepareParams
     lora: LoraParams
     sft: SFTParams
-    preferences: PreferencesParams
-    reward_model: RewardModelParams
-    gold_judge: GoldJudgeParams
+    preferences: PreferencesParams | None
+    reward_model: RewardModelParams | None
+    gold_judge: GoldJudgeParams | None
     generation: GenerationParams
     reward: RewardParams
-    ppo: PPOParams
-    grpo: GRPOParams
-    dpo: DPOParams
+    ppo: PPOParams | None
+    grpo: GRPOParams | None
+    dpo: DPOParams | None
     evaluate: EvaluateParams
+
+    @model_validator(mode="after")
+    def _needed_stages_are_on(self) -> Self:
+        if self.preferences is None and (self.reward_model or self.dpo):
+            raise ValueError("preferences is null, but reward_model and dpo learn from pairs: set them to null too")
+        if self.reward_model is None and "learned" in self.reward.weights and (self.ppo or self.grpo):
+            raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")
+        return self
 
 
 def load_params(path: Path) -> Params:
@@ -396,11 +408,16 @@ def apply_changes(path: Path, changes: list[dict[str, Any]]) -> list[str]:
 
 
 def _merge(into: Any, change: dict[str, Any], prefix: str = "") -> list[str]:
+    """Mappings merge, everything else is replaced; null switches a section off, and removes any other key."""
     lines = []
     for key, value in change.items():
         name = f"{prefix}{key}"
         if isinstance(value, dict) and isinstance(into.get(key), dict):
             lines += _merge(into[key], value, f"{name}.")
+        elif value is None and not isinstance(into.get(key, {}), dict | None):
+            lines.append(f"{name}: {_show(into.pop(key))} → removed")
+        elif value is None and prefix and key not in into:
+            continue
         elif key not in into or into[key] != value:
             lines.append(f"{name}: {_show(into.get(key))} → {_show(value)}")
             into[key] = value
@@ -434,6 +451,8 @@ def _validate(content: Any, where: str) -> Params:
 
 def _problem(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
+    if not key:
+        return str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key (value {item['input']!r}); check the spelling or remove it"
     if item["type"] == "missing":

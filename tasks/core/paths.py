@@ -7,7 +7,10 @@ from pathlib import Path
 
 from tasks.core.errors import ConfigError
 
-__all__ = ["artifacts", "checkpoints", "project_root", "state"]
+__all__ = ["OFF", "artifacts", "checkpoints", "project_root", "state"]
+
+OFF = "OFF"
+"""A file of this name stands for the content of an output folder of a stage that is off."""
 
 
 def project_root() -> Path:

@@ -30,6 +30,7 @@ class Prompt(Row):
     """The state in which a response begins."""
 
     prompt: str = Field(min_length=1)
+    answer: str | None = Field(default=None, description="The right answer, where there is one that a rule can check.")
 
 
 class Demonstration(Row):
@@ -37,6 +38,7 @@ class Demonstration(Row):
 
     prompt: str
     response: str = Field(min_length=1)
+    answer: str | None = Field(default=None, description="As in `Prompt`.")
 
 
 class Preference(Row):

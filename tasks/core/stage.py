@@ -19,7 +19,7 @@ from typing import Any
 from tasks.core import recording, tracking, versioning
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.params import Params, load_params
-from tasks.core.paths import artifacts, checkpoints, project_root
+from tasks.core.paths import OFF, artifacts, checkpoints, project_root
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments"]
 
@@ -54,6 +54,9 @@ def execute_stage(name: str) -> None:
         os.environ.setdefault(variable, value)
     with contextlib.chdir(root), _disk_errors(name):
         params = load_params(root / "params.yaml")
+        if getattr(params, name, None) is None:
+            _write_nothing(name)
+            return
         reads = versioning.inputs(name)
         _refuse_edited_code(name, reads)
         function = _function(name)
@@ -103,6 +106,16 @@ def read_metrics(name: str) -> dict[str, float]:
         inner = {f"{key}.{part}": number for part, number in value.items()} if isinstance(value, dict) else {key: value}
         flat |= {part: float(number) for part, number in inner.items() if isinstance(number, int | float)}
     return flat
+
+
+def _write_nothing(name: str) -> None:
+    """The outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
+    for path in versioning.outputs(name):
+        folder = path if not path.suffix else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path if path.suffix else path / OFF
+        file.write_text("{}\n" if path.suffix == ".json" else "", encoding="utf-8")
+    print(f"{name} is off: its section in params.yaml is null")
 
 
 def _function(name: str) -> Callable[..., None]:

@@ -35,6 +35,7 @@ __all__ = [
     "graph",
     "inputs",
     "output_digests",
+    "outputs",
     "pending",
     "reproduce",
     "stage_key",
@@ -110,6 +111,12 @@ def inputs(name: str) -> Inputs:
         written = [dep for dep in files if any(dep.fs.isin_or_eq(dep.fs_path, out) for out in made)]
         data = {str(dep): dep.hash_info.value for dep in written}
         return Inputs(key, data, tuple(Path(dep.fs_path) for dep in files if dep.fs_path.endswith(".py")))
+
+
+def outputs(name: str) -> list[Path]:
+    """Where the stage writes: files and folders, metrics included."""
+    with _dvc_errors(name):
+        return [Path(out.fs_path) for out in _stage(_open(), name).outs]
 
 
 def output_digests(name: str) -> dict[str, str]:
@@ -240,6 +247,12 @@ def _quiet_logger() -> None:
     for name in ("dvc", "dvc_data", "dvc_objects"):
         logging.getLogger(name).propagate = False
         logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("dvc.output").addFilter(_is_news)
+
+
+def _is_news(record: logging.LogRecord) -> bool:
+    """An output may well be empty: no row was malformed, or the stage is off."""
+    return not record.getMessage().endswith("is empty.")
 
 
 def _stage(repo: Any, name: str) -> Any:

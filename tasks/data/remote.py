@@ -46,7 +46,7 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> tuple[Iterable[tuple[
 
     Raises:
         SourceError: reasoning-gym is not installed.
-        DataError: there is no such task.
+        DataError: there is no such task, or it has no such option.
     """
     try:
         import reasoning_gym  # an extra of the project: only this source needs it
@@ -56,11 +56,14 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> tuple[Iterable[tuple[
         ) from error
     size = source.limit or _DEFAULT_TASKS
     try:
-        tasks = reasoning_gym.create_dataset(source.id, size=size, seed=seed)
-    except (ValueError, KeyError) as error:
-        raise DataError(f"source {source.name!r}: reasoning-gym has no task {source.id!r} ({error})") from error
+        tasks = reasoning_gym.create_dataset(source.id, size=size, seed=seed, **source.options)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DataError(
+            f"source {source.name!r}: reasoning-gym makes no task {source.id!r} with options {source.options} ({error})"
+        ) from error
     origin: dict[str, object] = {
-        "source": f"reasoning-gym {importlib.metadata.version('reasoning-gym')}", "task": source.id, "seed": seed,
+        "source": f"reasoning-gym {importlib.metadata.version('reasoning-gym')}", "task": source.id,
+        "options": source.options, "seed": seed,
     }  # fmt: skip
     return _questions(tasks, source), origin
 

@@ -13,12 +13,12 @@ from tasks.core.words import repeated_share
 from tasks.evals.statistics import bootstrap_mean, mean_and_error, wins
 from tasks.evals.text import distinct_n, word_count
 
-__all__ = ["HEADLINE", "JUDGES", "REFERENCE", "Judged", "Table", "compare", "headline"]
+__all__ = ["HEADLINE", "JUDGES", "REFERENCE", "Judged", "Table", "compare", "headline", "judges_of"]
 
 REFERENCE = "sft"
 
 JUDGES: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "proxy": "win_rate_proxy"}
-"""Who compares two responses → the prefix of its keys in the table."""
+"""Who compares two responses → the prefix of its keys in the table; see `judges_of` for those that did."""
 
 HEADLINE = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_vader", "win_rate_proxy", "reward_gold", "reward_proxy",
@@ -46,24 +46,23 @@ class Judged(Row):
     kl_k3: float = Field(description="Σ over response tokens of e^(−Δ) − 1 + Δ, Δ = log π − log π_ref (k3), nats.")
     proxy: float = Field(description="The reward that training maximised: the weighted sum of the components.")
     rewards: dict[str, float] = Field(description="Each component of the proxy reward, before weighting.")
-    learned: float = Field(description="The reward model's score, whether or not it has a weight.")
-    gold: float = Field(description="The gold judge's predicted mean rating.")
-    vader: float = Field(description="VADER's compound score, in [−1, 1].")
+    gold: float = Field(description="The gold judge's predicted mean rating; or 1 for the right answer, 0 for others.")
+    vader: float | None = Field(description="VADER's compound score, in [−1, 1], where it judges.")
 
-    def score(self, judge: str) -> float:
-        """The score that the judge gave."""
+    def score(self, judge: str) -> float | None:
+        """The score that the judge gave, if it judged."""
         return {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}[judge]
 
 
 def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     """One row per policy, in the order in which the records name them.
 
-    Keys: `n` prompts; `reward_proxy`, `reward_gold`, `vader`, `reward_<component>` means; `win_rate`, `win_rate_vader`,
+    Keys: `n` prompts; `reward_proxy`, `reward_gold`, `reward_<component>` means; `win_rate`, `win_rate_vader`,
     `win_rate_proxy` against the reference by the gold judge, VADER and the proxy, each with `_low` and `_high` (95 %
     bootstrap interval over prompts; the reference itself has ½); `gain_gold`, `gain_vader`, `gain_proxy` mean
     difference to the reference in standard deviations of the reference's scores, each with `_stderr`; `kl` nats per
     response with `kl_stderr`, and `kl_k3`; `length` in words, `length_tokens`; `repetition`; `distinct_1`,
-    `distinct_2`; `no_end_share`.
+    `distinct_2`; `no_end_share`. Where VADER judges, its mean `vader`; else no key names it.
 
     Args:
         samples: bootstrap resamples for each interval.
@@ -82,6 +81,8 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
         paired = _paired(group, reference)
         row = _own_numbers(paired)
         for judge, prefix in JUDGES.items():
+            if reference[0].score(judge) is None:
+                continue
             row |= _against(judge, prefix, paired, reference, samples, seed)
         table[policy] = {key: round(value, DIGITS) for key, value in row.items()}
     return table
@@ -89,7 +90,13 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
 
 def headline(table: Table) -> Table:
     """The part of the table that metrics.json repeats."""
-    return {policy: {key: row[key] for key in HEADLINE} for policy, row in table.items()}
+    return {policy: {key: row[key] for key in HEADLINE if key in row} for policy, row in table.items()}
+
+
+def judges_of(table: Table) -> dict[str, str]:
+    """The judges that this table knows, each with the prefix of its keys."""
+    row = next(iter(table.values()))
+    return {judge: prefix for judge, prefix in JUDGES.items() if prefix in row}
 
 
 def _paired(group: Sequence[Judged], reference: Sequence[Judged]) -> list[Judged]:
@@ -112,8 +119,7 @@ def _own_numbers(group: Sequence[Judged]) -> dict[str, float]:
         "n": len(group),
         "reward_proxy": _mean([record.proxy for record in group]),
         "reward_gold": _mean([record.gold for record in group]),
-        "vader": _mean([record.vader for record in group]),
-        "reward_learned": _mean([record.learned for record in group]),
+        **({} if group[0].vader is None else {"vader": _mean([record.vader or 0.0 for record in group])}),
         **{f"reward_{name}": _mean([record.rewards[name] for record in group]) for name in group[0].rewards},
         "kl": kl,
         "kl_stderr": kl_stderr,
@@ -131,8 +137,7 @@ def _against(
     judge: str, prefix: str, group: Sequence[Judged], reference: Sequence[Judged], samples: int, seed: int
 ) -> dict[str, float]:
     """Win rate and gain over the reference by one judge; every judge and policy resamples the same prompts."""
-    own = [record.score(judge) for record in group]
-    other = [record.score(judge) for record in reference]
+    own, other = ([record.score(judge) or 0.0 for record in records] for records in (group, reference))
     rate = bootstrap_mean(wins(own, other), samples=samples, seed=seed)
     spread = _spread(other)
     gain, error = mean_and_error([(a - b) / spread for a, b in zip(own, other, strict=True)])

@@ -17,7 +17,7 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tasks.evals.compare import JUDGES, REFERENCE, Table
+from tasks.evals.compare import REFERENCE, Table, judges_of
 from tasks.evals.verdict import NAMES
 
 __all__ = ["Series", "accuracy_by_margin", "calibration", "curves", "lengths", "reward_against_kl", "win_rates"]
@@ -72,9 +72,10 @@ def win_rates(table: Table) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         policies = [policy for policy in table if policy != REFERENCE]
-        offsets = (-0.22, 0.0, 0.22)
+        judges = judges_of(table)
+        offsets = [0.22 * (place - (len(judges) - 1) / 2) for place in range(len(judges))]
         axes.axvline(50, color=INK, linewidth=1, linestyle=":")
-        for (judge, prefix), offset in zip(JUDGES.items(), offsets, strict=True):
+        for (judge, prefix), offset in zip(judges.items(), offsets, strict=True):
             for place, policy in enumerate(policies):
                 row = table[policy]
                 low, mean, high = (100 * row[key] for key in (f"{prefix}_low", prefix, f"{prefix}_high"))
@@ -96,6 +97,7 @@ def reward_against_kl(table: Table) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         distance = {policy: max(row["kl"], 0.0) ** 0.5 for policy, row in table.items()}
+        judges = list(judges_of(table))
         aside = 0.02 * max(distance.values())
         axes.axhline(0, color=INK, linewidth=1, linestyle=":")
         for policy, row in table.items():
@@ -106,13 +108,14 @@ def reward_against_kl(table: Table) -> str:
                 axes.text(1, 0, _name(policy), transform=end, ha="right", va="bottom", fontsize=9)
                 continue
             top = 0.0
-            for judge, place in zip(JUDGES, (x - aside, x, x + aside), strict=True):
+            for number, judge in enumerate(judges):
+                place = x + aside * (number - (len(judges) - 1) / 2)
                 gain, half = row[f"gain_{judge}"], 1.96 * row[f"gain_{judge}_stderr"]
                 axes.plot([place, place], [gain - half, gain + half], color=_colour(policy), linewidth=1.4)
                 axes.plot(place, gain, **_marker(judge, policy))
                 top = max(top, gain + half)
             axes.annotate(_name(policy), (x, top), (0, 4), textcoords="offset points", fontsize=9, ha="center")
-        for judge in JUDGES:
+        for judge in judges:
             axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
         axes.margins(x=0.15, y=0.12)
         axes.set_xlim(left=0)

@@ -12,7 +12,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks.evals import plots
-from tasks.evals.compare import REFERENCE, Judged, Table
+from tasks.evals.compare import REFERENCE, Judged, Table, judges_of
 from tasks.evals.text import length_counts, word_count
 from tasks.evals.verdict import NAMES, judge_table, percent
 
@@ -52,6 +52,7 @@ class Evidence:
         calibration: rows of the reward model's calibration.csv.
         samples: how many prompts to show side by side.
         weights: the proxy reward's components and their weights.
+        rated: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
         provenance: (what, value) pairs that identify this evaluation.
     """
 
@@ -62,6 +63,7 @@ class Evidence:
     calibration: Rows
     samples: int
     weights: Mapping[str, float]
+    rated: bool
     provenance: Sequence[tuple[str, str]]
 
 
@@ -83,6 +85,8 @@ def render(evidence: Evidence) -> str:
         table=evidence.table,
         count=int(next(iter(evidence.table.values()))["n"]),
         weights=evidence.weights,
+        rated=evidence.rated,
+        judges=judges_of(evidence.table),
         result_figures=_result_figures(evidence),
         training_figures=_training_figures(evidence.histories),
         reward_model_figures=_reward_model_figures(evidence),

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.params import RewardParams
+from tasks.core.schema import Prompt
+from tasks.rewards.learned import RewardModel
 from tasks.rewards.rules import RULES, RewardFunction
 
-__all__ = ["LEARNED", "CompositeReward", "Reward", "build_reward"]
+__all__ = ["LEARNED", "CompositeReward", "Reward", "build_reward", "load_reward"]
 
 LEARNED = "learned"
 """The component that the trained reward model computes; every other one is a rule."""
@@ -69,21 +72,41 @@ class CompositeReward:
         return Reward(total, values)
 
 
-def build_reward(params: RewardParams, learned: RewardFunction) -> CompositeReward:
-    """The reward that the `reward` section describes.
-
-    Args:
-        learned: the reward model as a function of prompts and responses.
+def load_reward(
+    params: RewardParams, prompts: Sequence[Prompt], *, base_model: Path, sft: Path, reward_model: Path
+) -> CompositeReward:
+    """The reward that the `reward` section describes, its reward model loaded only if it has a weight.
 
     Raises:
         ConfigError: a weight names no known component.
+        ModelError: the reward model is needed and its folder is incomplete.
     """
+    learned = RewardModel.load(base_model, sft, reward_model) if LEARNED in params.weights else None
+    return build_reward(params, prompts, learned)
+
+
+def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: RewardFunction | None) -> CompositeReward:
+    """The reward that the `reward` section describes.
+
+    Args:
+        prompts: all that will be asked about; rules learn the right answers from them.
+        learned: the reward model as a function of prompts and responses; None where the stage is off.
+
+    Raises:
+        ConfigError: a weight names no known component, or the reward model, which is off.
+    """
+    answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
     components: dict[str, RewardFunction] = {}
     for name in params.weights:
         if name != LEARNED and name not in RULES:
             known = ", ".join(sorted([LEARNED, *RULES]))
             raise ConfigError(f"reward.weights.{name}: no such component; known ones: {known}; check the spelling")
-        components[name] = learned if name == LEARNED else RULES[name](params)
+        if name == LEARNED:
+            if learned is None:
+                raise ConfigError(f"reward.weights.{LEARNED}: the stage reward_model is off; remove the weight")
+            components[name] = learned
+        else:
+            components[name] = RULES[name](params, answers)
     return CompositeReward(components, params.weights)
 
 

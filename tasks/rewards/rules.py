@@ -1,26 +1,34 @@
 """Rewards that are plain functions of the text: nothing learned, so nothing to over-fit, but each can be gamed.
 
 Each rule says how a policy could earn it without earning what it stands for, and what stands against that. All of
-them look at the response alone, never at the prompt, and see it without its end token.
+them see the response without its end token.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping, Sequence
+from decimal import Decimal
 from typing import TypeAlias
 
 from torch import Tensor
 
+from tasks.core.errors import DataError
 from tasks.core.params import RewardParams
 from tasks.core.words import repeated_share, words
 
-__all__ = ["RULES", "RewardFunction", "RuleFactory", "length", "repetition"]
+__all__ = ["RULES", "Answers", "RewardFunction", "RuleFactory", "length", "repetition", "right_answer"]
 
 RewardFunction: TypeAlias = Callable[[list[str], list[str]], Sequence[float] | Tensor]
 """(prompts [B], responses [B]) → one value per response [B]; `prompt + response` is the whole text."""
 
-RuleFactory: TypeAlias = Callable[[RewardParams], RewardFunction]
-"""Makes a rule from the `reward` section of params.yaml."""
+Answers: TypeAlias = Mapping[str, str]
+"""Prompt → its right answer, for the prompts that have one."""
+
+RuleFactory: TypeAlias = Callable[[RewardParams, Answers], RewardFunction]
+"""Makes a rule from the `reward` section of params.yaml and what is known about the prompts."""
+
+NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
 
 
 def length(response: str, *, target: int, tolerance: int) -> float:
@@ -45,16 +53,46 @@ def repetition(response: str) -> float:
     return 0.0 - repeated_share(response)  # not −share: no −0.0 in the files
 
 
-def _length_rule(params: RewardParams) -> RewardFunction:
+def right_answer(response: str, expected: str) -> float:
+    """1 if the response's last number equals the expected one in value, else 0; where a word is expected, the response.
+
+    Numbers may carry thousands separators and a sign; words are compared without case and surrounding white space.
+
+    Gamed by: nothing that reads the last number alone can be earned by naming many, but a right number after wrong
+    reasoning is paid in full. Against that: read the samples; the KL penalty keeps the reasoning near people's.
+    """
+    if not NUMBER.fullmatch(expected.strip()):
+        return float(response.strip().casefold() == expected.strip().casefold())
+    found = NUMBER.findall(response)
+    return float(bool(found) and _value(found[-1]) == _value(expected.strip()))
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace("−", "-"))
+
+
+def _answer_rule(_params: RewardParams, answers: Answers) -> RewardFunction:
+    def score(prompts: list[str], responses: list[str]) -> list[float]:
+        if missing := [prompt for prompt in prompts if prompt not in answers]:
+            raise DataError(
+                f"reward.weights.answer: no right answer is known for the prompt {missing[0][:200]!r}; give its rows "
+                "an `answer`, or remove the weight"
+            )
+        return [right_answer(response, answers[prompt]) for prompt, response in zip(prompts, responses, strict=True)]
+
+    return score
+
+
+def _length_rule(params: RewardParams, _answers: Answers) -> RewardFunction:
     rule = params.length
     return lambda _prompts, responses: [
         length(response, target=rule.target, tolerance=rule.tolerance) for response in responses
     ]
 
 
-def _repetition_rule(_params: RewardParams) -> RewardFunction:
+def _repetition_rule(_params: RewardParams, _answers: Answers) -> RewardFunction:
     return lambda _prompts, responses: [repetition(response) for response in responses]
 
 
-RULES: Mapping[str, RuleFactory] = {"length": _length_rule, "repetition": _repetition_rule}
+RULES: Mapping[str, RuleFactory] = {"answer": _answer_rule, "length": _length_rule, "repetition": _repetition_rule}
 """Component name, as in `reward.weights` of params.yaml → how to make it. A new rule is one more line here."""

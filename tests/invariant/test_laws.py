@@ -9,7 +9,8 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import pytest
 from ruamel.yaml import YAML
@@ -72,7 +73,7 @@ def test_a_stage_has_one_name_everywhere(stage: str) -> None:
     entry = PIPELINE["stages"][stage]
     camel = stage.title().replace("_", "").removesuffix("Params")
     section = Params.model_fields[stage].annotation
-    assert section is not None
+    section = next(kind for kind in get_args(section) or [section] if kind is not NoneType)
     assert section.__name__.lower() == f"{camel}Params".lower(), f"the section {stage!r} has class {section.__name__}"
     assert (ROOT / "tasks" / f"{stage}.py").is_file()
     assert callable(stage_function(stage))

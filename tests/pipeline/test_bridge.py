@@ -61,6 +61,22 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert project.lock() == lock
 
 
+def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(project: Project) -> None:
+    before = (project.root / "params.yaml").read_text()
+    written = project.root / "artifacts" / "gold_judge" / "result"
+    said = project.rlhf("run", "-S", "gold_judge=null")
+    assert "gold_judge is off: its section in params.yaml is null" in said
+    assert project.ran() == []
+    assert [path.name for path in written.iterdir()] == ["OFF"]
+    assert json.loads((written.parent / "metrics.json").read_text()) == {}
+    assert "up to date" in project.dvc("status")
+    assert results(project.rlhf("run")) == dict.fromkeys(NAMES, "cached")
+    (project.root / "params.yaml").write_text(before)
+    assert results(project.rlhf("run"))["gold_judge"] == "restored"
+    assert project.ran() == []
+    assert [path.name for path in written.iterdir()] == ["data.txt"]
+
+
 def test_a_deleted_output_is_restored_not_computed(project: Project) -> None:
     shutil.rmtree(project.root / "artifacts" / "sft" / "result")
     said = project.rlhf("status", "--json")

@@ -14,13 +14,14 @@ from tasks.core import tracking
 from tasks.core.errors import DataError
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
 from tasks.core.params import EvaluateParams, GenerationParams, LengthRule, LoraParams, RewardParams
+from tasks.core.paths import OFF
 from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.evals.compare import Judged
 from tasks.evaluate import choose_prompts, evaluate
 from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear")
-PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2)
+PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True)
 GENERATION = GenerationParams(max_new_tokens=7, temperature=1.3)
 REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5}, length=LengthRule(target=4, tolerance=4))
 PROMPTS = [
@@ -156,9 +157,10 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Judged
     gold = GoldJudge.load(world["base_model"], world["gold_judge"])
     for record in records:
         prompt, response = [record.prompt], [record.response]
-        assert record.learned == pytest.approx(learned(prompt, response).item(), abs=1e-5)
+        assert record.rewards["learned"] == pytest.approx(learned(prompt, response).item(), abs=1e-5)
         assert record.gold == pytest.approx(gold(prompt, response).item(), abs=1e-5)
-        assert record.proxy == pytest.approx(record.learned + 0.5 * record.rewards["repetition"], abs=1e-5)
+        assert record.proxy == pytest.approx(record.rewards["learned"] + 0.5 * record.rewards["repetition"], abs=1e-5)
+        assert record.vader is not None
         assert -1 <= record.vader <= 1
 
 
@@ -167,6 +169,41 @@ def test_vader_reads_prompt_and_response(records: list[Judged]) -> None:
     expected = {"good film": 1.9 / (1.9**2 + 15) ** 0.5, "awful end": -2.0 / (2.0**2 + 15) ** 0.5}
     found = {record.prompt: record.vader for record in records}
     assert {prompt: found[prompt] for prompt in expected} == pytest.approx(expected, abs=1e-4)
+
+
+@pytest.fixture
+def nobody_rated(world: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
+    """The stages that learn from people are off; every prompt has a right answer."""
+    off = {name: tmp_path / name for name in ("reward_model", "gold_judge", "dpo")}
+    for folder in off.values():
+        (folder / "adapter").mkdir(parents=True)
+        (folder / "adapter" / OFF).touch()
+    rows = [row.model_copy(update={"answer": str(number)}) for number, row in enumerate(PROMPTS)]
+    write_rows(tmp_path / "prepare" / "prompts" / "test.jsonl", rows)
+    return world | off | {"prepare": tmp_path / "prepare"}
+
+
+def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    params = PARAMS.model_copy(update={"vader": False})
+    evaluate(params, GENERATION, REWARD.model_copy(update={"weights": {"answer": 2.0}}), 0, **nobody_rated, out=out)
+    table = json.loads((out / "policies.json").read_text())
+    assert list(table) == ["sft", "ppo", "grpo"]
+    assert not any("vader" in key for row in table.values() for key in row)
+    records = read_rows(out / "responses.jsonl", Judged)
+    assert all(record.gold in (0.0, 1.0) and record.proxy == 2 * record.gold for record in records)
+    html = (out / "report.html").read_text()
+    assert "Right<br>answers" in html
+    assert "VADER" not in html
+    assert "<i>Learned</i>" not in html
+
+
+def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
+    write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", PROMPTS)
+    reward = REWARD.model_copy(update={"weights": {"repetition": 1.0}})
+    with pytest.raises(DataError, match=r"gold_judge is off.*only 0 of 6 held-out prompts have a right answer"):
+        evaluate(PARAMS, GENERATION, reward, 0, **nobody_rated, out=tmp_path)
 
 
 def test_another_seed_gives_other_responses_to_the_same_prompt(world: dict[str, Path], tmp_path: Path) -> None:

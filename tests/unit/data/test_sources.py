@@ -29,8 +29,8 @@ def collected(root: Path, content: list[Any], **more: Any) -> Collected:
 
 
 def test_columns_are_mapped_others_left_behind_and_ids_made_unique_to_the_source(root: Path) -> None:
-    content = [{"question": "Why?", "answer": "So.", "id": 7, "noise": 1}, {"question": "Who?"}]
-    result = collected(root, content, rows="demonstrations", columns={"prompt": "question", "response": "answer"})
+    content = [{"question": "Why?", "reply": "So.", "id": 7, "noise": 1}, {"question": "Who?"}]
+    result = collected(root, content, rows="demonstrations", columns={"prompt": "question", "response": "reply"})
     assert result.rows == [
         {"file": "a.jsonl", "line": 1, "row": {"id": "mine-7", "prompt": "Why?", "response": "So."}},
         {"file": "a.jsonl", "line": 2, "row": {"id": "mine-2", "prompt": "Who?"}},
@@ -116,7 +116,7 @@ def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:
 def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceParams(name="sums", kind="reasoning_gym", id="no_such_task", rows="prompts")
     if "reasoning_gym" in sys.modules or pytest.importorskip("reasoning_gym"):
-        with pytest.raises(DataError, match="reasoning-gym has no task 'no_such_task'"):
+        with pytest.raises(DataError, match="reasoning-gym makes no task 'no_such_task'"):
             collect_source(source, 0)
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(SourceError, match="needs the package: `pip install reasoning-gym`"):

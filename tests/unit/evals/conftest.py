@@ -13,7 +13,7 @@ def judged() -> Callable[..., Judged]:
         neutral: dict[str, object] = {
             "id": f"{policy}/{prompt_id}", "policy": policy, "prompt_id": prompt_id, "prompt": f"prompt {prompt_id}",
             "response": " some words", "tokens": 3, "ended": True, "kl": 0.0, "kl_k3": 0.0, "proxy": 0.0,
-            "rewards": {"learned": 0.0, "repetition": 0.0}, "learned": 0.0, "gold": 0.0, "vader": 0.0,
+            "rewards": {"learned": 0.0, "repetition": 0.0}, "gold": 0.0, "vader": 0.0,
         }  # fmt: skip
         return Judged.model_validate(neutral | values)
 

@@ -65,6 +65,7 @@ def evidence(judged: Callable[..., Judged]) -> Evidence:
         calibration=[{"predicted": "0.7", "observed": "0.6", "count": "5"}],
         samples=2,
         weights={"learned": 1.0, "repetition": 0.5},
+        rated=True,
         provenance=[("Seed", "0"), ("Weights: ppo", "0123456789abcdef")],
     )  # fmt: skip
 

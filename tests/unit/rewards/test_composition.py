@@ -2,8 +2,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.core.errors import ConfigError, TrainingError
+from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.core.params import LengthRule, RewardParams
+from tasks.core.schema import Prompt
 from tasks.rewards.composition import CompositeReward, build_reward
 
 PROMPTS, RESPONSES = ["A film", "The end"], [" so so so", " is near"]
@@ -46,7 +47,7 @@ def test_components_see_prompts_and_responses_apart() -> None:
 
 
 def test_build_reward_joins_the_learned_model_and_the_rules_by_weight() -> None:
-    reward = build_reward(_params(learned=1.0, repetition=0.5, length=0.1), lambda p, r: torch.tensor([0.25, -1.0]))
+    reward = build_reward(_params(learned=1.0, repetition=0.5, length=0.1), [], lambda p, r: torch.tensor([0.25, -1.0]))
     outcome = reward(PROMPTS, RESPONSES)
     assert outcome.components["repetition"].tolist() == [-0.5, 0.0]
     assert outcome.components["length"].tolist() == pytest.approx([1.0, 2 / 3])
@@ -57,12 +58,26 @@ def test_a_component_without_weight_is_not_computed() -> None:
     def fail(prompts: list[str], responses: list[str]) -> list[float]:
         raise AssertionError("the learned model has no weight, so nothing may ask it")
 
-    assert list(build_reward(_params(repetition=1.0), fail)(PROMPTS, RESPONSES).components) == ["repetition"]
+    assert list(build_reward(_params(repetition=1.0), [], fail)(PROMPTS, RESPONSES).components) == ["repetition"]
 
 
 def test_an_unknown_component_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.weights\.repetitions.*learned, length, repetition"):
-        build_reward(_params(repetitions=1.0), lambda p, r: [0.0] * len(r))
+    with pytest.raises(ConfigError, match=r"reward\.weights\.repetitions.*answer, learned, length, repetition"):
+        build_reward(_params(repetitions=1.0), [], lambda p, r: [0.0] * len(r))
+
+
+def test_a_reward_model_that_is_off_can_have_no_weight() -> None:
+    with pytest.raises(ConfigError, match=r"reward\.weights\.learned: the stage reward_model is off"):
+        build_reward(_params(learned=1.0), [], None)
+    assert build_reward(_params(repetition=1.0), [], None)(PROMPTS, RESPONSES).total.tolist() == [-0.5, 0.0]
+
+
+def test_rules_know_the_right_answers_of_the_prompts() -> None:
+    rows = [Prompt(id="a", prompt="2 + 2 =", answer="4"), Prompt(id="b", prompt="Hello")]
+    reward = build_reward(_params(answer=2.0), rows, None)
+    assert reward(["2 + 2 =", "2 + 2 ="], [" 4", " 5"]).total.tolist() == [2.0, 0.0]
+    with pytest.raises(DataError, match=r"reward\.weights\.answer: no right answer is known for the prompt 'Hello'"):
+        reward(["Hello"], [" 4"])
 
 
 def test_weights_and_components_must_match() -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from tasks.core.params import LengthRule, RewardParams
-from tasks.rewards.rules import RULES, length, repetition
+from tasks.rewards.rules import RULES, length, repetition, right_answer
 
 
 def _text(words: int) -> str:
@@ -29,7 +29,21 @@ def test_very_short_responses_have_nothing_to_repeat(response: str) -> None:
     assert str(repetition(response)) == "0.0"
 
 
-def test_rules_read_their_parameters_and_ignore_the_prompt() -> None:
+def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> None:
     params = RewardParams(weights={"length": 1.0}, length=LengthRule(target=4, tolerance=2))
-    rules = {name: list(make(params)(["good good good"] * 2, [_text(3), " so so so"])) for name, make in RULES.items()}
-    assert rules == {"length": [0.5, 0.5], "repetition": [0.0, -0.5]}
+    prompts, responses, answers = ["good good good"] * 2, [_text(3), " so so so"], {"good good good": "so so so"}
+    rules = {name: list(make(params, answers)(prompts, responses)) for name, make in RULES.items()}
+    assert rules == {"answer": [0.0, 1.0], "length": [0.5, 0.5], "repetition": [0.0, -0.5]}
+
+
+@pytest.mark.parametrize(
+    ("response", "expected", "value"),
+    [
+        (" 42", "42", 1.0), (" 42.", "42", 1.0), (" 4 + 38 = 42", "42", 1.0), (" 42 or 43", "42", 0.0),
+        (" 42 43 44", "44", 1.0), (" -7", "-7", 1.0), (" −7", "-7", 1.0), (" 7", "-7", 0.0), (" 1,234", "1234", 1.0),
+        (" 3.50", "3.5", 1.0), (" 3.5", "3", 0.0), ("", "42", 0.0), (" none", "42", 0.0), (" 142", "42", 0.0),
+        (" Yes ", "yes", 1.0), (" no", "yes", 0.0), (" yes and no", "yes", 0.0),
+    ],
+)  # fmt: skip
+def test_an_answer_is_right_by_its_last_number_or_its_word(response: str, expected: str, value: float) -> None:
+    assert right_answer(response, expected) == value

@@ -1,0 +1,67 @@
+"""params.yaml and every preset: what is shipped is valid, and what is not valid is named."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from pathlib import Path
+
+import pytest
+
+from tasks.core.errors import ConfigError
+from tasks.core.params import Params, apply_changes, load_params, parse_override, preset_changes
+from tasks.core.stage import stage_arguments
+
+ROOT = Path(__file__).resolve().parents[3]
+PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))
+STAGES = [name for name in Params.model_fields if (ROOT / "tasks" / f"{name}.py").is_file()]
+
+
+@pytest.fixture
+def params_yaml(tmp_path: Path) -> Path:
+    return Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+
+
+def test_there_are_presets_and_stages_to_test() -> None:
+    assert {"arithmetic", "gpu", "tiny"} <= set(PRESETS)
+    assert len(STAGES) == 11
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
+    """Valid on top of the shipped parameters, each of its keys does something, and every stage that is on gets all."""
+    changes = preset_changes(ROOT, preset)
+    assert apply_changes(params_yaml, [changes]), "a preset that changes nothing"
+    params = load_params(params_yaml)
+    for source in params.collect.sources:
+        assert source.kind != "local" or (ROOT / source.id).is_file()
+    for stage in STAGES:
+        if getattr(params, stage) is None:
+            continue
+        arguments, _ = stage_arguments(getattr(importlib.import_module(f"tasks.{stage}"), stage), stage, params)
+        assert all(argument is not None for argument in arguments), f"{stage} reads a section that is off"
+    assert apply_changes(params_yaml, [changes]) == [], "applied twice it changes something again"
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("ppo.learning_rte=1", r"ppo\.learning_rte: unknown key \(value 1\); check the spelling or remove it"),
+        ("ppo.gamma=1.5", r"ppo\.gamma: Input should be less than or equal to 1, got 1\.5"),
+        ("ppo.minibatches=7", "minibatches 7 must divide the 64 responses of an update"),
+        ("sft=null", r"sft: Input should be a valid dictionary or instance of SFTParams, got None"),
+        ("preferences=null", "preferences is null, but reward_model and dpo learn from pairs"),
+        ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
+        ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
+    ],
+)
+def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem: str, params_yaml: Path) -> None:
+    before = params_yaml.read_bytes()
+    with pytest.raises(ConfigError, match=problem):
+        apply_changes(params_yaml, [parse_override(setting)])
+    assert params_yaml.read_bytes() == before
+
+
+def test_an_unknown_preset_names_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, tiny"):
+        preset_changes(ROOT, "large")
