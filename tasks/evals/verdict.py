@@ -14,6 +14,10 @@ NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO"}
 FEW = 50
 """Below this many prompts the bootstrap interval itself is rough, and the verdict says so."""
 
+DRIFT = 0.2
+"""A mean length that differs from the reference's by more than this share is part of the verdict: judges of every kind
+are swayed by length (Singhal et al. 2023, arXiv 2310.03716)."""
+
 
 @dataclass(frozen=True)
 class Verdict:
@@ -23,12 +27,14 @@ class Verdict:
         gold: who beats the reference by the gold judge, with intervals.
         agreement: whether the trained-on reward and the gold judge tell the same story.
         suspects: policies that the proxy puts clearly above the reference and the gold judge does not.
+        drift: policies whose responses are much shorter or longer than the reference's, or nothing.
         caution: a limit of this comparison, or nothing.
     """
 
     gold: str
     agreement: str
     suspects: tuple[str, ...]
+    drift: str
     caution: str
 
 
@@ -41,7 +47,7 @@ def judge_table(table: Table) -> Verdict:
     missed = tuple(policy for policy in policies if proxy[policy] <= 0 and side[policy] > 0)
     n = int(next(iter(table.values()))["n"])
     caution = f"Only {n} prompts were compared, so these intervals are rough." if n < FEW else ""
-    return Verdict(_gold_sentence(table, side), _agreement(suspects, missed), suspects, caution)
+    return Verdict(_gold_sentence(table, side), _agreement(suspects, missed), suspects, _drift(table), caution)
 
 
 def percent(share: float) -> str:
@@ -94,6 +100,17 @@ def _agreement(suspects: Sequence[str], missed: Sequence[str]) -> str:
         )
     agree = "The proxy reward, which PPO and GRPO maximise, and the gold judge agree on which policies beat SFT."
     return " ".join(parts) or agree
+
+
+def _drift(table: Table) -> str:
+    usual = table[REFERENCE]["length"]
+    changes = {policy: row["length"] / usual - 1 for policy, row in table.items()} if usual else {}
+    parts = [
+        f"{_name(policy)}'s are {percent(abs(change))}% {'longer' if change > 0 else 'shorter'}"
+        for policy, change in changes.items()
+        if abs(change) > DRIFT
+    ]
+    return f"Responses changed in length, which may be part of the gain: {_list(parts)} than SFT's." if parts else ""
 
 
 def _names(policies: Sequence[str]) -> list[str]:

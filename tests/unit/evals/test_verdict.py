@@ -4,10 +4,16 @@ from tasks.evals.compare import Table
 from tasks.evals.verdict import judge_table
 
 
-def _row(gold: tuple[float, float, float], proxy: tuple[float, float, float], n: int = 256) -> dict[str, float]:
+def _row(
+    gold: tuple[float, float, float], proxy: tuple[float, float, float], n: int = 256, length: float = 10.0
+) -> dict[str, float]:
     names = ("", "_low", "_high")
     rates = {f"win_rate{name}": value for name, value in zip(names, gold, strict=True)}
-    return {"n": n} | rates | {f"win_rate_proxy{name}": value for name, value in zip(names, proxy, strict=True)}
+    return (
+        {"n": n, "length": length}
+        | rates
+        | {f"win_rate_proxy{name}": value for name, value in zip(names, proxy, strict=True)}
+    )
 
 
 EVEN, UP, DOWN, UNCLEAR = (0.5, 0.5, 0.5), (0.8, 0.75, 0.85), (0.3, 0.25, 0.36), (0.53, 0.47, 0.59)
@@ -45,6 +51,17 @@ def test_an_interval_that_touches_one_half_decides_nothing() -> None:
         "PPO (preferred on 60% of prompts, 95% interval 50–70%) is not clearly"
         in judge_table({"sft": _row(EVEN, EVEN), "ppo": _row(touching, touching)}).gold
     )
+
+
+def test_a_length_that_moved_by_more_than_a_fifth_is_pointed_out() -> None:
+    table = {"sft": _row(EVEN, EVEN), "ppo": _row(UP, UP, length=7.9), "grpo": _row(UP, UP, length=8.1)}
+    assert judge_table(table).drift == (
+        "Responses changed in length, which may be part of the gain: PPO's are 21% shorter than SFT's."
+    )
+    table |= {"grpo": _row(UP, UP, length=13.0)}
+    assert "PPO's are 21% shorter and GRPO's are 30% longer than SFT's." in judge_table(table).drift
+    assert judge_table({"sft": _row(EVEN, EVEN), "ppo": _row(UP, UP)}).drift == ""
+    assert judge_table({"sft": _row(EVEN, EVEN, length=0.0), "ppo": _row(UP, UP)}).drift == ""
 
 
 def test_few_prompts_are_pointed_out_and_a_lone_reference_is_no_error() -> None:
