@@ -36,10 +36,10 @@ NAME_WIDTH = 13
 
 # Key in policies.json → column heading, format.
 COLUMNS = {
-    "reward_proxy": ("proxy reward", ".2f"),
-    "reward_gold": ("gold reward", ".2f"),
+    "reward_proxy": ("proxy reward", "z.2f"),
+    "reward_gold": ("gold reward", "z.2f"),
     "win_rate": ("win rate v. SFT", ".0%"),
-    "kl": ("KL to SFT (nats)", ".2f"),
+    "kl": ("KL to SFT (nats)", "z.2f"),
     "length": ("length", ".1f"),
 }
 

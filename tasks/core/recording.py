@@ -247,8 +247,9 @@ def _closing(client: MlflowClient, run_id: str) -> Iterator[None]:
             client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:5000])
             client.set_terminated(run_id, "FAILED")
         if isinstance(error, MlflowException):
+            reason = next((line for line in str(error).splitlines() if "rror)" in line), str(error))
             raise StageError(
-                f"MLflow cannot write to {store_uri()}: {error}; is the disk full, or the server gone? Then run again"
+                f"MLflow cannot write to {store_uri()}: {reason}; is the disk full, or the server gone? Then run again"
             ) from error
         raise
     except BaseException:

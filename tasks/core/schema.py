@@ -87,7 +87,8 @@ def explain(error: ValidationError) -> str:
     parts = []
     for item in error.errors():
         where = ".".join(str(part) for part in item["loc"]) or "row"
-        parts.append(f"{where}: {item['msg']} (got {str(item['input'])[:80]!r})")
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{where}: {message} (got {str(item['input'])[:80]!r})")
     return "; ".join(parts)
 
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ Result = Literal["executed", "restored", "unchanged"]
 Job = Callable[[], None]
 
 LOCK_POLL_SECONDS = 1.0
+_SHOWN = 60  # characters of a value in a reason
+_FULL = 2**20  # free bytes below which a disk counts as full: DVC's own message may blame something else
 
 _job: ContextVar[Job | None] = ContextVar("job", default=None)
 
@@ -316,10 +319,17 @@ def _changed_params(dep: Any) -> list[str]:
 
 
 def _differences(key: str, before: Any, now: Any) -> list[str]:
+    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
+        before, now = dict(enumerate(before)), dict(enumerate(now))
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
         return [line for name in names for line in _differences(f"{key}.{name}", before.get(name), now.get(name))]
-    return [] if before == now else [f"{key}: {before} → {now}"]
+    return [] if before == now else [f"{key}: {_brief(before)} → {_brief(now)}"]
+
+
+def _brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 @contextmanager
@@ -339,6 +349,7 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 def _cause(error: BaseException) -> str:
     last = list(_causes(error))[-1]
-    if isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT):
+    full = isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or shutil.disk_usage(project_root()).free < _FULL:
         return "no space left on the disk for its outputs, so none were recorded: free some, then run again"
     return str(last)

@@ -67,8 +67,8 @@ def check_quarantine(cleaned: Cleaned, file: Path, bound: float) -> None:
     if cleaned.collected and bad / cleaned.collected > bound:
         shown = "\n".join(f"  {row['file']}:{row['line']}: {row['reason']}" for row in cleaned.quarantine[:5])
         raise DataError(
-            f"{bad} of {cleaned.collected} rows ({bad / cleaned.collected:.1%}) are malformed, more than "
-            f"prepare.max_quarantine_share allows ({bound:.1%}); the first ones:\n{shown}\nAll of them, with the raw "
+            f"{bad} of {cleaned.collected} rows ({bad / cleaned.collected:.2%}) are malformed, more than "
+            f"prepare.max_quarantine_share allows ({bound:.2%}); the first ones:\n{shown}\nAll of them, with the raw "
             f"rows, are in {file}: correct the source, or raise the bound"
         )
 

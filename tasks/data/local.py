@@ -44,8 +44,10 @@ def read_local(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int
     ending = path.name.removesuffix(".gz").rpartition(".")[2]
     if ending not in _FORMATS:
         raise DataError(f"source {source.name!r}: {source.id} should end in {', '.join(f'.{e}' for e in _FORMATS)}")
-    rows = ((path.name, line, content) for line, content in _FORMATS[ending](path))
-    return rows, {"source": f"local file {path.name}", "file": path.name, "sha256": digest}
+    # As the user wrote it; of a path outside the project the name alone, which is the same on every machine.
+    file = path.name if Path(source.id).expanduser().is_absolute() else source.id
+    rows = ((file, line, content) for line, content in _FORMATS[ending](path))
+    return rows, {"source": f"local file {file}", "file": file, "sha256": digest}
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:

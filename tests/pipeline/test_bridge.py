@@ -61,6 +61,13 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert project.lock() == lock
 
 
+def test_status_names_the_one_item_of_a_list_that_changed(project: Project) -> None:
+    project.edit("params.yaml", "target_modules: [q_proj, v_proj]", "target_modules: [q_proj, k_proj]")
+    waiting = json.loads(project.rlhf("status", "--json"))
+    reasons = ["lora.target_modules.1: v_proj → k_proj"]
+    assert waiting == [{"stage": "sft", "action": "run", "reasons": reasons}]
+
+
 def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(project: Project) -> None:
     before = (project.root / "params.yaml").read_text()
     written = project.root / "artifacts" / "gold_judge" / "result"

@@ -94,8 +94,8 @@ def test_the_bound_on_malformed_rows_is_exclusive_and_the_message_shows_the_firs
     with pytest.raises(DataError) as caught:
         check_quarantine(Cleaned(quarantine=bad, collected=20), tmp_path / "q.jsonl", 0.25)
     message = str(caught.value)
-    assert "7 of 20 rows (35.0%) are malformed" in message
-    assert "prepare.max_quarantine_share allows (25.0%)" in message
+    assert "7 of 20 rows (35.00%) are malformed" in message
+    assert "prepare.max_quarantine_share allows (25.00%)" in message
     assert "a.jsonl:5: reason 5" in message
     assert "reason 6" not in message
     assert str(tmp_path / "q.jsonl") in message
