@@ -366,7 +366,7 @@ def preset_changes(root: Path, name: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`ppo.kl_coef=0.1` as nested keys; the value is read as YAML.
+    """`ppo.kl_coef=0.1` as nested keys; the value is read as YAML, and a mapping replaces the old one as a whole.
 
     Raises:
         ConfigError: there is no `=`, or the value is no YAML.
@@ -378,6 +378,8 @@ def parse_override(text: str) -> dict[str, Any]:
         parsed: Any = YAML(typ="safe").load(value)
     except YAMLError as error:
         raise ConfigError(f"-S {text!r}: the value is no YAML: {error}") from error
+    if isinstance(parsed, dict):
+        parsed = _Whole(parsed)
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}
     return dict(parsed)
@@ -407,12 +409,16 @@ def apply_changes(path: Path, changes: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
+class _Whole(dict[str, Any]):
+    """A mapping that replaces instead of merging."""
+
+
 def _merge(into: Any, change: dict[str, Any], prefix: str = "") -> list[str]:
     """Mappings merge, everything else is replaced; null switches a section off, and removes any other key."""
     lines = []
     for key, value in change.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and isinstance(into.get(key), dict):
+        if isinstance(value, dict) and not isinstance(value, _Whole) and isinstance(into.get(key), dict):
             lines += _merge(into[key], value, f"{name}.")
         elif value is None and not isinstance(into.get(key, {}), dict | None):
             lines.append(f"{name}: {_show(into.pop(key))} → removed")
@@ -420,7 +426,7 @@ def _merge(into: Any, change: dict[str, Any], prefix: str = "") -> list[str]:
             continue
         elif key not in into or into[key] != value:
             lines.append(f"{name}: {_show(into.get(key))} → {_show(value)}")
-            into[key] = value
+            into[key] = dict(value) if isinstance(value, _Whole) else value
     return lines
 
 

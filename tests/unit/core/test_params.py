@@ -62,6 +62,23 @@ def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem
     assert params_yaml.read_bytes() == before
 
 
+def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> None:
+    changes = ["base_model={kind: hub, id: owner/name}", "reward.weights={length: 0.5}", "reward.weights.repetition=2"]
+    apply_changes(params_yaml, [parse_override(text) for text in changes])
+    params = load_params(params_yaml)
+    assert (params.base_model.id, params.base_model.file, params.base_model.pad_token) == ("owner/name", "", "")
+    assert params.reward.weights == {"length": 0.5, "repetition": 2.0}
+
+
+def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
+    assert apply_changes(params_yaml, [parse_override("reward.weights.repetition=null")]) == [
+        "reward.weights.repetition: 0.5 → removed"
+    ]
+    assert load_params(params_yaml).reward.weights == {"learned": 1.0}
+    with pytest.raises(ConfigError, match=r"ppo\.gamma: missing; add it"):
+        apply_changes(params_yaml, [parse_override("ppo.gamma=null")])
+
+
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, tiny"):
         preset_changes(ROOT, "large")
