@@ -67,6 +67,7 @@ def temporary_server(*, scheduler: bool = False) -> Iterator[TemporaryServer]:
     Args:
         scheduler: it also starts the runs of scheduled deployments; otherwise it only records.
     """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if PREFECT_API_URL.value():

@@ -1,0 +1,155 @@
+"""`rlhf schedule` and prefect.yaml: what falls due runs as `rlhf run` would, and nothing outlives the command."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sqlite3
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+from prefect.flows import load_flow_from_entrypoint
+from ruamel.yaml import YAML
+
+from flows.pipeline import pipeline
+from flows.schedule import deployment_name, firings
+from tasks.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# Seconds stand in Prefect's cron after the weekday.
+EVERY_FIVE_SECONDS = "* * * * * */5"
+
+RUNS = """
+select flow_run.state_name from flow_run join deployment on deployment.id = flow_run.deployment_id
+where deployment.name = ? and flow_run.start_time is not null order by flow_run.start_time
+"""
+WAITING = """
+select count(*) from flow_run join deployment on deployment.id = flow_run.deployment_id
+where deployment.name = ? and flow_run.state_type = 'SCHEDULED' and flow_run.next_scheduled_start_time > datetime('now')
+"""
+
+
+@contextmanager
+def serving(project: Project, *, alone: bool = True) -> Iterator[subprocess.Popen[str]]:
+    """The project on a schedule, with a server of its own or with that of the tests; killed if the test fails."""
+    environment = {key: value for key, value in project.environment.items() if not alone or key != "PREFECT_API_URL"}
+    process = project.start("schedule", EVERY_FIVE_SECONDS, environment=environment)
+    try:
+        yield process
+    finally:
+        for member in family(project):
+            member.kill()
+        process.communicate()
+
+
+def family(project: Project) -> list[psutil.Process]:
+    """Every process that works in the project's folder."""
+    return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(project.root)]
+
+
+def ask(project: Project, question: str) -> list[tuple[Any, ...]]:
+    """What Prefect's database says about this project's deployment."""
+    database = sqlite3.connect(f"file:{project.environment['PREFECT_HOME']}/prefect.db?mode=ro", uri=True)
+    try:
+        return database.execute(question, [deployment_name(project.root)]).fetchall()
+    finally:
+        database.close()
+
+
+def test_what_falls_due_runs_to_its_end(project: Project) -> None:
+    """Red here, and nothing in any log of ours: Prefect's scheduler has stopped working with some newer library.
+
+    Known: with Prefect 3.8.8 no schedule ever fires under sqlalchemy 2.1.
+    """
+    with serving(project) as process:
+        project.wait_until(lambda: ("Completed",) in ask(project, RUNS))
+        os.kill(process.pid, signal.SIGTERM)
+        said = process.communicate(timeout=60)[0]
+    assert process.returncode == 0, said
+    assert "scheduled run" in said
+    assert "✓ gold_judge    cached" in said
+    assert "prefect." not in said, "records of Prefect's reach the terminal"
+    assert ask(project, WAITING) == [(0,)], "stopped, and yet runs are planned"
+
+
+def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
+    """As a terminal sends it, to the whole group."""
+    state = project.root / ".rlhf"
+    (state / "sft.resumable").touch()
+    project.edit("params.yaml", "epochs: 1", "epochs: 3")
+    with serving(project) as process:
+        project.wait_for(".rlhf/waiting")
+        os.killpg(process.pid, signal.SIGINT)
+        said = process.communicate(timeout=60)[0]
+        project.wait_until(lambda: not family(project))
+    assert process.returncode == 0, said
+    assert "Traceback" not in said
+    assert ask(project, RUNS) == [("Cancelled",)], "one run at a time, and that one cancelled"
+    database = sqlite3.connect(project.root / "mlflow.db")
+    newest = database.execute("select name, status from runs order by start_time desc limit 2").fetchall()
+    database.close()
+    assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
+
+
+def test_a_second_one_for_the_same_project_is_refused(project: Project) -> None:
+    from filelock import FileLock
+
+    with FileLock(project.root / ".rlhf" / "schedule.lock"):
+        assert "another `rlhf schedule` serves this project" in project.rlhf("schedule", "0 2 * * *", expect=1)
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["nope"], "cron expression 'nope' is wrong"),
+        (["61 * * * *"], "cron expression '61 * * * *' is wrong"),
+        (["0 0 31 2 *"], "never comes true"),
+        (["0 2 * * *", "--timezone", "Nowhere"], "no time zone 'Nowhere'"),
+    ],
+)
+def test_a_wrong_time_is_one_message(fresh: Project, words: list[str], message: str) -> None:
+    said = fresh.rlhf("schedule", *words, expect=1)
+    assert message in said
+    assert said.startswith("error:")
+    assert "Traceback" not in said
+
+
+def test_an_error_of_a_time_shows_how_to_write_it() -> None:
+    with pytest.raises(ConfigError, match=r"'0 2 \* \* \*' is 2 o'clock every night"):
+        firings("nope", "UTC", count=1)
+
+
+def test_times_are_those_of_the_time_zone() -> None:
+    times = firings("30 2 * * *", "Asia/Kolkata", count=2)
+    assert [(time.hour, time.minute, str(time.utcoffset())) for time in times] == [(2, 30, "5:30:00")] * 2
+    assert (times[1] - times[0]).total_seconds() == 24 * 3600
+
+
+def test_two_folders_never_share_a_deployment() -> None:
+    names = [deployment_name(Path(path)) for path in ("/a/project", "/b/project", "/a/project")]
+    assert names[0] == names[2] != names[1]
+    assert names[0].startswith("project-")
+    assert deployment_name(Path("/a/50% & more")).startswith("50----more-")
+
+
+def test_prefect_yaml_deploys_the_pipeline() -> None:
+    file = YAML(typ="safe").load(ROOT / "prefect.yaml")
+    assert str(ROOT) not in (ROOT / "prefect.yaml").read_text()
+    (nightly,) = file["deployments"]
+    path, name = nightly["entrypoint"].split(":")
+    assert (path, name) == ("flows/pipeline.py", "pipeline")
+    flow = load_flow_from_entrypoint(str(ROOT / path) + ":" + name)
+    assert flow.name == pipeline.name
+    assert set(nightly["parameters"]) == set(flow.parameters.properties) == set(pipeline.parameters.properties)
+    assert pipeline.validate_parameters(nightly["parameters"]) == nightly["parameters"]
+    for schedule in nightly["schedules"]:
+        assert firings(schedule["cron"], schedule["timezone"], count=1)
