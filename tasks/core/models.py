@@ -120,21 +120,28 @@ def add_lora(
     Args:
         head: the name of a module that is trained in full beside the adapter.
         first_layer: layers below it get no adapter.
+
+    Raises:
+        ModelError: the model has no such layer.
     """
     torch.manual_seed(seed)
     task = TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS
     config = lora_config(lora, task, head)
     if first_layer:
-        linear = _linear_names(model, first_layer)
-        config.target_modules = linear if lora.target_modules == "all-linear" else config.target_modules
-        config.layers_to_transform = list(range(first_layer, int(model.config.num_hidden_layers)))
+        layers = int(model.config.num_hidden_layers)
+        if first_layer >= layers:
+            raise ModelError(f"first_layer is {first_layer}, but the model has {layers} layers; choose one below")
+        if config.target_modules == "all-linear":
+            config.target_modules = _linear_names(model)
+        config.layers_to_transform = list(range(first_layer, layers))
     adapted: Any = get_peft_model(model, config)
     return cast(PeftModel, adapted)
 
 
 def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> LoraConfig:
     """The PEFT configuration for the shared LoRA section; no dropout, so that ratios start at exactly 1."""
-    modules = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    chosen = lora.scorer_modules if head else lora.target_modules
+    modules = chosen if isinstance(chosen, str) else list(chosen)
     return LoraConfig(
         r=lora.r,
         lora_alpha=lora.alpha,
@@ -145,11 +152,8 @@ def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> Lo
     )
 
 
-def _linear_names(model: PreTrainedModel, first_layer: int) -> set[str]:
+def _linear_names(model: PreTrainedModel) -> set[str]:
     """The names of the linear modules of the trunk's layers; PEFT takes no layer range with 'all-linear'."""
-    layers = int(model.config.num_hidden_layers)
-    if first_layer >= layers:
-        raise ModelError(f"first_layer is {first_layer}, but the model has {layers} layers; choose one below")
     trunk = getattr(model, model.base_model_prefix)
     return {
         name.rsplit(".", 1)[-1]

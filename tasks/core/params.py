@@ -145,7 +145,12 @@ class LoraParams(Section):
 
     r: Positive = Field(description="Rank of the update.")
     alpha: Positive = Field(description="The update is scaled by alpha / r.")
-    target_modules: str | tuple[str, ...] = Field(description="Names of the adapted modules, or 'all-linear'.")
+    target_modules: str | tuple[str, ...] = Field(
+        description="Names of the modules that SFT and the policies adapt, or 'all-linear'."
+    )
+    scorer_modules: str | tuple[str, ...] = Field(
+        description="The same for the reward model and the gold judge, which adapt their upper layers only."
+    )
 
 
 class SFTParams(Section):

@@ -20,7 +20,7 @@ from tasks.evals.compare import Judged
 from tasks.evaluate import choose_prompts, evaluate
 from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel
 
-LORA = LoraParams(r=4, alpha=8, target_modules="all-linear")
+LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True)
 GENERATION = GenerationParams(max_new_tokens=7, temperature=1.3)
 REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5}, length=LengthRule(target=4, tolerance=4))

@@ -22,7 +22,7 @@ from tasks.core.models import (
 from tasks.core.params import LoraParams
 from tests.conftest import tiny_model
 
-LORA = LoraParams(r=4, alpha=8, target_modules="all-linear")
+LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
 IDS = torch.tensor([[3, 4, 5, 6]])
 
 
@@ -106,6 +106,15 @@ def test_first_layer_leaves_the_layers_below_without_adapters(base_model):
     assert all("layers.1." in name for name in adapted)
     with pytest.raises(ModelError, match="first_layer is 2, but the model has 2 layers"):
         add_lora(new_scorer(base_model, None, seed=0), LORA, seed=0, head="score", first_layer=2)
+
+
+def test_scorers_and_policies_adapt_the_modules_that_are_named_for_them(base_model):
+    lora = LORA.model_copy(update={"target_modules": ("q_proj",), "scorer_modules": ("v_proj", "up_proj")})
+    policy = add_lora(load_reference(base_model, None), lora, seed=0)
+    scorer = add_lora(new_scorer(base_model, None, seed=0), lora, seed=0, head="score", first_layer=1)
+    for model, expected in ((policy, {"q_proj"}), (scorer, {"v_proj", "up_proj"})):
+        adapted = [name for name, value in model.named_parameters() if value.requires_grad and "lora_" in name]
+        assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapted} == expected
 
 
 def test_reward_head_starts_with_spread_one_over_root_d_plus_one(base_model):
