@@ -26,7 +26,7 @@ MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 RUNNERS = {"tasks/core/stage.py", "tasks/core/recording.py", "tasks/core/versioning.py"}
 
 DOORS = {
-    "prefect": {"flows/bridge.py", "flows/pipeline.py", "flows/server.py"},
+    "prefect": {"flows/bridge.py", "flows/pipeline.py", "flows/schedule.py", "flows/server.py"},
     "mlflow": {"tasks/core/recording.py"},
     "dvc": {"tasks/core/versioning.py"},
     "ruamel": {"tasks/core/params.py"},
