@@ -1,0 +1,38 @@
+"""`kill -9` at any moment, again and again: the run that goes on is bit for bit the run that was never interrupted."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[3]
+KILLS = 3
+
+
+def run(folder: Path, *moment: int) -> int:
+    command = [sys.executable, "-m", "tests.unit.rl.killed_run", str(folder), *map(str, moment)]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
+
+
+def test_killed_three_times_and_still_the_same_run(tmp_path: Path) -> None:
+    """An update has 8 moments and a ninth in its checkpoint; from the 7th on, a run passes at least one checkpoint."""
+    draw = random.Random(0)
+    moments = [draw.randint(4, 11) for _ in range(KILLS)]
+    for moment in moments:
+        assert run(tmp_path, moment) == -signal.SIGKILL, f"it ended before moment {moment}: it has done too much"
+    assert run(tmp_path) == 0
+    whole = tmp_path / "whole"
+    assert run(whole) == 0
+    result, expected = (torch.load(folder / "result.pt") for folder in (tmp_path, whole))
+    assert len(expected["history"]) == 6
+    assert result["history"] == expected["history"]
+    assert result["samples"] == expected["samples"]
+    for name, value in expected["weights"].items():
+        assert torch.equal(result["weights"][name], value), name
+    assert list((tmp_path / "checkpoints").iterdir()) == [], "a finished run leaves no checkpoint behind"
