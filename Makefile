@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check repro ui lock clean
+.PHONY: demo test check repro ui lock bench-ppo bench-rollout clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -37,6 +37,23 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
 # Write both lock files from what pyproject.toml allows today.
 lock: $(VENV)/.installed-dev
 	infra/lock.sh
+
+# PPO's speed and memory beside those of the last TRL that had PPO, in an environment of its own with the same versions.
+PEER := .rlhf/trl-1.12.0
+
+bench-ppo: $(VENV)/.installed $(PEER)/.installed
+	rlhf run base_model
+	python benchmarks/ppo.py
+
+bench-rollout: $(VENV)/.installed
+	rlhf run base_model
+	python benchmarks/rollout.py
+
+$(PEER)/.installed: requirements.lock
+	$(PYTHON) -m venv $(PEER)
+	grep -v '^trl==' requirements.lock > $(PEER)/constraints.txt
+	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PEER)/constraints.txt trl==1.12.0 peft pandas rich
+	touch $@
 
 clean:
 	rm -rf artifacts mlflow.db mlartifacts .rlhf

@@ -1,0 +1,208 @@
+"""PPO against the last release of TRL that had it, on equal work: `make bench-ppo`.
+
+Each side runs in processes of its own, ours and the peer's in turn, so that a change of the machine's speed meets
+both. Equal are: the model, LoRA's rank and modules, the prompts, the lengths (no response ends early), the rollout's
+size, the epochs and minibatches, a reward model of the same size, float32, the number of threads, and the allocator's
+settings. Not equal, because that is what is compared: TRL trains a separate critic in full, computes log-probabilities
+and values of the rollout in passes of their own, and computes logits over the prompt; ours has policy and value on one
+trunk and keeps what sampling has computed.
+
+Prints the phases' medians and, last, one JSON line with `ratio_wall`, `ratio_cpu` and `ratio_rss`, peer ÷ ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "artifacts" / "base_model" / "model"
+PEER = ROOT / ".rlhf" / "trl-1.12.0"
+
+RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS, EPOCHS, RANK, UPDATES = 16, 32, 32, 4, 16, 3
+MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+ALLOCATOR = {
+    "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(64 * 2**20),
+}  # fmt: skip
+
+
+class Stopwatch:
+    """Wall and CPU seconds of each update, and wall seconds of its phases."""
+
+    def __init__(self) -> None:
+        self.updates: list[dict[str, float]] = []
+        self._last: tuple[float, float] | None = None
+
+    def phase(self, name: str, seconds: float) -> None:
+        if self.updates:
+            self.updates[-1][name] = self.updates[-1].get(name, 0.0) + seconds
+
+    def lap(self) -> None:
+        """An update begins here, and the one before ends."""
+        now = time.perf_counter(), time.process_time()
+        if self._last is not None:
+            self.updates[-1] |= {"wall": now[0] - self._last[0], "cpu": now[1] - self._last[1]}
+        self._last = now
+        self.updates.append({})
+
+    def result(self) -> dict[str, Any]:
+        """Without the first update, which warms up."""
+        self.lap()
+        return {"updates": self.updates[1:-1], "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
+
+
+def prompts() -> list[list[int]]:
+    """Token ids that are words to no tokenizer's surprise, different in each row."""
+    return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(RESPONSES)]
+
+
+def ours() -> dict[str, Any]:
+    import torch
+    from peft import LoraConfig, TaskType, get_peft_model
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+    from tasks.core.params import GenerationParams, load_params
+    from tasks.rewards.composition import CompositeReward
+    from tasks.rewards.learned import TextScorer
+    from tasks.rl.policy import Policy
+    from tasks.rl.trainer import PPOTrainer, TextCodec
+
+    watch = Stopwatch()
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).requires_grad_(False).eval()
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, task_type=TaskType.CAUSAL_LM)
+    judge = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
+    judge.config.pad_token_id = tokenizer.pad_token_id
+    scorer = TextScorer(judge, tokenizer, max_length=PROMPT_TOKENS + RESPONSE_TOKENS)
+    reward = CompositeReward({"learned": lambda asked, texts: scorer(texts)}, {"learned": 1.0})
+    section = load_params(ROOT / "params.yaml").ppo
+    assert section is not None
+    params = section.model_copy(
+        update={
+            "updates": UPDATES + 1, "prompts_per_update": RESPONSES, "samples_per_prompt": 1, "epochs": EPOCHS,
+            "minibatches": 1, "micro_batch_size": RESPONSES, "learning_rate": 1e-5, "max_approx_kl": 1e9,
+        }
+    )  # fmt: skip
+    generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
+    rows = prompts()
+    codec = TextCodec(
+        [tokenizer.decode(row) for row in rows], rows, lambda ids: str(tokenizer.decode(list(ids))),
+        eos_token_id=-1, pad_token_id=tokenizer.pad_token_id,  # no response ends early
+    )  # fmt: skip
+
+    def log(metrics: dict[str, float], step: int) -> None:
+        for name in ("rollout", "experience", "optimise"):
+            if f"time/{name}_s" in metrics:
+                watch.phase(name, metrics[f"time/{name}_s"])
+        if "time/update_s" in metrics:
+            watch.lap()
+
+    policy = Policy(get_peft_model(model, lora).eval(), temperature=1.0)
+    watch.lap()
+    PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log).train()
+    return watch.result()
+
+
+def peer() -> dict[str, Any]:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig, TaskType
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
+
+    watch = Stopwatch()
+    torch.manual_seed(0)
+    generate = ppo_trainer.batch_generation
+
+    def timed(*arguments: Any, **options: Any) -> Any:
+        watch.lap()
+        started = time.perf_counter()
+        result = generate(*arguments, **options)
+        watch.phase("rollout", time.perf_counter() - started)
+        return result
+
+    ppo_trainer.batch_generation = timed
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    policy = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    judges = [
+        AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32) for _ in range(2)
+    ]
+    for judge in judges:
+        judge.config.pad_token_id = tokenizer.pad_token_id
+    rows = Dataset.from_dict({"input_ids": prompts() * (UPDATES + 1)})
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = PPOConfig(
+            output_dir=folder, per_device_train_batch_size=RESPONSES, gradient_accumulation_steps=1, num_mini_batches=1,
+            num_ppo_epochs=EPOCHS, total_episodes=RESPONSES * (UPDATES + 1), response_length=RESPONSE_TOKENS,
+            local_rollout_forward_batch_size=RESPONSES, learning_rate=1e-5, temperature=1.0, num_sample_generations=0,
+            report_to="none", use_cpu=True, bf16=False, gradient_checkpointing=False, save_strategy="no", seed=0,
+        )  # fmt: skip
+        PPOTrainer(
+            arguments, tokenizer, policy, None, judges[0], rows, judges[1], eval_dataset=rows,
+            peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, task_type=TaskType.CAUSAL_LM),
+        ).train()  # fmt: skip
+    return watch.result()
+
+
+def child(side: str, python: Path) -> dict[str, Any]:
+    """One run of one side, in a process of its own."""
+    with tempfile.NamedTemporaryFile(suffix=".json") as out:
+        environment = os.environ | ALLOCATOR | {
+            "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
+        }  # fmt: skip
+        command = [str(python), __file__, "--side", side, "--out", out.name]
+        subprocess.run(command, env=environment, check=True, stdout=sys.stderr)
+        result: dict[str, Any] = json.loads(Path(out.name).read_text())
+    return result
+
+
+def compare(repetitions: int) -> None:
+    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    for repetition in range(repetitions):
+        for side, python in (("ours", Path(sys.executable)), ("peer", PEER / "bin" / "python")):
+            runs[side].append(child(side, python))
+            walls = ", ".join(f"{update['wall']:.1f}" for update in runs[side][-1]["updates"])
+            print(f"{side}, run {repetition + 1}: {walls} s an update")
+    medians = {side: medians_of(results) for side, results in runs.items()}
+    for side, figures in medians.items():
+        print(side, {name: round(value, 2) for name, value in figures.items()})
+    ratios = {f"ratio_{name}": round(medians["peer"][name] / medians["ours"][name], 3) for name in ("wall", "cpu")}
+    ratios["ratio_rss"] = round(medians["peer"]["rss_gib"] / medians["ours"]["rss_gib"], 3)
+    print(json.dumps(ratios | {"repetitions": repetitions, "updates": UPDATES}))
+
+
+def medians_of(results: list[dict[str, Any]]) -> dict[str, float]:
+    """The median of each phase over all updates of all runs, in seconds, and of the peak memory over the runs."""
+    updates = [update for result in results for update in result["updates"]]
+    names = dict.fromkeys(name for update in updates for name in update)
+    figures = {name: statistics.median(update[name] for update in updates) for name in names}
+    return figures | {"rss_gib": statistics.median(result["rss"] for result in results) / 2**30}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=3)
+    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    if arguments.side:
+        result = ours() if arguments.side == "ours" else peer()
+        arguments.out.write_text(json.dumps(result))
+    elif not MODEL.is_dir():
+        sys.exit(f"{MODEL} does not exist: `rlhf run base_model` fetches the model")
+    else:
+        compare(arguments.repetitions)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""How fast responses are sampled, against `transformers`' own `generate` and the machine's limit: `make bench-rollout`.
+
+The limit is what the matrix products alone would need: the floating-point operations of the linear layers for a token,
+divided into the rate at which this machine multiplies large float32 matrices, measured in the same run. LoRA is active
+on every linear layer. Two shapes: 16 prompts, and 8 prompts with 4 samples each. No response ends early. Prints the
+medians and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, TaskType, get_peft_model
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from tasks.core.models import prepare_process
+from tasks.rl.rollout import generate
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "artifacts" / "base_model" / "model"
+PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
+SHAPES = {"16": (16, 1), "8x4": (8, 4)}
+SIDE = 2048
+"""Of the matrices whose product measures the machine."""
+
+
+def prompts(count: int) -> list[list[int]]:
+    return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(count)]
+
+
+def sampled_by_us(model: Any, count: int, samples: int) -> None:
+    rollout = generate(
+        model, prompts(count), max_new_tokens=RESPONSE_TOKENS, temperature=1.0, eos_token_id=-1, pad_token_id=0,
+        generator=torch.Generator().manual_seed(0), samples_per_prompt=samples,
+    )  # fmt: skip
+    assert rollout.responses.shape == (count * samples, RESPONSE_TOKENS)
+
+
+def sampled_by_transformers(model: Any, count: int, samples: int) -> None:
+    torch.manual_seed(0)
+    ids = torch.tensor(prompts(count))
+    made = model.generate(
+        input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
+        min_new_tokens=RESPONSE_TOKENS, max_new_tokens=RESPONSE_TOKENS, num_return_sequences=samples, pad_token_id=0,
+    )  # fmt: skip
+    assert made.shape == (count * samples, PROMPT_TOKENS + RESPONSE_TOKENS)
+
+
+def seconds(call: Callable[[], object]) -> float:
+    started = time.perf_counter()
+    call()
+    return time.perf_counter() - started
+
+
+def multiplications_per_second() -> float:
+    """Floating-point operations per second of one large matrix product, the best of ten."""
+    one, other = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
+    return 2 * SIDE**3 / min(seconds(lambda: one @ other) for _ in range(10))
+
+
+def operations_per_token(model: nn.Module) -> float:
+    """2 × the weights of the linear layers, the head included, LoRA's not."""
+    return 2.0 * sum(
+        module.weight.numel()
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and "lora_" not in name
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=3)
+    repetitions = parser.parse_args().repetitions
+    if not MODEL.is_dir():
+        sys.exit(f"{MODEL} does not exist: `rlhf run base_model` fetches the model")
+    prepare_process()
+    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+    model = get_peft_model(base, lora).eval()
+    limit = multiplications_per_second() / operations_per_token(model)
+    print(f"limit by matrix products: {limit:.0f} tokens/s")
+    result: dict[str, float] = {"limit_tokens_per_s": round(limit, 1), "repetitions": repetitions}
+    for shape, (count, samples) in SHAPES.items():
+        sides = {"ours": sampled_by_us, "transformers": sampled_by_transformers}
+        times: dict[str, list[float]] = {name: [] for name in sides}
+        for repetition in range(repetitions + 1):
+            for name, sample in sides.items():
+                taken = seconds(partial(sample, model, count, samples))
+                if repetition:  # the first warms up
+                    times[name].append(taken)
+        rates = {name: count * samples * RESPONSE_TOKENS / statistics.median(taken) for name, taken in times.items()}
+        print(f"{shape}: " + ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()))
+        result |= {f"{name}_{shape}": round(rate, 1) for name, rate in rates.items()}
+        result |= {f"share_of_limit_{shape}": round(rates["ours"] / limit, 3)}
+        result |= {f"ratio_{shape}": round(rates["ours"] / rates["transformers"], 3)}
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
