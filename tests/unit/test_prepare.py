@@ -191,7 +191,7 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
 
 def test_too_many_malformed_rows_stop_the_stage_and_leave_the_quarantine(tmp_path: Path) -> None:
     rows = corpus(20, random.Random(7)) + [{"raw": "{oops", "error": "not JSON"}] * 3
-    with pytest.raises(DataError, match=r"(?s)3 of 23 rows \(13\.0%\) are malformed.*mine\.jsonl:21: not JSON"):
+    with pytest.raises(DataError, match=r"(?s)3 of 23 rows \(13\.04%\) are malformed.*mine\.jsonl:21: not JSON"):
         run(tmp_path, rows)
     lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
     assert json.loads(lines[0]) == {
