@@ -55,8 +55,7 @@ class Stopwatch:
         self.updates.append({})
 
     def result(self) -> dict[str, Any]:
-        """Without the first update, which warms up."""
-        self.lap()
+        """After the last lap; without the first update, which warms up."""
         return {"updates": self.updates[1:-1], "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
@@ -151,6 +150,7 @@ def peer() -> dict[str, Any]:
             arguments, tokenizer, policy, None, judges[0], rows, judges[1], eval_dataset=rows,
             peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, task_type=TaskType.CAUSAL_LM),
         ).train()  # fmt: skip
+    watch.lap()
     return watch.result()
 
 
