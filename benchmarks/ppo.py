@@ -24,12 +24,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "artifacts" / "base_model" / "model"
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, ROOT, adapter, check_model, prompts
+
 PEER = ROOT / ".rlhf" / "trl-1.12.0"
 
-RESPONSES, PROMPT_TOKENS, RESPONSE_TOKENS, EPOCHS, RANK, UPDATES = 16, 32, 32, 4, 16, 3
-MODULES = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+RESPONSES, EPOCHS, UPDATES = 16, 4, 3
 ALLOCATOR = {
     "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**31 - 1), "MALLOC_TOP_PAD_": str(64 * 2**20),
 }  # fmt: skip
@@ -59,14 +58,9 @@ class Stopwatch:
         return {"updates": self.updates[1:-1], "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def prompts() -> list[list[int]]:
-    """Token ids that are words to no tokenizer's surprise, different in each row."""
-    return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(RESPONSES)]
-
-
 def ours() -> dict[str, Any]:
     import torch
-    from peft import LoraConfig, TaskType, get_peft_model
+    from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
     from tasks.core.params import GenerationParams, load_params
@@ -79,7 +73,6 @@ def ours() -> dict[str, Any]:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).requires_grad_(False).eval()
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, task_type=TaskType.CAUSAL_LM)
     judge = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = tokenizer.pad_token_id
     scorer = TextScorer(judge, tokenizer, max_length=PROMPT_TOKENS + RESPONSE_TOKENS)
@@ -93,7 +86,7 @@ def ours() -> dict[str, Any]:
         }
     )  # fmt: skip
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
-    rows = prompts()
+    rows = prompts(RESPONSES)
     codec = TextCodec(
         [tokenizer.decode(row) for row in rows], rows, lambda ids: str(tokenizer.decode(list(ids))),
         eos_token_id=-1, pad_token_id=tokenizer.pad_token_id,  # no response ends early
@@ -106,7 +99,7 @@ def ours() -> dict[str, Any]:
         if "time/update_s" in metrics:
             watch.lap()
 
-    policy = Policy(get_peft_model(model, lora).eval(), temperature=1.0)
+    policy = Policy(get_peft_model(model, adapter()).eval(), temperature=1.0)
     watch.lap()
     PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log).train()
     return watch.result()
@@ -115,7 +108,6 @@ def ours() -> dict[str, Any]:
 def peer() -> dict[str, Any]:
     import torch
     from datasets import Dataset
-    from peft import LoraConfig, TaskType
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
     from trl.experimental.ppo import PPOConfig, PPOTrainer, ppo_trainer
 
@@ -138,7 +130,7 @@ def peer() -> dict[str, Any]:
     ]
     for judge in judges:
         judge.config.pad_token_id = tokenizer.pad_token_id
-    rows = Dataset.from_dict({"input_ids": prompts() * (UPDATES + 1)})
+    rows = Dataset.from_dict({"input_ids": prompts(RESPONSES) * (UPDATES + 1)})
     with tempfile.TemporaryDirectory() as folder:
         arguments = PPOConfig(
             output_dir=folder, per_device_train_batch_size=RESPONSES, gradient_accumulation_steps=1, num_mini_batches=1,
@@ -148,7 +140,7 @@ def peer() -> dict[str, Any]:
         )  # fmt: skip
         PPOTrainer(
             arguments, tokenizer, policy, None, judges[0], rows, judges[1], eval_dataset=rows,
-            peft_config=LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules=MODULES, task_type=TaskType.CAUSAL_LM),
+            peft_config=adapter(),
         ).train()  # fmt: skip
     watch.lap()
     return watch.result()
@@ -198,9 +190,8 @@ def main() -> None:
     if arguments.side:
         result = ours() if arguments.side == "ours" else peer()
         arguments.out.write_text(json.dumps(result))
-    elif not MODEL.is_dir():
-        sys.exit(f"{MODEL} does not exist: `rlhf run base_model` fetches the model")
     else:
+        check_model()
         compare(arguments.repetitions)
 
 

@@ -11,31 +11,23 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, TaskType, get_peft_model
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, adapter, check_model, prompts
+from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
 from tasks.core.models import prepare_process
 from tasks.rl.rollout import generate
 
-ROOT = Path(__file__).resolve().parents[1]
-MODEL = ROOT / "artifacts" / "base_model" / "model"
-PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
 SHAPES = {"16": (16, 1), "8x4": (8, 4)}
 SIDE = 2048
 """Of the matrices whose product measures the machine."""
-
-
-def prompts(count: int) -> list[list[int]]:
-    return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(count)]
 
 
 def sampled_by_us(model: Any, count: int, samples: int) -> None:
@@ -81,12 +73,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
     repetitions = parser.parse_args().repetitions
-    if not MODEL.is_dir():
-        sys.exit(f"{MODEL} does not exist: `rlhf run base_model` fetches the model")
+    check_model()
     prepare_process()
     base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    lora = LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
-    model = get_peft_model(base, lora).eval()
+    model = get_peft_model(base, adapter()).eval()
     limit = multiplications_per_second() / operations_per_token(model)
     print(f"limit by matrix products: {limit:.0f} tokens/s")
     result: dict[str, float] = {"limit_tokens_per_s": round(limit, 1), "repetitions": repetitions}

@@ -30,7 +30,7 @@ def app() -> None:
     try:
         commands()
     except RLHFError as error:
-        screen.errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        screen.failed(error)
         sys.exit(1)
 
 
@@ -120,7 +120,7 @@ def _bring_up_to_date(stages: list[str] | None, *, force: bool, pull: bool, retr
 
     with temporary_server() as server:
         if server.address:
-            screen.console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
+            screen.server_starts()
         from flows.pipeline import pipeline
         from tasks.core import recording
 

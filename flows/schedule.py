@@ -74,9 +74,7 @@ def serve(root: Path, cron: str, timezone: str) -> None:
     try:
         with _only_one(), temporary_server(scheduler=True) as server:
             if server.address:
-                screen.console.print(
-                    "[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]"
-                )
+                screen.server_starts()
             _calm_prefect()
             server.wait()
             due = firings(cron, timezone, count=SHOWN_FIRINGS)
@@ -174,7 +172,7 @@ def _run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> N
 def _run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     error = state.result(raise_on_failure=False)
     if isinstance(error, RLHFError):
-        screen.errors.print(f"[bold red]error:[/] {escape(str(error))}")
+        screen.failed(error)
     else:
         traceback.print_exception(error)
 

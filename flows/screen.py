@@ -20,8 +20,10 @@ __all__ = [
     "comparison",
     "console",
     "errors",
+    "failed",
     "markdown",
     "read_policies",
+    "server_starts",
     "stage_begins",
     "stage_ends",
     "stage_waits",
@@ -42,6 +44,16 @@ COLUMNS = {
     "kl": ("KL to SFT (nats)", "z.2f"),
     "length": ("length", ".1f"),
 }
+
+
+def failed(error: Exception) -> None:
+    """An error that the user can cure."""
+    errors.print(f"[bold red]error:[/] {escape(str(error))}")
+
+
+def server_starts() -> None:
+    """A server of our own is started for this command."""
+    console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
 
 
 def stage_begins(name: str, reasons: Sequence[str]) -> None:

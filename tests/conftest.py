@@ -5,10 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, pre_tokenizers
+from tokenizers.models import BPE
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 VOCABULARY = 32
 PAD, EOS = 0, 1
+LETTERS = "Ġabcdefghijklmnopqrstuvwxyz"
+"""What the letter tokenizer knows beside padding and end; Ġ is the space."""
 
 
 def tiny_model(seed: int = 0) -> LlamaForCausalLM:
@@ -35,6 +39,14 @@ def tiny_policy(seed: int = 0) -> PeftModel:
     """The tiny model with a fresh LoRA adapter."""
     model = tiny_model(seed)
     return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+
+
+def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:
+    """A token per letter, after padding (0) and end (1)."""
+    vocabulary = {token: number for number, token in enumerate(["<pad>", "<end>", *letters])}
+    backend = Tokenizer(BPE(vocabulary, []))
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
 
 
 @pytest.fixture

@@ -12,10 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast
 
 from tasks.core.models import add_lora, load_policy, load_reference, save_adapter
 from tasks.core.params import GenerationParams, GRPOParams, LengthRule, LoraParams, RewardParams
@@ -25,7 +22,7 @@ from tasks.rewards.composition import CompositeReward
 from tasks.rewards.rules import RULES
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, TextCodec
-from tests.conftest import EOS, PAD, VOCABULARY, tiny_model
+from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer, tiny_model
 from tests.unit.rl.test_trainer import PARAMS
 
 PROMPT = [3, 4]
@@ -91,19 +88,12 @@ def test_ppo_reaches_the_optimum_of_its_own_beta_and_of_no_other(beta: float) ->
 
 # -- GRPO, by TRL, through the stage ---------------------------------------------------------------------------
 
-LETTERS = "Ġabcdefghijklmnopqrstuvwxyz123"
-SHOWN = ["", "", " ", *LETTERS[1:]]
+SIGNS = f"{LETTERS}123"
+SHOWN = ["", "", " ", *SIGNS[1:]]
 """Token id → the text of a response that holds this token alone; padding and end token show nothing."""
 
 VALUES = torch.cat([REWARDS[EOS : EOS + 1], REWARDS[1:]])
 """REWARDS, but the two tokens that show nothing are worth the same."""
-
-
-def letter_tokenizer() -> PreTrainedTokenizerFast:
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<end>", *LETTERS])}
-    letters = Tokenizer(BPE(vocabulary, []))
-    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    return PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<end>")
 
 
 @pytest.fixture
@@ -114,7 +104,7 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     monkeypatch.setitem(RULES, "token", lambda params, answers: rule)
     base = tmp_path / "base_model" / "model"
     tiny_model().save_pretrained(base)
-    letter_tokenizer().save_pretrained(base)
+    letter_tokenizer(SIGNS).save_pretrained(base)
     lora = LoraParams(r=1, alpha=1, target_modules=("q_proj",), scorer_modules="all-linear")
     save_adapter(add_lora(tiny_model(), lora, seed=0), tmp_path / "sft")
     write_rows(tmp_path / "prepare" / "prompts" / "train.jsonl", [Prompt(id="p", prompt="ab")])
@@ -150,7 +140,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     out = tmp_path / "grpo"
     out.mkdir()
     grpo(params, lora, generation, reward, 0, **folders, out=out)
-    ids = torch.tensor([letter_tokenizer()("ab").input_ids])
+    ids = torch.tensor([letter_tokenizer(SIGNS)("ab").input_ids])
     with torch.no_grad():
         before, after = (
             torch.softmax(model(ids).logits[0, -1].double(), dim=-1)

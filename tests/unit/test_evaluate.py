@@ -6,9 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tokenizers import Tokenizer, decoders, pre_tokenizers
-from tokenizers.models import BPE
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.core import tracking
 from tasks.core.errors import DataError
@@ -19,6 +17,7 @@ from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.evals.compare import Judged
 from tasks.evaluate import choose_prompts, evaluate
 from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel
+from tests.conftest import letter_tokenizer
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True)
@@ -28,7 +27,6 @@ PROMPTS = [
     Prompt(id=f"p{number}", prompt=text)
     for number, text in enumerate(["good film", "awful end", "good", "so so", "x", "is it", "zz"])
 ]
-LETTERS = "Ġabcdefghijklmnopqrstuvwxyz"
 
 
 @pytest.fixture(scope="module")
@@ -37,14 +35,11 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     root = tmp_path_factory.mktemp("artifacts")
     names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "prepare")
     folders = {name: root / name for name in names}
-    vocabulary = {token: number for number, token in enumerate(["<pad>", "<end>", *LETTERS])}
-    letters = Tokenizer(BPE(vocabulary, []))
-    letters.pre_tokenizer, letters.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    tokenizer = PreTrainedTokenizerFast(tokenizer_object=letters, pad_token="<pad>", eos_token="<end>")
+    tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(folders["base_model"] / "model")
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=len(vocabulary), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
+        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
         num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
     )  # fmt: skip
     LlamaForCausalLM(config).save_pretrained(folders["base_model"] / "model")

@@ -1,0 +1,31 @@
+"""What both benchmarks measure: the model, its adapter, the prompts and the lengths."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+__all__ = ["MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "adapter", "check_model", "prompts"]
+
+ROOT = Path(__file__).resolve().parents[1]
+MODEL = ROOT / "artifacts" / "base_model" / "model"
+PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
+
+
+def adapter() -> Any:
+    """LoRA on every linear layer."""
+    from peft import LoraConfig, TaskType
+
+    return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+
+
+def prompts(count: int) -> list[list[int]]:
+    """Token ids, different in each row."""
+    return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(count)]
+
+
+def check_model() -> None:
+    """End with what to do where the model is not there."""
+    if not MODEL.is_dir():
+        sys.exit(f"{MODEL} does not exist: `rlhf run base_model` fetches the model")
