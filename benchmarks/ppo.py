@@ -63,7 +63,8 @@ def ours() -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from tasks.core.params import GenerationParams, load_params
+    from tasks.core.params import load_params
+    from tasks.core.sections.generation import GenerationParams
     from tasks.rewards.composition import CompositeReward
     from tasks.rewards.learned import TextScorer
     from tasks.rl.policy import Policy

@@ -13,7 +13,7 @@ from typing import Any
 from tasks.core.errors import ModelError
 from tasks.core.files import write_json
 from tasks.core.models import prepare_process
-from tasks.core.params import BaseModelParams
+from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.model_readers import READERS
 
 __all__ = ["base_model"]

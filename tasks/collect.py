@@ -10,8 +10,8 @@ import logging
 from pathlib import Path
 
 from tasks.core.files import write_json
-from tasks.core.params import CollectParams, SourceParams
 from tasks.core.schema import write_rows
+from tasks.core.sections.collect import CollectParams, SourceParams
 from tasks.data.pypi import sha256_of
 from tasks.data.sources import Collected, collect_source
 

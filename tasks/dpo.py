@@ -13,8 +13,9 @@ from trl import DPOConfig, DPOTrainer
 
 from tasks.core.files import write_json
 from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
-from tasks.core.params import DPOParams, LoraParams
 from tasks.core.schema import Preference, read_rows
+from tasks.core.sections.dpo import DPOParams
+from tasks.core.sections.lora import LoraParams
 from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
 
 __all__ = ["dpo"]

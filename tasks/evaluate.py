@@ -21,8 +21,10 @@ from tasks.core import tracking
 from tasks.core.errors import DataError, TrainingError
 from tasks.core.files import write_json, write_table
 from tasks.core.models import ADAPTER, is_off, load_policy, load_reference, load_tokenizer, prepare_process
-from tasks.core.params import EvaluateParams, GenerationParams, RewardParams
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.evaluate import EvaluateParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
 from tasks.evals.report import Evidence, read_table, render
 from tasks.evals.text import length_counts, word_count

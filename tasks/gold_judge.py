@@ -13,8 +13,9 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments
 
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_tokenizer, new_scorer, prepare_process, save_adapter
-from tasks.core.params import GoldJudgeParams, LoraParams
 from tasks.core.schema import Rating, read_rows
+from tasks.core.sections.gold_judge import GoldJudgeParams
+from tasks.core.sections.lora import LoraParams
 from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
 from tasks.rewards.learned import NORMALISATION, TextScorer, encode
 

@@ -15,8 +15,11 @@ from trl import GRPOConfig, GRPOTrainer
 from tasks.core import tracking
 from tasks.core.files import write_json
 from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
-from tasks.core.params import GenerationParams, GRPOParams, LoraParams, RewardParams
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.grpo import GRPOParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.reward import RewardParams
 from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.rollout import generate

@@ -10,8 +10,11 @@ from tqdm import tqdm
 from tasks.core import tracking
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
-from tasks.core.params import GenerationParams, LoraParams, PPOParams, RewardParams
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.ppo import PPOParams
+from tasks.core.sections.reward import RewardParams
 from tasks.core.training import write_history
 from tasks.rewards.composition import load_reward
 from tasks.rl.policy import Policy

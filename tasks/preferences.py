@@ -17,8 +17,8 @@ import numpy as np
 
 from tasks.core.errors import DataError
 from tasks.core.files import write_json, write_table
-from tasks.core.params import PreferencesParams
 from tasks.core.schema import Preference, Rating, read_rows, write_rows
+from tasks.core.sections.preferences import PreferencesParams
 from tasks.data.agreement import rater_agreement
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters
 from tasks.data.splitting import SPLITS, Split

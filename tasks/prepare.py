@@ -13,8 +13,8 @@ from pathlib import Path
 
 from tasks.core.errors import DataError
 from tasks.core.files import write_json
-from tasks.core.params import PrepareParams
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row, write_rows
+from tasks.core.sections.prepare import PrepareParams
 from tasks.data.cleaning import Cleaned, check_quarantine, clean, in_length, key, whole_texts
 from tasks.data.duplicates import near_duplicates
 from tasks.data.splitting import HALVES, SPLITS, Half, Split, half_of, in_stable_order, split_of

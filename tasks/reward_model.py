@@ -14,8 +14,10 @@ from trl import RewardConfig, RewardTrainer
 
 from tasks.core.files import write_json, write_table
 from tasks.core.models import add_lora, load_reference, load_tokenizer, new_scorer, prepare_process, save_adapter
-from tasks.core.params import GenerationParams, LoraParams, RewardModelParams
 from tasks.core.schema import Preference, Prompt, read_rows
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.reward_model import RewardModelParams
 from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
 from tasks.evals.calibration import MARGINS, accuracy_by_margin, calibration_table
 from tasks.rewards.learned import NORMALISATION, TextScorer, encode

@@ -10,8 +10,9 @@ from trl import SFTConfig, SFTTrainer
 
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
-from tasks.core.params import LoraParams, SFTParams
 from tasks.core.schema import Demonstration, read_rows
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.sft import SFTParams
 from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
 
 __all__ = ["sft"]

@@ -12,7 +12,7 @@ import shutil
 import sys
 import warnings
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import datasets
 import torch
@@ -27,8 +27,10 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tasks.core.errors import ModelError
-from tasks.core.params import LoraParams
 from tasks.core.paths import OFF
+
+if TYPE_CHECKING:
+    from tasks.core.sections.lora import LoraParams
 
 __all__ = [
     "add_lora",

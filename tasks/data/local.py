@@ -14,8 +14,8 @@ import pyarrow
 from pyarrow import parquet
 
 from tasks.core.errors import DataError, SourceError
-from tasks.core.params import SourceParams
 from tasks.core.paths import project_root
+from tasks.core.sections.collect import SourceParams
 from tasks.data.pypi import sha256_of
 
 __all__ = ["read_local"]

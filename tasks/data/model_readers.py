@@ -19,8 +19,8 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.core.errors import ModelError, SourceError
-from tasks.core.params import BaseModelParams
 from tasks.core.paths import state
+from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.pypi import fetch
 
 __all__ = ["READERS", "Loaded"]

@@ -12,7 +12,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
 from tasks.core.errors import DataError, SourceError
-from tasks.core.params import SourceParams
+from tasks.core.sections.collect import SourceParams
 
 __all__ = ["read_hub", "read_reasoning_gym"]
 

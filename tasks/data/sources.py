@@ -13,9 +13,9 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import DataError
-from tasks.core.params import SourceParams
 from tasks.core.paths import state
 from tasks.core.schema import ROW_TYPES
+from tasks.core.sections.collect import SourceParams
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.local import read_local
 from tasks.data.pypi import fetch

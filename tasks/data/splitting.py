@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Iterable
 from typing import Literal, TypeVar
 
-from tasks.core.params import PrepareParams
+from tasks.core.sections.prepare import PrepareParams
 
 __all__ = ["HALVES", "SPLITS", "Half", "Split", "half_of", "in_stable_order", "split_of", "uniform"]
 

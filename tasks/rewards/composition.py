@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, TrainingError
-from tasks.core.params import RewardParams
 from tasks.core.schema import Prompt
+from tasks.core.sections.reward import RewardParams
 from tasks.rewards.learned import RewardModel
 from tasks.rewards.rules import RULES, RewardFunction
 

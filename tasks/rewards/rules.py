@@ -14,7 +14,7 @@ from typing import TypeAlias
 from torch import Tensor
 
 from tasks.core.errors import DataError
-from tasks.core.params import RewardParams
+from tasks.core.sections.reward import RewardParams
 from tasks.core.words import repeated_share, words
 
 __all__ = ["RULES", "Answers", "RewardFunction", "RuleFactory", "length", "repetition", "right_answer"]

@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import TrainingError
-from tasks.core.params import GenerationParams, PPOParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.advantages import gae
 from tasks.rl.control import AdaptiveKL, FixedKL, KLController

@@ -15,8 +15,11 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
 from tasks.core.models import add_lora, load_policy, load_reference, save_adapter
-from tasks.core.params import GenerationParams, GRPOParams, LengthRule, LoraParams, RewardParams
 from tasks.core.schema import Prompt, write_rows
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.grpo import GRPOParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.grpo import grpo
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.rules import RULES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from tasks.core.params import GenerationParams
+from tasks.core.sections.generation import GenerationParams
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer

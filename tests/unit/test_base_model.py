@@ -14,7 +14,7 @@ import torch
 from tasks.base_model import base_model
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.models import load_reference, load_tokenizer
-from tasks.core.params import BaseModelParams
+from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.model_readers import byte_tokenizer
 
 RANDOM = BaseModelParams(kind="random", layers=2, hidden_size=32)

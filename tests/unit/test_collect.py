@@ -10,7 +10,7 @@ import pytest
 
 from tasks.collect import collect
 from tasks.core.errors import SourceError
-from tasks.core.params import CollectParams, SourceParams
+from tasks.core.sections.collect import CollectParams, SourceParams
 
 
 @pytest.fixture

@@ -11,9 +11,12 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.core import tracking
 from tasks.core.errors import DataError
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
-from tasks.core.params import EvaluateParams, GenerationParams, LengthRule, LoraParams, RewardParams
 from tasks.core.paths import OFF
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.evaluate import EvaluateParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.evals.compare import Judged
 from tasks.evaluate import choose_prompts, evaluate
 from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel

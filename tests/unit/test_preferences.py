@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.params import PreferencesParams
 from tasks.core.schema import Preference, Rating, read_rows, write_rows
+from tasks.core.sections.preferences import PreferencesParams
 from tasks.data.agreement import rater_agreement
 from tasks.preferences import preferences
 

@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.params import PrepareParams
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, read_rows
+from tasks.core.sections.prepare import PrepareParams
 from tasks.data.duplicates import shingles, similarity
 from tasks.prepare import prepare
 

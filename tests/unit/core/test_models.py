@@ -19,7 +19,7 @@ from tasks.core.models import (
     new_scorer,
     save_adapter,
 )
-from tasks.core.params import LoraParams
+from tasks.core.sections.lora import LoraParams
 from tests.conftest import tiny_model
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.params import PrepareParams
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row
+from tasks.core.sections.prepare import PrepareParams
 from tasks.data.cleaning import Cleaned, check_quarantine, clean, in_length, key
 
 BOUNDS = PrepareParams(

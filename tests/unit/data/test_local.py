@@ -9,7 +9,7 @@ import pandas
 import pytest
 
 from tasks.core.errors import DataError, SourceError
-from tasks.core.params import SourceParams
+from tasks.core.sections.collect import SourceParams
 from tasks.data.local import read_local
 
 

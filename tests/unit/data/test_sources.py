@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from tasks.core.errors import DataError, SourceError
-from tasks.core.params import SourceParams
 from tasks.core.schema import Preference
+from tasks.core.sections.collect import SourceParams
 from tasks.data.sources import Collected, collect_source
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 
 import pytest
 
-from tasks.core.params import PrepareParams
+from tasks.core.sections.prepare import PrepareParams
 from tasks.data.splitting import half_of, in_stable_order, split_of, uniform
 
 PARAMS = PrepareParams(

@@ -3,8 +3,8 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError, TrainingError
-from tasks.core.params import LengthRule, RewardParams
 from tasks.core.schema import Prompt
+from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.rewards.composition import CompositeReward, build_reward
 
 PROMPTS, RESPONSES = ["A film", "The end"], [" so so so", " is near"]

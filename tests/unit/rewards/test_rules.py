@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.core.params import LengthRule, RewardParams
+from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.rewards.rules import RULES, length, repetition, right_answer
 
 

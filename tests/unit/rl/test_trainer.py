@@ -8,7 +8,8 @@ import pytest
 import torch
 
 from tasks.core.errors import TrainingError
-from tasks.core.params import GenerationParams, PPOParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.policy import Experience, Policy
 from tasks.rl.trainer import PPOTrainer, TextCodec

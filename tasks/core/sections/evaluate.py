@@ -1,0 +1,19 @@
+"""The comparison of the policies."""
+
+from __future__ import annotations
+
+from pydantic import Field
+
+from tasks.core.sections.section import Positive, Section
+
+__all__ = ["EvaluateParams"]
+
+
+class EvaluateParams(Section):
+    """The comparison of all policies on held-out prompts."""
+
+    prompts: Positive = Field(description="How many held-out prompts.")
+    batch_size: Positive = Field(description="Sequences per forward pass.")
+    bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
+    report_samples: Positive = Field(description="Prompts shown side by side in the report.")
+    vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")

@@ -1,0 +1,55 @@
+"""PPO."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from tasks.core.sections.section import Positive, Rate, Section, check_minibatches
+
+__all__ = ["PPOParams"]
+
+
+class PPOParams(Section):
+    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    updates: Positive = Field(description="Rollout–update rounds.")
+    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
+    samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
+    epochs: Positive = Field(description="Passes over each rollout.")
+    minibatches: Positive = Field(description="Optimiser steps per pass.")
+    micro_batch_size: Positive = Field(
+        description="Sequences per forward pass; changes memory and speed, never the gradient."
+    )
+    learning_rate: Rate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
+    gamma: float = Field(
+        gt=0, le=1, description="Discount of rewards over tokens; 1 treats the response as one episode."
+    )
+    lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
+    clip_range: float = Field(gt=0, lt=1, description="ε of the clipped policy objective.")
+    value_clip_range: float = Field(gt=0, description="How far a value may move from the rollout's.")
+    value_coef: float = Field(ge=0, description="Weight of the value loss.")
+    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
+    kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
+    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or steered to kl_target.")
+    kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
+    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
+    max_approx_kl: float = Field(
+        gt=0, description="The epochs of an update stop when the policy moved further than this."
+    )
+    missing_eos_penalty: float = Field(
+        ge=0, description="Subtracted from the score of a response without an end token."
+    )
+    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
+
+    @model_validator(mode="after")
+    def _divides(self) -> Self:
+        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
+        episodes = self.prompts_per_update * self.samples_per_prompt
+        if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
+            raise ValueError(
+                f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
+                f"the {episodes} responses of an update (got {self.kl_horizon})"
+            )
+        return self

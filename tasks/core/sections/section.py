@@ -1,0 +1,26 @@
+"""What every section of params.yaml is made of."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field
+
+__all__ = ["Positive", "Rate", "Section", "Share", "check_minibatches"]
+
+Positive = Annotated[int, Field(gt=0)]
+Share = Annotated[float, Field(ge=0, lt=1)]
+Rate = Annotated[float, Field(gt=0, le=1)]
+
+
+class Section(BaseModel):
+    """A section of params.yaml: an unknown key is an error, and values never change after loading."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def check_minibatches(prompts_per_update: int, samples_per_prompt: int, minibatches: int) -> None:
+    """Refuse a rollout that does not divide into equal minibatches."""
+    batch = prompts_per_update * samples_per_prompt
+    if batch % minibatches:
+        raise ValueError(f"minibatches {minibatches} must divide the {batch} responses of an update")
