@@ -14,7 +14,7 @@ PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
 
 
 def adapter() -> Any:
-    """LoRA on every linear layer."""
+    """LoRA on every linear layer, as PEFT makes it."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)

@@ -63,6 +63,7 @@ def ours() -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+    from tasks.core.linear import freeze, use_fast_adapters
     from tasks.core.params import load_params
     from tasks.core.sections.generation import GenerationParams
     from tasks.rewards.composition import CompositeReward
@@ -72,10 +73,12 @@ def ours() -> dict[str, Any]:
 
     watch = Stopwatch()
     torch.manual_seed(0)
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).requires_grad_(False).eval()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+    freeze(model)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     judge = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = tokenizer.pad_token_id
+    freeze(judge)
     scorer = TextScorer(judge, tokenizer, max_length=PROMPT_TOKENS + RESPONSE_TOKENS)
     reward = CompositeReward({"learned": lambda asked, texts: scorer(texts)}, {"learned": 1.0})
     section = load_params(ROOT / "params.yaml").ppo
@@ -100,7 +103,7 @@ def ours() -> dict[str, Any]:
         if "time/update_s" in metrics:
             watch.lap()
 
-    policy = Policy(get_peft_model(model, adapter()).eval(), temperature=1.0)
+    policy = Policy(get_peft_model(model, use_fast_adapters(adapter())).eval(), temperature=1.0)
     watch.lap()
     PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log).train()
     return watch.result()

@@ -22,6 +22,7 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tasks.core.linear import freeze, use_fast_adapters
 from tasks.core.models import prepare_process
 from tasks.rl.rollout import generate
 
@@ -54,10 +55,13 @@ def seconds(call: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def multiplications_per_second() -> float:
-    """Floating-point operations per second of one large matrix product, the best of ten."""
-    one, other = torch.randn(SIDE, SIDE), torch.randn(SIDE, SIDE)
-    return 2 * SIDE**3 / min(seconds(lambda: one @ other) for _ in range(10))
+def multiplications_per_second() -> dict[str, float]:
+    """Floating-point operations per second of one large matrix product, the best of ten, by torch and by oneDNN."""
+    one, other = torch.randn(SIDE, SIDE), torch.nn.Linear(SIDE, SIDE, bias=False)
+    matrix = other.weight.detach()
+    freeze(other)
+    products: dict[str, Callable[[], object]] = {"torch": lambda: one @ matrix, "onednn": lambda: other(one)}
+    return {name: 2 * SIDE**3 / min(seconds(call) for _ in range(10)) for name, call in products.items()}
 
 
 def operations_per_token(model: nn.Module) -> float:
@@ -75,23 +79,28 @@ def main() -> None:
     repetitions = parser.parse_args().repetitions
     check_model()
     prepare_process()
-    base = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    model = get_peft_model(base, adapter()).eval()
-    limit = multiplications_per_second() / operations_per_token(model)
-    print(f"limit by matrix products: {limit:.0f} tokens/s")
-    result: dict[str, float] = {"limit_tokens_per_s": round(limit, 1), "repetitions": repetitions}
+    theirs, base = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
+    freeze(base)
+    models = {
+        "ours": get_peft_model(base, use_fast_adapters(adapter())).eval(),
+        "transformers": get_peft_model(theirs, adapter()).eval(),
+    }
+    limits = {name: speed / operations_per_token(base) for name, speed in multiplications_per_second().items()}
+    print("limit by matrix products: " + ", ".join(f"{name} {limit:.0f} tokens/s" for name, limit in limits.items()))
+    result: dict[str, float] = {f"limit_{name}": round(limit, 1) for name, limit in limits.items()}
+    result["repetitions"] = repetitions
     for shape, (count, samples) in SHAPES.items():
         sides = {"ours": sampled_by_us, "transformers": sampled_by_transformers}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for repetition in range(repetitions + 1):
             for name, sample in sides.items():
-                taken = seconds(partial(sample, model, count, samples))
+                taken = seconds(partial(sample, models[name], count, samples))
                 if repetition:  # the first warms up
                     times[name].append(taken)
         rates = {name: count * samples * RESPONSE_TOKENS / statistics.median(taken) for name, taken in times.items()}
         print(f"{shape}: " + ", ".join(f"{name} {rate:.0f} tokens/s" for name, rate in rates.items()))
         result |= {f"{name}_{shape}": round(rate, 1) for name, rate in rates.items()}
-        result |= {f"share_of_limit_{shape}": round(rates["ours"] / limit, 3)}
+        result |= {f"share_of_{name}_{shape}": round(rates["ours"] / limit, 3) for name, limit in limits.items()}
         result |= {f"ratio_{shape}": round(rates["ours"] / rates["transformers"], 3)}
     print(json.dumps(result))
 

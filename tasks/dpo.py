@@ -16,7 +16,7 @@ from tasks.core.models import load_reference, load_tokenizer, lora_config, prepa
 from tasks.core.schema import Preference, read_rows
 from tasks.core.sections.dpo import DPOParams
 from tasks.core.sections.lora import LoraParams
-from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
+from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
 
 __all__ = ["dpo"]
 
@@ -47,7 +47,7 @@ def dpo(
         processing_class=tokenizer,
         callbacks=[history],
     )
-    calm(trainer).train()
+    train_or_resume(trainer)
     save_adapter(trainer.model, out)
     write_history(out / "history.csv", history.rows)
     metrics = {"pairs": len(train), **{key: value for key, value in history.rows[-1].items() if key != "step"}}

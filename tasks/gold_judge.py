@@ -16,7 +16,7 @@ from tasks.core.models import add_lora, load_tokenizer, new_scorer, prepare_proc
 from tasks.core.schema import Rating, read_rows
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.lora import LoraParams
-from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
+from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
 from tasks.rewards.learned import NORMALISATION, TextScorer, encode
 
 __all__ = ["gold_judge"]
@@ -50,7 +50,7 @@ def gold_judge(
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=[history],
     )
-    calm(trainer).train()
+    train_or_resume(trainer)
     save_adapter(trainer.model, out)
     (out / NORMALISATION).write_text(json.dumps({"max_length": params.max_length}) + "\n", encoding="utf-8")
     write_history(out / "history.csv", history.rows)

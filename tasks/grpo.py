@@ -20,12 +20,18 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
+from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.rollout import generate
 from tasks.rl.shaping import missing_eos_penalty
 
 __all__ = ["grpo"]
+
+CHECKPOINT_UPDATES = 4
+"""Updates between checkpoints: each has at least a rollout's work in it, so they cost little."""
+
+SAMPLE = ("step", "prompt", "response", "score")
+"""The order of a sample's keys; a checkpoint sorts them."""
 
 TRL_NAMES = {
     "loss": "loss",
@@ -72,20 +78,25 @@ def grpo(
             callbacks=[history],
             rollout_func=_Rollouts(params, generation, tokenizer, seed),
         )
-    calm(trainer).train()
+    train_or_resume(trainer)
     save_adapter(trainer.model, out)
-    rows = _rounds(history.rows, score.history, params.epochs * params.minibatches)
+    rollouts = [entry for entry in trainer.state.log_history if "rollout" in entry]
+    rows = _rounds(history.rows, [entry["rollout"] for entry in rollouts], params.epochs * params.minibatches)
     write_history(out / "history.csv", rows)
-    write_rows(out / "samples.jsonl", score.samples)
+    samples = [sample for entry in rollouts for sample in entry["samples"]]
+    write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE} for sample in samples))
     write_json(out / "metrics.json", rows[-1])
 
 
 def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> GRPOConfig:
     batch = params.prompts_per_update * params.samples_per_prompt // params.minibatches
     arguments = common_arguments(seed=seed, batch_size=batch, learning_rate=params.learning_rate, epochs=1)
+    steps_per_update = params.epochs * params.minibatches
+    # No checkpoint holds the responses that an update still has to learn from: checkpoints only between updates.
+    steps = {"logging_steps": 1, "save_steps": CHECKPOINT_UPDATES * steps_per_update}
     return GRPOConfig(
-        **(arguments | {"logging_steps": 1}),
-        max_steps=params.updates * params.epochs * params.minibatches,
+        **(arguments | steps),
+        max_steps=params.updates * steps_per_update,
         steps_per_generation=params.minibatches,
         num_generations=params.samples_per_prompt,
         num_iterations=params.epochs,
@@ -128,15 +139,17 @@ class _Rollouts:
 
 
 class _Score:
-    """TRL's reward function: the composed reward, with every component kept for the curves and some samples to read."""
+    """TRL's reward function: the composed reward, with every component kept for the curves and some samples to read.
+
+    They are kept in the trainer's log, which is part of its checkpoints.
+    """
 
     __name__ = "reward"
 
     def __init__(self, reward: CompositeReward, params: GRPOParams, eos_token_id: int) -> None:
         self._reward, self._penalty, self._eos = reward, params.missing_eos_penalty, eos_token_id
         self._group = params.samples_per_prompt
-        self.history: list[dict[str, float]] = []
-        self.samples: list[dict[str, Any]] = []
+        self._steps_per_update = params.epochs * params.minibatches
 
     def __call__(
         self,
@@ -149,7 +162,7 @@ class _Score:
         outcome = self._reward(prompts, completions)
         ended = torch.tensor([ids[-1] == self._eos for ids in completion_ids])
         scores = missing_eos_penalty(outcome.total, ended, self._penalty)
-        step = len(self.history) + 1
+        step = trainer_state.global_step // self._steps_per_update + 1
         means = {
             "reward": outcome.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
@@ -157,13 +170,12 @@ class _Score:
             "length": sum(map(len, completion_ids)) / len(completion_ids),
             "no_end_share": (~ended).float().mean().item(),
         }
-        self.history.append(means)
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [
             {"step": step, "prompt": prompts[i], "response": completions[i], "score": scores[i].item()}
             for i in range(0, len(prompts), self._group)
         ][:4]
-        self.samples += rows
+        trainer_state.log_history.append({"rollout": means, "samples": rows})
         tracking.log_samples("samples", rows, step=step)
         return [float(value) for value in scores]
 

@@ -18,7 +18,7 @@ from tasks.core.schema import Preference, Prompt, read_rows
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward_model import RewardModelParams
-from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
+from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
 from tasks.evals.calibration import MARGINS, accuracy_by_margin, calibration_table
 from tasks.rewards.learned import NORMALISATION, TextScorer, encode
 from tasks.rl.rollout import generate
@@ -88,7 +88,7 @@ def _train(
         processing_class=tokenizer,
         callbacks=[history],
     )
-    calm(trainer).train()
+    train_or_resume(trainer)
     return trainer, history
 
 

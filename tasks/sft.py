@@ -13,7 +13,7 @@ from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_
 from tasks.core.schema import Demonstration, read_rows
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.sft import SFTParams
-from tasks.core.training import HistoryCallback, calm, common_arguments, write_history
+from tasks.core.training import HistoryCallback, calm, common_arguments, train_or_resume, write_history
 
 __all__ = ["sft"]
 
@@ -43,7 +43,7 @@ def sft(params: SFTParams, lora: LoraParams, seed: int, *, base_model: Path, pre
         callbacks=[history],
     )
     before = calm(trainer).evaluate()["eval_loss"]
-    trainer.train()
+    train_or_resume(trainer)
     after = trainer.evaluate()["eval_loss"]
     save_adapter(trainer.model, out)
     write_history(out / "history.csv", history.rows)

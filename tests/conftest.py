@@ -9,6 +9,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from tasks.core.linear import freeze, use_fast_adapters
+
 VOCABULARY = 32
 PAD, EOS = 0, 1
 LETTERS = "Ġabcdefghijklmnopqrstuvwxyz"
@@ -36,9 +38,11 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
 
 
 def tiny_policy(seed: int = 0) -> PeftModel:
-    """The tiny model with a fresh LoRA adapter."""
+    """The tiny model, frozen, with a fresh LoRA adapter."""
     model = tiny_model(seed)
-    return get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])).eval()
+    freeze(model)
+    config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
+    return get_peft_model(model, use_fast_adapters(config)).eval()
 
 
 def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:

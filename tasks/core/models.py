@@ -27,6 +27,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from tasks.core.errors import ModelError
+from tasks.core.linear import freeze, use_fast_adapters
 from tasks.core.paths import OFF
 
 if TYPE_CHECKING:
@@ -103,15 +104,16 @@ def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype())
     if sft is not None:
         model = PeftModel.from_pretrained(model, _existing(sft / ADAPTER, "adapter_config.json")).merge_and_unload()
-    model.requires_grad_(False)
-    result: PreTrainedModel = model.to(device()).eval()
+    model.to(device())
+    freeze(model)
+    result: PreTrainedModel = model.eval()
     return result
 
 
 def load_policy(base_model: Path, sft: Path, stage: Path) -> PeftModel:
     """The reference with the adapter that a policy stage trained, switched on."""
     reference = load_reference(base_model, sft)
-    return PeftModel.from_pretrained(reference, _existing(stage / ADAPTER, "adapter_config.json")).eval()
+    return _load_adapter(reference, stage)
 
 
 def add_lora(
@@ -144,13 +146,15 @@ def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> Lo
     """The PEFT configuration for the shared LoRA section; no dropout, so that ratios start at exactly 1."""
     chosen = lora.scorer_modules if head else lora.target_modules
     modules = chosen if isinstance(chosen, str) else list(chosen)
-    return LoraConfig(
-        r=lora.r,
-        lora_alpha=lora.alpha,
-        lora_dropout=0.0,
-        target_modules=modules,
-        modules_to_save=[head] if head else None,
-        task_type=task,
+    return use_fast_adapters(
+        LoraConfig(
+            r=lora.r,
+            lora_alpha=lora.alpha,
+            lora_dropout=0.0,
+            target_modules=modules,
+            modules_to_save=[head] if head else None,
+            task_type=task,
+        )
     )
 
 
@@ -183,7 +187,13 @@ def new_scorer(base_model: Path, sft: Path | None, *, seed: int) -> PreTrainedMo
 def load_scorer(base_model: Path, sft: Path | None, stage: Path) -> PeftModel:
     """A trained scorer: trunk, adapter and head, in evaluation mode."""
     scorer = new_scorer(base_model, sft, seed=0)
-    return PeftModel.from_pretrained(scorer, _existing(stage / ADAPTER, "adapter_config.json")).eval()
+    return _load_adapter(scorer, stage)
+
+
+def _load_adapter(model: PreTrainedModel, stage: Path) -> PeftModel:
+    folder = _existing(stage / ADAPTER, "adapter_config.json")
+    config = use_fast_adapters(cast(LoraConfig, LoraConfig.from_pretrained(str(folder))))
+    return PeftModel.from_pretrained(model, folder, config=config).eval()
 
 
 def save_adapter(model: PeftModel, out: Path) -> None:

@@ -1,12 +1,20 @@
-"""What the stages that train with Hugging Face trainers share: arguments, history, datasets."""
+"""What the stages that train with Hugging Face trainers share: arguments, history, checkpoints.
+
+A run that was killed and is started again goes on from its newest checkpoint; on a CPU its outputs are byte for byte
+those of a run that was never interrupted. (On a GPU even two uninterrupted runs need not be equal to the last bit.)
+The checkpoints are transformers' own. Three things that they lack are added here: a mark that one is whole, an order
+of the data that follows from the epoch, and TRL's count of tokens.
+"""
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -22,17 +30,29 @@ from tasks.core.errors import TrainingError
 from tasks.core.files import write_table
 from tasks.core.models import device
 
-__all__ = ["HistoryCallback", "calm", "common_arguments", "scratch_folder", "write_history"]
+__all__ = ["HistoryCallback", "calm", "common_arguments", "scratch_folder", "train_or_resume", "write_history"]
 
 # Wall-clock figures differ between equal runs: they go to the tracker, never into a file that DVC hashes.
 TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
 
+LOGGING_STEPS = 5
+
+CHECKPOINT_STEPS = 25
+"""Optimiser steps between checkpoints, one of which takes less time than a step.
+
+A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
+"""
+
+WHOLE = "whole"
+"""An empty file, written last: a checkpoint without it was cut short."""
+
 
 def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
-    """Trainer arguments that all stages share: exact precision, no hidden checkpoints, no reports but ours."""
+    """Trainer arguments that all stages share: exact precision, checkpoints where the run keeps them, no reports."""
     on_gpu = device().type == "cuda"
+    checkpoints = tracking.current_checkpoints()
     return {
-        "output_dir": scratch_folder(),
+        "output_dir": str(checkpoints or scratch_folder()),
         "seed": seed,
         "data_seed": seed,
         "per_device_train_batch_size": batch_size,
@@ -44,9 +64,11 @@ def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs
         "weight_decay": 0.0,
         "bf16": on_gpu,
         "gradient_checkpointing": False,
-        "save_strategy": "no",
+        "save_strategy": "steps" if checkpoints else "no",
+        "save_steps": CHECKPOINT_STEPS,
+        "save_total_limit": 2,  # the older one is deleted before the newer one has its mark
         "report_to": "none",
-        "logging_steps": 5,
+        "logging_steps": LOGGING_STEPS,
         "logging_first_step": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
@@ -63,8 +85,35 @@ def scratch_folder() -> str:
 _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 
 
+def train_or_resume(trainer: Trainer) -> None:
+    """Train, from the newest whole checkpoint if an interrupted run has left one.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite.
+    """
+    checkpoint = _newest_checkpoint()
+    if checkpoint:
+        logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history[-1]
+        # TRL logs this count and saves it nowhere else.
+        setattr(trainer, "_total_train_tokens", int(logged.get("num_tokens", 0)))  # noqa: B010
+    calm(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+
+
+def _newest_checkpoint() -> Path | None:
+    folder = tracking.current_checkpoints()
+    whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{WHOLE}")] if folder else []
+    return max(whole, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
 class HistoryCallback(TrainerCallback):
-    """Collects what a trainer logs, sends it to the tracker, shows progress, and stops on a loss that is not finite."""
+    """Collects what a trainer logs, sends it to the tracker, shows progress, and stops on a loss that is not finite.
+
+    The rows follow from the trainer's own log, which is part of its checkpoints.
+    """
 
     def __init__(self, stage: str) -> None:
         self.rows: list[dict[str, float]] = []
@@ -74,10 +123,43 @@ class HistoryCallback(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        self._bar = tqdm(total=state.max_steps, desc=self._stage, unit="step")
+        self.rows = [_row(entry) for entry in state.log_history if "loss" in entry]
+        if state.global_step:
+            place = f"step {state.global_step} of {state.max_steps}"
+            print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
+        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._stage, unit="step")
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Let the order of the data follow from the seed and the epoch.
+
+        It would else follow from all orders drawn before, and a run that goes on in a later epoch draws none of them:
+        it would take the first epoch's order. The first epoch's is the trainer's own.
+        """
+        epoch = int(state.epoch or 0)
+        if epoch:
+            batches = train_dataloader.batch_sampler
+            sampler = getattr(batches, "batch_sampler", batches).sampler
+            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # nothing is left to go on with, and this step need not have been logged
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark the checkpoint as whole, once all of it is on the disk."""
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        for path in checkpoint.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        (checkpoint / WHOLE).touch()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -92,16 +174,25 @@ class HistoryCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
+        """Runs before the checkpoint of the same step, so weights that are not finite are never saved."""
         numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
         if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
+            checkpoint = _newest_checkpoint()
+            kept = f"; the checkpoint of step {_step(checkpoint)} is kept" if checkpoint else ""
             raise TrainingError(
-                f"step {state.global_step}: loss or gradient is not finite: {numbers}; lower learning_rate"
+                f"step {state.global_step}: loss or gradient is not finite: {numbers}; lower learning_rate{kept}"
             )
         tracking.log_metrics(numbers, step=state.global_step)
-        kept = {key: value for key, value in numbers.items() if not any(part in key for part in TIMINGS)}
-        if "loss" in kept:
-            self.rows.append({"step": state.global_step, **kept})
-            self._bar.set_postfix({"loss": f"{kept['loss']:.3g}"})
+        if "loss" in numbers:
+            self.rows.append(_row(state.log_history[-1]))
+            self._bar.set_postfix({"loss": f"{numbers['loss']:.3g}"})
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, float]:
+    """An entry of the trainer's log without its timings; keys in order, because a checkpoint sorts them."""
+    numbers = {key: float(value) for key, value in sorted(entry.items()) if isinstance(value, int | float)}
+    kept = {key: value for key, value in numbers.items() if not any(part in key for part in TIMINGS)}
+    return kept | {"step": entry["step"]}
 
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)

@@ -202,11 +202,16 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """
     if logits.dim() > 2:
         return torch.stack([entropy_from_logits(row, temperature) for row in logits])
-    logprobs = torch.log_softmax(_wide(logits) / temperature, dim=-1)
-    return -(logprobs.exp() * logprobs).sum(-1)
+    logits = _tempered(logits, temperature)
+    shifted = logits - logits.amax(-1, keepdim=True)
+    weights = shifted.exp()
+    total = weights.sum(-1)
+    # With w = e^s and p = w / Σw: −Σ p·log p = log Σw − Σ w·s / Σw. In place, unless a gradient needs the factors.
+    products = weights * shifted if shifted.requires_grad else weights.mul_(shifted)
+    return total.log() - products.sum(-1) / total
 
 
-def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
+def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, overwrite: bool = False) -> Tensor:
     """log softmax(logits / temperature) at the tokens: [B, T, V] and [B, T] → [B, T], in float32 or wider.
 
     Temperature belongs here: the policy that sampled is softmax(logits / temperature), so that is the policy to train
@@ -214,9 +219,10 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float) -> 
 
     It is `logits[token] / temperature − logsumexp(logits / temperature)`, a row of the batch at a time, and its
     backward pass computes the softmax again instead of keeping it: all that it adds is one tensor of the logits' size,
-    their gradient (`log_softmax` and `gather` of torch peak at about five times that).
+    their gradient (`log_softmax` and `gather` of torch peak at about five times that). With `overwrite` not even that:
+    the backward pass may then write the gradient over the logits, which nothing must read afterwards.
     """
-    result: Tensor = _Logprobs.apply(logits, tokens, temperature)  # type: ignore[no-untyped-call]
+    result: Tensor = _Logprobs.apply(logits, tokens, temperature, overwrite)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -224,25 +230,33 @@ class _Logprobs(torch.autograd.Function):
     """See `logprobs_from_logits`. ∂ log p_token / ∂ logit_v = ([v = token] − p_v) / temperature."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float) -> Tensor:
-        norm = torch.stack([torch.logsumexp(_wide(row) / temperature, dim=-1) for row in logits])
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool) -> Tensor:
+        norm = torch.stack([torch.logsumexp(_tempered(row, temperature), dim=-1) for row in logits])
         ctx.save_for_backward(logits, tokens, norm)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.overwrite = temperature, overwrite
         return _wide(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)) / temperature - norm
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, tokens, norm = ctx.saved_tensors
         scale = (grad / ctx.temperature).unsqueeze(-1)
-        grad_logits = (_wide(logits) / ctx.temperature).sub_(norm.unsqueeze(-1)).exp_().mul_(-scale)
+        grad_logits = _tempered(logits, ctx.temperature)
+        if grad_logits is logits and not ctx.overwrite:
+            grad_logits = logits.clone()
+        grad_logits.sub_(norm.unsqueeze(-1)).exp_().mul_(-scale)
         grad_logits.scatter_add_(-1, tokens.unsqueeze(-1), scale)
-        return grad_logits, None, None
+        return grad_logits, None, None, None
 
 
 def _wide(tensor: Tensor) -> Tensor:
     """At least float32: half-precision log-probabilities are off by more than a policy moves in one update."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
+
+
+def _tempered(logits: Tensor, temperature: float) -> Tensor:
+    """logits / temperature; at 1 without the copy."""
+    return _wide(logits) if temperature == 1 else _wide(logits) / temperature
 
 
 def _check_count(token_count: int) -> None:

@@ -60,17 +60,18 @@ class Policy(nn.Module):
     def forward(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies of the response tokens, each [B, T] float32."""
         out = self.model(**_inputs(batch), output_hidden_states=True)
-        logits = out.logits[:, :-1].float()
-        values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 : -1].float()).squeeze(-1)
+        logits = out.logits.float()
+        values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
         with torch.no_grad():
             entropy = entropy_from_logits(logits, self.temperature)
-        return logprobs_from_logits(logits, batch.responses, self.temperature), values, entropy
+        logprobs = logprobs_from_logits(logits, batch.responses, self.temperature, overwrite=True)
+        return logprobs, values, entropy
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Experience | Rollout) -> Tensor:
         """Log-probabilities [B, T] of the response tokens under the reference: the same trunk with the adapter off."""
         with self.model.disable_adapter():
-            logits = self.model(**_inputs(batch)).logits[:, :-1].float()
+            logits = self.model(**_inputs(batch)).logits.float()
         return logprobs_from_logits(logits, batch.responses, self.temperature)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -79,13 +80,13 @@ class Policy(nn.Module):
 
 
 def _inputs(batch: Experience | Rollout) -> dict[str, Any]:
-    """Model inputs such that logits[:, t] predicts response token t, and logits[:, T] is left over."""
-    mask = torch.cat([batch.prompt_mask, batch.response_mask], dim=1)
+    """Model inputs such that logits[:, t] predicts response token t; so the last response token is no input."""
+    mask = torch.cat([batch.prompt_mask, batch.response_mask[:, :-1]], dim=1)
     return {
-        "input_ids": torch.cat([batch.prompts, batch.responses], dim=1),
+        "input_ids": torch.cat([batch.prompts, batch.responses[:, :-1]], dim=1),
         "attention_mask": mask.long(),
         "position_ids": position_ids(mask),
-        "logits_to_keep": batch.responses.shape[1] + 1,
+        "logits_to_keep": batch.responses.shape[1],
         "use_cache": False,
     }
 

@@ -1,8 +1,9 @@
 """Sampling of responses: a plain decode loop over a left-padded batch.
 
 The loop differs from a general `generate` in what it leaves out: no top-k or top-p (what is sampled must be what is
-trained), prompts computed once and their cache shared by the samples of a prompt, rows dropped from the batch once
-they end, and the log-probabilities of the sampled tokens kept from the very logits they were sampled from.
+trained), prompts computed once and their cache shared by the samples of a prompt, the cache written in place, rows
+dropped from the batch once they end, and the log-probabilities of the sampled tokens kept from the very logits they
+were sampled from. On a CPU the weights are rearranged for small products, adapters added (`tasks.core.linear`).
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import DynamicCache
+
+from tasks.core.linear import merged
+from tasks.rl.cache import PreallocatedCache
 
 __all__ = ["Rollout", "generate", "pad_left", "position_ids"]
 
@@ -90,31 +93,31 @@ def generate(
     """
     where = next(model.parameters()).device
     ids, mask = (tensor.to(where) for tensor in pad_left(prompts, pad_token_id))
-    cache = DynamicCache()
-    logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
-    if samples_per_prompt > 1:
-        cache.batch_repeat_interleave(samples_per_prompt)
-        ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
-    batch = ids.shape[0]
+    cache = PreallocatedCache(ids.shape[1] + max_new_tokens)
+    batch = ids.shape[0] * samples_per_prompt
     responses = torch.full((batch, max_new_tokens), pad_token_id, dtype=torch.long, device=where)
     response_mask = torch.zeros_like(responses, dtype=torch.bool)
     logprobs, values = torch.zeros((2, *responses.shape), device=where)
     alive = torch.arange(batch, device=where)
-    attention, position = mask, mask.sum(1, keepdim=True)
-    for step in range(max_new_tokens):
-        uniform = torch.rand(batch, generator=generator).to(where)[alive]
-        token, logprob = _sample(logits, temperature, uniform)
-        responses[alive, step], response_mask[alive, step] = token, True
-        logprobs[alive, step], values[alive, step] = logprob, value
-        going = (token != eos_token_id).nonzero().squeeze(1)
-        if going.numel() == 0 or step + 1 == max_new_tokens:
-            break
-        if going.numel() < alive.numel():
-            cache.batch_select_indices(going)
-            alive, attention, position, token = alive[going], attention[going], position[going], token[going]
-        attention = torch.cat([attention, attention.new_ones((alive.numel(), 1))], dim=1)
-        logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
-        position = position + 1
+    with merged(model):
+        logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
+        cache.repeat(samples_per_prompt)
+        ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
+        attention, position = mask, mask.sum(1, keepdim=True)
+        for step in range(max_new_tokens):
+            uniform = torch.rand(batch, generator=generator).to(where)[alive]
+            token, logprob = _sample(logits, temperature, uniform)
+            responses[alive, step], response_mask[alive, step] = token, True
+            logprobs[alive, step], values[alive, step] = logprob, value
+            going = (token != eos_token_id).nonzero().squeeze(1)
+            if going.numel() == 0 or step + 1 == max_new_tokens:
+                break
+            if going.numel() < alive.numel():
+                going = _fill_gaps(going, cache)
+                alive, attention, position, token = alive[going], attention[going], position[going], token[going]
+            attention = torch.cat([attention, attention.new_ones((alive.numel(), 1))], dim=1)
+            logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
+            position = position + 1
     ended = ((responses == eos_token_id) & response_mask).any(1)
     kept = slice(0, int(response_mask.sum(1).max()))
     return Rollout(
@@ -129,7 +132,7 @@ def generate(
 
 
 def _step(
-    model: Any, ids: Tensor, attention: Tensor, position: Tensor, cache: DynamicCache, value_head: nn.Module | None
+    model: Any, ids: Tensor, attention: Tensor, position: Tensor, cache: PreallocatedCache, value_head: nn.Module | None
 ) -> tuple[Tensor, Tensor]:
     """Logits [B, V] of the token that follows each row, and the value [B] of its state; the cache grows by the ids."""
     out = model(
@@ -146,6 +149,18 @@ def _step(
         return logits, logits.new_zeros(logits.shape[0])
     value: Tensor = value_head(out.hidden_states[-1][:, -1].float()).squeeze(-1)
     return logits, value
+
+
+def _fill_gaps(going: Tensor, cache: PreallocatedCache) -> Tensor:
+    """Move rows from the end into the places of those that ended; the order of the rows that are left."""
+    rows = going.numel()
+    order = torch.arange(rows, device=going.device)
+    kept = torch.zeros(int(going[-1]) + 1, dtype=torch.bool, device=going.device)
+    kept[going] = True
+    gaps = (~kept[:rows]).nonzero().squeeze(1)
+    order[gaps] = going[rows - gaps.numel() :]
+    cache.move(order[gaps], gaps, rows)
+    return order
 
 
 def _sample(logits: Tensor, temperature: float, uniform: Tensor) -> tuple[Tensor, Tensor]:

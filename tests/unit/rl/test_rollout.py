@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from tasks.rl.rollout import Rollout, generate, pad_left, position_ids
+from tests.conftest import tiny_policy
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
@@ -32,6 +33,21 @@ def test_logprobs_equal_a_fresh_forward_pass(model, temperature):
         response = rollout.responses[row, :length].tolist()
         expected = fresh_logprobs(model, PROMPTS[row // 4], response, temperature)
         torch.testing.assert_close(rollout.logprobs[row, :length], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_logprobs_equal_a_fresh_forward_pass_with_an_adapter():
+    """On the path that merges the adapter, with rows that change places as others end."""
+    policy = tiny_policy()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    rollout = sample(policy, PROMPTS * 4, samples_per_prompt=2, temperature=0.7)
+    assert 3 < rollout.ended.sum() < 24
+    for row in range(len(rollout.responses)):
+        length = int(rollout.response_mask[row].sum())
+        response = rollout.responses[row, :length].tolist()
+        expected = fresh_logprobs(policy, (PROMPTS * 4)[row // 2], response, 0.7)
+        torch.testing.assert_close(rollout.logprobs[row, :length], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_response_ends_at_its_end_token_and_is_padded_after_it(model):

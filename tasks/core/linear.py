@@ -1,0 +1,181 @@
+"""Linear layers by oneDNN: the frozen matrices of a model, with or without an adapter, multiplied faster on a CPU.
+
+Torch hands float32 products to MKL, which rearranges both factors at every call; for the few rows of a decoding step
+that costs more than the product. oneDNN takes weights as they are, or rearranged once. A low-rank adapter on such a
+layer is added to its output in place, so that no second output is kept for the backward pass. The numbers are the same
+but for the order of additions. On a GPU, in another precision, for weights that are trained, and where torch was built
+without oneDNN, every layer works as before.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from peft.tuners.lora import Linear as LoraLinear
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+__all__ = ["FrozenLinear", "freeze", "merged", "use_fast_adapters"]
+
+ROWS = 16  # for which the layout of packed weights is chosen; it serves other numbers of rows as well
+
+_onednn = torch.ops.mkldnn
+
+
+def freeze(model: nn.Module) -> None:
+    """Freeze all parameters, and let oneDNN compute the linear layers from here on."""
+    model.requires_grad_(False)
+    for module in model.modules():
+        if type(module) is nn.Linear and _serves(module.weight):
+            module.__class__ = FrozenLinear
+
+
+def use_fast_adapters(config: LoraConfig) -> LoraConfig:
+    """Let PEFT put `FrozenLora` around the layers that `freeze` has changed, and its own layers around others."""
+    config._register_custom_module({FrozenLinear: FrozenLora})
+    return config
+
+
+@contextmanager
+def merged(model: nn.Module) -> Iterator[None]:
+    """Within it, adapters are added into a rearranged copy of their layer's weight: for decoding, without gradients.
+
+    It takes the memory of the model's linear layers once more, and pays where the model is then called often on few
+    rows. The weights must not change meanwhile.
+    """
+    adapters = {module.base_layer: module for module in model.modules() if isinstance(module, FrozenLora)}
+    layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
+    try:
+        for layer in layers:
+            layer.packed = _packed(layer.weight if layer not in adapters else adapters[layer].sum())
+        yield
+    finally:
+        for layer in layers:
+            layer.packed = None
+
+
+class FrozenLinear(nn.Linear):
+    """A linear layer whose weight gets no gradient."""
+
+    packed: Tensor | None = None
+    """The weight, or its sum with an adapter, as oneDNN wants it; see `merged`."""
+
+    def forward(self, inputs: Tensor) -> Tensor:
+        if self.packed is not None:
+            return _product(inputs, self.packed, self.bias)
+        if self.weight.requires_grad or not _serves(self.weight):
+            return super().forward(inputs)
+        if inputs.requires_grad and torch.is_grad_enabled():
+            return cast(Tensor, _Frozen.apply(inputs, self.weight, self.bias))  # type: ignore[no-untyped-call]
+        return _product(inputs, self.weight, self.bias)
+
+
+class FrozenLora(LoraLinear):
+    """A low-rank adapter on a `FrozenLinear`: y = x·Wᵀ + b + (x·Aᵀ)·Bᵀ·α/r (Hu et al. 2021, arXiv 2106.09685)."""
+
+    base_layer: FrozenLinear
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        layer = self.base_layer
+        if layer.packed is not None:
+            return layer(x)
+        if self.disable_adapters or args or kwargs or not self._plain() or not _serves(layer.weight):
+            return cast(Tensor, super().forward(x, *args, **kwargs))
+        down, up, scaling = self._factors()
+        result = _Adapted.apply(x, layer.weight, layer.bias, down, up, scaling)  # type: ignore[no-untyped-call]
+        return cast(Tensor, result)
+
+    def sum(self) -> Tensor:
+        """W + B·A·α/r, or W while the adapter is off."""
+        weight = self.base_layer.weight
+        if self.disable_adapters:
+            return weight
+        if not self._plain():
+            return weight + sum(self.get_delta_weight(name) for name in self.active_adapters)
+        down, up, scaling = self._factors()
+        return torch.addmm(weight, up, down, alpha=scaling)
+
+    def _plain(self) -> bool:
+        """Whether there is one adapter, without dropout and variants, that is not merged into the weight."""
+        names = self.active_adapters
+        return (
+            len(names) == 1
+            and names[0] not in self.lora_variant
+            and isinstance(self.lora_dropout[names[0]], nn.Identity)
+            and self.lora_A[names[0]].weight.dtype == torch.float32
+            and not self.merged
+        )
+
+    def _factors(self) -> tuple[Tensor, Tensor, float]:
+        (name,) = self.active_adapters
+        return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
+
+
+class _Frozen(torch.autograd.Function):
+    """y = x·Wᵀ + b with a gradient for x alone."""
+
+    @staticmethod
+    def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(weight)
+        return _product(inputs, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        (weight,) = ctx.saved_tensors
+        return _product(grad, weight.t()), None, None
+
+
+class _Adapted(torch.autograd.Function):
+    """See `FrozenLora`; gradients for x, A and B."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
+    ) -> Tensor:
+        hidden = _product(_rows(inputs), down)
+        result = _product(inputs, weight, bias)
+        _rows(result).addmm_(hidden, up.t(), alpha=scaling)
+        ctx.save_for_backward(inputs, weight, down, up, hidden)
+        ctx.scaling = scaling
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
+        inputs, weight, down, up, hidden = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_hidden = _product(_rows(grad), up.t()).mul_(ctx.scaling)
+        grad_up = _product(hidden.t(), _rows(grad).t()).mul_(ctx.scaling).t()
+        grad_down = _product(grad_hidden.t(), _rows(inputs).t())
+        grad_inputs = None
+        if ctx.needs_input_grad[0]:
+            grad_inputs = _product(grad, weight.t())
+            _rows(grad_inputs).addmm_(grad_hidden, down)
+        return grad_inputs, None, None, grad_down, grad_up, None
+
+
+@torch.no_grad()
+def _packed(weight: Tensor) -> Tensor:
+    packed: Tensor = _onednn._reorder_linear_weight(weight.detach(), ROWS)
+    return packed
+
+
+def _serves(weight: Tensor) -> bool:
+    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return built and weight.device.type == "cpu" and weight.dtype == torch.float32
+
+
+def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """inputs·weightᵀ + bias."""
+    result: Tensor = _onednn._linear_pointwise(inputs, weight, bias, "none", [], "")
+    return result
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    """[..., d] → [N, d]."""
+    return tensor.reshape(-1, tensor.shape[-1])

@@ -1,0 +1,157 @@
+"""A stage that is interrupted and run again writes, byte for byte, what it would have written without interruption."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks import grpo
+from tasks.core import tracking, training
+from tasks.core.errors import TrainingError
+from tests.unit.tiny_stages import RUNS, write_inputs
+
+ROOT = Path(__file__).resolve().parents[2]
+EVERY = 5
+"""Steps between checkpoints here: one falls into each of the two epochs, and one between them."""
+
+
+class InterruptedRunError(Exception):
+    """As if the process were killed."""
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "CHECKPOINT_STEPS", EVERY)
+    monkeypatch.setattr(grpo, "CHECKPOINT_UPDATES", 1)
+
+
+def outputs(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def after_step(number: int, then: Callable[[Any], None]) -> pytest.MonkeyPatch:
+    """Do something to the model at the end of a step."""
+    patch, original = pytest.MonkeyPatch(), training.HistoryCallback.on_step_end
+
+    def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        original(self, args, state, control, **kwargs)
+        if state.global_step == number:
+            then(kwargs["model"])
+
+    patch.setattr(training.HistoryCallback, "on_step_end", on_step_end)
+    return patch
+
+
+def interrupt(model: Any) -> None:
+    raise InterruptedRunError
+
+
+def run(stage: str, inputs: Path, folder: Path) -> None:
+    """Run the stage with checkpoints beside its outputs."""
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    with tracking.active(tracking.ActiveRun(stage, checkpoints=folder / "checkpoints")):
+        RUNS[stage](inputs, folder / "out")
+
+
+def run_until(step: int, stage: str, inputs: Path, folder: Path) -> list[str]:
+    """The checkpoints that a run leaves which is interrupted after this step."""
+    patch = after_step(step, interrupt)
+    with pytest.raises(InterruptedRunError):
+        run(stage, inputs, folder)
+    patch.undo()
+    return checkpoints(folder)
+
+
+def checkpoints(folder: Path) -> list[str]:
+    return sorted(path.name for path in (folder / "checkpoints").glob("checkpoint-*"))
+
+
+def cut_short(checkpoint: Path) -> None:
+    """As a kill in the middle of the last file would leave it."""
+    (checkpoint / training.WHOLE).unlink()
+    state = checkpoint / "trainer_state.json"
+    state.write_text(state.read_text()[:100])
+
+
+@pytest.mark.parametrize("stage", RUNS)
+def test_a_stage_interrupted_in_every_epoch_writes_the_same(
+    stage: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "whole").mkdir()
+    RUNS[stage](inputs, tmp_path / "whole")
+    every = 4 if stage == "grpo" else EVERY
+    first = run_until(every + 2, stage, inputs, tmp_path)
+    assert first == [f"checkpoint-{every}"]
+    second = run_until(2 * every + 2, stage, inputs, tmp_path)
+    assert second == sorted([*first, f"checkpoint-{2 * every}"])
+    third = run_until(3 * every + 2, stage, inputs, tmp_path)
+    assert third == sorted([f"checkpoint-{2 * every}", f"checkpoint-{3 * every}"]), "they must not pile up"
+    capsys.readouterr()
+    run(stage, inputs, tmp_path)
+    assert f"{stage}: goes on from step {3 * every} of" in capsys.readouterr().out
+    result, expected = outputs(tmp_path / "out"), outputs(tmp_path / "whole")
+    assert result.keys() == expected.keys()
+    assert {"history.csv", "metrics.json", "adapter/adapter_model.safetensors"} <= result.keys()
+    for name, content in expected.items():
+        assert result[name] == content, name
+    assert checkpoints(tmp_path) == third, "the last step is not saved: it need not have been checked"
+
+
+def test_killed_three_times_and_still_the_same_run(inputs: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "tests.unit.killed_stage", str(inputs), str(tmp_path)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    for stage in ("sft", "grpo"):
+        result, expected = outputs(tmp_path / stage / "out"), outputs(tmp_path / stage / "whole" / "out")
+        assert "history.csv" in expected
+        assert result == expected, stage
+
+
+def test_a_checkpoint_cut_short_is_passed_over(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run("gold_judge", inputs, tmp_path / "whole")
+    run_until(2 * EVERY + 1, "gold_judge", inputs, tmp_path)
+    cut_short(tmp_path / "checkpoints" / f"checkpoint-{2 * EVERY}")
+    run("gold_judge", inputs, tmp_path)
+    assert f"goes on from step {EVERY} of 20" in capsys.readouterr().out
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole" / "out")
+
+
+def test_weights_that_are_not_finite_are_never_saved(inputs: Path, tmp_path: Path) -> None:
+    def spoil(model: Any) -> None:
+        next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(float("nan"))
+
+    patch = after_step(EVERY + 2, spoil)
+    with pytest.raises(TrainingError, match=r"step 10: .*nan.*lower learning_rate; the checkpoint of step 5 is kept"):
+        run("gold_judge", inputs, tmp_path)
+    with pytest.raises(TrainingError, match=r"lower learning_rate$"):
+        RUNS["gold_judge"](inputs, tmp_path / "plain")
+    patch.undo()
+    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
+
+
+def test_samples_of_grpo_carry_the_number_of_their_update(inputs: Path, tmp_path: Path) -> None:
+    RUNS["grpo"](inputs, tmp_path)
+    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
+
+
+def test_a_plain_function_writes_no_checkpoint() -> None:
+    arguments = training.common_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
+    assert arguments["save_strategy"] == "no"

@@ -1,0 +1,88 @@
+"""The stages that train with Hugging Face trainers, at their smallest: inputs to write, and a call for each stage.
+
+Texts differ in length, so that the order of the data matters; two epochs of ten steps each unless it says otherwise.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from pathlib import Path
+
+from tasks.core.models import add_lora, save_adapter
+from tasks.core.schema import Demonstration, Preference, Prompt, Rating, write_rows
+from tasks.core.sections.dpo import DPOParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.gold_judge import GoldJudgeParams
+from tasks.core.sections.grpo import GRPOParams
+from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.reward import LengthRule, RewardParams
+from tasks.core.sections.reward_model import RewardModelParams
+from tasks.core.sections.sft import SFTParams
+from tasks.dpo import dpo
+from tasks.gold_judge import gold_judge
+from tasks.grpo import grpo
+from tasks.reward_model import reward_model
+from tasks.sft import sft
+from tests.conftest import letter_tokenizer, tiny_model
+
+ROWS = 20
+LORA = LoraParams(r=4, alpha=8, target_modules=("q_proj", "v_proj"), scorer_modules="all-linear")
+GENERATION = GenerationParams(max_new_tokens=4, temperature=1.0)
+REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, length=LengthRule(target=2, tolerance=4))
+
+_COMMON = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "max_length": 32}
+_SFT = SFTParams(max_examples=ROWS, max_validation_examples=4, **_COMMON)
+_REWARD_MODEL = RewardModelParams(first_layer=0, normalisation_samples=4, **_COMMON)
+_GOLD_JUDGE = GoldJudgeParams(first_layer=0, max_examples=ROWS, **_COMMON)
+_DPO = DPOParams(max_pairs=ROWS - 2, beta=0.1, **_COMMON)
+"""Nine steps an epoch: the last logged step is that of a checkpoint, and a run going on from there logs no other."""
+_GRPO = GRPOParams(
+    updates=4, prompts_per_update=2, samples_per_prompt=4, epochs=2, minibatches=2, learning_rate=0.01,
+    clip_range=0.2, kl_coef=0.1, missing_eos_penalty=0.5,
+)  # fmt: skip
+"""Four prompts are two updates of four steps each."""
+
+Run = Callable[[Path, Path], None]
+"""(folder of inputs, folder for outputs) → None."""
+
+RUNS: dict[str, Run] = {
+    "sft": lambda of, out: sft(_SFT, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
+    "reward_model": lambda of, out: reward_model(
+        _REWARD_MODEL, LORA, GENERATION, 0, base_model=of / "base_model", sft=of / "sft", prepare=of / "prepare",
+        preferences=of / "preferences", out=out,
+    ),
+    "gold_judge": lambda of, out: gold_judge(
+        _GOLD_JUDGE, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out
+    ),
+    "dpo": lambda of, out: dpo(
+        _DPO, LORA, 0, base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out
+    ),
+    "grpo": lambda of, out: grpo(
+        _GRPO, LORA, GENERATION, REWARD, 0, base_model=of / "base_model", sft=of / "sft",
+        reward_model=of / "reward_model", prepare=of / "prepare", out=out,
+    ),
+}  # fmt: skip
+
+
+def write_inputs(of: Path) -> None:
+    """A random model, an SFT adapter that changes nothing, and rows of random letters."""
+    tiny_model().save_pretrained(of / "base_model" / "model")
+    letter_tokenizer().save_pretrained(of / "base_model" / "model")
+    save_adapter(add_lora(tiny_model(), LORA, seed=0), of / "sft")
+    draw = random.Random(0)
+
+    def text() -> str:
+        return " " + "".join(draw.choices("abcdefgh ", k=draw.randint(1, 20)))
+
+    prepare, preferences = of / "prepare", of / "preferences"
+    for part in ("train", "validation"):
+        rows = [Demonstration(id=str(i), prompt=f"{draw.choice('abc')}", response=text()) for i in range(ROWS)]
+        write_rows(prepare / "demonstrations" / f"{part}.jsonl", rows)
+    write_rows(prepare / "prompts" / "train.jsonl", [Prompt(id=letter, prompt=letter) for letter in "abcd"])
+    for part in ("train", "test"):
+        ratings = [Rating(id=str(i), text=text(), ratings=(draw.uniform(-4, 4),)) for i in range(ROWS)]
+        write_rows(prepare / "ratings" / "gold" / f"{part}.jsonl", ratings)
+        pairs = [Preference(id=str(i), prompt="a", chosen=f"{text()}a", rejected=f"{text()}b") for i in range(ROWS)]
+        write_rows(preferences / f"{part}.jsonl", pairs)
+    (preferences / "ceiling.csv").write_text("bucket,agreement\n", encoding="utf-8")
