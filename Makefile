@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check repro ui lock bench-ppo bench-rollout clean
+.PHONY: demo test check repro ui lock bench-ppo bench-rollout bench-grpo bench-seeds clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -48,6 +48,14 @@ bench-ppo: $(VENV)/.installed $(PEER)/.installed
 bench-rollout: $(VENV)/.installed
 	rlhf run base_model
 	python benchmarks/rollout.py
+
+bench-grpo: $(VENV)/.installed
+	rlhf run base_model
+	python benchmarks/grpo.py
+
+# PPO under eight seeds, after `make demo`.
+bench-seeds: $(VENV)/.installed
+	python benchmarks/seeds.py
 
 $(PEER)/.installed: requirements.lock
 	$(PYTHON) -m venv $(PEER)

@@ -13,6 +13,7 @@ Prints the phases' medians and, last, one JSON line with `ratio_wall`, `ratio_cp
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import os
 import resource
@@ -58,7 +59,8 @@ class Stopwatch:
         return {"updates": self.updates[1:-1], "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def ours() -> dict[str, Any]:
+def ours(*, own_critic: bool = False) -> dict[str, Any]:
+    """Updates by our trainer; with `own_critic` the values come from a second trunk, trained beside the policy's."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -104,9 +106,41 @@ def ours() -> dict[str, Any]:
             watch.lap()
 
     policy = Policy(get_peft_model(model, use_fast_adapters(adapter())).eval(), temperature=1.0)
+    trainer = PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log)
+    if own_critic:
+        critic = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
+        freeze(critic)
+        add_critic(trainer, get_peft_model(critic, use_fast_adapters(adapter())).eval())
     watch.lap()
-    PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log).train()
+    trainer.train()
     return watch.result()
+
+
+def add_critic(trainer: Any, critic: Any) -> None:
+    """Let the values come from this model's last hidden states instead of the policy's."""
+    import torch
+
+    from tasks.rl.policy import model_inputs
+
+    policy, forward, rollout = trainer.policy, trainer.policy.forward, trainer._rollout
+    policy.critic = critic
+    trainer.optimizer.add_param_group({"params": [weight for weight in critic.parameters() if weight.requires_grad]})
+
+    def values(batch: Any) -> Any:
+        inputs = model_inputs(batch) | {"logits_to_keep": 1}
+        states = critic(**inputs, output_hidden_states=True).hidden_states[-1]
+        return policy.value_head(states[:, batch.prompts.shape[1] - 1 :]).squeeze(-1)
+
+    def with_values(batch: Any) -> Any:
+        logprobs, _, entropy = forward(batch)
+        return logprobs, values(batch), entropy
+
+    def rolled_out() -> Any:
+        sampled, prompts = rollout()
+        with torch.no_grad():
+            return dataclasses.replace(sampled, values=values(sampled)), prompts
+
+    policy.forward, trainer._rollout = with_values, rolled_out
 
 
 def peer() -> dict[str, Any]:
@@ -163,36 +197,41 @@ def child(side: str, python: Path) -> dict[str, Any]:
 
 
 def compare(repetitions: int) -> None:
-    runs: dict[str, list[dict[str, Any]]] = {"ours": [], "peer": []}
+    here = Path(sys.executable)
+    sides = {"ours": here, "critic": here, "peer": PEER / "bin" / "python"}
+    runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for repetition in range(repetitions):
-        for side, python in (("ours", Path(sys.executable)), ("peer", PEER / "bin" / "python")):
+        for side, python in sides.items():
             runs[side].append(child(side, python))
             walls = ", ".join(f"{update['wall']:.1f}" for update in runs[side][-1]["updates"])
             print(f"{side}, run {repetition + 1}: {walls} s an update")
     medians = {side: medians_of(results) for side, results in runs.items()}
     for side, figures in medians.items():
         print(side, {name: round(value, 2) for name, value in figures.items()})
-    ratios = {f"ratio_{name}": round(medians["peer"][name] / medians["ours"][name], 3) for name in ("wall", "cpu")}
-    ratios["ratio_rss"] = round(medians["peer"]["rss_gib"] / medians["ours"]["rss_gib"], 3)
+    ratios = {
+        f"{label}_{name}": round(medians["peer"][name] / medians[side][name], 3)
+        for side, label in (("critic", "own_critic_ratio"), ("ours", "ratio"))
+        for name in ("wall", "cpu", "rss")
+    }
     print(json.dumps(ratios | {"repetitions": repetitions, "updates": UPDATES}))
 
 
 def medians_of(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The median of each phase over all updates of all runs, in seconds, and of the peak memory over the runs."""
+    """The median of each phase over all updates of all runs, in seconds; of the peak memory over the runs, in GiB."""
     updates = [update for result in results for update in result["updates"]]
     names = dict.fromkeys(name for update in updates for name in update)
     figures = {name: statistics.median(update[name] for update in updates) for name in names}
-    return figures | {"rss_gib": statistics.median(result["rss"] for result in results) / 2**30}
+    return figures | {"rss": statistics.median(result["rss"] for result in results) / 2**30}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--repetitions", type=int, default=3)
-    parser.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    parser.add_argument("--side", choices=["ours", "critic", "peer"], help=argparse.SUPPRESS)
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        result = ours() if arguments.side == "ours" else peer()
+        result = peer() if arguments.side == "peer" else ours(own_critic=arguments.side == "critic")
         arguments.out.write_text(json.dumps(result))
     else:
         check_model()

@@ -147,15 +147,8 @@ class _Sampler:
         ]
 
     def _rollouts(self, model: Any) -> list[Rollout]:
-        """Sampled with the adapter added into the weights, which saves a fifth of the time.
-
-        Only in float32: bfloat16 would round small updates away, and another policy would be judged.
-        """
-        merge = isinstance(model, PeftModel) and model.dtype == torch.float32
         generator = torch.Generator().manual_seed(self._seed)
-        if merge:
-            model.merge_adapter()
-        rollouts = [
+        return [
             generate(
                 model,
                 [self._tokenizer(row.prompt).input_ids for row in batch],
@@ -167,9 +160,6 @@ class _Sampler:
             )
             for batch in self._batches
         ]
-        if merge:
-            model.unmerge_adapter()
-        return rollouts
 
     def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
         if not isinstance(model, PeftModel):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,9 +11,11 @@ from typing import Any
 import torch
 from datasets import Dataset
 from peft import TaskType
+from tqdm import tqdm
 from trl import GRPOConfig, GRPOTrainer
 
 from tasks.core import tracking
+from tasks.core.errors import TrainingError
 from tasks.core.files import write_json
 from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
@@ -22,10 +25,11 @@ from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
 from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
+from tasks.rl.checks import DegenerationWatch
 from tasks.rl.rollout import generate
 from tasks.rl.shaping import missing_eos_penalty
 
-__all__ = ["grpo"]
+__all__ = ["Rollouts", "grpo"]
 
 CHECKPOINT_UPDATES = 4
 """Updates between checkpoints: each has at least a rollout's work in it, so they cost little."""
@@ -76,7 +80,7 @@ def grpo(
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
             callbacks=[history],
-            rollout_func=_Rollouts(params, generation, tokenizer, seed),
+            rollout_func=Rollouts(params, generation, tokenizer, seed),
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
@@ -109,7 +113,7 @@ def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> G
     )
 
 
-class _Rollouts:
+class Rollouts:
     """TRL's `rollout_func`: our decode loop, each prompt computed once for its whole group."""
 
     def __init__(self, params: GRPOParams, generation: GenerationParams, tokenizer: Any, seed: int) -> None:
@@ -150,6 +154,7 @@ class _Score:
         self._reward, self._penalty, self._eos = reward, params.missing_eos_penalty, eos_token_id
         self._group = params.samples_per_prompt
         self._steps_per_update = params.epochs * params.minibatches
+        self._watch = DegenerationWatch(lambda message: tqdm.write(f"grpo: {message}", file=sys.stderr))
 
     def __call__(
         self,
@@ -159,16 +164,19 @@ class _Score:
         trainer_state: Any,
         **_: Any,
     ) -> list[float]:
-        outcome = self._reward(prompts, completions)
+        step = trainer_state.global_step // self._steps_per_update + 1
+        try:
+            outcome = self._reward(prompts, completions)
+        except TrainingError as error:
+            raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([ids[-1] == self._eos for ids in completion_ids])
         scores = missing_eos_penalty(outcome.total, ended, self._penalty)
-        step = trainer_state.global_step // self._steps_per_update + 1
         means = {
             "reward": outcome.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
             "score_std": scores.std().item(),
             "length": sum(map(len, completion_ids)) / len(completion_ids),
-            "no_end_share": (~ended).float().mean().item(),
+            **self._watch(completions, ended, step),
         }
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [

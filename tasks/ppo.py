@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,7 @@ def ppo(
         checkpoints=tracking.current_checkpoints(),
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),
+        tell=lambda message: tqdm.write(f"ppo: {message}", file=sys.stderr),
     )
     trainer.train()
     progress.close()
@@ -75,16 +77,19 @@ class _Progress:
     """Sends each update's metrics to the tracker and shows the three that matter beside the bar."""
 
     def __init__(self, updates: int) -> None:
-        self._bar = tqdm(total=updates, desc="ppo", unit="update")
+        self._updates = updates
+        self._bar: Any = None
 
     def log(self, metrics: dict[str, Any], step: int) -> None:
         tracking.log_metrics(metrics, step=step)
         if "reward" in metrics:
-            self._bar.n = step
+            self._bar = self._bar or tqdm(total=self._updates, initial=step - 1, desc="ppo", unit="update")
+            self._bar.update()
             self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl", "entropy")})
 
     def close(self) -> None:
-        self._bar.close()
+        if self._bar:
+            self._bar.close()
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation."""
+"""Advantages: generalised advantage estimation, and the leave-one-out baseline."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tasks.rl.masking import check_right_padded, zero_masked
 
-__all__ = ["gae"]
+__all__ = ["gae", "leave_one_out"]
 
 
 def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float, lam: float) -> tuple[Tensor, Tensor]:
@@ -44,3 +44,26 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
         reversed_advantages.append(advantage)
     advantages = torch.stack(reversed_advantages[::-1], dim=1)
     return advantages, advantages + values
+
+
+def leave_one_out(returns: Tensor, group: int) -> Tensor:
+    """A_i = R_i − mean of R over the other responses to the same prompt, [B].
+
+    The others' mean does not depend on the response itself, so it is a baseline without bias, and needs no value
+    function.
+
+    Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; for language models as RLOO, Ahmadian
+    et al. 2024 (arXiv 2402.14740), section 3.2.
+
+    Args:
+        returns: [B] of whole responses, the KL penalty included; row b·group + g is sample g of prompt b.
+        group: responses per prompt, at least 2.
+
+    Raises:
+        ValueError: the group is smaller than 2, or does not divide B.
+    """
+    if group < 2 or len(returns) % group:
+        raise ValueError(f"need groups of at least 2 that divide the {len(returns)} returns, got {group}")
+    grouped = returns.reshape(-1, group)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
+    return (grouped - others).reshape(-1)

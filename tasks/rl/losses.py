@@ -117,7 +117,7 @@ def policy_loss(
     advantages: Tensor,
     response_mask: Tensor,
     *,
-    clip_range: float,
+    clip_range: float | None,
     token_count: int,
 ) -> PolicyLoss:
     """Σ max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old) and |log ρ| cut at 20.
@@ -131,7 +131,7 @@ def policy_loss(
         old_logprobs: [B, T] of the policy that sampled, a constant.
         advantages: [B, T], a constant.
         response_mask: [B, T] true where a token counts.
-        clip_range: ε.
+        clip_range: ε; None for no clipping: the plain policy gradient, which is A2C's where ρ = 1.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
 
     Raises:
@@ -142,7 +142,7 @@ def policy_loss(
     ratio = log_ratio.exp()
     gain = zero_masked(advantages.detach(), response_mask)
     free = -gain * ratio
-    bound = -gain * ratio.clamp(1 - clip_range, 1 + clip_range)
+    bound = free if clip_range is None else -gain * ratio.clamp(1 - clip_range, 1 + clip_range)
     excess = ratio.detach() - 1
     return PolicyLoss(
         loss=torch.maximum(free, bound).sum() / token_count,
@@ -161,7 +161,7 @@ def value_loss(
     returns: Tensor,
     response_mask: Tensor,
     *,
-    value_clip_range: float,
+    value_clip_range: float | None,
     token_count: int,
 ) -> ValueLoss:
     """½ · Σ max((V − R)², (V_clip − R)²) / token_count, with V_clip = V_old + clip(V − V_old, ±c).
@@ -175,7 +175,7 @@ def value_loss(
         old_values: [B, T] of the rollout, a constant.
         returns: [B, T] advantages before whitening + old values, a constant.
         response_mask: [B, T] true where a token counts.
-        value_clip_range: c.
+        value_clip_range: c; None for no clipping.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
 
     Raises:
@@ -185,9 +185,10 @@ def value_loss(
     value = zero_masked(values, response_mask)
     old_value = zero_masked(old_values.detach(), response_mask)
     target = zero_masked(returns.detach(), response_mask)
-    near = old_value + (value - old_value).clamp(-value_clip_range, value_clip_range)
-    free = (value - target) ** 2
-    bound = (near - target) ** 2
+    free = bound = (value - target) ** 2
+    if value_clip_range is not None:
+        near = old_value + (value - old_value).clamp(-value_clip_range, value_clip_range)
+        bound = (near - target) ** 2
     return ValueLoss(
         loss=torch.maximum(free, bound).sum() / token_count / 2,
         tokens=response_mask.sum(),

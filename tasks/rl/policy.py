@@ -13,24 +13,26 @@ from torch import Tensor, nn
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
 from tasks.rl.rollout import Rollout, position_ids
 
-__all__ = ["Experience", "Policy"]
+__all__ = ["Experience", "Policy", "model_inputs"]
 
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything that an update reads; B rows, P prompt and T response positions.
+    """A rollout with everything that an update reads; B rows, P prompt and T response positions, A actions.
 
-    `advantages` are whitened over the whole rollout; `returns` are taken before whitening.
+    An action is a token (A = T) or the whole response (A = 1). `advantages` are whitened over the whole rollout;
+    `returns` are taken before whitening.
     """
 
     prompts: Tensor  # [B, P]
     prompt_mask: Tensor  # [B, P]
     responses: Tensor  # [B, T]
     response_mask: Tensor  # [B, T]
-    old_logprobs: Tensor  # [B, T]
-    old_values: Tensor  # [B, T]
-    advantages: Tensor  # [B, T]
-    returns: Tensor  # [B, T]
+    action_mask: Tensor  # [B, A]
+    old_logprobs: Tensor  # [B, A]
+    old_values: Tensor  # [B, A]
+    advantages: Tensor  # [B, A]
+    returns: Tensor  # [B, A]
 
     def __len__(self) -> int:
         return self.responses.shape[0]
@@ -59,7 +61,7 @@ class Policy(nn.Module):
 
     def forward(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probabilities, values and entropies of the response tokens, each [B, T] float32."""
-        out = self.model(**_inputs(batch), output_hidden_states=True)
+        out = self.model(**model_inputs(batch), output_hidden_states=True)
         logits = out.logits.float()
         values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
         with torch.no_grad():
@@ -71,7 +73,7 @@ class Policy(nn.Module):
     def reference_logprobs(self, batch: Experience | Rollout) -> Tensor:
         """Log-probabilities [B, T] of the response tokens under the reference: the same trunk with the adapter off."""
         with self.model.disable_adapter():
-            logits = self.model(**_inputs(batch)).logits.float()
+            logits = self.model(**model_inputs(batch)).logits.float()
         return logprobs_from_logits(logits, batch.responses, self.temperature)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -79,7 +81,7 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def _inputs(batch: Experience | Rollout) -> dict[str, Any]:
+def model_inputs(batch: Experience | Rollout) -> dict[str, Any]:
     """Model inputs such that logits[:, t] predicts response token t; so the last response token is no input."""
     mask = torch.cat([batch.prompt_mask, batch.response_mask[:, :-1]], dim=1)
     return {

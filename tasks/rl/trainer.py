@@ -22,11 +22,13 @@ from tasks.core.errors import TrainingError
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.advantages import gae
+from tasks.rl.actions import action_mask, state_values, summed
+from tasks.rl.advantages import gae, leave_one_out
+from tasks.rl.checks import DegenerationWatch, check_finite, shown
 from tasks.rl.control import AdaptiveKL, FixedKL, KLController
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from tasks.rl.masking import explained_variance, masked_mean, masked_sum, whiten
+from tasks.rl.masking import explained_variance, masked_mean, masked_sum, whiten, zero_masked
 from tasks.rl.policy import Experience, Policy
 from tasks.rl.rollout import Rollout, generate
 from tasks.rl.shaping import missing_eos_penalty, token_rewards
@@ -67,11 +69,12 @@ class PPOTrainer:
         checkpoints: Path | None = None,
         log: Log = lambda metrics, step: None,
         log_samples: LogSamples = lambda rows, step: None,
+        tell: Callable[[str], None] = lambda message: None,
     ) -> None:
         self.policy, self.codec, self.reward = policy, codec, reward
         self.params, self.generation, self.seed = params, generation, seed
         self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
-        self._log, self._log_samples = log, log_samples
+        self._log, self._log_samples, self._tell = log, log_samples, tell
         self.optimizer = torch.optim.Adam(policy.trainable().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
         self.controller: KLController = (
             FixedKL(params.kl_coef)
@@ -81,17 +84,29 @@ class PPOTrainer:
         self.update = 0
         self.history: list[Metrics] = []
         self.samples: list[dict[str, Any]] = []
+        self._saved = 0
+        self._before: dict[str, Tensor] = {}
+        self._watch = DegenerationWatch(tell)
 
     def train(self) -> None:
-        """Run all updates, from the last checkpoint if there is one; remove the checkpoint at the end.
+        """Run all updates, or as many as the KL budget allows, from the last checkpoint if there is one.
+
+        The checkpoint is removed at the end, and kept where training fails.
 
         Raises:
-            TrainingError: a reward, loss or gradient is not finite, or the policy has moved out of reach.
+            TrainingError: a reward, log-probability, loss or gradient is not finite, or the policy has moved out of
+                reach; it names the update, the quantity and the samples.
         """
         self._resume()
         while self.update < self.params.updates:
             started = time.perf_counter()
-            metrics = self._round()
+            try:
+                metrics = self._round()
+            except TrainingError as error:
+                kept = f"; the checkpoint of update {self._saved} is kept" if self._saved else ""
+                raise TrainingError(f"update {self.update + 1}: {error}{kept}") from error
+            if metrics is None:
+                break
             self.update += 1
             row: Metrics = {"step": self.update, **metrics}
             self.history.append(row)
@@ -104,12 +119,16 @@ class PPOTrainer:
 
     # -- one round ---------------------------------------------------------------------------------------------
 
-    def _round(self) -> Metrics:
+    def _round(self) -> Metrics | None:
+        """Roll out, score, and update; None, with the policy set back, where the KL is over its budget."""
         clock = time.perf_counter()
         rollout, prompts = self._rollout()
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
         experience, metrics = self._experience(rollout, prompts)
         experience_s, clock = time.perf_counter() - clock, time.perf_counter()
+        if self.params.kl_budget is not None and metrics["kl"] > self.params.kl_budget:
+            self._set_back(metrics["kl"], self.params.kl_budget)
+            return None
         metrics |= self._optimise(experience)
         update_s = time.perf_counter() - clock
         tokens = float(rollout.response_mask.sum())
@@ -145,24 +164,16 @@ class PPOTrainer:
     def _experience(self, rollout: Rollout, prompts: list[str]) -> tuple[Experience, Metrics]:
         """Score the responses, spread the score over tokens with the KL penalty, and estimate advantages."""
         mask = rollout.response_mask
-        reference_logprobs = self.policy.reference_logprobs(rollout)
         responses = [self.codec.decode(ids) for ids in rollout.response_ids()]
+        check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
+        reference_logprobs = self.policy.reference_logprobs(rollout)
+        check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
         outcome = self.reward(prompts, responses)
         total = outcome.total.to(mask.device)
         scores = missing_eos_penalty(total, rollout.ended, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
-        advantages, returns = gae(rewards, rollout.values, mask, gamma=self.params.gamma, lam=self.params.lam)
-        experience = Experience(
-            prompts=rollout.prompts,
-            prompt_mask=rollout.prompt_mask,
-            responses=rollout.responses,
-            response_mask=mask,
-            old_logprobs=rollout.logprobs,
-            old_values=rollout.values,
-            advantages=whiten(advantages, mask),
-            returns=returns,
-        )
+        experience = self._actions(rollout, rewards)
         k1 = per_sequence(kl.k1, mask)
         self._keep_samples(prompts, responses, outcome.components, scores, k1)
         metrics = {
@@ -178,10 +189,50 @@ class PPOTrainer:
             "kl_per_token": masked_mean(kl.k1, mask).item(),
             "kl_coef": self.controller.kl_coef,
             "length": mask.sum(1).float().mean().item(),
-            "no_end_share": (~rollout.ended).float().mean().item(),
-            "explained_variance": explained_variance(rollout.values, returns, mask).item(),
+            **self._watch(responses, rollout.ended, self.update + 1),
+            "explained_variance": explained_variance(
+                experience.old_values, experience.returns, experience.action_mask
+            ).item(),
         }
         return experience, metrics
+
+    def _actions(self, rollout: Rollout, token_rewards: Tensor) -> Experience:
+        """What the losses need: everything per action, advantages and returns included."""
+        params, mask = self.params, rollout.response_mask
+        rewards, counts = summed(token_rewards, mask, params.action), action_mask(mask, params.action)
+        values = state_values(rollout.values, params.action)
+        if params.advantage == "gae":
+            advantages, returns = gae(rewards, values, counts, gamma=params.gamma, lam=params.lam)
+        else:
+            whole = token_rewards.sum(1)
+            returns = zero_masked(whole.unsqueeze(1).expand(counts.shape), counts)
+            gains = leave_one_out(whole, params.samples_per_prompt)
+            advantages = zero_masked(gains.unsqueeze(1).expand(counts.shape), counts)
+        return Experience(
+            prompts=rollout.prompts,
+            prompt_mask=rollout.prompt_mask,
+            responses=rollout.responses,
+            response_mask=mask,
+            action_mask=counts,
+            old_logprobs=summed(rollout.logprobs, mask, params.action),
+            old_values=values,
+            advantages=whiten(advantages, counts),
+            returns=returns,
+        )
+
+    def _set_back(self, kl: float, budget: float) -> None:
+        """Take back the last update, after which the policy was over the KL budget."""
+        if not self._before:
+            raise TrainingError(
+                f"the KL is {kl:.3g} before any update, over ppo.kl_budget {budget:g}: raise the budget"
+            )
+        weights = self.policy.trainable()
+        for name, value in self._before.items():
+            weights[name].data.copy_(value)
+        self._tell(
+            f"the KL of update {self.update + 1} is {kl:.3g} nats per response, over ppo.kl_budget {budget:g}: "
+            f"training ends with the policy of update {self.update}, whose KL was {self.history[-1]['kl']:.3g}"
+        )
 
     # -- the update --------------------------------------------------------------------------------------------
 
@@ -190,6 +241,8 @@ class PPOTrainer:
         learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        if self.params.kl_budget is not None:
+            self._before = {name: value.detach().clone() for name, value in self.policy.trainable().items()}
         generator = self._generator("permutation")
         size = len(experience) // self.params.minibatches
         steps: list[Metrics] = []
@@ -210,56 +263,72 @@ class PPOTrainer:
     def _optimiser_step(self, minibatch: Experience) -> Metrics:
         """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
-        token_count = int(minibatch.response_mask.sum())
+        action_count = int(minibatch.action_mask.sum())
         pieces = minibatch.split(self.params.micro_batch_size)
-        actor, critic, entropy = self._backward(next(pieces), token_count)
+        actor, critic, entropy = self._backward(next(pieces), action_count)
         for piece in pieces:
-            actor_part, critic_part, entropy_part = self._backward(piece, token_count)
+            actor_part, critic_part, entropy_part = self._backward(piece, action_count)
             actor, critic, entropy = actor + actor_part, critic + critic_part, entropy + entropy_part
+        token_count = int(minibatch.response_mask.sum())
         metrics = {"entropy": entropy.item() / token_count, **actor.means(), **critic.means()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
             raise TrainingError(
-                f"update {self.update + 1}: the mean probability ratio is {metrics['ratio_mean']:.1f} (limit "
-                f"{MAX_MEAN_RATIO}): the policy has left its rollouts behind; lower ppo.learning_rate or ppo.epochs"
+                f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "
+                "left its rollouts behind; lower ppo.learning_rate or ppo.epochs"
             )
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), self.params.max_grad_norm)
         metrics["grad_norm"] = norm.item()
-        self._check_finite(metrics)
+        self._check_finite(metrics, minibatch)
         if metrics["approx_kl"] <= self.params.max_approx_kl:
             self.optimizer.step()
         return metrics
 
-    def _backward(self, piece: Experience, token_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
+    def _backward(self, piece: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
         """Add a micro-batch's share of the step's gradient; the third value is its sum of token entropies."""
         logprobs, values, entropy = self.policy(piece)
-        mask = piece.response_mask
+        mask = piece.action_mask
         actor = policy_loss(
-            logprobs,
+            summed(logprobs, piece.response_mask, self.params.action),
             piece.old_logprobs,
             piece.advantages,
             mask,
             clip_range=self.params.clip_range,
-            token_count=token_count,
+            token_count=action_count,
         )
         critic = value_loss(
-            values,
+            state_values(values, self.params.action),
             piece.old_values,
             piece.returns,
             mask,
             value_clip_range=self.params.value_clip_range,
-            token_count=token_count,
+            token_count=action_count,
         )
         loss: Tensor = actor.loss + self.params.value_coef * critic.loss
         loss.backward()  # type: ignore[no-untyped-call]
-        return actor, critic, masked_sum(entropy, mask)
+        return actor, critic, masked_sum(entropy, piece.response_mask)
 
-    def _check_finite(self, metrics: Metrics) -> None:
+    def _check_finite(self, metrics: Metrics, minibatch: Experience) -> None:
         broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if broken:
-            raise TrainingError(
-                f"update {self.update + 1}: not finite: {broken}; nothing was changed by this step; lower "
-                "ppo.learning_rate, or look at the samples' rewards"
-            )
+        if not broken:
+            return
+        rows = [row for row in range(len(minibatch)) if not self._is_sound(minibatch.select(torch.tensor([row])))]
+        prompts = self._texts(minibatch.prompts, minibatch.prompt_mask)
+        responses = self._texts(minibatch.responses, minibatch.response_mask)
+        blamed = f"from {len(rows)} of {len(minibatch)} responses: {shown(rows, prompts, responses)}"
+        raise TrainingError(
+            f"not finite: {broken}, {blamed if rows else 'from no single response'}; this step changed nothing; lower "
+            "ppo.learning_rate, or look at the rewards of these samples"
+        )
+
+    def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        return [self.codec.decode(ids[counts].tolist()) for ids, counts in zip(tokens, mask, strict=True)]
+
+    def _is_sound(self, sample: Experience) -> bool:
+        """Whether the loss and the gradient of this response alone are finite."""
+        self.optimizer.zero_grad()
+        actor, critic, entropy = self._backward(sample, 1)
+        gradients = [weight.grad for weight in self.policy.trainable().values() if weight.grad is not None]
+        return all(bool(torch.isfinite(value).all()) for value in (actor.loss, critic.loss, entropy, *gradients))
 
     # -- state -------------------------------------------------------------------------------------------------
 
@@ -302,6 +371,7 @@ class PPOTrainer:
             "controller": self.controller.state_dict(),
             "history": self.history,
             "samples": self.samples,
+            "before": self._before,
         }
         temporary = self._checkpoint.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -309,6 +379,7 @@ class PPOTrainer:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._checkpoint)
+        self._saved = self.update
 
     def _resume(self) -> None:
         if self._checkpoint is None or not self._checkpoint.is_file():
@@ -320,6 +391,8 @@ class PPOTrainer:
         self.optimizer.load_state_dict(state["optimizer"])
         self.controller.load_state_dict(state["controller"])
         self.update, self.history, self.samples = state["update"], state["history"], state["samples"]
+        self._saved, self._before = state["update"], state["before"]
+        self._tell(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")
 
 
 def _seeded(*parts: int) -> torch.Generator:

@@ -7,6 +7,7 @@ advantages or the update, the policy settles elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -56,13 +57,36 @@ def distance(one: Tensor, other: Tensor) -> float:
     return float((one - other).abs().sum() / 2)
 
 
-def reward(prompts: list[str], responses: list[str]) -> Tensor:
-    """The end token decodes to nothing."""
-    return REWARDS[[int(text) if text else EOS for text in responses]]
+def paid(tokens: int) -> Callable[[list[str], list[str]], list[float]]:
+    """The sum of the rewards of a response's tokens; its end token shows by the words that are missing to `tokens`."""
+
+    def reward(prompts: list[str], responses: list[str]) -> list[float]:
+        words = [[int(word) for word in text.split()] for text in responses]
+        return [float(REWARDS[ids if len(ids) == tokens else [*ids, EOS]].sum()) for ids in words]
+
+    return reward
 
 
-def trained_by_ppo(beta: float, seed: int = 0, **changes: object) -> tuple[Tensor, Tensor]:
-    """The distributions of the reference and of the policy after training."""
+def distribution_of_two(model: PeftModel) -> Tensor:
+    """π(first, second | prompt), [V, V] float64; a first token that ends the response has all its weight on padding."""
+    first = distribution(model)
+    with torch.no_grad():
+        prompts = torch.tensor([[*PROMPT, token] for token in range(VOCABULARY)])
+        second = torch.softmax(model(prompts).logits[:, -1].double(), dim=-1)
+    second[EOS] = torch.nn.functional.one_hot(torch.tensor(PAD), VOCABULARY)
+    return first.unsqueeze(1) * second
+
+
+def best_of_two(reference: Tensor, beta: float) -> Tensor:
+    """π* over responses of at most two tokens: the reference, weighted by the reward of both."""
+    second = REWARDS.double().clone().expand(VOCABULARY, -1).clone()
+    second[EOS] = 0.0
+    weights = reference * torch.exp((REWARDS.double().unsqueeze(1) + second) / beta)
+    return weights / weights.sum()
+
+
+def trained_by_ppo(beta: float, seed: int = 0, tokens: int = 1, **changes: object) -> tuple[Tensor, Tensor]:
+    """The distributions of the reference and of the policy after training, over responses of so many tokens."""
     params = PARAMS.model_copy(
         update={
             "updates": 150, "prompts_per_update": 1, "samples_per_prompt": 256, "epochs": 2, "micro_batch_size": 256,
@@ -71,12 +95,13 @@ def trained_by_ppo(beta: float, seed: int = 0, **changes: object) -> tuple[Tenso
     )  # fmt: skip
     torch.manual_seed(seed)
     model = flexible_policy()
-    reference = distribution(model)
+    shown = distribution if tokens == 1 else distribution_of_two
+    reference = shown(model)
     codec = TextCodec(["p"], [PROMPT], lambda ids: " ".join(map(str, ids)), eos_token_id=EOS, pad_token_id=PAD)
-    composed = CompositeReward({"rule": reward}, {"rule": 1.0})
-    generation = GenerationParams(max_new_tokens=1, temperature=1.0)
+    composed = CompositeReward({"rule": paid(tokens)}, {"rule": 1.0})
+    generation = GenerationParams(max_new_tokens=tokens, temperature=1.0)
     PPOTrainer(Policy(model, temperature=1.0), codec, composed, params, generation, seed=seed).train()
-    return reference, distribution(model)
+    return reference, shown(model)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -87,6 +112,39 @@ def test_ppo_reaches_the_optimum_of_its_own_beta_and_of_no_other(beta: float) ->
     for other in (beta / 2, beta * 2):
         assert distance(policy, optimum(reference, other)) > 2 * reached, f"hardly closer to β = {beta} than to {other}"
     assert distance(policy, reference) > 3 * CLOSE
+
+
+VARIANTS = {
+    "a response as one action": {"action": "response", "micro_batch_size": 256},
+    "leave-one-out, a response as one action": {
+        "action": "response", "advantage": "leave_one_out", "value_coef": 0.0,
+    },
+    "leave-one-out, tokens as actions": {"advantage": "leave_one_out", "value_coef": 0.0},
+    "A2C": {"epochs": 1, "clip_range": None, "value_clip_range": None, "learning_rate": 0.02},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+def test_each_variant_reaches_the_optimum_over_whole_responses(changes: dict[str, object]) -> None:
+    """Responses of one or two tokens, paid for both: 993 of them, and π* is known for each (see `best_of_two`)."""
+    reference, policy = trained_by_ppo(1.0, tokens=2, **changes)
+    best = best_of_two(reference, 1.0)
+    assert distance(policy, best) < 2 * CLOSE
+    assert distance(policy, reference) > 6 * CLOSE
+
+
+def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
+    """KL(π* ‖ π_ref) falls with β, so a target names one β: the controller must find it, and the policy its optimum."""
+    beta, horizon = 1.0, 2560
+    model = flexible_policy()
+    start = distribution(model)
+    best = optimum(start, beta)
+    target = float((best * (best / start).log()).sum())
+    reference, policy = trained_by_ppo(
+        3 * beta, updates=400, kl_controller="adaptive", kl_target=target, kl_horizon=horizon
+    )
+    assert float((policy * (policy / reference).log()).sum()) == pytest.approx(target, rel=0.05)
+    assert distance(policy, best) < CLOSE
 
 
 # -- GRPO, by TRL, through the stage ---------------------------------------------------------------------------

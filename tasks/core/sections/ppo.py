@@ -23,20 +23,34 @@ class PPOParams(Section):
         description="Sequences per forward pass; changes memory and speed, never the gradient."
     )
     learning_rate: Rate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
+    action: Literal["token", "response"] = Field(
+        description="What counts as one action with a probability ratio of its own: each token, or the whole response."
+    )
+    advantage: Literal["gae", "leave_one_out"] = Field(
+        description="Generalised advantage estimation with a value function, or the return less the mean of the other "
+        "responses to the prompt."
+    )
     gamma: float = Field(
         gt=0, le=1, description="Discount of rewards over tokens; 1 treats the response as one episode."
     )
     lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
-    clip_range: float = Field(gt=0, lt=1, description="ε of the clipped policy objective.")
-    value_clip_range: float = Field(gt=0, description="How far a value may move from the rollout's.")
+    clip_range: float | None = Field(
+        None, gt=0, lt=1, description="ε of the clipped objective; without it, no clipping."
+    )
+    value_clip_range: float | None = Field(
+        None, gt=0, description="How far a value may move from the rollout's; without it, as far as it likes."
+    )
     value_coef: float = Field(ge=0, description="Weight of the value loss.")
     max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
     kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or steered to kl_target.")
     kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
     kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
+    kl_budget: float | None = Field(
+        None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
+    )
     max_approx_kl: float = Field(
-        gt=0, description="The epochs of an update stop when the policy moved further than this."
+        gt=0, description="The epochs of an update stop when the policy moved further than this, nats per action."
     )
     missing_eos_penalty: float = Field(
         ge=0, description="Subtracted from the score of a response without an end token."
@@ -44,7 +58,7 @@ class PPOParams(Section):
     checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _fits(self) -> Self:
         check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
         episodes = self.prompts_per_update * self.samples_per_prompt
         if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
@@ -52,4 +66,16 @@ class PPOParams(Section):
                 f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
                 f"the {episodes} responses of an update (got {self.kl_horizon})"
             )
+        if self.action == "response" and self.gamma != 1:
+            raise ValueError(f"action: response is one step without discount, so gamma must be 1, got {self.gamma}")
+        if self.advantage == "leave_one_out":
+            if self.samples_per_prompt < 2:
+                raise ValueError(
+                    "advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1"
+                )
+            if self.gamma != 1 or self.value_coef != 0:
+                raise ValueError(
+                    "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef "
+                    f"to 0, got {self.gamma} and {self.value_coef}"
+                )
         return self

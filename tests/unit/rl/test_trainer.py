@@ -23,6 +23,8 @@ PARAMS = PPOParams(
     minibatches=1,
     micro_batch_size=12,
     learning_rate=1e-2,
+    action="token",
+    advantage="gae",
     gamma=1.0,
     lam=0.95,
     clip_range=0.2,
@@ -51,13 +53,14 @@ def low_tokens(prompts: list[str], responses: list[str]) -> list[float]:
     return [sum(int(word) < 16 for word in text.split()) / max(1, len(text.split())) for text in responses]
 
 
-def trainer(reward=low_tokens, checkpoints=None, **changes) -> PPOTrainer:
+def trainer(reward=low_tokens, checkpoints=None, log=None, tell=print, **changes) -> PPOTrainer:
     params = PARAMS.model_copy(update=changes)
     torch.manual_seed(0)
     policy = Policy(tiny_policy(), temperature=1.0)
     composed = CompositeReward({"rule": reward}, {"rule": 1.0})
     generation = GenerationParams(max_new_tokens=8, temperature=1.0)
-    return PPOTrainer(policy, CODEC, composed, params, generation, seed=0, checkpoints=checkpoints)
+    log = log or (lambda metrics, step: None)
+    return PPOTrainer(policy, CODEC, composed, params, generation, seed=0, checkpoints=checkpoints, log=log, tell=tell)
 
 
 def weights(ppo: PPOTrainer) -> dict[str, torch.Tensor]:
@@ -122,6 +125,7 @@ def test_padding_changes_neither_loss_nor_gradient():
         prompt_mask=torch.cat([off, plain.prompt_mask], 1),
         responses=torch.cat([plain.responses, junk], 1),
         response_mask=torch.cat([plain.response_mask, off], 1),
+        action_mask=torch.cat([plain.action_mask, off], 1),
         **{
             name: torch.cat([getattr(plain, name), zeros], 1)
             for name in ("old_logprobs", "old_values", "advantages", "returns")
@@ -179,7 +183,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
     experience, _ = experience_of(ppo)
     before = weights(ppo)
     broken = dataclasses.replace(experience, advantages=torch.full_like(experience.advantages, float("nan")))
-    with pytest.raises(TrainingError, match=r"update 1: not finite: .*policy_loss"):
+    with pytest.raises(TrainingError, match=r"^not finite: .*policy_loss.* from 12 of 12 responses"):
         ppo._optimiser_step(broken)
     for name, value in before.items():
         assert torch.equal(weights(ppo)[name], value), name
@@ -198,3 +202,138 @@ def test_no_step_is_taken_once_the_policy_has_moved_far_enough():
     ppo = trainer(epochs=4, max_approx_kl=1e-9)
     ppo.train()
     assert {row["optimiser_steps"] for row in ppo.history} == {1}
+
+
+def broken_at(update: int, row: int, ppo: PPOTrainer) -> PPOTrainer:
+    """The trainer, whose advantage of one response is NaN in one update."""
+    original = ppo._actions
+
+    def actions(rollout, rewards):
+        experience = original(rollout, rewards)
+        if ppo.update + 1 == update:
+            experience.advantages[row, 0] = float("nan")
+        return experience
+
+    ppo._actions = actions
+    return ppo
+
+
+def test_a_failure_names_update_quantity_and_sample_and_keeps_the_last_checkpoint(tmp_path):
+    whole = trainer()
+    whole.train()
+    broken = broken_at(4, row=7, ppo=trainer(checkpoints=tmp_path, checkpoint_every=3))
+    with pytest.raises(TrainingError) as caught:
+        broken.train()
+    message = str(caught.value)
+    asked = CODEC.decode(CODEC.prompt_ids[broken._prompt_indices()[3]])
+    assert message.startswith("update 4: not finite: {'policy_loss': nan")
+    assert f"from 1 of 12 responses: prompt '{asked}', response " in message
+    assert message.endswith("; the checkpoint of update 3 is kept")
+    resumed = trainer(checkpoints=tmp_path)
+    resumed.train()
+    assert resumed.history == whole.history
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+def test_a_reward_that_is_not_finite_names_update_component_and_sample():
+    with pytest.raises(TrainingError, match=r"^update 1: reward component 'rule' is nan .* prompt 'p\d', response '"):
+        trainer(reward=lambda prompts, responses: [float("nan")] * len(prompts)).train()
+
+
+def test_a_log_probability_that_is_not_finite_names_whose_it_is(monkeypatch):
+    ppo = trainer()
+    reference = ppo.policy.reference_logprobs
+
+    def broken(rollout):
+        logprobs = reference(rollout).clone()
+        logprobs[5, 0] = float("inf")
+        return logprobs
+
+    monkeypatch.setattr(ppo.policy, "reference_logprobs", broken)
+    with pytest.raises(TrainingError, match=r"^update 1: log-probability of the reference not finite for 1 of 12 "):
+        ppo.train()
+
+
+def over_budget(**changes) -> tuple[PPOTrainer, list[dict[str, torch.Tensor]], list[str]]:
+    """A run whose KL grows past its budget, the weights after each of its updates, and what it told."""
+    snapshots, told = [], []
+
+    def log(metrics, step):
+        if "kl" in metrics:
+            snapshots.append(weights(ppo))
+
+    settings = {"updates": 6, "kl_coef": 0.0, "kl_controller": "fixed", "kl_budget": 0.3} | changes
+    ppo = trainer(log=log, tell=told.append, **settings)
+    ppo.train()
+    return ppo, snapshots, told
+
+
+def test_kl_budget_ends_training_with_the_last_policy_that_kept_it():
+    free, snapshots, told = over_budget(kl_budget=None)
+    assert told == []
+    kls = [row["kl"] for row in free.history]
+    first_over = next(update for update, kl in enumerate(kls) if kl > 0.3)
+    assert 2 <= first_over < 5, "the run must pass the budget in its middle"
+    ppo, _, told = over_budget()
+    assert ppo.history == free.history[:first_over]
+    for name, value in snapshots[first_over - 2].items():
+        assert torch.equal(weights(ppo)[name], value), name
+    assert len(told) == 1
+    assert f"the KL of update {first_over + 1} is {kls[first_over]:.3g} nats per response" in told[0]
+
+
+def test_kl_budget_survives_an_interruption(tmp_path):
+    whole, _, _ = over_budget()
+    stopped_in = len(whole.history)
+    settings = {"updates": 6, "kl_coef": 0.0, "kl_controller": "fixed", "kl_budget": 0.3, "checkpoint_every": 1}
+    broken = broken_at(stopped_in + 1, 0, trainer(checkpoints=tmp_path, **settings))
+    broken._set_back = lambda kl, budget: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        broken.train()
+    resumed = trainer(checkpoints=tmp_path, **settings)
+    resumed.train()
+    assert resumed.history == whole.history
+    for name, value in weights(whole).items():
+        assert torch.equal(weights(resumed)[name], value), name
+
+
+@pytest.mark.parametrize("advantage", ["gae", "leave_one_out"])
+def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
+    """Its log-probability is the sum over its tokens, its return score − β·KL; advantages are whitened over them."""
+    ppo = trainer(action="response", advantage=advantage, value_coef=0.0, missing_eos_penalty=0.0)
+    rollout, prompts = ppo._rollout()
+    experience, metrics = ppo._experience(rollout, prompts)
+    assert experience.advantages.shape == experience.old_logprobs.shape == experience.action_mask.shape == (12, 1)
+    torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.sum(1))
+    scores = torch.tensor(low_tokens(prompts, [CODEC.decode(ids) for ids in rollout.response_ids()]))
+    torch.testing.assert_close(experience.returns[:, 0], scores, atol=1e-4, rtol=0)  # the KL is 0 at the start
+    gains = scores if advantage == "gae" else scores - scores.reshape(6, 2).flip(1).reshape(-1)
+    whitened = (gains - gains.mean()) / gains.std(correction=0)
+    torch.testing.assert_close(experience.advantages[:, 0], whitened, atol=1e-3, rtol=0)
+    step = ppo._optimiser_step(experience)
+    assert step["ratio_max"] == pytest.approx(1, abs=1e-5)
+    assert metrics["kl"] == pytest.approx(0, abs=1e-4)
+
+
+@pytest.mark.parametrize("size", [1, 5])
+def test_micro_batches_do_not_change_the_gradient_of_responses(size):
+    gradients = []
+    for micro_batch_size in (12, size):
+        ppo = trainer(action="response", micro_batch_size=micro_batch_size)
+        experience, _ = experience_of(ppo)
+        ppo._optimiser_step(experience)
+        gradients.append({name: weight.grad.clone() for name, weight in ppo.policy.trainable().items()})
+    for name, gradient in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
+
+
+def test_a_run_that_degenerates_warns_once_and_counts():
+    told = []
+    ppo = trainer(tell=told.append, updates=3)
+    ppo.codec = dataclasses.replace(CODEC, decode=lambda ids: " ")
+    ppo.reward = CompositeReward({"rule": lambda prompts, texts: [0.5] * len(texts)}, {"rule": 1.0})
+    ppo.train()
+    assert [message for message in told if "empty" in message] == ["warning: update 1: all responses are empty"]
+    assert min(row["degenerate"] for row in ppo.history) == 1
+    assert [row["empty_share"] for row in ppo.history] == [1, 1, 1]

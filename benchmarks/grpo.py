@@ -1,0 +1,97 @@
+"""A GRPO update by TRL with our rollouts and layers, against the same trainer as TRL ships it: `make bench-grpo`.
+
+The same model, adapter, prompts, lengths, rewards and minibatches, in one process, in turns. No response ends early.
+Prints each side's median update and, last, one JSON line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+import warnings
+from typing import Any
+
+import torch
+from datasets import Dataset
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, adapter, check_model, prompts
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from trl import GRPOConfig, GRPOTrainer
+
+from tasks.core.linear import freeze, use_fast_adapters
+from tasks.core.models import prepare_process
+from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.grpo import GRPOParams
+from tasks.grpo import Rollouts
+
+PROMPTS, SAMPLES, UPDATES = 8, 4, 3
+
+
+class Laps(TrainerCallback):
+    """Seconds of each update, the first left out."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+
+def updates(side: str) -> list[float]:
+    """Seconds of each update of one fresh trainer."""
+    torch.manual_seed(0)
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.eos_token_id = -1  # no response ends early
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    params = GRPOParams(
+        updates=UPDATES + 1, prompts_per_update=PROMPTS, samples_per_prompt=SAMPLES, epochs=1, minibatches=1,
+        learning_rate=1e-5, clip_range=0.2, kl_coef=0.05, missing_eos_penalty=0.0,
+    )  # fmt: skip
+    generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
+    config, options = adapter(), {}
+    if side == "ours":
+        freeze(model)
+        config, options = use_fast_adapters(config), {"rollout_func": Rollouts(params, generation, tokenizer, 0)}
+    laps = Laps()
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        arguments = GRPOConfig(
+            output_dir=folder, per_device_train_batch_size=PROMPTS * SAMPLES, num_generations=SAMPLES, beta=0.05,
+            max_completion_length=RESPONSE_TOKENS, max_steps=UPDATES + 1, learning_rate=1e-5, bf16=False, use_cpu=True,
+            gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
+        )  # fmt: skip
+        trainer = GRPOTrainer(
+            model=model, reward_funcs=[lambda completions, **_: [float(len(text) % 7) for text in completions]],
+            args=arguments, processing_class=tokenizer, peft_config=config, callbacks=[laps], **options,
+            train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(row) for row in prompts(PROMPTS)]}),
+        )  # fmt: skip
+        trainer.remove_callback(PrinterCallback)
+        trainer.train()
+    return laps.seconds()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--repetitions", type=int, default=3)
+    repetitions = parser.parse_args().repetitions
+    check_model()
+    prepare_process()
+    times: dict[str, list[float]] = {"ours": [], "default": []}
+    for _ in range(repetitions):
+        for side, taken in times.items():
+            taken += updates(side)
+    medians = {side: statistics.median(taken) for side, taken in times.items()}
+    tokens = {"prompt_tokens": PROMPT_TOKENS, "response_tokens": RESPONSE_TOKENS, "responses": PROMPTS * SAMPLES}
+    for side, median in medians.items():
+        print(f"{side}: {median:.2f} s an update")
+    ratio = round(medians["default"] / medians["ours"], 3)
+    print(json.dumps({"ratio_wall": ratio, "repetitions": repetitions, "updates": UPDATES, **tokens}))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""PPO under several seeds on the same SFT policy and reward model: does any of them collapse? `make bench-seeds`.
+
+Needs a finished pipeline (`rlhf run`): it takes the stages' functions, the parameters of params.yaml and the artifacts,
+and changes nothing but PPO's seed. A seed counts as collapsed where the gold judge's win rate over SFT is below one
+half with its whole interval, or where the last update's responses degenerate (all empty, the same, or without end).
+Prints a line per seed and, last, one JSON line; draws all curves into infra/ppo_seeds.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+
+from tasks.core.params import load_params
+from tasks.core.paths import OFF
+from tasks.evals.report import read_table
+from tasks.evaluate import evaluate
+from tasks.ppo import ppo
+
+ROOT = Path(__file__).resolve().parents[1]
+ARTIFACTS, OUT = ROOT / "artifacts", ROOT / ".rlhf" / "seeds"
+PLOT = ROOT / "infra" / "ppo_seeds.svg"
+CURVES = {"reward": "Reward", "kl": "KL to the reference, nats per response", "entropy": "Entropy, nats per token"}
+
+
+def run(seed: int) -> dict[str, float]:
+    """Train and evaluate under one seed; the figures of metrics.json of both."""
+    params = load_params(ROOT / "params.yaml")
+    if params.ppo is None:
+        sys.exit("params.yaml switches ppo off: `git checkout params.yaml`")
+    upstream = {name: ARTIFACTS / name for name in ("base_model", "sft", "reward_model", "prepare")}
+    here, judged, off = OUT / f"ppo-{seed}", OUT / f"evaluate-{seed}", OUT / "off"
+    for folder in (here, judged, off / "adapter"):
+        folder.mkdir(parents=True, exist_ok=True)
+    (off / "adapter" / OFF).touch()
+    ppo(params.ppo, params.lora, params.generation, params.reward, seed, **upstream, out=here)
+    evaluate(
+        params.evaluate, params.generation, params.reward, params.seed, **upstream,
+        gold_judge=ARTIFACTS / "gold_judge", ppo=here, grpo=off, dpo=off, out=judged,
+    )  # fmt: skip
+    row = json.loads((judged / "metrics.json").read_text())["ppo"]
+    last = json.loads((here / "metrics.json").read_text())
+    figures = {name: float(row[name]) for name in ("win_rate", "win_rate_low", "win_rate_high", "kl", "length")}
+    return figures | {"reward": float(last["reward"]), "degenerate": float(last["degenerate"])}
+
+
+def draw(seeds: list[int]) -> None:
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    for axes, (column, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
+        for seed in seeds:
+            rows = read_table(OUT / f"ppo-{seed}" / "history.csv")
+            axes.plot([float(row["step"]) for row in rows], [float(row[column]) for row in rows], label=f"seed {seed}")
+        axes.set(title=title, xlabel="update")
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(fontsize="small", frameon=False)
+    figure.savefig(PLOT, metadata={"Date": None})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=8)
+    seeds = list(range(parser.parse_args().seeds))
+    if not (ARTIFACTS / "gold_judge" / "adapter").is_dir():
+        sys.exit("the pipeline has not run yet: `rlhf run` first")
+    results = {}
+    for seed in seeds:
+        row = results[seed] = run(seed)
+        row["collapsed"] = float(row["win_rate_high"] < 0.5 or row["degenerate"] > 0)
+        print(
+            f"seed {seed}: win rate {row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%}), "
+            f"reward {row['reward']:.2f}, KL {row['kl']:.1f}, {row['length']:.1f} words",
+            flush=True,
+        )
+    draw(seeds)
+    wins = [row["win_rate"] for row in results.values()]
+    collapsed = sum(row["collapsed"] for row in results.values())
+    print(json.dumps({"seeds": len(seeds), "collapsed": collapsed, "lowest": min(wins), "highest": max(wins)}))
+
+
+if __name__ == "__main__":
+    main()

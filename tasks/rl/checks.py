@@ -1,0 +1,76 @@
+"""What must not go unnoticed while a policy trains: values that are not finite, and responses that say nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tasks.core.errors import TrainingError
+
+__all__ = ["DegenerationWatch", "check_finite", "degeneration", "shown"]
+
+SHOWN_ROWS, SHOWN_CHARACTERS = 3, 200
+
+
+def check_finite(quantity: str, values: Tensor, prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Refuse values [B, ...] that are NaN or infinite.
+
+    Raises:
+        TrainingError: names the quantity and the samples.
+    """
+    rows = (~torch.isfinite(values.reshape(len(prompts), -1)).all(1)).nonzero().flatten().tolist()
+    if rows:
+        raise TrainingError(
+            f"{quantity} not finite for {len(rows)} of {len(prompts)} responses: {shown(rows, prompts, responses)}"
+        )
+
+
+def shown(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str]) -> str:
+    """The first of these samples, as an error message shows them."""
+    texts = [
+        f"prompt {prompts[row][:SHOWN_CHARACTERS]!r}, response {responses[row][:SHOWN_CHARACTERS]!r}"
+        for row in rows[:SHOWN_ROWS]
+    ]
+    return "; ".join(texts) + (f"; and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
+
+
+def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, float], list[str]]:
+    """Shares of responses that are empty, distinct and without end token, and a finding for each that has gone wrong.
+
+    `degenerate` counts the findings: 0 in a healthy round.
+    """
+    empty = sum(not response.strip() for response in responses) / len(responses)
+    distinct = len(set(responses)) / len(responses)
+    no_end = (~ended).float().mean().item()
+    findings = []
+    if empty == 1:
+        findings.append("all responses are empty")
+    elif len(responses) > 1 and len(set(responses)) == 1:
+        findings.append(f"all {len(responses)} responses are the same: {responses[0][:SHOWN_CHARACTERS]!r}")
+    if no_end == 1:
+        findings.append("no response has an end token: all are cut at generation.max_new_tokens")
+    metrics = {
+        "empty_share": empty,
+        "distinct_share": distinct,
+        "no_end_share": no_end,
+        "degenerate": float(len(findings)),
+    }
+    return metrics, findings
+
+
+class DegenerationWatch:
+    """Measures each round's responses, and tells of a finding when it begins."""
+
+    def __init__(self, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._known: list[str] = []
+
+    def __call__(self, responses: Sequence[str], ended: Tensor, update: int) -> dict[str, float]:
+        metrics, findings = degeneration(responses, ended)
+        for finding in findings:
+            if finding not in self._known:
+                self._tell(f"warning: update {update}: {finding}")
+        self._known = findings
+        return metrics
