@@ -84,8 +84,8 @@ def grpo(
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
-    rollouts = [entry for entry in trainer.state.log_history if "rollout" in entry]
-    rows = _rounds(history.rows, [entry["rollout"] for entry in rollouts], params.epochs * params.minibatches)
+    rollouts = [entry for entry in trainer.state.log_history if "samples" in entry]
+    rows = _rounds(history.rows, rollouts, params.epochs * params.minibatches)
     write_history(out / "history.csv", rows)
     samples = [sample for entry in rollouts for sample in entry["samples"]]
     write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE} for sample in samples))
@@ -183,13 +183,13 @@ class _Score:
             {"step": step, "prompt": prompts[i], "response": completions[i], "score": scores[i].item()}
             for i in range(0, len(prompts), self._group)
         ][:4]
-        trainer_state.log_history.append({"rollout": means, "samples": rows})
+        trainer_state.log_history.append({**means, "samples": rows, "step": trainer_state.global_step + 1})
         tracking.log_samples("samples", rows, step=step)
         return [float(value) for value in scores]
 
 
 def _rounds(
-    steps: Sequence[dict[str, float]], rollouts: Sequence[dict[str, float]], steps_per_update: int
+    steps: Sequence[dict[str, float]], rollouts: Sequence[dict[str, Any]], steps_per_update: int
 ) -> list[dict[str, float]]:
     """One row per update: its rollout's figures, and the mean over its optimiser steps, under PPO's names.
 
@@ -197,7 +197,8 @@ def _rounds(
     the policy is still the one that wrote the responses; later in the update the estimate would be off-policy.
     """
     rows = []
-    for update, rollout in enumerate(rollouts):
+    for update, entry in enumerate(rollouts):
+        rollout = {name: value for name, value in entry.items() if name not in ("samples", "step")}
         here = steps[update * steps_per_update : (update + 1) * steps_per_update]
         means = {name: sum(row.get(theirs, 0.0) for row in here) / len(here) for name, theirs in TRL_NAMES.items()}
         per_token = here[0].get("kl", 0.0)

@@ -127,6 +127,8 @@ class HistoryCallback(TrainerCallback):
         if state.global_step:
             place = f"step {state.global_step} of {state.max_steps}"
             print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
+        for entry in state.log_history:  # the curves of a run that goes on are whole, too
+            tracking.log_metrics(_numbers(entry), step=int(entry["step"]))
         self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._stage, unit="step")
 
     def on_epoch_begin(
@@ -175,7 +177,7 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Runs before the checkpoint of the same step, so weights that are not finite are never saved."""
-        numbers = {key: float(value) for key, value in (logs or {}).items() if isinstance(value, int | float)}
+        numbers = _numbers(logs or {})
         if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
             checkpoint = _newest_checkpoint()
             kept = f"; the checkpoint of step {_step(checkpoint)} is kept" if checkpoint else ""
@@ -190,9 +192,14 @@ class HistoryCallback(TrainerCallback):
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float]:
     """An entry of the trainer's log without its timings; keys in order, because a checkpoint sorts them."""
-    numbers = {key: float(value) for key, value in sorted(entry.items()) if isinstance(value, int | float)}
+    numbers = dict(sorted(_numbers(entry).items()))
     kept = {key: value for key, value in numbers.items() if not any(part in key for part in TIMINGS)}
     return kept | {"step": entry["step"]}
+
+
+def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numbers that a trainer logged; the step that they belong to is none of them."""
+    return {key: float(value) for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
 
 TrainerT = TypeVar("TrainerT", bound=Trainer)

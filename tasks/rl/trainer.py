@@ -392,6 +392,9 @@ class PPOTrainer:
         self.controller.load_state_dict(state["controller"])
         self.update, self.history, self.samples = state["update"], state["history"], state["samples"]
         self._saved, self._before = state["update"], state["before"]
+        for row in self.history:  # the curves of a run that goes on are whole, too
+            self._log(row, int(row["step"]))
+        self._log_samples(self.samples, self.update)
         self._tell(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")
 
 

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -155,3 +155,29 @@ def test_samples_of_grpo_carry_the_number_of_their_update(inputs: Path, tmp_path
 def test_a_plain_function_writes_no_checkpoint() -> None:
     arguments = training.common_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
     assert arguments["save_strategy"] == "no"
+
+
+class Curves:
+    """A recorder that keeps what it is given."""
+
+    def __init__(self) -> None:
+        self.steps: dict[str, list[int]] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        for name in metrics:
+            self.steps.setdefault(name, []).append(step or 0)
+
+    def log_samples(self, name: str, rows: Sequence[Mapping[str, object]], step: int | None) -> None: ...
+
+    def log_file(self, path: Path, folder: str | None) -> None: ...
+
+
+def test_the_curves_of_a_run_that_goes_on_are_whole(inputs: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    run_until(6, "grpo", inputs, tmp_path)
+    curves = Curves()
+    with tracking.active(tracking.ActiveRun("grpo", curves, checkpoints=tmp_path / "checkpoints")):
+        RUNS["grpo"](inputs, tmp_path / "out")
+    steps = len((tmp_path / "out" / "history.csv").read_text().splitlines()) - 1
+    assert curves.steps["loss"] == list(range(1, 4 * steps + 1)), "four optimiser steps in an update"
+    assert curves.steps["reward/length"] == list(range(1, 4 * steps + 1, 4))

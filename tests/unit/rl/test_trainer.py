@@ -169,8 +169,10 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(tmp_pat
     broken._round = interrupted
     with pytest.raises(KeyboardInterrupt):
         broken.train()
-    resumed = trainer(checkpoints=tmp_path)
+    logged = []
+    resumed = trainer(checkpoints=tmp_path, log=lambda metrics, step: logged.append(step) if "kl" in metrics else None)
     resumed.train()
+    assert logged == [1, 2, 3, 4], "its curves are whole"
     assert resumed.history == whole.history
     assert resumed.samples == whole.samples
     for name, value in weights(whole).items():
