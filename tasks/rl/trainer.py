@@ -114,6 +114,8 @@ class PPOTrainer:
             self._log({**row, "time/update_s": seconds}, self.update)
             if self.update % self.params.checkpoint_every == 0 and self.update < self.params.updates:
                 self._save()
+        else:
+            self._measure_last()
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
 
@@ -126,8 +128,7 @@ class PPOTrainer:
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
         experience, metrics = self._experience(rollout, prompts)
         experience_s, clock = time.perf_counter() - clock, time.perf_counter()
-        if self.params.kl_budget is not None and metrics["kl"] > self.params.kl_budget:
-            self._set_back(metrics["kl"], self.params.kl_budget)
+        if self._over_budget(metrics["kl"]):
             return None
         metrics |= self._optimise(experience)
         update_s = time.perf_counter() - clock
@@ -220,19 +221,30 @@ class PPOTrainer:
             returns=returns,
         )
 
-    def _set_back(self, kl: float, budget: float) -> None:
-        """Take back the last update, after which the policy was over the KL budget."""
+    def _measure_last(self) -> None:
+        """Hold the policy of the last update, too, against the KL budget; without one there is nothing to do."""
+        if self.params.kl_budget is None:
+            return
+        rollout, _ = self._rollout()
+        mask = rollout.response_mask
+        kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
+        self._over_budget(per_sequence(kl.k1, mask).mean().item())
+
+    def _over_budget(self, kl: float) -> bool:
+        """Whether the KL is over its budget; if so, the update that led there has been taken back."""
+        budget = self.params.kl_budget
+        if budget is None or kl <= budget:
+            return False
         if not self._before:
-            raise TrainingError(
-                f"the KL is {kl:.3g} before any update, over ppo.kl_budget {budget:g}: raise the budget"
-            )
+            raise TrainingError(f"the KL is {kl:.3g} before any update, over ppo.kl_budget {budget:g}; raise it")
         weights = self.policy.trainable()
         for name, value in self._before.items():
             weights[name].data.copy_(value)
         self._tell(
-            f"the KL of update {self.update + 1} is {kl:.3g} nats per response, over ppo.kl_budget {budget:g}: "
-            f"training ends with the policy of update {self.update}, whose KL was {self.history[-1]['kl']:.3g}"
+            f"the KL after update {self.update} is {kl:.3g} nats per response, over ppo.kl_budget {budget:g}: training "
+            f"ends with the policy before it, whose KL was {self.history[-1]['kl']:.3g}"
         )
+        return True
 
     # -- the update --------------------------------------------------------------------------------------------
 

@@ -34,7 +34,7 @@ DOORS = {
 }
 
 # Written with tensors alone, so that they can be read beside the papers and tested without a model.
-PURE = ["advantages", "control", "kl", "losses", "masking", "shaping"]
+PURE = ["actions", "advantages", "checks", "control", "kl", "losses", "masking", "shaping"]
 
 
 def name_of(module: Path) -> str:

@@ -282,7 +282,19 @@ def test_kl_budget_ends_training_with_the_last_policy_that_kept_it():
     for name, value in snapshots[first_over - 2].items():
         assert torch.equal(weights(ppo)[name], value), name
     assert len(told) == 1
-    assert f"the KL of update {first_over + 1} is {kls[first_over]:.3g} nats per response" in told[0]
+    assert f"the KL after update {first_over} is {kls[first_over]:.3g} nats per response" in told[0]
+    assert told[0].endswith(f"whose KL was {kls[first_over - 1]:.3g}")
+
+
+def test_kl_budget_holds_for_the_last_update_as_well():
+    """A run of two updates whose second passes the budget: no further round measures it, but the budget does."""
+    _, snapshots, _ = over_budget(updates=2, kl_budget=None)
+    ppo, _, told = over_budget(updates=2, kl_budget=1.0001 * over_budget(updates=2)[0].history[-1]["kl"])
+    assert len(ppo.history) == 2
+    assert len(told) == 1
+    assert told[0].startswith("the KL after update 2 is ")
+    for name, value in snapshots[0].items():
+        assert torch.equal(weights(ppo)[name], value), name
 
 
 def test_kl_budget_survives_an_interruption(tmp_path):
@@ -290,7 +302,7 @@ def test_kl_budget_survives_an_interruption(tmp_path):
     stopped_in = len(whole.history)
     settings = {"updates": 6, "kl_coef": 0.0, "kl_controller": "fixed", "kl_budget": 0.3, "checkpoint_every": 1}
     broken = broken_at(stopped_in + 1, 0, trainer(checkpoints=tmp_path, **settings))
-    broken._set_back = lambda kl, budget: 1 / 0
+    broken._over_budget = lambda kl: 1 / 0 if kl > 0.3 else False
     with pytest.raises(ZeroDivisionError):
         broken.train()
     resumed = trainer(checkpoints=tmp_path, **settings)
