@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check repro ui lock bench-ppo bench-rollout bench-grpo bench-seeds clean
+.PHONY: demo test check repro ui lock bench-ppo bench-rollout bench-grpo bench-seeds mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -56,6 +56,12 @@ bench-grpo: $(VENV)/.installed
 # PPO under eight seeds, after `make demo`.
 bench-seeds: $(VENV)/.installed
 	python benchmarks/seeds.py
+
+# Changes tasks/rl in 700 small ways, each of which a test should notice; about 15 minutes.
+mutants: $(VENV)/.installed-dev
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
+	OMP_NUM_THREADS=1 python -m mutmut run --max-children 2
+	python -m mutmut results
 
 $(PEER)/.installed: requirements.lock
 	$(PYTHON) -m venv $(PEER)

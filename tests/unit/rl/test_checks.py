@@ -55,3 +55,5 @@ def test_check_finite_names_quantity_and_samples():
         check_finite("score", values, prompts, responses)
     assert str(caught.value) == expected
     check_finite("score", torch.zeros(6), prompts, responses)
+    with pytest.raises(TrainingError, match=r"prompt 'p3', response 'r3'$"):
+        check_finite("score", values[:5], prompts[:5], responses[:5])

@@ -114,6 +114,15 @@ def test_the_log_ratio_is_cut_at_twenty(log_ratio: float, kept: float) -> None:
     assert all(math.isfinite(value) for value in result.means().values())
 
 
+def test_without_a_clip_range_the_loss_is_the_plain_policy_gradient() -> None:
+    """ρ = 2 and ½ with A = 1 and −1: (−2 + ½) / 2; clipped to 1 ± 0.2 it would be (−1.2 + 0.8) / 2."""
+    ratios = f64([[2.0, 0.5]]).log()
+    options = {"response_mask": torch.ones(1, 2, dtype=torch.bool), "token_count": 2}
+    loss = policy_loss(ratios, torch.zeros_like(ratios), f64([[1.0, -1.0]]), clip_range=None, **options)
+    assert loss.loss.item() == pytest.approx(-0.75)
+    assert loss.clipped == 0
+
+
 def test_the_variance_of_ratios_near_one_survives_float32() -> None:
     # ρ = 1 ± 1e-4: variance 1e-8. As mean(ρ²) − mean(ρ)² in float32 it would be a multiple of 6e-8.
     logprobs = torch.log1p(torch.tensor([[1e-4, -1e-4]], dtype=torch.float64)).float()
@@ -291,3 +300,20 @@ def test_entropy_keeps_the_leading_shape(shape: tuple[int, ...]) -> None:
     entropy = entropy_from_logits(HALVES.expand(shape))
     assert entropy.shape == shape[:-1]
     torch.testing.assert_close(entropy, torch.full(shape[:-1], 1.5 * math.log(2), dtype=torch.float64))
+
+
+def test_entropy_of_rows_of_very_different_size() -> None:
+    """Each row is a uniform distribution over two tokens, whatever is added to its logits."""
+    entropy = entropy_from_logits(torch.tensor([[0.0, 0.0], [1000.0, 1000.0]]))
+    assert entropy.tolist() == pytest.approx([math.log(2)] * 2)
+
+
+def test_the_gradient_takes_the_place_of_the_logits_only_where_allowed() -> None:
+    for overwrite in (False, True):
+        leaf = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)
+        logits = leaf * 1
+        before = logits.detach().clone()
+        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, overwrite=overwrite).sum().backward()
+        assert torch.equal(logits.detach(), before) is not overwrite
+        expected = torch.tensor([0.0, 1.0, 0.0]) - before[0, 0].softmax(-1)
+        torch.testing.assert_close(leaf.grad[0, 0], expected)

@@ -58,6 +58,7 @@ def test_response_ends_at_its_end_token_and_is_padded_after_it(model):
         assert (tokens[length:] == PAD).all()
         assert (tokens[: length - 1] != EOS).all()
         assert (tokens[length - 1] == EOS) == bool(ended)
+        assert ended or length == 12, "a row was dropped before its end"
     lengths = [len(ids) for ids in rollout.response_ids()]
     assert lengths == (rollout.response_mask.sum(1) - rollout.ended.long()).tolist()
 

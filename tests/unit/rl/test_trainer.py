@@ -327,6 +327,8 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     torch.testing.assert_close(experience.advantages[:, 0], whitened, atol=1e-3, rtol=0)
     step = ppo._optimiser_step(experience)
     assert step["ratio_max"] == pytest.approx(1, abs=1e-5)
+    errors = experience.old_values - experience.returns
+    assert step["value_loss"] == pytest.approx((errors**2).mean().item() / 2, rel=1e-4), "a mean over responses"
     assert metrics["kl"] == pytest.approx(0, abs=1e-4)
 
 
