@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check repro ui lock bench-ppo bench-rollout bench-grpo bench-seeds mutants clean
+.PHONY: demo test check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -22,6 +22,12 @@ repro: $(VENV)/.installed
 
 ui: $(VENV)/.installed
 	rlhf ui
+
+up: $(VENV)/.installed
+	rlhf up
+
+down: $(VENV)/.installed
+	rlhf down
 
 $(VENV)/.installed: requirements.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'

@@ -2,55 +2,82 @@
 
 from __future__ import annotations
 
-import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from contextlib import ExitStack
+from functools import partial
 
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, StateDetails
+from prefect.concurrency.sync import concurrency
 from prefect.states import Completed
 
 from flows import screen
+from flows.children import bring_up_to_date_in_child, log_of
+from flows.services import DEVICE_LIMIT
+from flows.work import Outcome, bring_up_to_date
 from tasks.core import versioning
-from tasks.core.stage import execute_stage, read_metrics
 
-__all__ = ["Outcome", "stage"]
+__all__ = ["stage"]
 
-
-@dataclass(frozen=True)
-class Outcome:
-    """What became of a stage. `key` is DVC's hash of all that it read."""
-
-    stage: str
-    result: versioning.Result
-    key: str
-    why: str
-    seconds: float
-    metrics: dict[str, float]
+# How long Prefect's server keeps the device for a run that no longer reports, because it was killed.
+LEASE_SECONDS = 60
+PATIENCE_SECONDS = 2
 
 
 @task(cache_policy=NO_CACHE)
-def stage(name: str, *, force: bool = False, pull: bool = False) -> State[Outcome]:
-    """Bring a stage up to date in this process; the state is `Cached` where nothing had to be computed.
+def stage(
+    name: str,
+    *,
+    force: bool = False,
+    pull: bool = False,
+    own_process: bool = False,
+    device: str | None = None,
+    timeout: float | None = None,
+) -> State[Outcome]:
+    """Bring a stage up to date; the state is `Cached` where nothing had to be computed.
+
+    Args:
+        name: the stage in dvc.yaml.
+        force: run it even if nothing changed.
+        pull: fetch missing results from the DVC remote before running.
+        own_process: run it in a child process, so that others can run beside it.
+        device: the GPU that the child sees.
+        timeout: seconds after which the child is ended.
 
     Raises:
         RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
     """
-    started = time.monotonic()
-    reasons = versioning.status(name) or (["forced"] if force else [])
 
-    def job() -> None:
-        screen.stage_begins(name, reasons)
-        execute_stage(name)
+    in_child = partial(bring_up_to_date_in_child, device=device, timeout=timeout)
+    bring = in_child if own_process else bring_up_to_date
+    with ExitStack() as held:
 
-    result = versioning.reproduce(name, job, force=force, pull=pull, on_wait=screen.stage_waits)
-    why = "; ".join(reasons) or "nothing that it reads has changed"
-    outcome = Outcome(
-        name, result, versioning.stage_key(name) or "", why, time.monotonic() - started, read_metrics(name)
-    )
-    screen.stage_ends(name, result, outcome.seconds, reasons)
+        def begins(reasons: Sequence[str]) -> None:
+            if versioning.needs_device(name):
+                _take_device(held)
+            screen.stage_begins(name, reasons, log_of(name) if own_process else None)
+
+        outcome = bring(name, force=force, pull=pull, on_begin=begins, on_wait=screen.stage_waits)
+    screen.stage_ends(name, outcome.result, outcome.seconds, outcome.reasons)
     details = StateDetails(cache_key=outcome.key)
-    if result == "executed":
-        return Completed(message=f"Ran: {why}", data=outcome, state_details=details)
-    word = "Unchanged" if result == "unchanged" else "Restored from the run-cache"
-    return Completed(name="Cached", message=f"{word}: {why}", data=outcome, state_details=details)
+    if outcome.result == "executed":
+        return Completed(message=f"Ran: {outcome.why}", data=outcome, state_details=details)
+    word = "Unchanged" if outcome.result == "unchanged" else "Restored from the run-cache"
+    return Completed(name="Cached", message=f"{word}: {outcome.why}", data=outcome, state_details=details)
+
+
+def _take_device(held: ExitStack) -> None:
+    """Hold a slot of Prefect's limit of stages that compute at once on this machine, if its server has that limit."""
+
+    def slot(patience: float | None) -> None:
+        limit = concurrency(
+            DEVICE_LIMIT, lease_duration=LEASE_SECONDS, timeout_seconds=patience, raise_on_lease_renewal_failure=False
+        )
+        held.enter_context(limit)
+
+    try:
+        slot(PATIENCE_SECONDS)
+    except TimeoutError:
+        screen.device_waits()
+        slot(None)

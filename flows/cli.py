@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -18,7 +18,7 @@ from tasks.core.errors import ConfigError, RLHFError
 from tasks.core.paths import artifacts, project_root
 
 if TYPE_CHECKING:
-    from flows.bridge import Outcome
+    from flows.work import Outcome
 
 __all__ = ["app"]
 
@@ -42,12 +42,18 @@ def run(
     force: Annotated[bool, typer.Option(help="Run the named stages even if nothing changed.")] = False,
     pull: Annotated[bool, typer.Option(help="Fetch missing results from the DVC remote.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Run a failed stage again this many times.")] = 0,
+    parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
     root = _root()
-    _change_params(root, preset, setting or [])
+    from flows import workspace
+
+    asked = {"force": force, "pull": pull, "retries": retries, "parallel": parallel, "timeout": timeout}
     try:
-        outcomes = _bring_up_to_date(stages or None, force=force, pull=pull, retries=retries)
+        with workspace.alone(screen.run_waits):
+            _change_params(root, preset, setting or [])
+            outcomes = _bring_up_to_date(stages or None, **asked)
     except KeyboardInterrupt:
         screen.errors.print("[yellow]interrupted.[/] Run again: it goes on from the last checkpoint.")
         raise typer.Exit(130) from None
@@ -96,11 +102,41 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Look at curves, samples and models in MLflow; stop it with Ctrl-C."""
     _root()
+    from flows import services
     from tasks.core import recording
 
-    command, environment = recording.ui_command(port)
+    if standing := services.running().get("mlflow"):
+        screen.console.print(f"MLflow is up at {standing.address}")
+        return
+
+    command, environment = recording.server_command(port)
     screen.console.print(f"MLflow is starting at http://127.0.0.1:{port} (about 20 s); stop it with Ctrl-C")
     os.execve(command[0], command, environment)
+
+
+@commands.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Prefect's server, on 127.0.0.1.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="MLflow's server, on 127.0.0.1.")] = 5000,
+) -> None:
+    """Start Prefect's server and worker and MLflow, and deploy what prefect.yaml lists; `rlhf down` ends them."""
+    _root()
+    from flows import services
+
+    standing = services.up(prefect_port, mlflow_port, screen.console.print)
+    screen.console.print(f"Prefect   {standing['prefect'].address.removesuffix('/api')}   runs, schedules, deployments")
+    screen.console.print(f"MLflow    {standing['mlflow'].address}   curves, samples, models")
+    screen.console.print("`rlhf run` now uses them; `rlhf down` ends them")
+
+
+@commands.command()
+def down() -> None:
+    """End what `rlhf up` started, and the run that it may be doing."""
+    _root()
+    from flows import services
+
+    ended = services.down()
+    screen.console.print(f"ended: {', '.join(ended)}" if ended else "nothing was up")
 
 
 @commands.command()
@@ -115,9 +151,11 @@ def schedule(
     serve(root, cron, timezone)
 
 
-def _bring_up_to_date(stages: list[str] | None, *, force: bool, pull: bool, retries: int) -> list[Outcome]:
+def _bring_up_to_date(stages: list[str] | None, **asked: Any) -> list[Outcome]:
+    from flows import services
     from flows.server import temporary_server
 
+    services.use()
     with temporary_server() as server:
         if server.address:
             screen.server_starts()
@@ -127,7 +165,8 @@ def _bring_up_to_date(stages: list[str] | None, *, force: bool, pull: bool, retr
         _calm_prefect()
         recording.prepare()
         server.wait()
-        return pipeline(stages, force=force, pull=pull, retries=retries)
+        outcomes: list[Outcome] = pipeline(stages, **asked)
+        return outcomes
 
 
 def _root() -> Path:

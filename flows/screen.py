@@ -14,15 +14,19 @@ from tasks.core.errors import StageError
 from tasks.core.paths import artifacts
 
 if TYPE_CHECKING:
-    from flows.bridge import Outcome
+    from pathlib import Path
+
+    from flows.work import Outcome
 
 __all__ = [
     "comparison",
     "console",
+    "device_waits",
     "errors",
     "failed",
     "markdown",
     "read_policies",
+    "run_waits",
     "server_starts",
     "stage_begins",
     "stage_ends",
@@ -56,14 +60,26 @@ def server_starts() -> None:
     console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
 
 
-def stage_begins(name: str, reasons: Sequence[str]) -> None:
-    """A stage starts to compute."""
+def stage_begins(name: str, reasons: Sequence[str], log: Path | None = None) -> None:
+    """A stage starts to compute; `log` is where its own output goes, if not here."""
     console.print(f"[bold]▸ {name:<{NAME_WIDTH}}[/] running   [dim]{_brief(reasons)}[/]")
+    if log:
+        console.print(f"[dim]  {escape(str(log))}[/]")
 
 
 def stage_waits(blocker: str) -> None:
     """A stage waits for another process."""
     console.print(f"[yellow]  waiting for another run of this project[/] [dim]{escape(blocker)}[/]")
+
+
+def run_waits(holder: str) -> None:
+    """A run waits for another one of this project."""
+    console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
+
+
+def device_waits() -> None:
+    """A stage waits until another run has done its computing."""
+    console.print("[yellow]  waiting for the device: another run computes on it[/]")
 
 
 def stage_ends(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:

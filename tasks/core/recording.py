@@ -34,9 +34,9 @@ __all__ = [
     "flow_environment",
     "pipeline_run",
     "prepare",
+    "server_command",
     "stage_run",
     "store_uri",
-    "ui_command",
 ]
 
 EXPERIMENT = "rlhf"
@@ -55,9 +55,10 @@ def store_uri() -> str:
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
-def ui_command(port: int) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of the MLflow UI on loopback; one worker and no job runner make it start fast."""
-    command = [sys.executable, "-m", "mlflow", "ui", "--backend-store-uri", store_uri()]
+def server_command(port: int) -> tuple[list[str], dict[str, str]]:
+    """Command and environment of MLflow's server on loopback; one worker and no job runner make it start fast."""
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store_uri()]
+    command += ["--artifacts-destination", str(project_root() / "mlartifacts")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
     return command, {**os.environ, **_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
@@ -200,6 +201,7 @@ _ENVIRONMENT = {
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
+    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "Result",
     "graph",
     "inputs",
+    "needs_device",
     "output_digests",
     "outputs",
     "pending",
@@ -114,6 +115,12 @@ def inputs(name: str) -> Inputs:
         written = [dep for dep in files if any(dep.fs.isin_or_eq(dep.fs_path, out) for out in made)]
         data = {str(dep): dep.hash_info.value for dep in written}
         return Inputs(key, data, tuple(Path(dep.fs_path) for dep in files if dep.fs_path.endswith(".py")))
+
+
+def needs_device(name: str) -> bool:
+    """Whether the stage computes on the accelerator: `meta: {device: true}` in dvc.yaml, not in its key."""
+    with _dvc_errors(name):
+        return bool((_stage(_open(), name).meta or {}).get("device"))
 
 
 def outputs(name: str) -> list[Path]:

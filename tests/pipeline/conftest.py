@@ -46,6 +46,10 @@ def {name}({signature}):
     (out / "result").mkdir()
     if (state / "sleep").exists():
         time.sleep(float((state / "sleep").read_text()))
+    if (state / "meet").exists() and "{name}" in ("sft", "gold_judge"):
+        (state / "here.{name}").touch()
+        while not all((state / f"here.{{other}}").exists() for other in ("sft", "gold_judge")):
+            time.sleep(0.1)
     if (state / "{name}.resumable").exists():
         folder = tracking.current_checkpoints()
         resumed = folder.exists()

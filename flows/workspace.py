@@ -1,0 +1,39 @@
+"""One run at a time in a project folder: two at once would run each stage once, but on parameters that one changes."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import datetime
+
+from filelock import FileLock, Timeout
+
+from tasks.core.paths import state
+
+__all__ = ["alone"]
+
+
+@contextmanager
+def alone(on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Wait until no other run of this project is going on, and keep others waiting; within it, a second call passes.
+
+    The lock is the operating system's: it goes with the process that holds it, however that ends.
+
+    Args:
+        on_wait: told once whom it waits for.
+    """
+    folder = state()
+    folder.mkdir(exist_ok=True)
+    holder = folder / "run.txt"
+    lock = FileLock(folder / "run.lock", is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait(holder.read_text(encoding="utf-8") if holder.exists() else "")
+        lock.acquire()
+    try:
+        holder.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()
