@@ -40,7 +40,8 @@ def run(
     preset: Annotated[str | None, typer.Option(help="Write this preset of infra/presets into params.yaml.")] = None,
     setting: Annotated[list[str] | None, typer.Option("-S", help="Write key=value into params.yaml.")] = None,
     force: Annotated[bool, typer.Option(help="Run the named stages even if nothing changed.")] = False,
-    pull: Annotated[bool, typer.Option(help="Fetch missing results from the DVC remote.")] = False,
+    pull: Annotated[bool, typer.Option(help="Fetch missing data and results from the DVC remote.")] = False,
+    push: Annotated[bool, typer.Option(help="Send each stage's results to the DVC remote.")] = False,
     retries: Annotated[int, typer.Option(min=0, help="Run a failed stage again this many times.")] = 0,
     parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
@@ -49,7 +50,7 @@ def run(
     root = _root()
     from flows import workspace
 
-    asked = {"force": force, "pull": pull, "retries": retries, "parallel": parallel, "timeout": timeout}
+    asked = {"force": force, "pull": pull, "push": push, "retries": retries, "parallel": parallel, "timeout": timeout}
     try:
         with workspace.alone(screen.run_waits):
             _change_params(root, preset, setting or [])

@@ -46,6 +46,7 @@ def pipeline(
     stages: list[str] | None = None,
     force: bool = False,
     pull: bool = False,
+    push: bool = False,
     retries: int = 0,
     parallel: int = 0,
     timeout: float | None = None,
@@ -58,18 +59,21 @@ def pipeline(
     Args:
         stages: names in dvc.yaml; None for all.
         force: run the named stages even if nothing changed.
-        pull: fetch missing results from the DVC remote before running.
+        pull: fetch missing data and results from the DVC remote before running.
+        push: send each stage's results to the DVC remote when it is done.
         retries: how often Prefect runs a failed stage again.
         parallel: run up to so many stages at once, where none needs another; 0 for one after another.
         timeout: seconds after which a stage counts as hung and is ended; `retries` may try it again.
     """
     run_id = str(flow_run.id)
-    asked = {"stages": stages or "all", "force": force, "pull": pull, "retries": retries, "parallel": parallel}
+    asked = {"stages": stages or "all", "force": force, "pull": pull, "push": push, "retries": retries}
 
     calls = _Calls(stages, force, pull, retries)
     outcomes = []
     with workspace.alone(screen.run_waits):
         wanted = plan(stages)
+        if pull:
+            versioning.pull_data()
         with recording.pipeline_run(run_id, asked) as record, recording.flow_environment(record, run_id):
             if parallel or timeout:
                 results = _side_by_side(wanted, calls, parallel or 1, timeout)
@@ -78,8 +82,20 @@ def pipeline(
             for outcome in results:
                 record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.metrics)
                 outcomes.append(outcome)
+                if push and outcome.result == "executed":
+                    _push(outcome.stage)
             create_markdown_artifact(screen.markdown(outcomes), key="rlhf-pipeline", description="Stages and policies")
+        if push:
+            screen.pushed(versioning.push())
     return outcomes
+
+
+def _push(name: str) -> None:
+    """A remote that does not answer is no reason to stop: everything is sent once more at the end."""
+    try:
+        versioning.push(name)
+    except StageError as error:
+        screen.push_waits(error)
 
 
 def plan(stages: list[str] | None) -> Plan:

@@ -25,6 +25,8 @@ __all__ = [
     "errors",
     "failed",
     "markdown",
+    "push_waits",
+    "pushed",
     "read_policies",
     "run_waits",
     "server_starts",
@@ -75,6 +77,16 @@ def stage_waits(blocker: str) -> None:
 def run_waits(holder: str) -> None:
     """A run waits for another one of this project."""
     console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
+
+
+def push_waits(error: Exception) -> None:
+    """A stage's results could not be sent yet."""
+    errors.print(f"[yellow]warning:[/] not sent to the DVC remote, tried again at the end: {escape(str(error))}")
+
+
+def pushed(files: int) -> None:
+    """All results are at the DVC remote."""
+    console.print(f"[dim]the DVC remote has everything; {files} files were new[/]")
 
 
 def device_waits() -> None:

@@ -39,6 +39,8 @@ __all__ = [
     "output_digests",
     "outputs",
     "pending",
+    "pull_data",
+    "push",
     "reproduce",
     "stage_key",
     "status",
@@ -84,7 +86,11 @@ def graph() -> dict[str, tuple[str, ...]]:
     """
     with _dvc_errors("dvc.yaml"):
         edges = _open().index.graph
-        waiting = {stage.addressing: tuple(need.addressing for need in edges.successors(stage)) for stage in edges}
+        stages = [stage for stage in edges if not stage.is_data_source]
+        waiting = {
+            stage.addressing: tuple(need.addressing for need in edges.successors(stage) if not need.is_data_source)
+            for stage in stages
+        }
     ordered: dict[str, tuple[str, ...]] = {}
     while waiting:  # DVC has made sure that there is no cycle
         name = next(name for name, needs in waiting.items() if all(need in ordered for need in needs))
@@ -186,6 +192,34 @@ def reproduce(
     if call.called:
         return "executed"
     return "restored" if done else "unchanged"
+
+
+def pull_data() -> None:
+    """Fetch the data that `dvc add` tracks and that is not here, from the cache or the DVC remote.
+
+    Raises:
+        StageError: there is no remote, it does not answer, or it does not have the data.
+    """
+    with _dvc_errors("data"):
+        repo = _open()
+        sources = [stage for stage in repo.index.stages if stage.is_data_source]
+        if missing := [stage.addressing for stage in sources if not all(out.exists for out in stage.outs)]:
+            repo.pull(targets=missing)
+
+
+def push(name: str | None = None) -> int:
+    """Send a stage's outputs, or everything's, and the run-cache to the DVC remote; how many files went.
+
+    Raises:
+        StageError: there is no remote, or it does not answer.
+    """
+    with _dvc_errors(name or "push"):
+        try:
+            return int(_open().push(targets=[name] if name else None, run_cache=True))
+        except (DvcException, StageError):
+            raise
+        except Exception as error:  # whatever the remote's own library raises
+            raise StageError(f"the DVC remote cannot be written: {type(error).__name__}: {error}") from error
 
 
 class _Call:
@@ -359,4 +393,6 @@ def _cause(error: BaseException) -> str:
     full = isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT)
     if full or shutil.disk_usage(project_root()).free < _FULL:
         return "no space left on the disk for its outputs, so none were recorded: free some, then run again"
+    if isinstance(last, FileNotFoundError) and last.filename:
+        return f"{last.filename} does not exist; if the DVC remote has it, `rlhf run --pull` fetches it"
     return str(last)

@@ -1,0 +1,87 @@
+"""A DVC remote carries data, results and run-cache to another clone, which then computes nothing."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+STATE = (".rlhf", "artifacts", ".dvc/cache", ".dvc/tmp", "mlflow.db", "mlartifacts")
+
+
+def with_remote(project: Project, remote: Path) -> Project:
+    """Its data tracked by DVC, a remote in another folder, everything committed."""
+    project.dvc("add", "data.txt")
+    project.dvc("remote", "add", "--default", "away", str(remote))
+    project.rlhf("run", "--push")
+    project.ran()
+    for words in (["add", "-A"], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=project.root, check=True)
+    return project
+
+
+def clone(project: Project, to: Path, open_project: Callable[..., Project]) -> Project:
+    subprocess.run(["git", "clone", "--quiet", str(project.root), str(to)], check=True)
+    return open_project(to, project.environment)
+
+
+def test_a_clone_elsewhere_pulls_and_computes_nothing(
+    project: Project, tmp_path: Path, open_project: Callable[..., Project]
+) -> None:
+    with_remote(project, tmp_path / "remote")
+    other = clone(project, tmp_path / "elsewhere" / "clone", open_project)
+    assert not (other.root / "data.txt").exists()
+    said = other.rlhf("run", "--pull")
+    assert other.ran() == []
+    assert "ran" not in said.replace("transferred", "").split()
+    for name in ("data.txt", "artifacts/sft/result/data.txt", "artifacts/sft/metrics.json"):
+        assert (other.root / name).read_bytes() == (project.root / name).read_bytes()
+    assert other.lock() == project.lock()
+
+
+def test_what_a_clone_computes_comes_back(
+    project: Project, tmp_path: Path, open_project: Callable[..., Project]
+) -> None:
+    """The run-cache travels, so the first project need not compute what the other has."""
+    with_remote(project, tmp_path / "remote")
+    other = clone(project, tmp_path / "clone", open_project)
+    other.rlhf("run", "--pull", "--push", "-S", "sft.epochs=3")
+    assert other.ran() == ["sft"]
+    said = project.rlhf("run", "--pull", "-S", "sft.epochs=3")
+    assert project.ran() == [], said
+
+
+def test_without_pull_missing_data_is_one_message(
+    project: Project, tmp_path: Path, open_project: Callable[..., Project]
+) -> None:
+    with_remote(project, tmp_path / "remote")
+    other = clone(project, tmp_path / "clone", open_project)
+    said = other.rlhf("run", expect=1)
+    assert "data.txt" in said
+    assert "--pull" in said
+    assert "Traceback" not in said
+
+
+def test_no_remote_is_one_message_and_nothing_is_lost(project: Project) -> None:
+    said = project.rlhf("run", "--push", "-S", "sft.epochs=3", expect=1)
+    assert project.ran() == ["sft"]
+    assert "dvc remote add" in said
+    assert "Traceback" not in said
+    assert project.rlhf("run").count("cached") == 4
+
+
+def test_a_remote_that_is_gone_for_a_while_stops_nothing(project: Project, tmp_path: Path) -> None:
+    with_remote(project, tmp_path / "remote")
+    shutil.rmtree(tmp_path / "remote")
+    (tmp_path / "remote").write_text("a file stands in its place")
+    said = project.rlhf("run", "--push", "-S", "seed=1", expect=1)
+    assert sorted(project.ran()) == ["collect", "gold_judge", "prepare", "sft"]
+    assert "warning: not sent to the DVC remote" in said
+    (tmp_path / "remote").unlink()
+    assert "the DVC remote has everything" in project.rlhf("run", "--push")
+    assert project.ran() == []
