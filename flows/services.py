@@ -68,12 +68,16 @@ def up(prefect_port: int, mlflow_port: int, tell: Callable[[str], None]) -> dict
     """Start what is not running yet, and return when all of it answers.
 
     Raises:
-        ConfigError: a port is taken by another program.
+        ConfigError: a port is taken by another program, or the environment names an MLflow server already.
         StageError: a service ended, or did not answer in time.
     """
+    if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
+        raise ConfigError("MLFLOW_TRACKING_URI names an MLflow server; unset it: `rlhf up` starts the project's own")
     with _alone():
         api = f"http://{HOST}:{prefect_port}/api"
         _start("prefect", api, prefect_port, _prefect_command(prefect_port), _environment())
+        if "mlflow" not in running():
+            recording.prepare()  # an experiment made through a server could not be used without it
         command, environment = recording.server_command(mlflow_port)
         _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment | _environment())
         services = running()

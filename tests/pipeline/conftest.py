@@ -40,6 +40,8 @@ def {name}({signature}):
     state.mkdir(exist_ok=True)
     with (state / "ran").open("a") as file:
         file.write("{name}\\n")
+    trace = (state / "trace").open("a", buffering=1)
+    trace.write("{name} begins\\n")
     values = dict(locals())
     folders = [values[upstream] for upstream in ("collect", "prepare") if upstream in values]
     read = [(folder / "result" / "data.txt").read_text() for folder in folders]
@@ -66,6 +68,8 @@ def {name}({signature}):
     tracking.log_samples("samples", [{{"prompt": "p", "reward": 2.0}}], step=2)
     metrics = {{"seed": seed, "inner": {{"one": 1}}}}
     (out / "metrics.json").write_text(json.dumps(metrics))
+    trace.write("{name} ends\\n")
+    trace.close()
 
 if __name__ == "__main__":
     from tasks.core.stage import run_stage
@@ -88,12 +92,14 @@ stages:
     metrics: [artifacts/prepare/metrics.json]
   sft:
     cmd: python -m tasks.sft
+    meta: {device: true}
     deps: [tasks/sft.py, tasks/shared.py, requirements.lock, artifacts/prepare/result]
     params: [seed, sft, lora]
     outs: [artifacts/sft/result]
     metrics: [artifacts/sft/metrics.json]
   gold_judge:
     cmd: python -m tasks.gold_judge
+    meta: {device: true}
     deps: [tasks/gold_judge.py, tasks/shared.py, artifacts/prepare/result]
     params: [seed, gold_judge]
     outs: [artifacts/gold_judge/result]

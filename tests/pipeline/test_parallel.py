@@ -9,7 +9,11 @@ from typing import TYPE_CHECKING
 
 import psutil
 import pytest
+from prefect.client.orchestration import get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
+
+from flows.services import DEVICE_LIMIT
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -37,6 +41,24 @@ def test_branches_overlap(project: Project) -> None:
     project.edit("params.yaml", "seed: 0", "seed: 1")
     project.rlhf("run", "--parallel", "2")
     assert sorted(project.ran()) == ["collect", "gold_judge", "prepare", "sft"]
+
+
+def test_a_limit_of_devices_holds_across_branches(project: Project) -> None:
+    """Prefect's global limit, as `rlhf up` makes it: whoever computes on the device holds it, all others wait."""
+    (project.root / ".rlhf" / "sleep").write_text("3")
+    (project.root / ".rlhf" / "trace").unlink()
+    project.edit("params.yaml", "seed: 0", "seed: 1")
+    server = temporary_settings({PREFECT_API_URL: project.environment["PREFECT_API_URL"]})
+    with server, get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, 1)
+        try:
+            said = project.rlhf("run", "--parallel", "2")
+        finally:
+            client.delete_global_concurrency_limit_by_name(DEVICE_LIMIT)
+    assert "waiting for the device" in said
+    first, *others = (project.root / ".rlhf" / "trace").read_text().splitlines()[4:]
+    assert others[0] == first.replace("begins", "ends")
+    assert len(others) == 3
 
 
 def test_a_failed_branch_lets_the_other_finish_and_is_reported(project: Project) -> None:
