@@ -27,6 +27,7 @@ from tasks.core.sections.grpo import GRPOParams
 from tasks.grpo import Rollouts
 
 PROMPTS, SAMPLES, UPDATES = 8, 4, 3
+NEVER_SAMPLED = "<gh_stars>"
 
 
 class Laps(TrainerCallback):
@@ -46,7 +47,7 @@ def updates(side: str) -> list[float]:
     """Seconds of each update of one fresh trainer."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.eos_token_id = -1  # no response ends early
+    tokenizer.eos_token = NEVER_SAMPLED  # no response ends early
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     params = GRPOParams(
         updates=UPDATES + 1, prompts_per_update=PROMPTS, samples_per_prompt=SAMPLES, epochs=1, minibatches=1,

@@ -6,8 +6,10 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.markup import escape
@@ -16,9 +18,6 @@ from rich.table import Table
 from flows import screen
 from tasks.core.errors import ConfigError, RLHFError
 from tasks.core.paths import artifacts, project_root
-
-if TYPE_CHECKING:
-    from flows.work import Outcome
 
 __all__ = ["app"]
 
@@ -50,11 +49,21 @@ def run(
     root = _root()
     from flows import workspace
 
-    asked = {"force": force, "pull": pull, "push": push, "retries": retries, "parallel": parallel, "timeout": timeout}
     try:
         with workspace.alone(screen.run_waits):
             _change_params(root, preset, setting or [])
-            outcomes = _bring_up_to_date(stages or None, **asked)
+            with _prefect():
+                from flows.pipeline import pipeline
+
+                outcomes = pipeline(
+                    stages or None,
+                    force=force,
+                    pull=pull,
+                    push=push,
+                    retries=retries,
+                    parallel=parallel,
+                    timeout=timeout,
+                )
     except KeyboardInterrupt:
         screen.errors.print("[yellow]interrupted.[/] Run again: it goes on from the last checkpoint.")
         raise typer.Exit(130) from None
@@ -63,6 +72,65 @@ def run(
         screen.console.print(screen.comparison(screen.read_policies()))
         screen.console.print(f"report: {artifacts('evaluate') / 'report.html'}")
         screen.console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
+
+
+@commands.command()
+def retrain(
+    pull: Annotated[bool, typer.Option(help="Fetch data and results from the DVC remote first.")] = False,
+    push: Annotated[bool, typer.Option(help="Send each stage's results to the DVC remote.")] = False,
+    approval_hours: Annotated[float, typer.Option(min=0, help="Wait so long for a person's approval.")] = 0,
+) -> None:
+    """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
+    _root()
+    from flows import workspace
+
+    try:
+        with workspace.alone(screen.run_waits), _prefect():
+            from flows.retrain import retrain as flow
+
+            flow(pull=pull, push=push, approval_hours=approval_hours)
+    except KeyboardInterrupt:
+        screen.errors.print("[yellow]interrupted.[/] Run again: it goes on from the last checkpoint.")
+        raise typer.Exit(130) from None
+
+
+@commands.command()
+def announce() -> None:
+    """Tell the standing Prefect server that data/ has a new version: it starts the deployment rlhf-retrain/retrain."""
+    _root()
+    from flows import services
+    from tasks.core import versioning
+
+    services.use()
+    md5 = versioning.data_version()
+    if md5 is None:
+        raise ConfigError("there is no folder data/ that a stage of dvc.yaml reads")
+    from flows.events import announce_data
+
+    announce_data(md5)
+    screen.console.print(f"announced data of md5 {md5}")
+
+
+@commands.command()
+def sweep(
+    setting: Annotated[list[str], typer.Option("-S", help="key=value,value,…: the values to try; may be repeated.")],
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
+) -> None:
+    """Run the pipeline with every combination of some values, without changing this folder, and compare them."""
+    _root()
+    from flows import services
+    from flows.sweep import sweep as run_all
+
+    services.use()
+    try:
+        folder = run_all(setting, stages or [])
+    except KeyboardInterrupt:
+        screen.errors.print("[yellow]interrupted.[/] Run it again: what was computed is restored.")
+        raise typer.Exit(130) from None
+    path = folder / "variants.json"
+    if path.is_file():
+        screen.console.print(screen.variants(json.loads(path.read_text(encoding="utf-8"))))
+        screen.console.print(f"table and plot: {folder}")
 
 
 @commands.command()
@@ -152,7 +220,9 @@ def schedule(
     serve(root, cron, timezone)
 
 
-def _bring_up_to_date(stages: list[str] | None, **asked: Any) -> list[Outcome]:
+@contextmanager
+def _prefect() -> Iterator[None]:
+    """A Prefect server to report to: the standing one, or a temporary one that starts while libraries are imported."""
     from flows import services
     from flows.server import temporary_server
 
@@ -160,14 +230,13 @@ def _bring_up_to_date(stages: list[str] | None, **asked: Any) -> list[Outcome]:
     with temporary_server() as server:
         if server.address:
             screen.server_starts()
-        from flows.pipeline import pipeline
+        import flows.pipeline  # noqa: F401
         from tasks.core import recording
 
         _calm_prefect()
         recording.prepare()
         server.wait()
-        outcomes: list[Outcome] = pipeline(stages, **asked)
-        return outcomes
+        yield
 
 
 def _root() -> Path:
@@ -178,6 +247,7 @@ def _root() -> Path:
             f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli` here, "
             "or install the package here"
         )
+    os.chdir(root)  # DVC names stages relative to where one stands
     return root
 
 

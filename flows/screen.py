@@ -19,11 +19,13 @@ if TYPE_CHECKING:
     from flows.work import Outcome
 
 __all__ = [
+    "approval_waits",
     "comparison",
     "console",
     "device_waits",
     "errors",
     "failed",
+    "gate_ends",
     "markdown",
     "push_waits",
     "pushed",
@@ -33,6 +35,8 @@ __all__ = [
     "stage_begins",
     "stage_ends",
     "stage_waits",
+    "variant_begins",
+    "variants",
 ]
 
 console = Console(highlight=False, soft_wrap=True)
@@ -77,6 +81,37 @@ def stage_waits(blocker: str) -> None:
 def run_waits(holder: str) -> None:
     """A run waits for another one of this project."""
     console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
+
+
+def variant_begins(number: int, count: int, variant: Sequence[str]) -> None:
+    """A sweep starts its next variant."""
+    console.print(f"[bold]variant {number} of {count}:[/] {escape(' '.join(variant))}")
+
+
+def variants(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Every policy of every variant, a row each."""
+    table = Table(title="Variants on held-out prompts", title_justify="left")
+    table.add_column("variant")
+    table.add_column("policy")
+    for heading, _ in COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for variant, policies in found.items():
+        for name, figures in policies.items():
+            table.add_row(variant, name, *_cells(figures))
+    return table
+
+
+def approval_waits(policy: str, hours: float) -> None:
+    """A person is asked."""
+    console.print(f"[yellow]{policy} waits up to {hours:g} hours for approval in Prefect's page of this run[/]")
+
+
+def gate_ends(policy: str, verdict: str, reasons: Sequence[str]) -> None:
+    """What the gate decided, and why."""
+    colour = {"promoted": "green", "refused": "red"}.get(verdict, "dim")
+    console.print(f"[bold]gate[/] {policy}: [{colour}]{verdict}[/]")
+    for reason in reasons:
+        console.print(f"  {escape(reason)}")
 
 
 def push_waits(error: Exception) -> None:

@@ -15,6 +15,7 @@ from tasks.core.sections.base_model import BaseModelParams
 from tasks.core.sections.collect import CollectParams
 from tasks.core.sections.dpo import DPOParams
 from tasks.core.sections.evaluate import EvaluateParams
+from tasks.core.sections.gate import GateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.grpo import GRPOParams
@@ -50,6 +51,7 @@ class Params(Section):
     grpo: GRPOParams | None
     dpo: DPOParams | None
     evaluate: EvaluateParams
+    gate: GateParams | None
 
     @model_validator(mode="after")
     def _needed_stages_are_on(self) -> Self:

@@ -14,13 +14,16 @@ import os
 import re
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tasks.core.errors import ConfigError, StageError
+from tasks.core.outbox import Outbox, deliver_left
 from tasks.core.paths import project_root, state
 
 if TYPE_CHECKING:
@@ -29,21 +32,35 @@ if TYPE_CHECKING:
     from tasks.core.versioning import Inputs
 
 __all__ = [
+    "SWEEP_VARIABLE",
     "PipelineRun",
     "StageRun",
     "flow_environment",
+    "git_commit",
+    "open_store",
     "pipeline_run",
     "prepare",
     "server_command",
     "stage_run",
     "store_uri",
+    "tag_pipeline",
 ]
 
 EXPERIMENT = "rlhf"
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
 
+# A run's own name, by which it is found again when MLflow's answer to its creation was lost.
+OUTBOX, OUTBOX_TAG = "outbox", "rlhf.outbox"
+
+# How MLflow's page knows that a file is a table (mlflow.client.MlflowClient.log_table writes it).
+TABLES_TAG = "mlflow.loggedArtifacts"
+
 # How a flow tells the stages it runs, in this process or in a child, which runs they belong to.
 PIPELINE_VARIABLE, FLOW_VARIABLE = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
+EXPERIMENT_VARIABLE = "RLHF_EXPERIMENT_ID"
+
+SWEEP_VARIABLE = "RLHF_SWEEP"
+"""How a sweep tells its pipeline runs what they belong to: a JSON object with `sweep` and `variant`."""
 
 # mlflow.utils.validation: at most this many per request, and these characters in the name of a metric or parameter.
 BATCH = 100
@@ -66,69 +83,198 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
 def prepare() -> None:
     """Import MLflow and open its store, which takes seconds: to be called while there is something else to wait for.
 
+    What runs could not say while the server was away is said now.
+
     Raises:
         ConfigError: the store cannot be opened.
     """
-    _client()
+    open_store()
+    _deliver_kept()
 
 
 @contextmanager
 def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator[PipelineRun]:
     """The parent run of everything that one flow executes."""
-    client, experiment = _client()
-    run = client.create_run(experiment, run_name="pipeline", tags={**_source("pipeline"), FLOW_TAG: flow_run_id})
-    with _closing(client, run.info.run_id):
-        pipeline = PipelineRun(client, experiment, run.info.run_id)
-        pipeline.log_params(parameters)
-        yield pipeline
+    swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VARIABLE, "{}")).items()}
+    tags = {**_source("pipeline"), FLOW_TAG: flow_run_id, **swept}
+    pipeline = PipelineRun(_new_outbox())
+    pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
+    try:
+        with _closing(pipeline):
+            pipeline.log_params(parameters)
+            yield pipeline
+    finally:
+        _deliver_kept()
 
 
 @contextmanager
 def flow_environment(pipeline: PipelineRun, flow_run_id: str) -> Iterator[None]:
     """While this lasts, stages that run here or in a child become children of the pipeline run."""
-    os.environ.update({PIPELINE_VARIABLE: pipeline.run_id, FLOW_VARIABLE: flow_run_id})
+    told = {
+        PIPELINE_VARIABLE: pipeline.run_id,
+        FLOW_VARIABLE: flow_run_id,
+        EXPERIMENT_VARIABLE: pipeline.experiment,
+    }
+    os.environ.update(told)
     try:
         yield
     finally:
-        del os.environ[PIPELINE_VARIABLE], os.environ[FLOW_VARIABLE]
+        for variable in told:
+            del os.environ[variable]
+
+
+def tag_pipeline(flow_run_id: str, tags: Mapping[str, str]) -> None:
+    """Say something about a pipeline run that has ended."""
+    client, experiment = open_store()
+    for run in client.search_runs([experiment], f"tags.`{FLOW_TAG}` = '{flow_run_id}'"):
+        if STAGE_TAG not in run.data.tags:
+            for key, value in tags.items():
+                client.set_tag(run.info.run_id, key, value)
+
+
+def git_commit() -> str:
+    """The commit that is checked out; empty where there is none."""
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
+    return commit.stdout.strip() if commit.returncode == 0 else ""
 
 
 @contextmanager
 def stage_run(name: str, inputs: Inputs, parameters: Mapping[str, object]) -> Iterator[StageRun]:
     """The run of one executed stage: FINISHED, or FAILED after an error, or KILLED when it was interrupted."""
-    client, experiment = _client()
     tags = {**_source(name), STAGE_TAG: name, KEY_TAG: inputs.key}
     if parent := os.environ.get(PIPELINE_VARIABLE):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VARIABLE, "")}
-    run = client.create_run(experiment, run_name=name, tags=tags)
-    with _closing(client, run.info.run_id):
-        stage = StageRun(client, experiment, run.info.run_id, name)
+    stage = StageRun(_new_outbox())
+    stage.create(name, tags)
+    with _closing(stage):
         stage.log_params(parameters)
         stage.log_inputs(inputs.data)
         yield stage
 
 
 class _Run:
-    """A run that is open."""
+    """A run that is open. Whatever is said of it goes through an outbox, since a server may be away for a while.
 
-    def __init__(self, client: MlflowClient, experiment: str, run_id: str) -> None:
-        self._client, self._experiment, self.run_id = client, experiment, run_id
+    Each `_do_…` does one deed, and may do it twice without harm (see `tasks.core.outbox`).
+    """
+
+    def __init__(self, outbox: Path) -> None:
+        self._client, self.experiment = open_store()
+        self._name = outbox.stem
+        self._run_id: str | None = None
+        self.outbox = Outbox(outbox, self._do, _is_away, _warn)
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of this run.
+
+        Raises:
+            StageError: the run could not be created yet, because the server is away.
+        """
+        if self._run_id is None:
+            runs = self._client.search_runs([self.experiment], f"tags.`{OUTBOX_TAG}` = '{self._name}'", max_results=1)
+            if not runs:
+                raise StageError(f"MLflow at {store_uri()} does not know this run: is the server away?")
+            self._run_id = str(runs[0].info.run_id)
+        return self._run_id
+
+    def create(self, name: str, tags: Mapping[str, str]) -> None:
+        """Begin."""
+        self.outbox.put("create", name=name, tags={**tags, OUTBOX_TAG: self._name}, time=_now())
 
     def log_params(self, parameters: Mapping[str, object]) -> None:
         """Record parameters under their flattened keys."""
-        from mlflow.entities import Param
-
-        params = [Param(FORBIDDEN.sub("_", key), str(value)) for key, value in parameters.items()]
-        for start in range(0, len(params), BATCH):
-            self._client.log_batch(self.run_id, params=params[start : start + BATCH])
+        self.outbox.put("params", parameters={FORBIDDEN.sub("_", key): str(value) for key, value in parameters.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
         """Record numbers; without a step they are final values."""
+        values = {FORBIDDEN.sub("_", key): float(value) for key, value in metrics.items()}
+        self.outbox.put("metrics", metrics=values, step=step or 0, time=_now())
+
+    def end(self, status: str, error: str | None = None) -> None:
+        """Say what became of it; what is left in the outbox is delivered now if the server is back."""
+        if error:
+            self.outbox.put("tag", key="error", value=error[:5000])
+        self.outbox.put("end", status=status, time=_now())
+        if not self.outbox.deliver():
+            _kept.append(self.outbox)
+
+    def _do(self, deed: str, content: Mapping[str, Any]) -> None:
+        getattr(self, f"_do_{deed}")(**content)
+
+    def _do_create(self, name: str, tags: Mapping[str, str], time: int) -> None:
+        try:
+            found = self.run_id
+        except StageError:
+            run = self._client.create_run(self.experiment, start_time=time, run_name=name, tags=dict(tags))
+            found = str(run.info.run_id)
+        self._run_id = found
+
+    def _do_params(self, parameters: Mapping[str, str]) -> None:
+        from mlflow.entities import Param
+
+        params = [Param(key, value) for key, value in parameters.items()]
+        for start in range(0, len(params), BATCH):
+            self._client.log_batch(self.run_id, params=params[start : start + BATCH])
+
+    def _do_metrics(self, metrics: Mapping[str, float], step: int, time: int) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
-        values = [Metric(FORBIDDEN.sub("_", key), float(value), now, step or 0) for key, value in metrics.items()]
-        self._client.log_batch(self.run_id, metrics=values)
+        self._client.log_batch(self.run_id, metrics=[Metric(key, value, time, step) for key, value in metrics.items()])
+
+    def _do_tag(self, key: str, value: str) -> None:
+        self._client.set_tag(self.run_id, key, value)
+
+    def _do_end(self, status: str, time: int) -> None:
+        self._client.set_terminated(self.run_id, status, end_time=time)
+
+    def _do_origin(self, name: str, key: str) -> None:
+        condition = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+        if runs := self._client.search_runs([self.experiment], condition, max_results=1):
+            self._client.set_tag(self.run_id, f"{name}.run", runs[0].info.run_id)
+
+    def _do_samples(self, name: str, rows: Sequence[Mapping[str, Any]], step: int | None) -> None:
+        """MLflow's own `log_table` only appends; here the rows of a step take the place of those that it had."""
+        file = f"{name}.json"
+        table: dict[str, Any] = {"columns": [], "data": []}
+        if any(item.path == file for item in self._client.list_artifacts(self.run_id)):
+            with tempfile.TemporaryDirectory() as folder:
+                copy = Path(self._client.download_artifacts(self.run_id, file, folder))
+                table = json.loads(copy.read_text(encoding="utf-8"))
+        old = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
+        kept = [row for row in old if row.get("step") != step] + list(rows)
+        columns = list(dict.fromkeys(key for row in kept for key in row))
+        data = [[row.get(column) for column in columns] for row in kept]
+        self._client.log_dict(self.run_id, {"columns": columns, "data": data}, file)
+        tables = json.loads(self._client.get_run(self.run_id).data.tags.get(TABLES_TAG, "[]"))
+        if {"path": file, "type": "table"} not in tables:
+            self._client.set_tag(self.run_id, TABLES_TAG, json.dumps([*tables, {"path": file, "type": "table"}]))
+
+    def _do_file(self, path: str, folder: str | None) -> None:
+        if Path(path).exists():  # a later run may have replaced it
+            self._client.log_artifact(self.run_id, path, folder)
+
+    def _do_inputs(self, data: Mapping[str, str]) -> None:
+        from mlflow.entities import Dataset, DatasetInput
+
+        sets = [Dataset(path, md5, "local", json.dumps({"uri": path})) for path, md5 in data.items()]
+        self._client.log_inputs(self.run_id, datasets=[DatasetInput(item) for item in sets])
+
+    def _do_model(self, path: str, md5: str) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        stage = Path(path).parent.name
+        tags = {"dvc.path": path, "dvc.md5": md5, STAGE_TAG: stage, OUTBOX_TAG: self._name}
+        condition = f"tags.`{OUTBOX_TAG}` = '{self._name}' and tags.`dvc.path` = '{path}'"
+        known = self._client.search_logged_models([self.experiment], condition)
+        model = (
+            known[0]
+            if known
+            else self._client.create_logged_model(self.experiment, stage, source_run_id=self.run_id, tags=tags)
+        )
+        self._client.finalize_logged_model(model.model_id, "READY")
+        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
 class PipelineRun(_Run):
@@ -141,58 +287,36 @@ class PipelineRun(_Run):
         here, so the tag `<stage>.run` names the newest finished run of the same key, if this store has one.
         """
         self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
-        self._client.set_tag(self.run_id, f"{name}.key", key)
-        self._client.set_tag(self.run_id, f"{name}.result", result)
-        if source := self._find(key):
-            self._client.set_tag(self.run_id, f"{name}.run", source)
-
-    def _find(self, key: str) -> str | None:
-        condition = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
-        runs = self._client.search_runs([self._experiment], condition, max_results=1)
-        return runs[0].info.run_id if runs else None
+        self.outbox.put("tag", key=f"{name}.key", value=key)
+        self.outbox.put("tag", key=f"{name}.result", value=result)
+        self.outbox.put("origin", name=name, key=key)
 
 
 class StageRun(_Run):
     """The run of one stage; implements `tasks.core.tracking.Recorder`."""
 
-    def __init__(self, client: MlflowClient, experiment: str, run_id: str, stage: str) -> None:
-        super().__init__(client, experiment, run_id)
-        self._stage = stage
-
     def log_samples(self, name: str, rows: Sequence[Mapping[str, object]], step: int | None) -> None:
-        """Append rows to the table `<name>.json`, the step in the first column."""
-        rows = [{**({} if step is None else {"step": step}), **row} for row in rows]
-        columns = list(dict.fromkeys(key for row in rows for key in row))
-        table = {column: [_cell(row.get(column)) for row in rows] for column in columns}
-        if rows:
-            self._client.log_table(self.run_id, table, f"{name}.json")
+        """Append rows to the table `<name>.json`, the step in the first column; those of the same step are replaced."""
+        named = [{**({} if step is None else {"step": step}), **row} for row in rows]
+        cells = [{key: _cell(value) for key, value in row.items()} for row in named]
+        if cells:
+            self.outbox.put("samples", name=name, rows=cells, step=step)
 
     def log_file(self, path: Path, folder: str | None) -> None:
         """Copy a file into the run's artifacts."""
-        self._client.log_artifact(self.run_id, str(path), folder)
+        self.outbox.put("file", path=str(path), folder=folder)
 
     def log_inputs(self, data: Mapping[str, str]) -> None:
         """Record what the stage reads: each file or folder with its DVC md5 as digest."""
-        from mlflow.entities import Dataset, DatasetInput
-
-        sets = [Dataset(path, md5, "local", json.dumps({"uri": path})) for path, md5 in data.items()]
-        if sets:
-            self._client.log_inputs(self.run_id, datasets=[DatasetInput(item) for item in sets])
+        if data:
+            self.outbox.put("inputs", data=dict(data))
 
     def log_outputs(self, digests: Mapping[str, str]) -> None:
         """Record each output's md5, and a model reference for a folder of weights: the bytes stay with DVC."""
         for path, md5 in digests.items():
-            self._client.set_tag(self.run_id, f"output.{Path(path).name}", md5)
+            self.outbox.put("tag", key=f"output.{Path(path).name}", value=md5)
             if Path(path).name in ("adapter", "model"):
-                self._log_model(path, md5)
-
-    def _log_model(self, path: str, md5: str) -> None:
-        from mlflow.entities import LoggedModelOutput
-
-        tags = {"dvc.path": path, "dvc.md5": md5, STAGE_TAG: self._stage}
-        model = self._client.create_logged_model(self._experiment, self._stage, source_run_id=self.run_id, tags=tags)
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+                self.outbox.put("model", path=path, md5=md5)
 
 
 _ENVIRONMENT = {
@@ -200,12 +324,14 @@ _ENVIRONMENT = {
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_DISABLE_TELEMETRY": "true",
     "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
+    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
+    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
     "MLFLOW_LOGGING_LEVEL": "WARNING",
     "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
 }
 
 
-def _client() -> tuple[MlflowClient, str]:
+def open_store() -> tuple[MlflowClient, str]:
     """A client for the store, and the experiment, made on first use.
 
     Raises:
@@ -220,17 +346,19 @@ def _client() -> tuple[MlflowClient, str]:
     from mlflow.exceptions import MlflowException
 
     uri = store_uri()
-    # log_table reads the table back by `runs:/…`, which MLflow resolves against its global URI.
+    # Files of a run are found by `runs:/…`, which MLflow resolves against its global URI.
     set_tracking_uri(uri)
+    if known := os.environ.get(EXPERIMENT_VARIABLE):  # the flow has opened it, and the server may be away by now
+        return MlflowClient(uri), known
     state().mkdir(exist_ok=True)
     try:
         # Two processes that open a new store at once would both create its tables. And a local store makes a folder
         # `mlruns` in the working directory, used or not.
         with FileLock(state() / "mlflow.lock"), contextlib.chdir(state()):
             client = MlflowClient(uri)
-            known = client.get_experiment_by_name(EXPERIMENT)
-            if known:
-                return client, str(known.experiment_id)
+            experiment = client.get_experiment_by_name(EXPERIMENT)
+            if experiment:
+                return client, str(experiment.experiment_id)
             folder = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
             return client, client.create_experiment(EXPERIMENT, artifact_location=folder)
     except MlflowException as error:
@@ -238,33 +366,64 @@ def _client() -> tuple[MlflowClient, str]:
 
 
 @contextmanager
-def _closing(client: MlflowClient, run_id: str) -> Iterator[None]:
+def _closing(run: _Run) -> Iterator[None]:
     """End the run as what became of it; an error while saying so must not hide the one that ended it."""
     from mlflow.exceptions import MlflowException
 
     try:
         yield
     except Exception as error:
-        with contextlib.suppress(MlflowException):
-            client.set_tag(run_id, "error", f"{type(error).__name__}: {error}"[:5000])
-            client.set_terminated(run_id, "FAILED")
+        with contextlib.suppress(MlflowException, StageError):
+            run.end("FAILED", f"{type(error).__name__}: {error}")
         if isinstance(error, MlflowException):
             reason = next((line for line in str(error).splitlines() if "rror)" in line), str(error))
             raise StageError(
-                f"MLflow cannot write to {store_uri()}: {reason}; is the disk full, or the server gone? Then run again"
+                f"MLflow cannot write to {store_uri()}: {reason}; is the disk full? Then run again"
             ) from error
         raise
     except BaseException:
-        client.set_terminated(run_id, "KILLED")
+        run.end("KILLED")
         raise
-    client.set_terminated(run_id, "FINISHED")
+    run.end("FINISHED")
+
+
+_kept: list[Outbox] = []
+
+
+def _deliver_kept() -> None:
+    """Say what runs could not say while the server was away: those of this process, and of others that have ended."""
+    _kept[:] = [outbox for outbox in _kept if not outbox.deliver()]
+    deliver_left(state() / OUTBOX, lambda path: _Run(path).outbox, _warn)
+
+
+def _new_outbox() -> Path:
+    return state() / OUTBOX / f"{uuid.uuid4().hex}.jsonl"
+
+
+def _is_away(error: Exception) -> bool:
+    """A server that does not answer, or says that it cannot now; an error in a local store is one."""
+    from mlflow.exceptions import MlflowException
+
+    if not store_uri().startswith("http"):
+        return False
+    if isinstance(error, MlflowException):
+        status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
+        return status >= 500 or error.error_code == "REQUEST_LIMIT_EXCEEDED"
+    return isinstance(error, OSError)
+
+
+def _warn(text: str) -> None:
+    print(f"warning: MLflow at {store_uri()}: {text}", file=sys.stderr)
+
+
+def _now() -> int:
+    return int(time.time() * 1000)
 
 
 def _source(name: str) -> dict[str, str]:
     tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", "mlflow.user": os.environ.get("USER", "unknown")}
-    command = ["git", "rev-parse", "HEAD"]
-    commit = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
-    return tags | ({"mlflow.source.git.commit": commit.stdout.strip()} if commit.returncode == 0 else {})
+    commit = git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
 
 
 def _cell(value: Any) -> Any:

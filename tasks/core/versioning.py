@@ -25,6 +25,11 @@ from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc.stage.exceptions import StageNotFound
+from dvc_data.hashfile import load
+from dvc_data.hashfile.checkout import checkout
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_objects.errors import ObjectFormatError
+from dvc_objects.fs import localfs
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
@@ -33,6 +38,7 @@ __all__ = [
     "Inputs",
     "Pending",
     "Result",
+    "data_version",
     "graph",
     "inputs",
     "needs_device",
@@ -42,12 +48,17 @@ __all__ = [
     "pull_data",
     "push",
     "reproduce",
+    "restore",
+    "share_cache",
     "stage_key",
     "status",
 ]
 
 Result = Literal["executed", "restored", "unchanged"]
 Job = Callable[[], None]
+
+DATA = "data"
+"""The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
 
 LOCK_POLL_SECONDS = 1.0
 _SHOWN = 60  # characters of a value in a reason
@@ -121,6 +132,14 @@ def inputs(name: str) -> Inputs:
         written = [dep for dep in files if any(dep.fs.isin_or_eq(dep.fs_path, out) for out in made)]
         data = {str(dep): dep.hash_info.value for dep in written}
         return Inputs(key, data, tuple(Path(dep.fs_path) for dep in files if dep.fs_path.endswith(".py")))
+
+
+def data_version() -> str | None:
+    """The md5 of the folder `data`, as DVC hashes it; None where no stage reads one."""
+    with _dvc_errors("data"):
+        deps = (dep for stage in _open().index.stages for dep in stage.deps if str(dep) == DATA)
+        dep = next(deps, None)
+        return str(dep.get_hash().value) if dep and dep.exists else None
 
 
 def needs_device(name: str) -> bool:
@@ -220,6 +239,38 @@ def push(name: str | None = None) -> int:
             raise
         except Exception as error:  # whatever the remote's own library raises
             raise StageError(f"the DVC remote cannot be written: {type(error).__name__}: {error}") from error
+
+
+def restore(md5: str, path: Path) -> None:
+    """Write the file or folder that has this md5 (`….dir` for a folder), from the cache or the DVC remote.
+
+    Raises:
+        StageError: neither has it.
+    """
+    with _dvc_errors(str(path)):
+        repo = _open()
+        cache, wanted = repo.cache.local, HashInfo("md5", md5)
+        try:
+            found = load(cache, wanted)
+            parts = [info.value for _, _, info in found] if wanted.isdir else [md5]
+            if not all(cache.exists(part) for part in parts):
+                raise FileNotFoundError(md5)
+        except (FileNotFoundError, ObjectFormatError):
+            try:
+                repo.cloud.pull([wanted])
+                found = load(cache, wanted)
+            except Exception as error:
+                raise StageError(f"neither the DVC cache nor a DVC remote has {md5}, wanted for {path}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkout(str(path), localfs, found, cache, force=True, quiet=True)
+
+
+def share_cache(folder: Path) -> None:
+    """Let another working copy of this project use this one's cache."""
+    with _dvc_errors(str(folder)):
+        cache = str(_open().cache.local_cache_dir)
+        with Repo(str(folder)).config.edit("local") as config:
+            config["cache"]["dir"] = cache
 
 
 class _Call:

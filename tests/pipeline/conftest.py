@@ -107,6 +107,25 @@ stages:
 """
 
 
+# Imported by every Python that runs with this folder on its path: writes down what each stage opens.
+WATCH = """
+import os, sys
+log, root = os.environ.get("RLHF_OPENED"), os.getcwd()
+
+def watch(event, arguments):
+    tracking = sys.modules.get("tasks.core.tracking")
+    run = getattr(tracking, "_active", None)
+    if event == "open" and run is not None and isinstance(arguments[0], (str, bytes)):
+        path = os.path.abspath(os.fsdecode(arguments[0]))
+        if path.startswith(root + "/artifacts/"):
+            log_file.write(f"{run.stage} {os.path.relpath(path, root)}\\n")
+
+if log:
+    log_file = open(log, "a", buffering=1)
+    sys.addaudithook(watch)
+"""
+
+
 class WarmPython:
     """See warm_python.py."""
 
@@ -292,3 +311,26 @@ def project(finished: tuple[Project, str], tmp_path: Path) -> Project:
 @pytest.fixture
 def fresh(tmp_path: Path, environment: dict[str, str], python: WarmPython) -> Project:
     return make_project(tmp_path / "project", environment, python)
+
+
+@pytest.fixture(scope="session")
+def tiny(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], open_project: Callable[..., Project]
+) -> tuple[Project, str]:
+    """The project after `rlhf run --preset tiny`, which also wrote down what each stage opened."""
+    root = tmp_path_factory.mktemp("tiny") / "project"
+    watch = tmp_path_factory.mktemp("watch")
+    (watch / "sitecustomize.py").write_text(WATCH)
+    files = ["tasks", "flows", "infra", "data", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
+    for name in [*files, "requirements.lock"]:
+        if (ROOT / name).is_dir():
+            skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp")
+            shutil.copytree(ROOT / name, root / name, ignore=skipped)
+        else:
+            root.mkdir(exist_ok=True)
+            shutil.copy(ROOT / name, root / name)
+    subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
+    watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
+    project = open_project(root, watched)
+    said = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny")
+    return open_project(root, environment), said + (watch / "opened").read_text()

@@ -112,3 +112,11 @@ def test_the_private_parts_of_dvc_are_where_we_take_them_from() -> None:
 
 def test_many_reasons_are_cut_short() -> None:
     assert screen._brief(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
+
+
+def test_it_works_from_a_folder_inside_the_project(finished: tuple[Project, str]) -> None:
+    inside = finished[0].root / "tasks" / "core"
+    environment = finished[0].environment | {"PYTHONPATH": str(finished[0].root)}
+    command = [sys.executable, "-m", "flows.cli", "status"]
+    done = subprocess.run(command, cwd=inside, env=environment, capture_output=True, text=True, check=False)
+    assert "up to date" in done.stdout, done.stderr

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
-from collections.abc import Callable
+import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,47 +18,6 @@ ROOT = Path(__file__).resolve().parents[2]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = list(PIPELINE["stages"])
 FIGURES = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
-
-# Imported by every Python that runs with this folder on its path: writes down what each stage opens.
-WATCH = """
-import os, sys
-log, root = os.environ.get("RLHF_OPENED"), os.getcwd()
-
-def watch(event, arguments):
-    tracking = sys.modules.get("tasks.core.tracking")
-    run = getattr(tracking, "_active", None)
-    if event == "open" and run is not None and isinstance(arguments[0], (str, bytes)):
-        path = os.path.abspath(os.fsdecode(arguments[0]))
-        if path.startswith(root + "/artifacts/"):
-            log_file.write(f"{run.stage} {os.path.relpath(path, root)}\\n")
-
-if log:
-    log_file = open(log, "a", buffering=1)
-    sys.addaudithook(watch)
-"""
-
-
-@pytest.fixture(scope="module")
-def tiny(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], open_project: Callable[..., Project]
-) -> tuple[Project, str]:
-    """The project after `rlhf run --preset tiny`, which also wrote down what each stage opened."""
-    root = tmp_path_factory.mktemp("tiny") / "project"
-    watch = tmp_path_factory.mktemp("watch")
-    (watch / "sitecustomize.py").write_text(WATCH)
-    files = ["tasks", "flows", "infra", "data", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
-    for name in [*files, "requirements.lock"]:
-        if (ROOT / name).is_dir():
-            skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp")
-            shutil.copytree(ROOT / name, root / name, ignore=skipped)
-        else:
-            root.mkdir(exist_ok=True)
-            shutil.copy(ROOT / name, root / name)
-    subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
-    watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
-    project = open_project(root, watched)
-    said = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny")
-    return open_project(root, environment), said + (watch / "opened").read_text()
 
 
 def lines(said: str) -> dict[str, str]:
@@ -103,3 +60,42 @@ def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny: tuple[Project, str], 
     (project.root / "dvc.lock").unlink(missing_ok=True)
     project.dvc("repro")
     assert project.lock() == lock
+
+
+CHAMPION = "select version from registered_model_aliases where alias = 'champion'"
+
+
+def gate_of(said: str) -> str:
+    return next(line for line in said.splitlines() if line.startswith("gate "))
+
+
+def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_path: Path) -> None:
+    """On random models nobody wins, so the rules are set to what each step is to show."""
+    project = tiny[0].copy(tmp_path / "project")
+    lenient = ["-S", "gate.min_win_rate=0", "-S", "gate.margin=0.5", "-S", "gate.policy=ppo"]
+    project.rlhf("run", *lenient)
+    first = project.rlhf("retrain")
+    assert gate_of(first) == "gate ppo: promoted"
+    assert "win rate against SFT, lower end: " in first
+    assert gate_of(project.rlhf("retrain")) == "gate ppo: unchanged"
+    project.rlhf("run", "-S", "gate.policy=dpo")
+    second = project.rlhf("retrain")
+    assert gate_of(second) == "gate dpo: promoted"
+    assert "win rate against the champion, lower end: " in second
+    assert database(project, CHAMPION) == [("2",)]
+    project.rlhf("run", "-S", "gate.policy=grpo", "-S", "gate.max_kl=0.000001")
+    third = project.rlhf("retrain")
+    assert gate_of(third) == "gate grpo: refused"
+    assert "asked at most 1e-06 nats" in third
+    assert database(project, CHAMPION) == [("2",)]
+    tags = dict(database(project, "select key, value from tags where key like 'gate%' order by rowid"))
+    assert tags["gate"] == "refused"
+    assert "1e-06" in tags["gate.reasons"]
+
+
+def database(project: Project, question: str) -> list[tuple[Any, ...]]:
+    connection = sqlite3.connect(project.root / "mlflow.db")
+    try:
+        return [tuple(str(value) for value in row) for row in connection.execute(question)]
+    finally:
+        connection.close()

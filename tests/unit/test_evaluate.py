@@ -1,7 +1,9 @@
 """The whole stage on models of two layers, and each of its numbers against a second, plainer computation."""
 
 import json
+import shutil
 from pathlib import Path
+from statistics import mean
 from types import SimpleNamespace
 
 import pytest
@@ -18,7 +20,9 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.evals.compare import Judged
-from tasks.evaluate import choose_prompts, evaluate
+from tasks.evals.duel import duel
+from tasks.evals.judging import choose_prompts
+from tasks.evaluate import evaluate
 from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
 
@@ -226,3 +230,18 @@ def test_prompts_are_a_seeded_choice(world: dict[str, Path]) -> None:
 def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"test\.jsonl holds 7 prompts, evaluate\.prompts asks for 8; lower it to 7"):
         choose_prompts(world["prepare"] / "prompts" / "test.jsonl", 8, 0)
+
+
+def test_a_duel_compares_answers_to_the_same_prompts(
+    world: dict[str, Path], out: Path, records: list[Judged], tmp_path: Path
+) -> None:
+    """PPO against GRPO as champion: what the evaluation's own scores of both say. Against itself: one half."""
+    gold = {policy: {r.prompt_id: r.gold for r in records if r.policy == policy} for policy in ("ppo", "grpo")}
+    pairs = [(gold["ppo"][prompt], gold["grpo"][prompt]) for prompt in gold["ppo"]]
+    for name, expected in (("grpo", mean((a > b) + (a == b) / 2 for a, b in pairs)), ("ppo", 0.5)):
+        artifacts = tmp_path / name
+        for part, folder in {**world, "evaluate": out}.items():
+            shutil.copytree(folder, artifacts / part)
+        found = duel("ppo", PARAMS, GENERATION, 0, artifacts=artifacts, champion=artifacts, champion_policy=name)
+        assert found.mean == pytest.approx(expected)
+        assert found.low <= found.mean <= found.high

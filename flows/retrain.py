@@ -1,0 +1,169 @@
+"""The continuous loop: new data → everything that it changes → the gate → a new champion, or the reasons why not."""
+
+from __future__ import annotations
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from prefect import flow, task
+from prefect.artifacts import create_markdown_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State
+from prefect.exceptions import FlowPauseTimeout
+from prefect.flow_runs import pause_flow_run
+from prefect.input import RunInput
+from prefect.states import Completed
+
+from flows import screen
+from flows.pipeline import pipeline
+from flows.work import Outcome
+from tasks.core import recording, registry, versioning
+from tasks.core.errors import ConfigError, DataError, StageError
+from tasks.core.params import Params, load_params
+from tasks.core.paths import artifacts, project_root
+from tasks.evals.compare import Table
+from tasks.evals.gate import PARTS, Decision, candidate, decide
+from tasks.evals.statistics import Interval
+
+__all__ = ["Approval", "gate", "retrain"]
+
+
+class Approval(RunInput):
+    """What a person answers before a policy is promoted."""
+
+    promote: bool = False
+    why: str = ""
+
+
+@flow(name="rlhf-retrain")
+def retrain(
+    data_md5: str | None = None,
+    pull: bool = False,
+    push: bool = False,
+    retries: int = 0,
+    timeout: float | None = None,
+    approval_hours: float = 0,
+) -> bool:
+    """Bring the pipeline up to date with the data, and promote the best policy if the gate lets it pass.
+
+    Args:
+        data_md5: the version of `data/` that is meant, as DVC hashes it; None for whatever is there.
+        pull: fetch data and results from the DVC remote first.
+        push: send results to the DVC remote.
+        retries: how often a failed stage is run again.
+        timeout: seconds after which a stage counts as hung.
+        approval_hours: how long to wait for a person to approve in Prefect's page; 0 for no person.
+
+    Returns:
+        Whether there is a new champion.
+
+    Raises:
+        DataError: the data here is of another version.
+    """
+    if pull:
+        versioning.pull_data()
+    _check_data(data_md5)
+    state: State[Any] = pipeline(pull=pull, push=push, retries=retries, timeout=timeout, return_state=True)
+    outcomes: list[Outcome] = state.result()
+    if not any(outcome.stage == "evaluate" for outcome in outcomes):
+        raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
+    flow_run = state.state_details.flow_run_id
+    promoted = gate(str(flow_run), approval_hours)
+    return bool(promoted)
+
+
+@task(cache_policy=NO_CACHE)
+def gate(flow_run: str, approval_hours: float = 0) -> State[bool]:
+    """Let the gate decide about the evaluated policies, and promote or refuse; the reasons go to all who watch."""
+    params = load_params(project_root() / "params.yaml")
+    if params.gate is None:
+        raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
+    table: Table = json.loads((artifacts("evaluate") / "policies.json").read_text(encoding="utf-8"))
+    policy = candidate(table, params.gate)
+    weights = _weights(policy)
+    champion = registry.champion()
+    if champion and dict(champion.weights) == weights:
+        return _tell(flow_run, Decision(policy, ()), "unchanged", ("it is the champion already",))
+    against = _duel(policy, params, champion) if champion else None
+    decision = decide(table, policy, params.gate, against)
+    version = registry.register(policy, weights, _tags(table, decision))
+    if not decision.accepted:
+        return _tell(flow_run, decision, "refused", decision.reasons)
+    if approval_hours and (refusal := _refusal(decision, approval_hours)):
+        return _tell(flow_run, decision, "refused", (refusal,))
+    registry.set_champion(version)
+    return _tell(flow_run, decision, "promoted", decision.reasons)
+
+
+def _check_data(wanted: str | None) -> None:
+    found = versioning.data_version()
+    if wanted and wanted != found:
+        raise DataError(
+            f"this run is for data of md5 {wanted}, but data/ here is {found}: bring that version here (git pull, then "
+            "`rlhf run --pull`), or run without data_md5"
+        )
+
+
+def _weights(policy: str) -> dict[str, str]:
+    """Every folder of weights that makes up the policy, as `stage/folder`, with its md5."""
+    return {
+        f"{stage}/{Path(path).name}": md5
+        for stage in (*PARTS, policy)
+        for path, md5 in versioning.output_digests(stage).items()
+        if Path(path).name in ("adapter", "model")
+    }
+
+
+def _duel(policy: str, params: Params, champion: registry.Version) -> Interval:
+    from tasks.evals.duel import duel  # with torch, which takes seconds
+
+    with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
+        for path, md5 in champion.weights.items():
+            versioning.restore(md5, Path(folder) / path)
+        return duel(
+            policy,
+            params.evaluate,
+            params.generation,
+            params.seed,
+            artifacts=artifacts("evaluate").parent,
+            champion=Path(folder),
+            champion_policy=champion.policy,
+        )
+
+
+def _refusal(decision: Decision, hours: float) -> str | None:
+    """Ask a person; why the policy is not promoted, or None where it is."""
+    text = "\n".join([f"Promote {decision.policy}?", *decision.reasons])
+    screen.approval_waits(decision.policy, hours)
+    try:
+        answer = pause_flow_run(
+            wait_for_input=Approval.with_initial_data(description=text), timeout=round(hours * 3600), poll_interval=5
+        )
+    except FlowPauseTimeout:
+        return f"nobody approved it within {hours:g} hours"
+    return None if answer.promote else f"a person refused it: {answer.why or 'no reason given'}"
+
+
+def _tags(table: Table, decision: Decision) -> dict[str, str]:
+    figures = {key: str(value) for key, value in table[decision.policy].items() if key in ("win_rate", "kl")}
+    return {
+        **figures,
+        "accepted": str(decision.accepted),
+        "reasons": "; ".join(decision.reasons),
+        "git.commit": recording.git_commit(),
+        "data.md5": versioning.data_version() or "",
+    }
+
+
+def _tell(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> State[bool]:
+    screen.gate_ends(decision.policy, verdict, reasons)
+    recording.tag_pipeline(
+        flow_run, {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
+    )
+    lines = [f"## {decision.policy}: {verdict}", "", *(f"- {reason}" for reason in reasons), ""]
+    lines += ["| rule | found | asked | holds |", "|---|---|---|---|"] if decision.findings else []
+    lines += [f"| {f.rule} | {f.found} | {f.asked} | {'yes' if f.holds else '**no**'} |" for f in decision.findings]
+    create_markdown_artifact("\n".join(lines), key="rlhf-gate", description=f"{decision.policy}: {verdict}")
+    return Completed(message=f"{decision.policy}: {verdict}", data=verdict == "promoted")

@@ -1,0 +1,135 @@
+"""Several values of some parameters: each variant in a git worktree of its own, all of them with one DVC cache.
+
+What variants have in common is computed by the first and restored for the others. All report to the project's MLflow,
+tagged with the sweep and their values; what they wrote is in the cache, so `rlhf run -S` with the same values brings it
+into the project itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flows import screen
+from tasks.core import recording, versioning
+from tasks.core.errors import ConfigError, StageError
+from tasks.core.params import load_params, parse_override
+from tasks.core.paths import project_root, state
+from tasks.evals.variants import write
+
+__all__ = ["sweep", "variants_of"]
+
+
+def sweep(settings: Sequence[str], words: Sequence[str]) -> Path:
+    """Run every combination, one after another, and compare them; the folder with the comparison.
+
+    Args:
+        settings: `key=value,value,…` each.
+        words: what to pass to each `rlhf run`.
+
+    Raises:
+        ConfigError: a setting is malformed, or a combination is not valid.
+        StageError: there is no git commit to start from, or a variant failed; those before it are kept.
+    """
+    variants = variants_of(settings)
+    name = f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = state() / "sweeps" / name
+    folder.mkdir(parents=True)
+    found: dict[str, Any] = {}
+    for number, variant in enumerate(variants, start=1):
+        screen.variant_begins(number, len(variants), variant)
+        with _worktree(folder / "worktree") as tree:
+            _run(tree, name, variant, words)
+            evaluated = tree / "artifacts" / "evaluate" / "policies.json"
+            if evaluated.is_file():
+                found[" ".join(variant)] = json.loads(evaluated.read_text(encoding="utf-8"))
+                write(folder, found)
+    return folder
+
+
+def variants_of(settings: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every combination of the values, each as `key=value` words.
+
+    A list or mapping counts as one value: commas within brackets do not separate.
+
+    Raises:
+        ConfigError: a setting has no key or no value.
+    """
+    choices = []
+    for setting in settings:
+        key, sign, values = setting.partition("=")
+        words = [f"{key}{sign}{value}" for value in _separated(values)]
+        for word in words:
+            parse_override(word)
+        choices.append(words)
+    if not choices:
+        raise ConfigError("a sweep needs values to try: rlhf sweep -S ppo.kl_coef=0.02,0.05,0.1")
+    return list(itertools.product(*choices))
+
+
+def _separated(values: str) -> list[str]:
+    parts, depth = [""], 0
+    for sign in values:
+        depth += (sign in "[{") - (sign in "]}")
+        if sign == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += sign
+    return parts
+
+
+def _run(tree: Path, name: str, variant: Sequence[str], words: Sequence[str]) -> None:
+    settings = [word for setting in variant for word in ("-S", setting)]
+    environment = os.environ | {
+        "MLFLOW_TRACKING_URI": recording.store_uri(),
+        recording.SWEEP_VARIABLE: json.dumps({"sweep": name, "variant": " ".join(variant)}),
+        "PYTHONPATH": str(tree),
+    }
+    command = [sys.executable, "-m", "flows.cli", "run", *words, *settings]
+    done = subprocess.run(command, cwd=tree, env=environment, check=False)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise StageError(f"the variant {' '.join(variant)} failed, see above; run the sweep again to go on from there")
+
+
+@contextmanager
+def _worktree(folder: Path) -> Iterator[Path]:
+    """The project as it is now, changes that are not committed included, at another place with the same DVC cache."""
+    root = project_root()
+    _git(root, "worktree", "add", "--detach", "--quiet", str(folder), "HEAD")
+    try:
+        changed = _git(root, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
+        for name in filter(None, changed):
+            target = folder / name
+            if (root / name).exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target)
+            else:
+                target.unlink(missing_ok=True)
+        local = root / ".dvc" / "config.local"
+        if local.exists():
+            shutil.copy2(local, folder / ".dvc")
+        versioning.share_cache(folder)
+        load_params(folder / "params.yaml")
+        yield folder
+    finally:
+        with contextlib.suppress(StageError):
+            _git(root, "worktree", "remove", "--force", str(folder))
+
+
+def _git(root: Path, *words: str) -> str:
+    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageError(f"`git {' '.join(words[:2])}` failed: {done.stderr.strip()}; a sweep needs a git commit")
+    return done.stdout

@@ -1,0 +1,92 @@
+"""The gate: may this policy take the champion's place? A decision with its reasons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tasks.core.errors import ConfigError
+from tasks.core.sections.gate import GateParams
+from tasks.evals.compare import REFERENCE, Table
+from tasks.evals.statistics import Interval
+
+__all__ = ["PARTS", "Decision", "Finding", "candidate", "decide"]
+
+PARTS = ("base_model", "sft")
+"""What a policy is made of beside itself: its adapter lies on that of SFT, which lies on the base model."""
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One rule: what was measured, what was asked, and whether it holds."""
+
+    rule: str
+    found: str
+    asked: str
+    holds: bool
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What the gate says of a policy."""
+
+    policy: str
+    findings: tuple[Finding, ...]
+
+    @property
+    def accepted(self) -> bool:
+        """Every rule holds."""
+        return all(finding.holds for finding in self.findings)
+
+    @property
+    def reasons(self) -> tuple[str, ...]:
+        """The rules that do not hold; all of them where the policy is accepted."""
+        shown = [finding for finding in self.findings if self.accepted or not finding.holds]
+        return tuple(f"{finding.rule}: {finding.found}, asked {finding.asked}" for finding in shown)
+
+
+def candidate(table: Table, params: GateParams) -> str:
+    """The policy that may be promoted.
+
+    Raises:
+        ConfigError: it was not evaluated.
+    """
+    trained = [policy for policy in table if policy != REFERENCE]
+    if not trained:
+        raise ConfigError("nothing to promote: ppo, grpo and dpo are all off")
+    if params.policy == "best":
+        return max(trained, key=lambda policy: table[policy]["win_rate_low"])
+    if params.policy not in trained:
+        raise ConfigError(f"gate.policy is {params.policy!r}, but the policies evaluated are {', '.join(trained)}")
+    return params.policy
+
+
+def decide(table: Table, policy: str, params: GateParams, against_champion: Interval | None) -> Decision:
+    """Apply the rules; where there is no champion yet, that rule does not count.
+
+    Args:
+        table: the evaluation, see `tasks.evals.compare`.
+        policy: the candidate.
+        params: the rules.
+        against_champion: the candidate's win rate against the champion.
+    """
+    row = table[policy]
+    findings = [
+        Finding(
+            "win rate against SFT, lower end",
+            f"{row['win_rate_low']:.1%}",
+            f"above {params.min_win_rate:.0%}",
+            row["win_rate_low"] > params.min_win_rate,
+        ),
+        Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
+    ]
+    if against_champion is not None:
+        least = 0.5 - params.margin
+        findings.append(
+            Finding(
+                "win rate against the champion, lower end",
+                f"{against_champion.low:.1%}",
+                f"at least {least:.0%}",
+                against_champion.low >= least,
+            )
+        )
+    return Decision(policy, tuple(findings))

@@ -1,0 +1,163 @@
+"""Letting policies answer the same prompts with the same random numbers, and every judge score the answers."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from tasks.core.errors import DataError, TrainingError
+from tasks.core.models import is_off
+from tasks.core.schema import Prompt, read_rows
+from tasks.core.sections.generation import GenerationParams
+from tasks.evals.compare import Judged
+from tasks.rewards.composition import CompositeReward
+from tasks.rewards.learned import GoldJudge
+from tasks.rewards.rules import RewardFunction, right_answer
+from tasks.rl.kl import kl_estimates, per_sequence
+from tasks.rl.policy import Policy
+from tasks.rl.rollout import Rollout, generate
+
+__all__ = ["Answer", "Sampler", "choose_prompts", "gold_reward", "judge"]
+
+
+def choose_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
+    """The first `count` prompts of the file after a shuffle that the seed fixes.
+
+    Raises:
+        DataError: the file holds fewer, or is missing or malformed.
+    """
+    rows = read_rows(path, Prompt)
+    if len(rows) < count:
+        raise DataError(
+            f"{path} holds {len(rows)} prompts, evaluate.prompts asks for {count}; lower it to {len(rows)} or less, or "
+            "raise prepare.test_share"
+        )
+    random.Random(seed).shuffle(rows)
+    return rows[:count]
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One response before anyone has judged it; the fields mean what they mean in `Judged`."""
+
+    policy: str
+    prompt: Prompt
+    response: str
+    tokens: int
+    ended: bool
+    kl: float
+    kl_k3: float
+
+
+class Sampler:
+    """Lets policies answer the prompts, always with the same random numbers."""
+
+    def __init__(
+        self, tokenizer: Any, prompts: Sequence[Prompt], generation: GenerationParams, *, batch_size: int, seed: int
+    ) -> None:
+        self._tokenizer, self._generation, self._seed = tokenizer, generation, seed
+        self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+
+    def answers(self, name: str, model: Any) -> list[Answer]:
+        """One response per prompt, with its KL to the reference; 0 for the reference itself, which has no adapter."""
+        rollouts = self._rollouts(model)
+        return [
+            answer
+            for prompts, rollout in zip(self._batches, rollouts, strict=True)
+            for answer in self._described(name, prompts, rollout, self._reference_logprobs(model, rollout))
+        ]
+
+    def _rollouts(self, model: Any) -> list[Rollout]:
+        generator = torch.Generator().manual_seed(self._seed)
+        return [
+            generate(
+                model,
+                [self._tokenizer(row.prompt).input_ids for row in batch],
+                max_new_tokens=self._generation.max_new_tokens,
+                temperature=self._generation.temperature,
+                eos_token_id=self._tokenizer.eos_token_id,
+                pad_token_id=self._tokenizer.pad_token_id,
+                generator=generator,
+            )
+            for batch in self._batches
+        ]
+
+    def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
+        if not isinstance(model, PeftModel):
+            return rollout.logprobs
+        return Policy(model, temperature=self._generation.temperature).reference_logprobs(rollout)
+
+    def _described(
+        self, name: str, prompts: Sequence[Prompt], rollout: Rollout, reference_logprobs: Tensor
+    ) -> list[Answer]:
+        mask = rollout.response_mask
+        kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
+        columns = zip(
+            prompts,
+            rollout.response_ids(),
+            mask.sum(1).tolist(),
+            rollout.ended.tolist(),
+            per_sequence(kl.k1, mask).tolist(),
+            per_sequence(kl.k3, mask).tolist(),
+            strict=True,
+        )
+        return [
+            Answer(name, prompt, self._tokenizer.decode(ids, skip_special_tokens=True), tokens, ended, k1, k3)
+            for prompt, ids, tokens, ended, k1, k3 in columns
+        ]
+
+
+def gold_reward(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -> RewardFunction:
+    """What stands for the truth: a model of people's ratings that training never saw, or the right answers.
+
+    Raises:
+        DataError: there are neither.
+    """
+    if not is_off(gold_judge):
+        return GoldJudge.load(base_model, gold_judge)
+    answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
+    if len(answers) < len(prompts):
+        raise DataError(
+            f"gold_judge is off (null in params.yaml), and only {len(answers)} of {len(prompts)} held-out prompts have "
+            "a right answer, so nothing independent can judge the policies: switch it on, or give prompts an `answer`"
+        )
+    return lambda asked, responses: [
+        right_answer(text, answers[prompt]) for prompt, text in zip(asked, responses, strict=True)
+    ]
+
+
+def judge(answers: Sequence[Answer], reward: CompositeReward, gold: RewardFunction, *, vader: bool) -> list[Judged]:
+    """Every judge scores every response."""
+    prompts = [answer.prompt.prompt for answer in answers]
+    responses = [answer.response for answer in answers]
+    proxy = reward(prompts, responses)
+    truth = torch.as_tensor(gold(prompts, responses))
+    if not torch.isfinite(truth).all():
+        raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
+    lexicon: Any = SentimentIntensityAnalyzer() if vader else None
+    return [
+        Judged(
+            id=f"{answer.policy}/{answer.prompt.id}",
+            policy=answer.policy,
+            prompt_id=answer.prompt.id,
+            prompt=answer.prompt.prompt,
+            response=answer.response,
+            tokens=answer.tokens,
+            ended=answer.ended,
+            kl=answer.kl,
+            kl_k3=answer.kl_k3,
+            proxy=proxy.total[row].item(),
+            rewards={name: values[row].item() for name, values in proxy.components.items()},
+            gold=truth[row].item(),
+            vader=lexicon.polarity_scores(answer.prompt.prompt + answer.response)["compound"] if lexicon else None,
+        )
+        for row, answer in enumerate(answers)
+    ]

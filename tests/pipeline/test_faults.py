@@ -1,0 +1,232 @@
+"""What real life does to a run. After each fault: nothing corrupt, no record lost, no process left, a true status."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import psutil
+import pytest
+
+from tests.pipeline.conftest import free_port, wait_for
+from tests.pipeline.test_recording import runs
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+STAGES = ["collect", "prepare", "sft", "gold_judge"]
+
+
+def family(project: Project) -> list[psutil.Process]:
+    """Every process that works in the project's folder."""
+    return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(project.root)]
+
+
+def sound(project: Project) -> None:
+    """A run now completes, and afterwards everybody agrees that all is done."""
+    project.rlhf("run")
+    assert "up to date" in project.dvc("status")
+    project.ran()
+    assert project.rlhf("run").count("cached") == 4
+    assert project.ran() == []
+    for name in STAGES:
+        assert name in (project.root / "artifacts" / name / "result" / "data.txt").read_text()
+
+
+@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("own", [[], ["--parallel", "2"]], ids=["in the flow's process", "in its own"])
+def test_killed_in_any_stage(project: Project, stage: str, own: list[str]) -> None:
+    (project.root / ".rlhf" / f"{stage}.resumable").touch()
+    project.edit("params.yaml", "seed: 0", "seed: 1")
+    before = project.lock()
+    process = project.start("run", *own)
+    project.wait_for(".rlhf/waiting")
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate(timeout=60)
+    project.wait_until(lambda: not family(project))
+    assert stage in project.dvc("status")
+    if stage == "collect":
+        assert project.lock() == before
+    sound(project)
+    assert (project.root / ".rlhf" / "resumed").read_text() == "True"
+
+
+@contextmanager
+def mlflow_server(project: Project, port: int) -> Iterator[subprocess.Popen[bytes]]:
+    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
+    command += ["--artifacts-destination", str(project.root / "served"), "--port", str(port), "--workers", "1"]
+    environment = project.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    with (project.root / ".rlhf" / "mlflow.log").open("ab") as log:
+        server = subprocess.Popen(command, cwd=project.root, env=environment, stdout=log, stderr=log)
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=120)
+        yield server
+    finally:
+        kill(server)
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    for process in [*psutil.Process(server.pid).children(recursive=True), server] if server.poll() is None else []:
+        process.kill()
+    server.wait()
+
+
+def answers(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize("own", [[], ["--parallel", "1"]], ids=["in the flow's process", "in its own"])
+def test_mlflow_is_gone_while_stages_run(fresh: Project, own: list[str]) -> None:
+    """Training goes on, what it says is kept, and once the server is back each number is there once."""
+    port = free_port()
+    environment = fresh.environment | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    (fresh.root / ".rlhf").mkdir()
+    (fresh.root / ".rlhf" / "sleep").write_text("5")
+    with mlflow_server(fresh, port) as server:
+        process = fresh.start("run", *own, environment=environment)
+        fresh.wait_until(lambda: "prepare begins" in trace(fresh))
+        kill(server)
+        said = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, said
+    if not own:
+        assert "warning: MLflow at http" in said
+    assert fresh.ran() == STAGES
+    outbox = fresh.root / ".rlhf" / "outbox"
+    assert list(outbox.glob("*.jsonl")), "what could not be said is kept"
+    with mlflow_server(fresh, port):
+        again = fresh.command(sys.executable, "-c", DELIVER.format(port=port))
+        assert "Traceback" not in again
+        assert list(outbox.iterdir()) == []
+        found = read(fresh, port)
+    assert sorted(found) == sorted(["pipeline", *STAGES]), "each run once"
+    for name in STAGES:
+        assert found[name]["status"] == "FINISHED"
+        assert found[name]["loss"] == [[1, 0.5]]
+        assert found[name]["samples"] == [[1, "p", 1.0], [2, "p", 2.0]]
+        assert found["pipeline"]["metrics"][f"{name}.inner.one"] == 1
+        assert found["pipeline"]["tags"][f"{name}.run"] == found[name]["id"]
+    assert found["pipeline"]["status"] == "FINISHED"
+
+
+def trace(project: Project) -> str:
+    path = project.root / ".rlhf" / "trace"
+    return path.read_text() if path.exists() else ""
+
+
+DELIVER = """
+import os
+os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{port}"
+from tasks.core import recording
+recording.prepare()
+"""
+
+READ = """
+import json
+from mlflow import MlflowClient, artifacts, set_tracking_uri
+set_tracking_uri("http://127.0.0.1:{port}")
+client = MlflowClient()
+experiment = client.get_experiment_by_name("rlhf")
+found = []
+for run in client.search_runs([experiment.experiment_id]):
+    id, name = run.info.run_id, run.info.run_name
+    row = {{"id": id, "name": name, "status": run.info.status, "metrics": run.data.metrics, "tags": run.data.tags}}
+    row["loss"] = [(point.step, point.value) for point in client.get_metric_history(id, "loss")]
+    if name != "pipeline":
+        row["samples"] = artifacts.load_dict(f"runs:/{{id}}/samples.json")["data"]
+    found.append(row)
+print(json.dumps(found))
+"""
+
+
+def read(project: Project, port: int) -> dict[str, dict[str, Any]]:
+    said = project.command(sys.executable, "-W", "ignore", "-c", READ.format(port=port))
+    rows = json.loads(said.splitlines()[-1] if said.splitlines()[-1].startswith("[") else said[said.index("[{") :])
+    assert len({row["name"] for row in rows}) == len(rows), [row["name"] for row in rows]
+    return {row["name"]: row for row in rows}
+
+
+def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None:
+    """The stage that runs is finished and kept; the run then ends as failed, and the next one goes on from there."""
+    port = free_port()
+    command = [sys.executable, "-m", "flows.server", str(port)]
+    server = subprocess.Popen(command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE)
+    try:
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"), seconds=120)
+        environment = project.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+        (project.root / ".rlhf" / "sleep").write_text("4")
+        (project.root / ".rlhf" / "trace").unlink()
+        project.edit("params.yaml", "seed: 0", "seed: 1")
+        process = project.start("run", environment=environment)
+        project.wait_until(lambda: "collect begins" in trace(project))
+    finally:
+        server.kill()
+        server.communicate()
+    process.communicate(timeout=400)
+    assert process.returncode not in (0, None)
+    project.wait_until(lambda: not family(project))
+    assert "collect" in project.ran()
+    (project.root / ".rlhf" / "sleep").unlink()
+    assert "collect" not in project.dvc("status")
+    sound(project)
+
+
+def test_a_truncated_object_of_the_cache_is_never_used(project: Project) -> None:
+    """Noticed, removed, and what it held is computed again."""
+    lock = project.lock()
+    result = project.root / "artifacts" / "prepare" / "result" / "data.txt"
+    content = result.read_text()
+    (cached,) = [path for path in (project.root / ".dvc/cache/files").rglob("*") if holds(path, content)]
+    cached.chmod(0o644)
+    cached.write_text(content[: len(content) // 2])
+    cached.chmod(0o444)
+    result.unlink()
+    project.rlhf("run")
+    assert result.read_text() == content
+    assert project.ran() == ["prepare"]
+    assert project.lock() == lock
+    sound(project)
+
+
+def holds(path: Path, content: str) -> bool:
+    return path.is_file() and path.read_bytes() == content.encode()
+
+
+def test_two_flows_and_dvc_repro_at_once(project: Project) -> None:
+    (project.root / ".rlhf" / "sleep").write_text("1")
+    project.edit("params.yaml", "seed: 0", "seed: 1")
+    words = [sys.executable, "-m", "dvc", "repro"]
+    flows = [project.start("run"), project.start("run")]
+    project.wait_until(lambda: "prepare begins" in trace(project).partition("gold_judge ends")[2])
+    repro = subprocess.run(
+        words, cwd=project.root, env=project.environment, capture_output=True, text=True, check=False
+    )
+    said = [flow.communicate(timeout=120)[0] for flow in flows]
+    assert [flow.returncode for flow in flows] == [0, 0], said
+    assert repro.returncode == 0 or "Unable to acquire lock" in repro.stderr, repro.stderr
+    assert sorted(project.ran()) == sorted(STAGES)
+    sound(project)
+
+
+def test_the_clock_goes_backwards(project: Project) -> None:
+    """All files come from the future: nothing has changed, so nothing runs, and what must run may."""
+    future = 4_000_000_000
+    for path in [*project.root.rglob("*.py"), project.root / "params.yaml", project.root / "data.txt"]:
+        os.utime(path, (future, future))
+    assert project.rlhf("run").count("cached") == 4
+    project.edit("params.yaml", "epochs: 1", "epochs: 3")
+    os.utime(project.root / "params.yaml", (future, future))
+    project.rlhf("run")
+    assert project.ran() == ["sft"]
+    assert all(run["status"] == "FINISHED" for run in runs(project))

@@ -1,0 +1,209 @@
+"""The cache is never wrong: change any input of any stage, and exactly the stages that read it have to run.
+
+What a stage reads is found without dvc.yaml: from the signature of its function, and from what its process imports.
+`python -m pytest tests/pipeline/test_matrix.py -rP -m ''` prints the matrix.
+"""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+from ruamel.yaml import YAML
+
+from tasks.core import versioning
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+# DVC's own, in the process of the tests.
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
+
+ROOT = Path(__file__).resolve().parents[2]
+STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
+
+
+def sections_of(stage: str) -> set[str]:
+    """The sections of params.yaml that the stage's function is given: its positional parameters."""
+    tree = ast.parse((ROOT / "tasks" / f"{stage}.py").read_text(encoding="utf-8"))
+    (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == stage)
+    return {stage if argument.arg == "params" else argument.arg for argument in function.args.args}
+
+
+def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    children = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    if not children:
+        yield path
+    for key, inner in children:
+        yield from leaves(inner, (*path, key))
+
+
+def at(value: Any, path: tuple[Any, ...]) -> Any:
+    for key in path:
+        value = value[key]
+    return value
+
+
+def other(value: Any) -> Any:
+    """Something else of the same type."""
+    if isinstance(value, bool):
+        return not value
+    if isinstance(value, int | float):
+        return value + 1
+    return f"{value}x" if isinstance(value, str) else "x"
+
+
+def brief(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:59]}…"
+
+
+def row(what: str, stages: set[str]) -> str:
+    return f"{what:<60}" + " ".join("■" if stage in stages else "·" for stage in STAGES)
+
+
+@pytest.fixture(scope="module")
+def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
+    """A copy of the finished tiny project, in which `versioning` works."""
+    project = tiny[0].copy(tmp_path_factory.mktemp("matrix") / "project")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(project.root)
+        yield project
+
+
+def direct() -> dict[str, tuple[str, ...]]:
+    """The stages of which an input of their own has changed, with the reasons."""
+    own = {
+        item.stage: tuple(reason for reason in item.reasons if not reason.startswith("reads what"))
+        for item in versioning.pending()
+    }
+    return {stage: reasons for stage, reasons in own.items() if reasons}
+
+
+@pytest.mark.slow
+def test_every_parameter(recorded: Project) -> None:
+    """Also: the reason names the parameter, its old value and its new one."""
+    path = recorded.root / "params.yaml"
+    original = path.read_bytes()
+    yaml = YAML(typ="safe")
+    readers = {stage: sections_of(stage) for stage in STAGES}
+    assert direct() == {}
+    try:
+        for leaf in leaves(yaml.load(original)):
+            values = yaml.load(original)
+            before = at(values, leaf)
+            at(values, leaf[:-1])[leaf[-1]] = other(before)
+            yaml.dump(values, path)
+            found = direct()
+            name = ".".join(map(str, leaf))
+            print(row(name, set(found)))
+            assert set(found) == {stage for stage in STAGES if leaf[0] in readers[stage]}, name
+            for reasons in found.values():
+                assert reasons == (f"{name}: {brief(before)} → {brief(other(before))}",)
+    finally:
+        path.write_bytes(original)
+
+
+@pytest.mark.slow
+def test_every_module(recorded: Project) -> None:
+    """What a stage's process imports of ours is what it depends on; the flows and everything else runs nothing."""
+    for file in sorted((recorded.root / "tasks").rglob("*.py")):
+        name = file.relative_to(recorded.root).as_posix()
+        text = file.read_bytes()
+        file.write_bytes(text + b"\n# changed\n")
+        found = direct()
+        file.write_bytes(text)
+        print(row(name, set(found)))
+        assert all(reasons == (f"{name} changed",) for reasons in found.values())
+        for stage in STAGES:
+            if name in imported(stage):
+                assert stage in found, f"{stage} imports {name}"
+    for name in ("flows/pipeline.py", "flows/cli.py", "prefect.yaml", "infra/presets/tiny.yaml"):
+        file = recorded.root / name
+        if file.exists():
+            file.write_bytes(file.read_bytes() + b"\n# changed\n")
+            assert direct() == {}, name
+
+
+def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> None:
+    lock = recorded.root / "requirements.lock"
+    text = lock.read_bytes()
+    lock.write_bytes(text.replace(b"torch==", b"torch==9"))
+    found = direct()
+    lock.write_bytes(text)
+    print(row("requirements.lock", set(found)))
+    assert set(found) == set(STAGES)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ("evaluate.bootstrap_samples=77", ["evaluate"]),
+        ("dpo.beta=0.3", ["dpo", "evaluate"]),
+        ("ppo.kl_coef=0.3", ["ppo", "evaluate"]),
+        ("gate.max_kl=3", []),
+        ("reward.length.target=3", ["ppo", "grpo", "evaluate"]),
+        ("preferences.heldout_pairs=5", ["preferences", "reward_model", "evaluate"]),
+    ],
+)
+def test_what_then_runs(tiny: tuple[Project, str], tmp_path: Path, change: str, expected: list[str]) -> None:
+    """Really run: a stage after it runs only if what it reads has come out different."""
+    project = tiny[0].copy(tmp_path / "project")
+    said = project.rlhf("run", "-S", change)
+    ran = [line.split()[1] for line in said.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
+    assert set(ran) <= set(versioning_closure(expected)), said
+    assert set(expected) - set(ran) <= {"evaluate", "reward_model"}, said
+    assert project.rlhf("run").count("cached") == len(STAGES)
+
+
+def versioning_closure(stages: list[str]) -> set[str]:
+    """These stages and all after them."""
+    outs = YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"]
+    found = set(stages)
+    for stage in STAGES:
+        if any(dep.startswith(f"artifacts/{before}/") for dep in outs[stage]["deps"] for before in found):
+            found.add(stage)
+    return found
+
+
+@pytest.mark.slow
+def test_a_changed_byte_of_an_output_is_never_used(tiny: tuple[Project, str], tmp_path: Path) -> None:
+    """In the workspace it is restored; in the cache it is noticed, removed and computed again."""
+    project = tiny[0].copy(tmp_path / "project")
+    lock = project.lock()
+    weights = project.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
+    flip(weights)
+    said = project.rlhf("run")
+    assert "✓ sft           restored" in said
+    assert project.lock() == lock
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.unlink()
+    path.write_bytes(content)
+
+
+_imported: dict[str, set[str]] = {}
+
+
+def imported(stage: str) -> set[str]:
+    """The files of the project that importing the stage imports, relative to the root."""
+    if stage not in _imported:
+        code = (
+            f"import sys, tasks.{stage}\n"
+            "for module in list(sys.modules.values()):\n"
+            "    print(getattr(module, '__file__', None) or '')"
+        )
+        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+        files = {Path(line) for line in done.stdout.splitlines() if line.startswith(str(ROOT / "tasks"))}
+        packages = {file for file in files if file.name == "__init__.py"}
+        _imported[stage] = {file.relative_to(ROOT).as_posix() for file in files - packages}
+    return _imported[stage]

@@ -1,0 +1,74 @@
+"""`rlhf sweep`: every combination once, in worktrees that share one cache."""
+
+from __future__ import annotations
+
+import sqlite3
+import subprocess
+from collections import Counter
+from typing import TYPE_CHECKING
+
+import pytest
+
+from flows.sweep import variants_of
+from tasks.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+
+def commit(project: Project) -> None:
+    for words in (["add", "-A"], ["commit", "--quiet", "-m", "all"]):
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=project.root, check=True)
+
+
+def ask(project: Project, question: str) -> list[tuple[str, ...]]:
+    database = sqlite3.connect(project.root / "mlflow.db")
+    try:
+        return database.execute(question).fetchall()
+    finally:
+        database.close()
+
+
+def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
+    commit(fresh)
+    fresh.edit("tasks/shared.py", '"a"', '"not committed"')
+    before = (fresh.root / "params.yaml").read_text()
+    said = fresh.rlhf("sweep", "-S", "sft.epochs=2,3")
+    assert "variant 2 of 2: sft.epochs=3" in said
+    runs = Counter(name for (name,) in ask(fresh, "select name from runs"))
+    stages = {"collect": 1, "prepare": 1, "gold_judge": 1, "sft": 2}
+    assert runs == stages | {"sft.epochs=2": 1, "sft.epochs=3": 1}
+    sweeps = ask(fresh, "select value from tags where key = 'rlhf.sweep'")
+    assert len(sweeps) == 2
+    assert len(set(sweeps)) == 1
+    assert (fresh.root / "params.yaml").read_text() == before
+    assert not (fresh.root / "artifacts").exists(), "the project itself is left alone"
+    assert fresh.command("git", "worktree", "list").count("\n") == 1
+    fresh.rlhf("run", "-S", "sft.epochs=3")
+    assert fresh.ran() == [], "all of it was in the cache"
+    assert "not committed" in (fresh.root / "artifacts/sft/result/data.txt").read_text()
+
+
+def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Project) -> None:
+    commit(fresh)
+    said = fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)
+    assert "variant sft.epochs=-1 failed" in said
+    assert "Traceback" not in said
+    assert fresh.command("git", "worktree", "list").count("\n") == 1
+    fresh.rlhf("run", "-S", "sft.epochs=2")
+    assert fresh.ran() == []
+
+
+def test_without_a_commit_it_says_so(fresh: Project) -> None:
+    assert "a sweep needs a git commit" in fresh.rlhf("sweep", "-S", "seed=1,2", expect=1)
+
+
+def test_combinations() -> None:
+    assert variants_of(["a.b=1,2", "c=x"]) == [("a.b=1", "c=x"), ("a.b=2", "c=x")]
+    assert variants_of(["a=[1,2],{b: 3, c: 4}"]) == [("a=[1,2]",), ("a={b: 3, c: 4}",)]
+
+
+@pytest.mark.parametrize("setting", ["a", "=1"])
+def test_a_setting_without_key_or_value_is_refused(setting: str) -> None:
+    with pytest.raises(ConfigError):
+        variants_of([setting])
