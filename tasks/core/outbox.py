@@ -90,7 +90,7 @@ class Outbox:
 
 def deliver_left(folder: Path, open_outbox: Callable[[Path], Outbox], tell: Callable[[str], None]) -> None:
     """Deliver what processes that have ended left behind; what is refused is set aside, and told."""
-    for path in sorted(folder.glob("*.jsonl")):
+    for path in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):  # a flow's after its stages'
         lock = path.with_suffix(".lock")
         try:
             with FileLock(lock, timeout=0):

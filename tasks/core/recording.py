@@ -393,6 +393,10 @@ _kept: list[Outbox] = []
 def _deliver_kept() -> None:
     """Say what runs could not say while the server was away: those of this process, and of others that have ended."""
     _kept[:] = [outbox for outbox in _kept if not outbox.deliver()]
+    try:
+        open_store()
+    except ConfigError:  # still away
+        return
     deliver_left(state() / OUTBOX, lambda path: _Run(path).outbox, _warn)
 
 

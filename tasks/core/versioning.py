@@ -1,14 +1,16 @@
 """The only door to DVC: the graph of stages, their keys, what changed, and running one of them.
 
-`reproduce` is what `dvc repro --single-item` does, with one thing replaced: where DVC would start `python -m
+`reproduce` is what `dvc repro --single-item` does, with two things replaced. Where DVC would start `python -m
 tasks.sft` as a child, a function of ours is called in this process, so that torch and transformers are imported once.
-Locks, the decision whether anything changed, the run-cache, removing and hashing outputs, and dvc.lock stay DVC's.
+And dvc.lock is written whole or not at all. Locks, the decision whether anything changed, the run-cache, removing and
+hashing outputs, and the content of dvc.lock stay DVC's.
 """
 
 from __future__ import annotations
 
 import errno
 import logging
+import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -18,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
+import dvc.dvcfile
 import dvc.stage.cache
 import dvc.stage.run
 from dvc.dependency.param import ParamsDependency
@@ -324,10 +327,28 @@ def _run_job(stage: Any, dry: bool = False, run_env: dict[str, str] | None = Non
         job()
 
 
+_modify = getattr(dvc.dvcfile, "modify_yaml", None)
+
+
+@contextmanager
+def _modify_whole(path: str, fs: Any = None) -> Iterator[Any]:
+    """Stands for `dvc.dvcfile.modify_yaml`, which a signal or a full disk could leave with half of dvc.lock written."""
+    draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        if Path(path).exists():
+            shutil.copy2(path, draft)
+        with _modify(draft, fs=fs) as content:  # type: ignore[misc]
+            yield content
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
 def _replace_runner() -> None:
-    if _spawn is None:
+    if _spawn is None or _modify is None:
         raise StageError("dvc.stage.run.cmd_run is gone in this version of DVC; install dvc>=3.67,<4 as pinned")
     dvc.stage.run.cmd_run = _run_job
+    dvc.dvcfile.modify_yaml = _modify_whole
     _quiet_logger()
 
 

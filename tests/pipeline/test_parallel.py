@@ -92,6 +92,7 @@ def test_a_stage_that_hangs_for_good_is_one_message(project: Project) -> None:
     assert "sft.epochs: 1 → 3" in project.rlhf("status")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_stage_outlives_its_run(project: Project, number: signal.Signals) -> None:
     (project.root / ".rlhf" / "sft.resumable").touch()

@@ -23,6 +23,8 @@ from tests.pipeline.conftest import ROOT, free_port, make_project, wait_for
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project, WarmPython
 
+pytestmark = pytest.mark.slow
+
 EVERY_FIVE_SECONDS = '"* * * * * */5"'
 
 RUNS = """
