@@ -9,6 +9,7 @@ hashing outputs, and the content of dvc.lock stay DVC's.
 from __future__ import annotations
 
 import errno
+import hashlib
 import logging
 import os
 import shutil
@@ -204,7 +205,7 @@ def reproduce(
     _replace_runner()
     token = _job.set(call)
     try:
-        done = _when_free(lambda: _reproduce(name, force, pull), on_wait)
+        done = _when_free(lambda: _reproduce(name, call, force, pull), on_wait)
     except DvcException as error:
         if call.error is not None:
             raise call.error from call.error.__cause__
@@ -293,10 +294,42 @@ class _Call:
             raise
 
 
-def _reproduce(name: str, force: bool, pull: bool) -> list[Any]:
+def _reproduce(name: str, call: _Call, force: bool, pull: bool) -> list[Any]:
     repo = Repo(str(project_root()), _wait_for_lock=True)
     with repo:
-        return list(repo.reproduce([name], single_item=True, force=force, pull=pull))
+        done = list(repo.reproduce([name], single_item=True, force=force, pull=pull))
+        if done and not call.called and _remove_broken(_stage(repo, name)):
+            done = list(repo.reproduce([name], single_item=True, pull=pull))
+        return done
+
+
+def _remove_broken(stage: Any) -> bool:
+    """Whether what was restored came from cached files that are not what their names say; they and it are gone then.
+
+    DVC trusts a cached file that is write-protected. Half of one is left by a full disk, or by a copy that broke off.
+    """
+    broken = {path for out in stage.outs if out.use_cache for path in _cached(out) if _md5(path) != _name(path)}
+    for path in broken:
+        path.chmod(0o644)
+        path.unlink()
+    if broken:
+        for out in stage.outs:
+            out.remove()
+    return bool(broken)
+
+
+def _cached(out: Any) -> list[Path]:
+    parts = [info for _, _, info in load(out.cache, out.hash_info)] if out.hash_info.isdir else []
+    return [Path(out.cache.oid_to_path(info.value)) for info in (out.hash_info, *parts)]
+
+
+def _name(path: Path) -> str:
+    return (path.parent.name + path.name).removesuffix(".dir")
+
+
+def _md5(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "md5").hexdigest()
 
 
 def _when_free(attempt: Callable[[], list[Any]], on_wait: Callable[[str], None] | None) -> list[Any]:

@@ -185,7 +185,6 @@ def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None
     sound(project)
 
 
-@pytest.mark.xfail(reason="DVC trusts a cached file that is write-protected: restored outputs are not verified yet")
 def test_a_truncated_object_of_the_cache_is_never_used(project: Project) -> None:
     """Noticed, removed, and what it held is computed again."""
     lock = project.lock()
