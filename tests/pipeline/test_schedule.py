@@ -17,6 +17,7 @@ from prefect.flows import load_flow_from_entrypoint
 from ruamel.yaml import YAML
 
 from flows.pipeline import pipeline
+from flows.retrain import retrain
 from flows.schedule import deployment_name, firings
 from tasks.core.errors import ConfigError
 
@@ -141,15 +142,20 @@ def test_two_folders_never_share_a_deployment() -> None:
     assert deployment_name(Path("/a/50% & more")).startswith("50----more-")
 
 
-def test_prefect_yaml_deploys_the_pipeline() -> None:
+@pytest.mark.parametrize(
+    ("name", "flow", "entrypoint"),
+    [("nightly", pipeline, "flows/pipeline.py:pipeline"), ("retrain", retrain, "flows/retrain.py:retrain")],
+)
+def test_prefect_yaml_deploys_the_flows(name: str, flow: Any, entrypoint: str) -> None:
     file = YAML(typ="safe").load(ROOT / "prefect.yaml")
     assert str(ROOT) not in (ROOT / "prefect.yaml").read_text()
-    (nightly,) = file["deployments"]
-    path, name = nightly["entrypoint"].split(":")
-    assert (path, name) == ("flows/pipeline.py", "pipeline")
-    flow = load_flow_from_entrypoint(str(ROOT / path) + ":" + name)
-    assert flow.name == pipeline.name
-    assert set(nightly["parameters"]) == set(flow.parameters.properties) == set(pipeline.parameters.properties)
-    assert pipeline.validate_parameters(nightly["parameters"]) == nightly["parameters"]
-    for schedule in nightly["schedules"]:
+    (found,) = (deployment for deployment in file["deployments"] if deployment["name"] == name)
+    assert found["entrypoint"] == entrypoint
+    path, function = entrypoint.split(":")
+    loaded = load_flow_from_entrypoint(str(ROOT / path) + ":" + function)
+    assert loaded.name == flow.name
+    assert set(found["parameters"]) == set(loaded.parameters.properties) == set(flow.parameters.properties)
+    assert flow.validate_parameters(found["parameters"]) == found["parameters"]
+    assert found["concurrency_limit"]["limit"] == 1
+    for schedule in found.get("schedules", []):
         assert firings(schedule["cron"], schedule["timezone"], count=1)
