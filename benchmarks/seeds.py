@@ -50,10 +50,8 @@ def draw(seeds: list[int]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
-    matplotlib.rcParams |= {
-        "svg.fonttype": "none",
-        "svg.hashsalt": "seeds",
-    }  # text as text, and the same file each time
+    # Text as text, and equal bytes each time.
+    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "seeds"}
     figure = Figure(figsize=(11, 3.4), layout="constrained")
     for axes, (column, title) in zip(figure.subplots(1, len(CURVES)), CURVES.items(), strict=True):
         for seed in seeds:

@@ -48,7 +48,6 @@ def stage(
     Raises:
         RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
     """
-
     in_child = partial(bring_up_to_date_in_child, device=device, timeout=timeout)
     bring = in_child if own_process else bring_up_to_date
     with ExitStack() as held:

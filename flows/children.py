@@ -19,6 +19,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
+from flows import screen
 from flows.work import Outcome, bring_up_to_date
 from tasks.core import errors
 from tasks.core.errors import RLHFError, StageError
@@ -27,7 +28,6 @@ from tasks.core.paths import project_root, state
 __all__ = ["bring_up_to_date_in_child", "log_of", "stop_children"]
 
 STOP_SECONDS = 30.0
-SHOWN_LINES = 15
 GO = b"\n"
 
 _children: set[subprocess.Popen[bytes]] = set()
@@ -90,7 +90,7 @@ def bring_up_to_date_in_child(
         return outcome
     if late.is_set():
         raise StageError(f"{name} was ended after {timeout:.0f} s, its time limit; it goes on from its checkpoint")
-    raise StageError(f"{name}: its process ended with status {child.returncode}: {_tail(name)}")
+    raise StageError(f"{name}: its process ended with status {child.returncode}: {screen.tail(log_of(name))}")
 
 
 def stop_children() -> None:
@@ -140,11 +140,6 @@ def _stop(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
-
-
-def _tail(name: str) -> str:
-    lines = log_of(name).read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"see {log_of(name)}", *lines[-SHOWN_LINES:]])
 
 
 def _main() -> None:

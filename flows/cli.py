@@ -49,24 +49,20 @@ def run(
     root = _root()
     from flows import workspace
 
-    try:
-        with workspace.alone(screen.run_waits):
-            _change_params(root, preset, setting or [])
-            with _prefect():
-                from flows.pipeline import pipeline
+    with _interruptible("it goes on from the last checkpoint"), workspace.alone(screen.run_waits):
+        _change_params(root, preset, setting or [])
+        with _prefect():
+            from flows.pipeline import pipeline
 
-                outcomes = pipeline(
-                    stages or None,
-                    force=force,
-                    pull=pull,
-                    push=push,
-                    retries=retries,
-                    parallel=parallel,
-                    timeout=timeout,
-                )
-    except KeyboardInterrupt:
-        screen.errors.print("[yellow]interrupted.[/] Run again: it goes on from the last checkpoint.")
-        raise typer.Exit(130) from None
+            outcomes = pipeline(
+                stages or None,
+                force=force,
+                pull=pull,
+                push=push,
+                retries=retries,
+                parallel=parallel,
+                timeout=timeout,
+            )
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         screen.console.print()
         screen.console.print(screen.comparison(screen.read_policies()))
@@ -82,16 +78,10 @@ def retrain(
 ) -> None:
     """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
     _root()
-    from flows import workspace
+    with _interruptible("it goes on from the last checkpoint"), _prefect():
+        from flows.retrain import retrain as flow
 
-    try:
-        with workspace.alone(screen.run_waits), _prefect():
-            from flows.retrain import retrain as flow
-
-            flow(pull=pull, push=push, approval_hours=approval_hours)
-    except KeyboardInterrupt:
-        screen.errors.print("[yellow]interrupted.[/] Run again: it goes on from the last checkpoint.")
-        raise typer.Exit(130) from None
+        flow(pull=pull, push=push, approval_hours=approval_hours)
 
 
 @commands.command()
@@ -122,11 +112,8 @@ def sweep(
     from flows.sweep import sweep as run_all
 
     services.use()
-    try:
+    with _interruptible("what was computed is restored"):
         folder = run_all(setting, stages or [])
-    except KeyboardInterrupt:
-        screen.errors.print("[yellow]interrupted.[/] Run it again: what was computed is restored.")
-        raise typer.Exit(130) from None
     path = folder / "variants.json"
     if path.is_file():
         screen.console.print(screen.variants(json.loads(path.read_text(encoding="utf-8"))))
@@ -218,6 +205,16 @@ def schedule(
     from flows.schedule import serve
 
     serve(root, cron, timezone)
+
+
+@contextmanager
+def _interruptible(comfort: str) -> Iterator[None]:
+    """Ctrl-C is one message and the shell's exit status for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        screen.errors.print(f"[yellow]interrupted.[/] Run again: {comfort}.")
+        raise typer.Exit(130) from None
 
 
 @contextmanager

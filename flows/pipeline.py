@@ -67,7 +67,6 @@ def pipeline(
     """
     run_id = str(flow_run.id)
     asked = {"stages": stages or "all", "force": force, "pull": pull, "push": push, "retries": retries}
-
     calls = _Calls(stages, force, pull, retries)
     outcomes = []
     with workspace.alone(screen.run_waits):
@@ -122,7 +121,8 @@ def _in_turn(wanted: Plan, calls: _Calls) -> Iterator[Outcome]:
 
 def _side_by_side(wanted: Plan, calls: _Calls, limit: int, timeout: float | None) -> Iterator[Outcome]:
     """Start each stage as soon as what it needs is done; after a failure finish what is going on, but start no more."""
-    free = [gpus()[place % len(gpus())] if gpus() else None for place in range(limit)]
+    devices: list[str | None] = [*gpus()] or [None]
+    free = [devices[place % len(devices)] for place in range(limit)]
     waiting, done, failed = list(wanted), set[str](), None
     going: dict[PrefectFuture[Any], tuple[str, str | None]] = {}
     try:

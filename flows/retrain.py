@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
 
-from flows import screen
+from flows import screen, workspace
 from flows.pipeline import pipeline
 from flows.work import Outcome
 from tasks.core import recording, registry, versioning
@@ -62,16 +61,15 @@ def retrain(
     Raises:
         DataError: the data here is of another version.
     """
-    if pull:
-        versioning.pull_data()
-    _check_data(data_md5)
-    state: State[Any] = pipeline(pull=pull, push=push, retries=retries, timeout=timeout, return_state=True)
-    outcomes: list[Outcome] = state.result()
-    if not any(outcome.stage == "evaluate" for outcome in outcomes):
-        raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
-    flow_run = state.state_details.flow_run_id
-    promoted = gate(str(flow_run), approval_hours)
-    return bool(promoted)
+    with workspace.alone(screen.run_waits):
+        if pull:
+            versioning.pull_data()
+        _check_data(data_md5)
+        state: State[Any] = pipeline(pull=pull, push=push, retries=retries, timeout=timeout, return_state=True)
+        outcomes: list[Outcome] = state.result()
+        if not any(outcome.stage == "evaluate" for outcome in outcomes):
+            raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
+        return bool(gate(str(state.state_details.flow_run_id), approval_hours))
 
 
 @task(cache_policy=NO_CACHE)
@@ -80,7 +78,7 @@ def gate(flow_run: str, approval_hours: float = 0) -> State[bool]:
     params = load_params(project_root() / "params.yaml")
     if params.gate is None:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
-    table: Table = json.loads((artifacts("evaluate") / "policies.json").read_text(encoding="utf-8"))
+    table: Table = screen.read_policies()
     policy = candidate(table, params.gate)
     weights = _weights(policy)
     champion = registry.champion()
@@ -112,7 +110,7 @@ def _weights(policy: str) -> dict[str, str]:
         f"{stage}/{Path(path).name}": md5
         for stage in (*PARTS, policy)
         for path, md5 in versioning.output_digests(stage).items()
-        if Path(path).name in ("adapter", "model")
+        if Path(path).name in recording.WEIGHTS
     }
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "stage_begins",
     "stage_ends",
     "stage_waits",
+    "tail",
     "variant_begins",
     "variants",
 ]
@@ -44,6 +45,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 
 WORDS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
 SHOWN_REASONS = 3
+SHOWN_LINES = 15
 NAME_WIDTH = 13
 
 # Key in policies.json → column heading, format.
@@ -134,6 +136,12 @@ def stage_ends(name: str, result: str, seconds: float, reasons: Sequence[str]) -
     why = "" if result == "executed" else _brief(reasons)
     padding = " " * (9 - len({"executed": "ran", "unchanged": "cached"}.get(result, result)))
     console.print(f"[green]✓[/] {name:<{NAME_WIDTH}} {WORDS[result]}{padding}{seconds:7.1f} s  [dim]{why}[/]".rstrip())
+
+
+def tail(log: Path) -> str:
+    """Where a process wrote what it had to say, and the end of that, for an error message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"see {log}", *lines[-SHOWN_LINES:]])
 
 
 def read_policies() -> dict[str, dict[str, Any]]:

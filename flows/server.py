@@ -21,7 +21,7 @@ from contextlib import contextmanager
 
 from tasks.core.errors import StageError
 
-__all__ = ["TemporaryServer", "temporary_server"]
+__all__ = ["TemporaryServer", "answers", "temporary_server"]
 
 STARTUP_SECONDS = 120.0
 SHUTDOWN_SECONDS = 20.0
@@ -51,7 +51,7 @@ class TemporaryServer:
         if self.address is None or self._process is None:
             return
         deadline = time.monotonic() + STARTUP_SECONDS
-        while not _answers(f"{self.address}/health"):
+        while not answers(f"{self.address}/health"):
             if self._process.poll() is not None or time.monotonic() > deadline:
                 raise StageError(
                     "the temporary Prefect server did not start; run `prefect server start` in another terminal to see "
@@ -106,7 +106,8 @@ def _stop_with_parent(server: object) -> None:
     os._exit(1)  # a service of Prefect's that waits for the network must not keep the server alive
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
+    """Whether a server says that it is well."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)

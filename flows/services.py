@@ -13,20 +13,24 @@ import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 from filelock import FileLock
 
+from flows import screen
 from flows.devices import gpus
+from flows.server import answers
 from tasks.core import recording
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state
+
+if TYPE_CHECKING:
+    from prefect.client.orchestration import SyncPrefectClient
 
 __all__ = ["DEVICE_LIMIT", "POOL", "Service", "down", "running", "up", "use"]
 
@@ -34,7 +38,6 @@ HOST = "127.0.0.1"
 START_SECONDS = 180.0
 STOP_SECONDS = 45.0  # Prefect gives a run that it cancels 30 s
 POLL_SECONDS = 0.2
-SHOWN_LINES = 15
 
 POOL = "rlhf"
 """The work pool of prefect.yaml's deployments; one run at a time."""
@@ -83,14 +86,14 @@ def up(prefect_port: int, mlflow_port: int, tell: Callable[[str], None]) -> dict
         services = running()
         api, store = services["prefect"].address, services["mlflow"].address
         tell(f"Prefect {api.removesuffix('/api')} and MLflow {store} are starting …")
-        _wait(services["prefect"], lambda: _answers(f"{api}/health"))
+        _wait(services["prefect"], lambda: answers(f"{api}/health"))
         clients = _environment() | {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": store}
         _deploy(clients)
         _start("worker", api, None, _worker_command(), clients)
-        _wait(services["mlflow"], lambda: _answers(f"{store}/health"))
+        _wait(services["mlflow"], lambda: answers(f"{store}/health"))
         worker = running().get("worker")
         if worker is None:
-            raise StageError(f"the worker ended while it started: {_tail('worker')}")
+            raise StageError(f"the worker ended while it started: {_said('worker')}")
         _wait(worker, lambda: _has_worker(api))
         return running()
 
@@ -168,12 +171,10 @@ def _start(name: str, address: str, port: int | None, command: list[str], enviro
 
 def _deploy(environment: Mapping[str, str]) -> None:
     """The work pool, the limit of stages on the accelerator at once, and the deployments of prefect.yaml."""
-    from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
-    from prefect.settings import PREFECT_API_URL, temporary_settings
 
-    with temporary_settings({PREFECT_API_URL: environment["PREFECT_API_URL"]}), get_client(sync_client=True) as client:
+    with _client(environment["PREFECT_API_URL"]) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", concurrency_limit=1), overwrite=True)
         try:
             client.read_global_concurrency_limit_by_name(DEVICE_LIMIT)
@@ -188,20 +189,26 @@ def _deploy(environment: Mapping[str, str]) -> None:
 
 
 def _has_worker(api: str) -> bool:
+    with _client(api) as client:
+        return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(POOL))
+
+
+@contextmanager
+def _client(api: str) -> Iterator[SyncPrefectClient]:
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     with temporary_settings({PREFECT_API_URL: api}), get_client(sync_client=True) as client:
-        return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(POOL))
+        yield client
 
 
-def _wait(service: Service, answers: Callable[[], bool]) -> None:
+def _wait(service: Service, is_ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_SECONDS
-    while not answers():
+    while not is_ready():
         if service.process() is None:
-            raise StageError(f"{service.name} ended while it started: {_tail(service.name)}")
+            raise StageError(f"{service.name} ended while it started: {_said(service.name)}")
         if time.monotonic() > deadline:
-            raise StageError(f"{service.name} does not answer after {START_SECONDS:.0f} s: {_tail(service.name)}")
+            raise StageError(f"{service.name} does not answer after {START_SECONDS:.0f} s: {_said(service.name)}")
         time.sleep(POLL_SECONDS)
 
 
@@ -227,22 +234,9 @@ def _ask(processes: list[psutil.Process]) -> None:
             process.terminate()
 
 
-def _answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except (urllib.error.URLError, TimeoutError, ConnectionError):
-        return False
-
-
 def _taken(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
-
-
-def _tail(name: str) -> str:
-    lines = _log(name).read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"see {_log(name)}", *lines[-SHOWN_LINES:]])
 
 
 @contextmanager
@@ -269,3 +263,7 @@ def _file() -> Path:
 
 def _log(name: str) -> Path:
     return _folder() / f"{name}.log"
+
+
+def _said(name: str) -> str:
+    return screen.tail(_log(name))

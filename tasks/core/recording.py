@@ -33,6 +33,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SWEEP_VARIABLE",
+    "WEIGHTS",
     "PipelineRun",
     "StageRun",
     "flow_environment",
@@ -61,6 +62,9 @@ EXPERIMENT_VARIABLE = "RLHF_EXPERIMENT_ID"
 
 SWEEP_VARIABLE = "RLHF_SWEEP"
 """How a sweep tells its pipeline runs what they belong to: a JSON object with `sweep` and `variant`."""
+
+WEIGHTS = ("adapter", "model")
+"""Names of the folders of weights among a stage's outputs."""
 
 # mlflow.utils.validation: at most this many per request, and these characters in the name of a metric or parameter.
 BATCH = 100
@@ -315,7 +319,7 @@ class StageRun(_Run):
         """Record each output's md5, and a model reference for a folder of weights: the bytes stay with DVC."""
         for path, md5 in digests.items():
             self.outbox.put("tag", key=f"output.{Path(path).name}", value=md5)
-            if Path(path).name in ("adapter", "model"):
+            if Path(path).name in WEIGHTS:
                 self.outbox.put("model", path=path, md5=md5)
 
 

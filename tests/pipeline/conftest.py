@@ -18,6 +18,7 @@ import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
+import psutil
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -213,6 +214,15 @@ class Project:
         assert before in text
         path.write_text(text.replace(before, after, 1))
 
+    def processes(self) -> list[psutil.Process]:
+        """Every process that works in the project's folder."""
+        return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(self.root)]
+
+    def commit(self) -> None:
+        """Everything that git does not ignore."""
+        for words in (["add", "-A"], ["commit", "--quiet", "-m", "all"]):
+            subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=self.root, check=True)
+
     def copy(self, to: Path) -> Project:
         shutil.copytree(self.root, to, symlinks=True)
         return Project(to, self.environment, self.python)
@@ -232,7 +242,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     )
     address = f"http://127.0.0.1:{port}/api"
     try:
-        wait_for(lambda: _answers(f"{address}/health"), seconds=300)
+        wait_for(lambda: answers(f"{address}/health"), seconds=300)
         yield values | {"PREFECT_API_URL": address}
     finally:
         server.communicate()
@@ -259,7 +269,7 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _answers(url: str) -> bool:
+def answers(url: str) -> bool:
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)

@@ -7,7 +7,6 @@ import os
 import signal
 import subprocess
 import sys
-import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from tests.pipeline.conftest import free_port, wait_for
+from tests.pipeline.conftest import answers, free_port, wait_for
 from tests.pipeline.test_recording import runs
 
 if TYPE_CHECKING:
@@ -25,11 +24,6 @@ if TYPE_CHECKING:
 pytestmark = pytest.mark.slow
 
 STAGES = ["collect", "prepare", "sft", "gold_judge"]
-
-
-def family(project: Project) -> list[psutil.Process]:
-    """Every process that works in the project's folder."""
-    return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(project.root)]
 
 
 def sound(project: Project) -> None:
@@ -53,7 +47,7 @@ def test_killed_in_any_stage(project: Project, stage: str, own: list[str]) -> No
     project.wait_for(".rlhf/waiting")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=60)
-    project.wait_until(lambda: not family(project))
+    project.wait_until(lambda: not project.processes())
     assert stage in project.dvc("status")
     if stage == "collect":
         assert project.lock() == before
@@ -79,14 +73,6 @@ def kill(server: subprocess.Popen[bytes]) -> None:
     for process in [*psutil.Process(server.pid).children(recursive=True), server] if server.poll() is None else []:
         process.kill()
     server.wait()
-
-
-def answers(url: str) -> bool:
-    try:
-        with urllib.request.urlopen(url, timeout=5) as response:
-            return bool(response.status == 200)
-    except OSError:
-        return False
 
 
 @pytest.mark.parametrize("own", [[], ["--parallel", "1"]], ids=["in the flow's process", "in its own"])
@@ -178,7 +164,7 @@ def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None
         server.communicate()
     process.communicate(timeout=400)
     assert process.returncode not in (0, None)
-    project.wait_until(lambda: not family(project))
+    project.wait_until(lambda: not project.processes())
     assert "collect" in project.ran()
     (project.root / ".rlhf" / "sleep").unlink()
     assert "collect" not in project.dvc("status")

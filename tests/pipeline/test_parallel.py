@@ -7,7 +7,6 @@ import signal
 import time
 from typing import TYPE_CHECKING
 
-import psutil
 import pytest
 from prefect.client.orchestration import get_client
 from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -17,11 +16,6 @@ from flows.services import DEVICE_LIMIT
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
-
-
-def family(project: Project) -> list[psutil.Process]:
-    """Every process that works in the project's folder."""
-    return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(project.root)]
 
 
 def test_side_by_side_gives_what_one_after_another_gives(fresh: Project, finished: tuple[Project, str]) -> None:
@@ -80,7 +74,7 @@ def test_a_stage_that_hangs_is_ended_and_tried_again(project: Project) -> None:
     assert project.ran() == ["sft", "sft"]
     assert (project.root / ".rlhf" / "resumed").read_text() == "True", "the second try goes on from the checkpoint"
     assert "✓ sft" in said
-    assert not family(project)
+    assert not project.processes()
 
 
 def test_a_stage_that_hangs_for_good_is_one_message(project: Project) -> None:
@@ -88,7 +82,7 @@ def test_a_stage_that_hangs_for_good_is_one_message(project: Project) -> None:
     project.edit("params.yaml", "epochs: 1", "epochs: 3")
     said = project.rlhf("run", "--timeout", "3", expect=1)
     assert "sft was ended after 3 s, its time limit" in said
-    assert not family(project)
+    assert not project.processes()
     assert "sft.epochs: 1 → 3" in project.rlhf("status")
 
 
@@ -101,7 +95,7 @@ def test_no_stage_outlives_its_run(project: Project, number: signal.Signals) -> 
     project.wait_for(".rlhf/waiting")
     os.kill(process.pid, number)
     process.communicate(timeout=60)
-    project.wait_until(lambda: not family(project))
+    project.wait_until(lambda: not project.processes())
     project.ran()
     project.rlhf("run")
     assert project.ran() == ["sft"]

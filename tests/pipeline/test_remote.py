@@ -11,8 +11,6 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
-STATE = (".rlhf", "artifacts", ".dvc/cache", ".dvc/tmp", "mlflow.db", "mlartifacts")
-
 
 def with_remote(project: Project, remote: Path) -> Project:
     """Its data tracked by DVC, a remote in another folder, everything committed."""
@@ -20,8 +18,7 @@ def with_remote(project: Project, remote: Path) -> Project:
     project.dvc("remote", "add", "--default", "away", str(remote))
     project.rlhf("run", "--push")
     project.ran()
-    for words in (["add", "-A"], ["commit", "--quiet", "-m", "all"]):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=project.root, check=True)
+    project.commit()
     return project
 
 

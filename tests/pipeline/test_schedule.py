@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 from prefect.flows import load_flow_from_entrypoint
 from ruamel.yaml import YAML
@@ -47,14 +46,9 @@ def serving(project: Project, *, alone: bool = True) -> Iterator[subprocess.Pope
     try:
         yield process
     finally:
-        for member in family(project):
+        for member in project.processes():
             member.kill()
         process.communicate()
-
-
-def family(project: Project) -> list[psutil.Process]:
-    """Every process that works in the project's folder."""
-    return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(project.root)]
 
 
 def ask(project: Project, question: str) -> list[tuple[Any, ...]]:
@@ -91,7 +85,7 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
         project.wait_for(".rlhf/waiting")
         os.killpg(process.pid, signal.SIGINT)
         said = process.communicate(timeout=60)[0]
-        project.wait_until(lambda: not family(project))
+        project.wait_until(lambda: not project.processes())
     assert process.returncode == 0, said
     assert "Traceback" not in said
     assert ask(project, RUNS) == [("Cancelled",)], "one run at a time, and that one cancelled"

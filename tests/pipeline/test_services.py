@@ -33,11 +33,6 @@ where flow_run.deployment_id is not null and flow_run.start_time is not null ord
 """
 
 
-def family(project: Project) -> list[psutil.Process]:
-    """Every process that works in the project's folder."""
-    return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(project.root)]
-
-
 def ask(project: Project, question: str) -> list[tuple[Any, ...]]:
     """What the standing server's database says."""
     path = project.root / ".rlhf" / "services" / "prefect" / "prefect.db"
@@ -65,7 +60,7 @@ def standing(
         assert "`rlhf down` ends them" in said
         yield project
     finally:
-        for member in family(project):
+        for member in project.processes():
             member.kill()
 
 
@@ -118,7 +113,7 @@ def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> N
     standing.wait_for(".rlhf/waiting")
     said = rlhf(standing, "down")
     assert said.strip() == "ended: worker, mlflow, prefect"
-    assert family(standing) == []
+    assert standing.processes() == []
     assert "nothing was up" in rlhf(standing, "down")
     standing.ran()
     assert "temporary" in rlhf(standing, "run")
@@ -135,7 +130,7 @@ def test_a_port_that_is_taken_is_one_message(fresh: Project) -> None:
     assert f"port {port} for prefect is taken" in said
     assert f"--prefect-port {port + 1}" in said
     assert "Traceback" not in said
-    assert family(fresh) == []
+    assert fresh.processes() == []
 
 
 def _is_dead(pid: int) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sqlite3
-import subprocess
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -16,11 +15,6 @@ if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
 
-def commit(project: Project) -> None:
-    for words in (["add", "-A"], ["commit", "--quiet", "-m", "all"]):
-        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *words], cwd=project.root, check=True)
-
-
 def ask(project: Project, question: str) -> list[tuple[str, ...]]:
     database = sqlite3.connect(project.root / "mlflow.db")
     try:
@@ -30,7 +24,7 @@ def ask(project: Project, question: str) -> list[tuple[str, ...]]:
 
 
 def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
-    commit(fresh)
+    fresh.commit()
     fresh.edit("tasks/shared.py", '"a"', '"not committed"')
     before = (fresh.root / "params.yaml").read_text()
     said = fresh.rlhf("sweep", "-S", "sft.epochs=2,3")
@@ -50,7 +44,7 @@ def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
 
 
 def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Project) -> None:
-    commit(fresh)
+    fresh.commit()
     said = fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)
     assert "variant sft.epochs=-1 failed" in said
     assert "Traceback" not in said
