@@ -31,6 +31,7 @@ def stage(
     *,
     force: bool = False,
     pull: bool = False,
+    ranks: int = 1,
     own_process: bool = False,
     device: str | None = None,
     timeout: float | None = None,
@@ -41,6 +42,7 @@ def stage(
         name: the stage in dvc.yaml.
         force: run it even if nothing changed.
         pull: fetch missing results from the DVC remote before running.
+        ranks: how many processes share the work, if the stage's work can be shared.
         own_process: run it in a child process, so that others can run beside it.
         device: the GPU that the child sees.
         timeout: seconds after which the child is ended.
@@ -57,7 +59,7 @@ def stage(
                 _take_device(held)
             screen.stage_begins(name, reasons, log_of(name) if own_process else None)
 
-        outcome = bring(name, force=force, pull=pull, on_begin=begins, on_wait=screen.stage_waits)
+        outcome = bring(name, force=force, pull=pull, ranks=ranks, on_begin=begins, on_wait=screen.stage_waits)
     screen.stage_ends(name, outcome.result, outcome.seconds, outcome.reasons)
     details = StateDetails(cache_key=outcome.key)
     if outcome.result == "executed":

@@ -1,7 +1,7 @@
 """A stage in a process of its own, so that several run side by side, and one that hangs can be ended.
 
-The child ends with its parent, however that came about: it watches a pipe that only the parent holds open. What the
-stage prints goes into a file of its own, since several would garble the terminal; what became of it comes back as JSON.
+What the stage prints goes into a file of its own, since several would garble the terminal; what became of it comes back
+as JSON.
 """
 
 from __future__ import annotations
@@ -9,26 +9,21 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import IO, Any
 
-from flows import screen
+from flows import offspring, screen
 from flows.work import Outcome, bring_up_to_date
 from tasks.core import errors
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.paths import project_root, state
+from tasks.core.paths import state
 
 __all__ = ["bring_up_to_date_in_child", "log_of", "stop_children"]
-
-STOP_SECONDS = 30.0
-GO = b"\n"
 
 _children: set[subprocess.Popen[bytes]] = set()
 
@@ -40,6 +35,7 @@ def bring_up_to_date_in_child(
     pull: bool,
     on_begin: Callable[[Sequence[str]], None],
     on_wait: Callable[[str], None],
+    ranks: int = 1,
     device: str | None = None,
     timeout: float | None = None,
 ) -> Outcome:
@@ -53,19 +49,13 @@ def bring_up_to_date_in_child(
         RLHFError: what the stage raised in the child, or a StageError where the child was ended or hung.
     """
     reader, writer = os.pipe()
-    words = [name, "--answer", str(writer), *(["--force"] if force else []), *(["--pull"] if pull else [])]
+    words = [name, "--answer", str(writer), "--ranks", str(ranks)]
+    words += [*(["--force"] if force else []), *(["--pull"] if pull else [])]
     environment = os.environ | ({"CUDA_VISIBLE_DEVICES": device} if device is not None else {})
     log_of(name).parent.mkdir(parents=True, exist_ok=True)
     with log_of(name).open("wb") as log:
-        child = subprocess.Popen(
-            [sys.executable, "-m", "flows.children", *words],
-            cwd=project_root(),
-            env=environment,
-            stdin=subprocess.PIPE,
-            stdout=log,
-            stderr=log,
-            pass_fds=[writer],
-            start_new_session=True,
+        child = offspring.start(
+            ["-m", "flows.children", *words], output=log, environment=environment, pass_fds=[writer]
         )
     os.close(writer)
     _children.add(child)
@@ -73,7 +63,7 @@ def bring_up_to_date_in_child(
 
     def end() -> None:
         late.set()
-        _stop(child)
+        offspring.stop(child)
 
     timer = threading.Timer(timeout or threading.TIMEOUT_MAX, end)
     timer.daemon = True
@@ -84,7 +74,7 @@ def bring_up_to_date_in_child(
         child.wait()
     finally:
         timer.cancel()
-        _stop(child)
+        offspring.stop(child)
         _children.discard(child)
     if outcome is not None:
         return outcome
@@ -95,7 +85,7 @@ def bring_up_to_date_in_child(
 
 def stop_children() -> None:
     """End every child, and wait for it."""
-    stoppers = [threading.Thread(target=_stop, args=[child]) for child in list(_children)]
+    stoppers = [threading.Thread(target=offspring.stop, args=[child]) for child in list(_children)]
     for stopper in stoppers:
         stopper.start()
     for stopper in stoppers:
@@ -114,13 +104,11 @@ def _listen(
     on_begin: Callable[[Sequence[str]], None],
     on_wait: Callable[[str], None],
 ) -> Outcome | None:
-    assert child.stdin
     for line in answers:
         answer = json.loads(line)
         if "begins" in answer:
             on_begin(answer["begins"])  # may wait for a device, and the child waits with it
-            child.stdin.write(GO)
-            child.stdin.flush()
+            offspring.go(child)
         elif "waits" in answer:
             on_wait(answer["waits"])
         elif "error" in answer:
@@ -131,26 +119,15 @@ def _listen(
     return None
 
 
-def _stop(child: subprocess.Popen[bytes]) -> None:
-    """Close the pipe, which interrupts the stage; kill it with all its own children where it does not end."""
-    assert child.stdin
-    child.stdin.close()
-    try:
-        child.wait(STOP_SECONDS)
-    except subprocess.TimeoutExpired:
-        os.killpg(child.pid, signal.SIGKILL)
-        child.wait()
-
-
 def _main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--answer", type=int, required=True)
+    parser.add_argument("--ranks", type=int, required=True)
     parser.add_argument("--force", action="store_true")
     parser.add_argument("--pull", action="store_true")
     given = parser.parse_args()
-    may_begin = threading.Event()
-    threading.Thread(target=_follow_parent, args=[may_begin], daemon=True).start()
+    may_begin = offspring.follow_parent()
     with os.fdopen(given.answer, "w", encoding="utf-8") as pipe:
 
         def answer(**content: Any) -> None:
@@ -166,6 +143,7 @@ def _main() -> None:
                 given.name,
                 force=given.force,
                 pull=given.pull,
+                ranks=given.ranks,
                 on_begin=begins,
                 on_wait=lambda blocker: answer(waits=blocker),
             )
@@ -177,15 +155,5 @@ def _main() -> None:
         answer(outcome=asdict(outcome))
 
 
-def _follow_parent(may_begin: threading.Event) -> None:
-    if os.read(0, len(GO)) == GO:  # not by sys.stdin, whose lock Python wants when it ends
-        may_begin.set()
-        os.read(0, 1)
-    os.kill(os.getpid(), signal.SIGINT)
-    time.sleep(STOP_SECONDS)
-    os.killpg(0, signal.SIGKILL)
-
-
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     _main()

@@ -44,6 +44,7 @@ def run(
     retries: Annotated[int, typer.Option(min=0, help="Run a failed stage again this many times.")] = 0,
     parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Let so many processes share the training, a GPU each.")] = 1,
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
     root = _root()
@@ -62,6 +63,7 @@ def run(
                 retries=retries,
                 parallel=parallel,
                 timeout=timeout,
+                ranks=ranks,
             )
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         screen.console.print()

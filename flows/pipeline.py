@@ -18,7 +18,7 @@ from flows.children import stop_children
 from flows.devices import gpus
 from flows.work import Outcome
 from tasks.core import recording, versioning
-from tasks.core.errors import StageError
+from tasks.core.errors import ConfigError, StageError
 
 __all__ = ["pipeline", "plan"]
 
@@ -33,12 +33,14 @@ class _Calls:
     force: bool
     pull: bool
     retries: int
+    ranks: int
 
     def task(self, name: str) -> Task[..., State[Outcome]]:
         return stage.with_options(name=name, task_run_name=name, retries=self.retries)
 
     def options(self, name: str) -> dict[str, Any]:
-        return {"force": self.force and (not self.stages or name in self.stages), "pull": self.pull}
+        force = self.force and (not self.stages or name in self.stages)
+        return {"force": force, "pull": self.pull, "ranks": self.ranks}
 
 
 @flow(name="rlhf")
@@ -50,6 +52,7 @@ def pipeline(
     retries: int = 0,
     parallel: int = 0,
     timeout: float | None = None,
+    ranks: int = 1,
 ) -> list[Outcome]:
     """Bring the named stages and what they need up to date; all of them by default.
 
@@ -64,22 +67,29 @@ def pipeline(
         retries: how often Prefect runs a failed stage again.
         parallel: run up to so many stages at once, where none needs another; 0 for one after another.
         timeout: seconds after which a stage counts as hung and is ended; `retries` may try it again.
+        ranks: how many processes of this machine share the work of each stage that trains, a GPU each where there are.
+
+    Raises:
+        ConfigError: both `parallel` and `ranks` ask for several processes.
     """
+    if parallel > 1 and ranks > 1:
+        raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
     run_id = str(flow_run.id)
     asked = {"stages": stages or "all", "force": force, "pull": pull, "push": push, "retries": retries}
-    calls = _Calls(stages, force, pull, retries)
+    shape = {"parallel": parallel, "timeout": timeout, "ranks": ranks}
+    calls = _Calls(stages, force, pull, retries, ranks)
     outcomes = []
     with workspace.alone(screen.run_waits):
         wanted = plan(stages)
         if pull:
             versioning.pull_data()
-        with recording.pipeline_run(run_id, asked) as record, recording.flow_environment(record, run_id):
+        with recording.pipeline_run(run_id, {**asked, **shape}) as record, recording.flow_environment(record, run_id):
             if parallel or timeout:
                 results = _side_by_side(wanted, calls, parallel or 1, timeout)
             else:
                 results = _in_turn(wanted, calls)
             for outcome in results:
-                record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.metrics)
+                record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.why, outcome.metrics)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
                     _push(outcome.stage)
@@ -121,7 +131,7 @@ def _in_turn(wanted: Plan, calls: _Calls) -> Iterator[Outcome]:
 
 def _side_by_side(wanted: Plan, calls: _Calls, limit: int, timeout: float | None) -> Iterator[Outcome]:
     """Start each stage as soon as what it needs is done; after a failure finish what is going on, but start no more."""
-    devices: list[str | None] = [*gpus()] or [None]
+    devices: list[str | None] = [None] if calls.ranks > 1 else [*gpus()] or [None]
     free = [devices[place % len(devices)] for place in range(limit)]
     waiting, done, failed = list(wanted), set[str](), None
     going: dict[PrefectFuture[Any], tuple[str, str | None]] = {}

@@ -10,10 +10,10 @@ from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
-from prefect.exceptions import FlowPauseTimeout
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
+from prefect.utilities.timeout import timeout as time_limit
 
 from flows import screen, workspace
 from flows.pipeline import pipeline
@@ -27,6 +27,9 @@ from tasks.evals.gate import PARTS, Decision, candidate, decide
 from tasks.evals.statistics import Interval
 
 __all__ = ["Approval", "gate", "retrain"]
+
+# How much longer Prefect's server waits for an answer than we do: a run whose time is up there can only fail.
+GRACE_SECONDS = 60
 
 
 class Approval(RunInput):
@@ -43,6 +46,7 @@ def retrain(
     push: bool = False,
     retries: int = 0,
     timeout: float | None = None,
+    ranks: int = 1,
     approval_hours: float = 0,
 ) -> bool:
     """Bring the pipeline up to date with the data, and promote the best policy if the gate lets it pass.
@@ -53,6 +57,7 @@ def retrain(
         push: send results to the DVC remote.
         retries: how often a failed stage is run again.
         timeout: seconds after which a stage counts as hung.
+        ranks: how many processes share the work of each stage that trains.
         approval_hours: how long to wait for a person to approve in Prefect's page; 0 for no person.
 
     Returns:
@@ -65,7 +70,9 @@ def retrain(
         if pull:
             versioning.pull_data()
         _check_data(data_md5)
-        state: State[Any] = pipeline(pull=pull, push=push, retries=retries, timeout=timeout, return_state=True)
+        state: State[Any] = pipeline(
+            pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
+        )
         outcomes: list[Outcome] = state.result()
         if not any(outcome.stage == "evaluate" for outcome in outcomes):
             raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
@@ -135,11 +142,12 @@ def _refusal(decision: Decision, hours: float) -> str | None:
     """Ask a person; why the policy is not promoted, or None where it is."""
     text = "\n".join([f"Promote {decision.policy}?", *decision.reasons])
     screen.approval_waits(decision.policy, hours)
+    seconds = round(hours * 3600)
+    form = Approval.with_initial_data(description=text)
     try:
-        answer = pause_flow_run(
-            wait_for_input=Approval.with_initial_data(description=text), timeout=round(hours * 3600), poll_interval=5
-        )
-    except FlowPauseTimeout:
+        with time_limit(seconds):
+            answer = pause_flow_run(wait_for_input=form, timeout=seconds + GRACE_SECONDS, poll_interval=5)
+    except TimeoutError:
         return f"nobody approved it within {hours:g} hours"
     return None if answer.promote else f"a person refused it: {answer.why or 'no reason given'}"
 

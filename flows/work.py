@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from flows.ranks import execute_in_ranks
 from tasks.core import versioning
 from tasks.core.stage import execute_stage, read_metrics
 
@@ -36,6 +37,7 @@ def bring_up_to_date(
     pull: bool,
     on_begin: Callable[[Sequence[str]], None],
     on_wait: Callable[[str], None],
+    ranks: int = 1,
 ) -> Outcome:
     """Run the stage if DVC finds that it must.
 
@@ -45,6 +47,7 @@ def bring_up_to_date(
         pull: fetch missing results from the DVC remote before running.
         on_begin: told why, when the stage starts to compute.
         on_wait: told what it waits for, where another process works on the same files.
+        ranks: how many processes share the work, if the stage's work can be shared.
 
     Raises:
         RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
@@ -54,7 +57,10 @@ def bring_up_to_date(
 
     def job() -> None:
         on_begin(reasons)
-        execute_stage(name)
+        if ranks > 1 and versioning.takes_ranks(name):
+            execute_in_ranks(name, reasons, ranks)
+        else:
+            execute_stage(name, reasons)
 
     result = versioning.reproduce(name, job, force=force, pull=pull, on_wait=on_wait)
     key = versioning.stage_key(name) or ""

@@ -45,6 +45,7 @@ def gold_judge(
                 seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
             ),
             train_sampling_strategy="group_by_length",
+            average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
         ),
         train_dataset=_dataset(train, tokenizer, params.max_length),
         data_collator=DataCollatorWithPadding(tokenizer),

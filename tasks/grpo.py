@@ -14,7 +14,7 @@ from peft import TaskType
 from tqdm import tqdm
 from trl import GRPOConfig, GRPOTrainer
 
-from tasks.core import tracking
+from tasks.core import ranks, tracking
 from tasks.core.errors import TrainingError
 from tasks.core.files import write_json
 from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
@@ -93,13 +93,15 @@ def grpo(
 
 
 def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> GRPOConfig:
-    batch = params.prompts_per_update * params.samples_per_prompt // params.minibatches
+    ranks.share_of(params.prompts_per_update, "grpo.prompts_per_update")
+    whole = params.prompts_per_update * params.samples_per_prompt // params.minibatches
+    batch = ranks.share_of(whole, "the size of grpo's minibatches")
     arguments = common_arguments(seed=seed, batch_size=batch, learning_rate=params.learning_rate, epochs=1)
     steps_per_update = params.epochs * params.minibatches
     # No checkpoint holds the responses that an update still has to learn from: checkpoints only between updates.
     steps = {"logging_steps": 1, "save_steps": CHECKPOINT_UPDATES * steps_per_update}
     return GRPOConfig(
-        **(arguments | steps),
+        **(arguments | steps | {"accelerator_config": None}),  # TRL shares batches out by itself
         max_steps=params.updates * steps_per_update,
         steps_per_generation=params.minibatches,
         num_generations=params.samples_per_prompt,
@@ -132,6 +134,8 @@ class Rollouts:
             pad_token_id=self._tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(self._seed * 1_000_003 + trainer.state.global_step),
             samples_per_prompt=group,
+            part=ranks.rank(),
+            parts=ranks.ranks(),
         )
         trainer.model.train()
         lengths = rollout.response_mask.sum(1).tolist()
@@ -171,16 +175,20 @@ class _Score:
             raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([ids[-1] == self._eos for ids in completion_ids])
         scores = missing_eos_penalty(outcome.total, ended, self._penalty)
+        whole = outcome.of_all_ranks()
+        lengths = ranks.gathered(torch.tensor([len(ids) for ids in completion_ids]))
+        everyones = ranks.gathered(scores)
+        prompts, completions = ranks.texts(prompts), ranks.texts(completions)
         means = {
-            "reward": outcome.total.mean().item(),
-            **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
-            "score_std": scores.std().item(),
-            "length": sum(map(len, completion_ids)) / len(completion_ids),
-            **self._watch(completions, ended, step),
+            "reward": whole.total.mean().item(),
+            **{f"reward/{name}": values.mean().item() for name, values in whole.components.items()},
+            "score_std": everyones.std().item(),
+            "length": lengths.sum().item() / len(lengths),
+            **self._watch(completions, ranks.gathered(ended), step),
         }
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [
-            {"step": step, "prompt": prompts[i], "response": completions[i], "score": scores[i].item()}
+            {"step": step, "prompt": prompts[i], "response": completions[i], "score": everyones[i].item()}
             for i in range(0, len(prompts), self._group)
         ][:4]
         trainer_state.log_history.append({**means, "samples": rows, "step": trainer_state.global_step + 1})

@@ -8,7 +8,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.core import tracking
+from tasks.core import ranks, tracking
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
@@ -83,7 +83,9 @@ class _Progress:
     def log(self, metrics: dict[str, Any], step: int) -> None:
         tracking.log_metrics(metrics, step=step)
         if "reward" in metrics:
-            self._bar = self._bar or tqdm(total=self._updates, initial=step - 1, desc="ppo", unit="update")
+            self._bar = self._bar or tqdm(
+                total=self._updates, initial=step - 1, desc="ppo", unit="update", disable=ranks.rank() > 0
+            )
             self._bar.update()
             self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl", "entropy")})
 

@@ -26,6 +26,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
+from tasks.core import ranks
 from tasks.core.errors import ModelError
 from tasks.core.linear import freeze, use_fast_adapters
 from tasks.core.paths import OFF
@@ -51,7 +52,7 @@ BASE = "model"
 
 
 def device() -> torch.device:
-    """The first GPU, or the CPU."""
+    """This rank's GPU, which is the first where it is alone, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -61,12 +62,13 @@ def is_off(stage: Path) -> bool:
 
 
 def prepare_process() -> None:
-    """Quiet what libraries print while loading, and keep freed memory instead of returning it to the system.
+    """Meet the other ranks, quiet what libraries print while loading, and keep freed memory for the process.
 
     Training allocates and frees the same large tensors at every step; with glibc's defaults each of them is mapped
     and page-faulted anew. The settings are those of the environment variables MALLOC_MMAP_MAX_=0,
     MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ (see mallopt(3)). No number changes by it.
     """
+    ranks.join()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()

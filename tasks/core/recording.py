@@ -66,8 +66,9 @@ SWEEP_VARIABLE = "RLHF_SWEEP"
 WEIGHTS = ("adapter", "model")
 """Names of the folders of weights among a stage's outputs."""
 
-# mlflow.utils.validation: at most this many per request, and these characters in the name of a metric or parameter.
-BATCH = 100
+# mlflow.utils.validation: at most this many per request, a tag not much longer, and no such characters in the name of a
+# metric or parameter.
+BATCH, TAG_LENGTH = 100, 5000
 FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
 
@@ -144,9 +145,11 @@ def git_commit() -> str:
 
 
 @contextmanager
-def stage_run(name: str, inputs: Inputs, parameters: Mapping[str, object]) -> Iterator[StageRun]:
+def stage_run(
+    name: str, inputs: Inputs, parameters: Mapping[str, object], tags: Mapping[str, str]
+) -> Iterator[StageRun]:
     """The run of one executed stage: FINISHED, or FAILED after an error, or KILLED when it was interrupted."""
-    tags = {**_source(name), STAGE_TAG: name, KEY_TAG: inputs.key}
+    tags = {**_source(name), STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
     if parent := os.environ.get(PIPELINE_VARIABLE):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VARIABLE, "")}
     stage = StageRun(_new_outbox())
@@ -185,7 +188,8 @@ class _Run:
 
     def create(self, name: str, tags: Mapping[str, str]) -> None:
         """Begin."""
-        self.outbox.put("create", name=name, tags={**tags, OUTBOX_TAG: self._name}, time=_now())
+        short = {key: value[:TAG_LENGTH] for key, value in tags.items()}
+        self.outbox.put("create", name=name, tags={**short, OUTBOX_TAG: self._name}, time=_now())
 
     def log_params(self, parameters: Mapping[str, object]) -> None:
         """Record parameters under their flattened keys."""
@@ -196,10 +200,14 @@ class _Run:
         values = {FORBIDDEN.sub("_", key): float(value) for key, value in metrics.items()}
         self.outbox.put("metrics", metrics=values, step=step or 0, time=_now())
 
+    def tag(self, key: str, value: str) -> None:
+        """Say something by which runs can be searched; the end of a long value is cut off."""
+        self.outbox.put("tag", key=key, value=value[:TAG_LENGTH])
+
     def end(self, status: str, error: str | None = None) -> None:
         """Say what became of it; what is left in the outbox is delivered now if the server is back."""
         if error:
-            self.outbox.put("tag", key="error", value=error[:5000])
+            self.tag("error", error)
         self.outbox.put("end", status=status, time=_now())
         if not self.outbox.deliver():
             _kept.append(self.outbox)
@@ -284,15 +292,16 @@ class _Run:
 class PipelineRun(_Run):
     """The parent run: one row that compares whole pipelines."""
 
-    def log_stage(self, name: str, key: str, result: str, metrics: Mapping[str, float]) -> None:
+    def log_stage(self, name: str, key: str, result: str, why: str, metrics: Mapping[str, float]) -> None:
         """Copy a stage's final metrics as `<stage>.<metric>`, and say which run they come from.
 
         The numbers are those on disk, which DVC has verified to be the stage's; a cached stage has no run of its own
         here, so the tag `<stage>.run` names the newest finished run of the same key, if this store has one.
         """
         self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
-        self.outbox.put("tag", key=f"{name}.key", value=key)
-        self.outbox.put("tag", key=f"{name}.result", value=result)
+        self.tag(f"{name}.key", key)
+        self.tag(f"{name}.result", result)
+        self.tag(f"{name}.why", why)
         self.outbox.put("origin", name=name, key=key)
 
 
@@ -318,7 +327,7 @@ class StageRun(_Run):
     def log_outputs(self, digests: Mapping[str, str]) -> None:
         """Record each output's md5, and a model reference for a folder of weights: the bytes stay with DVC."""
         for path, md5 in digests.items():
-            self.outbox.put("tag", key=f"output.{Path(path).name}", value=md5)
+            self.tag(f"output.{Path(path).name}", md5)
             if Path(path).name in WEIGHTS:
                 self.outbox.put("model", path=path, md5=md5)
 

@@ -11,8 +11,9 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +40,7 @@ _AT_IMPORT = {path: _state_of(path) for path in Path(__file__).resolve().parents
 def run_stage(name: str) -> None:
     """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
     try:
-        execute_stage(name)
+        execute_stage(name, versioning.changes(name))
     except RLHFError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
@@ -48,8 +49,14 @@ def run_stage(name: str) -> None:
         sys.exit(130)
 
 
-def execute_stage(name: str) -> None:
+def execute_stage(name: str, why: Sequence[str]) -> None:
     """Run a stage in this process, as one recorded run.
+
+    Where torchrun or accelerate has started several processes for it, rank 0 records and writes; the others only help.
+
+    Args:
+        name: the stage in dvc.yaml.
+        why: what made it run, for the record.
 
     Raises:
         ConfigError: params.yaml is not valid.
@@ -69,8 +76,12 @@ def execute_stage(name: str) -> None:
         function = _function(name)
         positional, folders = stage_arguments(function, name, params)
         folder = checkpoints(name, reads.key)
+        if int(os.environ.get("RANK", "0")) > 0:
+            _help(name, lambda out: function(*positional, **folders | {"out": out}), folder)
+            return
         artifacts(name).mkdir(parents=True, exist_ok=True)
-        with recording.stage_run(name, reads, _loggable(function, positional)) as recorder:
+        tags = {"rlhf.why": "; ".join(why), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
+        with recording.stage_run(name, reads, _loggable(function, positional), tags) as recorder:
             with tracking.active(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
                 function(*positional, **folders)
@@ -113,6 +124,15 @@ def read_metrics(name: str) -> dict[str, float]:
         inner = {f"{key}.{part}": number for part, number in value.items()} if isinstance(value, dict) else {key: value}
         flat |= {part: float(number) for part, number in inner.items() if isinstance(number, int | float)}
     return flat
+
+
+def _help(name: str, work: Callable[[Path], None], folder: Path) -> None:
+    """Do a rank's share: what it writes is thrown away, what it says is not recorded."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out,
+        tracking.active(tracking.ActiveRun(name, None, folder)),
+    ):
+        work(Path(out))
 
 
 def _write_nothing(name: str) -> None:

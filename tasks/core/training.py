@@ -25,7 +25,7 @@ from transformers import (
     TrainingArguments,
 )
 
-from tasks.core import tracking
+from tasks.core import ranks, tracking
 from tasks.core.errors import TrainingError
 from tasks.core.files import write_table
 from tasks.core.models import device
@@ -48,7 +48,14 @@ WHOLE = "whole"
 
 
 def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
-    """Trainer arguments that all stages share: exact precision, checkpoints where the run keeps them, no reports."""
+    """Trainer arguments that all stages share: exact precision, checkpoints where the run keeps them, no reports.
+
+    Several ranks share each batch, so that they take the steps that one process would take.
+
+    Raises:
+        ConfigError: the ranks cannot share a batch equally.
+    """
+    ranks.share_of(batch_size, "batch_size")
     on_gpu = device().type == "cuda"
     checkpoints = tracking.current_checkpoints()
     return {
@@ -62,6 +69,7 @@ def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs
         "lr_scheduler_type": "linear",
         "warmup_steps": 0,
         "weight_decay": 0.0,
+        "use_cpu": not on_gpu,
         "bf16": on_gpu,
         "gradient_checkpointing": False,
         "save_strategy": "steps" if checkpoints else "no",
@@ -72,6 +80,7 @@ def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs
         "logging_first_step": True,
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"split_batches": True},
     }
 
 
@@ -89,14 +98,18 @@ def train_or_resume(trainer: Trainer) -> None:
     """Train, from the newest whole checkpoint if an interrupted run has left one.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite.
+        TrainingError: the loss or the gradient is not finite, or the ranks have not trained the same model.
     """
     checkpoint = _newest_checkpoint()
     if checkpoint:
         logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history[-1]
         # TRL logs this count and saves it nowhere else.
         setattr(trainer, "_total_train_tokens", int(logged.get("num_tokens", 0)))  # noqa: B010
+    assert trainer.model is not None
+    # Accelerate takes a model that was only evaluated for one that is ready to train, and each rank would train alone.
+    setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
     calm(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    ranks.check_same(weight for weight in trainer.model.parameters() if weight.requires_grad)
 
 
 def _newest_checkpoint() -> Path | None:
@@ -124,12 +137,18 @@ class HistoryCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         self.rows = [_row(entry) for entry in state.log_history if "loss" in entry]
-        if state.global_step:
+        if state.global_step and state.is_world_process_zero:
             place = f"step {state.global_step} of {state.max_steps}"
             print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
         for entry in state.log_history:  # the curves of a run that goes on are whole, too
             tracking.log_metrics(_numbers(entry), step=int(entry["step"]))
-        self._bar = tqdm(total=state.max_steps, initial=state.global_step, desc=self._stage, unit="step")
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._stage,
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
 
     def on_epoch_begin(
         self,
@@ -156,7 +175,10 @@ class HistoryCallback(TrainerCallback):
             control.should_save = False  # nothing is left to go on with, and this step need not have been logged
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as whole, once all of it is on the disk."""
+        """Mark the checkpoint as whole, once all of it, every rank's part, is on the disk."""
+        ranks.wait()
+        if not state.is_world_process_zero:
+            return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():
             with path.open("rb") as file:

@@ -42,6 +42,7 @@ __all__ = [
     "Inputs",
     "Pending",
     "Result",
+    "changes",
     "data_version",
     "graph",
     "inputs",
@@ -56,6 +57,7 @@ __all__ = [
     "share_cache",
     "stage_key",
     "status",
+    "takes_ranks",
 ]
 
 Result = Literal["executed", "restored", "unchanged"]
@@ -65,7 +67,7 @@ DATA = "data"
 """The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
 
 LOCK_POLL_SECONDS = 1.0
-_SHOWN = 60  # characters of a value in a reason
+_SHOWN, _SHOWN_HASH = 60, 8  # characters of a value, and of a file's md5, in a reason
 _FULL = 2**20  # free bytes below which a disk counts as full: DVC's own message may blame something else
 
 _job: ContextVar[Job | None] = ContextVar("job", default=None)
@@ -148,8 +150,12 @@ def data_version() -> str | None:
 
 def needs_device(name: str) -> bool:
     """Whether the stage computes on the accelerator: `meta: {device: true}` in dvc.yaml, not in its key."""
-    with _dvc_errors(name):
-        return bool((_stage(_open(), name).meta or {}).get("device"))
+    return _meta(name, "device")
+
+
+def takes_ranks(name: str) -> bool:
+    """Whether several processes can share the stage's work: `meta: {ranks: true}` in dvc.yaml, not in its key."""
+    return _meta(name, "ranks")
 
 
 def outputs(name: str) -> list[Path]:
@@ -162,6 +168,12 @@ def output_digests(name: str) -> dict[str, str]:
     """The md5 of each output of the stage as it lies in the workspace (`….dir` for a folder); takes no lock."""
     with _dvc_errors(name):
         return {str(out): out.get_hash().value for out in _stage(_open(), name).outs if out.exists}
+
+
+def changes(name: str) -> list[str]:
+    """What the stage reads that is not as it was when it ran last, one reason a line; takes no lock."""
+    with _dvc_errors(name):
+        return _changed_inputs(_stage(_open(), name))
 
 
 def status(name: str) -> list[str]:
@@ -431,18 +443,40 @@ def _recorded(stage: Any) -> bool:
     return bool(entry) and bool(stage.repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached())
 
 
+def _meta(name: str, key: str) -> bool:
+    with _dvc_errors(name):
+        return bool((_stage(_open(), name).meta or {}).get(key))
+
+
 def _reasons(stage: Any) -> list[str]:
-    if not any(dep.hash_info for dep in stage.deps):
-        return ["it has no entry in dvc.lock: it never ran here"]
-    reasons = ["its command changed"] if stage.changed_stage() else []
-    for dep in stage.deps:
-        if isinstance(dep, ParamsDependency):
-            reasons += _changed_params(dep)
-        else:
-            reasons += [f"{path} {_WORDS.get(state, state)}" for path, state in dep.workspace_status().items()]
+    reasons = _changed_inputs(stage)
+    if _never_ran(stage):
+        return reasons
     for out in stage.outs:
         reasons += [f"its output {path} {_WORDS.get(state, state)}" for path, state in out.status().items()]
     return reasons
+
+
+def _changed_inputs(stage: Any) -> list[str]:
+    if _never_ran(stage):
+        return ["it has no entry in dvc.lock: it never ran here"]
+    reasons = ["its command changed"] if stage.changed_stage() else []
+    for dep in stage.deps:
+        reasons += _changed_params(dep) if isinstance(dep, ParamsDependency) else _changed_file(dep)
+    return reasons
+
+
+def _never_ran(stage: Any) -> bool:
+    return not any(dep.hash_info for dep in stage.deps)
+
+
+def _changed_file(dep: Any) -> list[str]:
+    return [
+        f"{path} changed: {dep.hash_info.value[:_SHOWN_HASH]} → {dep.get_hash().value[:_SHOWN_HASH]}"
+        if state == "modified"
+        else f"{path} {_WORDS.get(state, state)}"
+        for path, state in dep.workspace_status().items()
+    ]
 
 
 _WORDS = {

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tasks.core import ranks
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.schema import Prompt
 from tasks.core.sections.reward import RewardParams
@@ -35,6 +36,11 @@ class Reward:
 
     total: Tensor
     components: dict[str, Tensor]
+
+    def of_all_ranks(self) -> Reward:
+        """That of every rank's responses."""
+        components = {name: ranks.gathered(values) for name, values in self.components.items()}
+        return Reward(ranks.gathered(self.total), components)
 
 
 class CompositeReward:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from tasks.core import ranks
 from tasks.core.linear import merged
 from tasks.rl.cache import PreallocatedCache
 
@@ -42,6 +43,18 @@ class Rollout:
     logprobs: Tensor
     values: Tensor
     ended: Tensor
+
+    def of_all_ranks(self, pad_token_id: int) -> Rollout:
+        """That of every rank's prompts, in their order."""
+        return Rollout(
+            prompts=ranks.gathered(self.prompts, pad=pad_token_id, left=True),
+            prompt_mask=ranks.gathered(self.prompt_mask, left=True),
+            responses=ranks.gathered(self.responses, pad=pad_token_id),
+            response_mask=ranks.gathered(self.response_mask),
+            logprobs=ranks.gathered(self.logprobs),
+            values=ranks.gathered(self.values),
+            ended=ranks.gathered(self.ended),
+        )
 
     def response_ids(self) -> list[list[int]]:
         """The responses without padding and without their end token."""
@@ -77,6 +90,8 @@ def generate(
     generator: torch.Generator,
     samples_per_prompt: int = 1,
     value_head: nn.Module | None = None,
+    part: int = 0,
+    parts: int = 1,
 ) -> Rollout:
     """Sample responses from softmax(logits / temperature).
 
@@ -87,6 +102,8 @@ def generate(
             row's sample does not depend on when the other rows end.
         value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
             anyway, so that values cost no forward pass of their own.
+        part, parts: these prompts are this one, from 0, of so many equal parts of a batch; their responses are those
+            that they would get in the whole.
 
     Returns:
         The rollout, on the model's device; T is max_new_tokens, or less when every response ended earlier.
@@ -105,7 +122,7 @@ def generate(
         ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
         attention, position = mask, mask.sum(1, keepdim=True)
         for step in range(max_new_tokens):
-            uniform = torch.rand(batch, generator=generator).to(where)[alive]
+            uniform = torch.rand(parts * batch, generator=generator)[part * batch :][:batch].to(where)[alive]
             token, logprob = _sample(logits, temperature, uniform)
             responses[alive, step], response_mask[alive, step] = token, True
             logprobs[alive, step], values[alive, step] = logprob, value

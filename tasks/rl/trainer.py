@@ -18,10 +18,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.core import ranks
 from tasks.core.errors import TrainingError
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.ppo import PPOParams
-from tasks.rewards.composition import CompositeReward
+from tasks.rewards.composition import CompositeReward, Reward
 from tasks.rl.actions import action_mask, state_values, summed
 from tasks.rl.advantages import gae, leave_one_out
 from tasks.rl.checks import DegenerationWatch, check_finite, shown
@@ -116,6 +117,7 @@ class PPOTrainer:
                 self._save()
         else:
             self._measure_last()
+        ranks.check_same(self.policy.trainable().values())
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
 
@@ -126,7 +128,7 @@ class PPOTrainer:
         clock = time.perf_counter()
         rollout, prompts = self._rollout()
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
-        experience, metrics = self._experience(rollout, prompts)
+        experience, metrics = self._experience(*self._scored(rollout, prompts))
         experience_s, clock = time.perf_counter() - clock, time.perf_counter()
         if self._over_budget(metrics["kl"]):
             return None
@@ -140,8 +142,8 @@ class PPOTrainer:
         return metrics
 
     def _rollout(self) -> tuple[Rollout, list[str]]:
-        """Sample responses to this update's prompts; row b·G + g answers prompt b."""
-        chosen = self._prompt_indices()
+        """Sample responses to this rank's share of the update's prompts; row b·G + g answers prompt b."""
+        chosen = ranks.share(self._prompt_indices(), "ppo.prompts_per_update")
         rollout = generate(
             self.policy.model,
             [self.codec.prompt_ids[index] for index in chosen],
@@ -152,6 +154,8 @@ class PPOTrainer:
             generator=self._generator("rollout"),
             samples_per_prompt=self.params.samples_per_prompt,
             value_head=self.policy.value_head,
+            part=ranks.rank(),
+            parts=ranks.ranks(),
         )
         return rollout, [self.codec.prompts[i] for i in chosen for _ in range(self.params.samples_per_prompt)]
 
@@ -162,14 +166,22 @@ class PPOTrainer:
         orders = {p // total: torch.randperm(total, generator=_seeded(self.seed, p // total)) for p in positions}
         return [int(orders[p // total][p % total]) for p in positions]
 
-    def _experience(self, rollout: Rollout, prompts: list[str]) -> tuple[Experience, Metrics]:
-        """Score the responses, spread the score over tokens with the KL penalty, and estimate advantages."""
-        mask = rollout.response_mask
+    def _scored(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], Tensor, Reward]:
+        """Reference log-probabilities and rewards of this rank's responses; gives back those of all ranks."""
         responses = [self.codec.decode(ids) for ids in rollout.response_ids()]
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
-        outcome = self.reward(prompts, responses)
+        reward = self.reward(prompts, responses)
+        whole = rollout.of_all_ranks(self.codec.pad_token_id)
+        return whole, ranks.texts(prompts), ranks.gathered(reference_logprobs), reward.of_all_ranks()
+
+    def _experience(
+        self, rollout: Rollout, prompts: list[str], reference_logprobs: Tensor, outcome: Reward
+    ) -> tuple[Experience, Metrics]:
+        """Spread each score over the response's tokens with the KL penalty, and estimate advantages."""
+        mask = rollout.response_mask
+        responses = [self.codec.decode(ids) for ids in rollout.response_ids()]
         total = outcome.total.to(mask.device)
         scores = missing_eos_penalty(total, rollout.ended, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
@@ -228,7 +240,7 @@ class PPOTrainer:
         rollout, _ = self._rollout()
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
-        self._over_budget(per_sequence(kl.k1, mask).mean().item())
+        self._over_budget(ranks.gathered(per_sequence(kl.k1, mask)).mean().item())
 
     def _over_budget(self, kl: float) -> bool:
         """Whether the KL is over its budget; if so, the update that led there has been taken back."""
@@ -276,11 +288,15 @@ class PPOTrainer:
         """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
         action_count = int(minibatch.action_mask.sum())
-        pieces = minibatch.split(self.params.micro_batch_size)
+        own = ranks.share(range(len(minibatch)), "the size of ppo's minibatches")
+        pieces = minibatch.select(torch.tensor(own)).split(self.params.micro_batch_size)
         actor, critic, entropy = self._backward(next(pieces), action_count)
         for piece in pieces:
             actor_part, critic_part, entropy_part = self._backward(piece, action_count)
             actor, critic, entropy = actor + actor_part, critic + critic_part, entropy + entropy_part
+        ranks.add_gradients(self.policy.trainable().values())
+        actor, critic = ranks.added(actor), ranks.added(critic)
+        entropy = ranks.gathered(entropy.reshape(1)).sum()
         token_count = int(minibatch.response_mask.sum())
         metrics = {"entropy": entropy.item() / token_count, **actor.means(), **critic.means()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
@@ -372,8 +388,8 @@ class PPOTrainer:
         self._log_samples(rows, self.update + 1)
 
     def _save(self) -> None:
-        """Write the checkpoint whole or not at all."""
-        if self._checkpoint is None:
+        """Write the checkpoint whole or not at all; rank 0 does, and the others read it when they go on."""
+        if self._checkpoint is None or ranks.rank() > 0:
             return
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {

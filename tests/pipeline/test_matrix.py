@@ -7,6 +7,7 @@ What a stage reads is found without dvc.yaml: from the signature of its function
 from __future__ import annotations
 
 import ast
+import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -119,7 +120,8 @@ def test_every_module(recorded: Project) -> None:
         found = direct()
         file.write_bytes(text)
         print(row(name, set(found)))
-        assert all(reasons == (f"{name} changed",) for reasons in found.values())
+        md5s = [hashlib.md5(content).hexdigest()[:8] for content in (text, text + b"\n# changed\n")]
+        assert all(reasons == (f"{name} changed: {md5s[0]} → {md5s[1]}",) for reasons in found.values())
         for stage in STAGES:
             if name in imported(stage):
                 assert stage in found, f"{stage} imports {name}"

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F  # noqa: N812
 
 from tasks.rl.rollout import Rollout, generate, pad_left, position_ids
 from tests.conftest import tiny_policy
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
+HALVES = [[[5, 6, 7], [8]], [[9, 10, 11, 12, 13], [5, 6, 7]]]
 
 
 def sample(model, prompts=PROMPTS, *, seed=0, **options) -> Rollout:
@@ -48,6 +50,16 @@ def test_logprobs_equal_a_fresh_forward_pass_with_an_adapter():
         response = rollout.responses[row, :length].tolist()
         expected = fresh_logprobs(policy, (PROMPTS * 4)[row // 2], response, 0.7)
         torch.testing.assert_close(rollout.logprobs[row, :length], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_the_parts_of_a_batch_are_sampled_as_the_whole(model):
+    """Two processes that share a batch write what one would."""
+    whole = sample(model, PROMPTS + PROMPTS[:1], samples_per_prompt=2)
+    halves = [sample(model, part, samples_per_prompt=2, part=place, parts=2) for place, part in enumerate(HALVES)]
+    for name in ("responses", "response_mask", "logprobs"):
+        expected = getattr(whole, name)
+        got = torch.cat([F.pad(getattr(half, name), (0, 12 - getattr(half, name).shape[1])) for half in halves])
+        torch.testing.assert_close(got[:, : expected.shape[1]], expected, rtol=1e-5, atol=1e-5)
 
 
 def test_response_ends_at_its_end_token_and_is_padded_after_it(model):

@@ -68,7 +68,7 @@ def weights(ppo: PPOTrainer) -> dict[str, torch.Tensor]:
 
 
 def experience_of(ppo: PPOTrainer) -> tuple[Experience, dict[str, float]]:
-    return ppo._experience(*ppo._rollout())
+    return ppo._experience(*ppo._scored(*ppo._rollout()))
 
 
 def test_at_step_0_kl_is_0_and_the_reward_is_the_score():
@@ -317,7 +317,7 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     """Its log-probability is the sum over its tokens, its return score − β·KL; advantages are whitened over them."""
     ppo = trainer(action="response", advantage=advantage, value_coef=0.0, missing_eos_penalty=0.0)
     rollout, prompts = ppo._rollout()
-    experience, metrics = ppo._experience(rollout, prompts)
+    experience, metrics = ppo._experience(*ppo._scored(rollout, prompts))
     assert experience.advantages.shape == experience.old_logprobs.shape == experience.action_mask.shape == (12, 1)
     torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.sum(1))
     scores = torch.tensor(low_tokens(prompts, [CODEC.decode(ids) for ids in rollout.response_ids()]))

@@ -1,0 +1,125 @@
+"""Several processes that train one model together, started by torchrun or accelerate.
+
+Each rank computes its share of every batch, and all of them end up with the same model. Where a process is alone,
+every function gives back what it was given.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from functools import reduce
+from typing import Any, TypeVar
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import gather, gather_object, pad_across_processes
+from accelerate.utils import reduce as reduce_tensors
+from torch import Tensor, nn
+
+from tasks.core.errors import ConfigError, TrainingError
+
+__all__ = [
+    "add_gradients",
+    "added",
+    "check_same",
+    "gathered",
+    "join",
+    "rank",
+    "ranks",
+    "share",
+    "share_of",
+    "texts",
+    "wait",
+]
+
+ItemT = TypeVar("ItemT")
+
+
+def join() -> None:
+    """Meet the other ranks, if there are any, and take this rank's GPU."""
+    PartialState(cpu=not torch.cuda.is_available())
+
+
+def wait() -> None:
+    """Return when every rank has come here."""
+    PartialState().wait_for_everyone()
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return int(PartialState().process_index)
+
+
+def ranks() -> int:
+    """How many processes train together."""
+    return int(PartialState().num_processes)
+
+
+def share_of(total: int, what: str) -> int:
+    """How many of so many are each rank's.
+
+    Raises:
+        ConfigError: they cannot be shared equally.
+    """
+    if total % ranks():
+        raise ConfigError(f"{what} is {total}, which {ranks()} ranks cannot share equally; change it or --ranks")
+    return total // ranks()
+
+
+def share(items: Sequence[ItemT], what: str) -> Sequence[ItemT]:
+    """This rank's part of the items: consecutive ones, so that all parts in the order of ranks are the whole.
+
+    Raises:
+        ConfigError: see `share_of`.
+    """
+    size = share_of(len(items), what)
+    return items[rank() * size : (rank() + 1) * size]
+
+
+def gathered(tensor: Tensor, *, pad: int = 0, left: bool = False) -> Tensor:
+    """Every rank's rows [B, ...] as one tensor [ranks · B, ...] in the order of ranks, where the tensor was.
+
+    Args:
+        pad: fills the second dimension of the shorter ones.
+        left: whether it does so before what is there.
+    """
+    if ranks() == 1:
+        return tensor
+    moved = tensor.to(PartialState().device, torch.uint8 if tensor.dtype is torch.bool else None)
+    whole = gather(pad_across_processes(moved, dim=1, pad_index=pad, pad_first=left))
+    return whole.to(tensor.device, tensor.dtype)
+
+
+def texts(own: Sequence[str]) -> list[str]:
+    """Every rank's texts, in the order of ranks."""
+    return list(gather_object(list(own)))
+
+
+def added(part: Any) -> Any:
+    """The sum over ranks of a dataclass of tensors that can be added."""
+    if ranks() == 1:
+        return part
+    numbers = type(part)(**{field.name: getattr(part, field.name).detach().cpu() for field in fields(part)})
+    return reduce(operator.add, gather_object([numbers]))
+
+
+def check_same(weights: Iterable[Tensor]) -> None:
+    """Make sure that every rank has the same weights.
+
+    Raises:
+        TrainingError: they differ, so the ranks have not worked together.
+    """
+    sums = gathered(torch.stack([weight.detach().double().sum() for weight in weights]).unsqueeze(0))
+    if not torch.equal(sums, sums[:1].expand_as(sums)):
+        raise TrainingError(f"the {ranks()} ranks ended with different weights: their gradients were not put together")
+
+
+def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Give every rank the sum of all ranks' gradients."""
+    if ranks() == 1:
+        return
+    for parameter in parameters:
+        if parameter.grad is not None:
+            parameter.grad = reduce_tensors(parameter.grad, "sum")
