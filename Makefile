@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds mutants clean
+.PHONY: demo test check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -58,6 +58,10 @@ bench-rollout: $(VENV)/.installed
 bench-grpo: $(VENV)/.installed
 	rlhf run base_model
 	python benchmarks/grpo.py
+
+# What Prefect, DVC and MLflow cost on top of the stages.
+bench-flow: $(VENV)/.installed
+	python benchmarks/flow.py
 
 # PPO under eight seeds, after `make demo`.
 bench-seeds: $(VENV)/.installed

@@ -12,6 +12,7 @@ import errno
 import hashlib
 import logging
 import os
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -222,6 +223,10 @@ def reproduce(
         if call.error is not None:
             raise call.error from call.error.__cause__
         raise StageError(f"{name}: {_cause(error)}") from error
+    except Exception as error:
+        if call.error is not None or not pull:
+            raise
+        raise _remote_error("read", error) from error
     finally:
         _job.reset(token)
     if call.called:
@@ -238,8 +243,14 @@ def pull_data() -> None:
     with _dvc_errors("data"):
         repo = _open()
         sources = [stage for stage in repo.index.stages if stage.is_data_source]
-        if missing := [stage.addressing for stage in sources if not all(out.exists for out in stage.outs)]:
-            repo.pull(targets=missing)
+        missing = [stage.addressing for stage in sources if not all(out.exists for out in stage.outs)]
+        try:
+            if missing:
+                repo.pull(targets=missing)
+        except DvcException:
+            raise
+        except Exception as error:
+            raise _remote_error("read", error) from error
 
 
 def push(name: str | None = None) -> int:
@@ -253,8 +264,8 @@ def push(name: str | None = None) -> int:
             return int(_open().push(targets=[name] if name else None, run_cache=True))
         except (DvcException, StageError):
             raise
-        except Exception as error:  # whatever the remote's own library raises
-            raise StageError(f"the DVC remote cannot be written: {type(error).__name__}: {error}") from error
+        except Exception as error:
+            raise _remote_error("written", error) from error
 
 
 def restore(md5: str, path: Path) -> None:
@@ -518,6 +529,13 @@ def _dvc_errors(where: str) -> Iterator[None]:
         yield
     except DvcException as error:
         raise StageError(f"{where}: {_cause(error)}") from error
+
+
+def _remote_error(what: str, error: Exception) -> StageError:
+    """For whatever the remote's own library raises."""
+    missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
+    cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
+    return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -8,14 +8,30 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pytest
+
+from tests.pipeline.conftest import free_port
+
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
 
-def with_remote(project: Project, remote: Path) -> Project:
-    """Its data tracked by DVC, a remote in another folder, everything committed."""
+@pytest.fixture(params=["folder", "s3"])
+def remote(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:
+    """Where it is, and an option of it; the keys of the S3 store stand in the environment alone."""
+    if request.param == "folder":
+        return [str(tmp_path / "remote")]
+    s3 = request.getfixturevalue("s3")
+    s3.create_bucket(Bucket="store")
+    return ["s3://store/project", "endpointurl", s3.meta.endpoint_url]
+
+
+def with_remote(project: Project, remote: Path | str, *option: str) -> Project:
+    """Its data tracked by DVC, a remote elsewhere, everything committed."""
     project.dvc("add", "data.txt")
     project.dvc("remote", "add", "--default", "away", str(remote))
+    if option:
+        project.dvc("remote", "modify", "away", *option)
     project.rlhf("run", "--push")
     project.ran()
     project.commit()
@@ -28,9 +44,9 @@ def clone(project: Project, to: Path, open_project: Callable[..., Project]) -> P
 
 
 def test_a_clone_elsewhere_pulls_and_computes_nothing(
-    project: Project, tmp_path: Path, open_project: Callable[..., Project]
+    project: Project, remote: list[str], tmp_path: Path, open_project: Callable[..., Project]
 ) -> None:
-    with_remote(project, tmp_path / "remote")
+    with_remote(project, *remote)
     other = clone(project, tmp_path / "elsewhere" / "clone", open_project)
     assert not (other.root / "data.txt").exists()
     said = other.rlhf("run", "--pull")
@@ -62,6 +78,16 @@ def test_without_pull_missing_data_is_one_message(
     assert "data.txt" in said
     assert "--pull" in said
     assert "Traceback" not in said
+
+
+def test_a_remote_that_does_not_answer_is_one_message(project: Project) -> None:
+    """Its own library raises errors of its own kinds."""
+    project.dvc("remote", "add", "--default", "away", "s3://store/project")
+    project.dvc("remote", "modify", "away", "endpointurl", f"http://127.0.0.1:{free_port()}")
+    said = project.rlhf("run", "--pull", "-S", "sft.epochs=3", expect=1)
+    assert "the DVC remote cannot be read" in said
+    assert "Traceback" not in said
+    assert project.ran() == []
 
 
 def test_no_remote_is_one_message_and_nothing_is_lost(project: Project) -> None:
