@@ -482,6 +482,8 @@ def _never_ran(stage: Any) -> bool:
 
 
 def _changed_file(dep: Any) -> list[str]:
+    if not dep.hash_info:
+        return [f"{dep} is a new input"]
     return [
         f"{path} changed: {dep.hash_info.value[:_SHOWN_HASH]} → {dep.get_hash().value[:_SHOWN_HASH]}"
         if state == "modified"

@@ -68,6 +68,15 @@ def test_status_names_the_one_item_of_a_list_that_changed(project: Project) -> N
     assert waiting == [{"stage": "sft", "action": "run", "reasons": reasons}]
 
 
+def test_status_names_an_input_that_is_new(project: Project) -> None:
+    (project.root / "tasks" / "more.py").touch()
+    project.edit("dvc.yaml", "deps: [tasks/sft.py, ", "deps: [tasks/sft.py, tasks/more.py, ")
+    waiting = json.loads(project.rlhf("status", "--json"))
+    assert waiting == [{"stage": "sft", "action": "run", "reasons": ["tasks/more.py is a new input"]}]
+    project.rlhf("run")
+    assert project.ran() == ["sft"]
+
+
 def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(project: Project) -> None:
     before = (project.root / "params.yaml").read_text()
     written = project.root / "artifacts" / "gold_judge" / "result"
