@@ -1,0 +1,81 @@
+"""The fits against curves whose coefficients are known, and best-of-n against every subset."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import numpy as np
+import pytest
+
+from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, fit, peak
+
+KL = np.array([0.0, 0.25, 1.0, 4.0, 9.0, 16.0])
+DISTANCE = np.array([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
+RL_GAINS = [0.0, 0.5 * (1.5 + 0.6 * math.log(2)), 1.5, 2 * (1.5 - 0.6 * math.log(2)), 3 * (1.5 - 0.6 * math.log(3))]
+RL_GAINS += [4 * (1.5 - 0.6 * math.log(4))]
+
+
+def levels(values, prompts=40, noise=0.0, seed=0):
+    spread = np.random.default_rng(seed).normal(scale=noise, size=(len(values), prompts)) if noise else 0.0
+    return np.repeat(np.array(values)[:, None], prompts, axis=1) + spread
+
+
+@pytest.mark.parametrize("n", [1, 2, 3, 5])
+def test_best_of_n_is_the_mean_over_every_subset(n):
+    draw = np.random.default_rng(1)
+    proxy, gold = draw.normal(size=(2, 4, 5))
+    expected = [
+        np.mean([gold[row, max(chosen, key=lambda i: proxy[row, i])] for chosen in itertools.combinations(range(5), n)])
+        for row in range(4)
+    ]
+    assert best_of_n(proxy, gold, n) == pytest.approx(expected)
+
+
+def test_best_of_more_than_there_are_is_refused():
+    with pytest.raises(ValueError, match="best of 6 from 5 samples"):
+        best_of_n(np.zeros((1, 5)), np.zeros((1, 5)), 6)
+
+
+def test_kl_of_best_of_n():
+    assert best_of_n_kl(1) == 0
+    assert best_of_n_kl(2) == pytest.approx(0.1931, abs=1e-4)
+    assert best_of_n_kl(64) == pytest.approx(3.1745, abs=1e-4)
+
+
+def test_the_fit_of_best_of_n_finds_the_coefficients_and_the_peak():
+    """R = d(2 − 0.5 d) is 0, 0.875, 1.5, 2, 1.5, 0 at these distances."""
+    found = fit("best_of_n", levels(KL), levels([0, 0.875, 1.5, 2, 1.5, 0]), samples=50, seed=0)
+    assert (found.alpha.mean, found.beta.mean, found.peak) == pytest.approx((2, 0.5, 2))
+    assert found.r2 == pytest.approx(1)
+    assert found.peak_share == 1
+
+
+def test_the_fit_of_rl_finds_the_coefficients_and_the_peak():
+    found = fit("rl", levels(KL), levels(RL_GAINS), samples=50, seed=0)
+    assert (found.alpha.mean, found.beta.mean) == pytest.approx((1.5, 0.6))
+    assert found.peak == pytest.approx(math.exp(1.5))
+    assert found.peak_share == 0, "it is at 4.48, and the policies went to 4"
+    assert curve("rl", 1.5, 0.6, DISTANCE).tolist() == pytest.approx(RL_GAINS)
+
+
+def test_intervals_hold_the_truth_as_often_as_they_say_and_narrow_with_prompts():
+    fits = [
+        fit("rl", levels(KL, prompts=200), levels(RL_GAINS, prompts=200, noise=0.5, seed=seed), samples=200, seed=99)
+        for seed in range(100)
+    ]
+    hits = sum(found.alpha.low < 1.5 < found.alpha.high for found in fits)
+    assert 89 <= hits <= 99, "95 expected, standard deviation 2.2"
+    many = fit("rl", levels(KL, 2000), levels(RL_GAINS, 2000, noise=0.5), samples=200, seed=0)
+    assert many.alpha.high - many.alpha.low < (fits[0].alpha.high - fits[0].alpha.low) / 2
+
+
+def test_where_nothing_turns_there_is_no_peak():
+    assert peak("best_of_n", 1.0, -0.1) is None
+    assert peak("rl", 1.0, 0.0) is None
+    assert peak("best_of_n", -1.0, 0.5) is None
+
+
+def test_one_level_determines_nothing():
+    with pytest.raises(ValueError, match="1 levels lie apart from SFT"):
+        fit("rl", levels([0.0, 1.0]), levels([0.0, 1.0]), samples=5, seed=0)

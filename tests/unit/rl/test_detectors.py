@@ -1,0 +1,108 @@
+"""Each detector on a case made for it, just below its threshold, and on a run in which nothing is wrong."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.rl.detectors import DETECTORS, PREFIX, fired, watch
+
+WEIGHTS = {"learned": 1.0, "brevity": 2.0}
+
+START = {
+    "reward/learned": 0.0, "reward/brevity": 0.5, "score_std": 1.0, "length": 16.0, "repetition": 0.01,
+    "distinct_2": 0.8, "entropy": 4.0, "no_end_share": 0.4, "kl": 0.0,
+}  # fmt: skip
+
+FIRES = {
+    "length_drift": {"length": 8.0},
+    "repetition": {"repetition": 0.12},
+    "ngram_collapse": {"distinct_2": 0.4},
+    "entropy_collapse": {"entropy": 2.0},
+    "reward_variance_collapse": {"score_std": 0.5},
+    "one_component_pays": {"reward/learned": 2.0, "reward/brevity": 0.0},
+    "truncation": {"no_end_share": 0.66},
+    "kl_spike": {"kl": 2.5},
+}
+"""one_component_pays: +2 and 2 · −0.5: one gains 1 in all, the other pays 1, all of it. kl_spike: 2.5 = 5 · 0.5."""
+
+HOLDS = {
+    "length_drift": {"length": 31.0},
+    "repetition": {"repetition": 0.1},
+    "ngram_collapse": {"distinct_2": 0.41},
+    "entropy_collapse": {"entropy": 2.1},
+    "reward_variance_collapse": {"score_std": 1.9},
+    "one_component_pays": {"reward/learned": 2.0, "reward/brevity": 0.3},
+    "truncation": {"no_end_share": 0.6},
+    "kl_spike": {"kl": 2.4},
+}
+"""one_component_pays: +2 and 2 · −0.2: 1.6 in all, and 0.4 paid, a quarter of it."""
+
+
+def last(change):
+    signs, findings = watch([START, START | change], WEIGHTS)
+    return signs, [finding.split()[0] for finding in findings]
+
+
+def test_every_detector_has_its_cases():
+    assert [detector.name for detector in DETECTORS] == list(FIRES) == list(HOLDS)
+
+
+@pytest.mark.parametrize("name", FIRES)
+def test_it_fires_where_it_should_and_nothing_else_does(name):
+    assert last(FIRES[name])[1] == [name]
+
+
+@pytest.mark.parametrize("name", HOLDS)
+def test_it_holds_below_its_threshold(name):
+    assert last(HOLDS[name])[1] == []
+
+
+def test_length_drifts_both_ways():
+    assert last({"length": 32.0})[1] == ["length_drift"]
+
+
+def test_a_jump_counts_against_the_jumps_before():
+    """Changes of 1, 1 and 1, then 4: 4 medians; without them it would be 8 times the floor."""
+    rows = [START | {"kl": kl} for kl in (0.0, 1.0, 2.0, 3.0, 7.0)]
+    assert watch(rows, WEIGHTS)[0][PREFIX + "kl_spike"] == pytest.approx(4.0)
+    assert watch([rows[0], rows[-1]], WEIGHTS)[0][PREFIX + "kl_spike"] == pytest.approx(14.0)
+
+
+def test_a_reward_of_one_component_has_no_cost():
+    assert PREFIX + "one_component_pays" not in watch([START, START], {"learned": 1.0})[0]
+
+
+def test_the_first_update_is_the_measure_and_finds_nothing():
+    signs, findings = watch([START], WEIGHTS)
+    assert findings == []
+    assert signs[PREFIX + "length_drift"] == 1
+    assert signs[PREFIX + "truncation"] == 0
+
+
+def test_it_tells_once_and_again_after_it_went_away():
+    rows, told = [], []
+    for length in (16.0, 8.0, 7.0, 12.0, 8.0):
+        rows.append(START | {"length": length})
+        signs, findings = watch(rows, WEIGHTS)
+        rows[-1] = rows[-1] | signs
+        told.append(len(findings))
+    assert told == [0, 1, 0, 0, 1]
+    ((detector, first, largest),) = fired(rows)
+    assert (detector.name, first) == ("length_drift", 2)
+    assert largest == pytest.approx(16 / 7)
+
+
+def test_a_row_without_a_number_is_no_sign():
+    """GRPO learns of the entropy later than of the responses."""
+    row = {key: value for key, value in START.items() if key not in ("entropy", "kl")}
+    signs, _ = watch([row, row], WEIGHTS)
+    assert PREFIX + "entropy_collapse" not in signs
+    assert PREFIX + "kl_spike" not in signs
+    assert PREFIX + "length_drift" in signs
+
+
+def test_a_finding_says_the_number_and_what_to_do():
+    assert watch([START, START | FIRES["truncation"]], WEIGHTS)[1] == [
+        "truncation 0.26 (threshold 0.25, healthy up to 0.13): more responses are cut before their end than SFT's; "
+        "raise missing_eos_penalty or max_new_tokens"
+    ]
