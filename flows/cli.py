@@ -15,13 +15,15 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import screen
+from flows import model_commands, screen
+from flows.commandline import enter, interruptible
 from tasks.core.errors import ConfigError, RLHFError
-from tasks.core.paths import artifacts, project_root
+from tasks.core.paths import artifacts
 
 __all__ = ["app"]
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+commands.add_typer(model_commands.commands)
 
 
 def app() -> None:
@@ -47,10 +49,10 @@ def run(
     ranks: Annotated[int, typer.Option(min=1, help="Let so many processes share the training, a GPU each.")] = 1,
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
-    root = _root()
+    root = enter()
     from flows import workspace
 
-    with _interruptible("it goes on from the last checkpoint"), workspace.alone(screen.run_waits):
+    with interruptible("it goes on from the last checkpoint"), workspace.alone(screen.run_waits):
         _change_params(root, preset, setting or [])
         with _prefect():
             from flows.pipeline import pipeline
@@ -79,8 +81,8 @@ def retrain(
     approval_hours: Annotated[float, typer.Option(min=0, help="Wait so long for a person's approval.")] = 0,
 ) -> None:
     """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
-    _root()
-    with _interruptible("it goes on from the last checkpoint"), _prefect():
+    enter()
+    with interruptible("it goes on from the last checkpoint"), _prefect():
         from flows.retrain import retrain as flow
 
         flow(pull=pull, push=push, approval_hours=approval_hours)
@@ -89,7 +91,7 @@ def retrain(
 @commands.command()
 def announce() -> None:
     """Tell the standing Prefect server that data/ has a new version: it starts the deployment rlhf-retrain/retrain."""
-    _root()
+    enter()
     from flows import services
     from tasks.core import versioning
 
@@ -109,12 +111,12 @@ def sweep(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
 ) -> None:
     """Run the pipeline with every combination of some values, without changing this folder, and compare them."""
-    _root()
+    enter()
     from flows import services
     from flows.sweep import sweep as run_all
 
     services.use()
-    with _interruptible("what was computed is restored"):
+    with interruptible("what was computed is restored"):
         folder = run_all(setting, stages or [])
     path = folder / "variants.json"
     if path.is_file():
@@ -125,7 +127,7 @@ def sweep(
 @commands.command()
 def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, policy → figures.")] = False) -> None:
     """Compare the policies of the last evaluation."""
-    _root()
+    enter()
     policies = screen.read_policies()
     if as_json:
         print(json.dumps(policies, indent=2))
@@ -136,7 +138,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, 
 @commands.command()
 def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False) -> None:
     """Which stages would run, and which parameter or file made it so."""
-    _root()
+    enter()
     from tasks.core import versioning
 
     waiting = versioning.pending()
@@ -159,7 +161,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
 @commands.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Look at curves, samples and models in MLflow; stop it with Ctrl-C."""
-    _root()
+    enter()
     from flows import services
     from tasks.core import recording
 
@@ -178,7 +180,7 @@ def up(
     mlflow_port: Annotated[int, typer.Option(help="MLflow's server, on 127.0.0.1.")] = 5000,
 ) -> None:
     """Start Prefect's server and worker and MLflow, and deploy what prefect.yaml lists; `rlhf down` ends them."""
-    _root()
+    enter()
     from flows import services
 
     standing = services.up(prefect_port, mlflow_port, screen.console.print)
@@ -190,7 +192,7 @@ def up(
 @commands.command()
 def down() -> None:
     """End what `rlhf up` started, and the run that it may be doing."""
-    _root()
+    enter()
     from flows import services
 
     ended = services.down()
@@ -203,20 +205,10 @@ def schedule(
     timezone: Annotated[str, typer.Option(help="Where that is the time, like Europe/Vienna.")] = "UTC",
 ) -> None:
     """Run the pipeline at set times, for as long as this command runs; stop it with Ctrl-C."""
-    root = _root()
+    root = enter()
     from flows.schedule import serve
 
     serve(root, cron, timezone)
-
-
-@contextmanager
-def _interruptible(comfort: str) -> Iterator[None]:
-    """Ctrl-C is one message and the shell's exit status for it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        screen.errors.print(f"[yellow]interrupted.[/] Run again: {comfort}.")
-        raise typer.Exit(130) from None
 
 
 @contextmanager
@@ -236,18 +228,6 @@ def _prefect() -> Iterator[None]:
         recording.prepare()
         server.wait()
         yield
-
-
-def _root() -> Path:
-    root = project_root()
-    installed = Path(__file__).resolve().parents[1]
-    if installed != root:
-        raise ConfigError(
-            f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli` here, "
-            "or install the package here"
-        )
-    os.chdir(root)  # DVC names stages relative to where one stands
-    return root
 
 
 def _change_params(root: Path, preset: str | None, settings: list[str]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,11 @@ from prefect.utilities.timeout import timeout as time_limit
 from flows import screen, workspace
 from flows.pipeline import pipeline
 from flows.work import Outcome
-from tasks.core import recording, registry, versioning
+from tasks.core import origin, recording, registry, versioning
 from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.evals.compare import Table
+from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.gate import PARTS, Decision, candidate, decide
 from tasks.evals.statistics import Interval
 
@@ -92,13 +93,17 @@ def gate(flow_run: str, approval_hours: float = 0) -> State[bool]:
     if champion and dict(champion.weights) == weights:
         return _tell(flow_run, Decision(policy, ()), "unchanged", ("it is the champion already",))
     against = _duel(policy, params, champion) if champion else None
-    decision = decide(table, policy, params.gate, against)
-    version = registry.register(policy, weights, _tags(table, decision))
+    detectors = [finding["detector"] for finding in screen.read_findings()[policy]]
+    decision = decide(table, policy, params.gate, detectors=detectors, against_champion=against)
+    version = registry.register(policy, weights, _tags(flow_run, table, decision))
     if not decision.accepted:
         return _tell(flow_run, decision, "refused", decision.reasons)
+    if version.withdrawn:
+        return _tell(flow_run, decision, "refused", (_withdrawal(version),))
     if approval_hours and (refusal := _refusal(decision, approval_hours)):
+        registry.refuse(version, refusal)
         return _tell(flow_run, decision, "refused", (refusal,))
-    registry.set_champion(version)
+    registry.set_champion(version, by="a person, asked by the gate" if approval_hours else "the gate")
     return _tell(flow_run, decision, "promoted", decision.reasons)
 
 
@@ -125,8 +130,7 @@ def _duel(policy: str, params: Params, champion: registry.Version) -> Interval:
     from tasks.evals.duel import duel  # with torch, which takes seconds
 
     with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
-        for path, md5 in champion.weights.items():
-            versioning.restore(md5, Path(folder) / path)
+        origin.restore(champion, Path(folder))
         return duel(
             policy,
             params.evaluate,
@@ -136,6 +140,11 @@ def _duel(policy: str, params: Params, champion: registry.Version) -> Interval:
             champion=Path(folder),
             champion_policy=champion.policy,
         )
+
+
+def _withdrawal(version: registry.Version) -> str:
+    """What a person has taken back, only a person puts in use again."""
+    return f"{version.withdrawn}; `rlhf promote {version.number} --why …` puts it in use again"
 
 
 def _refusal(decision: Decision, hours: float) -> str | None:
@@ -152,14 +161,18 @@ def _refusal(decision: Decision, hours: float) -> str | None:
     return None if answer.promote else f"a person refused it: {answer.why or 'no reason given'}"
 
 
-def _tags(table: Table, decision: Decision) -> dict[str, str]:
+def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
+    compared = {policy: row for policy, row in table.items() if policy in (REFERENCE, decision.policy)}
+    findings = tuple(origin.Finding(**asdict(finding)) for finding in decision.findings)
+    made_from = origin.collect(flow_run, compared, findings)
     figures = {key: str(value) for key, value in table[decision.policy].items() if key in ("win_rate", "kl")}
     return {
         **figures,
         "accepted": str(decision.accepted),
         "reasons": "; ".join(decision.reasons),
-        "git.commit": recording.git_commit(),
+        "git.commit": made_from.commit,
         "data.md5": versioning.data_version() or "",
+        origin.ORIGIN: made_from.model_dump_json(),
     }
 
 

@@ -29,6 +29,7 @@ __all__ = [
     "markdown",
     "push_waits",
     "pushed",
+    "read_findings",
     "read_policies",
     "run_waits",
     "server_starts",
@@ -150,11 +151,25 @@ def read_policies() -> dict[str, dict[str, Any]]:
     Raises:
         StageError: there is no evaluation yet.
     """
-    path = artifacts("evaluate") / "policies.json"
+    policies: dict[str, dict[str, Any]] = _evaluated("policies.json")
+    return policies
+
+
+def read_findings() -> dict[str, list[dict[str, str]]]:
+    """Policy → the signs of reward hacking that the evaluation found.
+
+    Raises:
+        StageError: there is no evaluation yet.
+    """
+    findings: dict[str, list[dict[str, str]]] = _evaluated("findings.json")
+    return findings
+
+
+def _evaluated(name: str) -> Any:
+    path = artifacts("evaluate") / name
     if not path.is_file():
         raise StageError(f"{path} does not exist: no evaluation has finished yet; run `rlhf run`")
-    policies: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8"))
-    return policies
+    return json.loads(path.read_text(encoding="utf-8"))
 
 
 def comparison(policies: dict[str, dict[str, Any]]) -> Table:

@@ -7,7 +7,6 @@ into the project itself.
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import json
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import screen
+from flows.worktrees import git, worktree
 from tasks.core import recording, versioning
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.params import load_params, parse_override
@@ -107,9 +107,10 @@ def _run(tree: Path, name: str, variant: Sequence[str], words: Sequence[str]) ->
 def _worktree(folder: Path) -> Iterator[Path]:
     """The project as it is now, changes that are not committed included, at another place with the same DVC cache."""
     root = project_root()
-    _git(root, "worktree", "add", "--detach", "--quiet", str(folder), "HEAD")
-    try:
-        changed = _git(root, "ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
+    if not recording.git_commit():
+        raise StageError("a sweep needs a git commit to start from: commit the project first")
+    with worktree(folder, "HEAD"):
+        changed = git("ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
         for name in filter(None, changed):
             target = folder / name
             if (root / name).exists():
@@ -117,19 +118,6 @@ def _worktree(folder: Path) -> Iterator[Path]:
                 shutil.copy2(root / name, target)
             else:
                 target.unlink(missing_ok=True)
-        local = root / ".dvc" / "config.local"
-        if local.exists():
-            shutil.copy2(local, folder / ".dvc")
         versioning.share_cache(folder)
         load_params(folder / "params.yaml")
         yield folder
-    finally:
-        with contextlib.suppress(StageError):
-            _git(root, "worktree", "remove", "--force", str(folder))
-
-
-def _git(root: Path, *words: str) -> str:
-    done = subprocess.run(["git", *words], cwd=root, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise StageError(f"`git {' '.join(words[:2])}` failed: {done.stderr.strip()}; a sweep needs a git commit")
-    return done.stdout

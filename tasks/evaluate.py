@@ -18,6 +18,7 @@ from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
+from tasks.evals.findings import find, plain
 from tasks.evals.judging import Sampler, choose_prompts, gold_reward, judge
 from tasks.evals.report import Evidence, read_table, render
 from tasks.evals.text import length_counts, word_count
@@ -39,6 +40,7 @@ def evaluate(
     ppo: Path,
     grpo: Path,
     dpo: Path,
+    overoptimisation: Path,
     prepare: Path,
     out: Path,
 ) -> None:
@@ -47,7 +49,8 @@ def evaluate(
     The gold judge is the model of that stage; where the stage is off, it is whether the answer is right. Each policy
     writes one response per prompt, all with the same random numbers. Writes responses.jsonl (every response with every
     score), policies.json (policy → numbers, see `tasks.evals.compare`), metrics.json (the headline of it),
-    samples.jsonl (some prompts side by side), plots/*.csv and report.html. All of it follows from the inputs alone: no
+    findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
+    plots/*.csv and report.html. All of it follows from the inputs alone: no
     time, no path.
 
     Raises:
@@ -57,7 +60,8 @@ def evaluate(
     """
     prepare_process()
     prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
-    policies = {name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_off(folder)}
+    trained: dict[str, Path] = {"ppo": ppo, "grpo": grpo, "dpo": dpo}
+    policies = {name: folder for name, folder in trained.items() if not is_off(folder)}
     sampler = Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
     answers = sampler.answers(REFERENCE, load_reference(base_model, sft))
     for name, folder in policies.items():
@@ -66,11 +70,17 @@ def evaluate(
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     records = judge(answers, proxy, gold_reward(prompts, base_model, gold_judge), vader=params.vader)
     table = compare(records, samples=params.bootstrap_samples, seed=seed)
+    histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
+    found = find(table, {name: [_numbers(row) for row in rows] for name, rows in histories.items()})
     _write_tables(out, table, records, params.report_samples)
+    write_json(out / "findings.json", plain(found))
     evidence = Evidence(
         table=table,
         records=records,
-        histories={name: read_table(policies[name] / "history.csv") for name in ("ppo", "grpo") if name in policies},
+        findings=found,
+        histories=histories,
+        points=read_table(overoptimisation / "points.csv"),
+        fits=json.loads((overoptimisation / "fits.json").read_text(encoding="utf-8")),
         accuracy=read_table(reward_model / "accuracy_by_margin.csv"),
         calibration=read_table(reward_model / "calibration.csv"),
         samples=params.report_samples,
@@ -85,6 +95,10 @@ def evaluate(
     )
     (out / "report.html").write_text(render(evidence), encoding="utf-8", newline="\n")
     tracking.log_file(out / "report.html")
+
+
+def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+    return {name: float(value) for name, value in row.items() if value}
 
 
 def _write_tables(out: Path, table: Table, records: Sequence[Judged], samples: int) -> None:

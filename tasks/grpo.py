@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ import torch
 from datasets import Dataset
 from peft import TaskType
 from tqdm import tqdm
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 from tasks.core import ranks, tracking
@@ -23,9 +24,10 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
+from tasks.core.training import HistoryCallback, PolicyKeeper, common_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.checks import DegenerationWatch
+from tasks.rl.detectors import watch
 from tasks.rl.rollout import generate
 from tasks.rl.shaping import missing_eos_penalty
 
@@ -61,7 +63,8 @@ def grpo(
 ) -> None:
     """Train the policy with TRL's GRPOTrainer: advantages are rewards standardised within each prompt's group.
 
-    Writes adapter/, history.csv (one row per update), samples.jsonl and metrics.json (the last update's figures).
+    Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
+    samples.jsonl and metrics.json (the last update's figures).
     """
     prepare_process()
     tokenizer = load_tokenizer(base_model)
@@ -69,6 +72,7 @@ def grpo(
     composed = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     score = _Score(composed, params, tokenizer.eos_token_id)
     history = HistoryCallback("grpo")
+    keeper = PolicyKeeper(params.keep_every, out)
     torch.manual_seed(seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -79,13 +83,14 @@ def grpo(
             args=_arguments(params, generation, seed),
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
-            callbacks=[history],
+            callbacks=[history, _EachUpdate(params, history, keeper, composed.weights)],
             rollout_func=Rollouts(params, generation, tokenizer, seed),
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
-    rollouts = [entry for entry in trainer.state.log_history if "samples" in entry]
-    rows = _rounds(history.rows, rollouts, params.epochs * params.minibatches)
+    keeper.finish()
+    rollouts = _rollouts(trainer.state)
+    rows = _rounds(history.rows, rollouts, params.epochs * params.minibatches, composed.weights)
     write_history(out / "history.csv", rows)
     samples = [sample for entry in rollouts for sample in entry["samples"]]
     write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE} for sample in samples))
@@ -196,15 +201,48 @@ class _Score:
         return [float(value) for value in scores]
 
 
+class _EachUpdate(TrainerCallback):
+    """After each update keeps the policy and looks for signs of reward hacking."""
+
+    def __init__(
+        self, params: GRPOParams, history: HistoryCallback, keeper: PolicyKeeper, weights: Mapping[str, float]
+    ) -> None:
+        self._history, self._keeper, self._weights = history, keeper, weights
+        self._steps = params.epochs * params.minibatches
+
+    def on_step_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
+    ) -> None:
+        if state.global_step % self._steps == 0:
+            self._keeper.keep(state.global_step // self._steps, model)
+
+    def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if len(self._history.rows) < state.global_step or state.global_step % self._steps:
+            return
+        rows = _rounds(self._history.rows, _rollouts(state), self._steps, self._weights)
+        signs, findings = watch(rows, self._weights)
+        tracking.log_metrics(signs, step=state.global_step)
+        for finding in findings if ranks.rank() == 0 else []:
+            tqdm.write(f"grpo: warning: update {len(rows)}: {finding}", file=sys.stderr)
+
+
+def _rollouts(state: TrainerState) -> list[dict[str, Any]]:
+    """What `_Score` has kept in the trainer's log."""
+    return [entry for entry in state.log_history if "samples" in entry]
+
+
 def _rounds(
-    steps: Sequence[dict[str, float]], rollouts: Sequence[dict[str, Any]], steps_per_update: int
+    steps: Sequence[dict[str, float]],
+    rollouts: Sequence[dict[str, Any]],
+    steps_per_update: int,
+    weights: Mapping[str, float],
 ) -> list[dict[str, float]]:
     """One row per update: its rollout's figures, and the mean over its optimiser steps, under PPO's names.
 
     TRL reports k3 per token; times the mean length it is KL per response. It is taken at the update's first step, where
     the policy is still the one that wrote the responses; later in the update the estimate would be off-policy.
     """
-    rows = []
+    rows: list[dict[str, float]] = []
     for update, entry in enumerate(rollouts):
         rollout = {name: value for name, value in entry.items() if name not in ("samples", "step")}
         here = steps[update * steps_per_update : (update + 1) * steps_per_update]
@@ -212,6 +250,7 @@ def _rounds(
         per_token = here[0].get("kl", 0.0)
         kl = {"kl": per_token * rollout["length"], "kl_per_token": per_token}
         rows.append({"step": update + 1, **rollout, **means, **kl})
+        rows[-1] |= watch(rows, weights)[0]
     return rows
 
 

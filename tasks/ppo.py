@@ -16,7 +16,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.training import write_history
+from tasks.core.training import PolicyKeeper, write_history
 from tasks.rewards.composition import load_reward
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, TextCodec
@@ -39,7 +39,8 @@ def ppo(
 ) -> None:
     """Train the policy with the project's own PPO.
 
-    Writes adapter/, history.csv (one row per update), samples.jsonl and metrics.json (the last update's figures).
+    Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
+    samples.jsonl and metrics.json (the last update's figures).
     """
     prepare_process()
     tokenizer = load_tokenizer(base_model)
@@ -47,6 +48,7 @@ def ppo(
     prompts = [row.prompt for row in rows]
     model = add_lora(load_reference(base_model, sft), lora, seed=seed).eval()
     progress = _Progress(params.updates)
+    keeper = PolicyKeeper(params.keep_every, out)
     trainer = PPOTrainer(
         Policy(model, temperature=generation.temperature),
         TextCodec(
@@ -64,10 +66,12 @@ def ppo(
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),
         tell=lambda message: tqdm.write(f"ppo: {message}", file=sys.stderr),
+        keep=lambda update: keeper.keep(update, model),
     )
     trainer.train()
     progress.close()
     save_adapter(model, out)
+    keeper.finish()
     write_history(out / "history.csv", trainer.history)
     write_rows(out / "samples.jsonl", trainer.samples)
     write_json(out / "metrics.json", trainer.history[-1])

@@ -20,6 +20,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
+from tasks.core.sections.overoptimisation import OveroptimisationParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.core.sections.preferences import PreferencesParams
 from tasks.core.sections.prepare import PrepareParams
@@ -50,6 +51,7 @@ class Params(Section):
     ppo: PPOParams | None
     grpo: GRPOParams | None
     dpo: DPOParams | None
+    overoptimisation: OveroptimisationParams | None
     evaluate: EvaluateParams
     gate: GateParams | None
 

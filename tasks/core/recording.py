@@ -40,6 +40,7 @@ __all__ = [
     "git_commit",
     "open_store",
     "pipeline_run",
+    "pipeline_tags",
     "prepare",
     "server_command",
     "stage_run",
@@ -130,11 +131,27 @@ def flow_environment(pipeline: PipelineRun, flow_run_id: str) -> Iterator[None]:
 
 def tag_pipeline(flow_run_id: str, tags: Mapping[str, str]) -> None:
     """Say something about a pipeline run that has ended."""
+    client, _ = open_store()
+    for run in _pipeline_runs(flow_run_id):
+        for key, value in tags.items():
+            client.set_tag(run.info.run_id, key, value)
+
+
+def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:
+    """MLflow's id of the pipeline run of a flow, and its tags: see `PipelineRun.log_stage`.
+
+    Raises:
+        StageError: the store does not know it.
+    """
+    for run in _pipeline_runs(flow_run_id):
+        return run.info.run_id, dict(run.data.tags)
+    raise StageError(f"MLflow at {store_uri()} does not know the pipeline run of {flow_run_id}: was it away?")
+
+
+def _pipeline_runs(flow_run_id: str) -> list[Any]:
     client, experiment = open_store()
-    for run in client.search_runs([experiment], f"tags.`{FLOW_TAG}` = '{flow_run_id}'"):
-        if STAGE_TAG not in run.data.tags:
-            for key, value in tags.items():
-                client.set_tag(run.info.run_id, key, value)
+    runs = client.search_runs([experiment], f"tags.`{FLOW_TAG}` = '{flow_run_id}'")
+    return [run for run in runs if STAGE_TAG not in run.data.tags]
 
 
 def git_commit() -> str:

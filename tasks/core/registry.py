@@ -9,13 +9,33 @@ import contextlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import UTC, datetime
 
+from tasks.core.errors import ConfigError
 from tasks.core.recording import open_store
 
-__all__ = ["CHALLENGER", "CHAMPION", "MODEL", "Version", "champion", "register", "set_champion"]
+__all__ = [
+    "CHALLENGER",
+    "CHAMPION",
+    "MODEL",
+    "Version",
+    "champion",
+    "find",
+    "refuse",
+    "register",
+    "roll_back",
+    "set_champion",
+    "versions",
+]
 
 MODEL = "rlhf-policy"
 CHAMPION, CHALLENGER = "champion", "challenger"
+
+BEFORE = "champion.before"
+"""The model's tag with the numbers of the champions before this one, the latest last; a rollback takes that away."""
+
+PROMOTED, WITHDRAWN = "promoted", "withdrawn"
+"""A decision is three tags of a version: `promoted.by`, `promoted.at` and `promoted.why`."""
 
 
 @dataclass(frozen=True)
@@ -26,18 +46,62 @@ class Version:
     policy: str
     weights: Mapping[str, str]
     tags: Mapping[str, str]
+    aliases: tuple[str, ...]
+    registered: datetime
+
+    @property
+    def accepted(self) -> bool:
+        """Whether the gate, and the person that it may have asked, let it pass."""
+        return self.tags.get("accepted") == str(True)
+
+    @property
+    def withdrawn(self) -> str | None:
+        """Who rolled it back, when and why; None where nobody did since it was promoted last."""
+        if f"{WITHDRAWN}.by" not in self.tags:
+            return None
+        by, at, why = (self.tags[f"{WITHDRAWN}.{word}"] for word in ("by", "at", "why"))
+        return f"{by} rolled it back at {at}" + (f": {why}" if why else "")
+
+
+def versions() -> list[Version]:
+    """Every registered policy, the oldest first."""
+    client, _ = open_store()
+    models = client.search_registered_models(f"name = '{MODEL}'")
+    aliases = models[0].aliases if models else {}
+    found = [
+        Version(
+            number=int(item.version),
+            policy=item.tags["policy"],
+            weights=json.loads(item.tags["weights"]),
+            tags=dict(item.tags),
+            aliases=tuple(sorted(name for name, number in aliases.items() if int(number) == int(item.version))),
+            registered=datetime.fromtimestamp(item.creation_timestamp / 1000, UTC),
+        )
+        for item in client.search_model_versions(f"name = '{MODEL}'")
+        if "weights" in item.tags  # else its registration was cut off
+    ]
+    return sorted(found, key=lambda version: version.number)
+
+
+def find(name: str) -> Version:
+    """The version of this number or alias.
+
+    Raises:
+        ConfigError: there is none; the message lists those that exist.
+    """
+    known = versions()
+    for version in known:
+        if name == str(version.number) or name in version.aliases:
+            return version
+    if not known:
+        raise ConfigError("no policy is registered yet: `rlhf retrain` registers one")
+    listed = ", ".join(" ".join([str(item.number), *(f"({alias})" for alias in item.aliases)]) for item in known)
+    raise ConfigError(f"no version {name!r} of {MODEL}; there are {listed}")
 
 
 def champion() -> Version | None:
     """The policy that is in use; None before the first promotion."""
-    from mlflow.exceptions import MlflowException
-
-    client, _ = open_store()
-    try:
-        found = client.get_model_version_by_alias(MODEL, CHAMPION)
-    except MlflowException:
-        return None
-    return _version(found.version, found.tags)
+    return next((version for version in versions() if CHAMPION in version.aliases), None)
 
 
 def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -> Version:
@@ -48,11 +112,8 @@ def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -
     with contextlib.suppress(MlflowException):  # it exists
         client.create_registered_model(MODEL, description="Policies that passed through the gate; weights are in DVC.")
     text = json.dumps(dict(weights), sort_keys=True)
-    for known in client.search_model_versions(f"name = '{MODEL}'"):
-        if known.tags.get("weights") == text:
-            number = known.version
-            break
-    else:
+    number = next((str(known.number) for known in versions() if known.tags["weights"] == text), None)
+    if number is None:
         md5 = next(md5 for path, md5 in weights.items() if path.startswith(f"{policy}/"))
         models = client.search_logged_models([experiment], f"tags.`dvc.md5` = '{md5}'")
         model = models[0] if models else client.create_logged_model(experiment, policy, tags={"dvc.md5": md5})
@@ -61,19 +122,82 @@ def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -
         made = client.create_model_version(
             MODEL, f"models:/{model.model_id}", run_id=model.source_run_id, model_id=model.model_id
         )
-        number = made.version
-    for key, value in {"policy": policy, "weights": text, **tags}.items():
-        client.set_model_version_tag(MODEL, number, key, value)
+        number = str(made.version)
+    _tag(number, {"policy": policy, "weights": text, **tags})
     client.set_registered_model_alias(MODEL, CHALLENGER, number)
-    return _version(number, {"policy": policy, "weights": text, **tags})
+    return find(number)
 
 
-def set_champion(version: Version) -> None:
-    """From now on this is the policy in use; it is no challenger any more."""
+def refuse(version: Version, reason: str) -> None:
+    """A version that the gate had accepted is refused for this reason."""
+    _tag(version.number, {"accepted": str(False), "reasons": reason})
+
+
+def set_champion(version: Version, *, by: str, why: str = "") -> None:
+    """From now on this is the policy in use; it is no challenger any more, and its rollback is forgotten.
+
+    Raises:
+        ConfigError: it is the champion already.
+    """
+    client, _ = open_store()
+    former = champion()
+    if former and former.number == version.number:
+        raise ConfigError(f"version {version.number} is the champion already")
+    if former:
+        _set_before([*_before(), former.number])
+    _tag(version.number, _decision(PROMOTED, by, why))
+    _put_in_use(version)
+    if CHALLENGER in version.aliases:
+        client.delete_registered_model_alias(MODEL, CHALLENGER)
+
+
+def roll_back(*, by: str, why: str = "") -> tuple[Version, Version]:
+    """The champion before is the policy in use again; the version that was withdrawn, and the one in use now.
+
+    Raises:
+        ConfigError: there is no champion, or none was before it.
+    """
+    known = {version.number: version for version in versions()}
+    gone = next((version for version in known.values() if CHAMPION in version.aliases), None)
+    if gone is None:
+        raise ConfigError("there is no champion: `rlhf models` lists what is registered, `rlhf promote` promotes")
+    before = [number for number in _before() if number in known]  # others were deleted in MLflow
+    while before and before[-1] == gone.number:  # a promotion was cut off
+        before.pop()
+    if not before:
+        raise ConfigError(f"no champion was before version {gone.number}, so there is nothing to roll back to")
+    back = known[before[-1]]
+    _tag(gone.number, _decision(WITHDRAWN, by, why))
+    _put_in_use(back)
+    _set_before(before[:-1])
+    return gone, back
+
+
+def _put_in_use(version: Version) -> None:
     client, _ = open_store()
     client.set_registered_model_alias(MODEL, CHAMPION, str(version.number))
-    client.delete_registered_model_alias(MODEL, CHALLENGER)
+    for key in (f"{WITHDRAWN}.{word}" for word in ("by", "at", "why")):
+        if key in version.tags:
+            client.delete_model_version_tag(MODEL, str(version.number), key)
 
 
-def _version(number: str | int, tags: Mapping[str, str]) -> Version:
-    return Version(int(number), tags["policy"], json.loads(tags["weights"]), dict(tags))
+def _tag(number: int | str, tags: Mapping[str, str]) -> None:
+    client, _ = open_store()
+    for key, value in tags.items():
+        client.set_model_version_tag(MODEL, str(number), key, value)
+
+
+def _decision(verb: str, by: str, why: str) -> dict[str, str]:
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    return {f"{verb}.by": by, f"{verb}.at": now, f"{verb}.why": why}
+
+
+def _before() -> list[int]:
+    client, _ = open_store()
+    numbers: list[int] = json.loads(client.get_registered_model(MODEL).tags.get(BEFORE, "[]"))
+    return numbers
+
+
+def _set_before(numbers: list[int]) -> None:
+    client, _ = open_store()
+    client.set_registered_model_tag(MODEL, BEFORE, json.dumps(numbers))

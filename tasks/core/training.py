@@ -9,12 +9,14 @@ of the data that follows from the epoch, and TRL's count of tokens.
 from __future__ import annotations
 
 import os
+import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from tqdm import tqdm
 from transformers import (
     PrinterCallback,
@@ -28,9 +30,17 @@ from transformers import (
 from tasks.core import ranks, tracking
 from tasks.core.errors import TrainingError
 from tasks.core.files import write_table
-from tasks.core.models import device
+from tasks.core.models import device, save_adapter
 
-__all__ = ["HistoryCallback", "calm", "common_arguments", "scratch_folder", "train_or_resume", "write_history"]
+__all__ = [
+    "HistoryCallback",
+    "PolicyKeeper",
+    "calm",
+    "common_arguments",
+    "scratch_folder",
+    "train_or_resume",
+    "write_history",
+]
 
 # Wall-clock figures differ between equal runs: they go to the tracker, never into a file that DVC hashes.
 TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
@@ -42,6 +52,8 @@ CHECKPOINT_STEPS = 25
 
 A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
 """
+
+POLICIES = "policies"
 
 WHOLE = "whole"
 """An empty file, written last: a checkpoint without it was cut short."""
@@ -210,6 +222,28 @@ class HistoryCallback(TrainerCallback):
         if "loss" in numbers:
             self.rows.append(_row(state.log_history[-1]))
             self._bar.set_postfix({"loss": f"{numbers['loss']:.3g}"})
+
+
+class PolicyKeeper:
+    """Keeps the adapters of a policy on its way, in `policies/<update>/adapter` of the stage's folder.
+
+    Until the end they lie with the run's checkpoints, so that an interrupted run that goes on still has them.
+    """
+
+    def __init__(self, every: int, out: Path) -> None:
+        self._every, self._out = every, out / POLICIES
+        self._folder = (tracking.current_checkpoints() or out) / POLICIES
+
+    def keep(self, update: int, model: PeftModel) -> None:
+        """Keep it if this update is one of those."""
+        if update % self._every == 0 and ranks.rank() == 0:
+            save_adapter(model, self._folder / f"{update:04d}")
+
+    def finish(self) -> None:
+        """Put them where the stage writes."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._folder != self._out:
+            shutil.copytree(self._folder, self._out, dirs_exist_ok=True)
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -55,6 +55,7 @@ __all__ = [
     "push",
     "reproduce",
     "restore",
+    "separate_cache",
     "share_cache",
     "stage_key",
     "status",
@@ -298,6 +299,12 @@ def share_cache(folder: Path) -> None:
         cache = str(_open().cache.local_cache_dir)
         with Repo(str(folder)).config.edit("local") as config:
             config["cache"]["dir"] = cache
+
+
+def separate_cache(folder: Path) -> None:
+    """Give another working copy of this project a cache of its own, whatever its settings say."""
+    with _dvc_errors(str(folder)), Repo(str(folder)).config.edit("local") as config:
+        config["cache"]["dir"] = str(folder / ".dvc" / "cache")
 
 
 class _Call:

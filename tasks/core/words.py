@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["REPEATED_NGRAM", "ngrams", "repeated_share", "words"]
+__all__ = ["REPEATED_NGRAM", "distinct_n", "ngrams", "repeated_share", "words"]
 
 WORD = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -38,3 +38,13 @@ def repeated_share(text: str, n: int = REPEATED_NGRAM) -> float:
     """
     grams = ngrams(words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
+
+
+def distinct_n(texts: Sequence[str], n: int) -> float:
+    """Different n-grams over all n-grams of all texts together, in [0, 1]; 0 when there is none.
+
+    Li et al. 2016 (arXiv 1510.03055), section 5.2. It falls as texts are added, so compare only equal numbers of texts
+    of similar length. A policy that collapses onto one answer shows here although each answer is fine by itself.
+    """
+    grams = [gram for text in texts for gram in ngrams(words(text), n)]
+    return len(set(grams)) / len(grams) if grams else 0.0

@@ -9,11 +9,11 @@ from pydantic import Field
 
 from tasks.core.errors import DataError
 from tasks.core.schema import Row
-from tasks.core.words import repeated_share
+from tasks.core.words import distinct_n, repeated_share
 from tasks.evals.statistics import bootstrap_mean, mean_and_error, wins
-from tasks.evals.text import distinct_n, word_count
+from tasks.evals.text import word_count
 
-__all__ = ["HEADLINE", "JUDGES", "REFERENCE", "Judged", "Table", "compare", "headline", "judges_of"]
+__all__ = ["DIGITS", "HEADLINE", "JUDGES", "REFERENCE", "Judged", "Table", "compare", "headline", "judges_of"]
 
 REFERENCE = "sft"
 

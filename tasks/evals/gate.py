@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tasks.core.errors import ConfigError
@@ -60,13 +61,16 @@ def candidate(table: Table, params: GateParams) -> str:
     return params.policy
 
 
-def decide(table: Table, policy: str, params: GateParams, against_champion: Interval | None) -> Decision:
+def decide(
+    table: Table, policy: str, params: GateParams, *, detectors: Collection[str], against_champion: Interval | None
+) -> Decision:
     """Apply the rules; where there is no champion yet, that rule does not count.
 
     Args:
         table: the evaluation, see `tasks.evals.compare`.
         policy: the candidate.
         params: the rules.
+        detectors: the names of those that fired for the candidate.
         against_champion: the candidate's win rate against the champion.
     """
     row = table[policy]
@@ -78,6 +82,7 @@ def decide(table: Table, policy: str, params: GateParams, against_champion: Inte
             row["win_rate_low"] > params.min_win_rate,
         ),
         Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
+        _no_hacking(detectors, params.allowed_findings),
     ]
     if against_champion is not None:
         least = 0.5 - params.margin
@@ -90,3 +95,9 @@ def decide(table: Table, policy: str, params: GateParams, against_champion: Inte
             )
         )
     return Decision(policy, tuple(findings))
+
+
+def _no_hacking(detectors: Collection[str], allowed: Sequence[str]) -> Finding:
+    found = list(dict.fromkeys(detectors))
+    asked = f"none but {', '.join(allowed)}" if allowed else "none"
+    return Finding("signs of reward hacking", ", ".join(found) or "none", asked, set(found) <= set(allowed))

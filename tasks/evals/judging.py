@@ -66,16 +66,16 @@ class Sampler:
         self._tokenizer, self._generation, self._seed = tokenizer, generation, seed
         self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
 
-    def answers(self, name: str, model: Any) -> list[Answer]:
-        """One response per prompt, with its KL to the reference; 0 for the reference itself, which has no adapter."""
-        rollouts = self._rollouts(model)
+    def answers(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[Answer]:
+        """Responses prompt by prompt, with their KL to the reference; 0 for the reference, which has no adapter."""
+        rollouts = self._rollouts(model, samples_per_prompt)
         return [
             answer
             for prompts, rollout in zip(self._batches, rollouts, strict=True)
             for answer in self._described(name, prompts, rollout, self._reference_logprobs(model, rollout))
         ]
 
-    def _rollouts(self, model: Any) -> list[Rollout]:
+    def _rollouts(self, model: Any, samples_per_prompt: int) -> list[Rollout]:
         generator = torch.Generator().manual_seed(self._seed)
         return [
             generate(
@@ -86,6 +86,7 @@ class Sampler:
                 eos_token_id=self._tokenizer.eos_token_id,
                 pad_token_id=self._tokenizer.pad_token_id,
                 generator=generator,
+                samples_per_prompt=samples_per_prompt,
             )
             for batch in self._batches
         ]
@@ -100,8 +101,9 @@ class Sampler:
     ) -> list[Answer]:
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
+        samples = len(mask) // len(prompts)
         columns = zip(
-            prompts,
+            [prompt for prompt in prompts for _ in range(samples)],
             rollout.response_ids(),
             mask.sum(1).tolist(),
             rollout.ended.tolist(),

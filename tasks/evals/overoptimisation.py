@@ -8,20 +8,120 @@ reinforcement learning (their equation 1); both are linear in α and β.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evals.statistics import Interval
+from tasks.evals.compare import DIGITS, Judged
+from tasks.evals.statistics import Interval, mean_and_error
 
-__all__ = ["Fit", "Form", "best_of_n", "best_of_n_kl", "curve", "fit", "peak"]
+__all__ = [
+    "BEST_OF_N",
+    "JUDGES",
+    "Fit",
+    "Form",
+    "Level",
+    "best_of_n",
+    "best_of_n_kl",
+    "best_of_n_levels",
+    "curve",
+    "fit",
+    "fits",
+    "peak",
+    "point",
+    "policy_level",
+    "scores",
+]
 
 Form = Literal["best_of_n", "rl"]
 Numbers = NDArray[np.float64]
+Scores = Mapping[str, Numbers]
+"""Judge → [prompts, samples]."""
 
-LEVEL = 0.95
+BEST_OF_N: Form = "best_of_n"
+JUDGES = ("proxy", "gold")
+INTERVAL = 0.95
+
+
+@dataclass(frozen=True)
+class Level:
+    """One policy on the way, or best-of-n for one n.
+
+    Attributes:
+        method: `best_of_n`, or the stage that trained the policy.
+        number: n, or the update.
+        kl: [prompts] nats per response.
+        gains: judge → [prompts] over SFT, in standard deviations of the scores of SFT's responses.
+    """
+
+    method: str
+    number: int
+    kl: Numbers
+    gains: Scores
+
+
+def scores(records: Sequence[Judged], prompts: int) -> Scores:
+    """What each judge gave; the records prompt by prompt."""
+    return {
+        judge: np.array([record.score(judge) for record in records], dtype=np.float64).reshape(prompts, -1)
+        for judge in JUDGES
+    }
+
+
+def policy_level(method: str, number: int, records: Sequence[Judged], base: Scores) -> Level:
+    """A policy that answered each prompt once, against SFT's responses to them."""
+    own = scores(records, len(base["proxy"]))
+    kl = np.array([record.kl for record in records], dtype=np.float64)
+    return Level(method, number, kl, {judge: _gain(own[judge].mean(axis=1), base[judge]) for judge in JUDGES})
+
+
+def best_of_n_levels(base: Scores) -> list[Level]:
+    """Best of 2, 4, 8, … of SFT's responses, as the proxy chooses."""
+    prompts, total = base["proxy"].shape
+    counts = [2**power for power in range(1, total.bit_length()) if 2**power <= total]
+    return [
+        Level(
+            BEST_OF_N,
+            n,
+            np.full(prompts, best_of_n_kl(n)),
+            {judge: _gain(best_of_n(base["proxy"], base[judge], n), base[judge]) for judge in JUDGES},
+        )
+        for n in counts
+    ]
+
+
+def point(level: Level) -> dict[str, float | int | str]:
+    """A level as a row of a table: means over prompts, with the standard errors of the gains."""
+    kl = float(level.kl.mean())
+    row: dict[str, float | int | str] = {"method": level.method, "level": level.number, "kl": round(kl, DIGITS)}
+    row["distance"] = round(math.sqrt(max(kl, 0.0)), DIGITS)
+    for judge, values in level.gains.items():
+        mean, error = mean_and_error(values.tolist())
+        row |= {f"gain_{judge}": round(mean, DIGITS), f"gain_{judge}_stderr": round(error, DIGITS)}
+    return row
+
+
+def fits(levels: Mapping[str, Sequence[Level]], *, samples: int, seed: int) -> dict[str, dict[str, Fit]]:
+    """Method → judge → fit, for the methods with at least two levels apart from SFT."""
+    found: dict[str, dict[str, Fit]] = {}
+    for method, own in levels.items():
+        kl = np.stack([level.kl for level in own])
+        if (kl.mean(axis=1) > 0).sum() >= 2:
+            form: Form = BEST_OF_N if method == BEST_OF_N else "rl"
+            found[method] = {
+                judge: fit(form, kl, np.stack([level.gains[judge] for level in own]), samples=samples, seed=seed)
+                for judge in JUDGES
+            }
+    return found
+
+
+def _gain(values: Numbers, base: Numbers) -> Numbers:
+    spread = float(base.std(ddof=1))
+    gains: Numbers = (values - base.mean(axis=1)) / (spread if spread > 0 else 1.0)
+    return gains
 
 
 @dataclass(frozen=True)
@@ -41,6 +141,10 @@ class Fit:
     peak: float | None
     peak_share: float
     r2: float
+
+    def coefficients(self) -> dict[str, Interval]:
+        """By name."""
+        return {"alpha": self.alpha, "beta": self.beta}
 
     def plain(self) -> dict[str, Any]:
         """As JSON can say it."""
@@ -103,8 +207,12 @@ def fit(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> 
     Raises:
         ValueError: fewer than two levels lie apart from SFT, so that nothing is determined.
     """
+    apart = kl.mean(axis=1) > 0
+    if apart.sum() < 2:
+        raise ValueError(f"{int(apart.sum())} levels lie apart from SFT, a fit of two numbers needs two")
+    kl, gains = kl[apart], gains[apart]
     alpha, beta, r2 = _solve(form, kl, gains)
-    reach = math.sqrt(max(kl.mean(axis=1).max(), 0.0))
+    reach = math.sqrt(kl.mean(axis=1).max())
     draw = np.random.default_rng(seed)
     prompts = gains.shape[1]
     drawn = []
@@ -121,9 +229,6 @@ def fit(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> 
 def _solve(form: Form, kl: Numbers, gains: Numbers) -> tuple[float, float, float]:
     distance = np.sqrt(np.maximum(kl.mean(axis=1), 0.0))
     gain = gains.mean(axis=1)
-    apart = distance > 0
-    if apart.sum() < 2:
-        raise ValueError(f"{int(apart.sum())} levels lie apart from SFT, a fit of two numbers needs two")
     basis = _basis(form, distance)
     (alpha, beta), *_ = np.linalg.lstsq(basis, gain, rcond=None)
     residual = gain - basis @ np.array([alpha, beta])
@@ -138,5 +243,5 @@ def _basis(form: Form, distance: Numbers) -> Numbers:
 
 
 def _interval(value: float, resampled: Numbers) -> Interval:
-    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
     return Interval(value, float(low), float(high))

@@ -11,6 +11,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
@@ -18,9 +19,19 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from tasks.evals.compare import REFERENCE, Table, judges_of
+from tasks.evals.overoptimisation import BEST_OF_N, curve
 from tasks.evals.verdict import NAMES
 
-__all__ = ["Series", "accuracy_by_margin", "calibration", "curves", "lengths", "reward_against_kl", "win_rates"]
+__all__ = [
+    "Series",
+    "accuracy_by_margin",
+    "calibration",
+    "curves",
+    "lengths",
+    "overoptimisation",
+    "reward_against_kl",
+    "win_rates",
+]
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Policy → (x, y) points in the order of x."""
@@ -124,6 +135,38 @@ def reward_against_kl(table: Table) -> str:
         _legend_above(axes, 3)
 
     return _svg("reward_against_kl", draw, (SIZE[0], 3.7))
+
+
+def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any]) -> str:
+    """Gain by proxy and gold against √KL, with the fitted forms; a dotted line where the gold curve is highest."""
+
+    def draw(figure: Figure) -> None:
+        axes = figure.subplots()
+        methods = list(dict.fromkeys(row["method"] for row in rows))
+        reach = max(float(row["distance"]) for row in rows)
+        axes.axhline(0, color=INK, linewidth=1, linestyle=":")
+        for method in methods:
+            colour = _colour("sft" if method == BEST_OF_N else method)
+            own = [row for row in rows if row["method"] == method]
+            x = [float(row["distance"]) for row in own]
+            for judge in ("proxy", "gold"):
+                marker = _marker(judge, "sft" if method == BEST_OF_N else method)
+                axes.plot(x, [float(row[f"gain_{judge}"]) for row in own], **marker | {"markersize": 5})
+                if found := fits.get(method, {}).get(judge):
+                    line = np.linspace(0, max(x), 100)
+                    fitted = curve(found["form"], found["alpha"]["mean"], found["beta"]["mean"], line)
+                    axes.plot(line, fitted, color=colour, linestyle="--" if judge == "proxy" else "-", linewidth=1.4)
+                    if judge == "gold" and found["peak"] is not None and found["peak"] < max(x):
+                        axes.axvline(found["peak"], color=colour, linestyle=":", linewidth=1.4)
+            axes.plot([], [], color=colour, label="best of n" if method == BEST_OF_N else _name(method))
+        for judge in ("proxy", "gold"):
+            axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
+        axes.set_xlim(0, 1.05 * reach)
+        axes.set_xlabel("√KL to SFT (KL in nats per response)")
+        axes.set_ylabel("gain over SFT, SFT's std. dev.")
+        _legend_above(axes, 3)
+
+    return _svg("overoptimisation", draw, (SIZE[0], 3.9))
 
 
 def curves(name: str, series: Series, *, y_label: str) -> str:

@@ -13,8 +13,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks.evals import plots
 from tasks.evals.compare import REFERENCE, Judged, Table, judges_of
+from tasks.evals.findings import Finding
 from tasks.evals.text import length_counts, word_count
 from tasks.evals.verdict import NAMES, judge_table, percent
+from tasks.rl.detectors import DETECTORS
 
 __all__ = ["Evidence", "read_table", "render"]
 
@@ -47,7 +49,10 @@ class Evidence:
 
     Attributes:
         records: every judged response.
+        findings: policy → signs of reward hacking.
         histories: policy → rows of its history.csv; a policy without curves is left out.
+        points: rows of the over-optimisation curve; none where that stage is off.
+        fits: method → judge → its fit, see `tasks.evals.overoptimisation`.
         accuracy: rows of the reward model's accuracy_by_margin.csv.
         calibration: rows of the reward model's calibration.csv.
         samples: how many prompts to show side by side.
@@ -58,7 +63,10 @@ class Evidence:
 
     table: Table
     records: Sequence[Judged]
+    findings: Mapping[str, Sequence[Finding]]
     histories: Mapping[str, Rows]
+    points: Rows
+    fits: Mapping[str, Any]
     accuracy: Rows
     calibration: Rows
     samples: int
@@ -80,6 +88,9 @@ def render(evidence: Evidence) -> str:
     environment.filters |= {"visible": visible, "percent": percent, "signed": signed}
     return environment.get_template("report.html.j2").render(
         verdict=judge_table(evidence.table),
+        findings=[(policy, finding) for policy, own in evidence.findings.items() for finding in own],
+        detectors=len(DETECTORS) + 1,
+        fits=evidence.fits,
         names=NAMES,
         reference=REFERENCE,
         table=evidence.table,
@@ -88,6 +99,7 @@ def render(evidence: Evidence) -> str:
         rated=evidence.rated,
         judges=judges_of(evidence.table),
         result_figures=_result_figures(evidence),
+        curve_figures=_curve_figures(evidence),
         training_figures=_training_figures(evidence.histories),
         reward_model_figures=_reward_model_figures(evidence),
         samples=_side_by_side(evidence.records, evidence.samples),
@@ -149,6 +161,18 @@ def _result_figures(evidence: Evidence) -> list[dict[str, str]]:
             "longer or shorter shows here.",
         ),
     ]
+
+
+def _curve_figures(evidence: Evidence) -> list[dict[str, str]]:
+    if not evidence.points:
+        return []
+    note = (
+        "Each point is a policy on its way from SFT, or the best of n responses of SFT as the proxy chooses; lines are "
+        "the fitted forms. The proxy is hollow and dashed, the gold judge filled and solid. Where the gold line turns "
+        "down, more of the proxy makes responses worse."
+    )
+    figure = plots.overoptimisation(evidence.points, evidence.fits)
+    return [_figure(figure, "Over-optimisation", note)]
 
 
 def _training_figures(histories: Mapping[str, Rows]) -> list[dict[str, str]]:

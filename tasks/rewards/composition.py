@@ -60,6 +60,11 @@ class CompositeReward:
         self._components = {name: components[name] for name in weights}
         self._weights = dict(weights)
 
+    @property
+    def weights(self) -> Mapping[str, float]:
+        """Component → weight."""
+        return self._weights
+
     def __call__(self, prompts: list[str], responses: list[str]) -> Reward:
         """Score B responses, each to the prompt at its place.
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import TrainingError
+from tasks.core.words import distinct_n, repeated_share
 
 __all__ = ["DegenerationWatch", "check_finite", "degeneration", "shown"]
 
@@ -37,9 +38,11 @@ def shown(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str])
 
 
 def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, float], list[str]]:
-    """Shares of responses that are empty, distinct and without end token, and a finding for each that has gone wrong.
+    """What the responses look like as a whole, and a finding for each thing that has gone wrong.
 
-    `degenerate` counts the findings: 0 in a healthy round.
+    Shares of responses that are empty, distinct and without end token; `repetition`, the mean share of word pairs that
+    a response has had before; `distinct_2`, different word pairs over all pairs; `degenerate` counts the findings: 0 in
+    a healthy round.
     """
     empty = sum(not response.strip() for response in responses) / len(responses)
     distinct = len(set(responses)) / len(responses)
@@ -55,6 +58,8 @@ def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, flo
         "empty_share": empty,
         "distinct_share": distinct,
         "no_end_share": no_end,
+        "repetition": sum(map(repeated_share, responses)) / len(responses),
+        "distinct_2": distinct_n(responses, 2),
         "degenerate": float(len(findings)),
     }
     return metrics, findings

@@ -27,6 +27,7 @@ from tasks.rl.actions import action_mask, state_values, summed
 from tasks.rl.advantages import gae, leave_one_out
 from tasks.rl.checks import DegenerationWatch, check_finite, shown
 from tasks.rl.control import AdaptiveKL, FixedKL, KLController
+from tasks.rl.detectors import watch
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from tasks.rl.masking import explained_variance, masked_mean, masked_sum, whiten, zero_masked
@@ -71,11 +72,12 @@ class PPOTrainer:
         log: Log = lambda metrics, step: None,
         log_samples: LogSamples = lambda rows, step: None,
         tell: Callable[[str], None] = lambda message: None,
+        keep: Callable[[int], None] = lambda update: None,
     ) -> None:
         self.policy, self.codec, self.reward = policy, codec, reward
         self.params, self.generation, self.seed = params, generation, seed
         self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
-        self._log, self._log_samples, self._tell = log, log_samples, tell
+        self._log, self._log_samples, self._tell, self._keep = log, log_samples, tell, keep
         self.optimizer = torch.optim.Adam(policy.trainable().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
         self.controller: KLController = (
             FixedKL(params.kl_coef)
@@ -111,6 +113,8 @@ class PPOTrainer:
             self.update += 1
             row: Metrics = {"step": self.update, **metrics}
             self.history.append(row)
+            row |= self._signs_of_hacking()
+            self._keep(self.update)
             seconds = time.perf_counter() - started
             self._log({**row, "time/update_s": seconds}, self.update)
             if self.update % self.params.checkpoint_every == 0 and self.update < self.params.updates:
@@ -120,6 +124,12 @@ class PPOTrainer:
         ranks.check_same(self.policy.trainable().values())
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
+
+    def _signs_of_hacking(self) -> Metrics:
+        signs, findings = watch(self.history, self.reward.weights)
+        for finding in findings:
+            self._tell(f"warning: update {self.update}: {finding}")
+        return signs
 
     # -- one round ---------------------------------------------------------------------------------------------
 

@@ -197,7 +197,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     """
     params = GRPOParams(
         updates=150, prompts_per_update=1, samples_per_prompt=256, epochs=1, minibatches=1, learning_rate=0.005,
-        clip_range=0.2, kl_coef=beta, missing_eos_penalty=0.0,
+        clip_range=0.2, kl_coef=beta, missing_eos_penalty=0.0, keep_every=100,
     )  # fmt: skip
     reward = RewardParams(weights={"token": 1.0}, length=LengthRule(target=1, tolerance=1))
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)

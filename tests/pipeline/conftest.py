@@ -6,20 +6,30 @@ in a moment. Every command runs in its own process, as a person would start it.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
 import signal
 import socket
+import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+from uuid import UUID
 
 import psutil
 import pytest
+from prefect.client.orchestration import SyncPrefectClient, get_client
+from prefect.settings import PREFECT_API_URL, temporary_settings
+
+from flows.services import DEVICE_LIMIT
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -53,6 +63,10 @@ def {name}({signature}):
         (state / "here.{name}").touch()
         while not all((state / f"here.{{other}}").exists() for other in ("sft", "gold_judge")):
             time.sleep(0.1)
+    for kind, folder in (("output", out / "result"), ("checkpoint", tracking.current_checkpoints())):
+        if (state / f"{name}.{{kind}}").exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "more").write_bytes(os.urandom(int((state / f"{name}.{{kind}}").read_text())))
     if (state / "{name}.resumable").exists():
         folder = tracking.current_checkpoints()
         resumed = folder.exists()
@@ -107,6 +121,11 @@ stages:
     metrics: [artifacts/gold_judge/metrics.json]
 """
 
+STATE = """
+select flow_run_state.type, flow_run_state.name, flow_run_state.message from flow_run_state
+join flow_run on flow_run.state_id = flow_run_state.id where flow_run.id = ?
+"""
+
 
 # Imported by every Python that runs with this folder on its path: writes down what each stage opens.
 WATCH = """
@@ -125,6 +144,35 @@ if log:
     log_file = open(log, "a", buffering=1)
     sys.addaudithook(watch)
 """
+
+
+# Fault → what happens then, and how the tests that injected it ended.
+_faults: dict[tuple[str, str], Counter[str]] = {}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "fault(name, outcome): injects this fault, and asserts this outcome")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    mark = item.get_closest_marker("fault")
+    if mark and (report.when == "call" or not report.passed):
+        _faults.setdefault(mark.args, Counter())[report.outcome] += 1
+    return report
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """What was injected, and what came of it: a test that failed proves nothing of its fault."""
+    if not _faults:
+        return
+    terminalreporter.section("faults")
+    terminalreporter.write_line("| fault | times injected | what happened | lost or corrupt |\n|---|---|---|---|")
+    for (name, outcome), ends in _faults.items():
+        times, failed = ends["passed"] + ends["failed"], ends["failed"]
+        lost = f"{failed} failed, see above" if failed else "nothing" if times else "skipped"
+        terminalreporter.write_line(f"| {name} | {times} | {outcome} | {lost} |")
 
 
 class WarmPython:
@@ -204,9 +252,9 @@ class Project:
         """Return as soon as the file exists."""
         wait_for((self.root / name).exists, seconds=60)
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
+    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 60) -> None:
         """Return as soon as the condition holds."""
-        wait_for(condition, seconds=60)
+        wait_for(condition, seconds=seconds)
 
     def edit(self, name: str, before: str, after: str) -> None:
         path = self.root / name
@@ -218,6 +266,15 @@ class Project:
         """Every process that works in the project's folder."""
         return [item for item in psutil.process_iter(["cwd"]) if item.info["cwd"] == str(self.root)]
 
+    def kill(self) -> None:
+        """End every process that works in the project's folder, and whatever it has started elsewhere."""
+        while members := self.processes():
+            family = [process for member in members for process in (*_children(member), member)]
+            for process in family:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
+            psutil.wait_procs(family, 10)
+
     def commit(self) -> None:
         """Everything that git does not ignore."""
         for words in (["add", "-A"], ["commit", "--quiet", "-m", "all"]):
@@ -228,13 +285,21 @@ class Project:
         return Project(to, self.environment, self.python)
 
 
+def _children(process: psutil.Process) -> list[psutil.Process]:
+    try:
+        return list(process.children(recursive=True))
+    except psutil.NoSuchProcess:
+        return []
+
+
 @pytest.fixture(scope="session")
 def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """Variables under which Prefect talks to one server that lives as long as the tests."""
     folder = str(Path(sys.executable).parent)
-    ours = ("PREFECT", "MLFLOW", "RLHF", "DVC")
+    ours = ("PREFECT", "MLFLOW", "RLHF", "DVC", "AWS")
     values = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
     values |= {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
+    values |= {"AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "word", "AWS_DEFAULT_REGION": "us-east-1"}
     values |= {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}
     port = free_port()
     server = subprocess.Popen(
@@ -246,6 +311,25 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
         yield values | {"PREFECT_API_URL": address}
     finally:
         server.communicate()
+
+
+@pytest.fixture(scope="session")
+def s3(environment: dict[str, str]) -> Iterator[Any]:
+    """A client of an S3 store of its own, whose keys are those of the environment; its buckets are in memory."""
+    import boto3
+
+    port = free_port()
+    address = f"http://127.0.0.1:{port}"
+    command = [sys.executable, "-m", "moto.server", "--port", str(port)]
+    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    try:
+        wait_for(lambda: answers(f"{address}/moto-api/"), seconds=60)
+        keys = {key.lower(): environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+        with contextlib.closing(boto3.client("s3", "us-east-1", endpoint_url=address, **keys)) as client:
+            yield client
+    finally:
+        server.terminate()
+        server.wait()
 
 
 @pytest.fixture(scope="session")
@@ -286,8 +370,8 @@ def open_project(python: WarmPython) -> Callable[..., Project]:
 def make_project(root: Path, environment: dict[str, str], python: WarmPython) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
-    shutil.copytree(ROOT / "flows", root / "flows", ignore=shutil.ignore_patterns("__pycache__"))
-    shutil.copytree(ROOT / "tasks" / "core", root / "tasks" / "core", ignore=shutil.ignore_patterns("__pycache__"))
+    for folder in ("flows", "tasks/core", "tasks/evals"):
+        shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", ".gitignore", ".dvcignore", "tasks/__init__.py", ".dvc/config", ".dvc/.gitignore"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
@@ -321,6 +405,85 @@ def project(finished: tuple[Project, str], tmp_path: Path) -> Project:
 @pytest.fixture
 def fresh(tmp_path: Path, environment: dict[str, str], python: WarmPython) -> Project:
     return make_project(tmp_path / "project", environment, python)
+
+
+@pytest.fixture(scope="module")
+def standing(
+    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython
+) -> Iterator[Project]:
+    """A project with its services up and nothing run yet; whatever happens, none of them stays behind."""
+    own = {key: value for key, value in environment.items() if key != "PREFECT_API_URL"}
+    project = make_project(tmp_path_factory.mktemp("standing") / "project", own, python)
+    shutil.copy(ROOT / "prefect.yaml", project.root)
+    try:
+        said = rlhf(project, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
+        assert "`rlhf down` ends them" in said
+        yield project
+    finally:
+        project.kill()
+
+
+def rlhf(project: Project, *words: str, expect: int = 0) -> str:
+    """Run our command in a Python of its own, so that it sees the project's variables and not those of the tests."""
+    return project.command(sys.executable, "-m", "flows.cli", *words, expect=expect)
+
+
+def services(project: Project) -> dict[str, dict[str, Any]]:
+    """What `rlhf up` has started."""
+    return {row["name"]: row for row in json.loads((project.root / ".rlhf/services/services.json").read_text())}
+
+
+def ask(project: Project, question: str, *values: str) -> list[tuple[Any, ...]]:
+    """What the standing Prefect server's database says."""
+    return query(project.root / ".rlhf" / "services" / "prefect" / "prefect.db", question, *values)
+
+
+def query(path: Path, question: str, *values: str) -> list[tuple[Any, ...]]:
+    """What an SQLite database says."""
+    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
+    try:
+        return database.execute(question, values).fetchall()
+    finally:
+        database.close()
+
+
+@contextmanager
+def device_limit(project: Project) -> Iterator[None]:
+    """Prefect's global limit as `rlhf up` makes it, one slot, on the server of the tests."""
+    server = temporary_settings({PREFECT_API_URL: project.environment["PREFECT_API_URL"]})
+    with server, get_client(sync_client=True) as client:
+        client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, 1)
+        try:
+            yield
+        finally:
+            client.delete_global_concurrency_limit_by_name(DEVICE_LIMIT)
+
+
+@contextmanager
+def prefect(project: Project) -> Iterator[SyncPrefectClient]:
+    """A client of the standing Prefect server."""
+    server = temporary_settings({PREFECT_API_URL: services(project)["prefect"]["address"]})
+    with server, get_client(sync_client=True) as client:
+        yield client
+
+
+def deployment_run(project: Project, name: str, **parameters: Any) -> UUID:
+    """Tell the standing Prefect server to run a deployment now; the flow run's id."""
+    with prefect(project) as client:
+        deployment = client.read_deployment_by_name(name)
+        return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+
+def wait_for_state(project: Project, run: UUID | str, name: str) -> str:
+    """The message of the flow run's state, as soon as that has this name; no other may end it."""
+
+    def reached() -> bool:
+        ((kind, found, message),) = ask(project, STATE, str(run))
+        assert found == name or kind not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), f"{found}: {message}"
+        return bool(found == name)
+
+    project.wait_until(reached, seconds=120)
+    return str(ask(project, STATE, str(run))[0][2])
 
 
 @pytest.fixture(scope="session")

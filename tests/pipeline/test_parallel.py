@@ -8,13 +8,13 @@ import time
 from typing import TYPE_CHECKING
 
 import pytest
-from prefect.client.orchestration import get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
 from ruamel.yaml import YAML
 
-from flows.services import DEVICE_LIMIT
+from tests.pipeline.conftest import device_limit
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.pipeline.conftest import Project
 
 
@@ -42,19 +42,37 @@ def test_a_limit_of_devices_holds_across_branches(project: Project) -> None:
     (project.root / ".rlhf" / "sleep").write_text("3")
     (project.root / ".rlhf" / "trace").unlink()
     project.edit("params.yaml", "seed: 0", "seed: 1")
-    server = temporary_settings({PREFECT_API_URL: project.environment["PREFECT_API_URL"]})
-    with server, get_client(sync_client=True) as client:
-        client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, 1)
-        try:
-            said = project.rlhf("run", "--parallel", "2")
-        finally:
-            client.delete_global_concurrency_limit_by_name(DEVICE_LIMIT)
+    with device_limit(project):
+        said = project.rlhf("run", "--parallel", "2")
     assert "waiting for the device" in said
     first, *others = (project.root / ".rlhf" / "trace").read_text().splitlines()[4:]
     assert others[0] == first.replace("begins", "ends")
     assert len(others) == 3
 
 
+def test_a_limit_of_devices_holds_across_projects(
+    project: Project, finished: tuple[Project, str], tmp_path: Path
+) -> None:
+    """Two projects of one Prefect server, told by one trace."""
+    projects = [project, finished[0].copy(tmp_path / "other")]
+    trace = tmp_path / "trace"
+    for one in projects:
+        (one.root / ".rlhf" / "sleep").write_text("2")
+        (one.root / ".rlhf" / "trace").unlink()
+        (one.root / ".rlhf" / "trace").symlink_to(trace)
+        one.edit("params.yaml", "seed: 0", "seed: 1")
+    with device_limit(project):
+        processes = [one.start("run") for one in projects]
+        said = [process.communicate(timeout=120)[0] for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], said
+    lines = [line for line in trace.read_text().splitlines() if line.split()[0] in ("sft", "gold_judge")]
+    begun, ended = lines[::2], lines[1::2]
+    assert [line.replace("ends", "begins") for line in ended] == begun, "two stages computed at once"
+    assert sorted(begun) == ["gold_judge begins"] * 2 + ["sft begins"] * 2
+    assert any("waiting for the device" in words for words in said), "the projects never met"
+
+
+@pytest.mark.fault("a stage fails beside another", "the other one is finished and kept")
 def test_a_failed_branch_lets_the_other_finish_and_is_reported(project: Project) -> None:
     (project.root / ".rlhf" / "sft.fails").touch()
     project.edit("params.yaml", "seed: 0", "seed: 1")
@@ -67,6 +85,7 @@ def test_a_failed_branch_lets_the_other_finish_and_is_reported(project: Project)
     assert project.ran() == ["sft"], "the other branch was finished and kept"
 
 
+@pytest.mark.fault("a stage hangs", "ended at its time limit, and tried again from its checkpoint")
 def test_a_stage_that_hangs_is_ended_and_tried_again(project: Project) -> None:
     (project.root / ".rlhf" / "sft.resumable").touch()
     project.edit("params.yaml", "epochs: 1", "epochs: 3")
@@ -86,6 +105,9 @@ def test_a_stage_that_hangs_for_good_is_one_message(project: Project) -> None:
     assert "sft.epochs: 1 → 3" in project.rlhf("status")
 
 
+@pytest.mark.fault(
+    "SIGINT, SIGTERM or SIGKILL to a run with stages in their own processes", "the next run goes on from the checkpoint"
+)
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_no_stage_outlives_its_run(project: Project, number: signal.Signals) -> None:

@@ -3,25 +3,22 @@
 from __future__ import annotations
 
 import itertools
-import json
 import os
 import signal
 import socket
-import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import psutil
 import pytest
 
-from tests.pipeline.conftest import ROOT, free_port, make_project, wait_for
+from tests.pipeline.conftest import ask, deployment_run, prefect, query, rlhf, services, wait_for, wait_for_state
 
 if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project, WarmPython
+    from tests.pipeline.conftest import Project
 
 pytestmark = pytest.mark.slow
 
@@ -33,46 +30,11 @@ where flow_run.deployment_id is not null and flow_run.start_time is not null ord
 """
 
 
-def ask(project: Project, question: str) -> list[tuple[Any, ...]]:
-    """What the standing server's database says."""
-    path = project.root / ".rlhf" / "services" / "prefect" / "prefect.db"
-    database = sqlite3.connect(f"file:{path}?mode=ro", uri=True)
-    try:
-        return database.execute(question).fetchall()
-    finally:
-        database.close()
-
-
-def rlhf(project: Project, *words: str, expect: int = 0) -> str:
-    return project.command(sys.executable, "-m", "flows.cli", *words, expect=expect)
-
-
-@pytest.fixture(scope="module")
-def standing(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython
-) -> Iterator[Project]:
-    """A finished project with its services up; whatever happens, none of them stays behind."""
-    own = {key: value for key, value in environment.items() if key != "PREFECT_API_URL"}
-    project = make_project(tmp_path_factory.mktemp("standing") / "project", own, python)
-    (project.root / "prefect.yaml").write_bytes((ROOT / "prefect.yaml").read_bytes())
-    try:
-        said = rlhf(project, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
-        assert "`rlhf down` ends them" in said
-        yield project
-    finally:
-        for member in project.processes():
-            member.kill()
-
-
-def services(project: Project) -> dict[str, dict[str, Any]]:
-    return {row["name"]: row for row in json.loads((project.root / ".rlhf/services/services.json").read_text())}
-
-
 def test_a_run_uses_them(standing: Project) -> None:
     said = rlhf(standing, "run")
     assert "temporary" not in said
     assert len(standing.ran()) == 4
-    runs = sqlite3.connect(standing.root / "mlflow.db").execute("select name from runs").fetchall()
+    runs = query(standing.root / "mlflow.db", "select name from runs")
     assert sorted(name for (name,) in runs) == ["collect", "gold_judge", "pipeline", "prepare", "sft"]
 
 
@@ -85,6 +47,47 @@ def test_up_again_starts_nothing_but_what_is_gone(standing: Project) -> None:
     assert after["prefect"] == before["prefect"]
     assert after["mlflow"] == before["mlflow"]
     assert psutil.Process(after["worker"]["pid"]).is_running()
+
+
+LAST_RUNS = "select name, status from runs where start_time >= ? and name in ('pipeline', 'sft')"
+
+
+def family(project: Project) -> set[int]:
+    """Every process that works in the project, and what the services have started elsewhere."""
+    roots = [*project.processes(), *(psutil.Process(row["pid"]) for row in services(project).values())]
+    return {member.pid for root in roots for member in [root, *root.children(recursive=True)]}
+
+
+@pytest.mark.fault("Prefect cancels the run of a deployment", "the next run goes on from the checkpoint")
+@pytest.mark.parametrize("parallel", [0, 2], ids=["in the flow's process", "in its own"])
+def test_a_cancelled_run_leaves_nothing_behind(standing: Project, parallel: int) -> None:
+    rlhf(standing, "run")
+    standing.ran()
+    before, state = family(standing), standing.root / ".rlhf"
+    (state / "sft.resumable").touch()
+    (state / "waiting").unlink(missing_ok=True)
+    (standing.root / "requirements.lock").write_text(f"toy=={parallel + 2}\n")
+    address = services(standing)["prefect"]["address"]
+    begun = str(int(time.time() * 1000))
+    run = deployment_run(standing, "rlhf/nightly", parallel=parallel)
+    standing.wait_for(".rlhf/waiting")
+    lock = standing.lock()
+    with prefect(standing) as client:
+        assert client.read_global_concurrency_limit_by_name("device").active_slots == 1
+    command = [sys.executable, "-m", "prefect", "flow-run", "cancel", str(run)]
+    subprocess.run(command, env=standing.environment | {"PREFECT_API_URL": address}, check=True, capture_output=True)
+    wait_for_state(standing, run, "Cancelled")
+    standing.wait_until(lambda: family(standing) == before)
+    assert standing.lock() == lock
+    assert "sft" in standing.dvc("status")
+    runs = dict(query(standing.root / "mlflow.db", LAST_RUNS, begun))
+    assert runs == {"pipeline": "KILLED", "sft": "KILLED"}
+    standing.ran()
+    assert "waiting for the device" not in rlhf(standing, "run")
+    assert standing.ran() == ["sft"]
+    assert (state / "resumed").read_text() == "True"
+    assert "up to date" in standing.dvc("status")
+    (state / "sft.resumable").unlink()
 
 
 def test_the_cron_deployment_runs_and_never_twice_at_once(standing: Project) -> None:
@@ -103,13 +106,13 @@ def test_the_cron_deployment_runs_and_never_twice_at_once(standing: Project) -> 
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans) if len(one) == 2)
 
 
+@pytest.mark.fault("`rlhf down` during a run", "the next run goes on from the checkpoint")
 def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> None:
     state = standing.root / ".rlhf"
     (state / "sft.resumable").touch()
+    (state / "waiting").unlink(missing_ok=True)
     standing.edit("params.yaml", "epochs: 1", "epochs: 3")
-    address = services(standing)["prefect"]["address"]
-    command = [sys.executable, "-m", "prefect", "deployment", "run", "rlhf/nightly"]
-    subprocess.run(command, env=standing.environment | {"PREFECT_API_URL": address}, check=True, capture_output=True)
+    deployment_run(standing, "rlhf/nightly")
     standing.wait_for(".rlhf/waiting")
     said = rlhf(standing, "down")
     assert said.strip() == "ended: worker, mlflow, prefect"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import csv
 import json
+import math
 import shutil
 import sqlite3
 from pathlib import Path
@@ -34,6 +36,19 @@ def test_every_stage_runs_and_the_policies_are_compared(tiny: tuple[Project, str
     assert {"sft", "ppo", "grpo", "dpo"} <= set(shown)
     for policy, figures in shown.items():
         assert set(figures) >= FIGURES, policy
+
+
+def test_the_curve_has_every_kept_policy_and_best_of_n(tiny: tuple[Project, str]) -> None:
+    folder = tiny[0].root / "artifacts"
+    with (folder / "overoptimisation" / "points.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [(row["method"], int(row["level"])) for row in rows] == [
+        ("best_of_n", 2), ("best_of_n", 4), ("ppo", 1), ("ppo", 2), ("grpo", 1), ("grpo", 2),
+    ]  # fmt: skip
+    assert float(rows[1]["kl"]) == pytest.approx(math.log(4) - 3 / 4, abs=1e-6)
+    assert "Where more reward stops being better" in (folder / "evaluate" / "report.html").read_text()
+    last = (folder / "ppo" / "policies" / "0002" / "adapter" / "adapter_model.safetensors").read_bytes()
+    assert last == (folder / "ppo" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
 def test_again_everything_is_cached(tiny: tuple[Project, str]) -> None:

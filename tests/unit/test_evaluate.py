@@ -40,8 +40,11 @@ PROMPTS = [
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every upstream folder: a letter-level tokenizer, random weights, adapters that really change the model."""
     root = tmp_path_factory.mktemp("artifacts")
-    names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "prepare")
+    names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "overoptimisation", "prepare")
     folders = {name: root / name for name in names}
+    folders["overoptimisation"].mkdir()
+    (folders["overoptimisation"] / "points.csv").touch()
+    (folders["overoptimisation"] / "fits.json").write_text("{}")
     tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(folders["base_model"] / "model")
     torch.manual_seed(0)
@@ -63,7 +66,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if scorer:
             facts = {"mean": 0.5, "std": 2.0, "max_length": 32}
             (folders[name] / NORMALISATION).write_text(json.dumps(facts))
-    (folders["ppo"] / "history.csv").write_text("step,reward,kl\n1,0.1,0.0\n2,0.3,0.2\n")
+    (folders["ppo"] / "history.csv").write_text("step,reward,hacking/repetition\n1,0.1,0.0\n2,0.3,0.2\n")
     write_rows(folders["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     return folders
 
@@ -97,13 +100,21 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
     assert kept == [("samples", 2), ("report.html", (again / "report.html").stat().st_size)]
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == [
-        "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv", "plots/win_rates.csv", "policies.json",
-        "report.html", "responses.jsonl", "samples.jsonl",
+        "findings.json", "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv", "plots/win_rates.csv",
+        "policies.json", "report.html", "responses.jsonl", "samples.jsonl",
     ]  # fmt: skip
     for name in files:
         content = (out / name).read_bytes()
         assert content == (again / name).read_bytes(), name
         assert str(world["sft"].parent).encode() not in content, f"{name} holds a path of this machine"
+
+
+def test_what_training_found_is_a_finding(out: Path) -> None:
+    found = json.loads((out / "findings.json").read_text())
+    assert list(found) == ["ppo", "grpo", "dpo"]
+    first = found["ppo"][0]
+    assert (first["detector"], first["where"]) == ("repetition", "training, update 2")
+    assert first["text"].startswith("repetition 0.20 (threshold 0.1")
 
 
 def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(out: Path, records: list[Judged]) -> None:

@@ -39,7 +39,7 @@ _DPO = DPOParams(max_pairs=ROWS - 2, beta=0.1, **_COMMON)
 """Nine steps an epoch: the last logged step is that of a checkpoint, and a run going on from there logs no other."""
 _GRPO = GRPOParams(
     updates=4, prompts_per_update=2, samples_per_prompt=4, epochs=2, minibatches=2, learning_rate=0.01,
-    clip_range=0.2, kl_coef=0.1, missing_eos_penalty=0.5,
+    clip_range=0.2, kl_coef=0.1, missing_eos_penalty=0.5, keep_every=2,
 )  # fmt: skip
 """Four prompts are two updates of four steps each."""
 

@@ -1,6 +1,6 @@
 import pytest
 
-from tasks.core.words import ngrams, repeated_share, words
+from tasks.core.words import distinct_n, ngrams, repeated_share, words
 
 
 def test_words_are_lower_case_and_without_punctuation() -> None:
@@ -30,3 +30,14 @@ def test_ngrams_are_neighbours_in_order() -> None:
 )
 def test_repeated_share_counts_pairs_said_before(text: str, share: float) -> None:
     assert repeated_share(text) == pytest.approx(share)
+
+
+def test_distinct_n_is_over_all_texts_together() -> None:
+    texts = ["a good film", "a good day"]
+    assert distinct_n(texts, 1) == pytest.approx(4 / 6)  # a, good, film, day of six words
+    assert distinct_n(texts, 2) == pytest.approx(3 / 4)  # a-good, good-film, good-day of four pairs
+
+
+def test_no_pair_crosses_from_one_text_to_the_next() -> None:
+    assert distinct_n(["a b", "a b"], 2) == 0.5  # with a crossing pair b-a it would be 2/3
+    assert distinct_n(["a", "b"], 2) == 0.0

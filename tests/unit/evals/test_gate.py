@@ -9,7 +9,7 @@ from tasks.core.sections.gate import GateParams
 from tasks.evals.gate import candidate, decide
 from tasks.evals.statistics import Interval
 
-PARAMS = GateParams(policy="best", min_win_rate=0.5, max_kl=10, margin=0.05)
+PARAMS = GateParams(policy="best", min_win_rate=0.5, max_kl=10, allowed_findings=["length_drift"], margin=0.05)
 
 
 def row(low: float = 0.6, kl: float = 3.0) -> dict[str, float]:
@@ -36,24 +36,30 @@ def test_with_all_off_there_is_nothing_to_promote() -> None:
 
 
 @pytest.mark.parametrize(
-    ("low", "kl", "against", "failing"),
+    ("low", "kl", "detectors", "against", "failing"),
     [
-        (0.6, 3.0, None, []),
-        (0.501, 10.0, 0.45, []),
-        (0.5, 3.0, None, ["win rate against SFT"]),
-        (0.6, 10.01, None, ["KL to SFT"]),
-        (0.6, 3.0, 0.4499, ["win rate against the champion"]),
-        (0.4, 11.0, 0.3, ["win rate against SFT", "KL to SFT", "win rate against the champion"]),
+        (0.6, 3.0, [], None, []),
+        (0.501, 10.0, ["length_drift"], 0.45, []),
+        (0.5, 3.0, [], None, ["win rate against SFT"]),
+        (0.6, 10.01, [], None, ["KL to SFT"]),
+        (0.6, 3.0, ["length_drift", "repetition"], None, ["signs of reward hacking"]),
+        (0.6, 3.0, [], 0.4499, ["win rate against the champion"]),
+        (0.4, 11.0, [], 0.3, ["win rate against SFT", "KL to SFT", "win rate against the champion"]),
     ],
 )
-def test_every_rule_must_hold(low: float, kl: float, against: float | None, failing: list[str]) -> None:
+def test_every_rule_must_hold(
+    low: float, kl: float, detectors: list[str], against: float | None, failing: list[str]
+) -> None:
     interval = None if against is None else Interval(mean=0.6, low=against, high=0.8)
-    decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, interval)
+    decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, detectors=detectors, against_champion=interval)
     assert decision.accepted is not bool(failing)
     assert [finding.rule.split(",")[0] for finding in decision.findings if not finding.holds] == failing
     assert len(decision.reasons) == (len(failing) or len(decision.findings))
 
 
 def test_a_reason_has_both_numbers() -> None:
-    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, None)
-    assert decision.reasons == ("KL to SFT: 12.35 nats, asked at most 10 nats",)
+    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, detectors=["kl_spike"], against_champion=None)
+    assert decision.reasons == (
+        "KL to SFT: 12.35 nats, asked at most 10 nats",
+        "signs of reward hacking: kl_spike, asked none but length_drift",
+    )

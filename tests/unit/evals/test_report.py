@@ -3,10 +3,12 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from tasks.evals.compare import Judged, compare
+from tasks.evals.findings import Finding
 from tasks.evals.report import Evidence, read_table, render, signed, visible
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
@@ -56,6 +58,13 @@ def evidence(judged: Callable[..., Judged]) -> Evidence:
     return Evidence(
         table=compare(records, samples=50, seed=0),
         records=records,
+        findings={"ppo": [Finding("repetition", "training, update 7", "it repeats itself")], "grpo": []},
+        points=[
+            {"method": method, "level": str(level), "kl": "4", "distance": str(distance), "gain_proxy": "1.5",
+             "gain_proxy_stderr": "0.1", "gain_gold": "0.5", "gain_gold_stderr": "0.1"}
+            for method, level, distance in (("best_of_n", 2, 0.4), ("best_of_n", 4, 0.8), ("ppo", 2, 1), ("ppo", 4, 2))
+        ],
+        fits={"ppo": {"gold": fitted("rl", 1.2, peak=1.7), "proxy": fitted("rl", 1.4, peak=None)}},
         histories={
             "ppo": [{"step": "1", "reward": "0.1", "reward/learned": "0.1", "kl": "0.0"},
                     {"step": "2", "reward": "0.4", "reward/learned": "0.4", "kl": ""}],
@@ -68,6 +77,12 @@ def evidence(judged: Callable[..., Judged]) -> Evidence:
         rated=True,
         provenance=[("Seed", "0"), ("Weights: ppo", "0123456789abcdef")],
     )  # fmt: skip
+
+
+def fitted(form: str, alpha: float, peak: float | None) -> dict[str, Any]:
+    interval = {"low": alpha - 0.1, "high": alpha + 0.1}
+    return {"form": form, "alpha": {"mean": alpha, **interval}, "beta": {"mean": 0.5, "low": 0.4, "high": 0.6},
+            "peak": peak, "peak_share": 1.0, "r2": 0.98}  # fmt: skip
 
 
 def _read(html: str) -> Reader:
@@ -108,6 +123,21 @@ def test_verdict_table_figures_samples_and_origin_are_there(evidence: Evidence) 
     assert "answer grpo 1" in text
     assert "answer grpo 2" not in text, "two prompts were asked for"
     assert "0123456789abcdef" in text
+
+
+def test_findings_stand_above_the_results(evidence: Evidence) -> None:
+    text = " ".join(" ".join(_read(render(evidence)).text).split())
+    assert "PPO , training, update 7: it repeats itself." in text
+    assert text.index("update 7") < text.index("Means over 3 prompts")
+    clean = render(dataclasses.replace(evidence, findings={"ppo": [], "grpo": []}))
+    assert "None of 9 detectors fired" in clean
+
+
+def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: Evidence) -> None:
+    text = " ".join(" ".join(_read(render(evidence)).text).split())
+    assert "Where more reward stops being better" in text
+    assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 0.98" in text
+    assert "Where more reward" not in render(dataclasses.replace(evidence, points=[], fits={}))
     assert "dvc repro" in text
 
 

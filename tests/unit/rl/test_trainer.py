@@ -38,6 +38,7 @@ PARAMS = PPOParams(
     max_approx_kl=10.0,
     missing_eos_penalty=0.5,
     checkpoint_every=2,
+    keep_every=2,
 )
 CODEC = TextCodec(
     prompts=[f"p{i}" for i in range(10)],
@@ -353,3 +354,24 @@ def test_a_run_that_degenerates_warns_once_and_counts():
     assert [message for message in told if "empty" in message] == ["warning: update 1: all responses are empty"]
     assert min(row["degenerate"] for row in ppo.history) == 1
     assert [row["empty_share"] for row in ppo.history] == [1, 1, 1]
+
+
+def test_every_update_is_kept_and_has_its_signs_of_hacking():
+    told, kept = [], []
+    ppo = trainer(tell=told.append, updates=3, missing_eos_penalty=0.0)
+    scores = iter([1.0, 0.4, 0.4])
+
+    def varied(prompts: list[str], texts: list[str]) -> list[float]:
+        spread = next(scores)
+        return [spread * (place % 2) for place in range(len(texts))]
+
+    ppo.reward, ppo._keep = CompositeReward({"rule": varied}, {"rule": 1.0}), kept.append
+    ppo.train()
+    assert kept == [1, 2, 3]
+    assert [row["hacking/reward_variance_collapse"] for row in ppo.history] == pytest.approx([1, 2.5, 2.5])
+    first, now = ppo.history[0]["length"], ppo.history[2]["length"]
+    assert ppo.history[2]["hacking/length_drift"] == pytest.approx(max(first / now, now / first))
+    assert [message for message in told if "reward_variance_collapse" in message] == [
+        "warning: update 2: reward_variance_collapse 2.50 (threshold 2, healthy up to 1.65): all responses earn nearly "
+        "the same, so there is little left to learn from but noise"
+    ]

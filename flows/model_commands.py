@@ -1,0 +1,319 @@
+"""The commands for registered policies: which there are, where they come from, and using them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from flows import screen
+from flows.commandline import enter, interruptible
+from tasks.core.errors import ConfigError
+
+if TYPE_CHECKING:
+    from tasks.core.registry import Version
+    from tasks.evals.writing import Writer, Written
+
+__all__ = ["commands"]
+
+commands = typer.Typer()
+
+SHORT = 8
+PROMPTS = 8
+"""Held-out prompts on which an export is compared with the policy."""
+
+CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+Model = Annotated[str, typer.Argument(help="A version's number, champion, or challenger.")]
+Writing = Annotated[str, typer.Option("--model", help="A version's number, champion, challenger, or a stage.")]
+Length = Annotated[int | None, typer.Option(min=1, help="Tokens of a response at most; default: as trained.")]
+Temperature = Annotated[float | None, typer.Option(min=0.01, help="Default: as trained.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the random numbers.")]
+Why = Annotated[str, typer.Option(help="The reason, for the record.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+ChatTemplate = Annotated[bool, typer.Option(help="Show prompts as a user's messages, not as beginnings of a text.")]
+
+
+@commands.command()
+def models(as_json: AsJson = False) -> None:
+    """List the registered policies."""
+    _enter()
+    from tasks.core import registry
+
+    known = registry.versions()
+    if as_json:
+        rows = [{"version": item.number, **_summary(item), "tags": _plain_tags(item)} for item in known]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif known:
+        screen.console.print(_models(known))
+    else:
+        screen.console.print("No policy is registered yet: `rlhf retrain` registers one.")
+
+
+@commands.command()
+def promote(model: Model = "challenger", why: Why = "") -> None:
+    """Make a version the champion; one that was refused or rolled back needs --why."""
+    _enter()
+    from tasks.core import registry
+
+    version = registry.find(model)
+    objection = version.withdrawn or (None if version.accepted else f"the gate refused it: {version.tags['reasons']}")
+    if objection and not why.strip():
+        raise ConfigError(f"version {version.number}: {objection}. Promote it all the same with --why TEXT")
+    registry.set_champion(version, by=_user(), why=why.strip())
+    screen.console.print(f"version {version.number} ({version.policy}) is the champion; `rlhf rollback` undoes it")
+
+
+@commands.command()
+def rollback(why: Why = "") -> None:
+    """Put the champion before this one in use again."""
+    _enter()
+    from tasks.core import registry
+
+    gone, back = registry.roll_back(by=_user(), why=why.strip())
+    screen.console.print(
+        f"version {back.number} ({back.policy}) is the champion again; version {gone.number} ({gone.policy}) is "
+        "withdrawn, and the gate will not promote it by itself"
+    )
+
+
+@commands.command()
+def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
+    """What a version was made from: data, code, parameters, stages, and the decision about it."""
+    _enter()
+    from flows.lineage import describe, print_lineage
+    from tasks.core import registry
+
+    version = registry.find(model)
+    if as_json:
+        print(json.dumps(describe(version), indent=2, ensure_ascii=False))
+    else:
+        print_lineage(version)
+
+
+@commands.command()
+def reproduce(model: Model = "champion") -> None:
+    """Compute a version again from its commit, parameters and data with an empty cache, and compare the weights."""
+    _enter()
+    from flows.reproduce import reproduce as compute
+    from flows.reproduce import same_libraries
+    from tasks.core import registry
+
+    version = registry.find(model)
+    with interruptible("it begins anew, and this project is as it was"):
+        remade = compute(version)
+    table = Table(title=f"Version {version.number} ({version.policy})", title_justify="left")
+    for column in ("weights", "registered", "reproduced", "equal"):
+        table.add_column(column)
+    for item in remade:
+        table.add_row(item.path, item.registered, item.reproduced, "[green]yes[/]" if item.equal else "[red]no[/]")
+    screen.console.print(table)
+    if all(item.equal for item in remade):
+        return
+    if not same_libraries(version):
+        screen.console.print("requirements.lock was another one then: install that, and try again")
+    raise typer.Exit(1)
+
+
+@commands.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Default: each line of standard input is one.")] = None,
+    model: Writing = "champion",
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    temperature: Temperature = None,
+    max_new_tokens: Length = None,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
+) -> None:
+    """Let a policy go on from the beginnings of texts."""
+    _enter()
+    prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
+    with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
+        for written in writer.write(prompts, samples):
+            if as_json:
+                print(json.dumps(asdict(written), ensure_ascii=False))
+            else:
+                _print(written, chat_template)
+
+
+@commands.command()
+def chat(
+    model: Writing = "champion",
+    temperature: Temperature = None,
+    max_new_tokens: Length = None,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = False,
+) -> None:
+    """Type beginnings of texts, each on its own, and read how a policy goes on; Ctrl-D ends."""
+    _enter()
+    with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
+        while (line := _line()) is not None:
+            for written in writer.write([line] if line.strip() else [], 1):
+                _print(written, chat_template)
+
+
+@commands.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    model: Model = "champion",
+    adapter: Annotated[bool, typer.Option(help="The SFT model, and the policy as a LoRA adapter on it.")] = False,
+) -> None:
+    """Write a version as a folder that transformers loads without this project, with a model card."""
+    folder = folder.absolute()
+    _enter()
+    from tasks.core import registry
+
+    version = registry.find(model)
+    from tasks.core import exporting, origin, versioning
+    from tasks.core.schema import Prompt, read_rows
+    from tasks.evals import card
+
+    made_from = origin.origin_of(version)
+    generation = made_from.parameters["generation"]
+    with _temporary() as parts, exporting.empty_folder(folder) as draft:
+        origin.restore(version, parts)
+        prompts = parts / "prompts"
+        versioning.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
+        exported = exporting.export(
+            parts,
+            version.policy,
+            draft,
+            adapter=adapter,
+            prompts=[row.prompt for row in read_rows(prompts / "test.jsonl", Prompt)[:PROMPTS]],
+            max_new_tokens=generation["max_new_tokens"],
+            temperature=generation["temperature"],
+        )
+        text = card.render(card.Card(version, made_from, exported, adapter))
+        (draft / "README.md").write_text(text, encoding="utf-8")
+    screen.console.print(
+        f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "
+        f"by at most {exported.difference:.2g} (the largest is {exported.scale:.3g})"
+    )
+
+
+def _enter() -> Path:
+    root = enter()
+    from flows import services
+
+    services.use()
+    return root
+
+
+def _user() -> str:
+    return os.environ.get("USER", "unknown")
+
+
+def _models(known: list[Version]) -> Table:
+    table = Table(title="Registered policies", title_justify="left")
+    columns = (
+        "version",
+        "in use",
+        "policy",
+        "win rate v. SFT",
+        "KL to SFT (nats)",
+        "gate",
+        "commit",
+        "registered (UTC)",
+    )
+    for column in columns:
+        table.add_column(column)
+    for item in known:
+        row = _summary(item)
+        rate, kl = f"{row['win_rate']:.0%}", f"{row['kl']:z.2f}"
+        aliases, when = " ".join(item.aliases), f"{item.registered:%Y-%m-%d %H:%M}"
+        table.add_row(str(item.number), aliases, item.policy, rate, kl, row["gate"], row["commit"][:SHORT], when)
+    return table
+
+
+def _summary(version: Version) -> dict[str, Any]:
+    return {
+        "policy": version.policy,
+        "aliases": list(version.aliases),
+        "win_rate": float(version.tags["win_rate"]),
+        "kl": float(version.tags["kl"]),
+        "gate": "rolled back" if version.withdrawn else "accepted" if version.accepted else "refused",
+        "commit": version.tags["git.commit"],
+        "registered": version.registered.isoformat(timespec="seconds"),
+        "weights": dict(version.weights),
+    }
+
+
+def _plain_tags(version: Version) -> dict[str, str]:
+    from tasks.core.origin import ORIGIN
+
+    return {key: value for key, value in version.tags.items() if key not in (ORIGIN, "weights")}
+
+
+@contextmanager
+def _writer(
+    model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
+) -> Iterator[Writer]:
+    """The policy of that name, its weights in a folder that lasts as long as this."""
+    from tasks.evals.writing import Writer, stages_that_write
+
+    with _temporary() as folder:
+        trained: dict[str, Any]
+        if model in stages_that_write(Path("artifacts")):
+            from tasks.core.params import load_params
+
+            policy, parts, trained = model, Path("artifacts"), load_params(Path("params.yaml")).generation.model_dump()
+        else:
+            from tasks.core import origin
+
+            version = _version_or_stage(model)
+            origin.restore(version, folder)
+            policy, parts, trained = version.policy, folder, origin.origin_of(version).parameters["generation"]
+        yield Writer(
+            parts,
+            policy,
+            max_new_tokens=max_new_tokens or trained["max_new_tokens"],
+            temperature=temperature or trained["temperature"],
+            seed=seed,
+            chat_template=chat_template,
+        )
+
+
+def _print(written: Written, chat_template: bool) -> None:
+    """What it wrote, without signs that would steer the terminal."""
+    text = CONTROLS.sub("\ufffd", written.response)
+    screen.console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")
+    screen.console.print(escape(text))
+
+
+def _version_or_stage(model: str) -> Version:
+    from tasks.core import registry
+    from tasks.evals.writing import stages_that_write
+
+    try:
+        return registry.find(model)
+    except ConfigError as error:
+        stages = ", ".join(stages_that_write(Path("artifacts"))) or "none"
+        raise ConfigError(f"{error}; stages here whose model writes: {stages}") from None
+
+
+@contextmanager
+def _temporary() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="rlhf-model-") as folder:
+        yield Path(folder)
+
+
+def _line() -> str | None:
+    """What a person types; None at Ctrl-D."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

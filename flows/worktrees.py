@@ -1,0 +1,46 @@
+"""Other working copies of this project, as git worktrees."""
+
+from __future__ import annotations
+
+import contextlib
+import shutil
+import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from tasks.core.errors import StageError
+from tasks.core.paths import project_root
+
+__all__ = ["git", "worktree"]
+
+
+@contextmanager
+def worktree(folder: Path, commit: str) -> Iterator[Path]:
+    """The project at that commit in another folder, with this one's DVC settings; it is removed at the end.
+
+    Raises:
+        StageError: git refuses, for example because there is no such commit.
+    """
+    root = project_root()
+    git("worktree", "add", "--detach", "--quiet", str(folder), commit)
+    try:
+        local = root / ".dvc" / "config.local"
+        if local.exists():
+            shutil.copy2(local, folder / ".dvc")
+        yield folder
+    finally:
+        with contextlib.suppress(StageError):
+            git("worktree", "remove", "--force", str(folder))
+
+
+def git(*words: str) -> str:
+    """What git says of the project.
+
+    Raises:
+        StageError: it refuses.
+    """
+    done = subprocess.run(["git", *words], cwd=project_root(), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StageError(f"`git {' '.join(words[:2])}` failed: {done.stderr.strip()}")
+    return done.stdout

@@ -1,0 +1,42 @@
+"""Findings at evaluation, on tables made for them."""
+
+from __future__ import annotations
+
+import pytest
+
+from tasks.evals.findings import find, plain
+
+SFT = {"length": 12.0, "repetition": 0.01, "distinct_2": 0.9, "no_end_share": 0.4}
+CLEAR = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_proxy": 0.9, "win_rate_proxy_low": 0.8}
+
+
+def found(change: dict[str, float]) -> list[str]:
+    table = {"sft": SFT, "ppo": {**SFT, **CLEAR, **change}}
+    return [finding.detector for finding in find(table, {})["ppo"]]
+
+
+@pytest.mark.parametrize(
+    ("change", "expected"),
+    [
+        ({}, []),
+        ({"length": 6.1}, []),
+        ({"length": 6.0}, ["length_drift"]),
+        ({"repetition": 0.2, "distinct_2": 0.3}, ["repetition", "ngram_collapse"]),
+        ({"no_end_share": 0.1}, []),
+        ({"no_end_share": 0.9}, ["truncation"]),
+        ({"win_rate_low": 0.5}, ["proxy_without_gold"]),
+        ({"win_rate_low": 0.2, "win_rate_proxy_low": 0.5}, []),
+    ],
+)
+def test_at_the_end(change: dict[str, float], expected: list[str]) -> None:
+    assert found(change) == expected
+
+
+def test_in_training_with_its_first_update() -> None:
+    rows = [{"hacking/kl_spike": 0.0}, {"hacking/kl_spike": 6.0}, {"hacking/kl_spike": 9.0}]
+    table = {"sft": SFT, "ppo": SFT | CLEAR, "dpo": SFT | CLEAR}
+    told = plain(find(table, {"ppo": rows}))
+    assert told["dpo"] == []
+    (finding,) = told["ppo"]
+    assert (finding["detector"], finding["where"]) == ("kl_spike", "training, update 2")
+    assert finding["text"].startswith("kl_spike 9.00 (threshold 5")
