@@ -104,9 +104,9 @@ def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator
     swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VARIABLE, "{}")).items()}
     tags = {**_source("pipeline"), FLOW_TAG: flow_run_id, **swept}
     pipeline = PipelineRun(_new_outbox())
-    pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
     try:
         with _closing(pipeline):
+            pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
             pipeline.log_params(parameters)
             yield pipeline
     finally:
@@ -170,8 +170,8 @@ def stage_run(
     if parent := os.environ.get(PIPELINE_VARIABLE):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VARIABLE, "")}
     stage = StageRun(_new_outbox())
-    stage.create(name, tags)
     with _closing(stage):
+        stage.create(name, tags)
         stage.log_params(parameters)
         stage.log_inputs(inputs.data)
         yield stage

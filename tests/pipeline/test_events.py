@@ -29,14 +29,15 @@ MORE_STAGES = """
   evaluate:
     cmd: python -m tasks.evaluate
     deps: [tasks/evaluate.py, artifacts/ppo/adapter]
-    outs: [artifacts/evaluate/result, artifacts/evaluate/policies.json]
+    outs: [artifacts/evaluate/result, artifacts/evaluate/policies.json, artifacts/evaluate/findings.json]
     metrics: [artifacts/evaluate/metrics.json]
 """
-FIGURES = {"sft": {"kl": 0.0}, "ppo": {"win_rate": 0.8, "win_rate_low": 0.7, "win_rate_high": 0.9, "kl": 3.0}}
+FIGURES = {"win_rate": 0.8, "win_rate_low": 0.7, "win_rate_high": 0.9, "kl": 3.0}
+EVALUATED = {"policies.json": {"sft": {"kl": 0.0}, "ppo": FIGURES}, "findings.json": {"sft": [], "ppo": []}}
 WRITES = {
     "base_model": "",
     "ppo": '(out / "adapter").mkdir(); (out / "adapter" / "weights").write_text("".join(read))',
-    "evaluate": f'(out / "policies.json").write_text(json.dumps({FIGURES}))',
+    "evaluate": f"[(out / name).write_text(json.dumps(content)) for name, content in {EVALUATED}.items()]",
 }
 RETRAIN = "rlhf-retrain/retrain"
 

@@ -298,7 +298,7 @@ cat
         (".dvc/cache", "output", 500_000),
         (".rlhf", "checkpoint", 500_000),
         (".", "output", 500_000),
-        pytest.param(".", "output", 0, marks=pytest.mark.xfail(reason="MLflow's error is a traceback", strict=True)),
+        (".", "output", 0),
     ],
 )
 def test_the_disk_is_full(project: Project, folder: str, written: str, room: int) -> None:
