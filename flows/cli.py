@@ -82,6 +82,11 @@ def retrain(
 ) -> None:
     """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
     enter()
+    from flows import services
+
+    services.use()
+    if approval_hours and not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("--approval-hours: no Prefect server is up whose page could ask somebody; `rlhf up` first")
     with interruptible("it goes on from the last checkpoint"), _prefect():
         from flows.retrain import retrain as flow
 

@@ -20,6 +20,7 @@ from rich.table import Table
 from flows import screen
 from flows.commandline import enter, interruptible
 from tasks.core.errors import ConfigError
+from tasks.core.paths import artifacts, project_root
 
 if TYPE_CHECKING:
     from tasks.core.registry import Version
@@ -263,20 +264,10 @@ def _writer(
     model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
 ) -> Iterator[Writer]:
     """The policy of that name, its weights in a folder that lasts as long as this."""
-    from tasks.evals.writing import Writer, stages_that_write
+    from tasks.evals.writing import Writer
 
     with _temporary() as folder:
-        trained: dict[str, Any]
-        if model in stages_that_write(Path("artifacts")):
-            from tasks.core.params import load_params
-
-            policy, parts, trained = model, Path("artifacts"), load_params(Path("params.yaml")).generation.model_dump()
-        else:
-            from tasks.core import origin
-
-            version = _version_or_stage(model)
-            origin.restore(version, folder)
-            policy, parts, trained = version.policy, folder, origin.origin_of(version).parameters["generation"]
+        policy, parts, trained = _chosen(model, folder)
         yield Writer(
             parts,
             policy,
@@ -287,22 +278,29 @@ def _writer(
         )
 
 
+def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
+    """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
+    from tasks.core import origin, registry
+    from tasks.core.params import load_params
+    from tasks.evals.writing import stages_that_write
+
+    here = artifacts("evaluate").parent
+    stages = stages_that_write(here)
+    if model in stages:
+        return model, here, load_params(project_root() / "params.yaml").generation.model_dump()
+    try:
+        version = registry.find(model)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; stages here whose model writes: {', '.join(stages) or 'none'}") from None
+    origin.restore(version, folder)
+    return version.policy, folder, origin.origin_of(version).parameters["generation"]
+
+
 def _print(written: Written, chat_template: bool) -> None:
     """What it wrote, without signs that would steer the terminal."""
     text = CONTROLS.sub("\ufffd", written.response)
     screen.console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")
     screen.console.print(escape(text))
-
-
-def _version_or_stage(model: str) -> Version:
-    from tasks.core import registry
-    from tasks.evals.writing import stages_that_write
-
-    try:
-        return registry.find(model)
-    except ConfigError as error:
-        stages = ", ".join(stages_that_write(Path("artifacts"))) or "none"
-        raise ConfigError(f"{error}; stages here whose model writes: {stages}") from None
 
 
 @contextmanager

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +27,12 @@ from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.gate import PARTS, Decision, candidate, decide
 from tasks.evals.statistics import Interval
 
-__all__ = ["Approval", "gate", "retrain"]
+__all__ = ["Approval", "Passed", "gate", "promote", "retrain"]
 
 # How much longer Prefect's server waits for an answer than we do: a run whose time is up there can only fail.
 GRACE_SECONDS = 60
+
+IN_USE = "it is the champion already"
 
 
 class Approval(RunInput):
@@ -77,12 +79,28 @@ def retrain(
         outcomes: list[Outcome] = state.result()
         if not any(outcome.stage == "evaluate" for outcome in outcomes):
             raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
-        return bool(gate(str(state.state_details.flow_run_id), approval_hours))
+        run_id = str(state.state_details.flow_run_id)
+        judged: State[Any] = gate(run_id, return_state=True)
+        passed: Passed | None = judged.result()
+    if passed is None:
+        return False
+    refusal = _refusal(passed.decision, approval_hours) if approval_hours else None  # others may work here meanwhile
+    by = "a person, asked by the gate" if approval_hours else "the gate"
+    concluded: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
+    return bool(concluded.result())
+
+
+@dataclass(frozen=True)
+class Passed:
+    """What the gate has let pass."""
+
+    decision: Decision
+    version: registry.Version
 
 
 @task(cache_policy=NO_CACHE)
-def gate(flow_run: str, approval_hours: float = 0) -> State[bool]:
-    """Let the gate decide about the evaluated policies, and promote or refuse; the reasons go to all who watch."""
+def gate(flow_run: str) -> State[Passed | None]:
+    """Let the gate decide about the best policy; what it refuses ends here, and the reasons go to all who watch."""
     params = load_params(project_root() / "params.yaml")
     if params.gate is None:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
@@ -91,20 +109,30 @@ def gate(flow_run: str, approval_hours: float = 0) -> State[bool]:
     weights = _weights(policy)
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
-        return _tell(flow_run, Decision(policy, ()), "unchanged", ("it is the champion already",))
+        return Completed(message=_tell(flow_run, Decision(policy, ()), "unchanged", (IN_USE,)), data=None)
     against = _duel(policy, params, champion) if champion else None
     detectors = [finding["detector"] for finding in screen.read_findings()[policy]]
     decision = decide(table, policy, params.gate, detectors=detectors, against_champion=against)
     version = registry.register(policy, weights, _tags(flow_run, table, decision))
     if not decision.accepted:
-        return _tell(flow_run, decision, "refused", decision.reasons)
+        return Completed(message=_tell(flow_run, decision, "refused", decision.reasons), data=None)
     if version.withdrawn:
-        return _tell(flow_run, decision, "refused", (_withdrawal(version),))
-    if approval_hours and (refusal := _refusal(decision, approval_hours)):
+        return Completed(message=_tell(flow_run, decision, "refused", (_withdrawal(version),)), data=None)
+    return Completed(message=f"{policy}: passed", data=Passed(decision, version))
+
+
+@task(cache_policy=NO_CACHE)
+def promote(flow_run: str, passed: Passed, refusal: str | None, by: str) -> State[bool]:
+    """Make it the champion, unless a person has refused that."""
+    version = registry.find(str(passed.version.number))  # a person may have decided about it in the meantime
+    if refusal:
         registry.refuse(version, refusal)
-        return _tell(flow_run, decision, "refused", (refusal,))
-    registry.set_champion(version, by="a person, asked by the gate" if approval_hours else "the gate")
-    return _tell(flow_run, decision, "promoted", decision.reasons)
+    if refusal := refusal or (_withdrawal(version) if version.withdrawn else None):
+        return Completed(message=_tell(flow_run, passed.decision, "refused", (refusal,)), data=False)
+    if registry.CHAMPION in version.aliases:
+        return Completed(message=_tell(flow_run, passed.decision, "unchanged", (IN_USE,)), data=False)
+    registry.set_champion(version, by=by)
+    return Completed(message=_tell(flow_run, passed.decision, "promoted", passed.decision.reasons), data=True)
 
 
 def _check_data(wanted: str | None) -> None:
@@ -176,7 +204,8 @@ def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
     }
 
 
-def _tell(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> State[bool]:
+def _tell(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> str:
+    """Say what became of a policy, at the terminal, in MLflow and in Prefect; the same in a line."""
     screen.gate_ends(decision.policy, verdict, reasons)
     recording.tag_pipeline(
         flow_run, {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
@@ -185,4 +214,4 @@ def _tell(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, .
     lines += ["| rule | found | asked | holds |", "|---|---|---|---|"] if decision.findings else []
     lines += [f"| {f.rule} | {f.found} | {f.asked} | {'yes' if f.holds else '**no**'} |" for f in decision.findings]
     create_markdown_artifact("\n".join(lines), key="rlhf-gate", description=f"{decision.policy}: {verdict}")
-    return Completed(message=f"{decision.policy}: {verdict}", data=verdict == "promoted")
+    return f"{decision.policy}: {verdict}"

@@ -24,7 +24,7 @@ __all__ = ["ADAPTER", "BASE", "Exported", "empty_folder", "export"]
 BASE = "base"
 """Where an exported adapter's base model lies, beside the folder `adapter`."""
 
-SLACK = 64
+SLACK = 1024
 """The exported model adds up the same products in another order; its logits may differ by so many rounding errors."""
 
 

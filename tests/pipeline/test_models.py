@@ -1,0 +1,220 @@
+"""What becomes of a registered policy: promoted and rolled back, explained, made again, asked, and handed on."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+import torch
+
+from tasks.core.models import load_policy, load_reference, load_tokenizer
+from tasks.core.schema import Prompt, read_rows
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+pytestmark = pytest.mark.slow
+
+CHAMPION, REFUSED = "dpo", "grpo"
+
+# Runs where this project cannot be imported: only transformers, torch and, for an adapter, peft.
+LOAD = """
+import importlib.util, json, pathlib, sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in getattr(finder, "__module__", "")]
+sys.path = [path for path in sys.path if not (pathlib.Path(path) / "tasks" / "core").is_dir()]
+assert importlib.util.find_spec("tasks") is None
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, prompts, out = pathlib.Path(sys.argv[1]), json.loads(sys.argv[2]), sys.argv[3]
+base = folder / "base" if (folder / "adapter").is_dir() else folder
+tokenizer = AutoTokenizer.from_pretrained(base)
+model = AutoModelForCausalLM.from_pretrained(base)
+if base != folder:
+    from peft import PeftModel
+    model = PeftModel.from_pretrained(model, folder / "adapter")
+model.eval()
+with torch.no_grad():
+    torch.save([model(**tokenizer(prompt, return_tensors="pt")).logits for prompt in prompts], out)
+    print(model.generate(**tokenizer(prompts[0], return_tensors="pt")).shape)
+"""
+
+
+@pytest.fixture(scope="module")
+def promoted(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Project:
+    """PPO was champion, DPO is, GRPO was refused; data/ is tracked by DVC, and all but params.yaml is committed."""
+    project = tiny[0].copy(tmp_path_factory.mktemp("models") / "project")
+    project.dvc("add", "data")
+    project.commit()
+    project.rlhf("run", "-S", "gate.min_win_rate=0", "-S", "gate.margin=0.5", "-S", "gate.policy=ppo")
+    project.rlhf("retrain")
+    project.rlhf("run", "-S", f"gate.policy={CHAMPION}")
+    project.rlhf("retrain")
+    project.rlhf("run", "-S", f"gate.policy={REFUSED}", "-S", "gate.max_kl=0.0000001")
+    assert f"gate {REFUSED}: refused" in project.rlhf("retrain")
+    return project
+
+
+def registered(project: Project) -> dict[int, dict[str, Any]]:
+    return {row["version"]: row for row in json.loads(project.rlhf("models", "--json"))}
+
+
+def in_use(project: Project) -> int:
+    return next(number for number, row in registered(project).items() if "champion" in row["aliases"])
+
+
+def typed(project: Project, text: str, *words: str) -> str:
+    """What our command says to these lines of standard input."""
+    command = [sys.executable, "-m", "flows.cli", *words]
+    done = subprocess.run(
+        command, cwd=project.root, env=project.environment, input=text, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_the_versions_are_listed(promoted: Project) -> None:
+    rows = registered(promoted)
+    assert [(row["policy"], row["aliases"], row["gate"]) for row in rows.values()] == [
+        ("ppo", [], "accepted"),
+        (CHAMPION, ["champion"], "accepted"),
+        (REFUSED, ["challenger"], "refused"),
+    ]
+    said = promoted.rlhf("models")
+    assert all(row["commit"][:8] in said for row in rows.values())
+
+
+def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
+    found = json.loads(promoted.rlhf("lineage", "--json"))
+    database = sqlite3.connect(promoted.root / "mlflow.db")
+    runs = dict(database.execute("select run_uuid, name from runs where status = 'FINISHED'"))
+    database.close()
+    assert {name: runs[stage["run"]] for name, stage in found["stages"].items()} == {
+        name: name for name in found["stages"]
+    }
+    assert runs[found["pipeline_run"]] == "pipeline"
+    recorded = {md5 for stage in found["stages"].values() for md5 in stage["outputs"].values()}
+    lock = promoted.lock()
+    assert all(md5 in lock for md5 in recorded)
+    assert set(found["weights"].values()) <= recorded
+    head = promoted.command("git", "rev-parse", "HEAD").strip()
+    assert (found["commit"], found["uncommitted"]) == (head, [])
+    assert "policy: dpo" in found["params"], "the file as it was when this version was registered"
+    assert found["base_model"]["source"] == "random weights, seed 0"
+    assert [source["licence"] for source in found["sources"]] == ["as this project"]
+    assert found["data_md5"] in (promoted.root / "data.dvc").read_text()
+    assert found["decision"]["promoted.by"] == "the gate"
+    said = promoted.rlhf("lineage", "challenger")
+    assert "refused: KL to SFT" in said
+    assert found["stages"]["sft"]["run"] in said
+
+
+def test_a_policy_goes_on_from_prompts(promoted: Project) -> None:
+    words = ["generate", "the film is", "a plot", "--samples", "2", "--max-new-tokens", "3", "--json"]
+    said = promoted.rlhf(*words)
+    rows = [json.loads(line) for line in said.splitlines()]
+    assert [(row["prompt"], row["sample"]) for row in rows] == [
+        (prompt, sample) for prompt in ("the film is", "a plot") for sample in (0, 1)
+    ]
+    assert promoted.rlhf(*words) == said
+    assert promoted.rlhf(*words, "--seed", "1") != said
+    assert typed(promoted, "the film is\n\na plot\n", *words[:1], *words[3:]) == said
+    stages = promoted.rlhf("generate", "x", "--model", "reward_model", expect=1)
+    assert "there are 1, 2 (champion), 3 (challenger)" in stages
+    assert "whose model writes: dpo, grpo, ppo, sft" in stages
+
+
+def test_a_chat_answers_each_line_until_its_end(promoted: Project) -> None:
+    said = typed(promoted, "the film is\n\na plot\n", "chat", "--model", "sft", "--max-new-tokens", "2")
+    assert "the film is" in said
+    assert "a plot" in said
+
+
+@pytest.mark.parametrize("words", [[], ["--adapter"]], ids=["merged", "adapter"])
+def test_an_export_loads_without_the_project(promoted: Project, tmp_path: Path, words: list[str]) -> None:
+    folder, logits = tmp_path / "out", tmp_path / "logits.pt"
+    said = promoted.rlhf("export", str(folder), *words)
+    parts = promoted.root / "artifacts"
+    prompts = [row.prompt for row in read_rows(parts / "prepare" / "prompts" / "test.jsonl", Prompt)]
+    command = [sys.executable, "-I", "-c", LOAD, str(folder), json.dumps(prompts), str(logits)]
+    subprocess.run(command, cwd=tmp_path, env=promoted.environment, check=True, capture_output=True)
+    found = torch.load(logits)
+    policy = load_policy(parts / "base_model", parts / "sft", parts / CHAMPION)
+    reference = load_reference(parts / "base_model", parts / "sft")
+    tokenizer = load_tokenizer(parts / "base_model")
+    apart = [0.0, 0.0]
+    for prompt, theirs in zip(prompts, found, strict=True):
+        ids = torch.tensor([tokenizer(prompt).input_ids])
+        with torch.no_grad():
+            for place, model in enumerate((policy, reference)):
+                apart[place] = max(apart[place], (model(input_ids=ids).logits - theirs).abs().max().item())
+    assert apart[0] < 2e-6 < 1e-3 < apart[1], "the policy, and not the model below it"
+    assert "its logits differ by at most" in said
+    card = (folder / "README.md").read_text()
+    assert f"# {CHAMPION.upper()} policy, version 2" in card
+    assert "| tiny | local file infra/presets/tiny.jsonl | as this project | 96 |" in card
+    assert str(promoted.root) not in card
+    assert "is not empty" in promoted.rlhf("export", str(folder), expect=1)
+
+
+def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> None:
+    assert "Promote it all the same with --why" in promoted.rlhf("promote", expect=1)
+    assert "version 3 (grpo) is the champion" in promoted.rlhf("promote", "--why", "it rhymes")
+    assert registered(promoted)[3]["tags"]["promoted.why"] == "it rhymes"
+    said = promoted.rlhf("rollback", "--why", "it swears")
+    assert "version 2 (dpo) is the champion again; version 3 (grpo) is withdrawn" in said
+    promoted.rlhf("run", "-S", "gate.max_kl=10")
+    refused = promoted.rlhf("retrain")
+    assert "gate grpo: refused" in refused, "the gate accepts it now, but a person has withdrawn it"
+    assert "it swears; `rlhf promote 3 --why …` puts it in use again" in refused
+    assert in_use(promoted) == 2
+    promoted.rlhf("rollback")
+    assert in_use(promoted) == 1
+    assert "nothing to roll back to" in promoted.rlhf("rollback", expect=1)
+    assert "there are 1 (champion), 2, 3 (challenger)" in promoted.rlhf("promote", "9", expect=1)
+
+
+def test_a_version_is_made_again_from_nothing(promoted: Project) -> None:
+    """Its data from the project's cache, everything else computed: the same bytes. The project is left alone."""
+    before = promoted.lock(), (promoted.root / "params.yaml").read_text()
+    said = promoted.rlhf("reproduce", "2")
+    ran = [line.split()[1] for line in said.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
+    assert ran == ["base_model", "collect", "prepare", "sft", "preferences", CHAMPION]
+    assert (promoted.lock(), (promoted.root / "params.yaml").read_text()) == before
+    assert left_over(promoted) == []
+
+
+def test_weights_that_differ_are_told(promoted: Project) -> None:
+    database = sqlite3.connect(promoted.root / "mlflow.db")
+    md5 = registered(promoted)[2]["weights"][f"{CHAMPION}/adapter"]
+    with database:
+        database.execute(
+            "update model_version_tags set value = replace(value, ?, 'other.dir') where key = 'weights'", [md5]
+        )
+    database.close()
+    said = promoted.rlhf("reproduce", "2", expect=1)
+    table = {line.split()[1]: line.split()[-2] for line in said.splitlines() if line.startswith("│")}
+    assert table == {"base_model/model": "yes", "sft/adapter": "yes", f"{CHAMPION}/adapter": "no"}
+    assert left_over(promoted) == []
+
+
+def test_an_interrupted_reproduction_leaves_nothing(promoted: Project) -> None:
+    command = promoted.start("reproduce", "1")
+    promoted.wait_until(lambda: any((promoted.root / ".rlhf" / "reproduce").glob("*/artifacts/*/*")))
+    os.killpg(command.pid, signal.SIGINT)
+    said, _ = command.communicate(timeout=60)
+    assert command.returncode == 130, said
+    assert "interrupted" in said
+    assert left_over(promoted) == []
+
+
+def left_over(project: Project) -> list[str]:
+    """Worktrees beside the project itself, and what lies in their place."""
+    trees = project.command("git", "worktree", "list").splitlines()[1:]
+    return [*trees, *(path.name for path in (project.root / ".rlhf").glob("reproduce/*"))]

@@ -1,0 +1,92 @@
+"""What is recorded of a version's origin."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from flows.reproduce import reproduce
+from tasks.core import origin
+from tasks.core.errors import StageError
+from tasks.core.origin import ORIGIN, Origin, StageOrigin, origin_of
+from tasks.core.registry import Version
+
+ORIGINS = {
+    "params": "seed: 0\n",
+    "parameters": {"seed": 0},
+    "commit": "1234",
+    "uncommitted": (),
+    "pipeline_run": "r",
+    "stages": {"sft": StageOrigin(key="k", run="", outputs={"artifacts/sft/adapter": "m.dir"})},
+    "base_model": {},
+    "sources": [],
+    "figures": {},
+    "findings": (),
+}
+
+
+def version(tags: dict[str, str]) -> Version:
+    return Version(4, "ppo", {}, tags, (), datetime.now(UTC))
+
+
+def made(**changes: object) -> Version:
+    return version({ORIGIN: Origin.model_validate(ORIGINS | changes).model_dump_json()})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    for name in ("dvc.yaml", "params.yaml", "tasks/a.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("first\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_it_comes_back_as_it_was() -> None:
+    assert origin_of(made()) == Origin.model_validate(ORIGINS)
+
+
+def test_the_md5_of_an_output_is_found_by_its_path() -> None:
+    found = origin_of(made())
+    assert found.md5_of("artifacts/sft/adapter") == "m.dir"
+    with pytest.raises(StageError, match=r"no stage wrote artifacts/sft/history\.csv"):
+        found.md5_of("artifacts/sft/history.csv")
+
+
+def test_an_older_version_has_none() -> None:
+    with pytest.raises(StageError, match="version 4 has no record of its origin"):
+        origin_of(version({}))
+
+
+@pytest.mark.parametrize("name", ["tasks/a.py", "dvc.yaml", "tasks/new.py", "data/new.jsonl"])
+def test_changed_code_and_data_are_named(project: Path, name: str) -> None:
+    assert origin._uncommitted() == ()
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).write_text("second\n")
+    (changed,) = origin._uncommitted()
+    assert name.startswith(changed), "a new folder is named as a whole"
+
+
+def test_parameters_and_prose_may_be_as_they_like(project: Path) -> None:
+    for name in ("params.yaml", "README.md"):
+        (project / name).write_text("second\n")
+    assert origin._uncommitted() == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"uncommitted": ["tasks/a.py"]}, r"changes that were not committed \(tasks/a.py\)"),
+        ({"commit": ""}, "git had no commit"),
+        ({"commit": "0" * 40}, "commit 0{40}, which is not here: `git fetch`"),
+    ],
+)
+def test_what_cannot_be_made_again_is_refused(project: Path, changes: dict[str, object], said: str) -> None:
+    with pytest.raises(StageError, match=said):
+        reproduce(made(**changes))
