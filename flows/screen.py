@@ -47,7 +47,7 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 WORDS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
 SHOWN_REASONS = 3
 SHOWN_LINES = 15
-NAME_WIDTH = 13
+NAME_WIDTH = 16
 
 # Key in policies.json → column heading, format.
 COLUMNS = {

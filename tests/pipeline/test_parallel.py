@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from tests.pipeline.conftest import Project
 
+pytestmark = pytest.mark.slow
+
 
 def test_side_by_side_gives_what_one_after_another_gives(fresh: Project, finished: tuple[Project, str]) -> None:
     said = fresh.rlhf("run", "--parallel", "2")

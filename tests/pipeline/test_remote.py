@@ -15,6 +15,8 @@ from tests.pipeline.conftest import free_port
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(params=["folder", "s3"])
 def remote(request: pytest.FixtureRequest, tmp_path: Path) -> list[str]:

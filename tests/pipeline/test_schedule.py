@@ -23,6 +23,8 @@ from tasks.core.errors import ConfigError
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).resolve().parents[2]
 
 # Seconds stand in Prefect's cron after the weekday.
