@@ -182,7 +182,7 @@ def test_a_changed_byte_of_an_output_is_never_used(tiny: tuple[Project, str], tm
     weights = project.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
     flip(weights)
     said = project.rlhf("run")
-    assert "✓ sft           restored" in said
+    assert "✓ sft              restored" in said
     assert project.lock() == lock
 
 
