@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -164,6 +165,8 @@ def _start(name: str, address: str, port: int | None, command: list[str], enviro
             stdout=log,
             stderr=log,
             start_new_session=True,
+            # A shell's background job ignores it, children inherit that, and the worker ends by it.
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     services[name] = Service(name, address, process.pid, psutil.Process(process.pid).create_time())
     _record(services)
