@@ -19,7 +19,6 @@ from typing import IO, Any
 
 from flows import offspring, screen
 from flows.work import Outcome, bring_up_to_date
-from tasks.core import errors
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.paths import state
 
@@ -112,8 +111,7 @@ def _listen(
         elif "waits" in answer:
             on_wait(answer["waits"])
         elif "error" in answer:
-            kind = getattr(errors, answer["kind"], None)
-            raise (kind or StageError)(answer["error"] if kind else f"{name}: {answer['error']}; see {log_of(name)}")
+            raise offspring.error_from(answer, f"{name}: {{}}; see {log_of(name)}")
         else:
             return Outcome(**answer["outcome"] | {"reasons": tuple(answer["outcome"]["reasons"])})
     return None
@@ -148,7 +146,7 @@ def _main() -> None:
                 on_wait=lambda blocker: answer(waits=blocker),
             )
         except Exception as error:
-            answer(error=str(error), kind=type(error).__name__)
+            answer(**offspring.plain_error(error))
             if not isinstance(error, RLHFError):
                 raise
             sys.exit(1)

@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import model_commands, screen
-from flows.commandline import enter, interruptible
+from flows.commandline import enter, enter_served, interruptible
 from tasks.core.errors import ConfigError, RLHFError
 from tasks.core.paths import artifacts
 
@@ -81,10 +81,7 @@ def retrain(
     approval_hours: Annotated[float, typer.Option(min=0, help="Wait so long for a person's approval.")] = 0,
 ) -> None:
     """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
-    enter()
-    from flows import services
-
-    services.use()
+    enter_served()
     if approval_hours and not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("--approval-hours: no Prefect server is up whose page could ask somebody; `rlhf up` first")
     with interruptible("it goes on from the last checkpoint"), _prefect():
@@ -96,11 +93,9 @@ def retrain(
 @commands.command()
 def announce() -> None:
     """Tell the standing Prefect server that data/ has a new version: it starts the deployment rlhf-retrain/retrain."""
-    enter()
-    from flows import services
+    enter_served()
     from tasks.core import versioning
 
-    services.use()
     md5 = versioning.data_version()
     if md5 is None:
         raise ConfigError("there is no folder data/ that a stage of dvc.yaml reads")
@@ -116,11 +111,9 @@ def sweep(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
 ) -> None:
     """Run the pipeline with every combination of some values, without changing this folder, and compare them."""
-    enter()
-    from flows import services
+    enter_served()
     from flows.sweep import sweep as run_all
 
-    services.use()
     with interruptible("what was computed is restored"):
         folder = run_all(setting, stages or [])
     path = folder / "variants.json"

@@ -13,7 +13,7 @@ from flows import screen
 from tasks.core.errors import ConfigError
 from tasks.core.paths import project_root
 
-__all__ = ["enter", "interruptible"]
+__all__ = ["enter", "enter_served", "interruptible"]
 
 
 def enter() -> Path:
@@ -30,6 +30,15 @@ def enter() -> Path:
             "or install the package here"
         )
     os.chdir(root)
+    return root
+
+
+def enter_served() -> Path:
+    """As `enter`, and report to what `rlhf up` has started, if it is up."""
+    root = enter()
+    from flows import services
+
+    services.use()
     return root
 
 

@@ -14,8 +14,6 @@ from tasks.core.registry import Version
 
 __all__ = ["describe", "print_lineage"]
 
-SHORT = 8  # characters of a hash that a person looks at; the JSON has all
-
 
 def describe(version: Version) -> dict[str, Any]:
     """Everything that is known of it.
@@ -74,7 +72,7 @@ def _stages(version: Version) -> Table:
         table.add_column(column)
     for name, stage in origin_of(version).stages.items():
         weights = [md5 for path, md5 in stage.outputs.items() if path.rpartition("/")[2] in recording.WEIGHTS]
-        table.add_row(name, stage.key[:SHORT], stage.run, " ".join(weights))
+        table.add_row(name, stage.key[: screen.SHORT_HASH], stage.run, " ".join(weights))
     return table
 
 

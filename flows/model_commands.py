@@ -18,7 +18,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import screen
-from flows.commandline import enter, interruptible
+from flows.commandline import enter_served, interruptible
 from tasks.core.errors import ConfigError
 from tasks.core.paths import artifacts, project_root
 
@@ -30,7 +30,6 @@ __all__ = ["commands"]
 
 commands = typer.Typer()
 
-SHORT = 8
 PROMPTS = 8
 """Held-out prompts on which an export is compared with the policy."""
 
@@ -49,7 +48,7 @@ ChatTemplate = Annotated[bool, typer.Option(help="Show prompts as a user's messa
 @commands.command()
 def models(as_json: AsJson = False) -> None:
     """List the registered policies."""
-    _enter()
+    enter_served()
     from tasks.core import registry
 
     known = registry.versions()
@@ -65,7 +64,7 @@ def models(as_json: AsJson = False) -> None:
 @commands.command()
 def promote(model: Model = "challenger", why: Why = "") -> None:
     """Make a version the champion; one that was refused or rolled back needs --why."""
-    _enter()
+    enter_served()
     from tasks.core import registry
 
     version = registry.find(model)
@@ -79,7 +78,7 @@ def promote(model: Model = "challenger", why: Why = "") -> None:
 @commands.command()
 def rollback(why: Why = "") -> None:
     """Put the champion before this one in use again."""
-    _enter()
+    enter_served()
     from tasks.core import registry
 
     gone, back = registry.roll_back(by=_user(), why=why.strip())
@@ -92,7 +91,7 @@ def rollback(why: Why = "") -> None:
 @commands.command()
 def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
     """What a version was made from: data, code, parameters, stages, and the decision about it."""
-    _enter()
+    enter_served()
     from flows.lineage import describe, print_lineage
     from tasks.core import registry
 
@@ -106,7 +105,7 @@ def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
 @commands.command()
 def reproduce(model: Model = "champion") -> None:
     """Compute a version again from its commit, parameters and data with an empty cache, and compare the weights."""
-    _enter()
+    enter_served()
     from flows.reproduce import reproduce as compute
     from flows.reproduce import same_libraries
     from tasks.core import registry
@@ -139,7 +138,7 @@ def generate(
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
 ) -> None:
     """Let a policy go on from the beginnings of texts."""
-    _enter()
+    enter_served()
     prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
@@ -160,7 +159,7 @@ def chat(
     chat_template: ChatTemplate = False,
 ) -> None:
     """Type beginnings of texts, each on its own, and read how a policy goes on; Ctrl-D ends."""
-    _enter()
+    enter_served()
     with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
         while (line := _line()) is not None:
             for written in writer.write([line] if line.strip() else [], 1):
@@ -175,7 +174,7 @@ def export(
 ) -> None:
     """Write a version as a folder that transformers loads without this project, with a model card."""
     folder = folder.absolute()
-    _enter()
+    enter_served()
     from tasks.core import registry
 
     version = registry.find(model)
@@ -206,14 +205,6 @@ def export(
     )
 
 
-def _enter() -> Path:
-    root = enter()
-    from flows import services
-
-    services.use()
-    return root
-
-
 def _user() -> str:
     return os.environ.get("USER", "unknown")
 
@@ -236,7 +227,9 @@ def _models(known: list[Version]) -> Table:
         row = _summary(item)
         rate, kl = f"{row['win_rate']:.0%}", f"{row['kl']:z.2f}"
         aliases, when = " ".join(item.aliases), f"{item.registered:%Y-%m-%d %H:%M}"
-        table.add_row(str(item.number), aliases, item.policy, rate, kl, row["gate"], row["commit"][:SHORT], when)
+        table.add_row(
+            str(item.number), aliases, item.policy, rate, kl, row["gate"], row["commit"][: screen.SHORT_HASH], when
+        )
     return table
 
 

@@ -11,9 +11,11 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import IO
 
+from tasks.core import errors
+from tasks.core.errors import RLHFError, StageError
 from tasks.core.paths import project_root
 
-__all__ = ["follow_parent", "go", "start", "stop"]
+__all__ = ["error_from", "follow_parent", "go", "plain_error", "start", "stop"]
 
 STOP_SECONDS = 30.0
 GO = b"\n"
@@ -61,6 +63,17 @@ def stop(child: subprocess.Popen[bytes]) -> None:
     except subprocess.TimeoutExpired:
         os.killpg(child.pid, signal.SIGKILL)
         child.wait()
+
+
+def plain_error(error: Exception) -> dict[str, str]:
+    """In the child: an error as JSON can say it."""
+    return {"error": str(error), "kind": type(error).__name__}
+
+
+def error_from(content: Mapping[str, str], unknown: str) -> RLHFError:
+    """In the parent: the error that the child had; `unknown` with `{}` for its text where it is none of ours."""
+    kind = getattr(errors, content["kind"], None)
+    return kind(content["error"]) if kind else StageError(unknown.format(content["error"]))
 
 
 def follow_parent() -> threading.Event:

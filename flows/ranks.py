@@ -17,7 +17,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from flows import offspring
-from tasks.core import errors
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.stage import execute_stage
 
@@ -48,8 +47,7 @@ def _error(name: str, folder: Path, status: int) -> RLHFError:
     if not said:
         return StageError(f"{name}: its ranks ended with status {status}; what they printed is above")
     content = json.loads(said[0].read_text(encoding="utf-8"))
-    kind = getattr(errors, content["kind"], None)
-    return kind(content["error"]) if kind else StageError(f"{name}, rank {said[0].stem}: {content['error']}")
+    return offspring.error_from(content, f"{name}, rank {said[0].stem}: {{}}")
 
 
 def _launch(name: str, count: int, folder: Path) -> None:
@@ -82,8 +80,8 @@ def _work(name: str, why: Sequence[str], folder: Path) -> None:
     try:
         execute_stage(name, why)
     except Exception as error:
-        content = {"kind": type(error).__name__, "error": str(error)}
-        (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(content), encoding="utf-8")
+        told = folder / f"{os.environ['RANK']}.json"
+        told.write_text(json.dumps(offspring.plain_error(error)), encoding="utf-8")
         if not isinstance(error, RLHFError):
             raise
         sys.exit(1)

@@ -7,15 +7,13 @@ from __future__ import annotations
 
 import contextlib
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows.worktrees import git, worktree
+from flows.worktrees import ROOT_VARIABLE, git, run, worktree
 from tasks.core import versioning
 from tasks.core.errors import StageError
 from tasks.core.origin import Origin, origin_of
@@ -23,8 +21,6 @@ from tasks.core.paths import state
 from tasks.core.registry import Version
 
 __all__ = ["Remade", "reproduce", "same_libraries"]
-
-ROOT_VARIABLE = "RLHF_ROOT"
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,9 @@ def reproduce(version: Version) -> list[Remade]:
         with worktree(folder, origin.commit) as tree:
             (tree / "params.yaml").write_text(origin.params, encoding="utf-8")
             _bring_data(tree)
-            _run(tree, version)
+            own = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+            failed = f"version {version.number} could not be computed again, see above"
+            run(tree, [version.policy], own, failed)
             made = _weights(tree, version)
     finally:
         with contextlib.suppress(OSError):
@@ -89,17 +87,6 @@ def _bring_data(tree: Path) -> None:
     with _standing_in(tree):
         versioning.pull_data()
     versioning.separate_cache(tree)
-
-
-def _run(tree: Path, version: Version) -> None:
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    environment |= {"PYTHONPATH": str(tree), ROOT_VARIABLE: str(tree)}
-    command = [sys.executable, "-m", "flows.cli", "run", version.policy]
-    done = subprocess.run(command, cwd=tree, env=environment, check=False)
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    if done.returncode:
-        raise StageError(f"version {version.number} could not be computed again, see above")
 
 
 def _weights(tree: Path, version: Version) -> dict[str, str]:

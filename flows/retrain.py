@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -191,8 +191,7 @@ def _refusal(decision: Decision, hours: float) -> str | None:
 
 def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
     compared = {policy: row for policy, row in table.items() if policy in (REFERENCE, decision.policy)}
-    findings = tuple(origin.Finding(**asdict(finding)) for finding in decision.findings)
-    made_from = origin.collect(flow_run, compared, findings)
+    made_from = origin.collect(flow_run, compared, decision.findings)
     figures = {key: str(value) for key, value in table[decision.policy].items() if key in ("win_rate", "kl")}
     return {
         **figures,

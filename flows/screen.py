@@ -47,6 +47,8 @@ errors = Console(stderr=True, highlight=False, soft_wrap=True)
 WORDS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
 SHOWN_REASONS = 3
 SHOWN_LINES = 15
+SHORT_HASH = 8
+"""Characters of a hash that a person looks at; JSON has all."""
 NAME_WIDTH = 16
 
 # Key in policies.json → column heading, format.

@@ -11,8 +11,6 @@ import itertools
 import json
 import os
 import shutil
-import subprocess
-import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime
@@ -20,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from flows import screen
-from flows.worktrees import git, worktree
+from flows.worktrees import git, run, worktree
 from tasks.core import recording, versioning
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.params import load_params, parse_override
@@ -93,14 +91,9 @@ def _run(tree: Path, name: str, variant: Sequence[str], words: Sequence[str]) ->
     environment = os.environ | {
         "MLFLOW_TRACKING_URI": recording.store_uri(),
         recording.SWEEP_VARIABLE: json.dumps({"sweep": name, "variant": " ".join(variant)}),
-        "PYTHONPATH": str(tree),
     }
-    command = [sys.executable, "-m", "flows.cli", "run", *words, *settings]
-    done = subprocess.run(command, cwd=tree, env=environment, check=False)
-    if done.returncode == 130:
-        raise KeyboardInterrupt
-    if done.returncode:
-        raise StageError(f"the variant {' '.join(variant)} failed, see above; run the sweep again to go on from there")
+    failed = f"the variant {' '.join(variant)} failed, see above; run the sweep again to go on from there"
+    run(tree, [*words, *settings], environment, failed)
 
 
 @contextmanager

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import shutil
 import subprocess
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 
-__all__ = ["git", "worktree"]
+__all__ = ["ROOT_VARIABLE", "git", "run", "worktree"]
+
+ROOT_VARIABLE = "RLHF_ROOT"
+"""Says which folder is the project, whatever one stands in: see `tasks.core.paths`."""
 
 
 @contextmanager
@@ -32,6 +36,21 @@ def worktree(folder: Path, commit: str) -> Iterator[Path]:
     finally:
         with contextlib.suppress(StageError):
             git("worktree", "remove", "--force", str(folder))
+
+
+def run(tree: Path, words: Sequence[str], environment: Mapping[str, str], failed: str) -> None:
+    """`rlhf run` with these words in that working copy, as a process of its own.
+
+    Raises:
+        StageError: it failed, with this as the message.
+    """
+    command = [sys.executable, "-m", "flows.cli", "run", *words]
+    own = {**environment, "PYTHONPATH": str(tree), ROOT_VARIABLE: str(tree)}
+    done = subprocess.run(command, cwd=tree, env=own, check=False)
+    if done.returncode == 130:
+        raise KeyboardInterrupt
+    if done.returncode:
+        raise StageError(failed)
 
 
 def git(*words: str) -> str:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
+from pydantic.dataclasses import dataclass
 
 from tasks.core import recording, versioning
 from tasks.core.errors import StageError
@@ -47,8 +48,9 @@ class StageOrigin(_Part):
     outputs: dict[str, str]
 
 
-class Finding(_Part):
-    """A rule of the gate; the fields are those of `tasks.evals.gate.Finding`."""
+@dataclass(frozen=True, config=ConfigDict(extra="forbid"))
+class Finding:
+    """One rule of the gate: what was measured, what was asked, and whether it holds."""
 
     rule: str
     found: str

@@ -244,14 +244,9 @@ def pull_data() -> None:
     with _dvc_errors("data"):
         repo = _open()
         sources = [stage for stage in repo.index.stages if stage.is_data_source]
-        missing = [stage.addressing for stage in sources if not all(out.exists for out in stage.outs)]
-        try:
-            if missing:
+        if missing := [stage.addressing for stage in sources if not all(out.exists for out in stage.outs)]:
+            with _remote_errors("read"):
                 repo.pull(targets=missing)
-        except DvcException:
-            raise
-        except Exception as error:
-            raise _remote_error("read", error) from error
 
 
 def push(name: str | None = None) -> int:
@@ -260,13 +255,8 @@ def push(name: str | None = None) -> int:
     Raises:
         StageError: there is no remote, or it does not answer.
     """
-    with _dvc_errors(name or "push"):
-        try:
-            return int(_open().push(targets=[name] if name else None, run_cache=True))
-        except (DvcException, StageError):
-            raise
-        except Exception as error:
-            raise _remote_error("written", error) from error
+    with _dvc_errors(name or "push"), _remote_errors("written"):
+        return int(_open().push(targets=[name] if name else None, run_cache=True))
 
 
 def restore(md5: str, path: Path) -> None:
@@ -538,6 +528,16 @@ def _dvc_errors(where: str) -> Iterator[None]:
         yield
     except DvcException as error:
         raise StageError(f"{where}: {_cause(error)}") from error
+
+
+@contextmanager
+def _remote_errors(what: str) -> Iterator[None]:
+    try:
+        yield
+    except (DvcException, StageError):
+        raise
+    except Exception as error:
+        raise _remote_error(what, error) from error
 
 
 def _remote_error(what: str, error: Exception) -> StageError:

@@ -6,24 +6,15 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from tasks.core.errors import ConfigError
+from tasks.core.origin import Finding
 from tasks.core.sections.gate import GateParams
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.statistics import Interval
 
-__all__ = ["PARTS", "Decision", "Finding", "candidate", "decide"]
+__all__ = ["PARTS", "Decision", "candidate", "decide"]
 
 PARTS = ("base_model", "sft")
 """What a policy is made of beside itself: its adapter lies on that of SFT, which lies on the base model."""
-
-
-@dataclass(frozen=True)
-class Finding:
-    """One rule: what was measured, what was asked, and whether it holds."""
-
-    rule: str
-    found: str
-    asked: str
-    holds: bool
 
 
 @dataclass(frozen=True)

@@ -6,11 +6,12 @@ import json
 import os
 import shutil
 import signal
-import sqlite3
 import sys
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.pipeline.conftest import query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -161,9 +162,7 @@ def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:
     assert process.returncode == 130, said
     assert "goes on from the last checkpoint" in said
     assert "Traceback" not in said
-    database = sqlite3.connect(project.root / "mlflow.db")
-    newest = database.execute("select name, status from runs order by start_time desc limit 2").fetchall()
-    database.close()
+    newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
     assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
     assert results(project.rlhf("run"))["sft"] == "ran"
     assert (state / "resumed").read_text() == "True"

@@ -16,6 +16,7 @@ import torch
 
 from tasks.core.models import load_policy, load_reference, load_tokenizer
 from tasks.core.schema import Prompt, read_rows
+from tests.pipeline.conftest import query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -92,9 +93,7 @@ def test_the_versions_are_listed(promoted: Project) -> None:
 
 def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     found = json.loads(promoted.rlhf("lineage", "--json"))
-    database = sqlite3.connect(promoted.root / "mlflow.db")
-    runs = dict(database.execute("select run_uuid, name from runs where status = 'FINISHED'"))
-    database.close()
+    runs = dict(query(promoted.root / "mlflow.db", "select run_uuid, name from runs where status = 'FINISHED'"))
     assert {name: runs[stage["run"]] for name, stage in found["stages"].items()} == {
         name: name for name in found["stages"]
     }

@@ -6,10 +6,11 @@ import csv
 import json
 import os
 import signal
-import sqlite3
 from typing import TYPE_CHECKING
 
 import pytest
+
+from tests.pipeline.conftest import query
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -43,10 +44,8 @@ def test_two_ranks_find_what_one_finds_and_rank_0_writes(tiny: tuple[Project, st
     for stage in SHARED:
         assert figures(project, stage) == pytest.approx(figures(alone, stage), rel=1e-4, abs=1e-6), stage
         assert files(project, stage) == files(alone, stage)
-    database = sqlite3.connect(project.root / "mlflow.db")
     asked = "select name, status, value from runs join tags using (run_uuid) where key = 'rlhf.ranks'"
-    found = sorted(database.execute(asked).fetchall())
-    database.close()
+    found = sorted(query(project.root / "mlflow.db", asked))
     assert found == sorted((stage, "FINISHED", "2") for stage in SHARED), "one run each"
 
 

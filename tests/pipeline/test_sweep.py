@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sqlite3
 from collections import Counter
 from typing import TYPE_CHECKING
 
@@ -10,17 +9,14 @@ import pytest
 
 from flows.sweep import variants_of
 from tasks.core.errors import ConfigError
+from tests.pipeline.conftest import query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
 
 
 def ask(project: Project, question: str) -> list[tuple[str, ...]]:
-    database = sqlite3.connect(project.root / "mlflow.db")
-    try:
-        return database.execute(question).fetchall()
-    finally:
-        database.close()
+    return query(project.root / "mlflow.db", question)
 
 
 def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:

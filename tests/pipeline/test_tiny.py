@@ -6,12 +6,13 @@ import csv
 import json
 import math
 import shutil
-import sqlite3
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
 from ruamel.yaml import YAML
+
+from tests.pipeline.conftest import query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -109,8 +110,4 @@ def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_pa
 
 
 def database(project: Project, question: str) -> list[tuple[Any, ...]]:
-    connection = sqlite3.connect(project.root / "mlflow.db")
-    try:
-        return [tuple(str(value) for value in row) for row in connection.execute(question)]
-    finally:
-        connection.close()
+    return [tuple(str(value) for value in row) for row in query(project.root / "mlflow.db", question)]
