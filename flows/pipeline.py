@@ -82,6 +82,7 @@ def pipeline(
     with workspace.alone(screen.run_waits):
         wanted = plan(stages)
         if pull:
+            versioning.check_remote()
             versioning.pull_data()
         with recording.pipeline_run(run_id, {**asked, **shape}) as record, recording.flow_environment(record, run_id):
             if parallel or timeout:

@@ -44,6 +44,7 @@ __all__ = [
     "Pending",
     "Result",
     "changes",
+    "check_remote",
     "data_version",
     "graph",
     "inputs",
@@ -233,6 +234,16 @@ def reproduce(
     if call.called:
         return "executed"
     return "restored" if done else "unchanged"
+
+
+def check_remote() -> None:
+    """Make sure that there is a DVC remote, before a stage's own attempt to fetch from one is only a warning.
+
+    Raises:
+        StageError: there is none.
+    """
+    with _dvc_errors("--pull"):
+        _open().cloud.get_remote(command="pull")
 
 
 def pull_data() -> None:

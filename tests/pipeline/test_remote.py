@@ -92,6 +92,14 @@ def test_a_remote_that_does_not_answer_is_one_message(project: Project) -> None:
     assert project.ran() == []
 
 
+def test_pulling_without_a_remote_is_one_message(project: Project) -> None:
+    """DVC itself only warns, once a stage, and goes on."""
+    said = project.rlhf("run", "--pull", "-S", "sft.epochs=3", expect=1)
+    assert said.count("dvc remote add") == 1
+    assert "Traceback" not in said
+    assert project.ran() == []
+
+
 def test_no_remote_is_one_message_and_nothing_is_lost(project: Project) -> None:
     said = project.rlhf("run", "--push", "-S", "sft.epochs=3", expect=1)
     assert project.ran() == ["sft"]
