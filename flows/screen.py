@@ -56,8 +56,8 @@ COLUMNS = {
     "reward_proxy": ("proxy reward", "z.2f"),
     "reward_gold": ("gold reward", "z.2f"),
     "win_rate": ("win rate v. SFT", ".0%"),
-    "win_rate_judge": ("by the judge of pairs", ".0%"),
-    "judge_inconsistent": ("its contradictions", ".0%"),
+    "win_rate_judge": ("LLM judge", ".0%"),
+    "judge_inconsistent": ("contradictions", ".0%"),
     "kl": ("KL to SFT (nats)", "z.2f"),
     "length": ("length", ".1f"),
 }
