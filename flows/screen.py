@@ -51,11 +51,13 @@ SHORT_HASH = 8
 """Characters of a hash that a person looks at; JSON has all."""
 NAME_WIDTH = 16
 
-# Key in policies.json → column heading, format.
+# Key in policies.json → column heading, format; a column that no policy fills is left out.
 COLUMNS = {
     "reward_proxy": ("proxy reward", "z.2f"),
     "reward_gold": ("gold reward", "z.2f"),
     "win_rate": ("win rate v. SFT", ".0%"),
+    "win_rate_judge": ("LLM judge", ".0%"),
+    "judge_inconsistent": ("contradictions", ".0%"),
     "kl": ("KL to SFT (nats)", "z.2f"),
     "length": ("length", ".1f"),
 }
@@ -98,11 +100,12 @@ def variants(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
     table = Table(title="Variants on held-out prompts", title_justify="left")
     table.add_column("variant")
     table.add_column("policy")
-    for heading, _ in COLUMNS.values():
+    columns = _columns([figures for policies in found.values() for figures in policies.values()])
+    for heading, _ in columns.values():
         table.add_column(heading, justify="right")
     for variant, policies in found.items():
         for name, figures in policies.items():
-            table.add_row(variant, name, *_cells(figures))
+            table.add_row(variant, name, *_cells(figures, columns))
     return table
 
 
@@ -178,10 +181,11 @@ def comparison(policies: dict[str, dict[str, Any]]) -> Table:
     """The policies side by side; the win rate with its 95 % interval."""
     table = Table(title="Policies on held-out prompts", title_justify="left")
     table.add_column("policy")
-    for heading, _ in COLUMNS.values():
+    columns = _columns(list(policies.values()))
+    for heading, _ in columns.values():
         table.add_column(heading, justify="right")
     for name, figures in policies.items():
-        table.add_row(name, *_cells(figures))
+        table.add_row(name, *_cells(figures, columns))
     return table
 
 
@@ -190,19 +194,25 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     lines = ["| stage | result | seconds | why |", "|---|---|---:|---|"]
     lines += [f"| {item.stage} | {item.result} | {item.seconds:.1f} | {item.why} |" for item in outcomes]
     if any(item.stage == "evaluate" for item in outcomes):
-        headings = [heading for heading, _ in COLUMNS.values()]
+        policies = read_policies()
+        columns = _columns(list(policies.values()))
+        headings = [heading for heading, _ in columns.values()]
         lines += ["", f"| policy | {' | '.join(headings)} |", f"|---|{'---:|' * len(headings)}"]
-        lines += [f"| {name} | {' | '.join(_cells(figures))} |" for name, figures in read_policies().items()]
+        lines += [f"| {name} | {' | '.join(_cells(figures, columns))} |" for name, figures in policies.items()]
     return "\n".join(lines)
 
 
-def _cells(figures: dict[str, Any]) -> list[str]:
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    return {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+
+
+def _cells(figures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[str]:
     cells = []
-    for key, (_, form) in COLUMNS.items():
+    for key, (_, form) in columns.items():
         value = figures.get(key)
         text = "–" if value is None else format(value, form)
-        if key == "win_rate" and value is not None and figures.get("win_rate_low") is not None:
-            text += f" ({figures['win_rate_low']:.0%}–{figures['win_rate_high']:.0%})"
+        if value is not None and figures.get(f"{key}_low") is not None:
+            text += f" ({figures[f'{key}_low']:.0%}–{figures[f'{key}_high']:.0%})"
         cells.append(text)
     return cells
 

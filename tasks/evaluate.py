@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import hashlib
 import json
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -19,7 +20,9 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
 from tasks.evals.findings import find, plain
+from tasks.evals.judges import load_judge
 from tasks.evals.judging import Sampler, choose_prompts, gold_reward, judge
+from tasks.evals.pairwise import Judgement, doubts, judge_pairs, with_judgements
 from tasks.evals.report import Evidence, read_table, render
 from tasks.evals.text import length_counts, word_count
 from tasks.rewards.composition import load_reward
@@ -48,14 +51,17 @@ def evaluate(
 
     The gold judge is the model of that stage; where the stage is off, it is whether the answer is right. Each policy
     writes one response per prompt, all with the same random numbers. Writes responses.jsonl (every response with every
-    score), policies.json (policy → numbers, see `tasks.evals.compare`), metrics.json (the headline of it),
+    score), judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy →
+    numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
     findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
-    plots/*.csv and report.html. All of it follows from the inputs alone: no
-    time, no path.
+    plots/*.csv and report.html. All of it follows from the inputs, and from what an endpoint answers, alone: no time,
+    no path.
 
     Raises:
+        ConfigError: the judge of pairs would cost more than its budget.
         DataError: there are fewer held-out prompts than params ask for, or nothing that could judge them.
         ModelError: an upstream folder is incomplete.
+        SourceError: the judge of pairs cannot be reached, or refuses.
         TrainingError: a judge gives a score that is not finite.
     """
     prepare_process()
@@ -69,7 +75,12 @@ def evaluate(
         answers += sampler.answers(name, load_policy(base_model, sft, folder))
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     records = judge(answers, proxy, gold_reward(prompts, base_model, gold_judge), vader=params.vader)
+    judgements = _judge_pairs(params, records, base_model)
     table = compare(records, samples=params.bootstrap_samples, seed=seed)
+    table = with_judgements(table, judgements, samples=params.bootstrap_samples, seed=seed)
+    for doubt in doubts(table):
+        print(f"evaluate: warning: {doubt}", file=sys.stderr)
+    write_rows(out / "judgements.jsonl", judgements)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
     found = find(table, {name: [_numbers(row) for row in rows] for name, rows in histories.items()})
     _write_tables(out, table, records, params.report_samples)
@@ -95,6 +106,13 @@ def evaluate(
     )
     (out / "report.html").write_text(render(evidence), encoding="utf-8", newline="\n")
     tracking.log_file(out / "report.html")
+
+
+def _judge_pairs(params: EvaluateParams, records: Sequence[Judged], base_model: Path) -> list[Judgement]:
+    if params.judge is None:
+        return []
+    asked = load_judge(params.judge, base_model, batch_size=params.batch_size)
+    return judge_pairs(records, asked, rubric=params.judge.rubric, prompts=params.judge.prompts)
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:

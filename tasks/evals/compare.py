@@ -22,9 +22,10 @@ JUDGES: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "pro
 
 HEADLINE = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_vader", "win_rate_proxy", "reward_gold", "reward_proxy",
-    "vader", "kl", "kl_stderr", "length", "repetition", "distinct_2", "no_end_share",
+    "vader", "kl", "kl_stderr", "length", "repetition", "distinct_2", "no_end_share", "win_rate_judge", "judge_first",
+    "judge_inconsistent",
 )  # fmt: skip
-"""The keys that metrics.json repeats for DVC and MLflow; policies.json has all."""
+"""The keys that metrics.json repeats for DVC and MLflow, where they are there; policies.json has all."""
 
 DIGITS = 6
 """Decimals kept in tables: more than any interval here can tell apart."""

@@ -114,6 +114,17 @@ def test_many_reasons_are_cut_short() -> None:
     assert screen._brief(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
 
 
+def test_a_judge_of_pairs_has_columns_only_where_it_judged() -> None:
+    plain = [str(column.header) for column in screen.comparison(POLICIES).columns]
+    pairs = {"win_rate_judge": 0.625, "win_rate_judge_low": 0.5, "win_rate_judge_high": 0.75, "judge_inconsistent": 0.2}
+    judged = screen.comparison(POLICIES | {"ppo": POLICIES["ppo"] | pairs})
+    assert [str(column.header) for column in judged.columns if str(column.header) not in plain] == [
+        "LLM judge", "contradictions"
+    ]  # fmt: skip
+    cells = {str(column.header): list(column.cells) for column in judged.columns}
+    assert (cells["LLM judge"], cells["contradictions"]) == (["–", "62% (50%–75%)"], ["–", "20%"])
+
+
 def test_it_works_from_a_folder_inside_the_project(finished: tuple[Project, str]) -> None:
     inside = finished[0].root / "tasks" / "core"
     environment = finished[0].environment | {"PYTHONPATH": str(finished[0].root)}

@@ -37,6 +37,8 @@ def test_every_stage_runs_and_the_policies_are_compared(tiny: tuple[Project, str
     assert {"sft", "ppo", "grpo", "dpo"} <= set(shown)
     for policy, figures in shown.items():
         assert set(figures) >= FIGURES, policy
+    assert "LLM judge" in said
+    assert shown["ppo"]["judge_n"] == 4
 
 
 def test_the_curve_has_every_kept_policy_and_best_of_n(tiny: tuple[Project, str]) -> None:

@@ -17,17 +17,20 @@ from tasks.core.paths import OFF
 from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
 from tasks.evals.judging import choose_prompts
+from tasks.evals.pairwise import Judgement
 from tasks.evaluate import evaluate
 from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
+from tests.unit.chat_server import longer, serving
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
-PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True)
+PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, judge=None)
 GENERATION = GenerationParams(max_new_tokens=7, temperature=1.3)
 REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5}, length=LengthRule(target=4, tolerance=4))
 PROMPTS = [
@@ -100,8 +103,8 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
     assert kept == [("samples", 2), ("report.html", (again / "report.html").stat().st_size)]
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == [
-        "findings.json", "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv", "plots/win_rates.csv",
-        "policies.json", "report.html", "responses.jsonl", "samples.jsonl",
+        "findings.json", "judgements.jsonl", "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv",
+        "plots/win_rates.csv", "policies.json", "report.html", "responses.jsonl", "samples.jsonl",
     ]  # fmt: skip
     for name in files:
         content = (out / name).read_bytes()
@@ -217,6 +220,41 @@ def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp
     reward = REWARD.model_copy(update={"weights": {"repetition": 1.0}})
     with pytest.raises(DataError, match=r"gold_judge is off.*only 0 of 6 held-out prompts have a right answer"):
         evaluate(PARAMS, GENERATION, reward, 0, **nobody_rated, out=tmp_path)
+
+
+def test_a_judge_of_pairs_joins_the_table(
+    world: dict[str, Path],
+    out: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """By length, of four of the six prompts; then by a judge that always says A, of whom the stage warns."""
+    assert (out / "judgements.jsonl").read_text() == ""
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    tables = {}
+    for name, say in {"longer": longer, "first": lambda _: "A"}.items():
+        with serving(say) as chat:
+            params = JudgeParams(kind="endpoint", model=name, base_url=chat.url, prompts=4)
+            judged = _run(world, tmp_path / name, params=PARAMS.model_copy(update={"judge": params}))
+        tables[name] = json.loads((judged / "policies.json").read_text())
+        said = capfd.readouterr().err
+        assert ("evaluate: warning: the judge contradicts itself" in said) == (name == "first")
+    rows = read_rows(tmp_path / "longer" / "judgements.jsonl", Judgement)
+    assert len(rows) == 3 * 4 * 2
+    responses = read_rows(out / "responses.jsonl", Judged)
+    length = {(row.policy, row.prompt_id): len(row.response.strip()) for row in responses}
+    asked = [row.prompt_id for row in responses if row.policy == "sft"][:4]
+    for policy in ("ppo", "grpo", "dpo"):
+        pairs = [(length[policy, prompt], length["sft", prompt]) for prompt in asked]
+        expected = mean((a > b) + (a == b) / 2 for a, b in pairs)
+        assert tables["longer"][policy]["win_rate_judge"] == expected
+        assert tables["first"][policy]["win_rate_judge"] == 0.5
+    metrics = json.loads((tmp_path / "first" / "metrics.json").read_text())
+    assert metrics["ppo"]["judge_first"] == 1.0
+    assert "win_rate_judge" not in metrics["sft"]
 
 
 def test_another_seed_gives_other_responses_to_the_same_prompt(world: dict[str, Path], tmp_path: Path) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from pydantic import Field
+from typing import Self
 
+from pydantic import Field, model_validator
+
+from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.section import Positive, Section
 
 __all__ = ["EvaluateParams"]
@@ -17,3 +20,10 @@ class EvaluateParams(Section):
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")
     vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
+    judge: JudgeParams | None = Field(description="A language model that compares each policy's responses with SFT's.")
+
+    @model_validator(mode="after")
+    def _has_the_judges_prompts(self) -> Self:
+        if self.judge and self.judge.prompts > self.prompts:
+            raise ValueError(f"judge.prompts is {self.judge.prompts}, but there are only {self.prompts} prompts")
+        return self

@@ -52,6 +52,16 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("sft=null", r"sft: Input should be a valid dictionary or instance of SFTParams, got None"),
         ("preferences=null", "preferences is null, but reward_model and dpo learn from pairs"),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
+        ("evaluate.judge={prompts: 209}", "judge.prompts is 209, but there are only 208 prompts"),
+        (
+            "evaluate.judge={prompts: 9, model: m}",
+            "kind 'local' is the pipeline's base model: model and base_url are for",
+        ),
+        ("evaluate.judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as http"),
+        (
+            "evaluate.judge={prompts: 9, kind: endpoint, model: m, base_url: 'https://me:secret@host/v1'}",
+            "base_url must hold no password or key",
+        ),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
     ],
 )

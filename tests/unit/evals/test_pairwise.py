@@ -1,0 +1,151 @@
+"""Questions, verdicts and what they add up to, by hand."""
+
+from collections.abc import Callable, Sequence
+
+import pytest
+
+from tasks.evals.compare import Judged, Table, compare
+from tasks.evals.pairwise import Judgement, Reply, doubts, judge_pairs, question, verdict, with_judgements
+from tests.unit.chat_server import longer, shown
+
+Make = Callable[..., Judged]
+
+
+class Judge:
+    """Answers by a rule, and remembers what it was asked."""
+
+    def __init__(self, rule: Callable[[str], str]) -> None:
+        self.who = {"kind": "rule", "model": "m", "base_url": ""}
+        self.rule, self.asked = rule, list[str]()
+
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        self.asked += questions
+        return [Reply(text=self.rule(text), model="m", tokens=7) for text in questions]
+
+
+@pytest.fixture
+def records(judged: Make) -> list[Judged]:
+    """Four prompts. Against SFT: PPO is longer, shorter, the same text, as long; GRPO writes as PPO where it counts."""
+    texts = {
+        "sft": (" xx", " xxxx", " same", " ab"),
+        "ppo": (" yyy", " yyy", " same ", " cd"),
+        "grpo": (" yyy", " xxxxx", " xxxxx", " xxxxx"),
+    }
+    return [
+        judged(policy, prompt, response=response)
+        for policy, responses in texts.items()
+        for prompt, response in zip("abcd", responses, strict=True)
+    ]
+
+
+def _row(records: list[Judged], rule: Callable[[str], str], policy: str = "ppo", prompts: int = 4) -> dict[str, float]:
+    judgements = judge_pairs(records, Judge(rule), rubric="Longer?", prompts=prompts)
+    return _with(records, judgements)[policy]
+
+
+def _with(records: list[Judged], judgements: list[Judgement]) -> Table:
+    return with_judgements(compare(records, samples=200, seed=0), judgements, samples=200, seed=0)
+
+
+def test_each_pair_is_asked_in_both_orders_and_equal_responses_are_not(records: list[Judged]) -> None:
+    judge = Judge(longer)
+    judgements = judge_pairs(records, judge, rubric="Longer?", prompts=4)
+    assert [shown(text) for text in judge.asked] == [
+        ("yyy", "xx"), ("xx", "yyy"), ("yyy", "xxxx"), ("xxxx", "yyy"), ("cd", "ab"), ("ab", "cd"),
+        # GRPO; of prompt a it wrote what PPO wrote, so that is known already
+        ("xxxxx", "xxxx"), ("xxxx", "xxxxx"), ("xxxxx", "same"), ("same", "xxxxx"), ("xxxxx", "ab"), ("ab", "xxxxx"),
+    ]  # fmt: skip
+    assert len(judgements) == 16
+    first = judgements[0]
+    assert (first.id, first.answer, first.verdict) == ("ppo/a/policy first", "A", "A")
+    assert (first.model, first.tokens, first.judge) == ("m", 7, judge.who)
+    same = next(judgement for judgement in judgements if judgement.id == "ppo/c/reference first")
+    assert (same.answer, same.verdict, same.tokens) == (None, "tie", 0)
+
+
+def test_the_question_hides_which_policy_is_which(records: list[Judged]) -> None:
+    judge = Judge(longer)
+    judge_pairs(records, judge, rubric="Longer?", prompts=4)
+    one, other = judge.asked[:2]
+    assert one.replace("yyy", "?").replace("xx", "?") == other.replace("yyy", "?").replace("xx", "?")
+    for text in judge.asked:
+        assert not {"ppo", "grpo", "sft", "policy", "reference"} & set(text.lower().replace("_", " ").split())
+        assert "Longer?" in text
+        assert "<beginning>\nprompt " in text
+
+
+def test_braces_in_a_text_are_shown_as_they_are() -> None:
+    assert "{a}" in question("{r}", "{p}", "{a}", "{b}")
+
+
+def test_a_judge_of_length_by_hand(records: list[Judged]) -> None:
+    """PPO: longer, shorter, equal, tied: (1 + 0 + ½ + ½) / 4. Its letters: A B B A, so half of them the first."""
+    row = _row(records, longer)
+    expected = {
+        "judge_n": 4, "win_rate_judge": 0.5, "judge_ties": 0.5, "judge_inconsistent": 0.0, "judge_first": 0.5,
+        "judge_unclear": 0.0,
+    }  # fmt: skip
+    assert {key: row[key] for key in expected} == expected
+    assert row["win_rate_judge_low"] < 0.5 < row["win_rate_judge_high"]
+    assert _row(records, longer, "grpo")["win_rate_judge"] == 1.0
+    first_prompt = _row(records, longer, prompts=1)
+    assert (first_prompt["judge_n"], first_prompt["win_rate_judge"], first_prompt["judge_ties"]) == (1, 1.0, 0.0)
+
+
+def test_a_judge_that_always_says_a_says_nothing(records: list[Judged]) -> None:
+    row = _row(records, lambda _: "A", "grpo")
+    assert (row["win_rate_judge"], row["win_rate_judge_low"], row["win_rate_judge_high"]) == (0.5, 0.5, 0.5)
+    assert (row["judge_ties"], row["judge_inconsistent"], row["judge_first"]) == (1.0, 1.0, 1.0)
+    assert _row(records, lambda _: "B", "grpo")["judge_first"] == 0.0
+
+
+def test_a_win_and_a_tie_contradict_each_other(records: list[Judged]) -> None:
+    """Where the longer text is second, this judge sees no difference."""
+    row = _row(records, lambda text: "A" if longer(text) == "A" else "tie", "grpo")
+    assert (row["win_rate_judge"], row["judge_inconsistent"], row["judge_first"]) == (0.5, 1.0, 1.0)
+
+
+def test_what_is_unclear_is_a_tie_and_is_counted(records: list[Judged]) -> None:
+    """Of PPO's eight judgements the two of the equal pair are not asked."""
+    row = _row(records, lambda _: "Both are fine.")
+    assert (row["win_rate_judge"], row["judge_ties"], row["judge_inconsistent"]) == (0.5, 1.0, 0.0)
+    assert (row["judge_unclear"], row["judge_first"]) == (0.75, 0.5)
+
+
+def test_the_reference_and_a_run_without_a_judge_have_no_keys_of_it(records: list[Judged]) -> None:
+    plain = compare(records, samples=200, seed=0)
+    assert _with(records, []) == plain
+    judged = _with(records, judge_pairs(records, Judge(longer), rubric="?", prompts=4))
+    assert judged["sft"] == plain["sft"]
+    assert {key: judged["ppo"][key] for key in plain["ppo"]} == plain["ppo"]
+
+
+def test_doubts_name_the_policy_and_how_bad_it_is(records: list[Judged]) -> None:
+    rule: Callable[[str], str] = lambda text: "A" if "yyy" in text else longer(text)  # noqa: E731
+    table = _with(records, judge_pairs(records, Judge(rule), rubric="?", prompts=4))
+    assert (table["ppo"]["judge_inconsistent"], table["grpo"]["judge_inconsistent"]) == (0.5, 0.25)
+    assert doubts(table) == []
+    table = _with(records, judge_pairs(records, Judge(lambda _: "A"), rubric="?", prompts=4))
+    assert [line[:60] for line in doubts(table)] == [
+        "the judge contradicts itself on 75% of ppo's pairs when the ",
+        "the judge contradicts itself on 100% of grpo's pairs when th",
+    ]
+    assert "chose the first in 100%" in doubts(table)[0]
+    table = _with(records, judge_pairs(records, Judge(lambda _: "Hm"), rubric="?", prompts=4))
+    assert ["75% were unclear" in doubts(table)[0], "100% were unclear" in doubts(table)[1]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "meant"),
+    [
+        ("A", "A"), ("b", "B"), (" A.\n", "A"), ("**B**", "B"), ("[[A]]", "A"), ("(B)", "B"), ("Response A", "A"),
+        ("The better response is B.", "B"), ("Answer: A", "A"), ("A\nBecause it is kinder than B.", "A"),
+        ("B. It likes the film.", "B"), ("A is better", "A"), ("A: 0.5312", "A"), ("response_B", "B"), ("tie", "tie"),
+        ("A tie.", "tie"), ("It is a tie", "tie"), ("Tie: both are dull", "tie"),
+        ("", "unclear"), ("A touching film", "unclear"), ("A or B", "unclear"), ("A, B", "unclear"), ("AB", "unclear"),
+        ("C", "unclear"), ("Both", "unclear"), ("I think that A is better", "unclear"), ("Better not", "unclear"),
+        ("untied", "unclear"), ("tied up", "unclear"), ("1", "unclear"),
+    ],
+)  # fmt: skip
+def test_verdicts(answer: str, meant: str) -> None:
+    assert verdict(answer) == meant
