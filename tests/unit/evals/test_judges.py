@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tokenizers.processors import TemplateProcessing
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.core.errors import ConfigError, ModelError, SourceError
@@ -178,6 +179,8 @@ TEMPLATE = "{% for message in messages %}u {{ message.content }} e{% endfor %} a
 
 def _base_model(folder: Path, letters: str = LETTERS + "AB", template: str | None = None) -> Path:
     tokenizer = letter_tokenizer(letters)
+    begin = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 1)])
+    tokenizer.backend_tokenizer.post_processor = begin  # a text begins with a token of its own; a template writes its
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder / "model")
     torch.manual_seed(0)
@@ -204,7 +207,7 @@ def test_the_local_judge_takes_the_likelier_letter(tmp_path: Path, template: str
     model = load_reference(base_model, None)
     for words, reply in zip(WORDS, replies, strict=True):
         text = (f"u {words} e a " if template else words) + LEAD + " "
-        row = [ids[letter] for letter in text.replace(" ", "Ġ") if letter in ids]
+        row = [1] * (template is None) + [ids[letter] for letter in text.replace(" ", "Ġ") if letter in ids]
         with torch.no_grad():
             a, b = model(torch.tensor([row])).logits[0, -1, [ids["A"], ids["B"]]].tolist()
         share = 1 / (1 + torch.tensor(b - a).exp().item())
