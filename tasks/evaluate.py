@@ -68,7 +68,13 @@ def evaluate(
         gc.collect()  # the policy before it holds itself in reference cycles
         answers += sampler.answers(name, load_policy(base_model, sft, folder))
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    records = judge(answers, proxy, gold_reward(prompts, base_model, gold_judge), vader=params.vader)
+    records = judge(
+        answers,
+        proxy,
+        gold_reward(prompts, base_model, gold_judge),
+        vader=params.vader,
+        answer_pattern=params.answer_pattern,
+    )
     table = compare(records, samples=params.bootstrap_samples, seed=seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
     found = find(table, {name: [_numbers(row) for row in rows] for name, rows in histories.items()})

@@ -212,6 +212,28 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     assert "<i>Learned</i>" not in html
 
 
+def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_the_last_number(
+    nobody_rated: dict[str, Path], tmp_path: Path
+) -> None:
+    """The models write letters alone: no response is `o`, but in some an o stands where the pattern looks."""
+    rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
+    write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
+    params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
+    evaluate(
+        params, GENERATION, REWARD.model_copy(update={"weights": {"answer": 2.0}}), 0, **nobody_rated, out=tmp_path
+    )
+    records = read_rows(tmp_path / "responses.jsonl", Judged)
+    first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
+    assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
+    assert "o" in first
+    shares = {
+        policy: row["accuracy_strict"] for policy, row in json.loads((tmp_path / "metrics.json").read_text()).items()
+    }
+    for policy, share in shares.items():
+        own = [vowel for record, vowel in zip(records, first, strict=True) if record.policy == policy]
+        assert share == pytest.approx(own.count("o") / 6, abs=1e-6)
+
+
 def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     reward = REWARD.model_copy(update={"weights": {"repetition": 1.0}})

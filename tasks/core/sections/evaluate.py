@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pydantic import Field
 
+from tasks.core.sections.pattern import AnswerPattern
 from tasks.core.sections.section import Positive, Section
 
 __all__ = ["EvaluateParams"]
@@ -17,3 +18,8 @@ class EvaluateParams(Section):
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")
     vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
+    answer_pattern: AnswerPattern | None = Field(
+        None,
+        description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
+        "regular expression with one group (GSM8K: `#### (\\-?[0-9\\.\\,]+)`); null: it is the whole response.",
+    )
