@@ -41,6 +41,7 @@ def evaluate(
     grpo: Path,
     dpo: Path,
     overoptimisation: Path,
+    lm_eval: Path,
     prepare: Path,
     out: Path,
 ) -> None:
@@ -87,6 +88,7 @@ def evaluate(
         histories=histories,
         points=read_table(overoptimisation / "points.csv"),
         fits=json.loads((overoptimisation / "fits.json").read_text(encoding="utf-8")),
+        benchmarks=json.loads((lm_eval / "results.json").read_text(encoding="utf-8")),
         accuracy=read_table(reward_model / "accuracy_by_margin.csv"),
         calibration=read_table(reward_model / "calibration.csv"),
         samples=params.report_samples,

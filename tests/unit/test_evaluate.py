@@ -40,11 +40,24 @@ PROMPTS = [
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every upstream folder: a letter-level tokenizer, random weights, adapters that really change the model."""
     root = tmp_path_factory.mktemp("artifacts")
-    names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "overoptimisation", "prepare")
+    names = (
+        "base_model",
+        "sft",
+        "reward_model",
+        "gold_judge",
+        "ppo",
+        "grpo",
+        "dpo",
+        "overoptimisation",
+        "lm_eval",
+        "prepare",
+    )
     folders = {name: root / name for name in names}
     folders["overoptimisation"].mkdir()
     (folders["overoptimisation"] / "points.csv").touch()
     (folders["overoptimisation"] / "fits.json").write_text("{}")
+    folders["lm_eval"].mkdir()
+    (folders["lm_eval"] / "results.json").write_text("{}")
     tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(folders["base_model"] / "model")
     torch.manual_seed(0)
@@ -107,6 +120,13 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         content = (out / name).read_bytes()
         assert content == (again / name).read_bytes(), name
         assert str(world["sft"].parent).encode() not in content, f"{name} holds a path of this machine"
+
+
+def test_benchmarks_reach_the_report(world: dict[str, Path], tmp_path: Path) -> None:
+    results = {"sft": {"held_out": {"acc": [0.5, None]}}, "ppo": {"held_out": {"acc": [0.8125, 0.1]}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    out = _run(world | {"lm_eval": tmp_path}, tmp_path / "out")
+    assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text()
 
 
 def test_what_training_found_is_a_finding(out: Path) -> None:
