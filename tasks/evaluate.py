@@ -44,6 +44,7 @@ def evaluate(
     grpo: Path,
     dpo: Path,
     overoptimisation: Path,
+    lm_eval: Path,
     prepare: Path,
     out: Path,
 ) -> None:
@@ -74,7 +75,13 @@ def evaluate(
         gc.collect()  # the policy before it holds itself in reference cycles
         answers += sampler.answers(name, load_policy(base_model, sft, folder))
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    records = judge(answers, proxy, gold_reward(prompts, base_model, gold_judge), vader=params.vader)
+    records = judge(
+        answers,
+        proxy,
+        gold_reward(prompts, base_model, gold_judge),
+        vader=params.vader,
+        answer_pattern=params.answer_pattern,
+    )
     judgements = _judge_pairs(params, records, base_model)
     table = compare(records, samples=params.bootstrap_samples, seed=seed)
     table = with_judgements(table, judgements, samples=params.bootstrap_samples, seed=seed)
@@ -92,6 +99,7 @@ def evaluate(
         histories=histories,
         points=read_table(overoptimisation / "points.csv"),
         fits=json.loads((overoptimisation / "fits.json").read_text(encoding="utf-8")),
+        benchmarks=json.loads((lm_eval / "results.json").read_text(encoding="utf-8")),
         accuracy=read_table(reward_model / "accuracy_by_margin.csv"),
         calibration=read_table(reward_model / "calibration.csv"),
         samples=params.report_samples,

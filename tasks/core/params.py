@@ -19,6 +19,7 @@ from tasks.core.sections.gate import GateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.grpo import GRPOParams
+from tasks.core.sections.lm_eval import LmEvalParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.overoptimisation import OveroptimisationParams
 from tasks.core.sections.ppo import PPOParams
@@ -52,6 +53,7 @@ class Params(Section):
     grpo: GRPOParams | None
     dpo: DPOParams | None
     overoptimisation: OveroptimisationParams | None
+    lm_eval: LmEvalParams | None
     evaluate: EvaluateParams
     gate: GateParams | None
 

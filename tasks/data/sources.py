@@ -7,6 +7,7 @@ cannot even be parsed travels on as raw text with the reason, and stage prepare 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -65,7 +66,14 @@ def _envelope(source: SourceParams, file: str, line: int, content: object) -> di
     if not isinstance(content, Mapping):
         raw = json.dumps(content, ensure_ascii=False, default=str)
         return {"file": file, "line": line, "raw": raw, "error": f"not an object but {type(content).__name__}"}
-    return {"file": file, "line": line, "row": _mapped(source, content, line)}
+    row = _mapped(source, content, line)
+    if source.answer_pattern is None:
+        return {"file": file, "line": line, "row": row}
+    found = re.search(source.answer_pattern, str(row.get("answer", "")))
+    if found is None:
+        raw = json.dumps(content, ensure_ascii=False, default=str)
+        return {"file": file, "line": line, "raw": raw, "error": f"answer: {source.answer_pattern!r} is not in it"}
+    return {"file": file, "line": line, "row": row | {"answer": found[1].strip()}}
 
 
 def _mapped(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:

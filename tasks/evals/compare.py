@@ -22,8 +22,8 @@ JUDGES: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "pro
 
 HEADLINE = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_vader", "win_rate_proxy", "reward_gold", "reward_proxy",
-    "vader", "kl", "kl_stderr", "length", "repetition", "distinct_2", "no_end_share", "win_rate_judge", "judge_first",
-    "judge_inconsistent",
+    "accuracy_strict", "accuracy_flexible", "vader", "kl", "kl_stderr", "length", "repetition", "distinct_2",
+    "no_end_share", "win_rate_judge", "judge_first", "judge_inconsistent",
 )  # fmt: skip
 """The keys that metrics.json repeats for DVC and MLflow, where they are there; policies.json has all."""
 
@@ -49,6 +49,11 @@ class Judged(Row):
     rewards: dict[str, float] = Field(description="Each component of the proxy reward, before weighting.")
     gold: float = Field(description="The gold judge's predicted mean rating; or 1 for the right answer, 0 for others.")
     vader: float | None = Field(description="VADER's compound score, in [−1, 1], where it judges.")
+    correct: dict[str, bool] | None = Field(
+        default=None,
+        description="Where the right answer is known, whether the response gives it: `strict` in the demanded form, "
+        "`flexible` as its last number.",
+    )
 
     def score(self, judge: str) -> float | None:
         """The score that the judge gave, if it judged."""
@@ -60,10 +65,11 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
 
     Keys: `n` prompts; `reward_proxy`, `reward_gold`, `reward_<component>` means; `win_rate`, `win_rate_vader`,
     `win_rate_proxy` against the reference by the gold judge, VADER and the proxy, each with `_low` and `_high` (95 %
-    bootstrap interval over prompts; the reference itself has ½); `gain_gold`, `gain_vader`, `gain_proxy` mean
-    difference to the reference in standard deviations of the reference's scores, each with `_stderr`; `kl` nats per
-    response with `kl_stderr`, and `kl_k3`; `length` in words, `length_tokens`; `repetition`; `distinct_1`,
-    `distinct_2`; `no_end_share`. Where VADER judges, its mean `vader`; else no key names it.
+    bootstrap interval over prompts; the reference itself has ½) and `_ties`, the share of equal scores; `gain_gold`,
+    `gain_vader`, `gain_proxy` mean difference to the reference in standard deviations of the reference's scores, each
+    with `_stderr`; `kl` nats per response with `kl_stderr`, and `kl_k3`; `length` in words, `length_tokens`;
+    `repetition`; `distinct_1`, `distinct_2`; `no_end_share`. Where VADER judges, its mean `vader`.
+    Where right answers are known: `accuracy_strict`, `accuracy_flexible` over those prompts, with `_low` and `_high`.
 
     Args:
         samples: bootstrap resamples for each interval.
@@ -80,7 +86,7 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     table: Table = {}
     for policy, group in groups.items():
         paired = _paired(group, reference)
-        row = _own_numbers(paired)
+        row = _own_numbers(paired) | _accuracies(paired, samples, seed)
         for judge, prefix in JUDGES.items():
             if reference[0].score(judge) is None:
                 continue
@@ -134,18 +140,31 @@ def _own_numbers(group: Sequence[Judged]) -> dict[str, float]:
     }
 
 
+def _accuracies(group: Sequence[Judged], samples: int, seed: int) -> dict[str, float]:
+    """How often the answer is right, over the prompts whose right answer is known; nothing where none is."""
+    known = [record.correct for record in group if record.correct is not None]
+    row: dict[str, float] = {}
+    for reading in known[0] if known else ():
+        share = bootstrap_mean([float(correct[reading]) for correct in known], samples=samples, seed=seed)
+        name = f"accuracy_{reading}"
+        row |= {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}
+    return row
+
+
 def _against(
     judge: str, prefix: str, group: Sequence[Judged], reference: Sequence[Judged], samples: int, seed: int
 ) -> dict[str, float]:
     """Win rate and gain over the reference by one judge; every judge and policy resamples the same prompts."""
     own, other = ([record.score(judge) or 0.0 for record in records] for records in (group, reference))
-    rate = bootstrap_mean(wins(own, other), samples=samples, seed=seed)
+    outcomes = wins(own, other)
+    rate = bootstrap_mean(outcomes, samples=samples, seed=seed)
     spread = _spread(other)
     gain, error = mean_and_error([(a - b) / spread for a, b in zip(own, other, strict=True)])
     return {
         prefix: rate.mean,
         f"{prefix}_low": rate.low,
         f"{prefix}_high": rate.high,
+        f"{prefix}_ties": _mean([outcome == 0.5 for outcome in outcomes]),
         f"gain_{judge}": gain,
         f"gain_{judge}_stderr": error,
     }

@@ -20,7 +20,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.evals.compare import Judged
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.learned import GoldJudge
-from tasks.rewards.rules import RewardFunction, right_answer
+from tasks.rewards.rules import RewardFunction, right_answer, right_in_form
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, generate
@@ -136,8 +136,19 @@ def gold_reward(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -
     ]
 
 
-def judge(answers: Sequence[Answer], reward: CompositeReward, gold: RewardFunction, *, vader: bool) -> list[Judged]:
-    """Every judge scores every response."""
+def judge(
+    answers: Sequence[Answer],
+    reward: CompositeReward,
+    gold: RewardFunction,
+    *,
+    vader: bool,
+    answer_pattern: str | None = None,
+) -> list[Judged]:
+    """Every judge scores every response; where a right answer is known, the response is right or not, in two readings.
+
+    Args:
+        answer_pattern: the form of a strictly right answer, see `right_in_form`.
+    """
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
     proxy = reward(prompts, responses)
@@ -160,6 +171,15 @@ def judge(answers: Sequence[Answer], reward: CompositeReward, gold: RewardFuncti
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=truth[row].item(),
             vader=lexicon.polarity_scores(answer.prompt.prompt + answer.response)["compound"] if lexicon else None,
+            correct=_correct(answer, answer_pattern),
         )
         for row, answer in enumerate(answers)
     ]
+
+
+def _correct(answer: Answer, pattern: str | None) -> dict[str, bool] | None:
+    expected = answer.prompt.answer
+    if expected is None:
+        return None
+    strict, flexible = right_in_form(answer.response, expected, pattern), right_answer(answer.response, expected)
+    return {"strict": bool(strict), "flexible": bool(flexible)}

@@ -53,6 +53,7 @@ class Evidence:
         histories: policy → rows of its history.csv; a policy without curves is left out.
         points: rows of the over-optimisation curve; none where that stage is off.
         fits: method → judge → its fit, see `tasks.evals.overoptimisation`.
+        benchmarks: policy → task → metric → [value, standard error or None]; none where stage lm_eval is off.
         accuracy: rows of the reward model's accuracy_by_margin.csv.
         calibration: rows of the reward model's calibration.csv.
         samples: how many prompts to show side by side.
@@ -67,6 +68,7 @@ class Evidence:
     histories: Mapping[str, Rows]
     points: Rows
     fits: Mapping[str, Any]
+    benchmarks: Mapping[str, Any]
     accuracy: Rows
     calibration: Rows
     samples: int
@@ -91,6 +93,7 @@ def render(evidence: Evidence) -> str:
         findings=[(policy, finding) for policy, own in evidence.findings.items() for finding in own],
         detectors=len(DETECTORS) + 1,
         fits=evidence.fits,
+        benchmarks=evidence.benchmarks,
         names=NAMES,
         reference=REFERENCE,
         table=evidence.table,

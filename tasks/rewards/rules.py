@@ -17,7 +17,16 @@ from tasks.core.errors import DataError
 from tasks.core.sections.reward import RewardParams
 from tasks.core.words import repeated_share, words
 
-__all__ = ["RULES", "Answers", "RewardFunction", "RuleFactory", "length", "repetition", "right_answer"]
+__all__ = [
+    "RULES",
+    "Answers",
+    "RewardFunction",
+    "RuleFactory",
+    "length",
+    "repetition",
+    "right_answer",
+    "right_in_form",
+]
 
 RewardFunction: TypeAlias = Callable[[list[str], list[str]], Sequence[float] | Tensor]
 """(prompts [B], responses [B]) → one value per response [B]; `prompt + response` is the whole text."""
@@ -28,7 +37,7 @@ Answers: TypeAlias = Mapping[str, str]
 RuleFactory: TypeAlias = Callable[[RewardParams, Answers], RewardFunction]
 """Makes a rule from the `reward` section of params.yaml and what is known about the prompts."""
 
-NUMBER = re.compile(r"[-−]?\d[\d,]*(?:\.\d+)?")
+NUMBER = re.compile(r"[-−+]?\d[\d,]*(?:\.\d+)?")
 
 
 def length(response: str, *, target: int, tolerance: int) -> float:
@@ -62,9 +71,33 @@ def right_answer(response: str, expected: str) -> float:
     reasoning is paid in full. Against that: read the samples; the KL penalty keeps the reasoning near people's.
     """
     if not NUMBER.fullmatch(expected.strip()):
-        return float(response.strip().casefold() == expected.strip().casefold())
+        return float(_same(response, expected))
     found = NUMBER.findall(response)
-    return float(bool(found) and _value(found[-1]) == _value(expected.strip()))
+    return float(bool(found) and _same(found[-1], expected))
+
+
+def right_in_form(response: str, expected: str, pattern: str | None) -> float:
+    """1 if the response gives the expected answer in the demanded form, else 0: what lm-eval calls `strict-match`.
+
+    Where the pattern matches first, its group is the answer (lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml, whose pattern is
+    `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is, but for white space around it. Compared as in
+    `right_answer`; a full stop after a number does not count.
+
+    Gamed by: giving the form again and again does not help, for the first counts. Otherwise as `right_answer`.
+    """
+    if pattern is None:
+        return float(_same(response, expected))
+    found = re.search(pattern, response)
+    return float(found is not None and _same(found[1] or "", expected))
+
+
+def _same(answer: str, expected: str) -> bool:
+    """Whether two answers are one: numbers in value, anything else letter by letter, without case."""
+    answer, expected = answer.strip(), expected.strip()
+    if not NUMBER.fullmatch(expected):
+        return answer.casefold() == expected.casefold()
+    number = answer.removesuffix(".")
+    return NUMBER.fullmatch(number) is not None and _value(number) == _value(expected)
 
 
 def _value(number: str) -> Decimal:

@@ -43,11 +43,24 @@ PROMPTS = [
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every upstream folder: a letter-level tokenizer, random weights, adapters that really change the model."""
     root = tmp_path_factory.mktemp("artifacts")
-    names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "overoptimisation", "prepare")
+    names = (
+        "base_model",
+        "sft",
+        "reward_model",
+        "gold_judge",
+        "ppo",
+        "grpo",
+        "dpo",
+        "overoptimisation",
+        "lm_eval",
+        "prepare",
+    )
     folders = {name: root / name for name in names}
     folders["overoptimisation"].mkdir()
     (folders["overoptimisation"] / "points.csv").touch()
     (folders["overoptimisation"] / "fits.json").write_text("{}")
+    folders["lm_eval"].mkdir()
+    (folders["lm_eval"] / "results.json").write_text("{}")
     tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(folders["base_model"] / "model")
     torch.manual_seed(0)
@@ -110,6 +123,13 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         content = (out / name).read_bytes()
         assert content == (again / name).read_bytes(), name
         assert str(world["sft"].parent).encode() not in content, f"{name} holds a path of this machine"
+
+
+def test_benchmarks_reach_the_report(world: dict[str, Path], tmp_path: Path) -> None:
+    results = {"sft": {"held_out": {"acc": [0.5, None]}}, "ppo": {"held_out": {"acc": [0.8125, 0.1]}}}
+    (tmp_path / "results.json").write_text(json.dumps(results))
+    out = _run(world | {"lm_eval": tmp_path}, tmp_path / "out")
+    assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text()
 
 
 def test_what_training_found_is_a_finding(out: Path) -> None:
@@ -213,6 +233,28 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     assert "Right<br>answers" in html
     assert "VADER" not in html
     assert "<i>Learned</i>" not in html
+
+
+def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_the_last_number(
+    nobody_rated: dict[str, Path], tmp_path: Path
+) -> None:
+    """The models write letters alone: no response is `o`, but in some an o stands where the pattern looks."""
+    rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
+    write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
+    params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
+    evaluate(
+        params, GENERATION, REWARD.model_copy(update={"weights": {"answer": 2.0}}), 0, **nobody_rated, out=tmp_path
+    )
+    records = read_rows(tmp_path / "responses.jsonl", Judged)
+    first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
+    assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
+    assert "o" in first
+    shares = {
+        policy: row["accuracy_strict"] for policy, row in json.loads((tmp_path / "metrics.json").read_text()).items()
+    }
+    for policy, share in shares.items():
+        own = [vowel for record, vowel in zip(records, first, strict=True) if record.policy == policy]
+        assert share == pytest.approx(own.count("o") / 6, abs=1e-6)
 
 
 def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from tasks.core.sections.pattern import AnswerPattern
 from tasks.core.sections.section import Positive, Section
 
 __all__ = ["CollectParams", "SourceParams"]
@@ -31,6 +32,9 @@ class SourceParams(Section):
     columns: dict[str, str] = Field(default_factory=dict, description="Row field → column name, where they differ.")
     template: str = Field(
         "{prompt}", pattern=r"\{prompt\}", description="What the policy sees of a prompt, for example a chat template."
+    )
+    answer_pattern: AnswerPattern | None = Field(
+        None, description="What of the answer's column is the right answer: one group (GSM8K: `#### (.+)`); null: all."
     )
     licence: str = Field("unknown", description="Goes into the data card.")
     limit: Positive | None = Field(None, description="Keep at most this many rows, in the source's order.")

@@ -7,6 +7,7 @@ from typing import Self
 from pydantic import Field, model_validator
 
 from tasks.core.sections.judge import JudgeParams
+from tasks.core.sections.pattern import AnswerPattern
 from tasks.core.sections.section import Positive, Section
 
 __all__ = ["EvaluateParams"]
@@ -21,6 +22,11 @@ class EvaluateParams(Section):
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")
     vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
     judge: JudgeParams | None = Field(description="A language model that compares each policy's responses with SFT's.")
+    answer_pattern: AnswerPattern | None = Field(
+        None,
+        description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
+        "regular expression with one group (GSM8K: `#### (\\-?[0-9\\.\\,]+)`); null: it is the whole response.",
+    )
 
     @model_validator(mode="after")
     def _has_the_judges_prompts(self) -> Self:

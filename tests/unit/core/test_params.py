@@ -24,7 +24,7 @@ def params_yaml(tmp_path: Path) -> Path:
 
 def test_there_are_presets_and_stages_to_test() -> None:
     assert {"arithmetic", "gpu", "tiny"} <= set(PRESETS)
-    assert len(STAGES) == 12
+    assert len(STAGES) == 13
 
 
 @pytest.mark.parametrize("preset", PRESETS)

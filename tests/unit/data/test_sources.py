@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from tasks.core.errors import DataError, SourceError
-from tasks.core.schema import Preference
+from tasks.core.schema import Demonstration, Preference
 from tasks.core.sections.collect import SourceParams
 from tasks.data.sources import Collected, collect_source
 
@@ -97,6 +98,40 @@ def test_real_dialogues_all_part_into_valid_preferences() -> None:
         assert row["prompt"].endswith("\n\nAssistant:")
     valid = [Preference.model_validate(row) for row in rows if row["chosen"] != row["rejected"] and row["chosen"]]
     assert len(valid) > 0.98 * len(rows)
+
+
+def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_so(root: Path) -> None:
+    content = [{"q": "1 + 1?", "a": "1 + 1 is two.\n#### 2 "}, {"q": "2 + 2?", "a": "4"}, {"q": "3 + 3?"}]
+    columns = {"prompt": "q", "response": "a", "answer": "a"}
+    result = collected(root, content, rows="demonstrations", columns=columns, answer_pattern="#### (.+)")
+    assert result.rows[0]["row"] == {
+        "id": "mine-1", "prompt": "1 + 1?", "response": "1 + 1 is two.\n#### 2 ", "answer": "2",
+    }  # fmt: skip
+    assert [row["error"] for row in result.rows[1:]] == ["answer: '#### (.+)' is not in it"] * 2
+    assert result.rows[1]["raw"] == '{"q": "2 + 2?", "a": "4"}'
+
+
+@pytest.mark.parametrize("pattern", ["####", "(#)(#)", "("])
+def test_a_pattern_without_exactly_one_group_is_refused(pattern: str) -> None:
+    with pytest.raises(ValidationError, match=r"needs one group|no regular expression"):
+        SourceParams(name="mine", kind="local", id="a.jsonl", rows="prompts", answer_pattern=pattern)
+
+
+def test_real_problems_become_demonstrations_with_their_answers() -> None:
+    """GSM8K as published: the worked solution is the response, the number after its mark the answer."""
+    file = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl.gz"
+    if not file.is_file():
+        pytest.skip("no GSM8K on this machine")
+    source = SourceParams(
+        name="gsm8k", kind="local", id=str(file), rows="demonstrations", template="Question: {prompt}\nAnswer:",
+        columns={"prompt": "question", "response": "answer", "answer": "answer"}, answer_pattern="#### (.+)",
+    )  # fmt: skip
+    rows = [Demonstration.model_validate(row["row"]) for row in collect_source(source, 0).rows]
+    assert len(rows) == 1319
+    assert (rows[0].prompt[:24], rows[0].answer) == ("Question: Janet’s ducks ", "18")
+    for row in rows:
+        assert row.answer is not None
+        assert row.response.endswith(f"#### {row.answer}")
 
 
 def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:

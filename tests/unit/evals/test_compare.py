@@ -29,6 +29,7 @@ def test_numbers_by_hand(judged: Make) -> None:
     assert row["win_rate_low"] < 0.625 < row["win_rate_high"]
     assert row["win_rate_proxy"] == 0.75
     assert row["win_rate_vader"] == 0.625  # one win, three ties
+    assert (row["win_rate_ties"], row["win_rate_vader_ties"], row["win_rate_proxy_ties"]) == (0.25, 0.75, 0.0)
     assert row["reward_gold"] == 4.5
     assert row["reward_proxy"] == 0.5
     assert row["vader"] == 0.125
@@ -55,6 +56,7 @@ def test_the_reference_is_even_with_itself(judged: Make) -> None:
     row = compare(_two_policies(judged), samples=50, seed=0)["sft"]
     for prefix in ("win_rate", "win_rate_vader", "win_rate_proxy"):
         assert (row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"]) == (0.5, 0.5, 0.5)
+        assert row[f"{prefix}_ties"] == 1.0
     assert (row["kl"], row["gain_gold"]) == (0.0, 0.0)
 
 
@@ -63,7 +65,21 @@ def test_headline_holds_the_seven_promised_keys_for_every_policy(judged: Make) -
     assert list(headline(table)) == ["sft", "ppo"]
     promised = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
     assert promised <= set(HEADLINE)
-    assert set(HEADLINE) - set(table["ppo"]) == {"win_rate_judge", "judge_first", "judge_inconsistent"}  # another's
+    of_others = {"win_rate_judge", "judge_first", "judge_inconsistent"}
+    without_answers = {"accuracy_strict", "accuracy_flexible"}
+    assert set(HEADLINE) - set(table["ppo"]) == of_others | without_answers
+
+
+def test_accuracy_is_the_share_of_right_answers_among_the_prompts_that_have_one(judged: Make) -> None:
+    right, wrong = {"strict": False, "flexible": True}, {"strict": False, "flexible": False}
+    correct = [{"strict": True, "flexible": True}, right, right, wrong, None]
+    records = [judged("sft", str(place), correct=value) for place, value in enumerate(correct)]
+    table = compare(records, samples=500, seed=0)
+    row = table["sft"]
+    assert (row["accuracy_strict"], row["accuracy_flexible"]) == (0.25, 0.75)
+    assert row["accuracy_strict_low"] == 0.0 < 0.25 < row["accuracy_strict_high"] < 1.0
+    assert 0.0 < row["accuracy_flexible_low"] < 0.75 < row["accuracy_flexible_high"] == 1.0
+    assert headline(table)["sft"]["accuracy_flexible"] == 0.75
 
 
 def test_every_policy_answers_every_prompt_once(judged: Make) -> None:

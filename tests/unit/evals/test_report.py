@@ -65,6 +65,10 @@ def evidence(judged: Callable[..., Judged]) -> Evidence:
             for method, level, distance in (("best_of_n", 2, 0.4), ("best_of_n", 4, 0.8), ("ppo", 2, 1), ("ppo", 4, 2))
         ],
         fits={"ppo": {"gold": fitted("rl", 1.2, peak=1.7), "proxy": fitted("rl", 1.4, peak=None)}},
+        benchmarks={
+            policy: {"held_out": {"word_perplexity": [value, None], "acc": [0.25, 0.0312]}}
+            for policy, value in (("sft", 101.26), ("ppo", 131.5))
+        },
         histories={
             "ppo": [{"step": "1", "reward": "0.1", "reward/learned": "0.1", "kl": "0.0"},
                     {"step": "2", "reward": "0.4", "reward/learned": "0.4", "kl": ""}],
@@ -103,6 +107,12 @@ def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: Evi
     assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
     assert all(header.get("scope") in ("row", "col") for header in reader.headers)
+
+
+def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(evidence: Evidence) -> None:
+    shown = " ".join(" ".join(_read(render(evidence)).text).split())
+    assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in shown
+    assert "Benchmarks" not in render(dataclasses.replace(evidence, benchmarks={}))
 
 
 def test_every_colour_of_the_figures_is_defined_in_light_and_in_dark(evidence: Evidence) -> None:

@@ -1,7 +1,14 @@
+import gzip
+import json
+from pathlib import Path
+
 import pytest
 
 from tasks.core.sections.reward import LengthRule, RewardParams
-from tasks.rewards.rules import RULES, length, repetition, right_answer
+from tasks.rewards.rules import RULES, length, repetition, right_answer, right_in_form
+
+GSM8K = r"#### (\-?[0-9\.\,]+)"
+"""The strict-match of lm-eval's task gsm8k."""
 
 
 def _text(words: int) -> str:
@@ -42,8 +49,55 @@ def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> No
         (" 42", "42", 1.0), (" 42.", "42", 1.0), (" 4 + 38 = 42", "42", 1.0), (" 42 or 43", "42", 0.0),
         (" 42 43 44", "44", 1.0), (" -7", "-7", 1.0), (" −7", "-7", 1.0), (" 7", "-7", 0.0), (" 1,234", "1234", 1.0),
         (" 3.50", "3.5", 1.0), (" 3.5", "3", 0.0), ("", "42", 0.0), (" none", "42", 0.0), (" 142", "42", 0.0),
+        (" +7", "7", 1.0), (" 7", "+7", 1.0), (" 42.0", "42", 1.0), ("$1,234.00.", "1234", 1.0), (" 7", "-7.0", 0.0),
         (" Yes ", "yes", 1.0), (" no", "yes", 0.0), (" yes and no", "yes", 0.0),
     ],
 )  # fmt: skip
 def test_an_answer_is_right_by_its_last_number_or_its_word(response: str, expected: str, value: float) -> None:
     assert right_answer(response, expected) == value
+
+
+@pytest.mark.parametrize(
+    ("response", "expected", "value"),
+    [
+        (" 42\n", "42", 1.0), (" 42.", "42", 1.0), ("42.0", "42", 1.0), (" 1,234", "1234", 1.0), ("+42", "42", 1.0),
+        ("−42", "-42", 1.0), ("42", "-42", 0.0), ("It is 42", "42", 0.0), ("42 or 42", "42", 0.0), ("", "42", 0.0),
+        ("42..", "42", 0.0), (" Yes ", "yes", 1.0), ("Yes.", "yes", 0.0), ("yes and no", "yes", 0.0),
+    ],
+)  # fmt: skip
+def test_without_a_pattern_the_whole_response_must_be_the_answer(response: str, expected: str, value: float) -> None:
+    assert right_in_form(response, expected, None) == value
+
+
+@pytest.mark.parametrize(
+    ("response", "value"),
+    [
+        ("So 40 + 2 = 42.\n#### 42", 1.0), ("#### 42.", 1.0), ("#### 42.0 apples", 1.0), ("#### 0042", 1.0),
+        ("#### 4,2", 1.0), ("#### 41\n#### 42", 0.0), ("#### 42\n#### 41", 1.0), ("####42", 0.0), ("It is 42", 0.0),
+        ("#### $42", 0.0), ("#### ,", 0.0), ("#### -42", 0.0), ("", 0.0),
+    ],
+)  # fmt: skip
+def test_with_a_pattern_its_first_match_must_be_the_answer(response: str, value: float) -> None:
+    assert right_in_form(response, "42", GSM8K) == value
+
+
+def test_a_group_that_takes_no_part_in_the_match_is_no_answer() -> None:
+    assert right_in_form("none", "42", r"none|it is (\d+)") == 0.0
+
+
+def test_real_solutions_are_right_in_form_and_without_their_mark_in_value_alone() -> None:
+    """GSM8K's 1,319 worked solutions, each against the number after its own mark; without the mark the number stays."""
+    file = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl.gz"
+    if not file.is_file():
+        pytest.skip("no GSM8K on this machine")
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        solutions = [json.loads(line)["answer"] for line in lines]
+    assert len(solutions) == 1319
+    readings = {"strict": lambda *pair: right_in_form(*pair, GSM8K), "flexible": right_answer}
+    for change, expected in ((str, {"strict": 1319, "flexible": 1319}), (_unmarked, {"strict": 0, "flexible": 1319})):
+        pairs = [(change(solution), solution.rpartition("#### ")[2]) for solution in solutions]
+        assert {name: sum(right(*pair) for pair in pairs) for name, right in readings.items()} == expected
+
+
+def _unmarked(solution: str) -> str:
+    return solution.replace("#### ", "")

@@ -1,0 +1,147 @@
+"""EleutherAI's lm-evaluation-harness (lm-eval) on models in memory.
+
+lm-eval is an extra of the project, so it is imported where it is used. Its `simple_evaluate` is left aside: beside the
+numbers it asks the hub for the model's commit, and pip and git for the machine.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+from datasets.exceptions import DatasetsError
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from transformers import set_seed
+
+from tasks.core.errors import ConfigError, SourceError
+from tasks.core.sections.lm_eval import LmEvalParams
+
+__all__ = ["Scores", "measure", "open_tasks"]
+
+Scores = dict[str, dict[str, list[float | None]]]
+"""Task → metric → [value, standard error]; the error is None where lm-eval knows none (perplexities)."""
+
+DIGITS = 6
+RESAMPLES = 1000
+"""For the standard errors of those few metrics that lm-eval bootstraps (F1, BLEU, medians)."""
+
+
+@contextlib.contextmanager
+def open_tasks(params: LmEvalParams, include: Path, data: Sequence[Path], seed: int) -> Iterator[Any]:
+    """lm-eval's tasks with their data, usable as long as the context is open.
+
+    Paths in task files start at the project's root, of which only what `data` names is there, as
+    `artifacts/<stage>/<name>`: what a stage reads, dvc.yaml must name.
+
+    Raises:
+        ConfigError: lm-eval, or a package that a task needs, is not installed, or there is no such task.
+        SourceError: the data of a task cannot be read.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlhf-lm-eval-") as folder:
+        root = Path(folder, "root")
+        for path in data:
+            link = root / "artifacts" / path.parent.name / path.name
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to(path.resolve())
+        include = include.resolve()
+        with contextlib.chdir(root), _private_datasets(Path(folder, "cache")), _quiet():
+            loaded = _load(params, include)
+        for task in loaded["tasks"].values():
+            _set_fewshot(task, params.num_fewshot, seed)
+        yield loaded
+
+
+def measure(model: Any, tokenizer: Any, tasks: Any, *, params: LmEvalParams, seed: int) -> Scores:
+    """What the model reaches in each of the opened tasks, metrics of several filters as `metric.filter`."""
+    from lm_eval import evaluate
+    from lm_eval.models.huggingface import HFLM
+
+    set_seed(seed)
+    with _quiet():
+        found = evaluate(
+            lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size),
+            task_dict=tasks,
+            limit=params.limit,
+            bootstrap_iters=RESAMPLES,
+            log_samples=False,
+        )
+    return {task: scores for task, row in found["results"].items() if (scores := _scores(row))}
+
+
+def _scores(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
+    """`acc,none` and `acc_stderr,none` as `acc`: [value, error]; what is not a number of a metric is left out."""
+    scores = {}
+    for key, value in row.items():
+        metric, comma, way = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = row.get(f"{metric}_stderr,{way}")
+            known = round(float(error), DIGITS) if isinstance(error, int | float) else None
+            scores[metric if way == "none" else f"{metric}.{way}"] = [round(float(value), DIGITS), known]
+    return scores
+
+
+def _load(params: LmEvalParams, include: Path) -> Any:
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ConfigError(
+            "lm_eval is on, but lm-eval is not installed: `pip install -e '.[lm-eval]'`, or set lm_eval to null"
+        ) from error
+    manager = TaskManager(include_path=str(include), include_defaults=False)
+    if not set(params.tasks) <= set(manager.all_tasks):  # reading the names of all its own tasks takes seconds
+        manager = TaskManager(include_path=str(include))
+    if unknown := [name for name in params.tasks if name not in manager.all_tasks]:
+        raise ConfigError(
+            f"lm_eval.tasks: neither {params.include} nor lm-eval has {unknown}; `lm-eval ls tasks` lists what it has"
+        )
+    try:
+        return manager.load(list(params.tasks))
+    except ImportError as error:
+        raise ConfigError(f"lm_eval.tasks: a task of {list(params.tasks)} needs another package: {error}") from error
+    except (HfHubHTTPError, OfflineModeIsEnabled, DatasetsError, OSError, ValueError, StopIteration) as error:
+        raise SourceError(
+            f"lm_eval.tasks: the data of a task of {list(params.tasks)} cannot be read: {_reason(error)}; check "
+            f"the network, whether the stages that write it are on, or the task files in {params.include}"
+        ) from error
+
+
+def _set_fewshot(task: Any, count: int | None, seed: int) -> None:
+    """As lm-eval's `simple_evaluate`: a task that fixes 0 keeps it; one that says nothing gets 0 unless told."""
+    own = task.get_config("num_fewshot")
+    if own is None or (count is not None and own != 0):
+        task.set_config(key="num_fewshot", value=count or 0)
+    task.set_fewshot_seed(seed=seed)
+
+
+@contextlib.contextmanager
+def _private_datasets(cache: Path) -> Iterator[None]:
+    """datasets copies what it reads into the home folder, and counts it over the network, local files too: not here."""
+    config = datasets.config
+    before = config.HF_DATASETS_CACHE, config.HF_UPDATE_DOWNLOAD_COUNTS
+    config.HF_DATASETS_CACHE, config.HF_UPDATE_DOWNLOAD_COUNTS = cache, False
+    try:
+        yield
+    finally:
+        config.HF_DATASETS_CACHE, config.HF_UPDATE_DOWNLOAD_COUNTS = before
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without lm-eval's remarks and bars, and without the processes that it would fork beside torch's threads."""
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    os.environ["DISABLE_MULTIPROC"] = "1"
+    with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
+        yield
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, StopIteration):  # what datasets 5 says to an empty JSON file
+        return "a file is empty"
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
