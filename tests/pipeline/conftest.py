@@ -490,7 +490,7 @@ def wait_for_state(project: Project, run: UUID | str, name: str) -> str:
 def tiny(
     tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], open_project: Callable[..., Project]
 ) -> tuple[Project, str]:
-    """The project after `rlhf run --preset tiny`, which also wrote down what each stage opened."""
+    """The project after `rlhf run --preset tiny` with lm-eval on, which also wrote down what each stage opened."""
     root = tmp_path_factory.mktemp("tiny") / "project"
     watch = tmp_path_factory.mktemp("watch")
     (watch / "sitecustomize.py").write_text(WATCH)
@@ -505,5 +505,6 @@ def tiny(
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
     watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
     project = open_project(root, watched)
-    said = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny")
+    benchmarks = "lm_eval={tasks: [held_out_perplexity, held_out_preferences], batch_size: 8}"
+    said = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny", "-S", benchmarks)
     return open_project(root, environment), said + (watch / "opened").read_text()

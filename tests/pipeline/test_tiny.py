@@ -54,6 +54,18 @@ def test_the_curve_has_every_kept_policy_and_best_of_n(tiny: tuple[Project, str]
     assert last == (folder / "ppo" / "adapter" / "adapter_model.safetensors").read_bytes()
 
 
+def test_benchmarks_of_every_policy_stand_in_the_report(tiny: tuple[Project, str]) -> None:
+    folder = tiny[0].root / "artifacts"
+    results = json.loads((folder / "lm_eval" / "results.json").read_text())
+    assert list(results) == ["sft", "ppo", "grpo", "dpo"]
+    for own in results.values():
+        assert {task: list(row) for task, row in own.items()} == {
+            "held_out_perplexity": ["word_perplexity", "byte_perplexity", "bits_per_byte"],
+            "held_out_preferences": ["acc", "acc_norm"],
+        }
+    assert "held_out_perplexity" in (folder / "evaluate" / "report.html").read_text()
+
+
 def test_again_everything_is_cached(tiny: tuple[Project, str]) -> None:
     assert lines(tiny[0].rlhf("run")) == dict.fromkeys(STAGES, "cached")
     assert "up to date" in tiny[0].dvc("status")
