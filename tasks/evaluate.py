@@ -20,7 +20,8 @@ from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
 from tasks.evals.findings import find, plain
 from tasks.evals.judging import Sampler, choose_prompts, gold_reward, judge
-from tasks.evals.report import Evidence, read_table, render
+from tasks.evals.lineage import ingredients
+from tasks.evals.report import Evidence, as_json, read_table, render
 from tasks.evals.text import length_counts, word_count
 from tasks.rewards.composition import load_reward
 
@@ -42,6 +43,7 @@ def evaluate(
     dpo: Path,
     overoptimisation: Path,
     prepare: Path,
+    collect: Path,
     out: Path,
 ) -> None:
     """Compare SFT and those of PPO, GRPO and DPO that are on, on held-out prompts.
@@ -50,7 +52,7 @@ def evaluate(
     writes one response per prompt, all with the same random numbers. Writes responses.jsonl (every response with every
     score), policies.json (policy → numbers, see `tasks.evals.compare`), metrics.json (the headline of it),
     findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
-    plots/*.csv and report.html. All of it follows from the inputs alone: no
+    plots/*.csv, report.html and the same as report.json. All of it follows from the inputs alone: no
     time, no path.
 
     Raises:
@@ -86,6 +88,7 @@ def evaluate(
         samples=params.report_samples,
         weights=reward.weights,
         rated=not is_off(gold_judge),
+        made_from=ingredients(base_model, collect),
         provenance=_provenance(
             seed,
             (params, generation, reward),
@@ -94,6 +97,7 @@ def evaluate(
         ),
     )
     (out / "report.html").write_text(render(evidence), encoding="utf-8", newline="\n")
+    write_json(out / "report.json", as_json(evidence))
     tracking.log_file(out / "report.html")
 
 
