@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.evals.compare import JUDGES, REFERENCE, Judged, spread
+from tasks.evals.compare import DIGITS, JUDGES, REFERENCE, Judged, spread
 from tasks.evals.statistics import TIE
 
 __all__ = ["EXAMPLES", "Example", "Examples", "choose", "plain"]
@@ -91,7 +91,7 @@ def _top(
 
 def _plain(example: Example) -> dict[str, Any]:
     sides = {record.policy: _response(record) for record in (example.reference, example.own)}
-    return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "by": example.by} | sides
+    return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "by": round(example.by, DIGITS)} | sides
 
 
 def _response(record: Judged) -> dict[str, Any]:

@@ -48,7 +48,7 @@ JUDGE_MARKERS = {"gold": "o", "judge": "^", "vader": "s", "proxy": "D"}
 FITTED = {"proxy": "--", "gold": "-"}
 """The judges of the over-optimisation curve, and how the line of each is drawn."""
 
-LABEL = 0.17
+LABEL = 0.12
 """Share of the width that a policy's name and the gap beside it take."""
 
 SIZE = (4.6, 3.2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -52,11 +53,11 @@ def _turn(method: str, fit: Mapping[str, Any], reach: float) -> str:
 def _rising(methods: Sequence[tuple[str, float]]) -> list[str]:
     if not methods:
         return []
-    share = percent(max(share for _, share in methods))
+    most = max(share for _, share in methods)
+    share = f"at most {math.ceil(100 * most)}%" if most else "none"
     return [
         f"No turning point within what was measured: by the gold judge's fitted curves, more reward was still better "
-        f"at the farthest √KL of {listed([name for name, _ in methods])}; {'' if share == '0' else 'at most '}{share}% "
-        "of resamples peak before."
+        f"at the farthest √KL of {listed([name for name, _ in methods])}; {share} of the resamples peak before."
     ]
 
 
