@@ -23,7 +23,7 @@ class Column:
         key: of the table.
         heading: its lines.
         show: the number as text.
-        meaning: for readers who do not know it; "" where an earlier column has told.
+        meaning: for readers who do not know it; "" where an earlier column or the judge's own entry has told.
         small: what stands below the number, given the row and the key.
     """
 
@@ -79,8 +79,8 @@ COLUMNS = (
         "reward_gold", ("Gold", "rating"), signed,
         "The gold judge's score: the average rating it expects, on the scale on which people rated.",
     ),
-    Column("vader", ("VADER",), signed, "The mean of VADER's scores, from −1 to +1."),
-    Column("reward_proxy", ("Proxy", "reward"), signed, "What PPO and GRPO maximise, without the KL penalty."),
+    Column("vader", ("VADER",), signed),
+    Column("reward_proxy", ("Proxy", "reward"), signed),
     Column(
         "kl", ("KL to SFT,", "nats"), lambda value: f"{value:z.2f}",
         "How far the policy moved from SFT: the average of log(probability under the policy ÷ probability under SFT) "
