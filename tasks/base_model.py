@@ -48,7 +48,8 @@ def base_model(params: BaseModelParams, seed: int, *, out: Path) -> None:
     _save(model, tokenizer, folder)
     parameters = sum(weight.numel() for weight in model.parameters())
     counts = {"parameters": parameters, "vocabulary": len(tokenizer), "layers": model.config.num_hidden_layers}
-    write_json(out / "card.json", {"kind": params.kind, **origin, "tokens": _tokens(tokenizer), **counts})
+    facts = {"licence": params.licence, "tokens": _tokens(tokenizer)}
+    write_json(out / "card.json", {"kind": params.kind, **origin, **facts, **counts})
 
 
 def _set_padding(model: Any, tokenizer: Any, pad_token: str) -> None:

@@ -22,8 +22,9 @@ from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headl
 from tasks.evals.findings import find, plain
 from tasks.evals.judges import load_judge
 from tasks.evals.judging import Sampler, choose_prompts, gold_reward, judge
+from tasks.evals.lineage import ingredients
 from tasks.evals.pairwise import Judgement, doubts, judge_pairs, with_judgements
-from tasks.evals.report import Evidence, read_table, render
+from tasks.evals.report import Evidence, as_json, read_table, render
 from tasks.evals.text import length_counts, word_count
 from tasks.rewards.composition import load_reward
 
@@ -46,6 +47,7 @@ def evaluate(
     overoptimisation: Path,
     lm_eval: Path,
     prepare: Path,
+    collect: Path,
     out: Path,
 ) -> None:
     """Compare SFT and those of PPO, GRPO and DPO that are on, on held-out prompts.
@@ -55,8 +57,8 @@ def evaluate(
     score), judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy →
     numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
     findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
-    plots/*.csv and report.html. All of it follows from the inputs, and from what an endpoint answers, alone: no time,
-    no path.
+    plots/*.csv, report.html and the same as report.json. All of it follows from the inputs, and from what an endpoint
+    answers, alone: no time, no path.
 
     Raises:
         ConfigError: the judge of pairs would cost more than its budget.
@@ -105,6 +107,7 @@ def evaluate(
         samples=params.report_samples,
         weights=reward.weights,
         rated=not is_off(gold_judge),
+        made_from=ingredients(base_model, collect),
         provenance=_provenance(
             seed,
             (params, generation, reward),
@@ -113,6 +116,7 @@ def evaluate(
         ),
     )
     (out / "report.html").write_text(render(evidence), encoding="utf-8", newline="\n")
+    write_json(out / "report.json", as_json(evidence))
     tracking.log_file(out / "report.html")
 
 

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
 from tasks.core.exporting import Exported
 from tasks.core.origin import Origin
 from tasks.core.registry import Version
-from tasks.evals.compare import REFERENCE, judges_of
+from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
+from tasks.evals.templates import template
 from tasks.evals.verdict import NAMES
 
 __all__ = ["Card", "render"]
@@ -29,8 +27,6 @@ METHODS = {
     "dpo": ("DPO on pairs of responses", ("preferences",)),
 }
 """How a policy is trained, and the sections of params.yaml that count beside its own, those of SFT and `lora`."""
-
-JUDGE_NAMES = {"gold": "gold judge", "vader": "VADER", "proxy": "proxy reward"}
 
 
 @dataclass(frozen=True)
@@ -49,18 +45,9 @@ class Card:
 
 def render(card: Card) -> str:
     """The text of README.md, with front matter as the Hugging Face hub reads it."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=False,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"cell": _cell}
     origin, policy = card.origin, card.version.policy
     method, sections = METHODS[policy]
-    return environment.get_template("card.md.j2").render(
+    return template("card.md.j2", {"cell": _cell}, autoescape=False).render(
         card=card,
         version=card.version,
         origin=origin,
@@ -70,7 +57,7 @@ def render(card: Card) -> str:
         method=method,
         reference=origin.figures[REFERENCE],
         row=origin.figures[policy],
-        judges={JUDGE_NAMES[judge]: prefix for judge, prefix in judges_of(origin.figures).items()},
+        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.figures[policy]}).items()},
         parameters=[
             line for section in (REFERENCE, policy, *sections, "lora", "seed") for line in _flat(section, origin)
         ],

@@ -13,12 +13,28 @@ from tasks.core.words import distinct_n, repeated_share
 from tasks.evals.statistics import bootstrap_mean, mean_and_error, wins
 from tasks.evals.text import word_count
 
-__all__ = ["DIGITS", "HEADLINE", "JUDGES", "REFERENCE", "Judged", "Table", "compare", "headline", "judges_of"]
+__all__ = [
+    "DIGITS",
+    "HEADLINE",
+    "JUDGES",
+    "JUDGE_NAMES",
+    "REFERENCE",
+    "Judged",
+    "Table",
+    "compare",
+    "headline",
+    "judges_of",
+    "spread",
+    "win_rates_of",
+]
 
 REFERENCE = "sft"
 
 JUDGES: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "proxy": "win_rate_proxy"}
 """Who compares two responses → the prefix of its keys in the table; see `judges_of` for those that did."""
+
+JUDGE_NAMES = {"gold": "gold judge", "judge": "LLM judge", "vader": "VADER", "proxy": "proxy reward"}
+"""As people read them; the LLM judge compares pairs and gives no score, so that it has a win rate and no gain."""
 
 HEADLINE = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_vader", "win_rate_proxy", "reward_gold", "reward_proxy",
@@ -106,6 +122,12 @@ def judges_of(table: Table) -> dict[str, str]:
     return {judge: prefix for judge, prefix in JUDGES.items() if prefix in row}
 
 
+def win_rates_of(table: Table) -> dict[str, str]:
+    """The judges that have a win rate here, each with the prefix of its keys."""
+    known = {judge: JUDGES.get(judge, f"win_rate_{judge}") for judge in JUDGE_NAMES}
+    return {judge: prefix for judge, prefix in known.items() if any(f"{prefix}_low" in row for row in table.values())}
+
+
 def _paired(group: Sequence[Judged], reference: Sequence[Judged]) -> list[Judged]:
     """The group's records in the order of the reference's prompts."""
     by_prompt = {record.prompt_id: record for record in group}
@@ -158,8 +180,8 @@ def _against(
     own, other = ([record.score(judge) or 0.0 for record in records] for records in (group, reference))
     outcomes = wins(own, other)
     rate = bootstrap_mean(outcomes, samples=samples, seed=seed)
-    spread = _spread(other)
-    gain, error = mean_and_error([(a - b) / spread for a, b in zip(own, other, strict=True)])
+    scale = spread(other)
+    gain, error = mean_and_error([(a - b) / scale for a, b in zip(own, other, strict=True)])
     return {
         prefix: rate.mean,
         f"{prefix}_low": rate.low,
@@ -170,7 +192,7 @@ def _against(
     }
 
 
-def _spread(values: Sequence[float]) -> float:
+def spread(values: Sequence[float]) -> float:
     """Standard deviation (n − 1); 1 where all values are equal, so that a gain is then in the judge's own points."""
     deviation = mean_and_error(values)[1] * math.sqrt(len(values))
     return deviation if deviation > 0 else 1.0

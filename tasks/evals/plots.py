@@ -18,8 +18,9 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tasks.evals.compare import REFERENCE, Table, judges_of
+from tasks.evals.compare import JUDGE_NAMES, REFERENCE, Table, judges_of, win_rates_of
 from tasks.evals.overoptimisation import BEST_OF_N, curve
+from tasks.evals.statistics import wilson
 from tasks.evals.verdict import NAMES
 
 __all__ = [
@@ -43,8 +44,12 @@ INK, FAINT = "#000001", "#000002"
 POLICY_COLOURS = {"sft": "#000003", "ppo": "#000004", "grpo": "#000005", "dpo": "#000006"}
 VARIABLES = {INK: "--ink", FAINT: "--line"} | {colour: f"--{name}" for name, colour in POLICY_COLOURS.items()}
 LINES = {"sft": ":", "ppo": "-", "grpo": "--", "dpo": "-."}
-JUDGE_MARKERS = {"gold": "o", "vader": "s", "proxy": "D"}
-JUDGE_NAMES = {"gold": "gold judge", "vader": "VADER", "proxy": "proxy reward"}
+JUDGE_MARKERS = {"gold": "o", "judge": "^", "vader": "s", "proxy": "D"}
+FITTED = {"proxy": "--", "gold": "-"}
+"""The judges of the over-optimisation curve, and how the line of each is drawn."""
+
+LABEL = 0.12
+"""Share of the width that a policy's name and the gap beside it take."""
 
 SIZE = (4.6, 3.2)
 """Inches at 72 points: 331 wide, so that text of 10 points is still about 10 pixels on a phone."""
@@ -83,15 +88,15 @@ def win_rates(table: Table) -> str:
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
         policies = [policy for policy in table if policy != REFERENCE]
-        judges = judges_of(table)
+        judges = win_rates_of(table)
         offsets = [0.22 * (place - (len(judges) - 1) / 2) for place in range(len(judges))]
         axes.axvline(50, color=INK, linewidth=1, linestyle=":")
         for (judge, prefix), offset in zip(judges.items(), offsets, strict=True):
             for place, policy in enumerate(policies):
-                row = table[policy]
-                low, mean, high = (100 * row[key] for key in (f"{prefix}_low", prefix, f"{prefix}_high"))
-                axes.plot([low, high], [place + offset] * 2, color=_colour(policy), linewidth=2)
-                axes.plot(mean, place + offset, **_marker(judge, policy))
+                if prefix in (row := table[policy]):
+                    low, mean, high = (100 * row[key] for key in (f"{prefix}_low", prefix, f"{prefix}_high"))
+                    axes.plot([low, high], [place + offset] * 2, color=_colour(policy), linewidth=2)
+                    axes.plot(mean, place + offset, **_marker(judge, policy))
             axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
         axes.set_yticks(range(len(policies)), [_name(policy) for policy in policies])
         axes.set_ylim(len(policies) - 0.45, -0.55)
@@ -109,64 +114,50 @@ def reward_against_kl(table: Table) -> str:
         axes = figure.subplots()
         distance = {policy: max(row["kl"], 0.0) ** 0.5 for policy, row in table.items()}
         judges = list(judges_of(table))
-        aside = 0.02 * max(distance.values())
-        axes.axhline(0, color=INK, linewidth=1, linestyle=":")
-        for policy, row in table.items():
-            x = distance[policy]
-            if policy == REFERENCE:
-                axes.plot(x, 0, marker="o", color=_colour(policy), markersize=7, clip_on=False)
-                end = axes.get_yaxis_transform()
-                axes.text(1, 0, _name(policy), transform=end, ha="right", va="bottom", fontsize=9)
-                continue
-            top = 0.0
+        aside = 0.012 * max(distance.values())
+        tops: dict[str, float] = {}
+        for policy in (policy for policy in table if policy != REFERENCE):
             for number, judge in enumerate(judges):
-                place = x + aside * (number - (len(judges) - 1) / 2)
-                gain, half = row[f"gain_{judge}"], 1.96 * row[f"gain_{judge}_stderr"]
-                axes.plot([place, place], [gain - half, gain + half], color=_colour(policy), linewidth=1.4)
-                axes.plot(place, gain, **_marker(judge, policy))
-                top = max(top, gain + half)
-            axes.annotate(_name(policy), (x, top), (0, 4), textcoords="offset points", fontsize=9, ha="center")
-        for judge in judges:
-            axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
-        axes.margins(x=0.15, y=0.12)
-        axes.set_xlim(left=0)
-        axes.set_xlabel("√KL to SFT (KL in nats per response)")
-        axes.set_ylabel("gain over SFT, SFT's std. dev.")
-        _legend_above(axes, 3)
+                place = distance[policy] + aside * (number - (len(judges) - 1) / 2)
+                gain, error = (table[policy][f"gain_{judge}{end}"] for end in ("", "_stderr"))
+                axes.errorbar(place, gain, yerr=1.96 * error, elinewidth=1.4, **_marker(judge, policy))
+                tops[policy] = max(tops.get(policy, gain), gain + 1.96 * error)
+        axes.plot(0, 0, marker="o", color=_colour(REFERENCE), markersize=7, clip_on=False)
+        axes.annotate(_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
+        axes.set_xlim(0, 1.15 * max(distance.values()) or 1.0)
+        _name_above(axes, {policy: (distance[policy], top) for policy, top in tops.items()})
+        _plane(axes, judges)
 
-    return _svg("reward_against_kl", draw, (SIZE[0], 3.7))
+    return _svg("reward_against_kl", draw, (SIZE[0], 3.9))
 
 
-def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any]) -> str:
-    """Gain by proxy and gold against √KL, with the fitted forms; a dotted line where the gold curve is highest."""
+def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any]) -> dict[str, str]:
+    """Method → gain by proxy and gold against √KL, with 95 % intervals and the fitted forms; all on the same scales.
 
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        methods = list(dict.fromkeys(row["method"] for row in rows))
-        reach = max(float(row["distance"]) for row in rows)
-        axes.axhline(0, color=INK, linewidth=1, linestyle=":")
-        for method in methods:
-            colour = _colour("sft" if method == BEST_OF_N else method)
-            own = [row for row in rows if row["method"] == method]
-            x = [float(row["distance"]) for row in own]
-            for judge in ("proxy", "gold"):
-                marker = _marker(judge, "sft" if method == BEST_OF_N else method)
-                axes.plot(x, [float(row[f"gain_{judge}"]) for row in own], **marker | {"markersize": 5})
+    A dotted line stands where the gold curve is highest.
+    """
+    ends = [
+        (float(row[f"gain_{judge}"]), 1.96 * float(row[f"gain_{judge}_stderr"])) for row in rows for judge in FITTED
+    ]
+    low, high = min(0.0, *(gain - half for gain, half in ends)), max(gain + half for gain, half in ends)
+    reach = max(float(row["distance"]) for row in rows)
+
+    def one(method: str) -> str:
+        own = [row for row in rows if row["method"] == method]
+
+        def draw(figure: Figure) -> None:
+            axes = figure.subplots()
+            for judge in FITTED:
+                _measured(axes, own, judge, REFERENCE if method == BEST_OF_N else method)
                 if found := fits.get(method, {}).get(judge):
-                    line = np.linspace(0, max(x), 100)
-                    fitted = curve(found["form"], found["alpha"]["mean"], found["beta"]["mean"], line)
-                    axes.plot(line, fitted, color=colour, linestyle="--" if judge == "proxy" else "-", linewidth=1.4)
-                    if judge == "gold" and found["peak"] is not None and found["peak"] < max(x):
-                        axes.axvline(found["peak"], color=colour, linestyle=":", linewidth=1.4)
-            axes.plot([], [], color=colour, label="best of n" if method == BEST_OF_N else _name(method))
-        for judge in ("proxy", "gold"):
-            axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
-        axes.set_xlim(0, 1.05 * reach)
-        axes.set_xlabel("√KL to SFT (KL in nats per response)")
-        axes.set_ylabel("gain over SFT, SFT's std. dev.")
-        _legend_above(axes, 3)
+                    _fitted(axes, found, judge, max(float(row["distance"]) for row in own))
+            axes.set_xlim(0, 1.05 * reach)
+            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+            _plane(axes, list(FITTED))
 
-    return _svg("overoptimisation", draw, (SIZE[0], 3.9))
+        return _svg(f"overoptimisation_{method}", draw, (SIZE[0], 3.4))
+
+    return {method: one(method) for method in dict.fromkeys(row["method"] for row in rows)}
 
 
 def curves(name: str, series: Series, *, y_label: str) -> str:
@@ -187,7 +178,7 @@ def curves(name: str, series: Series, *, y_label: str) -> str:
 
 
 def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
-    """The reward model's accuracy by rating margin, beside how often single raters agree with the others."""
+    """The reward model's accuracy by rating margin, with its 95 % interval, beside how often single raters agree."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -199,6 +190,9 @@ def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
                 x, y = zip(*points, strict=True)
                 colour = POLICY_COLOURS["ppo"] if column == "accuracy" else POLICY_COLOURS["grpo"]
                 axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
+        for place, row in enumerate(rows):
+            if row["accuracy"]:
+                _share(axes, place, float(row["accuracy"]), int(row["pairs"]))
         axes.axhline(50, color=INK, linewidth=1, linestyle=":")
         axes.set_xticks(places, [f"{row['bucket']}\nn={row['pairs']}" for row in rows], fontsize=9)
         axes.set_xlabel("difference of the two mean ratings, points")
@@ -210,7 +204,7 @@ def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def calibration(rows: Sequence[Mapping[str, str]]) -> str:
-    """Stated probability against the observed share, the area of a point by its number of pairs."""
+    """Stated probability against the observed share with its 95 % interval, the area of a point by its pairs."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -222,6 +216,8 @@ def calibration(rows: Sequence[Mapping[str, str]]) -> str:
         axes.plot(predicted, observed, color=POLICY_COLOURS["ppo"], label="reward model")
         area = [20 + 100 * count / max(counts) for count in counts]
         axes.scatter(predicted, observed, s=area, color=POLICY_COLOURS["ppo"], zorder=3)
+        for x, row in zip(predicted, rows, strict=True):
+            _share(axes, x, float(row["observed"]), int(row["count"]))
         axes.set_xlabel("how sure the model says it is, %")
         axes.set_ylabel("how often people agree, %")
         _legend_above(axes, 2)
@@ -247,6 +243,69 @@ def lengths(counts: Counts) -> str:
         rows[-1].set_xlabel("words in the response")
 
     return _svg("lengths", draw, (SIZE[0], 0.6 + 0.75 * len(counts)))
+
+
+def _share(axes: Axes, place: float, share: float, n: int) -> None:
+    """The 95 % interval of the reward model's share of n pairs, in percent."""
+    interval = wilson(share, n)
+    axes.plot([place, place], [100 * interval.low, 100 * interval.high], color=POLICY_COLOURS["ppo"], linewidth=1.2)
+
+
+def _measured(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, policy: str) -> None:
+    """Points with their 95 % intervals."""
+    x = [float(row["distance"]) for row in rows]
+    y = [float(row[f"gain_{judge}"]) for row in rows]
+    halves = [1.96 * float(row[f"gain_{judge}_stderr"]) for row in rows]
+    axes.errorbar(x, y, yerr=halves, **_marker(judge, policy) | {"markersize": 5}, elinewidth=1.2)
+
+
+def _fitted(axes: Axes, fit: Mapping[str, Any], judge: str, reach: float) -> None:
+    """The fitted form up to the farthest point, and where gold is highest, if that lies before it."""
+    line = np.linspace(0, reach, 100)
+    axes.plot(
+        line,
+        curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], line),
+        color=INK,
+        linestyle=FITTED[judge],
+        linewidth=1.2,
+    )
+    if judge == "gold" and fit["peak"] is not None and fit["peak"] < reach:
+        axes.axvline(fit["peak"], color=INK, linestyle=":", linewidth=1.4)
+
+
+def _plane(axes: Axes, judges: Sequence[str]) -> None:
+    """What every plane of gain and √KL has."""
+    axes.axhline(0, color=INK, linewidth=1, linestyle=":")
+    for judge in judges:
+        axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
+    axes.set_xlabel("√KL to SFT (KL in nats per response)")
+    axes.set_ylabel("gain over SFT, SFT's std. dev.")
+    _legend_above(axes, 3)
+
+
+def _name_above(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None:
+    """Each policy's name above all points, joined to its highest one; the names of near policies are pushed apart."""
+    bottom, top = axes.get_ylim()
+    axes.set_ylim(bottom, top + 0.18 * (top - bottom))
+    shares = _apart([x / axes.get_xlim()[1] for x, _ in tops.values()])
+    for (policy, highest), share in zip(tops.items(), shares, strict=True):
+        line = {"arrowstyle": "-", "color": _colour(policy), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
+        axes.annotate(
+            _name(policy), highest, (share, 0.94), textcoords="axes fraction", fontsize=9, ha="center", arrowprops=line
+        )
+
+
+def _apart(shares: Sequence[float]) -> list[float]:
+    """Shares of the width, moved as little as leaves `LABEL` between any two and half of it at both ends."""
+    order = sorted(range(len(shares)), key=lambda place: shares[place])
+    found = list(shares)
+    limit = 1 + LABEL / 2
+    for place in reversed(order):
+        found[place] = limit = min(found[place], limit - LABEL)
+    limit = -LABEL / 2
+    for place in order:
+        found[place] = limit = max(found[place], limit + LABEL)
+    return found
 
 
 def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:

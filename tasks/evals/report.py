@@ -1,24 +1,26 @@
-"""The report: one HTML file that needs no network, from the tables that the evaluation made."""
+"""The report: one HTML file that needs no network, and the same as JSON, from the tables that the evaluation made."""
 
 from __future__ import annotations
 
 import csv
 import unicodedata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined
-
-from tasks.evals import plots
-from tasks.evals.compare import REFERENCE, Judged, Table, judges_of
+from tasks.evals import examples, findings, plots
+from tasks.evals.columns import cells, columns_of, signed
+from tasks.evals.compare import Judged, Table, win_rates_of
 from tasks.evals.findings import Finding
+from tasks.evals.lineage import Ingredient
+from tasks.evals.templates import template
 from tasks.evals.text import length_counts, word_count
-from tasks.evals.verdict import NAMES, judge_table, percent
+from tasks.evals.turning import turning_point
+from tasks.evals.verdict import NAMES, best, judge_table, listed
 from tasks.rl.detectors import DETECTORS
 
-__all__ = ["Evidence", "read_table", "render"]
+__all__ = ["Evidence", "as_json", "read_table", "render"]
 
 CURVES = {
     "reward": ("Reward during training", "mean reward per update"),
@@ -40,6 +42,20 @@ CURVE_NOTES = {
     "length": "A steady drift means that the policy is paid for length.",
 }
 
+EXAMPLE_KINDS = {
+    "gains": ("Largest gains", "The gold judge puts them above SFT's response by the most, in its own points."),
+    "losses": ("Largest losses", "The gold judge puts them below SFT's response by the most, in its own points."),
+    "disagreements": (
+        "Largest disagreements between proxy and gold",
+        "The proxy is far more pleased with them than the gold judge: gain over SFT by the proxy less gain by the gold "
+        "judge, each in standard deviations of the scores of SFT's responses. Here reward hacking would show first.",
+    ),
+}
+"""Field of `examples.Examples` → title and note."""
+
+SIDE_BY_SIDE = 3
+"""Prompts that are open to view; the others fold away, so that what follows stays in reach."""
+
 Rows = Sequence[Mapping[str, str]]
 
 
@@ -59,6 +75,7 @@ class Evidence:
         samples: how many prompts to show side by side.
         weights: the proxy reward's components and their weights.
         rated: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
+        made_from: the base model and the data.
         provenance: (what, value) pairs that identify this evaluation.
     """
 
@@ -74,40 +91,52 @@ class Evidence:
     samples: int
     weights: Mapping[str, float]
     rated: bool
+    made_from: Sequence[Ingredient]
     provenance: Sequence[tuple[str, str]]
 
 
 def render(evidence: Evidence) -> str:
     """The page as HTML; equal evidence gives equal bytes."""
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= {"visible": visible, "percent": percent, "signed": signed}
-    return environment.get_template("report.html.j2").render(
-        verdict=judge_table(evidence.table),
+    table = evidence.table
+    columns = columns_of(table, rated=evidence.rated)
+    return template("report.html.j2", {"visible": visible, "signed": signed}, autoescape=True).render(
+        verdict=judge_table(table),
+        turning=turning_point(evidence.fits, evidence.points),
+        signs=_signs(evidence.findings),
         findings=[(policy, finding) for policy, own in evidence.findings.items() for finding in own],
-        detectors=len(DETECTORS) + 1,
         fits=evidence.fits,
         benchmarks=evidence.benchmarks,
         names=NAMES,
-        reference=REFERENCE,
-        table=evidence.table,
-        count=int(next(iter(evidence.table.values()))["n"]),
+        columns=columns,
+        cells=cells(table, columns),
+        count=int(next(iter(table.values()))["n"]),
         weights=evidence.weights,
         rated=evidence.rated,
-        judges=judges_of(evidence.table),
+        judges=win_rates_of(table),
         result_figures=_result_figures(evidence),
         curve_figures=_curve_figures(evidence),
         training_figures=_training_figures(evidence.histories),
         reward_model_figures=_reward_model_figures(evidence),
+        examples=_examples(evidence),
         samples=_side_by_side(evidence.records, evidence.samples),
+        side_by_side=SIDE_BY_SIDE,
+        made_from=evidence.made_from,
         provenance=evidence.provenance,
     )
+
+
+def as_json(evidence: Evidence) -> dict[str, Any]:
+    """What the page says, as JSON can say it."""
+    return {
+        "verdict": asdict(judge_table(evidence.table)),
+        "turning_point": turning_point(evidence.fits, evidence.points),
+        "findings": findings.plain(evidence.findings),
+        "policies": evidence.table,
+        "fits": evidence.fits,
+        "examples": {policy: examples.plain(own) for policy, own in examples.choose(evidence.records).items()},
+        "made_from": [asdict(ingredient) for ingredient in evidence.made_from],
+        "provenance": dict(evidence.provenance),
+    }
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
@@ -118,15 +147,17 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def signed(value: float) -> str:
-    """Two decimals with a sign, as typographers write it; a value that rounds to 0 has none."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
-
-
 def visible(text: str) -> str:
     """The text with control characters, which HTML forbids or hides, replaced by a visible sign."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+
+
+def _signs(found: Mapping[str, Sequence[Finding]]) -> str:
+    """Which detectors fired, by name, in one sentence."""
+    fired = {policy: list(dict.fromkeys(finding.detector for finding in own)) for policy, own in found.items() if own}
+    if not fired:
+        return f"None of {len(DETECTORS) + 1} detectors of reward hacking fired, neither in training nor at evaluation."
+    return f"Signs of reward hacking: {'; '.join(f'{NAMES[policy]}: {listed(own)}' for policy, own in fired.items())}."
 
 
 def _figure(svg: str, title: str, note: str) -> dict[str, str]:
@@ -169,13 +200,12 @@ def _result_figures(evidence: Evidence) -> list[dict[str, str]]:
 def _curve_figures(evidence: Evidence) -> list[dict[str, str]]:
     if not evidence.points:
         return []
-    note = (
-        "Each point is a policy on its way from SFT, or the best of n responses of SFT as the proxy chooses; lines are "
-        "the fitted forms. The proxy is hollow and dashed, the gold judge filled and solid. Where the gold line turns "
-        "down, more of the proxy makes responses worse."
-    )
-    figure = plots.overoptimisation(evidence.points, evidence.fits)
-    return [_figure(figure, "Over-optimisation", note)]
+    whose = {"best_of_n": "Each point is the best of 2, 4, 8, … of SFT's responses, as the proxy chooses."}
+    way = "Each point is the policy at a moment of its training."
+    drawn = plots.overoptimisation(evidence.points, evidence.fits)
+    return [
+        _figure(svg, f"Over-optimisation: {NAMES[method]}", whose.get(method, way)) for method, svg in drawn.items()
+    ]
 
 
 def _training_figures(histories: Mapping[str, Rows]) -> list[dict[str, str]]:
@@ -209,8 +239,8 @@ def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
                 plots.accuracy_by_margin(evidence.accuracy),
                 "Reward model: accuracy by margin",
                 "Of two held-out sentences, how often the reward model prefers the one that people rated higher, by "
-                "how far the ratings lie apart; n is the number of pairs. Beside it how often a single person agrees "
-                "with the others: nobody can expect much more.",
+                "how far the ratings lie apart; n is the number of pairs, bars are 95% intervals. Beside it how often "
+                "a single person agrees with the others: nobody can expect much more.",
             )
         )
     if evidence.calibration:
@@ -219,7 +249,7 @@ def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
                 plots.calibration(evidence.calibration),
                 "Reward model: calibration",
                 "When the model says that it is 80% sure, is it right 80% of the time? On the dotted line it is; below "
-                "it, it is too sure of itself. Larger points: more pairs.",
+                "it, it is too sure of itself. Larger points: more pairs. Bars: 95% intervals.",
             )
         )
     return figures
@@ -231,3 +261,19 @@ def _side_by_side(records: Sequence[Judged], count: int) -> list[dict[str, Any]]
     for record in records:
         answers.setdefault(record.prompt_id, []).append(record)
     return [{"prompt": group[0].prompt, "answers": group} for group in list(answers.values())[:count]]
+
+
+def _examples(evidence: Evidence) -> list[dict[str, Any]]:
+    """Per policy; open to view for the best one and for those with findings."""
+    shown = {best(evidence.table), *(policy for policy, own in evidence.findings.items() if own)}
+    return [
+        {
+            "policy": policy,
+            "shown": policy in shown,
+            "kinds": [
+                {"kind": kind, "title": title, "note": note, "examples": getattr(own, kind)}
+                for kind, (title, note) in EXAMPLE_KINDS.items()
+            ],
+        }
+        for policy, own in examples.choose(evidence.records).items()
+    ]

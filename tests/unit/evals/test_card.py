@@ -18,6 +18,7 @@ ROW = {
     "no_end_share": 0.05, "win_rate": 0.79, "win_rate_low": 0.733, "win_rate_high": 0.844, "win_rate_proxy": 0.87,
     "win_rate_proxy_low": 0.82, "win_rate_proxy_high": 0.91,
 }  # fmt: skip
+WHEN = datetime(2026, 1, 2, tzinfo=UTC)
 SECTIONS = ("sft", "lora", "reward_model", "reward", "preferences", "gold_judge", "ppo", "grpo", "dpo")
 
 
@@ -48,7 +49,7 @@ def card(*, adapter: bool = False, policy: str = "ppo", **tags: str) -> str:
         "promoted.at": "noon",
         "promoted.why": "",
     }
-    version = Version(4, policy, {}, known | tags, ("champion",), datetime(2026, 1, 2, tzinfo=UTC))
+    version = Version(4, policy, {}, known | tags, ("champion",), WHEN)
     return render(Card(version, origin(), Exported("float32", 2e-4, 34.7), adapter))
 
 
@@ -66,6 +67,12 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
         "tags": ["rlhf", "ppo"],
         "base_model": "owner/name",
     }
+    licensed = origin(base_model={"kind": "pypi", "source": "s", "parameters": 9, "layers": 2, "vocabulary": 4,
+                                  "licence": "Apache-2.0"})  # fmt: skip
+    version = Version(4, "ppo", {}, {"accepted": "True", "reasons": "", "promoted.by": ""}, (), WHEN)
+    text = render(Card(version, licensed, Exported("float32", 2e-4, 34.7), adapter=False))
+    assert front(text)["license"] == "apache-2.0"
+    assert "licence was not recorded" not in text
     assert front(card(adapter=True))["library_name"] == "peft"
 
 

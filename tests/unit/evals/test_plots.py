@@ -22,12 +22,20 @@ def _row(kl: float, gain: float) -> dict[str, float]:
 TABLE: Table = {"sft": _row(0, 0), "ppo": _row(4, 1.0), "grpo": _row(1, 0.5)}
 ROWS = [{"bucket": "0-0.5", "pairs": "9", "accuracy": "0.6", "ceiling": "0.7"},
         {"bucket": "3+", "pairs": "0", "accuracy": "", "ceiling": ""}]  # fmt: skip
+CURVE = [
+    {"method": method, "level": level, "distance": distance, "gain_proxy": "1.0", "gain_proxy_stderr": "0.1",
+     "gain_gold": gold, "gain_gold_stderr": "0.1"}
+    for method, level, distance, gold in (("best_of_n", "2", "0.5", "0.2"), ("ppo", "2", "1.0", "0.6"),
+                                          ("ppo", "4", "2.0", "-0.8"))
+]  # fmt: skip
+FITS = {"ppo": {"gold": {"form": "rl", "alpha": {"mean": 1.0}, "beta": {"mean": 0.8}, "peak": 1.3}}}
 DRAWN: dict[str, Callable[[], str]] = {
     "win_rates": lambda: plots.win_rates(TABLE),
     "reward_against_kl": lambda: plots.reward_against_kl(TABLE),
     "curve_reward": lambda: plots.curves("reward", {"ppo": [(1, 0.0), (2, 1.0)], "dpo": [(1, 2.0)]}, y_label="y"),
     "accuracy_by_margin": lambda: plots.accuracy_by_margin(ROWS),
     "calibration": lambda: plots.calibration([{"predicted": "0.6", "observed": "0.5", "count": "3"}]),
+    "overoptimisation_ppo": lambda: plots.overoptimisation(CURVE, FITS)["ppo"],
     "lengths": lambda: plots.lengths({"sft": [(3, 1), (4, 0), (5, 2)], "ppo": [(900, 1)]}),
 }
 
@@ -50,6 +58,44 @@ def test_identifiers_belong_to_the_figure_and_every_reference_finds_one(name: st
     assert len(set(identifiers)) == len(identifiers)
     assert all(identifier.startswith(f"{name}-") for identifier in identifiers)
     assert set(re.findall(r'(?:url\(#|href="#)([^)"]+)', svg)) <= set(identifiers)
+
+
+def test_methods_of_the_curve_share_their_scales() -> None:
+    """√KL goes to 2 for PPO and to 0.5 for best of n, gold from −0.8 − 0.2 to 0.8, proxy to 1.2."""
+    drawn = plots.overoptimisation(CURVE, FITS)
+    assert list(drawn) == ["best_of_n", "ppo"]
+    ticks = [re.findall(r">([−\d.]+)<", svg) for svg in drawn.values()]
+    assert ticks[0] == ticks[1]
+    assert "2.0" in ticks[0] or "2.00" in ticks[0]
+
+
+def test_the_names_of_near_policies_do_not_touch() -> None:
+    table: Table = {"sft": _row(0, 0), "ppo": _row(4, 1.0), "grpo": _row(3.9, 0.9), "dpo": _row(3.8, 0.8)}
+    svg = plots.reward_against_kl(table)
+    found = {name: float(x) for x, name in re.findall(r'x="([\d.]+)"[^>]*>(PPO|GRPO|DPO)<', svg)}
+    assert found["DPO"] < found["GRPO"] < found["PPO"]
+    assert min(found["GRPO"] - found["DPO"], found["PPO"] - found["GRPO"]) > 30, "names are about 30 wide"
+
+
+@pytest.mark.parametrize(
+    ("shares", "expected"),
+    [
+        ([0.5], [0.5]),
+        ([0.5, 0.8, 0.2], [0.5, 0.8, 0.2]),
+        ([1.0, 0.95], [0.94, 0.82]),
+        ([0.0, 0.0], [0.06, 0.18]),
+        ([0.9, 0.89, 0.91], [0.79, 0.67, 0.91]),
+    ],
+)
+def test_labels_move_only_as_far_as_they_must(shares: list[float], expected: list[float]) -> None:
+    assert plots._apart(shares) == pytest.approx(expected)
+
+
+def test_a_judge_without_a_number_for_a_policy_is_drawn_for_the_others() -> None:
+    rates = {"win_rate_judge": 0.6, "win_rate_judge_low": 0.5, "win_rate_judge_high": 0.7}
+    table = TABLE | {"ppo": TABLE["ppo"] | rates}
+    assert ">LLM judge<" in plots.win_rates(table)
+    assert ">LLM judge<" not in plots.win_rates(TABLE)
 
 
 def test_policies_have_their_own_colours_and_names() -> None:

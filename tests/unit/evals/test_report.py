@@ -1,4 +1,6 @@
 import dataclasses
+import itertools
+import json
 import re
 from collections.abc import Callable
 from html.parser import HTMLParser
@@ -9,7 +11,8 @@ import pytest
 
 from tasks.evals.compare import Judged, compare
 from tasks.evals.findings import Finding
-from tasks.evals.report import Evidence, read_table, render, signed, visible
+from tasks.evals.lineage import Ingredient
+from tasks.evals.report import Evidence, as_json, read_table, render, visible
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -24,6 +27,7 @@ class Reader(HTMLParser):
         self.labels: list[str] = []
         self.text: list[str] = []
         self.headers: list[dict[str, str | None]] = []
+        self.levels: list[int] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         values = dict(attrs)
@@ -33,6 +37,8 @@ class Reader(HTMLParser):
             self.labels.append(str(values["aria-labelledby"]))
         if tag == "th":
             self.headers.append(values)
+        if re.fullmatch("h[1-6]", tag):
+            self.levels.append(int(tag[1]))
         if tag not in VOID:
             self.open.append(tag)
 
@@ -79,6 +85,10 @@ def evidence(judged: Callable[..., Judged]) -> Evidence:
         samples=2,
         weights={"learned": 1.0, "repetition": 0.5},
         rated=True,
+        made_from=[
+            Ingredient("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
+            Ingredient("Data: mine", "local file a.jsonl", "", "3 rows", ""),
+        ],
         provenance=[("Seed", "0"), ("Weights: ppo", "0123456789abcdef")],
     )  # fmt: skip
 
@@ -107,6 +117,10 @@ def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: Evi
     assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
     assert all(header.get("scope") in ("row", "col") for header in reader.headers)
+    assert reader.levels[0] == 1
+    steps = [deeper - level for level, deeper in itertools.pairwise(reader.levels)]
+    assert max(steps) == 1, f"a heading skips a level: {reader.levels}"
+    assert reader.levels.count(1) == 1
 
 
 def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(evidence: Evidence) -> None:
@@ -130,9 +144,84 @@ def test_verdict_table_figures_samples_and_origin_are_there(evidence: Evidence) 
                   "Reward component: learned", "Distance from SFT during training", "Entropy during training",
                   "Reward model: accuracy by margin", "Reward model: calibration"):  # fmt: skip
         assert title in text
-    assert "answer grpo 1" in text
-    assert "answer grpo 2" not in text, "two prompts were asked for"
+    apart = text[text.index("nobody picked them") :]
+    assert "answer grpo 1" in apart
+    assert "answer grpo 2" not in apart, "two prompts were asked for"
     assert "0123456789abcdef" in text
+    assert "Base model PyPI package small==1 Apache-2.0 9 parameters feed0123" in text
+    assert "Data: mine local file a.jsonl not recorded 3 rows –" in text
+
+
+def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(evidence: Evidence) -> None:
+    text = " ".join(" ".join(_read(render(evidence)).text).split())
+    top = text[: text.index("Each policy wrote one response")]
+    assert "PPO comes first: preferred to SFT on 100% of prompts. GRPO may be as good" in top
+    assert "Signs of reward hacking: PPO: repetition." in top
+    assert "Over-optimised: by the gold judge, PPO is best at √KL 1.7" in top
+
+
+def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(evidence: Evidence) -> None:
+    """By gold PPO is best (and has a finding); DPO equals SFT, so that it has no example of any kind."""
+    html = render(evidence)
+    folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", html)
+    assert folds == [(" open", "PPO"), ("", "GRPO"), ("", "DPO")]
+    suspicious = dataclasses.replace(evidence, findings={"dpo": [Finding("repetition", "evaluation", "again")]})
+    folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", render(suspicious))
+    assert folds == [(" open", "PPO"), ("", "GRPO"), (" open", "DPO")]
+    assert html.count("There are none.") == 7, (
+        "PPO and GRPO lack losses (and differ by as much for both judges); DPO all"
+    )
+
+
+def test_columns_that_other_evaluations_lack_appear_with_their_numbers(evidence: Evidence) -> None:
+    rates = {"win_rate_judge": 0.63, "win_rate_judge_low": 0.55, "win_rate_judge_high": 0.71}
+    table = {policy: row | {"unfamiliar": 0.25} for policy, row in evidence.table.items()}
+    table["ppo"] |= rates | {"judge_inconsistent": 0.6}
+    text = " ".join(" ".join(_read(render(dataclasses.replace(evidence, table=table))).text).split())
+    assert "Win rate, LLM judge" in text
+    assert "63% 55–71" in text
+    assert "Do not rely on the LLM judge for PPO" in text
+    assert "25%" in text
+    assert "LLM judge" not in render(evidence)
+
+
+def test_text_is_readable_in_light_and_in_dark(evidence: Evidence) -> None:
+    """WCAG 2.2: contrast of text at least 4.5, of what else carries meaning 3."""
+    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in _palettes(render(evidence)))
+    for colours in (light, dark):
+        for ink in ("--ink", "--soft"):
+            assert min(_contrast(colours[ink], colours[ground]) for ground in ("--paper", "--card")) >= 4.5
+        assert _contrast(colours["--warn"], colours["--warn-paper"]) >= 4.5
+        for policy in ("--sft", "--ppo", "--grpo", "--dpo"):
+            assert _contrast(colours[policy], colours["--card"]) >= 3
+
+
+def _palettes(html: str) -> tuple[str, str]:
+    light, _, rest = html.partition("prefers-color-scheme: dark")
+    return light, rest[: rest.index("}")]
+
+
+def _contrast(one: str, other: str) -> float:
+    """By relative luminance."""
+    low, high = sorted(_luminance(colour) for colour in (one, other))
+    return (high + 0.05) / (low + 0.05)
+
+
+def _luminance(colour: str) -> float:
+    parts = [int(colour[place : place + 2], 16) / 255 for place in (1, 3, 5)]
+    red, green, blue = (part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def test_the_json_says_what_the_page_says(evidence: Evidence) -> None:
+    found = json.loads(json.dumps(as_json(evidence), allow_nan=False))
+    assert found["verdict"]["winner"].startswith("PPO comes first")
+    assert found["turning_point"].startswith("Over-optimised")
+    assert found["findings"]["ppo"][0]["detector"] == "repetition"
+    assert found["policies"] == evidence.table
+    assert [example["by"] for example in found["examples"]["ppo"]["gains"]] == [1.5, 1.5, 1.5]
+    assert found["made_from"][0]["licence"] == "Apache-2.0"
+    assert found["provenance"]["Seed"] == "0"
 
 
 def test_findings_stand_above_the_results(evidence: Evidence) -> None:
@@ -140,13 +229,13 @@ def test_findings_stand_above_the_results(evidence: Evidence) -> None:
     assert "PPO , training, update 7: it repeats itself." in text
     assert text.index("update 7") < text.index("Means over 3 prompts")
     clean = render(dataclasses.replace(evidence, findings={"ppo": [], "grpo": []}))
-    assert "None of 9 detectors fired" in clean
+    assert "None of 9 detectors of reward hacking fired" in clean
 
 
 def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: Evidence) -> None:
     text = " ".join(" ".join(_read(render(evidence)).text).split())
     assert "Where more reward stops being better" in text
-    assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 0.98" in text
+    assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
     assert "Where more reward" not in render(dataclasses.replace(evidence, points=[], fits={}))
     assert "dvc repro" in text
 
@@ -184,7 +273,6 @@ def test_a_policy_cannot_write_into_the_page(evidence: Evidence, judged: Callabl
 
 def test_small_helpers(tmp_path: Path) -> None:
     assert visible("a\tb\n\x07é") == "a\tb\n\ufffdé"
-    assert [signed(value) for value in (1.234, -0.5, 0.001, -0.001)] == ["+1.23", "−0.50", "0.00", "0.00"]
     assert read_table(tmp_path / "none.csv") == []
     (tmp_path / "some.csv").write_text("step,kl\n1,\n")
     assert read_table(tmp_path / "some.csv") == [{"step": "1", "kl": ""}]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tasks.evals.statistics import TIE, bootstrap_mean, mean_and_error, win_rate, wins
+from tasks.evals.statistics import TIE, bootstrap_mean, mean_and_error, wilson, win_rate, wins
 
 
 def test_mean_and_error_by_hand() -> None:
@@ -59,3 +59,15 @@ def test_the_interval_follows_from_the_seed_and_has_no_width_without_spread() ->
     assert (certain.mean, certain.low, certain.high) == (1.0, 1.0, 1.0)
     with pytest.raises(ValueError, match="no values"):
         bootstrap_mean([], samples=1, seed=0)
+
+
+def test_the_interval_of_a_share_is_where_the_score_test_keeps_it() -> None:
+    """The ends solve (p̂ − p)² = z² p (1 − p) / n; at p̂ = 1 the lower one is n / (n + z²)."""
+    found = wilson(0.7, 10)
+    for end in (found.low, found.high):
+        assert (0.7 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 10)
+    assert found.low < 0.7 < found.high
+    assert (wilson(1.0, 5).low, wilson(1.0, 5).high) == pytest.approx((5 / (5 + 1.96**2), 1.0))
+    assert wilson(0.0, 5).low == 0.0
+    with pytest.raises(ValueError, match="no trials"):
+        wilson(0.5, 0)

@@ -1,7 +1,7 @@
 import pytest
 
 from tasks.evals.compare import Table
-from tasks.evals.verdict import judge_table
+from tasks.evals.verdict import best, judge_table
 
 
 def _row(
@@ -67,3 +67,31 @@ def test_a_length_that_moved_by_more_than_a_fifth_is_pointed_out() -> None:
 def test_few_prompts_are_pointed_out_and_a_lone_reference_is_no_error() -> None:
     assert "Only 8 prompts" in judge_table({"sft": _row(EVEN, EVEN, n=8)}).caution
     assert judge_table({"sft": _row(EVEN, EVEN)}).gold == "There is no policy to compare with SFT."
+
+
+def test_the_winner_has_the_highest_lower_end_and_who_overlaps_it_may_be_as_good() -> None:
+    """PPO's mean is higher, GRPO's lower end; PPO's and an unclear DPO's upper ends reach it, or do not."""
+    table: Table = {
+        "sft": _row(EVEN, EVEN), "ppo": _row((0.82, 0.70, 0.9), UP), "grpo": _row(UP, UP), "dpo": _row(UNCLEAR, UP),
+    }  # fmt: skip
+    assert best(table) == "grpo"
+    assert judge_table(table).winner == (
+        "GRPO comes first: preferred to SFT on 80% of prompts. PPO may be as good: the intervals overlap."
+    )
+    assert judge_table({"sft": _row(EVEN, EVEN), "ppo": _row(UP, UP), "dpo": _row(UNCLEAR, UP)}).winner == (
+        "PPO is best: preferred to SFT on 80% of prompts."
+    )
+
+
+@pytest.mark.parametrize("gold", [DOWN, UNCLEAR, (0.6, 0.5, 0.7)])
+def test_nobody_wins_whose_interval_does_not_lie_above_one_half(gold: tuple[float, float, float]) -> None:
+    assert judge_table({"sft": _row(EVEN, EVEN), "ppo": _row(gold, UP)}).winner == "No policy clearly beats SFT."
+    assert best({"sft": _row(EVEN, EVEN)}) is None
+
+
+def test_a_judge_that_follows_the_order_of_responses_is_pointed_out() -> None:
+    row = _row(UP, UP)
+    table: Table = {"sft": _row(EVEN, EVEN), "ppo": row | {"judge_inconsistent": 0.51}, "dpo": row}
+    assert judge_table(table).caution.startswith("Do not rely on the LLM judge for PPO: on more than half")
+    table["ppo"] = row | {"judge_inconsistent": 0.5}
+    assert judge_table(table).caution == ""

@@ -1,0 +1,28 @@
+"""The templates beside this file, rendered so that a name that nothing defines is an error."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
+
+__all__ = ["template"]
+
+
+def template(name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool) -> Template:
+    """A template by its file name.
+
+    Args:
+        autoescape: for HTML: what is inserted stays text.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
