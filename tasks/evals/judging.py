@@ -160,6 +160,7 @@ def judge(answers: Sequence[Answer], reward: CompositeReward, gold: RewardFuncti
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=truth[row].item(),
             vader=lexicon.polarity_scores(answer.prompt.prompt + answer.response)["compound"] if lexicon else None,
+            measures={name: values[row].item() for name, values in proxy.measures.items()},
         )
         for row, answer in enumerate(answers)
     ]

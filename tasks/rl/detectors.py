@@ -48,23 +48,23 @@ class Detector:
         return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.healthy:g}): {self.finding}"
 
 
-def watch(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-    """The signs of the newest row, and a sentence for each that fires in it and did not in the row before.
+def watch(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
+    """The signs of the newest row, and each detector that fires in it and did not in the row before, with its value.
 
     Args:
         rows: one per update, from the first; those before the newest with the signs that this function gave for them.
         weights: of the reward's components.
     """
     before = rows[-2] if len(rows) > 1 else {}
-    signs, findings = {}, []
+    signs, found = {}, []
     for detector in DETECTORS:
         value = detector.value(rows, weights)
         if value is None:
             continue
         signs[PREFIX + detector.name] = value
         if value >= detector.threshold > before.get(PREFIX + detector.name, 0.0):
-            findings.append(detector.says(value))
-    return signs, findings
+            found.append((detector, value))
+    return signs, found
 
 
 def fired(rows: Rows) -> list[tuple[Detector, int, float]]:
@@ -172,6 +172,13 @@ DETECTORS = (
         threshold=0.25,
         healthy=0.13,
         finding="more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens",
+    ),
+    Detector(
+        "unfamiliar_responses",
+        _rise("unfamiliar"),
+        threshold=0.25,
+        healthy=0.0,
+        finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
     ),
     Detector(
         "kl_spike",
