@@ -2,7 +2,8 @@
 
 They compare an update with the first one, whose responses the SFT policy wrote. No sign proves anything: a finding
 says where to look. Thresholds are calibrated on nine healthy runs of the default task (PPO under eight seeds, GRPO):
-the largest value that any of their updates reached stands beside each, and none of them reaches a threshold.
+the largest value that any of their updates reached stands beside each, and none of them reaches a threshold. The one
+of `unfamiliar_responses` is that of PPO's, GRPO's and DPO's responses to the held-out prompts of the default run.
 """
 
 from __future__ import annotations
@@ -177,7 +178,7 @@ DETECTORS = (
         "unfamiliar_responses",
         _rise("unfamiliar"),
         threshold=0.25,
-        healthy=0.0,
+        healthy=0.03,
         finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
     ),
     Detector(

@@ -79,13 +79,13 @@ def test_states_are_what_the_head_reads_at_the_end_token(scorer):
 
 
 class Fixed:
-    """Scores that a test has set, and states that are all the same."""
+    """Scores that a test has set, and a state that is the same for all texts."""
 
-    def __init__(self, **scores):
-        self._scores = scores
+    def __init__(self, state=0.0, **scores):
+        self._state, self._scores = state, scores
 
     def read(self, texts):
-        return torch.tensor([self._scores[text] for text in texts]), torch.zeros(len(texts), 2)
+        return torch.tensor([self._scores[text] for text in texts]), torch.full((len(texts), 2), self._state)
 
 
 KNOWN = Familiarity(torch.zeros(2), torch.eye(2), 1.0)
@@ -97,7 +97,7 @@ def ensemble(**options):
     members = [
         Member(Fixed(ab=3.0, c=7.0), mean=3.0, std=4.0),
         Member(Fixed(ab=2.0, c=-1.0), mean=0.0, std=1.0),
-        Member(Fixed(ab=-4.0, c=6.0), mean=0.0, std=2.0),
+        Member(Fixed(state=9.0, ab=-4.0, c=6.0), mean=0.0, std=2.0),
     ]
     return RewardModel(members, KNOWN, **options)
 
@@ -132,7 +132,7 @@ def test_a_pass_also_measures():
     value, measures = ensemble().measured(["a", ""], ["b", "c"])
     assert value.tolist() == [0.0, 1.0]
     assert measures["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
-    assert measures["unfamiliar"].tolist() == [0.0, 0.0]
+    assert measures["unfamiliar"].tolist() == [0.0, 0.0], "what is familiar is the first member's to say"
     alone = RewardModel([Member(Fixed(a=3.0), mean=3.0, std=4.0)], STRANGE)
     assert {name: own.tolist() for name, own in alone.measured([""], ["a"])[1].items()} == {"unfamiliar": [1.0]}
 
