@@ -187,6 +187,7 @@ class _Score:
         means = {
             "reward": whole.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in whole.components.items()},
+            **{name: values.mean().item() for name, values in whole.measures.items()},
             "score_std": everyones.std().item(),
             "length": lengths.sum().item() / len(lengths),
             **self._watch(completions, ranks.gathered(ended), step),
@@ -220,10 +221,10 @@ class _EachUpdate(TrainerCallback):
         if len(self._history.rows) < state.global_step or state.global_step % self._steps:
             return
         rows = _rounds(self._history.rows, _rollouts(state), self._steps, self._weights)
-        signs, findings = watch(rows, self._weights)
+        signs, found = watch(rows, self._weights)
         tracking.log_metrics(signs, step=state.global_step)
-        for finding in findings if ranks.rank() == 0 else []:
-            tqdm.write(f"grpo: warning: update {len(rows)}: {finding}", file=sys.stderr)
+        for detector, value in found if ranks.rank() == 0 else []:
+            tqdm.write(f"grpo: warning: update {len(rows)}: {detector.says(value)}", file=sys.stderr)
 
 
 def _rollouts(state: TrainerState) -> list[dict[str, Any]]:

@@ -38,6 +38,7 @@ __all__ = [
     "add_lora",
     "device",
     "is_off",
+    "load_beside",
     "load_policy",
     "load_reference",
     "load_scorer",
@@ -190,6 +191,11 @@ def load_scorer(base_model: Path, sft: Path | None, stage: Path) -> PeftModel:
     """A trained scorer: trunk, adapter and head, in evaluation mode."""
     scorer = new_scorer(base_model, sft, seed=0)
     return _load_adapter(scorer, stage)
+
+
+def load_beside(model: PeftModel, name: str, stage: Path) -> None:
+    """Load another adapter, with its head if it has one, over the same trunk; `model.set_adapter` switches to it."""
+    model.load_adapter(_existing(stage / ADAPTER, "adapter_config.json"), name)
 
 
 def _load_adapter(model: PreTrainedModel, stage: Path) -> PeftModel:

@@ -9,11 +9,20 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
-__all__ = ["ActiveRun", "Recorder", "active", "current_checkpoints", "log_file", "log_metrics", "log_samples"]
+__all__ = [
+    "ActiveRun",
+    "Recorder",
+    "active",
+    "current_checkpoints",
+    "log_file",
+    "log_metrics",
+    "log_samples",
+    "part",
+]
 
 
 class Recorder(Protocol):
@@ -33,6 +42,7 @@ class ActiveRun:
     stage: str
     recorder: Recorder | None = None
     checkpoints: Path | None = None
+    prefix: str = ""
 
 
 # Not a ContextVar: stages run one after another, and threads that a trainer starts must find the run as well.
@@ -50,10 +60,21 @@ def active(run: ActiveRun) -> Iterator[None]:
         _active = before
 
 
+@contextmanager
+def part(name: str) -> Iterator[None]:
+    """Within it, numbers carry this name and checkpoints have a folder of it: for one of several models of a stage."""
+    if _active is None:
+        yield
+        return
+    checkpoints = _active.checkpoints / name if _active.checkpoints else None
+    with active(replace(_active, checkpoints=checkpoints, prefix=f"{name}/")):
+        yield
+
+
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
     """Record numbers, at a step if they belong to a curve."""
     if _active and _active.recorder:
-        _active.recorder.log_metrics(metrics, step)
+        _active.recorder.log_metrics({_active.prefix + name: value for name, value in metrics.items()}, step)
 
 
 def log_samples(name: str, rows: Sequence[Mapping[str, object]], step: int | None = None) -> None:

@@ -70,6 +70,9 @@ class Judged(Row):
         description="Where the right answer is known, whether the response gives it: `strict` in the demanded form, "
         "`flexible` as its last number.",
     )
+    measures: dict[str, float] = Field(
+        default_factory=dict, description="What the reward's components noticed about the response; reported, not paid."
+    )
 
     def score(self, judge: str) -> float | None:
         """The score that the judge gave, if it judged."""
@@ -84,7 +87,8 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     bootstrap interval over prompts; the reference itself has ½) and `_ties`, the share of equal scores; `gain_gold`,
     `gain_vader`, `gain_proxy` mean difference to the reference in standard deviations of the reference's scores, each
     with `_stderr`; `kl` nats per response with `kl_stderr`, and `kl_k3`; `length` in words, `length_tokens`;
-    `repetition`; `distinct_1`, `distinct_2`; `no_end_share`. Where VADER judges, its mean `vader`.
+    `repetition`; `distinct_1`, `distinct_2`; `no_end_share`; the mean of each measure under its name, such as
+    `unfamiliar`. Where VADER judges, its mean `vader`.
     Where right answers are known: `accuracy_strict`, `accuracy_flexible` over those prompts, with `_low` and `_high`.
 
     Args:
@@ -150,6 +154,7 @@ def _own_numbers(group: Sequence[Judged]) -> dict[str, float]:
         "reward_gold": _mean([record.gold for record in group]),
         **({} if group[0].vader is None else {"vader": _mean([record.vader or 0.0 for record in group])}),
         **{f"reward_{name}": _mean([record.rewards[name] for record in group]) for name in group[0].rewards},
+        **{name: _mean([record.measures[name] for record in group]) for name in group[0].measures},
         "kl": kl,
         "kl_stderr": kl_stderr,
         "kl_k3": _mean([record.kl_k3 for record in group]),

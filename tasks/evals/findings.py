@@ -10,8 +10,8 @@ from tasks.rl.detectors import fired, watch
 
 __all__ = ["Finding", "find", "plain"]
 
-FINAL = ("length", "repetition", "distinct_2", "no_end_share")
-"""What detectors compare between a policy's responses and SFT's to the same held-out prompts."""
+FINAL = ("length", "repetition", "distinct_2", "no_end_share", "unfamiliar")
+"""What detectors compare between a policy's responses and SFT's to the same held-out prompts, where it was measured."""
 
 
 @dataclass(frozen=True)
@@ -50,8 +50,8 @@ def _in_training(rows: Sequence[Mapping[str, float]]) -> list[Finding]:
 
 
 def _at_the_end(table: Table, policy: str) -> list[Finding]:
-    rows = [{key: table[name][key] for key in FINAL} for name in (REFERENCE, policy)]
-    found = [Finding(text.split()[0], "evaluation", text) for text in watch(rows, {})[1]]
+    rows = [{key: table[name][key] for key in FINAL if key in table[name]} for name in (REFERENCE, policy)]
+    found = [Finding(detector.name, "evaluation", detector.says(value)) for detector, value in watch(rows, {})[1]]
     row = table[policy]
     if row["win_rate_proxy_low"] > 0.5 >= row["win_rate_low"]:
         text = (

@@ -172,6 +172,7 @@ def judge(
             gold=truth[row].item(),
             vader=lexicon.polarity_scores(answer.prompt.prompt + answer.response)["compound"] if lexicon else None,
             correct=_correct(answer, answer_pattern),
+            measures={name: values[row].item() for name, values in proxy.measures.items()},
         )
         for row, answer in enumerate(answers)
     ]

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -16,7 +17,7 @@ from tasks.core.sections.reward import RewardParams
 from tasks.rewards.learned import RewardModel
 from tasks.rewards.rules import RULES, RewardFunction
 
-__all__ = ["LEARNED", "CompositeReward", "Reward", "build_reward", "load_reward"]
+__all__ = ["LEARNED", "CompositeReward", "Measuring", "Reward", "build_reward", "load_reward"]
 
 LEARNED = "learned"
 """The component that the trained reward model computes; every other one is a rule."""
@@ -32,21 +33,35 @@ class Reward:
     Attributes:
         total: [B] float32, the weighted sum.
         components: name → [B] float32, before weighting.
+        measures: name → [B] float32, what components noticed about the responses; reported, never paid.
     """
 
     total: Tensor
     components: dict[str, Tensor]
+    measures: dict[str, Tensor] = field(default_factory=dict)
 
     def of_all_ranks(self) -> Reward:
         """That of every rank's responses."""
         components = {name: ranks.gathered(values) for name, values in self.components.items()}
-        return Reward(ranks.gathered(self.total), components)
+        measures = {name: ranks.gathered(values) for name, values in self.measures.items()}
+        return Reward(ranks.gathered(self.total), components, measures)
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A component that notices more about responses than what they are worth."""
+
+    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B], and name → [B] what else was measured in the same pass."""
+
+
+Component: TypeAlias = RewardFunction | Measuring
 
 
 class CompositeReward:
     """Σ weight · component, computed in the order of `weights`; a component of weight 0 is computed and reported."""
 
-    def __init__(self, components: Mapping[str, RewardFunction], weights: Mapping[str, float]) -> None:
+    def __init__(self, components: Mapping[str, Component], weights: Mapping[str, float]) -> None:
         """Pair each weight with its component.
 
         Raises:
@@ -73,14 +88,16 @@ class CompositeReward:
         """
         if len(prompts) != len(responses):
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
-        values = {
-            name: _checked(name, function(prompts, responses), prompts, responses)
-            for name, function in self._components.items()
-        }
+        values: dict[str, Tensor] = {}
+        measures: dict[str, Tensor] = {}
+        for name, component in self._components.items():
+            value, noticed = _asked(component, prompts, responses)
+            values[name] = _checked(name, value, prompts, responses)
+            measures |= noticed
         total = torch.zeros(len(responses))
-        for name, value in values.items():
-            total = total + self._weights[name] * value
-        return Reward(total, values)
+        for name, own in values.items():
+            total = total + self._weights[name] * own
+        return Reward(total, values, measures)
 
 
 def load_reward(
@@ -92,11 +109,15 @@ def load_reward(
         ConfigError: a weight names no known component.
         ModelError: the reward model is needed and its folder is incomplete.
     """
-    learned = RewardModel.load(base_model, sft, reward_model) if LEARNED in params.weights else None
+    learned = None
+    if LEARNED in params.weights:
+        learned = RewardModel.load(
+            base_model, sft, reward_model, combine=params.combine, uncertainty_coef=params.uncertainty_coef
+        )
     return build_reward(params, prompts, learned)
 
 
-def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: RewardFunction | None) -> CompositeReward:
+def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Component | None) -> CompositeReward:
     """The reward that the `reward` section describes.
 
     Args:
@@ -107,7 +128,7 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Rewar
         ConfigError: a weight names no known component, or the reward model, which is off.
     """
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
-    components: dict[str, RewardFunction] = {}
+    components: dict[str, Component] = {}
     for name in params.weights:
         if name != LEARNED and name not in RULES:
             known = ", ".join(sorted([LEARNED, *RULES]))
@@ -119,6 +140,15 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Rewar
         else:
             components[name] = RULES[name](params, answers)
     return CompositeReward(components, params.weights)
+
+
+def _asked(
+    component: Component, prompts: list[str], responses: list[str]
+) -> tuple[Sequence[float] | Tensor, dict[str, Tensor]]:
+    """The component's values, and what it has measured beside them."""
+    if isinstance(component, Measuring):
+        return component.measured(prompts, responses)
+    return component(prompts, responses), {}
 
 
 def _checked(name: str, value: Sequence[float] | Tensor, prompts: list[str], responses: list[str]) -> Tensor:

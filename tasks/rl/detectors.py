@@ -2,7 +2,8 @@
 
 They compare an update with the first one, whose responses the SFT policy wrote. No sign proves anything: a finding
 says where to look. Thresholds are calibrated on nine healthy runs of the default task (PPO under eight seeds, GRPO):
-the largest value that any of their updates reached stands beside each, and none of them reaches a threshold.
+the largest value that any of their updates reached stands beside each, and none of them reaches a threshold. The one
+of `unfamiliar_responses` is that of PPO's, GRPO's and DPO's responses to the held-out prompts of the default run.
 """
 
 from __future__ import annotations
@@ -48,23 +49,23 @@ class Detector:
         return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.healthy:g}): {self.finding}"
 
 
-def watch(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[str]]:
-    """The signs of the newest row, and a sentence for each that fires in it and did not in the row before.
+def watch(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
+    """The signs of the newest row, and each detector that fires in it and did not in the row before, with its value.
 
     Args:
         rows: one per update, from the first; those before the newest with the signs that this function gave for them.
         weights: of the reward's components.
     """
     before = rows[-2] if len(rows) > 1 else {}
-    signs, findings = {}, []
+    signs, found = {}, []
     for detector in DETECTORS:
         value = detector.value(rows, weights)
         if value is None:
             continue
         signs[PREFIX + detector.name] = value
         if value >= detector.threshold > before.get(PREFIX + detector.name, 0.0):
-            findings.append(detector.says(value))
-    return signs, findings
+            found.append((detector, value))
+    return signs, found
 
 
 def fired(rows: Rows) -> list[tuple[Detector, int, float]]:
@@ -172,6 +173,13 @@ DETECTORS = (
         threshold=0.25,
         healthy=0.13,
         finding="more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens",
+    ),
+    Detector(
+        "unfamiliar_responses",
+        _rise("unfamiliar"),
+        threshold=0.25,
+        healthy=0.03,
+        finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
     ),
     Detector(
         "kl_spike",

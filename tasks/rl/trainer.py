@@ -126,9 +126,9 @@ class PPOTrainer:
             self._checkpoint.unlink(missing_ok=True)
 
     def _signs_of_hacking(self) -> Metrics:
-        signs, findings = watch(self.history, self.reward.weights)
-        for finding in findings:
-            self._tell(f"warning: update {self.update}: {finding}")
+        signs, found = watch(self.history, self.reward.weights)
+        for detector, value in found:
+            self._tell(f"warning: update {self.update}: {detector.says(value)}")
         return signs
 
     # -- one round ---------------------------------------------------------------------------------------------
@@ -176,22 +176,22 @@ class PPOTrainer:
         orders = {p // total: torch.randperm(total, generator=_seeded(self.seed, p // total)) for p in positions}
         return [int(orders[p // total][p % total]) for p in positions]
 
-    def _scored(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], Tensor, Reward]:
-        """Reference log-probabilities and rewards of this rank's responses; gives back those of all ranks."""
+    def _scored(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], list[str], Tensor, Reward]:
+        """Texts, reference log-probabilities and rewards of this rank's responses; gives back those of all ranks."""
         responses = [self.codec.decode(ids) for ids in rollout.response_ids()]
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
         reward = self.reward(prompts, responses)
         whole = rollout.of_all_ranks(self.codec.pad_token_id)
-        return whole, ranks.texts(prompts), ranks.gathered(reference_logprobs), reward.of_all_ranks()
+        texts = ranks.texts(prompts), ranks.texts(responses)
+        return whole, *texts, ranks.gathered(reference_logprobs), reward.of_all_ranks()
 
     def _experience(
-        self, rollout: Rollout, prompts: list[str], reference_logprobs: Tensor, outcome: Reward
+        self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: Reward
     ) -> tuple[Experience, Metrics]:
         """Spread each score over the response's tokens with the KL penalty, and estimate advantages."""
         mask = rollout.response_mask
-        responses = [self.codec.decode(ids) for ids in rollout.response_ids()]
         total = outcome.total.to(mask.device)
         scores = missing_eos_penalty(total, rollout.ended, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
@@ -202,6 +202,7 @@ class PPOTrainer:
         metrics = {
             "reward": total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
+            **{name: values.mean().item() for name, values in outcome.measures.items()},
             "score": scores.mean().item(),
             "score_std": scores.std().item(),
             "non_score_reward": -self.controller.kl_coef * k1.mean().item(),

@@ -26,7 +26,8 @@ from tasks.evals.duel import duel
 from tasks.evals.judging import choose_prompts
 from tasks.evals.pairwise import Judgement
 from tasks.evaluate import evaluate
-from tasks.rewards.learned import NORMALISATION, GoldJudge, RewardModel
+from tasks.rewards.familiarity import Familiarity
+from tasks.rewards.learned import FAMILIARITY, NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
 from tests.unit.chat_server import longer, serving
 
@@ -76,6 +77,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if scorer:
             facts = {"mean": 0.5, "std": 2.0, "max_length": 32}
             (folders[name] / NORMALISATION).write_text(json.dumps(facts))
+    Familiarity(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / FAMILIARITY)
     (folders["ppo"] / "history.csv").write_text("step,reward,hacking/repetition\n1,0.1,0.0\n2,0.3,0.2\n")
     write_rows(folders["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     return folders
@@ -202,6 +204,16 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Judged
         assert record.proxy == pytest.approx(record.rewards["learned"] + 0.5 * record.rewards["repetition"], abs=1e-5)
         assert record.vader is not None
         assert -1 <= record.vader <= 1
+
+
+def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: Path, records: list[Judged]) -> None:
+    learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
+    expected = learned.measured([r.prompt for r in records], [r.response for r in records])[1]["unfamiliar"]
+    assert [record.measures["unfamiliar"] for record in records] == expected.tolist()
+    table = json.loads((out / "policies.json").read_text())
+    for policy, row in table.items():
+        assert row["unfamiliar"] == pytest.approx(mean(r.measures["unfamiliar"] for r in records if r.policy == policy))
+    assert 0 < expected.mean() < 1, "a threshold that shows nothing"
 
 
 def test_vader_reads_prompt_and_response(records: list[Judged]) -> None:

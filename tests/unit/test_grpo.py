@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+from types import SimpleNamespace
 
-from tasks.grpo import _rounds
+import pytest
+import torch
+
+from tasks.grpo import _rounds, _Score
+from tasks.rewards.composition import CompositeReward
+from tests.unit.tiny_stages import _GRPO
 
 
 def test_a_row_is_one_update_with_kl_from_its_first_step():
@@ -28,3 +33,21 @@ def test_a_row_is_one_update_with_kl_from_its_first_step():
     assert second["hacking/length_drift"] == 2
     assert second["hacking/entropy_collapse"] == 3
     assert second["hacking/one_component_pays"] == pytest.approx(0.5), "1.5 gained by a, 0.5 lost by b: 0.5 of 1"
+
+
+class Noticing:
+    def __call__(self, prompts, responses):
+        raise AssertionError("a second pass")
+
+    def measured(self, prompts, responses):
+        return torch.tensor([1.0, 2.0, 3.0, 4.0]), {"unfamiliar": torch.tensor([0.0, 1.0, 1.0, 1.0])}
+
+
+def test_what_the_reward_notices_is_in_the_row_and_watched():
+    state = SimpleNamespace(global_step=0, log_history=[])
+    score = _Score(CompositeReward({"a": Noticing()}, {"a": 1.0}), _GRPO, eos_token_id=1)
+    assert score(["p"] * 4, list("wxyz"), completion_ids=[[5, 1]] * 4, trainer_state=state) == [1.0, 2.0, 3.0, 4.0]
+    (entry,) = state.log_history
+    assert entry["unfamiliar"] == 0.75
+    rows = _rounds([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, {"a": 1.0})
+    assert [row["hacking/unfamiliar_responses"] for row in rows] == [0.0, 0.5]

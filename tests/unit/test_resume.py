@@ -15,7 +15,7 @@ import pytest
 from tasks import grpo
 from tasks.core import tracking, training
 from tasks.core.errors import TrainingError
-from tests.unit.tiny_stages import RUNS, write_inputs
+from tests.unit.tiny_stages import RUNS, run_reward_model, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 5
@@ -170,6 +170,42 @@ class Curves:
     def log_samples(self, name: str, rows: Sequence[Mapping[str, object]], step: int | None) -> None: ...
 
     def log_file(self, path: Path, folder: str | None) -> None: ...
+
+
+def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
+    inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Interrupted in the second of three members: the first repeats what is behind its last checkpoint."""
+    monkeypatch.setitem(RUNS, "reward_model", lambda of, out: run_reward_model(of, out, members=3))
+    run("reward_model", inputs, tmp_path / "whole")
+    models: list[Any] = []
+
+    def interrupt_the_second(model: Any) -> None:
+        models.append(model)
+        if len(models) == 2:
+            raise InterruptedRunError
+
+    patch = after_step(EVERY + 2, interrupt_the_second)
+    with pytest.raises(InterruptedRunError):
+        run("reward_model", inputs, tmp_path)
+    patch.undo()
+    folder = tmp_path / "checkpoints"
+    assert checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-15"]
+    assert [path.name for path in (folder / "member_1").glob("checkpoint-*")] == ["checkpoint-5"]
+    capsys.readouterr()
+    run("reward_model", inputs, tmp_path)
+    said = capsys.readouterr().out
+    assert "reward_model: goes on from step 15 of 20" in said
+    assert "reward_model, member 1: goes on from step 5 of 20" in said
+    assert "member 2: goes on" not in said
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole" / "out")
+
+
+def test_the_curves_of_members_stand_beside_each_other(inputs: Path, tmp_path: Path) -> None:
+    curves = Curves()
+    with tracking.active(tracking.ActiveRun("reward_model", curves)):
+        run_reward_model(inputs, tmp_path, members=2)
+    assert curves.steps["loss"] == curves.steps["member_1/loss"] == [1, 5, 10, 15, 20]
 
 
 def test_the_curves_of_a_run_that_goes_on_are_whole(inputs: Path, tmp_path: Path) -> None:

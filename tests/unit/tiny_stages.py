@@ -33,7 +33,7 @@ REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, length=LengthR
 
 _COMMON = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "max_length": 32}
 _SFT = SFTParams(max_examples=ROWS, max_validation_examples=4, **_COMMON)
-_REWARD_MODEL = RewardModelParams(first_layer=0, normalisation_samples=4, **_COMMON)
+_REWARD_MODEL = RewardModelParams(members=1, first_layer=0, normalisation_samples=4, **_COMMON)
 _GOLD_JUDGE = GoldJudgeParams(first_layer=0, max_examples=ROWS, **_COMMON)
 _DPO = DPOParams(max_pairs=ROWS - 2, beta=0.1, **_COMMON)
 """Nine steps an epoch: the last logged step is that of a checkpoint, and a run going on from there logs no other."""
@@ -46,12 +46,16 @@ _GRPO = GRPOParams(
 Run = Callable[[Path, Path], None]
 """(folder of inputs, folder for outputs) → None."""
 
+
+def run_reward_model(of: Path, out: Path, *, members: int = 1, seed: int = 0) -> None:
+    params = _REWARD_MODEL.model_copy(update={"members": members})
+    inputs = {name: of / name for name in ("base_model", "sft", "prepare", "preferences")}
+    reward_model(params, LORA, GENERATION, seed, **inputs, out=out)
+
+
 RUNS: dict[str, Run] = {
     "sft": lambda of, out: sft(_SFT, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
-    "reward_model": lambda of, out: reward_model(
-        _REWARD_MODEL, LORA, GENERATION, 0, base_model=of / "base_model", sft=of / "sft", prepare=of / "prepare",
-        preferences=of / "preferences", out=out,
-    ),
+    "reward_model": run_reward_model,
     "gold_judge": lambda of, out: gold_judge(
         _GOLD_JUDGE, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out
     ),
@@ -75,6 +79,9 @@ def write_inputs(of: Path) -> None:
     def text() -> str:
         return " " + "".join(draw.choices("abcdefgh ", k=draw.randint(1, 20)))
 
+    def pairs() -> list[Preference]:
+        return [Preference(id=str(i), prompt="a", chosen=f"{text()}a", rejected=f"{text()}b") for i in range(ROWS)]
+
     prepare, preferences = of / "prepare", of / "preferences"
     for part in ("train", "validation"):
         rows = [Demonstration(id=str(i), prompt=f"{draw.choice('abc')}", response=text()) for i in range(ROWS)]
@@ -83,6 +90,6 @@ def write_inputs(of: Path) -> None:
     for part in ("train", "test"):
         ratings = [Rating(id=str(i), text=text(), ratings=(draw.uniform(-4, 4),)) for i in range(ROWS)]
         write_rows(prepare / "ratings" / "gold" / f"{part}.jsonl", ratings)
-        pairs = [Preference(id=str(i), prompt="a", chosen=f"{text()}a", rejected=f"{text()}b") for i in range(ROWS)]
-        write_rows(preferences / f"{part}.jsonl", pairs)
+        write_rows(preferences / f"{part}.jsonl", pairs())
+    write_rows(preferences / "validation.jsonl", pairs())
     (preferences / "ceiling.csv").write_text("bucket,agreement\n", encoding="utf-8")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.core.sections.section import Positive, Section
@@ -21,5 +23,16 @@ class RewardParams(Section):
 
     weights: dict[str, float] = Field(
         min_length=1, description="Component → weight; a component not named is not computed."
+    )
+    combine: Literal["mean", "worst", "uncertainty"] = Field(
+        "mean",
+        description="How members of the reward model become one score: their mean, the least of them, or the mean less "
+        "uncertainty_coef times their variance (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5).",
+    )
+    uncertainty_coef: float = Field(
+        0.5,
+        ge=0,
+        description="λ of `uncertainty`, for scores whose spread is 1; Coste et al. take 0.5 for best-of-n and 0.1 for "
+        "PPO.",
     )
     length: LengthRule = Field(description="Parameters of the component `length`.")

@@ -12,6 +12,11 @@ __all__ = ["RewardModelParams"]
 class RewardModelParams(Section):
     """Bradley–Terry reward model: a linear head on the SFT model."""
 
+    members: Positive = Field(
+        1,
+        description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
+        "four do as well as five there), whose cost in training and scoring is that many times one model's.",
+    )
     first_layer: int = Field(
         ge=0,
         description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",

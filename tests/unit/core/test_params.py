@@ -80,6 +80,17 @@ def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> N
     assert params.reward.weights == {"length": 0.5, "repetition": 2.0}
 
 
+def test_a_preset_and_settings_stack(params_yaml: Path) -> None:
+    """As the preset overoptimised says how to train against an ensemble."""
+    settings = ["reward_model.members=4", "reward.combine=uncertainty"]
+    apply_changes(params_yaml, [preset_changes(ROOT, "overoptimised"), *map(parse_override, settings)])
+    params = load_params(params_yaml)
+    assert params.reward_model
+    assert (params.reward_model.members, params.reward.combine) == (4, "uncertainty")
+    assert params.ppo
+    assert params.ppo.kl_coef == 0
+
+
 def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
     assert apply_changes(params_yaml, [parse_override("reward.weights.repetition=null")]) == [
         "reward.weights.repetition: 0.5 → removed"

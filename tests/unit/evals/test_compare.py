@@ -44,6 +44,19 @@ def test_numbers_by_hand(judged: Make) -> None:
     assert row["distinct_1"] == pytest.approx(3 / 9, abs=1e-6)  # good, some, words of nine
 
 
+def test_measures_are_means_under_their_names(judged: Make) -> None:
+    shares = {"sft": (0.0, 0.0), "ppo": (1.0, 0.0)}
+    records = [
+        judged(policy, prompt, measures={"unfamiliar": share, "disagreement": 2 * share})
+        for policy, own in shares.items()
+        for prompt, share in zip("ab", own, strict=True)
+    ]
+    table = compare(records, samples=10, seed=0)
+    assert (table["ppo"]["unfamiliar"], table["ppo"]["disagreement"]) == (0.5, 1.0)
+    assert table["sft"]["unfamiliar"] == 0.0
+    assert "unfamiliar" not in compare(_two_policies(judged), samples=10, seed=0)["sft"]
+
+
 def test_gain_is_the_paired_difference_in_spreads_of_the_reference(judged: Make) -> None:
     row = compare(_two_policies(judged), samples=10, seed=0)["ppo"]
     spread = (5 / 3) ** 0.5  # of 1, 2, 3, 4

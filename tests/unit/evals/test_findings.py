@@ -11,7 +11,7 @@ CLEAR = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_proxy": 0.9, "win_rate_
 
 
 def found(change: dict[str, float]) -> list[str]:
-    table = {"sft": SFT, "ppo": {**SFT, **CLEAR, **change}}
+    table = {"sft": SFT | {"unfamiliar": 0.1}, "ppo": {**SFT, "unfamiliar": 0.1, **CLEAR, **change}}
     return [finding.detector for finding in find(table, {})["ppo"]]
 
 
@@ -24,12 +24,19 @@ def found(change: dict[str, float]) -> list[str]:
         ({"repetition": 0.2, "distinct_2": 0.3}, ["repetition", "ngram_collapse"]),
         ({"no_end_share": 0.1}, []),
         ({"no_end_share": 0.9}, ["truncation"]),
+        ({"unfamiliar": 0.3}, []),
+        ({"unfamiliar": 0.4}, ["unfamiliar_responses"]),
         ({"win_rate_low": 0.5}, ["proxy_without_gold"]),
         ({"win_rate_low": 0.2, "win_rate_proxy_low": 0.5}, []),
     ],
 )
 def test_at_the_end(change: dict[str, float], expected: list[str]) -> None:
     assert found(change) == expected
+
+
+def test_a_reward_of_rules_alone_does_not_know_what_is_familiar() -> None:
+    """The table then lacks the number, for SFT as for the others."""
+    assert find({"sft": SFT, "ppo": SFT | CLEAR}, {})["ppo"] == []
 
 
 def test_in_training_with_its_first_update() -> None:

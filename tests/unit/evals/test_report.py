@@ -229,7 +229,7 @@ def test_findings_stand_above_the_results(evidence: Evidence) -> None:
     assert "PPO , training, update 7: it repeats itself." in text
     assert text.index("update 7") < text.index("Means over 3 prompts")
     clean = render(dataclasses.replace(evidence, findings={"ppo": [], "grpo": []}))
-    assert "None of 9 detectors of reward hacking fired" in clean
+    assert "None of 10 detectors of reward hacking fired" in clean
 
 
 def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: Evidence) -> None:

@@ -46,6 +46,29 @@ def test_components_see_prompts_and_responses_apart() -> None:
     assert seen == [(PROMPTS, RESPONSES)]
 
 
+class Noticing:
+    """A component that measures in the pass that scores."""
+
+    calls = 0
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        raise AssertionError("a second pass")
+
+    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        self.calls += 1
+        return torch.tensor([3.0, 1.0]), {"unfamiliar": torch.tensor([0.0, 1.0])}
+
+
+def test_what_components_measure_is_reported_and_never_paid() -> None:
+    noticing = Noticing()
+    outcome = CompositeReward({"a": noticing, "b": _constant(1.0, 1.0)}, {"a": 2.0, "b": 1.0})(PROMPTS, RESPONSES)
+    assert outcome.total.tolist() == [7.0, 3.0]
+    assert {name: values.tolist() for name, values in outcome.measures.items()} == {"unfamiliar": [0.0, 1.0]}
+    assert outcome.of_all_ranks().measures == outcome.measures
+    assert noticing.calls == 1
+    assert CompositeReward({"b": _constant(1.0, 1.0)}, {"b": 1.0})(PROMPTS, RESPONSES).measures == {}
+
+
 def test_build_reward_joins_the_learned_model_and_the_rules_by_weight() -> None:
     reward = build_reward(_params(learned=1.0, repetition=0.5, length=0.1), [], lambda p, r: torch.tensor([0.25, -1.0]))
     outcome = reward(PROMPTS, RESPONSES)

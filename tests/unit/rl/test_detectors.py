@@ -10,7 +10,7 @@ WEIGHTS = {"learned": 1.0, "brevity": 2.0}
 
 START = {
     "reward/learned": 0.0, "reward/brevity": 0.5, "score_std": 1.0, "length": 16.0, "repetition": 0.01,
-    "distinct_2": 0.8, "entropy": 4.0, "no_end_share": 0.4, "kl": 0.0,
+    "distinct_2": 0.8, "entropy": 4.0, "no_end_share": 0.4, "unfamiliar": 0.3, "kl": 0.0,
 }  # fmt: skip
 
 FIRES = {
@@ -21,6 +21,7 @@ FIRES = {
     "reward_variance_collapse": {"score_std": 0.5},
     "one_component_pays": {"reward/learned": 2.0, "reward/brevity": 0.0},
     "truncation": {"no_end_share": 0.66},
+    "unfamiliar_responses": {"unfamiliar": 0.56},
     "kl_spike": {"kl": 2.5},
 }
 """one_component_pays: +2 and 2 · −0.5: one gains 1 in all, the other pays 1, all of it. kl_spike: 2.5 = 5 · 0.5."""
@@ -33,14 +34,15 @@ HOLDS = {
     "reward_variance_collapse": {"score_std": 1.9},
     "one_component_pays": {"reward/learned": 2.0, "reward/brevity": 0.3},
     "truncation": {"no_end_share": 0.6},
+    "unfamiliar_responses": {"unfamiliar": 0.5},
     "kl_spike": {"kl": 2.4},
 }
 """one_component_pays: +2 and 2 · −0.2: 1.6 in all, and 0.4 paid, a quarter of it."""
 
 
 def last(change):
-    signs, findings = watch([START, START | change], WEIGHTS)
-    return signs, [finding.split()[0] for finding in findings]
+    signs, found = watch([START, START | change], WEIGHTS)
+    return signs, [detector.name for detector, _ in found]
 
 
 def test_every_detector_has_its_cases():
@@ -73,8 +75,8 @@ def test_a_reward_of_one_component_has_no_cost():
 
 
 def test_the_first_update_is_the_measure_and_finds_nothing():
-    signs, findings = watch([START], WEIGHTS)
-    assert findings == []
+    signs, found = watch([START], WEIGHTS)
+    assert found == []
     assert signs[PREFIX + "length_drift"] == 1
     assert signs[PREFIX + "truncation"] == 0
 
@@ -83,9 +85,9 @@ def test_it_tells_once_and_again_after_it_went_away():
     rows, told = [], []
     for length in (16.0, 8.0, 7.0, 12.0, 8.0):
         rows.append(START | {"length": length})
-        signs, findings = watch(rows, WEIGHTS)
+        signs, found = watch(rows, WEIGHTS)
         rows[-1] = rows[-1] | signs
-        told.append(len(findings))
+        told.append(len(found))
     assert told == [0, 1, 0, 0, 1]
     ((detector, first, largest),) = fired(rows)
     assert (detector.name, first) == ("length_drift", 2)
@@ -93,16 +95,19 @@ def test_it_tells_once_and_again_after_it_went_away():
 
 
 def test_a_row_without_a_number_is_no_sign():
-    """GRPO learns of the entropy later than of the responses."""
-    row = {key: value for key, value in START.items() if key not in ("entropy", "kl")}
+    """GRPO learns of the entropy later than of the responses; rules do not know what is familiar."""
+    row = {key: value for key, value in START.items() if key not in ("entropy", "kl", "unfamiliar")}
     signs, _ = watch([row, row], WEIGHTS)
     assert PREFIX + "entropy_collapse" not in signs
     assert PREFIX + "kl_spike" not in signs
+    assert PREFIX + "unfamiliar_responses" not in signs
     assert PREFIX + "length_drift" in signs
 
 
 def test_a_finding_says_the_number_and_what_to_do():
-    assert watch([START, START | FIRES["truncation"]], WEIGHTS)[1] == [
+    ((detector, value),) = watch([START, START | FIRES["truncation"]], WEIGHTS)[1]
+    assert value == pytest.approx(0.26)
+    assert detector.says(value) == (
         "truncation 0.26 (threshold 0.25, healthy up to 0.13): more responses are cut before their end than SFT's; "
         "raise missing_eos_penalty or max_new_tokens"
-    ]
+    )

@@ -356,6 +356,37 @@ def test_a_run_that_degenerates_warns_once_and_counts():
     assert [row["empty_share"] for row in ppo.history] == [1, 1, 1]
 
 
+class Noticing:
+    """A component that finds every second response unfamiliar, and from the second update on all of them."""
+
+    def __init__(self):
+        self.share = iter([0.5, 1.0, 1.0])
+        self.asked = []
+
+    def __call__(self, prompts, responses):
+        raise AssertionError("a second pass")
+
+    def measured(self, prompts, responses):
+        self.asked.append(responses)
+        share = next(self.share)
+        unfamiliar = torch.tensor([float(place < share * len(responses)) for place in range(len(responses))])
+        return torch.linspace(0, 1, len(responses)), {"unfamiliar": unfamiliar}
+
+
+def test_what_the_reward_notices_is_logged_and_watched():
+    told, noticing, decoded = [], Noticing(), []
+    ppo = trainer(tell=told.append, updates=3)
+    ppo.reward = CompositeReward({"learned": noticing}, {"learned": 1.0})
+    ppo.codec = dataclasses.replace(CODEC, decode=lambda ids: decoded.append(ids) or CODEC.decode(ids))
+    ppo.train()
+    assert [row["unfamiliar"] for row in ppo.history] == [0.5, 1.0, 1.0]
+    assert [row["hacking/unfamiliar_responses"] for row in ppo.history] == [0.0, 0.5, 0.5]
+    (finding,) = [message for message in told if "unfamiliar" in message]
+    assert finding.startswith("warning: update 2: unfamiliar_responses 0.50 (threshold 0.25")
+    assert len(decoded) == 3 * 12, "each response is turned into text once"
+    assert [sample["response"] for sample in ppo.samples[:2]] == [noticing.asked[0][0], noticing.asked[0][3]]
+
+
 def test_every_update_is_kept_and_has_its_signs_of_hacking():
     told, kept = [], []
     ppo = trainer(tell=told.append, updates=3, missing_eos_penalty=0.0)

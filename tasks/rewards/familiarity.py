@@ -1,0 +1,97 @@
+"""How far a text lies from those that a reward model has learned from, by what the model's head reads of it.
+
+One Gaussian is fitted to the states of the training texts, and the distance from it is Mahalanobis' (Lee et al. 2018,
+arXiv 1807.03888, equation 2, with one class). What lies further out than nearly all held-out texts of people is a text
+of a kind that nobody compared: its score is a guess, whatever it says.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from tasks.core.errors import ModelError, TrainingError
+
+__all__ = ["QUANTILE", "Familiarity", "shrunk_covariance"]
+
+QUANTILE = 0.99
+"""Share of held-out texts that count as familiar."""
+
+
+@dataclass(frozen=True)
+class Familiarity:
+    """Where the states of the training texts lie.
+
+    Attributes:
+        mean: [d] their mean μ.
+        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their shrunk covariance.
+        threshold: the distance beyond which a text is unfamiliar.
+    """
+
+    mean: Tensor
+    whitening: Tensor
+    threshold: float
+
+    @classmethod
+    def fit(cls, training: Tensor, heldout: Tensor) -> Familiarity:
+        """Fit to the states [N, d] of training texts; the threshold is a quantile over those of held-out ones [M, d].
+
+        Raises:
+            TrainingError: the states of the training texts do not vary.
+        """
+        rows = training.double()
+        factor, failed = torch.linalg.cholesky_ex(shrunk_covariance(rows))
+        if failed:
+            raise TrainingError(
+                f"the reward model sees no difference between its {len(rows)} training texts, so no distance from them "
+                "can be measured; raise preferences.train_pairs, or train with a lower learning_rate"
+            )
+        identity = torch.eye(len(factor), dtype=factor.dtype)
+        whitening = torch.linalg.solve_triangular(factor, identity, upper=False)
+        fitted = cls(rows.mean(0).float(), whitening.float().contiguous(), float("inf"))
+        return cls(fitted.mean, fitted.whitening, torch.quantile(fitted.distances(heldout), QUANTILE).item())
+
+    def distances(self, states: Tensor) -> Tensor:
+        """√((x − μ)ᵀ Σ⁻¹ (x − μ)) of each state x, [N, d] → [N]."""
+        return ((states - self.mean) @ self.whitening.T).norm(dim=1)
+
+    def unfamiliar(self, states: Tensor) -> Tensor:
+        """1 for each state beyond the threshold, 0 for the others, [N, d] → [N]."""
+        return (self.distances(states) > self.threshold).float()
+
+    def save(self, path: Path) -> None:
+        """Write it to a safetensors file."""
+        threshold = torch.tensor(self.threshold)
+        save_file({"mean": self.mean, "whitening": self.whitening, "threshold": threshold}, path)
+
+    @classmethod
+    def load(cls, path: Path) -> Familiarity:
+        """Read what `save` has written.
+
+        Raises:
+            ModelError: there is no such file.
+        """
+        if not path.is_file():
+            raise ModelError(f"{path} does not exist: run the stage reward_model")
+        tensors = load_file(path)
+        return cls(tensors["mean"], tensors["whitening"], tensors["threshold"].item())
+
+
+def shrunk_covariance(rows: Tensor) -> Tensor:
+    """Covariance moved towards a multiple of the identity as far as the sample's own noise asks for, [N, d] → [d, d].
+
+    Ledoit & Wolf 2004, *A well-conditioned estimator for large-dimensional covariance matrices*, section 3.2:
+    Σ = (1 − s)·S + s·m·I with m the mean variance and s = b² / ‖S − m·I‖², where b² = Σ‖xxᵀ − S‖² / N² estimates how
+    far S is from the truth. There are hardly more texts than dimensions, and S alone has no inverse one could trust.
+    """
+    count, width = rows.shape
+    centred = rows - rows.mean(0)
+    sample = centred.T @ centred / count
+    target = sample.diagonal().mean() * torch.eye(width, dtype=rows.dtype)
+    noise = (centred.square().sum(1).square().mean() - sample.square().sum()) / count
+    share = (noise / (sample - target).square().sum()).clamp(0, 1)
+    return (1 - share) * sample + share * target

@@ -1,0 +1,70 @@
+"""Distances from the training texts, against numpy's, scikit-learn's and figures worked by hand."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn.covariance import LedoitWolf
+
+from tasks.core.errors import ModelError, TrainingError
+from tasks.rewards.familiarity import Familiarity, shrunk_covariance
+
+WIDTH = 24
+
+
+def states(count: int, seed: int, *, spread: float = 1.0) -> torch.Tensor:
+    """States whose dimensions depend on one another and differ in scale."""
+    mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, WIDTH)
+    return spread * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) @ mixing + 5.0
+
+
+@pytest.mark.parametrize("count", [10, 30, 500])
+def test_the_covariance_is_that_of_scikit_learn(count: int) -> None:
+    """With fewer texts than dimensions, as many, and more."""
+    rows = states(count, 1).double()
+    torch.testing.assert_close(shrunk_covariance(rows), torch.tensor(LedoitWolf().fit(rows.numpy()).covariance_))
+
+
+def test_the_covariance_of_four_points_by_hand() -> None:
+    """(±2, 0), (0, ±1): S = diag(2, ½), m = 1.25, ‖S − mI‖² = 2 · 0.75² = 1.125; mean ‖x‖⁴ = 8.5, ‖S‖² = 4.25, so
+    b² = 4.25 / 4 = 1.0625 and s = 17/18: variances 2/18 + 1.25 · 17/18 and ½/18 + 1.25 · 17/18.
+    """
+    rows = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
+    expected = torch.diag(torch.tensor([23.25 / 18, 21.75 / 18], dtype=torch.float64))
+    torch.testing.assert_close(shrunk_covariance(rows), expected)
+
+
+def test_distance_is_the_root_of_the_quadratic_form() -> None:
+    training, other = states(200, 1), states(7, 2, spread=3.0)
+    fitted = Familiarity.fit(training, states(50, 3))
+    precision = np.linalg.inv(LedoitWolf().fit(training.double().numpy()).covariance_)
+    gaps = (other - training.mean(0)).double().numpy()
+    expected = np.sqrt(np.einsum("nd,de,ne->n", gaps, precision, gaps))
+    np.testing.assert_allclose(fitted.distances(other).numpy(), expected, rtol=1e-4)
+
+
+def test_one_in_a_hundred_held_out_texts_is_unfamiliar_and_what_lies_elsewhere_is() -> None:
+    heldout = states(1000, 2)
+    fitted = Familiarity.fit(states(400, 1), heldout)
+    assert fitted.unfamiliar(heldout).sum() == 10
+    assert fitted.unfamiliar(states(2000, 3)).mean().item() == pytest.approx(0.01, abs=0.008)
+    assert fitted.unfamiliar(states(50, 4, spread=10.0)).tolist() == [1.0] * 50
+    assert fitted.unfamiliar(fitted.mean.unsqueeze(0)).tolist() == [0.0]
+
+
+def test_it_is_kept_in_a_file(tmp_path: Path) -> None:
+    fitted = Familiarity.fit(states(100, 1), states(100, 2))
+    fitted.save(tmp_path / "familiarity.safetensors")
+    again = Familiarity.load(tmp_path / "familiarity.safetensors")
+    assert torch.equal(again.distances(states(9, 3)), fitted.distances(states(9, 3)))
+    assert again.threshold == pytest.approx(fitted.threshold, rel=1e-6)
+    with pytest.raises(ModelError, match=r"other\.safetensors does not exist: run the stage reward_model"):
+        Familiarity.load(tmp_path / "other.safetensors")
+
+
+def test_states_that_do_not_vary_are_no_measure() -> None:
+    with pytest.raises(TrainingError, match="sees no difference between its 5 training texts"):
+        Familiarity.fit(torch.ones(5, 3), torch.ones(2, 3))

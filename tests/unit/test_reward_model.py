@@ -1,0 +1,94 @@
+"""The stage at its smallest: one model, and an ensemble whose members are what their seeds make them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from tasks.core.schema import Preference, read_rows
+from tasks.rewards.familiarity import Familiarity
+from tasks.rewards.learned import FAMILIARITY, NORMALISATION, RewardModel, member_folder
+from tests.unit.tiny_stages import run_reward_model, write_inputs
+
+WEIGHTS = "adapter/adapter_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("inputs")
+    write_inputs(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("alone")
+    run_reward_model(inputs, out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def ensemble(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("ensemble")
+    run_reward_model(inputs, out, members=3)
+    return out
+
+
+def figures(out: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads((out / "metrics.json").read_text())
+    return content
+
+
+def test_the_first_member_is_the_model_without_an_ensemble(alone: Path, ensemble: Path) -> None:
+    files = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
+    assert len(files) == 8
+    for file in files:
+        if file.name != "metrics.json":
+            assert (ensemble / file).read_bytes() == (alone / file).read_bytes(), file
+    assert figures(alone).items() <= figures(ensemble).items()
+    assert figures(ensemble).keys() - figures(alone) == {"members", "ensemble_accuracy", "mean_member_accuracy"}
+
+
+def test_a_member_is_what_its_seed_makes_it(inputs: Path, ensemble: Path, tmp_path: Path) -> None:
+    run_reward_model(inputs, tmp_path, seed=2)
+    assert (member_folder(ensemble, 2) / WEIGHTS).read_bytes() == (tmp_path / WEIGHTS).read_bytes()
+    assert (member_folder(ensemble, 1) / WEIGHTS).read_bytes() != (tmp_path / WEIGHTS).read_bytes()
+    assert (member_folder(ensemble, 2) / "history.csv").read_bytes() == (tmp_path / "history.csv").read_bytes()
+
+
+def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble: Path) -> None:
+    model = RewardModel.load(inputs / "base_model", inputs / "sft", ensemble)
+    pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
+    prompts = [row.prompt for row in pairs]
+    gaps = model.members(prompts, [row.chosen for row in pairs]) - model.members(prompts, [r.rejected for r in pairs])
+    found = figures(ensemble)
+    assert found["members"] == len(gaps) == 3
+    assert found["accuracy"] == pytest.approx((gaps[0] > 0).float().mean().item())
+    assert found["mean_member_accuracy"] == pytest.approx((gaps > 0).float().mean().item())
+    assert found["ensemble_accuracy"] == pytest.approx((gaps.mean(0) > 0).float().mean().item())
+    spreads = {json.loads((member_folder(ensemble, n) / NORMALISATION).read_text())["std"] for n in range(3)}
+    assert len(spreads) == 3, "each is normalised by itself"
+
+
+def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(inputs: Path, alone: Path) -> None:
+    familiarity = Familiarity.load(alone / FAMILIARITY)
+    model = RewardModel.load(inputs / "base_model", inputs / "sft", alone)
+    scorer = model._members[0].scorer
+
+    def states(part: str) -> torch.Tensor:
+        pairs = read_rows(inputs / "preferences" / f"{part}.jsonl", Preference)
+        texts = {row.prompt + text for row in pairs for text in (row.chosen, row.rejected)}
+        return scorer.read(sorted(texts))[1]
+
+    torch.testing.assert_close(familiarity.mean, states("train").mean(0), rtol=1e-4, atol=1e-5)
+    ordered = familiarity.distances(states("validation")).sort().values
+    place = 0.99 * (len(ordered) - 1)
+    low, high = ordered[int(place)].item(), ordered[int(place) + 1].item()
+    assert familiarity.threshold == pytest.approx(low + (place - int(place)) * (high - low), rel=1e-4)
+    found = figures(alone)
+    assert found["familiar_distance"] == familiarity.threshold
+    assert found["unfamiliar_heldout"] == pytest.approx(familiarity.unfamiliar(states("test")).mean().item(), abs=0.05)
+    assert 0 <= found["unfamiliar_sft"] <= 1
