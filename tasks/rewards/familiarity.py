@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
 
-__all__ = ["QUANTILE", "Familiarity", "shrunk_covariance"]
+__all__ = ["QUANTILE", "Familiarity"]
 
 QUANTILE = 0.99
 """Share of held-out texts that count as familiar."""
@@ -28,7 +28,8 @@ class Familiarity:
 
     Attributes:
         mean: [d] their mean μ.
-        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their shrunk covariance.
+        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their covariance, shrunk as Ledoit & Wolf 2004 say: there
+            are hardly more texts than dimensions, and the sample's own has no inverse one could trust.
         threshold: the distance beyond which a text is unfamiliar.
     """
 
@@ -43,8 +44,10 @@ class Familiarity:
         Raises:
             TrainingError: the states of the training texts do not vary.
         """
+        from sklearn.covariance import ledoit_wolf  # takes a second, and is needed here alone
+
         rows = training.double()
-        factor, failed = torch.linalg.cholesky_ex(shrunk_covariance(rows))
+        factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(ledoit_wolf(rows.numpy())[0]))
         if failed:
             raise TrainingError(
                 f"the reward model sees no difference between its {len(rows)} training texts, so no distance from them "
@@ -79,19 +82,3 @@ class Familiarity:
             raise ModelError(f"{path} does not exist: run the stage reward_model")
         tensors = load_file(path)
         return cls(tensors["mean"], tensors["whitening"], tensors["threshold"].item())
-
-
-def shrunk_covariance(rows: Tensor) -> Tensor:
-    """Covariance moved towards a multiple of the identity as far as the sample's own noise asks for, [N, d] → [d, d].
-
-    Ledoit & Wolf 2004, *A well-conditioned estimator for large-dimensional covariance matrices*, section 3.2:
-    Σ = (1 − s)·S + s·m·I with m the mean variance and s = b² / ‖S − m·I‖², where b² = Σ‖xxᵀ − S‖² / N² estimates how
-    far S is from the truth. There are hardly more texts than dimensions, and S alone has no inverse one could trust.
-    """
-    count, width = rows.shape
-    centred = rows - rows.mean(0)
-    sample = centred.T @ centred / count
-    target = sample.diagonal().mean() * torch.eye(width, dtype=rows.dtype)
-    noise = (centred.square().sum(1).square().mean() - sample.square().sum()) / count
-    share = (noise / (sample - target).square().sum()).clamp(0, 1)
-    return (1 - share) * sample + share * target

@@ -10,7 +10,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 
 from tasks.core.errors import ModelError, TrainingError
-from tasks.rewards.familiarity import Familiarity, shrunk_covariance
+from tasks.rewards.familiarity import Familiarity
 
 WIDTH = 24
 
@@ -19,22 +19,6 @@ def states(count: int, seed: int, *, spread: float = 1.0) -> torch.Tensor:
     """States whose dimensions depend on one another and differ in scale."""
     mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, WIDTH)
     return spread * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) @ mixing + 5.0
-
-
-@pytest.mark.parametrize("count", [10, 30, 500])
-def test_the_covariance_is_that_of_scikit_learn(count: int) -> None:
-    """With fewer texts than dimensions, as many, and more."""
-    rows = states(count, 1).double()
-    torch.testing.assert_close(shrunk_covariance(rows), torch.tensor(LedoitWolf().fit(rows.numpy()).covariance_))
-
-
-def test_the_covariance_of_four_points_by_hand() -> None:
-    """(±2, 0), (0, ±1): S = diag(2, ½), m = 1.25, ‖S − mI‖² = 2 · 0.75² = 1.125; mean ‖x‖⁴ = 8.5, ‖S‖² = 4.25, so
-    b² = 4.25 / 4 = 1.0625 and s = 17/18: variances 2/18 + 1.25 · 17/18 and ½/18 + 1.25 · 17/18.
-    """
-    rows = torch.tensor([[2.0, 0.0], [-2.0, 0.0], [0.0, 1.0], [0.0, -1.0]], dtype=torch.float64)
-    expected = torch.diag(torch.tensor([23.25 / 18, 21.75 / 18], dtype=torch.float64))
-    torch.testing.assert_close(shrunk_covariance(rows), expected)
 
 
 def test_distance_is_the_root_of_the_quadratic_form() -> None:
