@@ -37,7 +37,10 @@ PRESETS = Path("infra/presets")
 class Params(Section):
     """The whole of params.yaml. A stage whose section is null is off: it writes empty outputs, and nothing needs it."""
 
-    seed: int = Field(ge=0, description="Every random choice follows from it.")
+    seed: int = Field(ge=0, description="Every random choice follows from it, but for those of `policy_seed`.")
+    policy_seed: int = Field(
+        ge=0, description="The random choices of PPO, GRPO and DPO: other seeds are other policies from the same inputs."
+    )
     base_model: BaseModelParams
     collect: CollectParams
     prepare: PrepareParams
