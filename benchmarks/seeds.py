@@ -1,9 +1,8 @@
 """PPO under several seeds on the same SFT policy and reward model: does any of them collapse? `make bench-seeds`.
 
 Needs a finished pipeline (`rlhf run`): it takes the stages' functions, the parameters of params.yaml and the artifacts,
-and changes nothing but PPO's seed. A seed counts as collapsed where the gold judge's win rate over SFT is below one
-half with its whole interval, or where the last update's responses degenerate (all empty, the same, or without end).
-Prints a line per seed and, last, one JSON line; draws all curves into infra/ppo_seeds.svg.
+and changes nothing but PPO's seed. What counts as collapsed: `tasks.evals.seeds.collapse`. Unlike `rlhf run --seeds` it
+draws the curves of training, into infra/ppo_seeds.svg. Prints a line per seed and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -16,11 +15,12 @@ from pathlib import Path
 from tasks.core.params import load_params
 from tasks.core.paths import OFF
 from tasks.evals.report import read_table
+from tasks.evals.seeds import collapse
 from tasks.evaluate import evaluate
 from tasks.ppo import ppo
 
 ROOT = Path(__file__).resolve().parents[1]
-ARTIFACTS, OUT = ROOT / "artifacts", ROOT / ".rlhf" / "seeds"
+ARTIFACTS, OUT = ROOT / "artifacts", ROOT / ".rlhf" / "bench-seeds"
 PLOT = ROOT / "infra" / "ppo_seeds.svg"
 CURVES = {"reward": "Reward", "kl": "KL to the reference, nats per response", "entropy": "Entropy, nats per token"}
 
@@ -75,7 +75,7 @@ def main() -> None:
     results = {}
     for seed in seeds:
         row = results[seed] = run(seed)
-        row["collapsed"] = float(row["win_rate_high"] < 0.5 or row["degenerate"] > 0)
+        row["collapsed"] = float(collapse(row, row["degenerate"]) is not None)
         print(
             f"seed {seed}: win rate {row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%}), "
             f"reward {row['reward']:.2f}, KL {row['kl']:.1f}, {row['length']:.1f} words",

@@ -9,15 +9,15 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import model_commands, screen
+from flows import model_commands, screen, worktrees
 from flows.commandline import enter, enter_served, interruptible
-from tasks.core.errors import ConfigError, RLHFError
+from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import artifacts
 
 __all__ = ["app"]
@@ -32,6 +32,7 @@ def app() -> None:
         commands()
     except RLHFError as error:
         screen.failed(error)
+        worktrees.tell(error)
         sys.exit(1)
 
 
@@ -47,26 +48,24 @@ def run(
     parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Let so many processes share the training, a GPU each.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Train the policies under so many seeds, and compare those.")] = 1,
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
     root = enter()
     from flows import workspace
 
-    with interruptible("it goes on from the last checkpoint"), workspace.alone(screen.run_waits):
+    options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
+    options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
+    comfort = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"
+    with interruptible(comfort), workspace.alone(screen.run_waits):
         _change_params(root, preset, setting or [])
-        with _prefect():
+        with _prefect() as environment:
+            if seeds > 1:
+                _run_seeds(seeds, stages or [], options, environment)
+                return
             from flows.pipeline import pipeline
 
-            outcomes = pipeline(
-                stages or None,
-                force=force,
-                pull=pull,
-                push=push,
-                retries=retries,
-                parallel=parallel,
-                timeout=timeout,
-                ranks=ranks,
-            )
+            outcomes = pipeline(stages or None, **options)
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         screen.console.print()
         screen.console.print(screen.comparison(screen.read_policies()))
@@ -209,9 +208,27 @@ def schedule(
     serve(root, cron, timezone)
 
 
+def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environment: dict[str, str]) -> None:
+    from flows.seeds import seeds
+
+    folder, report = seeds(count, stages, options, environment)
+    screen.console.print()
+    screen.console.print(screen.seeds(report))
+    screen.collapsed(report["collapsed"])
+    screen.console.print(f"table and plot: {folder}    curves and samples: rlhf ui")
+    if report["failed"]:
+        failed = "\n".join(report["failed"])
+        raise StageError(
+            f"{len(report['failed'])} of {count} seeds failed; those done are restored next time\n{failed}"
+        )
+
+
 @contextmanager
-def _prefect() -> Iterator[None]:
-    """A Prefect server to report to: the standing one, or a temporary one that starts while libraries are imported."""
+def _prefect() -> Iterator[dict[str, str]]:
+    """A Prefect server to report to: the standing one, or a temporary one that starts while libraries are imported.
+
+    Gives the variables by which another process reports to it, too.
+    """
     from flows import services
     from flows.server import temporary_server
 
@@ -225,7 +242,7 @@ def _prefect() -> Iterator[None]:
         _calm_prefect()
         recording.prepare()
         server.wait()
-        yield
+        yield {"PREFECT_API_URL": server.address} if server.address else {}
 
 
 def _change_params(root: Path, preset: str | None, settings: list[str]) -> None:

@@ -7,15 +7,14 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 
-from flows.worktrees import ROOT_VARIABLE, git, run, worktree
+from flows.worktrees import git, run, standing_in, worktree
 from tasks.core import versioning
-from tasks.core.errors import StageError
+from tasks.core.errors import RLHFError, StageError
 from tasks.core.origin import Origin, origin_of
 from tasks.core.paths import state
 from tasks.core.registry import Version
@@ -51,8 +50,7 @@ def reproduce(version: Version) -> list[Remade]:
             (tree / "params.yaml").write_text(origin.params, encoding="utf-8")
             _bring_data(tree)
             own = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-            failed = f"version {version.number} could not be computed again, see above"
-            run(tree, [version.policy], own, failed)
+            _run(tree, version, own)
             made = _weights(tree, version)
     finally:
         with contextlib.suppress(OSError):
@@ -81,32 +79,25 @@ def _refuse_unknown_code(version: Version, origin: Origin) -> None:
         raise StageError(f"{name} was made at commit {origin.commit}, which is not here: `git fetch` it") from error
 
 
+def _run(tree: Path, version: Version, environment: Mapping[str, str]) -> None:
+    try:
+        run(tree, [version.policy], environment)
+    except RLHFError as error:
+        raise StageError(f"version {version.number} could not be computed again: {error}") from error
+
+
 def _bring_data(tree: Path) -> None:
     """What `dvc add` tracks comes from this project's cache or remote; from then on the cache is an empty one."""
     versioning.share_cache(tree)
-    with _standing_in(tree):
+    with standing_in(tree):
         versioning.pull_data()
     versioning.separate_cache(tree)
 
 
 def _weights(tree: Path, version: Version) -> dict[str, str]:
-    with _standing_in(tree):
+    with standing_in(tree):
         return {
             f"{stage}/{Path(path).name}": md5
             for stage in {path.partition("/")[0] for path in version.weights}
             for path, md5 in versioning.output_digests(stage).items()
         }
-
-
-@contextmanager
-def _standing_in(tree: Path) -> Iterator[None]:
-    """Within it, that is the project."""
-    before = os.environ.get(ROOT_VARIABLE)
-    os.environ[ROOT_VARIABLE] = str(tree)
-    try:
-        with contextlib.chdir(tree):
-            yield
-    finally:
-        del os.environ[ROOT_VARIABLE]
-        if before is not None:
-            os.environ[ROOT_VARIABLE] = before

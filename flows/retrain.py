@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import artifacts, project_root
 from tasks.evals.compare import REFERENCE, Table
+from tasks.evals.findings import Finding
 from tasks.evals.gate import PARTS, Decision, candidate, decide
 from tasks.evals.statistics import Interval
 
@@ -110,9 +112,9 @@ def gate(flow_run: str) -> State[Passed | None]:
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
         return Completed(message=_tell(flow_run, Decision(policy, ()), "unchanged", (IN_USE,)), data=None)
-    against = _duel(policy, params, champion) if champion else None
-    detectors = [finding["detector"] for finding in screen.read_findings()[policy]]
-    decision = decide(table, policy, params.gate, detectors=detectors, against_champion=against)
+    against = _duel(policy, params, params.gate.margins, champion) if champion else None
+    signs = [Finding(**row) for row in screen.read_findings()[policy]]
+    decision = decide(table, policy, params.gate, signs=signs, against_champion=against)
     version = registry.register(policy, weights, _tags(flow_run, table, decision))
     if not decision.accepted:
         return Completed(message=_tell(flow_run, decision, "refused", decision.reasons), data=None)
@@ -154,7 +156,7 @@ def _weights(policy: str) -> dict[str, str]:
     }
 
 
-def _duel(policy: str, params: Params, champion: registry.Version) -> Interval:
+def _duel(policy: str, params: Params, metrics: Collection[str], champion: registry.Version) -> dict[str, Interval]:
     from tasks.evals.duel import duel  # with torch, which takes seconds
 
     with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
@@ -164,6 +166,7 @@ def _duel(policy: str, params: Params, champion: registry.Version) -> Interval:
             params.evaluate,
             params.generation,
             params.seed,
+            metrics=metrics,
             artifacts=artifacts("evaluate").parent,
             champion=Path(folder),
             champion_policy=champion.policy,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "approval_waits",
+    "collapsed",
     "comparison",
     "console",
     "device_waits",
@@ -32,6 +33,7 @@ __all__ = [
     "read_findings",
     "read_policies",
     "run_waits",
+    "seeds",
     "server_starts",
     "stage_begins",
     "stage_ends",
@@ -60,6 +62,13 @@ COLUMNS = {
     "judge_inconsistent": ("contradictions", ".0%"),
     "kl": ("KL to SFT (nats)", "z.2f"),
     "length": ("length", ".1f"),
+}
+
+SEED_COLUMNS = {
+    "win_rate": ("win rate v. SFT", ".0%"),
+    "gain_gold": ("gold gain (SD)", "z.2f"),
+    "gain_proxy": ("proxy gain (SD)", "z.2f"),
+    "kl": ("KL to SFT (nats)", "z.2f"),
 }
 
 
@@ -107,6 +116,32 @@ def variants(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
         for name, figures in policies.items():
             table.add_row(variant, name, *_cells(figures, columns))
     return table
+
+
+def seeds(report: dict[str, Any]) -> Table:
+    """Every policy under every seed, and their mean with its 95 % interval: see `tasks.evals.seeds.report`."""
+    table = Table(title=f"Policies under {len(report['seeds'])} seeds, on held-out prompts", title_justify="left")
+    table.add_column("policy")
+    table.add_column("seed")
+    for heading, _ in SEED_COLUMNS.values():
+        table.add_column(heading, justify="right")
+    for policy, own in report["policies"].items():
+        for seed, row in own["seeds"].items():
+            style = "red" if row["collapsed"] else None
+            table.add_row(policy, f"{seed} collapsed" if row["collapsed"] else seed, *_seed_cells(row), style=style)
+        spreads = own["summary"]
+        table.add_row(policy, "mean", *(_mean_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items()))
+        table.add_row(
+            policy, "range", *(_range_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items())
+        )
+        table.add_section()
+    return table
+
+
+def collapsed(sentences: Sequence[str]) -> None:
+    """Seeds that came to nothing."""
+    for sentence in sentences:
+        console.print(f"[red]collapsed:[/] {escape(sentence)}")
 
 
 def approval_waits(policy: str, hours: float) -> None:
@@ -215,6 +250,22 @@ def _cells(figures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list
             text += f" ({figures[f'{key}_low']:.0%}–{figures[f'{key}_high']:.0%})"
         cells.append(text)
     return cells
+
+
+def _seed_cells(row: dict[str, Any]) -> list[str]:
+    cells = [format(row[key], form) if key in row else "–" for key, (_, form) in SEED_COLUMNS.items()]
+    return [f"{cells[0]} ({row['win_rate_low']:.0%}–{row['win_rate_high']:.0%})", *cells[1:]]
+
+
+def _mean_cell(spread: dict[str, Any] | None, form: str) -> str:
+    if spread is None:
+        return "–"
+    interval = "" if spread["low"] is None else f" ({format(spread['low'], form)} to {format(spread['high'], form)})"
+    return format(spread["mean"], form) + interval
+
+
+def _range_cell(spread: dict[str, Any] | None, form: str) -> str:
+    return "–" if spread is None else f"{format(spread['min'], form)} to {format(spread['max'], form)}"
 
 
 def _brief(reasons: Sequence[str]) -> str:

@@ -22,7 +22,7 @@ __all__ = ["dpo"]
 
 
 def dpo(
-    params: DPOParams, lora: LoraParams, seed: int, *, base_model: Path, sft: Path, preferences: Path, out: Path
+    params: DPOParams, lora: LoraParams, policy_seed: int, *, base_model: Path, sft: Path, preferences: Path, out: Path
 ) -> None:
     """Train the policy with TRL's DPOTrainer, the SFT policy as reference.
 
@@ -32,13 +32,13 @@ def dpo(
     tokenizer = load_tokenizer(base_model)
     train = read_rows(preferences / "train.jsonl", Preference)[: params.max_pairs]
     history = HistoryCallback("dpo")
-    torch.manual_seed(seed)
+    torch.manual_seed(policy_seed)
     trainer = DPOTrainer(
         model=load_reference(base_model, sft),
         peft_config=lora_config(lora, TaskType.CAUSAL_LM),
         args=DPOConfig(
             **common_arguments(
-                seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
+                seed=policy_seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
             ),
             beta=params.beta,
             max_length=params.max_length,

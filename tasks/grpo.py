@@ -53,7 +53,7 @@ def grpo(
     lora: LoraParams,
     generation: GenerationParams,
     reward: RewardParams,
-    seed: int,
+    policy_seed: int,
     *,
     base_model: Path,
     sft: Path,
@@ -73,18 +73,18 @@ def grpo(
     score = _Score(composed, params, tokenizer.eos_token_id)
     history = HistoryCallback("grpo")
     keeper = PolicyKeeper(params.keep_every, out)
-    torch.manual_seed(seed)
+    torch.manual_seed(policy_seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
         trainer = GRPOTrainer(
             model=load_reference(base_model, sft),
             peft_config=lora_config(lora, TaskType.CAUSAL_LM),
             reward_funcs=[score],
-            args=_arguments(params, generation, seed),
+            args=_arguments(params, generation, policy_seed),
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
             callbacks=[history, _EachUpdate(params, history, keeper, composed.weights)],
-            rollout_func=Rollouts(params, generation, tokenizer, seed),
+            rollout_func=Rollouts(params, generation, tokenizer, policy_seed),
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)

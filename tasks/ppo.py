@@ -29,7 +29,7 @@ def ppo(
     lora: LoraParams,
     generation: GenerationParams,
     reward: RewardParams,
-    seed: int,
+    policy_seed: int,
     *,
     base_model: Path,
     sft: Path,
@@ -46,7 +46,7 @@ def ppo(
     tokenizer = load_tokenizer(base_model)
     rows = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
     prompts = [row.prompt for row in rows]
-    model = add_lora(load_reference(base_model, sft), lora, seed=seed).eval()
+    model = add_lora(load_reference(base_model, sft), lora, seed=policy_seed).eval()
     progress = _Progress(params.updates)
     keeper = PolicyKeeper(params.keep_every, out)
     trainer = PPOTrainer(
@@ -61,7 +61,7 @@ def ppo(
         load_reward(reward, rows, base_model=base_model, sft=sft, reward_model=reward_model),
         params,
         generation,
-        seed=seed,
+        seed=policy_seed,
         checkpoints=tracking.current_checkpoints(),
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),

@@ -38,7 +38,11 @@ PRESETS = Path("infra/presets")
 class Params(Section):
     """The whole of params.yaml. A stage whose section is null is off: it writes empty outputs, and nothing needs it."""
 
-    seed: int = Field(ge=0, description="Every random choice follows from it.")
+    seed: int = Field(ge=0, description="Every random choice follows from it, but for those of `policy_seed`.")
+    policy_seed: int = Field(
+        ge=0,
+        description="The random choices of PPO, GRPO and DPO: other seeds are other policies from the same inputs.",
+    )
     base_model: BaseModelParams
     collect: CollectParams
     prepare: PrepareParams
@@ -63,6 +67,8 @@ class Params(Section):
             raise ValueError("preferences is null, but reward_model and dpo learn from pairs: set them to null too")
         if self.reward_model is None and "learned" in self.reward.weights and (self.ppo or self.grpo):
             raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")
+        if self.gate and "win_rate_vader" in self.gate.margins and not self.evaluate.vader:
+            raise ValueError("gate.margins names win_rate_vader, but evaluate.vader is false: remove it there")
         return self
 
 

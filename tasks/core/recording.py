@@ -38,6 +38,7 @@ __all__ = [
     "StageRun",
     "flow_environment",
     "git_commit",
+    "measure_pipeline",
     "open_store",
     "pipeline_run",
     "pipeline_tags",
@@ -134,7 +135,17 @@ def tag_pipeline(flow_run_id: str, tags: Mapping[str, str]) -> None:
     client, _ = open_store()
     for run in _pipeline_runs(flow_run_id):
         for key, value in tags.items():
-            client.set_tag(run.info.run_id, key, value)
+            client.set_tag(run.info.run_id, key, value[:TAG_LENGTH])
+
+
+def measure_pipeline(flow_run_id: str, metrics: Mapping[str, float]) -> None:
+    """Add final numbers to a pipeline run that has ended."""
+    from mlflow.entities import Metric
+
+    client, _ = open_store()
+    numbers = [Metric(FORBIDDEN.sub("_", key), float(value), _now(), 0) for key, value in metrics.items()]
+    for run in _pipeline_runs(flow_run_id):
+        client.log_batch(run.info.run_id, metrics=numbers)
 
 
 def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:

@@ -59,7 +59,10 @@ def render(card: Card) -> str:
         row=origin.figures[policy],
         judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.figures[policy]}).items()},
         parameters=[
-            line for section in (REFERENCE, policy, *sections, "lora", "seed") for line in _flat(section, origin)
+            line
+            for section in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed")
+            if section in origin.parameters  # a version may be older than one of them
+            for line in _flat(section, origin)
         ],
     )
 
@@ -84,7 +87,7 @@ def _licence(origin: Origin) -> str:
 
 
 def _flat(section: str, origin: Origin) -> list[tuple[str, str]]:
-    value = origin.parameters.get(section)
+    value = origin.parameters[section]
     items = value.items() if isinstance(value, dict) else [(None, value)]
     return [(f"{section}.{key}" if key else section, json.dumps(inner, ensure_ascii=False)) for key, inner in items]
 

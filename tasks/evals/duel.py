@@ -1,18 +1,32 @@
-"""A policy against the one in use: the same held-out prompts, the same random numbers, the gold judge."""
+"""A policy against the one in use: the same held-out prompts, the same random numbers, the same judges."""
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.core.models import load_policy, load_tokenizer, prepare_process
-from tasks.core.schema import read_rows
+from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.evals.compare import Judged
-from tasks.evals.judging import Sampler, choose_prompts, gold_reward
-from tasks.evals.statistics import Interval, bootstrap_mean, wins
+from tasks.evals.judging import Answer, Sampler, choose_prompts, gold_reward, vader_scores
+from tasks.evals.noninferiority import compared
+from tasks.evals.statistics import Interval
 
 __all__ = ["duel"]
+
+
+@dataclass(frozen=True)
+class _Scored:
+    """The champion's answer to one prompt; see `tasks.evals.noninferiority.Scored`."""
+
+    response: str
+    ended: bool
+    kl: float
+    gold: float
+    vader: float | None
 
 
 def duel(
@@ -21,16 +35,18 @@ def duel(
     generation: GenerationParams,
     seed: int,
     *,
+    metrics: Collection[str],
     artifacts: Path,
     champion: Path,
     champion_policy: str,
-) -> Interval:
-    """The policy's win rate against the champion, with its 95 % bootstrap interval over prompts.
+) -> dict[str, Interval]:
+    """Each metric of the policy beside the champion, with its 95 % bootstrap interval over prompts.
 
     The policy's answers are those of the evaluation; the champion answers the same prompts now.
 
     Args:
         policy: the challenger, as the evaluation names it.
+        metrics: of `tasks.evals.noninferiority.METRICS`.
         artifacts: what the stages wrote.
         champion: the champion's base model, SFT and policy, laid out as in artifacts.
         champion_policy: the name of its policy.
@@ -45,9 +61,19 @@ def duel(
     sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed)
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
     answers = sampler.answers("champion", model)
-    gold = gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge")
-    theirs = gold([answer.prompt.prompt for answer in answers], [answer.response for answer in answers])
+    theirs = _scored(answers, prompts, artifacts, vader=params.vader)
     records = read_rows(artifacts / "evaluate" / "responses.jsonl", Judged)
-    ours = {record.prompt_id: record.gold for record in records if record.policy == policy}
-    paired = [ours[answer.prompt.id] for answer in answers]
-    return bootstrap_mean(wins(paired, list(theirs)), samples=params.bootstrap_samples, seed=seed)
+    by_prompt = {record.prompt_id: record for record in records if record.policy == policy}
+    ours = [by_prompt[answer.prompt.id] for answer in answers]
+    return {name: compared(name, ours, theirs, samples=params.bootstrap_samples, seed=seed) for name in metrics}
+
+
+def _scored(answers: Sequence[Answer], prompts: Sequence[Prompt], artifacts: Path, *, vader: bool) -> list[_Scored]:
+    """The answers with the scores of the judges of the evaluation."""
+    asked, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
+    gold = gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge")(asked, responses)
+    sentiment = vader_scores(asked, responses) if vader else [None] * len(answers)
+    return [
+        _Scored(answer.response, answer.ended, answer.kl, float(score), compound)
+        for answer, score, compound in zip(answers, gold, sentiment, strict=True)
+    ]

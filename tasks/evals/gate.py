@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.core.errors import ConfigError
 from tasks.core.origin import Finding
 from tasks.core.sections.gate import GateParams
 from tasks.evals.compare import REFERENCE, Table
+from tasks.evals.findings import Finding as Sign
+from tasks.evals.noninferiority import no_worse
 from tasks.evals.statistics import Interval
 
 __all__ = ["PARTS", "Decision", "candidate", "decide"]
@@ -53,16 +55,21 @@ def candidate(table: Table, params: GateParams) -> str:
 
 
 def decide(
-    table: Table, policy: str, params: GateParams, *, detectors: Collection[str], against_champion: Interval | None
+    table: Table,
+    policy: str,
+    params: GateParams,
+    *,
+    signs: Sequence[Sign],
+    against_champion: Mapping[str, Interval] | None,
 ) -> Decision:
-    """Apply the rules; where there is no champion yet, that rule does not count.
+    """Apply the rules; where there is no champion yet, those about it do not count.
 
     Args:
         table: the evaluation, see `tasks.evals.compare`.
         policy: the candidate.
         params: the rules.
-        detectors: the names of those that fired for the candidate.
-        against_champion: the candidate's win rate against the champion.
+        signs: of reward hacking, that were found in the candidate.
+        against_champion: each metric that has a margin, see `tasks.evals.noninferiority`.
     """
     row = table[policy]
     findings = [
@@ -73,22 +80,15 @@ def decide(
             row["win_rate_low"] > params.min_win_rate,
         ),
         Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
-        _no_hacking(detectors, params.allowed_findings),
+        _no_hacking(signs, params.allowed_findings),
     ]
     if against_champion is not None:
-        least = 0.5 - params.margin
-        findings.append(
-            Finding(
-                "win rate against the champion, lower end",
-                f"{against_champion.low:.1%}",
-                f"at least {least:.0%}",
-                against_champion.low >= least,
-            )
-        )
+        findings += [no_worse(metric, against_champion[metric], margin) for metric, margin in params.margins.items()]
     return Decision(policy, tuple(findings))
 
 
-def _no_hacking(detectors: Collection[str], allowed: Sequence[str]) -> Finding:
-    found = list(dict.fromkeys(detectors))
+def _no_hacking(signs: Sequence[Sign], allowed: Sequence[str]) -> Finding:
+    found = ", ".join(f"{sign.detector} ({sign.where})" for sign in signs)
     asked = f"none but {', '.join(allowed)}" if allowed else "none"
-    return Finding("signs of reward hacking", ", ".join(found) or "none", asked, set(found) <= set(allowed))
+    holds = all(sign.detector in allowed for sign in signs)
+    return Finding("signs of reward hacking", found or "none", asked, holds)

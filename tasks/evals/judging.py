@@ -25,7 +25,7 @@ from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, generate
 
-__all__ = ["Answer", "Sampler", "choose_prompts", "gold_reward", "judge"]
+__all__ = ["Answer", "Sampler", "choose_prompts", "gold_reward", "judge", "vader_scores"]
 
 
 def choose_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
@@ -155,7 +155,7 @@ def judge(
     truth = torch.as_tensor(gold(prompts, responses))
     if not torch.isfinite(truth).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
-    lexicon: Any = SentimentIntensityAnalyzer() if vader else None
+    sentiment = vader_scores(prompts, responses) if vader else [None] * len(answers)
     return [
         Judged(
             id=f"{answer.policy}/{answer.prompt.id}",
@@ -170,7 +170,7 @@ def judge(
             proxy=proxy.total[row].item(),
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=truth[row].item(),
-            vader=lexicon.polarity_scores(answer.prompt.prompt + answer.response)["compound"] if lexicon else None,
+            vader=sentiment[row],
             correct=_correct(answer, answer_pattern),
             measures={name: values[row].item() for name, values in proxy.measures.items()},
         )
@@ -184,3 +184,10 @@ def _correct(answer: Answer, pattern: str | None) -> dict[str, bool] | None:
         return None
     strict, flexible = right_in_form(answer.response, expected, pattern), right_answer(answer.response, expected)
     return {"strict": bool(strict), "flexible": bool(flexible)}
+
+
+def vader_scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
+    """VADER's compound score of each prompt with its response, in [−1, 1]."""
+    lexicon: Any = SentimentIntensityAnalyzer()
+    texts = (prompt + response for prompt, response in zip(prompts, responses, strict=True))
+    return [lexicon.polarity_scores(text)["compound"] for text in texts]

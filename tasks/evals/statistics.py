@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TIE", "Interval", "bootstrap_mean", "mean_and_error", "wilson", "win_rate", "wins"]
+__all__ = ["TIE", "Interval", "bootstrap_mean", "mean_and_error", "t_interval", "wilson", "win_rate", "wins"]
 
 TIE = 1e-5
 """Scores closer than this are a tie: the same text in a differently padded batch moves in its last digits."""
@@ -74,6 +74,24 @@ def wilson(share: float, n: int) -> Interval:
     middle = (share + z2 / (2 * n)) / (1 + z2 / n)
     half = 1.96 * math.sqrt(share * (1 - share) / n + z2 / (4 * n * n)) / (1 + z2 / n)
     return Interval(share, max(0.0, middle - half), min(1.0, middle + half))
+
+
+def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
+    """Mean ± t·s/√n with Student's t for n − 1 degrees of freedom: for a few independent values, such as of seeds.
+
+    It says how much the mean depends on the seeds that were drawn (Colas et al. 2018, arXiv 1806.08295), and
+    nothing of the prompts, which all seeds share.
+
+    Raises:
+        ValueError: there are fewer than two values.
+    """
+    from scipy.special import stdtrit  # which takes a moment
+
+    if len(values) < 2:
+        raise ValueError(f"an interval over {len(values)} values")
+    mean, error = mean_and_error(values)
+    half = float(stdtrit(len(values) - 1, (1 + level) / 2)) * error
+    return Interval(mean, mean - half, mean + half)
 
 
 def wins(scores: Sequence[float], reference: Sequence[float]) -> list[float]:

@@ -53,7 +53,7 @@ def promoted(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory
     project = tiny[0].copy(tmp_path_factory.mktemp("models") / "project")
     project.dvc("add", "data")
     project.commit()
-    project.rlhf("run", "-S", "gate.min_win_rate=0", "-S", "gate.margin=0.5", "-S", "gate.policy=ppo")
+    project.rlhf("run", "-S", "gate.min_win_rate=0", "-S", "gate.margins={win_rate: 0.5}", "-S", "gate.policy=ppo")
     project.rlhf("retrain")
     project.rlhf("run", "-S", f"gate.policy={CHAMPION}")
     project.rlhf("retrain")

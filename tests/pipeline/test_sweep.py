@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import shutil
 from collections import Counter
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from filelock import FileLock
 
 from flows.sweep import variants_of
+from flows.worktrees import worktree
 from tasks.core.errors import ConfigError
 from tests.pipeline.conftest import query
 
@@ -20,6 +24,8 @@ def ask(project: Project, question: str) -> list[tuple[str, ...]]:
 
 
 def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
+    """Also: data that git does not have come from the cache."""
+    fresh.dvc("add", "data.txt")
     fresh.commit()
     fresh.edit("tasks/shared.py", '"a"', '"not committed"')
     before = (fresh.root / "params.yaml").read_text()
@@ -50,7 +56,30 @@ def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Proje
 
 
 def test_without_a_commit_it_says_so(fresh: Project) -> None:
-    assert "a sweep needs a git commit" in fresh.rlhf("sweep", "-S", "seed=1,2", expect=1)
+    assert "variants need a git commit" in fresh.rlhf("sweep", "-S", "seed=1,2", expect=1)
+
+
+def test_worktrees_that_a_killed_process_has_left_are_removed(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those in which somebody works stay: the process that made one, or a run that outlived it."""
+    fresh.commit()
+    monkeypatch.chdir(fresh.root)
+    folders = {name: fresh.root / ".rlhf" / "sweeps" / name for name in ("left", "gone", "made", "running", "new")}
+    for name in ("left", "gone", "made", "running"):
+        fresh.command("git", "worktree", "add", "--detach", "--quiet", str(folders[name]), "HEAD")
+    shutil.rmtree(folders["gone"])
+    (folders["running"] / ".rlhf").mkdir()
+    made = folders["made"].with_name("made.lock")
+    with FileLock(made), FileLock(folders["running"] / ".rlhf" / "run.lock"), worktree(folders["new"], "HEAD"):
+        assert worktrees(fresh) == {"made", "running", "new"}
+    assert worktrees(fresh) == {"made", "running"}
+    with worktree(folders["new"], "HEAD"):
+        assert worktrees(fresh) == {"new"}
+    assert sorted(path.name for path in folders["new"].parent.iterdir()) == []
+
+
+def worktrees(project: Project) -> set[str]:
+    lines = project.command("git", "worktree", "list").splitlines()
+    return {Path(line.split()[0]).name for line in lines[1:]}
 
 
 def test_combinations() -> None:

@@ -102,7 +102,14 @@ def gate_of(said: str) -> str:
 def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_path: Path) -> None:
     """On random models nobody wins, so the rules are set to what each step is to show."""
     project = tiny[0].copy(tmp_path / "project")
-    lenient = ["-S", "gate.min_win_rate=0", "-S", "gate.margin=0.5", "-S", "gate.policy=ppo"]
+    lenient = [
+        "-S",
+        "gate.min_win_rate=0",
+        "-S",
+        "gate.margins={win_rate: 0.5, repetition: 1, no_end_share: 1}",
+        "-S",
+        "gate.policy=ppo",
+    ]
     project.rlhf("run", *lenient)
     first = project.rlhf("retrain")
     assert gate_of(first) == "gate ppo: promoted"

@@ -21,9 +21,11 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import LengthRule, RewardParams
+from tasks.core.words import repeated_share
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
 from tasks.evals.judging import choose_prompts
+from tasks.evals.noninferiority import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evaluate import evaluate
 from tasks.rewards.familiarity import Familiarity
@@ -339,16 +341,29 @@ def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:
         choose_prompts(world["prepare"] / "prompts" / "test.jsonl", 8, 0)
 
 
+@pytest.mark.parametrize("champion", ["grpo", "ppo"])
 def test_a_duel_compares_answers_to_the_same_prompts(
-    world: dict[str, Path], out: Path, records: list[Judged], tmp_path: Path
+    world: dict[str, Path], out: Path, records: list[Judged], tmp_path: Path, champion: str
 ) -> None:
-    """PPO against GRPO as champion: what the evaluation's own scores of both say. Against itself: one half."""
-    gold = {policy: {r.prompt_id: r.gold for r in records if r.policy == policy} for policy in ("ppo", "grpo")}
-    pairs = [(gold["ppo"][prompt], gold["grpo"][prompt]) for prompt in gold["ppo"]]
-    for name, expected in (("grpo", mean((a > b) + (a == b) / 2 for a, b in pairs)), ("ppo", 0.5)):
-        artifacts = tmp_path / name
-        for part, folder in {**world, "evaluate": out}.items():
-            shutil.copytree(folder, artifacts / part)
-        found = duel("ppo", PARAMS, GENERATION, 0, artifacts=artifacts, champion=artifacts, champion_policy=name)
-        assert found.mean == pytest.approx(expected)
-        assert found.low <= found.mean <= found.high
+    """PPO against GRPO as champion: what the evaluation's own scores of both say. Against itself: even."""
+    for part, folder in {**world, "evaluate": out}.items():
+        shutil.copytree(folder, tmp_path / part)
+    found = duel(
+        "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy=champion
+    )
+    table = {name: {r.prompt_id: r for r in records if r.policy == name} for name in ("ppo", champion)}
+    pairs = [(row, table[champion][prompt]) for prompt, row in table["ppo"].items()]
+    expected = {
+        "win_rate": mean((a.gold > b.gold) + (a.gold == b.gold) / 2 for a, b in pairs),
+        "win_rate_vader": mean((a.vader > b.vader) + (a.vader == b.vader) / 2 for a, b in pairs),
+        "reward_gold": mean(a.gold - b.gold for a, b in pairs),
+        "repetition": mean(repeated_share(a.response) - repeated_share(b.response) for a, b in pairs),
+        "no_end_share": mean((not a.ended) - (not b.ended) for a, b in pairs),
+        "kl": mean(a.kl - b.kl for a, b in pairs),
+    }
+    assert {name: interval.mean for name, interval in found.items()} == pytest.approx(expected, abs=1e-5)
+    assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
+    if champion == "ppo":
+        assert {name: interval.mean for name, interval in found.items()} == pytest.approx(
+            {name: METRICS[name].even for name in METRICS}, abs=1e-5
+        )

@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+from typing import Annotated, Literal
+
 from pydantic import Field
 
 from tasks.core.sections.section import Section, Share
 
-__all__ = ["GateParams"]
+__all__ = ["GateParams", "Metric"]
+
+Metric = Literal["win_rate", "win_rate_vader", "reward_gold", "repetition", "no_end_share", "kl"]
+"""What can be compared with the champion; what each means is in `tasks.evals.noninferiority`."""
+
+Margin = Annotated[float, Field(ge=0)]
 
 
 class GateParams(Section):
@@ -22,7 +29,8 @@ class GateParams(Section):
     allowed_findings: list[str] = Field(
         description="Detectors of reward hacking that may fire; any other that does refuses the policy."
     )
-    margin: Share = Field(
-        description="Against the champion, by the gold judge on the same prompts: the lower end of the win rate's 95 % "
-        "interval may be this much below one half (non-inferiority)."
+    margins: dict[Metric, Margin] = Field(
+        min_length=1,
+        description="Metric → by how much a policy may be worse than the champion on the same prompts, at the bad end "
+        "of the 95 % interval (non-inferiority).",
     )

@@ -62,6 +62,10 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
             "evaluate.judge={prompts: 9, kind: endpoint, model: m, base_url: 'https://me:secret@host/v1'}",
             "base_url must hold no password or key",
         ),
+        ("gate.margin=0.05", r"gate\.margin: unknown key \(value 0\.05\); check the spelling or remove it"),
+        ("gate.margins={}", "gate.margins: Dictionary should have at least 1 item"),
+        ("gate.margins.length=1", r"gate\.margins\.length\S*: Input should be 'win_rate', .* or 'kl', got 'length'"),
+        ("gate.margins.kl=-1", r"gate\.margins\.kl: Input should be greater than or equal to 0, got -1"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
     ],
 )
@@ -70,6 +74,21 @@ def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem
     with pytest.raises(ConfigError, match=problem):
         apply_changes(params_yaml, [parse_override(setting)])
     assert params_yaml.read_bytes() == before
+
+
+def test_a_margin_needs_its_judge(params_yaml: Path) -> None:
+    vader = [parse_override("gate.margins.win_rate_vader=0.1")]
+    apply_changes(params_yaml, vader)
+    with pytest.raises(ConfigError, match=r"gate\.margins names win_rate_vader, but evaluate\.vader is false"):
+        apply_changes(params_yaml, [parse_override("evaluate.vader=false")])
+
+
+def test_params_of_before_margins_name_the_old_key_and_the_new_one(params_yaml: Path) -> None:
+    lines = [line for line in params_yaml.read_text().splitlines() if "margins:" not in line]
+    params_yaml.write_text("\n".join([*lines, "  margin: 0.05", ""]))
+    with pytest.raises(ConfigError, match=r"gate\.margins: missing; add it") as error:
+        load_params(params_yaml)
+    assert "gate.margin: unknown key (value 0.05)" in str(error.value)
 
 
 def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> None:

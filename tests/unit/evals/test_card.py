@@ -24,7 +24,7 @@ SECTIONS = ("sft", "lora", "reward_model", "reward", "preferences", "gold_judge"
 
 def origin(**changes: Any) -> Origin:
     parameters: dict[str, Any] = {section: {"size": 1} for section in SECTIONS}
-    parameters |= {"seed": 3, "generation": {"temperature": 1.0, "max_new_tokens": 20}}
+    parameters |= {"seed": 3, "policy_seed": 5, "generation": {"temperature": 1.0, "max_new_tokens": 20}}
     parameters["base_model"] = {"id": "owner/name"}
     sources = [
         {"name": "a", "source": "pipes | here", "licence": "MIT", "rows": 5, "sha256_of_rows": "f" * 64},
@@ -41,7 +41,7 @@ def origin(**changes: Any) -> Origin:
     return Origin.model_validate(fields | changes)
 
 
-def card(*, adapter: bool = False, policy: str = "ppo", **tags: str) -> str:
+def card(*, adapter: bool = False, policy: str = "ppo", without: tuple[str, ...] = (), **tags: str) -> str:
     known = {
         "accepted": "True",
         "reasons": "it is good",
@@ -50,7 +50,9 @@ def card(*, adapter: bool = False, policy: str = "ppo", **tags: str) -> str:
         "promoted.why": "",
     }
     version = Version(4, policy, {}, known | tags, ("champion",), WHEN)
-    return render(Card(version, origin(), Exported("float32", 2e-4, 34.7), adapter))
+    whole = origin()
+    made_from = origin(parameters={key: value for key, value in whole.parameters.items() if key not in without})
+    return render(Card(version, made_from, Exported("float32", 2e-4, 34.7), adapter))
 
 
 def front(text: str) -> dict[str, Any]:
@@ -82,6 +84,11 @@ def test_every_policy_has_its_method_and_parameters(policy: str) -> None:
     assert f"2. {METHODS[policy][0]}" in text
     for section in (policy, "sft", "lora", *METHODS[policy][1]):
         assert f"| `{section}." in text
+    assert "| `policy_seed` | 5 |" in text
+
+
+def test_a_version_older_than_a_parameter_has_no_line_for_it() -> None:
+    assert "policy_seed" not in card(without=("policy_seed",))
 
 
 def test_figures_come_with_their_intervals() -> None:

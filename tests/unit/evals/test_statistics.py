@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tasks.evals.statistics import TIE, bootstrap_mean, mean_and_error, wilson, win_rate, wins
+from tasks.evals.statistics import TIE, bootstrap_mean, mean_and_error, t_interval, wilson, win_rate, wins
 
 
 def test_mean_and_error_by_hand() -> None:
@@ -10,6 +10,16 @@ def test_mean_and_error_by_hand() -> None:
     assert mean_and_error([7.0]) == (7.0, 0.0)
     with pytest.raises(ValueError, match="no values"):
         mean_and_error([])
+
+
+def test_the_t_interval_by_hand() -> None:
+    """Mean 2.5, s² = 5/3, s/√4 = 0.645497; in Student’s table, 3 degrees of freedom: 3.182 for 95 %, 5.841 for 99 %."""
+    interval = t_interval([1.0, 2.0, 3.0, 4.0])
+    assert interval.mean == 2.5
+    assert (interval.high - 2.5, 2.5 - interval.low) == pytest.approx((3.182 * 0.645497,) * 2, abs=5e-4)
+    assert t_interval([1.0, 2.0, 3.0, 4.0], level=0.99).high == pytest.approx(2.5 + 5.841 * 0.645497, abs=5e-4)
+    with pytest.raises(ValueError, match="an interval over 1 values"):
+        t_interval([1.0])
 
 
 def test_wins_are_paired_and_ties_count_half() -> None:

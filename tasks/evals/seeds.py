@@ -1,0 +1,190 @@
+"""One pipeline under several seeds of its policies: how much of a result is luck, and did a seed collapse?"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from tasks.core.errors import RLHFError, TrainingError
+from tasks.core.files import write_json, write_table
+from tasks.evals.compare import DIGITS, REFERENCE, Table
+from tasks.evals.statistics import t_interval
+
+__all__ = ["FIGURES", "Spread", "Trained", "collapse", "draw", "metrics", "read", "report", "write"]
+
+FIGURES = {
+    "win_rate": "win rate against SFT",
+    "gain_gold": "gold gain, standard deviations",
+    "gain_proxy": "proxy gain, standard deviations",
+    "kl": "KL to SFT, nats",
+}
+"""What is averaged over seeds."""
+
+SHOWN = (
+    "win_rate", "win_rate_low", "win_rate_high", "gain_gold", "gain_gold_stderr", "gain_proxy", "gain_proxy_stderr",
+    "kl", "kl_stderr", "reward_gold", "reward_proxy", "length", "repetition", "no_end_share",
+)  # fmt: skip
+"""The figures of a single seed."""
+
+STEP, WIDTH = 0.05, 0.5
+"""How far the dots of two seeds stand apart, and at most those of all seeds, where policies stand one apart."""
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a seed came to: its evaluation, and policy → what was wrong with the responses of its last update.
+
+    The latter counts findings as `tasks.rl.checks.degeneration` does; 0 for DPO, which writes none while it trains.
+    """
+
+    table: Table
+    degenerate: Mapping[str, float]
+
+
+Results = Mapping[int, Trained | RLHFError]
+"""Seed → what it came to, or the error that ended it."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """A figure over the seeds; `low` and `high` are the ends of the mean's 95 % interval, which one seed has not."""
+
+    seeds: int
+    mean: float
+    low: float | None
+    high: float | None
+    min: float
+    max: float
+
+
+def read(artifacts: Path) -> Trained:
+    """What the stages wrote under one seed."""
+    table: Table = _json(artifacts / "evaluate" / "policies.json")
+    last = {policy: _json(artifacts / policy / "metrics.json") for policy in table if policy != REFERENCE}
+    return Trained(table, {policy: float(row.get("degenerate", 0.0)) for policy, row in last.items()})
+
+
+def collapse(row: Mapping[str, float], degenerate: float) -> str | None:
+    """Why a policy counts as collapsed, or None: it is clearly worse than SFT, or its last responses say nothing.
+
+    Args:
+        row: of the policy in the evaluation.
+        degenerate: see `Trained`.
+    """
+    reasons = []
+    if row["win_rate_high"] < 0.5:
+        interval = f"{row['win_rate_low']:.0%}–{row['win_rate_high']:.0%}"
+        reasons.append(f"its win rate's whole interval, {interval}, lies below one half")
+    if degenerate > 0:
+        reasons.append("its last responses are all empty, all the same, or all without an end")
+    return "; ".join(reasons) or None
+
+
+def report(results: Results) -> dict[str, Any]:
+    """All of it, as JSON can say it.
+
+    `policies` gives each policy a `summary`, figure → `Spread`, and its `seeds`, seed → figures with `collapsed`, the
+    reason or null; `collapsed` and `failed` hold a sentence for each.
+
+    Means are over every seed that came to an evaluation, the collapsed ones among them: to leave those out would be to
+    choose the seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
+    """
+    trained = {seed: result for seed, result in results.items() if isinstance(result, Trained)}
+    policies = dict.fromkeys(policy for result in trained.values() for policy in result.table if policy != REFERENCE)
+    rows = {policy: {seed: _row(result, policy) for seed, result in trained.items()} for policy in policies}
+    errors = {seed: result for seed, result in results.items() if isinstance(result, RLHFError)}
+    diverged = [seed for seed, error in errors.items() if isinstance(error, TrainingError)]
+    return {
+        "seeds": list(results),
+        "policies": {
+            policy: {"summary": _summary(list(own.values())), "seeds": {str(seed): row for seed, row in own.items()}}
+            for policy, own in rows.items()
+        },
+        "collapsed": [
+            *(f"{policy}, seed {seed}: {row['collapsed']}" for policy, own in rows.items()
+              for seed, row in own.items() if row["collapsed"]),
+            *(f"seed {seed}: its training failed" for seed in diverged),
+        ],
+        "failed": [f"seed {seed}: {error}" for seed, error in errors.items()],
+    }  # fmt: skip
+
+
+def metrics(told: Mapping[str, Any]) -> dict[str, float]:
+    """The summaries of a report as flat numbers, `seeds.<policy>.<figure>_<what>`."""
+    return {
+        f"seeds.{policy}.{figure}_{what}": value
+        for policy, own in told["policies"].items()
+        for figure, spread in own["summary"].items()
+        for what, value in spread.items()
+        if value is not None
+    }
+
+
+def write(folder: Path, results: Results) -> None:
+    """Write seeds.json (see `report`), seeds.csv (a row per policy and seed) and seeds.svg."""
+    told = report(results)
+    write_json(folder / "seeds.json", told)
+    write_table(folder / "seeds.csv", [
+        {"policy": policy, "seed": seed} | row
+        for policy, own in told["policies"].items() for seed, row in own["seeds"].items()
+    ], columns=("policy", "seed", *SHOWN, "collapsed"))  # fmt: skip
+    draw(folder / "seeds.svg", told)
+
+
+def draw(path: Path, told: Mapping[str, Any]) -> None:
+    """A panel per figure: every seed a dot, a cross where it collapsed, and beside them the mean with its interval."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    policies = told["policies"]
+    figures = [name for name in FIGURES if any(name in own["summary"] for own in policies.values())]
+    figure = Figure(figsize=(3.4 * max(len(figures), 1), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(len(figures), 1), squeeze=False)[0], figures, strict=False):
+        for place, own in enumerate(policies.values()):
+            _draw_policy(axes, place, name, own)
+        axes.set(title=FIGURES[name], xticks=range(len(policies)), xlim=(-0.5, len(policies) - 0.5))
+        axes.set_xticklabels(policies)
+        axes.axhline(0.5 if name == "win_rate" else 0.0, color="grey", linewidth=0.8)
+        axes.spines[["top", "right"]].set_visible(False)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "seeds"}):
+        figure.savefig(path, metadata={"Date": None})
+
+
+def _draw_policy(axes: Any, place: int, name: str, own: Mapping[str, Any]) -> None:
+    spread, count = own["summary"][name], len(own["seeds"])
+    for number, (seed, row) in enumerate(own["seeds"].items()):
+        x = place + min(STEP, WIDTH / count) * (number - (count - 1) / 2)
+        axes.plot(x, row[name], marker="x" if row["collapsed"] else "o", color=f"C{place}", alpha=0.7)
+        if row["collapsed"]:
+            axes.annotate(f" seed {seed}", (x, row[name]), fontsize="x-small")
+    ends = [[spread["mean"] - spread["low"]], [spread["high"] - spread["mean"]]] if spread["low"] is not None else None
+    axes.errorbar(place + 0.35, spread["mean"], yerr=ends, marker="D", color="black", capsize=3)
+
+
+def _row(result: Trained, policy: str) -> dict[str, Any]:
+    row = result.table[policy]
+    shown: dict[str, Any] = {key: row[key] for key in SHOWN if key in row}
+    return shown | {"collapsed": collapse(row, result.degenerate[policy])}
+
+
+def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(_spread([row[name] for row in rows])) for name in FIGURES if name in rows[0]}
+
+
+def _spread(values: Sequence[float]) -> Spread:
+    interval = t_interval(values) if len(values) > 1 else None
+    return Spread(
+        seeds=len(values),
+        mean=round(sum(values) / len(values), DIGITS),
+        low=round(interval.low, DIGITS) if interval else None,
+        high=round(interval.high, DIGITS) if interval else None,
+        min=min(values),
+        max=max(values),
+    )
+
+
+def _json(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8"))
