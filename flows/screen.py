@@ -125,10 +125,11 @@ def seeds(report: dict[str, Any]) -> Table:
     table.add_column("seed")
     for heading, _ in SEED_COLUMNS.values():
         table.add_column(heading, justify="right")
+    table.add_column("signs of hacking")
     for policy, own in report["policies"].items():
         for seed, row in own["seeds"].items():
-            style = "red" if row["collapsed"] else None
-            table.add_row(policy, f"{seed} collapsed" if row["collapsed"] else seed, *_seed_cells(row), style=style)
+            style, label = ("red", f"{seed} collapsed") if row["collapsed"] else (None, seed)
+            table.add_row(policy, label, *_seed_cells(row), row["detectors"] or "none", style=style)
         spreads = own["summary"]
         table.add_row(policy, "mean", *(_mean_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items()))
         table.add_row(

@@ -35,13 +35,18 @@ STEP, WIDTH = 0.05, 0.5
 
 @dataclass(frozen=True)
 class Trained:
-    """What a seed came to: its evaluation, and policy → what was wrong with the responses of its last update.
+    """What a seed came to.
 
-    The latter counts findings as `tasks.rl.checks.degeneration` does; 0 for DPO, which writes none while it trains.
+    Attributes:
+        table: its evaluation.
+        degenerate: policy → what was wrong with the responses of its last update, counted as by
+            `tasks.rl.checks.degeneration`; 0 for DPO, which writes none while it trains.
+        detectors: policy → the detectors of reward hacking that fired.
     """
 
     table: Table
     degenerate: Mapping[str, float]
+    detectors: Mapping[str, Sequence[str]]
 
 
 Results = Mapping[int, Trained | RLHFError]
@@ -64,7 +69,12 @@ def read(artifacts: Path) -> Trained:
     """What the stages wrote under one seed."""
     table: Table = _json(artifacts / "evaluate" / "policies.json")
     last = {policy: _json(artifacts / policy / "metrics.json") for policy in table if policy != REFERENCE}
-    return Trained(table, {policy: float(row.get("degenerate", 0.0)) for policy, row in last.items()})
+    found = _json(artifacts / "evaluate" / "findings.json")
+    return Trained(
+        table,
+        {policy: float(row.get("degenerate", 0.0)) for policy, row in last.items()},
+        {policy: list(dict.fromkeys(finding["detector"] for finding in own)) for policy, own in found.items()},
+    )
 
 
 def collapse(row: Mapping[str, float], degenerate: float) -> str | None:
@@ -86,8 +96,8 @@ def collapse(row: Mapping[str, float], degenerate: float) -> str | None:
 def report(results: Results) -> dict[str, Any]:
     """All of it, as JSON can say it.
 
-    `policies` gives each policy a `summary`, figure → `Spread`, and its `seeds`, seed → figures with `collapsed`, the
-    reason or null; `collapsed` and `failed` hold a sentence for each.
+    `policies` gives each policy a `summary`, figure → `Spread`, and its `seeds`, seed → figures with `detectors`, those
+    that fired, and `collapsed`, the reason or null; `collapsed` and `failed` hold a sentence for each.
 
     Means are over every seed that came to an evaluation, the collapsed ones among them: to leave those out would be to
     choose the seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
@@ -130,7 +140,7 @@ def write(folder: Path, results: Results) -> None:
     write_table(folder / "seeds.csv", [
         {"policy": policy, "seed": seed} | row
         for policy, own in told["policies"].items() for seed, row in own["seeds"].items()
-    ], columns=("policy", "seed", *SHOWN, "collapsed"))  # fmt: skip
+    ], columns=("policy", "seed", *SHOWN, "detectors", "collapsed"))  # fmt: skip
     draw(folder / "seeds.svg", told)
 
 
@@ -167,7 +177,8 @@ def _draw_policy(axes: Any, place: int, name: str, own: Mapping[str, Any]) -> No
 def _row(result: Trained, policy: str) -> dict[str, Any]:
     row = result.table[policy]
     shown: dict[str, Any] = {key: row[key] for key in SHOWN if key in row}
-    return shown | {"collapsed": collapse(row, result.degenerate[policy])}
+    fired = " ".join(result.detectors[policy])
+    return shown | {"detectors": fired, "collapsed": collapse(row, result.degenerate[policy])}
 
 
 def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -27,7 +27,7 @@ MORE_STAGES = """
     cmd: python -m tasks.evaluate
     deps: [tasks/evaluate.py, artifacts/ppo/metrics.json]
     params: [seed, evaluate]
-    outs: [artifacts/evaluate/result, artifacts/evaluate/policies.json]
+    outs: [artifacts/evaluate/result, artifacts/evaluate/policies.json, artifacts/evaluate/findings.json]
     metrics: [artifacts/evaluate/metrics.json]
 """
 
@@ -46,6 +46,7 @@ COMPARE = f"""
     won = {WIN_RATES}[json.loads((ppo / "metrics.json").read_text())["seed"]]
     row = {{"win_rate": won, "win_rate_low": won - 0.1, "win_rate_high": won + 0.1, "gain_gold": won, "kl": 2.0}}
     (out / "policies.json").write_text(json.dumps({{"sft": row, "ppo": row}}))
+    (out / "findings.json").write_text(json.dumps({{"ppo": []}}))
 """
 
 

@@ -20,7 +20,7 @@ def row(win_rate: float, kl: float = 3.0) -> dict[str, float]:
 
 def trained(ppo: float, dpo: float = 0.6, degenerate: float = 0.0) -> Trained:
     table = {"sft": row(0.5, 0.0), "ppo": row(ppo), "dpo": row(dpo)}
-    return Trained(table, {"ppo": degenerate, "dpo": 0.0})
+    return Trained(table, {"ppo": degenerate, "dpo": 0.0}, {"ppo": ["repetition", "truncation"], "dpo": []})
 
 
 def told(**results: Trained | RLHFError) -> dict[str, Any]:
@@ -86,12 +86,14 @@ def test_what_the_stages_wrote_is_read(tmp_path: Path) -> None:
         "evaluate/policies": {"sft": row(0.5), "ppo": row(0.7), "dpo": row(0.6)},
         "ppo/metrics": {"degenerate": 1.0, "kl": 3},
         "dpo/metrics": {"pairs": 3},
+        "evaluate/findings": {"ppo": [{"detector": "kl_spike"}, {"detector": "kl_spike"}], "dpo": []},
     }.items():
-        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
     found = read(tmp_path)
     assert found.degenerate == {"ppo": 1.0, "dpo": 0.0}
     assert found.table["ppo"]["win_rate"] == 0.7
+    assert found.detectors == {"ppo": ["kl_spike"], "dpo": []}
 
 
 def test_a_row_per_policy_and_seed_and_a_plot_that_names_the_collapsed(tmp_path: Path) -> None:
@@ -101,6 +103,7 @@ def test_a_row_per_policy_and_seed_and_a_plot_that_names_the_collapsed(tmp_path:
     assert [(item["policy"], item["seed"], item["win_rate"]) for item in rows] == [
         ("ppo", "3", "0.8"), ("ppo", "4", "0.2"), ("dpo", "3", "0.6"), ("dpo", "4", "0.6"),
     ]  # fmt: skip
+    assert [item["detectors"] for item in rows] == ["repetition truncation"] * 2 + [""] * 2
     assert json.loads((tmp_path / "seeds.json").read_text(encoding="utf-8")) == report(results)
     plot = (tmp_path / "seeds.svg").read_text(encoding="utf-8")
     assert "seed 4" in plot
