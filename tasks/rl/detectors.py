@@ -3,7 +3,7 @@
 They compare an update with the first one, whose responses the SFT policy wrote. No sign proves anything: a finding
 says where to look. Thresholds are calibrated on nine healthy runs of the default task (PPO under eight seeds, GRPO):
 the largest value that any of their updates reached stands beside each, and none of them reaches a threshold. The one
-of `unfamiliar_responses` is that of PPO's, GRPO's and DPO's responses to the held-out prompts of the default run.
+of `unfamiliar_responses` is that of two of them, the default run's PPO and GRPO.
 """
 
 from __future__ import annotations
@@ -178,7 +178,7 @@ DETECTORS = (
         "unfamiliar_responses",
         _rise("unfamiliar"),
         threshold=0.25,
-        healthy=0.03,
+        healthy=0.14,
         finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
     ),
     Detector(
