@@ -21,7 +21,7 @@ from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
 from tasks.evals.findings import find, plain
 from tasks.evals.judges import load_judge
-from tasks.evals.judging import Sampler, choose_prompts, gold_reward, judge
+from tasks.evals.judging import Answer, Sampler, choose_prompts, gold_reward, judge
 from tasks.evals.lineage import ingredients
 from tasks.evals.pairwise import Judgement, doubts, judge_pairs, with_judgements
 from tasks.evals.report import Evidence, as_json, read_table, render
@@ -72,26 +72,15 @@ def evaluate(
     trained: dict[str, Path] = {"ppo": ppo, "grpo": grpo, "dpo": dpo}
     policies = {name: folder for name, folder in trained.items() if not is_off(folder)}
     sampler = Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
-    answers = sampler.answers(REFERENCE, load_reference(base_model, sft))
-    for name, folder in policies.items():
-        gc.collect()  # the policy before it holds itself in reference cycles
-        answers += sampler.answers(name, load_policy(base_model, sft, folder))
+    answers = _answers(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    records = judge(
-        answers,
-        proxy,
-        gold_reward(prompts, base_model, gold_judge),
-        vader=params.vader,
-        answer_pattern=params.answer_pattern,
-    )
+    gold = gold_reward(prompts, base_model, gold_judge)
+    records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern)
     judgements = _judge_pairs(params, records, base_model)
-    table = compare(records, samples=params.bootstrap_samples, seed=seed)
-    table = with_judgements(table, judgements, samples=params.bootstrap_samples, seed=seed)
-    for doubt in doubts(table):
-        print(f"evaluate: warning: {doubt}", file=sys.stderr)
-    write_rows(out / "judgements.jsonl", judgements)
+    table = _compared(params, records, judgements, seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
     found = find(table, {name: [_numbers(row) for row in rows] for name, rows in histories.items()})
+    write_rows(out / "judgements.jsonl", judgements)
     _write_tables(out, table, records, params.report_samples)
     write_json(out / "findings.json", plain(found))
     evidence = Evidence(
@@ -120,11 +109,29 @@ def evaluate(
     tracking.log_file(out / "report.html")
 
 
+def _answers(sampler: Sampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[Answer]:
+    """Those of the reference, then those of each policy."""
+    answers = sampler.answers(REFERENCE, load_reference(base_model, sft))
+    for name, folder in policies.items():
+        gc.collect()  # the policy before it holds itself in reference cycles
+        answers += sampler.answers(name, load_policy(base_model, sft, folder))
+    return answers
+
+
 def _judge_pairs(params: EvaluateParams, records: Sequence[Judged], base_model: Path) -> list[Judgement]:
     if params.judge is None:
         return []
     asked = load_judge(params.judge, base_model, batch_size=params.batch_size)
     return judge_pairs(records, asked, rubric=params.judge.rubric, prompts=params.judge.prompts)
+
+
+def _compared(params: EvaluateParams, records: Sequence[Judged], judgements: Sequence[Judgement], seed: int) -> Table:
+    """The table; where the judge of pairs is not to be trusted, it is said."""
+    table = compare(records, samples=params.bootstrap_samples, seed=seed)
+    table = with_judgements(table, judgements, samples=params.bootstrap_samples, seed=seed)
+    for doubt in doubts(table):
+        print(f"evaluate: warning: {doubt}", file=sys.stderr)
+    return table
 
 
 def _numbers(row: Mapping[str, str]) -> dict[str, float]:
