@@ -100,7 +100,7 @@ def render(evidence: Evidence) -> str:
     table = evidence.table
     columns = columns_of(table, rated=evidence.rated)
     return template("report.html.j2", {"visible": visible, "signed": signed}, autoescape=True).render(
-        verdict=judge_table(table),
+        verdict=judge_table(table, _hacked(evidence)),
         turning=turning_point(evidence.fits, evidence.points),
         signs=_signs(evidence.findings),
         findings=[(policy, finding) for policy, own in evidence.findings.items() for finding in own],
@@ -128,7 +128,7 @@ def render(evidence: Evidence) -> str:
 def as_json(evidence: Evidence) -> dict[str, Any]:
     """What the page says, as JSON can say it."""
     return {
-        "verdict": asdict(judge_table(evidence.table)),
+        "verdict": asdict(judge_table(evidence.table, _hacked(evidence))),
         "turning_point": turning_point(evidence.fits, evidence.points),
         "findings": findings.plain(evidence.findings),
         "policies": evidence.table,
@@ -150,6 +150,10 @@ def read_table(path: Path) -> list[dict[str, str]]:
 def visible(text: str) -> str:
     """The text with control characters, which HTML forbids or hides, replaced by a visible sign."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
+
+
+def _hacked(evidence: Evidence) -> list[str]:
+    return [policy for policy, own in evidence.findings.items() if own]
 
 
 def _signs(found: Mapping[str, Sequence[Finding]]) -> str:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.evals.compare import REFERENCE, Table
+from tasks.evals.findings import unconfirmed
 
 __all__ = ["NAMES", "Verdict", "best", "judge_table", "listed", "percent"]
 
@@ -30,7 +31,7 @@ class Verdict:
         winner: who comes first, and how sure that is.
         gold: who beats the reference by the gold judge, with intervals.
         agreement: whether the trained-on reward and the gold judge tell the same story.
-        suspects: policies that the proxy puts clearly above the reference and the gold judge does not.
+        suspects: policies that the proxy puts clearly above the reference and the gold judge does not, or far less.
         drift: policies whose responses are much shorter or longer than the reference's, or nothing.
         caution: limits of this comparison, or nothing.
     """
@@ -43,15 +44,19 @@ class Verdict:
     caution: str
 
 
-def judge_table(table: Table) -> Verdict:
-    """The verdict: better or worse means that the whole 95 % interval of the win rate lies above or below one half."""
+def judge_table(table: Table, hacked: Collection[str] = ()) -> Verdict:
+    """The verdict: better or worse means that the whole 95 % interval of the win rate lies above or below one half.
+
+    Args:
+        hacked: policies with signs of reward hacking.
+    """
     policies = [policy for policy in table if policy != REFERENCE]
     side = {policy: _side(table[policy], "win_rate") for policy in policies}
     proxy = {policy: _side(table[policy], "win_rate_proxy") for policy in policies}
-    suspects = tuple(policy for policy in policies if proxy[policy] > 0 and side[policy] <= 0)
+    suspects = tuple(policy for policy in policies if unconfirmed(table[policy]))
     missed = tuple(policy for policy in policies if proxy[policy] <= 0 and side[policy] > 0)
     return Verdict(
-        winner=_winner(table, side),
+        winner=_winner(table, side, hacked),
         gold=_gold_sentence(table, side),
         agreement=_agreement(suspects, missed),
         suspects=suspects,
@@ -76,7 +81,7 @@ def listed(items: Sequence[str]) -> str:
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
-def _winner(table: Table, side: Mapping[str, int]) -> str:
+def _winner(table: Table, side: Mapping[str, int], hacked: Collection[str]) -> str:
     """By the lower end of the interval; policies whose intervals overlap the winner's may be as good."""
     first = best(table)
     if first is None or side[first] <= 0:
@@ -84,6 +89,8 @@ def _winner(table: Table, side: Mapping[str, int]) -> str:
     row = table[first]
     close = [policy for policy in side if policy != first and table[policy]["win_rate_high"] >= row["win_rate_low"]]
     rate = f"preferred to SFT on {percent(row['win_rate'])}% of prompts"
+    if first in hacked:
+        return f"{_name(first)} is not to be trusted: {rate}, but with signs of reward hacking. Read its samples first."
     if not close:
         return f"{_name(first)} is best: {rate}."
     return f"{_name(first)} comes first: {rate}. {listed(_names(close))} may be as good: the intervals overlap."
@@ -137,8 +144,8 @@ def _agreement(suspects: Sequence[str], missed: Sequence[str]) -> str:
         verb = "is" if len(suspects) == 1 else "are"
         parts.append(
             f"Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, {listed(_names(suspects))} "
-            f"{verb} clearly better than SFT; the gold judge does not confirm it. Suspect reward hacking, "
-            "and read the samples."
+            f"{verb} clearly better than SFT; the gold judge does not confirm it, or at most half of the gain. Suspect "
+            "reward hacking, and read the samples."
         )
     if missed:
         verb = "is" if len(missed) == 1 else "are"

@@ -155,7 +155,7 @@ def test_verdict_table_figures_samples_and_origin_are_there(evidence: Evidence) 
 def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(evidence: Evidence) -> None:
     text = " ".join(" ".join(_read(render(evidence)).text).split())
     top = text[: text.index("Each policy wrote one response")]
-    assert "PPO comes first: preferred to SFT on 100% of prompts. GRPO may be as good" in top
+    assert "PPO is not to be trusted: preferred to SFT on 100% of prompts, but with signs of reward hacking" in top
     assert "Signs of reward hacking: PPO: repetition." in top
     assert "Over-optimised: by the gold judge, PPO is best at √KL 1.7" in top
 
@@ -215,7 +215,7 @@ def _luminance(colour: str) -> float:
 
 def test_the_json_says_what_the_page_says(evidence: Evidence) -> None:
     found = json.loads(json.dumps(as_json(evidence), allow_nan=False))
-    assert found["verdict"]["winner"].startswith("PPO comes first")
+    assert found["verdict"]["winner"].startswith("PPO is not to be trusted")
     assert found["turning_point"].startswith("Over-optimised")
     assert found["findings"]["ppo"][0]["detector"] == "repetition"
     assert found["policies"] == evidence.table
