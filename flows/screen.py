@@ -125,11 +125,11 @@ def seeds(report: dict[str, Any]) -> Table:
     table.add_column("seed")
     for heading, _ in SEED_COLUMNS.values():
         table.add_column(heading, justify="right")
-    table.add_column("signs of hacking")
+    table.add_column("signs of hacking", overflow="fold")  # names of detectors are whole or useless
     for policy, own in report["policies"].items():
         for seed, row in own["seeds"].items():
             style, label = ("red", f"{seed} collapsed") if row["collapsed"] else (None, seed)
-            table.add_row(policy, label, *_seed_cells(row), row["detectors"] or "none", style=style)
+            table.add_row(policy, label, *_cells(row, SEED_COLUMNS), row["detectors"] or "none", style=style)
         spreads = own["summary"]
         table.add_row(policy, "mean", *(_mean_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items()))
         table.add_row(
@@ -251,11 +251,6 @@ def _cells(figures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list
             text += f" ({figures[f'{key}_low']:.0%}–{figures[f'{key}_high']:.0%})"
         cells.append(text)
     return cells
-
-
-def _seed_cells(row: dict[str, Any]) -> list[str]:
-    cells = [format(row[key], form) if key in row else "–" for key, (_, form) in SEED_COLUMNS.items()]
-    return [f"{cells[0]} ({row['win_rate_low']:.0%}–{row['win_rate_high']:.0%})", *cells[1:]]
 
 
 def _mean_cell(spread: dict[str, Any] | None, form: str) -> str:
