@@ -250,11 +250,11 @@ class Project:
 
     def wait_for(self, name: str) -> None:
         """Return as soon as the file exists."""
-        wait_for((self.root / name).exists, seconds=60)
+        wait_for((self.root / name).exists)
 
-    def wait_until(self, condition: Callable[[], bool], *, seconds: float = 60) -> None:
+    def wait_until(self, condition: Callable[[], bool]) -> None:
         """Return as soon as the condition holds."""
-        wait_for(condition, seconds=seconds)
+        wait_for(condition)
 
     def edit(self, name: str, before: str, after: str) -> None:
         path = self.root / name
@@ -307,7 +307,7 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     )
     address = f"http://127.0.0.1:{port}/api"
     try:
-        wait_for(lambda: answers(f"{address}/health"), seconds=300)
+        wait_for(lambda: answers(f"{address}/health"))
         yield values | {"PREFECT_API_URL": address}
     finally:
         server.communicate()
@@ -323,7 +323,7 @@ def s3(environment: dict[str, str]) -> Iterator[Any]:
     command = [sys.executable, "-m", "moto.server", "--port", str(port)]
     server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     try:
-        wait_for(lambda: answers(f"{address}/moto-api/"), seconds=60)
+        wait_for(lambda: answers(f"{address}/moto-api/"))
         keys = {key.lower(): environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
         with contextlib.closing(boto3.client("s3", "us-east-1", endpoint_url=address, **keys)) as client:
             yield client
@@ -339,7 +339,11 @@ def python(environment: dict[str, str]) -> Iterator[WarmPython]:
     warm.stop()
 
 
-def wait_for(condition: Callable[[], bool], *, seconds: float) -> None:
+PATIENCE = 300.0
+"""Seconds that a test waits: no measure of speed, but longer than a crowded machine ever needs."""
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> None:
     """Return when the condition holds; fail after so many seconds."""
     deadline = time.monotonic() + seconds
     while not condition():
@@ -482,7 +486,7 @@ def wait_for_state(project: Project, run: UUID | str, name: str) -> str:
         assert found == name or kind not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), f"{found}: {message}"
         return bool(found == name)
 
-    project.wait_until(reached, seconds=120)
+    project.wait_until(reached)
     return str(ask(project, STATE, str(run))[0][2])
 
 

@@ -66,7 +66,7 @@ def mlflow_server(project: Project, port: int) -> Iterator[subprocess.Popen[byte
     with (project.root / ".rlhf" / "mlflow.log").open("ab") as log:
         server = subprocess.Popen(command, cwd=project.root, env=environment, stdout=log, stderr=log)
     try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"), seconds=120)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
         yield server
     finally:
         kill(server)
@@ -159,7 +159,7 @@ def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None
     command = [sys.executable, "-m", "flows.server", str(port)]
     server = subprocess.Popen(command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE)
     try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"), seconds=120)
+        wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"))
         environment = project.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
         (project.root / ".rlhf" / "sleep").write_text("4")
         (project.root / ".rlhf" / "trace").unlink()

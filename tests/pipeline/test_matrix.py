@@ -132,6 +132,7 @@ def test_every_module(recorded: Project) -> None:
             assert direct() == {}, name
 
 
+@pytest.mark.slow
 def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> None:
     lock = recorded.root / "requirements.lock"
     text = lock.read_bytes()

@@ -41,7 +41,7 @@ def test_a_run_uses_them(standing: Project) -> None:
 def test_up_again_starts_nothing_but_what_is_gone(standing: Project) -> None:
     before = services(standing)
     os.kill(before["worker"]["pid"], signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(before["worker"]["pid"]) or _is_dead(before["worker"]["pid"]), seconds=30)
+    wait_for(lambda: not psutil.pid_exists(before["worker"]["pid"]) or _is_dead(before["worker"]["pid"]))
     rlhf(standing, "up")
     after = services(standing)
     assert after["prefect"] == before["prefect"]

@@ -23,6 +23,7 @@ def ask(project: Project, question: str) -> list[tuple[str, ...]]:
     return query(project.root / "mlflow.db", question)
 
 
+@pytest.mark.slow
 def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
     """Also: data that git does not have come from the cache."""
     fresh.dvc("add", "data.txt")
@@ -45,6 +46,7 @@ def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
     assert "not committed" in (fresh.root / "artifacts/sft/result/data.txt").read_text()
 
 
+@pytest.mark.slow
 def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Project) -> None:
     fresh.commit()
     said = fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)

@@ -99,6 +99,7 @@ def gate_of(said: str) -> str:
     return next(line for line in said.splitlines() if line.startswith("gate "))
 
 
+@pytest.mark.slow
 def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_path: Path) -> None:
     """On random models nobody wins, so the rules are set to what each step is to show."""
     project = tiny[0].copy(tmp_path / "project")

@@ -111,6 +111,7 @@ def test_a_stage_interrupted_in_every_epoch_writes_the_same(
     assert checkpoints(tmp_path) == third, "the last step is not saved: it need not have been checked"
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_still_the_same_run(inputs: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.unit.killed_stage", str(inputs), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}

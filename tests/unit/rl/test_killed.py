@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -20,6 +21,7 @@ def run(folder: Path, *moment: int) -> int:
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
+@pytest.mark.slow
 def test_killed_three_times_and_still_the_same_run(tmp_path: Path) -> None:
     """An update has 8 moments and a ninth in its checkpoint; from the 7th on, a run passes at least one checkpoint."""
     draw = random.Random(0)
