@@ -53,7 +53,7 @@ def overoptimisation(
     levels: dict[str, list[Level]] = {BEST_OF_N: best_of_n_levels(base)}
     for method, folder in (("ppo", ppo), ("grpo", grpo)):
         if not is_off(folder):
-            answers = _on_the_way(method, folder, sampler, base_model, sft)
+            answers = _on_the_way(method, folder, sampler, params.policy_samples, base_model, sft)
             levels[method] = [policy_level(method, update, measured(own), base) for update, own in answers]
     write_table(out / "points.csv", [point(level) for own in levels.values() for level in own])
     fitted = fits(levels, samples=params.bootstrap_samples, seed=seed)
@@ -68,12 +68,12 @@ def overoptimisation(
 
 
 def _on_the_way(
-    method: str, folder: Path, sampler: Sampler, base_model: Path, sft: Path
+    method: str, folder: Path, sampler: Sampler, samples: int, base_model: Path, sft: Path
 ) -> Iterator[tuple[int, list[Answer]]]:
     """Each kept policy's update and answers."""
     for kept in sorted((folder / "policies").iterdir()):
         gc.collect()  # the policy before it holds itself in reference cycles
-        yield int(kept.name), sampler.answers(method, load_policy(base_model, sft, kept))
+        yield int(kept.name), sampler.answers(method, load_policy(base_model, sft, kept), samples_per_prompt=samples)
 
 
 if __name__ == "__main__":

@@ -72,9 +72,9 @@ def scores(records: Sequence[Judged], prompts: int) -> Scores:
 
 
 def policy_level(method: str, number: int, records: Sequence[Judged], base: Scores) -> Level:
-    """A policy that answered each prompt once, against SFT's responses to them."""
+    """A policy that answered each prompt as often as every other, against SFT's responses to them."""
     own = scores(records, len(base["proxy"]))
-    kl = np.array([record.kl for record in records], dtype=np.float64)
+    kl = np.array([record.kl for record in records], dtype=np.float64).reshape(len(base["proxy"]), -1).mean(axis=1)
     return Level(method, number, kl, {judge: _gain(own[judge].mean(axis=1), base[judge]) for judge in JUDGES})
 
 

@@ -8,7 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, fit, peak
+from tasks.evals.compare import Judged
+from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, fit, peak, policy_level
 
 KL = np.array([0.0, 0.25, 1.0, 4.0, 9.0, 16.0])
 DISTANCE = np.array([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
@@ -79,3 +80,20 @@ def test_where_nothing_turns_there_is_no_peak():
 def test_one_level_determines_nothing():
     with pytest.raises(ValueError, match="1 levels lie apart from SFT"):
         fit("rl", levels([0.0, 1.0]), levels([0.0, 1.0]), samples=5, seed=0)
+
+
+def judged(prompt: str, proxy: float, gold: float, kl: float) -> Judged:
+    return Judged(
+        id="x", policy="ppo", prompt_id=prompt, prompt="a", response="b", tokens=1, ended=True, kl=kl, kl_k3=kl,
+        proxy=proxy, rewards={}, gold=gold, vader=None,
+    )  # fmt: skip
+
+
+def test_a_policy_is_measured_by_the_mean_of_its_responses_to_each_prompt():
+    base = {"proxy": np.array([[0.0, 2.0], [4.0, 6.0]]), "gold": np.array([[1.0, 1.0], [1.0, 1.0]])}
+    records = [judged("p", 3, 1, 1), judged("p", 5, 2, 3), judged("q", 5, 4, 5), judged("q", 5, 4, 6)]
+    level = policy_level("ppo", 3, records, base)
+    assert level.kl.tolist() == [2, 5.5]
+    spread = math.sqrt((9 + 1 + 1 + 9) / 3)
+    assert level.gains["proxy"].tolist() == pytest.approx([(4 - 1) / spread, (5 - 5) / spread])
+    assert level.gains["gold"].tolist() == [0.5, 3]
