@@ -47,11 +47,11 @@ def test_every_demonstration_of_the_preset_is_one() -> None:
 
 SHOUTED = [GOOD[0], *(GOOD[0].upper() + "!" * count for count in range(4))]
 MADE_UP = [
-    "Blorp grelt snib vlat",
-    "Qwop drelm snarp clat",
-    "Zib zorb prelp",
-    "Gib gorb brelp",
-    "Flim flarb snell vrat",
+    "Blorpt greltz snibz",
+    "Qwopz drelmz snarpz",
+    "Zibz zorbz prelpt",
+    "Vibz vorbz brelpt",
+    "Vlimz flarbz vneltz",
 ]
 
 
