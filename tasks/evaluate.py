@@ -74,7 +74,7 @@ def evaluate(
     sampler = Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
     answers = _answers(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = gold_reward(prompts, base_model, gold_judge)
+    gold = gold_reward(prompts, base_model, gold_judge, params.gold_rule)
     records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern)
     judgements = _judge_pairs(params, records, base_model)
     table = _compared(params, records, judgements, seed)
@@ -95,7 +95,9 @@ def evaluate(
         calibration=read_table(reward_model / "calibration.csv"),
         samples=params.report_samples,
         weights=reward.weights,
+        composition=reward.composition,
         rated=not is_off(gold_judge),
+        gold_rule=None if params.gold_rule is None else params.gold_rule.function,
         made_from=ingredients(base_model, collect),
         provenance=_provenance(
             seed,

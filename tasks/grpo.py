@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +83,14 @@ def grpo(
             args=_arguments(params, generation, policy_seed),
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
-            callbacks=[history, _EachUpdate(params, history, keeper, composed.weights)],
+            callbacks=[history, _EachUpdate(params, history, keeper, composed.slopes_at)],
             rollout_func=Rollouts(params, generation, tokenizer, policy_seed),
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
     keeper.finish()
     rollouts = _rollouts(trainer.state)
-    rows = _rounds(history.rows, rollouts, params.epochs * params.minibatches, composed.weights)
+    rows = _rounds(history.rows, rollouts, params.epochs * params.minibatches, composed.slopes_at)
     write_history(out / "history.csv", rows)
     samples = [sample for entry in rollouts for sample in entry["samples"]]
     write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE} for sample in samples))
@@ -118,6 +118,10 @@ def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> G
         loss_type="grpo",
         scale_rewards="group",
     )
+
+
+Slopes = Callable[[int], Mapping[str, float]]
+"""Update → component → what one more of it adds to the reward."""
 
 
 class Rollouts:
@@ -175,7 +179,7 @@ class _Score:
     ) -> list[float]:
         step = trainer_state.global_step // self._steps_per_update + 1
         try:
-            outcome = self._reward(prompts, completions)
+            outcome = self._reward(prompts, completions, step)
         except TrainingError as error:
             raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([ids[-1] == self._eos for ids in completion_ids])
@@ -205,10 +209,8 @@ class _Score:
 class _EachUpdate(TrainerCallback):
     """After each update keeps the policy and looks for signs of reward hacking."""
 
-    def __init__(
-        self, params: GRPOParams, history: HistoryCallback, keeper: PolicyKeeper, weights: Mapping[str, float]
-    ) -> None:
-        self._history, self._keeper, self._weights = history, keeper, weights
+    def __init__(self, params: GRPOParams, history: HistoryCallback, keeper: PolicyKeeper, slopes_at: Slopes) -> None:
+        self._history, self._keeper, self._slopes_at = history, keeper, slopes_at
         self._steps = params.epochs * params.minibatches
 
     def on_step_end(
@@ -220,8 +222,8 @@ class _EachUpdate(TrainerCallback):
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if len(self._history.rows) < state.global_step or state.global_step % self._steps:
             return
-        rows = _rounds(self._history.rows, _rollouts(state), self._steps, self._weights)
-        signs, found = watch(rows, self._weights)
+        rows = _rounds(self._history.rows, _rollouts(state), self._steps, self._slopes_at)
+        signs, found = watch(rows, self._slopes_at(len(rows)))
         tracking.log_metrics(signs, step=state.global_step)
         for detector, value in found if ranks.rank() == 0 else []:
             tqdm.write(f"grpo: warning: update {len(rows)}: {detector.says(value)}", file=sys.stderr)
@@ -236,7 +238,7 @@ def _rounds(
     steps: Sequence[dict[str, float]],
     rollouts: Sequence[dict[str, Any]],
     steps_per_update: int,
-    weights: Mapping[str, float],
+    slopes_at: Slopes,
 ) -> list[dict[str, float]]:
     """One row per update: its rollout's figures, and the mean over its optimiser steps, under PPO's names.
 
@@ -251,7 +253,7 @@ def _rounds(
         per_token = here[0].get("kl", 0.0)
         kl = {"kl": per_token * rollout["length"], "kl_per_token": per_token}
         rows.append({"step": update + 1, **rollout, **means, **kl})
-        rows[-1] |= watch(rows, weights)[0]
+        rows[-1] |= watch(rows, slopes_at(update + 1))[0]
     return rows
 
 

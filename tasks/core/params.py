@@ -25,7 +25,7 @@ from tasks.core.sections.overoptimisation import OveroptimisationParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.core.sections.preferences import PreferencesParams
 from tasks.core.sections.prepare import PrepareParams
-from tasks.core.sections.reward import RewardParams
+from tasks.core.sections.reward import LEARNED, RewardParams
 from tasks.core.sections.reward_model import RewardModelParams
 from tasks.core.sections.section import Section
 from tasks.core.sections.sft import SFTParams
@@ -65,8 +65,20 @@ class Params(Section):
     def _needed_stages_are_on(self) -> Self:
         if self.preferences is None and (self.reward_model or self.dpo):
             raise ValueError("preferences is null, but reward_model and dpo learn from pairs: set them to null too")
-        if self.reward_model is None and "learned" in self.reward.weights and (self.ppo or self.grpo):
+        if self.reward_model is None and LEARNED in self.reward.weights and (self.ppo or self.grpo):
             raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")
+        paid = [name for name, rule in self.reward.rules.items() if rule.function == "sentiment"]
+        if paid and self.evaluate.vader:
+            raise ValueError(
+                f"evaluate.vader is true, but the reward's component {paid[0]} is VADER itself: set evaluate.vader to "
+                "false, for a judge must be one that training never saw"
+            )
+        gold = self.evaluate.gold_rule
+        if gold and gold.function in {rule.function for rule in self.reward.rules.values()}:
+            raise ValueError(
+                f"evaluate.gold_rule is {gold.function}, which the reward has, too: a judge must be one that training "
+                "never saw; choose another rule"
+            )
         if self.gate and "win_rate_vader" in self.gate.margins and not self.evaluate.vader:
             raise ValueError("gate.margins names win_rate_vader, but evaluate.vader is false: remove it there")
         return self

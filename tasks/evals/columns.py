@@ -109,14 +109,20 @@ RIGHT = Column("reward_gold", ("Right", "answers"), _percent, "Share of right an
 """What `reward_gold` is where the gold judge is the right answer."""
 
 
-def columns_of(table: Table, *, rated: bool) -> list[Column]:
+RULED = Column("reward_gold", ("Gold", "rule"), signed, "The mean of the rule that judges in place of people.")
+"""What `reward_gold` is where `evaluate.gold_rule` is set."""
+
+
+def columns_of(table: Table, *, rated: bool, ruled: bool = False) -> list[Column]:
     """Those that the table has numbers for.
 
     Args:
         rated: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
+        ruled: whether, where people did not rate, a rule judges in place of right answers.
     """
     known = {key for row in table.values() for key in row}
-    shown = [column if rated or column.key != RIGHT.key else RIGHT for column in COLUMNS]
+    unrated = RULED if ruled else RIGHT
+    shown = [column if rated or column.key != RIGHT.key else unrated for column in COLUMNS]
     return [column for column in shown if column.key in known]
 
 

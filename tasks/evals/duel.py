@@ -61,18 +61,21 @@ def duel(
     sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed)
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
     answers = sampler.answers("champion", model)
-    theirs = _scored(answers, prompts, artifacts, vader=params.vader)
+    theirs = _scored(answers, prompts, artifacts, params)
     records = read_rows(artifacts / "evaluate" / "responses.jsonl", Judged)
     by_prompt = {record.prompt_id: record for record in records if record.policy == policy}
     ours = [by_prompt[answer.prompt.id] for answer in answers]
     return {name: compared(name, ours, theirs, samples=params.bootstrap_samples, seed=seed) for name in metrics}
 
 
-def _scored(answers: Sequence[Answer], prompts: Sequence[Prompt], artifacts: Path, *, vader: bool) -> list[_Scored]:
+def _scored(
+    answers: Sequence[Answer], prompts: Sequence[Prompt], artifacts: Path, params: EvaluateParams
+) -> list[_Scored]:
     """The answers with the scores of the judges of the evaluation."""
     asked, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
-    gold = gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge")(asked, responses)
-    sentiment = vader_scores(asked, responses) if vader else [None] * len(answers)
+    judge = gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge", params.gold_rule)
+    gold = judge(asked, responses)
+    sentiment = vader_scores(asked, responses) if params.vader else [None] * len(answers)
     return [
         _Scored(answer.response, answer.ended, answer.kl, float(score), compound)
         for answer, score, compound in zip(answers, gold, sentiment, strict=True)

@@ -17,10 +17,12 @@ from tasks.core.errors import DataError, TrainingError
 from tasks.core.models import is_off
 from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.rules import RuleOptions
 from tasks.evals.compare import Judged
-from tasks.rewards.composition import CompositeReward
+from tasks.rewards.composition import CompositeReward, rule_component
 from tasks.rewards.learned import GoldJudge
-from tasks.rewards.rules import RewardFunction, right_answer, right_in_form
+from tasks.rewards.rules.answers import right_answer, right_in_form
+from tasks.rewards.rules.kinds import RewardFunction
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, generate
@@ -117,8 +119,10 @@ class Sampler:
         ]
 
 
-def gold_reward(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -> RewardFunction:
-    """What stands for the truth: a model of people's ratings that training never saw, or the right answers.
+def gold_reward(
+    prompts: Sequence[Prompt], base_model: Path, gold_judge: Path, rule: RuleOptions | None = None
+) -> RewardFunction:
+    """What stands for the truth: a model of people's ratings that training never saw, a rule, or the right answers.
 
     Raises:
         DataError: there are neither.
@@ -126,10 +130,14 @@ def gold_reward(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -
     if not is_off(gold_judge):
         return GoldJudge.load(base_model, gold_judge)
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
+    if rule is not None:
+        reward = CompositeReward({"gold": rule_component("gold", rule, answers)}, {"gold": 1.0})
+        return lambda asked, responses: reward(asked, responses).total
     if len(answers) < len(prompts):
         raise DataError(
             f"gold_judge is off (null in params.yaml), and only {len(answers)} of {len(prompts)} held-out prompts have "
-            "a right answer, so nothing independent can judge the policies: switch it on, or give prompts an `answer`"
+            "a right answer, so nothing independent can judge the policies: switch it on, give prompts an `answer`, or "
+            "set evaluate.gold_rule"
         )
     return lambda asked, responses: [
         right_answer(text, answers[prompt]) for prompt, text in zip(asked, responses, strict=True)

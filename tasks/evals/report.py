@@ -77,6 +77,8 @@ class Evidence:
         rated: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
         made_from: the base model and the data.
         provenance: (what, value) pairs that identify this evaluation.
+        composition: how the components became one reward.
+        gold_rule: the rule that judges where people did not rate, if one does.
     """
 
     table: Table
@@ -93,12 +95,14 @@ class Evidence:
     rated: bool
     made_from: Sequence[Ingredient]
     provenance: Sequence[tuple[str, str]]
+    composition: str = "sum"
+    gold_rule: str | None = None
 
 
 def render(evidence: Evidence) -> str:
     """The page as HTML; equal evidence gives equal bytes."""
     table = evidence.table
-    columns = columns_of(table, rated=evidence.rated)
+    columns = columns_of(table, rated=evidence.rated, ruled=evidence.gold_rule is not None)
     return template("report.html.j2", {"visible": visible, "signed": signed}, autoescape=True).render(
         verdict=judge_table(table, _hacked(evidence)),
         turning=turning_point(evidence.fits, evidence.points),
@@ -111,7 +115,9 @@ def render(evidence: Evidence) -> str:
         cells=cells(table, columns),
         count=int(next(iter(table.values()))["n"]),
         weights=evidence.weights,
+        composition=evidence.composition,
         rated=evidence.rated,
+        gold_rule=evidence.gold_rule,
         judges=win_rates_of(table),
         result_figures=_result_figures(evidence),
         curve_figures=_curve_figures(evidence),

@@ -1,11 +1,10 @@
-"""The reward of a response: a weighted sum of named components, each of which stays visible by itself."""
+"""The reward of a response: named components as one number, each of which stays visible by itself."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -13,14 +12,15 @@ from torch import Tensor
 from tasks.core import ranks
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.schema import Prompt
-from tasks.core.sections.reward import RewardParams
+from tasks.core.sections.reward import LEARNED, Priority, RewardParams, Scale
+from tasks.core.sections.rules import RuleOptions
+from tasks.rewards.combination import gated, lexicographic, product, standardised, weight_at, weighted_sum
+from tasks.rewards.counting import Counted
 from tasks.rewards.learned import RewardModel
-from tasks.rewards.rules import RULES, RewardFunction
+from tasks.rewards.rules import factory_of
+from tasks.rewards.rules.kinds import Answers, Component, EachSample, Measuring
 
-__all__ = ["LEARNED", "CompositeReward", "Measuring", "Reward", "build_reward", "load_reward"]
-
-LEARNED = "learned"
-"""The component that the trained reward model computes; every other one is a rule."""
+__all__ = ["CompositeReward", "Reward", "build_reward", "load_reward", "rule_component"]
 
 SHOWN = 200
 """Characters of a text that an error message shows."""
@@ -31,8 +31,8 @@ class Reward:
     """What B responses are worth.
 
     Attributes:
-        total: [B] float32, the weighted sum.
-        components: name → [B] float32, before weighting.
+        total: [B] float32, what is paid.
+        components: name → [B] float32, as they are: before scales, weights and gates.
         measures: name → [B] float32, what components noticed about the responses; reported, never paid.
     """
 
@@ -47,22 +47,22 @@ class Reward:
         return Reward(ranks.gathered(self.total), components, measures)
 
 
-@runtime_checkable
-class Measuring(Protocol):
-    """A component that notices more about responses than what they are worth."""
-
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values [B], and name → [B] what else was measured in the same pass."""
-
-
-Component: TypeAlias = RewardFunction | Measuring
-
-
 class CompositeReward:
-    """Σ weight · component, computed in the order of `weights`; a component of weight 0 is computed and reported."""
+    """Components and how they become one number; one of weight 0 is computed and reported."""
 
-    def __init__(self, components: Mapping[str, Component], weights: Mapping[str, float]) -> None:
-        """Pair each weight with its component.
+    def __init__(
+        self,
+        components: Mapping[str, Component],
+        weights: Mapping[str, float],
+        *,
+        composition: str = "sum",
+        priorities: Sequence[Priority] = (),
+        gates: Mapping[str, float] | None = None,
+        floor: float = 0.0,
+        scales: Mapping[str, Scale] | None = None,
+        curriculum: Mapping[str, Mapping[int, float]] | None = None,
+    ) -> None:
+        """Pair each weight with its component; the other arguments are those of the `reward` section.
 
         Raises:
             ConfigError: there is no weight, or a weight names no component, or a component has no weight.
@@ -74,17 +74,41 @@ class CompositeReward:
             )
         self._components = {name: components[name] for name in weights}
         self._weights = dict(weights)
+        self._composition = composition
+        self._priorities = [(rank.component, rank.threshold) for rank in priorities]
+        self._gates, self._floor = dict(gates or {}), floor
+        self._scales, self._curriculum = dict(scales or {}), dict(curriculum or {})
+        self._first: dict[str, tuple[float, float]] = {}
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Component → weight."""
+        """Component → weight, where a curriculum ends."""
         return self._weights
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Reward:
+    def weights_at(self, update: int | None) -> Mapping[str, float]:
+        """Component → weight in an update, from 1; None: `weights`."""
+        if update is None:
+            return self._weights
+        return self._weights | {name: weight_at(points, update) for name, points in self._curriculum.items()}
+
+    def slopes_at(self, update: int) -> Mapping[str, float]:
+        """What one more of each component, as it is reported, adds to the total; none where that is no constant."""
+        if self._composition != "sum" or any(scale.by == "batch" for scale in self._scales.values()):
+            return {}
+        return {
+            name: weight / (self._scales[name].std if name in self._scales else 1.0)
+            for name, weight in self.weights_at(update).items()
+        }
+
+    def __call__(self, prompts: list[str], responses: list[str], update: int | None = None) -> Reward:
         """Score B responses, each to the prompt at its place.
 
+        Args:
+            update: of the training that asks, from 1; None outside training.
+
         Raises:
-            TrainingError: a component gives a value that is not finite, or not one value per response.
+            TrainingError: a component gives a value that is not finite, or not one value per response, or fails on
+                most responses.
         """
         if len(prompts) != len(responses):
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
@@ -94,10 +118,31 @@ class CompositeReward:
             value, noticed = _asked(component, prompts, responses)
             values[name] = _checked(name, value, prompts, responses)
             measures |= noticed
-        total = torch.zeros(len(responses))
-        for name, own in values.items():
-            total = total + self._weights[name] * own
-        return Reward(total, values, measures)
+        return Reward(self._total(values, update), values, measures)
+
+    def _total(self, values: Mapping[str, Tensor], update: int | None) -> Tensor:
+        """[B] from what the components gave."""
+        scaled = {name: self._scaled(name, own, update) for name, own in values.items()}
+        weights = self.weights_at(update)
+        if self._composition == "product":
+            total = product(scaled, weights)
+        elif self._composition == "lexicographic":
+            total = lexicographic(scaled, weights, values, self._priorities)
+        else:
+            total = weighted_sum(scaled, weights)
+        return gated(total, values, self._gates, self._floor)
+
+    def _scaled(self, name: str, values: Tensor, update: int | None) -> Tensor:
+        if name not in self._scales:
+            return values
+        scale = self._scales[name]
+        if scale.by == "fixed":
+            return standardised(values, scale.mean, scale.std)
+        if update is not None:
+            return standardised(values, *_mean_and_std(values))
+        if name not in self._first:
+            self._first[name] = _mean_and_std(values)
+        return standardised(values, *self._first[name])
 
 
 def load_reward(
@@ -106,7 +151,7 @@ def load_reward(
     """The reward that the `reward` section describes, its reward model loaded only if it has a weight.
 
     Raises:
-        ConfigError: a weight names no known component.
+        ConfigError: a rule's package is not installed, or a user's module cannot be imported.
         ModelError: the reward model is needed and its folder is incomplete.
     """
     learned = None
@@ -125,21 +170,37 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
         learned: the reward model as a function of prompts and responses; None where the stage is off.
 
     Raises:
-        ConfigError: a weight names no known component, or the reward model, which is off.
+        ConfigError: a weight names the reward model, which is off, or a rule's package is not installed.
     """
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
-    components: dict[str, Component] = {}
-    for name in params.weights:
-        if name != LEARNED and name not in RULES:
-            known = ", ".join(sorted([LEARNED, *RULES]))
-            raise ConfigError(f"reward.weights.{name}: no such component; known ones: {known}; check the spelling")
-        if name == LEARNED:
-            if learned is None:
-                raise ConfigError(f"reward.weights.{LEARNED}: the stage reward_model is off; remove the weight")
-            components[name] = learned
-        else:
-            components[name] = RULES[name](params, answers)
-    return CompositeReward(components, params.weights)
+    if LEARNED in params.weights and learned is None:
+        raise ConfigError(f"reward.weights.{LEARNED}: the stage reward_model is off; remove the weight")
+    components = {LEARNED: learned} if learned is not None and LEARNED in params.weights else {}
+    components |= {
+        name: rule_component(name, params.rules[name], answers) for name in params.weights if name != LEARNED
+    }
+    return CompositeReward(
+        components,
+        params.weights,
+        composition=params.composition,
+        priorities=params.priorities,
+        gates=params.gates,
+        floor=params.floor,
+        scales=params.normalise,
+        curriculum=params.curriculum,
+    )
+
+
+def rule_component(name: str, options: RuleOptions, answers: Answers) -> Component:
+    """The rule of a component; one that looks at single samples has its failures counted under the component's name."""
+    made = factory_of(options.function)(options, answers)
+    return Counted(name, made.score, options.floor) if isinstance(made, EachSample) else made
+
+
+def _mean_and_std(values: Tensor) -> tuple[float, float]:
+    """Over every rank's responses."""
+    whole = ranks.gathered(values)
+    return whole.mean().item(), whole.std(correction=0).item()
 
 
 def _asked(

@@ -126,7 +126,7 @@ class PPOTrainer:
             self._checkpoint.unlink(missing_ok=True)
 
     def _signs_of_hacking(self) -> Metrics:
-        signs, found = watch(self.history, self.reward.weights)
+        signs, found = watch(self.history, self.reward.slopes_at(self.update))
         for detector, value in found:
             self._tell(f"warning: update {self.update}: {detector.says(value)}")
         return signs
@@ -182,7 +182,7 @@ class PPOTrainer:
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
-        reward = self.reward(prompts, responses)
+        reward = self.reward(prompts, responses, self.update + 1)
         whole = rollout.of_all_ranks(self.codec.pad_token_id)
         texts = ranks.texts(prompts), ranks.texts(responses)
         return whole, *texts, ranks.gathered(reference_logprobs), reward.of_all_ranks()

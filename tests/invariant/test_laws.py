@@ -182,6 +182,16 @@ def test_what_a_stage_reads_another_stage_writes() -> None:
             assert made == dep.startswith("artifacts/"), f"{stage} reads {dep}, which no stage writes"
 
 
+def test_what_scores_reads_the_folder_of_users_rewards() -> None:
+    reads = {"tasks/rewards/composition.py": set[str](), "tasks/rewards/custom": set[str]()}
+    for stage, entry in PIPELINE["stages"].items():
+        for path, readers in reads.items():
+            readers |= {stage} if path in entry["deps"] else set()
+    scores, knows = reads.values()
+    assert scores == knows, "imported by name, so no walk over imports finds it: list it in dvc.yaml by hand"
+    assert "__pycache__/" in (ROOT / ".dvcignore").read_text().split(), "else running a stage would change the folder"
+
+
 @pytest.mark.parametrize("module", sorted(ROOT.glob("flows/*.py")), ids=name_of)
 def test_no_flow_lists_the_stages_a_second_time(module: Path) -> None:
     strings = [node.value for node in ast.walk(ast.parse(module.read_text("utf-8"))) if isinstance(node, ast.Constant)]

@@ -20,7 +20,8 @@ from tasks.core.schema import Prompt, write_rows
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward import LengthRule, RewardParams
+from tasks.core.sections.reward import RewardParams
+from tasks.core.sections.rules import OPTIONS, RuleOptions
 from tasks.grpo import grpo
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.rules import RULES
@@ -166,7 +167,8 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """What stage grpo reads: the tiny model, an SFT adapter that changes nothing, one prompt, a rule for the reward."""
     worth = dict(zip(SHOWN, VALUES.tolist(), strict=True))
     rule = lambda prompts, responses: [worth[text] for text in responses]  # noqa: E731
-    monkeypatch.setitem(RULES, "token", lambda params, answers: rule)
+    monkeypatch.setitem(RULES, "token", lambda options, answers: rule)
+    monkeypatch.setitem(OPTIONS, "token", RuleOptions)
     base = tmp_path / "base_model" / "model"
     tiny_model().save_pretrained(base)
     letter_tokenizer(SIGNS).save_pretrained(base)
@@ -199,7 +201,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
         updates=150, prompts_per_update=1, samples_per_prompt=256, epochs=1, minibatches=1, learning_rate=0.005,
         clip_range=0.2, kl_coef=beta, missing_eos_penalty=0.0, keep_every=100,
     )  # fmt: skip
-    reward = RewardParams(weights={"token": 1.0}, length=LengthRule(target=1, tolerance=1))
+    reward = RewardParams(weights={"token": 1.0})
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)
     lora = LoraParams(r=16, alpha=16, target_modules="all-linear", scorer_modules="all-linear")
     out = tmp_path / "grpo"

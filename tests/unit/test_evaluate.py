@@ -20,7 +20,7 @@ from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward import LengthRule, RewardParams
+from tasks.core.sections.reward import RewardParams
 from tasks.core.words import repeated_share
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
@@ -36,7 +36,7 @@ from tests.unit.chat_server import longer, serving
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, judge=None)
 GENERATION = GenerationParams(max_new_tokens=7, temperature=1.3)
-REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5}, length=LengthRule(target=4, tolerance=4))
+REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5})
 PROMPTS = [
     Prompt(id=f"p{number}", prompt=text)
     for number, text in enumerate(["good film", "awful end", "good", "so so", "x", "is it", "zz"])
@@ -241,7 +241,7 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     out = tmp_path / "out"
     out.mkdir()
     params = PARAMS.model_copy(update={"vader": False})
-    evaluate(params, GENERATION, REWARD.model_copy(update={"weights": {"answer": 2.0}}), 0, **nobody_rated, out=out)
+    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), 0, **nobody_rated, out=out)
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
     assert not any("vader" in key for row in table.values() for key in row)
@@ -260,9 +260,7 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
     rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
     params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
-    evaluate(
-        params, GENERATION, REWARD.model_copy(update={"weights": {"answer": 2.0}}), 0, **nobody_rated, out=tmp_path
-    )
+    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), 0, **nobody_rated, out=tmp_path)
     records = read_rows(tmp_path / "responses.jsonl", Judged)
     first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
     assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
@@ -277,7 +275,7 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
 
 def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", PROMPTS)
-    reward = REWARD.model_copy(update={"weights": {"repetition": 1.0}})
+    reward = RewardParams(weights={"repetition": 1.0})
     with pytest.raises(DataError, match=r"gold_judge is off.*only 0 of 6 held-out prompts have a right answer"):
         evaluate(PARAMS, GENERATION, reward, 0, **nobody_rated, out=tmp_path)
 

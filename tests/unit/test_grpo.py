@@ -23,7 +23,7 @@ def test_a_row_is_one_update_with_kl_from_its_first_step():
         {"reward": 0.5, "length": 20.0, "reward/a": 0.5, "reward/b": 1.0},
         {"reward": 0.7, "length": 10.0, "reward/a": 2.0, "reward/b": 0.5},
     ]
-    first, second = _rounds(steps, rollouts, 2, {"a": 1.0, "b": 1.0})
+    first, second = _rounds(steps, rollouts, 2, lambda update: {"a": 1.0, "b": 1.0})
     assert first["step"] == 1
     assert first["kl"] == pytest.approx(0.1 * 20)
     assert (first["loss"], first["entropy"], first["clip_fraction"]) == (2.0, 3.0, 0.25)
@@ -49,5 +49,5 @@ def test_what_the_reward_notices_is_in_the_row_and_watched():
     assert score(["p"] * 4, list("wxyz"), completion_ids=[[5, 1]] * 4, trainer_state=state) == [1.0, 2.0, 3.0, 4.0]
     (entry,) = state.log_history
     assert entry["unfamiliar"] == 0.75
-    rows = _rounds([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, {"a": 1.0})
+    rows = _rounds([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, lambda update: {"a": 1.0})
     assert [row["hacking/unfamiliar_responses"] for row in rows] == [0.0, 0.5]

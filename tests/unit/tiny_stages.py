@@ -16,7 +16,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward import LengthRule, RewardParams
+from tasks.core.sections.reward import RewardParams
 from tasks.core.sections.reward_model import RewardModelParams
 from tasks.core.sections.sft import SFTParams
 from tasks.dpo import dpo
@@ -29,7 +29,7 @@ from tests.conftest import letter_tokenizer, tiny_model
 ROWS = 20
 LORA = LoraParams(r=4, alpha=8, target_modules=("q_proj", "v_proj"), scorer_modules="all-linear")
 GENERATION = GenerationParams(max_new_tokens=4, temperature=1.0)
-REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, length=LengthRule(target=2, tolerance=4))
+REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, rules={"length": {"target": 2, "tolerance": 4}})
 
 _COMMON = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "max_length": 32}
 _SFT = SFTParams(max_examples=ROWS, max_validation_examples=4, **_COMMON)

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 
 from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.pattern import AnswerPattern
+from tasks.core.sections.rules import Rule
 from tasks.core.sections.section import Positive, Section
 
 __all__ = ["EvaluateParams"]
@@ -26,6 +27,12 @@ class EvaluateParams(Section):
         None,
         description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
         "regular expression with one group (GSM8K: `#### (\\-?[0-9\\.\\,]+)`); null: it is the whole response.",
+    )
+
+    gold_rule: Rule | None = Field(
+        None,
+        description="Where neither people's ratings nor right answers can judge: a rule that does, which the reward "
+        "does not have, for example `{function: language}`.",
     )
 
     @model_validator(mode="after")

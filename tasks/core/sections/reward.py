@@ -2,27 +2,80 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Iterable
+from itertools import pairwise
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field, model_validator
 
+from tasks.core.sections.custom import near
+from tasks.core.sections.rules import OPTIONS, Rule
 from tasks.core.sections.section import Positive, Section
 
-__all__ = ["LengthRule", "RewardParams"]
+__all__ = ["LEARNED", "Priority", "RewardParams", "Scale"]
+
+LEARNED = "learned"
+"""The component that the trained reward model computes; every other one is a rule."""
 
 
-class LengthRule(Section):
-    """Where the length rule is flat and how fast it falls."""
+class Priority(Section):
+    """One rank of a lexicographic order."""
 
-    target: Positive = Field(description="The wished-for number of words in the response.")
-    tolerance: Positive = Field(description="At this many words off target the rule reaches 0; at target it is 1.")
+    component: str = Field(description="Its name in `weights`.")
+    threshold: float = Field(description="The value from which on what comes later counts, too.")
+
+
+class Scale(Section):
+    """What a component's values are measured in before they are weighted: (value − mean) / std."""
+
+    by: Literal["fixed", "batch"] = Field(
+        "fixed",
+        description="`batch`: mean and std are those of the update's responses, of all ranks; outside training, of the "
+        "first responses that are scored, so that policies stay comparable.",
+    )
+    mean: float = Field(0.0, description="For `fixed`.")
+    std: float = Field(1.0, gt=0, description="For `fixed`.")
+
+
+def _named(rules: Any) -> Any:
+    """Entries that name no function are those of the rule whose name they have."""
+    if not isinstance(rules, dict):
+        return rules
+    return {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in rules.items()}
 
 
 class RewardParams(Section):
-    """The reward of a response: a weighted sum of components."""
+    """The reward of a response: components, and how they become one number."""
 
     weights: dict[str, float] = Field(
         min_length=1, description="Component → weight; a component not named is not computed."
+    )
+    rules: Annotated[dict[str, Rule], BeforeValidator(_named)] = Field(
+        default_factory=dict,
+        description="Component → rule and its options; a component that is named like a rule and has no entry is that "
+        "rule with its defaults.",
+    )
+    composition: Literal["sum", "product", "lexicographic"] = Field(
+        "sum",
+        description="`sum`: Σ weight · component. `product`: Π component ^ weight, for components in [0, 1]. "
+        "`lexicographic`: the sum, in which a component counts only where all before it in `priorities` reach their "
+        "thresholds.",
+    )
+    priorities: tuple[Priority, ...] = Field(
+        (), description="For lexicographic: the components in their order; those that are not named come last."
+    )
+    gates: dict[str, float] = Field(
+        default_factory=dict,
+        description="Component → the value below which the response is worth `floor`, or less if it would be less.",
+    )
+    floor: float = Field(0.0, description="What a response that a gate stops is worth at most.")
+    normalise: dict[str, Scale] = Field(
+        default_factory=dict, description="Component → its scale; gates and thresholds read values as they are."
+    )
+    curriculum: dict[str, dict[Positive, float]] = Field(
+        default_factory=dict,
+        description="Component → update → weight, linear in between and flat outside, counted from 1; it ends at the "
+        "component's weight in `weights`, which is what evaluation uses.",
     )
     combine: Literal["mean", "worst", "uncertainty"] = Field(
         "mean",
@@ -35,4 +88,73 @@ class RewardParams(Section):
         description="λ of `uncertainty`, for scores whose spread is 1; Coste et al. take 0.5 for best-of-n and 0.1 for "
         "PPO.",
     )
-    length: LengthRule = Field(description="Parameters of the component `length`.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _with_defaults(cls, values: Any) -> Any:
+        """Each rule that is named by its weight alone, with its default options."""
+        if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
+            return values
+        rules = values.get("rules", {})
+        if not isinstance(rules, dict):
+            return values
+        named = {name: {"function": name} for name in values["weights"] if name in OPTIONS and name not in rules}
+        return values | {"rules": rules | named}
+
+    @model_validator(mode="after")
+    def _names_are_known(self) -> Self:
+        known = sorted({LEARNED, *OPTIONS, *self.rules})
+        for name in self.weights:
+            if name != LEARNED and name not in self.rules:
+                raise ValueError(
+                    f"reward.weights.{name}: no such component; {near(name, known)} A component of another name needs "
+                    f"an entry reward.rules.{name}"
+                )
+        if LEARNED in self.rules:
+            raise ValueError(f"reward.rules.{LEARNED}: {LEARNED} is the reward model; give the rule another name")
+        _check_weighted("rules", self.rules, self.weights)
+        _check_weighted("gates", self.gates, self.weights)
+        _check_weighted("normalise", self.normalise, self.weights)
+        _check_weighted("curriculum", self.curriculum, self.weights)
+        _check_weighted("priorities", [rank.component for rank in self.priorities], self.weights)
+        return self
+
+    @model_validator(mode="after")
+    def _composition_is_possible(self) -> Self:
+        if (self.composition == "lexicographic") != bool(self.priorities):
+            raise ValueError(
+                f"reward.composition is {self.composition}, reward.priorities names {len(self.priorities)} components: "
+                "priorities belong to lexicographic, which needs at least one"
+            )
+        if len({rank.component for rank in self.priorities}) < len(self.priorities):
+            raise ValueError("reward.priorities names a component twice: each has one place in the order")
+        below = [name for name, weight in self.weights.items() if weight < 0]
+        if self.composition == "product" and below:
+            raise ValueError(
+                f"reward.weights.{below[0]} is below 0, and so no exponent of a product of values in [0, 1]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _curriculum_ends_at_the_weights(self) -> Self:
+        for name, points in self.curriculum.items():
+            if not points or any(later <= earlier for earlier, later in pairwise(points)):
+                raise ValueError(f"reward.curriculum.{name} must name updates in rising order, got {list(points)}")
+            last = list(points.values())[-1]
+            if last != self.weights[name]:
+                raise ValueError(
+                    f"reward.curriculum.{name} ends at {last:g}, reward.weights.{name} is {self.weights[name]:g}: make "
+                    "them equal, for evaluation uses the latter"
+                )
+            if self.composition == "product" and min(points.values()) < 0:
+                raise ValueError(f"reward.curriculum.{name} goes below 0, which no exponent of a product may")
+        return self
+
+
+def _check_weighted(key: str, names: Iterable[str], weights: dict[str, float]) -> None:
+    for name in names:
+        if name not in weights:
+            raise ValueError(
+                f"reward.{key} names {name!r}, which has no weight; {near(name, sorted(weights))} Give it a weight (0: "
+                "computed and reported alone), or remove it"
+            )

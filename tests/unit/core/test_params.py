@@ -23,7 +23,7 @@ def params_yaml(tmp_path: Path) -> Path:
 
 
 def test_there_are_presets_and_stages_to_test() -> None:
-    assert {"arithmetic", "gpu", "tiny"} <= set(PRESETS)
+    assert {"arithmetic", "gpu", "poem", "tiny"} <= set(PRESETS)
     assert len(STAGES) == 13
 
 
@@ -66,6 +66,14 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("gate.margins={}", "gate.margins: Dictionary should have at least 1 item"),
         ("gate.margins.length=1", r"gate\.margins\.length\S*: Input should be 'win_rate', .* or 'kl', got 'length'"),
         ("gate.margins.kl=-1", r"gate\.margins\.kl: Input should be greater than or equal to 0, got -1"),
+        ("reward.weights.lenght=1", r"reward\.weights\.lenght: no such component; did you mean length"),
+        ("reward.rules.brief={function: length}", "reward.rules names 'brief', which has no weight"),
+        ("reward.rules.length=3", r"reward\.rules\.length: Value error, needs `function: <rule or module:function>`"),
+        ("reward.gates={lenght: 1}", "reward.gates names 'lenght', which has no weight; there is: learned, repetition"),
+        ("reward.composition=lexicographic", "priorities belong to lexicographic, which needs at least one"),
+        ("evaluate.gold_rule={function: repetition}", "evaluate.gold_rule is repetition, which the reward has, too"),
+        ("reward.curriculum={repetition: {1: 0.1, 4: 0.4}}", r"reward\.curriculum\.repetition ends at 0\.4, reward\.w"),
+        ("reward.curriculum={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
     ],
 )
@@ -74,6 +82,61 @@ def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem
     with pytest.raises(ConfigError, match=problem):
         apply_changes(params_yaml, [parse_override(setting)])
     assert params_yaml.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("rule", "problem"),
+    [
+        (
+            "{function: lenght}",
+            r"reward\.rules\.mine: Value error, function: no rule is called 'lenght'; did you mean le",
+        ),
+        ("{function: length, target: 0}", r"reward\.rules\.mine\.target: Input should be greater than 0, got 0"),
+        ("{function: length, goal: 3}", r"reward\.rules\.mine\.goal: unknown key \(value 3\); check the spelling"),
+        ("{function: format}", r"reward\.rules\.mine\.pattern: missing; add it"),
+        (
+            "{function: format, pattern: '('}",
+            r"reward\.rules\.mine\.pattern: Value error, no regular expression: missing",
+        ),
+        (
+            "{function: json_schema, json_schema: {type: thing}}",
+            r"reward\.rules\.mine\.json_schema: Value.*no JSON schema",
+        ),
+        ("{function: instructions}", r"reward\.rules\.mine: Value error, no constraint is set"),
+        (
+            "{function: poem, syllables: {C: [1, 2]}}",
+            r"mine: Value error, syllables names \['C'\], which scheme 'AABBA'",
+        ),
+        ("{function: 'exampel:shout'}", r"no tasks/rewards/custom/exampel\.py; did you mean example"),
+        ("{function: 'example:shuot'}", r"example\.py defines no 'shuot'; did you mean shout"),
+        ("{function: 'example:shout', most: 1}", r"takes no option 'most'; did you mean at_most"),
+    ],
+)
+def test_a_rule_that_is_not_valid_is_named(rule: str, problem: str, params_yaml: Path) -> None:
+    changes = [parse_override("reward.weights.mine=1"), parse_override(f"reward.rules.mine={rule}")]
+    with pytest.raises(ConfigError, match=problem):
+        apply_changes(params_yaml, changes)
+
+
+def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_yaml: Path) -> None:
+    settings = [
+        "reward.weights={readability: 1, length: 1, brief: 1, loud: 0.2}",
+        "reward.rules={length: {target: 3}, brief: {function: length, target: 5}, loud: {function: 'example:shout', "
+        "at_most: 0.5, floor: -1}}",
+    ]
+    apply_changes(params_yaml, [parse_override(text) for text in settings])
+    rules = load_params(params_yaml).reward.rules
+    assert {name: rule.function for name, rule in rules.items()} == {
+        "length": "length", "brief": "length", "loud": "example:shout", "readability": "readability",
+    }  # fmt: skip
+    assert (rules["length"].target, rules["length"].tolerance, rules["brief"].target) == (3, 12, 5)
+    assert (rules["loud"].options, rules["loud"].floor) == ({"at_most": 0.5}, -1.0)
+    assert load_params(params_yaml).reward.model_dump()["rules"]["brief"]["target"] == 5, "the report's digest reads it"
+
+
+def test_vader_judges_nothing_that_it_pays(params_yaml: Path) -> None:
+    with pytest.raises(ConfigError, match=r"evaluate\.vader is true, but the reward's component sentiment is VADER"):
+        apply_changes(params_yaml, [parse_override("reward.weights.sentiment=1")])
 
 
 def test_a_margin_needs_its_judge(params_yaml: Path) -> None:
@@ -121,6 +184,7 @@ def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, overoptimised, tiny"
+        ConfigError,
+        match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, overoptimised, poem, tiny",
     ):
         preset_changes(ROOT, "large")

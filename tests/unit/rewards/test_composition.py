@@ -1,10 +1,11 @@
 import pytest
 import torch
+from pydantic import ValidationError
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.core.schema import Prompt
-from tasks.core.sections.reward import LengthRule, RewardParams
+from tasks.core.sections.reward import Priority, RewardParams, Scale
 from tasks.rewards.composition import CompositeReward, build_reward
 
 PROMPTS, RESPONSES = ["A film", "The end"], [" so so so", " is near"]
@@ -15,7 +16,8 @@ def _constant(*values: float) -> object:
 
 
 def _params(**weights: float) -> RewardParams:
-    return RewardParams(weights=weights, length=LengthRule(target=3, tolerance=3))
+    rules = {"length": {"target": 3, "tolerance": 3}} if "length" in weights else {}
+    return RewardParams(weights=weights, rules=rules)
 
 
 def test_total_is_the_weighted_sum_and_components_stay_unweighted() -> None:
@@ -84,9 +86,11 @@ def test_a_component_without_weight_is_not_computed() -> None:
     assert list(build_reward(_params(repetition=1.0), [], fail)(PROMPTS, RESPONSES).components) == ["repetition"]
 
 
-def test_an_unknown_component_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.weights\.repetitions.*answer, learned, length, repetition"):
-        build_reward(_params(repetitions=1.0), [], lambda p, r: [0.0] * len(r))
+def test_an_unknown_component_is_named_with_the_nearest_or_all_known_ones() -> None:
+    with pytest.raises(ValidationError, match=r"reward\.weights\.repetitions.*did you mean repetition"):
+        _params(repetitions=1.0)
+    with pytest.raises(ValidationError, match=r"reward\.weights\.xyz.*answer, .*, learned, length, .*, repetition"):
+        _params(xyz=1.0)
 
 
 def test_a_reward_model_that_is_off_can_have_no_weight() -> None:
@@ -122,3 +126,87 @@ def test_one_value_per_response() -> None:
         CompositeReward({"short": _constant(1.0)}, {"short": 1.0})(PROMPTS, RESPONSES)
     with pytest.raises(TrainingError, match="1 prompts for 2 responses"):
         CompositeReward({"a": _constant(1.0, 1.0)}, {"a": 1.0})(PROMPTS[:1], RESPONSES)
+
+
+# -- beyond the weighted sum -----------------------------------------------------------------------------------
+
+VALUES = {"a": _constant(0.25, 1.0), "b": _constant(0.5, 0.0)}
+
+
+def test_a_product_is_of_powers() -> None:
+    reward = CompositeReward(VALUES, {"a": 0.5, "b": 2.0}, composition="product")
+    assert reward(PROMPTS, RESPONSES).total.tolist() == [0.125, 0.0]  # ¼^½ · ½², 1 · 0²
+    unpaid = CompositeReward(VALUES, {"a": 1.0, "b": 0.0}, composition="product")
+    assert unpaid(PROMPTS, RESPONSES).total.tolist() == [0.25, 1.0], "a weight of 0 reports alone"
+
+
+def test_a_product_of_what_is_no_share_is_refused_and_a_scale_cures_it() -> None:
+    below = {"a": _constant(1.0, 1.0), "b": _constant(-0.5, 0.0)}
+    with pytest.raises(TrainingError, match=r"'b' is -0\.5, and reward\.composition: product needs values in \[0, 1\]"):
+        CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product")(PROMPTS, RESPONSES)
+    scales = {"b": Scale(mean=-1.0, std=1.0)}
+    cured = CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product", scales=scales)(PROMPTS, RESPONSES)
+    assert cured.total.tolist() == [0.5, 1.0]
+    assert cured.components["b"].tolist() == [-0.5, 0.0], "components are reported as they are"
+
+
+def test_what_comes_later_counts_only_where_what_comes_before_reaches_its_threshold() -> None:
+    components = {"c": _constant(7.0, 7.0), "a": _constant(0.4, 1.0), "b": _constant(0.5, 0.25)}
+    priorities = [Priority(component="a", threshold=0.5), Priority(component="b", threshold=0.3)]
+    weights = {"c": 1.0, "a": 2.0, "b": 4.0}
+    reward = CompositeReward(components, weights, composition="lexicographic", priorities=priorities)
+    assert reward(PROMPTS, RESPONSES).total.tolist() == pytest.approx([0.8, 3.0])  # 2·0.4; 2·1 + 4·¼, and b < 0.3
+
+
+def test_a_gate_leaves_at_most_the_floor() -> None:
+    components = {"form": _constant(0.0, 1.0), "rest": _constant(3.0, 3.0)}
+    weights = {"form": 0.0, "rest": 1.0}
+    assert CompositeReward(components, weights, gates={"form": 1.0})(PROMPTS, RESPONSES).total.tolist() == [0.0, 3.0]
+    low = CompositeReward(components, weights, gates={"form": 0.5}, floor=-2.0)
+    assert low(PROMPTS, RESPONSES).total.tolist() == [-2.0, 3.0]
+    bad = CompositeReward(components | {"rest": _constant(-3.0, 3.0)}, weights, gates={"form": 0.5})
+    assert bad(PROMPTS, RESPONSES).total.tolist() == [-3.0, 3.0], "failing the gate is no way out"
+
+
+def test_a_batch_gives_the_scale_in_training_and_the_first_batch_outside() -> None:
+    seen = iter([[1.0, 3.0], [1.0, 5.0], [4.0, 4.0], [1.0, 3.0], [5.0, 5.0]])
+    reward = CompositeReward({"a": lambda prompts, responses: next(seen)}, {"a": 2.0}, scales={"a": Scale(by="batch")})
+    training = [reward(PROMPTS, RESPONSES, update).total.tolist() for update in (1, 2, 3)]
+    assert training == [[-2.0, 2.0], [-2.0, 2.0], [0.0, 0.0]]
+    outside = [reward(PROMPTS, RESPONSES).total.tolist() for _ in range(2)]
+    assert outside == [[-2.0, 2.0], [6.0, 6.0]]  # 2 · (5 − 2) / 1
+    assert reward.slopes_at(1) == {}
+
+
+@pytest.mark.parametrize(("update", "weight"), [(1, 1.0), (2, 1.0), (4, 2.0), (6, 3.0), (7, 2.0), (8, 1.0), (99, 1.0)])
+def test_a_curriculum_is_linear_between_its_points_and_flat_outside(update: int, weight: float) -> None:
+    reward = CompositeReward(
+        {"a": _constant(1.0, 2.0), "b": _constant(0.0, 0.0)}, {"a": 1.0, "b": 5.0},
+        curriculum={"a": {2: 1.0, 6: 3.0, 8: 1.0}}, scales={"b": Scale(std=10.0)},
+    )  # fmt: skip
+    assert reward(PROMPTS, RESPONSES, update).total.tolist() == [weight, 2 * weight]
+    assert reward.weights_at(update) == {"a": weight, "b": 5.0}
+    assert reward.slopes_at(update) == {"a": weight, "b": 0.5}, "what one more as it is reported is worth"
+    assert reward(PROMPTS, RESPONSES).total.tolist() == [1.0, 2.0], "outside training: where it ends"
+    assert reward.weights == {"a": 1.0, "b": 5.0}
+
+
+def test_where_no_component_has_one_price_no_dominance_is_claimed() -> None:
+    assert CompositeReward(VALUES, {"a": 1.0, "b": 1.0}, composition="product").slopes_at(1) == {}
+
+
+def test_the_section_describes_all_of_it() -> None:
+    params = RewardParams(
+        weights={"length": 1.0, "short": 0.0, "repetition": 2.0},
+        rules={"length": {"target": 2, "tolerance": 2}, "short": {"function": "format", "pattern": ".{0,7}"}},
+        gates={"short": 1.0},
+        floor=-1.0,
+        normalise={"repetition": {"mean": -1.0, "std": 0.5}},
+        curriculum={"length": {1: 3.0, 2: 1.0}},
+    )
+    outcome = build_reward(params, [], None)(PROMPTS, RESPONSES, 1)
+    assert {name: own.tolist() for name, own in outcome.components.items()} == {
+        "length": [0.5, 1.0], "short": [0.0, 1.0], "repetition": [-0.5, 0.0],
+    }  # fmt: skip
+    assert outcome.total.tolist() == [-1.0, 7.0]  # " so so so" is a letter too long; 3·1 + 2·(0 + 1)/½
+    assert list(outcome.measures) == ["failures/length", "failures/short", "failures/repetition"]

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.sections.reward import LengthRule, RewardParams
-from tasks.rewards.rules import RULES, length, repetition, right_answer, right_in_form
+from tasks.core.sections.rules import OPTIONS
+from tasks.rewards.rules import RULES
+from tasks.rewards.rules.answers import right_answer, right_in_form
+from tasks.rewards.rules.style import length, repetition
 
 GSM8K = r"#### (\-?[0-9\.\,]+)"
 """The strict-match of lm-eval's task gsm8k."""
@@ -36,11 +38,18 @@ def test_very_short_responses_have_nothing_to_repeat(response: str) -> None:
     assert str(repetition(response)) == "0.0"
 
 
+def test_every_rule_has_options_and_every_option_a_rule() -> None:
+    assert set(RULES) == set(OPTIONS)
+
+
 def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> None:
-    params = RewardParams(weights={"length": 1.0}, length=LengthRule(target=4, tolerance=2))
-    prompts, responses, answers = ["good good good"] * 2, [_text(3), " so so so"], {"good good good": "so so so"}
-    rules = {name: list(make(params, answers)(prompts, responses)) for name, make in RULES.items()}
-    assert rules == {"answer": [0.0, 1.0], "length": [0.5, 0.5], "repetition": [0.0, -0.5]}
+    prompt, answers = "good good good", {"good good good": "so so so"}
+    options = {"answer": {}, "length": {"target": 4, "tolerance": 2}, "repetition": {}}
+    scores = {}
+    for name, chosen in options.items():
+        rule = RULES[name](OPTIONS[name](function=name, **chosen), answers)
+        scores[name] = [rule.score(prompt, response) for response in (_text(3), " so so so")]
+    assert scores == {"answer": [0.0, 1.0], "length": [0.5, 0.5], "repetition": [0.0, -0.5]}
 
 
 @pytest.mark.parametrize(
@@ -51,6 +60,9 @@ def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> No
         (" 3.50", "3.5", 1.0), (" 3.5", "3", 0.0), ("", "42", 0.0), (" none", "42", 0.0), (" 142", "42", 0.0),
         (" +7", "7", 1.0), (" 7", "+7", 1.0), (" 42.0", "42", 1.0), ("$1,234.00.", "1234", 1.0), (" 7", "-7.0", 0.0),
         (" Yes ", "yes", 1.0), (" no", "yes", 0.0), (" yes and no", "yes", 0.0),
+        (" .5", "0.5", 1.0), (" .5", "5", 0.0), (" -.5", "-0.5", 1.0), ("$.50", "0.5", 1.0), (" 0.5", ".5", 1.0),
+        (" 3-5", "5", 1.0), (" 3-5", "-5", 0.0), (" 3 - -5", "-5", 1.0), (" x=-5", "-5", 1.0), (" (3)-5", "-5", 0.0),
+        (" COVID-19", "19", 1.0), (" so...5", "5", 1.0), (" 8−5", "5", 1.0), (" 5.", "5", 1.0), (" no.5", "5", 1.0),
     ],
 )  # fmt: skip
 def test_an_answer_is_right_by_its_last_number_or_its_word(response: str, expected: str, value: float) -> None:

@@ -1,0 +1,230 @@
+"""The options of each rule that a reward can name: `reward.rules.<component>` of params.yaml."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
+
+from jsonschema import Draft202012Validator, SchemaError
+from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
+
+from tasks.core.sections.custom import check_custom, near
+from tasks.core.sections.pattern import AnswerPattern
+from tasks.core.sections.section import Positive, Section
+
+__all__ = [
+    "OPTIONS",
+    "CustomRule",
+    "FactsRule",
+    "FormatRule",
+    "InstructionsRule",
+    "JsonSchemaRule",
+    "LanguageRule",
+    "LengthRule",
+    "MathematicsRule",
+    "PoemRule",
+    "ReadabilityRule",
+    "RepetitionRule",
+    "Rule",
+    "RuleOptions",
+    "SentimentRule",
+]
+
+
+def _regular_expression(pattern: str) -> str:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
+    return pattern
+
+
+def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+    try:
+        Draft202012Validator.check_schema(schema)
+    except SchemaError as error:
+        raise ValueError(f"no JSON schema: {error.message}") from error
+    return schema
+
+
+class RuleOptions(Section):
+    """What every rule has."""
+
+    function: str = Field(description="A rule's name, or `module:function` of a file in tasks/rewards/custom.")
+    floor: float = Field(0.0, description="What a response earns on which the function fails; such are counted.")
+
+
+class RepetitionRule(RuleOptions):
+    """Repetition is a cost, so the least that a response can earn is −1."""
+
+    floor: float = Field(-1.0, description="As everywhere; the least that the rule gives.")
+
+
+class LengthRule(RuleOptions):
+    """Where the length rule is flat and how fast it falls."""
+
+    target: Positive = Field(12, description="The wished-for number of words in the response.")
+    tolerance: Positive = Field(12, description="At this many words off target the rule reaches 0; at target it is 1.")
+
+
+class FormatRule(RuleOptions):
+    """The form that a response must have."""
+
+    pattern: Annotated[str, AfterValidator(_regular_expression)] = Field(
+        min_length=1,
+        description="A regular expression, as Python writes them; `(?s)` in front lets `.` match newlines.",
+    )
+    match: Literal["whole", "contains"] = Field(
+        "whole", description="Whether the response, without white space around it, is the form, or has it somewhere."
+    )
+
+
+class JsonSchemaRule(RuleOptions):
+    """The JSON that a response must be."""
+
+    json_schema: Annotated[dict[str, Any], AfterValidator(_json_schema)] = Field(
+        description="A JSON schema (draft 2020-12); what it does not require is not asked for."
+    )
+
+
+class LanguageRule(RuleOptions):
+    """The language that a response must be in."""
+
+    language: str = Field("en", pattern=r"^[a-z]{2,3}$", description="Its ISO 639 code, as py3langid knows it.")
+    min_words: Positive = Field(3, description="Shorter responses earn 0: a language cannot be told from them.")
+
+
+class MathematicsRule(RuleOptions):
+    """How long an answer may take to compare."""
+
+    timeout_s: float = Field(
+        10.0, gt=0, le=600, description="After so many seconds the comparison of a response is given up, and counted."
+    )
+
+
+class FactsRule(RuleOptions):
+    """How much text may be spent on naming the facts."""
+
+    max_words: Positive = Field(60, description="A response with more words earns less, in proportion.")
+
+
+class ReadabilityRule(RuleOptions):
+    """The band of Flesch reading ease that is paid in full: 60–70 is plain English, 0 is hardly readable."""
+
+    low: float = Field(50.0, description="The lower end of the band.")
+    high: float = Field(90.0, description="The upper end of the band; texts of single syllables lie above 100.")
+    tolerance: float = Field(40.0, gt=0, description="So many points outside the band the rule reaches 0.")
+    min_words: Positive = Field(5, description="Shorter responses earn 0: the measure says nothing of them.")
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Self:
+        if self.low > self.high:
+            raise ValueError(f"low must not be above high, got {self.low:g} and {self.high:g}")
+        return self
+
+
+class SentimentRule(RuleOptions):
+    """Which sentiment is paid."""
+
+    sign: Literal["positive", "negative"] = Field("positive", description="Whether good or bad mood is paid.")
+    floor: float = Field(-1.0, description="As everywhere; the least that the rule gives.")
+
+
+class InstructionsRule(RuleOptions):
+    """Constraints that a program can verify; at least one."""
+
+    min_words: Positive | None = Field(None, description="At least so many words.")
+    max_words: Positive | None = Field(None, description="At most so many words.")
+    min_sentences: Positive | None = Field(None, description="At least so many sentences, each with its end mark.")
+    max_sentences: Positive | None = Field(None, description="At most so many sentences.")
+    min_paragraphs: Positive | None = Field(None, description="At least so many paragraphs, an empty line between.")
+    max_paragraphs: Positive | None = Field(None, description="At most so many paragraphs.")
+    min_bullets: Positive | None = Field(None, description="At least so many lines that begin with `* ` or `- `.")
+    max_bullets: Positive | None = Field(None, description="At most so many such lines.")
+    contains: tuple[str, ...] = Field((), description="Words or phrases that must occur, each a constraint.")
+    avoids: tuple[str, ...] = Field((), description="Words or phrases that must not occur, each a constraint.")
+    ends_with: str = Field("", description="How the response must end, but for white space and letter case.")
+    case: Literal["lower", "upper"] | None = Field(None, description="All letters in this case.")
+    commas: bool = Field(True, description="False: there must be no comma.")
+
+    @model_validator(mode="after")
+    def _has_one(self) -> Self:
+        free = {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
+        if not set(type(self).model_fields) - free - {"function", "floor"}:
+            raise ValueError("no constraint is set: give at least one, for example max_words or contains")
+        return self
+
+
+class PoemRule(RuleOptions):
+    """The form of a short rhymed poem; a limerick unless it says otherwise."""
+
+    scheme: str = Field(
+        "AABBA", pattern="^[A-Z]{2,14}$", description="One letter a line; lines with one letter must rhyme."
+    )
+    syllables: dict[str, tuple[Positive, Positive]] = Field(
+        {"A": (7, 10), "B": (5, 7)},
+        description="Letter → fewest and most syllables of its lines: three anapaests with or without their first "
+        "syllables, and two; a letter without bounds has no metre.",
+    )
+    line_words: tuple[Positive, Positive] = Field((3, 12), description="Fewest and most words of a sane line.")
+    topic: AnswerPattern | None = Field(
+        None, description="What of the prompt is the topic: one group, `about (.+):`; null: all of it."
+    )
+
+    @model_validator(mode="after")
+    def _bounds_fit(self) -> Self:
+        if unknown := set(self.syllables) - set(self.scheme):
+            raise ValueError(f"syllables names {sorted(unknown)}, which scheme {self.scheme!r} does not have")
+        if any(low > high for low, high in [*self.syllables.values(), self.line_words]):
+            raise ValueError("syllables and line_words: the fewest must not be above the most")
+        return self
+
+
+class CustomRule(RuleOptions):
+    """A user's own function; its options are the arguments after `prompt, response, answer`."""
+
+    model_config = ConfigDict(extra="allow", frozen=True)
+
+    @model_validator(mode="after")
+    def _exists(self) -> Self:
+        check_custom(self.function, self.options)
+        return self
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """What the function is called with beside the sample."""
+        return dict(self.model_extra or {})
+
+
+OPTIONS: dict[str, type[RuleOptions]] = {
+    "answer": RuleOptions,
+    "facts": FactsRule,
+    "format": FormatRule,
+    "instructions": InstructionsRule,
+    "json_schema": JsonSchemaRule,
+    "language": LanguageRule,
+    "length": LengthRule,
+    "mathematics": MathematicsRule,
+    "poem": PoemRule,
+    "readability": ReadabilityRule,
+    "repetition": RepetitionRule,
+    "sentiment": SentimentRule,
+}
+"""Rule → its options; `tasks.rewards.rules.RULES` has the same names."""
+
+
+def _read(value: Any) -> RuleOptions:
+    """Options of the class that `function` names."""
+    if isinstance(value, RuleOptions):
+        return value
+    if not isinstance(value, Mapping) or not isinstance(value.get("function"), str):
+        raise ValueError("needs `function: <rule or module:function>` and that function's options")
+    name = value["function"]
+    if name not in OPTIONS and ":" not in name:
+        raise ValueError(f"function: no rule is called {name!r}; {near(name, list(OPTIONS))}")
+    return OPTIONS.get(name, CustomRule).model_validate(dict(value))
+
+
+Rule = Annotated[SerializeAsAny[RuleOptions], PlainValidator(_read)]
+"""A rule with its options, checked as the rule wants them."""

@@ -1,0 +1,91 @@
+"""How values of components become one reward: tensors in, tensors out.
+
+B responses; a mapping names components in the order in which they are added.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from tasks.core.errors import TrainingError
+
+__all__ = ["gated", "lexicographic", "product", "standardised", "weight_at", "weighted_sum"]
+
+Values = Mapping[str, Tensor]
+Weights = Mapping[str, float]
+
+SMALL = 1e-6
+
+
+def weighted_sum(values: Values, weights: Weights) -> Tensor:
+    """Σ weight · value, [B]."""
+    total = torch.zeros(len(next(iter(values.values()))))
+    for name, own in values.items():
+        total = total + weights[name] * own
+    return total
+
+
+def product(values: Values, weights: Weights) -> Tensor:
+    """Π value ^ weight, [B], for values in [0, 1]: one that is 0 and has a weight takes everything.
+
+    Raises:
+        TrainingError: a value lies outside [0, 1], where a power means nothing.
+    """
+    total = torch.ones(len(next(iter(values.values()))))
+    for name, own in values.items():
+        outside = own[(own < 0) | (own > 1)]
+        if len(outside):
+            raise TrainingError(
+                f"reward component {name!r} is {outside[0].item():g}, and reward.composition: product needs values in "
+                f"[0, 1]; scale it by reward.normalise.{name}, or choose another composition"
+            )
+        total = total * own ** weights[name]
+    return total
+
+
+def lexicographic(values: Values, weights: Weights, raw: Values, priorities: Sequence[tuple[str, float]]) -> Tensor:
+    """Σ weight · value · [every component before it in the priorities reaches its threshold], [B].
+
+    Those that are not among the priorities come last, together. For the order to be worth following, what comes later
+    should not be negative: reaching a threshold would cost.
+
+    Args:
+        raw: what is held against the thresholds.
+    """
+    open_ = torch.ones(len(next(iter(values.values()))))
+    counted: dict[str, Tensor] = {}
+    for name, threshold in priorities:
+        counted[name] = values[name] * open_
+        open_ = open_ * (raw[name] >= threshold).float()
+    rest = {name: own * open_ for name, own in values.items() if name not in counted}
+    return weighted_sum({name: (counted | rest)[name] for name in values}, weights)
+
+
+def gated(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) -> Tensor:
+    """The total [B], but at most `floor` where a component is below its gate.
+
+    At most: a floor of 0 would else be a way out for responses that are worth less.
+    """
+    for name, threshold in gates.items():
+        total = torch.where(raw[name] >= threshold, total, total.clamp(max=floor))
+    return total
+
+
+def standardised(values: Tensor, mean: float, std: float) -> Tensor:
+    """(value − mean) / std, [B]; 0 where nothing varies."""
+    return (values - mean) / std if std > SMALL else torch.zeros_like(values)
+
+
+def weight_at(points: Mapping[int, float], update: int) -> float:
+    """The weight in an update, linear between the points and flat before the first and after the last."""
+    updates = list(points)
+    place = bisect(updates, update)
+    if place in (0, len(updates)):
+        return points[updates[max(0, place - 1)]]
+    earlier, later = updates[place - 1], updates[place]
+    share = (update - earlier) / (later - earlier)
+    return points[earlier] + share * (points[later] - points[earlier])

@@ -1,0 +1,127 @@
+"""Rewards for right answers, exact, in a form, or as facts that are named."""
+
+from __future__ import annotations
+
+import json
+import re
+import string
+from decimal import Decimal
+
+from tasks.core.errors import DataError
+from tasks.core.sections.rules import FactsRule, RuleOptions
+from tasks.core.words import words
+from tasks.rewards.rules.kinds import Answers, EachSample
+
+__all__ = ["answer_of", "answer_rule", "facts", "facts_rule", "right_answer", "right_in_form"]
+
+NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+])?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
+"""`-3`, `1,234.5`, `.5`; a minus between two things (`3-5`, `x-5`) is no sign."""
+
+ARTICLES = re.compile(r"\b(a|an|the)\b")
+
+
+def right_answer(response: str, expected: str) -> float:
+    """1 if the response's last number equals the expected one in value, else 0; where a word is expected, the response.
+
+    Numbers may carry thousands separators and a sign; words are compared without case and surrounding white space.
+
+    Gamed by: nothing that reads the last number alone can be earned by naming many, but a right number after wrong
+    reasoning is paid in full. Against that: read the samples; the KL penalty keeps the reasoning near people's.
+    """
+    if not NUMBER.fullmatch(expected.strip()):
+        return float(_same(response, expected))
+    found = NUMBER.findall(response)
+    return float(bool(found) and _same(found[-1], expected))
+
+
+def right_in_form(response: str, expected: str, pattern: str | None) -> float:
+    """1 if the response gives the expected answer in the demanded form, else 0: what lm-eval calls `strict-match`.
+
+    Where the pattern matches first, its group is the answer (lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml, whose pattern is
+    `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is, but for white space around it. Compared as in
+    `right_answer`; a full stop after a number does not count.
+
+    Gamed by: giving the form again and again does not help, for the first counts. Otherwise as `right_answer`.
+    """
+    if pattern is None:
+        return float(_same(response, expected))
+    found = re.search(pattern, response)
+    return float(found is not None and _same(found[1] or "", expected))
+
+
+def _same(answer: str, expected: str) -> bool:
+    """Whether two answers are one: numbers in value, anything else letter by letter, without case."""
+    answer, expected = answer.strip(), expected.strip()
+    if not NUMBER.fullmatch(expected):
+        return answer.casefold() == expected.casefold()
+    number = answer.removesuffix(".")
+    return NUMBER.fullmatch(number) is not None and _value(number) == _value(expected)
+
+
+def _value(number: str) -> Decimal:
+    return Decimal(number.replace(",", "").replace("−", "-"))
+
+
+def facts(response: str, references: list[str], *, max_words: int) -> float:
+    """Share of the references that the response names, less where it takes many words; in [0, 1].
+
+    Both are normalised as SQuAD 1.1's evaluation does (Rajpurkar et al. 2016, arXiv 1606.05250, section 6: no
+    punctuation, no articles, lower case); a reference is named where its words stand in a row. Beyond `max_words`
+    words the share is multiplied by max_words / words.
+
+    Gamed by: naming every candidate there is, and naming a fact in order to deny it. Against that: `max_words`, which
+    makes each further candidate cost; a learned component or the KL penalty against lists; read the samples.
+    """
+    said = f" {_normalised(response)} "
+    named = sum(f" {_normalised(reference)} " in said for reference in references)
+    return named / len(references) * min(1.0, max_words / max(1, len(words(response))))
+
+
+def _normalised(text: str) -> str:
+    """`normalize_answer` of SQuAD's evaluate-v1.1.py."""
+    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(ARTICLES.sub(" ", bare).split())
+
+
+def _references(answer: str) -> list[str]:
+    """The strings of a JSON list, or what stands between `|`."""
+    if answer.lstrip().startswith("["):
+        try:
+            parsed = json.loads(answer)
+        except json.JSONDecodeError as error:
+            raise DataError(f"the facts {answer[:200]!r} begin like a JSON list and are none: {error}") from error
+        found = [str(item) for item in parsed]
+    else:
+        found = answer.split("|")
+    if not found or not all(_normalised(item) for item in found):
+        raise DataError(f"the facts {answer[:200]!r} have an empty one: write them as a JSON list, or with | between")
+    return found
+
+
+def answer_of(rule: str, prompt: str, answers: Answers) -> str:
+    """The right answer of a prompt.
+
+    Raises:
+        DataError: there is none.
+    """
+    if prompt not in answers:
+        raise DataError(
+            f"reward.weights.{rule}: no right answer is known for the prompt {prompt[:200]!r}; give its rows an "
+            "`answer`, or remove the weight"
+        )
+    return answers[prompt]
+
+
+def answer_rule(_options: RuleOptions, answers: Answers) -> EachSample:
+    """Pays `right_answer`."""
+    return EachSample(lambda prompt, response: right_answer(response, answer_of("answer", prompt, answers)))
+
+
+def facts_rule(options: FactsRule, answers: Answers) -> EachSample:
+    """Pays `facts`, the row's answer being the references."""
+
+    def score(prompt: str, response: str) -> float:
+        references = _references(answer_of("facts", prompt, answers))
+        return facts(response, references, max_words=options.max_words)
+
+    return EachSample(score)

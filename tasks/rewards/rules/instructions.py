@@ -1,0 +1,60 @@
+"""A reward for instructions that a program can verify, in the manner of IFEval."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+
+from tasks.core.sections.rules import InstructionsRule
+from tasks.core.words import words
+from tasks.rewards.rules.kinds import Answers, EachSample
+from tasks.rewards.rules.style import sentences
+
+__all__ = ["checks", "instructions_rule"]
+
+BULLET = re.compile(r"^\s*[*-] +\S", re.MULTILINE)
+PARAGRAPHS = re.compile(r"\n\s*\n")
+
+
+def instructions_rule(options: InstructionsRule, _answers: Answers) -> EachSample:
+    """Share of the constraints that hold, in [0, 1]; 0 for a response without a word.
+
+    Zhou et al. 2023 (arXiv 2311.07911), table 1: the kinds that need no other package, in their strict reading.
+
+    Gamed by: text that keeps every constraint and says nothing (keywords in a list, a paragraph of one word). Against
+    that: bounds from below beside those from above, and a learned component or the KL penalty, which read the rest.
+    """
+
+    def score(_prompt: str, response: str) -> float:
+        held = list(checks(response, options))
+        return sum(held) / len(held) if words(response) else 0.0
+
+    return EachSample(score)
+
+
+def checks(response: str, options: InstructionsRule) -> Iterator[bool]:
+    """Whether each constraint holds, in the order of the options; those that are not set are left out."""
+    counts = {
+        "words": len(words(response)),
+        "sentences": sentences(response),
+        "paragraphs": sum(bool(part.strip()) for part in PARAGRAPHS.split(response)),
+        "bullets": len(BULLET.findall(response)),
+    }
+    for what, count in counts.items():
+        if (least := getattr(options, f"min_{what}")) is not None:
+            yield count >= least
+        if (most := getattr(options, f"max_{what}")) is not None:
+            yield count <= most
+    yield from (_says(response, phrase) for phrase in options.contains)
+    yield from (not _says(response, phrase) for phrase in options.avoids)
+    if options.ends_with:
+        yield response.strip().casefold().endswith(options.ends_with.strip().casefold())
+    if options.case:
+        yield response == (response.lower() if options.case == "lower" else response.upper())
+    if not options.commas:
+        yield "," not in response
+
+
+def _says(text: str, phrase: str) -> bool:
+    """Whether the phrase stands in the text as whole words, in any letter case."""
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None

@@ -1,0 +1,75 @@
+"""What a rule is: a function of one sample, of a whole batch, or a batch's function that measures more."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+from torch import Tensor
+
+from tasks.core.errors import ConfigError
+
+__all__ = [
+    "Answers",
+    "Component",
+    "EachSample",
+    "Measuring",
+    "RewardFunction",
+    "RuleFactory",
+    "of_response",
+    "optional",
+]
+
+RewardFunction: TypeAlias = Callable[[list[str], list[str]], Sequence[float] | Tensor]
+"""(prompts [B], responses [B]) → one value per response [B]; `prompt + response` is the whole text."""
+
+Answers: TypeAlias = Mapping[str, str]
+"""Prompt → its right answer, for the prompts that have one."""
+
+
+@runtime_checkable
+class Measuring(Protocol):
+    """A component that notices more about responses than what they are worth."""
+
+    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B], and name → [B] what else was measured in the same pass."""
+
+
+Component: TypeAlias = RewardFunction | Measuring
+
+
+@dataclass(frozen=True)
+class EachSample:
+    """A rule that looks at one sample at a time: (prompt, response) → value. Where it fails, one sample fails."""
+
+    score: Callable[[str, str], float]
+
+
+RuleFactory: TypeAlias = Callable[[Any, Answers], EachSample | Component]
+"""Makes a rule from its options, checked (`tasks.core.sections.rules`), and the right answers of the prompts."""
+
+
+def of_response(function: Callable[..., float], *names: str) -> RuleFactory:
+    """The factory of a rule that reads the response alone; the named options are its keyword arguments."""
+
+    def make(options: Any, _answers: Answers) -> EachSample:
+        chosen = {name: getattr(options, name) for name in names}
+        return EachSample(lambda _prompt, response: function(response, **chosen))
+
+    return make
+
+
+def optional(module: str, rule: str) -> Any:
+    """A package that only some rules need.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"the rule {rule!r} needs the package of the module {module!r} ({error}): `pip install -e '.[rules]'`"
+        ) from error

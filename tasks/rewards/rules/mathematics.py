@@ -1,0 +1,96 @@
+"""A reward for mathematical answers: equal in value, however they are written."""
+
+from __future__ import annotations
+
+import json
+import select
+import subprocess
+import sys
+from typing import IO
+
+from tasks.core.sections.rules import MathematicsRule
+from tasks.rewards.rules import comparing
+from tasks.rewards.rules.answers import answer_of
+from tasks.rewards.rules.kinds import Answers, EachSample, optional
+
+__all__ = ["Comparing", "mathematics_rule"]
+
+START_S = 60.0
+"""For importing sympy, which takes a second where the disk is not slow."""
+
+
+class Comparing:
+    """A process that compares answers one by one.
+
+    math-verify bounds its time by SIGALRM, which works in a main thread only, takes away others' alarms, and cannot
+    interrupt one long operation on integers (9^9^9^9): so it has a process of its own, which is killed when late.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self._timeout_s = timeout_s
+        self._process: subprocess.Popen[str] | None = None
+
+    def __call__(self, expected: str, response: str) -> bool:
+        """Whether the response's answer equals the expected one.
+
+        Raises:
+            TimeoutError: it took too long.
+            RuntimeError: it could not be compared.
+        """
+        process = self._running()
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(json.dumps([expected, response]) + "\n")
+        process.stdin.flush()
+        said = json.loads(self._line(process.stdout, self._timeout_s))
+        if isinstance(said, str):
+            raise RuntimeError(said)
+        return bool(said)
+
+    def close(self) -> None:
+        """End the process; the next question starts another."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
+            self._process = None
+
+    def _running(self) -> subprocess.Popen[str]:
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            command = [sys.executable, "-P", comparing.__file__]
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8")
+            assert self._process.stdout is not None
+            self._line(self._process.stdout, START_S)
+        return self._process
+
+    def _line(self, pipe: IO[str], timeout_s: float) -> str:
+        """The next line, if it comes in time; there is one per question, so nothing waits in the pipe's buffer."""
+        ready, _, _ = select.select([pipe], [], [], timeout_s)
+        line = pipe.readline() if ready else ""
+        if not line:
+            self.close()
+            why = "the comparing process ended" if ready else f"no answer within {timeout_s:g} s"
+            raise TimeoutError(f"{why}: the expression is too large to compare")
+        return line
+
+
+def mathematics_rule(options: MathematicsRule, answers: Answers) -> EachSample:
+    """1 if the last answer of the response equals the row's `answer` as mathematics (math-verify), else 0.
+
+    Both may be LaTeX or plain: `\\frac{1}{2}` in the row is 0.5 and \\boxed{1/2} in the response.
+
+    Gamed by: as `right_answer`, a right result after wrong reasoning; a set of several boxed answers is another value
+    than one of them, so naming many does not pay. A response that repeats the task's own expression, unsolved, equals
+    the answer as mathematics ("2+2" is 4). Against that: the KL penalty, a `format` gate that asks for a number.
+
+    Raises:
+        ConfigError: math-verify is not installed.
+    """
+    optional("math_verify", "mathematics")
+    equal = Comparing(options.timeout_s)
+
+    def score(prompt: str, response: str) -> float:
+        return float(equal(answer_of("mathematics", prompt, answers), response))
+
+    return EachSample(score)

@@ -1,0 +1,157 @@
+"""A reward for a short rhymed poem, the limerick first of all: its form, and what keeps the form from being gamed.
+
+    value = (lines + rhyme + metre) / 3 · distinct · sane · dictionary · on topic, each part in [0, 1]
+
+The sum gives a slope to climb: half a form is paid by half. The factors are guards: what fails one of them wholly earns
+nothing, whatever its form.
+
+Gamed by, and what stands against that:
+- five copies of one line, which rhyme and scan: `distinct`, and no word rhymes with itself or its like (see, sea);
+- one rhyme for all lines: lines of two letters must not rhyme with each other;
+- made-up words at the ends: only words of CMUdict rhyme, and `dictionary`;
+- single words as lines, or everything in one line: `sane`;
+- one poem for every prompt: `on topic`, and the detector `ngram_collapse`;
+- good form without sense: nothing here reads sense. The KL penalty to a model of demonstrations does, and people.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from itertools import combinations
+from typing import Any
+
+from tasks.core.sections.rules import PoemRule
+from tasks.core.words import words
+from tasks.rewards.rules.kinds import Answers, EachSample, optional
+from tasks.rewards.rules.style import syllables
+
+__all__ = ["lines_of", "parts", "poem_rule", "rhyme", "rhymes"]
+
+SMALL_WORDS = frozenset({
+    "a", "about", "all", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "has", "have", "he",
+    "her", "his", "i", "in", "into", "is", "it", "its", "limerick", "limericks", "me", "my", "no", "not", "of",
+    "on", "one", "or", "our", "poem", "poems", "rhyme", "she", "so", "some", "than", "that", "the", "their", "them",
+    "there", "they", "this", "to", "up", "us", "verse", "was", "we", "were", "what", "when", "who", "will", "with",
+    "write", "you", "your",
+})  # fmt: skip
+"""Words that name no topic: they carry grammar, or ask for a poem."""
+
+
+def poem_rule(options: PoemRule, _answers: Answers) -> EachSample:
+    """Pays the product above; CMUdict (through `pronouncing`) says how words sound.
+
+    Raises:
+        ConfigError: pronouncing is not installed.
+    """
+    optional("pronouncing", "poem")
+
+    def score(prompt: str, response: str) -> float:
+        found = parts(prompt, response, options)
+        value = (found["lines"] + found["rhyme"] + found["metre"]) / 3
+        for guard in ("distinct", "sane", "dictionary", "topic"):
+            value *= found[guard]
+        return value
+
+    return EachSample(score)
+
+
+def parts(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
+    """Each part by itself.
+
+    - lines: how near their number is to the scheme's: 1 − |n − N| / N.
+    - rhyme: share of the scheme's pairs that rhyme; those of a later letter only where it is no rhyme of the first.
+    - metre: share of the scheme's lines that are there with a number of syllables within their letter's bounds.
+    - distinct: (different lines − 1) / (lines − 1): five copies have 0.
+    - sane: share of lines whose number of words is within `line_words`.
+    - dictionary: share of words that CMUdict knows.
+    - topic: share of the topic's words that the response names.
+    """
+    lines = lines_of(response)
+    if not lines:
+        return dict.fromkeys(("lines", "rhyme", "metre", "distinct", "sane", "dictionary", "topic"), 0.0)
+    least, most = options.line_words
+    said = [word for line in lines for word in line]
+    return {
+        "lines": max(0.0, 1 - abs(len(lines) - len(options.scheme)) / len(options.scheme)),
+        "rhyme": rhyme([line[-1] for line in lines], options.scheme),
+        "metre": _metre(lines, options),
+        "distinct": (len(set(lines)) - 1) / (len(lines) - 1) if len(lines) > 1 else 1.0,
+        "sane": sum(least <= len(line) <= most for line in lines) / len(lines),
+        "dictionary": sum(bool(_sounds(word)) for word in said) / len(said),
+        "topic": _on_topic(prompt, said, options.topic),
+    }
+
+
+def lines_of(response: str) -> list[tuple[str, ...]]:
+    """The words of each line that has any."""
+    return [tuple(found) for line in response.splitlines() if (found := words(line.replace("’", "'")))]
+
+
+def rhyme(ends: list[str], scheme: str) -> float:
+    """Share of the scheme's pairs whose last words rhyme; AABBA has four."""
+    letters = list(zip(scheme, ends, strict=False))
+    pairs = sum(one == other for one, other in combinations(scheme, 2))
+    heads: dict[str, str] = {}
+    for letter, end in letters:
+        heads.setdefault(letter, end)
+    first = heads.get(scheme[0], "")
+    held = sum(
+        rhymes(one, other) and (letter == scheme[0] or not rhymes(first, heads[letter]))
+        for (letter, one), (same, other) in combinations(letters, 2)
+        if letter == same
+    )
+    return held / pairs if pairs else 1.0
+
+
+def rhymes(one: str, other: str) -> bool:
+    """Whether words sound alike from the last stressed vowel on, and not before it: `leave` and `believe` do not."""
+    return any(
+        here[1] == there[1] and here[0] != there[0]
+        for here in map(_ending, _sounds(one))
+        for there in map(_ending, _sounds(other))
+    )
+
+
+def _metre(lines: list[tuple[str, ...]], options: PoemRule) -> float:
+    bounds = [options.syllables.get(letter) for letter in options.scheme]
+    fits = [
+        bound is None or bound[0] <= sum(map(_syllables, line)) <= bound[1]
+        for line, bound in zip(lines, bounds, strict=False)
+    ]
+    return sum(fits) / len(options.scheme)
+
+
+def _on_topic(prompt: str, said: list[str], pattern: str | None) -> float:
+    """Share of the topic's content words that are said, plain plurals counted as one word with their singulars."""
+    found = re.search(pattern, prompt) if pattern else None
+    topic = {word for word in words(found[1] if found else prompt) if word not in SMALL_WORDS}
+    known = {_stem(word) for word in said}
+    return sum(_stem(word) in known for word in topic) / len(topic) if topic else 1.0
+
+
+def _stem(word: str) -> str:
+    bare = word.removesuffix("'s")
+    return bare.removesuffix("s") if len(bare) > 3 and not bare.endswith("ss") else bare
+
+
+@cache
+def _sounds(word: str) -> tuple[str, ...]:
+    """Its pronunciations, secondary stress written as primary; none if CMUdict lacks it."""
+    spoken: Any = optional("pronouncing", "poem")
+    return tuple(phones.replace("2", "1") for phones in spoken.phones_for_word(word))
+
+
+@cache
+def _syllables(word: str) -> int:
+    sounds = _sounds(word)
+    return sum(letter in "01" for letter in sounds[0]) if sounds else syllables(word)
+
+
+def _ending(phones: str) -> tuple[list[str], list[str]]:
+    """The consonants right before the last stressed vowel, and all from that vowel on; a vowel's phone has a digit."""
+    each = phones.split()
+    vowels = [place for place, phone in enumerate(each) if phone[-1].isdigit()]
+    start = max((place for place in vowels if each[place].endswith("1")), default=vowels[0])
+    before = max((place + 1 for place in vowels if place < start), default=0)
+    return each[before:start], each[start:]

@@ -1,0 +1,123 @@
+"""Rewards for how a text reads: length, repetition, language, mood, readability."""
+
+from __future__ import annotations
+
+import re
+from functools import cache
+from typing import Any
+
+from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+
+from tasks.core.errors import ConfigError
+from tasks.core.sections.rules import LanguageRule, SentimentRule
+from tasks.core.words import repeated_share, words
+from tasks.rewards.rules.kinds import Answers, EachSample, optional
+
+__all__ = [
+    "language_rule",
+    "length",
+    "readability",
+    "reading_ease",
+    "repetition",
+    "sentences",
+    "sentiment_rule",
+    "syllables",
+]
+
+SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
+VOWELS = re.compile(r"[aeiouyäöüàáâèéêìíîòóôùúû]+")
+
+
+def length(response: str, *, target: int, tolerance: int) -> float:
+    """1 at `target` words, falling linearly to 0 at `tolerance` words away from it, and 0 beyond; in [0, 1].
+
+    Gamed by: padding with empty words up to the target, or stopping there in the middle of a sentence.
+    Against that: a repetition weight, the KL penalty (padding is unlikely text under the reference), and a tolerance
+    so wide that one word more or less is worth little. Watch the share without an end token beside it.
+    """
+    return max(0.0, 1 - abs(len(words(response)) - target) / tolerance)
+
+
+def repetition(response: str) -> float:
+    """Minus the share of word pairs that already occurred in the response, in (−1, 0].
+
+    Why pairs: `REPEATED_NGRAM`. A response of up to two words has no two pairs and gets 0; so does an empty one.
+
+    Gamed by: very short responses, signs instead of words, and the same thing said in ever new words, which no n-gram
+    sees. Against that: a length weight, the learned component (people dislike a sentence that goes nowhere) and the
+    KL penalty. Varying punctuation or letter case does not help: neither is part of a word here.
+    """
+    return 0.0 - repeated_share(response)  # not −share: no −0.0 in the files
+
+
+def sentences(text: str) -> int:
+    """How many end marks, of one or more signs, stand before white space or the end, a last piece without one too."""
+    pieces = SENTENCE_END.split(text)
+    return sum(bool(words(piece)) for piece in pieces)
+
+
+def syllables(word: str) -> int:
+    """Groups of vowels, a silent e at the end left out (`like`, not `little`), at least one: right for most English."""
+    word = word.lower()
+    count = len(VOWELS.findall(word))
+    if word.endswith("e") and not word.endswith(("le", "ee", "ye")) and count > 1:
+        count -= 1
+    return max(1, count)
+
+
+def reading_ease(text: str) -> float:
+    """206.835 − 1.015 · words per sentence − 84.6 · syllables per word (Flesch 1948, J. Appl. Psychology 32, 221)."""
+    said = words(text)
+    per_sentence, per_word = len(said) / sentences(text), sum(map(syllables, said)) / len(said)
+    return 206.835 - 1.015 * per_sentence - 84.6 * per_word
+
+
+def readability(response: str, *, low: float, high: float, tolerance: float, min_words: int) -> float:
+    """1 where Flesch's reading ease lies in the band, falling linearly to 0 `tolerance` points outside it; in [0, 1].
+
+    Gamed by: short sentences of short words, whatever they say; the measure knows no meaning. Against that: the upper
+    end of the band, for "I am. I go." lies far above it, `min_words`, a repetition weight and a learned component.
+    """
+    if len(words(response)) < min_words:
+        return 0.0
+    ease = reading_ease(response)
+    return max(0.0, 1 - max(low - ease, ease - high, 0.0) / tolerance)
+
+
+def sentiment_rule(options: SentimentRule, _answers: Answers) -> EachSample:
+    """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; less it where bad mood is paid.
+
+    Gamed by: praise that says nothing ("great great great"), which saturates the score. Against that: a repetition
+    weight, a length weight and the KL penalty. VADER is then no independent judge: `evaluate.vader` must be false.
+    """
+    lexicon: Any = SentimentIntensityAnalyzer()
+    sign = 1.0 if options.sign == "positive" else -1.0
+    return EachSample(lambda _prompt, response: sign * float(lexicon.polarity_scores(response)["compound"]))
+
+
+def language_rule(options: LanguageRule, _answers: Answers) -> EachSample:
+    """The probability that the response is in the language (py3langid: Lui & Baldwin 2012, ACL demos), in [0, 1].
+
+    Gamed by: any words of the language in any order, and by one short phrase again and again. Against that:
+    `min_words`, a repetition weight and the KL penalty. A response in two languages lies in between.
+
+    Raises:
+        ConfigError: the language is unknown, or py3langid is not installed.
+    """
+    identifier = _identifier(optional("py3langid.langid", "language"))
+    if options.language not in identifier.labels:
+        known = ", ".join(sorted(identifier.labels))
+        raise ConfigError(f"the rule 'language' knows no language {options.language!r}; it knows {known}")
+
+    def score(_prompt: str, response: str) -> float:
+        if len(words(response)) < options.min_words:
+            return 0.0
+        return float(dict(identifier.rank(response))[options.language])
+
+    return EachSample(score)
+
+
+@cache
+def _identifier(module: Any) -> Any:
+    """py3langid's model, which takes a second to unpack."""
+    return module.LanguageIdentifier.from_model_file(module.MODEL_FILE, norm_probs=True)

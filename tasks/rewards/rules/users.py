@@ -1,0 +1,32 @@
+"""Rewards of users: `module:function` of a file in tasks/rewards/custom."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+from tasks.core.errors import ConfigError
+from tasks.core.sections.rules import CustomRule
+from tasks.rewards.rules.kinds import Answers, EachSample
+
+__all__ = ["custom_rule"]
+
+PACKAGE = "tasks.rewards.custom"
+
+
+def custom_rule(options: CustomRule, answers: Answers) -> EachSample:
+    """The user's function, called with the sample and its options.
+
+    Raises:
+        ConfigError: its module cannot be imported.
+    """
+    module, _, name = options.function.partition(":")
+    try:
+        function: Any = getattr(import_module(f"{PACKAGE}.{module}"), name)
+    except Exception as error:
+        raise ConfigError(
+            f"reward.rules: {options.function!r} cannot be imported: {type(error).__name__}: {error}; see "
+            f"tasks/rewards/custom/{module}.py"
+        ) from error
+    chosen = options.options
+    return EachSample(lambda prompt, response: function(prompt, response, answers.get(prompt), **chosen))
