@@ -13,9 +13,10 @@ from typing import TypeAlias
 
 from torch import Tensor
 
-from tasks.core.errors import DataError
+from tasks.core.errors import ConfigError, DataError
 from tasks.core.sections.reward import RewardParams
 from tasks.core.words import repeated_share, words
+from tasks.rewards.code import code_reward
 
 __all__ = [
     "RULES",
@@ -116,6 +117,14 @@ def _answer_rule(_params: RewardParams, answers: Answers) -> RewardFunction:
     return score
 
 
+def _code_rule(params: RewardParams, answers: Answers) -> RewardFunction:
+    if params.code is None:
+        raise ConfigError(
+            "reward.weights.code: the component needs its section; add `reward.code: {}` for the defaults"
+        )
+    return code_reward(params.code, answers)
+
+
 def _length_rule(params: RewardParams, _answers: Answers) -> RewardFunction:
     rule = params.length
     return lambda _prompts, responses: [
@@ -127,5 +136,7 @@ def _repetition_rule(_params: RewardParams, _answers: Answers) -> RewardFunction
     return lambda _prompts, responses: [repetition(response) for response in responses]
 
 
-RULES: Mapping[str, RuleFactory] = {"answer": _answer_rule, "length": _length_rule, "repetition": _repetition_rule}
+RULES: Mapping[str, RuleFactory] = {
+    "answer": _answer_rule, "code": _code_rule, "length": _length_rule, "repetition": _repetition_rule,
+}  # fmt: skip
 """Component name, as in `reward.weights` of params.yaml → how to make it. A new rule is one more line here."""

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.section import Positive, Section
 
 __all__ = ["LengthRule", "RewardParams"]
@@ -36,3 +37,4 @@ class RewardParams(Section):
         "PPO.",
     )
     length: LengthRule = Field(description="Parameters of the component `length`.")
+    code: CodeRule | None = Field(None, description="Parameters of the component `code`; null where it has no weight.")

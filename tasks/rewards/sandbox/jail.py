@@ -1,0 +1,104 @@
+"""The command line of a confined Python: bubblewrap with nothing of this machine in it but Python and its libraries."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import sysconfig
+from functools import lru_cache
+from pathlib import Path
+
+from tasks.core.errors import ConfigError
+from tasks.core.sections.code_rule import CodeRule
+from tasks.rewards.sandbox import inside
+from tasks.rewards.sandbox.filter import filter_program
+
+__all__ = ["ENVIRONMENT", "SCRATCH", "command"]
+
+SCRATCH = "/scratch"
+
+# Equal hashes in every run: a program's order of a set is then no chance.
+ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
+
+_OURS = "/ours"
+_NOBODY = "65534"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from tasks.rewards.sandbox.inside.{module} import main; main()"
+
+
+def command(module: str, options: CodeRule, *words: str) -> list[str]:
+    """The words that start `inside/<module>.py` under the options' limits, behind the options' walls."""
+    walled = options.isolation == "bubblewrap"
+    limits = (
+        options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10,
+    )  # fmt: skip
+    # No site (-S, -s), no folder of the caller's on the path (-P), no byte code written (-B).
+    python = [_interpreter(), "-S", "-s", "-P", "-B", "-c", _START.format(module=module)]
+    ours = _OURS if walled else str(Path(inside.__file__).parents[4])
+    instructions = filter_program().hex() if walled else ""
+    return [
+        *(_walls(options.scratch_mb << 20) if walled else ()),
+        *python,
+        ours,
+        *map(str, limits),
+        instructions,
+        *words,
+    ]
+
+
+def _walls(scratch: int) -> list[str]:
+    """bubblewrap's part; the process is the first of its own process namespace, so its end is the end of all."""
+    words = [
+        _bubblewrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
+        "--cap-drop", "ALL", "--uid", _NOBODY, "--gid", _NOBODY, "--hostname", "sandbox", "--clearenv",
+    ]  # fmt: skip
+    for name, value in {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH}.items():
+        words += ["--setenv", name, value]
+    for kind, *paths in _mounts():
+        words += [kind, *paths]
+    package = Path(inside.__file__).parent
+    words += ["--ro-bind", str(package), f"{_OURS}/tasks/rewards/sandbox/inside"]
+    words += ["--dev-bind", "/dev/null", "/dev/null"]
+    words += ["--size", str(scratch), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
+    return words
+
+
+@lru_cache(maxsize=1)
+def _mounts() -> tuple[tuple[str, ...], ...]:
+    """Python's executable, its standard library without installed packages, and the system's libraries; no `/etc`."""
+    prefix = Path(sys.base_prefix).resolve()
+    mounts = [_as_it_is(path) for path in (Path("/usr/lib"), Path("/usr/lib64"), Path("/lib"), Path("/lib64"))]
+    if not prefix.is_relative_to("/usr") or prefix.is_relative_to("/usr/local"):
+        mounts.append(("--ro-bind", str(prefix / "lib"), str(prefix / "lib")))
+    for packages in {sysconfig.get_path("purelib", vars=_base()), sysconfig.get_path("platlib", vars=_base())}:
+        if Path(packages).is_dir():
+            mounts.append(("--tmpfs", packages))
+    mounts.append(("--ro-bind", _interpreter(), _interpreter()))
+    return tuple(mount for mount in mounts if mount)
+
+
+def _as_it_is(path: Path) -> tuple[str, ...]:
+    if path.is_symlink():
+        return ("--symlink", str(path.readlink()), str(path))
+    return ("--ro-bind", str(path), str(path)) if path.is_dir() else ()
+
+
+def _base() -> dict[str, str]:
+    """Where the interpreter itself is installed, whatever virtual environment this process runs in."""
+    return {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
+
+
+@lru_cache(maxsize=1)
+def _interpreter() -> str:
+    """The executable behind this process's, outside any virtual environment."""
+    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+
+
+def _bubblewrap() -> str:
+    found = shutil.which("bwrap")
+    if found is None:
+        raise ConfigError(
+            "programs that a policy wrote run behind bubblewrap, and there is no `bwrap` on PATH: install it "
+            "(`apt-get install bubblewrap`; Linux only), or set isolation: none_i_accept_the_risk, under which a "
+            "program can read and delete what you can"
+        )
+    return found
