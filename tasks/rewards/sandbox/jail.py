@@ -7,6 +7,7 @@ import sys
 import sysconfig
 from functools import lru_cache
 from pathlib import Path
+from types import ModuleType
 
 from tasks.core.errors import ConfigError
 from tasks.core.sections.code_rule import CodeRule
@@ -22,17 +23,17 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 
 _OURS = "/ours"
 _NOBODY = "65534"
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from tasks.rewards.sandbox.inside.{module} import main; main()"
+_START = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import main; main()"
 
 
-def command(module: str, options: CodeRule, *words: str) -> list[str]:
-    """The words that start `inside/<module>.py` under the options' limits, behind the options' walls."""
+def command(module: ModuleType, options: CodeRule, *words: str) -> list[str]:
+    """The words that start a module of `inside` under the options' limits, behind the options' walls."""
     walled = options.isolation == "bubblewrap"
     limits = (
         options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10,
     )  # fmt: skip
     # No site (-S, -s), no folder of the caller's on the path (-P), no byte code written (-B).
-    python = [_interpreter(), "-S", "-s", "-P", "-B", "-c", _START.format(module=module)]
+    python = [_interpreter(), "-S", "-s", "-P", "-B", "-c", _START.format(module=module.__name__)]
     ours = _OURS if walled else str(Path(inside.__file__).parents[4])
     instructions = filter_program().hex() if walled else ""
     return [

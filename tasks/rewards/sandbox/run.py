@@ -12,11 +12,12 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from types import ModuleType
 from typing import IO, Any
 
 from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.core.sections.code_rule import CodeRule
-from tasks.rewards.sandbox.inside import wire
+from tasks.rewards.sandbox.inside import judge, serve, wire
 from tasks.rewards.sandbox.jail import ENVIRONMENT, command
 from tasks.rewards.sandbox.verdict import Status, Verdict
 
@@ -111,9 +112,9 @@ class _Run:
         self._printed, self._said = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         requests, answers, self._verdicts, self._output = (_Pipe(stack) for _ in range(4))
-        self._program = self._process("serve", requests.end, answers.start, self._output.start)
+        self._program = self._process(serve, requests.end, answers.start, self._output.start)
         channel = (requests.start.fileno(), answers.end.fileno())
-        self._tests = self._process("judge", self._description(), self._verdicts.start, subprocess.PIPE, channel)
+        self._tests = self._process(judge, self._description(), self._verdicts.start, subprocess.PIPE, channel)
         for file in (requests.start, requests.end, answers.start, answers.end):
             file.close()
         for pipe in (self._verdicts, self._output):
@@ -201,7 +202,12 @@ class _Run:
         return file
 
     def _process(
-        self, module: str, stdin: IO[bytes], stdout: IO[bytes], stderr: IO[bytes] | int, passed: Sequence[int] = ()
+        self,
+        module: ModuleType,
+        stdin: IO[bytes],
+        stdout: IO[bytes],
+        stderr: IO[bytes] | int,
+        passed: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
         words = command(module, self._options, *map(str, passed))
         environment = ENVIRONMENT | {"HOME": self._folder, "TMPDIR": self._folder}

@@ -11,8 +11,11 @@ Reading yields exact builtin types: a subclass with its own `__eq__` arrives as 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
-from typing import Any
+
+TYPE_CHECKING = False  # as in `typing`, whose import takes as long as a third of Python's start
+if TYPE_CHECKING:
+    from collections.abc import Iterable
+    from typing import Any
 
 __all__ = ["MAX_DEPTH", "NotPlainError", "TooLargeError", "decode", "encode", "read_frame", "write_frame"]
 
@@ -21,7 +24,7 @@ MAX_DEPTH = 64
 
 _LENGTH = 4  # bytes that say how long a frame is
 _PIECE = 1 << 16  # what a pipe holds
-_CONTAINERS = {b"l": list, b"u": tuple, b"x": set, b"z": frozenset}
+_CONTAINERS: dict[bytes, Any] = {b"l": list, b"u": tuple, b"x": set, b"z": frozenset}
 
 
 class NotPlainError(ValueError):
@@ -110,17 +113,17 @@ class _Writer:
             self._put(b"i%s;" % int.__format__(value, "x").encode())
         elif isinstance(value, float):
             self._put(b"d%s;" % float.hex(value).encode())
-        elif isinstance(value, complex):
-            self._put(b"c%s,%s;" % (float.hex(value.real).encode(), float.hex(value.imag).encode()))
         elif isinstance(value, str):
             self._check(str.__len__(value))
             self._put_sized(b"s", str.encode(value, "utf-8", "surrogatepass"))
         elif isinstance(value, bytes):
             self._put_sized(b"b", bytes.__getitem__(value, slice(None)))
+        elif isinstance(value, complex):
+            self._put(b"c%s,%s;" % (value.real.hex().encode(), value.imag.hex().encode()))
         else:
             self._write_container(value, depth)
 
-    def _write_container(self, value: object, depth: int) -> None:
+    def _write_container(self, value: Any, depth: int) -> None:
         items: Iterable[object]
         if isinstance(value, dict):
             self._put(b"m%d:" % dict.__len__(value))
