@@ -23,6 +23,7 @@ ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 
 _OURS = "/ours"
 _NOBODY = "65534"
+_SYSTEM, _PYTHON = "/usr", Path("/python")
 _START = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import main; main()"
 
 
@@ -33,7 +34,15 @@ def command(module: ModuleType, options: CodeRule, *words: str) -> list[str]:
         options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10,
     )  # fmt: skip
     # No site (-S, -s), no folder of the caller's on the path (-P), no byte code written (-B).
-    python = [_interpreter(), "-S", "-s", "-P", "-B", "-c", _START.format(module=module.__name__)]
+    python = [
+        _inside(_interpreter()) if walled else str(_interpreter()),
+        "-S",
+        "-s",
+        "-P",
+        "-B",
+        "-c",
+        _START.format(module=module.__name__),
+    ]
     ours = _OURS if walled else str(Path(inside.__file__).parents[4])
     instructions = filter_program().hex() if walled else ""
     return [
@@ -52,7 +61,7 @@ def _walls(scratch: int) -> list[str]:
         _bubblewrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
         "--cap-drop", "ALL", "--uid", _NOBODY, "--gid", _NOBODY, "--hostname", "sandbox", "--clearenv",
     ]  # fmt: skip
-    for name, value in {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH}.items():
+    for name, value in _environment().items():
         words += ["--setenv", name, value]
     for kind, *paths in _mounts():
         words += [kind, *paths]
@@ -63,24 +72,40 @@ def _walls(scratch: int) -> list[str]:
     return words
 
 
+def _environment() -> dict[str, str]:
+    """All of it; the linker has to be told where a Python that has moved keeps its own library."""
+    moved = {} if sys.base_prefix == _SYSTEM else {"LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
+    return {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH, **moved}
+
+
 @lru_cache(maxsize=1)
 def _mounts() -> tuple[tuple[str, ...], ...]:
     """Python's executable, its standard library without installed packages, and the system's libraries; no `/etc`."""
     prefix = Path(sys.base_prefix).resolve()
     mounts = [_as_it_is(path) for path in (Path("/usr/lib"), Path("/usr/lib64"), Path("/lib"), Path("/lib64"))]
-    if not prefix.is_relative_to("/usr") or prefix.is_relative_to("/usr/local"):
-        mounts.append(("--ro-bind", str(prefix / "lib"), str(prefix / "lib")))
-    for packages in {sysconfig.get_path("purelib", vars=_base()), sysconfig.get_path("platlib", vars=_base())}:
+    for folder in (prefix / "lib", prefix / "lib64"):
+        if folder.is_dir() and str(prefix) != _SYSTEM:
+            mounts.append(("--ro-bind", str(folder), _inside(folder)))
+    for packages in {sysconfig.get_path(name, vars=_base()) for name in ("purelib", "platlib")}:
         if Path(packages).is_dir():
-            mounts.append(("--tmpfs", packages))
-    mounts.append(("--ro-bind", _interpreter(), _interpreter()))
-    return tuple(mount for mount in mounts if mount)
+            path = _inside(Path(packages))
+            mounts += [("--tmpfs", path), ("--remount-ro", path)]
+    mounts.append(("--ro-bind", str(_interpreter()), _inside(_interpreter())))
+    return tuple(mounts)
 
 
 def _as_it_is(path: Path) -> tuple[str, ...]:
     if path.is_symlink():
         return ("--symlink", str(path.readlink()), str(path))
-    return ("--ro-bind", str(path), str(path)) if path.is_dir() else ()
+    return ("--ro-bind-try", str(path), str(path))
+
+
+def _inside(path: Path) -> str:
+    """Where the sandbox has something of Python's; one that lies in a home folder does not show its way there."""
+    prefix = Path(sys.base_prefix).resolve()
+    if str(prefix) == _SYSTEM:
+        return str(path)
+    return str(_PYTHON / path.resolve().relative_to(prefix))
 
 
 def _base() -> dict[str, str]:
@@ -89,9 +114,9 @@ def _base() -> dict[str, str]:
 
 
 @lru_cache(maxsize=1)
-def _interpreter() -> str:
+def _interpreter() -> Path:
     """The executable behind this process's, outside any virtual environment."""
-    return str(Path(getattr(sys, "_base_executable", sys.executable)).resolve())
+    return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
 
 def _bubblewrap() -> str:
