@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: demo test check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow mutants clean
+.PHONY: demo test check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -62,6 +62,10 @@ bench-grpo: $(VENV)/.installed
 # What Prefect, DVC and MLflow cost on top of the stages.
 bench-flow: $(VENV)/.installed
 	python benchmarks/flow.py
+
+# Programs judged per second, and what the walls cost.
+bench-sandbox: $(VENV)/.installed-dev
+	python benchmarks/sandbox.py
 
 # PPO under eight seeds, after `make demo`.
 bench-seeds: $(VENV)/.installed

@@ -9,9 +9,11 @@ from typing import Annotated, Any, Literal, Self
 from jsonschema import Draft202012Validator, SchemaError
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
 
+from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.custom import check_custom, near
 from tasks.core.sections.pattern import AnswerPattern
-from tasks.core.sections.section import Positive, Section
+from tasks.core.sections.rule_options import RuleOptions
+from tasks.core.sections.section import Positive
 
 __all__ = [
     "OPTIONS",
@@ -46,13 +48,6 @@ def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     except SchemaError as error:
         raise ValueError(f"no JSON schema: {error.message}") from error
     return schema
-
-
-class RuleOptions(Section):
-    """What every rule has."""
-
-    function: str = Field(description="A rule's name, or `module:function` of a file in tasks/rewards/custom.")
-    floor: float = Field(0.0, description="What a response earns on which the function fails; such are counted.")
 
 
 class RepetitionRule(RuleOptions):
@@ -199,6 +194,7 @@ class CustomRule(RuleOptions):
 
 OPTIONS: dict[str, type[RuleOptions]] = {
     "answer": RuleOptions,
+    "code": CodeRule,
     "facts": FactsRule,
     "format": FormatRule,
     "instructions": InstructionsRule,

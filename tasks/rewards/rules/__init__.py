@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from tasks.rewards.code import code_reward
 from tasks.rewards.rules.answers import answer_rule, facts_rule
 from tasks.rewards.rules.form import form, json_schema_rule
 from tasks.rewards.rules.instructions import instructions_rule
@@ -21,6 +22,7 @@ __all__ = ["RULES", "factory_of"]
 
 RULES: Mapping[str, RuleFactory] = {
     "answer": answer_rule,
+    "code": code_reward,
     "facts": facts_rule,
     "format": of_response(form, "pattern", "match"),
     "instructions": instructions_rule,

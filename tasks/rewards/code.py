@@ -1,0 +1,135 @@
+"""The reward for programs: 1 where the tests of the row pass, behind walls that `tasks.rewards.sandbox` puts up.
+
+A row's `answer` holds its tests: Python that calls the function under test by its name or as `candidate`, and either
+asserts at once or defines `check(candidate)`, as HumanEval does (Chen et al. 2021, arXiv 2107.03374). Values that pass
+between tests and function are plain data. The function is the one that a line `# entry_point: NAME` of the tests names,
+else the last that the prompt begins with `def`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from tasks.core.errors import DataError
+from tasks.core.sections.code_rule import CodeRule
+from tasks.rewards.sandbox.run import Job, Sandbox
+from tasks.rewards.sandbox.verdict import Status, Verdict
+
+__all__ = ["CodeReward", "code_reward", "function_under_test", "program_of"]
+
+_FENCE = re.compile(
+    r"^[ ]{0,3}```[ ]*(?:python|py|python3)?[ ]*\n(.*?)^[ ]{0,3}```", re.DOTALL | re.MULTILINE | re.IGNORECASE
+)
+_NAMED = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
+_DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
+
+_NO_PROGRAM = Verdict(Status.REFUSED, "the response holds no program")
+
+
+def code_reward(options: CodeRule, answers: Mapping[str, str]) -> CodeReward:
+    """The component `code`; the sandbox is tried once here, before anything is trained.
+
+    Raises:
+        ConfigError: the sandbox cannot be built, or does not hold, on this machine.
+    """
+    return CodeReward(Sandbox(options), options, answers)
+
+
+class CodeReward:
+    """1 if the response's program passes all tests of its prompt, else 0; why not is measured, and never paid.
+
+    There is no share of tests passed: a program that returns a constant would earn it.
+
+    Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
+    computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
+    the function returned. The verdict itself is out of the program's reach. Against that: tests with many values that
+    the prompt does not show, held-out tests at evaluation, a second component for length (a table of cases is long),
+    and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy tries the walls.
+    """
+
+    def __init__(self, sandbox: Sandbox, options: CodeRule, answers: Mapping[str, str]) -> None:
+        """`answers` maps a prompt to its tests."""
+        self._sandbox, self._options, self._answers = sandbox, options, answers
+
+    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
+        """The values of `measured` alone."""
+        return self.measured(prompts, responses)[0]
+
+    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """1 or 0 for each response [B], and for each way to fail whether it was this one [B].
+
+        Raises:
+            DataError: a prompt has no tests, or tests that cannot judge any program.
+        """
+        verdicts = self.verdicts(prompts, responses)
+        shares = {
+            f"failures/{status}": torch.tensor([float(verdict.status is status) for verdict in verdicts])
+            for status in Status
+            if status is not Status.PASSED
+        }
+        return torch.tensor([float(verdict.status is Status.PASSED) for verdict in verdicts]), shares
+
+    def verdicts(self, prompts: list[str], responses: list[str]) -> list[Verdict]:
+        """A verdict per response [B], with its reason."""
+        pairs = zip(prompts, responses, strict=True)
+        jobs = [self._job(prompt, response) for prompt, response in pairs]
+        found = iter(self._sandbox.run([job for job in jobs if job is not None]))
+        return [_NO_PROGRAM if job is None else next(found) for job in jobs]
+
+    def _job(self, prompt: str, response: str) -> Job | None:
+        if prompt not in self._answers:
+            raise DataError(
+                f"reward.weights.code: no tests are known for the prompt {prompt[:200]!r}; give its rows an `answer`, "
+                "or remove the weight"
+            )
+        tests = self._answers[prompt]
+        name = function_under_test(prompt, tests)
+        program = program_of(self._options, prompt, response, name)
+        preamble = _helpers(prompt) if self._options.program == "completion" else ""
+        return Job(program, tests, name, preamble) if program is not None else None
+
+
+def function_under_test(prompt: str, tests: str) -> str:
+    """The name that the tests say, else that of the prompt's last function: helpers come before it.
+
+    Raises:
+        DataError: neither says one.
+    """
+    found = _NAMED.findall(tests) or _DEFINED.findall(prompt)
+    if not found:
+        raise DataError(
+            f"reward.weights.code: which function is under test? The prompt {prompt[:200]!r} begins none with `def`; "
+            "add a line `# entry_point: NAME` to the row's tests"
+        )
+    return str(found[-1])
+
+
+def program_of(options: CodeRule, prompt: str, response: str, name: str) -> str | None:
+    """What of a response is the program; None where it holds none.
+
+    A completion is taken as it is: a policy that goes on after its function has to learn to stop.
+    """
+    if options.program == "whole":
+        return response if response.strip() else None
+    if options.program == "completion":
+        return prompt + response if response.strip() else None
+    blocks: list[str] = _FENCE.findall(response)
+    defining = [block for block in blocks if name in _DEFINED.findall(block)]
+    return (defining or blocks)[-1] if blocks else None
+
+
+def _helpers(prompt: str) -> str:
+    """The prompt as a program of its own, for the functions that tests take from it: the program may have changed them.
+
+    Empty where it is none: then the tests need nothing of it, or say so by failing.
+    """
+    text = f"{prompt}\n    pass\n"
+    try:
+        compile(text, "prompt.py", "exec", dont_inherit=True)
+    except (SyntaxError, ValueError):
+        return ""
+    return text

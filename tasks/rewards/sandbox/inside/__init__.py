@@ -1,0 +1,1 @@
+"""What runs in the two sandboxes: the standard library alone, and little of it, for every program pays its imports."""

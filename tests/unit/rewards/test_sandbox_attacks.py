@@ -1,0 +1,172 @@
+"""Programs that do anything to be paid: none may pass, none may reach or leave anything outside."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tasks.core.errors import ConfigError
+from tasks.core.sections.code_rule import CodeRule
+from tasks.rewards.sandbox.run import Job, Sandbox
+from tasks.rewards.sandbox.verdict import Status, Verdict
+from tests.unit.rewards.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
+
+pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+
+ROOT = Path(__file__).resolve().parents[3]
+SECRET = "the-secret-of-the-world-outside"
+
+# One number of the command line that no other process on this machine has: what carries it is ours.
+ANSWER_KB = 1000 + os.getpid() % 10_000
+MARK = str(ANSWER_KB << 10)
+
+LIMITS = {"cpu_seconds": 1, "wall_seconds": 20, "memory_mb": 200, "answer_kb": ANSWER_KB, "workers": 2}
+
+Recorder = Callable[[str, object], None]
+
+
+class World:
+    """What a program could reach or harm: files, sockets, the environment, other processes."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self._folder = folder
+        (folder / "secret.txt").write_text(SECRET)
+        self._abstract = f"rlhf-{os.getpid()}-{folder.name}"
+        self._doors = [stack.enter_context(socket.socket(family)) for family in (socket.AF_INET, *[socket.AF_UNIX] * 2)]
+        self._letters = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
+        for door, address in zip(self._doors, (("127.0.0.1", 0), f"{folder}/door", f"\0{self._abstract}"), strict=True):
+            door.bind(address)
+            door.listen()
+        self._letters.bind(self._doors[0].getsockname())
+        for door in (*self._doors, self._letters):
+            door.setblocking(False)
+        self._files = self._seen()
+
+    def told(self, program: str) -> str:
+        names = {
+            "PORT": str(self._doors[0].getsockname()[1]), "UNIX": f"{self._folder}/door", "ABSTRACT": self._abstract,
+            "FOLDER": str(self._folder), "SECRET": SECRET, "HOME": str(Path.home()), "REPOSITORY": str(ROOT),
+        }  # fmt: skip
+        for name, value in names.items():
+            program = program.replace(f"@{name}@", value)
+        return program
+
+    def harm(self) -> str:
+        """What has happened outside, in words."""
+        found = [
+            f"{door.getsockname()!r} was reached"
+            for door in self._doors
+            if _got(lambda door=door: door.accept()[0].close())
+        ]
+        found += ["a datagram came"] if _got(lambda: self._letters.recv(99)) else []
+        found += ["files changed"] if self._seen() != self._files else []
+        return ", ".join(found + _left_over())
+
+    def _seen(self) -> dict[str, int]:
+        cores = [path for path in (*Path.cwd().glob("core*"), *ROOT.glob("core*")) if path.is_file()]
+        return {str(path): path.stat().st_size for path in [*self._folder.iterdir(), *cores]}
+
+
+def _got(act: Callable[[], object]) -> bool:
+    try:
+        act()
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _left_over() -> list[str]:
+    """Our sandboxes that still run; the kernel may need a moment to end what it has been told to end."""
+    for _ in range(20):
+        found = [item.info["name"] for item in psutil.process_iter(["name", "cmdline"]) if _is_ours(item)]
+        if not found:
+            return []
+        time.sleep(0.1)
+    return [f"{len(found)} processes were left"]
+
+
+def _is_ours(process: psutil.Process) -> bool:
+    return process.pid != os.getpid() and MARK in (process.info["cmdline"] or ())
+
+
+@pytest.fixture(scope="module", autouse=True)
+def environment() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_TEST_SECRET", SECRET)
+        yield
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+    with ExitStack() as stack:
+        yield World(tmp_path_factory.mktemp("world"), stack)
+
+
+@pytest.fixture(scope="module")
+def sandbox() -> Sandbox:
+    try:
+        return Sandbox(CodeRule(**LIMITS))
+    except ConfigError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="module")
+def hungry(sandbox: Sandbox, world: World) -> dict[str, Verdict]:
+    """Verdicts on programs that would take for ever, all at once: each waits for its limit, not for the others'."""
+    limits = LIMITS | {"wall_seconds": 4, "workers": len(HUNGRY)}
+    return dict(zip(HUNGRY, Sandbox(CodeRule(**limits)).run([_job(attack, world) for attack in HUNGRY]), strict=True))
+
+
+def _job(attack: Attack, world: World) -> Job:
+    return Job(world.told(attack.program), attack.tests, "answer")
+
+
+def _check(attack: Attack, verdict: Verdict, world: World, record_property: Recorder) -> None:
+    harm = world.harm()
+    won = ", ".join(["the reward"] * (verdict.status is Status.PASSED) + [harm] * bool(harm))
+    happened = f"{verdict.status}: {verdict.reason}" if verdict.reason else str(verdict.status)
+    record_property("attack", (attack.name, happened, won))
+    assert not won, f"{attack.name} got {won}"
+    assert verdict.status in attack.statuses, happened
+
+
+@pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
+def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, world: World, record_property: Recorder) -> None:
+    if attack.name.startswith(("system call", "32-bit")) and platform.machine() != "x86_64":
+        pytest.skip("numbers of x86-64")
+    (verdict,) = sandbox.run([_job(attack, world)])
+    _check(attack, verdict, world, record_property)
+
+
+@pytest.mark.parametrize("attack", HUNGRY, ids=lambda attack: attack.name)
+def test_what_takes_for_ever_is_ended(
+    attack: Attack, hungry: dict[str, Verdict], world: World, record_property: Recorder
+) -> None:
+    _check(attack, hungry[attack], world, record_property)
+
+
+@pytest.mark.parametrize("name", UNWALLED)
+def test_without_walls_the_same_attack_succeeds(name: str, tmp_path: Path) -> None:
+    """The control: what the suite calls harmless would be seen if it were not."""
+    unwalled = Sandbox(CodeRule(**LIMITS, isolation="none_i_accept_the_risk"))
+    (attack,) = (attack for attack in ATTACKS if attack.name == name)
+    with ExitStack() as stack:
+        world = World(tmp_path, stack)
+        (verdict,) = unwalled.run([_job(attack, world)])
+        assert verdict.status is Status.PASSED
+        assert bool(world.harm()) == name.startswith(("network", "write"))
+
+
+def test_a_program_finds_nothing_of_the_one_before(sandbox: Sandbox) -> None:
+    program = "import os\ndef answer():\n    found = os.listdir()\n    open('mine', 'w')\n    return found"
+    jobs = [Job(program, f"assert answer() == []\n# {number}", "answer") for number in range(4)]
+    assert [verdict.status for verdict in sandbox.run(jobs)] == [Status.PASSED] * 4
