@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import dataclass, replace
 
 from tasks.core.errors import DataError
 from tasks.labelling.tables import CHOICES, Choice, Event, Item
 
-__all__ = ["LONGEST_COMMENT", "Answer", "ConflictError", "Progress", "Recorded", "Task", "answer_of"]
+__all__ = ["LONGEST_COMMENT", "Answer", "ConflictError", "Progress", "Recorded", "Task", "answer_of", "is_swapped"]
 
 LONGEST_COMMENT = 5000
 
@@ -96,3 +97,8 @@ class Progress:
     done: int
     left: int
     elsewhere: int
+
+
+def is_swapped(item_id: str, labeller: str) -> bool:
+    """Whether this labeller sees response_b first: even chances, and always the same for the same two."""
+    return bool(hashlib.sha256(f"{item_id}\0{labeller}".encode()).digest()[0] % 2)

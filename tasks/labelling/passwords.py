@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+import threading
 
 from argon2 import PasswordHasher
 from argon2.exceptions import InvalidHashError, VerificationError
@@ -15,6 +16,7 @@ LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
 GROUPS, GROUP = 4, 4  # 16 of 31 letters: 79 bits
 
 _hasher = PasswordHasher()
+_one_at_a_time = threading.Lock()  # each takes 64 MB: a crowd of wrong passwords must not take all memory
 
 NOBODYS = _hasher.hash(secrets.token_hex())
 """Checked where there is no such labeller, so that the time of the answer does not tell."""
@@ -33,6 +35,7 @@ def hashed(password: str) -> str:
 def fits(password: str, password_hash: str | None) -> bool:
     """Whether the password is the one; never for a labeller without one."""
     try:
-        return _hasher.verify(password_hash or NOBODYS, password) and password_hash is not None
+        with _one_at_a_time:
+            return _hasher.verify(password_hash or NOBODYS, password) and password_hash is not None
     except (VerificationError, InvalidHashError):
         return False

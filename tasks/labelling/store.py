@@ -11,7 +11,6 @@ memory of this process and end by themselves: after a crash two people may be as
 
 from __future__ import annotations
 
-import hashlib
 import random
 import re
 from collections.abc import Sequence
@@ -21,10 +20,10 @@ from sqlalchemy.exc import IntegrityError
 from sqlalchemy.orm import Session, sessionmaker
 
 from tasks.core.errors import DataError
-from tasks.labelling.answers import Answer, ConflictError, Progress, Recorded, Task, answer_of
+from tasks.labelling.answers import Answer, ConflictError, Progress, Recorded, Task, answer_of, is_swapped
 from tasks.labelling.database import connect, shown
 from tasks.labelling.leases import Leases
-from tasks.labelling.queries import MODEL, STANDS, count_of, gold_for, labels, last_event, open_for, wanting
+from tasks.labelling.queries import MODEL, STANDS, count_of, gold_for, last_event, open_for, wanting
 from tasks.labelling.tables import Event, Item, Labeller
 
 __all__ = ["LabelStore"]
@@ -167,7 +166,7 @@ class LabelStore:
         with self._read() as session:
             left = sum(_number(session, count_of(statement(labeller))) for statement in (open_for, gold_for))
             others = self._leases.of_others(labeller)
-            leased = session.execute(open_for(labeller).add_columns(labels()).where(Item.id.in_(others)))
+            leased = session.execute(open_for(labeller).where(Item.id.in_(others)))
             elsewhere = sum(number + others[item.id] >= item.labels_wanted for item, number in leased)
             return Progress(done=_number(session, done), left=left, elsewhere=elsewhere)
 
@@ -196,7 +195,7 @@ class LabelStore:
     def _first_free(self, session: Session, labeller: str) -> Item | None:
         others = self._leases.of_others(labeller)
         # Each screen takes one place of one item, so of one row more than there are screens one is free.
-        rows = session.execute(open_for(labeller).add_columns(labels()).limit(others.total() + 1))
+        rows = session.execute(open_for(labeller).limit(others.total() + 1))
         return next((item for item, number in rows if number + others[item.id] < item.labels_wanted), None)
 
     def _add(self, event: Event) -> Recorded:
@@ -226,6 +225,7 @@ def _already_there(session: Session, event: Event) -> Event | None:
     if sent is None and (last.id if last else 0) == event.after:
         return None
     if sent is None or _says(sent) != _says(event):
+        session.expunge_all()  # what stands is read after the transaction, too
         raise ConflictError(f"{event.labeller} has answered {event.item_id} in the meantime; nothing was changed", last)
     return sent
 
@@ -250,12 +250,7 @@ def _add_item(session: Session, item: Item) -> bool:
 def _task(session: Session, item: Item, labeller: str) -> Task:
     last = session.scalar(last_event(item.id, labeller))
     undone = session.get(Event, last.after) if last else None
-    return Task(item, _swapped(item.id, labeller), last.id if last else 0, answer_of(undone) if undone else None)
-
-
-def _swapped(item_id: str, labeller: str) -> bool:
-    """Even chances, and always the same for one labeller and item."""
-    return bool(hashlib.sha256(f"{item_id}\0{labeller}".encode()).digest()[0] % 2)
+    return Task(item, is_swapped(item.id, labeller), last.id if last else 0, answer_of(undone) if undone else None)
 
 
 def _check_name(name: str, password_hash: str | None) -> None:
