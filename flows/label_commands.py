@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
 from typing import TYPE_CHECKING, Annotated
 
@@ -56,10 +57,9 @@ def serve(context: typer.Context, host: Host = "127.0.0.1", port: Port = 8800, d
     app = application(store, sessions.secret(state() / "label-secret"))
     _announce(store, host, listener.getsockname()[1])
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
-    try:
+    with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    except KeyboardInterrupt:
-        screen.console.print("ended; every answer that the page said was saved is in the database")
+    screen.console.print("ended; every answer that the page said was saved is in the database")
 
 
 @commands.command()
