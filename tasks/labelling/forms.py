@@ -57,7 +57,7 @@ def read_answer(fields: Mapping[str, str], *, swapped: bool) -> Answer:
     """
     button = next((button for button in BUTTONS if button.value == fields.get("answer")), None)
     if button is None:
-        raise DataError(f"answer: got {fields.get('answer')!r}, which is on no button")
+        raise DataError(f"answer: got {fields.get('answer', '')!r}; go back and choose one of the buttons")
     return Answer(
         button.choice,
         strength=button.strength,

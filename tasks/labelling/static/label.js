@@ -58,13 +58,19 @@ async function send(form, button) {
 document.addEventListener("submit", (event) => {
   if (!event.target.matches("[data-quick]") || !event.submitter) return;
   event.preventDefault();
+  if (event.submitter.name === "answer" && !event.submitter.value) return;
   send(event.target, event.submitter);
 });
+
+function showHelp() {
+  help.showModal();
+  help.scrollTop = 0;
+}
 
 document.addEventListener("click", (event) => {
   if (!event.target.closest("[data-help]") || !help.showModal) return;
   event.preventDefault();
-  help.showModal();
+  showHelp();
 });
 
 // Rating: `a` or `b` goes to the response's scale, a digit chooses there and goes back to the answers.
@@ -93,7 +99,7 @@ document.addEventListener("keydown", (event) => {
   const target = part(`[data-key="${CSS.escape(key)}"]`);
   const rating = part(`[data-rating="${CSS.escape(key)}"]`);
   if (scale && /^[1-9]$/.test(key)) rate(scale, key);
-  else if (key === "?") help.showModal();
+  else if (key === "?") showHelp();
   else if (rating) rating.querySelector("input:checked").focus();
   else if (key === "c" && part(".comment")) comment();
   else if (target) target.click();
