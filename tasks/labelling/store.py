@@ -95,11 +95,6 @@ class LabelStore:
         with self._read() as session:
             return list(session.scalars(select(Item).order_by(Item.created_at, Item.id)))
 
-    def item(self, item_id: str) -> Item | None:
-        """By id."""
-        with self._read() as session:
-            return session.get(Item, item_id)
-
     def next_item(self, labeller: str) -> Task | None:
         """What to ask the labeller next: first what is on their screen already, then by priority, gold mixed in.
 
