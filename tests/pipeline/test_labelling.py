@@ -1,0 +1,329 @@
+"""The labelling page as a labeller meets it: a real server, a real browser, and a server that is killed in between."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.labelling.store import LabelStore
+from tasks.labelling.tables import Item
+
+sync_api = pytest.importorskip("playwright.sync_api")
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(CHROMIUM is None, reason="no chromium here")]
+
+ROOT = Path(__file__).resolve().parents[2]
+SHOTS = os.environ.get("RLHF_SCREENSHOTS")
+LABELS = 200
+LONG = "A sentence that goes on for a while, so that it wraps more than once on a narrow screen. " * 9
+
+CONTRAST = """() => {
+  const parse = (text) => text.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => [r, g, b].map((v) => v / 255)
+    .map((v) => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
+    .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
+  const behind = (node) => {
+    for (; node; node = node.parentElement) {
+      const color = parse(getComputedStyle(node).backgroundColor);
+      if (color.length === 3 || color[3] === 1) return color;
+    }
+    return [255, 255, 255];
+  };
+  const found = [];
+  const walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const node = walker.currentNode.parentElement;
+    if (!walker.currentNode.data.trim() || !node.checkVisibility() || node.closest("dialog:not([open])")) continue;
+    const [front, back] = [parse(getComputedStyle(node).color), behind(node)].map(light);
+    const ratio = (Math.max(front, back) + 0.05) / (Math.min(front, back) + 0.05);
+    found.push([Math.round(ratio * 100) / 100, walker.currentNode.data.trim().slice(0, 40)]);
+  }
+  return found.sort((one, two) => one[0] - two[0]);
+}"""
+
+SMALL = """() => [...document.querySelectorAll("button, a, summary, .rating label, input:not([type=hidden])")]
+  .filter((node) => node.checkVisibility() && !node.matches("dialog:not([open]) *, .jump, [type=radio]"))
+  .map((node) => [node.textContent.trim() || node.name, node.getBoundingClientRect()])
+  .filter(([, box]) => box.width < 44 || box.height < 44)
+  .map(([name, box]) => `${name}: ${box.width} × ${box.height}`)"""
+
+
+FOCUSED = """() => {
+  const node = document.activeElement;
+  if (node.className === "jump" || node.type === "radio") return node.name || "jump";
+  return node.name === "answer" ? node.dataset.key : node.firstChild.textContent.trim();
+}"""
+
+
+class Server:
+    """`rlhf label` on a database of its own; started again, it comes back on the same port."""
+
+    def __init__(self, folder: Path) -> None:
+        self.url = f"sqlite:///{folder / 'labels.db'}"
+        self.store = LabelStore(self.url)
+        self.port, self.process = 0, None
+
+    def command(self, *words: str) -> list[str]:
+        return [sys.executable, "-m", "flows.cli", "label", *words, "--database", self.url]
+
+    def start(self) -> None:
+        command = self.command("--port", str(self.port))
+        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert self.process.stdout
+        line = self.process.stdout.readline()
+        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
+        assert found, line + self.process.stdout.read()
+        self.port = int(found[1])
+        self.address = f"http://127.0.0.1:{self.port}"
+        for _ in range(100):
+            try:
+                urllib.request.urlopen(f"{self.address}/sign-in").close()
+                return
+            except OSError:
+                time.sleep(0.1)
+
+    def end(self, sign: signal.Signals) -> tuple[int, str]:
+        assert self.process
+        self.process.send_signal(sign)
+        said, _ = self.process.communicate(timeout=30)
+        return self.process.returncode, said
+
+    def password(self, name: str) -> str:
+        done = subprocess.run(self.command("add", name), cwd=ROOT, capture_output=True, text=True, check=True)
+        return done.stdout.split("password:")[1].strip()
+
+
+@pytest.fixture
+def server(tmp_path: Path) -> Iterator[Server]:
+    server = Server(tmp_path)
+    yield server
+    server.store.close()
+    if server.process and server.process.poll() is None:
+        server.process.kill()
+        server.process.communicate()
+
+
+@pytest.fixture
+def browser() -> Iterator[Any]:
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+def items(count: int, **values: Any) -> list[Item]:
+    prompt = "Explain in two sentences why the sky is blue, for somebody of ten years."
+    texts = [f"{LONG}\n\nAnd a second paragraph, number {{}}.", "Because blue light is scattered more. ({})"]
+    return [
+        Item(
+            id=f"item{number:04}", prompt=f"{prompt} ({number})", response_a=texts[0].format(number),
+            response_b=texts[1].format(number), policy_a="sft", policy_b="ppo", reason="random", **values,
+        )
+        for number in range(count)
+    ]  # fmt: skip
+
+
+def signed_in(browser: Any, server: Server, name: str, password: str, **options: Any) -> Any:
+    page = browser.new_context(**options).new_page()
+    page.goto(server.address)
+    page.get_by_label("Name").fill(name)
+    page.get_by_label("Password").fill(password)
+    page.get_by_role("button", name="Sign in").click()
+    page.get_by_role("heading", name="Which response is better?").wait_for()
+    return page
+
+
+def token_of(page: Any) -> str:
+    return str(page.locator("#answer input[name=token]").get_attribute("value"))
+
+
+def click(page: Any, key: str) -> str:
+    """Press an answer's key; the token of the page that then went away, and so counted it as saved."""
+    token = token_of(page)
+    page.keyboard.press(key)
+    wait_gone(page, token)
+    return token
+
+
+def wait_gone(page: Any, token: str) -> None:
+    page.wait_for_function("t => document.querySelector('#answer input[name=token]')?.value !== t", arg=token)
+
+
+def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(server: Server, browser: Any) -> None:
+    server.store.add_items(items(LABELS - 20))
+    server.store.add_items(list(_gold(10)))
+    passwords = {name: server.password(name) for name in ("ann", "bob")}
+    server.start()
+    pages = {name: signed_in(browser, server, name, word) for name, word in passwords.items()}
+    accepted: list[tuple[str, str]] = []
+    started = time.monotonic()
+    for number in range(LABELS):
+        name = ("ann", "bob")[number % 2]
+        if number == LABELS // 2:
+            accepted.append((name, _click_while_it_dies(server, pages[name])))
+            continue
+        accepted.append((name, click(pages[name], "123456789"[number % 9])))
+    seconds = time.monotonic() - started
+    events = [(label.labeller, label.token) for label in server.store.current_labels()]
+    missing, twice = set(accepted) - set(events), [key for key, count in Counter(events).items() if count > 1]
+    print(f"\n{LABELS} labels, {seconds:.1f} s, lost {len(missing)}, twice {len(twice)}")
+    assert not missing
+    assert sorted(events) == sorted(accepted), "an answer that no page counted as saved"
+    pairs = Counter((label.item_id, label.labeller) for label in server.store.current_labels())
+    assert max(pairs.values()) == 1
+
+
+def _click_while_it_dies(server: Server, page: Any) -> str:
+    """Kill the server, answer, see that the page says so and keeps the answer, and bring the server back."""
+    token = token_of(page)
+    server.end(signal.SIGKILL)
+    page.keyboard.press("2")
+    page.get_by_text("Not saved yet").wait_for()
+    assert token_of(page) == token
+    server.start()
+    wait_gone(page, token)
+    return token
+
+
+def _gold(count: int) -> Iterator[Item]:
+    for number in range(count):
+        texts = {"prompt": f"Two and {number}?", "response_a": str(number + 2), "response_b": "I do not know."}
+        yield Item(id=f"test{number}", **texts, policy_a="x", policy_b="x", gold="a", reason="gold")
+
+
+def test_undo_rating_comment_and_help_by_keyboard(server: Server, browser: Any) -> None:
+    server.store.add_items(items(3))
+    server.store.add_labeller("ann")
+    word = server.password("ann")
+    server.start()
+    page = signed_in(browser, server, "ann", word)
+    page.keyboard.press("a")
+    page.keyboard.press("4")
+    page.keyboard.press("c")
+    page.keyboard.type("123 ?")
+    page.keyboard.press("Escape")
+    click(page, "8")
+    (label,) = server.store.current_labels()
+    first = "b" if label.swapped else "a"
+    second = "a" if first == "b" else "b"
+    assert (label.choice, label.strength, label.comment) == (second, 2, "123 ?")
+    assert (getattr(label, f"rating_{first}"), getattr(label, f"rating_{second}")) == (4, None)
+    assert 0 < label.seconds < 60
+
+    click(page, "u")
+    assert server.store.current_labels() == []
+    assert "You took back B clearly better" in page.locator("main").inner_text()
+    assert page.locator("#live").inner_text().startswith("Taken back: B clearly better")
+    assert page.locator("textarea").input_value() == "123 ?"
+    assert page.locator("input[name=rating_a]:checked").get_attribute("value") == "4"
+    click(page, "1")
+    (again,) = server.store.current_labels()
+    assert (again.item_id, again.choice, again.strength, again.comment) == (label.item_id, first, 3, "123 ?")
+
+    page.locator("input[name=rating_b][value='2']").focus()
+    page.keyboard.press("Enter")
+    page.keyboard.press("?")
+    assert page.locator("dialog").is_visible()
+    page.keyboard.press("1")
+    page.keyboard.press("Escape")
+    assert not page.locator("dialog").is_visible()
+    assert len(server.store.current_labels()) == 1
+
+
+def test_without_a_script_the_forms_do_the_same(server: Server, browser: Any) -> None:
+    server.store.add_items(items(2))
+    word = server.password("ann")
+    server.start()
+    page = signed_in(browser, server, "ann", word, java_script_enabled=False)
+    page.get_by_role("button", name="Equally good").click()
+    page.get_by_text("Saved: Equally good").wait_for()
+    assert [label.choice for label in server.store.current_labels()] == ["tie"]
+    page.locator("input[name=rating_a][value='3']").focus()
+    page.keyboard.press("Enter")
+    page.get_by_text("go back and choose one of the buttons").wait_for()
+    assert len(server.store.current_labels()) == 1, "Enter alone must not answer"
+    page.get_by_role("button", name="Undo").click()
+    page.get_by_text("You took back Equally good").wait_for()
+    assert server.store.current_labels() == []
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize(("width", "height"), [(1280, 800), (360, 740)])
+def test_everybody_can_read_and_reach_it(
+    server: Server, browser: Any, scheme: str, width: int, height: int, tmp_path: Path
+) -> None:
+    server.store.add_items(items(3))
+    word = server.password("ann")
+    server.start()
+    phone = {"is_mobile": True, "has_touch": True} if width < 500 else {}
+    page = signed_in(
+        browser, server, "ann", word, color_scheme=scheme, viewport={"width": width, "height": height}, **phone
+    )
+    page.get_by_role("button", name="A clearly better").click()
+    page.locator("form.last").wait_for()
+    shots = Path(SHOTS) if SHOTS else tmp_path
+    page.screenshot(path=shots / f"{scheme}-{width}.png")
+    assert page.evaluate("document.documentElement.scrollWidth") <= width, "sideways scrolling"
+    ratio, text = page.evaluate(CONTRAST)[0]
+    print(f"\n{scheme} {width}: least contrast {ratio} ({text})")
+    assert ratio >= 4.5, text
+    assert page.evaluate(SMALL) == []
+    bar = page.locator(".bar").bounding_box()
+    assert bar["y"] + bar["height"] <= height + 1, "the answers are in sight without scrolling"
+    nameless = page.evaluate(
+        """() => [...document.querySelectorAll("button, a, input:not([type=hidden]), textarea, summary, progress")]
+        .filter((node) => node.checkVisibility() && !(node.getAttribute("aria-label") || node.textContent.trim()
+          || [...(node.labels || [])].some((label) => label.textContent.trim()))).map((node) => node.outerHTML)"""
+    )
+    assert nameless == []
+    if not phone:
+        assert _tab_order(page) == [
+            "jump", "Labelling", "Help", "Sign out", "Undo", "rating_a", "rating_b", "Comment", "1", "2", "3", "4", "5",
+            "6", "7", "8", "9",
+        ]  # fmt: skip
+    page.evaluate("window.scrollTo(0, document.body.scrollHeight)")
+    page.screenshot(path=shots / f"{scheme}-{width}-end.png")
+    page.get_by_role("link", name="Help").click()
+    page.screenshot(path=shots / f"{scheme}-{width}-help.png")
+    assert page.evaluate(CONTRAST)[0][0] >= 4.5
+
+
+def _tab_order(page: Any) -> list[str]:
+    page.evaluate("document.activeElement.blur(); window.scrollTo(0, 0)")
+    page.reload()
+    names = []
+    for _ in range(17):
+        page.keyboard.press("Tab")
+        names.append(page.evaluate(FOCUSED))
+    return names
+
+
+def test_it_ends_cleanly_and_says_what_it_serves(server: Server) -> None:
+    server.start()
+    status, said = server.end(signal.SIGINT)
+    assert status == 0, said
+    assert "none yet: `rlhf label ask` chooses pairs to compare" in said
+    assert "none yet: `rlhf label add NAME` adds one, and prints a password" in said
+    assert "every answer that the page said was saved is in the database" in said
+    assert "Traceback" not in said
+    server.store.add_items(items(2))
+    server.password("ann")
+    server.start()
+    status, said = server.end(signal.SIGTERM)
+    assert status in (0, -signal.SIGTERM)
+    assert "2, of which 2 want labels" in said
+    assert "labellers  ann" in said
+    assert "Traceback" not in said

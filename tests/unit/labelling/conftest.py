@@ -1,0 +1,97 @@
+"""A labelling database of each kind: SQLite in a file, and a PostgreSQL cluster that lives as long as the tests."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine, text
+
+from tasks.labelling.store import LabelStore
+from tasks.labelling.tables import Item
+
+BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
+KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
+
+
+def make_item(name: str, **values: object) -> Item:
+    """A pair whose texts say which they are."""
+    texts = {"prompt": f"prompt {name}", "response_a": f"first {name}", "response_b": f"second {name}"}
+    return Item(**{"id": name, **texts, "policy_a": "sft", "policy_b": "ppo", "reason": "random", **values})
+
+
+def token() -> str:
+    return str(uuid.uuid4())
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+    """The URL of a database of this name in a PostgreSQL cluster that listens on a socket alone."""
+    found = shutil.which("pg_ctl")
+    folder = Path(found).parent if found else BINARIES[-1] if BINARIES else None
+    user = "postgres" if os.getuid() == 0 else ""
+    if folder is None or (user and not shutil.which("setpriv")):
+        pytest.skip("no PostgreSQL binaries here")
+    place = tmp_path_factory.mktemp("pg")
+    for parent in (place, *place.parents[:2]):
+        parent.chmod(0o755)
+    if user:
+        try:
+            shutil.chown(place, user)
+        except LookupError:
+            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+    data = str(place / "data")
+
+    def run(program: str, *words: str) -> None:
+        command = [*become, str(folder / program), "-D", data, *words]
+        subprocess.run(command, check=True, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+    run("initdb", "-U", "label", "-A", "trust", "-E", "UTF8", "--no-sync")
+    run("pg_ctl", "-w", "-l", str(place / "log"), "-o", f"-c listen_addresses='' -k {place}", "start")
+    try:
+        yield lambda name: f"postgresql+psycopg2://label:word@/{name}?host={place}"
+    finally:
+        run("pg_ctl", "-w", "-m", "immediate", "stop")
+
+
+@pytest.fixture(params=KINDS)
+def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An empty database."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'labels.db'}"
+    cluster = request.getfixturevalue("cluster")
+    name = f"labels_{uuid.uuid4().hex}"
+    engine = create_engine(cluster("postgres"), isolation_level="AUTOCOMMIT")
+    with engine.connect() as connection:
+        connection.execute(text(f"create database {name}"))
+    engine.dispose()
+    return str(cluster(name))
+
+
+@pytest.fixture
+def open_store(url: str) -> Iterator[Callable[..., LabelStore]]:
+    """Opens the database; each store is closed at the end."""
+    stores: list[LabelStore] = []
+
+    def opens(**options: float) -> LabelStore:
+        stores.append(LabelStore(url, **options))
+        return stores[-1]
+
+    yield opens
+    for store in stores:
+        store.close()
+
+
+@pytest.fixture
+def store(open_store: Callable[..., LabelStore]) -> LabelStore:
+    """With labellers ann and bob."""
+    store = open_store()
+    for name in ("ann", "bob"):
+        store.add_labeller(name, "hash")
+    return store

@@ -1,0 +1,223 @@
+"""The labelling page's forms: who may send them, what they keep, and what a labeller is told."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from starlette.testclient import TestClient
+
+from tasks.labelling import sessions
+from tasks.labelling.app import application
+from tasks.labelling.passwords import fits, hashed, new_password
+from tasks.labelling.store import LabelStore
+from tests.unit.labelling.conftest import make_item
+
+PASSWORD = new_password()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> LabelStore:
+    store = LabelStore(f"sqlite:///{tmp_path / 'labels.db'}")
+    store.add_labeller("ann", hashed(PASSWORD))
+    return store
+
+
+@pytest.fixture
+def client(store: LabelStore) -> Iterator[TestClient]:
+    with TestClient(application(store, "secret")) as client:
+        yield client
+
+
+def fields(page: str, action: str) -> dict[str, str]:
+    """The hidden fields of the form that posts there."""
+    form = re.search(rf'<form[^>]*action="{action}".*?</form>', page, re.DOTALL)
+    assert form, f"no form for {action} on the page:\n{page}"
+    return dict(re.findall(r'<input type="hidden" name="(\w+)" value="([^"]*)"', form[0]))
+
+
+def sign_in(client: TestClient, password: str = PASSWORD, name: str = "ann") -> str:
+    hidden = fields(client.get("/sign-in").text, "/sign-in")
+    return client.post("/sign-in", data={**hidden, "name": name, "password": password}).text
+
+
+def test_only_who_signs_in_sees_a_question(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item("one")])
+    assert client.get("/").url.path == "/sign-in"
+    assert "do not fit together" in sign_in(client, "wrong")
+    assert "do not fit together" in sign_in(client, PASSWORD, "eve")
+    page = sign_in(client)
+    assert "prompt one" in page
+    assert PASSWORD not in page
+
+
+def test_a_model_cannot_sign_in(store: LabelStore, client: TestClient) -> None:
+    store.add_labeller("model:judge")
+    assert "do not fit together" in sign_in(client, "", "model:judge")
+
+
+def test_a_new_password_ends_the_session_and_a_forged_cookie_is_none(store: LabelStore, client: TestClient) -> None:
+    sign_in(client)
+    assert client.get("/").url.path == "/"
+    store.add_labeller("ann", hashed("another"))
+    assert client.get("/").url.path == "/sign-in"
+    cookie = TestClient(application(store, "another secret"))
+    sign_in(cookie, "another")
+    client.cookies.set("rlhf_label", cookie.cookies["rlhf_label"])
+    assert client.get("/").url.path == "/sign-in"
+
+
+def test_signing_out_ends_the_session(client: TestClient) -> None:
+    page = sign_in(client)
+    assert client.post("/sign-out", data=fields(page, "/sign-out")).url.path == "/sign-in"
+    assert client.get("/").url.path == "/sign-in"
+
+
+@pytest.mark.parametrize("word", ["", "wrong"])
+def test_a_form_of_another_site_changes_nothing(store: LabelStore, client: TestClient, word: str) -> None:
+    store.add_items([make_item("one")])
+    form = fields(sign_in(client), "/answer")
+    reply = client.post("/answer", data={**form, "csrf": word, "answer": "a1"})
+    assert reply.status_code == 403
+    assert "not saved" in reply.text
+    assert store.current_labels() == []
+
+
+def test_the_cookie_is_kept_from_scripts_and_other_sites(client: TestClient) -> None:
+    flags = client.get("/sign-in").headers["set-cookie"].lower()
+    assert "httponly" in flags
+    assert "samesite=lax" in flags
+
+
+def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item(f"item{number}") for number in range(8)])
+    page = sign_in(client)
+    for _ in range(8):
+        first_shown = re.search(r'class="response a".*?class="text">(\w+)', page, re.DOTALL)
+        assert first_shown
+        form = fields(page, "/answer")
+        page = client.post(
+            "/answer", data={**form, "answer": "a2", "rating_a": "5", "rating_b": "", "comment": " so\r\nbe it "}
+        ).text
+        label = store.last_label("ann")
+        assert label
+        stored = {"first": "a", "second": "b"}[first_shown[1]]
+        assert (label.item_id, label.choice, label.swapped) == (form["item"], stored, stored == "b")
+        assert (label.strength, label.comment) == (2, "so\nbe it")
+        assert (label.rating_a, label.rating_b) == ((5, None) if stored == "a" else (None, 5))
+        assert "Saved: <b>A clearly better</b>" in page
+    assert {label.swapped for label in store.current_labels()} == {True, False}
+    assert "All done, thank you" in page
+    assert "8 of 8 answered" in page
+
+
+def test_the_same_form_twice_counts_once_and_goes_on(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item("one"), make_item("two", priority=-1)])
+    form = fields(sign_in(client), "/answer") | {"answer": "tie"}
+    pages = [client.post("/answer", data=form) for _ in range(2)]
+    assert [page.status_code for page in pages] == [200, 200]
+    assert all("prompt two" in page.text for page in pages)
+    assert len(store.current_labels()) == 1
+
+
+def test_a_second_answer_is_refused_kindly_with_what_stands(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item("one")])
+    page = sign_in(client)
+    other = fields(client.get("/").text, "/answer")
+    client.post("/answer", data=fields(page, "/answer") | {"answer": "b3"})
+    reply = client.post("/answer", data=other | {"answer": "a1"})
+    assert reply.status_code == 409
+    assert "You have answered this already" in reply.text
+    assert "What stands is: B far better." in reply.text
+    assert len(store.current_labels()) == 1
+
+
+def test_undo_shows_the_question_with_what_was_said(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item("one"), make_item("two", priority=-1)])
+    form = fields(sign_in(client), "/answer") | {"answer": "b1", "rating_b": "2", "comment": "a < b"}
+    page = client.post("/answer", data=form).text
+    undo = fields(page, "/undo")
+    page = client.post("/undo", data=undo).text
+    assert "prompt one" in page
+    assert "You took back <b>B slightly better</b>" in page
+    assert "a &lt; b</textarea>" in page
+    assert re.search(r'name="rating_b" value="2"[^>]* checked', page)
+    assert "prompt one" in client.post("/undo", data=undo).text, "the same click twice"
+    assert store.current_labels() == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"answer": "best"},
+        {"answer": "a1", "rating_a": "9"},
+        {"answer": "a1", "after": "x"},
+        {"answer": "a1", "token": "x"},
+        {"answer": "a1", "item": "none"},
+        {"answer": "a1", "comment": "x" * 5001},
+    ],
+)
+def test_a_form_that_the_page_would_not_send_is_one_message(
+    store: LabelStore, client: TestClient, change: dict[str, str]
+) -> None:
+    store.add_items([make_item("one")])
+    form = fields(sign_in(client), "/answer")
+    reply = client.post("/answer", data=form | change)
+    assert reply.status_code == 400
+    assert "Nothing was saved" in reply.text
+    assert store.current_labels() == []
+
+
+def test_a_form_without_end_is_not_read(client: TestClient) -> None:
+    form = fields(sign_in(client), "/sign-out")
+    assert client.post("/sign-out", data={**form, "more": "x" * 200_000}).status_code == 413
+    assert client.post("/sign-out", content=iter([b"csrf=1"])).status_code == 413, "of unknown length"
+
+
+def test_texts_stay_texts_and_gold_stays_hidden(store: LabelStore, client: TestClient) -> None:
+    texts = {"prompt": "<script>x</script>", "response_a": "  two\n\n  lines ", "response_b": " "}
+    store.add_items([make_item("one", **texts, gold="a", reason="gold", policy_a="teacher")])
+    page = sign_in(client)
+    assert "&lt;script&gt;x&lt;/script&gt;" in page
+    assert "  two\n\n  lines </div>" in page
+    assert "(an empty response)" in page
+    assert not re.search("gold|teacher", page)
+
+
+def test_with_nothing_to_ask_it_says_what_to_do(store: LabelStore, client: TestClient) -> None:
+    assert "rlhf label ask" in sign_in(client)
+    store.add_items([make_item("one")])
+    store.add_labeller("bob", "hash")
+    assert store.next_item("bob")
+    page = client.get("/").text
+    assert "Others have the rest on their screens" in page
+    assert "1 more pair waits" in page
+
+
+def test_pages_bring_everything_along(client: TestClient) -> None:
+    page = client.get("/sign-in")
+    assert "default-src 'none'" in page.headers["content-security-policy"]
+    for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
+        assert client.get(path).status_code == 200
+    assert not re.search(r"https?://", page.text)
+    assert client.get("/nothing").status_code == 404
+
+
+def test_the_secret_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
+    path = tmp_path / "secret"
+    first = sessions.secret(path)
+    assert sessions.secret(path) == first
+    assert len(first) == 64
+    assert path.stat().st_mode & 0o077 == 0
+    assert [item.name for item in tmp_path.iterdir()] == ["secret"]
+
+
+def test_passwords() -> None:
+    assert re.fullmatch(r"([a-z2-9]{4}-){3}[a-z2-9]{4}", PASSWORD)
+    kept = hashed(PASSWORD)
+    assert kept.startswith("$argon2id$")
+    assert fits(PASSWORD, kept)
+    assert not fits(f"{PASSWORD}x", kept)
+    assert not fits(PASSWORD, None)

@@ -1,0 +1,84 @@
+"""The database's migrations and the safety of its address."""
+
+from __future__ import annotations
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import create_engine, text
+
+from tasks.core.errors import ConfigError, DataError, SourceError
+from tasks.labelling.answers import Answer
+from tasks.labelling.database import alembic_config, connect, migrate, shown
+from tasks.labelling.store import LabelStore
+from tasks.labelling.tables import Base
+from tests.unit.labelling.conftest import make_item, token
+
+REVISIONS = [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
+
+
+@pytest.mark.parametrize("revision", [None, *REVISIONS])
+def test_from_every_revision_it_comes_to_the_tables_of_the_code(url: str, revision: str | None) -> None:
+    if revision:
+        engine = create_engine(url)
+        with engine.begin() as connection:
+            migrate(connection, revision)
+            assert MigrationContext.configure(connection).get_current_revision() == revision
+        engine.dispose()
+    engine = connect(url)
+    with engine.begin() as connection:
+        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+        assert MigrationContext.configure(connection).get_current_revision() == REVISIONS[0]
+    engine.dispose()
+
+
+def test_labels_outlive_a_migration(url: str) -> None:
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        migrate(connection, REVISIONS[-1])
+        connection.execute(text("insert into labellers values ('ann', 'hash', '2026-01-01 00:00:00+00:00')"))
+    engine.dispose()
+    store = LabelStore(url)
+    store.add_items([make_item("one")])
+    store.record("ann", "one", token(), 0, Answer("a"))
+    store.close()
+    store = LabelStore(url)
+    assert [label.choice for label in store.current_labels()] == ["a"]
+    store.close()
+
+
+def test_a_newer_database_is_left_alone(url: str) -> None:
+    LabelStore(url).close()
+    engine = create_engine(url)
+    with engine.begin() as connection:
+        connection.execute(text("update alembic_version set version_num = '9999'"))
+    with pytest.raises(
+        DataError, match=r"is at revision 9999, which this code does not know: a newer version wrote it"
+    ):
+        LabelStore(url)
+    engine.dispose()
+
+
+def test_sqlite_is_set_to_lose_nothing(tmp_path: object) -> None:
+    engine = connect(f"sqlite:///{tmp_path}/labels.db")
+    expected = {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 30000}
+    with engine.connect() as connection:
+        found = {name: connection.execute(text(f"pragma {name}")).scalar() for name in expected}
+    engine.dispose()
+    assert found == expected
+
+
+def test_the_password_is_never_shown() -> None:
+    for url in ("postgresql://ann:word@host/labels", "postgresql://ann@host/labels?password=word"):
+        assert "word" not in shown(url)
+        assert "host/labels" in shown(url)
+    with pytest.raises(SourceError, match="cannot open the labelling database") as caught:
+        connect("postgresql://ann:sesame@127.0.0.1:1/labels")
+    assert "sesame" not in str(caught.value)
+
+
+@pytest.mark.parametrize("url", ["mysql://host/labels", "labels.db"])
+def test_another_kind_of_database_is_refused(url: str) -> None:
+    with pytest.raises(ConfigError, match="--database"):
+        connect(url)
