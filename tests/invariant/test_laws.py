@@ -61,7 +61,7 @@ def layer(name: str) -> int | None:
         return 3
     if parts[0] != "tasks" or len(parts) == 1:
         return None
-    return {"core": 0, "rl": 1, "rewards": 1, "evals": 1, "data": 1}.get(parts[1], 2)
+    return {"core": 0, "rl": 1, "rewards": 1, "evals": 1, "data": 1, "labelling": 1}.get(parts[1], 2)
 
 
 def stage_function(stage: str) -> Any:
