@@ -32,6 +32,9 @@ commands = typer.Typer()
 POOL = 4
 """Pairs that are scored for each one that is asked by disagreement."""
 
+SPARE = 4
+"""Prompts beyond an eighth more than are needed, because some get one response from everybody."""
+
 Database = Annotated[
     str | None,
     typer.Option(envvar="RLHF_LABELS", help="SQLAlchemy address of the database; default: .rlhf/labels.db."),
@@ -214,7 +217,7 @@ def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> 
     writing = sampling.check_policies(policies, here)
     generation = load_params(project_root() / "params.yaml").generation
     wanted = count * POOL if scores else count
-    asked = sampling.prompts(here, split, wanted, seed=seed)
+    asked = sampling.prompts(here, split, wanted + wanted // 8 + SPARE, seed=seed)
     written = sampling.written(writing, asked, generation, here, seed=seed)
     pool = pairs.paired(written, wanted, seed=seed)
     return pairs.by_disagreement(pool, count, scores) if scores else pairs.at_random(pool, count)

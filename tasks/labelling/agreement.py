@@ -21,7 +21,7 @@ __all__ = ["Posterior", "Share", "alpha", "dawid_skene", "first_shown", "gold_ac
 OPINIONS = tuple(choice for choice in CHOICES if choice != "skip")
 """What counts as a value; a skip is a missing one."""
 
-ROUNDS = 50
+ROUNDS = 30
 """Of expectation–maximisation; with few labels for each question more of them only make it surer of itself."""
 
 EXTRA = "needs the package {}: pip install -e '.[label]'"
