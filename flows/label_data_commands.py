@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -20,9 +20,10 @@ from tasks.core.paths import artifacts, project_root, state
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
+    from tasks.core.sections.judge import JudgeParams
     from tasks.labelling.dataset import Dataset
     from tasks.labelling.feedback import Cost, Labelled
-    from tasks.labelling.labels import Label
+    from tasks.labelling.labels import Label, Question
     from tasks.labelling.report import Report
 
 __all__ = ["commands"]
@@ -88,14 +89,11 @@ def ai(
     """Let a language model label what it has not labelled yet, by a written constitution; it can be interrupted."""
     constitution = constitution.absolute()
     enter()
-    from tasks.core.sections.judge import JudgeParams
-    from tasks.evals.judges import EndpointJudge, LocalJudge
-    from tasks.labelling.feedback import Budget, Constitution, CountingBook, label_by_model
+    from tasks.labelling.feedback import Budget, Constitution, CountingBook, judge_of, label_by_model
 
-    params: JudgeParams = _judge_params(judge)
+    params = _judge_params(judge)
     text, book = Constitution.read(constitution), CountingBook(state() / "judge" / "answers.jsonl")
-    local = params.kind == "local"
-    who = LocalJudge(artifacts("base_model"), batch_size=1) if local else EndpointJudge(params, book)
+    who = judge_of(params, book, artifacts("evaluate").parent)
     budget = Budget(max_requests, params.max_tokens, rate)
     with interruptible("it goes on from there, and asks nothing twice"), _session(database) as session:
         done = label_by_model(session, who, text, cost=book.cost, budget=budget)
@@ -134,8 +132,8 @@ def export(
         Path | None, typer.Option(help="Default: data/labels/preferences.jsonl, or .rlhf/labels.FORMAT.json.")
     ] = None,
     kind: Annotated[
-        Literal["preferences", "argilla", "label-studio"], typer.Option("--format", help="Rows, or another program's.")
-    ] = "preferences",
+        Literal["rows", "argilla", "label-studio"], typer.Option("--format", help="Preferences, or another program's.")
+    ] = "rows",
     aggregate: Annotated[
         Literal["none", "majority", "dawid-skene"], typer.Option(help="Each label a row, or each question.")
     ] = "none",
@@ -154,7 +152,7 @@ def export(
         asked = rows.questions(session)
         labels = [label for label in rows.current_labels(session) if by == "all" or _is(by, label)]
     shown = {label.labeller: label.labeller for label in labels} if names else rows.pseudonyms(labels)
-    if kind != "preferences":
+    if kind != "rows":
         file = file or state() / f"labels.{kind}.json"
         _write(file, foreign.text_of(asked, labels, shown, kind))
         screen.console.print(f"{len(asked)} questions with {len(labels)} labels: {file}")
@@ -207,7 +205,7 @@ def _session(address: str | None) -> Iterator[Session]:
         engine.dispose()
 
 
-def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Any]:
+def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Question]:
     """The pairs to ask for, out of what the policies write now."""
     from tasks.core.params import load_params
     from tasks.labelling import pairs, sampling
@@ -223,7 +221,7 @@ def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> 
     return pairs.by_disagreement(pool, count, scores) if scores else pairs.at_random(pool, count)
 
 
-def _judge_params(text: str) -> Any:
+def _judge_params(text: str) -> JudgeParams:
     """The judge in the words of params.yaml; how many prompts it is asked depends on the database alone."""
     from pydantic import ValidationError
 

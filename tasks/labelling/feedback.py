@@ -22,12 +22,14 @@ from sqlalchemy import select
 from sqlalchemy.orm import Session
 
 from tasks.core.errors import ConfigError, DataError
+from tasks.core.sections.judge import JudgeParams
 from tasks.evals.answers import AnswerBook
+from tasks.evals.judges import EndpointJudge, LocalJudge
 from tasks.evals.pairwise import PairJudge, Reply, Verdict, question, verdict
 from tasks.labelling.labels import MODEL, MODEL_NAME, Label, Question, add_label, questions
 from tasks.labelling.tables import Event
 
-__all__ = ["Budget", "Constitution", "Cost", "CountingBook", "Labelled", "combined", "label_by_model"]
+__all__ = ["Budget", "Constitution", "Cost", "CountingBook", "Labelled", "combined", "judge_of", "label_by_model"]
 
 CONTRADICTION = "the answer changes with the order of the two responses"
 UNCLEAR = "an answer is unclear"
@@ -107,6 +109,17 @@ def combined(one: Verdict, other: Verdict) -> tuple[str, str | None]:
         return "skip", UNCLEAR
     first, second = {"A": "a", "B": "b"}.get(one, "tie"), {"A": "b", "B": "a"}.get(other, "tie")
     return (first, None) if first == second else ("skip", CONTRADICTION)
+
+
+def judge_of(params: JudgeParams, book: AnswerBook, artifacts: Path) -> PairJudge:
+    """The judge that params name; the local one is the base model among the artifacts.
+
+    Raises:
+        ModelError: the base model's folder is incomplete.
+    """
+    if params.kind == "local":
+        return LocalJudge(artifacts / "base_model", batch_size=1)
+    return EndpointJudge(params, book)
 
 
 def label_by_model(
