@@ -50,6 +50,8 @@ def test_the_majority_carries_its_share_and_mean_strength() -> None:
     assert (row.confidence, row.margin) == (pytest.approx(2 / 3, abs=1e-6), pytest.approx(4 / 3, abs=1e-6))
     assert row.labelled_by == tuple(sorted(map(pseudonym, ("ann", "bob", "eve"))))
     assert found.left_out == {"gold": 2, "no_majority": 2, "skip": 1}
+    (other,) = made(said(OPEN, ann="b 2", bob="b 1", eve="tie"), "majority").rows
+    assert (other.chosen, other.margin) == (OPEN.response_b, 1.0), "strengths 2, 1 and a tie's 0 toward b"
 
 
 def test_dawid_skene_trusts_the_labeller_who_is_right_elsewhere() -> None:
