@@ -1,7 +1,8 @@
 """Stage preferences: the pairs that the reward model and DPO learn from and are measured on.
 
 From rated texts, training labels are those of single raters (noise included) and held-out labels those of all raters.
-Preferences that a source gave go through as they are. Film-review pairs compare whole texts: their prompt is empty.
+Preferences that a source gave go through as they are, alone or before the drawn ones (`given`). Film-review pairs
+compare whole texts: their prompt is empty.
 Writes `{train,validation,test}.jsonl`, `ceiling.csv` (how far raters agree with each other) and `metrics.json`.
 """
 
@@ -43,12 +44,12 @@ def preferences(params: PreferencesParams, seed: int, *, prepare: Path, out: Pat
     """
     counts: Counter[str] = Counter()
     pairs: list[Pair] = []
-    if _has_rows(prepare / "preferences"):
+    if params.given == "only" and _has_rows(prepare / "preferences"):
         rows = {split: _given(prepare, split, params, seed) for split in SPLITS}
     else:
         pairs = _heldout_pairs(prepare, "test", params, seed)
         rows = {
-            "train": _train(prepare, params, seed, counts),
+            "train": [*_added(prepare, params), *_train(prepare, params, seed, counts)],
             "validation": [label_by_all(pair) for pair in _heldout_pairs(prepare, "validation", params, seed)],
             "test": [label_by_all(pair) for pair in pairs],
         }
@@ -60,8 +61,8 @@ def preferences(params: PreferencesParams, seed: int, *, prepare: Path, out: Pat
     write_json(out / "metrics.json", {"pairs": written, "training_labels": labels, "raters_agree": agreement})
 
 
-def _has_rows(folder: Path) -> bool:
-    return any(path.stat().st_size for path in folder.glob("*.jsonl"))
+def _has_rows(folder: Path, name: str = "*.jsonl") -> bool:
+    return any(path.stat().st_size for path in folder.glob(name))
 
 
 def _given(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Preference]:
@@ -71,6 +72,15 @@ def _given(prepare: Path, split: Split, params: PreferencesParams, seed: int) ->
     _check(len(rows), split, params, f"{path.name} of stage prepare holds that many")
     chosen = sorted(_rng(seed, split, "sample").sample(range(len(rows)), wanted))
     return [rows[index] for index in chosen]
+
+
+def _added(prepare: Path, params: PreferencesParams) -> list[Preference]:
+    """All given pairs for training, first, because DPO reads its pairs from the front.
+
+    Those that prepare held out stay unused: validation and test measure every run on the same drawn pairs.
+    """
+    path = prepare / "preferences" / "train.jsonl"
+    return read_rows(path, Preference) if params.given == "add" and _has_rows(path.parent, path.name) else []
 
 
 def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[str]) -> list[Preference]:

@@ -66,11 +66,12 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
 def _without_duplicates(rows: list[Row], cleaned: Cleaned, threshold: float) -> list[Row]:
     """Drop rows that say the same again, and rows whose key nearly repeats an earlier, different one; count both.
 
-    Rows of one type with one key but different content (two answers to a prompt) stay, and stay together.
+    Rows of one type with one key but different content (two answers to a prompt) stay, and stay together. So do labels
+    of different people that say the same.
     """
-    unique: dict[tuple[type[Row], str], Row] = {}
+    unique: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        identity = (type(row), "\x1f".join(whole_texts(row)))
+        identity = (type(row), "\x1f".join(whole_texts(row)), getattr(row, "labelled_by", None))
         cleaned.dropped["duplicate"] += identity in unique
         unique.setdefault(identity, row)
     keys = list(dict.fromkeys(key(row) for row in unique.values()))
@@ -135,6 +136,7 @@ def _prompts(
     for split in SPLITS:
         rows = [*given[split], *demonstrations[split], *(gold["test"] if split == "test" else ())]
         prompts = [Prompt.model_validate(_prompt_fields(row)) for row in rows if getattr(row, "prompt", "")]
+        prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
         result[split] = _unique(in_stable_order(((row.prompt, row) for row in prompts), seed), split, seen, dropped)
     return result
 

@@ -45,13 +45,16 @@ class Preference(Row):
     """Of two responses to one prompt, the one that a person preferred.
 
     `margin` is the difference of the two mean ratings (points of the rating scale) where it is known: it is negative
-    when the sampled raters disagree with the mean of all.
+    when the sampled raters disagree with the mean of all. Of a label it is how much better the labeller finds the
+    chosen one: 1 slightly, 2 clearly, 3 far.
     """
 
     prompt: str
     chosen: str = Field(min_length=1)
     rejected: str = Field(min_length=1)
     margin: float | None = None
+    labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
+    confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
 
     @model_validator(mode="after")
     def _sides_differ(self) -> Self:

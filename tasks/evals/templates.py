@@ -1,4 +1,4 @@
-"""The templates beside this file, rendered so that a name that nothing defines is an error."""
+"""Templates, rendered so that a name that nothing defines is an error."""
 
 from __future__ import annotations
 
@@ -10,14 +10,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 __all__ = ["template"]
 
 
-def template(name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool) -> Template:
+def template(
+    name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool, folder: Path = Path(__file__).parent
+) -> Template:
     """A template by its file name.
 
     Args:
         autoescape: for HTML: what is inserted stays text.
+        folder: where it lies, if not beside this file.
     """
     environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+        loader=FileSystemLoader(folder),
         autoescape=autoescape,
         undefined=StrictUndefined,
         trim_blocks=True,

@@ -17,7 +17,7 @@ from tasks.data.agreement import rater_agreement
 from tasks.preferences import preferences
 
 SPLITS = ("train", "validation", "test")
-PARAMS = PreferencesParams(train_pairs=60, heldout_pairs=30, min_margin=1.0, raters_per_label=1)
+PARAMS = PreferencesParams(train_pairs=60, heldout_pairs=30, given="only", min_margin=1.0, raters_per_label=1)
 
 
 def prepared(folder: Path, *, given: int = 0) -> dict[str, dict[str, Rating]]:
@@ -98,6 +98,21 @@ def test_given_preferences_go_through_as_they_are(tmp_path: Path) -> None:
     with (tmp_path / "out0" / "ceiling.csv").open() as file:
         assert {row["agreement"] for row in csv.DictReader(file)} == {""}
     assert pairs["train"] != run(tmp_path, seed=1)["train"]
+
+
+def test_given_pairs_are_added_in_front_of_the_drawn_ones_of_training(tmp_path: Path) -> None:
+    prepared(tmp_path)
+    adding = PARAMS.model_copy(update={"given": "add"})
+    drawn = run(tmp_path)
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}
+    run(tmp_path, adding)
+    assert written == {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}, "there is none to add"
+    prepared(tmp_path, given=7)
+    pairs = run(tmp_path, adding)
+    assert [row.chosen for row in pairs["train"][:7]] == [f"a{number}" for number in range(7)]
+    assert pairs["train"][7:] == drawn["train"]
+    assert (pairs["validation"], pairs["test"]) == (drawn["validation"], drawn["test"])
+    assert json.loads((tmp_path / "out0" / "metrics.json").read_text())["pairs"]["train"] == 67
 
 
 def test_too_few_pairs_are_an_error_that_says_how_many_there_are(tmp_path: Path) -> None:

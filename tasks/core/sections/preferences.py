@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.core.sections.section import Positive, Section
@@ -14,6 +16,10 @@ class PreferencesParams(Section):
 
     train_pairs: Positive = Field(description="Pairs for training the reward model and DPO.")
     heldout_pairs: Positive = Field(description="Pairs for each of validation and test.")
+    given: Literal["only", "add"] = Field(
+        description="Of pairs that a source gives, such as labels: they are the only ones, sampled down to "
+        "the numbers above, or all those for training come before the pairs drawn from ratings."
+    )
     min_margin: float = Field(ge=0, description="Training pairs differ in mean rating by at least this many points.")
     raters_per_label: Positive = Field(
         description="A training label is the comparison of the mean of this many randomly drawn raters for each side."

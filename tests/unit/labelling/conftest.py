@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
+from sqlalchemy.orm import Session
 
 from tasks.labelling.store import LabelStore
-from tasks.labelling.tables import Item
+from tasks.labelling.tables import Base, Item
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
@@ -95,3 +96,13 @@ def store(open_store: Callable[..., LabelStore]) -> LabelStore:
     for name in ("ann", "bob"):
         store.add_labeller(name, "hash")
     return store
+
+
+@pytest.fixture
+def session() -> Iterator[Session]:
+    """Of a database in memory."""
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as session:
+        yield session
+    engine.dispose()

@@ -1,0 +1,85 @@
+"""Records as Argilla 2 writes and reads them on disk (`dataset.records.to_json`, `Record.from_dict`).
+
+Fields are prompt, response_a and response_b; questions are preference (labels a, b, tie, both_bad), strength (1 to 3),
+rating_a and rating_b (1 to 5) and comment. Argilla knows labellers by a UUID; the metadata `labellers` names them.
+Which response a labeller saw first, and for how long, has no place in a record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+from uuid import NAMESPACE_URL, UUID, uuid5
+
+from tasks.labelling.labels import Label, Question
+from tasks.labelling.records import number, question, value
+
+__all__ = ["parsed", "record"]
+
+ASKED = ("preference", "strength", "rating_a", "rating_b", "comment")
+
+
+def record(asked: Question, labels: Sequence[Label]) -> dict[str, Any]:
+    """A question with its labels; a skip is a discarded response."""
+    metadata = {"policy_a": asked.policy_a, "policy_b": asked.policy_b, "ours": asked.id}
+    metadata |= {"gold": asked.gold} if asked.gold else {}
+    answers: dict[str, list[dict[str, Any]]] = {}
+    for label in labels:
+        for name, answer in _answers(label).items():
+            status = "discarded" if label.choice == "skip" else "submitted"
+            response = {"value": answer, "user_id": _user(label.labeller), "status": status}
+            answers.setdefault(name, []).append(response)
+    named = {"labellers": [f"{_user(label.labeller)} {label.labeller}" for label in labels]} if labels else {}
+    fields = {"prompt": asked.prompt, "response_a": asked.response_a, "response_b": asked.response_b}
+    return {"id": asked.id, "fields": fields, "metadata": metadata | named, "suggestions": {}, "responses": answers,
+            "vectors": {}, "status": "completed" if labels else "pending"}  # fmt: skip
+
+
+def parsed(content: Any) -> tuple[Question, list[Label]]:
+    """A question and its labels; drafts are none.
+
+    Raises:
+        ValueError: it is no such record; with the reason.
+    """
+    fields, metadata = value(content, "fields", dict), value(content, "metadata", dict, {})
+    asked = question(fields, metadata, "prompt", "response_a", "response_b", metadata.get("ours"))
+    names = dict(line.split(" ", 1) for line in value(metadata, "labellers", list, []) if " " in str(line))
+    given: dict[str, dict[str, Any]] = {}
+    for name, responses in value(content, "responses", dict, {}).items():
+        for response in responses if name in ASKED else ():
+            user = _uuid(value(response, "user_id", str))
+            if response.get("status") != "draft":
+                given.setdefault(user, {})[name] = _answer(name, response)
+    return asked, [_label(asked.id, names.get(user, f"argilla:{user}"), own) for user, own in given.items()]
+
+
+def _answers(label: Label) -> dict[str, Any]:
+    choice = None if label.choice == "skip" else label.choice
+    rest = {name: getattr(label, name) for name in ASKED[1:]}
+    return {"preference": choice} | {name: answer for name, answer in rest.items() if answer is not None}
+
+
+def _answer(name: str, response: dict[str, Any]) -> Any:
+    """A preference that was discarded, or of which no value was kept, is a skip."""
+    if name != "preference":
+        return response.get("value")
+    return "skip" if response.get("status") == "discarded" or response.get("value") is None else response["value"]
+
+
+def _label(item: str, labeller: str, own: dict[str, Any]) -> Label:
+    if "preference" not in own:
+        raise ValueError(f"responses: {labeller} has answered {', '.join(own)}, and not preference")
+    strength, rating_a, rating_b = (number(own.get(name), name) for name in ASKED[1:4])
+    comment = None if own.get("comment") is None else value(own, "comment", str)
+    return Label(item, labeller, value(own, "preference", str), strength, rating_a, rating_b, comment)
+
+
+def _user(labeller: str) -> str:
+    return str(uuid5(NAMESPACE_URL, f"labeller:{labeller}"))
+
+
+def _uuid(text: str) -> str:
+    try:
+        return str(UUID(text))
+    except ValueError:
+        raise ValueError(f"user_id: {text!r} is no UUID") from None

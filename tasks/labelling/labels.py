@@ -1,0 +1,166 @@
+"""Questions and labels as plain rows, and their way into and out of a session of the database."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from uuid import NAMESPACE_URL, uuid5
+
+from sqlalchemy import func, select
+from sqlalchemy.orm import Session
+
+from tasks.labelling.tables import CHOICES, Event, Item, Labeller
+
+__all__ = [
+    "MODEL",
+    "MODEL_NAME",
+    "Label",
+    "Question",
+    "add_label",
+    "add_questions",
+    "by_model",
+    "current_labels",
+    "flaw",
+    "mirrored",
+    "pseudonym",
+    "pseudonyms",
+    "question_id",
+    "questions",
+]
+
+MODEL = "model:"
+"""What the name of a labeller that is a model begins with."""
+
+MODEL_NAME = 64
+"""Characters of a labeller's name at most, see `tables.Labeller`."""
+
+_MIRROR = {"a": "b", "b": "a"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """Two responses to compare; the fields mean what they mean in `tables.Item`."""
+
+    id: str
+    prompt: str
+    response_a: str
+    response_b: str
+    policy_a: str
+    policy_b: str
+    reason: str
+    gold: str | None = None
+    priority: float = 0.0
+    labels_wanted: int = 1
+
+
+@dataclass(frozen=True)
+class Label:
+    """What a labeller thinks of a question; the fields mean what they mean in `tables.Event`."""
+
+    item: str
+    labeller: str
+    choice: str
+    strength: int | None = None
+    rating_a: int | None = None
+    rating_b: int | None = None
+    comment: str | None = None
+    swapped: bool = False
+    seconds: float | None = None
+
+
+def question_id(prompt: str, response_a: str, response_b: str) -> str:
+    """The same for the same texts, in whichever order the two responses come."""
+    content = "\x1f".join([prompt, *sorted((response_a, response_b))])
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def by_model(labeller: str) -> bool:
+    """Whether the labeller is a model."""
+    return labeller.startswith(MODEL)
+
+
+def pseudonym(labeller: str) -> str:
+    """Says which labels are of one person, not of which; who knows the names can recompute it. Models keep theirs."""
+    if by_model(labeller):
+        return labeller
+    return f"person-{hashlib.sha256(f'labeller {labeller}'.encode()).hexdigest()[:12]}"
+
+
+def pseudonyms(labels: Iterable[Label]) -> dict[str, str]:
+    """Labeller → pseudonym, for everybody who labelled."""
+    return {label.labeller: pseudonym(label.labeller) for label in labels}
+
+
+def mirrored(label: Label) -> Label:
+    """The same opinion where the two responses stand the other way round."""
+    content = vars(label) | {"choice": _MIRROR.get(label.choice, label.choice), "swapped": not label.swapped}
+    return Label(**(content | {"rating_a": label.rating_b, "rating_b": label.rating_a}))
+
+
+def flaw(label: Label) -> str | None:
+    """Why the label is none, or None where it is one."""
+    if label.choice not in CHOICES:
+        return f"choice: {label.choice!r} is none of {', '.join(CHOICES)}"
+    if label.strength is not None and not (label.choice in _MIRROR and label.strength in (1, 2, 3)):
+        return f"strength: {label.strength} with {label.choice!r}; it is 1, 2 or 3, and for a and b only"
+    ratings = (label.rating_a, label.rating_b)
+    if any(rating is not None and rating not in range(1, 6) for rating in ratings):
+        return f"rating: {ratings} should be from 1 to 5"
+    if not 0 < len(label.labeller) <= MODEL_NAME:
+        return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters"
+    return None
+
+
+def questions(session: Session) -> list[Question]:
+    """All questions, those of higher priority first, otherwise by id."""
+    items = session.scalars(select(Item).order_by(Item.priority.desc(), Item.id))
+    return [Question(**{name: getattr(item, name) for name in Question.__dataclass_fields__}) for item in items]
+
+
+def add_questions(session: Session, asked: Sequence[Question]) -> int:
+    """Add those that are not there yet, and say how many that were."""
+    known = set(session.scalars(select(Item.id)))
+    new = {question.id: question for question in asked if question.id not in known}
+    session.add_all(Item(**vars(question)) for question in new.values())
+    session.flush()
+    return len(new)
+
+
+def current_labels(session: Session) -> list[Label]:
+    """What each labeller thinks of each question now: their last event on it, where that is no undoing.
+
+    Ordered by question and labeller.
+    """
+    last = select(func.max(Event.id)).group_by(Event.item_id, Event.labeller)
+    chosen = select(Event).where(Event.id.in_(last), Event.kind == "label").order_by(Event.item_id, Event.labeller)
+    return [_label(event) for event in session.scalars(chosen)]
+
+
+def add_label(session: Session, label: Label, token: str | None = None) -> bool:
+    """Add the event unless the labeller thinks that already, or an event of that token is there; whether it was new."""
+    if token is not None and session.scalar(select(Event.id).where(Event.token == token)):
+        return False
+    own = select(Event).where(Event.item_id == label.item, Event.labeller == label.labeller)
+    before = session.scalars(own.order_by(Event.id.desc()).limit(1)).first()
+    if before is not None and before.kind == "label" and _opinion(_label(before)) == _opinion(label):
+        return False
+    if session.get(Labeller, label.labeller) is None:
+        session.add(Labeller(name=label.labeller))
+    after = before.id if before else 0
+    content = {name: value for name, value in vars(label).items() if name != "item"}
+    token = token or str(uuid5(NAMESPACE_URL, f"{label.item} {label.labeller} {after} {_opinion(label)}"))
+    session.add(Event(token=token, item_id=label.item, after=after, kind="label", **content))
+    session.flush()
+    return True
+
+
+def _label(event: Event) -> Label:
+    content: Mapping[str, object] = {
+        name: getattr(event, name) for name in Label.__dataclass_fields__ if name != "item"
+    }
+    return Label(item=event.item_id, **content)  # type: ignore[arg-type]
+
+
+def _opinion(label: Label) -> tuple[object, ...]:
+    return (label.choice, label.strength, label.rating_a, label.rating_b, label.comment or None)

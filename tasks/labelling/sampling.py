@@ -1,0 +1,71 @@
+"""Responses of the last run's policies to its prompts, for people to compare."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+
+from tasks.core.errors import ConfigError
+from tasks.core.schema import Prompt, read_rows
+from tasks.core.sections.generation import GenerationParams
+from tasks.evals.writing import Writer, stages_that_write
+from tasks.labelling.pairs import Scores, Written
+from tasks.rewards.learned import RewardModel, member_folder
+
+__all__ = ["check_policies", "ensemble", "prompts", "written"]
+
+SAMPLES = 2
+"""Of each policy to each prompt, so that one policy alone makes a pair."""
+
+
+def check_policies(policies: Sequence[str], artifacts: Path) -> list[str]:
+    """The policies, or all that the last run left where none are named.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    found = stages_that_write(artifacts)
+    if missing := [policy for policy in policies if policy not in found]:
+        raise ConfigError(
+            f"--from: no policy {', '.join(missing)} in {artifacts}; there are: {', '.join(found) or 'none'}"
+        )
+    if not found:
+        raise ConfigError(f"no policy in {artifacts} that could write: `rlhf run` first")
+    return list(policies) or found
+
+
+def prompts(artifacts: Path, split: str, count: int, *, seed: int) -> list[str]:
+    """Up to so many prompts of the split, in an order that the seed fixes."""
+    rows = read_rows(artifacts / "prepare" / "prompts" / f"{split}.jsonl", Prompt)
+    random.Random(f"{seed}/{split}/ask").shuffle(rows)
+    return [row.prompt for row in rows[:count]]
+
+
+def written(
+    policies: Sequence[str], asked: Sequence[str], generation: GenerationParams, artifacts: Path, *, seed: int
+) -> dict[str, list[Written]]:
+    """Prompt → what the policies wrote to it; one policy at a time is in memory."""
+    responses: dict[str, list[Written]] = {prompt: [] for prompt in asked}
+    for policy in policies:
+        writer = Writer(
+            artifacts, policy, max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=seed
+        )
+        for item in writer.write(asked, SAMPLES):
+            responses[item.prompt].append(Written(policy, item.response))
+    return responses
+
+
+def ensemble(artifacts: Path) -> Scores:
+    """Each member's rewards.
+
+    Raises:
+        ConfigError: there are not several members.
+    """
+    stage = artifacts / "reward_model"
+    if not member_folder(stage, 1).is_dir():
+        raise ConfigError(
+            "--by disagreement needs a reward model with at least two members: `rlhf run reward_model "
+            "-S reward_model.members=3`, or ask --by random"
+        )
+    return RewardModel.load(artifacts / "base_model", artifacts / "sft", stage).members

@@ -1,0 +1,178 @@
+"""The commands of `rlhf label`, from the pairs of a small policy to preferences that the pipeline reads."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+from typer.testing import CliRunner
+
+from flows import label_data_commands, screen
+from tasks.core.errors import ConfigError, DataError
+from tasks.core.schema import Preference, Prompt, read_rows, write_rows
+from tasks.core.sections.collect import SourceParams
+from tasks.data.sources import collect_source
+from tasks.labelling.labels import Label, add_label, current_labels, questions
+from tests.unit.chat_server import longer, serving
+from tests.unit.tiny_policy import write_parts
+
+ROOT = Path(__file__).resolve().parents[3]
+PROMPTS = ["a", "ab", "abc", "b", "ba"]
+
+Run = Callable[..., str]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+@pytest.fixture
+def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A project with an SFT model, PPO and prompts; no server is up."""
+    shutil.copytree(parts, tmp_path / "artifacts")
+    rows = [Prompt(id=str(number), prompt=text) for number, text in enumerate(PROMPTS)]
+    write_rows(tmp_path / "artifacts" / "prepare" / "prompts" / "train.jsonl", rows)
+    shutil.copy(ROOT / "params.yaml", tmp_path)
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.setattr(label_data_commands, "enter", lambda: tmp_path)
+    monkeypatch.setattr(label_data_commands, "enter_served", lambda: tmp_path)
+    monkeypatch.setattr(label_data_commands, "_announce", lambda: screen.console.print("it would be announced"))
+    return tmp_path
+
+
+@pytest.fixture
+def rlhf(project: Path) -> Run:
+    def run(*words: str) -> str:
+        done = CliRunner().invoke(label_data_commands.commands, list(words), env={"COLUMNS": "200"})
+        if done.exception and not isinstance(done.exception, SystemExit):
+            raise done.exception
+        assert done.exit_code == 0, done.output
+        return done.output
+
+    return run
+
+
+def opened(project: Path) -> Session:
+    return Session(create_engine(f"sqlite:///{project / '.rlhf' / 'labels.db'}"))
+
+
+def test_pairs_of_policies_are_asked_once(rlhf: Run, project: Path) -> None:
+    assert "4 pairs to label added, 0 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
+    assert "0 pairs to label added, 4 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
+    with opened(project) as session:
+        asked = questions(session)
+    assert len({item.prompt for item in asked}) == 4, "a prompt came twice while others waited"
+    assert {item.prompt for item in asked} <= set(PROMPTS)
+    assert {policy for item in asked for policy in (item.policy_a, item.policy_b)} <= {"sft", "ppo"}
+    assert all(item.response_a.strip() != item.response_b.strip() for item in asked)
+    assert {item.labels_wanted for item in asked} == {2}
+    rlhf("ask", "--pairs", "2", "--from", "ppo", "--seed", "1")
+    with opened(project) as session:
+        new = [item for item in questions(session) if item not in asked]
+    assert {policy for item in new for policy in (item.policy_a, item.policy_b)} == {"ppo"}
+
+
+def test_what_cannot_be_asked_is_one_message(rlhf: Run, project: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--from: no policy dpo in .*; there are: ppo, sft"):
+        rlhf("ask", "--pairs", "1", "--from", "ppo,dpo")
+    with pytest.raises(ConfigError, match=r"at least two members: .*reward_model\.members=3"):
+        rlhf("ask", "--pairs", "1", "--by", "disagreement")
+    with pytest.raises(DataError, match="pairs to choose from, not 1000"):
+        rlhf("ask", "--pairs", "1000")
+    assert not (project / ".rlhf" / "labels.db").exists()
+
+
+def label(project: Path, **choices: str) -> None:
+    with opened(project) as session:
+        for item in questions(session):
+            for labeller, choice in choices.items():
+                add_label(session, Label(item.id, labeller, choice))
+        session.commit()
+
+
+def test_labels_become_a_source_of_preferences(rlhf: Run, project: Path) -> None:
+    rlhf("ask", "--pairs", "4")
+    label(project, ann="a", bob="b")
+    out = project / "data" / "labels" / "preferences.jsonl"
+    said = rlhf("export")
+    assert "8 preferences of 4 labelled questions" in said
+    assert "questions on which labellers differ: 4" in said
+    assert "it would be announced" in said
+    first = out.read_bytes()
+    assert "announced" not in rlhf("export"), "nothing changed"
+    assert out.read_bytes() == first
+    card = json.loads((out.parent / "preferences.card.json").read_text())
+    assert (card["rows"], card["labels"]) == (8, {"people": 8, "models": 0})
+    source = SourceParams(name="labels", kind="local", rows="preferences", id="data/labels/preferences.jsonl")
+    collected = collect_source(source, 0).rows
+    rows = [Preference.model_validate(row["row"]) for row in collected]
+    assert [row.labelled_by for row in rows] == [row.labelled_by for row in read_rows(out, Preference)]
+    assert "announced" not in rlhf("export", "--no-announce", "--aggregate", "majority", "--by", "people")
+    assert out.read_bytes() == b"", "two labels each that contradict have no majority"
+
+
+def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
+    rlhf("ask", "--pairs", "3")
+    label(project, ann="a")
+    assert "3 questions with 3 labels" in rlhf("export", "--format", "label-studio", "--names")
+    assert (project / ".rlhf" / "labels.label-studio.xml").is_file()
+    file = project / ".rlhf" / "labels.label-studio.json"
+    before = file.read_bytes()
+    assert "0 of them new; 3 labels, 0 new" in rlhf("import", str(file), "--format", "label-studio")
+    elsewhere = f"sqlite:///{project / 'other.db'}"
+    said = rlhf("import", str(file), "--format", "label-studio", "--database", elsewhere)
+    assert "3 questions, 3 of them new; 3 labels, 3 new" in said
+    rlhf("export", "--format", "label-studio", "--names", "--database", elsewhere)
+    assert file.read_bytes() == before
+    file.write_bytes(before.replace(b'"left"', b'"up"', 1))
+    with pytest.raises(DataError, match="1 of 3 records are malformed; nothing was imported"):
+        rlhf("import", str(file), "--format", "label-studio", "--database", f"sqlite:///{project / 'third.db'}")
+    assert not (project / "third.db").exists()
+
+
+def test_a_model_labels_and_the_report_shows_it(rlhf: Run, project: Path) -> None:
+    rlhf("ask", "--pairs", "3")
+    label(project, ann="a")
+    constitution = project / "c.md"
+    constitution.write_text("Be long.")
+    with serving(longer) as chat:
+        judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong}}"
+        words = ("ai", "--judge", judge, "--constitution", str(constitution), "--rate", "1000000")
+        said = rlhf(*words, "--max-requests", "4")
+        assert "4 requests, 400 tokens" in said
+        assert "1 questions are left: the budget is spent" in said
+        assert "2 requests, 200 tokens" in rlhf(*words)
+        assert len(chat.asked) == 6
+    with opened(project) as session:
+        assert sum(label.labeller == "model:strong" for label in current_labels(session)) == 3
+    said = rlhf("report")
+    assert "model:strong" in said
+    assert "ann" not in said
+    assert "model:strong" in (project / ".rlhf" / "labels.html").read_text()
+    assert json.loads(rlhf("report", "--json", "--names"))["labellers"][0]["name"] == "ann"
+    with pytest.raises(ConfigError, match="--judge: "):
+        rlhf("ai", "--judge", "{kind: endpoint}", "--constitution", str(constitution))
+    with pytest.raises(ConfigError, match=r"--judge: .* expected, got 'x'"):
+        rlhf("ai", "--judge", "x", "--constitution", str(constitution))
+
+
+@pytest.mark.slow
+def test_without_a_server_the_announcement_says_so(
+    project: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.undo()
+    monkeypatch.chdir(ROOT)
+    if "PREFECT_API_URL" in os.environ:
+        pytest.skip("a server is configured here")
+    label_data_commands._announce()
+    said = capsys.readouterr().out
+    assert said.startswith("not announced: no Prefect server that could start a run")

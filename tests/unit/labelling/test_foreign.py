@@ -1,0 +1,210 @@
+"""Argilla's and Label Studio's formats: what goes out comes back, once, and what is malformed changes nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+import xml.etree.ElementTree as ElementTree
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from sqlalchemy import create_engine
+from sqlalchemy.orm import Session
+
+from tasks.core.errors import DataError
+from tasks.labelling.foreign import FORMATS, Format, Imported, read, store, text_of
+from tasks.labelling.label_studio import CONFIG
+from tasks.labelling.labels import (
+    Label,
+    Question,
+    add_label,
+    add_questions,
+    current_labels,
+    mirrored,
+    pseudonym,
+    pseudonyms,
+    questions,
+)
+from tasks.labelling.tables import Base, Labeller
+from tests.unit.labelling.made import pair
+
+KINDS: tuple[Format, ...] = ("argilla", "label-studio")
+ASKED = [pair(1), pair(2, gold="tie"), pair(3)]
+LABELS = [
+    Label(pair(1).id, "ann", "a", 2, 4, 1, "it's “better”\nby far"),
+    Label(pair(1).id, "bob", "skip"),
+    Label(pair(1).id, "model:m-1", "b", comment="constitution 1"),
+    Label(pair(2).id, "ann", "tie"),
+    Label(pair(2).id, "bob", "both_bad", rating_a=1, rating_b=1),
+    Label(pair(2).id, "model:m-1", "skip", comment="unclear"),
+]
+
+
+def ordered(labels: list[Label]) -> list[Label]:
+    return sorted(labels, key=lambda label: (label.item, label.labeller))
+
+
+def fill(session: Session, labels: list[Label]) -> None:
+    add_questions(session, ASKED)
+    for label in labels:
+        add_label(session, label)
+
+
+def exported(folder: Path, kind: Format, names: dict[str, str], labels: list[Label] = LABELS) -> Path:
+    path = folder / "labels.json"
+    path.write_text(text_of(ASKED, labels, names, kind), encoding="utf-8")
+    return path
+
+
+def fresh() -> Session:
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    return Session(engine)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, session: Session, kind: Format) -> None:
+    found = read(exported(tmp_path, kind, {label.labeller: label.labeller for label in LABELS}), kind)
+    assert store(session, found) == Imported(3, 3, 6, 6)
+    assert ordered(current_labels(session)) == ordered(LABELS)
+    known = {item.id: replace(item, reason="imported") for item in ASKED}
+    assert {item.id: item for item in questions(session)} == known
+    assert store(session, found) == Imported(3, 0, 6, 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_pseudonyms_find_their_person_where_the_person_is_known(tmp_path: Path, session: Session, kind: Format) -> None:
+    path = exported(tmp_path, kind, pseudonyms(LABELS))
+    assert not re.search(r"\bann\b", path.read_text())
+    fill(session, LABELS)
+    assert store(session, read(path, kind)).new_labels == 0, "labels of this very database came twice"
+    with fresh() as other:
+        other.add(Labeller(name="ann"))
+        store(other, read(path, kind))
+        assert {label.labeller for label in current_labels(other)} == {"ann", pseudonym("bob"), "model:m-1"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_pair_that_is_known_the_other_way_round_keeps_its_meaning(
+    tmp_path: Path, session: Session, kind: Format
+) -> None:
+    item = pair(1)
+    turned = replace(item, response_a=item.response_b, response_b=item.response_a)
+    assert turned.id == item.id
+    add_questions(session, [turned])
+    store(session, read(exported(tmp_path, kind, {"ann": "ann"}, LABELS[:1]), kind))
+    assert current_labels(session) == [mirrored(LABELS[0])]
+
+
+def test_label_studio_keeps_the_time_that_a_label_took(tmp_path: Path, session: Session) -> None:
+    label = replace(LABELS[0], seconds=12.5)
+    store(session, read(exported(tmp_path, "label-studio", {"ann": "ann"}, [label]), "label-studio"))
+    assert current_labels(session) == [label]
+
+
+def task(**values: Any) -> dict[str, Any]:
+    """As Label Studio itself exports one."""
+    result = [
+        {"id": "x1", "type": "pairwise", "value": {"selected": "right"}, "origin": "manual",
+         "to_name": "answer1,answer2", "from_name": "preference"},
+    ]  # fmt: skip
+    annotation = {"id": 9, "completed_by": 3, "result": result, "was_cancelled": False, "lead_time": 4.25}
+    data = {"prompt": "p", "answer1": "x", "answer2": "y"}
+    return {"id": 7, "data": data, "annotations": [annotation | values], "project": 1, "predictions": []}
+
+
+def record(*responses: dict[str, Any]) -> dict[str, Any]:
+    """As Argilla 2 itself writes one: no status in the responses."""
+    fields = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    return {"id": "0", "fields": fields, "metadata": {}, "suggestions": {}, "vectors": {}, "status": "completed",
+            "responses": {"preference": list(responses)}, "_server_id": "5e"}  # fmt: skip
+
+
+USER = "00000000-0000-4000-8000-000000000001"
+
+
+def test_foreign_labellers_get_a_name_that_says_whence(tmp_path: Path, session: Session) -> None:
+    path = tmp_path / "theirs.json"
+    path.write_text(json.dumps([task()]))
+    store(session, read(path, "label-studio"))
+    path.write_text(json.dumps([record({"value": "b", "user_id": USER})]))
+    store(session, read(path, "argilla"))
+    assert [(label.labeller, label.choice) for label in current_labels(session)] == [
+        (f"argilla:{USER}", "b"), ("label-studio:3", "b"),
+    ]  # fmt: skip
+    assert len(questions(session)) == 1, "the same texts are the same question"
+
+
+def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> None:
+    other = USER[:-1] + "2"
+    path = tmp_path / "theirs.jsonl"
+    responses = [{"value": "a", "user_id": USER, "status": "draft"}, {"value": None, "user_id": other}]
+    path.write_text(json.dumps(record(*responses)) + "\n")
+    ((_, labels),) = read(path, "argilla")
+    assert [(label.labeller, label.choice) for label in labels] == [(f"argilla:{other}", "skip")]
+
+
+GOOD = {"argilla": record({"value": "a", "user_id": USER}), "label-studio": task()}
+FLAWS: list[tuple[Format, Any, str]] = [
+    ("argilla", 7, "not an object but int"),
+    ("argilla", {"id": 1}, "fields: dict expected, got 'None'"),
+    ("argilla", record({"value": "c", "user_id": USER}), "choice: 'c' is none of a, b"),
+    ("argilla", record({"value": "a", "user_id": "3"}), "user_id: '3' is no UUID"),
+    ("argilla", record() | {"responses": {"comment": [{"value": "x", "user_id": USER}]}}, "and not preference"),
+    ("argilla", record() | {"metadata": {"ours": "0"}}, "its id does not fit its texts"),
+    ("label-studio", task(completed_by=None), "completed_by: a number or an object"),
+    ("label-studio", task(result=[]), "result: either a side or one of tie and both_bad expected"),
+    ("label-studio", task(lead_time="long"), "lead_time: seconds expected"),
+    ("label-studio", task() | {"data": {"prompt": "p", "answer1": "x", "answer2": "x"}}, "are the same text"),
+    ("label-studio", task() | {"annotations": task()["annotations"] * 2}, "a labeller has two labels of it"),
+]
+
+
+@pytest.mark.parametrize(("kind", "bad", "reason"), FLAWS)
+@pytest.mark.parametrize("lines", [True, False])
+def test_a_malformed_record_is_reported_with_its_line_and_nothing_is_read(
+    tmp_path: Path, kind: Format, bad: Any, reason: str, lines: bool
+) -> None:
+    path = tmp_path / "theirs.json"
+    records = [json.dumps(item) for item in (GOOD[kind], bad)]
+    path.write_text("\n\n".join(records) if lines else "[" + ",\n\n".join(records) + "]")
+    with pytest.raises(DataError, match=r"1 of 2 records are malformed; nothing was imported:") as caught:
+        read(path, kind)
+    assert "theirs.json:3: " in str(caught.value)
+    assert reason in str(caught.value)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("cut", "reason"), [("[{},\n{", ":2: not JSON"), ("[", ":1: the list has no end")])
+def test_a_file_that_was_cut_is_no_file(tmp_path: Path, kind: Format, cut: str, reason: str) -> None:
+    path = tmp_path / "theirs.json"
+    path.write_text(cut)
+    with pytest.raises(DataError, match="nothing was imported") as caught:
+        read(path, kind)
+    assert reason in str(caught.value)
+    with pytest.raises(DataError, match="does not exist"):
+        read(tmp_path / "none.json", kind)
+
+
+def test_each_name_in_a_task_is_one_of_the_interface() -> None:
+    root = ElementTree.fromstring(CONFIG)
+    names = {element.get("name"): element for element in root.iter() if element.get("name")}
+    write, _ = FORMATS["label-studio"]
+    written = write(ASKED[0], [replace(LABELS[0], labeller="ann"), replace(LABELS[4], labeller="bob")])
+    for annotation in written["annotations"]:
+        for part in annotation["result"]:
+            control = names[part["from_name"]]
+            assert part["type"] == control.tag.lower()
+            assert part["to_name"] in [*(control.get("toName") or "").split(","), control.get("name")]
+    shown = {(element.get("value") or "").removeprefix("$") for element in root.iter("Text")}
+    assert shown <= set(written["data"])
+    assert {choice.get("value") for choice in root.iter("Choice")} == {"tie", "both_bad"}
+
+
+def test_a_question_without_labels_is_a_task_to_do() -> None:
+    asked: Question = ASKED[2]
+    argilla, studio = (FORMATS[kind][0](asked, []) for kind in KINDS)
+    assert (argilla["status"], argilla["responses"]) == ("pending", {})
+    assert (studio["annotations"], studio["predictions"]) == ([], [])
