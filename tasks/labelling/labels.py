@@ -147,6 +147,7 @@ def add_label(session: Session, label: Label, token: str | None = None) -> bool:
         return False
     if session.get(Labeller, label.labeller) is None:
         session.add(Labeller(name=label.labeller))
+        session.flush()  # before the event that refers to it
     after = before.id if before else 0
     content = {name: value for name, value in vars(label).items() if name != "item"}
     token = token or str(uuid5(NAMESPACE_URL, f"{label.item} {label.labeller} {after} {_opinion(label)}"))
