@@ -70,7 +70,7 @@ def _without_duplicates(rows: list[Row], cleaned: Cleaned, threshold: float) -> 
     """
     unique: dict[tuple[type[Row], str], Row] = {}
     for row in rows:
-        identity = (type(row), "\x1f".join(whole_texts(row)))
+        identity = (type(row), "\x1f".join([*whole_texts(row), getattr(row, "objective", None) or ""]))
         cleaned.dropped["duplicate"] += identity in unique
         unique.setdefault(identity, row)
     keys = list(dict.fromkeys(key(row) for row in unique.values()))

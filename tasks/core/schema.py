@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tasks.core.errors import DataError
 
@@ -45,19 +53,28 @@ class Preference(Row):
     """Of two responses to one prompt, the one that a person preferred.
 
     `margin` is the difference of the two mean ratings (points of the rating scale) where it is known: it is negative
-    when the sampled raters disagree with the mean of all.
+    when the sampled raters disagree with the mean of all. `objective` names what they were asked to compare, where a
+    source asked for one thing among several; a file holds it only where there is one.
     """
 
     prompt: str
     chosen: str = Field(min_length=1)
     rejected: str = Field(min_length=1)
     margin: float | None = None
+    objective: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _sides_differ(self) -> Self:
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text, so the pair says nothing")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_empty_objective(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        if self.objective is None:
+            content.pop("objective", None)
+        return content
 
 
 class Rating(Row):

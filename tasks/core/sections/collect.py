@@ -36,8 +36,17 @@ class SourceParams(Section):
     answer_pattern: AnswerPattern | None = Field(
         None, description="What of the answer's column is the right answer: one group (GSM8K: `#### (.+)`); null: all."
     )
+    objective: str | None = Field(
+        None, min_length=1, description="For preferences: what its pairs compare, for example helpful or harmless."
+    )
     licence: str = Field("unknown", description="Goes into the data card.")
     limit: Positive | None = Field(None, description="Keep at most this many rows, in the source's order.")
+
+    @model_validator(mode="after")
+    def _objective_is_of_pairs(self) -> Self:
+        if self.objective and self.rows != "preferences":
+            raise ValueError(f"objective says what pairs compare; the rows of source {self.name!r} are {self.rows}")
+        return self
 
 
 class CollectParams(Section):
