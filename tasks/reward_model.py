@@ -63,7 +63,7 @@ def reward_model(
     familiarity.safetensors: where the training texts lie; members/1, members/2, …: the further members of an ensemble,
     trained alike from the seeds that follow, each laid out like this folder; backbone/ or scorer/: a copy of the model
     that is not the SFT model), history.csv, accuracy_by_margin.csv, calibration.csv and metrics.json. The tables and
-    figures are those of the first member, but for `ensemble_…`, which is that of the members' mean, and `mean_member_…`.
+    figures are those of the first member, but for `ensemble_…`, that of the members' mean, and `mean_member_…`.
 
     Raises:
         DataError: the rows that this kind learns from are missing, or do not say what it must know.

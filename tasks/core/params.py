@@ -65,8 +65,8 @@ class Params(Section):
     def _needed_stages_are_on(self) -> Self:
         if self.preferences is None and ((self.reward_model and self.reward_model.pairwise) or self.dpo):
             raise ValueError(
-                "preferences is null, but reward_model and dpo learn from pairs: set them to null too (a reward_model of "
-                "kind rating or classification learns from ratings)"
+                "preferences is null, but reward_model and dpo learn from pairs: set them to null too (a reward_model "
+                "of kind rating or classification learns from ratings)"
             )
         if self.reward_model is None and "learned" in self.reward.weights and (self.ppo or self.grpo):
             raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")

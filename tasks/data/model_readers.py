@@ -56,21 +56,21 @@ def from_hub(params: BaseModelParams, seed: int) -> Loaded:
     return model, tokenizer, origin
 
 
-def hub_folder(id: str, revision: str, *, instead: str) -> tuple[Path, dict[str, object]]:
+def hub_folder(name: str, revision: str, *, instead: str) -> tuple[Path, dict[str, object]]:
     """Where a model of the hub lies on this machine, and its origin for a card.
 
     Raises:
         SourceError: it could not be fetched; `instead` is the cure where there is no hub.
     """
     try:
-        commit = str(HfApi().model_info(id, revision=revision).sha)
-        folder = snapshot_download(id, revision=commit, allow_patterns=_HUB_FILES)
+        commit = str(HfApi().model_info(name, revision=revision).sha)
+        folder = snapshot_download(name, revision=commit, allow_patterns=_HUB_FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise SourceError(
-            f"model {id!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
+            f"model {name!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
             f"{_first_line(error)}; check the network, the name and your access, or {instead}"
         ) from error
-    return Path(folder), {"source": f"Hugging Face hub {id}", "revision": revision, "commit": commit}
+    return Path(folder), {"source": f"Hugging Face hub {name}", "revision": revision, "commit": commit}
 
 
 def from_folder(params: BaseModelParams, seed: int) -> Loaded:
@@ -156,8 +156,8 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
         ) from error
     if loading["missing_keys"]:
         raise ModelError(
-            f"{what} has no weights for {', '.join(sorted(loading['missing_keys'])[:5])}, which would be random numbers: "
-            f"{key} must name a model that was trained for this ({kind.__name__})"
+            f"{what} has no weights for {', '.join(sorted(loading['missing_keys'])[:5])}, which would be random "
+            f"numbers: {key} must name a model that was trained for this ({kind.__name__})"
         )
     return model, tokenizer
 

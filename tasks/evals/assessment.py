@@ -1,4 +1,4 @@
-"""How well scores of single texts match what people said of them: correlation, error, and the parting of two classes."""
+"""How well scores of single texts match what people said of them: correlation, error, parting of two classes."""
 
 from __future__ import annotations
 

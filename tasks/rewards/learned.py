@@ -70,7 +70,7 @@ class Head:
 
     @classmethod
     def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> Head:
-        """Measure it on raw values [N] of responses of the SFT policy, and on their lengths where those shall not count.
+        """Measure it on raw values [N] of SFT responses, and on their lengths where those shall not count.
 
         The slope is that of least squares, cov(raw, length) / var(length).
         """
@@ -222,7 +222,7 @@ class RewardModel:
 
 
 def trunk_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
-    """What lies below the heads, as `load_reference` takes it: a backbone of its own where it has one, or the SFT model."""
+    """What lies below the heads, as `load_reference` takes it: its own backbone if it has one, else the SFT model."""
     backbone = reward_model / BACKBONE
     return (backbone, None) if backbone.is_dir() else (base_model, sft)
 

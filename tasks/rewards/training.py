@@ -51,6 +51,8 @@ def pair_trainer(
     """
     kind, collator = RewardTrainer, None
     if objectives:
+        # TRL refuses a model that says it has several outputs; it is shown one of them, and the layer keeps all.
+        model.config.num_labels = 1
         kind, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
     data = [_encoded(row, tokenizer, recipe.max_length, margin_scale, objectives) for row in rows]
     return kind(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tasks.core.models import add_lora, save_adapter
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, write_rows
@@ -47,8 +48,8 @@ Run = Callable[[Path, Path], None]
 """(folder of inputs, folder for outputs) → None."""
 
 
-def run_reward_model(of: Path, out: Path, *, members: int = 1, seed: int = 0) -> None:
-    params = _REWARD_MODEL.model_copy(update={"members": members})
+def run_reward_model(of: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:
+    params = RewardModelParams.model_validate(_REWARD_MODEL.model_dump() | changes)
     inputs = {name: of / name for name in ("base_model", "sft", "prepare", "preferences")}
     reward_model(params, LORA, GENERATION, seed, **inputs, out=out)
 
