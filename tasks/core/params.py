@@ -70,6 +70,10 @@ class Params(Section):
             )
         if self.reward_model is None and "learned" in self.reward.weights and (self.ppo or self.grpo):
             raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")
+        if self.gold_judge and self.gold_judge.kind == "preference" and not self.prepare.gold_pair_share:
+            raise ValueError(
+                "gold_judge.kind is preference, but prepare.gold_pair_share keeps no pairs for it: raise it"
+            )
         if self.gate and "win_rate_vader" in self.gate.margins and not self.evaluate.vader:
             raise ValueError("gate.margins names win_rate_vader, but evaluate.vader is false: remove it there")
         return self

@@ -25,6 +25,9 @@ class SourceParams(Section):
     sha256: str = Field("", description="Checksum of the file, checked before it is read; required for film_reviews.")
     revision: str = Field("main", description="For hub: the branch, tag or commit.")
     subset: str | None = Field(None, description="For hub: the configuration name.")
+    data_dir: str | None = Field(
+        None, description="For hub: the folder of the dataset to read (Anthropic/hh-rlhf: harmless-base); null: all."
+    )
     split: str = Field("train", description="For hub: the split.")
     options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="For reasoning_gym: the task's own settings."
