@@ -237,7 +237,7 @@ def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
 
 def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
     figures = []
-    if evidence.accuracy:
+    if any(row["accuracy"] for row in evidence.accuracy):  # none where no pair says how far its sides are apart
         figures.append(
             _figure(
                 plots.accuracy_by_margin(evidence.accuracy),
