@@ -27,6 +27,7 @@ from tasks.evals.pairwise import Judgement, doubts, judge_pairs, with_judgements
 from tasks.evals.report import Evidence, as_json, read_table, render
 from tasks.evals.text import length_counts, word_count
 from tasks.rewards.composition import load_reward
+from tasks.rewards.finished import SCORER
 
 __all__ = ["evaluate"]
 
@@ -184,9 +185,7 @@ def _provenance(
     """What identifies this evaluation: the seed, the parameters it read, and the weights and prompts, by content."""
     content = json.dumps([seed, *(section.model_dump() for section in sections)], sort_keys=True)
     weights = [
-        (f"Weights: {name}", _digest((folder / ADAPTER / "adapter_model.safetensors").read_bytes()))
-        for name, folder in folders.items()
-        if not is_off(folder)
+        (f"Weights: {name}", _digest(*_weights(folder))) for name, folder in folders.items() if not is_off(folder)
     ]
     texts = "\n".join(row.prompt for row in prompts)
     return [
@@ -197,8 +196,18 @@ def _provenance(
     ]
 
 
-def _digest(content: bytes) -> str:
-    return hashlib.sha256(content).hexdigest()[:16]
+def _weights(folder: Path) -> list[bytes]:
+    """The adapter that a stage trained, or the finished reward model that it took."""
+    adapter = folder / ADAPTER / "adapter_model.safetensors"
+    files = [adapter] if adapter.is_file() else sorted((folder / SCORER).glob("*.safetensors"))
+    return [file.read_bytes() for file in files]
+
+
+def _digest(*parts: bytes) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

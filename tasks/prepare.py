@@ -1,7 +1,8 @@
 """Stage prepare: collected rows, validated, normalised, without duplicates, split so that nothing leaks.
 
-Writes for each split `demonstrations/`, `prompts/`, `preferences/` (as a source gave them) and `ratings/{proxy,gold}/`,
-all of which exist even where empty, `quarantine.jsonl` with every malformed row, and `metrics.json` with every count.
+Writes for each split `demonstrations/`, `prompts/`, `preferences/` (as a source gave them; `preferences/gold/` for the
+gold judge alone) and `ratings/{proxy,gold}/`, all of which exist even where empty, `quarantine.jsonl` with every
+malformed row, and `metrics.json` with every count.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row, wr
 from tasks.core.sections.prepare import PrepareParams
 from tasks.data.cleaning import Cleaned, check_quarantine, clean, in_length, key, whole_texts
 from tasks.data.duplicates import near_duplicates
-from tasks.data.splitting import HALVES, SPLITS, Half, Split, half_of, in_stable_order, split_of
+from tasks.data.splitting import HALVES, SPLITS, Half, Split, half_of, in_stable_order, split_of, uniform
 
 __all__ = ["prepare"]
 
@@ -49,10 +50,11 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
             f"none of {cleaned.collected} collected rows is left{_reasons(cleaned)}; look at prepare's bounds"
         )
     splits = _split(rows, params, seed)
+    splits, gold_pairs = _gold_pairs_apart(splits, params, seed)
     ratings = {half: _rated(splits, half, params, seed) for half in HALVES}
     gold = {split: [_cut(row, params.prompt_words) for row in rated] for split, rated in ratings["gold"].items()}
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
-    prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
+    prompts = _prompts(splits, {"test": [*gold["test"], *gold_pairs["test"]]}, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
         raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_reasons(cleaned)}")
     written = {f"ratings_{half}": _write(out / "ratings" / half, ratings[half]) for half in HALVES}
@@ -60,6 +62,9 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
     written["demonstrations"] = _write(out / "demonstrations", demonstrations)
     written["prompts"] = _write(out / "prompts", prompts)
     written["preferences"] = _write(out / "preferences", _of_type(splits, Preference))
+    gold_written = _write(out / "preferences" / "gold", gold_pairs)
+    if params.gold_pair_share:
+        written["preferences_gold"] = gold_written
     _write_metrics(out, cleaned, len(rows), written)
 
 
@@ -71,7 +76,8 @@ def _without_duplicates(rows: list[Row], cleaned: Cleaned, threshold: float) -> 
     """
     unique: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        identity = (type(row), "\x1f".join(whole_texts(row)), getattr(row, "labelled_by", None))
+        said = [*whole_texts(row), getattr(row, "objective", None) or ""]
+        identity = (type(row), "\x1f".join(said), getattr(row, "labelled_by", None))
         cleaned.dropped["duplicate"] += identity in unique
         unique.setdefault(identity, row)
     keys = list(dict.fromkeys(key(row) for row in unique.values()))
@@ -87,6 +93,16 @@ def _split(rows: list[Row], params: PrepareParams, seed: int) -> dict[Split, lis
     for row in in_stable_order(((f"{key(row)}\x1f{row.id}", row) for row in rows), seed):
         splits[split_of(key(row), params, seed)].append(row)
     return splits
+
+
+def _gold_pairs_apart(splits: Splits, params: PrepareParams, seed: int) -> tuple[dict[Split, list[Row]], Splits]:
+    """All rows but the gold judge's pairs, and these; the pairs of one prompt stay together."""
+
+    def gold(row: Row) -> bool:
+        return isinstance(row, Preference) and uniform(key(row), seed, "half") < params.gold_pair_share
+
+    rest = {split: [row for row in rows if not gold(row)] for split, rows in splits.items()}
+    return rest, {split: [row for row in rows if gold(row)] for split, rows in splits.items()}
 
 
 def _of_type(splits: Splits, *types: type[Row]) -> dict[Split, list[Row]]:

@@ -1,35 +1,44 @@
-"""The reward model: which of two texts would people prefer? Bradley–Terry over a linear head on the SFT model."""
+"""The reward model: how much would people like this text? A linear head on a language model, or a finished model."""
 
 from __future__ import annotations
 
-import csv
 import gc
+import shutil
 from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import replace
+from operator import add
 from pathlib import Path
-from typing import Any
 
 import torch
-from datasets import Dataset
 from torch import Tensor
-from trl import RewardConfig, RewardTrainer
 
 from tasks.core import tracking
-from tasks.core.files import write_json, write_table
-from tasks.core.models import add_lora, load_reference, load_tokenizer, new_scorer, prepare_process, save_adapter
-from tasks.core.schema import Preference, Prompt, read_rows
+from tasks.core.files import write_json
+from tasks.core.models import (
+    ADAPTER,
+    add_lora,
+    load_reference,
+    load_tokenizer,
+    new_scorer,
+    prepare_process,
+    save_adapter,
+)
+from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward_model import RewardModelParams
-from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
-from tasks.evals.calibration import MARGINS, accuracy_by_margin, calibration_table
+from tasks.core.training import HistoryCallback, train_or_resume, write_history
+from tasks.evals.assessment import correlation
 from tasks.rewards.familiarity import Familiarity
-from tasks.rewards.learned import FAMILIARITY, NORMALISATION, TextScorer, encode, member_folder
+from tasks.rewards.fetching import fetch_backbone, fetch_finished
+from tasks.rewards.finished import Text, load_finished
+from tasks.rewards.learned import FAMILIARITY, NORMALISATION, Member, member_folder, trunk_of
+from tasks.rewards.lessons import Lesson, Side, read_lesson
+from tasks.rewards.scorers import TextScorer
 from tasks.rl.rollout import generate
 
 __all__ = ["reward_model"]
-
-SPLITS = ("train", "validation", "test")
 
 FAMILIAR_TEXTS = 512
 """Training texts whose states are measured. On the default task a hundred find nearly what all 1,600 find: all made-up
@@ -48,91 +57,76 @@ def reward_model(
     preferences: Path,
     out: Path,
 ) -> None:
-    """Fit P(chosen ≻ rejected) = σ(r(chosen) − r(rejected)) with TRL's RewardTrainer; measure it; normalise it.
+    """Fit a reward model of the kind that is wanted, or take a finished one; measure it; normalise it.
 
-    Writes adapter/ (with normalisation.json: μ and σ of the raw reward on responses of the SFT policy;
-    familiarity.safetensors: where the training texts lie; and members/1, members/2, …: the further members of an
-    ensemble, trained alike from the seeds that follow, each laid out like this folder), history.csv,
-    accuracy_by_margin.csv, calibration.csv and metrics.json. The tables and figures are those of the first member, but
-    for `ensemble_accuracy`, which is that of the members' mean, and `mean_member_accuracy`.
+    Writes adapter/ (with normalisation.json: μ and σ of each head's raw value on responses of the SFT policy;
+    familiarity.safetensors: where the training texts lie; members/1, members/2, …: the further members of an ensemble,
+    trained alike from the seeds that follow, each laid out like this folder; backbone/ or scorer/: a copy of the model
+    that is not the SFT model), history.csv, accuracy_by_margin.csv, calibration.csv and metrics.json. The tables and
+    figures are those of the first member, but for `ensemble_…`, that of the members' mean, and `mean_member_…`.
+
+    Raises:
+        DataError: the rows that this kind learns from are missing, or do not say what it must know.
+        ModelError: a model is incomplete, or of an unfit architecture.
+        SourceError: a backbone or scorer could not be fetched.
     """
     prepare_process()
-    tokenizer = load_tokenizer(base_model)
-    train, validation, test = (read_rows(preferences / f"{part}.jsonl", Preference) for part in SPLITS)
-    samples = _reference_texts(params, generation, seed, base_model, sft, prepare, tokenizer)
-    metrics: dict[str, float] = {"pairs": len(train)}
+    shutil.rmtree(out / ADAPTER, ignore_errors=True)
+    lesson = read_lesson(params, prepare, preferences)
+    samples = _responses(params, generation, seed, base_model, sft, prepare)
+    metrics: dict[str, float] = dict(lesson.counts())
+    if params.backbone:
+        fetch_backbone(params.backbone, seed, out)
     scores: list[Tensor] = []
     for number in range(params.members):
         folder = member_folder(out, number)
         with tracking.part(f"member_{number}") if number else nullcontext():
-            scorer = _trained(params, lora, seed + number, base_model, sft, train, tokenizer, folder, number)
-        raw, states = scorer.read(samples)
-        mean, std = raw.mean().item(), raw.std().item()
-        write_json(folder / NORMALISATION, {"mean": mean, "std": std, "max_length": params.max_length})
-        heldout, heldout_states = scorer.read(_texts(test))
-        scores.append((heldout - mean) / std)
+            scorer, text = _scorer(params, lora, seed, lesson, *trunk_of(base_model, sft, out), folder, number)
+        member, states = Member.fit(scorer, _texts(samples, text), lesson.weights, length_debias=params.length_debias)
+        write_json(folder / NORMALISATION, {**member.facts(), "max_length": params.max_length})
+        heldout, heldout_states = member.read(_texts(lesson.sides("test"), text))
+        scores.append(member.normalised(heldout))
         if number == 0:
-            familiarity = _familiarity(scorer, train, validation)
+            familiarity = _familiarity(member, lesson, text)
             familiarity.save(out / FAMILIARITY)
-            metrics |= {"raw_mean": mean, "raw_std": std} | _measure(heldout, test, tokenizer, preferences, out)
-            metrics |= _unfamiliar(familiarity, states, heldout_states)
-        del scorer
+            metrics |= _scales(member) | lesson.measure(heldout, out)
+            metrics |= _length_bias(member, heldout, lesson, text) | _unfamiliar(familiarity, states, heldout_states)
+        del scorer, member
         gc.collect()  # a trained model holds itself in reference cycles, and the next needs the room
-    write_json(out / "metrics.json", metrics | _of_the_ensemble(torch.stack(scores)))
+    write_json(out / "metrics.json", metrics | _of_the_ensemble(lesson, torch.stack(scores)))
 
 
-def _trained(
+def _scorer(
     params: RewardModelParams,
     lora: LoraParams,
     seed: int,
-    base_model: Path,
-    sft: Path,
-    train: Sequence[Preference],
-    tokenizer: Any,
+    lesson: Lesson,
+    trunk: Path,
+    sft: Path | None,
     folder: Path,
     number: int,
-) -> TextScorer:
-    """Train one member, and write its adapter and its history to the folder."""
+) -> tuple[TextScorer, Text]:
+    """A member, trained or taken as it is, and how it wants its texts; its weights and history are in the folder."""
+    if params.scorer:
+        fetch_finished(params.scorer, params.max_length, folder)
+        write_history(folder / "history.csv", [])
+        return load_finished(folder)
+    seed, tokenizer = seed + number, load_tokenizer(trunk)
     history = HistoryCallback(f"reward_model, member {number}" if number else "reward_model")
-    trainer = RewardTrainer(
-        model=add_lora(
-            new_scorer(base_model, sft, seed=seed), lora, seed=seed, head="score", first_layer=params.first_layer
-        ),
-        args=RewardConfig(
-            **common_arguments(
-                seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
-            ),
-            max_length=params.max_length,
-            # Batches of like length waste less on padding; TRL drops the column that says so unless told not to.
-            train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
-        ),
-        train_dataset=Dataset.from_list([_encoded(row, tokenizer, params.max_length) for row in train]),
-        processing_class=tokenizer,
-        callbacks=[history],
-    )
+    fresh = new_scorer(trunk, sft, seed=seed, heads=len(lesson.weights))
+    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.first_layer)
+    trainer = lesson.trainer(model, tokenizer, seed=seed, callbacks=[history])
     train_or_resume(trainer)
-    save_adapter(trainer.model, folder)
+    save_adapter(model, folder)
     write_history(folder / "history.csv", history.rows)
-    return TextScorer(trainer.model, tokenizer, max_length=params.max_length)
+    return TextScorer(model, tokenizer, max_length=params.max_length), add
 
 
-def _encoded(row: Preference, tokenizer: Any, max_length: int) -> dict[str, Any]:
-    chosen = encode(tokenizer, row.prompt + row.chosen, max_length)
-    rejected = encode(tokenizer, row.prompt + row.rejected, max_length)
-    return {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
-
-
-def _reference_texts(
-    params: RewardModelParams,
-    generation: GenerationParams,
-    seed: int,
-    base_model: Path,
-    sft: Path,
-    prepare: Path,
-    tokenizer: Any,
-) -> list[str]:
-    """Texts that the SFT policy writes for training prompts."""
+def _responses(
+    params: RewardModelParams, generation: GenerationParams, seed: int, base_model: Path, sft: Path, prepare: Path
+) -> list[Side]:
+    """What the SFT policy writes for training prompts."""
+    tokenizer = load_tokenizer(base_model)
     prompts = [row.prompt for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
     prompts = (prompts * (params.normalisation_samples // len(prompts) + 1))[: params.normalisation_samples]
     rollout = generate(
@@ -144,20 +138,42 @@ def _reference_texts(
         pad_token_id=tokenizer.pad_token_id,
         generator=torch.Generator().manual_seed(seed),
     )
-    return [
-        prompt + tokenizer.decode(ids, skip_special_tokens=True)
-        for prompt, ids in zip(prompts, rollout.response_ids(), strict=True)
-    ]
+    responses = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rollout.response_ids()]
+    return list(zip(prompts, responses, strict=True))
 
 
-def _texts(pairs: Sequence[Preference]) -> list[str]:
-    """The chosen texts, then the rejected ones."""
-    return [row.prompt + row.chosen for row in pairs] + [row.prompt + row.rejected for row in pairs]
+def _texts(sides: Sequence[Side], text: Text) -> list[str]:
+    return [text(prompt, response) for prompt, response in sides]
 
 
-def _familiarity(scorer: TextScorer, train: Sequence[Preference], validation: Sequence[Preference]) -> Familiarity:
-    texts = _texts(train[: FAMILIAR_TEXTS // 2])
-    return Familiarity.fit(*(scorer.read(list(dict.fromkeys(own)))[1] for own in (texts, _texts(validation))))
+def _scales(member: Member) -> dict[str, float]:
+    """Mean and spread of each head's raw value, and what a token adds to it where that was taken off."""
+    figures: dict[str, float] = {}
+    for name, head in member.heads.items():
+        own = {f"raw_{fact}" if fact in ("mean", "std") else fact: value for fact, value in head.facts().items()}
+        figures |= {f"{fact}/{name}" if name else fact: value for fact, value in own.items()}
+    return figures
+
+
+def _length_bias(member: Member, heldout: Tensor, lesson: Lesson, text: Text) -> dict[str, float]:
+    """Correlation of score and number of tokens over held-out texts; also before length was taken off, where it was."""
+    texts = _texts(lesson.sides("test"), text)
+    lengths = member.scorer.lengths(texts, whole=True)
+    figures = {"length_correlation": correlation(_score(member, heldout), lengths)}
+    if any(head.length_slope for head in member.heads.values()):
+        biased = replace(member, heads={name: replace(head, length_slope=0.0) for name, head in member.heads.items()})
+        figures["length_correlation_before"] = correlation(_score(biased, biased.read(texts)[0]), lengths)
+    return figures
+
+
+def _score(member: Member, values: Tensor) -> Tensor:
+    """[N, K] → [N]: the raw value of a head that is alone."""
+    return values[:, 0] if len(member.heads) == 1 else member.score(member.normalised(values))
+
+
+def _familiarity(member: Member, lesson: Lesson, text: Text) -> Familiarity:
+    splits = (lesson.sides("train", FAMILIAR_TEXTS), lesson.sides("validation"))
+    return Familiarity.fit(*(member.scorer.read(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
 
 
 def _unfamiliar(familiarity: Familiarity, samples: Tensor, heldout: Tensor) -> dict[str, float]:
@@ -169,54 +185,13 @@ def _unfamiliar(familiarity: Familiarity, samples: Tensor, heldout: Tensor) -> d
     }
 
 
-def _of_the_ensemble(scores: Tensor) -> dict[str, float]:
-    """How often members [K, chosen and rejected] order a pair rightly, together and each alone; nothing of one."""
+def _of_the_ensemble(lesson: Lesson, scores: Tensor) -> dict[str, float]:
+    """How good members [members, N, K] are, together and each alone; nothing of one."""
     if len(scores) == 1:
         return {}
-    half = scores.shape[1] // 2
-    right = scores[:, :half] > scores[:, half:]
-    together = scores.mean(0)[:half] > scores.mean(0)[half:]
-    return {
-        "members": len(scores),
-        "ensemble_accuracy": _share(together),
-        "mean_member_accuracy": _share(right),
-    }
-
-
-def _measure(
-    scores: Tensor, pairs: Sequence[Preference], tokenizer: Any, preferences: Path, out: Path
-) -> dict[str, float]:
-    """Accuracy on held-out human pairs by rating margin beside the raters' own, calibration, and length bias.
-
-    Args:
-        scores: raw ones of `_texts(pairs)`.
-    """
-    gaps = scores[: len(pairs)] - scores[len(pairs) :]
-    margins = torch.tensor([float("nan") if row.margin is None else row.margin for row in pairs])
-    write_table(out / "accuracy_by_margin.csv", accuracy_by_margin(gaps, margins, _ceiling(preferences)))
-    table, calibration_error = calibration_table(gaps)
-    write_table(out / "calibration.csv", table)
-    lengths = torch.tensor([float(len(tokenizer(text).input_ids)) for text in _texts(pairs)])
-    wide = margins.abs() >= MARGINS.clear
-    return {
-        "heldout_pairs": len(pairs),
-        "accuracy": _share(gaps > 0),
-        "accuracy_margin_1": _share(gaps[wide] > 0),
-        "pairs_margin_1": int(wide.sum()),
-        "calibration_error": calibration_error,
-        "length_correlation": torch.corrcoef(torch.stack([scores, lengths]))[0, 1].item(),
-    }
-
-
-def _share(hits: Tensor) -> float:
-    return hits.float().mean().item() if hits.numel() else 0.0
-
-
-def _ceiling(preferences: Path) -> dict[str, float]:
-    """Margin bucket → how often one person's ratings order a pair as the mean of the others does."""
-    path = preferences / "ceiling.csv"
-    with path.open(encoding="utf-8", newline="") as file:
-        return {row["bucket"]: float(row["agreement"]) for row in csv.DictReader(file) if row["agreement"]}
+    name, together = lesson.quality(scores.mean(0))
+    alone = [lesson.quality(own)[1] for own in scores]
+    return {"members": len(scores), f"ensemble_{name}": together, f"mean_member_{name}": sum(alone) / len(alone)}
 
 
 if __name__ == "__main__":

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import json
-import shutil
 import sys
 import warnings
 from pathlib import Path
@@ -37,6 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "add_lora",
     "device",
+    "dtype",
     "is_off",
     "load_beside",
     "load_policy",
@@ -104,7 +104,7 @@ def load_tokenizer(base_model: Path) -> PreTrainedTokenizerBase:
 def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
     """The base model with the SFT adapter merged, in evaluation mode and frozen: float32 on CPU, bfloat16 on a GPU."""
     folder = _existing(base_model / BASE, "config.json")
-    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=_dtype())
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
     if sft is not None:
         model = PeftModel.from_pretrained(model, _existing(sft / ADAPTER, "adapter_config.json")).merge_and_unload()
     model.to(device())
@@ -171,13 +171,15 @@ def _linear_names(model: PreTrainedModel) -> set[str]:
     }
 
 
-def new_scorer(base_model: Path, sft: Path | None, *, seed: int) -> PreTrainedModel:
-    """The reference's trunk with a fresh linear head `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1)."""
+def new_scorer(base_model: Path, sft: Path | None, *, seed: int, heads: int = 1) -> PreTrainedModel:
+    """The reference's trunk with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1).
+
+    Raises:
+        ModelError: transformers has no such head for this architecture.
+    """
     reference = load_reference(base_model, sft)
     trunk_name = reference.base_model_prefix
-    scorer: Any = AutoModelForSequenceClassification.from_pretrained(
-        base_model / BASE, num_labels=1, dtype=_dtype(), ignore_mismatched_sizes=True
-    )
+    scorer = _with_heads(base_model, heads)
     setattr(scorer, trunk_name, getattr(reference, trunk_name))
     scorer.config.pad_token_id = load_tokenizer(base_model).pad_token_id
     generator = torch.Generator().manual_seed(seed)
@@ -187,9 +189,24 @@ def new_scorer(base_model: Path, sft: Path | None, *, seed: int) -> PreTrainedMo
     return result
 
 
-def load_scorer(base_model: Path, sft: Path | None, stage: Path) -> PeftModel:
-    """A trained scorer: trunk, adapter and head, in evaluation mode."""
-    scorer = new_scorer(base_model, sft, seed=0)
+def _with_heads(base_model: Path, heads: int) -> Any:
+    folder = base_model / BASE
+    try:
+        scorer: Any = AutoModelForSequenceClassification.from_pretrained(
+            folder, num_labels=heads, dtype=dtype(), ignore_mismatched_sizes=True
+        )
+    except ValueError as error:
+        raise ModelError(f"{folder}: transformers can put no score on this architecture: {error}") from error
+    if not isinstance(getattr(scorer, "score", None), torch.nn.Linear):
+        raise ModelError(
+            f"{folder}: {type(scorer).__name__} has no linear layer `score`; choose a decoder as the model"
+        )
+    return scorer
+
+
+def load_scorer(base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1) -> PeftModel:
+    """A trained scorer: trunk, adapter and heads, in evaluation mode."""
+    scorer = new_scorer(base_model, sft, seed=0, heads=heads)
     return _load_adapter(scorer, stage)
 
 
@@ -205,10 +222,14 @@ def _load_adapter(model: PreTrainedModel, stage: Path) -> PeftModel:
 
 
 def save_adapter(model: PeftModel, out: Path) -> None:
-    """Write the adapter so that equal weights are equal bytes on every machine: no paths, no set in random order."""
+    """Write the adapter so that equal weights are equal bytes on every machine: no paths, no set in random order.
+
+    Files of an earlier adapter go; folders beside them, such as a model that the adapter is for, stay.
+    """
     folder = out / ADAPTER
-    if folder.exists():
-        shutil.rmtree(folder)
+    for file in folder.glob("*"):
+        if file.is_file():
+            file.unlink()
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"
@@ -222,7 +243,8 @@ def _strings(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
-def _dtype() -> torch.dtype:
+def dtype() -> torch.dtype:
+    """What models compute in on this machine."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 

@@ -63,10 +63,17 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _needed_stages_are_on(self) -> Self:
-        if self.preferences is None and (self.reward_model or self.dpo):
-            raise ValueError("preferences is null, but reward_model and dpo learn from pairs: set them to null too")
+        if self.preferences is None and ((self.reward_model and self.reward_model.pairwise) or self.dpo):
+            raise ValueError(
+                "preferences is null, but reward_model and dpo learn from pairs: set them to null too (a reward_model "
+                "of kind rating or classification learns from ratings)"
+            )
         if self.reward_model is None and LEARNED in self.reward.weights and (self.ppo or self.grpo):
             raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")
+        if self.gold_judge and self.gold_judge.kind == "preference" and not self.prepare.gold_pair_share:
+            raise ValueError(
+                "gold_judge.kind is preference, but prepare.gold_pair_share keeps no pairs for it: raise it"
+            )
         paid = [name for name, rule in self.reward.rules.items() if rule.function == "sentiment"]
         if paid and self.evaluate.vader:
             raise ValueError(

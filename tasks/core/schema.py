@@ -11,7 +11,15 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
 
 from tasks.core.errors import DataError
 
@@ -46,7 +54,8 @@ class Preference(Row):
 
     `margin` is the difference of the two mean ratings (points of the rating scale) where it is known: it is negative
     when the sampled raters disagree with the mean of all. Of a label it is how much better the labeller finds the
-    chosen one: 1 slightly, 2 clearly, 3 far.
+    chosen one: 1 slightly, 2 clearly, 3 far. `objective` names what they were asked to compare, where a source asked
+    for one thing among several. A file holds the last three only where they are known.
     """
 
     prompt: str
@@ -55,12 +64,19 @@ class Preference(Row):
     margin: float | None = None
     labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
+    objective: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
     def _sides_differ(self) -> Self:
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text, so the pair says nothing")
         return self
+
+    @model_serializer(mode="wrap")
+    def _without_what_is_unknown(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        unknown = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
+        return {name: value for name, value in content.items() if name not in unknown}
 
 
 class Rating(Row):

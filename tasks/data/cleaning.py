@@ -100,7 +100,8 @@ def in_length(cleaned: Cleaned, params: PrepareParams) -> list[Row]:
     """The rows whose length fits; the others are counted.
 
     Rated texts and demonstrations keep to both bounds, prompts to the upper one. A preference is kept at any length
-    (training cuts it by tokens), unless its sides agree in their first `max_words` words: what is compared must differ.
+    (training cuts it by tokens) unless `max_preference_words` says otherwise, or its sides agree in their first
+    `max_words` words: what is compared must differ.
     """
     kept = []
     for row in cleaned.rows:
@@ -114,6 +115,9 @@ def in_length(cleaned: Cleaned, params: PrepareParams) -> list[Row]:
 
 def _misfit(row: Row, params: PrepareParams) -> str | None:
     if isinstance(row, Preference):
+        longest = max(len(text.split()) for text in whole_texts(row))
+        if params.max_preference_words is not None and longest > params.max_preference_words:
+            return "too_long"
         chosen, rejected = (side.split()[: params.max_words] for side in (row.chosen, row.rejected))
         return "identical_after_truncation" if chosen == rejected else None
     words = len(whole_texts(row)[0].split())

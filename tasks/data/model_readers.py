@@ -23,7 +23,7 @@ from tasks.core.paths import state
 from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.pypi import fetch
 
-__all__ = ["READERS", "Loaded"]
+__all__ = ["READERS", "Loaded", "folder_origin", "hub_folder", "load_folder"]
 
 Loaded = tuple[Any, Any, dict[str, object]]
 
@@ -51,27 +51,42 @@ def from_pypi(params: BaseModelParams, seed: int) -> Loaded:
 
 def from_hub(params: BaseModelParams, seed: int) -> Loaded:
     """A model of the Hugging Face hub, at the commit that the revision means today; the card records it."""
+    folder, origin = hub_folder(params.id, params.revision, instead="use base_model.kind folder or pypi")
+    model, tokenizer = _load(folder, f"hub model {params.id}")
+    return model, tokenizer, origin
+
+
+def hub_folder(name: str, revision: str, *, instead: str) -> tuple[Path, dict[str, object]]:
+    """Where a model of the hub lies on this machine, and its origin for a card.
+
+    Raises:
+        SourceError: it could not be fetched; `instead` is the cure where there is no hub.
+    """
     try:
-        commit = str(HfApi().model_info(params.id, revision=params.revision).sha)
-        folder = snapshot_download(params.id, revision=commit, allow_patterns=_HUB_FILES)
+        commit = str(HfApi().model_info(name, revision=revision).sha)
+        folder = snapshot_download(name, revision=commit, allow_patterns=_HUB_FILES)
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise SourceError(
-            f"model {params.id!r} at revision {params.revision!r} could not be fetched from the Hugging Face hub: "
-            f"{_first_line(error)}; check the network, the name and your access, or use base_model.kind folder or pypi"
+            f"model {name!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
+            f"{_first_line(error)}; check the network, the name and your access, or {instead}"
         ) from error
-    model, tokenizer = _load(Path(folder), f"hub model {params.id}")
-    return model, tokenizer, {"source": f"Hugging Face hub {params.id}", "revision": params.revision, "commit": commit}
+    return Path(folder), {"source": f"Hugging Face hub {name}", "revision": revision, "commit": commit}
 
 
 def from_folder(params: BaseModelParams, seed: int) -> Loaded:
     """A local folder in the layout of transformers; the card records what its weights hash to."""
     folder = Path(params.id).expanduser()
     model, tokenizer = _load(folder, f"model folder {params.id}")
+    return model, tokenizer, folder_origin(folder)
+
+
+def folder_origin(folder: Path) -> dict[str, object]:
+    """The origin of a local folder's model, for a card."""
     digest = hashlib.sha256()
     for path in sorted(folder.glob("*.safetensors")):
         with path.open("rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
-    return model, tokenizer, {"source": f"local folder {folder.name}", "sha256_of_weights": digest.hexdigest()}
+    return {"source": f"local folder {folder.name}", "sha256_of_weights": digest.hexdigest()}
 
 
 def from_random(params: BaseModelParams, seed: int) -> Loaded:
@@ -110,9 +125,22 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
 
 
 def _load(folder: Path, what: str) -> tuple[Any, Any]:
-    """Model and tokenizer of a complete folder."""
+    return load_folder(folder, what, AutoModelForCausalLM, key="base_model.id", dtype=torch.float16)
+
+
+def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> tuple[Any, Any]:
+    """Model and tokenizer of a complete folder.
+
+    Args:
+        what: the folder, in messages.
+        kind: the class of transformers that loads the model.
+        key: of params.yaml that named the folder.
+
+    Raises:
+        ModelError: something is missing, or cannot be loaded.
+    """
     if not folder.is_dir():
-        raise ModelError(f"{what}: {folder} is no folder; base_model.id must name an existing one")
+        raise ModelError(f"{what}: {folder} is no folder; {key} must name an existing one")
     missing = [need for need, there in _parts(folder).items() if not there]
     if missing:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
@@ -120,12 +148,17 @@ def _load(folder: Path, what: str) -> tuple[Any, Any]:
             f"{what} has {' and '.join(missing)}; found: {found}. Save the missing part into it and run again"
         )
     try:
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float16)
+        model, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         raise ModelError(
             f"{what} cannot be loaded: {_first_line(error)}; save it again with save_pretrained"
         ) from error
+    if loading["missing_keys"]:
+        raise ModelError(
+            f"{what} has no weights for {', '.join(sorted(loading['missing_keys'])[:5])}, which would be random "
+            f"numbers: {key} must name a model that was trained for this ({kind.__name__})"
+        )
     return model, tokenizer
 
 

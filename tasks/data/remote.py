@@ -27,7 +27,9 @@ def read_hub(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int, 
     """
     try:
         commit = str(HfApi().dataset_info(source.id, revision=source.revision).sha)
-        rows: Any = datasets.load_dataset(source.id, source.subset, split=source.split, revision=commit)
+        rows: Any = datasets.load_dataset(
+            source.id, source.subset, data_dir=source.data_dir, split=source.split, revision=commit
+        )
     except (HfHubHTTPError, OfflineModeIsEnabled, DatasetNotFoundError, OSError, ValueError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
@@ -36,7 +38,8 @@ def read_hub(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int, 
             "and your access, or use a source of kind local"
         ) from error
     origin: dict[str, object] = {
-        "source": f"Hugging Face hub {source.id}", "subset": source.subset, "split": source.split, "commit": commit,
+        "source": f"Hugging Face hub {source.id}", "subset": source.subset, "data_dir": source.data_dir,
+        "split": source.split, "commit": commit,
     }  # fmt: skip
     return ((f"{source.id}/{source.split}", line, row) for line, row in enumerate(rows, start=1)), origin
 

@@ -81,6 +81,8 @@ def _mapped(source: SourceParams, content: Mapping[str, Any], line: int) -> dict
     fields = ROW_TYPES[source.rows].model_fields
     row = {name: content[column] for name in fields if (column := source.columns.get(name, name)) in content}
     row["id"] = f"{source.name}-{row.get('id', line)}"
+    if source.objective:
+        row["objective"] = source.objective
     if source.rows == "preferences" and "prompt" not in row:
         row |= _split_dialogue(row)
     if isinstance(row.get("prompt"), str) and row["prompt"]:

@@ -77,7 +77,8 @@ COLUMNS = (
     ),
     Column(
         "reward_gold", ("Gold", "rating"), signed,
-        "The gold judge's score: the average rating it expects, on the scale on which people rated.",
+        "The gold judge's score: the average rating it expects, on the scale on which people rated; of a judge of "
+        "preferences, log-odds.",
     ),
     Column("vader", ("VADER",), signed),
     Column("reward_proxy", ("Proxy", "reward"), signed),

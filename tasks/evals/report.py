@@ -243,7 +243,7 @@ def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
 
 def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
     figures = []
-    if evidence.accuracy:
+    if any(row["accuracy"] for row in evidence.accuracy):  # none where no pair says how far its sides are apart
         figures.append(
             _figure(
                 plots.accuracy_by_margin(evidence.accuracy),
@@ -259,7 +259,7 @@ def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
                 plots.calibration(evidence.calibration),
                 "Reward model: calibration",
                 "When the model says that it is 80% sure, is it right 80% of the time? On the dotted line it is; below "
-                "it, it is too sure of itself. Larger points: more pairs. Bars: 95% intervals.",
+                "it, it is too sure of itself. Larger points: more held-out cases. Bars: 95% intervals.",
             )
         )
     return figures

@@ -1,37 +1,43 @@
-"""Learned rewards: the preference models that training sees, and the gold judge that it never sees."""
+"""Learned rewards: the reward models that training sees, and the gold judge that it never sees."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from tasks.core.errors import ModelError
-from tasks.core.models import ADAPTER, device, load_beside, load_scorer, load_tokenizer
+from tasks.core.models import ADAPTER, load_beside, load_scorer, load_tokenizer
 from tasks.rewards.familiarity import Familiarity
-from tasks.rl.rollout import position_ids
+from tasks.rewards.finished import SCORER, load_finished
+from tasks.rewards.scorers import TextScorer, encode
 
 __all__ = [
+    "BACKBONE",
     "COMBINATIONS",
     "FAMILIARITY",
     "NORMALISATION",
     "GoldJudge",
+    "Head",
     "Member",
     "RewardModel",
     "TextScorer",
     "encode",
     "member_folder",
+    "trunk_of",
 ]
 
 NORMALISATION = f"{ADAPTER}/normalisation.json"
 FAMILIARITY = f"{ADAPTER}/familiarity.safetensors"
 MEMBERS = f"{ADAPTER}/members"
+BACKBONE = f"{ADAPTER}/backbone"
 
 COMBINATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(0),
@@ -46,92 +52,101 @@ def member_folder(reward_model: Path, number: int) -> Path:
     return reward_model / MEMBERS / str(number) if number else reward_model
 
 
-def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
-    """The ids of a text with the end token behind it, cut at max_length: what every scorer reads."""
-    ids: list[int] = tokenizer(text, truncation=True, max_length=max_length - 1).input_ids
-    return [*ids, tokenizer.eos_token_id]
+@dataclass(frozen=True)
+class Head:
+    """One output of a model, and what makes it a score.
 
+    Attributes:
+        mean: μ of the output over responses of the SFT policy, less what their length explains.
+        std: their spread σ.
+        length_slope: what a token adds to the output; taken off it. 0 where length is left alone.
+        weight: in the sum of the heads.
+    """
 
-class TextScorer:
-    """Scores texts by the linear head at each text's end token."""
+    mean: float
+    std: float
+    length_slope: float = 0.0
+    weight: float = 1.0
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 32, adapter: str | None = None
-    ) -> None:
-        """Pair a model with its tokenizer; `adapter` is the one that is switched on, where the model has several."""
-        self._model = model
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._batch_size = batch_size
-        self._adapter = adapter
+    @classmethod
+    def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> Head:
+        """Measure it on raw values [N] of SFT responses, and on their lengths where those shall not count.
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Raw scores, [len(texts)] float32 on the CPU."""
-        return self.read(texts)[0]
-
-    @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Raw scores [N] and the states [N, d] that the head makes them from, float32 on the CPU.
-
-        Equal texts are read once, in batches of like length.
+        The slope is that of least squares, cov(raw, length) / var(length).
         """
-        self._model.eval()
-        if self._adapter is not None:
-            self._model.set_adapter(self._adapter, inference_mode=True)
-        unique = {text: encode(self._tokenizer, text, self._max_length) for text in texts}
-        ordered = sorted(unique, key=lambda text: (len(unique[text]), text))
-        readings = [
-            self._read([unique[text] for text in ordered[start : start + self._batch_size]])
-            for start in range(0, len(ordered), self._batch_size)
-        ]
-        place = {text: row for row, text in enumerate(ordered)}
-        rows = [place[text] for text in texts]
-        scores, states = (torch.cat(parts)[rows] for parts in zip(*readings, strict=True))
-        return scores, states
+        slope = 0.0
+        if lengths is not None and lengths.std() > 0:
+            slope = (torch.cov(torch.stack([raw, lengths]))[0, 1] / lengths.var()).item()
+        rest = cls(0.0, 1.0, slope).debiased(raw, lengths)
+        return cls(rest.mean().item(), rest.std().item(), slope, weight)
 
-    def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        width = max(len(row) for row in rows)
-        ids = torch.full((len(rows), width), self._tokenizer.pad_token_id, dtype=torch.long)
-        mask = torch.zeros((len(rows), width), dtype=torch.bool)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
-            mask[index, : len(row)] = True
-        where = device()
-        with _inputs_of(self._model.score) as states:
-            logits: Tensor = self._model(
-                input_ids=ids.to(where), attention_mask=mask.long().to(where), position_ids=position_ids(mask).to(where)
-            ).logits
-        at_the_end = states[0][range(len(rows)), [len(row) - 1 for row in rows]]
-        return logits.squeeze(-1).float().cpu(), at_the_end.float().cpu()
+    def debiased(self, raw: Tensor, lengths: Tensor | None) -> Tensor:
+        """Raw values [N] less what their length adds to them."""
+        return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
 
+    def normalised(self, debiased: Tensor) -> Tensor:
+        """(x − μ) / σ."""
+        return (debiased - self.mean) / self.std
 
-@contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, what the module is given is kept."""
-    kept: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
-    try:
-        yield kept
-    finally:
-        handle.remove()
+    def facts(self) -> dict[str, float]:
+        """As normalisation.json says it."""
+        slope = {"length_slope": self.length_slope} if self.length_slope else {}
+        return {"mean": self.mean, "std": self.std, **slope}
 
 
 @dataclass(frozen=True)
 class Member:
-    """One preference model; its raw scores of responses of the SFT policy have this mean and spread."""
+    """One model with one head, whose name is "", or with a head for each objective."""
 
     scorer: TextScorer
-    mean: float
-    std: float
+    heads: Mapping[str, Head]
+
+    @classmethod
+    def fit(
+        cls, scorer: TextScorer, samples: Sequence[str], weights: Mapping[str, float], *, length_debias: bool
+    ) -> tuple[Member, Tensor]:
+        """The member whose heads are normalised on these responses of the SFT policy, and the states behind them."""
+        raw, states = scorer.read(samples)
+        lengths = scorer.lengths(samples) if length_debias else None
+        columns = zip(weights.items(), _columns(raw), strict=True)
+        return cls(scorer, {name: Head.fit(own, lengths, weight=weight) for (name, weight), own in columns}), states
 
     def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Normalised scores [N], (raw − μ) / σ, and the states [N, d] behind them."""
+        """The heads' raw values [N, K], less what length adds to them, and the states [N, d] behind them."""
         raw, states = self.scorer.read(texts)
-        return (raw - self.mean) / self.std, states
+        lengths = self.scorer.lengths(texts) if any(head.length_slope for head in self.heads.values()) else None
+        columns = zip(self.heads.values(), _columns(raw), strict=True)
+        return torch.stack([head.debiased(own, lengths) for head, own in columns], dim=1), states
+
+    def normalised(self, values: Tensor) -> Tensor:
+        """[N, K] of `read` → [N, K], each head in standard deviations of its values on responses of the SFT policy."""
+        columns = zip(self.heads.values(), values.unbind(1), strict=True)
+        return torch.stack([head.normalised(own) for head, own in columns], dim=1)
+
+    def score(self, normalised: Tensor) -> Tensor:
+        """[N, K] → [N], Σ weight · head."""
+        columns = zip(self.heads.values(), normalised.unbind(1), strict=True)
+        return reduce(add, (head.weight * own for head, own in columns))
+
+    def facts(self) -> dict[str, object]:
+        """As normalisation.json says it."""
+        if "" in self.heads:
+            return dict(self.heads[""].facts())
+        return {"objectives": {name: {**head.facts(), "weight": head.weight} for name, head in self.heads.items()}}
+
+
+def _columns(raw: Tensor) -> tuple[Tensor, ...]:
+    return (raw,) if raw.dim() == 1 else raw.unbind(1)
+
+
+def _heads(facts: Mapping[str, Any]) -> dict[str, Head]:
+    """What `Member.facts` has said."""
+    rows = facts.get("objectives") or {"": {name: value for name, value in facts.items() if name != "max_length"}}
+    return {name: Head(**row) for name, row in rows.items()}
 
 
 class RewardModel:
-    """One preference model, or an ensemble, whose members differ in their seed alone, on one trunk."""
+    """One model, or an ensemble, whose members differ in their seed alone, on one trunk."""
 
     def __init__(
         self,
@@ -140,6 +155,7 @@ class RewardModel:
         *,
         combine: str = "mean",
         uncertainty_coef: float = 0.0,
+        text: Callable[[str, str], str] = add,
     ) -> None:
         """Put members together.
 
@@ -147,34 +163,30 @@ class RewardModel:
             familiarity: of the first member's states.
             combine: one of `COMBINATIONS`.
             uncertainty_coef: what `uncertainty` takes off per unit of variance among members.
+            text: of a prompt and a response, the text that members read.
         """
         self._members = members
         self._familiarity = familiarity
         self._combined = COMBINATIONS[combine]
         self._uncertainty_coef = uncertainty_coef
+        self._text = text
 
     @classmethod
     def load(
         cls, base_model: Path, sft: Path, reward_model: Path, *, combine: str = "mean", uncertainty_coef: float = 0.0
     ) -> RewardModel:
-        """Load what the reward_model stage wrote.
+        """Load what the reward_model stage wrote, of whatever kind.
 
         Raises:
             ModelError: the folder is incomplete.
         """
-        count = 1 + len(list((reward_model / MEMBERS).glob("*")))
-        folders = [member_folder(reward_model, number) for number in range(count)]
-        facts = [_facts(folder) for folder in folders]
-        model, tokenizer = load_scorer(base_model, sft, reward_model), load_tokenizer(base_model)
-        names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
-        for name, folder in zip(names[1:], folders[1:], strict=True):
-            load_beside(model, name, folder)
-        members = [
-            Member(TextScorer(model, tokenizer, max_length=own["max_length"], adapter=name), own["mean"], own["std"])
-            for name, own in zip(names, facts, strict=True)
-        ]
         familiarity = Familiarity.load(reward_model / FAMILIARITY)
-        return cls(members, familiarity, combine=combine, uncertainty_coef=uncertainty_coef)
+        if (reward_model / SCORER).is_dir():
+            scorer, text = load_finished(reward_model)
+            members = [Member(scorer, _heads(_facts(reward_model)))]
+        else:
+            members, text = _trained_members(base_model, sft, reward_model), add
+        return cls(members, familiarity, combine=combine, uncertainty_coef=uncertainty_coef, text=text)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: those of the members, combined."""
@@ -182,22 +194,54 @@ class RewardModel:
 
     def members(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
-        texts = _joined(prompts, responses)
-        return torch.stack([member.read(texts)[0] for member in self._members])
+        texts = self._texts(prompts, responses)
+        return torch.stack([own.score(own.normalised(own.read(texts)[0])) for own in self._members])
 
     def measured(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B], and what the same pass tells about them.
 
-        `unfamiliar` [B] is 1 where the text is unlike those that people compared; `disagreement` [B], where there are
-        several members, their standard deviation.
+        `unfamiliar` [B] is 1 where the text is unlike those that people compared; `objective/<name>` [B], where there
+        are several objectives, is the members' mean of that head; `disagreement` [B], where there are several members,
+        their standard deviation.
         """
-        texts = _joined(prompts, responses)
+        texts = self._texts(prompts, responses)
         readings = [member.read(texts) for member in self._members]
-        scores = torch.stack([own for own, _ in readings])
+        heads = [own.normalised(values) for own, (values, _) in zip(self._members, readings, strict=True)]
+        scores = torch.stack([own.score(values) for own, values in zip(self._members, heads, strict=True)])
         measures = {"unfamiliar": self._familiarity.unfamiliar(readings[0][1])}
+        if len(self._members[0].heads) > 1:
+            columns = torch.stack(heads).mean(0).unbind(1)
+            names = [f"objective/{name}" for name in self._members[0].heads]
+            measures |= dict(zip(names, columns, strict=True))
         if len(readings) > 1:
             measures["disagreement"] = scores.std(0, correction=0)
         return self._combined(scores, self._uncertainty_coef), measures
+
+    def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        return [self._text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def trunk_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
+    """What lies below the heads, as `load_reference` takes it: its own backbone if it has one, else the SFT model."""
+    backbone = reward_model / BACKBONE
+    return (backbone, None) if backbone.is_dir() else (base_model, sft)
+
+
+def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[Member]:
+    """Every member, on one trunk."""
+    count = 1 + len(list((reward_model / MEMBERS).glob("*")))
+    folders = [member_folder(reward_model, number) for number in range(count)]
+    facts = [_facts(folder) for folder in folders]
+    base, below = trunk_of(base_model, sft, reward_model)
+    model = load_scorer(base, below, reward_model, heads=len(_heads(facts[0])))
+    tokenizer = load_tokenizer(base)
+    names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        load_beside(model, name, folder)
+    return [
+        Member(TextScorer(model, tokenizer, max_length=own["max_length"], adapter=name), _heads(own))
+        for name, own in zip(names, facts, strict=True)
+    ]
 
 
 class GoldJudge:
@@ -219,11 +263,7 @@ class GoldJudge:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Estimated mean ratings, [len(prompts)]."""
-        return self._scorer(_joined(prompts, responses))
-
-
-def _joined(prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-    return [prompt + response for prompt, response in zip(prompts, responses, strict=True)]
+        return self._scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
 
 
 def _facts(folder: Path) -> dict[str, Any]:

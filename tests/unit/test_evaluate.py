@@ -5,6 +5,7 @@ import shutil
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ from tasks.core.errors import DataError
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
 from tasks.core.paths import OFF
-from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.schema import Preference, Prompt, Rating, read_rows, write_rows
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.judge import JudgeParams
@@ -32,6 +33,8 @@ from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.learned import FAMILIARITY, NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
 from tests.unit.chat_server import longer, serving
+from tests.unit.rewards.test_kinds import finished
+from tests.unit.tiny_stages import run_reward_model, write_inputs
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, judge=None)
@@ -216,6 +219,50 @@ def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: 
     for policy, row in table.items():
         assert row["unfamiliar"] == pytest.approx(mean(r.measures["unfamiliar"] for r in records if r.policy == policy))
     assert 0 < expected.mean() < 1, "a threshold that shows nothing"
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "rating": {"kind": "rating", "members": 2},
+    "multi_objective": {"kind": "multi_objective", "objectives": {"kind": 0.7, "short": 0.3}},
+    "backbone": {"backbone": {"kind": "random"}, "length_debias": True},
+    "scorer": {"scorer": {"id": "theirs", "template": "chat"}},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_of_reward_model_is_reported(
+    world: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    finished(tmp_path / "theirs", 1)
+    write_inputs(tmp_path)
+    for name in ("base_model", "sft"):
+        shutil.rmtree(tmp_path / name)
+        (tmp_path / name).symlink_to(world[name])
+    for split in ("train", "validation", "test"):
+        rated = [Rating(id=str(n), text="ab"[n % 2] * (n + 1), ratings=(float(n % 2),)) for n in range(12)]
+        write_rows(tmp_path / "prepare" / "ratings" / "proxy" / f"{split}.jsonl", rated)
+        path = tmp_path / "preferences" / f"{split}.jsonl"
+        about = ({"objective": "kind", "margin": None if kind == "scorer" else 1.0}, {"objective": "short"})
+        pairs = enumerate(read_rows(path, Preference))
+        write_rows(path, [row.model_copy(update=about[n % 2]) for n, row in pairs])
+    (tmp_path / "reward_model").mkdir()
+    run_reward_model(tmp_path, tmp_path / "reward_model", **KINDS[kind])
+    out = _run({**world, "reward_model": tmp_path / "reward_model"}, tmp_path / "out")
+    page, table = (out / "report.html").read_text(), json.loads((out / "policies.json").read_text())
+    assert "Weights: reward model" in page
+    assert ("Reward model: accuracy by margin" in page) == (kind != "scorer"), "of pairs without margins there is none"
+    assert ("Reward model: calibration" in page) == (kind != "rating")
+    assert "disagreement" in table["ppo"] or kind != "rating"
+    if kind == "multi_objective":
+        records = read_rows(out / "responses.jsonl", Judged)
+        for record in records:
+            parts = {name: record.measures[f"objective/{name}"] for name in ("kind", "short")}
+            assert record.rewards["learned"] == pytest.approx(0.7 * parts["kind"] + 0.3 * parts["short"], abs=1e-5)
+        own = [record.measures["objective/kind"] for record in records if record.policy == "ppo"]
+        assert table["ppo"]["objective/kind"] == pytest.approx(mean(own))
 
 
 def test_vader_reads_prompt_and_response(records: list[Judged]) -> None:

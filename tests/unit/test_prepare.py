@@ -189,6 +189,44 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
     assert not any("good" in row.response for row in read_rows(out / "demonstrations" / "train.jsonl", Demonstration))
 
 
+def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropped(tmp_path: Path) -> None:
+    """Two pairs a prompt, which stay together; every tenth pair has a side of nine words."""
+    rows = [
+        {"id": f"{n}{way}", "prompt": f"say something {n}:", "chosen": f"good {way}{n}{' so' * (n % 10 == 0) * 4}",
+         "rejected": f"bad {way}{n}"}
+        for n in range(200) for way in "ab"
+    ]  # fmt: skip
+    out, metrics = run(
+        tmp_path, rows, "preferences", near_duplicate_threshold=1.0, gold_pair_share=0.4, max_preference_words=8
+    )
+    assert metrics["dropped"]["too_long"] == 40
+    ours, gold = (
+        {split: read_rows(folder / f"{split}.jsonl", Preference) for split in SPLITS}
+        for folder in (out / "preferences", out / "preferences" / "gold")
+    )
+    assert sum(map(len, ours.values())) + sum(map(len, gold.values())) == 360
+    assert {split: len(rows) for split, rows in gold.items()} == metrics["preferences_gold"]
+    assert sum(map(len, gold.values())) / 360 == pytest.approx(0.4, abs=0.1)
+    prompts = [{row.prompt for part in half.values() for row in part} for half in (ours, gold)]
+    assert not prompts[0] & prompts[1]
+    shown = {row.prompt for row in read_rows(out / "demonstrations" / "train.jsonl", Demonstration)}
+    begun = {row.prompt for row in read_rows(out / "prompts" / "train.jsonl", Prompt)}
+    assert not (shown | begun) & prompts[1], "training begins and ends without the gold judge's texts"
+    asked = {row.prompt for row in read_rows(out / "prompts" / "test.jsonl", Prompt)}
+    assert asked == {row.prompt for half in (ours, gold) for row in half["test"]}
+
+
+def test_one_pair_about_two_objectives_is_two_rows(tmp_path: Path) -> None:
+    row = {"prompt": "why so:", "chosen": "because", "rejected": "no"}
+    rows = [{**row, "id": "1", "objective": "kind"}, {**row, "id": "2", "objective": "short"}, {**row, "id": "3"}]
+    rows += [{**row, "id": "4"}, {**row, "id": "5", "objective": "kind"}]
+    out, metrics = run(tmp_path, rows, "preferences", validation_share=0.0, test_share=0.0)
+    assert metrics["dropped"]["duplicate"] == 2
+    kept = [json.loads(line) for line in (out / "preferences" / "train.jsonl").read_text().splitlines()]
+    assert {pair["id"]: pair.get("objective") for pair in kept} == {"1": "kind", "2": "short", "3": None}
+    assert all(("objective" in pair) == (pair["id"] != "3") for pair in kept), "a file says it only where it is known"
+
+
 def test_too_many_malformed_rows_stop_the_stage_and_leave_the_quarantine(tmp_path: Path) -> None:
     rows = corpus(20, random.Random(7)) + [{"raw": "{oops", "error": "not JSON"}] * 3
     with pytest.raises(DataError, match=r"(?s)3 of 23 rows \(13\.04%\) are malformed.*mine\.jsonl:21: not JSON"):

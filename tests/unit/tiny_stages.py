@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from tasks.core.models import add_lora, save_adapter
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, write_rows
@@ -47,18 +48,21 @@ Run = Callable[[Path, Path], None]
 """(folder of inputs, folder for outputs) → None."""
 
 
-def run_reward_model(of: Path, out: Path, *, members: int = 1, seed: int = 0) -> None:
-    params = _REWARD_MODEL.model_copy(update={"members": members})
+def run_reward_model(of: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:
+    params = RewardModelParams.model_validate(_REWARD_MODEL.model_dump() | changes)
     inputs = {name: of / name for name in ("base_model", "sft", "prepare", "preferences")}
     reward_model(params, LORA, GENERATION, seed, **inputs, out=out)
+
+
+def run_gold_judge(of: Path, out: Path, **changes: Any) -> None:
+    params = GoldJudgeParams.model_validate(_GOLD_JUDGE.model_dump() | changes)
+    gold_judge(params, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out)
 
 
 RUNS: dict[str, Run] = {
     "sft": lambda of, out: sft(_SFT, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
     "reward_model": run_reward_model,
-    "gold_judge": lambda of, out: gold_judge(
-        _GOLD_JUDGE, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out
-    ),
+    "gold_judge": run_gold_judge,
     "dpo": lambda of, out: dpo(
         _DPO, LORA, 0, base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out
     ),
@@ -93,3 +97,5 @@ def write_inputs(of: Path) -> None:
         write_rows(preferences / f"{part}.jsonl", pairs())
     write_rows(preferences / "validation.jsonl", pairs())
     (preferences / "ceiling.csv").write_text("bucket,agreement\n", encoding="utf-8")
+    for part in ("train", "test"):
+        write_rows(prepare / "preferences" / "gold" / f"{part}.jsonl", pairs())

@@ -25,6 +25,9 @@ class SourceParams(Section):
     sha256: str = Field("", description="Checksum of the file, checked before it is read; required for film_reviews.")
     revision: str = Field("main", description="For hub: the branch, tag or commit.")
     subset: str | None = Field(None, description="For hub: the configuration name.")
+    data_dir: str | None = Field(
+        None, description="For hub: the folder of the dataset to read (Anthropic/hh-rlhf: harmless-base); null: all."
+    )
     split: str = Field("train", description="For hub: the split.")
     options: dict[str, int | float | str | bool] = Field(
         default_factory=dict, description="For reasoning_gym: the task's own settings."
@@ -36,8 +39,17 @@ class SourceParams(Section):
     answer_pattern: AnswerPattern | None = Field(
         None, description="What of the answer's column is the right answer: one group (GSM8K: `#### (.+)`); null: all."
     )
+    objective: str | None = Field(
+        None, min_length=1, description="For preferences: what its pairs compare, for example helpful or harmless."
+    )
     licence: str = Field("unknown", description="Goes into the data card.")
     limit: Positive | None = Field(None, description="Keep at most this many rows, in the source's order.")
+
+    @model_validator(mode="after")
+    def _objective_is_of_pairs(self) -> Self:
+        if self.objective and self.rows != "preferences":
+            raise ValueError(f"objective says what pairs compare; the rows of source {self.name!r} are {self.rows}")
+        return self
 
 
 class CollectParams(Section):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import Field
 
 from tasks.core.sections.section import Positive, Rate, Section
@@ -10,14 +12,19 @@ __all__ = ["GoldJudgeParams"]
 
 
 class GoldJudgeParams(Section):
-    """Direct assessment: regression on mean ratings of texts that no other stage sees."""
+    """A judge fitted on people's ratings, or preferences, of texts that no other stage sees."""
 
+    kind: Literal["rating", "preference"] = Field(
+        "rating",
+        description="What it learns: mean ratings (direct assessment; prepare.gold_share keeps texts for it), or which "
+        "of two texts people prefer (Bradley–Terry; prepare.gold_pair_share keeps pairs for it).",
+    )
     first_layer: int = Field(
         ge=0,
         description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
     )
-    max_examples: Positive = Field(description="Train on at most this many rated texts.")
-    epochs: Positive = Field(description="Passes over the texts.")
-    batch_size: Positive = Field(description="Texts per optimiser step.")
+    max_examples: Positive = Field(description="Train on at most this many rated texts, or pairs.")
+    epochs: Positive = Field(description="Passes over the texts or pairs.")
+    batch_size: Positive = Field(description="Texts, or pairs, per optimiser step.")
     learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
     max_length: Positive = Field(description="Texts are cut at this many tokens.")

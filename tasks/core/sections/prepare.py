@@ -26,6 +26,15 @@ class PrepareParams(Section):
     validation_share: Share = Field(description="Share of texts held out for validation.")
     test_share: Share = Field(description="Share of texts held out for the final evaluation.")
     gold_share: Share = Field(description="Share of rated texts that only the gold judge sees.")
+    gold_pair_share: Share = Field(
+        0.0,
+        description="Share of prompts whose preferences only the gold judge sees; 0 where it learns from ratings.",
+    )
+    max_preference_words: Positive | None = Field(
+        None,
+        description="Preferences are dropped, and counted, where prompt and response have more words on either side; "
+        "null: kept at any length, for training cuts them by tokens.",
+    )
     max_quarantine_share: Share = Field(description="The stage fails when more than this share of rows is malformed.")
 
     @model_validator(mode="after")

@@ -23,7 +23,7 @@ def params_yaml(tmp_path: Path) -> Path:
 
 
 def test_there_are_presets_and_stages_to_test() -> None:
-    assert {"arithmetic", "gpu", "poem", "tiny"} <= set(PRESETS)
+    assert {"arithmetic", "gpu", "gsm8k", "harmless", "poem", "tiny"} <= set(PRESETS)
     assert len(STAGES) == 13
 
 
@@ -51,6 +51,12 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("ppo.minibatches=7", "minibatches 7 must divide the 64 responses of an update"),
         ("sft=null", r"sft: Input should be a valid dictionary or instance of SFTParams, got None"),
         ("preferences=null", "preferences is null, but reward_model and dpo learn from pairs"),
+        ("gold_judge.kind=preference", "prepare.gold_pair_share keeps no pairs for it"),
+        ("reward_model.kind=classification", r"reward_model: .*kind classification needs a threshold"),
+        (
+            "collect.sources=[{name: a, kind: local, rows: ratings, id: a, objective: kind}]",
+            "objective says what pairs",
+        ),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
         ("evaluate.judge={prompts: 209}", "judge.prompts is 209, but there are only 208 prompts"),
         (
@@ -184,7 +190,6 @@ def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError,
-        match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, overoptimised, poem, tiny",
+        ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gsm8k, harmless,"
     ):
         preset_changes(ROOT, "large")

@@ -84,6 +84,15 @@ def test_dialogues_that_differ_before_the_last_answer_are_whole_texts(root: Path
     assert row["row"] == {"id": "mine-1", "prompt": "", **sides}
 
 
+def test_pairs_say_what_their_source_compares(root: Path) -> None:
+    content = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "c"}]
+    rows = [row["row"] for row in collected(root, content, rows="preferences", objective="helpful").rows]
+    assert [row["objective"] for row in rows] == ["helpful", "helpful"]
+    assert "objective" not in collected(root, content, rows="preferences").rows[0]["row"]
+    with pytest.raises(ValidationError, match="the rows of source 'mine' are prompts"):
+        SourceParams(name="mine", kind="local", id="a.jsonl", rows="prompts", objective="helpful")
+
+
 def test_real_dialogues_all_part_into_valid_preferences() -> None:
     file = Path(__file__).parents[4] / "shared" / "data" / "hh-harmless" / "pairs.jsonl.gz"
     if not file.is_file():

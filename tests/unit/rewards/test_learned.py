@@ -21,6 +21,7 @@ from tasks.rewards.learned import (
     FAMILIARITY,
     MEMBERS,
     NORMALISATION,
+    Head,
     Member,
     RewardModel,
     TextScorer,
@@ -92,18 +93,22 @@ KNOWN = Familiarity(torch.zeros(2), torch.eye(2), 1.0)
 STRANGE = Familiarity(torch.ones(2), torch.eye(2), 1.0)
 
 
+def member(scorer, **head):
+    return Member(scorer, {"": Head(**head)})
+
+
 def ensemble(**options):
     """Normalised: (0, 1), (2, −1) and (−2, 3)."""
     members = [
-        Member(Fixed(ab=3.0, c=7.0), mean=3.0, std=4.0),
-        Member(Fixed(ab=2.0, c=-1.0), mean=0.0, std=1.0),
-        Member(Fixed(state=9.0, ab=-4.0, c=6.0), mean=0.0, std=2.0),
+        member(Fixed(ab=3.0, c=7.0), mean=3.0, std=4.0),
+        member(Fixed(ab=2.0, c=-1.0), mean=0.0, std=1.0),
+        member(Fixed(state=9.0, ab=-4.0, c=6.0), mean=0.0, std=2.0),
     ]
     return RewardModel(members, KNOWN, **options)
 
 
 def test_normalised_reward_is_shifted_and_scaled():
-    model = RewardModel([Member(Fixed(a=3.0, bc=5.0), mean=3.0, std=4.0)], KNOWN)
+    model = RewardModel([member(Fixed(a=3.0, bc=5.0), mean=3.0, std=4.0)], KNOWN)
     assert model(["", "b"], ["a", "c"]).tolist() == [0.0, 0.5]
 
 
@@ -120,7 +125,7 @@ def test_members_are_combined(combine, expected):
 @pytest.mark.parametrize("combine", COMBINATIONS)
 def test_one_member_is_itself_to_the_last_bit_however_it_is_combined(combine):
     raw = {text: random.Random(text).uniform(-9, 9) for text in "abcdefgh"}
-    model = RewardModel([Member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, combine=combine, uncertainty_coef=0.5)
+    model = RewardModel([member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, combine=combine, uncertainty_coef=0.5)
     assert torch.equal(model([""] * 8, list(raw)), (torch.tensor(list(raw.values())) - 0.1) / 3.3)
 
 
@@ -133,7 +138,7 @@ def test_a_pass_also_measures():
     assert value.tolist() == [0.0, 1.0]
     assert measures["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
     assert measures["unfamiliar"].tolist() == [0.0, 0.0], "what is familiar is the first member's to say"
-    alone = RewardModel([Member(Fixed(a=3.0), mean=3.0, std=4.0)], STRANGE)
+    alone = RewardModel([member(Fixed(a=3.0), mean=3.0, std=4.0)], STRANGE)
     assert {name: own.tolist() for name, own in alone.measured([""], ["a"])[1].items()} == {"unfamiliar": [1.0]}
 
 

@@ -1,0 +1,59 @@
+"""Reward models that others have trained, as `tasks.rewards.fetching` has copied them: `adapter/scorer/`."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
+
+from tasks.core.errors import ModelError
+from tasks.core.linear import freeze
+from tasks.core.models import ADAPTER, device, dtype
+from tasks.rewards.scorers import FinishedScorer
+
+__all__ = ["CARD", "SCORER", "Text", "load_finished"]
+
+SCORER = f"{ADAPTER}/scorer"
+CARD = "card.json"
+
+Text = Callable[[str, str], str]
+"""Of a prompt and a response, the text that a model reads."""
+
+
+def load_finished(reward_model: Path) -> tuple[FinishedScorer, Text]:
+    """The scorer, frozen and in evaluation mode, and how it wants its texts.
+
+    Raises:
+        ModelError: the folder is incomplete.
+    """
+    folder = reward_model / SCORER
+    if not (folder / CARD).is_file():
+        raise ModelError(f"{folder}: no {CARD}; run the stage reward_model")
+    card = json.loads((folder / CARD).read_text(encoding="utf-8"))
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
+    freeze(model)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    scorer = FinishedScorer(model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"])
+    return scorer, _chat(tokenizer) if card["chat"] else _filled(card["template"])
+
+
+def _filled(template: str) -> Text:
+    """The template with both put in; braces in what is put in stay as they are."""
+
+    def text(prompt: str, response: str) -> str:
+        values = {"prompt": prompt, "response": response}
+        return re.sub(r"\{(prompt|response)\}", lambda found: values[found[1]], template)
+
+    return text
+
+
+def _chat(tokenizer: Any) -> Text:
+    def text(prompt: str, response: str) -> str:
+        turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": response.strip()}]
+        return str(tokenizer.apply_chat_template(turns, tokenize=False))
+
+    return text

@@ -1,0 +1,247 @@
+"""What each kind of reward model learns from, and what shows how well it has learned it.
+
+A lesson knows the rows; it trains a model on them, and measures raw values [N, K] of its heads for its held-out texts.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import Trainer, TrainerCallback
+
+from tasks.core.errors import DataError
+from tasks.core.files import write_table
+from tasks.core.schema import Preference, Rating, read_rows
+from tasks.core.sections.reward_model import RewardModelParams
+from tasks.evals.assessment import area_under_curve, class_figures, correlation, rank_correlation, rating_figures
+from tasks.evals.calibration import MARGINS, accuracy_by_margin, calibration_table
+from tasks.rewards.training import pair_trainer, target_trainer
+
+__all__ = ["Lesson", "PairLesson", "RatingLesson", "Side", "read_lesson"]
+
+SPLITS = ("train", "validation", "test")
+
+ACCURACY = ("bucket", "pairs", "accuracy", "ceiling")
+CALIBRATION = ("predicted", "observed", "count")
+
+Side = tuple[str, str]
+"""A prompt, empty where texts are whole, and a response."""
+
+
+class Lesson(Protocol):
+    """What a kind of reward model learns from."""
+
+    weights: Mapping[str, float]
+    """Head → its weight in the score; one head has the name ""."""
+
+    def counts(self) -> dict[str, float]:
+        """How much there is to learn from."""
+
+    def sides(self, split: str, limit: int | None = None) -> list[Side]:
+        """The texts of a split, or those of its first rows: about as many texts as the limit says."""
+
+    def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
+        """What trains the model on the training rows."""
+
+    def measure(self, values: Tensor, out: Path) -> dict[str, float]:
+        """Figures of raw values [N, K] for `sides("test")`; writes the two tables, empty where they say nothing."""
+
+    def quality(self, normalised: Tensor) -> tuple[str, float]:
+        """The name and value of the one figure in which members of an ensemble are compared; of normalised values."""
+
+
+def read_lesson(params: RewardModelParams, prepare: Path, preferences: Path) -> Lesson:
+    """The lesson of the kind that is wanted.
+
+    Raises:
+        DataError: the rows that this kind needs are missing, or do not say what it must know.
+    """
+    if params.pairwise:
+        return PairLesson(params, preferences)
+    return RatingLesson(params, prepare / "ratings" / "proxy", preferences)
+
+
+class PairLesson:
+    """Pairs, for one head or for one head per objective."""
+
+    def __init__(self, params: RewardModelParams, preferences: Path) -> None:
+        """Read the pairs of stage preferences.
+
+        Raises:
+            DataError: there are none, a pair names no known objective, or no pair says how strong it is.
+        """
+        self.weights: Mapping[str, float] = params.objectives or {"": 1.0}
+        self._params, self._ceiling = params, _ceiling(preferences)
+        self._rows = {split: read_rows(preferences / f"{split}.jsonl", Preference) for split in SPLITS}
+        self._objectives = list(params.objectives or ())
+        if self._objectives:
+            for split, rows in self._rows.items():
+                _check_objectives(rows, self._objectives, preferences / f"{split}.jsonl")
+        if params.margin == "scaled" and not any((row.margin or 0) > 0 for row in self._rows["train"]):
+            raise DataError(
+                f"reward_model.margin is scaled, but no pair of {preferences / 'train.jsonl'} has a positive margin: "
+                "give pairs a `margin`, or set it to none"
+            )
+
+    def counts(self) -> dict[str, float]:
+        rows = self._rows["train"]
+        counts: dict[str, float] = {"pairs": len(rows)}
+        counts |= {f"pairs/{name}": sum(row.objective == name for row in rows) for name in self._objectives}
+        if self._params.margin == "scaled":
+            counts["pairs_with_margin"] = sum((row.margin or 0) > 0 for row in rows)
+            counts["pairs_against_margin"] = sum((row.margin or 0) < 0 for row in rows)
+        return counts
+
+    def sides(self, split: str, limit: int | None = None) -> list[Side]:
+        return _sides(self._rows[split][: limit and limit // 2])
+
+    def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
+        scale = self._params.margin_scale if self._params.margin == "scaled" else None
+        return pair_trainer(
+            self._params, model, tokenizer, self._rows["train"], seed=seed, callbacks=callbacks,
+            margin_scale=scale, objectives=self._objectives,
+        )  # fmt: skip
+
+    def measure(self, values: Tensor, out: Path) -> dict[str, float]:
+        rows, gaps = self._rows["test"], self._gaps(values)
+        figures = _pair_figures(gaps, rows, self._ceiling, out)
+        table, calibration_error = calibration_table(gaps)
+        write_table(out / "calibration.csv", table, CALIBRATION)
+        for name in self._objectives:
+            own = torch.tensor([row.objective == name for row in rows])
+            figures[f"accuracy/{name}"] = _share(gaps[own] > 0)
+        return figures | {"calibration_error": calibration_error}
+
+    def quality(self, normalised: Tensor) -> tuple[str, float]:
+        return "accuracy", _share(self._gaps(normalised) > 0)
+
+    def _gaps(self, values: Tensor) -> Tensor:
+        """Chosen less rejected [pairs], by the head that each pair is about."""
+        rows = self._rows["test"]
+        heads = [self._objectives.index(str(row.objective)) if self._objectives else 0 for row in rows]
+        places = torch.arange(len(rows))
+        return values[places, heads] - values[places + len(rows), heads]
+
+
+class RatingLesson:
+    """Rated texts: their mean ratings, or whether these reach a threshold. Pairs, where there are any, only measure."""
+
+    weights: Mapping[str, float] = {"": 1.0}
+
+    def __init__(self, params: RewardModelParams, ratings: Path, preferences: Path) -> None:
+        """Read the rated texts that the pipeline may see, and the held-out pairs.
+
+        Raises:
+            DataError: there are no rated texts, or all training texts are of one class.
+        """
+        self._params, self._threshold, self._ceiling = params, params.threshold, _ceiling(preferences)
+        self._rows = {split: _rated(ratings / f"{split}.jsonl", params.kind) for split in SPLITS}
+        self._rows["train"] = self._rows["train"][: params.max_examples]
+        pairs = preferences / "test.jsonl"
+        self._pairs = read_rows(pairs, Preference) if pairs.is_file() and pairs.stat().st_size else []
+        share = sum(self._targets("train")) / len(self._rows["train"])
+        if self._threshold is not None and share in (0, 1):
+            raise DataError(
+                f"reward_model.threshold {self._threshold:g} parts nothing: all {len(self._rows['train'])} texts of "
+                f"{ratings / 'train.jsonl'} are of one class; choose a rating between theirs"
+            )
+
+    def counts(self) -> dict[str, float]:
+        return {"texts": len(self._rows["train"])}
+
+    def sides(self, split: str, limit: int | None = None) -> list[Side]:
+        rated = [("", row.text) for row in self._rows[split][:limit]]
+        return rated + _sides(self._pairs) if split == "test" else rated
+
+    def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
+        return target_trainer(
+            self._params, model, tokenizer, [row.text for row in self._rows["train"]], self._targets("train"),
+            seed=seed, callbacks=callbacks, classes=self._threshold is not None,
+        )  # fmt: skip
+
+    def measure(self, values: Tensor, out: Path) -> dict[str, float]:
+        targets = torch.tensor(self._targets("test"))
+        scores, sides = values[: len(targets), 0], values[len(targets) :, 0]
+        figures = _pair_figures(sides[: len(self._pairs)] - sides[len(self._pairs) :], self._pairs, self._ceiling, out)
+        if self._threshold is None:
+            write_table(out / "calibration.csv", [], CALIBRATION)
+            figures |= rating_figures(scores, targets)
+            return figures | {"heldout_rank_correlation": rank_correlation(scores, targets)}
+        # A log-odds with the sign of its class is to a text what the gap of two scores is to a pair.
+        table, calibration_error = calibration_table(torch.where(targets > 0, scores, -scores))
+        write_table(out / "calibration.csv", table, CALIBRATION)
+        return figures | class_figures(scores, targets) | {"calibration_error": calibration_error}
+
+    def quality(self, normalised: Tensor) -> tuple[str, float]:
+        targets = torch.tensor(self._targets("test"))
+        scores = normalised[: len(targets), 0]
+        if self._threshold is None:
+            return "correlation", correlation(scores, targets)
+        return "auc", area_under_curve(scores, targets)
+
+    def _targets(self, split: str) -> list[float]:
+        means = [row.mean for row in self._rows[split]]
+        return means if self._threshold is None else [float(mean >= self._threshold) for mean in means]
+
+
+def _rated(path: Path, kind: str) -> list[Rating]:
+    try:
+        return read_rows(path, Rating)
+    except DataError as error:
+        raise DataError(
+            f"reward_model.kind {kind} learns from rated texts: {error}; let a source of collect.sources give "
+            "`ratings`, or set kind to preference"
+        ) from error
+
+
+def _check_objectives(rows: Sequence[Preference], known: Sequence[str], path: Path) -> None:
+    for row in rows:
+        if row.objective not in known:
+            raise DataError(
+                f"{path}: pair {row.id!r} is about objective {row.objective!r}; reward_model.objectives knows "
+                f"{', '.join(known)}; set `objective` at its source in collect.sources"
+            )
+    silent = [name for name in known if not any(row.objective == name for row in rows)]
+    if silent:
+        raise DataError(
+            f"{path} has no pair about {', '.join(silent)}: collect some, raise the number of pairs in preferences, or "
+            "remove it from reward_model.objectives"
+        )
+
+
+def _sides(pairs: Sequence[Preference]) -> list[Side]:
+    """The chosen texts, then the rejected ones."""
+    return [(row.prompt, row.chosen) for row in pairs] + [(row.prompt, row.rejected) for row in pairs]
+
+
+def _pair_figures(
+    gaps: Tensor, pairs: Sequence[Preference], ceiling: Mapping[str, float], out: Path
+) -> dict[str, float]:
+    """Accuracy on held-out human pairs by rating margin, beside the raters' own; without pairs the table is empty."""
+    margins = torch.tensor([float("nan") if row.margin is None else row.margin for row in pairs])
+    table = accuracy_by_margin(gaps, margins, ceiling) if pairs else []
+    write_table(out / "accuracy_by_margin.csv", table, ACCURACY)
+    wide = margins.abs() >= MARGINS.clear
+    return {
+        "heldout_pairs": len(pairs),
+        "accuracy": _share(gaps > 0),
+        "accuracy_margin_1": _share(gaps[wide] > 0),
+        "pairs_margin_1": int(wide.sum()),
+    }
+
+
+def _share(hits: Tensor) -> float:
+    return hits.float().mean().item() if hits.numel() else 0.0
+
+
+def _ceiling(preferences: Path) -> dict[str, float]:
+    """Margin bucket → how often one person's ratings order a pair as the mean of the others does."""
+    path = preferences / "ceiling.csv"
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["bucket"]: float(row["agreement"]) for row in csv.DictReader(file) if row["agreement"]}

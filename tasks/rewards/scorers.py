@@ -1,0 +1,149 @@
+"""Reading texts with a model that scores them: raw scores, and the states that the head makes them from."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tasks.core.errors import ModelError
+from tasks.core.models import device
+from tasks.rl.rollout import position_ids
+
+__all__ = ["FinishedScorer", "TextScorer", "encode"]
+
+
+def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
+    """The ids of a text with the end token behind it, cut at max_length: what every scorer reads."""
+    ids: list[int] = tokenizer(text, truncation=True, max_length=max_length - 1).input_ids
+    return [*ids, tokenizer.eos_token_id]
+
+
+class TextScorer:
+    """Scores texts by the linear head at each text's end token."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 32, adapter: str | None = None
+    ) -> None:
+        """Pair a model with its tokenizer; `adapter` is the one that is switched on, where the model has several."""
+        self._model = model
+        self._tokenizer = tokenizer
+        self._max_length = max_length
+        self._batch_size = batch_size
+        self._adapter = adapter
+
+    def __call__(self, texts: Sequence[str]) -> Tensor:
+        """Raw scores, [len(texts)] float32 on the CPU; [len(texts), K] of a model with K heads."""
+        return self.read(texts)[0]
+
+    @torch.no_grad()
+    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Raw scores [N], or [N, K], and the states [N, d] that the head makes them from, float32 on the CPU.
+
+        Equal texts are read once, in batches of like length.
+        """
+        self._model.eval()
+        if self._adapter is not None:
+            self._model.set_adapter(self._adapter, inference_mode=True)
+        unique = {text: self._encoded(text) for text in texts}
+        ordered = sorted(unique, key=lambda text: (len(unique[text]), text))
+        readings = [
+            self._read([unique[text] for text in ordered[start : start + self._batch_size]])
+            for start in range(0, len(ordered), self._batch_size)
+        ]
+        place = {text: row for row, text in enumerate(ordered)}
+        rows = [place[text] for text in texts]
+        scores, states = (torch.cat(parts)[rows] for parts in zip(*readings, strict=True))
+        return scores, states
+
+    def lengths(self, texts: Sequence[str], *, whole: bool = False) -> Tensor:
+        """How many tokens of each text are read, or how many its whole has without the end token; [N] float32."""
+        if whole:
+            return torch.tensor([float(len(self._tokenizer(text).input_ids)) for text in texts])
+        return torch.tensor([float(len(self._encoded(text))) for text in texts])
+
+    def _encoded(self, text: str) -> list[int]:
+        return encode(self._tokenizer, text, self._max_length)
+
+    def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids, mask = _padded(rows, self._tokenizer.pad_token_id)
+        where = device()
+        with _inputs_of(self._model.score) as states:
+            logits: Tensor = self._model(
+                input_ids=ids.to(where), attention_mask=mask.long().to(where), position_ids=position_ids(mask).to(where)
+            ).logits
+        return logits.squeeze(-1).float().cpu(), _at_the_end(states[0], rows).float().cpu()
+
+
+class FinishedScorer(TextScorer):
+    """A sequence classifier that others have trained, read as they meant it: its own tokens, pooling and head."""
+
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool) -> None:
+        """Pair a model with its tokenizer.
+
+        Args:
+            model: of one output, or of two classes, whose log-odds for the second are then the score.
+            add_special_tokens: whether the tokenizer puts its own around a text; a chat template has done so already.
+
+        Raises:
+            ModelError: it has no linear layer that makes its outputs.
+        """
+        padding = model.config.get_text_config().pad_token_id
+        # Such a model takes the last token of a batch as the end of the text, so only single ones are read rightly.
+        super().__init__(model, tokenizer, max_length=max_length, batch_size=1 if padding is None else 32)
+        self._padding = padding or 0
+        self._special = add_special_tokens
+        self._head = _last_layer(model)
+
+    def _encoded(self, text: str) -> list[int]:
+        ids: list[int] = self._tokenizer(
+            text, truncation=True, max_length=self._max_length, add_special_tokens=self._special
+        ).input_ids
+        return ids
+
+    def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        ids, mask = _padded(rows, self._padding)
+        with _inputs_of(self._head) as states:
+            logits: Tensor = self._model(input_ids=ids.to(device()), attention_mask=mask.long().to(device())).logits
+        score = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
+        read = states[0] if states[0].dim() == 2 else _at_the_end(states[0], rows)
+        return score.float().cpu(), read.float().cpu()
+
+
+def _last_layer(model: Any) -> nn.Module:
+    """The linear layer that makes the outputs, whatever its name: the last one of as many outputs."""
+    outputs = model.config.num_labels
+    layers = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == outputs]
+    if not layers:
+        raise ModelError(f"{type(model).__name__} has no linear layer with {outputs} outputs: choose another scorer")
+    return layers[-1]
+
+
+def _padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+    """The ids [B, T], padded on the right, and the mask of those that are text."""
+    width = max(len(row) for row in rows)
+    ids = torch.full((len(rows), width), padding, dtype=torch.long)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        ids[index, : len(row)] = torch.tensor(row)
+        mask[index, : len(row)] = True
+    return ids, mask
+
+
+def _at_the_end(states: Tensor, rows: list[list[int]]) -> Tensor:
+    """[B, T, d] → [B, d]: those at each text's last token."""
+    return states[range(len(rows)), [len(row) - 1 for row in rows]]
+
+
+@contextmanager
+def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+    """Within it, what the module is given is kept."""
+    kept: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    try:
+        yield kept
+    finally:
+        handle.remove()

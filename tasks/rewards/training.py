@@ -1,0 +1,153 @@
+"""Fitting a linear head on a language model: to pairs, by TRL, or to a number for each text."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from datasets import Dataset
+from peft import PeftModel
+from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from trl import RewardConfig, RewardTrainer
+from trl.trainer.reward_trainer import DataCollatorForPreference
+
+from tasks.core.schema import Preference
+from tasks.core.training import common_arguments
+from tasks.rewards.scorers import encode
+
+__all__ = ["Recipe", "pair_trainer", "target_trainer"]
+
+
+class Recipe(Protocol):
+    """How to train: what the sections reward_model and gold_judge share."""
+
+    @property
+    def epochs(self) -> int: ...
+    @property
+    def batch_size(self) -> int: ...
+    @property
+    def learning_rate(self) -> float: ...
+    @property
+    def max_length(self) -> int: ...
+
+
+def pair_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    rows: Sequence[Preference],
+    *,
+    seed: int,
+    callbacks: list[TrainerCallback],
+    margin_scale: float | None = None,
+    objectives: Sequence[str] = (),
+) -> RewardTrainer:
+    """Bradley–Terry: P(chosen ≻ rejected) = σ(r(chosen) − r(rejected)).
+
+    Args:
+        margin_scale: log-odds per point of a pair's margin, taken off the difference; None: no margins.
+        objectives: of the model's heads; a pair trains the one that it names. Without them there is one head.
+    """
+    kind, collator = RewardTrainer, None
+    if objectives:
+        # TRL refuses a model that says it has several outputs; it is shown one of them, and the layer keeps all.
+        model.config.num_labels = 1
+        kind, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
+    data = [_encoded(row, tokenizer, recipe.max_length, margin_scale, objectives) for row in rows]
+    return kind(
+        model=model,
+        args=RewardConfig(
+            **_common(recipe, seed),
+            max_length=recipe.max_length,
+            # Batches of like length waste less on padding; TRL drops the column that says so unless told not to.
+            train_sampling_strategy="group_by_length",
+            remove_unused_columns=False,
+        ),
+        data_collator=collator,
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        callbacks=callbacks,
+    )
+
+
+def _encoded(
+    row: Preference, tokenizer: Any, max_length: int, margin_scale: float | None, objectives: Sequence[str]
+) -> dict[str, Any]:
+    chosen = encode(tokenizer, row.prompt + row.chosen, max_length)
+    rejected = encode(tokenizer, row.prompt + row.rejected, max_length)
+    pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
+    if margin_scale is not None:
+        # Where it is unknown, or the label says the opposite of it, the pair is one of unknown strength.
+        pair["margin"] = margin_scale * max(row.margin or 0.0, 0.0)
+    if objectives:
+        pair["objective"] = objectives.index(str(row.objective))
+    return pair
+
+
+class ObjectivesCollator(DataCollatorForPreference):
+    """TRL's, and beside it the head that each pair is about, [B]."""
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        """A batch of pairs."""
+        heads = torch.tensor([example["objective"] for example in examples])
+        return {**super().torch_call(examples), "objective": heads}
+
+
+class ObjectivesTrainer(RewardTrainer):
+    """TRL's loss over the head that each pair is about; the trunk learns from all of them."""
+
+    def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """As TRL's, which asks the model for one score a text."""
+        heads = inputs.pop("objective")
+
+        def of_its_head(**batch: Any) -> Any:
+            outputs = model(**batch)
+            outputs.logits = outputs.logits.gather(1, torch.cat([heads, heads])[:, None])
+            return outputs
+
+        return super().compute_loss(of_its_head, inputs, *args, **kwargs)
+
+
+def target_trainer(
+    recipe: Recipe,
+    model: PeftModel,
+    tokenizer: Any,
+    texts: Sequence[str],
+    targets: Sequence[float],
+    *,
+    seed: int,
+    callbacks: list[TrainerCallback],
+    classes: bool = False,
+) -> Trainer:
+    """Fit one head to a number for each text, by squared error.
+
+    Args:
+        targets: one per text.
+        classes: whether they are 1 and 0, and the head is fitted to the log-odds of 1 by cross-entropy.
+    """
+    # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
+    model.config.problem_type = "multi_label_classification" if classes else "regression"
+    rows = zip(texts, targets, strict=True)
+    return Trainer(
+        model=model,
+        args=TrainingArguments(
+            **_common(recipe, seed),
+            train_sampling_strategy="group_by_length",
+            average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
+        ),
+        train_dataset=Dataset.from_list(
+            [
+                {"input_ids": encode(tokenizer, text, recipe.max_length), "labels": [target] if classes else target}
+                for text, target in rows
+            ]
+        ),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        callbacks=callbacks,
+    )
+
+
+def _common(recipe: Recipe, seed: int) -> dict[str, Any]:
+    return common_arguments(
+        seed=seed, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, epochs=recipe.epochs
+    )

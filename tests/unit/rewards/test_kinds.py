@@ -1,0 +1,348 @@
+"""Every kind learns what there is to learn, comes back from its files as measured, and refuses what it cannot."""
+
+from __future__ import annotations
+
+import csv
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+
+from tasks.core.errors import DataError, ModelError, SourceError
+from tasks.core.schema import Preference, Rating, read_rows, write_rows
+from tasks.core.sections.reward_model import RewardModelParams
+from tasks.rewards.familiarity import Familiarity
+from tasks.rewards.finished import SCORER, load_finished
+from tasks.rewards.learned import BACKBONE, NORMALISATION, Head, Member, RewardModel
+from tests.conftest import letter_tokenizer, tiny_model
+from tests.unit.tiny_stages import run_reward_model, write_inputs
+
+PAIRS, TEXTS = 40, 64
+LEARN = {"epochs": 3, "batch_size": 8, "learning_rate": 0.03, "normalisation_samples": 16}
+
+
+def word(draw: random.Random, last: str) -> str:
+    return "".join(draw.choices("abcdefg", k=draw.randint(2, 8))) + last
+
+
+def pair(draw: random.Random, number: int) -> Preference:
+    """About kindness people like a text that ends in x better than one in y, about brevity z better than w."""
+    objective, good, bad = random.Random(number).choice([("kind", "x", "y"), ("short", "z", "w")])
+    chosen, rejected = word(draw, good), word(draw, bad)
+    return Preference(
+        id=str(number), prompt="a", chosen=chosen, rejected=rejected, margin=draw.choice([-0.5, 1.0, 2.0]),
+        objective=objective,
+    )  # fmt: skip
+
+
+def rating(draw: random.Random, number: int) -> Rating:
+    last = draw.choice("xyzw")
+    mean = {"x": 2.0, "y": -2.0, "z": 1.0, "w": -1.0}[last]
+    return Rating(id=str(number), text=word(draw, last), ratings=(mean - 0.5, mean + 0.5))
+
+
+@pytest.fixture(scope="module")
+def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pairs and rated texts that a last letter decides."""
+    of = tmp_path_factory.mktemp("inputs")
+    write_inputs(of)
+    draw = random.Random(1)
+    for split in ("train", "validation", "test"):
+        write_rows(of / "preferences" / f"{split}.jsonl", [pair(draw, number) for number in range(PAIRS)])
+        rated = [rating(draw, number) for number in range(TEXTS)]
+        write_rows(of / "prepare" / "ratings" / "proxy" / f"{split}.jsonl", rated)
+    return of
+
+
+def figures(out: Path) -> dict[str, float]:
+    content: dict[str, float] = json.loads((out / "metrics.json").read_text())
+    return content
+
+
+def table(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def load(inputs: Path, out: Path) -> RewardModel:
+    return RewardModel.load(inputs / "base_model", inputs / "sft", out)
+
+
+def accuracy(inputs: Path, out: Path) -> float:
+    """Of the loaded model, over held-out pairs."""
+    model, pairs = load(inputs, out), read_rows(inputs / "preferences" / "test.jsonl", Preference)
+    prompts = [row.prompt for row in pairs]
+    gaps = model(prompts, [row.chosen for row in pairs]) - model(prompts, [row.rejected for row in pairs])
+    return (gaps > 0).float().mean().item()
+
+
+def test_pairs_with_margins_are_learned_and_counted(inputs: Path, tmp_path: Path) -> None:
+    run_reward_model(inputs, tmp_path, **LEARN, margin="scaled", margin_scale=0.5)
+    found, rows = figures(tmp_path), read_rows(inputs / "preferences" / "train.jsonl", Preference)
+    assert found["accuracy"] > 0.9
+    assert found["pairs_with_margin"] == sum((row.margin or 0) > 0 for row in rows)
+    assert found["pairs_against_margin"] == sum((row.margin or 0) < 0 for row in rows)
+    assert accuracy(inputs, tmp_path) == pytest.approx(found["accuracy"])
+
+
+def test_ratings_are_learned_and_pairs_only_measure(inputs: Path, tmp_path: Path) -> None:
+    run_reward_model(inputs, tmp_path, **LEARN, kind="rating", members=2)
+    found = figures(tmp_path)
+    assert found["heldout_correlation"] > 0.8
+    assert found["heldout_rank_correlation"] > 0.8
+    assert found["heldout_mean_absolute_error"] < 1.0
+    assert found["ensemble_correlation"] > 0.8
+    assert found["texts"] == TEXTS
+    assert found["accuracy"] > 0.9
+    assert len(load(inputs, tmp_path).members([""], ["abx"])) == 2
+    assert table(tmp_path / "calibration.csv") == []
+    assert table(tmp_path / "accuracy_by_margin.csv")
+
+
+def test_classes_are_learned_and_calibrated_by_text(inputs: Path, tmp_path: Path) -> None:
+    run_reward_model(inputs, tmp_path, **LEARN, kind="classification", threshold=0.0, members=2)
+    found = figures(tmp_path)
+    assert found["heldout_accuracy"] > 0.9
+    assert found["heldout_auc"] > 0.95
+    assert found["ensemble_auc"] > 0.95
+    assert sum(int(row["count"]) for row in table(tmp_path / "calibration.csv")) == TEXTS
+    assert 0 <= found["calibration_error"] < 0.5
+
+
+def test_ratings_need_no_pairs(inputs: Path, tmp_path: Path) -> None:
+    """Stage preferences off: its files are there and empty, and so is the table that needs pairs."""
+    of = tmp_path / "of"
+    of.mkdir()
+    for name in ("base_model", "sft", "prepare"):
+        (of / name).symlink_to(inputs / name)
+    (of / "preferences").mkdir()
+    for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "ceiling.csv"):
+        (of / "preferences" / name).touch()
+    run_reward_model(of, tmp_path / "out", kind="rating", max_examples=12, epochs=1)
+    found = figures(tmp_path / "out")
+    assert (found["texts"], found["heldout_pairs"], found["accuracy"]) == (12, 0, 0.0)
+    assert (tmp_path / "out" / "accuracy_by_margin.csv").read_text() == "bucket,pairs,accuracy,ceiling\n"
+    with pytest.raises(DataError, match="holds no rows"):
+        run_reward_model(of, tmp_path / "pairs")
+
+
+OBJECTIVES = {"short": 0.25, "kind": 0.75}
+
+
+@pytest.fixture(scope="module")
+def several(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("several")
+    run_reward_model(inputs, out, **LEARN, kind="multi_objective", objectives=OBJECTIVES)
+    return out
+
+
+def test_objectives_are_learned_each_by_its_own_head(inputs: Path, several: Path) -> None:
+    found = figures(several)
+    assert min(found["accuracy/short"], found["accuracy/kind"], found["accuracy"]) > 0.9
+    rows = read_rows(inputs / "preferences" / "train.jsonl", Preference)
+    assert found["pairs/kind"] == sum(row.objective == "kind" for row in rows)
+    (head,) = (w for name, w in load_file(several / "adapter" / "adapter_model.safetensors").items() if "score" in name)
+    assert head.shape == (2, 32)
+
+
+def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(inputs: Path, several: Path) -> None:
+    model = load(inputs, several)
+    prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
+    value, measures = model.measured(prompts, responses)
+    assert list(measures) == ["unfamiliar", "objective/short", "objective/kind"]
+    torch.testing.assert_close(value, 0.25 * measures["objective/short"] + 0.75 * measures["objective/kind"])
+    facts = json.loads((several / NORMALISATION).read_text())["objectives"]
+    raw = model._members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    for column, name in enumerate(OBJECTIVES):
+        expected = (raw[:, column] - facts[name]["mean"]) / facts[name]["std"]
+        torch.testing.assert_close(measures[f"objective/{name}"], expected)
+    assert torch.equal(model.members(prompts, responses)[0], value)
+
+
+def test_length_is_taken_off_as_least_squares_say() -> None:
+    """raw = 3 + 2·length: nothing but the mean is left; of (1, 3, 2) at lengths 1, 2, 3 the slope is ½."""
+    lengths = torch.tensor([1.0, 2.0, 4.0])
+    head = Head.fit(3 + 2 * lengths + torch.tensor([1.0, -1.5, 0.5]), lengths)
+    assert head.length_slope == pytest.approx(2.0), "the noise is uncorrelated with length"
+    head = Head.fit(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
+    assert head.length_slope == pytest.approx(0.5)
+    assert head.mean == pytest.approx(1.0)
+    assert head.debiased(torch.tensor([5.0]), torch.tensor([4.0])).item() == pytest.approx(3.0)
+    assert Head.fit(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])).length_slope == 0.0
+
+
+class Longer:
+    """Scores a text by its length and by its first letter."""
+
+    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([0.5 * len(text) + (text[0] == "a") for text in texts]), torch.zeros(len(texts), 2)
+
+    def lengths(self, texts: list[str]) -> torch.Tensor:
+        return torch.tensor([float(len(text)) for text in texts])
+
+
+def test_without_length_equal_texts_of_any_length_are_worth_the_same() -> None:
+    scorer: Any = Longer()
+    samples = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
+    lengths, first = scorer.lengths(samples), torch.tensor([float(text[0] == "a") for text in samples])
+    biased, _ = Member.fit(scorer, samples, {"": 1.0}, length_debias=False)
+    fair, _ = Member.fit(scorer, samples, {"": 1.0}, length_debias=True)
+    slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
+    assert fair.heads[""].length_slope == pytest.approx(slope)
+    assert torch.corrcoef(torch.stack([fair.read(samples)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
+    gap = {name: member.read(["b" * 9])[0] - member.read(["b"])[0] for name, member in (("b", biased), ("f", fair))}
+    assert gap["b"].item() == pytest.approx(4.0)
+    assert abs(gap["f"].item()) < 1.0
+    assert "length_slope" not in biased.facts()
+
+
+def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Path) -> None:
+    run_reward_model(inputs, tmp_path, **LEARN, length_debias=True)
+    found, facts = figures(tmp_path), json.loads((tmp_path / NORMALISATION).read_text())
+    assert found["length_slope"] == facts["length_slope"] != 0
+    assert found["length_correlation"] != found["length_correlation_before"]
+    model = load(inputs, tmp_path)
+    texts = ["abx", "abcdefgx", "cy"]
+    scorer = model._members[0].scorer
+    lengths = torch.tensor([4.0, 9.0, 3.0])
+    expected = (scorer(texts) - facts["length_slope"] * lengths - facts["mean"]) / facts["std"]
+    torch.testing.assert_close(model([""] * 3, texts), expected)
+
+
+def test_a_backbone_of_its_own_with_its_own_tokenizer(inputs: Path, tmp_path: Path) -> None:
+    """Letters have other numbers there, so with the policy's tokenizer every score would be another one."""
+    folder, tokenizer = tmp_path / "other", letter_tokenizer("Ġzyxwvutsrqponmlkjihgfedcba")
+    tiny_model(seed=5).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    out = tmp_path / "out"
+    run_reward_model(inputs, out, **LEARN, backbone={"kind": "folder", "id": str(folder)}, members=2)
+    assert figures(out)["accuracy"] > 0.9
+    assert json.loads((out / BACKBONE / "card.json").read_text())["source"] == "local folder other"
+    folder.rename(tmp_path / "moved")  # the stage's own copy is all that is needed
+    model = load(inputs, out)
+    assert model._members[1].scorer._tokenizer("abc").input_ids == tokenizer("abc").input_ids
+    assert accuracy(inputs, out) > 0.9
+
+
+def test_a_backbone_that_is_missing_is_named(inputs: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"reward_model\.backbone, whose keys .* is no folder"):
+        run_reward_model(inputs, tmp_path, backbone={"kind": "folder", "id": "none"})
+
+
+def finished(folder: Path, outputs: int, *, bert: bool = False) -> Any:
+    """A random classifier over letters that are numbered backwards, with a chat template."""
+    tokenizer = letter_tokenizer("Ġzyxwvutsrqponmlkjihgfedcba:")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}"
+    torch.manual_seed(outputs)
+    size = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "pad_token_id": 0, "num_labels": outputs, "initializer_range": 0.3}  # fmt: skip
+    kind = (
+        BertForSequenceClassification(BertConfig(**size))
+        if bert
+        else LlamaForSequenceClassification(LlamaConfig(**size))
+    )
+    kind.eval().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return kind, tokenizer
+
+
+@pytest.mark.parametrize(("outputs", "bert"), [(1, False), (2, False), (1, True), (2, True)])
+def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Path, outputs: int, bert: bool) -> None:
+    classifier, tokenizer = finished(tmp_path / "theirs", outputs, bert=bert)
+    out, template = tmp_path / "out", "q:{prompt} r:{response}"
+    out.mkdir()
+    run_reward_model(
+        inputs, out, normalisation_samples=16, scorer={"id": str(tmp_path / "theirs"), "template": template}
+    )
+    facts, found = json.loads((out / NORMALISATION).read_text()), figures(out)
+
+    def score(prompt: str, response: str) -> float:
+        with torch.no_grad():
+            logits = classifier(torch.tensor([tokenizer(f"q:{prompt} r:{response}").input_ids])).logits[0]
+        return (logits[0] if outputs == 1 else logits[1] - logits[0]).item()
+
+    responses = ["bc{prompt}", "d", "efghijk"]
+    expected = [(score("a", response) - facts["mean"]) / facts["std"] for response in responses]
+    assert load(inputs, out)(["a"] * 3, responses).tolist() == pytest.approx(expected, abs=1e-4)
+    pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
+    right = [score(row.prompt, row.chosen) > score(row.prompt, row.rejected) for row in pairs]
+    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert (out / "history.csv").read_text() == "step\n"
+    assert Familiarity.load(out / "adapter" / "familiarity.safetensors").mean.shape == (32,)
+    assert (out / SCORER / "model.safetensors").read_bytes() == (tmp_path / "theirs" / "model.safetensors").read_bytes()
+
+
+def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
+    finished(tmp_path / "theirs", 1)
+    run_reward_model(inputs, tmp_path / "out", scorer={"id": str(tmp_path / "theirs"), "template": "chat"})
+    _, text = load_finished(tmp_path / "out")
+    assert text("why", " so") == "u:why a:so "
+
+
+def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    finished(tmp_path / "three", 3)
+    with pytest.raises(ModelError, match=r"scorer .*three has 3 outputs"):
+        run_reward_model(inputs, tmp_path / "out", scorer={"id": str(tmp_path / "three")})
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight, which would be random numbers"):
+        run_reward_model(inputs, tmp_path / "out", scorer={"id": str(inputs / "base_model" / "model")})
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(SourceError, match=r"model 'owner/name' .* make reward_model\.scorer\.id a local folder"):
+        run_reward_model(inputs, tmp_path / "out", scorer={"id": "owner/name"})
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        ({"kind": "rating", "margin": "scaled"}, "margin: scaled is for kinds that learn from pairs; kind is rating"),
+        ({"kind": "classification"}, "kind classification needs a threshold"),
+        ({"threshold": 1.0}, "threshold is for kind classification; kind is preference"),
+        ({"kind": "multi_objective", "objectives": {"kind": 1.0}}, "needs two objectives or more"),
+        ({"objectives": {"kind": 1.0, "short": 1.0}}, "objectives are for kind multi_objective"),
+        ({"max_examples": 3}, "max_examples counts rated texts"),
+        ({"scorer": {"id": "a/b"}, "members": 2}, "scorer is a finished model, nothing is trained"),
+        ({"scorer": {"id": "a/b", "template": "{prompt}"}}, r"template needs \{prompt\} and \{response\}"),
+    ],
+)
+def test_what_does_not_fit_a_kind_is_refused(inputs: Path, tmp_path: Path, changes: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        run_reward_model(inputs, tmp_path, **changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "problem"),
+    [
+        (
+            {"kind": "multi_objective", "objectives": {"kind": 1.0, "fair": 1.0}},
+            r"train\.jsonl: pair '\d+' is about objective 'short'; reward_model\.objectives knows kind, fair",
+        ),
+        (
+            {"kind": "multi_objective", "objectives": {"kind": 1.0, "short": 1.0, "fair": 1.0}},
+            r"train\.jsonl has no pair about fair",
+        ),
+        ({"kind": "classification", "threshold": 9.0}, r"threshold 9 parts nothing: all 64 texts of .*train\.jsonl"),
+    ],
+)
+def test_rows_that_do_not_fit_a_kind_are_named(inputs: Path, tmp_path: Path, changes: Any, problem: str) -> None:
+    with pytest.raises(DataError, match=problem):
+        run_reward_model(inputs, tmp_path, **changes)
+
+
+def test_missing_ratings_and_margins_are_named(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    with pytest.raises(DataError, match=r"kind rating learns from rated texts: .*proxy/train\.jsonl does not exist"):
+        run_reward_model(tmp_path, tmp_path / "out", kind="rating")
+    with pytest.raises(DataError, match=r"margin is scaled, but no pair of .*train\.jsonl has a positive margin"):
+        run_reward_model(tmp_path, tmp_path / "out", margin="scaled")
+
+
+def test_the_shipped_parameters_name_every_key() -> None:
+    from tasks.core.params import load_params
+
+    shipped = load_params(Path(__file__).parents[3] / "params.yaml").reward_model
+    assert shipped
+    assert shipped.model_fields_set == set(RewardModelParams.model_fields)

@@ -1,0 +1,99 @@
+"""The losses, against numbers worked by hand from the scores of the untrained model."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tasks.core.models import add_lora, new_scorer, prepare_process
+from tasks.core.schema import Preference
+from tasks.core.training import HistoryCallback, train_or_resume
+from tasks.rewards.scorers import TextScorer
+from tasks.rewards.training import pair_trainer, target_trainer
+from tests.conftest import letter_tokenizer, tiny_model
+from tests.unit.tiny_stages import LORA
+
+
+class Recipe:
+    """All rows in one batch, one step."""
+
+    epochs, batch_size, learning_rate, max_length = 1, 3, 0.01, 32
+
+
+ROWS = [
+    Preference(id="1", prompt="a", chosen=" bcd", rejected=" e", margin=1.5, objective="kind"),
+    Preference(id="2", prompt="", chosen="ff", rejected="gg", margin=-2.0, objective="short"),
+    Preference(id="3", prompt="b", chosen="hij", rejected="kk", objective="kind"),
+]
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    tiny_model().save_pretrained(tmp_path / "model")
+    letter_tokenizer().save_pretrained(tmp_path / "model")
+    return tmp_path
+
+
+def fresh(base: Path, heads: int = 1) -> Any:
+    scorer = new_scorer(base, None, seed=1, heads=heads)
+    scorer.score.weight.data *= 10  # so that scores differ by more than rounding
+    return add_lora(scorer, LORA, seed=1, head="score")
+
+
+def scores(base: Path, texts: list[str], heads: int = 1) -> torch.Tensor:
+    return TextScorer(fresh(base, heads), letter_tokenizer(), max_length=32)(texts)
+
+
+def first_loss(make: Any, base: Path, *args: Any, heads: int = 1, **kwargs: Any) -> float:
+    prepare_process()
+    history = HistoryCallback("test")
+    trainer = make(Recipe, fresh(base, heads), letter_tokenizer(), *args, seed=0, callbacks=[history], **kwargs)
+    train_or_resume(trainer)
+    return history.rows[0]["loss"]
+
+
+def sides() -> list[str]:
+    return [row.prompt + row.chosen for row in ROWS] + [row.prompt + row.rejected for row in ROWS]
+
+
+def log_loss(gap: float) -> float:
+    return math.log1p(math.exp(-gap))
+
+
+@pytest.mark.parametrize(("scale", "margins"), [(None, (0, 0, 0)), (1.0, (1.5, 0, 0)), (2.0, (3.0, 0, 0))])
+def test_a_margin_is_taken_off_the_gap_where_it_is_known_and_agrees(base, scale, margins):
+    """−log σ(r_c − r_r − m): m is 1.5 points times the scale; −2 contradicts the label, the third is unknown."""
+    values = scores(base, sides()).tolist()
+    gaps = [values[i] - values[i + 3] for i in range(3)]
+    expected = sum(log_loss(gap - margin) for gap, margin in zip(gaps, margins, strict=True)) / 3
+    assert first_loss(pair_trainer, base, ROWS, margin_scale=scale) == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_pair_trains_the_head_that_it_is_about(base):
+    """Two heads: pairs 1 and 3 by the second, pair 2 by the first, as `objectives` orders them."""
+    values = scores(base, sides(), heads=2)
+    assert values.shape == (6, 2)
+    gaps = (values[:3] - values[3:]).tolist()
+    expected = (log_loss(gaps[0][1]) + log_loss(gaps[1][0]) + log_loss(gaps[2][1])) / 3
+    found = first_loss(pair_trainer, base, ROWS, heads=2, objectives=["short", "kind"])
+    assert found == pytest.approx(expected, rel=1e-4)
+
+
+TEXTS = ["abc", "de", "fghij"]
+
+
+def test_ratings_are_fitted_by_squared_error(base):
+    values = scores(base, TEXTS).tolist()
+    expected = sum((value - target) ** 2 for value, target in zip(values, [1.0, -2.0, 0.5], strict=True)) / 3
+    assert first_loss(target_trainer, base, TEXTS, [1.0, -2.0, 0.5]) == pytest.approx(expected, rel=1e-4)
+
+
+def test_classes_are_fitted_by_cross_entropy_of_log_odds(base):
+    values = scores(base, TEXTS).tolist()
+    expected = (log_loss(values[0]) + log_loss(-values[1]) + log_loss(values[2])) / 3
+    found = first_loss(target_trainer, base, TEXTS, [1.0, 0.0, 1.0], classes=True)
+    assert found == pytest.approx(expected, rel=1e-4)

@@ -1,0 +1,70 @@
+"""The presets of the hub, on copies of their data: from the source to the rows that training would read."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.collect import collect
+from tasks.core.params import Params, apply_changes, load_params, preset_changes
+from tasks.core.schema import Demonstration, Preference, Prompt, read_rows
+from tasks.preferences import preferences
+from tasks.prepare import prepare
+
+ROOT = Path(__file__).resolve().parents[2]
+DATA = ROOT.parent / "shared" / "data"
+
+
+def settled(preset: str, file: Path, folder: Path) -> Params:
+    """The preset over the shipped parameters, its source of the hub replaced by a file of the same columns."""
+    if not file.is_file():
+        pytest.skip(f"no {file.parent.name} on this machine")
+    path = Path(shutil.copy(ROOT / "params.yaml", folder))
+    change = preset_changes(ROOT, preset)
+    (source,) = change["collect"]["sources"]
+    local: dict[str, Any] = {**source, "kind": "local", "id": str(file)}
+    apply_changes(path, [change, {"collect": {"sources": [local]}}])
+    return load_params(path)
+
+
+def prepared(params: Params, folder: Path) -> Path:
+    collect(params.collect, params.seed, out=folder / "collect")
+    prepare(params.prepare, params.seed, collect=folder / "collect", out=folder / "prepare")
+    return folder / "prepare"
+
+
+@pytest.mark.slow
+def test_harmless_dialogues_feed_every_stage_that_learns_from_people(tmp_path: Path) -> None:
+    params = settled("harmless", DATA / "hh-harmless" / "pairs.jsonl.gz", tmp_path)
+    rows = prepared(params, tmp_path)
+    assert params.preferences
+    assert params.gold_judge
+    preferences(params.preferences, params.seed, prepare=rows, out=tmp_path / "preferences")
+    train = read_rows(tmp_path / "preferences" / "train.jsonl", Preference)
+    assert len(train) == params.preferences.train_pairs
+    assert all(row.prompt.endswith("\n\nAssistant:") for row in train)
+    assert max(len((row.prompt + side).split()) for row in train for side in (row.chosen, row.rejected)) <= 80
+    gold = read_rows(rows / "preferences" / "gold" / "train.jsonl", Preference)
+    assert len(gold) >= params.gold_judge.max_examples
+    assert not {row.prompt for row in gold} & {row.prompt for row in train}
+    assert len(read_rows(rows / "demonstrations" / "train.jsonl", Demonstration)) >= params.sft.max_examples
+    asked = read_rows(rows / "prompts" / "test.jsonl", Prompt)
+    assert len(asked) >= params.evaluate.prompts
+    assert not {row.prompt for row in asked} & {row.prompt for row in [*train, *gold]}
+
+
+@pytest.mark.slow
+def test_gsm8k_problems_become_solutions_to_imitate_and_answers_to_be_paid_for(tmp_path: Path) -> None:
+    params = settled("gsm8k", DATA / "gsm8k" / "train.jsonl.gz", tmp_path)
+    rows = prepared(params, tmp_path)
+    shown = read_rows(rows / "demonstrations" / "train.jsonl", Demonstration)
+    assert len(shown) >= params.sft.max_examples
+    assert all(row.prompt.startswith("Question: ") and row.prompt.endswith("\nAnswer:") for row in shown)
+    assert all(row.answer and row.response.endswith(f"#### {row.answer}") for row in shown)
+    assert params.reward.weights == {"answer": 1.0}
+    asked = read_rows(rows / "prompts" / "test.jsonl", Prompt)
+    assert len(asked) >= params.evaluate.prompts
+    assert all(row.answer for row in asked), "the right answers are the gold judge"
