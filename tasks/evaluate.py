@@ -74,7 +74,7 @@ def evaluate(
     sampler = Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
     answers = _answers(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = gold_reward(prompts, base_model, gold_judge)
+    gold = gold_reward(prompts, reward, base_model=base_model, gold_judge=gold_judge)
     records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern)
     judgements = _judge_pairs(params, records, base_model)
     table = _compared(params, records, judgements, seed)

@@ -10,6 +10,7 @@ from tasks.core.models import load_policy, load_tokenizer, prepare_process
 from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import Judged
 from tasks.evals.judging import Answer, Sampler, choose_prompts, gold_reward, vader_scores
 from tasks.evals.noninferiority import compared
@@ -33,6 +34,7 @@ def duel(
     policy: str,
     params: EvaluateParams,
     generation: GenerationParams,
+    reward: RewardParams,
     seed: int,
     *,
     metrics: Collection[str],
@@ -61,17 +63,20 @@ def duel(
     sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed)
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
     answers = sampler.answers("champion", model)
-    theirs = _scored(answers, prompts, artifacts, vader=params.vader)
+    theirs = _scored(answers, prompts, reward, artifacts, vader=params.vader)
     records = read_rows(artifacts / "evaluate" / "responses.jsonl", Judged)
     by_prompt = {record.prompt_id: record for record in records if record.policy == policy}
     ours = [by_prompt[answer.prompt.id] for answer in answers]
     return {name: compared(name, ours, theirs, samples=params.bootstrap_samples, seed=seed) for name in metrics}
 
 
-def _scored(answers: Sequence[Answer], prompts: Sequence[Prompt], artifacts: Path, *, vader: bool) -> list[_Scored]:
+def _scored(
+    answers: Sequence[Answer], prompts: Sequence[Prompt], reward: RewardParams, artifacts: Path, *, vader: bool
+) -> list[_Scored]:
     """The answers with the scores of the judges of the evaluation."""
     asked, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
-    gold = gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge")(asked, responses)
+    folders = {"base_model": artifacts / "base_model", "gold_judge": artifacts / "gold_judge"}
+    gold = gold_reward(prompts, reward, **folders)(asked, responses)
     sentiment = vader_scores(asked, responses) if vader else [None] * len(answers)
     return [
         _Scored(answer.response, answer.ended, answer.kl, float(score), compound)

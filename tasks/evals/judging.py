@@ -17,10 +17,11 @@ from tasks.core.errors import DataError, TrainingError
 from tasks.core.models import is_off
 from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.generation import GenerationParams
+from tasks.core.sections.reward import RewardParams
 from tasks.evals.compare import Judged
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.learned import GoldJudge
-from tasks.rewards.rules import RewardFunction, right_answer, right_in_form
+from tasks.rewards.rules import RULES, RewardFunction, right_answer, right_in_form
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, generate
@@ -117,8 +118,16 @@ class Sampler:
         ]
 
 
-def gold_reward(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -> RewardFunction:
+def gold_reward(
+    prompts: Sequence[Prompt], reward: RewardParams, *, base_model: Path, gold_judge: Path
+) -> RewardFunction:
     """What stands for the truth: a model of people's ratings that training never saw, or the right answers.
+
+    Args:
+        prompts: all that will be asked about.
+        reward: whether the answers are tests of programs, and how those are run.
+        base_model: the folder of its stage.
+        gold_judge: the folder of its stage.
 
     Raises:
         DataError: there are neither.
@@ -131,6 +140,8 @@ def gold_reward(prompts: Sequence[Prompt], base_model: Path, gold_judge: Path) -
             f"gold_judge is off (null in params.yaml), and only {len(answers)} of {len(prompts)} held-out prompts have "
             "a right answer, so nothing independent can judge the policies: switch it on, or give prompts an `answer`"
         )
+    if "code" in reward.weights:
+        return RULES["code"](reward, answers)
     return lambda asked, responses: [
         right_answer(text, answers[prompt]) for prompt, text in zip(asked, responses, strict=True)
     ]
@@ -152,6 +163,7 @@ def judge(
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
     proxy = reward(prompts, responses)
+    tested = proxy.components.get("code")
     truth = torch.as_tensor(gold(prompts, responses))
     if not torch.isfinite(truth).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
@@ -171,17 +183,20 @@ def judge(
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=truth[row].item(),
             vader=sentiment[row],
-            correct=_correct(answer, answer_pattern),
+            correct=_correct(answer, answer_pattern, passed=None if tested is None else bool(tested[row])),
             measures={name: values[row].item() for name, values in proxy.measures.items()},
         )
         for row, answer in enumerate(answers)
     ]
 
 
-def _correct(answer: Answer, pattern: str | None) -> dict[str, bool] | None:
+def _correct(answer: Answer, pattern: str | None, *, passed: bool | None) -> dict[str, bool] | None:
+    """In two readings, which are one where the answer is a program's tests."""
     expected = answer.prompt.answer
     if expected is None:
         return None
+    if passed is not None:
+        return {"strict": passed, "flexible": passed}
     strict, flexible = right_in_form(answer.response, expected, pattern), right_answer(answer.response, expected)
     return {"strict": bool(strict), "flexible": bool(flexible)}
 

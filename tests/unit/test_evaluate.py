@@ -16,6 +16,7 @@ from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
 from tasks.core.paths import OFF
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.judge import JudgeParams
@@ -24,10 +25,11 @@ from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.core.words import repeated_share
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
-from tasks.evals.judging import choose_prompts
+from tasks.evals.judging import Answer, choose_prompts, gold_reward, judge
 from tasks.evals.noninferiority import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evaluate import evaluate
+from tasks.rewards.composition import build_reward
 from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.learned import FAMILIARITY, NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
@@ -336,6 +338,20 @@ def test_prompts_are_a_seeded_choice(world: dict[str, Path]) -> None:
     assert any(first != [row.id for row in choose_prompts(path, 7, seed)] for seed in (1, 2))
 
 
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Path) -> None:
+    prompt = Prompt(id="1", prompt="def add_3(x):\n", answer="assert add_3(1) == 4")
+    params = REWARD.model_copy(update={"weights": {"code": 1.0}, "code": CodeRule(program="completion")})
+    responses = ["    return x + 3", "    return x"]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / OFF).touch()
+    gold = gold_reward([prompt], params, base_model=tmp_path, gold_judge=tmp_path)
+    assert list(gold([prompt.prompt] * 2, responses)) == [1, 0]
+    answers = [Answer("sft", prompt, response, 4, True, 0.0, 0.0) for response in responses]
+    judged = judge(answers, build_reward(params, [prompt], None), gold, vader=False)
+    assert [row.correct for row in judged] == [{"strict": True, "flexible": True}, {"strict": False, "flexible": False}]
+
+
 def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"test\.jsonl holds 7 prompts, evaluate\.prompts asks for 8; lower it to 7"):
         choose_prompts(world["prepare"] / "prompts" / "test.jsonl", 8, 0)
@@ -349,8 +365,9 @@ def test_a_duel_compares_answers_to_the_same_prompts(
     for part, folder in {**world, "evaluate": out}.items():
         shutil.copytree(folder, tmp_path / part)
     found = duel(
-        "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy=champion
-    )
+        "ppo", PARAMS, GENERATION, REWARD, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path,
+        champion_policy=champion,
+    )  # fmt: skip
     table = {name: {r.prompt_id: r for r in records if r.policy == name} for name in ("ppo", champion)}
     pairs = [(row, table[champion][prompt]) for prompt, row in table["ppo"].items()]
     expected = {

@@ -5,11 +5,11 @@ import shutil
 import pytest
 
 from tasks.core.errors import ConfigError, DataError
+from tasks.core.schema import Prompt
 from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.reward import LengthRule, RewardParams
 from tasks.rewards.code import code_reward, function_under_test, program_of
 from tasks.rewards.composition import Measuring, build_reward
-from tasks.core.schema import Prompt
 from tasks.rewards.rules import RULES
 
 walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
