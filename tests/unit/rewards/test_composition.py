@@ -85,7 +85,7 @@ def test_a_component_without_weight_is_not_computed() -> None:
 
 
 def test_an_unknown_component_is_named_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match=r"reward\.weights\.repetitions.*answer, learned, length, repetition"):
+    with pytest.raises(ConfigError, match=r"reward\.weights\.repetitions.*answer, code, learned, length, repetition"):
         build_reward(_params(repetitions=1.0), [], lambda p, r: [0.0] * len(r))
 
 
