@@ -1,7 +1,7 @@
 """What judging a program costs: `make bench-sandbox`.
 
-One small program with three asserts, many times, each a little different so that none is skipped: behind all walls, with
-nothing but limits, and, for comparison, as people would run it without any of this: program and tests in one plain
+One small program with three asserts, many times, each a little different so that none is skipped: behind all walls;
+with nothing but limits; and, for comparison, as people would run it without any of this, program and tests in one plain
 `python -c`. Equally many at once each way. Prints a line per way and, last, one JSON line.
 """
 

@@ -165,6 +165,7 @@ def _duel(policy: str, params: Params, metrics: Collection[str], champion: regis
             policy,
             params.evaluate,
             params.generation,
+            params.reward,
             params.seed,
             metrics=metrics,
             artifacts=artifacts("evaluate").parent,

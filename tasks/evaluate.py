@@ -76,7 +76,8 @@ def evaluate(
     answers = _answers(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     gold = gold_reward(prompts, base_model, gold_judge, params.gold_rule)
-    records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern)
+    accuracy = params.gold_rule is None
+    records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
     judgements = _judge_pairs(params, records, base_model)
     table = _compared(params, records, judgements, seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}

@@ -27,6 +27,7 @@ from tasks.core.sections.preferences import PreferencesParams
 from tasks.core.sections.prepare import PrepareParams
 from tasks.core.sections.reward import LEARNED, RewardParams
 from tasks.core.sections.reward_model import RewardModelParams
+from tasks.core.sections.rules import TRUTHS
 from tasks.core.sections.section import Section
 from tasks.core.sections.sft import SFTParams
 
@@ -81,7 +82,8 @@ class Params(Section):
                 "false, for a judge must be one that training never saw"
             )
         gold = self.evaluate.gold_rule
-        if gold and gold.function in {rule.function for rule in self.reward.rules.values()}:
+        rules = {rule.function for rule in self.reward.rules.values()}
+        if gold and gold.function in rules - set(TRUTHS):
             raise ValueError(
                 f"evaluate.gold_rule is {gold.function}, which the reward has, too: a judge must be one that training "
                 "never saw; choose another rule"

@@ -151,11 +151,13 @@ def judge(
     *,
     vader: bool,
     answer_pattern: str | None = None,
+    accuracy: bool = True,
 ) -> list[Judged]:
     """Every judge scores every response; where a right answer is known, the response is right or not, in two readings.
 
     Args:
         answer_pattern: the form of a strictly right answer, see `right_in_form`.
+        accuracy: whether right answers are texts to compare with, and not what a rule makes of them.
     """
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
@@ -179,7 +181,7 @@ def judge(
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=truth[row].item(),
             vader=sentiment[row],
-            correct=_correct(answer, answer_pattern),
+            correct=_correct(answer, answer_pattern) if accuracy else None,
             measures={name: values[row].item() for name, values in proxy.measures.items()},
         )
         for row, answer in enumerate(answers)

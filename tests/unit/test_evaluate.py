@@ -25,10 +25,11 @@ from tasks.core.sections.reward import RewardParams
 from tasks.core.words import repeated_share
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
-from tasks.evals.judging import choose_prompts
+from tasks.evals.judging import Answer, choose_prompts, gold_reward, judge
 from tasks.evals.noninferiority import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evaluate import evaluate
+from tasks.rewards.composition import build_reward
 from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.learned import FAMILIARITY, NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
@@ -379,6 +380,19 @@ def test_prompts_are_a_seeded_choice(world: dict[str, Path]) -> None:
     assert first == [row.id for row in choose_prompts(path, 7, 0)]
     assert first[:3] == [row.id for row in choose_prompts(path, 3, 0)]
     assert any(first != [row.id for row in choose_prompts(path, 7, seed)] for seed in (1, 2))
+
+
+@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Path) -> None:
+    prompt = Prompt(id="1", prompt="def add_3(x):\n", answer="assert add_3(1) == 4")
+    params = RewardParams(weights={"code": 1.0}, rules={"code": {"program": "completion"}})
+    responses = ["    return x + 3", "    return x"]
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / OFF).touch()
+    gold = gold_reward([prompt], tmp_path, tmp_path, params.rules["code"])
+    answers = [Answer("sft", prompt, response, 4, True, 0.0, 0.0) for response in responses]
+    judged = judge(answers, build_reward(params, [prompt], None), gold, vader=False, accuracy=False)
+    assert [(row.gold, row.correct) for row in judged] == [(1, None), (0, None)]
 
 
 def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:

@@ -31,8 +31,8 @@ class EvaluateParams(Section):
 
     gold_rule: Rule | None = Field(
         None,
-        description="Where neither people's ratings nor right answers can judge: a rule that does, which the reward "
-        "does not have, for example `{function: language}`.",
+        description="Where neither people's ratings nor the right answer as a text can judge: a rule that does; one "
+        "that the reward does not have, such as `{function: language}`, or `code`, whose answers are tests.",
     )
 
     @model_validator(mode="after")

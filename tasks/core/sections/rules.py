@@ -17,6 +17,7 @@ from tasks.core.sections.section import Positive
 
 __all__ = [
     "OPTIONS",
+    "TRUTHS",
     "CustomRule",
     "FactsRule",
     "FormatRule",
@@ -208,6 +209,10 @@ OPTIONS: dict[str, type[RuleOptions]] = {
     "sentiment": SentimentRule,
 }
 """Rule → its options; `tasks.rewards.rules.RULES` has the same names."""
+
+
+TRUTHS = ("answer", "code", "mathematics")
+"""Rules that say what is right by the row's answer: they may judge what they have paid."""
 
 
 def _read(value: Any) -> RuleOptions:

@@ -9,6 +9,7 @@ import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 
 import psutil
@@ -120,7 +121,7 @@ def sandbox() -> Sandbox:
 
 
 @pytest.fixture(scope="module")
-def hungry(sandbox: Sandbox, world: World) -> dict[str, Verdict]:
+def hungry(sandbox: Sandbox, world: World) -> dict[Attack, Verdict]:
     """Verdicts on programs that would take for ever, all at once: each waits for its limit, not for the others'."""
     limits = LIMITS | {"wall_seconds": 4, "workers": len(HUNGRY)}
     return dict(zip(HUNGRY, Sandbox(CodeRule(**limits)).run([_job(attack, world) for attack in HUNGRY]), strict=True))
@@ -149,9 +150,10 @@ def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, world: World, 
 
 @pytest.mark.parametrize("attack", HUNGRY, ids=lambda attack: attack.name)
 def test_what_takes_for_ever_is_ended(
-    attack: Attack, hungry: dict[str, Verdict], world: World, record_property: Recorder
+    attack: Attack, hungry: dict[Attack, Verdict], world: World, record_property: Recorder
 ) -> None:
-    _check(attack, hungry[attack], world, record_property)
+    patient = replace(attack, statuses=(*attack.statuses, "timeout"))  # on a busy machine that limit may come first
+    _check(patient, hungry[attack], world, record_property)
 
 
 @pytest.mark.parametrize("name", UNWALLED)
