@@ -170,6 +170,7 @@ def _duel(policy: str, params: Params, metrics: Collection[str], champion: regis
             artifacts=artifacts("evaluate").parent,
             champion=Path(folder),
             champion_policy=champion.policy,
+            environment=params.environment,
         )
 
 

@@ -112,6 +112,7 @@ def render(evidence: Evidence) -> str:
         count=int(next(iter(table.values()))["n"]),
         weights=evidence.weights,
         rated=evidence.rated,
+        talked="success" in next(iter(table.values())),
         judges=win_rates_of(table),
         result_figures=_result_figures(evidence),
         curve_figures=_curve_figures(evidence),

@@ -17,10 +17,13 @@ from tasks.core.sections.reward import RewardParams
 from tasks.rewards.learned import RewardModel
 from tasks.rewards.rules import RULES, RewardFunction
 
-__all__ = ["LEARNED", "CompositeReward", "Measuring", "Reward", "build_reward", "load_reward"]
+__all__ = ["GIVEN", "LEARNED", "CompositeReward", "Measuring", "Reward", "build_reward", "load_reward"]
 
 LEARNED = "learned"
 """The component that the trained reward model computes; every other one is a rule."""
+
+GIVEN = frozenset({"environment"})
+"""Components that come with the responses, as what an environment paid for a conversation does."""
 
 SHOWN = 200
 """Characters of a text that an error message shows."""
@@ -67,12 +70,12 @@ class CompositeReward:
         Raises:
             ConfigError: there is no weight, or a weight names no component, or a component has no weight.
         """
-        if not weights or set(components) != set(weights):
+        if not weights or set(components) != set(weights) - GIVEN:
             raise ConfigError(
                 f"reward.weights must name each component once: components {sorted(components)}, "
                 f"weights {sorted(weights)}"
             )
-        self._components = {name: components[name] for name in weights}
+        self._components = dict(components)
         self._weights = dict(weights)
 
     @property
@@ -80,8 +83,13 @@ class CompositeReward:
         """Component → weight."""
         return self._weights
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Reward:
+    def __call__(
+        self, prompts: list[str], responses: list[str], given: Mapping[str, Component] | None = None
+    ) -> Reward:
         """Score B responses, each to the prompt at its place.
+
+        Args:
+            given: those of `GIVEN` that have a weight, for these responses.
 
         Raises:
             TrainingError: a component gives a value that is not finite, or not one value per response.
@@ -90,8 +98,9 @@ class CompositeReward:
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
         values: dict[str, Tensor] = {}
         measures: dict[str, Tensor] = {}
-        for name, component in self._components.items():
-            value, noticed = _asked(component, prompts, responses)
+        components = self._components | dict(given or {})
+        for name in self._weights:
+            value, noticed = _asked(components[name], prompts, responses)
             values[name] = _checked(name, value, prompts, responses)
             measures |= noticed
         total = torch.zeros(len(responses))
@@ -130,6 +139,8 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
     components: dict[str, Component] = {}
     for name in params.weights:
+        if name in GIVEN:
+            continue
         if name != LEARNED and name not in RULES:
             known = ", ".join(sorted([LEARNED, *RULES]))
             raise ConfigError(f"reward.weights.{name}: no such component; known ones: {known}; check the spelling")

@@ -54,7 +54,7 @@ def run_reward_model(of: Path, out: Path, *, members: int = 1, seed: int = 0) ->
 
 
 RUNS: dict[str, Run] = {
-    "sft": lambda of, out: sft(_SFT, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
+    "sft": lambda of, out: sft(_SFT, LORA, None, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
     "reward_model": run_reward_model,
     "gold_judge": lambda of, out: gold_judge(
         _GOLD_JUDGE, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out
@@ -63,7 +63,7 @@ RUNS: dict[str, Run] = {
         _DPO, LORA, 0, base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out
     ),
     "grpo": lambda of, out: grpo(
-        _GRPO, LORA, GENERATION, REWARD, 0, base_model=of / "base_model", sft=of / "sft",
+        _GRPO, LORA, GENERATION, REWARD, None, 0, base_model=of / "base_model", sft=of / "sft",
         reward_model=of / "reward_model", prepare=of / "prepare", out=out,
     ),
 }  # fmt: skip

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import shutil
 from pathlib import Path
 
@@ -38,8 +39,11 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
     for stage in STAGES:
         if getattr(params, stage) is None:
             continue
-        arguments, _ = stage_arguments(getattr(importlib.import_module(f"tasks.{stage}"), stage), stage, params)
-        assert all(argument is not None for argument in arguments), f"{stage} reads a section that is off"
+        function = getattr(importlib.import_module(f"tasks.{stage}"), stage)
+        arguments, _ = stage_arguments(function, stage, params)
+        kinds = [item.annotation for item in inspect.signature(function).parameters.values()]
+        for argument, kind in zip(arguments, kinds, strict=False):
+            assert argument is not None or kind.endswith(" | None"), f"{stage} reads a section that is off"
     assert apply_changes(params_yaml, [changes]) == [], "applied twice it changes something again"
 
 
@@ -66,6 +70,12 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("gate.margins={}", "gate.margins: Dictionary should have at least 1 item"),
         ("gate.margins.length=1", r"gate\.margins\.length\S*: Input should be 'win_rate', .* or 'kl', got 'length'"),
         ("gate.margins.kl=-1", r"gate\.margins\.kl: Input should be greater than or equal to 0, got -1"),
+        (
+            "environment={kind: service_bot, max_turns: 4, gamma: 0.9}",
+            "environment is on, but reward.weights does not name it: add environment: 1.0 there",
+        ),
+        ("reward.weights.environment=1", "reward.weights.environment and ppo.action turn need an environment"),
+        ("ppo.action=turn", "reward.weights.environment and ppo.action turn need an environment"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
     ],
 )
@@ -121,6 +131,8 @@ def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, overoptimised, tiny"
+        ConfigError,
+        match=r"no preset 'large' in infra/presets; known presets: arithmetic, gpu, overoptimised, "
+        "second_try, service_bot, tiny",
     ):
         preset_changes(ROOT, "large")
