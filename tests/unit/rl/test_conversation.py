@@ -67,8 +67,8 @@ def moved_policy() -> Any:
 def conversations(model: Any = None, chosen: Any = (0, 1, 2, 3, 4), samples: int = 2, **options: Any) -> Conversations:
     head = options.pop("value_head", None)
     seed = options.pop("seed", 0)
-    start = talk(**options)
-    return start(model or tiny_model(), chosen, samples, lambda turn: seeded(seed, turn), value_head=head)
+    generator = options.pop("generator", lambda turn: seeded(seed, turn))
+    return talk(**options)(model or tiny_model(), chosen, samples, generator, value_head=head)
 
 
 def pieces(rollout: Conversations, row: int) -> list[tuple[bool, list[int]]]:
