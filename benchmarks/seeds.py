@@ -38,9 +38,9 @@ def run(seed: int) -> dict[str, float]:
     (off / "points.csv").touch()
     (off / "fits.json").write_text("{}")
     (off / "results.json").write_text("{}")
-    ppo(params.ppo, params.lora, params.generation, params.reward, seed, **upstream, out=here)
+    ppo(params.ppo, params.lora, params.generation, params.reward, params.environment, seed, **upstream, out=here)
     evaluate(
-        params.evaluate, params.generation, params.reward, params.seed, **upstream,
+        params.evaluate, params.generation, params.reward, params.environment, params.seed, **upstream,
         gold_judge=ARTIFACTS / "gold_judge", ppo=here, grpo=off, dpo=off, overoptimisation=off, lm_eval=off, out=judged,
     )  # fmt: skip
     row = json.loads((judged / "metrics.json").read_text())["ppo"]

@@ -158,7 +158,7 @@ def chat(
     seed: Seed = 0,
     chat_template: ChatTemplate = False,
 ) -> None:
-    """Type beginnings of texts, each on its own, and read how a policy goes on; Ctrl-D ends."""
+    """Type beginnings of texts, each on its own (no conversation), and read how a policy goes on; Ctrl-D ends."""
     enter_served()
     with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
         while (line := _line()) is not None:

@@ -165,12 +165,12 @@ def _duel(policy: str, params: Params, metrics: Collection[str], champion: regis
             policy,
             params.evaluate,
             params.generation,
-            params.reward,
             params.seed,
             metrics=metrics,
             artifacts=artifacts("evaluate").parent,
             champion=Path(folder),
             champion_policy=champion.policy,
+            environment=params.environment,
         )
 
 

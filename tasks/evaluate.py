@@ -15,6 +15,7 @@ from tasks.core import tracking
 from tasks.core.files import write_json, write_table
 from tasks.core.models import ADAPTER, is_off, load_policy, load_reference, load_tokenizer, prepare_process
 from tasks.core.schema import Prompt, write_rows
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.reward import RewardParams
@@ -36,6 +37,7 @@ def evaluate(
     params: EvaluateParams,
     generation: GenerationParams,
     reward: RewardParams,
+    environment: EnvironmentParams | None,
     seed: int,
     *,
     base_model: Path,
@@ -53,8 +55,9 @@ def evaluate(
 ) -> None:
     """Compare SFT and those of PPO, GRPO and DPO that are on, on held-out prompts.
 
-    The gold judge is the model of that stage; where the stage is off, it is whether the answer is right. Each policy
-    writes one response per prompt, all with the same random numbers. Writes responses.jsonl (every response with every
+    The gold judge is the model of that stage; where the stage is off, it is whether the answer is right, and with an
+    environment, whether the conversation reached its goal. Each policy writes one response per prompt, or has one
+    conversation, all with the same random numbers. Writes responses.jsonl (every response with every
     score), judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy →
     numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
     findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
@@ -72,10 +75,17 @@ def evaluate(
     prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
     trained: dict[str, Path] = {"ppo": ppo, "grpo": grpo, "dpo": dpo}
     policies = {name: folder for name, folder in trained.items() if not is_off(folder)}
-    sampler = Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
+    sampler = Sampler(
+        load_tokenizer(base_model),
+        prompts,
+        generation,
+        batch_size=params.batch_size,
+        seed=seed,
+        environment=environment,
+    )
     answers = _answers(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = gold_reward(prompts, base_model, gold_judge, params.gold_rule)
+    gold = None if environment else gold_reward(prompts, base_model, gold_judge, params.gold_rule)
     accuracy = params.gold_rule is None
     records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
     judgements = _judge_pairs(params, records, base_model)
@@ -103,7 +113,7 @@ def evaluate(
         made_from=ingredients(base_model, collect),
         provenance=_provenance(
             seed,
-            (params, generation, reward),
+            (params, generation, reward, *([environment] if environment else [])),
             {REFERENCE: sft} | policies | {"reward model": reward_model, "gold judge": gold_judge},
             prompts,
         ),
@@ -174,7 +184,7 @@ def _side_by_side(records: Sequence[Judged], count: int) -> list[dict[str, objec
     rows: dict[str, dict[str, object]] = {}
     for record in records:
         row = rows.setdefault(record.prompt_id, {"prompt": record.prompt})
-        row[record.policy] = record.response
+        row[record.policy] = record.shown
         row |= {f"{judge}_{record.policy}": score for judge in JUDGES if (score := record.score(judge)) is not None}
         row[f"kl_{record.policy}"] = record.kl
     return list(rows.values())[:count]

@@ -5,12 +5,14 @@ from __future__ import annotations
 import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import TaskType
+from torch import Tensor
 from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
@@ -20,6 +22,7 @@ from tasks.core.errors import TrainingError
 from tasks.core.files import write_json
 from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
@@ -27,11 +30,13 @@ from tasks.core.sections.reward import RewardParams
 from tasks.core.training import HistoryCallback, PolicyKeeper, common_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.checks import DegenerationWatch
+from tasks.rl.conversation import ENVIRONMENT, Conversations, Earned, Talk, load_talk
 from tasks.rl.detectors import watch
-from tasks.rl.rollout import generate
-from tasks.rl.shaping import missing_eos_penalty
+from tasks.rl.masking import up_to_last
+from tasks.rl.rollout import generate, seeded
+from tasks.rl.shaping import discounted, missing_eos_penalty
 
-__all__ = ["Rollouts", "grpo"]
+__all__ = ["ConversationRollouts", "Rollouts", "Said", "grpo"]
 
 CHECKPOINT_UPDATES = 4
 """Updates between checkpoints: each has at least a rollout's work in it, so they cost little."""
@@ -53,6 +58,7 @@ def grpo(
     lora: LoraParams,
     generation: GenerationParams,
     reward: RewardParams,
+    environment: EnvironmentParams | None,
     policy_seed: int,
     *,
     base_model: Path,
@@ -63,6 +69,8 @@ def grpo(
 ) -> None:
     """Train the policy with TRL's GRPOTrainer: advantages are rewards standardised within each prompt's group.
 
+    With an environment a sample is a whole conversation, see `ConversationRollouts`.
+
     Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
@@ -70,7 +78,11 @@ def grpo(
     tokenizer = load_tokenizer(base_model)
     prompts = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
     composed = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    score = _Score(composed, params, tokenizer.eos_token_id)
+    score = _Score(composed, params, tokenizer.eos_token_id, environment.gamma if environment else 1.0)
+    rollouts: Rollouts | ConversationRollouts = Rollouts(params, generation, tokenizer, policy_seed)
+    if environment:
+        talk = load_talk(environment, prompts, tokenizer, generation)
+        rollouts = ConversationRollouts(params, talk, [row.prompt for row in prompts], policy_seed)
     history = HistoryCallback("grpo")
     keeper = PolicyKeeper(params.keep_every, out)
     torch.manual_seed(policy_seed)
@@ -84,15 +96,15 @@ def grpo(
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
             callbacks=[history, _EachUpdate(params, history, keeper, composed.slopes_at)],
-            rollout_func=Rollouts(params, generation, tokenizer, policy_seed),
+            rollout_func=rollouts,
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
     keeper.finish()
-    rollouts = _rollouts(trainer.state)
-    rows = _rounds(history.rows, rollouts, params.epochs * params.minibatches, composed.slopes_at)
+    kept = _rollouts(trainer.state)
+    rows = _rounds(history.rows, kept, params.epochs * params.minibatches, composed.slopes_at)
     write_history(out / "history.csv", rows)
-    samples = [sample for entry in rollouts for sample in entry["samples"]]
+    samples = [sample for entry in kept for sample in entry["samples"]]
     write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE} for sample in samples))
     write_json(out / "metrics.json", rows[-1])
 
@@ -155,6 +167,68 @@ class Rollouts:
         }
 
 
+@dataclass(frozen=True)
+class Said:
+    """What `_Score` has to know of a conversation; TRL hands it on as it is."""
+
+    spoken: str
+    transcript: str
+    reward: float
+    turns: int
+    tokens: int
+    ended: bool
+
+
+class ConversationRollouts:
+    """TRL's `rollout_func` for conversations; `env_mask` takes the environment's tokens out of loss, KL and entropy.
+
+    TRL's other door, `environment_factory`, does not fit: there an environment's methods are tools, a turn goes to it
+    only where the model has written a tool call, and the tokenizer's chat template must know tools, which that of our
+    base model does not. Here every turn of the policy is an action, in plain text.
+    """
+
+    def __init__(self, params: GRPOParams, talk: Talk, prompts: Sequence[str], seed: int) -> None:
+        self._group, self._talk, self._seed = params.samples_per_prompt, talk, seed
+        self._places = {prompt: place for place, prompt in enumerate(prompts)}
+
+    def __call__(self, prompts: Sequence[str], trainer: GRPOTrainer) -> dict[str, Any]:
+        trainer.model.eval()
+        step = trainer.state.global_step
+        conversations = self._talk(
+            trainer.model,
+            [self._places[prompt] for prompt in prompts[:: self._group]],
+            self._group,
+            lambda turn: seeded(self._seed, step, turn),
+        )
+        trainer.model.train()
+        lengths = up_to_last(conversations.response_mask).sum(1).tolist()
+        prompt_lengths = conversations.prompt_mask.sum(1).tolist()
+
+        def rows(tensor: Tensor) -> list[Any]:
+            return [row[:n].tolist() for row, n in zip(tensor, lengths, strict=True)]
+
+        return {
+            "prompt_ids": [row[-n:].tolist() for row, n in zip(conversations.prompts, prompt_lengths, strict=True)],
+            "completion_ids": rows(conversations.responses),
+            "logprobs": rows(conversations.logprobs),
+            "env_mask": rows(conversations.response_mask.long()),
+            "said": _said(conversations),
+        }
+
+
+def _said(conversations: Conversations) -> list[Said]:
+    columns = zip(
+        conversations.spoken,
+        conversations.transcripts,
+        conversations.rewards.tolist(),
+        conversations.turns.tolist(),
+        conversations.response_mask.sum(1).tolist(),
+        conversations.ended.tolist(),
+        strict=True,
+    )
+    return [Said(*values) for values in columns]
+
+
 class _Score:
     """TRL's reward function: the composed reward, with every component kept for the curves and some samples to read.
 
@@ -163,8 +237,9 @@ class _Score:
 
     __name__ = "reward"
 
-    def __init__(self, reward: CompositeReward, params: GRPOParams, eos_token_id: int) -> None:
+    def __init__(self, reward: CompositeReward, params: GRPOParams, eos_token_id: int, turn_gamma: float = 1.0) -> None:
         self._reward, self._penalty, self._eos = reward, params.missing_eos_penalty, eos_token_id
+        self._turn_gamma = turn_gamma
         self._group = params.samples_per_prompt
         self._steps_per_update = params.epochs * params.minibatches
         self._watch = DegenerationWatch(lambda message: tqdm.write(f"grpo: {message}", file=sys.stderr))
@@ -175,19 +250,27 @@ class _Score:
         completions: list[str],
         completion_ids: list[list[int]],
         trainer_state: Any,
+        said: list[Said] | None = None,
         **_: Any,
     ) -> list[float]:
         step = trainer_state.global_step // self._steps_per_update + 1
+        said = said or [
+            Said(text, text, 0.0, 1, len(ids), ids[-1] == self._eos)
+            for text, ids in zip(completions, completion_ids, strict=True)
+        ]
+        completions, turns = [one.spoken for one in said], torch.tensor([one.turns for one in said])
+        earned = Earned(torch.tensor([one.reward for one in said]), turns)
         try:
-            outcome = self._reward(prompts, completions, step)
+            outcome = self._reward(prompts, completions, step, {ENVIRONMENT: earned})
         except TrainingError as error:
             raise TrainingError(f"update {step}: {error}") from error
-        ended = torch.tensor([ids[-1] == self._eos for ids in completion_ids])
-        scores = missing_eos_penalty(outcome.total, ended, self._penalty)
+        ended = torch.tensor([one.ended for one in said])
+        scores = discounted(missing_eos_penalty(outcome.total, ended, self._penalty), turns, self._turn_gamma)
         whole = outcome.of_all_ranks()
-        lengths = ranks.gathered(torch.tensor([len(ids) for ids in completion_ids]))
+        lengths = ranks.gathered(torch.tensor([one.tokens for one in said]))
         everyones = ranks.gathered(scores)
         prompts, completions = ranks.texts(prompts), ranks.texts(completions)
+        transcripts = ranks.texts([one.transcript for one in said])
         means = {
             "reward": whole.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in whole.components.items()},
@@ -198,7 +281,7 @@ class _Score:
         }
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [
-            {"step": step, "prompt": prompts[i], "response": completions[i], "score": everyones[i].item()}
+            {"step": step, "prompt": prompts[i], "response": transcripts[i], "score": everyones[i].item()}
             for i in range(0, len(prompts), self._group)
         ][:4]
         trainer_state.log_history.append({**means, "samples": rows, "step": trainer_state.global_step + 1})

@@ -42,7 +42,7 @@ def overoptimisation(
     prepare_process()
     prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = gold_reward(prompts, reward, base_model=base_model, gold_judge=gold_judge)
+    gold = gold_reward(prompts, base_model, gold_judge)
 
     def measured(answers: list[Answer]) -> list[Judged]:
         return judge(answers, proxy, gold, vader=False)

@@ -12,12 +12,14 @@ from tasks.core import ranks, tracking
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.core.sections.reward import RewardParams
 from tasks.core.training import PolicyKeeper, write_history
 from tasks.rewards.composition import load_reward
+from tasks.rl.conversation import load_talk
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, TextCodec
 
@@ -29,6 +31,7 @@ def ppo(
     lora: LoraParams,
     generation: GenerationParams,
     reward: RewardParams,
+    environment: EnvironmentParams | None,
     policy_seed: int,
     *,
     base_model: Path,
@@ -62,6 +65,7 @@ def ppo(
         params,
         generation,
         seed=policy_seed,
+        talk=load_talk(environment, rows, tokenizer, generation) if environment else None,
         checkpoints=tracking.current_checkpoints(),
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
+from typing import Any
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
@@ -11,21 +12,35 @@ from trl import SFTConfig, SFTTrainer
 from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
 from tasks.core.schema import Demonstration, read_rows
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.sft import SFTParams
 from tasks.core.training import HistoryCallback, calm, common_arguments, train_or_resume, write_history
+from tasks.rl.environments.dialogue import tokenised
 
 __all__ = ["sft"]
 
 
-def sft(params: SFTParams, lora: LoraParams, seed: int, *, base_model: Path, prepare: Path, out: Path) -> None:
+def sft(
+    params: SFTParams,
+    lora: LoraParams,
+    environment: EnvironmentParams | None,
+    seed: int,
+    *,
+    base_model: Path,
+    prepare: Path,
+    out: Path,
+) -> None:
     """Fine-tune with TRL's SFTTrainer on the responses of the demonstrations, the end token included.
 
+    With an environment a response is a whole dialogue, and what is learned is the bot's turns, each with an end token.
     Writes adapter/, history.csv, and metrics.json with the held-out loss (nats per response token) before and after.
     """
     prepare_process()
-    train = _dataset(prepare / "demonstrations" / "train.jsonl", params.max_examples)
-    heldout = _dataset(prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples)
+    tokenizer = load_tokenizer(base_model)
+    dialogues = tokenizer if environment else None
+    train = _dataset(prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogues)
+    heldout = _dataset(prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogues)
     history = HistoryCallback("sft")
     trainer = SFTTrainer(
         model=add_lora(load_reference(base_model, None), lora, seed=seed),
@@ -39,7 +54,7 @@ def sft(params: SFTParams, lora: LoraParams, seed: int, *, base_model: Path, pre
         ),
         train_dataset=train,
         eval_dataset=heldout,
-        processing_class=load_tokenizer(base_model),
+        processing_class=tokenizer,
         callbacks=[history],
     )
     before = calm(trainer).evaluate()["eval_loss"]
@@ -56,8 +71,11 @@ def sft(params: SFTParams, lora: LoraParams, seed: int, *, base_model: Path, pre
     write_json(out / "metrics.json", metrics)
 
 
-def _dataset(path: Path, limit: int) -> Dataset:
+def _dataset(path: Path, limit: int, dialogues: Any) -> Dataset:
+    """The rows for TRL to tokenise, or dialogues tokenised by what is given for them."""
     rows = read_rows(path, Demonstration)[:limit]
+    if dialogues is not None:
+        return Dataset.from_list([dict(tokenised(row, dialogues)) for row in rows])
     return Dataset.from_list([{"prompt": row.prompt, "completion": row.response} for row in rows])
 
 

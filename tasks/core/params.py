@@ -14,6 +14,7 @@ from tasks.core.errors import ConfigError
 from tasks.core.sections.base_model import BaseModelParams
 from tasks.core.sections.collect import CollectParams
 from tasks.core.sections.dpo import DPOParams
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.gate import GateParams
 from tasks.core.sections.generation import GenerationParams
@@ -53,6 +54,7 @@ class Params(Section):
     reward_model: RewardModelParams | None
     gold_judge: GoldJudgeParams | None
     generation: GenerationParams
+    environment: EnvironmentParams | None
     reward: RewardParams
     ppo: PPOParams | None
     grpo: GRPOParams | None
@@ -90,6 +92,22 @@ class Params(Section):
             )
         if self.gate and "win_rate_vader" in self.gate.margins and not self.evaluate.vader:
             raise ValueError("gate.margins names win_rate_vader, but evaluate.vader is false: remove it there")
+        return self
+
+    @model_validator(mode="after")
+    def _environment_has_what_it_needs(self) -> Self:
+        paid, by_turns = "environment" in self.reward.weights, self.ppo is not None and self.ppo.action == "turn"
+        if self.environment is None:
+            if paid or by_turns:
+                raise ValueError("reward.weights.environment and ppo.action turn need an environment, which is null")
+            return self
+        if not paid:
+            raise ValueError("environment is on, but reward.weights does not name it: add environment: 1.0 there")
+        one_text = ("preferences", "reward_model", "gold_judge", "dpo", "overoptimisation")
+        on = [name for name in one_text if getattr(self, name)]
+        on += [f"evaluate.{name}" for name in ("judge", "vader") if getattr(self.evaluate, name)]
+        if on:
+            raise ValueError(f"environment is on, and {', '.join(on)} can read no conversations: switch off")
         return self
 
 

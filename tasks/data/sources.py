@@ -17,6 +17,7 @@ from tasks.core.errors import DataError
 from tasks.core.paths import state
 from tasks.core.schema import ROW_TYPES
 from tasks.core.sections.collect import SourceParams
+from tasks.data.dialogues import read_service_bot
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.local import read_local
 from tasks.data.pypi import fetch
@@ -133,4 +134,5 @@ READERS: dict[str, Callable[[SourceParams, int], Lines]] = {
     "hub": read_hub,
     "local": read_local,
     "reasoning_gym": read_reasoning_gym,
+    "service_bot": read_service_bot,
 }

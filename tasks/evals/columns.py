@@ -76,6 +76,13 @@ COLUMNS = (
         "Share of right answers where it may stand anywhere in the response.", _interval,
     ),
     Column(
+        "success", ("Success",), _percent,
+        "Share of conversations that reached their goal, as the environment says.", _interval,
+    ),
+    Column(
+        "turns", ("Turns",), lambda value: f"{value:.1f}", "How often the policy spoke in a conversation, on average.",
+    ),
+    Column(
         "reward_gold", ("Gold", "rating"), signed,
         "The gold judge's score: the average rating it expects, on the scale on which people rated; of a judge of "
         "preferences, log-odds.",
@@ -124,6 +131,8 @@ def columns_of(table: Table, *, rated: bool, ruled: bool = False) -> list[Column
     known = {key for row in table.values() for key in row}
     unrated = RULED if ruled else RIGHT
     shown = [column if rated or column.key != RIGHT.key else unrated for column in COLUMNS]
+    if "success" in known:
+        known.discard(RIGHT.key)  # the same number
     return [column for column in shown if column.key in known]
 
 

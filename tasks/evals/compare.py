@@ -39,7 +39,8 @@ JUDGE_NAMES = {"gold": "gold judge", "judge": "LLM judge", "vader": "VADER", "pr
 HEADLINE = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_vader", "win_rate_proxy", "reward_gold", "reward_proxy",
     "accuracy_strict", "accuracy_flexible", "vader", "kl", "kl_stderr", "length", "repetition", "distinct_2",
-    "no_end_share", "win_rate_judge", "judge_first", "judge_inconsistent",
+    "no_end_share", "win_rate_judge", "judge_first", "judge_inconsistent", "success", "success_low", "success_high",
+    "turns",
 )  # fmt: skip
 """The keys that metrics.json repeats for DVC and MLflow, where they are there; policies.json has all."""
 
@@ -61,9 +62,14 @@ class Judged(Row):
     ended: bool = Field(description="Whether the policy wrote its end token in time.")
     kl: float = Field(description="Σ over response tokens of log π − log π_ref (k1), nats.")
     kl_k3: float = Field(description="Σ over response tokens of e^(−Δ) − 1 + Δ, Δ = log π − log π_ref (k3), nats.")
-    proxy: float = Field(description="The reward that training maximised: the weighted sum of the components.")
+    proxy: float = Field(
+        description="The reward that training maximised: the weighted sum of the components, discounted over turns."
+    )
     rewards: dict[str, float] = Field(description="Each component of the proxy reward, before weighting.")
-    gold: float = Field(description="The gold judge's predicted mean rating; or 1 for the right answer, 0 for others.")
+    gold: float = Field(
+        description="The gold judge's predicted mean rating; or 1 for the right answer, 0 for others; or what an "
+        "environment paid."
+    )
     vader: float | None = Field(description="VADER's compound score, in [−1, 1], where it judges.")
     correct: dict[str, bool] | None = Field(
         default=None,
@@ -73,6 +79,14 @@ class Judged(Row):
     measures: dict[str, float] = Field(
         default_factory=dict, description="What the reward's components noticed about the response; reported, not paid."
     )
+    conversation: str | None = Field(
+        default=None, description="What both sides said after the prompt, where an environment answered."
+    )
+
+    @property
+    def shown(self) -> str:
+        """What a reader should see after the prompt."""
+        return self.conversation or self.response
 
     def score(self, judge: str) -> float | None:
         """The score that the judge gave, if it judged."""
@@ -90,6 +104,8 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     `repetition`; `distinct_1`, `distinct_2`; `no_end_share`; the mean of each measure under its name, such as
     `unfamiliar`. Where VADER judges, its mean `vader`.
     Where right answers are known: `accuracy_strict`, `accuracy_flexible` over those prompts, with `_low` and `_high`.
+    Where an environment answered: `success`, the share of conversations that it paid for, with `_low` and `_high`, and
+    the mean number of `turns`; lengths, repetition and the like are then those of the policy's own words.
 
     Args:
         samples: bootstrap resamples for each interval.
@@ -106,7 +122,7 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     table: Table = {}
     for policy, group in groups.items():
         paired = _paired(group, reference)
-        row = _own_numbers(paired) | _accuracies(paired, samples, seed)
+        row = _own_numbers(paired) | _accuracies(paired, samples, seed) | _success(paired, samples, seed)
         for judge, prefix in JUDGES.items():
             if reference[0].score(judge) is None:
                 continue
@@ -176,6 +192,14 @@ def _accuracies(group: Sequence[Judged], samples: int, seed: int) -> dict[str, f
         name = f"accuracy_{reading}"
         row |= {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}
     return row
+
+
+def _success(group: Sequence[Judged], samples: int, seed: int) -> dict[str, float]:
+    """The interval of the share of conversations that reached their goal; nothing where there were none."""
+    if "success" not in group[0].measures:
+        return {}
+    share = bootstrap_mean([record.measures["success"] for record in group], samples=samples, seed=seed)
+    return {"success": share.mean, "success_low": share.low, "success_high": share.high}
 
 
 def _against(

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tasks.core.models import load_policy, load_tokenizer, prepare_process
 from tasks.core.schema import Prompt, read_rows
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.evals.compare import Judged
@@ -39,6 +40,7 @@ def duel(
     artifacts: Path,
     champion: Path,
     champion_policy: str,
+    environment: EnvironmentParams | None = None,
 ) -> dict[str, Interval]:
     """Each metric of the policy beside the champion, with its 95 % bootstrap interval over prompts.
 
@@ -50,6 +52,7 @@ def duel(
         artifacts: what the stages wrote.
         champion: the champion's base model, SFT and policy, laid out as in artifacts.
         champion_policy: the name of its policy.
+        environment: that of the evaluation; the champion talks with it, too.
 
     Raises:
         DataError: there is nothing that could judge.
@@ -58,7 +61,7 @@ def duel(
     prepare_process()
     prompts = choose_prompts(artifacts / "prepare" / "prompts" / "test.jsonl", params.prompts, seed)
     tokenizer = load_tokenizer(champion / "base_model")
-    sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed)
+    sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment)
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
     answers = sampler.answers("champion", model)
     theirs = _scored(answers, prompts, artifacts, params)
@@ -73,8 +76,9 @@ def _scored(
 ) -> list[_Scored]:
     """The answers with the scores of the judges of the evaluation."""
     asked, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
-    judge = gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge", params.gold_rule)
-    gold = judge(asked, responses)
+    gold = [answer.earned for answer in answers if answer.earned is not None] or gold_reward(
+        prompts, artifacts / "base_model", artifacts / "gold_judge", params.gold_rule
+    )(asked, responses)
     sentiment = vader_scores(asked, responses) if params.vader else [None] * len(answers)
     return [
         _Scored(answer.response, answer.ended, answer.kl, float(score), compound)

@@ -96,4 +96,4 @@ def _plain(example: Example) -> dict[str, Any]:
 
 def _response(record: Judged) -> dict[str, Any]:
     scores = {judge: score for judge in JUDGES if (score := record.score(judge)) is not None}
-    return {"response": record.response, "ended": record.ended, "kl": record.kl} | scores
+    return {"response": record.shown, "ended": record.ended, "kl": record.kl} | scores

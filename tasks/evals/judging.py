@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from tasks.core.errors import DataError, TrainingError
 from tasks.core.models import is_off
 from tasks.core.schema import Prompt, read_rows
+from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.rules import RuleOptions
 from tasks.evals.compare import Judged
@@ -23,9 +25,11 @@ from tasks.rewards.composition import CompositeReward, rule_component
 from tasks.rewards.learned import GoldJudge
 from tasks.rewards.rules.answers import right_answer, right_in_form
 from tasks.rewards.rules.kinds import RewardFunction
+from tasks.rl.conversation import ENVIRONMENT, Conversations, Earned, Talk, load_talk
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
-from tasks.rl.rollout import Rollout, generate
+from tasks.rl.rollout import Rollout, generate, seeded
+from tasks.rl.shaping import discounted
 
 __all__ = ["Answer", "Sampler", "choose_prompts", "gold_reward", "judge", "vader_scores"]
 
@@ -48,7 +52,13 @@ def choose_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class Answer:
-    """One response before anyone has judged it; the fields mean what they mean in `Judged`."""
+    """One response before anyone has judged it; the fields mean what they mean in `Judged`.
+
+    Attributes:
+        earned: what an environment paid for the conversation; None without one.
+        turns: how many the policy had.
+        discount: γ^(turns − 1): what a score that comes with the last turn counts for.
+    """
 
     policy: str
     prompt: Prompt
@@ -57,16 +67,28 @@ class Answer:
     ended: bool
     kl: float
     kl_k3: float
+    conversation: str | None = None
+    earned: float | None = None
+    turns: int = 1
+    discount: float = 1.0
 
 
 class Sampler:
-    """Lets policies answer the prompts, always with the same random numbers."""
+    """Lets policies answer the prompts, or talk with an environment, always with the same random numbers."""
 
     def __init__(
-        self, tokenizer: Any, prompts: Sequence[Prompt], generation: GenerationParams, *, batch_size: int, seed: int
+        self,
+        tokenizer: Any,
+        prompts: Sequence[Prompt],
+        generation: GenerationParams,
+        *,
+        batch_size: int,
+        seed: int,
+        environment: EnvironmentParams | None = None,
     ) -> None:
         self._tokenizer, self._generation, self._seed = tokenizer, generation, seed
         self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        self._talk = load_talk(environment, prompts, tokenizer, generation) if environment else None
 
     def answers(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[Answer]:
         """Responses prompt by prompt, with their KL to the reference; 0 for the reference, which has no adapter."""
@@ -77,7 +99,9 @@ class Sampler:
             for answer in self._described(name, prompts, rollout, self._reference_logprobs(model, rollout))
         ]
 
-    def _rollouts(self, model: Any, samples_per_prompt: int) -> list[Rollout]:
+    def _rollouts(self, model: Any, samples_per_prompt: int) -> Sequence[Rollout]:
+        if self._talk is not None:
+            return self._conversations(self._talk, model, samples_per_prompt)
         generator = torch.Generator().manual_seed(self._seed)
         return [
             generate(
@@ -93,6 +117,14 @@ class Sampler:
             for batch in self._batches
         ]
 
+    def _conversations(self, talk: Talk, model: Any, samples_per_prompt: int) -> list[Rollout]:
+        start, rollouts = 0, list[Rollout]()
+        for number, batch in enumerate(self._batches):
+            chosen = range(start, start + len(batch))
+            rollouts.append(talk(model, chosen, samples_per_prompt, partial(seeded, self._seed, number)))
+            start += len(batch)
+        return rollouts
+
     def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
         if not isinstance(model, PeftModel):
             return rollout.logprobs
@@ -106,16 +138,21 @@ class Sampler:
         samples = len(mask) // len(prompts)
         columns = zip(
             [prompt for prompt in prompts for _ in range(samples)],
-            rollout.response_ids(),
+            rollout.texts(lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))),
             mask.sum(1).tolist(),
             rollout.ended.tolist(),
             per_sequence(kl.k1, mask).tolist(),
             per_sequence(kl.k3, mask).tolist(),
             strict=True,
         )
+        answers = [Answer(name, *values) for values in columns]
+        if self._talk is None or not isinstance(rollout, Conversations):
+            return answers
+        discounts = discounted(torch.ones(len(answers)), rollout.turns, self._talk.gamma).tolist()
+        talked = zip(rollout.transcripts, rollout.rewards.tolist(), rollout.turns.tolist(), discounts, strict=True)
         return [
-            Answer(name, prompt, self._tokenizer.decode(ids, skip_special_tokens=True), tokens, ended, k1, k3)
-            for prompt, ids, tokens, ended, k1, k3 in columns
+            replace(answer, conversation=text, earned=earned, turns=turns, discount=discount)
+            for answer, (text, earned, turns, discount) in zip(answers, talked, strict=True)
         ]
 
 
@@ -147,7 +184,7 @@ def gold_reward(
 def judge(
     answers: Sequence[Answer],
     reward: CompositeReward,
-    gold: RewardFunction,
+    gold: RewardFunction | None,
     *,
     vader: bool,
     answer_pattern: str | None = None,
@@ -156,13 +193,16 @@ def judge(
     """Every judge scores every response; where a right answer is known, the response is right or not, in two readings.
 
     Args:
+        gold: None where an environment has judged: then what it paid is the truth.
         answer_pattern: the form of a strictly right answer, see `right_in_form`.
         accuracy: whether right answers are texts to compare with, and not what a rule makes of them.
     """
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
-    proxy = reward(prompts, responses)
-    truth = torch.as_tensor(gold(prompts, responses))
+    paid = torch.tensor([answer.earned or 0.0 for answer in answers])
+    given = {ENVIRONMENT: Earned(paid, torch.tensor([answer.turns for answer in answers]))} if gold is None else None
+    proxy = reward(prompts, responses, given=given)
+    truth = paid if gold is None else torch.as_tensor(gold(prompts, responses))
     if not torch.isfinite(truth).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
     sentiment = vader_scores(prompts, responses) if vader else [None] * len(answers)
@@ -177,12 +217,13 @@ def judge(
             ended=answer.ended,
             kl=answer.kl,
             kl_k3=answer.kl_k3,
-            proxy=proxy.total[row].item(),
+            proxy=proxy.total[row].item() * answer.discount,
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=truth[row].item(),
             vader=sentiment[row],
             correct=_correct(answer, answer_pattern) if accuracy else None,
             measures={name: values[row].item() for name, values in proxy.measures.items()},
+            conversation=answer.conversation,
         )
         for row, answer in enumerate(answers)
     ]
@@ -190,7 +231,7 @@ def judge(
 
 def _correct(answer: Answer, pattern: str | None) -> dict[str, bool] | None:
     expected = answer.prompt.answer
-    if expected is None:
+    if expected is None or answer.earned is not None:
         return None
     strict, flexible = right_in_form(answer.response, expected, pattern), right_answer(answer.response, expected)
     return {"strict": bool(strict), "flexible": bool(flexible)}

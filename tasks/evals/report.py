@@ -118,6 +118,7 @@ def render(evidence: Evidence) -> str:
         composition=evidence.composition,
         rated=evidence.rated,
         gold_rule=evidence.gold_rule,
+        talked="success" in next(iter(table.values())),
         judges=win_rates_of(table),
         result_figures=_result_figures(evidence),
         curve_figures=_curve_figures(evidence),

@@ -12,7 +12,7 @@ from torch import Tensor
 from tasks.core import ranks
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.schema import Prompt
-from tasks.core.sections.reward import LEARNED, Priority, RewardParams, Scale
+from tasks.core.sections.reward import GIVEN, LEARNED, Priority, RewardParams, Scale
 from tasks.core.sections.rules import RuleOptions
 from tasks.rewards.combination import gated, lexicographic, product, standardised, weight_at, weighted_sum
 from tasks.rewards.counting import Counted
@@ -67,12 +67,12 @@ class CompositeReward:
         Raises:
             ConfigError: there is no weight, or a weight names no component, or a component has no weight.
         """
-        if not weights or set(components) != set(weights):
+        if not weights or set(components) != set(weights) - GIVEN:
             raise ConfigError(
                 f"reward.weights must name each component once: components {sorted(components)}, "
                 f"weights {sorted(weights)}"
             )
-        self._components = {name: components[name] for name in weights}
+        self._components = dict(components)
         self._weights = dict(weights)
         self._composition = composition
         self._priorities = [(rank.component, rank.threshold) for rank in priorities]
@@ -100,11 +100,18 @@ class CompositeReward:
             for name, weight in self.weights_at(update).items()
         }
 
-    def __call__(self, prompts: list[str], responses: list[str], update: int | None = None) -> Reward:
+    def __call__(
+        self,
+        prompts: list[str],
+        responses: list[str],
+        update: int | None = None,
+        given: Mapping[str, Component] | None = None,
+    ) -> Reward:
         """Score B responses, each to the prompt at its place.
 
         Args:
             update: of the training that asks, from 1; None outside training.
+            given: those of `GIVEN` that have a weight, for these responses.
 
         Raises:
             TrainingError: a component gives a value that is not finite, or not one value per response, or fails on
@@ -114,8 +121,9 @@ class CompositeReward:
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
         values: dict[str, Tensor] = {}
         measures: dict[str, Tensor] = {}
-        for name, component in self._components.items():
-            value, noticed = _asked(component, prompts, responses)
+        components = self._components | dict(given or {})
+        for name in self._weights:
+            value, noticed = _asked(components[name], prompts, responses)
             values[name] = _checked(name, value, prompts, responses)
             measures |= noticed
         return Reward(self._total(values, update), values, measures)
@@ -177,7 +185,9 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
         raise ConfigError(f"reward.weights.{LEARNED}: the stage reward_model is off; remove the weight")
     components = {LEARNED: learned} if learned is not None and LEARNED in params.weights else {}
     components |= {
-        name: rule_component(name, params.rules[name], answers) for name in params.weights if name != LEARNED
+        name: rule_component(name, params.rules[name], answers)
+        for name in params.weights
+        if name != LEARNED and name not in GIVEN
     }
     return CompositeReward(
         components,

@@ -1,31 +1,66 @@
-"""What counts as one action: each token (an episode has many steps), or the whole response (a bandit)."""
+"""What counts as one action: each token (an episode has many steps), a turn of a conversation, or the whole response.
+
+A turn is a run of tokens that count: what an environment says between two of the policy's turns does not count.
+Actions are numbered from the left, so where A = T, those of turns stand in the first columns.
+"""
 
 from __future__ import annotations
 
 from typing import Literal
 
+import torch
 from torch import Tensor
 
-from tasks.rl.masking import masked_sum
+from tasks.rl.masking import masked_sum, zero_masked
 
-__all__ = ["Action", "action_mask", "state_values", "summed"]
+__all__ = ["Action", "action_mask", "state_values", "summed", "turn_counts"]
 
-Action = Literal["token", "response"]
+Action = Literal["token", "turn", "response"]
 
 
 def summed(per_token: Tensor, response_mask: Tensor, action: Action) -> Tensor:
-    """Log-probabilities or rewards [B, T] of tokens as those of actions: [B, T] themselves, or their sum [B, 1].
+    """Log-probabilities or rewards [B, T] of tokens as those of actions [B, A]: A = T, or 1 for whole responses.
 
-    The probability of a response is the product of its tokens' probabilities, and its return the sum of their rewards.
+    The probability of a turn or a response is the product of its tokens' probabilities, and its reward the sum of
+    theirs.
     """
-    return per_token if action == "token" else masked_sum(per_token, response_mask, dim=1).unsqueeze(1)
+    if action == "token":
+        return per_token
+    if action == "turn":
+        return _per_turn(per_token, response_mask, response_mask)
+    return masked_sum(per_token, response_mask, dim=1).unsqueeze(1)
 
 
-def state_values(values: Tensor, action: Action) -> Tensor:
-    """V of the state in which each action is taken: [B, T] themselves, or that of the prompt [B, 1]."""
-    return values if action == "token" else values[:, :1]
+def state_values(values: Tensor, response_mask: Tensor, action: Action) -> Tensor:
+    """V of the state in which each action is taken: [B, T] themselves, at the turns' first tokens, or the prompt's."""
+    if action == "token":
+        return values
+    return _per_turn(values, _begins(response_mask), response_mask) if action == "turn" else values[:, :1]
 
 
 def action_mask(response_mask: Tensor, action: Action) -> Tensor:
-    """Which actions count: [B, T] tokens, or every response [B, 1]."""
-    return response_mask if action == "token" else response_mask.any(1, keepdim=True)
+    """Which actions count: [B, T] tokens or turns, or every response [B, 1]."""
+    if action == "token":
+        return response_mask
+    if action == "turn":
+        places = torch.arange(response_mask.shape[1], device=response_mask.device)
+        return places < turn_counts(response_mask).unsqueeze(1)
+    return response_mask.any(1, keepdim=True)
+
+
+def turn_counts(response_mask: Tensor) -> Tensor:
+    """How many turns each row has, [B]."""
+    return _begins(response_mask).sum(1)
+
+
+def _begins(response_mask: Tensor) -> Tensor:
+    """True [B, T] at the first token of each turn."""
+    counts_before = torch.nn.functional.pad(response_mask[:, :-1], (1, 0))
+    return response_mask & ~counts_before
+
+
+def _per_turn(values: Tensor, taken: Tensor, response_mask: Tensor) -> Tensor:
+    """The sum of each turn's values where `taken`: [B, T], that of turn k in column k, 0 after the last turn."""
+    turns = _begins(response_mask).cumsum(1) - 1
+    kept = zero_masked(values, taken)
+    return torch.zeros_like(kept).scatter_add(1, turns, kept)

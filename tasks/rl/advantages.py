@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.rl.masking import check_right_padded, zero_masked
+from tasks.rl.masking import check_begins, zero_masked
 
 __all__ = ["gae", "leave_one_out"]
 
@@ -25,24 +25,26 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     Args:
         rewards: [B, T] per token.
         values: [B, T] V of the state *before* token t, from the rollout's value function.
-        response_mask: [B, T] right-padded, at least one token in each row; rewards and values elsewhere are ignored.
+        response_mask: [B, T] each row begins with a token that counts. Rewards and values elsewhere are ignored; where
+            tokens that do not count stand between two that do, t + 1 is the next that counts.
         gamma: discount γ of rewards over tokens, in (0, 1].
         lam: λ, in [0, 1].
 
     Raises:
-        ValueError: the mask is not right-padded, a response has no token, or the shapes do not fit.
+        ValueError: a row does not begin with a token that counts, or the shapes do not fit.
     """
-    check_right_padded(response_mask)
+    check_begins(response_mask)
     rewards, values = zero_masked(rewards, response_mask), zero_masked(values, response_mask)
     advantage = next_value = torch.zeros_like(values[:, 0])
     reversed_advantages = []
-    # Over padding r = V = 0, so δ and A stay exactly 0 there, and nothing is bootstrapped from it.
-    for reward, value in zip(reversed(rewards.unbind(1)), reversed(values.unbind(1)), strict=True):
+    columns = (reversed(tensor.unbind(1)) for tensor in (rewards, values, response_mask))
+    for reward, value, counts in zip(*columns, strict=True):
         delta = reward + gamma * next_value - value
-        advantage = delta + gamma * lam * advantage
-        next_value = value
+        # What does not count is passed over: nothing is bootstrapped from it, and nothing decays across it.
+        advantage = torch.where(counts, delta + gamma * lam * advantage, advantage)
+        next_value = torch.where(counts, value, next_value)
         reversed_advantages.append(advantage)
-    advantages = torch.stack(reversed_advantages[::-1], dim=1)
+    advantages = zero_masked(torch.stack(reversed_advantages[::-1], dim=1), response_mask)
     return advantages, advantages + values
 
 

@@ -2,7 +2,8 @@
 
 `response_mask` [B, T] is true where a token counts, everywhere in this package. What stands at a masked position
 never matters, not even NaN or infinity: it is replaced (`torch.where`), not multiplied by zero, so neither a value nor
-a gradient can leak out of padding.
+a gradient can leak out of padding. A mask begins with a token that counts; what does not count is padding after the
+last one that does, or, between two that do, what an environment said.
 """
 
 from __future__ import annotations
@@ -14,12 +15,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_right_padded",
+    "check_begins",
     "explained_variance",
     "masked_mean",
     "masked_sum",
     "masked_var",
     "response_mask_from",
+    "up_to_last",
     "whiten",
     "zero_masked",
 ]
@@ -41,17 +43,23 @@ def zero_masked(values: Tensor, response_mask: Tensor) -> Tensor:
     return torch.where(response_mask, values, values.new_zeros(()))
 
 
-def check_right_padded(response_mask: Tensor) -> None:
-    """Refuse a mask [B, T] that is not: one or more true, then only false, in every row.
+def check_begins(response_mask: Tensor) -> None:
+    """Refuse a mask [B, T] with a row that does not begin with a token that counts.
 
     Raises:
-        ValueError: a row has no token that counts, or a token that counts after one that does not.
+        ValueError: a row is empty, or padded on the left.
     """
     if not response_mask[:, 0].all():
         rows = (~response_mask[:, 0]).nonzero().squeeze(1).tolist()
         raise ValueError(f"response_mask: no token counts at the start of rows {rows}; responses are right-padded")
-    if (response_mask[:, 1:] & ~response_mask[:, :-1]).any():
-        raise ValueError("response_mask: a token that counts follows one that does not; responses are right-padded")
+
+
+def up_to_last(response_mask: Tensor) -> Tensor:
+    """True [B, T] up to and including the last token that counts: wherever a token stands that is no padding.
+
+    Where nothing was said between the tokens that count, it is the mask itself.
+    """
+    return response_mask.flip(1).cumsum(1).flip(1) > 0
 
 
 def masked_sum(values: Tensor, response_mask: Tensor, dim: int | None = None) -> Tensor:

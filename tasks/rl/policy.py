@@ -11,6 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
+from tasks.rl.masking import up_to_last
 from tasks.rl.rollout import Rollout, position_ids
 
 __all__ = ["Experience", "Policy", "model_inputs"]
@@ -20,8 +21,8 @@ __all__ = ["Experience", "Policy", "model_inputs"]
 class Experience:
     """A rollout with everything that an update reads; B rows, P prompt and T response positions, A actions.
 
-    An action is a token (A = T) or the whole response (A = 1). `advantages` are whitened over the whole rollout;
-    `returns` are taken before whitening.
+    An action is a token or a turn (A = T), or the whole response (A = 1). `advantages` are whitened over the whole
+    rollout; `returns` are taken before whitening.
     """
 
     prompts: Tensor  # [B, P]
@@ -82,8 +83,11 @@ class Policy(nn.Module):
 
 
 def model_inputs(batch: Experience | Rollout) -> dict[str, Any]:
-    """Model inputs such that logits[:, t] predicts response token t; so the last response token is no input."""
-    mask = torch.cat([batch.prompt_mask, batch.response_mask[:, :-1]], dim=1)
+    """Model inputs such that logits[:, t] predicts response token t; so the last response token is no input.
+
+    What an environment said between the policy's turns is read like the rest; only the losses leave it out.
+    """
+    mask = torch.cat([batch.prompt_mask, up_to_last(batch.response_mask)[:, :-1]], dim=1)
     return {
         "input_ids": torch.cat([batch.prompts, batch.responses[:, :-1]], dim=1),
         "attention_mask": mask.long(),

@@ -8,7 +8,7 @@ were sampled from. On a CPU the weights are rearranged for small products, adapt
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,7 +19,7 @@ from tasks.core import ranks
 from tasks.core.linear import merged
 from tasks.rl.cache import PreallocatedCache
 
-__all__ = ["Rollout", "generate", "pad_left", "position_ids"]
+__all__ = ["Rollout", "generate", "pad_left", "position_ids", "seeded"]
 
 
 @dataclass(frozen=True)
@@ -61,6 +61,27 @@ class Rollout:
         lengths = self.response_mask.sum(1) - self.ended.long()
         return [row[:n].tolist() for row, n in zip(self.responses, lengths.tolist(), strict=True)]
 
+    def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
+        """What the policy wrote, as rewards read it."""
+        return [decode(ids) for ids in self.response_ids()]
+
+    def readable(self, responses: list[str]) -> list[str]:
+        """The responses as people read them."""
+        return responses
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """Components of the reward that came with the responses; see `CompositeReward`."""
+        return {}
+
+
+def seeded(*parts: int) -> torch.Generator:
+    """A generator that depends on every part: one polynomial hash, kept below 2^63."""
+    value = 0
+    for part in parts:
+        value = (value * 1_000_003 + part + 1) % (2**63 - 25)
+    return torch.Generator().manual_seed(value)
+
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
     """Prompts as [B, P] ids and their mask."""
@@ -92,6 +113,8 @@ def generate(
     value_head: nn.Module | None = None,
     part: int = 0,
     parts: int = 1,
+    rows: Sequence[int] | None = None,
+    of_rows: int | None = None,
 ) -> Rollout:
     """Sample responses from softmax(logits / temperature).
 
@@ -104,6 +127,8 @@ def generate(
             anyway, so that values cost no forward pass of their own.
         part, parts: these prompts are this one, from 0, of so many equal parts of a batch; their responses are those
             that they would get in the whole.
+        rows, of_rows: these prompts are those rows, one sample each, of a part that has so many; the other rows take
+            no part in this call, and their numbers are drawn all the same.
 
     Returns:
         The rollout, on the model's device; T is max_new_tokens, or less when every response ended earlier.
@@ -116,13 +141,15 @@ def generate(
     response_mask = torch.zeros_like(responses, dtype=torch.bool)
     logprobs, values = torch.zeros((2, *responses.shape), device=where)
     alive = torch.arange(batch, device=where)
+    drawn = batch if of_rows is None else of_rows
+    places = part * drawn + (torch.arange(batch) if rows is None else torch.tensor(rows))
     with merged(model):
         logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
         cache.repeat(samples_per_prompt)
         ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
         attention, position = mask, mask.sum(1, keepdim=True)
         for step in range(max_new_tokens):
-            uniform = torch.rand(parts * batch, generator=generator)[part * batch :][:batch].to(where)[alive]
+            uniform = torch.rand(parts * drawn, generator=generator)[places].to(where)[alive]
             token, logprob = _sample(logits, temperature, uniform)
             responses[alive, step], response_mask[alive, step] = token, True
             logprobs[alive, step], values[alive, step] = logprob, value

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.rl.masking import check_right_padded, zero_masked
+from tasks.rl.masking import check_begins, up_to_last, zero_masked
 
-__all__ = ["missing_eos_penalty", "token_rewards"]
+__all__ = ["discounted", "missing_eos_penalty", "token_rewards"]
 
 
 def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -19,16 +19,16 @@ def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_co
     Args:
         scores: [B] what each response is worth.
         kl_k1: [B, T] log π − log π_ref of each token.
-        response_mask: [B, T] right-padded, at least one token in each row.
+        response_mask: [B, T] each row begins with a token that counts.
         kl_coef: β.
 
     Raises:
-        ValueError: the mask is not right-padded, a response has no token, or the shapes do not fit.
+        ValueError: a row does not begin with a token that counts, or the shapes do not fit.
     """
-    check_right_padded(response_mask)
+    check_begins(response_mask)
     if scores.shape != response_mask.shape[:1]:
         raise ValueError(f"scores must be [{response_mask.shape[0]}], one a response, got {list(scores.shape)}")
-    counts_after = torch.nn.functional.pad(response_mask[:, 1:], (0, 1))
+    counts_after = torch.nn.functional.pad(up_to_last(response_mask)[:, 1:], (0, 1))
     is_last = response_mask & ~counts_after
     return zero_masked(-kl_coef * kl_k1, response_mask) + zero_masked(scores.unsqueeze(1).expand_as(kl_k1), is_last)
 
@@ -41,3 +41,12 @@ def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor
     normalised to σ = 1.
     """
     return torch.where(ended, scores, scores - penalty)
+
+
+def discounted(scores: Tensor, turns: Tensor, gamma: float) -> Tensor:
+    """γ^(n − 1) · score, [B]: what a score that comes with turn n is worth at the beginning of the conversation.
+
+    It is the return of the first turn, G_0 = Σ_k γ^k · r_k, where only the last of the n turns is paid (Sutton and
+    Barto 2018, equation 3.8); for learners that have one return for the whole conversation.
+    """
+    return scores * gamma ** (turns - 1)

@@ -1,8 +1,8 @@
 """Proximal policy optimisation of a language model: rollout, reward, advantages, update, control.
 
 Generation is a Markov decision process: the state is the prompt with the tokens so far, the action is the next token,
-the score arrives with the last token, and γ = 1 spreads it over the response. What each line follows, with sources, is
-in README.md beside this file.
+the score arrives with the last token, and γ = 1 spreads it over the response. With an environment the policy's turns
+are parts of one episode (see conversation.py). What each line follows, with sources, is in README.md beside this file.
 """
 
 from __future__ import annotations
@@ -23,17 +23,18 @@ from tasks.core.errors import TrainingError
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward, Reward
-from tasks.rl.actions import action_mask, state_values, summed
+from tasks.rl.actions import action_mask, state_values, summed, turn_counts
 from tasks.rl.advantages import gae, leave_one_out
 from tasks.rl.checks import DegenerationWatch, check_finite, shown
 from tasks.rl.control import AdaptiveKL, FixedKL, KLController
+from tasks.rl.conversation import Talk
 from tasks.rl.detectors import watch
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from tasks.rl.masking import explained_variance, masked_mean, masked_sum, whiten, zero_masked
 from tasks.rl.policy import Experience, Policy
-from tasks.rl.rollout import Rollout, generate
-from tasks.rl.shaping import missing_eos_penalty, token_rewards
+from tasks.rl.rollout import Rollout, generate, seeded
+from tasks.rl.shaping import discounted, missing_eos_penalty, token_rewards
 
 __all__ = ["PPOTrainer", "TextCodec"]
 
@@ -68,6 +69,7 @@ class PPOTrainer:
         generation: GenerationParams,
         *,
         seed: int,
+        talk: Talk | None = None,
         checkpoints: Path | None = None,
         log: Log = lambda metrics, step: None,
         log_samples: LogSamples = lambda rows, step: None,
@@ -75,7 +77,7 @@ class PPOTrainer:
         keep: Callable[[int], None] = lambda update: None,
     ) -> None:
         self.policy, self.codec, self.reward = policy, codec, reward
-        self.params, self.generation, self.seed = params, generation, seed
+        self.params, self.generation, self.seed, self._talk = params, generation, seed, talk
         self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
         self._log, self._log_samples, self._tell, self._keep = log, log_samples, tell, keep
         self.optimizer = torch.optim.Adam(policy.trainable().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
@@ -154,6 +156,15 @@ class PPOTrainer:
     def _rollout(self) -> tuple[Rollout, list[str]]:
         """Sample responses to this rank's share of the update's prompts; row b·G + g answers prompt b."""
         chosen = ranks.share(self._prompt_indices(), "ppo.prompts_per_update")
+        if self._talk is not None:
+            conversations = self._talk(
+                self.policy.model,
+                chosen,
+                self.params.samples_per_prompt,
+                lambda turn: self._generator("rollout", turn),
+                value_head=self.policy.value_head,
+            )
+            return conversations, conversations.asked
         rollout = generate(
             self.policy.model,
             [self.codec.prompt_ids[index] for index in chosen],
@@ -173,16 +184,16 @@ class PPOTrainer:
         """This update's prompts: a fresh permutation of all of them for every pass over the data."""
         total, size = len(self.codec.prompts), self.params.prompts_per_update
         positions = range(self.update * size, (self.update + 1) * size)
-        orders = {p // total: torch.randperm(total, generator=_seeded(self.seed, p // total)) for p in positions}
+        orders = {p // total: torch.randperm(total, generator=seeded(self.seed, p // total)) for p in positions}
         return [int(orders[p // total][p % total]) for p in positions]
 
     def _scored(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], list[str], Tensor, Reward]:
         """Texts, reference log-probabilities and rewards of this rank's responses; gives back those of all ranks."""
-        responses = [self.codec.decode(ids) for ids in rollout.response_ids()]
+        responses = rollout.texts(self.codec.decode)
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
-        reward = self.reward(prompts, responses, self.update + 1)
+        reward = self.reward(prompts, responses, self.update + 1, rollout.given)
         whole = rollout.of_all_ranks(self.codec.pad_token_id)
         texts = ranks.texts(prompts), ranks.texts(responses)
         return whole, *texts, ranks.gathered(reference_logprobs), reward.of_all_ranks()
@@ -194,11 +205,13 @@ class PPOTrainer:
         mask = rollout.response_mask
         total = outcome.total.to(mask.device)
         scores = missing_eos_penalty(total, rollout.ended, self.params.missing_eos_penalty)
+        if self.params.action != "turn":
+            scores = discounted(scores, turn_counts(mask), self._turn_gamma)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
         experience = self._actions(rollout, rewards)
         k1 = per_sequence(kl.k1, mask)
-        self._keep_samples(prompts, responses, outcome.components, scores, k1)
+        self._keep_samples(prompts, rollout.readable(responses), outcome.components, scores, k1)
         metrics = {
             "reward": total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
@@ -224,9 +237,10 @@ class PPOTrainer:
         """What the losses need: everything per action, advantages and returns included."""
         params, mask = self.params, rollout.response_mask
         rewards, counts = summed(token_rewards, mask, params.action), action_mask(mask, params.action)
-        values = state_values(rollout.values, params.action)
+        values = state_values(rollout.values, mask, params.action)
         if params.advantage == "gae":
-            advantages, returns = gae(rewards, values, counts, gamma=params.gamma, lam=params.lam)
+            gamma = self._turn_gamma if params.action == "turn" else params.gamma
+            advantages, returns = gae(rewards, values, counts, gamma=gamma, lam=params.lam)
         else:
             whole = token_rewards.sum(1)
             returns = zero_masked(whole.unsqueeze(1).expand(counts.shape), counts)
@@ -335,7 +349,7 @@ class PPOTrainer:
             token_count=action_count,
         )
         critic = value_loss(
-            state_values(values, self.params.action),
+            state_values(values, piece.response_mask, self.params.action),
             piece.old_values,
             piece.returns,
             mask,
@@ -371,8 +385,12 @@ class PPOTrainer:
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    def _generator(self, purpose: str) -> torch.Generator:
-        return _seeded(self.seed, self.update, sum(purpose.encode()))
+    @property
+    def _turn_gamma(self) -> float:
+        return 1.0 if self._talk is None else self._talk.gamma
+
+    def _generator(self, purpose: str, *more: int) -> torch.Generator:
+        return seeded(self.seed, self.update, sum(purpose.encode()), *more)
 
     def _keep_samples(
         self,
@@ -435,11 +453,3 @@ class PPOTrainer:
             self._log(row, int(row["step"]))
         self._log_samples(self.samples, self.update)
         self._tell(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")
-
-
-def _seeded(*parts: int) -> torch.Generator:
-    """A generator that depends on every part: one polynomial hash, kept below 2^63."""
-    value = 0
-    for part in parts:
-        value = (value * 1_000_003 + part + 1) % (2**63 - 25)
-    return torch.Generator().manual_seed(value)

@@ -206,7 +206,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     lora = LoraParams(r=16, alpha=16, target_modules="all-linear", scorer_modules="all-linear")
     out = tmp_path / "grpo"
     out.mkdir()
-    grpo(params, lora, generation, reward, 0, **folders, out=out)
+    grpo(params, lora, generation, reward, None, 0, **folders, out=out)
     ids = torch.tensor([letter_tokenizer(SIGNS)("ab").input_ids])
     with torch.no_grad():
         before, after = (

@@ -91,7 +91,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _run(world: dict[str, Path], out: Path, seed: int = 0, params: EvaluateParams = PARAMS) -> Path:
     out.mkdir()
-    evaluate(params, GENERATION, REWARD, seed, **world, out=out)
+    evaluate(params, GENERATION, REWARD, None, seed, **world, out=out)
     return out
 
 
@@ -289,7 +289,7 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     out = tmp_path / "out"
     out.mkdir()
     params = PARAMS.model_copy(update={"vader": False})
-    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), 0, **nobody_rated, out=out)
+    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, **nobody_rated, out=out)
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
     assert not any("vader" in key for row in table.values() for key in row)
@@ -308,7 +308,7 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
     rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
     params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
-    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), 0, **nobody_rated, out=tmp_path)
+    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, **nobody_rated, out=tmp_path)
     records = read_rows(tmp_path / "responses.jsonl", Judged)
     first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
     assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
@@ -325,7 +325,7 @@ def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     reward = RewardParams(weights={"repetition": 1.0})
     with pytest.raises(DataError, match=r"gold_judge is off.*only 0 of 6 held-out prompts have a right answer"):
-        evaluate(PARAMS, GENERATION, reward, 0, **nobody_rated, out=tmp_path)
+        evaluate(PARAMS, GENERATION, reward, None, 0, **nobody_rated, out=tmp_path)
 
 
 def test_a_judge_of_pairs_joins_the_table(

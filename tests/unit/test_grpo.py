@@ -7,8 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tasks.grpo import _rounds, _Score
+from tasks.grpo import ConversationRollouts, Said, _rounds, _Score
 from tasks.rewards.composition import CompositeReward
+from tasks.rl.rollout import seeded
+from tests.conftest import tiny_model
+from tests.unit.rl.test_conversation import ROWS, TOKENIZER, answer, conversations, talk
 from tests.unit.tiny_stages import _GRPO
 
 
@@ -51,3 +54,41 @@ def test_what_the_reward_notices_is_in_the_row_and_watched():
     assert entry["unfamiliar"] == 0.75
     rows = _rounds([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, lambda update: {"a": 1.0})
     assert [row["hacking/unfamiliar_responses"] for row in rows] == [0.0, 0.5]
+
+
+def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_turns():
+    """γ = 0.5: 1 after one turn, 1/2 after two, (0 − 0.1)/4 where one of three turns was cut off."""
+    state = SimpleNamespace(global_step=0, log_history=[])
+    reward = CompositeReward({}, {"environment": 1.0})
+    score = _Score(reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5)
+    said = [
+        Said("a", " a\nUser: x", reward=1.0, turns=1, tokens=2, ended=True),
+        Said("b\nc", " b\nUser: y\nBot: c\nUser: x", reward=1.0, turns=2, tokens=4, ended=True),
+        Said("d\ne\nf", " d", reward=0.0, turns=3, tokens=6, ended=False),
+        Said("g", " g", reward=0.0, turns=1, tokens=2, ended=True),
+    ]
+    scores = score(["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=said)
+    assert scores == pytest.approx([1.0, 0.5, -0.025, 0.0])
+    (entry,) = state.log_history
+    assert (entry["success"], entry["turns"], entry["length"]) == (0.5, 1.75, 3.5)
+    assert (entry["reward/environment"], entry["no_end_share"]) == (0.5, 0.25)
+    assert entry["samples"][0]["response"] == " a\nUser: x"
+
+
+def test_the_loss_is_told_which_tokens_are_the_policys(monkeypatch):
+    monkeypatch.setattr("tasks.rl.conversation.answered", answer)
+    rollouts = ConversationRollouts(_GRPO, talk(), [row.prompt for row in ROWS], seed=3)
+    prompts = [row.prompt for row in (ROWS[4], ROWS[1]) for _ in range(_GRPO.samples_per_prompt)]
+    trainer = SimpleNamespace(model=tiny_model(), state=SimpleNamespace(global_step=2))
+    given = rollouts(prompts, trainer)
+    assert trainer.model.training, "TRL trains the model that it gets back"
+    expected = conversations(chosen=(4, 1), samples=_GRPO.samples_per_prompt, generator=lambda turn: seeded(3, 2, turn))
+    for row, prompt in enumerate(prompts):
+        length = int(expected.response_mask[row].nonzero().max()) + 1
+        assert given["prompt_ids"][row] == TOKENIZER(prompt).input_ids
+        assert given["completion_ids"][row] == expected.responses[row, :length].tolist()
+        assert given["env_mask"][row] == expected.response_mask[row, :length].long().tolist()
+        assert given["logprobs"][row] == expected.logprobs[row, :length].tolist()
+        assert given["said"][row].transcript == expected.transcripts[row]
+        assert given["said"][row].tokens == sum(given["env_mask"][row])
+    assert {0, 1} <= {own for mask in given["env_mask"] for own in mask}

@@ -60,14 +60,14 @@ def run_gold_judge(of: Path, out: Path, **changes: Any) -> None:
 
 
 RUNS: dict[str, Run] = {
-    "sft": lambda of, out: sft(_SFT, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
+    "sft": lambda of, out: sft(_SFT, LORA, None, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
     "reward_model": run_reward_model,
     "gold_judge": run_gold_judge,
     "dpo": lambda of, out: dpo(
         _DPO, LORA, 0, base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out
     ),
     "grpo": lambda of, out: grpo(
-        _GRPO, LORA, GENERATION, REWARD, 0, base_model=of / "base_model", sft=of / "sft",
+        _GRPO, LORA, GENERATION, REWARD, None, 0, base_model=of / "base_model", sft=of / "sft",
         reward_model=of / "reward_model", prepare=of / "prepare", out=out,
     ),
 }  # fmt: skip

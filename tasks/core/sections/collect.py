@@ -16,11 +16,13 @@ class SourceParams(Section):
     """One source of rows."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Names the data card.")
-    kind: Literal["film_reviews", "hub", "local", "reasoning_gym"] = Field(description="Which reader to use.")
+    kind: Literal["film_reviews", "hub", "local", "reasoning_gym", "service_bot"] = Field(
+        description="Which reader to use."
+    )
     rows: Literal["prompts", "demonstrations", "preferences", "ratings"] = Field(description="The row type it yields.")
     id: str = Field(
         description="`package==version` for film_reviews, `owner/name` for hub, a path for local, "
-        "a task name for reasoning_gym."
+        "a task name for reasoning_gym, wishes joined by commas for service_bot: `table,address,taxi`."
     )
     sha256: str = Field("", description="Checksum of the file, checked before it is read; required for film_reviews.")
     revision: str = Field("main", description="For hub: the branch, tag or commit.")

@@ -23,8 +23,9 @@ class PPOParams(Section):
         description="Sequences per forward pass; changes memory and speed, never the gradient."
     )
     learning_rate: Rate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
-    action: Literal["token", "response"] = Field(
-        description="What counts as one action with a probability ratio of its own: each token, or the whole response."
+    action: Literal["token", "turn", "response"] = Field(
+        description="What counts as one action with a probability ratio of its own: each token, each turn of a "
+        "conversation, or the whole response."
     )
     advantage: Literal["gae", "leave_one_out"] = Field(
         description="Generalised advantage estimation with a value function, or the return less the mean of the other "
@@ -71,6 +72,11 @@ class PPOParams(Section):
             )
         if self.action == "response" and self.gamma != 1:
             raise ValueError(f"action: response is one step without discount, so gamma must be 1, got {self.gamma}")
+        if self.action == "turn" and (self.gamma != 1 or self.advantage != "gae"):
+            raise ValueError(
+                "action: turn is discounted by environment.gamma and estimates advantages turn by turn: set gamma to 1 "
+                f"and advantage to gae, got {self.gamma} and {self.advantage}"
+            )
         if self.advantage == "leave_one_out":
             if self.samples_per_prompt < 2:
                 raise ValueError(

@@ -12,10 +12,13 @@ from tasks.core.sections.custom import near
 from tasks.core.sections.rules import OPTIONS, Rule
 from tasks.core.sections.section import Positive, Section
 
-__all__ = ["LEARNED", "Priority", "RewardParams", "Scale"]
+__all__ = ["GIVEN", "LEARNED", "Priority", "RewardParams", "Scale"]
 
 LEARNED = "learned"
-"""The component that the trained reward model computes; every other one is a rule."""
+"""The component that the trained reward model computes."""
+
+GIVEN = frozenset({"environment"})
+"""Components that come with the responses, as what an environment paid does; all others are rules."""
 
 
 class Priority(Section):
@@ -103,15 +106,15 @@ class RewardParams(Section):
 
     @model_validator(mode="after")
     def _names_are_known(self) -> Self:
-        known = sorted({LEARNED, *OPTIONS, *self.rules})
+        known = sorted({LEARNED, *GIVEN, *OPTIONS, *self.rules})
         for name in self.weights:
-            if name != LEARNED and name not in self.rules:
+            if name not in {LEARNED, *GIVEN, *self.rules}:
                 raise ValueError(
                     f"reward.weights.{name}: no such component; {near(name, known)} A component of another name needs "
                     f"an entry reward.rules.{name}"
                 )
-        if LEARNED in self.rules:
-            raise ValueError(f"reward.rules.{LEARNED}: {LEARNED} is the reward model; give the rule another name")
+        if taken := {LEARNED, *GIVEN} & set(self.rules):
+            raise ValueError(f"reward.rules.{min(taken)}: {min(taken)} is no rule; give the rule another name")
         _check_weighted("rules", self.rules, self.weights)
         _check_weighted("gates", self.gates, self.weights)
         _check_weighted("normalise", self.normalise, self.weights)

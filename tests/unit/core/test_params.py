@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import inspect
 import shutil
 from pathlib import Path
 
@@ -38,8 +39,11 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
     for stage in STAGES:
         if getattr(params, stage) is None:
             continue
-        arguments, _ = stage_arguments(getattr(importlib.import_module(f"tasks.{stage}"), stage), stage, params)
-        assert all(argument is not None for argument in arguments), f"{stage} reads a section that is off"
+        function = getattr(importlib.import_module(f"tasks.{stage}"), stage)
+        arguments, _ = stage_arguments(function, stage, params)
+        kinds = [item.annotation for item in inspect.signature(function).parameters.values()]
+        for argument, kind in zip(arguments, kinds, strict=False):
+            assert argument is not None or kind.endswith(" | None"), f"{stage} reads a section that is off"
     assert apply_changes(params_yaml, [changes]) == [], "applied twice it changes something again"
 
 
@@ -80,6 +84,12 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("evaluate.gold_rule={function: repetition}", "evaluate.gold_rule is repetition, which the reward has, too"),
         ("reward.curriculum={repetition: {1: 0.1, 4: 0.4}}", r"reward\.curriculum\.repetition ends at 0\.4, reward\.w"),
         ("reward.curriculum={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
+        (
+            "environment={kind: service_bot, max_turns: 4, gamma: 0.9}",
+            "environment is on, but reward.weights does not name it: add environment: 1.0 there",
+        ),
+        ("reward.weights.environment=1", "reward.weights.environment and ppo.action turn need an environment"),
+        ("ppo.action=turn", "reward.weights.environment and ppo.action turn need an environment"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
     ],
 )

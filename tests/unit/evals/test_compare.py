@@ -80,7 +80,16 @@ def test_headline_holds_the_seven_promised_keys_for_every_policy(judged: Make) -
     assert promised <= set(HEADLINE)
     of_others = {"win_rate_judge", "judge_first", "judge_inconsistent"}
     without_answers = {"accuracy_strict", "accuracy_flexible"}
-    assert set(HEADLINE) - set(table["ppo"]) == of_others | without_answers
+    without_environment = {"success", "success_low", "success_high", "turns"}
+    assert set(HEADLINE) - set(table["ppo"]) == of_others | without_answers | without_environment
+
+
+def test_success_has_an_interval_and_turns_a_mean(judged: Make) -> None:
+    measures = [{"success": float(place < 3), "turns": float(place + 1)} for place in range(4)]
+    records = [judged("sft", str(place), measures=value) for place, value in enumerate(measures)]
+    row = headline(compare(records, samples=500, seed=0))["sft"]
+    assert (row["success"], row["turns"]) == (0.75, 2.5)
+    assert 0.0 < row["success_low"] < 0.75 < row["success_high"] == 1.0
 
 
 def test_accuracy_is_the_share_of_right_answers_among_the_prompts_that_have_one(judged: Make) -> None:

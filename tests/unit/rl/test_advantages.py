@@ -81,6 +81,22 @@ def test_responses_of_one_token() -> None:
     assert returns.tolist() == [[3.0], [1.0]]
 
 
+@pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.5, 0.5), (0.9, 0.0)])
+def test_what_an_environment_says_between_two_tokens_is_passed_over(gamma: float, lam: float) -> None:
+    """The advantages of a conversation are those of its own tokens side by side."""
+    mask = torch.tensor([[True, False, False, True, True, False, True, False]])
+    own = mask[0].nonzero().squeeze(1)
+    generator = torch.Generator().manual_seed(3)
+    rewards, values = (torch.randn(1, 8, generator=generator, dtype=torch.float64) for _ in range(2))
+    junk = [torch.where(mask, tensor, NAN) for tensor in (rewards, values)]
+    advantages, returns = gae(*junk, mask, gamma=gamma, lam=lam)
+    expected = by_definition(rewards[:, own], values[:, own], [4], gamma, lam)
+    torch.testing.assert_close(advantages[:, own], expected, rtol=1e-12, atol=1e-12)
+    torch.testing.assert_close(returns[:, own], expected + values[:, own], rtol=1e-12, atol=1e-12)
+    assert advantages[~mask].eq(0).all()
+    assert returns[~mask].eq(0).all()
+
+
 def test_inputs_are_left_alone() -> None:
     rewards, values = torch.tensor([[1.0, 2.0]]), torch.tensor([[3.0, 4.0]])
     gae(rewards, values, torch.tensor([[True, False]]), gamma=1.0, lam=0.95)

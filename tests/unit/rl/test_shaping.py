@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tasks.rl.shaping import missing_eos_penalty, token_rewards
+from tasks.rl.shaping import discounted, missing_eos_penalty, token_rewards
 
 NAN, INF = math.nan, math.inf
 
@@ -34,8 +34,26 @@ def test_without_divergence_the_reward_is_the_score(kl_coef: float) -> None:
     assert rewards.tolist() == [[0.0, 0.0, 10.0], [0.0, 20.0, 0.0], [-30.0, 0.0, 0.0]]
 
 
-@pytest.mark.parametrize("second", [[False, False, False], [True, False, True]])
-def test_a_mask_that_has_no_last_token_is_refused(second: list[bool]) -> None:
+def test_in_a_conversation_the_score_stands_on_the_last_turns_last_token() -> None:
+    # β = 0.5; the second token is the environment's, the last is padding: −0.5·2 on the first, 10 − 0.5·4 on the last.
+    mask = torch.tensor([[True, False, True, False]])
+    rewards = token_rewards(torch.tensor([10.0]), torch.tensor([[2.0, NAN, 4.0, INF]]), mask, kl_coef=0.5)
+    assert rewards.tolist() == [[-1.0, 0.0, 8.0, 0.0]]
+
+
+def test_a_score_is_worth_less_for_every_turn_after_the_first() -> None:
+    # γ = 0.5: 8, 8/2, −8/4.
+    scores = discounted(torch.tensor([8.0, 8.0, -8.0]), torch.tensor([1, 2, 3]), 0.5)
+    assert scores.tolist() == [8.0, 4.0, -2.0]
+
+
+def test_without_discount_scores_stay_bit_for_bit() -> None:
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(discounted(scores, torch.arange(1, 51), 1.0), scores)
+
+
+@pytest.mark.parametrize("second", [[False, False, False], [False, True, True]])
+def test_a_mask_that_has_no_first_token_is_refused(second: list[bool]) -> None:
     mask = torch.tensor([[True, True, True], second, [True, False, False]])
     with pytest.raises(ValueError, match="response_mask"):
         token_rewards(SCORES, KL, mask, kl_coef=0.1)

@@ -1,0 +1,25 @@
+"""The environment that policies talk with."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field
+
+from tasks.core.sections.section import Positive, Section
+
+__all__ = ["EnvironmentParams"]
+
+
+class EnvironmentParams(Section):
+    """Whom the policies talk with; without this section a response is a single text."""
+
+    kind: Literal["service_bot", "reasoning_gym"] = Field(
+        description="A scripted user with a wish, or a task with another try after a wrong answer."
+    )
+    max_turns: Positive = Field(
+        description="A conversation ends after so many turns of the policy, whatever it earned."
+    )
+    gamma: float = Field(
+        gt=0, le=1, description="Discount per turn of the policy: below 1, a shorter conversation is worth more."
+    )

@@ -1,0 +1,238 @@
+"""Conversations as rollouts: turn after turn, the policy writes and an environment answers.
+
+Token by token a conversation is prompt, turn, answer, turn, …, turn. The ids of the policy's turns are kept as they
+were sampled; each answer is tokenised by itself and never again together with what stands around it. So the forward
+pass of the update reads exactly the tokens that the rollout wrote. `response_mask` is true on the policy's own tokens
+alone, and nothing follows the last of them: what the environment says at the end is for people to read.
+
+Multi-turn policy gradients with masked environment tokens: Zhou et al. 2024 (ArCHer, arXiv 2402.19446).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
+
+from tasks.core import ranks
+from tasks.core.schema import Prompt
+from tasks.core.sections.environment import EnvironmentParams
+from tasks.core.sections.generation import GenerationParams
+from tasks.rl.actions import turn_counts
+from tasks.rl.environments.dialogue import Environment, answered, heard
+from tasks.rl.environments.kinds import ENVIRONMENTS
+from tasks.rl.rollout import Rollout, generate, pad_left
+
+__all__ = ["ENVIRONMENT", "Conversations", "Earned", "Talk", "load_talk"]
+
+ENVIRONMENT = "environment"
+"""The reward's component that the environment pays, in `reward.weights`."""
+
+
+@dataclass(frozen=True)
+class Earned:
+    """The reward component of finished conversations, with what else is known of them; it computes nothing."""
+
+    rewards: Tensor
+    turns: Tensor
+
+    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The rewards [B], whether there was one, and the number of the policy's turns."""
+        return self.rewards, {"success": (self.rewards > 0).float(), "turns": self.turns.float()}
+
+
+@dataclass(frozen=True)
+class Conversations(Rollout):
+    """A rollout whose responses are whole conversations after their first prompt; `ended`: no turn was cut off.
+
+    Attributes:
+        asked: the prompts.
+        spoken: the policy's own turns, one a line.
+        transcripts: all that was said after the prompt, the environment's last words included.
+        rewards: [B] what the environment paid, on the CPU.
+    """
+
+    asked: list[str]
+    spoken: list[str]
+    transcripts: list[str]
+    rewards: Tensor
+
+    def of_all_ranks(self, pad_token_id: int) -> Conversations:
+        """That of every rank's prompts, in their order."""
+        return Conversations(
+            **vars(super().of_all_ranks(pad_token_id)),
+            asked=ranks.texts(self.asked),
+            spoken=ranks.texts(self.spoken),
+            transcripts=ranks.texts(self.transcripts),
+            rewards=ranks.gathered(self.rewards),
+        )
+
+    @property
+    def turns(self) -> Tensor:
+        """How many turns the policy had, [B], on the CPU."""
+        return turn_counts(self.response_mask).cpu()
+
+    def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
+        """The policy's own words."""
+        return self.spoken
+
+    def readable(self, responses: list[str]) -> list[str]:
+        """What both sides said."""
+        return self.transcripts
+
+    @property
+    def given(self) -> Mapping[str, Any]:
+        """The component that the environment pays."""
+        return {ENVIRONMENT: Earned(self.rewards, self.turns)}
+
+
+class Talk:
+    """Lets a policy talk with environments, one for each conversation."""
+
+    def __init__(
+        self,
+        environment: Callable[[], Environment],
+        rows: Sequence[Prompt],
+        tokenizer: Any,
+        generation: GenerationParams,
+        *,
+        max_turns: int,
+        gamma: float,
+    ) -> None:
+        self._environment, self._rows, self._tokenizer = environment, rows, tokenizer
+        self._generation, self._max_turns, self.gamma = generation, max_turns, gamma
+
+    def __call__(
+        self,
+        model: Any,
+        chosen: Sequence[int],
+        samples_per_prompt: int,
+        generator: Callable[[int], torch.Generator],
+        *,
+        value_head: nn.Module | None = None,
+    ) -> Conversations:
+        """Conversations of this rank: row b·samples_per_prompt + g is sample g of the row `chosen[b]`.
+
+        Every turn is sampled by `generate` from the whole conversation so far; the first one shares the prompts among
+        their samples.
+
+        Args:
+            generator: of a turn, counted from 0. A conversation's numbers do not depend on how long others last.
+        """
+        episodes = [
+            _Episode(self._environment(), self._rows[index], self._tokenizer)
+            for index in chosen
+            for _ in range(samples_per_prompt)
+        ]
+        for turn in range(self._max_turns):
+            going = [place for place, episode in enumerate(episodes) if not episode.done]
+            if not going:
+                break
+            first = turn == 0
+            turns = generate(
+                model,
+                [episode.context for episode in (episodes[::samples_per_prompt] if first else _at(episodes, going))],
+                max_new_tokens=self._generation.max_new_tokens,
+                temperature=self._generation.temperature,
+                eos_token_id=self._tokenizer.eos_token_id,
+                pad_token_id=self._tokenizer.pad_token_id,
+                generator=generator(turn),
+                samples_per_prompt=samples_per_prompt if first else 1,
+                value_head=value_head,
+                part=ranks.rank(),
+                parts=ranks.ranks(),
+                rows=going,
+                of_rows=len(episodes),
+            )
+            for row, episode in enumerate(_at(episodes, going)):
+                episode.say(turns, row)
+                episode.listen(last=turn + 1 == self._max_turns)
+        where = next(model.parameters()).device
+        return _as_rollout(episodes, self._tokenizer.pad_token_id, where)
+
+
+def load_talk(params: EnvironmentParams, rows: Sequence[Prompt], tokenizer: Any, generation: GenerationParams) -> Talk:
+    """What the `environment` section describes, on these rows."""
+    environment = ENVIRONMENTS[params.kind]
+    return Talk(environment, rows, tokenizer, generation, max_turns=params.max_turns, gamma=params.gamma)
+
+
+class _Episode:
+    """One conversation as it grows: for each token after the prompt its id, and if it is the policy's, what it knew."""
+
+    def __init__(self, environment: Environment, row: Prompt, tokenizer: Any) -> None:
+        self._environment, self._tokenizer = environment, tokenizer
+        self.asked = environment.reset(row)
+        self.prompt_ids: list[int] = list(tokenizer(self.asked).input_ids)
+        self.ids: list[int] = []
+        self.own: list[bool] = []
+        self.logprobs: list[float] = []
+        self.values: list[float] = []
+        self.turns: list[str] = []
+        self.transcript, self.reward, self.ended, self.done = "", 0.0, True, False
+
+    @property
+    def context(self) -> list[int]:
+        return self.prompt_ids + self.ids
+
+    def say(self, turns: Rollout, row: int) -> None:
+        """Take a turn of the policy as it was sampled."""
+        length = int(turns.response_mask[row].sum())
+        self._add(
+            turns.responses[row, :length].tolist(),
+            turns.logprobs[row, :length].tolist(),
+            turns.values[row, :length].tolist(),
+            own=True,
+        )
+        ended = bool(turns.ended[row])
+        written = turns.responses[row, : length - ended].tolist()
+        self.turns.append(str(self._tokenizer.decode(written, skip_special_tokens=True)))
+        self.ended = self.ended and ended
+
+    def listen(self, *, last: bool) -> None:
+        """Let the environment answer the turn; its words become tokens if the policy is to answer them."""
+        step = self._environment.step(self.turns[-1])
+        self.reward, self.done = step.reward, step.done
+        if step.done or last:
+            self.transcript += self.turns[-1] + heard(step.observation)
+            return
+        text = answered(step.observation)
+        self.transcript += self.turns[-1] + text
+        ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
+        nothing = [0.0] * len(ids)
+        self._add(ids, nothing, nothing, own=False)
+
+    def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, own: bool) -> None:
+        self.ids += ids
+        self.own += [own] * len(ids)
+        self.logprobs += logprobs
+        self.values += values
+
+
+def _at(episodes: Sequence[_Episode], places: Sequence[int]) -> list[_Episode]:
+    return [episodes[place] for place in places]
+
+
+def _as_rollout(episodes: Sequence[_Episode], pad_token_id: int, where: torch.device) -> Conversations:
+    def padded(name: str, fill: float = 0) -> Tensor:
+        rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
+        return pad_sequence(rows, batch_first=True, padding_value=fill).to(where)
+
+    prompts, prompt_mask = (tensor.to(where) for tensor in pad_left([e.prompt_ids for e in episodes], pad_token_id))
+    return Conversations(
+        prompts=prompts,
+        prompt_mask=prompt_mask,
+        responses=padded("ids", pad_token_id),
+        response_mask=padded("own"),
+        logprobs=padded("logprobs"),
+        values=padded("values"),
+        ended=torch.tensor([episode.ended for episode in episodes], device=where),
+        asked=[episode.asked for episode in episodes],
+        spoken=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
+        transcripts=[episode.transcript for episode in episodes],
+        rewards=torch.tensor([episode.reward for episode in episodes]),
+    )

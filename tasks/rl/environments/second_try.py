@@ -1,0 +1,42 @@
+"""A question with one right answer, and another try after a wrong one; made for tasks of reasoning-gym."""
+
+from __future__ import annotations
+
+from tasks.core.errors import DataError
+from tasks.core.schema import Prompt
+from tasks.rewards.rules.answers import right_answer
+from tasks.rl.environments.dialogue import Step
+
+__all__ = ["SecondTry"]
+
+
+class SecondTry:
+    """1 for the right answer, at whichever try: it is γ that makes the first worth more than the second.
+
+    Gamed by: trying until it fits, which `environment.max_turns` bounds; naming several numbers does not help, for the
+    last one counts. The answer to a wrong try does not say in what it is wrong, so there is nothing in it to parrot. A
+    wrong first try on purpose gains nothing, for the question stays the same and the reward only shrinks.
+    """
+
+    def __init__(self) -> None:
+        self._expected = ""
+
+    def reset(self, row: Prompt) -> str:
+        """The row's prompt.
+
+        Raises:
+            DataError: the row has no right answer.
+        """
+        if row.answer is None:
+            raise DataError(
+                f"the environment reasoning_gym needs rows with an `answer`, and {row.id!r} has none: use a source of "
+                "kind reasoning_gym, or map the column to `answer`"
+            )
+        self._expected = row.answer
+        return row.prompt
+
+    def step(self, action: str) -> Step:
+        """Whether the turn's last number is right."""
+        if right_answer(action, self._expected):
+            return Step("That is right.", 1.0, done=True)
+        return Step("That is not right. Try again.", 0.0, done=False)

@@ -1,0 +1,188 @@
+"""A scripted user who wants something, and a bot that has to find out what, and say it back.
+
+The user opens with a name, the wish and some of its details. The bot asks for those that are missing, the user answers,
+and once the bot has named every detail rightly in one turn, the user confirms: that is the reward. LMRL-Gym (Abdulhai
+et al. 2023, arXiv 2311.18232) builds its environments in the same way, text in and text out with the reward at the end.
+
+The user reads words, no grammar: a slot is asked for where one of its words stands in the bot's turn, a value is named
+where its word does.
+
+Gamed by:
+- saying "confirmed" or "thank you": the user confirms only what the bot has named, detail by detail;
+- parroting the user: no single answer holds all details, so repeating it is not enough. Repeating all that the user
+  said is right in content; that it is no good English nobody but the KL penalty minds;
+- listing every value of a slot: two different values of one slot count as wrong;
+- guessing in order to be corrected: the user says that it is wrong, not what is wrong, nor what would be right;
+- writing the user's lines itself: the user reads the bot's turn alone, and what stands in it is not believed.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from tasks.core.errors import DataError
+from tasks.core.schema import Prompt
+from tasks.core.words import words
+from tasks.rl.environments.dialogue import Step, answered, opening
+
+__all__ = ["WISHES", "ServiceBot", "Slot", "Wish", "dialogues"]
+
+Goal = Mapping[str, str]
+"""Slot → the value that the user has in mind; `wish` names the wish itself."""
+
+
+@dataclass(frozen=True)
+class Slot:
+    """One detail of a wish.
+
+    Attributes:
+        name: in the goal.
+        question: how a good bot asks for it.
+        asked: any of these words in the bot's turn asks for it.
+        phrase: how user and bot say a value.
+        values: one word each, and different from those of the wish's other slots.
+    """
+
+    name: str
+    question: str
+    asked: frozenset[str]
+    phrase: str
+    values: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Wish:
+    """What a user can want: how the user says it, how a good bot says it back, and what has to be known."""
+
+    said: str
+    repeated: str
+    slots: tuple[Slot, ...]
+
+
+DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
+HOURS = ("six", "seven", "eight", "nine")
+PEOPLE = ("two", "three", "four", "five")
+STREETS = ("Oak", "Elm", "Mill", "Park", "High")
+TOWNS = ("Leeds", "Bath", "York", "Derby", "Ely")
+
+TIME = Slot("time", "What time?", frozenset({"time"}), "at {}", HOURS)
+
+WISHES: Mapping[str, Wish] = {
+    "table": Wish(
+        "I would like to book a table", "So a table",
+        (
+            Slot("day", "Which day?", frozenset({"day"}), "on {}", DAYS),
+            TIME,
+            Slot("people", "How many people?", frozenset({"many", "people"}), "for {}", PEOPLE),
+        ),
+    ),
+    "address": Wish(
+        "I have moved", "So you moved",
+        (
+            Slot("street", "Which street?", frozenset({"street"}), "to {} Street", STREETS),
+            Slot("town", "Which town?", frozenset({"town", "city"}), "in {}", TOWNS),
+        ),
+    ),
+    "taxi": Wish(
+        "I need a taxi", "So a taxi",
+        (
+            Slot("place", "Where to?", frozenset({"where"}), "to the {}", ("airport", "hotel", "museum", "harbour")),
+            TIME,
+        ),
+    ),
+}  # fmt: skip
+
+FIRST_NAMES = (
+    "Ann", "Ben", "Cara", "Dan", "Eva", "Finn", "Gina", "Hugo", "Ida", "Jack", "Kim", "Leo", "Mia", "Ned", "Olga",
+    "Rita", "Sam", "Tina", "Uwe", "Vera", "Will", "Yara", "Zoe", "Adam", "Bella", "Carl", "Dora", "Emil", "Fay",
+)  # fmt: skip
+LAST_NAMES = (
+    "Adams", "Berg", "Clark", "Dean", "Evans", "Fox", "Grant", "Hill", "Irving", "Jones", "King", "Lane", "Moss",
+    "Owen", "Pike", "Quinn", "Reed", "Shaw", "Todd", "Usher", "Vance", "Ward", "Young", "Abbot", "Brook", "Cole",
+)  # fmt: skip
+
+
+class ServiceBot:
+    """The scripted user of one row, whose `answer` is the goal as JSON."""
+
+    def __init__(self) -> None:
+        self._goal: Goal = {}
+
+    def reset(self, row: Prompt) -> str:
+        """The row's prompt.
+
+        Raises:
+            DataError: the row's answer is no goal.
+        """
+        self._goal = _goal(row)
+        return row.prompt
+
+    def step(self, action: str) -> Step:
+        """What the user says to a turn of the bot."""
+        slots = WISHES[self._goal["wish"]].slots
+        said = set(words(action))
+        named = {slot.name: {value for value in slot.values if value.lower() in said} for slot in slots}
+        right = [named[slot.name] == {self._goal[slot.name]} for slot in slots]
+        asked = [slot for slot in slots if slot.asked & said]
+        if all(right):
+            return Step("Yes, that is right, thank you.", 1.0, done=True)
+        if any(named[slot.name] and not fits for slot, fits in zip(slots, right, strict=True)):
+            return Step("No, that is not right.", 0.0, done=False)
+        if asked:
+            return Step(_sentence(_phrases(asked, self._goal)), 0.0, done=False)
+        return Step("Yes, but that is not all." if any(right) else "Pardon?", 0.0, done=False)
+
+
+def dialogues(wishes: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
+    """Rows without end: a prompt, the goal as `answer`, and as `response` what a good bot and the user say.
+
+    Raises:
+        DataError: there is no such wish.
+    """
+    if unknown := [name for name in wishes if name not in WISHES]:
+        raise DataError(f"the service bot knows no wish {unknown[0]!r}; known ones: {', '.join(WISHES)}")
+    draw = random.Random(seed)
+    while True:
+        name = draw.choice(wishes)
+        wish = WISHES[name]
+        goal = {"wish": name} | {slot.name: draw.choice(slot.values) for slot in wish.slots}
+        known = draw.sample(wish.slots, draw.randrange(len(wish.slots)))
+        given = [slot for slot in wish.slots if slot in known]
+        greeting = f"Hello, this is {draw.choice(FIRST_NAMES)} {draw.choice(LAST_NAMES)}."
+        yield {
+            "prompt": opening(f"{greeting} {_sentence([wish.said, *_phrases(given, goal)])}"),
+            "answer": json.dumps(goal),
+            "response": _ideal(wish, goal, [slot for slot in wish.slots if slot not in known]),
+        }
+
+
+def _ideal(wish: Wish, goal: Goal, missing: Sequence[Slot]) -> str:
+    """A question for each missing detail, one a turn, and then all of them said back."""
+    asking = [f" {slot.question}{answered(_sentence(_phrases([slot], goal)))}" for slot in missing]
+    return "".join([*asking, f" {' '.join([wish.repeated, *_phrases(wish.slots, goal)])}?"])
+
+
+def _phrases(slots: Sequence[Slot], goal: Goal) -> list[str]:
+    return [slot.phrase.format(goal[slot.name]) for slot in slots]
+
+
+def _sentence(phrases: Sequence[str]) -> str:
+    text = " ".join(phrases)
+    return f"{text[0].upper()}{text[1:]}."
+
+
+def _goal(row: Prompt) -> Goal:
+    try:
+        goal = json.loads(row.answer or "")
+        fits = set(goal) == {"wish", *(slot.name for slot in WISHES[goal["wish"]].slots)}
+    except (json.JSONDecodeError, TypeError, KeyError):
+        fits = False
+    if not fits:
+        raise DataError(
+            f"the environment service_bot needs rows whose `answer` is a goal, and {row.id!r} has {row.answer!r}: use "
+            "a source of kind service_bot"
+        )
+    return dict(goal)

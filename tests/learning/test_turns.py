@@ -1,0 +1,105 @@
+"""Two turns whose optimum is known: a letter, the environment's answer to it, another letter, and what both are worth.
+
+With V_2(s) = β · log Σ_a π_ref(a|s) · exp(r(a) / β) the best second turn is π_ref · exp(r / β) and the best first one
+π_ref · exp(γ · V_2 / β): soft Bellman equations (Haarnoja et al. 2017, arXiv 1702.08165, equations 3 to 5), with the KL
+penalty of the second turn discounted like its reward. A first turn is thus only as good as what the second can make of
+it: whoever credits a turn wrongly, discounts it wrongly, or learns the environment's words, ends elsewhere.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from tasks.core.schema import Prompt
+from tasks.core.sections.generation import GenerationParams
+from tasks.rewards.composition import CompositeReward
+from tasks.rl.conversation import Talk
+from tasks.rl.environments.dialogue import Step
+from tasks.rl.policy import Policy
+from tasks.rl.trainer import PPOTrainer, TextCodec
+from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer
+from tests.learning.test_bandit import distance, flexible_policy
+from tests.unit.rl.test_trainer import PARAMS
+
+SIGNS = f"{LETTERS}123"
+TOKENIZER = letter_tokenizer(SIGNS)
+ROW = Prompt(id="p", prompt="ab")
+SHOWN = ["", "", " ", *SIGNS[1:]]
+"""Token id → the turn that holds this token alone; padding and end token show nothing."""
+
+WORTH = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+WORTH[:, PAD] = WORTH[:, EOS]
+WORTH += torch.tensor([[1.5], [0.0], [-1.5]])
+"""What the second turn is worth, by the environment's answer: the first answer is the one to get."""
+
+
+class Riddle:
+    """Answers a, b or c by the first turn's sign, and pays the second turn by its own sign and that answer."""
+
+    def __init__(self) -> None:
+        self._kind: int | None = None
+
+    def reset(self, row: Prompt) -> str:
+        return row.prompt
+
+    def step(self, action: str) -> Step:
+        sign = SHOWN.index(action)
+        if self._kind is None:
+            self._kind = sign % 3 if sign else EOS % 3
+            return Step("abc"[self._kind], 0.0, done=False)
+        return Step("", float(WORTH[self._kind, sign]), done=True)
+
+
+KINDS = torch.tensor([EOS % 3, *(sign % 3 for sign in range(1, VOCABULARY))])
+
+
+def policy_of(model: object) -> tuple[Tensor, Tensor]:
+    """π(first), [V], and π(second | first), [V, V], float64."""
+    prompt = TOKENIZER(ROW.prompt).input_ids
+    told = torch.tensor([[*prompt, first, *TOKENIZER("abc"[KINDS[first]]).input_ids] for first in range(VOCABULARY)])
+    with torch.no_grad():
+        first = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
+        return first, torch.softmax(model(told).logits[:, -1].double(), -1)
+
+
+def optimum(first: Tensor, second: Tensor, beta: float, gamma: float) -> Tensor:
+    """The best distribution over both turns, [V, V]."""
+    weights = second * torch.exp(WORTH[KINDS] / beta)
+    state_values = beta * weights.sum(1).log()
+    opening = first * torch.exp(gamma * state_values / beta)
+    return (opening / opening.sum()).unsqueeze(1) * weights / weights.sum(1, keepdim=True)
+
+
+@pytest.mark.parametrize(("action", "gamma"), [("turn", 1.0), ("turn", 0.5), ("token", 1.0)])
+def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.rl.conversation.answered", lambda text: text)
+    beta = 1.0
+    params = PARAMS.model_copy(
+        update={
+            "updates": 50, "prompts_per_update": 1, "samples_per_prompt": 256, "epochs": 2, "micro_batch_size": 256,
+            "kl_controller": "fixed", "kl_coef": beta, "missing_eos_penalty": 0.0, "learning_rate": 0.01,
+            "action": action, "value_coef": 0.5, "value_clip_range": None,
+        }
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = flexible_policy()
+    generation = GenerationParams(max_new_tokens=1, temperature=1.0)
+    talk = Talk(Riddle, [ROW], TOKENIZER, generation, max_turns=2, gamma=gamma)
+    codec = TextCodec([ROW.prompt], [TOKENIZER(ROW.prompt).input_ids], TOKENIZER.decode, EOS, PAD)
+    reward = CompositeReward({}, {"environment": 1.0})
+    reference = policy_of(model)
+    PPOTrainer(Policy(model, temperature=1.0), codec, reward, params, generation, seed=0, talk=talk).train()
+    first, second = policy_of(model)
+    learned = first.unsqueeze(1) * second
+    best = optimum(*reference, beta, gamma)
+    start = reference[0].unsqueeze(1) * reference[1]
+    reached = distance(learned, best)
+    print(
+        f"{action}, γ = {gamma}: distance to the optimum {reached:.3f}, to the reference {distance(learned, start):.3f}"
+    )
+    assert reached < 0.1
+    assert distance(learned, start) > 0.3
+    other = optimum(*reference, beta, 0.5 if gamma == 1 else 1.0)
+    assert distance(learned, other) > 1.5 * reached, "hardly closer to the optimum of its own discount"
