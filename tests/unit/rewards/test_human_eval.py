@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-from tasks.core.errors import ConfigError
 from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.code import CodeReward, code_reward, function_under_test
+from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = [
     pytest.mark.slow,
@@ -31,12 +31,9 @@ def problems() -> list[dict[str, Any]]:
 
 @pytest.fixture(scope="module")
 def reward(problems: list[dict[str, Any]]) -> CodeReward:
-    try:
-        return code_reward(
-            CodeRule(program="completion", wall_seconds=60), {row["prompt"]: row["test"] for row in problems}
-        )
-    except ConfigError as error:
-        pytest.skip(str(error))
+    options = CodeRule(program="completion", wall_seconds=60)
+    sandbox_or_skip(options)
+    return code_reward(options, {row["prompt"]: row["test"] for row in problems})
 
 
 def test_the_function_under_test_is_the_last_of_the_prompt(problems: list[dict[str, Any]]) -> None:

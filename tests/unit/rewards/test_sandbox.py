@@ -22,6 +22,7 @@ from tasks.rewards.sandbox.filter import ALLOWED
 from tasks.rewards.sandbox.inside import wire
 from tasks.rewards.sandbox.run import Job, Sandbox
 from tasks.rewards.sandbox.verdict import Status
+from tests.unit.rewards.conftest import sandbox_or_skip
 
 walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
@@ -132,10 +133,7 @@ def test_a_frame_that_announces_too_much_is_not_read() -> None:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    try:
-        return Sandbox(CodeRule(cpu_seconds=1, workers=2))
-    except ConfigError as error:
-        pytest.skip(str(error))
+    return sandbox_or_skip(CodeRule(cpu_seconds=1, workers=2))
 
 
 ADD = "def add(a, b):\n    return a + b\n"

@@ -15,11 +15,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.core.errors import ConfigError
 from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.sandbox.run import Job, Sandbox
 from tasks.rewards.sandbox.verdict import Status, Verdict
 from tests.unit.rewards.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
+from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
@@ -114,10 +114,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
 
 @pytest.fixture(scope="module")
 def sandbox() -> Sandbox:
-    try:
-        return Sandbox(CodeRule(**LIMITS))
-    except ConfigError as error:
-        pytest.skip(str(error))
+    return sandbox_or_skip(CodeRule(**LIMITS))
 
 
 @pytest.fixture(scope="module")
