@@ -41,7 +41,7 @@ HOLDS = {
 
 
 def last(change):
-    signs, found = watch([START, START | change], WEIGHTS)
+    signs, found = watch([START, START | change, START | change], WEIGHTS)
     return signs, [detector.name for detector, _ in found]
 
 
@@ -63,11 +63,20 @@ def test_length_drifts_both_ways():
     assert last({"length": 32.0})[1] == ["length_drift"]
 
 
-def test_a_jump_counts_against_the_jumps_before():
+def kl_spike(*kl):
+    return watch([START | {"kl": value} for value in kl], WEIGHTS)[0].get(PREFIX + "kl_spike")
+
+
+def test_a_jump_counts_against_the_changes_before():
     """Changes of 1, 1 and 1, then 4: 4 medians; without them it would be 8 times the floor."""
-    rows = [START | {"kl": kl} for kl in (0.0, 1.0, 2.0, 3.0, 7.0)]
-    assert watch(rows, WEIGHTS)[0][PREFIX + "kl_spike"] == pytest.approx(4.0)
-    assert watch([rows[0], rows[-1]], WEIGHTS)[0][PREFIX + "kl_spike"] == pytest.approx(14.0)
+    assert kl_spike(0.0, 1.0, 2.0, 3.0, 7.0, 7.5) == pytest.approx(4.0)
+    assert kl_spike(0.0, 7.0, 7.5) == pytest.approx(14.0)
+
+
+def test_a_jump_that_the_next_update_does_not_confirm_is_an_outlier():
+    assert kl_spike(0.0, 1.0, 2.0, 3.0, 13.0) == pytest.approx(1.0)
+    assert kl_spike(0.0, 1.0, 2.0, 3.0, 13.0, 4.0) == pytest.approx(1.0)
+    assert kl_spike(0.0, 13.0) is None
 
 
 def test_a_reward_of_one_component_has_no_cost():
@@ -108,6 +117,6 @@ def test_a_finding_says_the_number_and_what_to_do():
     ((detector, value),) = watch([START, START | FIRES["truncation"]], WEIGHTS)[1]
     assert value == pytest.approx(0.26)
     assert detector.says(value) == (
-        "truncation 0.26 (threshold 0.25, healthy up to 0.13): more responses are cut before their end than SFT's; "
+        "truncation 0.26 (threshold 0.25, healthy up to 0.14): more responses are cut before their end than SFT's; "
         "raise missing_eos_penalty or max_new_tokens"
     )
