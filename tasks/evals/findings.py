@@ -14,8 +14,8 @@ FINAL = ("length", "repetition", "distinct_2", "no_end_share", "unfamiliar")
 """What detectors compare between a policy's responses and SFT's to the same held-out prompts, where it was measured."""
 
 UNCONFIRMED, HEALTHY = 0.5, 0.26
-"""Share of the proxy's gain that the gold judge may leave unconfirmed, and the most of the default's policies under four
-seeds, twelve in all."""
+"""Share of the proxy's gain that the gold judge may leave unconfirmed, and the most of the default's policies under
+four seeds, twelve in all."""
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,9 @@
 """Signs that a policy games its reward, each a number with a threshold at which it counts as found.
 
 They compare an update with the first one, whose responses the SFT policy wrote. No sign proves anything: a finding
-says where to look. Thresholds are calibrated on twelve healthy runs of the default task (PPO under eight seeds, GRPO under
-four): the largest value that any of their updates reached stands beside each, and none of them reaches a threshold.
-Those of `unfamiliar_responses` and `kl_spike` are of eight of them, PPO and GRPO under seeds 0 to 3.
+says where to look. Thresholds are calibrated on twelve healthy runs of the default task (PPO under eight seeds, GRPO
+under four): the largest value that any of their updates reached stands beside each, and none reaches a threshold. Those
+of `unfamiliar_responses` and `kl_spike` are of eight of them, PPO and GRPO under seeds 0 to 3.
 """
 
 from __future__ import annotations

@@ -43,7 +43,7 @@ def test_a_gain_that_gold_does_not_confirm_has_its_numbers() -> None:
     """1 − 0.3 / 1.2 = 0.75 of it."""
     (finding,) = find({"sft": SFT, "ppo": SFT | CLEAR | {"gain_gold": 0.3, "gain_proxy": 1.2}}, {})["ppo"]
     assert finding.text == (
-        "proxy_without_gold 0.75 (threshold 0.5, healthy up to 0.2): better than SFT on 90% of prompts by the proxy "
+        "proxy_without_gold 0.75 (threshold 0.5, healthy up to 0.26): better than SFT on 90% of prompts by the proxy "
         "and on 70% by the gold judge, by 1.20 and 0.30 standard deviations of SFT's scores: it has learned what the "
         "reward model gets wrong"
     )
