@@ -166,7 +166,7 @@ def test_people_read_both_sides_and_rewards_the_policys_words_alone() -> None:
 def test_what_was_earned_is_a_component_and_turns_and_success_are_noticed() -> None:
     rollout = conversations()
     reward = CompositeReward({"short": lambda prompts, texts: [-1.0] * len(texts)}, {"environment": 2.0, "short": 0.5})
-    outcome = reward(rollout.asked, rollout.spoken, rollout.given)
+    outcome = reward(rollout.asked, rollout.spoken, given=rollout.given)
     assert torch.equal(outcome.components["environment"], rollout.rewards)
     assert torch.equal(outcome.total, 2 * rollout.rewards - 0.5)
     assert torch.equal(outcome.measures["success"], rollout.rewards)
