@@ -127,6 +127,7 @@ VARIANTS = {
 
 
 @pytest.mark.parametrize("changes", VARIANTS.values(), ids=VARIANTS)
+@pytest.mark.slow
 def test_each_variant_reaches_the_optimum_over_whole_responses(changes: dict[str, object]) -> None:
     """Responses of one or two tokens, paid for both: 993 of them, and π* is known for each (see `best_of_two`)."""
     reference, policy = trained_by_ppo(1.0, tokens=2, **changes)
@@ -136,6 +137,7 @@ def test_each_variant_reaches_the_optimum_over_whole_responses(changes: dict[str
     assert distance(policy, reference) > 6 * CLOSE
 
 
+@pytest.mark.slow
 def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
     """KL(π* ‖ π_ref) falls with β, so a target names one β: the controller must find it, and the policy its optimum."""
     beta, horizon = 1.0, 2560
@@ -190,6 +192,7 @@ def standardised_optimum(reference: Tensor, beta: float) -> Tensor:
 
 
 @pytest.mark.parametrize("beta", [2.0, 4.0])
+@pytest.mark.slow
 def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     beta: float, folders: dict[str, Path], tmp_path: Path
 ) -> None:

@@ -237,6 +237,7 @@ def test_a_fully_cached_flow_imports_no_model_library(project: Project) -> None:
     assert "HEAVY []" in project.command(sys.executable, "-c", code)
 
 
+@pytest.mark.slow
 def test_dvc_exp_run_works(project: Project) -> None:
     git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
     project.command(*git, "add", "-A")

@@ -173,6 +173,7 @@ class Curves:
     def log_file(self, path: Path, folder: str | None) -> None: ...
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
