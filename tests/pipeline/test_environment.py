@@ -97,7 +97,7 @@ def test_policies_talk_learn_and_are_compared(preset: str, tmp_path: Path, monke
         assert row["success"] == row["reward_gold"] == sum(record.gold for record in own) / len(own)
         assert not any(key.startswith("accuracy") for key in row)
         assert all(record.conversation and "\nUser: " not in record.response for record in own)
-    page = (tmp_path / "evaluate" / "report.html").read_text()
+    page = " ".join((tmp_path / "evaluate" / "report.html").read_text().split())
     itself = duel(
         "ppo", params.evaluate, params.generation, params.seed, metrics=("win_rate", "reward_gold", "kl"),
         artifacts=tmp_path, champion=tmp_path, champion_policy="ppo", environment=params.environment,
