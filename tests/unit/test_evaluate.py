@@ -17,6 +17,7 @@ from tasks.core.files import write_json
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
 from tasks.core.paths import OFF
 from tasks.core.schema import Preference, Prompt, Rating, read_rows, write_rows
+from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.judge import JudgeParams
@@ -34,6 +35,7 @@ from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.learned import FAMILIARITY, NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
 from tests.unit.chat_server import longer, serving
+from tests.unit.rewards.conftest import sandbox_or_skip
 from tests.unit.rewards.test_kinds import finished
 from tests.unit.tiny_stages import run_reward_model, write_inputs
 
@@ -382,8 +384,8 @@ def test_prompts_are_a_seeded_choice(world: dict[str, Path]) -> None:
     assert any(first != [row.id for row in choose_prompts(path, 7, seed)] for seed in (1, 2))
 
 
-@pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Path) -> None:
+    sandbox_or_skip(CodeRule())
     prompt = Prompt(id="1", prompt="def add_3(x):\n", answer="assert add_3(1) == 4")
     params = RewardParams(weights={"code": 1.0}, rules={"code": {"program": "completion"}})
     responses = ["    return x + 3", "    return x"]

@@ -24,6 +24,12 @@ def sandbox_or_skip(options: CodeRule) -> Sandbox:
         pytest.skip(str(error))
 
 
+@pytest.fixture
+def walls() -> None:
+    """For tests that run programs behind them."""
+    sandbox_or_skip(CodeRule())
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     report = yield

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import shutil
-
 import pytest
 
 from tasks.core.errors import DataError
@@ -11,7 +9,7 @@ from tasks.core.sections.reward import RewardParams
 from tasks.rewards.code import code_reward, function_under_test, program_of
 from tasks.rewards.composition import Measuring, build_reward
 
-walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+walled = pytest.mark.usefixtures("walls")
 
 PROMPT = 'def add_3(x):\n    """Return x plus 3."""\n'
 TESTS = "assert add_3(1) == 4\nassert add_3(-3) == 0"
