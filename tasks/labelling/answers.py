@@ -6,13 +6,13 @@ import hashlib
 from dataclasses import dataclass, replace
 
 from tasks.core.errors import DataError
-from tasks.labelling.tables import CHOICES, Choice, Event, Item
+from tasks.labelling.tables import CHOICES, SIDES, Choice, Event, Item
 
 __all__ = ["LONGEST_COMMENT", "Answer", "ConflictError", "Progress", "Recorded", "Task", "answer_of", "is_swapped"]
 
 LONGEST_COMMENT = 5000
 
-TURNED: dict[Choice, Choice] = {"a": "b", "b": "a", "tie": "tie", "both_bad": "both_bad", "skip": "skip"}
+TURNED: dict[str, Choice] = {"a": "b", "b": "a", "tie": "tie", "both_bad": "both_bad", "skip": "skip"}
 
 
 class ConflictError(DataError):
@@ -42,7 +42,7 @@ class Answer:
     def __post_init__(self) -> None:
         if self.choice not in CHOICES:
             raise DataError(f"choice: got {self.choice!r}, expected one of {', '.join(CHOICES)}")
-        if self.strength is not None and (self.strength not in (1, 2, 3) or self.choice not in ("a", "b")):
+        if self.strength is not None and (self.strength not in (1, 2, 3) or self.choice not in SIDES):
             raise DataError(f"strength: got {self.strength}, expected 1, 2 or 3, and only where one response is better")
         for rating in (self.rating_a, self.rating_b):
             if rating is not None and rating not in range(1, 6):

@@ -26,7 +26,8 @@ from tasks.core.sections.judge import JudgeParams
 from tasks.evals.answers import AnswerBook
 from tasks.evals.judges import EndpointJudge, LocalJudge
 from tasks.evals.pairwise import PairJudge, Reply, Verdict, question, verdict
-from tasks.labelling.labels import MODEL, MODEL_NAME, Label, Question, add_label, questions
+from tasks.labelling.labels import MODEL_NAME, Label, Question, add_label, questions
+from tasks.labelling.queries import MODEL
 from tasks.labelling.tables import Event
 
 __all__ = ["Budget", "Constitution", "Cost", "CountingBook", "Labelled", "combined", "judge_of", "label_by_model"]

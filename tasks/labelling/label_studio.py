@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from tasks.labelling.labels import MODEL, Label, Question, by_model
+from tasks.labelling.labels import Label, Question, by_model
+from tasks.labelling.queries import MODEL
 from tasks.labelling.records import number, question, value
 
 __all__ = ["CONFIG", "parsed", "task"]

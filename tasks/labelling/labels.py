@@ -7,13 +7,14 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import func, select
+from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tasks.labelling.tables import CHOICES, Event, Item, Labeller
+from tasks.labelling.answers import TURNED
+from tasks.labelling.queries import MODEL, STANDS, last_event
+from tasks.labelling.tables import CHOICES, SIDES, Event, Item, Labeller
 
 __all__ = [
-    "MODEL",
     "MODEL_NAME",
     "Label",
     "Question",
@@ -29,13 +30,8 @@ __all__ = [
     "questions",
 ]
 
-MODEL = "model:"
-"""What the name of a labeller that is a model begins with."""
-
 MODEL_NAME = 64
 """Characters of a labeller's name at most, see `tables.Labeller`."""
-
-_MIRROR = {"a": "b", "b": "a"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +90,7 @@ def pseudonyms(labels: Iterable[Label]) -> dict[str, str]:
 
 def mirrored(label: Label) -> Label:
     """The same opinion where the two responses stand the other way round."""
-    content = vars(label) | {"choice": _MIRROR.get(label.choice, label.choice), "swapped": not label.swapped}
+    content = vars(label) | {"choice": TURNED.get(label.choice, label.choice), "swapped": not label.swapped}
     return Label(**(content | {"rating_a": label.rating_b, "rating_b": label.rating_a}))
 
 
@@ -102,7 +98,7 @@ def flaw(label: Label) -> str | None:
     """Why the label is none, or None where it is one."""
     if label.choice not in CHOICES:
         return f"choice: {label.choice!r} is none of {', '.join(CHOICES)}"
-    if label.strength is not None and not (label.choice in _MIRROR and label.strength in (1, 2, 3)):
+    if label.strength is not None and not (label.choice in SIDES and label.strength in (1, 2, 3)):
         return f"strength: {label.strength} with {label.choice!r}; it is 1, 2 or 3, and for a and b only"
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
@@ -132,17 +128,15 @@ def current_labels(session: Session) -> list[Label]:
 
     Ordered by question and labeller.
     """
-    last = select(func.max(Event.id)).group_by(Event.item_id, Event.labeller)
-    chosen = select(Event).where(Event.id.in_(last), Event.kind == "label").order_by(Event.item_id, Event.labeller)
-    return [_label(event) for event in session.scalars(chosen)]
+    standing = select(Event).where(STANDS).order_by(Event.item_id, Event.labeller)
+    return [_label(event) for event in session.scalars(standing)]
 
 
 def add_label(session: Session, label: Label, token: str | None = None) -> bool:
     """Add the event unless the labeller thinks that already, or an event of that token is there; whether it was new."""
     if token is not None and session.scalar(select(Event.id).where(Event.token == token)):
         return False
-    own = select(Event).where(Event.item_id == label.item, Event.labeller == label.labeller)
-    before = session.scalars(own.order_by(Event.id.desc()).limit(1)).first()
+    before = session.scalar(last_event(label.item, label.labeller))
     if before is not None and before.kind == "label" and _opinion(_label(before)) == _opinion(label):
         return False
     if session.get(Labeller, label.labeller) is None:

@@ -18,6 +18,7 @@ from tasks.core.errors import ConfigError, DataError
 from tasks.core.schema import Preference, explain
 from tasks.data.splitting import uniform
 from tasks.labelling.labels import Question, question_id
+from tasks.labelling.tables import OPINIONS
 
 __all__ = ["Pool", "Written", "asked_twice", "at_random", "by_disagreement", "gold_questions", "paired", "variance"]
 
@@ -157,7 +158,7 @@ def _gold(line: str, where: str) -> tuple[float, Question]:
 
 def _written_gold(content: Mapping[str, Any]) -> Question:
     prompt, one, other, gold = (str(content[key]) for key in ("prompt", "response_a", "response_b", "gold"))
-    if gold not in ("a", "b", "tie", "both_bad"):
+    if gold not in OPINIONS:
         raise ValueError(f"gold is {gold!r}, and should be a, b, tie or both_bad")
     if one == other:
         raise ValueError("response_a and response_b are the same text")

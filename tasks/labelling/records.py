@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from tasks.labelling.labels import Question, question_id
+from tasks.labelling.tables import OPINIONS
 
 __all__ = ["number", "question", "texts", "value"]
 
@@ -36,7 +37,7 @@ def question(record: Any, facts: dict[str, Any], prompt: str, one: str, other: s
     """Put one together; `facts` may say which policies wrote and what is right, `name` which id it has here."""
     asked, first, second = texts(record, prompt, one, other)
     gold = facts.get("gold") or None
-    if gold not in (None, "a", "b", "tie", "both_bad"):
+    if gold not in (None, *OPINIONS):
         raise ValueError(f"gold: {gold!r} should be a, b, tie or both_bad")
     policy_a, policy_b = (value(facts, key, str, "unknown") for key in ("policy_a", "policy_b"))
     return Question(

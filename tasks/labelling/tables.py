@@ -8,11 +8,17 @@ from typing import Literal, TypeAlias
 from sqlalchemy import CheckConstraint, DateTime, ForeignKey, String, Text, UniqueConstraint
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-__all__ = ["CHOICES", "Base", "Choice", "Event", "Item", "Labeller"]
+__all__ = ["CHOICES", "OPINIONS", "SIDES", "Base", "Choice", "Event", "Item", "Labeller"]
 
 Choice: TypeAlias = Literal["a", "b", "tie", "both_bad", "skip"]
 CHOICES: tuple[Choice, ...] = ("a", "b", "tie", "both_bad", "skip")
 """Of a pair: the first is better, the second is, they are alike and good, alike and bad, no opinion."""
+
+OPINIONS = CHOICES[:-1]
+"""Those that can be right or wrong."""
+
+SIDES = CHOICES[:2]
+"""Those that prefer one response, and can say how much."""
 
 
 class Base(DeclarativeBase):
