@@ -3,7 +3,7 @@
     python infra/code_rows.py
 
 Prompts show no test. Expected values come from the formulas below, evaluated here; the demonstrations have to pass in
-the sandbox before anything is written.
+the sandbox before anything is written. Every second value is tried by the tests that pay, the others by those held out.
 """
 
 from __future__ import annotations
@@ -63,19 +63,23 @@ def functions() -> Iterator[tuple[str, str, str, str, Iterable[object]]]:
 def rows() -> Iterator[dict[str, str]]:
     for what, name, argument, expression, tried in functions():
         cases = [(value, eval(expression, {}, {argument: value})) for value in tried]
+        tests = [f"assert {name}({value!r}) == {expected!r}" for value, expected in cases]
         yield {
             "id": name,
             "prompt": f'def {name}({argument}):\n    """Return {what}."""\n',
             "response": f"    return {expression}",
-            "answer": "\n".join(f"assert {name}({value!r}) == {expected!r}" for value, expected in cases),
+            "answer": "\n".join([*tests[1::2], "# held out", *tests[::2]]),
         }
 
 
 def main() -> None:
     made = list(rows())
-    reward = code_reward(CodeRule(program="completion"), {row["prompt"]: row["answer"] for row in made})
-    verdicts = reward.verdicts([row["prompt"] for row in made], [row["response"] for row in made])
-    wrong = [row["id"] for row, verdict in zip(made, verdicts, strict=True) if verdict.status != "passed"]
+    prompts, responses = [row["prompt"] for row in made], [row["response"] for row in made]
+    wrong = []
+    for held_out in (False, True):
+        options = CodeRule(program="completion", held_out=held_out)
+        verdicts = code_reward(options, {row["prompt"]: row["answer"] for row in made}).verdicts(prompts, responses)
+        wrong += [row["id"] for row, verdict in zip(made, verdicts, strict=True) if verdict.status != "passed"]
     if wrong:
         sys.exit(f"these demonstrations do not pass their own tests: {', '.join(wrong)}")
     FILE.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8", newline="\n")

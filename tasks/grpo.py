@@ -22,7 +22,7 @@ from tasks.core.errors import TrainingError
 from tasks.core.files import write_json
 from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
-from tasks.core.sections.environment import EnvironmentParams
+from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
@@ -30,7 +30,7 @@ from tasks.core.sections.reward import RewardParams
 from tasks.core.training import HistoryCallback, PolicyKeeper, common_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.checks import DegenerationWatch
-from tasks.rl.conversation import ENVIRONMENT, Conversations, Earned, Talk, load_talk
+from tasks.rl.conversation import Conversations, Earned, Talk, load_talk
 from tasks.rl.detectors import watch
 from tasks.rl.masking import up_to_last
 from tasks.rl.rollout import generate, seeded

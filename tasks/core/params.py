@@ -90,6 +90,11 @@ class Params(Section):
                 f"evaluate.gold_rule is {gold.function}, which the reward has, too: a judge must be one that training "
                 "never saw; choose another rule"
             )
+        if gold and self.overoptimisation and not self.gold_judge:
+            raise ValueError(
+                "overoptimisation is on, but knows no judge: it uses gold_judge, which is null, and not "
+                "evaluate.gold_rule; set overoptimisation to null"
+            )
         if self.gate and "win_rate_vader" in self.gate.margins and not self.evaluate.vader:
             raise ValueError("gate.margins names win_rate_vader, but evaluate.vader is false: remove it there")
         return self

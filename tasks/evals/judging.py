@@ -17,7 +17,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from tasks.core.errors import DataError, TrainingError
 from tasks.core.models import is_off
 from tasks.core.schema import Prompt, read_rows
-from tasks.core.sections.environment import EnvironmentParams
+from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.rules import RuleOptions
 from tasks.evals.compare import Judged
@@ -25,7 +25,7 @@ from tasks.rewards.composition import CompositeReward, rule_component
 from tasks.rewards.learned import GoldJudge
 from tasks.rewards.rules.answers import right_answer, right_in_form
 from tasks.rewards.rules.kinds import RewardFunction
-from tasks.rl.conversation import ENVIRONMENT, Conversations, Earned, Talk, load_talk
+from tasks.rl.conversation import Conversations, Earned, Talk, load_talk
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, generate, seeded

@@ -3,7 +3,8 @@
 A row's `answer` holds its tests: Python that calls the function under test by its name or as `candidate`, and either
 asserts at once or defines `check(candidate)`, as HumanEval does (Chen et al. 2021, arXiv 2107.03374). Values that pass
 between tests and function are plain data. The function is the one that a line `# entry_point: NAME` of the tests names,
-else the last that the prompt begins with `def`.
+else the last that the prompt begins with `def`. What follows a line `# held out` is a second set of tests, complete in
+itself and never paid for: `evaluate.gold_rule` with `held_out: true` judges by it.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.sandbox.run import Job, Sandbox
 from tasks.rewards.sandbox.verdict import Status, Verdict
 
-__all__ = ["CodeReward", "code_reward", "function_under_test", "program_of"]
+__all__ = ["CodeReward", "chosen_tests", "code_reward", "function_under_test", "program_of"]
 
 _FENCE = re.compile(
     r"^[ ]{0,3}```[ ]*(?:python|py|python3)?[ ]*\n(.*?)^[ ]{0,3}```", re.DOTALL | re.MULTILINE | re.IGNORECASE
 )
 _NAMED = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
+_HELD_OUT = re.compile(r"^#\s*held out\s*$", re.MULTILINE)
 _DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
 
 _NO_PROGRAM = Verdict(Status.REFUSED, "the response holds no program")
@@ -47,7 +49,7 @@ class CodeReward:
     Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
     the function returned. The verdict itself is out of the program's reach. Against that: tests with many values that
-    the prompt does not show, held-out tests at evaluation, a second component for length (a table of cases is long),
+    the prompt does not show, `held_out` tests at evaluation, a second component for length (a table of cases is long),
     and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy tries the walls.
     """
 
@@ -86,8 +88,8 @@ class CodeReward:
                 f"reward.weights.code: no tests are known for the prompt {prompt[:200]!r}; give its rows an `answer`, "
                 "or remove the weight"
             )
-        tests = self._answers[prompt]
-        name = function_under_test(prompt, tests)
+        name = function_under_test(prompt, self._answers[prompt])
+        tests = chosen_tests(self._options, self._answers[prompt])
         program = program_of(self._options, prompt, response, name)
         preamble = _helpers(prompt) if self._options.program == "completion" else ""
         return Job(program, tests, name, preamble) if program is not None else None
@@ -106,6 +108,12 @@ def function_under_test(prompt: str, tests: str) -> str:
             "add a line `# entry_point: NAME` to the row's tests"
         )
     return str(found[-1])
+
+
+def chosen_tests(options: CodeRule, answer: str) -> str:
+    """Of a row's `answer` the tests that run: those before its line `# held out`, or those after it."""
+    paid, *held_out = _HELD_OUT.split(answer, maxsplit=1)
+    return held_out[0] if options.held_out and held_out else paid
 
 
 def program_of(options: CodeRule, prompt: str, response: str, name: str) -> str | None:

@@ -20,17 +20,14 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tasks.core import ranks
 from tasks.core.schema import Prompt
-from tasks.core.sections.environment import EnvironmentParams
+from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.rl.actions import turn_counts
 from tasks.rl.environments.dialogue import Environment, answered, heard
 from tasks.rl.environments.kinds import ENVIRONMENTS
 from tasks.rl.rollout import Rollout, generate, pad_left
 
-__all__ = ["ENVIRONMENT", "Conversations", "Earned", "Talk", "load_talk"]
-
-ENVIRONMENT = "environment"
-"""The reward's component that the environment pays, in `reward.weights`."""
+__all__ = ["Conversations", "Earned", "Talk", "load_talk"]
 
 
 @dataclass(frozen=True)

@@ -26,6 +26,11 @@ class CodeRule(RuleOptions):
         description="Whether the tests see what the function did to its arguments. A function that empties them then "
         "passes `f(x) == sorted(x)`, so only for functions that work in place.",
     )
+    held_out: bool = Field(
+        False,
+        description="Whether a row's tests after its line `# held out` run, and not those before it. Rows without that "
+        "line have the same tests either way.",
+    )
     cpu_seconds: Positive = Field(2, description="CPU time of the program, and of its tests, before they are killed.")
     wall_seconds: float = Field(
         10.0, gt=0, description="Time from start to verdict; generous, because it depends on the machine's load."

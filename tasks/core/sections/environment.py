@@ -8,7 +8,10 @@ from pydantic import Field
 
 from tasks.core.sections.section import Positive, Section
 
-__all__ = ["EnvironmentParams"]
+__all__ = ["ENVIRONMENT", "EnvironmentParams"]
+
+ENVIRONMENT = "environment"
+"""The reward's component that an environment pays, in `reward.weights`."""
 
 
 class EnvironmentParams(Section):

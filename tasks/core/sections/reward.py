@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BeforeValidator, Field, model_validator
 
 from tasks.core.sections.custom import near
+from tasks.core.sections.environment import ENVIRONMENT
 from tasks.core.sections.rules import OPTIONS, Rule
 from tasks.core.sections.section import Positive, Section
 
@@ -17,7 +18,7 @@ __all__ = ["GIVEN", "LEARNED", "Priority", "RewardParams", "Scale"]
 LEARNED = "learned"
 """The component that the trained reward model computes."""
 
-GIVEN = frozenset({"environment"})
+GIVEN = frozenset({ENVIRONMENT})
 """Components that come with the responses, as what an environment paid does; all others are rules."""
 
 

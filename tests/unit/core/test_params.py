@@ -100,6 +100,16 @@ def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem
     assert params_yaml.read_bytes() == before
 
 
+def test_a_curve_needs_a_judge_that_it_can_use(params_yaml: Path) -> None:
+    settings = (
+        "gold_judge=null",
+        "evaluate.gold_rule={function: language}",
+        "overoptimisation={prompts: 1, samples_per_prompt: 2, batch_size: 1, bootstrap_samples: 9}",
+    )
+    with pytest.raises(ConfigError, match="overoptimisation is on, but knows no judge"):
+        apply_changes(params_yaml, [parse_override(setting) for setting in settings])
+
+
 @pytest.mark.parametrize(
     ("rule", "problem"),
     [

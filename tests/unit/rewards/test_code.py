@@ -6,7 +6,7 @@ from tasks.core.errors import DataError
 from tasks.core.schema import Prompt
 from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.reward import RewardParams
-from tasks.rewards.code import code_reward, function_under_test, program_of
+from tasks.rewards.code import chosen_tests, code_reward, function_under_test, program_of
 from tasks.rewards.composition import Measuring, build_reward
 
 walled = pytest.mark.usefixtures("walls")
@@ -79,6 +79,19 @@ def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
     reward = code_reward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
     responses = ["    return -c[0] / c[1]", "    return 0\n\ndef poly(c, x):\n    return 0"]
     assert reward([prompt] * 2, responses).tolist() == [1, 0]
+
+
+@walled
+def test_a_program_that_knows_the_paid_tests_fails_the_held_out_ones() -> None:
+    answers = {PROMPT: "assert add_3(1) == 4\n# held out\nassert add_3(-3) == 0"}
+    responses = ["    return x + 3", "    return 4", "    return 0"]
+    paid, judged = (code_reward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
+    assert paid([PROMPT] * 3, responses).tolist() == [1, 1, 0]
+    assert judged([PROMPT] * 3, responses).tolist() == [1, 0, 1]
+
+
+def test_rows_without_held_out_tests_have_one_set() -> None:
+    assert chosen_tests(CodeRule(held_out=True), TESTS) == chosen_tests(CodeRule(), TESTS) == TESTS
 
 
 @walled
