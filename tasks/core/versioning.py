@@ -38,6 +38,7 @@ from dvc_objects.fs import localfs
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
+from tasks.core.reasons import changed_inputs, reasons
 
 __all__ = [
     "Inputs",
@@ -70,7 +71,6 @@ DATA = "data"
 """The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
 
 LOCK_POLL_SECONDS = 1.0
-_SHOWN, _SHOWN_HASH = 60, 8  # characters of a value, and of a file's md5, in a reason
 _FULL = 2**20  # free bytes below which a disk counts as full: DVC's own message may blame something else
 
 _job: ContextVar[Job | None] = ContextVar("job", default=None)
@@ -176,13 +176,13 @@ def output_digests(name: str) -> dict[str, str]:
 def changes(name: str) -> list[str]:
     """What the stage reads that is not as it was when it ran last, one reason a line; takes no lock."""
     with _dvc_errors(name):
-        return _changed_inputs(_stage(_open(), name))
+        return changed_inputs(_stage(_open(), name))
 
 
 def status(name: str) -> list[str]:
     """Why the stage would not be skipped, one reason a line; empty if it is up to date by itself."""
     with _dvc_errors(name):
-        return _reasons(_stage(_open(), name))
+        return reasons(_stage(_open(), name))
 
 
 def pending() -> list[Pending]:
@@ -192,11 +192,10 @@ def pending() -> list[Pending]:
         waiting: dict[str, Pending] = {}
         for name, needs in graph().items():
             stage = _stage(repo, name)
-            reasons = _reasons(stage)
+            why = reasons(stage) + [f"reads what {need} will write" for need in needs if need in waiting]
             uncertain = [need for need in needs if need in waiting and not waiting[need].recorded]
-            reasons += [f"reads what {need} will write" for need in needs if need in waiting]
-            if reasons:
-                waiting[name] = Pending(name, tuple(reasons), not uncertain and _recorded(stage))
+            if why:
+                waiting[name] = Pending(name, tuple(why), not uncertain and _recorded(stage))
         return list(waiting.values())
 
 
@@ -465,72 +464,6 @@ def _recorded(stage: Any) -> bool:
 def _meta(name: str, key: str) -> bool:
     with _dvc_errors(name):
         return bool((_stage(_open(), name).meta or {}).get(key))
-
-
-def _reasons(stage: Any) -> list[str]:
-    reasons = _changed_inputs(stage)
-    if _never_ran(stage):
-        return reasons
-    for out in stage.outs:
-        reasons += [f"its output {path} {_WORDS.get(state, state)}" for path, state in out.status().items()]
-    return reasons
-
-
-def _changed_inputs(stage: Any) -> list[str]:
-    if _never_ran(stage):
-        return ["it has no entry in dvc.lock: it never ran here"]
-    reasons = ["its command changed"] if stage.changed_stage() else []
-    for dep in stage.deps:
-        reasons += _changed_params(dep) if isinstance(dep, ParamsDependency) else _changed_file(dep)
-    return reasons
-
-
-def _never_ran(stage: Any) -> bool:
-    return not any(dep.hash_info for dep in stage.deps)
-
-
-def _changed_file(dep: Any) -> list[str]:
-    if not dep.hash_info:
-        return [f"{dep} is a new input"]
-    return [
-        f"{path} changed: {dep.hash_info.value[:_SHOWN_HASH]} → {dep.get_hash().value[:_SHOWN_HASH]}"
-        if state == "modified"
-        else f"{path} {_WORDS.get(state, state)}"
-        for path, state in dep.workspace_status().items()
-    ]
-
-
-_WORDS = {
-    "modified": "changed",
-    "deleted": "is missing",
-    "new": "is a new input",
-    "not in cache": "is not in the cache",
-}
-
-
-def _changed_params(dep: Any) -> list[str]:
-    before, now = dep.hash_info.value or {}, dep.read_params()
-    reasons = []
-    for section in dep.params:
-        if section not in before:
-            reasons.append(f"{section} is a new parameter")
-        else:
-            reasons += _differences(section, before[section], now.get(section))
-    return reasons
-
-
-def _differences(key: str, before: Any, now: Any) -> list[str]:
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(name for name in now if name not in before)]
-        return [line for name in names for line in _differences(f"{key}.{name}", before.get(name), now.get(name))]
-    return [] if before == now else [f"{key}: {_brief(before)} → {_brief(now)}"]
-
-
-def _brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"
 
 
 @contextmanager

@@ -23,14 +23,14 @@ STAGES = list(PIPELINE["stages"])
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 # What a stage imports is an input of its key: a change of these must never run a stage again.
-RUNNERS = {"tasks/core/stage.py", "tasks/core/recording.py", "tasks/core/versioning.py"}
+RUNNERS = {"tasks/core/stage.py", "tasks/core/reasons.py", "tasks/core/recording.py", "tasks/core/versioning.py"}
 
 DOORS = {
     "prefect": {
         f"flows/{name}.py" for name in ("bridge", "events", "pipeline", "retrain", "schedule", "server", "services")
     },
     "mlflow": {"tasks/core/recording.py", "tasks/core/registry.py"},
-    "dvc": {"tasks/core/versioning.py"},
+    "dvc": {"tasks/core/reasons.py", "tasks/core/versioning.py"},
     "ruamel": {"tasks/core/params.py"},
     "openai": {"tasks/evals/judges.py"},
     "yaml": set[str](),
