@@ -22,9 +22,9 @@ from tasks.rewards.sandbox.verdict import Status, Verdict
 
 __all__ = ["CodeReward", "chosen_tests", "code_reward", "function_under_test", "program_of"]
 
-_FENCE = re.compile(
-    r"^[ ]{0,3}```[ ]*(?:python|py|python3)?[ ]*\n(.*?)^[ ]{0,3}```", re.DOTALL | re.MULTILINE | re.IGNORECASE
-)
+# A block of any language opens: else the end of one in another language would be read as the beginning of the program's.
+_FENCE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_LANGUAGES = ("", "python", "py", "python3")
 _NAMED = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
 _HELD_OUT = re.compile(r"^#\s*held out\s*$", re.MULTILINE)
 _DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
@@ -125,7 +125,7 @@ def program_of(options: CodeRule, prompt: str, response: str, name: str) -> str 
         return response if response.strip() else None
     if options.program == "completion":
         return prompt + response if response.strip() else None
-    blocks: list[str] = _FENCE.findall(response)
+    blocks = [block for language, block in _FENCE.findall(response) if language.lower() in _LANGUAGES]
     defining = [block for block in blocks if name in _DEFINED.findall(block)]
     return (defining or blocks)[-1] if blocks else None
 

@@ -18,8 +18,8 @@ class CodeRule(RuleOptions):
     function: str = Field("code", description="This rule's name.")
     program: Literal["fenced", "whole", "completion"] = Field(
         "fenced",
-        description="What of a response is the program: its last ```python block that defines the function, all of it, "
-        "or prompt and response as one text, as in HumanEval.",
+        description="What of a response is the program: its last ```python block, or block without a language, that "
+        "defines the function, all of it, or prompt and response as one text, as in HumanEval.",
     )
     in_place: bool = Field(
         False,
