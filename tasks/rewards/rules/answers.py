@@ -14,8 +14,14 @@ from tasks.rewards.rules.kinds import Answers, EachSample
 
 __all__ = ["answer_of", "answer_rule", "facts", "facts_rule", "right_answer", "right_in_form"]
 
-NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+])?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)")
-"""`-3`, `1,234.5`, `.5`; a minus between two things (`3-5`, `x-5`) is no sign."""
+NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,4}\b)?")
+"""`-3`, `1,234.5`, `.5`, `-$5`, `1e5`; a minus between two things (`3-5`, `x-5`) is no sign.
+
+What it misreads: a list without spaces (`1,2,3`) is 123, a unit's exponent (`5 m2`) is the number 2.
+"""
+
+UNWRITTEN = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})
+"""What of a number `Decimal` does not read."""
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -23,7 +29,8 @@ ARTICLES = re.compile(r"\b(a|an|the)\b")
 def right_answer(response: str, expected: str) -> float:
     """1 if the response's last number equals the expected one in value, else 0; where a word is expected, the response.
 
-    Numbers may carry thousands separators and a sign; words are compared without case and surrounding white space.
+    Numbers may carry thousands separators, a sign and an exponent; words are compared without case and surrounding
+    white space. What `NUMBER` misreads is misread here.
 
     Gamed by: nothing that reads the last number alone can be earned by naming many, but a right number after wrong
     reasoning is paid in full. Against that: read the samples; the KL penalty keeps the reasoning near people's.
@@ -59,7 +66,7 @@ def _same(answer: str, expected: str) -> bool:
 
 
 def _value(number: str) -> Decimal:
-    return Decimal(number.replace(",", "").replace("−", "-"))
+    return Decimal(number.translate(UNWRITTEN))
 
 
 def facts(response: str, references: list[str], *, max_words: int) -> float:
