@@ -7,7 +7,7 @@ nothing, whatever its form.
 
 Gamed by, and what stands against that:
 - five copies of one line, which rhyme and scan: `distinct`, and no word rhymes with itself or its like (see, sea);
-- one rhyme for all lines: lines of two letters must not rhyme with each other;
+- one rhyme for all lines: a letter's first line must not sound like that of any earlier letter, equal or not;
 - made-up words at the ends: only words of CMUdict rhyme, and `dictionary`;
 - single words as lines, or everything in one line: `sane`;
 - one poem for every prompt: `on topic`, and the detector `ngram_collapse`;
@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from itertools import combinations
+from itertools import combinations, product
 from typing import Any
 
 from tasks.core.sections.rules import PoemRule
@@ -60,7 +60,7 @@ def parts(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
     """Each part by itself.
 
     - lines: how near their number is to the scheme's: 1 − |n − N| / N.
-    - rhyme: share of the scheme's pairs that rhyme; those of a later letter only where it is no rhyme of the first.
+    - rhyme: share of the scheme's pairs that rhyme; those of a letter only where it sounds like no earlier one.
     - metre: share of the scheme's lines that are there with a number of syllables within their letter's bounds.
     - distinct: (different lines − 1) / (lines − 1): five copies have 0.
     - sane: share of lines whose number of words is within `line_words`.
@@ -95,9 +95,9 @@ def rhyme(ends: list[str], scheme: str) -> float:
     heads: dict[str, str] = {}
     for letter, end in letters:
         heads.setdefault(letter, end)
-    first = heads.get(scheme[0], "")
+    stale = {later for (_, one), (later, other) in combinations(heads.items(), 2) if _end_alike(one, other)}
     held = sum(
-        rhymes(one, other) and (letter == scheme[0] or not rhymes(first, heads[letter]))
+        rhymes(one, other) and letter not in stale
         for (letter, one), (same, other) in combinations(letters, 2)
         if letter == same
     )
@@ -105,12 +105,16 @@ def rhyme(ends: list[str], scheme: str) -> float:
 
 
 def rhymes(one: str, other: str) -> bool:
-    """Whether words sound alike from the last stressed vowel on, and not before it: `leave` and `believe` do not."""
-    return any(
-        here[1] == there[1] and here[0] != there[0]
-        for here in map(_ending, _sounds(one))
-        for there in map(_ending, _sounds(other))
-    )
+    """Whether words sound alike from the last stressed vowel on, and not before it: `leave` and `believe` do not.
+
+    A sound without a vowel (hmm) rhymes with nothing.
+    """
+    return any(here[1] == there[1] and here[0] != there[0] for here, there in product(_endings(one), _endings(other)))
+
+
+def _end_alike(one: str, other: str) -> bool:
+    """Whether words sound alike from the last stressed vowel on, as rhymes and equal words do."""
+    return any(here[1] == there[1] for here, there in product(_endings(one), _endings(other)))
 
 
 def _metre(lines: list[tuple[str, ...]], options: PoemRule) -> float:
@@ -148,10 +152,14 @@ def _syllables(word: str) -> int:
     return sum(letter in "01" for letter in sounds[0]) if sounds else syllables(word)
 
 
-def _ending(phones: str) -> tuple[list[str], list[str]]:
-    """The consonants right before the last stressed vowel, and all from that vowel on; a vowel's phone has a digit."""
-    each = phones.split()
-    vowels = [place for place, phone in enumerate(each) if phone[-1].isdigit()]
-    start = max((place for place in vowels if each[place].endswith("1")), default=vowels[0])
+def _endings(word: str) -> list[tuple[list[str], list[str]]]:
+    """`_ending` of each pronunciation that has a vowel, whose phone has a digit."""
+    return [_ending(phones.split()) for phones in _sounds(word) if any(letter.isdigit() for letter in phones)]
+
+
+def _ending(phones: list[str]) -> tuple[list[str], list[str]]:
+    """The consonants right before the last stressed vowel, and all from that vowel on."""
+    vowels = [place for place, phone in enumerate(phones) if phone[-1].isdigit()]
+    start = max((place for place in vowels if phones[place].endswith("1")), default=vowels[0])
     before = max((place + 1 for place in vowels if place < start), default=0)
-    return each[before:start], each[start:]
+    return phones[before:start], phones[start:]

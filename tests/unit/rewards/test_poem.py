@@ -96,7 +96,7 @@ def test_a_line_said_twice_and_an_endless_line_cost() -> None:
     [
         ("cat", "hat", True), ("bright", "right", True), ("hours", "flowers", True), ("sea", "see", False),
         ("cat", "cat", False), ("leave", "believe", False), ("money", "honey", True), ("brelp", "zelp", False),
-        ("cat", "dog", False),
+        ("cat", "dog", False), ("hmm", "shh", False), ("hmm", "him", False),
     ],
 )  # fmt: skip
 def test_words_rhyme_by_sound_and_not_with_themselves(one: str, other: str, value: bool) -> None:
@@ -109,10 +109,22 @@ def test_words_rhyme_by_sound_and_not_with_themselves(one: str, other: str, valu
         (["cat", "hat", "play", "day", "fat"], 1.0), (["cat", "hat", "play", "dog", "fat"], 0.75),
         (["cat", "hat", "mat", "bat", "fat"], 0.75), (["cat", "cat", "cat", "cat", "cat"], 0.0),
         (["cat", "hat", "play"], 0.25), ([], 0.0), (["cat", "dog", "play", "bread", "fat"], 0.25),
+        (["cat", "hat", "cat", "hat", "mat"], 0.75), (["cat", "hat", "hmm", "day", "fat"], 0.75),
     ],
 )  # fmt: skip
 def test_the_scheme_has_four_pairs_and_one_sound_for_all_loses_one(ends: list[str], value: float) -> None:
     assert rhyme(ends, "AABBA") == value
+
+
+@pytest.mark.parametrize(
+    ("ends", "value"),
+    [
+        (["go", "so", "cat", "hat", "bat", "mat"], 2 / 3), (["cat", "hat", "play", "day", "way", "say"], 2 / 3),
+        (["go", "so", "cat", "hat", "play", "day"], 1.0),
+    ],
+)  # fmt: skip
+def test_a_letter_must_sound_unlike_every_earlier_one(ends: list[str], value: float) -> None:
+    assert rhyme(ends, "AABBCC") == value
 
 
 def test_another_form_can_be_asked_for() -> None:
