@@ -22,7 +22,7 @@ from tasks.rewards.sandbox.verdict import Status, Verdict
 
 __all__ = ["CodeReward", "chosen_tests", "code_reward", "function_under_test", "program_of"]
 
-# A block of any language opens: else the end of one in another language would be read as the beginning of the program's.
+# A block of any language opens: else the end of one in another language would be read as the program's beginning.
 _FENCE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _LANGUAGES = ("", "python", "py", "python3")
 _NAMED = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
