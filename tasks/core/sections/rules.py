@@ -92,7 +92,7 @@ class LanguageRule(RuleOptions):
 
 
 class MathematicsRule(RuleOptions):
-    """How long an answer may take to compare."""
+    """How long an answer may take to compare; the right ones are mathematics, plain or LaTeX, and no words."""
 
     timeout_s: float = Field(
         10.0, gt=0, le=600, description="After so many seconds the comparison of a response is given up, and counted."

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from typing import IO
 
+from tasks.core.errors import DataError
 from tasks.core.sections.rules import MathematicsRule
 from tasks.rewards.rules import comparing
 from tasks.rewards.rules.answers import answer_of
@@ -17,6 +18,9 @@ __all__ = ["Comparing", "mathematics_rule"]
 
 START_S = 60.0
 """For importing sympy, which takes a second where the disk is not slow."""
+
+WORD = 3
+"""Letters from which on an answer without anything else is taken for a word; `xy` is more likely a product."""
 
 
 class Comparing:
@@ -84,13 +88,28 @@ def mathematics_rule(options: MathematicsRule, answers: Answers) -> EachSample:
     than one of them, so naming many does not pay. A response that repeats the task's own expression, unsolved, equals
     the answer as mathematics ("2+2" is 4). Against that: the KL penalty, a `format` gate that asks for a number.
 
+    An answer of one or two letters is a product of variables (`xy` is `yx`), so `no` as a word is not told from `on`.
+
     Raises:
         ConfigError: math-verify is not installed.
+        DataError: an answer is words, which would be read as products of letters.
     """
     optional("math_verify", "mathematics")
+    for prompt, answer in answers.items():
+        _check_no_words(prompt, answer)
     equal = Comparing(options.timeout_s)
 
     def score(prompt: str, response: str) -> float:
         return float(equal(answer_of("mathematics", prompt, answers), response))
 
     return EachSample(score)
+
+
+def _check_no_words(prompt: str, answer: str) -> None:
+    parts = answer.split()
+    if all(part.isalpha() for part in parts) and any(len(part) >= WORD for part in parts):
+        raise DataError(
+            f"reward.weights.mathematics: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would "
+            "be read as a product of letters; use the rule `answer` or `facts` for words, or write mathematics as "
+            "LaTeX: $abc$ for a product, \\sin x for a function"
+        )

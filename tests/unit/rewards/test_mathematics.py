@@ -7,17 +7,20 @@ from collections.abc import Iterator
 
 import pytest
 
+from tasks.core.errors import DataError
+from tasks.core.sections.rules import MathematicsRule
 from tasks.rewards.counting import Counted
-from tasks.rewards.rules.mathematics import Comparing
+from tasks.rewards.rules import comparing
+from tasks.rewards.rules.mathematics import Comparing, mathematics_rule
 
 pytest.importorskip("math_verify")
 
 
 @pytest.fixture(scope="module")
 def equal() -> Iterator[Comparing]:
-    comparing = Comparing(20.0)
-    yield comparing
-    comparing.close()
+    process = Comparing(20.0)
+    yield process
+    process.close()
 
 
 @pytest.mark.parametrize(
@@ -42,16 +45,50 @@ def test_it_works_in_another_thread_and_leaves_alarms_alone(equal: Comparing) ->
     assert found == [True]
 
 
+def test_the_comparison_has_no_clock_of_its_own() -> None:
+    """math-verify's own would turn what is late into a plain 0, uncounted; it works in no thread but the main one."""
+    found: list[bool] = []
+    thread = threading.Thread(target=lambda: found.append(comparing.equal("4", "$2+2$")))
+    thread.start()
+    thread.join()
+    assert found == [True]
+
+
+@pytest.mark.parametrize("response", ["", r"$\frac{$", "$x^$", r"\boxed{}", r"\boxed{\frac{1}{}}", "$1/0$", "$$", "?"])
+def test_a_response_that_is_no_mathematics_is_wrong_and_no_failure(equal: Comparing, response: str) -> None:
+    assert equal("5", response) is False
+
+
+def test_a_right_answer_that_is_no_mathematics_is_a_failure_of_the_sample(equal: Comparing) -> None:
+    with pytest.raises(RuntimeError, match=r"ValueError: the right answer '\$' is no mathematics"):
+        equal("$", "5")
+    assert equal("5", "5") is True
+
+
+@pytest.mark.parametrize("answer", ["Paris", " yes ", "no solution", "sin x", "abc"])
+def test_words_as_right_answers_are_refused_at_the_start(answer: str) -> None:
+    """They would be read as products of letters, in which Paris equals Pairs."""
+    with pytest.raises(DataError, match=rf"`answer` {answer!r} of the prompt 'Where\?' is words.*`answer` or `facts`"):
+        mathematics_rule(MathematicsRule(function="mathematics"), {"Six?": "6", "Where?": answer})
+
+
+@pytest.mark.parametrize(
+    "answer", ["6", "xy", "ab", "x", "$abc$", r"\infty", r"\text{Paris}", "sin(x)", "sqrt(2)", "x + abc", "2 m", ""]
+)
+def test_mathematics_as_right_answers_is_taken(answer: str) -> None:
+    mathematics_rule(MathematicsRule(function="mathematics"), {"Where?": answer})
+
+
 def test_what_cannot_be_compared_is_a_failure_and_the_next_sample_is_not() -> None:
-    comparing = Comparing(2.0)
-    rule = Counted("mathematics", lambda prompt, response: float(comparing(prompt, response)), 0.0)
+    process = Comparing(2.0)
+    rule = Counted("mathematics", lambda prompt, response: float(process(prompt, response)), 0.0)
     try:
         values, measures = rule.measured(["5", "5"], ["$9^{9^{9^{9^{9}}}} - 9^{9^{9^{9}}}$ is $\\frac{10}{2}$", "5"])
         assert values.tolist()[1] == 1.0
         assert measures["failures/mathematics"].tolist()[1] == 0.0
-        comparing._timeout_s = 1e-9
+        process._timeout_s = 1e-9
         assert rule.measured(["5"], ["5"])[1]["failures/mathematics"].tolist() == [1.0]
-        comparing._timeout_s = 20.0
+        process._timeout_s = 20.0
         assert rule.measured(["5"], ["5"])[0].tolist() == [1.0], "another process answers"
     finally:
-        comparing.close()
+        process.close()
