@@ -85,8 +85,8 @@ class CodeReward:
     def _job(self, prompt: str, response: str) -> Job | None:
         if prompt not in self._answers:
             raise DataError(
-                f"reward.weights.code: no tests are known for the prompt {prompt[:200]!r}; give its rows an `answer`, "
-                "or remove the weight"
+                f"the rule 'code': no tests are known for the prompt {prompt[:200]!r}; give its rows an `answer`, or "
+                "remove the component's weight"
             )
         name = function_under_test(prompt, self._answers[prompt])
         tests = chosen_tests(self._options, self._answers[prompt])
@@ -104,7 +104,7 @@ def function_under_test(prompt: str, tests: str) -> str:
     found = _NAMED.findall(tests) or _DEFINED.findall(prompt)
     if not found:
         raise DataError(
-            f"reward.weights.code: which function is under test? The prompt {prompt[:200]!r} begins none with `def`; "
+            f"the rule 'code': which function is under test? The prompt {prompt[:200]!r} begins none with `def`; "
             "add a line `# entry_point: NAME` to the row's tests"
         )
     return str(found[-1])

@@ -32,11 +32,15 @@ def weighted_sum(values: Values, weights: Weights) -> Tensor:
 def product(values: Values, weights: Weights) -> Tensor:
     """Π value ^ weight, [B], for values in [0, 1]: one that is 0 and has a weight takes everything.
 
+    A component of weight 0 is reported alone, so its values may be any.
+
     Raises:
         TrainingError: a value lies outside [0, 1], where a power means nothing.
     """
     total = torch.ones(len(next(iter(values.values()))))
     for name, own in values.items():
+        if weights[name] == 0:
+            continue
         outside = own[(own < 0) | (own > 1)]
         if len(outside):
             raise TrainingError(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import AfterValidator, Field
 
 from tasks.core.sections.rule_options import RuleOptions
 from tasks.core.sections.section import Positive
@@ -12,10 +12,19 @@ from tasks.core.sections.section import Positive
 __all__ = ["CodeRule"]
 
 
+def _none(floor: float) -> float:
+    if floor != 0:
+        raise ValueError(f"a program that fails earns 0, whatever else is set; got {floor:g}; remove it")
+    return floor
+
+
 class CodeRule(RuleOptions):
     """How the program is cut out of a response, and the limits under which it runs."""
 
     function: str = Field("code", description="This rule's name.")
+    floor: Annotated[float, AfterValidator(_none)] = Field(
+        0.0, description="A program that fails for whatever reason earns 0; nothing else can be set."
+    )
     program: Literal["fenced", "whole", "completion"] = Field(
         "fenced",
         description="What of a response is the program: its last ```python block, or block without a language, that "

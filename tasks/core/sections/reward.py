@@ -140,6 +140,27 @@ class RewardParams(Section):
         return self
 
     @model_validator(mode="after")
+    def _a_product_has_no_batch_scale(self) -> Self:
+        for name, scale in self.normalise.items():
+            paid = self.weights[name] or name in self.curriculum
+            if self.composition == "product" and scale.by == "batch" and paid:
+                raise ValueError(
+                    f"reward.normalise.{name}: a batch's scale puts values below 0, a product needs them in [0, 1]; "
+                    "use `by: fixed`, or another composition"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _programs_run_once(self) -> Self:
+        running = [name for name, rule in self.rules.items() if rule.function == "code"]
+        if len(running) > 1:
+            raise ValueError(
+                f"reward.rules: {' and '.join(sorted(running))} are both of the function code, whose measures "
+                "(failures/<status>) have one name each; keep one, and let evaluate.gold_rule be the other"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _curriculum_ends_at_the_weights(self) -> Self:
         for name, points in self.curriculum.items():
             if not points or any(later <= earlier for earlier, later in pairwise(points)):

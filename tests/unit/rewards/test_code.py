@@ -101,7 +101,7 @@ def test_rows_without_held_out_tests_have_one_set() -> None:
 @walled
 def test_a_prompt_without_tests_is_an_error() -> None:
     reward = code_reward(CodeRule(), {PROMPT: TESTS})
-    with pytest.raises(DataError, match=r"no tests are known for the prompt 'other'.*`answer`"):
+    with pytest.raises(DataError, match=r"the rule 'code': no tests are known for the prompt 'other'.*`answer`"):
         reward(["other"], ["x"])
 
 

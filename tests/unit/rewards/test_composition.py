@@ -138,6 +138,30 @@ def test_a_product_is_of_powers() -> None:
     assert reward(PROMPTS, RESPONSES).total.tolist() == [0.125, 0.0]  # ¼^½ · ½², 1 · 0²
     unpaid = CompositeReward(VALUES, {"a": 1.0, "b": 0.0}, composition="product")
     assert unpaid(PROMPTS, RESPONSES).total.tolist() == [0.25, 1.0], "a weight of 0 reports alone"
+    cost = {"a": _constant(0.25, 1.0), "b": _constant(-0.5, 7.0)}
+    reported = CompositeReward(cost, {"a": 1.0, "b": 0.0}, composition="product")(PROMPTS, RESPONSES)
+    assert reported.total.tolist() == [0.25, 1.0], "whatever its values are"
+    assert reported.components["b"].tolist() == [-0.5, 7.0]
+
+
+def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported_alone() -> None:
+    section = {"composition": "product", "normalise": {"length": {"by": "batch"}}}
+    with pytest.raises(ValidationError, match=r"reward\.normalise\.length: .*below 0.*`by: fixed`"):
+        RewardParams(weights={"length": 1.0, "answer": 1.0}, **section)
+    with pytest.raises(ValidationError, match=r"reward\.normalise\.length"):
+        RewardParams(weights={"length": 0.0, "answer": 1.0}, curriculum={"length": {1: 1.0, 2: 0.0}}, **section)
+    assert RewardParams(weights={"length": 0.0, "answer": 1.0}, **section).normalise["length"].by == "batch"
+
+
+def test_one_component_runs_programs() -> None:
+    """Both would report their failures under the same names."""
+    with pytest.raises(ValidationError, match=r"reward\.rules: code and strict are both of the function code"):
+        RewardParams(weights={"code": 1.0, "strict": 0.0}, rules={"strict": {"function": "code", "program": "whole"}})
+
+
+def test_code_has_no_floor() -> None:
+    with pytest.raises(ValidationError, match=r"(?s)floor.*a program that fails earns 0.*got -1"):
+        RewardParams(weights={"code": 1.0}, rules={"code": {"floor": -1.0}})
 
 
 def test_a_product_of_what_is_no_share_is_refused_and_a_scale_cures_it() -> None:
