@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal, Self
 
 from jsonschema import Draft202012Validator, SchemaError
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
+from referencing.exceptions import Unresolvable
+from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
 
 from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.custom import check_custom, near
@@ -48,7 +50,24 @@ def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
         raise ValueError(f"no JSON schema: {error.message}") from error
+    _check_references(schema)
     return schema
+
+
+def _check_references(schema: dict[str, Any]) -> None:
+    """Make sure that every `$ref` leads somewhere, without asking the network."""
+    whole = DRAFT202012.create_resource(schema)
+    known = DRAFT202012.create_resource(Draft202012Validator.META_SCHEMA) @ EMPTY_REGISTRY
+    waiting = [(whole, known.resolver_with_root(whole))]
+    while waiting:
+        part, resolver = waiting.pop()
+        if isinstance(part.contents, dict) and "$ref" in part.contents:
+            reference = part.contents["$ref"]
+            try:
+                resolver.lookup(reference)
+            except Unresolvable as error:
+                raise ValueError(f"$ref {reference!r} is not in the schema; put what it means under $defs") from error
+        waiting += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
 
 
 class RepetitionRule(RuleOptions):
@@ -80,7 +99,9 @@ class JsonSchemaRule(RuleOptions):
     """The JSON that a response must be."""
 
     json_schema: Annotated[dict[str, Any], AfterValidator(_json_schema)] = Field(
-        description="A JSON schema (draft 2020-12); what it does not require is not asked for."
+        description="A JSON schema (draft 2020-12) with all that its `$ref` name; what it does not require is not "
+        "asked for. `format` is checked, but for those that jsonschema needs other packages for (`pip install "
+        "'jsonschema[format]'`): duration, hostname, iri, uri, their references, and uri-template."
     )
 
 
@@ -132,7 +153,9 @@ class InstructionsRule(RuleOptions):
 
     min_words: Positive | None = Field(None, description="At least so many words.")
     max_words: Positive | None = Field(None, description="At most so many words.")
-    min_sentences: Positive | None = Field(None, description="At least so many sentences, each with its end mark.")
+    min_sentences: Positive | None = Field(
+        None, description="At least so many sentences; a last one counts without its end mark, too."
+    )
     max_sentences: Positive | None = Field(None, description="At most so many sentences.")
     min_paragraphs: Positive | None = Field(None, description="At least so many paragraphs, an empty line between.")
     max_paragraphs: Positive | None = Field(None, description="At most so many paragraphs.")
@@ -149,6 +172,17 @@ class InstructionsRule(RuleOptions):
         free = {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
         if not set(type(self).model_fields) - free - {"function", "floor"}:
             raise ValueError("no constraint is set: give at least one, for example max_words or contains")
+        return self
+
+    @model_validator(mode="after")
+    def _can_be_kept(self) -> Self:
+        for what in ("words", "sentences", "paragraphs", "bullets"):
+            least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
+            if least is not None and most is not None and least > most:
+                raise ValueError(f"min_{what} {least} is above max_{what} {most}")
+        for name, phrases in (("contains", self.contains), ("avoids", self.avoids)):
+            if not all(phrase.strip() for phrase in phrases):
+                raise ValueError(f"{name} has an empty phrase: remove it")
         return self
 
 

@@ -125,10 +125,15 @@ def answer_rule(_options: RuleOptions, answers: Answers) -> EachSample:
 
 
 def facts_rule(options: FactsRule, answers: Answers) -> EachSample:
-    """Pays `facts`, the row's answer being the references."""
+    """Pays `facts`, the row's answer being the references.
+
+    Raises:
+        DataError: an answer is no list of facts.
+    """
+    references = {answer: _references(answer) for answer in answers.values()}
 
     def score(prompt: str, response: str) -> float:
-        references = _references(answer_of("facts", prompt, answers))
-        return facts(response, references, max_words=options.max_words)
+        known = references[answer_of("facts", prompt, answers)]
+        return facts(response, known, max_words=options.max_words)
 
     return EachSample(score)

@@ -34,7 +34,7 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> EachSample:
     Against that: `required`, `minLength`, `enum`, `additionalProperties: false` in the schema, and a component that
     reads the content. NaN and Infinity, which Python reads and JSON does not know, do not count as JSON.
     """
-    validator = Draft202012Validator(options.json_schema)
+    validator = Draft202012Validator(options.json_schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
     def score(_prompt: str, response: str) -> float:
         try:

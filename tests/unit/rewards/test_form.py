@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from pydantic import ValidationError
 
 from tasks.core.errors import DataError
 from tasks.core.sections.rules import OPTIONS, InstructionsRule
@@ -49,6 +50,57 @@ def test_a_form_is_matched_whole_or_somewhere(response: str, whole: float, conta
 )  # fmt: skip
 def test_json_must_fit_its_schema(response: str, value: float) -> None:
     assert score("json_schema", response, json_schema=PERSON) == value
+
+
+@pytest.mark.parametrize(
+    ("format_", "good", "bad"),
+    [
+        ("email", "a@b", "no"), ("date", "2026-01-31", "2026-02-31"), ("ipv4", "10.0.0.1", "10.0.0"),
+        ("regex", "a+", "("), ("uuid", "00000000-0000-4000-8000-000000000000", "0"),
+    ],
+)  # fmt: skip
+def test_a_format_is_asked_for(format_: str, good: str, bad: str) -> None:
+    schema = {"type": "string", "format": format_}
+    assert score("json_schema", f'"{good}"', json_schema=schema) == 1.0
+    assert score("json_schema", f'"{bad}"', json_schema=schema) == 0.0
+
+
+NOWHERE = {"$ref": "#/$defs/nowhere"}
+
+
+@pytest.mark.parametrize("schema", [NOWHERE, {"properties": {"a": {"items": NOWHERE}}}, {"$ref": "http://a.b/c.json"}])
+def test_a_reference_that_leads_nowhere_is_refused(schema: dict[str, object]) -> None:
+    with pytest.raises(ValidationError, match=r"(?s)json_schema.*\$ref .*(nowhere|c\.json).* is not in the schema"):
+        OPTIONS["json_schema"](function="json_schema", json_schema=schema)
+
+
+SCHEMAS = "https://json-schema.org/draft/2020-12/schema"
+
+
+def test_references_within_the_schema_and_to_the_one_of_schemas_are_followed() -> None:
+    schema = {
+        "$defs": {
+            "n": {"type": "integer"},
+            "m": {"$id": "http://m", "$defs": {"k": {}}, "items": {"$ref": "#/$defs/k"}},
+        },
+        "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": SCHEMAS}, "$ref": {"enum": [NOWHERE]}},
+    }
+    assert score("json_schema", '{"a": 1}', json_schema=schema) == 1.0
+    assert score("json_schema", '{"a": "1"}', json_schema=schema) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        ({"min_words": 3, "max_words": 2}, "min_words 3 is above max_words 2"),
+        ({"min_bullets": 2, "max_bullets": 1}, "min_bullets 2 is above max_bullets 1"),
+        ({"contains": ("sun", "")}, "contains has an empty phrase"),
+        ({"avoids": (" ",)}, "avoids has an empty phrase"),
+    ],
+)
+def test_constraints_that_nothing_keeps_are_refused(options: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        OPTIONS["instructions"](function="instructions", **options)
 
 
 @pytest.mark.parametrize(
@@ -120,4 +172,4 @@ def test_naming_every_candidate_costs() -> None:
 @pytest.mark.parametrize("answer", ["", "a|", '["Ada", ""]', "[]", '["Ada"'])
 def test_facts_that_are_none_are_an_error(answer: str) -> None:
     with pytest.raises(DataError, match="the facts"):
-        score("facts", "Ada", answer)
+        RULES["facts"](OPTIONS["facts"](function="facts"), {"Who?": "Ada", "And?": answer})
