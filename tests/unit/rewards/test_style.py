@@ -29,8 +29,13 @@ def test_sentences_end_with_marks_before_space(text: str, count: int) -> None:
 
 @pytest.mark.parametrize(
     ("word", "count"),
-    [("cat", 1), ("like", 1), ("little", 2), ("banana", 3), ("the", 1), ("tree", 1), ("rhythm", 1), ("readable", 3)],
-)
+    [
+        ("cat", 1), ("like", 1), ("little", 2), ("banana", 3), ("the", 1), ("tree", 1), ("rhythm", 1), ("readable", 3),
+        ("jumped", 1), ("wanted", 2), ("faded", 2), ("called", 1), ("handled", 2), ("freed", 1), ("annoyed", 2),
+        ("makes", 1), ("pages", 2), ("houses", 2), ("wishes", 2), ("angles", 2), ("whales", 1), ("whole", 1),
+        ("queue", 1), ("continue", 3),
+    ],
+)  # fmt: skip
 def test_syllables_are_groups_of_vowels(word: str, count: int) -> None:
     assert syllables(word) == count
 
