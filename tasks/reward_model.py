@@ -82,9 +82,13 @@ def reward_model(
         folder = member_folder(out, number)
         with tracking.part(f"member_{number}") if number else nullcontext():
             scorer, text = _scorer(params, lora, seed, lesson, *trunk_of(base_model, sft, out), folder, number)
-        member, states = Member.fit(scorer, _texts(samples, text), lesson.weights, length_debias=params.length_debias)
+        member, states = Member.fit(
+            scorer, _texts(samples, text), lesson.weights,
+            prompts=_prompts(samples), length_debias=params.length_debias,
+        )  # fmt: skip
         write_json(folder / NORMALISATION, {**member.facts(), "max_length": params.max_length})
-        heldout, heldout_states = member.read(_texts(lesson.sides("test"), text))
+        test = lesson.sides("test")
+        heldout, heldout_states = member.read(_texts(test, text), _prompts(test))
         scores.append(member.normalised(heldout))
         if number == 0:
             familiarity = _familiarity(member, lesson, text)
@@ -146,6 +150,10 @@ def _texts(sides: Sequence[Side], text: Text) -> list[str]:
     return [text(prompt, response) for prompt, response in sides]
 
 
+def _prompts(sides: Sequence[Side]) -> list[str]:
+    return [prompt for prompt, _ in sides]
+
+
 def _scales(member: Member) -> dict[str, float]:
     """Mean and spread of each head's raw value, and what a token adds to it where that was taken off."""
     figures: dict[str, float] = {}
@@ -157,12 +165,15 @@ def _scales(member: Member) -> dict[str, float]:
 
 def _length_bias(member: Member, heldout: Tensor, lesson: Lesson, text: Text) -> dict[str, float]:
     """Correlation of score and number of tokens over held-out texts; also before length was taken off, where it was."""
-    texts = _texts(lesson.sides("test"), text)
+    sides = lesson.sides("test")
+    texts = _texts(sides, text)
     lengths = member.scorer.lengths(texts, whole=True)
     figures = {"length_correlation": correlation(_score(member, heldout), lengths)}
     if any(head.length_slope for head in member.heads.values()):
         biased = replace(member, heads={name: replace(head, length_slope=0.0) for name, head in member.heads.items()})
-        figures["length_correlation_before"] = correlation(_score(biased, biased.read(texts)[0]), lengths)
+        figures["length_correlation_before"] = correlation(
+            _score(biased, biased.read(texts, _prompts(sides))[0]), lengths
+        )
     return figures
 
 

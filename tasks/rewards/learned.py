@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.core.errors import ModelError
+from tasks.core.errors import ModelError, TrainingError
 from tasks.core.models import ADAPTER, load_beside, load_scorer, load_tokenizer
+from tasks.rewards.combination import SMALL
 from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.finished import SCORER, load_finished
 from tasks.rewards.scorers import TextScorer, encode
@@ -73,11 +74,19 @@ class Head:
         """Measure it on raw values [N] of SFT responses, and on their lengths where those shall not count.
 
         The slope is that of least squares, cov(raw, length) / var(length).
+
+        Raises:
+            TrainingError: there is no spread to measure in.
         """
         slope = 0.0
         if lengths is not None and lengths.std() > 0:
             slope = (torch.cov(torch.stack([raw, lengths]))[0, 1] / lengths.var()).item()
         rest = cls(0.0, 1.0, slope).debiased(raw, lengths)
+        if len(raw) < 2 or rest.std() < SMALL:
+            raise TrainingError(
+                f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
+                "raise reward_model.normalisation_samples, train it more (learning_rate, epochs), or choose another scorer"
+            )
         return cls(rest.mean().item(), rest.std().item(), slope, weight)
 
     def debiased(self, raw: Tensor, lengths: Tensor | None) -> Tensor:
@@ -103,18 +112,35 @@ class Member:
 
     @classmethod
     def fit(
-        cls, scorer: TextScorer, samples: Sequence[str], weights: Mapping[str, float], *, length_debias: bool
+        cls,
+        scorer: TextScorer,
+        samples: Sequence[str],
+        weights: Mapping[str, float],
+        *,
+        prompts: Sequence[str],
+        length_debias: bool,
     ) -> tuple[Member, Tensor]:
-        """The member whose heads are normalised on these responses of the SFT policy, and the states behind them."""
+        """The member whose heads are normalised on these responses of the SFT policy, and the states behind them.
+
+        Args:
+            samples: the texts that it reads.
+            prompts: one per text; their length does not count.
+        """
         raw, states = scorer.read(samples)
-        lengths = scorer.lengths(samples) if length_debias else None
+        lengths = _response_lengths(scorer, samples, prompts) if length_debias else None
         columns = zip(weights.items(), _columns(raw), strict=True)
         return cls(scorer, {name: Head.fit(own, lengths, weight=weight) for (name, weight), own in columns}), states
 
-    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The heads' raw values [N, K], less what length adds to them, and the states [N, d] behind them."""
+    def read(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """The heads' raw values [N, K], less what the response's length adds to them, and the states [N, d] behind.
+
+        Args:
+            texts: what it reads.
+            prompts: one per text, empty where the whole of it counts.
+        """
         raw, states = self.scorer.read(texts)
-        lengths = self.scorer.lengths(texts) if any(head.length_slope for head in self.heads.values()) else None
+        debiased = any(head.length_slope for head in self.heads.values())
+        lengths = _response_lengths(self.scorer, texts, prompts) if debiased else None
         columns = zip(self.heads.values(), _columns(raw), strict=True)
         return torch.stack([head.debiased(own, lengths) for head, own in columns], dim=1), states
 
@@ -133,6 +159,14 @@ class Member:
         if "" in self.heads:
             return dict(self.heads[""].facts())
         return {"objectives": {name: {**head.facts(), "weight": head.weight} for name, head in self.heads.items()}}
+
+
+def _response_lengths(scorer: TextScorer, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """How many tokens of each text [N] are not its prompt's; a template's own count, which are the same for all.
+
+    The prompt's length would else hide the response's: policies choose the latter alone.
+    """
+    return scorer.lengths(texts) - scorer.lengths(prompts) + scorer.lengths([""])
 
 
 def _columns(raw: Tensor) -> tuple[Tensor, ...]:
@@ -195,7 +229,7 @@ class RewardModel:
     def members(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
         texts = self._texts(prompts, responses)
-        return torch.stack([own.score(own.normalised(own.read(texts)[0])) for own in self._members])
+        return torch.stack([own.score(own.normalised(own.read(texts, prompts)[0])) for own in self._members])
 
     def measured(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B], and what the same pass tells about them.
@@ -205,7 +239,7 @@ class RewardModel:
         their standard deviation.
         """
         texts = self._texts(prompts, responses)
-        readings = [member.read(texts) for member in self._members]
+        readings = [member.read(texts, prompts) for member in self._members]
         heads = [own.normalised(values) for own, (values, _) in zip(self._members, readings, strict=True)]
         scores = torch.stack([own.score(values) for own, values in zip(self._members, heads, strict=True)])
         measures = {"unfamiliar": self._familiarity.unfamiliar(readings[0][1])}

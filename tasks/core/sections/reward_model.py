@@ -68,8 +68,9 @@ class RewardModelParams(Section):
     )
     length_debias: bool = Field(
         False,
-        description="Whether what a linear fit explains of the raw score by the number of tokens, over responses of "
-        "the SFT policy, is subtracted (Huang et al. 2024, arXiv 2409.17407, section 3, with a line for the bias).",
+        description="Whether what a linear fit explains of the raw score by the response's number of tokens, over "
+        "responses of the SFT policy, is subtracted (Huang et al. 2024, arXiv 2409.17407, section 3, with a line for "
+        "the bias).",
     )
     backbone: BaseModelParams | None = Field(
         None,
@@ -89,8 +90,8 @@ class RewardModelParams(Section):
     batch_size: Positive = Field(description="Pairs, or rated texts, per optimiser step.")
     learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
     max_length: Positive = Field(description="Texts are cut at this many tokens.")
-    normalisation_samples: Positive = Field(
-        description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
+    normalisation_samples: int = Field(
+        ge=2, description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
     )
 
     @property

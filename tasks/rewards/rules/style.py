@@ -26,9 +26,7 @@ __all__ = [
 
 SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 VOWELS = re.compile(r"[aeiouyäöüàáâèéêìíîòóôùúû]+")
-SILENT_E = re.compile(
-    r"(?<=[bcdfghjklmnpqrstvwxz])(?<![bcdfgkpstz]l)(?:e|(?<![td])ed|(?<![szxcg])(?<![cs]h)es)$",
-)
+SILENT_E = re.compile(r"(?<=[bcdfghjklmnpqrstvwxz])(?<![bcdfgkpstz]l)(?:e|(?<![td])ed|(?<![szxcg])(?<![cs]h)es)$")
 """As in `like`, `jumped` and `makes`, not in `little`, `wanted`, `handled` or `wishes`."""
 
 

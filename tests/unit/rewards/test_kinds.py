@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from tasks.core.errors import DataError, ModelError, SourceError
+from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.schema import Preference, Rating, read_rows, write_rows
 from tasks.core.sections.reward_model import RewardModelParams
 from tasks.rewards.familiarity import Familiarity
@@ -190,15 +190,49 @@ def test_without_length_equal_texts_of_any_length_are_worth_the_same() -> None:
     scorer: Any = Longer()
     samples = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
     lengths, first = scorer.lengths(samples), torch.tensor([float(text[0] == "a") for text in samples])
-    biased, _ = Member.fit(scorer, samples, {"": 1.0}, length_debias=False)
-    fair, _ = Member.fit(scorer, samples, {"": 1.0}, length_debias=True)
+    whole = [""] * len(samples)
+    biased, _ = Member.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=False)
+    fair, _ = Member.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=True)
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
     assert fair.heads[""].length_slope == pytest.approx(slope)
-    assert torch.corrcoef(torch.stack([fair.read(samples)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
-    gap = {name: member.read(["b" * 9])[0] - member.read(["b"])[0] for name, member in (("b", biased), ("f", fair))}
+    assert torch.corrcoef(torch.stack([fair.read(samples, whole)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
+    ends = ["b" * 9, "b"]
+    gap = {name: -member.read(ends, ["", ""])[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
     assert gap["b"].item() == pytest.approx(4.0)
     assert abs(gap["f"].item()) < 1.0
     assert "length_slope" not in biased.facts()
+
+
+class Wordy:
+    """Scores a text by the letters of its response, which stands after a bar, and of its prompt; tokens are letters."""
+
+    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+        sides = [text.partition("|") for text in texts]
+        return torch.tensor([0.5 * len(end) - 0.25 * len(begin) for begin, _, end in sides]), torch.zeros(len(texts), 2)
+
+    def lengths(self, texts: list[str]) -> torch.Tensor:
+        return torch.tensor([float(len(text) + 1) for text in texts])  # and an end token
+
+
+def test_the_length_of_the_prompt_does_not_count() -> None:
+    """Every prompt with every response, so nothing but the response's length explains ½ a token."""
+    scorer: Any = Wordy()
+    sides = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
+    prompts, texts = [prompt for prompt, _ in sides], [prompt + response for prompt, response in sides]
+    fair, _ = Member.fit(scorer, texts, {"": 1.0}, prompts=prompts, length_debias=True)
+    assert fair.heads[""].length_slope == pytest.approx(0.5)
+    values, _ = fair.read(["aa|b", "aa|bbbbb", "aaaa|b"], ["aa|", "aa|", "aaaa|"])
+    assert values[0].item() == pytest.approx(values[1].item())
+    assert (values[0] - values[2]).item() == pytest.approx(0.5), "what the prompt adds stays"
+    model = RewardModel([fair], Familiarity(torch.zeros(2), torch.eye(2), 1.0))
+    assert model(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
+    assert model.members(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
+
+
+@pytest.mark.parametrize("raw", [[1.0], [0.1] * 8, [2.5, 2.5]])
+def test_a_raw_reward_that_does_not_vary_cannot_be_normalised(raw: list[float]) -> None:
+    with pytest.raises(TrainingError, match=rf"does not vary over the {len(raw)} responses.*learning_rate"):
+        Head.fit(torch.tensor(raw))
 
 
 def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Path) -> None:
@@ -304,6 +338,7 @@ def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, mo
         ({"kind": "multi_objective", "objectives": {"kind": 1.0}}, "needs two objectives or more"),
         ({"objectives": {"kind": 1.0, "short": 1.0}}, "objectives are for kind multi_objective"),
         ({"max_examples": 3}, "max_examples counts rated texts"),
+        ({"normalisation_samples": 1}, "normalisation_samples\n.*greater than or equal to 2"),
         ({"scorer": {"id": "a/b"}, "members": 2}, "scorer is a finished model, nothing is trained"),
         ({"scorer": {"id": "a/b", "template": "{prompt}"}}, r"template needs \{prompt\} and \{response\}"),
     ],
