@@ -85,7 +85,7 @@ class Head:
         if len(raw) < 2 or rest.std() < SMALL:
             raise TrainingError(
                 f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
-                "raise reward_model.normalisation_samples, train it more (learning_rate, epochs), or choose another scorer"
+                "raise reward_model.normalisation_samples or learning_rate, or choose another scorer"
             )
         return cls(rest.mean().item(), rest.std().item(), slope, weight)
 
