@@ -265,7 +265,7 @@ class _Score:
         except TrainingError as error:
             raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([one.ended for one in said])
-        scores = discounted(missing_eos_penalty(outcome.total, ended, self._penalty), turns, self._turn_gamma)
+        scores = missing_eos_penalty(discounted(outcome.total, turns, self._turn_gamma), ended, self._penalty)
         whole = outcome.of_all_ranks()
         lengths = ranks.gathered(torch.tensor([one.tokens for one in said]))
         everyones = ranks.gathered(scores)

@@ -38,7 +38,8 @@ def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor
 
     Source: the idea of Ziegler et al. 2019 and of Huang et al. 2024 (arXiv 2403.17031, "EOS trick"), who *replace* the
     score by −1. Subtracting keeps the order among cut responses, and means the same on every scale of scores that is
-    normalised to σ = 1.
+    normalised to σ = 1. Of scores that are discounted it is subtracted afterwards: a cut late in a conversation would
+    else cost less.
     """
     return torch.where(ended, scores, scores - penalty)
 

@@ -204,9 +204,9 @@ class PPOTrainer:
         """Spread each score over the response's tokens with the KL penalty, and estimate advantages."""
         mask = rollout.response_mask
         total = outcome.total.to(mask.device)
-        scores = missing_eos_penalty(total, rollout.ended, self.params.missing_eos_penalty)
-        if self.params.action != "turn":
-            scores = discounted(scores, turn_counts(mask), self._turn_gamma)
+        # Over turns as actions the returns discount.
+        worth = total if self.params.action == "turn" else discounted(total, turn_counts(mask), self._turn_gamma)
+        scores = missing_eos_penalty(worth, rollout.ended, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
         experience = self._actions(rollout, rewards)

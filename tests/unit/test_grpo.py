@@ -57,7 +57,7 @@ def test_what_the_reward_notices_is_in_the_row_and_watched():
 
 
 def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_turns():
-    """γ = 0.5: 1 after one turn, 1/2 after two, (0 − 0.1)/4 where one of three turns was cut off."""
+    """γ = 0.5: 1 after one turn, 1/2 after two; 0 − 0.1 where one of three turns was cut off, however late."""
     state = SimpleNamespace(global_step=0, log_history=[])
     reward = CompositeReward({}, {"environment": 1.0})
     score = _Score(reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5)
@@ -68,7 +68,7 @@ def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_t
         Said("g", " g", reward=0.0, turns=1, tokens=2, ended=True),
     ]
     scores = score(["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=said)
-    assert scores == pytest.approx([1.0, 0.5, -0.025, 0.0])
+    assert scores == pytest.approx([1.0, 0.5, -0.1, 0.0])
     (entry,) = state.log_history
     assert (entry["success"], entry["turns"], entry["length"]) == (0.5, 1.75, 3.5)
     assert (entry["reward/environment"], entry["no_end_share"]) == (0.5, 0.25)

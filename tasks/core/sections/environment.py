@@ -24,5 +24,9 @@ class EnvironmentParams(Section):
         description="A conversation ends after so many turns of the policy, whatever it earned."
     )
     gamma: float = Field(
-        gt=0, le=1, description="Discount per turn of the policy: below 1, a shorter conversation is worth more."
+        gt=0,
+        le=1,
+        description="Discount per turn of the policy, of the whole score: below 1, a positive one is worth more early, "
+        "and a negative one costs less late. So with gamma below 1 no component should be a cost; where one is, "
+        "gamma belongs at 1.",
     )

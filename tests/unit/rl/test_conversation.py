@@ -211,6 +211,17 @@ def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -
         assert own.tolist() == pytest.approx([outcome.total[row].item() * 0.5 ** (turns - 1)] * len(own), abs=1e-6)
 
 
+@pytest.mark.parametrize("action", ["token", "response"])
+def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None:
+    trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.5)
+    rollout, _, responses, reference, outcome = trainer._scored(*trainer._rollout())
+    late = (rollout.turns > 1) & ~rollout.ended
+    assert late.any(), "a sample that shows nothing"
+    experience, _ = trainer._experience(rollout, rollout.asked, responses, reference, outcome)
+    expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.ended).float()
+    torch.testing.assert_close(experience.returns[:, 0], expected, rtol=0, atol=1e-6)
+
+
 @pytest.mark.parametrize("action", ["token", "turn", "response"])
 def test_the_first_step_starts_at_the_rollouts_policy(action: str) -> None:
     trainer = ppo(action=action)
