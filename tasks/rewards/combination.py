@@ -13,13 +13,12 @@ from torch import Tensor
 
 from tasks.core.errors import TrainingError
 
-__all__ = ["SMALL", "gated", "lexicographic", "product", "standardised", "weight_at", "weighted_sum"]
+__all__ = ["gated", "lexicographic", "product", "standardised", "weight_at", "weighted_sum"]
 
 Values = Mapping[str, Tensor]
 Weights = Mapping[str, float]
 
 SMALL = 1e-6
-"""A spread below this is rounding: nothing varies."""
 
 
 def weighted_sum(values: Values, weights: Weights) -> Tensor:

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
 from tasks.core.models import ADAPTER, load_beside, load_scorer, load_tokenizer
-from tasks.rewards.combination import SMALL
 from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.finished import SCORER, load_finished
 from tasks.rewards.scorers import TextScorer, encode
@@ -39,6 +38,9 @@ NORMALISATION = f"{ADAPTER}/normalisation.json"
 FAMILIARITY = f"{ADAPTER}/familiarity.safetensors"
 MEMBERS = f"{ADAPTER}/members"
 BACKBONE = f"{ADAPTER}/backbone"
+
+ROUNDING = 1e-6
+"""A spread of raw values below this is that of float32's rounding: nothing varies."""
 
 COMBINATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(0),
@@ -82,7 +84,7 @@ class Head:
         if lengths is not None and lengths.std() > 0:
             slope = (torch.cov(torch.stack([raw, lengths]))[0, 1] / lengths.var()).item()
         rest = cls(0.0, 1.0, slope).debiased(raw, lengths)
-        if len(raw) < 2 or rest.std() < SMALL:
+        if len(raw) < 2 or rest.std() < ROUNDING:
             raise TrainingError(
                 f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
                 "raise reward_model.normalisation_samples or learning_rate, or choose another scorer"
