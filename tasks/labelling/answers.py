@@ -8,7 +8,18 @@ from dataclasses import dataclass, replace
 from tasks.core.errors import DataError
 from tasks.labelling.tables import CHOICES, SIDES, Choice, Event, Item
 
-__all__ = ["LONGEST_COMMENT", "Answer", "ConflictError", "Progress", "Recorded", "Task", "answer_of", "is_swapped"]
+__all__ = [
+    "LONGEST_COMMENT",
+    "TURNED",
+    "Answer",
+    "ConflictError",
+    "Progress",
+    "Recorded",
+    "Task",
+    "answer_of",
+    "comment_flaw",
+    "is_swapped",
+]
 
 LONGEST_COMMENT = 5000
 
@@ -26,6 +37,8 @@ class ConflictError(DataError):
 @dataclass(frozen=True)
 class Answer:
     """What a labeller says of a pair. `swapped`: response_b was shown first, whatever a and b mean here.
+
+    What cannot be kept in a comment is no matter here, see `comment_flaw`: what is in the database must stay readable.
 
     Raises:
         DataError: a value that no answer can have.
@@ -47,14 +60,19 @@ class Answer:
         for rating in (self.rating_a, self.rating_b):
             if rating is not None and rating not in range(1, 6):
                 raise DataError(f"rating: got {rating}, expected 1 to 5")
-        if self.comment is not None and len(self.comment) > LONGEST_COMMENT:
-            raise DataError(f"comment: {len(self.comment)} characters, at most {LONGEST_COMMENT} are kept")
 
     def turned(self) -> Answer:
         """From the order shown to the stored one, or back: a and b exchanged where the pair was swapped."""
         if not self.swapped:
             return self
         return replace(self, choice=TURNED[self.choice], rating_a=self.rating_b, rating_b=self.rating_a)
+
+
+def comment_flaw(comment: str | None) -> str | None:
+    """Why a labeller's comment cannot be kept, or None where it can."""
+    if comment and len(comment) > LONGEST_COMMENT:
+        return f"comment: {len(comment)} characters, at most {LONGEST_COMMENT} are kept"
+    return None
 
 
 def answer_of(event: Event) -> Answer | None:

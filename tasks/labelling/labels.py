@@ -10,7 +10,7 @@ from uuid import NAMESPACE_URL, uuid5
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tasks.labelling.answers import TURNED
+from tasks.labelling.answers import TURNED, comment_flaw
 from tasks.labelling.queries import MODEL, STANDS, last_event
 from tasks.labelling.tables import CHOICES, SIDES, Event, Item, Labeller
 
@@ -105,7 +105,7 @@ def flaw(label: Label) -> str | None:
         return f"rating: {ratings} should be from 1 to 5"
     if not 0 < len(label.labeller) <= MODEL_NAME:
         return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters"
-    return None
+    return comment_flaw(label.comment)
 
 
 def questions(session: Session) -> list[Question]:

@@ -7,10 +7,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from tasks.labelling import sessions
 from tasks.labelling.app import application
+from tasks.labelling.database import connect
+from tasks.labelling.labels import Label, add_label
 from tasks.labelling.passwords import fits, hashed, new_password
 from tasks.labelling.store import LabelStore
 from tests.unit.labelling.conftest import make_item
@@ -146,6 +149,19 @@ def test_undo_shows_the_question_with_what_was_said(store: LabelStore, client: T
     assert re.search(r'name="rating_b" value="2"[^>]* checked', page)
     assert "prompt one" in client.post("/undo", data=undo).text, "the same click twice"
     assert store.current_labels() == []
+
+
+def keep(store: LabelStore, label: Label) -> None:
+    """As an import does."""
+    with Session(connect(store.address)) as session:
+        add_label(session, label)
+        session.commit()
+
+
+def test_a_comment_longer_than_the_form_takes_can_be_read(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item("one")])
+    keep(store, Label("one", "ann", "tie", comment="x" * 6000))
+    assert "Saved: <b>Equally good</b>" in sign_in(client), "the page must show whatever is in the database"
 
 
 @pytest.mark.parametrize(

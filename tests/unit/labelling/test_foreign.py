@@ -147,12 +147,18 @@ def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> No
 
 
 GOOD = {"argilla": record({"value": "a", "user_id": USER}), "label-studio": task()}
+LONG_COMMENT = record() | {
+    "responses": {
+        name: [{"value": text, "user_id": USER}] for name, text in (("preference", "a"), ("comment", "x" * 5001))
+    }
+}
 FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", 7, "not an object but int"),
     ("argilla", {"id": 1}, "fields: dict expected, got 'None'"),
     ("argilla", record({"value": "c", "user_id": USER}), "choice: 'c' is none of a, b"),
     ("argilla", record({"value": "a", "user_id": "3"}), "user_id: '3' is no UUID"),
     ("argilla", record() | {"responses": {"comment": [{"value": "x", "user_id": USER}]}}, "and not preference"),
+    ("argilla", LONG_COMMENT, "comment: 5001 characters, at most 5000 are kept"),
     ("argilla", record() | {"metadata": {"ours": "0"}}, "its id does not fit its texts"),
     ("label-studio", task(completed_by=None), "completed_by: a number or an object"),
     ("label-studio", task(result=[]), "result: either a side or one of tie and both_bad expected"),

@@ -67,6 +67,8 @@ def test_a_mirrored_label_means_the_same_of_the_other_order() -> None:
         (Label("i", "ann", "a", None, 0, None), "rating: "),
         (Label("i", "x" * 65, "a"), "labeller: "),
         (Label("i", "", "a"), "labeller: "),
+        (Label("i", "ann", "a", comment="x" * 5000), None),
+        (Label("i", "ann", "a", comment="x" * 5001), "comment: 5001 characters, at most 5000"),
     ],
 )
 def test_what_is_no_label_says_why(label: Label, reason: str | None) -> None:
