@@ -37,8 +37,9 @@ def dataset(
 ) -> Dataset:
     """A preference for each label, or for each question what its labels say together.
 
-    Questions that test labellers give none. Ties, pairs that are both bad, and questions on which no choice has the
-    most votes say nothing that a preference could: they are left out and counted. Labels that disagree are kept.
+    Questions that test labellers give none. Ties, pairs that are both bad, pairs with an empty response, and questions
+    on which no choice has the most votes say nothing that a preference could: they are left out and counted. Labels
+    that disagree are kept.
 
     Args:
         aggregate: `none`, every label is a row; `majority`, the most frequent choice and its share of the votes;
@@ -112,6 +113,9 @@ def _row(name: str, question: Question, choice: str, left_out: Counter[str], **r
         left_out[choice] += 1
         return None
     sides = (question.response_a, question.response_b)
+    if not all(sides):  # an import let them in once, and a preference must not hold them
+        left_out["empty_response"] += 1
+        return None
     chosen, rejected = sides if choice == "a" else sides[::-1]
     return Preference(id=name, prompt=question.prompt, chosen=chosen, rejected=rejected, **rest)
 

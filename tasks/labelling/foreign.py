@@ -143,6 +143,8 @@ def _json(line: str) -> Any:
 def _checked(question: Question, labels: list[Label]) -> Parsed:
     if question.response_a == question.response_b:
         raise ValueError("the two responses are the same text")
+    if not (question.response_a and question.response_b) and question.gold is None:
+        raise ValueError("a response is empty, so no preference could come of it: leave the record out")
     if question.id != question_id(question.prompt, question.response_a, question.response_b):
         raise ValueError("its id does not fit its texts: leave the id out, or restore the texts")
     wrong = next((reason for label in labels if (reason := flaw(label))), None)

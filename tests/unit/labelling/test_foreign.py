@@ -160,6 +160,7 @@ FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", record() | {"responses": {"comment": [{"value": "x", "user_id": USER}]}}, "and not preference"),
     ("argilla", LONG_COMMENT, "comment: 5001 characters, at most 5000 are kept"),
     ("argilla", record() | {"metadata": {"ours": "0"}}, "its id does not fit its texts"),
+    ("label-studio", task() | {"data": {"prompt": "p", "answer1": "x", "answer2": ""}}, "a response is empty"),
     ("label-studio", task(completed_by=None), "completed_by: a number or an object"),
     ("label-studio", task(result=[]), "result: either a side or one of tie and both_bad expected"),
     ("label-studio", task(lead_time="long"), "lead_time: seconds expected"),
@@ -192,6 +193,13 @@ def test_a_file_that_was_cut_is_no_file(tmp_path: Path, kind: Format, cut: str, 
     assert reason in str(caught.value)
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "none.json", kind)
+
+
+def test_a_test_question_may_have_an_empty_response(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.json"
+    data = {"prompt": "p", "answer1": "x", "answer2": "", "gold": "a"}
+    path.write_text(json.dumps([task() | {"data": data}]))
+    assert read(path, "label-studio")[0][0].gold == "a"
 
 
 def test_each_name_in_a_task_is_one_of_the_interface() -> None:
