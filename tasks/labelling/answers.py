@@ -17,6 +17,7 @@ __all__ = [
     "Recorded",
     "Task",
     "answer_of",
+    "as_shown",
     "comment_flaw",
     "is_swapped",
 ]
@@ -73,6 +74,15 @@ def comment_flaw(comment: str | None) -> str | None:
     if comment and len(comment) > LONGEST_COMMENT:
         return f"comment: {len(comment)} characters, at most {LONGEST_COMMENT} are kept"
     return None
+
+
+def as_shown(answer: Answer, swapped: bool) -> Answer:
+    """An answer of the stored order in that of the page; the order it was given in may be another, as of an import.
+
+    Args:
+        swapped: whether the page shows response_b first.
+    """
+    return replace(answer, swapped=swapped).turned()
 
 
 def answer_of(event: Event) -> Answer | None:

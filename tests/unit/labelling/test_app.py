@@ -11,6 +11,7 @@ from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from tasks.labelling import sessions
+from tasks.labelling.answers import is_swapped
 from tasks.labelling.app import application
 from tasks.labelling.database import connect
 from tasks.labelling.labels import Label, add_label
@@ -162,6 +163,20 @@ def test_a_comment_longer_than_the_form_takes_can_be_read(store: LabelStore, cli
     store.add_items([make_item("one")])
     keep(store, Label("one", "ann", "tie", comment="x" * 6000))
     assert "Saved: <b>Equally good</b>" in sign_in(client), "the page must show whatever is in the database"
+
+
+def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: LabelStore, client: TestClient) -> None:
+    item = next(name for name in map(str, range(20)) if is_swapped(name, "ann"))
+    store.add_items([make_item(item)])
+    keep(store, Label(item, "ann", "a", 3, rating_a=5, rating_b=1))
+    page = sign_in(client)
+    assert "Saved: <b>B far better</b>" in page, "the page shows response_b first, as A"
+    page = client.post("/undo", data=fields(page, "/undo")).text
+    assert "You took back <b>B far better</b>" in page
+    rated = dict(re.findall(r'name="(rating_[ab])" value="(\d)"[^>]* checked', page))
+    client.post("/answer", data=fields(page, "/answer") | rated | {"answer": "b3"})
+    (again,) = store.current_labels()
+    assert (again.choice, again.rating_a, again.rating_b) == ("a", 5, 1)
 
 
 @pytest.mark.parametrize(
