@@ -178,8 +178,10 @@ def import_(
     found = foreign.read(file, kind)
     with _session(database) as session:
         done = foreign.store(session, found)
+    known = done.labels - done.new_labels
     screen.console.print(
         f"{done.questions} questions, {done.new_questions} of them new; {done.labels} labels, {done.new_labels} new"
+        + (f", {known} known from before and skipped" if known else "")
     )
 
 

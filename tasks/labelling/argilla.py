@@ -7,6 +7,7 @@ Which response a labeller saw first, and for how long, has no place in a record.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -15,6 +16,8 @@ from tasks.labelling.labels import Label, Question
 from tasks.labelling.records import number, question, value
 
 __all__ = ["parsed", "record"]
+
+OWN = re.compile("argilla:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 ASKED = ("preference", "strength", "rating_a", "rating_b", "comment")
 
@@ -75,6 +78,9 @@ def _label(item: str, labeller: str, own: dict[str, Any]) -> Label:
 
 
 def _user(labeller: str) -> str:
+    """Argilla's own UUID where the label came from there."""
+    if OWN.fullmatch(labeller):
+        return labeller.removeprefix("argilla:")
     return str(uuid5(NAMESPACE_URL, f"labeller:{labeller}"))
 
 

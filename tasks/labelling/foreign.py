@@ -26,6 +26,7 @@ from tasks.labelling.labels import (
     pseudonym,
     question_id,
     questions,
+    said_before,
 )
 from tasks.labelling.tables import Labeller
 
@@ -46,7 +47,7 @@ SHOWN = 5
 
 @dataclass(frozen=True)
 class Imported:
-    """How many questions and labels a file held, and how many of them were new."""
+    """How many questions and labels a file held, and how many of them were new; the others were known, see `store`."""
 
     questions: int
     new_questions: int
@@ -95,15 +96,22 @@ def read(path: Path, kind: Format) -> list[Parsed]:
 
 
 def store(session: Session, found: Sequence[Parsed]) -> Imported:
-    """Add what is not there yet. Who stands in the file under a pseudonym and is known here gets the own name."""
-    known = {pseudonym(name): name for name in session.scalars(select(Labeller.name))}
+    """Add what is not there yet.
+
+    A label is known where its labeller has said just that of the question before, also if they changed their mind or
+    took it back since: an older file does not bring old opinions back. Who stands in the file under a pseudonym and is
+    a labeller here by name gets that name.
+    """
+    names = list(session.scalars(select(Labeller.name)))
+    known = {pseudonym(name): name for name in names} | {name: name for name in names}
     new_questions = add_questions(session, [question for question, _ in found])
     sides = {question.id: question.response_a for question in questions(session)}
     labels = new_labels = 0
     for question, own in found:
         for label in own:
             named = replace(label, labeller=known.get(label.labeller, label.labeller))
-            new_labels += add_label(session, named if sides[question.id] == question.response_a else mirrored(named))
+            stored = named if sides[question.id] == question.response_a else mirrored(named)
+            new_labels += not said_before(session, stored) and add_label(session, stored)
             labels += 1
     return Imported(len(found), new_questions, labels, new_labels)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import NAMESPACE_URL, uuid5
@@ -28,10 +29,14 @@ __all__ = [
     "pseudonyms",
     "question_id",
     "questions",
+    "said_before",
 ]
 
 MODEL_NAME = 64
 """Characters of a labeller's name at most, see `tables.Labeller`."""
+
+NAMELESS = re.compile(rf"{MODEL}.*|person-[0-9a-f]{{12}}|argilla:[0-9a-f-]{{36}}|label-studio:\d+", re.DOTALL)
+"""Labellers whose name says nothing about a person: models, and those who came under a pseudonym or a number."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +82,11 @@ def by_model(labeller: str) -> bool:
 
 
 def pseudonym(labeller: str) -> str:
-    """Says which labels are of one person, not of which; who knows the names can recompute it. Models keep theirs."""
-    if by_model(labeller):
+    """Says which labels are of one person, not of which; who knows the names can recompute it.
+
+    Who has no name keeps what they have (see `NAMELESS`), so that labels that come back are still theirs.
+    """
+    if NAMELESS.fullmatch(labeller):
         return labeller
     return f"person-{hashlib.sha256(f'labeller {labeller}'.encode()).hexdigest()[:12]}"
 
@@ -148,6 +156,12 @@ def add_label(session: Session, label: Label, token: str | None = None) -> bool:
     session.add(Event(token=token, item_id=label.item, after=after, kind="label", **content))
     session.flush()
     return True
+
+
+def said_before(session: Session, label: Label) -> bool:
+    """Whether the labeller has ever said that of the question; it may be undone, or no longer what they think."""
+    own = select(Event).where(Event.item_id == label.item, Event.labeller == label.labeller, Event.kind == "label")
+    return any(_opinion(_label(event)) == _opinion(label) for event in session.scalars(own))
 
 
 def _label(event: Event) -> Label:

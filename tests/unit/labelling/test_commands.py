@@ -127,7 +127,9 @@ def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
     assert (project / ".rlhf" / "labels.label-studio.xml").is_file()
     file = project / ".rlhf" / "labels.label-studio.json"
     before = file.read_bytes()
-    assert "0 of them new; 3 labels, 0 new" in rlhf("import", str(file), "--format", "label-studio")
+    assert "0 of them new; 3 labels, 0 new, 3 known from before and skipped" in rlhf(
+        "import", str(file), "--format", "label-studio"
+    )
     elsewhere = f"sqlite:///{project / 'other.db'}"
     said = rlhf("import", str(file), "--format", "label-studio", "--database", elsewhere)
     assert "3 questions, 3 of them new; 3 labels, 3 new" in said

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from tasks.core.errors import DataError
@@ -27,7 +27,7 @@ from tasks.labelling.labels import (
     pseudonyms,
     questions,
 )
-from tasks.labelling.tables import Base, Labeller
+from tasks.labelling.tables import Base, Event, Labeller
 from tests.unit.labelling.made import pair
 
 KINDS: tuple[Format, ...] = ("argilla", "label-studio")
@@ -86,6 +86,48 @@ def test_pseudonyms_find_their_person_where_the_person_is_known(tmp_path: Path, 
         assert {label.labeller for label in current_labels(other)} == {"ann", pseudonym("bob"), "model:m-1"}
 
 
+def moved(kind: Format, folder: Path, source: Session, target: Session) -> Imported:
+    """All that one database holds, by way of a file, to another."""
+    labels, path = current_labels(source), folder / "moved.json"
+    path.write_text(text_of(questions(source), labels, pseudonyms(labels), kind), encoding="utf-8")
+    return store(target, read(path, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_again_nobody_votes_twice(tmp_path: Path, session: Session, kind: Format) -> None:
+    fill(session, LABELS)
+    with fresh() as other:
+        assert moved(kind, tmp_path, session, other).new_labels == 6
+        assert moved(kind, tmp_path, other, session).new_labels == 0
+        assert moved(kind, tmp_path, session, other).new_labels == 0
+    assert {label.labeller for label in current_labels(session)} == {"ann", "bob", "model:m-1"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_joins_under_their_name_later_does_not_get_a_second_vote(
+    tmp_path: Path, session: Session, kind: Format
+) -> None:
+    fill(session, LABELS)
+    with fresh() as other:
+        moved(kind, tmp_path, session, other)
+        other.add(Labeller(name="ann"))
+        assert moved(kind, tmp_path, session, other).new_labels == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_older_file_does_not_bring_old_opinions_back(tmp_path: Path, session: Session, kind: Format) -> None:
+    fill(session, LABELS)
+    with fresh() as other:
+        moved(kind, tmp_path, session, other)
+        changed, undone = (label for label in current_labels(session) if label.labeller == "ann")
+        add_label(session, replace(changed, choice="tie", strength=None))
+        last = session.scalars(select(Event).where(Event.item_id == undone.item, Event.labeller == "ann")).one()
+        session.add(Event(token="undo", item_id=undone.item, labeller="ann", after=last.id, kind="undo"))
+        now = current_labels(session)
+        assert moved(kind, tmp_path, other, session) == Imported(3, 0, 6, 0)
+        assert current_labels(session) == now
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pair_that_is_known_the_other_way_round_keeps_its_meaning(
     tmp_path: Path, session: Session, kind: Format
@@ -135,6 +177,8 @@ def test_foreign_labellers_get_a_name_that_says_whence(tmp_path: Path, session: 
         (f"argilla:{USER}", "b"), ("label-studio:3", "b"),
     ]  # fmt: skip
     assert len(questions(session)) == 1, "the same texts are the same question"
+    response = FORMATS["argilla"][0](pair(1), [Label(pair(1).id, f"argilla:{USER}", "b")])["responses"]["preference"][0]
+    assert response["user_id"] == USER, "Argilla would count the label as another person's"
 
 
 def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> None:
