@@ -78,8 +78,9 @@ def ai(
     judge: Annotated[str, typer.Option(help="As evaluate.judge: '{kind: endpoint, base_url: …, model: …}'.")],
     constitution: Annotated[Path, typer.Option(help="A text that says what is better: infra/constitutions/….md.")],
     max_requests: Annotated[
-        int, typer.Option(min=2, help="New requests of this run at most; a pair takes two.")
-    ] = 1000,
+        int | None,
+        typer.Option(min=2, help="New requests of this run at most; a pair takes two. Default: the judge's, or 1000."),
+    ] = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Requests a minute at most.")] = None,
     database: Database = None,
 ) -> None:
@@ -91,7 +92,7 @@ def ai(
     params = _judge_params(judge)
     text, book = Constitution.read(constitution), CountingBook(state() / "judge" / "answers.jsonl")
     who = judge_of(params, book, artifacts("evaluate").parent)
-    budget = Budget(max_requests, params.max_tokens, rate)
+    budget = Budget(max_requests or params.max_requests, params.max_tokens, rate)
     with interruptible("it goes on from there, and asks nothing twice"), _session(database) as session:
         done = label_by_model(session, who, text, cost=book.cost, budget=budget)
     _tell(done, book.cost)
@@ -218,7 +219,11 @@ def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> 
 
 
 def _judge_params(text: str) -> JudgeParams:
-    """The judge in the words of params.yaml; how many prompts it is asked depends on the database alone."""
+    """The judge in the words of params.yaml; how many prompts it is asked depends on the database alone.
+
+    Raises:
+        ConfigError: no such judge, or one with a rubric, whose place the constitution takes.
+    """
     from pydantic import ValidationError
 
     from tasks.core.params import parse_override
@@ -228,8 +233,10 @@ def _judge_params(text: str) -> JudgeParams:
     content = parse_override(f"judge={text}")["judge"]
     if not isinstance(content, dict):
         raise ConfigError(f"--judge: '{{kind: endpoint, base_url: …, model: …}}' expected, got {text!r}")
+    if "rubric" in content:
+        raise ConfigError("--judge: rubric has no meaning here, --constitution says what is better: leave it out")
     try:
-        return JudgeParams.model_validate({"prompts": 1, "rubric": "the constitution"} | content)
+        return JudgeParams.model_validate({"prompts": 1} | content)
     except ValidationError as error:
         raise ConfigError(f"--judge: {explain(error)}") from None
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 from sqlalchemy import create_engine
@@ -18,6 +19,8 @@ from tasks.core.errors import ConfigError, DataError
 from tasks.core.schema import Preference, Prompt, read_rows, write_rows
 from tasks.core.sections.collect import SourceParams
 from tasks.data.sources import collect_source
+from tasks.evals.pairwise import Reply
+from tasks.labelling import feedback
 from tasks.labelling.labels import Label, add_label, current_labels, questions
 from tests.unit.chat_server import longer, serving
 from tests.unit.tiny_policy import write_parts
@@ -163,8 +166,49 @@ def test_a_model_labels_and_the_report_shows_it(rlhf: Run, project: Path) -> Non
     assert json.loads(rlhf("report", "--json", "--names"))["labellers"][0]["name"] == "ann"
     with pytest.raises(ConfigError, match="--judge: "):
         rlhf("ai", "--judge", "{kind: endpoint}", "--constitution", str(constitution))
+    with pytest.raises(ConfigError, match="--judge: rubric has no meaning here"):
+        rlhf("ai", "--judge", judge.replace("}", ", rubric: shorter}"), "--constitution", str(constitution))
     with pytest.raises(ConfigError, match=r"--judge: .* expected, got 'x'"):
         rlhf("ai", "--judge", "x", "--constitution", str(constitution))
+
+
+def test_the_budget_may_stand_in_the_judge(rlhf: Run, project: Path) -> None:
+    rlhf("ask", "--pairs", "3")
+    (project / "c.md").write_text("Be long.")
+    with serving(longer) as chat:
+        judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong, max_requests: 2}}"
+        words = ("ai", "--judge", judge, "--constitution", str(project / "c.md"))
+        assert "2 questions are left: the budget is spent" in rlhf(*words)
+        assert "2 requests" in rlhf(*words, "--max-requests", "3"), "the command line has the last word"
+        assert len(chat.asked) == 4
+
+
+class Letters:
+    """Stands in for the base model, whose tokenizer here has no A and B."""
+
+    who: ClassVar = {"kind": "local", "model": "base_model", "base_url": ""}
+
+    def __init__(self, base_model: Path, *, batch_size: int) -> None:
+        assert (base_model / "model").is_dir()
+
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        return [Reply(text=longer(text), model="base_model", tokens=9) for text in questions]
+
+
+def test_the_base_model_has_a_budget_and_is_known_by_its_weights(
+    rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback, "LocalJudge", Letters)
+    rlhf("ask", "--pairs", "3")
+    (project / "c.md").write_text("Be long.")
+    words = ("ai", "--judge", "{kind: local}", "--constitution", str(project / "c.md"))
+    said = rlhf(*words, "--max-requests", "4")
+    assert "4 requests, 36 tokens" in said
+    assert "1 questions are left: the budget is spent" in said
+    assert "2 requests, " in rlhf(*words)
+    assert "0 requests, " in rlhf(*words)
+    (project / "artifacts" / "base_model" / "model" / "generation_config.json").write_text('{"do_sample": true}')
+    assert "6 requests, " in rlhf(*words), "another base model has labelled nothing yet"
 
 
 @pytest.mark.slow
