@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from flows import screen
@@ -60,17 +61,20 @@ def ask(
     """Let the policies write, and put pairs of responses up for labelling; asked again, it adds nothing."""
     gold = gold and gold.absolute()
     enter()
-    from tasks.labelling.labels import add_questions
+    from tasks.labelling.labels import add_questions, otherwise_known
     from tasks.labelling.pairs import asked_twice, gold_questions
 
     tests = gold_questions(gold, min_margin=gold_margin, count=golds) if gold else []
     with interruptible("nothing was added"):
         chosen = _chosen([name for name in policies.split(",") if name], prompts, pairs, by, seed)
     with _session(database) as session:
-        new = add_questions(session, asked_twice(chosen, twice, seed=seed))
+        chosen = asked_twice(chosen, twice, seed=seed)
+        kept = otherwise_known(session, [*chosen, *tests])
+        new = add_questions(session, chosen)
         new_tests = add_questions(session, tests)
     line = f"{new} pairs to label added, {len(chosen) - new} were there already"
     screen.console.print(line + (f"; {new_tests} of {len(tests)} questions with a known answer added" if tests else ""))
+    _tell_kept(kept)
 
 
 @commands.command()
@@ -176,7 +180,7 @@ def import_(
     enter()
     from tasks.labelling import foreign
 
-    found = foreign.read(file, kind)
+    found = foreign.read(file, kind, warn=lambda text: screen.console.print(f"[yellow]{escape(text)}[/]"))
     with _session(database) as session:
         done = foreign.store(session, found)
     known = done.labels - done.new_labels
@@ -184,6 +188,7 @@ def import_(
         f"{done.questions} questions, {done.new_questions} of them new; {done.labels} labels, {done.new_labels} new"
         + (f", {known} known from before and skipped" if known else "")
     )
+    _tell_kept(done.kept)
 
 
 @contextmanager
@@ -251,6 +256,14 @@ def _tell(done: Labelled, cost: Cost) -> None:
     screen.console.print(f"{cost.requests} requests, {cost.tokens} tokens; other answers were known from before")
     if done.left:
         screen.console.print(f"[yellow]{done.left} questions are left[/]: the budget is spent; run again to go on")
+
+
+def _tell_kept(kept: int) -> None:
+    if kept:
+        screen.console.print(
+            f"[yellow]{kept} of them were there with another known answer, or wanting another number of labels[/], "
+            "and keep theirs"
+        )
 
 
 def _named(labels: list[Label], names: bool) -> list[Label]:

@@ -23,6 +23,7 @@ from tasks.labelling.labels import (
     add_questions,
     flaw,
     mirrored,
+    otherwise_known,
     pseudonym,
     question_id,
     questions,
@@ -44,15 +45,21 @@ FORMATS: Mapping[str, tuple[Callable[[Question, Sequence[Label]], dict[str, Any]
 
 SHOWN = 5
 
+NO_STATUS = "drafts and discarded answers cannot be told from submitted ones; export submitted responses only"
+
 
 @dataclass(frozen=True)
 class Imported:
-    """How many questions and labels a file held, and how many of them were new; the others were known, see `store`."""
+    """How many questions and labels a file held, and how many of them were new; the others were known, see `store`.
+
+    `kept`: of the known questions, see `labels.otherwise_known`.
+    """
 
     questions: int
     new_questions: int
     labels: int
     new_labels: int
+    kept: int = 0
 
 
 def text_of(asked: Sequence[Question], labels: Sequence[Label], names: Mapping[str, str], kind: Format) -> str:
@@ -69,8 +76,11 @@ def text_of(asked: Sequence[Question], labels: Sequence[Label], names: Mapping[s
     return "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n"
 
 
-def read(path: Path, kind: Format) -> list[Parsed]:
+def read(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: None) -> list[Parsed]:
     """The questions and labels in a file: a JSON list, or an object a line.
+
+    Args:
+        warn: is told what in the file cannot be told apart.
 
     Raises:
         DataError: the file is missing, or something in it is no record; with every line and reason, up to five.
@@ -80,11 +90,13 @@ def read(path: Path, kind: Format) -> list[Parsed]:
     _, parse = FORMATS[kind]
     found: list[Parsed] = []
     flaws: list[str] = []
+    doubtful = 0
     for line, record in _records(path.read_text(encoding="utf-8-sig")):
         try:
             if isinstance(record, ValueError):
                 raise record
             found.append(_checked(*parse(record)))
+            doubtful += kind == "argilla" and argilla.without_status(record)
         except ValueError as error:
             flaws.append(f"  {path}:{line}: {error}")
     if flaws:
@@ -92,6 +104,8 @@ def read(path: Path, kind: Format) -> list[Parsed]:
         raise DataError(
             f"{len(flaws)} of {len(found) + len(flaws)} records are malformed; nothing was imported:\n{shown}"
         )
+    if doubtful:
+        warn(f"{doubtful} of {len(found)} records have responses without a status: {NO_STATUS}")
     return found
 
 
@@ -104,7 +118,8 @@ def store(session: Session, found: Sequence[Parsed]) -> Imported:
     """
     names = list(session.scalars(select(Labeller.name)))
     known = {pseudonym(name): name for name in names} | {name: name for name in names}
-    new_questions = add_questions(session, [question for question, _ in found])
+    asked = [question for question, _ in found]
+    kept, new_questions = otherwise_known(session, asked), add_questions(session, asked)
     sides = {question.id: question.response_a for question in questions(session)}
     labels = new_labels = 0
     for question, own in found:
@@ -113,7 +128,7 @@ def store(session: Session, found: Sequence[Parsed]) -> Imported:
             stored = named if sides[question.id] == question.response_a else mirrored(named)
             new_labels += not said_before(session, stored) and add_label(session, stored)
             labels += 1
-    return Imported(len(found), new_questions, labels, new_labels)
+    return Imported(len(found), new_questions, labels, new_labels, kept)
 
 
 def _records(text: str) -> Iterator[tuple[int, Any]]:

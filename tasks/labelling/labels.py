@@ -25,6 +25,7 @@ __all__ = [
     "current_labels",
     "flaw",
     "mirrored",
+    "otherwise_known",
     "pseudonym",
     "pseudonyms",
     "question_id",
@@ -129,6 +130,21 @@ def add_questions(session: Session, asked: Sequence[Question]) -> int:
     session.add_all(Item(**vars(question)) for question in new.values())
     session.flush()
     return len(new)
+
+
+def otherwise_known(session: Session, asked: Sequence[Question]) -> int:
+    """How many are in the database with another known answer, or wanting another number of labels.
+
+    They stay as they are, see `add_questions`: people may have been asked already.
+    """
+    known = {question.id: question for question in questions(session)}
+    return sum(_differs(question, known[question.id]) for question in asked if question.id in known)
+
+
+def _differs(question: Question, known: Question) -> bool:
+    turned = question.response_a != known.response_a
+    gold = TURNED.get(question.gold or "") if turned else question.gold
+    return (gold, question.labels_wanted) != (known.gold, known.labels_wanted)
 
 
 def current_labels(session: Session) -> list[Label]:

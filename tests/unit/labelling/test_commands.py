@@ -71,6 +71,7 @@ def opened(project: Path) -> Session:
 def test_pairs_of_policies_are_asked_once(rlhf: Run, project: Path) -> None:
     assert "4 pairs to label added, 0 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
     assert "0 pairs to label added, 4 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
+    assert "4 of them were there with another known answer, or wanting another number" in rlhf("ask", "--pairs", "4")
     with opened(project) as session:
         asked = questions(session)
     assert len({item.prompt for item in asked}) == 4, "a prompt came twice while others waited"
