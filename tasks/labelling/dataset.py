@@ -101,10 +101,14 @@ def _winner(shares: Mapping[str, float]) -> tuple[str, float]:
 
 
 def _margin(labels: Sequence[Label], choice: str) -> float | None:
-    """Mean strength toward the chosen side over the labels, against it negative, a tie 0; None if one has none."""
-    signed = [_SIGN.get(label.choice, 0) * (label.strength or 0) for label in labels]
-    if choice not in _SIGN or any(label.choice in _SIGN and label.strength is None for label in labels):
+    """Mean strength toward the chosen side over the labels, against it negative, that of a tie or both bad 0.
+
+    Labels that prefer a side and do not say how much, as those of models, are left out; None if no label says it.
+    """
+    if choice not in _SIGN or all(label.strength is None for label in labels):
         return None
+    known = [label for label in labels if label.strength is not None or label.choice not in _SIGN]
+    signed = [_SIGN.get(label.choice, 0) * (label.strength or 0) for label in known]
     return round(_SIGN[choice] * sum(signed) / len(signed), DIGITS)
 
 
