@@ -16,7 +16,7 @@ from rich.table import Table
 from flows import screen
 from flows.commandline import enter, enter_served, interruptible
 from flows.label_commands import Database
-from tasks.core.errors import ConfigError, RLHFError
+from tasks.core.errors import ConfigError, RLHFError, SourceError
 from tasks.core.paths import artifacts, project_root, state
 
 if TYPE_CHECKING:
@@ -116,15 +116,15 @@ def report(
     from tasks.labelling.report import report as figures
     from tasks.labelling.report import report_page
 
-    with _session(database) as session:
-        labels = _named(rows.current_labels(session), names)
-        found = figures(rows.questions(session), labels)
+    with _session(database) as session:  # no longer than to read: in SQLite nobody can answer meanwhile
+        asked, labels = rows.questions(session), rows.current_labels(session)
+    found = figures(asked, _named(labels, names))
     if as_json:
         print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
         return
     _print_report(found)
     page = page or state() / "labels.html"
-    page.write_text(report_page(found), encoding="utf-8")
+    _write(page, report_page(found))
     screen.console.print(f"page: {page}")
 
 
@@ -193,7 +193,12 @@ def import_(
 
 @contextmanager
 def _session(address: str | None) -> Iterator[Session]:
-    """What is not committed within is kept where it ends without an error."""
+    """What is not committed within is kept where it ends without an error.
+
+    Raises:
+        SourceError: somebody else wrote what this was about to write, as can be in PostgreSQL.
+    """
+    from sqlalchemy.exc import IntegrityError
     from sqlalchemy.orm import Session
 
     from tasks.labelling.database import connect, database_url
@@ -203,6 +208,11 @@ def _session(address: str | None) -> Iterator[Session]:
         with Session(engine.execution_options(writes=True)) as session:
             yield session
             session.commit()
+    except IntegrityError:
+        raise SourceError(
+            "the labelling database has changed meanwhile, by a click or another command; what was stored before is "
+            "kept: run again"
+        ) from None
     finally:
         engine.dispose()
 

@@ -10,19 +10,24 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, insert
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
 from flows import label_data_commands, screen
-from tasks.core.errors import ConfigError, DataError
+from flows.label_data_commands import _session
+from tasks.core.errors import ConfigError, DataError, SourceError
 from tasks.core.schema import Preference, Prompt, read_rows, write_rows
 from tasks.core.sections.collect import SourceParams
 from tasks.data.sources import collect_source
 from tasks.evals.pairwise import Reply
-from tasks.labelling import feedback
-from tasks.labelling.labels import Label, add_label, current_labels, questions
+from tasks.labelling import feedback, report
+from tasks.labelling.labels import Label, Question, add_label, current_labels, questions
+from tasks.labelling.report import Report
+from tasks.labelling.store import LabelStore
+from tasks.labelling.tables import Event, Labeller
 from tests.unit.chat_server import longer, serving
+from tests.unit.labelling.conftest import make_item, token
 from tests.unit.tiny_policy import write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -210,6 +215,45 @@ def test_the_base_model_has_a_budget_and_is_known_by_its_weights(
     assert "0 requests, " in rlhf(*words)
     (project / "artifacts" / "base_model" / "model" / "generation_config.json").write_text('{"do_sample": true}')
     assert "6 requests, " in rlhf(*words), "another base model has labelled nothing yet"
+
+
+def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a database elsewhere, in a project that has nothing in .rlhf yet."""
+    address = f"sqlite:///{project / 'other.db'}"
+    store = LabelStore(address)
+    store.add_items([make_item("one")])
+    store.add_labeller("ann", "hash")
+
+    def figures(asked: list[Question], labels: list[Label]) -> Report:
+        engine = create_engine(address, connect_args={"timeout": 0})
+        with engine.begin() as connection:
+            connection.execute(insert(Event), {"token": token(), "item_id": "one", "labeller": "ann", "after": 0,
+                                               "kind": "label", "choice": "a"})  # fmt: skip
+        engine.dispose()
+        return figured(asked, labels)
+
+    figured = report.report
+    monkeypatch.setattr(report, "report", figures)
+    assert not (project / ".rlhf").exists()
+    assert "0 labels, 0 of 1 questions labelled" in rlhf("report", "--database", address)
+    assert (project / ".rlhf" / "labels.html").is_file()
+    assert len(store.current_labels()) == 1
+    store.close()
+
+
+def test_who_is_slower_than_a_click_is_told_to_run_again(project: Path) -> None:
+    address = f"sqlite:///{project / 'other.db'}"
+    twice = [{"name": "ann"}, {"name": "ann"}]
+    with pytest.raises(SourceError, match=r"has changed meanwhile.*: run again"), _session(address) as session:
+        session.execute(insert(Labeller), twice)
+
+
+def test_what_an_import_cannot_tell_apart_is_said(rlhf: Run, project: Path) -> None:
+    fields = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    response = {"value": "a", "user_id": "00000000-0000-4000-8000-000000000001"}
+    file = project / "theirs.json"
+    file.write_text(json.dumps([{"fields": fields, "responses": {"preference": [response]}}]))
+    assert "drafts and discarded answers cannot be told" in rlhf("import", str(file), "--format", "argilla")
 
 
 @pytest.mark.slow
