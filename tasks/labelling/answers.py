@@ -10,6 +10,7 @@ from tasks.labelling.tables import CHOICES, SIDES, Choice, Event, Item
 
 __all__ = [
     "LONGEST_COMMENT",
+    "NUL",
     "TURNED",
     "Answer",
     "ConflictError",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 LONGEST_COMMENT = 5000
+
+NUL = "holds a NUL character, which PostgreSQL cannot keep"
 
 TURNED: dict[str, Choice] = {"a": "b", "b": "a", "tie": "tie", "both_bad": "both_bad", "skip": "skip"}
 
@@ -73,7 +76,7 @@ def comment_flaw(comment: str | None) -> str | None:
     """Why a labeller's comment cannot be kept, or None where it can."""
     if comment and len(comment) > LONGEST_COMMENT:
         return f"comment: {len(comment)} characters, at most {LONGEST_COMMENT} are kept"
-    return None
+    return f"comment: {NUL}" if comment and "\0" in comment else None
 
 
 def as_shown(answer: Answer, swapped: bool) -> Answer:

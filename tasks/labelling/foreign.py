@@ -25,6 +25,7 @@ from tasks.labelling.labels import (
     mirrored,
     otherwise_known,
     pseudonym,
+    question_flaw,
     question_id,
     questions,
     said_before,
@@ -134,7 +135,7 @@ def store(session: Session, found: Sequence[Parsed]) -> Imported:
 def _records(text: str) -> Iterator[tuple[int, Any]]:
     """(line, record), a ValueError in place of one that is no JSON; nothing is read after it in a list."""
     if not text.lstrip().startswith("["):
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(text.split("\n"), start=1)  # a text may hold other line ends, as U+2028
         yield from ((number, _json(content)) for number, content in lines if content.strip())
         return
     decoder, place = json.JSONDecoder(), text.index("[") + 1
@@ -170,7 +171,7 @@ def _checked(question: Question, labels: list[Label]) -> Parsed:
         raise ValueError("a response is empty, so no preference could come of it: leave the record out")
     if question.id != question_id(question.prompt, question.response_a, question.response_b):
         raise ValueError("its id does not fit its texts: leave the id out, or restore the texts")
-    wrong = next((reason for label in labels if (reason := flaw(label))), None)
+    wrong = question_flaw(question) or next((reason for label in labels if (reason := flaw(label))), None)
     if wrong:
         raise ValueError(wrong)
     if len({label.labeller for label in labels}) < len(labels):

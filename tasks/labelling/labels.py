@@ -11,7 +11,8 @@ from uuid import NAMESPACE_URL, uuid5
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tasks.labelling.answers import TURNED, comment_flaw
+from tasks.core.errors import DataError
+from tasks.labelling.answers import NUL, TURNED, comment_flaw
 from tasks.labelling.queries import MODEL, STANDS, last_event
 from tasks.labelling.tables import CHOICES, SIDES, Event, Item, Labeller
 
@@ -28,6 +29,7 @@ __all__ = [
     "otherwise_known",
     "pseudonym",
     "pseudonyms",
+    "question_flaw",
     "question_id",
     "questions",
     "said_before",
@@ -35,6 +37,9 @@ __all__ = [
 
 MODEL_NAME = 64
 """Characters of a labeller's name at most, see `tables.Labeller`."""
+
+LONGEST = {"policy_a": 64, "policy_b": 64, "reason": 32}
+"""Characters of a question's short texts at most, see `tables.Item`."""
 
 NAMELESS = re.compile(rf"{MODEL}.*|person-[0-9a-f]{{12}}|argilla:[0-9a-f-]{{36}}|label-studio:\d+", re.DOTALL)
 """Labellers whose name says nothing about a person: models, and those who came under a pseudonym or a number."""
@@ -112,9 +117,20 @@ def flaw(label: Label) -> str | None:
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
         return f"rating: {ratings} should be from 1 to 5"
-    if not 0 < len(label.labeller) <= MODEL_NAME:
-        return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters"
+    if not 0 < len(label.labeller) <= MODEL_NAME or "\0" in label.labeller:
+        return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters, none of them NUL"
     return comment_flaw(label.comment)
+
+
+def question_flaw(question: Question) -> str | None:
+    """Why the question cannot be kept, or None where it can."""
+    for name in ("prompt", "response_a", "response_b"):
+        if "\0" in getattr(question, name):
+            return f"{name}: {NUL}"
+    for name, most in LONGEST.items():
+        if (length := len(getattr(question, name))) > most:
+            return f"{name}: {length} characters, at most {most} are kept"
+    return None
 
 
 def questions(session: Session) -> list[Question]:
@@ -124,7 +140,17 @@ def questions(session: Session) -> list[Question]:
 
 
 def add_questions(session: Session, asked: Sequence[Question]) -> int:
-    """Add those that are not there yet, and say how many that were."""
+    """Add those that are not there yet, and say how many that were.
+
+    Raises:
+        DataError: one cannot be kept, see `question_flaw`; nothing was added.
+    """
+    wrong = next((question for question in asked if question_flaw(question)), None)
+    if wrong:
+        raise DataError(
+            f"question {wrong.id}, {wrong.prompt[:40]!r}: {question_flaw(wrong)}; nothing was added: leave it out, or "
+            "let the policies write other responses with --seed"
+        )
     known = set(session.scalars(select(Item.id)))
     new = {question.id: question for question in asked if question.id not in known}
     session.add_all(Item(**vars(question)) for question in new.values())

@@ -188,6 +188,7 @@ def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: Labe
         {"answer": "a1", "token": "x"},
         {"answer": "a1", "item": "none"},
         {"answer": "a1", "comment": "x" * 5001},
+        {"answer": "a1", "comment": "x\0y"},
     ],
 )
 def test_a_form_that_the_page_would_not_send_is_one_message(

@@ -215,6 +215,8 @@ FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", record() | {"metadata": {"labels_wanted": -1}}, "labels_wanted: -1 should be from 0 to 1000"),
     ("argilla", record() | {"metadata": {"priority": math.nan}}, "priority: a number expected, got 'nan'"),
     ("argilla", RATED, "rating_a: a number expected, got 'inf'"),
+    ("argilla", record() | {"fields": record()["fields"] | {"prompt": "\0"}}, "prompt: holds a NUL character"),
+    ("argilla", record() | {"metadata": {"policy_b": "x" * 65}}, "policy_b: 65 characters, at most 64 are kept"),
     ("argilla", record() | {"metadata": {"ours": "0"}}, "its id does not fit its texts"),
     ("label-studio", task() | {"data": {"prompt": "p", "answer1": "x", "answer2": ""}}, "a response is empty"),
     ("label-studio", task(completed_by=None), "completed_by: a number or an object"),
@@ -268,6 +270,13 @@ def test_a_question_that_is_known_keeps_what_it_had_and_that_is_counted(tmp_path
         path.write_text(text_of(other, [], {}, "argilla"))
         assert store(session, read(path, "argilla")) == Imported(len(other), 0, 0, 0, kept)
     assert {item.id: item for item in questions(session)} == {item.id: item for item in (pair(1), turned, pair(3))}
+
+
+def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.jsonl"
+    odd = record() | {"fields": {"prompt": "p\u2029q", "response_a": "x\u2028y", "response_b": "z\x85"}}
+    path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in (odd, record())))
+    assert [question.prompt for question, _ in read(path, "argilla")] == ["p\u2029q", "p"]
 
 
 def test_responses_without_a_status_are_a_warning(tmp_path: Path) -> None:
