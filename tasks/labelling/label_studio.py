@@ -106,8 +106,8 @@ def _result(label: Label) -> list[dict[str, Any]]:
 
 def _labeller(annotation: dict[str, Any]) -> str:
     """Our name where it stands in a part's id, else Label Studio's e-mail address or number."""
-    for part in values(annotation, "result", dict):
-        name, slash, rest = str(part.get("id")).rpartition("/")
+    for part in value(annotation, "result", list, []):
+        name, slash, rest = str(value(part, "id", object, "")).rpartition("/")
         if slash and rest == part.get("from_name"):
             return name
     who = annotation.get("completed_by")

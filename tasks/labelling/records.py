@@ -27,8 +27,8 @@ def value(record: Any, key: str, kind: type[Any], default: Any = None) -> Any:
 
 
 def values(record: Any, key: str, kind: type[Any]) -> list[Any]:
-    """What stands in the list under the key, each of that type; none where it is missing or null."""
-    found = value(record, key, list, [])
+    """What stands in the list under the key, each of that type; none where the key is missing."""
+    found = value(record, key, list) if key in record else []
     wrong = next((one for one in found if not isinstance(one, kind)), None)
     if wrong is not None:
         raise ValueError(f"{key}: a list of {kind.__name__} expected, got {str(wrong)[:80]!r} in it")

@@ -187,8 +187,7 @@ def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> No
     other = USER[:-1] + "2"
     path = tmp_path / "theirs.jsonl"
     responses = [{"value": "a", "user_id": USER, "status": "draft"}, {"value": None, "user_id": other}]
-    nulls = {"rating_a": None, "comment": None}
-    path.write_text(json.dumps(record(*responses) | {"responses": {"preference": responses} | nulls}) + "\n")
+    path.write_text(json.dumps(record(*responses)) + "\n")
     ((_, labels),) = read(path, "argilla")
     assert [(label.labeller, label.choice) for label in labels] == [(f"argilla:{other}", "skip")]
 
@@ -214,6 +213,8 @@ FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", record() | {"metadata": {"labellers": [{"a": 1}]}}, "labellers: a list of str expected"),
     ("argilla", record() | {"metadata": {"labels_wanted": -1}}, "labels_wanted: -1 should be from 0 to 1000"),
     ("argilla", record() | {"metadata": {"priority": math.nan}}, "priority: a number expected, got 'nan'"),
+    ("argilla", record() | {"responses": {"preference": None}}, "preference: list expected, got 'None'"),
+    ("label-studio", task(result=[7]), "not an object but int"),
     ("argilla", RATED, "rating_a: a number expected, got 'inf'"),
     ("argilla", record() | {"fields": record()["fields"] | {"prompt": "\0"}}, "prompt: holds a NUL character"),
     ("argilla", record() | {"metadata": {"policy_b": "x" * 65}}, "policy_b: 65 characters, at most 64 are kept"),
