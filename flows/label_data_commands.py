@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from flows import screen
 from flows.commandline import enter, enter_served, interruptible
 from flows.label_commands import Database
-from tasks.core.errors import ConfigError, RLHFError
+from tasks.core.errors import ConfigError, RLHFError, SourceError
 from tasks.core.paths import artifacts, project_root, state
 
 if TYPE_CHECKING:
@@ -60,17 +61,20 @@ def ask(
     """Let the policies write, and put pairs of responses up for labelling; asked again, it adds nothing."""
     gold = gold and gold.absolute()
     enter()
-    from tasks.labelling.labels import add_questions
+    from tasks.labelling.labels import add_questions, otherwise_known
     from tasks.labelling.pairs import asked_twice, gold_questions
 
     tests = gold_questions(gold, min_margin=gold_margin, count=golds) if gold else []
     with interruptible("nothing was added"):
         chosen = _chosen([name for name in policies.split(",") if name], prompts, pairs, by, seed)
     with _session(database) as session:
-        new = add_questions(session, asked_twice(chosen, twice, seed=seed))
+        chosen = asked_twice(chosen, twice, seed=seed)
+        kept = otherwise_known(session, [*chosen, *tests])
+        new = add_questions(session, chosen)
         new_tests = add_questions(session, tests)
     line = f"{new} pairs to label added, {len(chosen) - new} were there already"
     screen.console.print(line + (f"; {new_tests} of {len(tests)} questions with a known answer added" if tests else ""))
+    _tell_kept(kept)
 
 
 @commands.command()
@@ -78,8 +82,9 @@ def ai(
     judge: Annotated[str, typer.Option(help="As evaluate.judge: '{kind: endpoint, base_url: …, model: …}'.")],
     constitution: Annotated[Path, typer.Option(help="A text that says what is better: infra/constitutions/….md.")],
     max_requests: Annotated[
-        int, typer.Option(min=2, help="New requests of this run at most; a pair takes two.")
-    ] = 1000,
+        int | None,
+        typer.Option(min=2, help="New requests of this run at most; a pair takes two. Default: the judge's, or 1000."),
+    ] = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Requests a minute at most.")] = None,
     database: Database = None,
 ) -> None:
@@ -91,7 +96,7 @@ def ai(
     params = _judge_params(judge)
     text, book = Constitution.read(constitution), CountingBook(state() / "judge" / "answers.jsonl")
     who = judge_of(params, book, artifacts("evaluate").parent)
-    budget = Budget(max_requests, params.max_tokens, rate)
+    budget = Budget(max_requests or params.max_requests, params.max_tokens, rate)
     with interruptible("it goes on from there, and asks nothing twice"), _session(database) as session:
         done = label_by_model(session, who, text, cost=book.cost, budget=budget)
     _tell(done, book.cost)
@@ -111,15 +116,15 @@ def report(
     from tasks.labelling.report import report as figures
     from tasks.labelling.report import report_page
 
-    with _session(database) as session:
-        labels = _named(rows.current_labels(session), names)
-        found = figures(rows.questions(session), labels)
+    with _session(database) as session:  # no longer than to read: in SQLite nobody can answer meanwhile
+        asked, labels = rows.questions(session), rows.current_labels(session)
+    found = figures(asked, _named(labels, names))
     if as_json:
         print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
         return
     _print_report(found)
     page = page or state() / "labels.html"
-    page.write_text(report_page(found), encoding="utf-8")
+    _write(page, report_page(found))
     screen.console.print(f"page: {page}")
 
 
@@ -175,17 +180,25 @@ def import_(
     enter()
     from tasks.labelling import foreign
 
-    found = foreign.read(file, kind)
+    found = foreign.read(file, kind, warn=lambda text: screen.console.print(f"[yellow]{escape(text)}[/]"))
     with _session(database) as session:
         done = foreign.store(session, found)
+    known = done.labels - done.new_labels
     screen.console.print(
         f"{done.questions} questions, {done.new_questions} of them new; {done.labels} labels, {done.new_labels} new"
+        + (f", {known} known from before and skipped" if known else "")
     )
+    _tell_kept(done.kept)
 
 
 @contextmanager
 def _session(address: str | None) -> Iterator[Session]:
-    """What is not committed within is kept where it ends without an error."""
+    """What is not committed within is kept where it ends without an error.
+
+    Raises:
+        SourceError: somebody else wrote what this was about to write, as can be in PostgreSQL.
+    """
+    from sqlalchemy.exc import IntegrityError
     from sqlalchemy.orm import Session
 
     from tasks.labelling.database import connect, database_url
@@ -195,6 +208,11 @@ def _session(address: str | None) -> Iterator[Session]:
         with Session(engine.execution_options(writes=True)) as session:
             yield session
             session.commit()
+    except IntegrityError:
+        raise SourceError(
+            "the labelling database has changed meanwhile, by a click or another command; what was stored before is "
+            "kept: run again"
+        ) from None
     finally:
         engine.dispose()
 
@@ -216,7 +234,11 @@ def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> 
 
 
 def _judge_params(text: str) -> JudgeParams:
-    """The judge in the words of params.yaml; how many prompts it is asked depends on the database alone."""
+    """The judge in the words of params.yaml; how many prompts it is asked depends on the database alone.
+
+    Raises:
+        ConfigError: no such judge, or one with a rubric, whose place the constitution takes.
+    """
     from pydantic import ValidationError
 
     from tasks.core.params import parse_override
@@ -226,8 +248,10 @@ def _judge_params(text: str) -> JudgeParams:
     content = parse_override(f"judge={text}")["judge"]
     if not isinstance(content, dict):
         raise ConfigError(f"--judge: '{{kind: endpoint, base_url: …, model: …}}' expected, got {text!r}")
+    if "rubric" in content:
+        raise ConfigError("--judge: rubric has no meaning here, --constitution says what is better: leave it out")
     try:
-        return JudgeParams.model_validate({"prompts": 1, "rubric": "the constitution"} | content)
+        return JudgeParams.model_validate({"prompts": 1} | content)
     except ValidationError as error:
         raise ConfigError(f"--judge: {explain(error)}") from None
 
@@ -242,6 +266,14 @@ def _tell(done: Labelled, cost: Cost) -> None:
     screen.console.print(f"{cost.requests} requests, {cost.tokens} tokens; other answers were known from before")
     if done.left:
         screen.console.print(f"[yellow]{done.left} questions are left[/]: the budget is spent; run again to go on")
+
+
+def _tell_kept(kept: int) -> None:
+    if kept:
+        screen.console.print(
+            f"[yellow]{kept} of them were there with another known answer, or wanting another number of labels[/], "
+            "and keep theirs"
+        )
 
 
 def _named(labels: list[Label], names: bool) -> list[Label]:

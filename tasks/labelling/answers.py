@@ -8,9 +8,24 @@ from dataclasses import dataclass, replace
 from tasks.core.errors import DataError
 from tasks.labelling.tables import CHOICES, SIDES, Choice, Event, Item
 
-__all__ = ["LONGEST_COMMENT", "Answer", "ConflictError", "Progress", "Recorded", "Task", "answer_of", "is_swapped"]
+__all__ = [
+    "LONGEST_COMMENT",
+    "NUL",
+    "TURNED",
+    "Answer",
+    "ConflictError",
+    "Progress",
+    "Recorded",
+    "Task",
+    "answer_of",
+    "as_shown",
+    "comment_flaw",
+    "is_swapped",
+]
 
 LONGEST_COMMENT = 5000
+
+NUL = "holds a NUL character, which PostgreSQL cannot keep"
 
 TURNED: dict[str, Choice] = {"a": "b", "b": "a", "tie": "tie", "both_bad": "both_bad", "skip": "skip"}
 
@@ -26,6 +41,8 @@ class ConflictError(DataError):
 @dataclass(frozen=True)
 class Answer:
     """What a labeller says of a pair. `swapped`: response_b was shown first, whatever a and b mean here.
+
+    What cannot be kept in a comment is no matter here, see `comment_flaw`: what is in the database must stay readable.
 
     Raises:
         DataError: a value that no answer can have.
@@ -47,14 +64,28 @@ class Answer:
         for rating in (self.rating_a, self.rating_b):
             if rating is not None and rating not in range(1, 6):
                 raise DataError(f"rating: got {rating}, expected 1 to 5")
-        if self.comment is not None and len(self.comment) > LONGEST_COMMENT:
-            raise DataError(f"comment: {len(self.comment)} characters, at most {LONGEST_COMMENT} are kept")
 
     def turned(self) -> Answer:
         """From the order shown to the stored one, or back: a and b exchanged where the pair was swapped."""
         if not self.swapped:
             return self
         return replace(self, choice=TURNED[self.choice], rating_a=self.rating_b, rating_b=self.rating_a)
+
+
+def comment_flaw(comment: str | None) -> str | None:
+    """Why a labeller's comment cannot be kept, or None where it can."""
+    if comment and len(comment) > LONGEST_COMMENT:
+        return f"comment: {len(comment)} characters, at most {LONGEST_COMMENT} are kept"
+    return f"comment: {NUL}" if comment and "\0" in comment else None
+
+
+def as_shown(answer: Answer, swapped: bool) -> Answer:
+    """An answer of the stored order in that of the page; the order it was given in may be another, as of an import.
+
+    Args:
+        swapped: whether the page shows response_b first.
+    """
+    return replace(answer, swapped=swapped).turned()
 
 
 def answer_of(event: Event) -> Answer | None:

@@ -21,7 +21,7 @@ from starlette.staticfiles import StaticFiles
 
 from tasks.core.errors import DataError
 from tasks.labelling import sessions
-from tasks.labelling.answers import LONGEST_COMMENT, ConflictError, answer_of, is_swapped
+from tasks.labelling.answers import LONGEST_COMMENT, ConflictError, answer_of, as_shown, is_swapped
 from tasks.labelling.forms import BUTTONS, RATINGS, new_token, read_answer, read_number, read_token, words
 from tasks.labelling.store import LabelStore
 from tasks.labelling.tables import Event
@@ -107,7 +107,7 @@ class Pages:
             return self._page(request, "nothing", name, items=items, **state)
         pair = [task.item.response_a, task.item.response_b]
         responses = dict(zip("AB", pair[::-1] if task.swapped else pair, strict=True))
-        undone = task.previous.turned() if task.previous else None
+        undone = as_shown(task.previous, task.swapped) if task.previous else None
         state |= {"task": task, "responses": responses, "undone": undone}
         return self._page(request, "question", name, now=f"{time.time():.3f}", **state)
 
@@ -201,6 +201,6 @@ def _form(function: Callable[[Request, Fields], Response]) -> Callable[[Request]
 
 
 def _said(event: Event | None) -> str | None:
-    """An answer as its labeller saw it."""
+    """An answer in the order in which its labeller's page shows the pair."""
     answer = answer_of(event) if event else None
-    return words(answer.turned()) if answer else None
+    return words(as_shown(answer, is_swapped(event.item_id, event.labeller))) if event and answer else None

@@ -37,8 +37,9 @@ def dataset(
 ) -> Dataset:
     """A preference for each label, or for each question what its labels say together.
 
-    Questions that test labellers give none. Ties, pairs that are both bad, and questions on which no choice has the
-    most votes say nothing that a preference could: they are left out and counted. Labels that disagree are kept.
+    Questions that test labellers give none. Ties, pairs that are both bad, pairs with an empty response, and questions
+    on which no choice has the most votes say nothing that a preference could: they are left out and counted. Labels
+    that disagree are kept.
 
     Args:
         aggregate: `none`, every label is a row; `majority`, the most frequent choice and its share of the votes;
@@ -100,10 +101,14 @@ def _winner(shares: Mapping[str, float]) -> tuple[str, float]:
 
 
 def _margin(labels: Sequence[Label], choice: str) -> float | None:
-    """Mean strength toward the chosen side over the labels, against it negative, a tie 0; None if one has none."""
-    signed = [_SIGN.get(label.choice, 0) * (label.strength or 0) for label in labels]
-    if choice not in _SIGN or any(label.choice in _SIGN and label.strength is None for label in labels):
+    """Mean strength toward the chosen side over the labels, against it negative, that of a tie or both bad 0.
+
+    Labels that prefer a side and do not say how much, as those of models, are left out; None if no label says it.
+    """
+    if choice not in _SIGN or all(label.strength is None for label in labels):
         return None
+    known = [label for label in labels if label.strength is not None or label.choice not in _SIGN]
+    signed = [_SIGN.get(label.choice, 0) * (label.strength or 0) for label in known]
     return round(_SIGN[choice] * sum(signed) / len(signed), DIGITS)
 
 
@@ -112,6 +117,9 @@ def _row(name: str, question: Question, choice: str, left_out: Counter[str], **r
         left_out[choice] += 1
         return None
     sides = (question.response_a, question.response_b)
+    if not all(sides):  # an import let them in once, and a preference must not hold them
+        left_out["empty_response"] += 1
+        return None
     chosen, rejected = sides if choice == "a" else sides[::-1]
     return Preference(id=name, prompt=question.prompt, chosen=chosen, rejected=rejected, **rest)
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import select
+from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
 from tasks.core.errors import ConfigError, DataError
@@ -62,6 +62,21 @@ class Cost:
 
     requests: int = 0
     tokens: int = 0
+
+
+class CountingJudge:
+    """A judge in this process, each of whose answers is a request; `who` holds the digest of its weights, too."""
+
+    def __init__(self, judge: PairJudge, cost: Cost, digest: str) -> None:
+        self.who = {**judge.who, "digest": digest}
+        self._judge, self._cost = judge, cost
+
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        """As the judge, and count it."""
+        replies = self._judge.ask(questions)
+        self._cost.requests += len(replies)
+        self._cost.tokens += sum(reply.tokens for reply in replies)
+        return replies
 
 
 class CountingBook(AnswerBook):
@@ -112,14 +127,15 @@ def combined(one: Verdict, other: Verdict) -> tuple[str, str | None]:
     return (first, None) if first == second else ("skip", CONTRADICTION)
 
 
-def judge_of(params: JudgeParams, book: AnswerBook, artifacts: Path) -> PairJudge:
-    """The judge that params name; the local one is the base model among the artifacts.
+def judge_of(params: JudgeParams, book: CountingBook, artifacts: Path) -> PairJudge:
+    """The judge that params name, whose requests the book counts; the local one is the base model among the artifacts.
 
     Raises:
         ModelError: the base model's folder is incomplete.
     """
     if params.kind == "local":
-        return LocalJudge(artifacts / "base_model", batch_size=1)
+        base_model = artifacts / "base_model"
+        return CountingJudge(LocalJudge(base_model, batch_size=1), book.cost, _digest(base_model / "model"))
     return EndpointJudge(params, book)
 
 
@@ -135,10 +151,12 @@ def label_by_model(
 ) -> Labelled:
     """Label every question that this model has not labelled by this constitution; each label is stored before the next.
 
-    A run that was killed goes on where it was: labels are in the database, answers in the judge's book.
+    Its labels say by which constitution they are, and those of the base model by which weights (see `_basis`), so that
+    labels that were imported count, too. A run that was killed goes on where it was: labels are in the database,
+    answers in the judge's book.
 
     Args:
-        cost: what the judge's book counts, see `CountingBook`.
+        cost: what the judge or its book counts, see `judge_of`.
 
     Raises:
         ConfigError: the model's name is too long for a labeller.
@@ -149,23 +167,48 @@ def label_by_model(
         raise ConfigError(
             f"{labeller!r} is longer than a labeller's name may be ({MODEL_NAME}): serve it under another"
         )
-    done = set(session.scalars(select(Event.token).where(Event.labeller == labeller)))
-    waiting = [item for item in questions(session) if _token(labeller, item, constitution) not in done]
+    basis = _basis(judge, constitution)
+    done = _labelled_before(session, labeller, basis)
+    waiting = [item for item in questions(session) if item.id not in done]
     session.commit()  # people may write while the model thinks
     ask, result = _paced(judge, budget.per_minute, cost, clock, sleep), Labelled()
     for number, item in enumerate(waiting):
         if budget.spent(cost):
             result.left = len(waiting) - number
             break
-        label = _labelled(item, labeller, ask, constitution, result)
-        add_label(session, label, _token(labeller, item, constitution))
+        choice, reason = _asked(item, ask, constitution, result)
+        comment = "; ".join([basis, *([reason] if reason else [])])
+        add_label(session, Label(item.id, labeller, choice, comment=comment), _token(labeller, item, basis))
         session.commit()
     return result
 
 
-def _labelled(
-    item: Question, labeller: str, ask: Callable[[str], Reply], constitution: Constitution, result: Labelled
-) -> Label:
+def _basis(judge: PairJudge, constitution: Constitution) -> str:
+    """How the comments of labels begin: what the label depends on besides the model's name."""
+    digest = judge.who.get("digest")
+    return f"constitution {constitution.digest}" + (f", weights {digest}" if digest else "")
+
+
+def _labelled_before(session: Session, labeller: str, basis: str) -> set[str]:
+    """The questions that have a label on this basis, also if another one came after it."""
+    so = or_(Event.comment == basis, Event.comment.startswith(f"{basis};", autoescape=True))
+    return set(session.scalars(select(Event.item_id).where(Event.labeller == labeller, so)))
+
+
+def _digest(folder: Path) -> str:
+    """Of the names and contents of all files in a model's folder."""
+    digest = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        with path.open("rb") as file:
+            content = hashlib.file_digest(file, "sha256").hexdigest()
+        digest.update(f"{path.relative_to(folder).as_posix()} {content}\n".encode())
+    return digest.hexdigest()[:12]
+
+
+def _asked(
+    item: Question, ask: Callable[[str], Reply], constitution: Constitution, result: Labelled
+) -> tuple[str, str | None]:
+    """Choice and, where it is a skip, the reason; counted in the result."""
     sides = (item.response_a, item.response_b)
     orders = (question(constitution.text, item.prompt, *shown) for shown in (sides, sides[::-1]))
     verdicts = [verdict(ask(text).text) for text in orders]
@@ -175,12 +218,12 @@ def _labelled(
     result.unclear += reason == UNCLEAR
     result.first += verdicts.count("A")
     result.clear += verdicts.count("A") + verdicts.count("B")
-    comment = "; ".join([f"constitution {constitution.digest}", *([reason] if reason else [])])
-    return Label(item.id, labeller, choice, comment=comment)
+    return choice, reason
 
 
-def _token(labeller: str, item: Question, constitution: Constitution) -> str:
-    return str(uuid5(NAMESPACE_URL, f"{labeller} {item.id} {constitution.digest}"))
+def _token(labeller: str, item: Question, basis: str) -> str:
+    """Two runs at once store a label once."""
+    return str(uuid5(NAMESPACE_URL, f"{labeller} {item.id} {basis}"))
 
 
 def _paced(

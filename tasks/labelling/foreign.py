@@ -23,9 +23,12 @@ from tasks.labelling.labels import (
     add_questions,
     flaw,
     mirrored,
+    otherwise_known,
     pseudonym,
+    question_flaw,
     question_id,
     questions,
+    said_before,
 )
 from tasks.labelling.tables import Labeller
 
@@ -43,15 +46,21 @@ FORMATS: Mapping[str, tuple[Callable[[Question, Sequence[Label]], dict[str, Any]
 
 SHOWN = 5
 
+NO_STATUS = "drafts and discarded answers cannot be told from submitted ones; export submitted responses only"
+
 
 @dataclass(frozen=True)
 class Imported:
-    """How many questions and labels a file held, and how many of them were new."""
+    """How many questions and labels a file held, and how many of them were new; the others were known, see `store`.
+
+    `kept`: of the known questions, see `labels.otherwise_known`.
+    """
 
     questions: int
     new_questions: int
     labels: int
     new_labels: int
+    kept: int = 0
 
 
 def text_of(asked: Sequence[Question], labels: Sequence[Label], names: Mapping[str, str], kind: Format) -> str:
@@ -68,8 +77,11 @@ def text_of(asked: Sequence[Question], labels: Sequence[Label], names: Mapping[s
     return "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n"
 
 
-def read(path: Path, kind: Format) -> list[Parsed]:
+def read(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: None) -> list[Parsed]:
     """The questions and labels in a file: a JSON list, or an object a line.
+
+    Args:
+        warn: is told what in the file cannot be told apart.
 
     Raises:
         DataError: the file is missing, or something in it is no record; with every line and reason, up to five.
@@ -79,11 +91,13 @@ def read(path: Path, kind: Format) -> list[Parsed]:
     _, parse = FORMATS[kind]
     found: list[Parsed] = []
     flaws: list[str] = []
+    doubtful = 0
     for line, record in _records(path.read_text(encoding="utf-8-sig")):
         try:
             if isinstance(record, ValueError):
                 raise record
             found.append(_checked(*parse(record)))
+            doubtful += kind == "argilla" and argilla.without_status(record)
         except ValueError as error:
             flaws.append(f"  {path}:{line}: {error}")
     if flaws:
@@ -91,27 +105,37 @@ def read(path: Path, kind: Format) -> list[Parsed]:
         raise DataError(
             f"{len(flaws)} of {len(found) + len(flaws)} records are malformed; nothing was imported:\n{shown}"
         )
+    if doubtful:
+        warn(f"{doubtful} of {len(found)} records have responses without a status: {NO_STATUS}")
     return found
 
 
 def store(session: Session, found: Sequence[Parsed]) -> Imported:
-    """Add what is not there yet. Who stands in the file under a pseudonym and is known here gets the own name."""
-    known = {pseudonym(name): name for name in session.scalars(select(Labeller.name))}
-    new_questions = add_questions(session, [question for question, _ in found])
+    """Add what is not there yet.
+
+    A label is known where its labeller has said just that of the question before, also if they changed their mind or
+    took it back since: an older file does not bring old opinions back. Who stands in the file under a pseudonym and is
+    a labeller here by name gets that name.
+    """
+    names = list(session.scalars(select(Labeller.name)))
+    known = {pseudonym(name): name for name in names} | {name: name for name in names}
+    asked = [question for question, _ in found]
+    kept, new_questions = otherwise_known(session, asked), add_questions(session, asked)
     sides = {question.id: question.response_a for question in questions(session)}
     labels = new_labels = 0
     for question, own in found:
         for label in own:
             named = replace(label, labeller=known.get(label.labeller, label.labeller))
-            new_labels += add_label(session, named if sides[question.id] == question.response_a else mirrored(named))
+            stored = named if sides[question.id] == question.response_a else mirrored(named)
+            new_labels += not said_before(session, stored) and add_label(session, stored)
             labels += 1
-    return Imported(len(found), new_questions, labels, new_labels)
+    return Imported(len(found), new_questions, labels, new_labels, kept)
 
 
 def _records(text: str) -> Iterator[tuple[int, Any]]:
     """(line, record), a ValueError in place of one that is no JSON; nothing is read after it in a list."""
     if not text.lstrip().startswith("["):
-        lines = enumerate(text.splitlines(), start=1)
+        lines = enumerate(text.split("\n"), start=1)  # a text may hold other line ends, as U+2028
         yield from ((number, _json(content)) for number, content in lines if content.strip())
         return
     decoder, place = json.JSONDecoder(), text.index("[") + 1
@@ -143,9 +167,11 @@ def _json(line: str) -> Any:
 def _checked(question: Question, labels: list[Label]) -> Parsed:
     if question.response_a == question.response_b:
         raise ValueError("the two responses are the same text")
+    if not (question.response_a and question.response_b) and question.gold is None:
+        raise ValueError("a response is empty, so no preference could come of it: leave the record out")
     if question.id != question_id(question.prompt, question.response_a, question.response_b):
         raise ValueError("its id does not fit its texts: leave the id out, or restore the texts")
-    wrong = next((reason for label in labels if (reason := flaw(label))), None)
+    wrong = question_flaw(question) or next((reason for label in labels if (reason := flaw(label))), None)
     if wrong:
         raise ValueError(wrong)
     if len({label.labeller for label in labels}) < len(labels):

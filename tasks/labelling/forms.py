@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tasks.core.errors import DataError
-from tasks.labelling.answers import Answer
+from tasks.labelling.answers import Answer, comment_flaw
 from tasks.labelling.tables import Choice
 
 __all__ = ["BUTTONS", "RATINGS", "Button", "new_token", "read_answer", "read_number", "read_token", "words"]
@@ -58,12 +58,15 @@ def read_answer(fields: Mapping[str, str], *, swapped: bool) -> Answer:
     button = next((button for button in BUTTONS if button.value == fields.get("answer")), None)
     if button is None:
         raise DataError(f"answer: got {fields.get('answer', '')!r}; go back and choose one of the buttons")
+    comment = fields.get("comment", "").replace("\r\n", "\n").strip() or None
+    if flaw := comment_flaw(comment):
+        raise DataError(flaw)
     return Answer(
         button.choice,
         strength=button.strength,
         rating_a=read_number(fields, "rating_a") if fields.get("rating_a") else None,
         rating_b=read_number(fields, "rating_b") if fields.get("rating_b") else None,
-        comment=fields.get("comment", "").replace("\r\n", "\n").strip() or None,
+        comment=comment,
         swapped=swapped,
         seconds=_seconds_since(fields.get("shown", "")),
     )

@@ -1,16 +1,20 @@
 """Tasks as Label Studio exports and imports them, for the interface `CONFIG`.
 
-People's labels are annotations, models' are predictions. Which response a labeller saw first has no place in a task.
+People's labels are annotations, models' are predictions. Label Studio refuses an annotation of an e-mail address that
+it does not know, and has no field for another name: so ours stands in the id of each part of an annotation's
+result, as `<labeller>/<part>`, which Label Studio keeps; one that says nothing has an empty comment to bear it. The
+data hold the texts, what we know of the question (`records.facts`), and in `swapped` who saw answer2 first.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from tasks.labelling.labels import Label, Question, by_model
 from tasks.labelling.queries import MODEL
-from tasks.labelling.records import number, question, value
+from tasks.labelling.records import facts, number, question, real, value, values
 
 __all__ = ["CONFIG", "parsed", "task"]
 
@@ -33,14 +37,17 @@ CONFIG = """<View>
 """
 """The labelling interface: choose one of two, or say that they are alike; a skipped task is a skip."""
 
+THEIRS = "label-studio:"
+"""How the name of a labeller begins whom we know by Label Studio's number alone."""
+
 SIDES = {"a": "left", "b": "right"}
 RATINGS = {"strength": "prompt", "rating_a": "answer1", "rating_b": "answer2"}
 
 
 def task(asked: Question, labels: Sequence[Label]) -> dict[str, Any]:
     """A question with its labels."""
-    data = {"prompt": asked.prompt, "answer1": asked.response_a, "answer2": asked.response_b, "ours": asked.id,
-            "policy_a": asked.policy_a, "policy_b": asked.policy_b, "gold": asked.gold or ""}  # fmt: skip
+    data = {"prompt": asked.prompt, "answer1": asked.response_a, "answer2": asked.response_b} | facts(asked)
+    data["swapped"] = [label.labeller for label in labels if label.swapped]
     annotations = [_annotation(label) for label in labels if not by_model(label.labeller)]
     predictions = [
         {"model_version": label.labeller.removeprefix(MODEL), "result": _result(label)}
@@ -57,17 +64,21 @@ def parsed(content: Any) -> tuple[Question, list[Label]]:
         ValueError: it is no such task; with the reason.
     """
     data = value(content, "data", dict)
-    asked = question(data, data, "prompt", "answer1", "answer2", data.get("ours"))
+    asked = question(data, data, "prompt", "answer1", "answer2")
+    swapped = values(data, "swapped", str)
     labels = [_label(asked.id, _labeller(own), own) for own in value(content, "annotations", list, [])]
     for own in value(content, "predictions", list, []):
         labels.append(_label(asked.id, MODEL + value(own, "model_version", str), own))
-    return asked, labels
+    return asked, [replace(label, swapped=label.labeller in swapped) for label in labels]
 
 
 def _annotation(label: Label) -> dict[str, Any]:
-    """`completed_by` with an e-mail address is how Label Studio names a person it may not know by number."""
-    return {
-        "completed_by": {"email": label.labeller},
+    """`completed_by` is a person whom Label Studio can know: an e-mail address, or the number that it gave."""
+    number = label.labeller.removeprefix(THEIRS)
+    known: dict[str, Any] = {"completed_by": {"email": label.labeller}} if "@" in label.labeller else {}
+    if number != label.labeller and number.isdecimal():
+        known = {"completed_by": int(number)}
+    return known | {
         "was_cancelled": label.choice == "skip",
         "lead_time": label.seconds,
         "result": _result(label),
@@ -75,39 +86,43 @@ def _annotation(label: Label) -> dict[str, Any]:
 
 
 def _result(label: Label) -> list[dict[str, Any]]:
-    result = []
+    said: list[tuple[str, str, str, dict[str, Any]]] = []
     if label.choice in SIDES:
-        result.append(_part("preference", "preference", "pairwise", {"selected": SIDES[label.choice]}))
+        said.append(("preference", "preference", "pairwise", {"selected": SIDES[label.choice]}))
     elif label.choice != "skip":
-        result.append(_part("alike", "prompt", "choices", {"choices": [label.choice]}))
+        said.append(("alike", "prompt", "choices", {"choices": [label.choice]}))
     for name, to in RATINGS.items():
         if (rating := getattr(label, name)) is not None:
-            result.append(_part(name, to, "rating", {"rating": rating}))
-    if label.comment:
-        result.append(_part("comment", "prompt", "textarea", {"text": [label.comment]}))
-    return result
-
-
-def _part(name: str, to: str, kind: str, content: dict[str, Any]) -> dict[str, Any]:
-    return {"id": name, "from_name": name, "to_name": to, "type": kind, "value": content}
+            said.append((name, to, "rating", {"rating": rating}))
+    if label.comment or not said:
+        said.append(("comment", "prompt", "textarea", {"text": [label.comment] if label.comment else []}))
+    # A prediction may become the start of a person's annotation, which must not bear the model's name.
+    who = "" if by_model(label.labeller) else f"{label.labeller}/"
+    return [
+        {"id": f"{who}{name}", "from_name": name, "to_name": to, "type": kind, "value": content}
+        for name, to, kind, content in said
+    ]
 
 
 def _labeller(annotation: dict[str, Any]) -> str:
-    who = annotation.get("completed_by") if isinstance(annotation, dict) else None
+    """Our name where it stands in a part's id, else Label Studio's e-mail address or number."""
+    for part in value(annotation, "result", list, []):
+        name, slash, rest = str(value(part, "id", object, "")).rpartition("/")
+        if slash and rest == part.get("from_name"):
+            return name
+    who = annotation.get("completed_by")
     if isinstance(who, dict):
         return str(value(who, "email", str))
     if not isinstance(who, int):
         raise ValueError(f"completed_by: a number or an object with an email expected, got {str(who)[:80]!r}")
-    return f"label-studio:{who}"
+    return f"{THEIRS}{who}"
 
 
 def _label(item: str, labeller: str, own: Any) -> Label:
     parts = {value(part, "from_name", str): value(part, "value", dict) for part in value(own, "result", list, [])}
     strength, rating_a, rating_b = (number(parts.get(name, {}).get("rating"), name) for name in RATINGS)
     comment = "\n".join(map(str, value(parts.get("comment", {}), "text", list, []))) or None
-    seconds = own.get("lead_time")
-    if seconds is not None and not isinstance(seconds, int | float):
-        raise ValueError(f"lead_time: seconds expected, got {str(seconds)[:80]!r}")
+    seconds = real(own.get("lead_time"), "lead_time")
     return Label(item, labeller, _choice(own, parts), strength, rating_a, rating_b, comment, seconds=seconds)
 
 

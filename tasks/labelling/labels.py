@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from uuid import NAMESPACE_URL, uuid5
@@ -10,7 +11,8 @@ from uuid import NAMESPACE_URL, uuid5
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
-from tasks.labelling.answers import TURNED
+from tasks.core.errors import DataError
+from tasks.labelling.answers import NUL, TURNED, comment_flaw
 from tasks.labelling.queries import MODEL, STANDS, last_event
 from tasks.labelling.tables import CHOICES, SIDES, Event, Item, Labeller
 
@@ -24,14 +26,23 @@ __all__ = [
     "current_labels",
     "flaw",
     "mirrored",
+    "otherwise_known",
     "pseudonym",
     "pseudonyms",
+    "question_flaw",
     "question_id",
     "questions",
+    "said_before",
 ]
 
 MODEL_NAME = 64
 """Characters of a labeller's name at most, see `tables.Labeller`."""
+
+LONGEST = {"policy_a": 64, "policy_b": 64, "reason": 32}
+"""Characters of a question's short texts at most, see `tables.Item`."""
+
+NAMELESS = re.compile(rf"{MODEL}.*|person-[0-9a-f]{{12}}|argilla:[0-9a-f-]{{36}}|label-studio:\d+", re.DOTALL)
+"""Labellers whose name says nothing about a person: models, and those who came under a pseudonym or a number."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +88,11 @@ def by_model(labeller: str) -> bool:
 
 
 def pseudonym(labeller: str) -> str:
-    """Says which labels are of one person, not of which; who knows the names can recompute it. Models keep theirs."""
-    if by_model(labeller):
+    """Says which labels are of one person, not of which; who knows the names can recompute it.
+
+    Who has no name keeps what they have (see `NAMELESS`), so that labels that come back are still theirs.
+    """
+    if NAMELESS.fullmatch(labeller):
         return labeller
     return f"person-{hashlib.sha256(f'labeller {labeller}'.encode()).hexdigest()[:12]}"
 
@@ -103,8 +117,19 @@ def flaw(label: Label) -> str | None:
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
         return f"rating: {ratings} should be from 1 to 5"
-    if not 0 < len(label.labeller) <= MODEL_NAME:
-        return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters"
+    if not 0 < len(label.labeller) <= MODEL_NAME or "\0" in label.labeller:
+        return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters, none of them NUL"
+    return comment_flaw(label.comment)
+
+
+def question_flaw(question: Question) -> str | None:
+    """Why the question cannot be kept, or None where it can."""
+    for name in ("prompt", "response_a", "response_b"):
+        if "\0" in getattr(question, name):
+            return f"{name}: {NUL}"
+    for name, most in LONGEST.items():
+        if (length := len(getattr(question, name))) > most:
+            return f"{name}: {length} characters, at most {most} are kept"
     return None
 
 
@@ -115,12 +140,37 @@ def questions(session: Session) -> list[Question]:
 
 
 def add_questions(session: Session, asked: Sequence[Question]) -> int:
-    """Add those that are not there yet, and say how many that were."""
+    """Add those that are not there yet, and say how many that were.
+
+    Raises:
+        DataError: one cannot be kept, see `question_flaw`; nothing was added.
+    """
+    wrong = next((question for question in asked if question_flaw(question)), None)
+    if wrong:
+        raise DataError(
+            f"question {wrong.id}, {wrong.prompt[:40]!r}: {question_flaw(wrong)}; nothing was added: leave it out, or "
+            "let the policies write other responses with --seed"
+        )
     known = set(session.scalars(select(Item.id)))
     new = {question.id: question for question in asked if question.id not in known}
     session.add_all(Item(**vars(question)) for question in new.values())
     session.flush()
     return len(new)
+
+
+def otherwise_known(session: Session, asked: Sequence[Question]) -> int:
+    """How many are in the database with another known answer, or wanting another number of labels.
+
+    They stay as they are, see `add_questions`: people may have been asked already.
+    """
+    known = {question.id: question for question in questions(session)}
+    return sum(_differs(question, known[question.id]) for question in asked if question.id in known)
+
+
+def _differs(question: Question, known: Question) -> bool:
+    turned = question.response_a != known.response_a
+    gold = TURNED.get(question.gold or "") if turned else question.gold
+    return (gold, question.labels_wanted) != (known.gold, known.labels_wanted)
 
 
 def current_labels(session: Session) -> list[Label]:
@@ -148,6 +198,12 @@ def add_label(session: Session, label: Label, token: str | None = None) -> bool:
     session.add(Event(token=token, item_id=label.item, after=after, kind="label", **content))
     session.flush()
     return True
+
+
+def said_before(session: Session, label: Label) -> bool:
+    """Whether the labeller has ever said that of the question; it may be undone, or no longer what they think."""
+    own = select(Event).where(Event.item_id == label.item, Event.labeller == label.labeller, Event.kind == "label")
+    return any(_opinion(_label(event)) == _opinion(label) for event in session.scalars(own))
 
 
 def _label(event: Event) -> Label:

@@ -17,7 +17,7 @@ from torch import Tensor
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.schema import Preference, explain
 from tasks.data.splitting import uniform
-from tasks.labelling.labels import Question, question_id
+from tasks.labelling.labels import Question, question_flaw, question_id
 from tasks.labelling.tables import OPINIONS
 
 __all__ = ["Pool", "Written", "asked_twice", "at_random", "by_disagreement", "gold_questions", "paired", "variance"]
@@ -128,7 +128,7 @@ def gold_questions(path: Path, *, min_margin: float, count: int) -> list[Questio
         raise DataError(
             f"{path} does not exist: --gold names a file of questions with their answers, or of preferences"
         )
-    lines = enumerate(path.read_text(encoding="utf-8").splitlines(), start=1)
+    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)  # a text may hold other line ends
     found = [_gold(json_line, f"{path}:{number}") for number, json_line in lines if json_line.strip()]
     clear = sorted((pair for pair in found if pair[0] >= min_margin), key=lambda pair: (-pair[0], pair[1].id))
     if not clear:
@@ -137,6 +137,13 @@ def gold_questions(path: Path, *, min_margin: float, count: int) -> list[Questio
 
 
 def _gold(line: str, where: str) -> tuple[float, Question]:
+    margin, question = _read_gold(line, where)
+    if reason := question_flaw(question):
+        raise DataError(f"{where}: {reason}")
+    return margin, question
+
+
+def _read_gold(line: str, where: str) -> tuple[float, Question]:
     try:
         content: dict[str, Any] = json.loads(line)
         if "gold" in content:

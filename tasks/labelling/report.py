@@ -41,7 +41,14 @@ class LabellerRow:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that the page and the terminal show; `alpha_all` counts models as labellers, None without any."""
+    """Everything that the page and the terminal show.
+
+    Attributes:
+        labelled: questions that have a label that is no skip.
+        waiting: labels of people that are wanted still; a skip is none, as for whom the page asks.
+        alpha, alpha_all, agreement: over questions without a known answer, as the card of an export counts them;
+            `alpha_all` takes models for labellers, too, and is None without any.
+    """
 
     questions: int
     labelled: int
@@ -65,20 +72,21 @@ def report(questions: Sequence[Question], labels: Sequence[Label]) -> Report:
         ConfigError: a package of the extra `label` is missing.
     """
     people = [label for label in labels if not by_model(label.labeller)]
+    asked = [item for item in questions if item.gold is None]
+    compared, compared_people = _about(asked, labels), _about(asked, people)
     models = len(people) < len(labels)
     posterior = dawid_skene(labels, {item.id: item.gold for item in questions if item.gold})
     gold = gold_accuracy(labels, questions)
     names = sorted({label.labeller for label in labels}, key=lambda name: (by_model(name), name))
-    counts = Counter(label.item for label in people)
-    asked = [item for item in questions if item.gold is None]
+    counts = Counter(label.item for label in people if label.choice != "skip")
     return Report(
         questions=len(questions),
-        labelled=len({label.item for label in labels}),
+        labelled=len({label.item for label in labels if label.choice != "skip"}),
         labels=len(labels),
         waiting=sum(max(0, item.labels_wanted - counts[item.id]) for item in asked),
-        alpha=alpha(people),
-        alpha_all=alpha(labels) if models else None,
-        agreement=raw_agreement(people),
+        alpha=alpha(compared_people),
+        alpha_all=alpha(compared) if models else None,
+        agreement=raw_agreement(compared_people),
         first=first_shown(people),
         labellers=tuple(_labeller(name, labels, gold, posterior.quality) for name in names),
         choices={choice: sum(label.choice == choice for label in labels) for choice in CHOICES},
@@ -133,6 +141,12 @@ def _labeller(
         first=first_shown([] if by_model(name) else own),
         seconds=statistics.median(times) if times else None,
     )
+
+
+def _about(questions: Sequence[Question], labels: Sequence[Label]) -> list[Label]:
+    """The labels of these questions."""
+    ids = {item.id for item in questions}
+    return [label for label in labels if label.item in ids]
 
 
 def _histogram(seconds: Sequence[float]) -> dict[str, int]:

@@ -45,8 +45,8 @@ class LabelStore:
         Raises:
             ConfigError, SourceError, DataError: as `tasks.labelling.database.connect`.
         """
-        self.address = shown(url)
         self._engine = connect(url)
+        self.address = shown(url)
         self._read = sessionmaker(self._engine, expire_on_commit=False)
         self._write = sessionmaker(self._engine.execution_options(writes=True), expire_on_commit=False)
         self._leases = Leases(lease_seconds)

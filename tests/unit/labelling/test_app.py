@@ -7,10 +7,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from sqlalchemy.orm import Session
 from starlette.testclient import TestClient
 
 from tasks.labelling import sessions
+from tasks.labelling.answers import is_swapped
 from tasks.labelling.app import application
+from tasks.labelling.database import connect
+from tasks.labelling.labels import Label, add_label
 from tasks.labelling.passwords import fits, hashed, new_password
 from tasks.labelling.store import LabelStore
 from tests.unit.labelling.conftest import make_item
@@ -148,6 +152,33 @@ def test_undo_shows_the_question_with_what_was_said(store: LabelStore, client: T
     assert store.current_labels() == []
 
 
+def keep(store: LabelStore, label: Label) -> None:
+    """As an import does."""
+    with Session(connect(store.address)) as session:
+        add_label(session, label)
+        session.commit()
+
+
+def test_a_comment_longer_than_the_form_takes_can_be_read(store: LabelStore, client: TestClient) -> None:
+    store.add_items([make_item("one")])
+    keep(store, Label("one", "ann", "tie", comment="x" * 6000))
+    assert "Saved: <b>Equally good</b>" in sign_in(client), "the page must show whatever is in the database"
+
+
+def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: LabelStore, client: TestClient) -> None:
+    item = next(name for name in map(str, range(20)) if is_swapped(name, "ann"))
+    store.add_items([make_item(item)])
+    keep(store, Label(item, "ann", "a", 3, rating_a=5, rating_b=1))
+    page = sign_in(client)
+    assert "Saved: <b>B far better</b>" in page, "the page shows response_b first, as A"
+    page = client.post("/undo", data=fields(page, "/undo")).text
+    assert "You took back <b>B far better</b>" in page
+    rated = dict(re.findall(r'name="(rating_[ab])" value="(\d)"[^>]* checked', page))
+    client.post("/answer", data=fields(page, "/answer") | rated | {"answer": "b3"})
+    (again,) = store.current_labels()
+    assert (again.choice, again.rating_a, again.rating_b) == ("a", 5, 1)
+
+
 @pytest.mark.parametrize(
     "change",
     [
@@ -157,6 +188,7 @@ def test_undo_shows_the_question_with_what_was_said(store: LabelStore, client: T
         {"answer": "a1", "token": "x"},
         {"answer": "a1", "item": "none"},
         {"answer": "a1", "comment": "x" * 5001},
+        {"answer": "a1", "comment": "x\0y"},
     ],
 )
 def test_a_form_that_the_page_would_not_send_is_one_message(

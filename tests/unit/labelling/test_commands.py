@@ -5,21 +5,29 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, insert
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
 from flows import label_data_commands, screen
-from tasks.core.errors import ConfigError, DataError
+from flows.label_data_commands import _session
+from tasks.core.errors import ConfigError, DataError, SourceError
 from tasks.core.schema import Preference, Prompt, read_rows, write_rows
 from tasks.core.sections.collect import SourceParams
 from tasks.data.sources import collect_source
-from tasks.labelling.labels import Label, add_label, current_labels, questions
+from tasks.evals.pairwise import Reply
+from tasks.labelling import feedback, report
+from tasks.labelling.labels import Label, Question, add_label, current_labels, questions
+from tasks.labelling.report import Report
+from tasks.labelling.store import LabelStore
+from tasks.labelling.tables import Event, Labeller
 from tests.unit.chat_server import longer, serving
+from tests.unit.labelling.conftest import make_item, token
 from tests.unit.tiny_policy import write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -68,6 +76,7 @@ def opened(project: Path) -> Session:
 def test_pairs_of_policies_are_asked_once(rlhf: Run, project: Path) -> None:
     assert "4 pairs to label added, 0 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
     assert "0 pairs to label added, 4 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
+    assert "4 of them were there with another known answer, or wanting another number" in rlhf("ask", "--pairs", "4")
     with opened(project) as session:
         asked = questions(session)
     assert len({item.prompt for item in asked}) == 4, "a prompt came twice while others waited"
@@ -127,7 +136,9 @@ def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
     assert (project / ".rlhf" / "labels.label-studio.xml").is_file()
     file = project / ".rlhf" / "labels.label-studio.json"
     before = file.read_bytes()
-    assert "0 of them new; 3 labels, 0 new" in rlhf("import", str(file), "--format", "label-studio")
+    assert "0 of them new; 3 labels, 0 new, 3 known from before and skipped" in rlhf(
+        "import", str(file), "--format", "label-studio"
+    )
     elsewhere = f"sqlite:///{project / 'other.db'}"
     said = rlhf("import", str(file), "--format", "label-studio", "--database", elsewhere)
     assert "3 questions, 3 of them new; 3 labels, 3 new" in said
@@ -161,8 +172,88 @@ def test_a_model_labels_and_the_report_shows_it(rlhf: Run, project: Path) -> Non
     assert json.loads(rlhf("report", "--json", "--names"))["labellers"][0]["name"] == "ann"
     with pytest.raises(ConfigError, match="--judge: "):
         rlhf("ai", "--judge", "{kind: endpoint}", "--constitution", str(constitution))
+    with pytest.raises(ConfigError, match="--judge: rubric has no meaning here"):
+        rlhf("ai", "--judge", judge.replace("}", ", rubric: shorter}"), "--constitution", str(constitution))
     with pytest.raises(ConfigError, match=r"--judge: .* expected, got 'x'"):
         rlhf("ai", "--judge", "x", "--constitution", str(constitution))
+
+
+def test_the_budget_may_stand_in_the_judge(rlhf: Run, project: Path) -> None:
+    rlhf("ask", "--pairs", "3")
+    (project / "c.md").write_text("Be long.")
+    with serving(longer) as chat:
+        judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong, max_requests: 2}}"
+        words = ("ai", "--judge", judge, "--constitution", str(project / "c.md"))
+        assert "2 questions are left: the budget is spent" in rlhf(*words)
+        assert "2 requests" in rlhf(*words, "--max-requests", "3"), "the command line has the last word"
+        assert len(chat.asked) == 4
+
+
+class Letters:
+    """Stands in for the base model, whose tokenizer here has no A and B."""
+
+    who: ClassVar = {"kind": "local", "model": "base_model", "base_url": ""}
+
+    def __init__(self, base_model: Path, *, batch_size: int) -> None:
+        assert (base_model / "model").is_dir()
+
+    def ask(self, questions: Sequence[str]) -> list[Reply]:
+        return [Reply(text=longer(text), model="base_model", tokens=9) for text in questions]
+
+
+def test_the_base_model_has_a_budget_and_is_known_by_its_weights(
+    rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(feedback, "LocalJudge", Letters)
+    rlhf("ask", "--pairs", "3")
+    (project / "c.md").write_text("Be long.")
+    words = ("ai", "--judge", "{kind: local}", "--constitution", str(project / "c.md"))
+    said = rlhf(*words, "--max-requests", "4")
+    assert "4 requests, 36 tokens" in said
+    assert "1 questions are left: the budget is spent" in said
+    assert "2 requests, " in rlhf(*words)
+    assert "0 requests, " in rlhf(*words)
+    (project / "artifacts" / "base_model" / "model" / "generation_config.json").write_text('{"do_sample": true}')
+    assert "6 requests, " in rlhf(*words), "another base model has labelled nothing yet"
+
+
+def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a database elsewhere, in a project that has nothing in .rlhf yet."""
+    address = f"sqlite:///{project / 'other.db'}"
+    store = LabelStore(address)
+    store.add_items([make_item("one")])
+    store.add_labeller("ann", "hash")
+
+    def figures(asked: list[Question], labels: list[Label]) -> Report:
+        engine = create_engine(address, connect_args={"timeout": 0})
+        with engine.begin() as connection:
+            connection.execute(insert(Event), {"token": token(), "item_id": "one", "labeller": "ann", "after": 0,
+                                               "kind": "label", "choice": "a"})  # fmt: skip
+        engine.dispose()
+        return figured(asked, labels)
+
+    figured = report.report
+    monkeypatch.setattr(report, "report", figures)
+    assert not (project / ".rlhf").exists()
+    assert "0 labels, 0 of 1 questions labelled" in rlhf("report", "--database", address)
+    assert (project / ".rlhf" / "labels.html").is_file()
+    assert len(store.current_labels()) == 1
+    store.close()
+
+
+def test_who_is_slower_than_a_click_is_told_to_run_again(project: Path) -> None:
+    address = f"sqlite:///{project / 'other.db'}"
+    twice = [{"name": "ann"}, {"name": "ann"}]
+    with pytest.raises(SourceError, match=r"has changed meanwhile.*: run again"), _session(address) as session:
+        session.execute(insert(Labeller), twice)
+
+
+def test_what_an_import_cannot_tell_apart_is_said(rlhf: Run, project: Path) -> None:
+    fields = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    response = {"value": "a", "user_id": "00000000-0000-4000-8000-000000000001"}
+    file = project / "theirs.json"
+    file.write_text(json.dumps([{"fields": fields, "responses": {"preference": [response]}}]))
+    assert "drafts and discarded answers cannot be told" in rlhf("import", str(file), "--format", "argilla")
 
 
 @pytest.mark.slow

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
@@ -79,6 +81,7 @@ def test_the_password_is_never_shown() -> None:
 
 
 @pytest.mark.parametrize("url", ["mysql://host/labels", "labels.db"])
-def test_another_kind_of_database_is_refused(url: str) -> None:
+@pytest.mark.parametrize("opens", [connect, LabelStore])
+def test_another_kind_of_database_is_refused(url: str, opens: Callable[[str], object]) -> None:
     with pytest.raises(ConfigError, match="--database"):
-        connect(url)
+        opens(url)

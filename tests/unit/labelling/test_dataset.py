@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -52,6 +53,22 @@ def test_the_majority_carries_its_share_and_mean_strength() -> None:
     assert found.left_out == {"gold": 2, "no_majority": 2, "skip": 1}
     (other,) = made(said(OPEN, ann="b 2", bob="b 1", eve="tie"), "majority").rows
     assert (other.chosen, other.margin) == (OPEN.response_b, 1.0), "strengths 2, 1 and a tie's 0 toward b"
+
+
+def test_a_label_without_strength_leaves_the_others_their_margin() -> None:
+    """Strengths 3 and 1 toward a, a tie's 0, and a model that does not say: 4/3."""
+    labels = [*said(OPEN, ann="a 3", bob="a 1", eve="tie"), Label(OPEN.id, "model:m", "a")]
+    (row,) = made(labels, "majority").rows
+    assert row.margin == pytest.approx(4 / 3, abs=1e-6)
+    (row,) = made(said(OPEN, ann="a", bob="a", eve="tie"), "majority").rows
+    assert row.margin is None, "a tie alone says nothing about how much better a is"
+
+
+@pytest.mark.parametrize("aggregate", ["none", "majority"])
+def test_a_pair_with_an_empty_response_is_left_out_and_counted(aggregate: Aggregate) -> None:
+    empty = replace(pair(6), response_b="")
+    found = made(said(empty, ann="a"), aggregate, [empty])
+    assert (found.rows, found.left_out) == ([], {"empty_response": 1})
 
 
 def test_dawid_skene_trusts_the_labeller_who_is_right_elsewhere() -> None:

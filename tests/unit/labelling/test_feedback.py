@@ -25,7 +25,7 @@ from tasks.labelling.feedback import (
     combined,
     label_by_model,
 )
-from tasks.labelling.labels import add_questions, current_labels
+from tasks.labelling.labels import add_label, add_questions, current_labels
 from tasks.labelling.tables import Base
 from tests.unit.chat_server import TOKENS, Chat, longer, serving, shown
 from tests.unit.labelling.made import pair
@@ -87,6 +87,24 @@ def test_another_constitution_labels_anew_and_an_answer_that_was_kept_costs_noth
         add_questions(other, ASKED)
         again, book = run(other, chat, tmp_path)
         assert (again.choices, book.cost.requests) == ({"a": 4}, 0)
+
+
+def test_imported_labels_of_the_model_are_not_asked_for_again(session: Session, chat: Chat, tmp_path: Path) -> None:
+    """Ties and skips, too; a label of another constitution or of an unknown one is none."""
+    chat.say = lambda text: "A" if "prompt 0" in text else longer(text)
+    add_questions(session, ASKED)
+    run(session, chat, tmp_path)
+    engine = create_engine("sqlite://")
+    Base.metadata.create_all(engine)
+    with Session(engine) as other:
+        add_questions(other, ASKED)
+        for label in current_labels(session):
+            add_label(other, label)
+        for _ in range(2):
+            done, book = run(other, chat, tmp_path / "elsewhere")
+            assert (done.choices, book.cost.requests) == ({}, 0)
+        _, book = run(other, chat, tmp_path / "elsewhere", BRIEF)
+        assert book.cost.requests == 8
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import xml.etree.ElementTree as ElementTree
 from dataclasses import replace
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine
+from sqlalchemy import create_engine, select
 from sqlalchemy.orm import Session
 
 from tasks.core.errors import DataError
@@ -27,17 +28,17 @@ from tasks.labelling.labels import (
     pseudonyms,
     questions,
 )
-from tasks.labelling.tables import Base, Labeller
+from tasks.labelling.tables import Base, Event, Labeller
 from tests.unit.labelling.made import pair
 
 KINDS: tuple[Format, ...] = ("argilla", "label-studio")
-ASKED = [pair(1), pair(2, gold="tie"), pair(3)]
+ASKED = [pair(1, labels_wanted=3), pair(2, gold="tie"), replace(pair(3, priority=0.25), reason="disagreement")]
 LABELS = [
     Label(pair(1).id, "ann", "a", 2, 4, 1, "it's “better”\nby far"),
-    Label(pair(1).id, "bob", "skip"),
+    Label(pair(1).id, "bob", "skip", swapped=True),
     Label(pair(1).id, "model:m-1", "b", comment="constitution 1"),
     Label(pair(2).id, "ann", "tie"),
-    Label(pair(2).id, "bob", "both_bad", rating_a=1, rating_b=1),
+    Label(pair(2).id, "bob", "both_bad", rating_a=1, rating_b=1, swapped=True),
     Label(pair(2).id, "model:m-1", "skip", comment="unclear"),
 ]
 
@@ -69,8 +70,7 @@ def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, sess
     found = read(exported(tmp_path, kind, {label.labeller: label.labeller for label in LABELS}), kind)
     assert store(session, found) == Imported(3, 3, 6, 6)
     assert ordered(current_labels(session)) == ordered(LABELS)
-    known = {item.id: replace(item, reason="imported") for item in ASKED}
-    assert {item.id: item for item in questions(session)} == known
+    assert {item.id: item for item in questions(session)} == {item.id: item for item in ASKED}
     assert store(session, found) == Imported(3, 0, 6, 0)
 
 
@@ -84,6 +84,48 @@ def test_pseudonyms_find_their_person_where_the_person_is_known(tmp_path: Path, 
         other.add(Labeller(name="ann"))
         store(other, read(path, kind))
         assert {label.labeller for label in current_labels(other)} == {"ann", pseudonym("bob"), "model:m-1"}
+
+
+def moved(kind: Format, folder: Path, source: Session, target: Session) -> Imported:
+    """All that one database holds, by way of a file, to another."""
+    labels, path = current_labels(source), folder / "moved.json"
+    path.write_text(text_of(questions(source), labels, pseudonyms(labels), kind), encoding="utf-8")
+    return store(target, read(path, kind))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_there_and_back_again_nobody_votes_twice(tmp_path: Path, session: Session, kind: Format) -> None:
+    fill(session, LABELS)
+    with fresh() as other:
+        assert moved(kind, tmp_path, session, other).new_labels == 6
+        assert moved(kind, tmp_path, other, session).new_labels == 0
+        assert moved(kind, tmp_path, session, other).new_labels == 0
+    assert {label.labeller for label in current_labels(session)} == {"ann", "bob", "model:m-1"}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_who_joins_under_their_name_later_does_not_get_a_second_vote(
+    tmp_path: Path, session: Session, kind: Format
+) -> None:
+    fill(session, LABELS)
+    with fresh() as other:
+        moved(kind, tmp_path, session, other)
+        other.add(Labeller(name="ann"))
+        assert moved(kind, tmp_path, session, other).new_labels == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_older_file_does_not_bring_old_opinions_back(tmp_path: Path, session: Session, kind: Format) -> None:
+    fill(session, LABELS)
+    with fresh() as other:
+        moved(kind, tmp_path, session, other)
+        changed, undone = (label for label in current_labels(session) if label.labeller == "ann")
+        add_label(session, replace(changed, choice="tie", strength=None))
+        last = session.scalars(select(Event).where(Event.item_id == undone.item, Event.labeller == "ann")).one()
+        session.add(Event(token="undo", item_id=undone.item, labeller="ann", after=last.id, kind="undo"))
+        now = current_labels(session)
+        assert moved(kind, tmp_path, other, session) == Imported(3, 0, 6, 0)
+        assert current_labels(session) == now
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -135,6 +177,10 @@ def test_foreign_labellers_get_a_name_that_says_whence(tmp_path: Path, session: 
         (f"argilla:{USER}", "b"), ("label-studio:3", "b"),
     ]  # fmt: skip
     assert len(questions(session)) == 1, "the same texts are the same question"
+    annotation = FORMATS["label-studio"][0](pair(1), [Label(pair(1).id, "label-studio:3", "b")])["annotations"][0]
+    assert annotation["completed_by"] == 3
+    response = FORMATS["argilla"][0](pair(1), [Label(pair(1).id, f"argilla:{USER}", "b")])["responses"]["preference"][0]
+    assert response["user_id"] == USER, "Argilla would count the label as another person's"
 
 
 def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> None:
@@ -147,16 +193,36 @@ def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> No
 
 
 GOOD = {"argilla": record({"value": "a", "user_id": USER}), "label-studio": task()}
+LONG_COMMENT = record() | {
+    "responses": {
+        name: [{"value": text, "user_id": USER}] for name, text in (("preference", "a"), ("comment", "x" * 5001))
+    }
+}
+RATED = record() | {
+    "responses": {
+        name: [{"value": value, "user_id": USER}] for name, value in (("preference", "a"), ("rating_a", math.inf))
+    }
+}
 FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", 7, "not an object but int"),
     ("argilla", {"id": 1}, "fields: dict expected, got 'None'"),
     ("argilla", record({"value": "c", "user_id": USER}), "choice: 'c' is none of a, b"),
     ("argilla", record({"value": "a", "user_id": "3"}), "user_id: '3' is no UUID"),
     ("argilla", record() | {"responses": {"comment": [{"value": "x", "user_id": USER}]}}, "and not preference"),
+    ("argilla", LONG_COMMENT, "comment: 5001 characters, at most 5000 are kept"),
+    ("argilla", record() | {"metadata": {"labellers": [{"a": 1}]}}, "labellers: a list of str expected"),
+    ("argilla", record() | {"metadata": {"labels_wanted": -1}}, "labels_wanted: -1 should be from 0 to 1000"),
+    ("argilla", record() | {"metadata": {"priority": math.nan}}, "priority: a number expected, got 'nan'"),
+    ("argilla", record() | {"responses": {"preference": None}}, "preference: list expected, got 'None'"),
+    ("label-studio", task(result=[7]), "not an object but int"),
+    ("argilla", RATED, "rating_a: a number expected, got 'inf'"),
+    ("argilla", record() | {"fields": record()["fields"] | {"prompt": "\0"}}, "prompt: holds a NUL character"),
+    ("argilla", record() | {"metadata": {"policy_b": "x" * 65}}, "policy_b: 65 characters, at most 64 are kept"),
     ("argilla", record() | {"metadata": {"ours": "0"}}, "its id does not fit its texts"),
+    ("label-studio", task() | {"data": {"prompt": "p", "answer1": "x", "answer2": ""}}, "a response is empty"),
     ("label-studio", task(completed_by=None), "completed_by: a number or an object"),
     ("label-studio", task(result=[]), "result: either a side or one of tie and both_bad expected"),
-    ("label-studio", task(lead_time="long"), "lead_time: seconds expected"),
+    ("label-studio", task(lead_time="long"), "lead_time: a number expected"),
     ("label-studio", task() | {"data": {"prompt": "p", "answer1": "x", "answer2": "x"}}, "are the same text"),
     ("label-studio", task() | {"annotations": task()["annotations"] * 2}, "a labeller has two labels of it"),
 ]
@@ -186,6 +252,63 @@ def test_a_file_that_was_cut_is_no_file(tmp_path: Path, kind: Format, cut: str, 
     assert reason in str(caught.value)
     with pytest.raises(DataError, match="does not exist"):
         read(tmp_path / "none.json", kind)
+
+
+def test_a_test_question_may_have_an_empty_response(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.json"
+    data = {"prompt": "p", "answer1": "x", "answer2": "", "gold": "a"}
+    path.write_text(json.dumps([task() | {"data": data}]))
+    assert read(path, "label-studio")[0][0].gold == "a"
+
+
+def test_a_question_that_is_known_keeps_what_it_had_and_that_is_counted(tmp_path: Path, session: Session) -> None:
+    """The second is stored the other way round, where the known answer a means b; the third is as it was."""
+    stored = [pair(1), pair(2, gold="b"), pair(3)]
+    turned = replace(stored[1], response_a=stored[1].response_b, response_b=stored[1].response_a)
+    add_questions(session, [stored[0], turned, stored[2]])
+    path = tmp_path / "questions.json"
+    for other, kept in (([pair(1, gold="a"), pair(2, gold="a"), pair(3)], 1), ([pair(1, labels_wanted=2), pair(2)], 2)):
+        path.write_text(text_of(other, [], {}, "argilla"))
+        assert store(session, read(path, "argilla")) == Imported(len(other), 0, 0, 0, kept)
+    assert {item.id: item for item in questions(session)} == {item.id: item for item in (pair(1), turned, pair(3))}
+
+
+def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
+    path = tmp_path / "theirs.jsonl"
+    odd = record() | {"fields": {"prompt": "p\u2029q", "response_a": "x\u2028y", "response_b": "z\x85"}}
+    path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in (odd, record())))
+    assert [question.prompt for question, _ in read(path, "argilla")] == ["p\u2029q", "p"]
+
+
+def test_responses_without_a_status_are_a_warning(tmp_path: Path) -> None:
+    """As Argilla's own writer leaves them, be they drafts or not."""
+    path, said = tmp_path / "theirs.json", list[str]()
+    path.write_text(json.dumps([record({"value": "a", "user_id": USER, "status": "submitted"})]))
+    read(path, "argilla", warn=said.append)
+    assert said == []
+    path.write_text(json.dumps([record({"value": "a", "user_id": USER}), record()]))
+    read(path, "argilla", warn=said.append)
+    (warning,) = said
+    assert warning.startswith("1 of 2 records have responses without a status: drafts and discarded answers cannot be")
+
+
+def test_label_studio_is_told_of_people_it_can_know_and_gives_all_names_back() -> None:
+    names = ["ann", "ann@here.org", "label-studio:7", f"argilla:{USER}", "a/b"]
+    labels = [Label(pair(1).id, name, "skip") for name in names]
+    write, parse = FORMATS["label-studio"]
+    written = write(pair(1), labels)
+    known = [annotation.get("completed_by") for annotation in written["annotations"]]
+    assert known == [None, {"email": "ann@here.org"}, 7, None, None], "it refuses an e-mail address it does not know"
+    for annotation in written["annotations"]:
+        annotation["completed_by"] = 1  # whoever uploaded the file
+    assert parse(written)[1] == labels
+
+
+def test_an_annotation_that_began_as_a_prediction_is_a_persons() -> None:
+    write, parse = FORMATS["label-studio"]
+    written = write(pair(1), [Label(pair(1).id, "model:m", "a")])
+    written["annotations"] = [{"completed_by": 4, "result": written["predictions"][0]["result"]}]
+    assert [label.labeller for label in parse(written)[1]] == ["label-studio:4", "model:m"]
 
 
 def test_each_name_in_a_task_is_one_of_the_interface() -> None:

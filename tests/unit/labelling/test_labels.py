@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from uuid import uuid4
 
 import pytest
 from sqlalchemy import select
 from sqlalchemy.orm import Session
 
+from tasks.core.errors import DataError
 from tasks.labelling.labels import (
     Label,
     add_label,
@@ -30,6 +32,16 @@ def test_a_question_is_the_same_in_either_order_and_asked_once(session: Session)
     assert add_questions(session, asked) == 2
     assert add_questions(session, asked) == 0
     assert questions(session) == [asked[1], asked[0]], "higher priority first"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [({"response_b": "x\0"}, "response_b: holds a NUL character"), ({"policy_a": "x" * 65}, "policy_a: 65 characters")],
+)
+def test_what_no_database_keeps_is_not_asked(session: Session, change: dict[str, str], reason: str) -> None:
+    with pytest.raises(DataError, match=f"'prompt 2': {reason}.*nothing was added: leave it out"):
+        add_questions(session, [pair(1), replace(pair(2), **change)])
+    assert questions(session) == []
 
 
 def test_the_last_event_is_what_a_labeller_thinks(session: Session) -> None:
@@ -67,6 +79,10 @@ def test_a_mirrored_label_means_the_same_of_the_other_order() -> None:
         (Label("i", "ann", "a", None, 0, None), "rating: "),
         (Label("i", "x" * 65, "a"), "labeller: "),
         (Label("i", "", "a"), "labeller: "),
+        (Label("i", "a\0", "a"), "labeller: "),
+        (Label("i", "ann", "a", comment="x" * 5000), None),
+        (Label("i", "ann", "a", comment="x\0"), "comment: holds a NUL character"),
+        (Label("i", "ann", "a", comment="x" * 5001), "comment: 5001 characters, at most 5000"),
     ],
 )
 def test_what_is_no_label_says_why(label: Label, reason: str | None) -> None:
@@ -78,3 +94,9 @@ def test_a_pseudonym_is_stable_tells_people_apart_and_leaves_models() -> None:
     assert pseudonym("ann") == pseudonym("ann") != pseudonym("bob")
     assert "ann" not in pseudonym("ann")
     assert pseudonym("model:m") == "model:m"
+
+
+@pytest.mark.parametrize("name", [pseudonym("ann"), f"argilla:{uuid4()}", "label-studio:3"])
+def test_who_has_no_name_keeps_the_pseudonym(name: str) -> None:
+    assert pseudonym(name) == name
+    assert pseudonym(f"{name}x") != f"{name}x"

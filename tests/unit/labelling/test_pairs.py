@@ -100,6 +100,13 @@ def test_gold_questions_are_answered_preferences_of_a_large_margin(tmp_path: Pat
         gold_questions(tmp_path / "pairs.jsonl", min_margin=20.0, count=5)
 
 
+def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
+    row = Preference(id="1", prompt="", chosen="x\u2028y", rejected="z\x85q", margin=3.0)
+    write_rows(tmp_path / "pairs.jsonl", [row])
+    (found,) = gold_questions(tmp_path / "pairs.jsonl", min_margin=3.0, count=5)
+    assert {found.response_a, found.response_b} == {row.chosen, row.rejected}
+
+
 def test_gold_questions_can_be_written_down(tmp_path: Path) -> None:
     path = tmp_path / "gold.jsonl"
     path.write_text(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "tie"}) + "\n\n")
@@ -108,6 +115,9 @@ def test_gold_questions_can_be_written_down(tmp_path: Path) -> None:
     with path.open("a") as file:
         file.write(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "c"}) + "\n")
     with pytest.raises(DataError, match=r"gold\.jsonl:3: .*gold is 'c'"):
+        gold_questions(path, min_margin=3.0, count=5)
+    path.write_text(json.dumps({"prompt": "p", "response_a": "x\0", "response_b": "y", "gold": "a"}))
+    with pytest.raises(DataError, match=r"gold\.jsonl:1: response_a: holds a NUL character"):
         gold_questions(path, min_margin=3.0, count=5)
     path.write_text("{}\n")
     with pytest.raises(DataError, match=r"gold\.jsonl:1: neither"):

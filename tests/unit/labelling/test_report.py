@@ -9,8 +9,12 @@ from html.parser import HTMLParser
 import pytest
 
 from tasks.labelling.agreement import Share
-from tasks.labelling.labels import Label
+from tasks.labelling.answers import Answer
+from tasks.labelling.dataset import dataset
+from tasks.labelling.labels import Label, pseudonyms
 from tasks.labelling.report import Report, report, report_page, share
+from tasks.labelling.store import LabelStore
+from tests.unit.labelling.conftest import make_item, token
 from tests.unit.labelling.made import pair, said
 
 GOLD = pair(9, gold="a")
@@ -50,6 +54,32 @@ def test_the_figures_by_hand() -> None:
     assert (ann.gold, bob.gold, ann.seconds, bob.seconds) == (Share(1, 1), Share(0, 0), 8.0, None)
     assert model.first == Share(0, 0), "a model is asked in both orders"
     assert [question.id for question, _ in found.disputed] == [pair(1).id]
+
+
+def test_known_answers_do_not_count_as_agreement() -> None:
+    """Chance alone on questions, unanimity on the test questions: α of the former only, as the export's card has it."""
+    asked = [pair(number) for number in range(4)]
+    tests = [pair(number, gold="ab"[number % 2]) for number in range(10, 16)]
+    labels = [
+        label for number, item in enumerate(asked) for label in said(item, ann="abab"[number], bob="abba"[number])
+    ]
+    labels += [label for item in tests for label in said(item, ann=item.gold or "", bob=item.gold or "")]
+    labels += [Label(item.id, "model:m", item.gold or "") for item in tests]
+    found = report([*asked, *tests], labels)
+    card = dataset([*asked, *tests], labels, aggregate="none", names=pseudonyms(labels)).card
+    assert found.agreement == Share(2, 4)
+    assert found.alpha == pytest.approx(card["alpha_people"])
+    assert found.alpha_all == pytest.approx(card["alpha"])
+    assert found.alpha is not None
+    assert found.alpha < 0.2
+    assert "leave out questions with a known answer" in " ".join(report_page(found).split())
+
+
+def test_a_skip_leaves_a_question_waiting_as_it_does_for_the_page(store: LabelStore) -> None:
+    store.add_items([make_item("one")])
+    store.record("ann", "one", token(), 0, Answer("skip"))
+    found = report([replace(pair(1), id="one")], [Label("one", "ann", "skip")])
+    assert (found.waiting, found.labelled) == (store.open_items()[0], 0)
 
 
 def test_a_share_is_written_with_its_interval() -> None:

@@ -206,7 +206,6 @@ def test_items_are_added_once_and_never_change(store: LabelStore) -> None:
         {"choice": "a", "strength": 4},
         {"choice": "a", "rating_a": 0},
         {"choice": "a", "rating_b": 6},
-        {"choice": "a", "comment": "x" * 5001},
     ],
 )
 def test_an_answer_that_nobody_can_give_is_none(wrong: dict[str, object]) -> None:
