@@ -1,4 +1,4 @@
-"""The presets of the hub, on copies of their data: from the source to the rows that training would read."""
+"""Presets from their sources to the rows that training would read; those of the hub on copies of their data."""
 
 from __future__ import annotations
 
@@ -34,6 +34,16 @@ def prepared(params: Params, folder: Path) -> Path:
     collect(params.collect, params.seed, out=folder / "collect")
     prepare(params.prepare, params.seed, collect=folder / "collect", out=folder / "prepare")
     return folder / "prepare"
+
+
+@pytest.mark.parametrize("preset", ["code", "poem", "service_bot"])
+def test_presets_hold_out_as_many_prompts_as_their_evaluation_asks_for(preset: str, tmp_path: Path) -> None:
+    path = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+    apply_changes(path, [preset_changes(ROOT, preset)])
+    params = load_params(path)
+    rows = prepared(params, tmp_path)
+    assert len(read_rows(rows / "prompts" / "test.jsonl", Prompt)) >= params.evaluate.prompts
+    assert len(read_rows(rows / "demonstrations" / "train.jsonl", Demonstration)) > 0
 
 
 @pytest.mark.slow
