@@ -100,6 +100,20 @@ def _shrinkage(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]
     return value
 
 
+def _lasting_shrinkage(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
+    """How many times smaller it has become and stayed for two updates.
+
+    Where few responses earn anything, an update in which none does has no spread at all, and says nothing.
+    """
+
+    def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
+        if name not in rows[-1]:
+            return None
+        return max(rows[0][name], SMALL) / max(*(row[name] for row in rows[-2:]), SMALL)
+
+    return value
+
+
 def _rise(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
     """How much it has risen."""
     return lambda rows, _weights: rows[-1][name] - rows[0][name] if name in rows[-1] else None
@@ -160,7 +174,7 @@ DETECTORS = (
     ),
     Detector(
         "reward_variance_collapse",
-        _shrinkage("score_std"),
+        _lasting_shrinkage("score_std"),
         threshold=2.0,
         healthy=1.65,
         finding="all responses earn nearly the same, so there is little left to learn from but noise",

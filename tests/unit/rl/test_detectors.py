@@ -79,6 +79,12 @@ def test_a_jump_that_the_next_update_does_not_confirm_is_an_outlier():
     assert kl_spike(0.0, 13.0) is None
 
 
+def test_one_update_in_which_nobody_earns_anything_is_no_collapse():
+    rows = [START | {"score_std": spread} for spread in (0.2, 0.0, 0.3, 0.1, 0.08)]
+    seen = [watch(rows[:count], WEIGHTS)[0][PREFIX + "reward_variance_collapse"] for count in range(1, 6)]
+    assert seen == pytest.approx([1, 1, 2 / 3, 2 / 3, 2])
+
+
 def test_a_reward_of_one_component_has_no_cost():
     assert PREFIX + "one_component_pays" not in watch([START, START], {"learned": 1.0})[0]
 
