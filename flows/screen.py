@@ -109,6 +109,7 @@ def variants(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
     table = Table(title="Variants on held-out prompts", title_justify="left")
     table.add_column("variant")
     table.add_column("policy")
+    found = {variant: _compared(policies) for variant, policies in found.items()}
     columns = _columns([figures for policies in found.values() for figures in policies.values()])
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
@@ -217,6 +218,7 @@ def comparison(policies: dict[str, dict[str, Any]]) -> Table:
     """The policies side by side; the win rate with its 95 % interval."""
     table = Table(title="Policies on held-out prompts", title_justify="left")
     table.add_column("policy")
+    policies = _compared(policies)
     columns = _columns(list(policies.values()))
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
@@ -230,12 +232,22 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     lines = ["| stage | result | seconds | why |", "|---|---|---:|---|"]
     lines += [f"| {item.stage} | {item.result} | {item.seconds:.1f} | {item.why} |" for item in outcomes]
     if any(item.stage == "evaluate" for item in outcomes):
-        policies = read_policies()
+        policies = _compared(read_policies())
         columns = _columns(list(policies.values()))
         headings = [heading for heading, _ in columns.values()]
         lines += ["", f"| policy | {' | '.join(headings)} |", f"|---|{'---:|' * len(headings)}"]
         lines += [f"| {name} | {' | '.join(_cells(figures, columns))} |" for name, figures in policies.items()]
     return "\n".join(lines)
+
+
+def _compared(policies: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures without the win rates of the policy that all are compared with against itself."""
+    from tasks.evals.compare import REFERENCE  # slow to import
+
+    return {
+        name: {key: value for key, value in figures.items() if name != REFERENCE or not key.startswith("win_rate")}
+        for name, figures in policies.items()
+    }
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:

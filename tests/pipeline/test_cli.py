@@ -123,6 +123,7 @@ def test_a_judge_of_pairs_has_columns_only_where_it_judged() -> None:
     ]  # fmt: skip
     cells = {str(column.header): list(column.cells) for column in judged.columns}
     assert (cells["LLM judge"], cells["contradictions"]) == (["–", "62% (50%–75%)"], ["–", "20%"])
+    assert cells["win rate v. SFT"] == ["–", "75% (70%–80%)"]
 
 
 def test_it_works_from_a_folder_inside_the_project(finished: tuple[Project, str]) -> None:
