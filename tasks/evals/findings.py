@@ -54,7 +54,8 @@ def _in_training(rows: Sequence[Mapping[str, float]]) -> list[Finding]:
 
 
 def _at_the_end(table: Table, policy: str) -> list[Finding]:
-    rows = [{key: table[name][key] for key in FINAL if key in table[name]} for name in (REFERENCE, policy)]
+    # The policy twice: over all held-out prompts nothing needs another update to confirm it.
+    rows = [{key: table[name][key] for key in FINAL if key in table[name]} for name in (REFERENCE, policy, policy)]
     found = [Finding(detector.name, "evaluation", detector.says(value)) for detector, value in watch(rows, {})[1]]
     row = table[policy]
     if unconfirmed(row):

@@ -3,7 +3,8 @@
 They compare an update with the first one, whose responses the SFT policy wrote. No sign proves anything: a finding
 says where to look. Thresholds are calibrated on twelve healthy runs of the default task (PPO under eight seeds, GRPO
 under four): the largest value that any of their updates reached stands beside each, and none reaches a threshold. Those
-of `unfamiliar_responses` and `kl_spike` are of eight of them, PPO and GRPO under seeds 0 to 3.
+of `unfamiliar_responses` and `kl_spike` are of eight of them, PPO and GRPO under seeds 0 to 3; those of `length_drift`
+and `reward_variance_collapse` are of single updates, so that two in a row can only have less.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ __all__ = ["DETECTORS", "PREFIX", "Detector", "fired", "watch"]
 
 Row = Mapping[str, float]
 Rows = Sequence[Row]
+Sign = Callable[[Rows, Mapping[str, float]], float | None]
 
 PREFIX = "hacking/"
 """Before a detector's name, in a row and in MLflow."""
@@ -39,7 +41,7 @@ class Detector:
     """
 
     name: str
-    value: Callable[[Rows, Mapping[str, float]], float | None]
+    value: Sign
     threshold: float
     healthy: float
     finding: str
@@ -79,7 +81,7 @@ def fired(rows: Rows) -> list[tuple[Detector, int, float]]:
     return found
 
 
-def _growth(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
+def _growth(name: str) -> Sign:
     """How many times larger or smaller it has become."""
 
     def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
@@ -91,7 +93,7 @@ def _growth(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
     return value
 
 
-def _shrinkage(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
+def _shrinkage(name: str) -> Sign:
     """How many times smaller it has become."""
 
     def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
@@ -100,23 +102,23 @@ def _shrinkage(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]
     return value
 
 
-def _lasting_shrinkage(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
-    """How many times smaller it has become and stayed for two updates.
-
-    Where few responses earn anything, an update in which none does has no spread at all, and says nothing.
-    """
-
-    def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
-        if name not in rows[-1]:
-            return None
-        return max(rows[0][name], SMALL) / max(*(row[name] for row in rows[-2:]), SMALL)
-
-    return value
-
-
-def _rise(name: str) -> Callable[[Rows, Mapping[str, float]], float | None]:
+def _rise(name: str) -> Sign:
     """How much it has risen."""
     return lambda rows, _weights: rows[-1][name] - rows[0][name] if name in rows[-1] else None
+
+
+def _lasting(sign: Sign) -> Sign:
+    """The smaller of the last two updates' values, for what a single update's responses tell too loosely.
+
+    PPO on its way to shorter, finished sentences has one update of half the length among its neighbours; where few
+    responses earn anything, an update in which none does has no spread at all.
+    """
+
+    def value(rows: Rows, weights: Mapping[str, float]) -> float | None:
+        now, before = sign(rows, weights), sign(rows[:-1], weights) if len(rows) > 1 else None
+        return now if now is None or before is None else min(now, before)
+
+    return value
 
 
 def _cost(rows: Rows, weights: Mapping[str, float]) -> float | None:
@@ -146,7 +148,7 @@ def _jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
 DETECTORS = (
     Detector(
         "length_drift",
-        _growth("length"),
+        _lasting(_growth("length")),
         threshold=2.0,
         healthy=1.83,
         finding="responses are half or twice as long as SFT's; judges and reward models are swayed by length",
@@ -174,7 +176,7 @@ DETECTORS = (
     ),
     Detector(
         "reward_variance_collapse",
-        _lasting_shrinkage("score_std"),
+        _lasting(_shrinkage("score_std")),
         threshold=2.0,
         healthy=1.65,
         finding="all responses earn nearly the same, so there is little left to learn from but noise",

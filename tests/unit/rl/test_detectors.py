@@ -79,6 +79,13 @@ def test_a_jump_that_the_next_update_does_not_confirm_is_an_outlier():
     assert kl_spike(0.0, 13.0) is None
 
 
+def test_one_update_of_half_the_length_is_no_drift():
+    """What PPO of the default task did on its way from 17 tokens to 10."""
+    rows = [START | {"length": length} for length in (17.05, 9.67, 8.48, 11.20)]
+    seen = [watch(rows[:count], WEIGHTS)[0][PREFIX + "length_drift"] for count in range(1, 5)]
+    assert seen == pytest.approx([1, 1, 17.05 / 9.67, 17.05 / 11.20])
+
+
 def test_one_update_in_which_nobody_earns_anything_is_no_collapse():
     rows = [START | {"score_std": spread} for spread in (0.2, 0.0, 0.3, 0.1, 0.08)]
     seen = [watch(rows[:count], WEIGHTS)[0][PREFIX + "reward_variance_collapse"] for count in range(1, 6)]
@@ -98,15 +105,15 @@ def test_the_first_update_is_the_measure_and_finds_nothing():
 
 def test_it_tells_once_and_again_after_it_went_away():
     rows, told = [], []
-    for length in (16.0, 8.0, 7.0, 12.0, 8.0):
+    for length in (16.0, 8.0, 8.0, 7.0, 12.0, 8.0, 8.0):
         rows.append(START | {"length": length})
         signs, found = watch(rows, WEIGHTS)
         rows[-1] = rows[-1] | signs
         told.append(len(found))
-    assert told == [0, 1, 0, 0, 1]
+    assert told == [0, 0, 1, 0, 0, 0, 1]
     ((detector, first, largest),) = fired(rows)
-    assert (detector.name, first) == ("length_drift", 2)
-    assert largest == pytest.approx(16 / 7)
+    assert (detector.name, first) == ("length_drift", 3)
+    assert largest == pytest.approx(2)
 
 
 def test_a_row_without_a_number_is_no_sign():

@@ -400,8 +400,9 @@ def test_every_update_is_kept_and_has_its_signs_of_hacking():
     ppo.train()
     assert kept == [1, 2, 3]
     assert [row["hacking/reward_variance_collapse"] for row in ppo.history] == pytest.approx([1, 1, 2.5])
-    first, now = ppo.history[0]["length"], ppo.history[2]["length"]
-    assert ppo.history[2]["hacking/length_drift"] == pytest.approx(max(first / now, now / first))
+    first, *later = (row["length"] for row in ppo.history)
+    drifts = [max(first / now, now / first) for now in later]
+    assert ppo.history[2]["hacking/length_drift"] == pytest.approx(min(drifts))
     assert [message for message in told if "reward_variance_collapse" in message] == [
         "warning: update 3: reward_variance_collapse 2.50 (threshold 2, healthy up to 1.65): all responses earn nearly "
         "the same, so there is little left to learn from but noise"
