@@ -33,7 +33,7 @@ def test_a_row_is_one_update_with_kl_from_its_first_step():
     assert second["kl"] == pytest.approx(0.2 * 10)
     assert (second["step"], second["reward"]) == (2, 0.7)
     assert first["hacking/length_drift"] == 1
-    assert second["hacking/length_drift"] == 2
+    assert second["hacking/length_drift"] == 1, "another update has to confirm it"
     assert second["hacking/entropy_collapse"] == 3
     assert second["hacking/one_component_pays"] == pytest.approx(0.5), "1.5 gained by a, 0.5 lost by b: 0.5 of 1"
 
