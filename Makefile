@@ -10,7 +10,7 @@ demo: $(VENV)/.installed
 	rlhf run
 
 test: $(VENV)/.installed-dev
-	python -m pytest
+	python -m pytest -n logical --maxprocesses 4 --dist loadfile
 
 check: $(VENV)/.installed-dev
 	ruff format --check .

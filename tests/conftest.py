@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -10,6 +12,10 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.core.linear import freeze, use_fast_adapters
+
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several processes
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    torch.set_num_threads(1)
 
 VOCABULARY = 32
 PAD, EOS = 0, 1

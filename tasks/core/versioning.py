@@ -105,12 +105,15 @@ def graph() -> dict[str, tuple[str, ...]]:
         StageError: dvc.yaml is not valid, or there is no DVC project.
     """
     with _dvc_errors("dvc.yaml"):
-        edges = _open().index.graph
-        stages = [stage for stage in edges if not stage.is_data_source]
-        waiting = {
-            stage.addressing: tuple(need.addressing for need in edges.successors(stage) if not need.is_data_source)
-            for stage in stages
-        }
+        return _ordered(_open().index.graph)
+
+
+def _ordered(edges: Any) -> dict[str, tuple[str, ...]]:
+    waiting = {
+        stage.addressing: tuple(need.addressing for need in edges.successors(stage) if not need.is_data_source)
+        for stage in edges
+        if not stage.is_data_source
+    }
     ordered: dict[str, tuple[str, ...]] = {}
     while waiting:  # DVC has made sure that there is no cycle
         name = next(name for name, needs in waiting.items() if all(need in ordered for need in needs))
@@ -188,10 +191,11 @@ def status(name: str) -> list[str]:
 def pending() -> list[Pending]:
     """The stages that are not up to date, in order; a stage after one that has to run is among them."""
     with _dvc_errors("dvc.yaml"):
-        repo = _open()
+        index = _open().index  # one reading of dvc.lock for all stages
+        stages = {stage.addressing: stage for stage in index.stages}
         waiting: dict[str, Pending] = {}
-        for name, needs in graph().items():
-            stage = _stage(repo, name)
+        for name, needs in _ordered(index.graph).items():
+            stage = stages[name]
             why = reasons(stage) + [f"reads what {need} will write" for need in needs if need in waiting]
             uncertain = [need for need in needs if need in waiting and not waiting[need].recorded]
             if why:

@@ -18,11 +18,12 @@ from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
 from tasks.labelling.labels import Label, Question
+from tasks.labelling.queries import ARGILLA
 from tasks.labelling.records import facts, number, question, value, values
 
 __all__ = ["parsed", "record", "without_status"]
 
-OWN = re.compile("argilla:[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
+OWN = re.compile(ARGILLA + "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
 ASKED = ("preference", "strength", "rating_a", "rating_b", "comment")
 
@@ -61,7 +62,7 @@ def parsed(content: Any) -> tuple[Question, list[Label]]:
             user = _uuid(value(response, "user_id", str))
             if response.get("status") != "draft":
                 given.setdefault(user, {})[name] = _answer(name, response)
-    labels = [_label(asked.id, names.get(user, f"argilla:{user}"), own) for user, own in given.items()]
+    labels = [_label(asked.id, names.get(user, f"{ARGILLA}{user}"), own) for user, own in given.items()]
     return asked, [replace(label, swapped=user in swapped) for user, label in zip(given, labels, strict=True)]
 
 
@@ -95,7 +96,7 @@ def _label(item: str, labeller: str, own: dict[str, Any]) -> Label:
 def _user(labeller: str) -> str:
     """Argilla's own UUID where the label came from there."""
     if OWN.fullmatch(labeller):
-        return labeller.removeprefix("argilla:")
+        return labeller.removeprefix(ARGILLA)
     return str(uuid5(NAMESPACE_URL, f"labeller:{labeller}"))
 
 

@@ -26,7 +26,7 @@ from tasks.core.sections.judge import JudgeParams
 from tasks.evals.answers import AnswerBook
 from tasks.evals.judges import EndpointJudge, LocalJudge
 from tasks.evals.pairwise import PairJudge, Reply, Verdict, question, verdict
-from tasks.labelling.labels import MODEL_NAME, Label, Question, add_label, questions
+from tasks.labelling.labels import LONGEST_NAME, Label, Question, add_label, questions
 from tasks.labelling.queries import MODEL
 from tasks.labelling.tables import Event
 
@@ -163,9 +163,9 @@ def label_by_model(
         SourceError: the server is not there, or refuses; what was labelled is kept.
     """
     labeller = MODEL + judge.who["model"]
-    if len(labeller) > MODEL_NAME:
+    if len(labeller) > LONGEST_NAME:
         raise ConfigError(
-            f"{labeller!r} is longer than a labeller's name may be ({MODEL_NAME}): serve it under another"
+            f"{labeller!r} is longer than a labeller's name may be ({LONGEST_NAME}): serve it under another"
         )
     basis = _basis(judge, constitution)
     done = _labelled_before(session, labeller, basis)

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from tasks.labelling.labels import Label, Question, by_model
-from tasks.labelling.queries import MODEL
+from tasks.labelling.queries import LABEL_STUDIO, MODEL
 from tasks.labelling.records import facts, number, question, real, value, values
 
 __all__ = ["CONFIG", "parsed", "task"]
@@ -36,9 +36,6 @@ CONFIG = """<View>
 </View>
 """
 """The labelling interface: choose one of two, or say that they are alike; a skipped task is a skip."""
-
-THEIRS = "label-studio:"
-"""How the name of a labeller begins whom we know by Label Studio's number alone."""
 
 SIDES = {"a": "left", "b": "right"}
 RATINGS = {"strength": "prompt", "rating_a": "answer1", "rating_b": "answer2"}
@@ -74,7 +71,7 @@ def parsed(content: Any) -> tuple[Question, list[Label]]:
 
 def _annotation(label: Label) -> dict[str, Any]:
     """`completed_by` is a person whom Label Studio can know: an e-mail address, or the number that it gave."""
-    number = label.labeller.removeprefix(THEIRS)
+    number = label.labeller.removeprefix(LABEL_STUDIO)
     known: dict[str, Any] = {"completed_by": {"email": label.labeller}} if "@" in label.labeller else {}
     if number != label.labeller and number.isdecimal():
         known = {"completed_by": int(number)}
@@ -115,7 +112,7 @@ def _labeller(annotation: dict[str, Any]) -> str:
         return str(value(who, "email", str))
     if not isinstance(who, int):
         raise ValueError(f"completed_by: a number or an object with an email expected, got {str(who)[:80]!r}")
-    return f"{THEIRS}{who}"
+    return f"{LABEL_STUDIO}{who}"
 
 
 def _label(item: str, labeller: str, own: Any) -> Label:

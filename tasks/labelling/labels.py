@@ -6,6 +6,7 @@ import hashlib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 from uuid import NAMESPACE_URL, uuid5
 
 from sqlalchemy import select
@@ -13,11 +14,11 @@ from sqlalchemy.orm import Session
 
 from tasks.core.errors import DataError
 from tasks.labelling.answers import NUL, TURNED, comment_flaw
-from tasks.labelling.queries import MODEL, STANDS, last_event
+from tasks.labelling.queries import ARGILLA, LABEL_STUDIO, MODEL, PERSON, STANDS, last_event
 from tasks.labelling.tables import CHOICES, SIDES, Event, Item, Labeller
 
 __all__ = [
-    "MODEL_NAME",
+    "LONGEST_NAME",
     "Label",
     "Question",
     "add_label",
@@ -35,13 +36,18 @@ __all__ = [
     "said_before",
 ]
 
-MODEL_NAME = 64
-"""Characters of a labeller's name at most, see `tables.Labeller`."""
 
-LONGEST = {"policy_a": 64, "policy_b": 64, "reason": 32}
-"""Characters of a question's short texts at most, see `tables.Item`."""
+def _longest(column: Any) -> int:
+    return int(column.type.length)
 
-NAMELESS = re.compile(rf"{MODEL}.*|person-[0-9a-f]{{12}}|argilla:[0-9a-f-]{{36}}|label-studio:\d+", re.DOTALL)
+
+LONGEST_NAME = _longest(Labeller.name)
+"""Characters of a labeller's name at most."""
+
+LONGEST = {"policy_a": _longest(Item.policy_a), "policy_b": _longest(Item.policy_b), "reason": _longest(Item.reason)}
+"""Characters of a question's short texts at most."""
+
+NAMELESS = re.compile(rf"{MODEL}.*|{PERSON}[0-9a-f]{{12}}|{ARGILLA}[0-9a-f-]{{36}}|{LABEL_STUDIO}\d+", re.DOTALL)
 """Labellers whose name says nothing about a person: models, and those who came under a pseudonym or a number."""
 
 
@@ -94,7 +100,7 @@ def pseudonym(labeller: str) -> str:
     """
     if NAMELESS.fullmatch(labeller):
         return labeller
-    return f"person-{hashlib.sha256(f'labeller {labeller}'.encode()).hexdigest()[:12]}"
+    return f"{PERSON}{hashlib.sha256(f'labeller {labeller}'.encode()).hexdigest()[:12]}"
 
 
 def pseudonyms(labels: Iterable[Label]) -> dict[str, str]:
@@ -117,8 +123,8 @@ def flaw(label: Label) -> str | None:
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
         return f"rating: {ratings} should be from 1 to 5"
-    if not 0 < len(label.labeller) <= MODEL_NAME or "\0" in label.labeller:
-        return f"labeller: {label.labeller!r} should have 1 to {MODEL_NAME} characters, none of them NUL"
+    if not 0 < len(label.labeller) <= LONGEST_NAME or "\0" in label.labeller:
+        return f"labeller: {label.labeller!r} should have 1 to {LONGEST_NAME} characters, none of them NUL"
     return comment_flaw(label.comment)
 
 

@@ -12,10 +12,24 @@ from sqlalchemy.orm import aliased
 
 from tasks.labelling.tables import Event, Item
 
-__all__ = ["MODEL", "STANDS", "count_of", "gold_for", "last_event", "open_for", "wanting"]
+__all__ = [
+    "ARGILLA",
+    "LABEL_STUDIO",
+    "MODEL",
+    "PERSON",
+    "STANDS",
+    "count_of",
+    "gold_for",
+    "last_event",
+    "open_for",
+    "wanting",
+]
 
 MODEL = "model:"
 """How the name of a labeller begins that is no person."""
+
+PERSON, ARGILLA, LABEL_STUDIO = "person-", "argilla:", "label-studio:"
+"""How the name begins of a person whom we know by a pseudonym, by Argilla's id or by Label Studio's number alone."""
 
 _each = aliased(Event)
 

@@ -88,11 +88,13 @@ class Server:
         assert found, line + self.process.stdout.read()
         self.port = int(found[1])
         self.address = f"http://127.0.0.1:{self.port}"
-        for _ in range(100):
+        give_up = time.monotonic() + 60
+        while True:
             try:
                 urllib.request.urlopen(f"{self.address}/sign-in").close()
                 return
             except OSError:
+                assert time.monotonic() < give_up, f"nobody answers at {self.address}"
                 time.sleep(0.1)
 
     def end(self, sign: signal.Signals) -> tuple[int, str]:

@@ -18,16 +18,19 @@ ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
 
 
+def with_preset(preset: str, folder: Path, *changes: dict[str, Any]) -> Params:
+    """The shipped parameters as `rlhf run --preset` changes them."""
+    path = Path(shutil.copy(ROOT / "params.yaml", folder))
+    apply_changes(path, [preset_changes(ROOT, preset), *changes])
+    return load_params(path)
+
+
 def settled(preset: str, file: Path, folder: Path) -> Params:
     """The preset over the shipped parameters, its source of the hub replaced by a file of the same columns."""
     if not file.is_file():
         pytest.skip(f"no {file.parent.name} on this machine")
-    path = Path(shutil.copy(ROOT / "params.yaml", folder))
-    change = preset_changes(ROOT, preset)
-    (source,) = change["collect"]["sources"]
-    local: dict[str, Any] = {**source, "kind": "local", "id": str(file)}
-    apply_changes(path, [change, {"collect": {"sources": [local]}}])
-    return load_params(path)
+    (source,) = preset_changes(ROOT, preset)["collect"]["sources"]
+    return with_preset(preset, folder, {"collect": {"sources": [{**source, "kind": "local", "id": str(file)}]}})
 
 
 def prepared(params: Params, folder: Path) -> Path:
@@ -38,9 +41,7 @@ def prepared(params: Params, folder: Path) -> Path:
 
 @pytest.mark.parametrize("preset", ["code", "poem", "service_bot"])
 def test_presets_hold_out_as_many_prompts_as_their_evaluation_asks_for(preset: str, tmp_path: Path) -> None:
-    path = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
-    apply_changes(path, [preset_changes(ROOT, preset)])
-    params = load_params(path)
+    params = with_preset(preset, tmp_path)
     rows = prepared(params, tmp_path)
     assert len(read_rows(rows / "prompts" / "test.jsonl", Prompt)) >= params.evaluate.prompts
     assert len(read_rows(rows / "demonstrations" / "train.jsonl", Demonstration)) > 0
