@@ -3,14 +3,19 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
+PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow bench-sandbox mutants clean
+.PHONY: demo test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
 
 test: $(VENV)/.installed-dev
-	python -m pytest -n logical --maxprocesses 4 --dist loadfile
+	python -m pytest $(PROCESSES)
+
+# What the first leaves out: real trainings, kills, services, browsers.
+test-slow: $(VENV)/.installed-dev
+	python -m pytest -m slow $(PROCESSES)
 
 check: $(VENV)/.installed-dev
 	ruff format --check .

@@ -12,6 +12,12 @@ from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.core.linear import freeze, use_fast_adapters
+from tests.tables import (  # noqa: F401 - hooks
+    pytest_configure,
+    pytest_runtest_logreport,
+    pytest_runtest_makereport,
+    pytest_terminal_summary,
+)
 
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several processes
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -17,8 +17,7 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections import Counter
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -144,35 +143,6 @@ if log:
     log_file = open(log, "a", buffering=1)
     sys.addaudithook(watch)
 """
-
-
-# Fault → what happens then, and how the tests that injected it ended.
-_faults: dict[tuple[str, str], Counter[str]] = {}
-
-
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "fault(name, outcome): injects this fault, and asserts this outcome")
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    report = yield
-    mark = item.get_closest_marker("fault")
-    if mark and (report.when == "call" or not report.passed):
-        _faults.setdefault(mark.args, Counter())[report.outcome] += 1
-    return report
-
-
-def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was injected, and what came of it: a test that failed proves nothing of its fault."""
-    if not _faults:
-        return
-    terminalreporter.section("faults")
-    terminalreporter.write_line("| fault | times injected | what happened | lost or corrupt |\n|---|---|---|---|")
-    for (name, outcome), ends in _faults.items():
-        times, failed = ends["passed"] + ends["failed"], ends["failed"]
-        lost = f"{failed} failed, see above" if failed else "nothing" if times else "skipped"
-        terminalreporter.write_line(f"| {name} | {times} | {outcome} | {lost} |")
 
 
 class WarmPython:
@@ -501,7 +471,7 @@ def tiny(
     files = ["tasks", "flows", "infra", "data", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
     for name in [*files, "requirements.lock"]:
         if (ROOT / name).is_dir():
-            skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp")
+            skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
             shutil.copytree(ROOT / name, root / name, ignore=skipped)
         else:
             root.mkdir(exist_ok=True)

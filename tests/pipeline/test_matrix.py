@@ -15,9 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from tasks.core import versioning
+from tasks.core.reasons import reasons
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -79,11 +80,8 @@ def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory
 
 def direct() -> dict[str, tuple[str, ...]]:
     """The stages of which an input of their own has changed, with the reasons."""
-    own = {
-        item.stage: tuple(reason for reason in item.reasons if not reason.startswith("reads what"))
-        for item in versioning.pending()
-    }
-    return {stage: reasons for stage, reasons in own.items() if reasons}
+    own = {stage.name: tuple(reasons(stage)) for stage in Repo(".").index.stages if not stage.is_data_source}
+    return {stage: why for stage, why in own.items() if why}
 
 
 @pytest.mark.slow
@@ -104,8 +102,8 @@ def test_every_parameter(recorded: Project) -> None:
             name = ".".join(map(str, leaf))
             print(row(name, set(found)))
             assert set(found) == {stage for stage in STAGES if leaf[0] in readers[stage]}, name
-            for reasons in found.values():
-                assert reasons == (f"{name}: {brief(before)} → {brief(other(before))}",)
+            for why in found.values():
+                assert why == (f"{name}: {brief(before)} → {brief(other(before))}",)
     finally:
         path.write_bytes(original)
 
@@ -126,7 +124,7 @@ def test_every_module(recorded: Project) -> None:
                 "users' rewards: what scores reads them"
             )
             continue
-        assert all(reasons == (f"{name} changed: {md5s[0]} → {md5s[1]}",) for reasons in found.values())
+        assert all(why == (f"{name} changed: {md5s[0]} → {md5s[1]}",) for why in found.values())
         for stage in STAGES:
             if name in imported(stage):
                 assert stage in found, f"{stage} imports {name}"

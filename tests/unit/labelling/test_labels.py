@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from uuid import uuid4
+from uuid import UUID
 
 import pytest
 from sqlalchemy import select
@@ -96,7 +96,7 @@ def test_a_pseudonym_is_stable_tells_people_apart_and_leaves_models() -> None:
     assert pseudonym("model:m") == "model:m"
 
 
-@pytest.mark.parametrize("name", [pseudonym("ann"), f"argilla:{uuid4()}", "label-studio:3"])
+@pytest.mark.parametrize("name", [pseudonym("ann"), f"argilla:{UUID(int=7)}", "label-studio:3"])
 def test_who_has_no_name_keeps_the_pseudonym(name: str) -> None:
     assert pseudonym(name) == name
     assert pseudonym(f"{name}x") != f"{name}x"
