@@ -292,7 +292,8 @@ def _print_report(found: Report) -> None:
     from tasks.labelling.report import figure, share
 
     table = Table(title="Labellers", title_justify="left")
-    for column in ("labeller", "labels", "skips", "right on known answers", "quality", "first shown", "seconds"):
+    table.add_column("labeller", no_wrap=True)
+    for column in ("labels", "skips", "right on known answers", "quality", "first shown", "seconds"):
         table.add_column(column)
     for row in found.labellers:
         table.add_row(

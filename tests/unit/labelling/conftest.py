@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import tempfile
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -31,34 +32,31 @@ def token() -> str:
 
 
 @pytest.fixture(scope="session")
-def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str], str]]:
+def cluster() -> Iterator[Callable[[str], str]]:
     """The URL of a database of this name in a PostgreSQL cluster that listens on a socket alone."""
     found = shutil.which("pg_ctl")
     folder = Path(found).parent if found else BINARIES[-1] if BINARIES else None
     user = "postgres" if os.getuid() == 0 else ""
     if folder is None or (user and not shutil.which("setpriv")):
         pytest.skip("no PostgreSQL binaries here")
-    place = tmp_path_factory.mktemp("pg")
-    for parent in (place, *place.parents[:2]):
-        parent.chmod(0o755)
-    if user:
+    with tempfile.TemporaryDirectory(prefix="rlhf-postgresql-") as place:  # pytest's own are closed to another user
+        if user:
+            try:
+                shutil.chown(place, user)
+            except LookupError:
+                pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
+        become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
+
+        def run(program: str, *words: str) -> None:
+            command = [*become, str(folder / program), "-D", f"{place}/data", *words]
+            subprocess.run(command, check=True, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+        run("initdb", "-U", "label", "-A", "trust", "-E", "UTF8", "--no-sync")
+        run("pg_ctl", "-w", "-l", f"{place}/log", "-o", f"-c listen_addresses='' -k {place}", "start")
         try:
-            shutil.chown(place, user)
-        except LookupError:
-            pytest.skip("PostgreSQL does not run as root, and there is no user postgres")
-    become = ["setpriv", f"--reuid={user}", f"--regid={user}", "--clear-groups"] if user else []
-    data = str(place / "data")
-
-    def run(program: str, *words: str) -> None:
-        command = [*become, str(folder / program), "-D", data, *words]
-        subprocess.run(command, check=True, cwd=place, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-
-    run("initdb", "-U", "label", "-A", "trust", "-E", "UTF8", "--no-sync")
-    run("pg_ctl", "-w", "-l", str(place / "log"), "-o", f"-c listen_addresses='' -k {place}", "start")
-    try:
-        yield lambda name: f"postgresql+psycopg2://label:word@/{name}?host={place}"
-    finally:
-        run("pg_ctl", "-w", "-m", "immediate", "stop")
+            yield lambda name: f"postgresql+psycopg2://label:word@/{name}?host={place}"
+        finally:
+            run("pg_ctl", "-w", "-m", "immediate", "stop")
 
 
 @pytest.fixture(params=KINDS)
