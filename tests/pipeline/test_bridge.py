@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.pipeline.conftest import query
+from tests.pipeline.conftest import PATIENCE, query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -158,7 +158,7 @@ def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:
     process = project.start("run", "-S", "sft.epochs=3", environment=alone)
     project.wait_for(".rlhf/waiting")
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 130, said
     assert "goes on from the last checkpoint" in said
     assert "Traceback" not in said
@@ -177,7 +177,7 @@ def test_inputs_that_change_during_a_run_are_not_recorded(project: Project) -> N
     process = project.start("run", "sft")
     project.wait_for(".rlhf/ran")
     project.edit("params.yaml", "epochs: 4", "epochs: 5")
-    said = process.communicate(timeout=60)[0]
+    said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 1
     assert "changed while it ran" in said
     assert project.lock() == lock

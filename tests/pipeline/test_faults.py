@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import psutil
 import pytest
 
-from tests.pipeline.conftest import answers, device_limit, free_port, query, wait_for
+from tests.pipeline.conftest import PATIENCE, answers, device_limit, free_port, query, wait_for
 from tests.pipeline.test_recording import runs
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ def test_killed_in_any_stage(project: Project, stage: str, own: list[str]) -> No
     process = project.start("run", *own)
     project.wait_for(".rlhf/waiting")
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     project.wait_until(lambda: not project.processes())
     assert stage in project.dvc("status")
     if stage == "collect":
@@ -169,7 +169,7 @@ def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None
     finally:
         server.kill()
         server.communicate()
-    process.communicate(timeout=400)
+    process.communicate(timeout=540)  # Prefect tries to tell the server, and waits longer each time
     assert process.returncode not in (0, None)
     project.wait_until(lambda: not project.processes())
     assert "collect" in project.ran()
@@ -213,7 +213,7 @@ def test_terminated(project: Project, own: list[str]) -> None:
         process = project.start("run", *own)
         project.wait_for(".rlhf/waiting")
         process.terminate()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PATIENCE)
         project.wait_until(lambda: not project.processes())
         assert project.lock() == lock
         assert "sft" in project.dvc("status")

@@ -19,6 +19,7 @@ import pytest
 
 from tasks.labelling.store import LabelStore
 from tasks.labelling.tables import Item
+from tests.pipeline.conftest import PATIENCE
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -100,7 +101,7 @@ class Server:
     def end(self, sign: signal.Signals) -> tuple[int, str]:
         assert self.process
         self.process.send_signal(sign)
-        said, _ = self.process.communicate(timeout=30)
+        said, _ = self.process.communicate(timeout=PATIENCE)
         return self.process.returncode, said
 
     def password(self, name: str) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from tasks.core.models import load_policy, load_reference, load_tokenizer
 from tasks.core.schema import Prompt, read_rows
-from tests.pipeline.conftest import query
+from tests.pipeline.conftest import PATIENCE, query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -207,7 +207,7 @@ def test_an_interrupted_reproduction_leaves_nothing(promoted: Project) -> None:
     command = promoted.start("reproduce", "1")
     promoted.wait_until(lambda: any((promoted.root / ".rlhf" / "reproduce").glob("*/artifacts/*/*")))
     os.killpg(command.pid, signal.SIGINT)
-    said, _ = command.communicate(timeout=60)
+    said, _ = command.communicate(timeout=PATIENCE)
     assert command.returncode == 130, said
     assert "interrupted" in said
     assert left_over(promoted) == []

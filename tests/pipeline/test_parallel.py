@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.conftest import device_limit
+from tests.pipeline.conftest import PATIENCE, device_limit
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -91,7 +91,7 @@ def test_a_failed_branch_lets_the_other_finish_and_is_reported(project: Project)
 def test_a_stage_that_hangs_is_ended_and_tried_again(project: Project) -> None:
     (project.root / ".rlhf" / "sft.resumable").touch()
     project.edit("params.yaml", "epochs: 1", "epochs: 3")
-    said = project.rlhf("run", "--timeout", "5", "--retries", "1")
+    said = project.rlhf("run", "--timeout", "30", "--retries", "1")
     assert project.ran() == ["sft", "sft"]
     assert (project.root / ".rlhf" / "resumed").read_text() == "True", "the second try goes on from the checkpoint"
     assert "✓ sft" in said
@@ -118,7 +118,7 @@ def test_no_stage_outlives_its_run(project: Project, number: signal.Signals) -> 
     process = project.start("run", "--parallel", "2")
     project.wait_for(".rlhf/waiting")
     os.kill(process.pid, number)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     project.wait_until(lambda: not project.processes())
     project.ran()
     project.rlhf("run")
@@ -135,7 +135,7 @@ def test_a_second_run_waits_and_then_finds_all_done(project: Project) -> None:
     said = project.rlhf("run", "-S", "sft.epochs=4")
     assert "waiting for another run of this project" in said
     assert f"process {first.pid}" in said
-    first.communicate(timeout=60)
+    first.communicate(timeout=PATIENCE)
     assert first.returncode == 0
     assert project.ran() == ["sft", "sft"]
     assert "epochs: 4" in (project.root / "params.yaml").read_text()

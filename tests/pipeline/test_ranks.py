@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from tests.pipeline.conftest import query
+from tests.pipeline.conftest import PATIENCE, query
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -66,6 +66,6 @@ def test_ranks_end_with_the_run_and_the_next_one_goes_on(tiny: tuple[Project, st
     project.wait_until(lambda: any(checkpoints.rglob("ppo.pt")))
     assert sum("flows.ranks" in " ".join(member.cmdline()) for member in project.processes()) == 3
     os.kill(process.pid, signal.SIGKILL)
-    process.communicate(timeout=60)
+    process.communicate(timeout=PATIENCE)
     project.wait_until(lambda: not project.processes())
     assert "goes on from update" in project.rlhf("run", "ppo", "--ranks", "2")

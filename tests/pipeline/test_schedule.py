@@ -18,7 +18,7 @@ from flows.pipeline import pipeline
 from flows.retrain import retrain
 from flows.schedule import deployment_name, firings
 from tasks.core.errors import ConfigError
-from tests.pipeline.conftest import query
+from tests.pipeline.conftest import PATIENCE, query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -66,7 +66,7 @@ def test_what_falls_due_runs_to_its_end(project: Project) -> None:
     with serving(project) as process:
         project.wait_until(lambda: ("Completed",) in ask(project, RUNS))
         os.kill(process.pid, signal.SIGTERM)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 0, said
     assert "scheduled run" in said
     assert "✓ gold_judge cached" in " ".join(said.split())
@@ -82,7 +82,7 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
     with serving(project) as process:
         project.wait_for(".rlhf/waiting")
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=60)[0]
+        said = process.communicate(timeout=PATIENCE)[0]
         project.wait_until(lambda: not project.processes())
     assert process.returncode == 0, said
     assert "Traceback" not in said

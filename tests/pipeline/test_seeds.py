@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from tests.pipeline.conftest import DVC_YAML, STAGE, query
+from tests.pipeline.conftest import DVC_YAML, PATIENCE, STAGE, query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -111,7 +111,7 @@ def test_after_an_interrupt_what_was_computed_is_restored(trainable: Project) ->
     command = trainable.start("run", "--seeds", "2")
     trainable.wait_until(hold.with_suffix(".reached").exists)
     os.killpg(command.pid, signal.SIGINT)
-    said, _ = command.communicate(timeout=60)
+    said, _ = command.communicate(timeout=PATIENCE)
     assert command.returncode == 130, said
     assert trees(trainable) == 1
     before = runs(trainable)
