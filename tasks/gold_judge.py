@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import random
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +31,8 @@ def gold_judge(
 
     The judge starts from the base model, not from the SFT model, and reads only the gold half of the rated texts or
     pairs, so that it shares neither texts nor mistakes with the reward model. Writes adapter/, history.csv and
-    metrics.json (correlation with held-out mean ratings, and the error in points; or accuracy on held-out pairs).
+    metrics.json (correlation with held-out mean ratings, the error in points, and what the held-out texts score on
+    average, as they are and with their words scrambled; or accuracy on held-out pairs).
     """
     prepare_process()
     tokenizer = load_tokenizer(base_model)
@@ -57,9 +60,23 @@ def _from_ratings(
     train, test = (read_rows(prepare / "ratings" / "gold" / f"{split}.jsonl", Rating) for split in ("train", "test"))
     train = train[: params.max_examples]
     texts, means = [row.text for row in train], [row.mean for row in train]
+    garbled = scrambled(texts[: round(params.scrambled_share * len(texts))], seed)
+    texts, means = texts + garbled, means + [min(means)] * len(garbled)
     train_or_resume(target_trainer(params, model, tokenizer, texts, means, seed=seed, callbacks=[history]))
-    ratings = torch.tensor([row.mean for row in test])
-    return {"examples": len(train), **rating_figures(scorer([row.text for row in test]), ratings)}
+    heldout = [row.text for row in test]
+    scores = scorer(heldout)
+    return {
+        "examples": len(texts),
+        **rating_figures(scores, torch.tensor([row.mean for row in test])),
+        "heldout_mean_score": scores.mean().item(),
+        "scrambled_mean_score": scorer(scrambled(heldout, seed)).mean().item(),
+    }
+
+
+def scrambled(texts: Sequence[str], seed: int) -> list[str]:
+    """Each text with its words in random order."""
+    draw = random.Random(seed)
+    return [" ".join(draw.sample(words, len(words))) for words in map(str.split, texts)]
 
 
 def _from_pairs(

@@ -73,7 +73,8 @@ def _on_the_way(
     """Each kept policy's update and answers."""
     for kept in sorted((folder / "policies").iterdir()):
         gc.collect()  # the policy before it holds itself in reference cycles
-        yield int(kept.name), sampler.answers(method, load_policy(base_model, sft, kept), samples_per_prompt=samples)
+        update, policy = int(kept.name), load_policy(base_model, sft, kept)
+        yield update, sampler.answers(f"{method} after update {update}", policy, samples_per_prompt=samples)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tasks.core.errors import DataError, TrainingError
@@ -92,18 +93,19 @@ class Sampler:
 
     def answers(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[Answer]:
         """Responses prompt by prompt, with their KL to the reference; 0 for the reference, which has no adapter."""
+        batches = tqdm(self._batches, desc=f"answers of {name}", unit="batch")
         rollouts = self._rollouts(model, samples_per_prompt)
         return [
             answer
-            for prompts, rollout in zip(self._batches, rollouts, strict=True)
+            for prompts, rollout in zip(batches, rollouts, strict=True)
             for answer in self._described(name, prompts, rollout, self._reference_logprobs(model, rollout))
         ]
 
-    def _rollouts(self, model: Any, samples_per_prompt: int) -> Sequence[Rollout]:
+    def _rollouts(self, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
         if self._talk is not None:
             return self._conversations(self._talk, model, samples_per_prompt)
         generator = torch.Generator().manual_seed(self._seed)
-        return [
+        return (
             generate(
                 model,
                 [self._tokenizer(row.prompt).input_ids for row in batch],
@@ -115,15 +117,14 @@ class Sampler:
                 samples_per_prompt=samples_per_prompt,
             )
             for batch in self._batches
-        ]
+        )
 
-    def _conversations(self, talk: Talk, model: Any, samples_per_prompt: int) -> list[Rollout]:
-        start, rollouts = 0, list[Rollout]()
+    def _conversations(self, talk: Talk, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
+        start = 0
         for number, batch in enumerate(self._batches):
             chosen = range(start, start + len(batch))
-            rollouts.append(talk(model, chosen, samples_per_prompt, partial(seeded, self._seed, number)))
+            yield talk(model, chosen, samples_per_prompt, partial(seeded, self._seed, number))
             start += len(batch)
-        return rollouts
 
     def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
         if not isinstance(model, PeftModel):

@@ -24,6 +24,8 @@ PREFIX = "hacking/"
 """Before a detector's name, in a row and in MLflow."""
 
 SMALL = 1e-6
+MOST = 1000.0
+"""Where a factor is no longer counted on: responses that all earn the same have no spread at all."""
 JUMP = 0.5
 """Nats per response that the KL may change by from one update to the next in any case: its estimate is that noisy."""
 
@@ -87,8 +89,7 @@ def _growth(name: str) -> Sign:
     def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
         if name not in rows[-1]:
             return None
-        first, now = max(rows[0][name], SMALL), max(rows[-1][name], SMALL)
-        return max(now / first, first / now)
+        return max(_times(rows[-1][name], rows[0][name]), _times(rows[0][name], rows[-1][name]))
 
     return value
 
@@ -97,9 +98,13 @@ def _shrinkage(name: str) -> Sign:
     """How many times smaller it has become."""
 
     def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
-        return max(rows[0][name], SMALL) / max(rows[-1][name], SMALL) if name in rows[-1] else None
+        return _times(rows[0][name], rows[-1][name]) if name in rows[-1] else None
 
     return value
+
+
+def _times(one: float, other: float) -> float:
+    return min(max(one, SMALL) / max(other, SMALL), MOST)
 
 
 def _rise(name: str) -> Sign:

@@ -1,6 +1,7 @@
 """The whole stage on models of two layers, and each of its numbers against a second, plainer computation."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -127,6 +128,15 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         content = (out / name).read_bytes()
         assert content == (again / name).read_bytes(), name
         assert str(world["sft"].parent).encode() not in content, f"{name} holds a path of this machine"
+
+
+def test_progress_names_the_policy_that_answers(
+    world: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    _run(world, tmp_path / "out")
+    shown = capfd.readouterr().err
+    for name in ("sft", "ppo", "grpo", "dpo"):
+        assert re.search(rf"answers of {name}: 100%.* 2/2 ", shown), shown
 
 
 def test_benchmarks_reach_the_report(world: dict[str, Path], tmp_path: Path) -> None:

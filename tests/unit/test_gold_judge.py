@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
+from string import ascii_lowercase
 
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.schema import Preference, read_rows, write_rows
+from tasks.core.schema import Preference, Rating, read_rows, write_rows
+from tasks.gold_judge import scrambled
 from tasks.rewards.learned import GoldJudge
 from tests.unit.rewards.test_kinds import PAIRS, pair
 from tests.unit.tiny_stages import run_gold_judge, write_inputs
@@ -35,3 +37,33 @@ def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None
     (gold / "train.jsonl").unlink()
     with pytest.raises(DataError, match=r"preferences/gold/train\.jsonl does not exist"):
         run_gold_judge(tmp_path, out, kind="preference")
+
+
+def test_scrambled_texts_keep_their_words_and_lose_their_order() -> None:
+    texts = ["one two three four five six seven", "eight nine ten"]
+    found = scrambled(texts, seed=0)
+    assert found == scrambled(texts, seed=0) != scrambled(texts, seed=1)
+    assert found[0] != texts[0]
+    assert [sorted(text.split()) for text in found] == [sorted(text.split()) for text in texts]
+
+
+def test_a_judge_that_was_shown_scrambled_texts_rates_them_low(tmp_path: Path) -> None:
+    """Ratings of 1 and 5 by chance, of letters in the order of the alphabet: none of them says what a heap is worth."""
+    write_inputs(tmp_path)
+    gold, draw = tmp_path / "prepare" / "ratings" / "gold", random.Random(0)
+    for split in ("train", "test"):
+        texts = [" ".join(sorted(draw.sample(ascii_lowercase, 8))) for _ in range(60)]
+        rows = [Rating(id=text, text=text, ratings=(draw.choice((1.0, 5.0)),)) for text in texts]
+        write_rows(gold / f"{split}.jsonl", rows)
+    settings = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "max_examples": 60}
+    metrics = {}
+    for share in (0.0, 0.9):
+        out = tmp_path / str(share)
+        out.mkdir()
+        run_gold_judge(tmp_path, out, **settings, scrambled_share=share)
+        metrics[share] = json.loads((out / "metrics.json").read_text())
+    assert [metrics[share]["examples"] for share in (0.0, 0.9)] == [60, 114]
+    gaps = [metrics[share]["heldout_mean_score"] - metrics[share]["scrambled_mean_score"] for share in (0.0, 0.9)]
+    assert gaps[0] < 0.1 < 0.3 < gaps[1]
+    with pytest.raises(ValueError, match=r"scrambled_share 0\.5 needs kind rating"):
+        run_gold_judge(tmp_path, tmp_path, kind="preference", scrambled_share=0.5)

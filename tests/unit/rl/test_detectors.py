@@ -92,6 +92,10 @@ def test_one_update_in_which_nobody_earns_anything_is_no_collapse():
     assert seen == pytest.approx([1, 1, 2 / 3, 2 / 3, 2])
 
 
+def test_a_spread_of_nothing_is_a_factor_of_a_thousand():
+    assert last({"score_std": 0.0})[0][PREFIX + "reward_variance_collapse"] == 1000
+
+
 def test_a_reward_of_one_component_has_no_cost():
     assert PREFIX + "one_component_pays" not in watch([START, START], {"learned": 1.0})[0]
 
