@@ -25,9 +25,12 @@ import importlib, os
 from tasks.core import versioning
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.core.stage import stage_arguments
+from tasks.core.stage import stage_arguments, write_nothing
 params = load_params(project_root() / "params.yaml")
 for name in versioning.graph():
+    if getattr(params, name) is None:
+        write_nothing(name)
+        continue
     function = getattr(importlib.import_module(f"tasks.{name}"), name)
     positional, folders = stage_arguments(function, name, params)
     artifacts(name).mkdir(parents=True, exist_ok=True)

@@ -22,7 +22,7 @@ from tasks.core.errors import RLHFError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import OFF, artifacts, checkpoints, project_root
 
-__all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments"]
+__all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_nothing"]
 
 # No library may call home, and forked data loaders must not deadlock in the tokenizers' thread pool.
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -69,7 +69,7 @@ def execute_stage(name: str, why: Sequence[str]) -> None:
     with contextlib.chdir(root), _disk_errors(name):
         params = load_params(root / "params.yaml")
         if getattr(params, name, None) is None:
-            _write_nothing(name)
+            write_nothing(name)
             return
         reads = versioning.inputs(name)
         _refuse_edited_code(name, reads)
@@ -135,7 +135,7 @@ def _help(name: str, work: Callable[[Path], None], folder: Path) -> None:
         work(Path(out))
 
 
-def _write_nothing(name: str) -> None:
+def write_nothing(name: str) -> None:
     """The outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
     for path in versioning.outputs(name):
         folder = path if not path.suffix else path.parent
