@@ -72,7 +72,7 @@ def _stages(version: Version) -> Table:
         table.add_column(column)
     for name, stage in origin_of(version).stages.items():
         weights = [md5 for path, md5 in stage.outputs.items() if path.rpartition("/")[2] in recording.WEIGHTS]
-        table.add_row(name, stage.key[: screen.SHORT_HASH], stage.run, " ".join(weights))
+        table.add_row(name, stage.key[: screen.SHORT_HASH], stage.run or "none: restored from a cache", " ".join(weights))
     return table
 
 
