@@ -124,7 +124,9 @@ def add_critic(trainer: Any, critic: Any) -> None:
 
     policy, forward, rollout = trainer.policy, trainer.policy.forward, trainer._rollout
     policy.critic = critic
-    trainer.optimizer.add_param_group({"params": [weight for weight in critic.parameters() if weight.requires_grad]})
+    trainer.updater.optimizer.add_param_group(
+        {"params": [weight for weight in critic.parameters() if weight.requires_grad]}
+    )
 
     def values(batch: Any) -> Any:
         inputs = model_inputs(batch) | {"logits_to_keep": 1}

@@ -162,13 +162,13 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Look at curves, samples and models in MLflow; stop it with Ctrl-C."""
     enter()
     from flows import services
-    from tasks.core import recording
+    from tasks.core import mlflow_store
 
     if standing := services.running().get("mlflow"):
         screen.console.print(f"MLflow is up at {standing.address}")
         return
 
-    command, environment = recording.server_command(port)
+    command, environment = mlflow_store.server_command(port)
     screen.console.print(f"MLflow is starting at http://127.0.0.1:{port} (about 20 s); stop it with Ctrl-C")
     os.execve(command[0], command, environment)
 

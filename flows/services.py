@@ -26,7 +26,7 @@ from filelock import FileLock
 from flows import screen
 from flows.devices import gpus
 from flows.server import answers
-from tasks.core import recording
+from tasks.core import mlflow_store, recording
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state
 
@@ -82,7 +82,7 @@ def up(prefect_port: int, mlflow_port: int, tell: Callable[[str], None]) -> dict
         _start("prefect", api, prefect_port, _prefect_command(prefect_port), _environment())
         if "mlflow" not in running():
             recording.prepare()  # an experiment made through a server could not be used without it
-        command, environment = recording.server_command(mlflow_port)
+        command, environment = mlflow_store.server_command(mlflow_port)
         _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment | _environment())
         services = running()
         api, store = services["prefect"].address, services["mlflow"].address

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flows.worktrees import git, run, standing_in, worktree
-from tasks.core import recording, versioning
+from tasks.core import mlflow_store, recording, versioning
 from tasks.core.errors import StageError
 from tasks.core.params import load_params
 from tasks.core.paths import project_root, state
@@ -53,7 +53,7 @@ def run_variant(
         RLHFError: what ended the run, or a setting is not valid.
     """
     tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
-    own = {"MLFLOW_TRACKING_URI": recording.store_uri(), recording.SWEEP_VARIABLE: tags}
+    own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), recording.SWEEP_VARIABLE: tags}
     with _copy(folder / "worktree") as tree:
         flags = [word for setting in settings for word in ("-S", setting)]
         run(tree, [*words, *flags], {**os.environ, **(environment or {}), **own})

@@ -1,6 +1,6 @@
-"""The only door to MLflow: one run per executed stage, one parent run per flow.
+"""Runs of MLflow: one per executed stage, one parent run per flow.
 
-MLflow takes seconds to import, so it is imported when a run begins and not before. Everything goes through
+Everything goes through
 `MlflowClient` with explicit run ids: MLflow's active run belongs to a thread, and a trainer's threads are not ours.
 """
 
@@ -8,13 +8,11 @@ from __future__ import annotations
 
 import contextlib
 import json
-import logging
 import math
 import os
 import re
 import subprocess
 import sys
-import tempfile
 import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
@@ -22,13 +20,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.core.deeds import KEY_TAG, STAGE_TAG, Deeds
 from tasks.core.errors import ConfigError, StageError
+from tasks.core.mlflow_store import EXPERIMENT_VARIABLE, is_away, open_store, store_uri
 from tasks.core.outbox import Outbox, deliver_left
 from tasks.core.paths import project_root, state
 
 if TYPE_CHECKING:
-    from mlflow import MlflowClient
-
     from tasks.core.versioning import Inputs
 
 __all__ = [
@@ -39,28 +37,19 @@ __all__ = [
     "flow_environment",
     "git_commit",
     "measure_pipeline",
-    "open_store",
     "pipeline_run",
     "pipeline_tags",
     "prepare",
-    "server_command",
     "stage_run",
-    "store_uri",
     "tag_pipeline",
 ]
 
-EXPERIMENT = "rlhf"
-STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
+FLOW_TAG = "prefect.flow_run_id"
 
-# A run's own name, by which it is found again when MLflow's answer to its creation was lost.
-OUTBOX, OUTBOX_TAG = "outbox", "rlhf.outbox"
-
-# How MLflow's page knows that a file is a table (mlflow.client.MlflowClient.log_table writes it).
-TABLES_TAG = "mlflow.loggedArtifacts"
+OUTBOX = "outbox"
 
 # How a flow tells the stages it runs, in this process or in a child, which runs they belong to.
 PIPELINE_VARIABLE, FLOW_VARIABLE = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
-EXPERIMENT_VARIABLE = "RLHF_EXPERIMENT_ID"
 
 SWEEP_VARIABLE = "RLHF_SWEEP"
 """How a sweep tells its pipeline runs what they belong to: a JSON object with `sweep` and `variant`."""
@@ -68,23 +57,9 @@ SWEEP_VARIABLE = "RLHF_SWEEP"
 WEIGHTS = ("adapter", "model")
 """Names of the folders of weights among a stage's outputs."""
 
-# mlflow.utils.validation: at most this many per request, a tag not much longer, and no such characters in the name of a
-# metric or parameter.
-BATCH, TAG_LENGTH = 100, 5000
+# mlflow.utils.validation: a tag not much longer, and no such characters in the name of a metric or parameter.
+TAG_LENGTH = 5000
 FORBIDDEN = re.compile(r"[^\w\-. /:]")
-
-
-def store_uri() -> str:
-    """Where runs are kept: `$MLFLOW_TRACKING_URI`, else mlflow.db in the project."""
-    return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
-
-
-def server_command(port: int) -> tuple[list[str], dict[str, str]]:
-    """Command and environment of MLflow's server on loopback; one worker and no job runner make it start fast."""
-    command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store_uri()]
-    command += ["--artifacts-destination", str(project_root() / "mlartifacts")]
-    command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return command, {**os.environ, **_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def prepare() -> None:
@@ -189,16 +164,12 @@ def stage_run(
 
 
 class _Run:
-    """A run that is open. Whatever is said of it goes through an outbox, since a server may be away for a while.
-
-    Each `_do_…` does one deed, and may do it twice without harm (see `tasks.core.outbox`).
-    """
+    """A run that is open. Whatever is said of it goes through an outbox, since a server may be away for a while."""
 
     def __init__(self, outbox: Path) -> None:
-        self._client, self.experiment = open_store()
-        self._name = outbox.stem
-        self._run_id: str | None = None
-        self.outbox = Outbox(outbox, self._do, _is_away, _warn)
+        self._deeds = Deeds(outbox.stem)
+        self.experiment = self._deeds.experiment
+        self.outbox = Outbox(outbox, self._deeds.do, is_away, _warn)
 
     @property
     def run_id(self) -> str:
@@ -207,17 +178,12 @@ class _Run:
         Raises:
             StageError: the run could not be created yet, because the server is away.
         """
-        if self._run_id is None:
-            runs = self._client.search_runs([self.experiment], f"tags.`{OUTBOX_TAG}` = '{self._name}'", max_results=1)
-            if not runs:
-                raise StageError(f"MLflow at {store_uri()} does not know this run: is the server away?")
-            self._run_id = str(runs[0].info.run_id)
-        return self._run_id
+        return self._deeds.run_id
 
     def create(self, name: str, tags: Mapping[str, str]) -> None:
         """Begin."""
         short = {key: value[:TAG_LENGTH] for key, value in tags.items()}
-        self.outbox.put("create", name=name, tags={**short, OUTBOX_TAG: self._name}, time=_now())
+        self.outbox.put("create", name=name, tags=short, time=_now())
 
     def log_params(self, parameters: Mapping[str, object]) -> None:
         """Record parameters under their flattened keys."""
@@ -239,82 +205,6 @@ class _Run:
         self.outbox.put("end", status=status, time=_now())
         if not self.outbox.deliver():
             _kept.append(self.outbox)
-
-    def _do(self, deed: str, content: Mapping[str, Any]) -> None:
-        getattr(self, f"_do_{deed}")(**content)
-
-    def _do_create(self, name: str, tags: Mapping[str, str], time: int) -> None:
-        try:
-            found = self.run_id
-        except StageError:
-            run = self._client.create_run(self.experiment, start_time=time, run_name=name, tags=dict(tags))
-            found = str(run.info.run_id)
-        self._run_id = found
-
-    def _do_params(self, parameters: Mapping[str, str]) -> None:
-        from mlflow.entities import Param
-
-        params = [Param(key, value) for key, value in parameters.items()]
-        for start in range(0, len(params), BATCH):
-            self._client.log_batch(self.run_id, params=params[start : start + BATCH])
-
-    def _do_metrics(self, metrics: Mapping[str, float], step: int, time: int) -> None:
-        from mlflow.entities import Metric
-
-        self._client.log_batch(self.run_id, metrics=[Metric(key, value, time, step) for key, value in metrics.items()])
-
-    def _do_tag(self, key: str, value: str) -> None:
-        self._client.set_tag(self.run_id, key, value)
-
-    def _do_end(self, status: str, time: int) -> None:
-        self._client.set_terminated(self.run_id, status, end_time=time)
-
-    def _do_origin(self, name: str, key: str) -> None:
-        condition = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
-        if runs := self._client.search_runs([self.experiment], condition, max_results=1):
-            self._client.set_tag(self.run_id, f"{name}.run", runs[0].info.run_id)
-
-    def _do_samples(self, name: str, rows: Sequence[Mapping[str, Any]], step: int | None) -> None:
-        """MLflow's own `log_table` only appends; here the rows of a step take the place of those that it had."""
-        file = f"{name}.json"
-        table: dict[str, Any] = {"columns": [], "data": []}
-        if any(item.path == file for item in self._client.list_artifacts(self.run_id)):
-            with tempfile.TemporaryDirectory() as folder:
-                copy = Path(self._client.download_artifacts(self.run_id, file, folder))
-                table = json.loads(copy.read_text(encoding="utf-8"))
-        old = [dict(zip(table["columns"], line, strict=True)) for line in table["data"]]
-        kept = [row for row in old if row.get("step") != step] + list(rows)
-        columns = list(dict.fromkeys(key for row in kept for key in row))
-        data = [[row.get(column) for column in columns] for row in kept]
-        self._client.log_dict(self.run_id, {"columns": columns, "data": data}, file)
-        tables = json.loads(self._client.get_run(self.run_id).data.tags.get(TABLES_TAG, "[]"))
-        if {"path": file, "type": "table"} not in tables:
-            self._client.set_tag(self.run_id, TABLES_TAG, json.dumps([*tables, {"path": file, "type": "table"}]))
-
-    def _do_file(self, path: str, folder: str | None) -> None:
-        if Path(path).exists():  # a later run may have replaced it
-            self._client.log_artifact(self.run_id, path, folder)
-
-    def _do_inputs(self, data: Mapping[str, str]) -> None:
-        from mlflow.entities import Dataset, DatasetInput
-
-        sets = [Dataset(path, md5, "local", json.dumps({"uri": path})) for path, md5 in data.items()]
-        self._client.log_inputs(self.run_id, datasets=[DatasetInput(item) for item in sets])
-
-    def _do_model(self, path: str, md5: str) -> None:
-        from mlflow.entities import LoggedModelOutput
-
-        stage = Path(path).parent.name
-        tags = {"dvc.path": path, "dvc.md5": md5, STAGE_TAG: stage, OUTBOX_TAG: self._name}
-        condition = f"tags.`{OUTBOX_TAG}` = '{self._name}' and tags.`dvc.path` = '{path}'"
-        known = self._client.search_logged_models([self.experiment], condition)
-        model = (
-            known[0]
-            if known
-            else self._client.create_logged_model(self.experiment, stage, source_run_id=self.run_id, tags=tags)
-        )
-        self._client.finalize_logged_model(model.model_id, "READY")
-        self._client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
 class PipelineRun(_Run):
@@ -360,55 +250,6 @@ class StageRun(_Run):
                 self.outbox.put("model", path=path, md5=md5)
 
 
-_ENVIRONMENT = {
-    "DO_NOT_TRACK": "true",
-    "GIT_PYTHON_REFRESH": "quiet",
-    "MLFLOW_DISABLE_TELEMETRY": "true",
-    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
-    # Files go through the server: the address under which it knows its store need not exist here.
-    "MLFLOW_ENABLE_PROXY_MULTIPART_DOWNLOAD": "false",
-    "MLFLOW_ENABLE_PROXY_MULTIPART_UPLOAD": "false",
-    "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2",
-    "MLFLOW_HTTP_REQUEST_TIMEOUT": "30",
-    "MLFLOW_LOGGING_LEVEL": "WARNING",
-    "MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT": "true",
-}
-
-
-def open_store() -> tuple[MlflowClient, str]:
-    """A client for the store, and the experiment, made on first use.
-
-    Raises:
-        ConfigError: the store cannot be opened.
-    """
-    for variable, value in _ENVIRONMENT.items():
-        os.environ.setdefault(variable, value)
-    logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
-    from filelock import FileLock
-    from mlflow import MlflowClient, set_tracking_uri
-    from mlflow.exceptions import MlflowException
-
-    uri = store_uri()
-    # Files of a run are found by `runs:/…`, which MLflow resolves against its global URI.
-    set_tracking_uri(uri)
-    if known := os.environ.get(EXPERIMENT_VARIABLE):  # the flow has opened it, and the server may be away by now
-        return MlflowClient(uri), known
-    state().mkdir(exist_ok=True)
-    try:
-        # Two processes that open a new store at once would both create its tables. And a local store makes a folder
-        # `mlruns` in the working directory, used or not.
-        with FileLock(state() / "mlflow.lock"), contextlib.chdir(state()):
-            client = MlflowClient(uri)
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-            if experiment:
-                return client, str(experiment.experiment_id)
-            folder = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-            return client, client.create_experiment(EXPERIMENT, artifact_location=folder)
-    except MlflowException as error:
-        raise ConfigError(f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI: {error}") from error
-
-
 @contextmanager
 def _closing(run: _Run) -> Iterator[None]:
     """End the run as what became of it; an error while saying so must not hide the one that ended it."""
@@ -446,18 +287,6 @@ def _deliver_kept() -> None:
 
 def _new_outbox() -> Path:
     return state() / OUTBOX / f"{uuid.uuid4().hex}.jsonl"
-
-
-def _is_away(error: Exception) -> bool:
-    """A server that does not answer, or says that it cannot now; an error in a local store is one."""
-    from mlflow.exceptions import MlflowException
-
-    if not store_uri().startswith("http"):
-        return False
-    if isinstance(error, MlflowException):
-        status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
-        return status >= 500 or error.error_code == "REQUEST_LIMIT_EXCEEDED"
-    return isinstance(error, OSError)
 
 
 def _warn(text: str) -> None:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from tasks.core.errors import ConfigError
-from tasks.core.recording import open_store
+from tasks.core.mlflow_store import open_store
 
 __all__ = [
     "CHALLENGER",

@@ -7,7 +7,6 @@ are parts of one episode (see conversation.py). What each line follows, with sou
 
 from __future__ import annotations
 
-import math
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -25,23 +24,19 @@ from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward, Reward
 from tasks.rl.actions import action_mask, state_values, summed, turn_counts
 from tasks.rl.advantages import gae, leave_one_out
-from tasks.rl.checks import DegenerationWatch, check_finite, shown
+from tasks.rl.checks import DegenerationWatch, check_finite
 from tasks.rl.control import AdaptiveKL, FixedKL, KLController
 from tasks.rl.conversation import Talk
 from tasks.rl.detectors import watch
 from tasks.rl.kl import kl_estimates, per_sequence
-from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
-from tasks.rl.masking import explained_variance, masked_mean, masked_sum, whiten, zero_masked
+from tasks.rl.masking import explained_variance, masked_mean, whiten, zero_masked
 from tasks.rl.policy import Experience, Policy
 from tasks.rl.rollout import Rollout, generate, seeded
 from tasks.rl.shaping import discounted, missing_eos_penalty, token_rewards
+from tasks.rl.updater import Metrics, Updater
 
 __all__ = ["PPOTrainer", "TextCodec"]
 
-ADAM_EPSILON = 1e-5  # Huang et al., detail on Adam: PyTorch's default differs from the original's in effect
-MAX_MEAN_RATIO = 10.0  # a rollout whose policy has moved this far cannot be corrected by importance weights
-
-Metrics = dict[str, float]
 Log = Callable[[Metrics, int], None]
 LogSamples = Callable[[list[dict[str, Any]], int], None]
 
@@ -80,7 +75,7 @@ class PPOTrainer:
         self.params, self.generation, self.seed, self._talk = params, generation, seed, talk
         self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
         self._log, self._log_samples, self._tell, self._keep = log, log_samples, tell, keep
-        self.optimizer = torch.optim.Adam(policy.trainable().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
+        self.updater = Updater(policy, params, codec.decode)
         self.controller: KLController = (
             FixedKL(params.kl_coef)
             if params.kl_controller == "fixed"
@@ -144,7 +139,10 @@ class PPOTrainer:
         experience_s, clock = time.perf_counter() - clock, time.perf_counter()
         if self._over_budget(metrics["kl"]):
             return None
-        metrics |= self._optimise(experience)
+        if self.params.kl_budget is not None:
+            self._before = {name: value.detach().clone() for name, value in self.policy.trainable().items()}
+        learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
+        metrics |= self.updater(experience, learning_rate, self._generator("permutation"))
         update_s = time.perf_counter() - clock
         tokens = float(rollout.response_mask.sum())
         timings = {"rollout_s": rollout_s, "experience_s": experience_s, "optimise_s": update_s}
@@ -283,106 +281,6 @@ class PPOTrainer:
         )
         return True
 
-    # -- the update --------------------------------------------------------------------------------------------
-
-    def _optimise(self, experience: Experience) -> Metrics:
-        """Several epochs of clipped updates on one rollout, stopped early once the policy has moved far enough."""
-        learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
-        for group in self.optimizer.param_groups:
-            group["lr"] = learning_rate
-        if self.params.kl_budget is not None:
-            self._before = {name: value.detach().clone() for name, value in self.policy.trainable().items()}
-        generator = self._generator("permutation")
-        size = len(experience) // self.params.minibatches
-        steps: list[Metrics] = []
-        for _ in range(self.params.epochs):
-            order = torch.randperm(len(experience), generator=generator)
-            for rows in torch.split(order, size):
-                steps.append(self._optimiser_step(experience.select(rows)))
-                if steps[-1]["approx_kl"] > self.params.max_approx_kl:
-                    return self._summary(steps, learning_rate)
-        return self._summary(steps, learning_rate)
-
-    def _summary(self, steps: list[Metrics], learning_rate: float) -> Metrics:
-        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
-        means["ratio_max"] = max(step["ratio_max"] for step in steps)
-        taken = sum(step["approx_kl"] <= self.params.max_approx_kl for step in steps)
-        return {**means, "learning_rate": learning_rate, "optimiser_steps": taken}
-
-    def _optimiser_step(self, minibatch: Experience) -> Metrics:
-        """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
-        self.optimizer.zero_grad()
-        action_count = int(minibatch.action_mask.sum())
-        own = ranks.share(range(len(minibatch)), "the size of ppo's minibatches")
-        pieces = minibatch.select(torch.tensor(own)).split(self.params.micro_batch_size)
-        actor, critic, entropy = self._backward(next(pieces), action_count)
-        for piece in pieces:
-            actor_part, critic_part, entropy_part = self._backward(piece, action_count)
-            actor, critic, entropy = actor + actor_part, critic + critic_part, entropy + entropy_part
-        ranks.add_gradients(self.policy.trainable().values())
-        actor, critic = ranks.added(actor), ranks.added(critic)
-        entropy = ranks.gathered(entropy.reshape(1)).sum()
-        token_count = int(minibatch.response_mask.sum())
-        metrics = {"entropy": entropy.item() / token_count, **actor.means(), **critic.means()}
-        if metrics["ratio_mean"] > MAX_MEAN_RATIO:
-            raise TrainingError(
-                f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "
-                "left its rollouts behind; lower ppo.learning_rate or ppo.epochs"
-            )
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), self.params.max_grad_norm)
-        metrics["grad_norm"] = norm.item()
-        self._check_finite(metrics, minibatch)
-        if metrics["approx_kl"] <= self.params.max_approx_kl:
-            self.optimizer.step()
-        return metrics
-
-    def _backward(self, piece: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
-        """Add a micro-batch's share of the step's gradient; the third value is its sum of token entropies."""
-        logprobs, values, entropy = self.policy(piece)
-        mask = piece.action_mask
-        actor = policy_loss(
-            summed(logprobs, piece.response_mask, self.params.action),
-            piece.old_logprobs,
-            piece.advantages,
-            mask,
-            clip_range=self.params.clip_range,
-            token_count=action_count,
-        )
-        critic = value_loss(
-            state_values(values, piece.response_mask, self.params.action),
-            piece.old_values,
-            piece.returns,
-            mask,
-            value_clip_range=self.params.value_clip_range,
-            token_count=action_count,
-        )
-        loss: Tensor = actor.loss + self.params.value_coef * critic.loss
-        loss.backward()  # type: ignore[no-untyped-call]
-        return actor, critic, masked_sum(entropy, piece.response_mask)
-
-    def _check_finite(self, metrics: Metrics, minibatch: Experience) -> None:
-        broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if not broken:
-            return
-        rows = [row for row in range(len(minibatch)) if not self._is_sound(minibatch.select(torch.tensor([row])))]
-        prompts = self._texts(minibatch.prompts, minibatch.prompt_mask)
-        responses = self._texts(minibatch.responses, minibatch.response_mask)
-        blamed = f"from {len(rows)} of {len(minibatch)} responses: {shown(rows, prompts, responses)}"
-        raise TrainingError(
-            f"not finite: {broken}, {blamed if rows else 'from no single response'}; this step changed nothing; lower "
-            "ppo.learning_rate, or look at the rewards of these samples"
-        )
-
-    def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
-        return [self.codec.decode(ids[counts].tolist()) for ids, counts in zip(tokens, mask, strict=True)]
-
-    def _is_sound(self, sample: Experience) -> bool:
-        """Whether the loss and the gradient of this response alone are finite."""
-        self.optimizer.zero_grad()
-        actor, critic, entropy = self._backward(sample, 1)
-        gradients = [weight.grad for weight in self.policy.trainable().values() if weight.grad is not None]
-        return all(bool(torch.isfinite(value).all()) for value in (actor.loss, critic.loss, entropy, *gradients))
-
     # -- state -------------------------------------------------------------------------------------------------
 
     @property
@@ -424,7 +322,7 @@ class PPOTrainer:
         state = {
             "update": self.update,
             "weights": {name: value.detach() for name, value in self.policy.trainable().items()},
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": self.updater.optimizer.state_dict(),
             "controller": self.controller.state_dict(),
             "history": self.history,
             "samples": self.samples,
@@ -445,7 +343,7 @@ class PPOTrainer:
         weights = self.policy.trainable()
         for name, value in state["weights"].items():
             weights[name].data.copy_(value)
-        self.optimizer.load_state_dict(state["optimizer"])
+        self.updater.optimizer.load_state_dict(state["optimizer"])
         self.controller.load_state_dict(state["controller"])
         self.update, self.history, self.samples = state["update"], state["history"], state["samples"]
         self._saved, self._before = state["update"], state["before"]

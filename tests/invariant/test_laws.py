@@ -23,14 +23,16 @@ STAGES = list(PIPELINE["stages"])
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 # What a stage imports is an input of its key: a change of these must never run a stage again.
-RUNNERS = {"tasks/core/stage.py", "tasks/core/reasons.py", "tasks/core/recording.py", "tasks/core/versioning.py"}
+DVC = {f"tasks/core/{name}.py" for name in ("dvc_project", "reasons", "reproduction", "versioning")}
+RECORDING = {f"tasks/core/{name}.py" for name in ("deeds", "mlflow_store", "recording")}
+RUNNERS = {"tasks/core/stage.py"} | DVC | RECORDING
 
 DOORS = {
     "prefect": {
         f"flows/{name}.py" for name in ("bridge", "events", "pipeline", "retrain", "schedule", "server", "services")
     },
-    "mlflow": {"tasks/core/recording.py", "tasks/core/registry.py"},
-    "dvc": {"tasks/core/reasons.py", "tasks/core/versioning.py"},
+    "mlflow": RECORDING | {"tasks/core/registry.py"},
+    "dvc": DVC,
     "ruamel": {"tasks/core/params.py"},
     "openai": {"tasks/evals/judges.py"},
     "yaml": set[str](),

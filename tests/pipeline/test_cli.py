@@ -96,7 +96,7 @@ def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
 
 
 def test_the_private_parts_of_dvc_are_where_we_take_them_from() -> None:
-    """If one is gone, DVC has changed: look at tasks/core/versioning.py before loosening the pin."""
+    """If one is gone, DVC has changed: look at reproduction.py and dvc_project.py before loosening the pin."""
     import inspect
 
     import dvc.stage.cache

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.core import recording, registry
+from tasks.core import mlflow_store, registry
 from tasks.core.errors import ConfigError
 
 
@@ -23,7 +23,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 @pytest.fixture
 def three(store: None) -> Iterator[None]:
     """Versions 1, 2 and 3, none of them promoted; the last is the challenger."""
-    client, _ = recording.open_store()
+    client, _ = mlflow_store.open_store()
     for letter in "abc":
         registry.register("ppo", {"ppo/adapter": letter}, {"accepted": "True", "reasons": "good"})
     yield
@@ -89,7 +89,7 @@ def test_a_version_that_was_champion_twice_is_walked_over_twice(three: None) -> 
 
 
 def test_a_champion_named_in_mlflow_itself_is_known_too(three: None) -> None:
-    client, _ = recording.open_store()
+    client, _ = mlflow_store.open_store()
     client.set_registered_model_alias(registry.MODEL, registry.CHAMPION, "2")
     promote(3)
     assert rolled_back() == 2
@@ -97,7 +97,7 @@ def test_a_champion_named_in_mlflow_itself_is_known_too(three: None) -> None:
 
 def test_versions_that_were_deleted_are_skipped(three: None) -> None:
     promote(1, 2, 3)
-    recording.open_store()[0].delete_model_version(registry.MODEL, "2")
+    mlflow_store.open_store()[0].delete_model_version(registry.MODEL, "2")
     assert rolled_back() == 1
 
 

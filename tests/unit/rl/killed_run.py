@@ -46,8 +46,8 @@ def main(folder: Path, last: int | None) -> None:
         file.write(content[len(content) // 2 :])
 
     ppo = trainer(checkpoints=folder / "checkpoints", updates=6, checkpoint_every=1)
-    for name in ("_rollout", "_experience", "_optimiser_step"):
-        setattr(ppo, name, watched(getattr(ppo, name)))
+    for part, name in ((ppo, "_rollout"), (ppo, "_experience"), (ppo.updater, "step")):
+        setattr(part, name, watched(getattr(part, name)))
     save, torch.save = torch.save, slow_save
     ppo.train()
     folder.mkdir(exist_ok=True)

@@ -226,7 +226,7 @@ def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None
 def test_the_first_step_starts_at_the_rollouts_policy(action: str) -> None:
     trainer = ppo(action=action)
     experience, _ = trainer._experience(*trainer._scored(*trainer._rollout()))
-    metrics = trainer._optimiser_step(experience)
+    metrics = trainer.updater.step(experience)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
 
@@ -237,7 +237,7 @@ def test_micro_batches_do_not_change_the_gradient(action: str) -> None:
     for size in (8, 3):
         trainer = ppo(action=action, micro_batch_size=size)
         experience, _ = trainer._experience(*trainer._scored(*trainer._rollout()))
-        trainer._optimiser_step(experience)
+        trainer.updater.step(experience)
         gradients.append([p.grad.clone() for p in trainer.policy.trainable().values()])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
@@ -265,7 +265,7 @@ def test_no_gradient_comes_from_the_environments_tokens(action: str, monkeypatch
             return logprobs.masked_fill(off, junk), values.masked_fill(off, junk), entropy.masked_fill(off, junk)
 
         monkeypatch.setattr(trainer.policy, "forward", spoilt)
-        metrics = trainer._optimiser_step(experience)
+        metrics = trainer.updater.step(experience)
         gradients.append([p.grad.clone() for p in trainer.policy.trainable().values()])
         if junk is None:
             plain = metrics

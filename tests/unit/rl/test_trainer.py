@@ -83,7 +83,7 @@ def test_at_step_0_kl_is_0_and_the_reward_is_the_score():
 def test_ratio_is_1_in_the_first_minibatch():
     ppo = trainer()
     experience, _ = experience_of(ppo)
-    metrics = ppo._optimiser_step(experience)
+    metrics = ppo.updater.step(experience)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
     assert metrics["clip_fraction"] == 0
@@ -107,7 +107,7 @@ def test_micro_batches_do_not_change_the_gradient(size):
     for micro_batch_size in (12, size):
         ppo = trainer(micro_batch_size=micro_batch_size)
         experience, _ = experience_of(ppo)
-        ppo._optimiser_step(experience)
+        ppo.updater.step(experience)
         gradients.append([p.grad.clone() for p in ppo.policy.trainable().values()])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
@@ -134,8 +134,8 @@ def test_padding_changes_neither_loss_nor_gradient():
     )
     results = []
     for batch in (plain, padded):
-        ppo.optimizer.zero_grad()
-        actor, critic, _ = ppo._backward(batch, int(batch.response_mask.sum()))
+        ppo.updater.optimizer.zero_grad()
+        actor, critic, _ = ppo.updater._backward(batch, int(batch.response_mask.sum()))
         gradients = [p.grad.clone() for p in ppo.policy.trainable().values()]
         results.append((actor.loss.item(), critic.loss.item(), gradients))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-6)
@@ -187,7 +187,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(monkeypatch):
     before = weights(ppo)
     broken = dataclasses.replace(experience, advantages=torch.full_like(experience.advantages, float("nan")))
     with pytest.raises(TrainingError, match=r"^not finite: .*policy_loss.* from 12 of 12 responses"):
-        ppo._optimiser_step(broken)
+        ppo.updater.step(broken)
     for name, value in before.items():
         assert torch.equal(weights(ppo)[name], value), name
 
@@ -197,7 +197,7 @@ def test_a_policy_that_left_its_rollouts_behind_is_refused():
     experience, _ = experience_of(ppo)
     moved = dataclasses.replace(experience, old_logprobs=experience.old_logprobs - 5)
     with pytest.raises(TrainingError, match="mean probability ratio is 148"):
-        ppo._optimiser_step(moved)
+        ppo.updater.step(moved)
 
 
 def test_no_step_is_taken_once_the_policy_has_moved_far_enough():
@@ -326,7 +326,7 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     gains = scores if advantage == "gae" else scores - scores.reshape(6, 2).flip(1).reshape(-1)
     whitened = (gains - gains.mean()) / gains.std(correction=0)
     torch.testing.assert_close(experience.advantages[:, 0], whitened, atol=1e-3, rtol=0)
-    step = ppo._optimiser_step(experience)
+    step = ppo.updater.step(experience)
     assert step["ratio_max"] == pytest.approx(1, abs=1e-5)
     errors = experience.old_values - experience.returns
     assert step["value_loss"] == pytest.approx((errors**2).mean().item() / 2, rel=1e-4), "a mean over responses"
@@ -339,7 +339,7 @@ def test_micro_batches_do_not_change_the_gradient_of_responses(size):
     for micro_batch_size in (12, size):
         ppo = trainer(action="response", micro_batch_size=micro_batch_size)
         experience, _ = experience_of(ppo)
-        ppo._optimiser_step(experience)
+        ppo.updater.step(experience)
         gradients.append({name: weight.grad.clone() for name, weight in ppo.policy.trainable().items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)

@@ -1,0 +1,131 @@
+"""PPO's updates of the policy: epochs of clipped steps on one rollout, each checked before it changes anything."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from tasks.core import ranks
+from tasks.core.errors import TrainingError
+from tasks.core.sections.ppo import PPOParams
+from tasks.rl.actions import state_values, summed
+from tasks.rl.checks import shown
+from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
+from tasks.rl.masking import masked_sum
+from tasks.rl.policy import Experience, Policy
+
+__all__ = ["Metrics", "Updater"]
+
+ADAM_EPSILON = 1e-5  # Huang et al., detail on Adam: PyTorch's default differs from the original's in effect
+MAX_MEAN_RATIO = 10.0  # a rollout whose policy has moved this far cannot be corrected by importance weights
+
+Metrics = dict[str, float]
+
+
+class Updater:
+    """Adam on the policy's trainable weights; `decode` is for errors, which show the responses that caused them."""
+
+    def __init__(self, policy: Policy, params: PPOParams, decode: Callable[[Sequence[int]], str]) -> None:
+        self.policy, self.params, self._decode = policy, params, decode
+        self.optimizer = torch.optim.Adam(policy.trainable().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
+
+    def __call__(self, experience: Experience, learning_rate: float, generator: torch.Generator) -> Metrics:
+        """Several epochs of clipped updates on one rollout, stopped early once the policy has moved far enough.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or the policy has moved out of reach of its rollouts.
+        """
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        size = len(experience) // self.params.minibatches
+        steps: list[Metrics] = []
+        for _ in range(self.params.epochs):
+            order = torch.randperm(len(experience), generator=generator)
+            for rows in torch.split(order, size):
+                steps.append(self.step(experience.select(rows)))
+                if steps[-1]["approx_kl"] > self.params.max_approx_kl:
+                    return self._summary(steps, learning_rate)
+        return self._summary(steps, learning_rate)
+
+    def step(self, minibatch: Experience) -> Metrics:
+        """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
+        self.optimizer.zero_grad()
+        action_count = int(minibatch.action_mask.sum())
+        own = ranks.share(range(len(minibatch)), "the size of ppo's minibatches")
+        pieces = minibatch.select(torch.tensor(own)).split(self.params.micro_batch_size)
+        actor, critic, entropy = self._backward(next(pieces), action_count)
+        for piece in pieces:
+            actor_part, critic_part, entropy_part = self._backward(piece, action_count)
+            actor, critic, entropy = actor + actor_part, critic + critic_part, entropy + entropy_part
+        ranks.add_gradients(self.policy.trainable().values())
+        actor, critic = ranks.added(actor), ranks.added(critic)
+        entropy = ranks.gathered(entropy.reshape(1)).sum()
+        token_count = int(minibatch.response_mask.sum())
+        metrics = {"entropy": entropy.item() / token_count, **actor.means(), **critic.means()}
+        if metrics["ratio_mean"] > MAX_MEAN_RATIO:
+            raise TrainingError(
+                f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "
+                "left its rollouts behind; lower ppo.learning_rate or ppo.epochs"
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), self.params.max_grad_norm)
+        metrics["grad_norm"] = norm.item()
+        self._check_finite(metrics, minibatch)
+        if metrics["approx_kl"] <= self.params.max_approx_kl:
+            self.optimizer.step()
+        return metrics
+
+    def _summary(self, steps: list[Metrics], learning_rate: float) -> Metrics:
+        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        means["ratio_max"] = max(step["ratio_max"] for step in steps)
+        taken = sum(step["approx_kl"] <= self.params.max_approx_kl for step in steps)
+        return {**means, "learning_rate": learning_rate, "optimiser_steps": taken}
+
+    def _backward(self, piece: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
+        """Add a micro-batch's share of the step's gradient; the third value is its sum of token entropies."""
+        logprobs, values, entropy = self.policy(piece)
+        mask = piece.action_mask
+        actor = policy_loss(
+            summed(logprobs, piece.response_mask, self.params.action),
+            piece.old_logprobs,
+            piece.advantages,
+            mask,
+            clip_range=self.params.clip_range,
+            token_count=action_count,
+        )
+        critic = value_loss(
+            state_values(values, piece.response_mask, self.params.action),
+            piece.old_values,
+            piece.returns,
+            mask,
+            value_clip_range=self.params.value_clip_range,
+            token_count=action_count,
+        )
+        loss: Tensor = actor.loss + self.params.value_coef * critic.loss
+        loss.backward()  # type: ignore[no-untyped-call]
+        return actor, critic, masked_sum(entropy, piece.response_mask)
+
+    def _check_finite(self, metrics: Metrics, minibatch: Experience) -> None:
+        broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if not broken:
+            return
+        rows = [row for row in range(len(minibatch)) if not self._is_sound(minibatch.select(torch.tensor([row])))]
+        prompts = self._texts(minibatch.prompts, minibatch.prompt_mask)
+        responses = self._texts(minibatch.responses, minibatch.response_mask)
+        blamed = f"from {len(rows)} of {len(minibatch)} responses: {shown(rows, prompts, responses)}"
+        raise TrainingError(
+            f"not finite: {broken}, {blamed if rows else 'from no single response'}; this step changed nothing; lower "
+            "ppo.learning_rate, or look at the rewards of these samples"
+        )
+
+    def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
+        return [self._decode(ids[counts].tolist()) for ids, counts in zip(tokens, mask, strict=True)]
+
+    def _is_sound(self, sample: Experience) -> bool:
+        """Whether the loss and the gradient of this response alone are finite."""
+        self.optimizer.zero_grad()
+        actor, critic, entropy = self._backward(sample, 1)
+        gradients = [weight.grad for weight in self.policy.trainable().values() if weight.grad is not None]
+        return all(bool(torch.isfinite(value).all()) for value in (actor.loss, critic.loss, entropy, *gradients))
