@@ -72,7 +72,8 @@ def _stages(version: Version) -> Table:
         table.add_column(column)
     for name, stage in origin_of(version).stages.items():
         weights = [md5 for path, md5 in stage.outputs.items() if path.rpartition("/")[2] in recording.WEIGHTS]
-        table.add_row(name, stage.key[: screen.SHORT_HASH], stage.run or "none: restored from a cache", " ".join(weights))
+        run = stage.run or "none in this store"  # restored from a cache that another project filled
+        table.add_row(name, stage.key[: screen.SHORT_HASH], run, " ".join(weights))
     return table
 
 

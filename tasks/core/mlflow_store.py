@@ -22,7 +22,7 @@ __all__ = ["EXPERIMENT_VARIABLE", "is_away", "open_store", "server_command", "st
 EXPERIMENT = "rlhf"
 
 EXPERIMENT_VARIABLE = "RLHF_EXPERIMENT_ID"
-"""How a flow tells the stages that it runs the experiment's id, since the server may be away when they begin."""
+"""How a flow tells its stages the experiment's id, since the server may be away when they begin."""
 
 _ENVIRONMENT = {
     "DO_NOT_TRACK": "true",

@@ -1,7 +1,7 @@
 """Runs of MLflow: one per executed stage, one parent run per flow.
 
-Everything goes through
-`MlflowClient` with explicit run ids: MLflow's active run belongs to a thread, and a trainer's threads are not ours.
+Everything goes through `MlflowClient` with explicit run ids: MLflow's active run belongs to a thread, and a trainer's
+threads are not ours.
 """
 
 from __future__ import annotations
