@@ -72,7 +72,7 @@ def _stages(version: Version) -> Table:
         table.add_column(column)
     for name, stage in origin_of(version).stages.items():
         weights = [md5 for path, md5 in stage.outputs.items() if path.rpartition("/")[2] in recording.WEIGHTS]
-        run = stage.run or "none in this store"  # restored from a cache that another project filled
+        run = stage.run or "none in this store"  # up to date without ever having run here
         table.add_row(name, stage.key[: screen.SHORT_HASH], run, " ".join(weights))
     return table
 
