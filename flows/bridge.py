@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from contextlib import ExitStack
 from functools import partial
+from http import HTTPStatus
 
+from httpx import HTTPStatusError
 from prefect import task
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, StateDetails
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
 from prefect.states import Completed
 
@@ -22,7 +26,7 @@ __all__ = ["stage"]
 
 # How long Prefect's server keeps the device for a run that no longer reports, because it was killed.
 LEASE_SECONDS = 60
-PATIENCE_SECONDS = 2
+PREFECT_INTERNALS = "prefect._internal.concurrency"
 
 
 @task(cache_policy=NO_CACHE)
@@ -70,15 +74,23 @@ def stage(
 
 def _take_device(held: ExitStack) -> None:
     """Hold a slot of Prefect's limit of stages that compute at once on this machine, if its server has that limit."""
-
-    def slot(patience: float | None) -> None:
-        limit = concurrency(
-            DEVICE_LIMIT, lease_duration=LEASE_SECONDS, timeout_seconds=patience, raise_on_lease_renewal_failure=False
-        )
-        held.enter_context(limit)
-
+    slot = partial(concurrency, DEVICE_LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
+    logging.getLogger(PREFECT_INTERNALS).addFilter(_not_of_a_slot)
     try:
-        slot(PATIENCE_SECONDS)
-    except TimeoutError:
+        held.enter_context(slot(max_retries=0))
+    except ConcurrencySlotAcquisitionError as error:
+        if not _is_taken(error):
+            raise
         screen.device_waits()
-        slot(None)
+        held.enter_context(slot())
+
+
+def _is_taken(error: ConcurrencySlotAcquisitionError) -> bool:
+    """Whether Prefect's server said that another run holds the slot, rather than that it could not say."""
+    answer = error.__cause__
+    return isinstance(answer, HTTPStatusError) and answer.response.status_code == HTTPStatus.LOCKED
+
+
+def _not_of_a_slot(record: logging.LogRecord) -> bool:
+    """Whether a line of Prefect's log tells of anything but a slot that it could not get: `slot` raises that itself."""
+    return "ConcurrencySlotAcquisition" not in record.getMessage()

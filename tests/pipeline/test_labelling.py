@@ -75,34 +75,36 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite:///{folder / 'labels.db'}"
         self.store = LabelStore(self.url)
-        self.port, self.process = 0, None
+        self.port, self.process, self.said = 0, None, folder / "said"
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", "label", *words, "--database", self.url]
 
     def start(self) -> None:
         command = self.command("--port", str(self.port))
-        self.process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-        assert self.process.stdout
-        line = self.process.stdout.readline()
-        found = re.search(r"http://127\.0\.0\.1:(\d+)", line)
-        assert found, line + self.process.stdout.read()
+        with self.said.open("w") as said:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        give_up = time.monotonic() + 60
+        while not self.answers():
+            assert self.process.poll() is None, self.said.read_text()
+            assert time.monotonic() < give_up, f"nobody answers: {self.said.read_text()}"
+            time.sleep(0.1)
+
+    def answers(self) -> bool:
+        if not (found := re.search(r"http://127\.0\.0\.1:(\d+)\s", self.said.read_text())):
+            return False
         self.port = int(found[1])
         self.address = f"http://127.0.0.1:{self.port}"
-        give_up = time.monotonic() + 60
-        while True:
-            try:
-                urllib.request.urlopen(f"{self.address}/sign-in").close()
-                return
-            except OSError:
-                assert time.monotonic() < give_up, f"nobody answers at {self.address}"
-                time.sleep(0.1)
+        try:
+            urllib.request.urlopen(f"{self.address}/sign-in").close()
+        except OSError:
+            return False
+        return True
 
     def end(self, sign: signal.Signals) -> tuple[int, str]:
         assert self.process
         self.process.send_signal(sign)
-        said, _ = self.process.communicate(timeout=PATIENCE)
-        return self.process.returncode, said
+        return self.process.wait(timeout=PATIENCE), self.said.read_text()
 
     def password(self, name: str) -> str:
         done = subprocess.run(self.command("add", name), cwd=ROOT, capture_output=True, text=True, check=True)
@@ -115,8 +117,7 @@ def server(tmp_path: Path) -> Iterator[Server]:
     yield server
     server.store.close()
     if server.process and server.process.poll() is None:
-        server.process.kill()
-        server.process.communicate()
+        server.end(signal.SIGKILL)
 
 
 @pytest.fixture

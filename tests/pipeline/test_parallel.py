@@ -47,6 +47,7 @@ def test_a_limit_of_devices_holds_across_branches(project: Project) -> None:
     with device_limit(project):
         said = project.rlhf("run", "--parallel", "2")
     assert "waiting for the device" in said
+    assert "ERROR" not in said
     first, *others = (project.root / ".rlhf" / "trace").read_text().splitlines()[4:]
     assert others[0] == first.replace("begins", "ends")
     assert len(others) == 3

@@ -78,6 +78,8 @@ def test_a_cancelled_run_leaves_nothing_behind(standing: Project, parallel: int)
     subprocess.run(command, env=standing.environment | {"PREFECT_API_URL": address}, check=True, capture_output=True)
     wait_for_state(standing, run, "Cancelled")
     standing.wait_until(lambda: family(standing) == before)
+    with prefect(standing) as client:
+        assert client.read_global_concurrency_limit_by_name("device").active_slots == 0
     assert standing.lock() == lock
     assert "sft" in standing.dvc("status")
     runs = dict(query(standing.root / "mlflow.db", LAST_RUNS, begun))
