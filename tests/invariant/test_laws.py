@@ -7,12 +7,17 @@ import importlib.util
 import inspect
 import subprocess
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import packages_distributions
+from itertools import chain
 from pathlib import Path
 from types import NoneType
 from typing import Any, get_args
 
 import pytest
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 from tasks.core.params import Params
@@ -123,6 +128,16 @@ def test_a_change_of_how_stages_are_run_runs_none_again(stage: str) -> None:
 def test_one_door_per_vendor(vendor: str) -> None:
     users = {module for module in MODULES if any(name.split(".")[0] == vendor for name in imports(module))}
     assert {f"{name_of(module)}.py" for module in users} == DOORS[vendor]
+
+
+def test_every_library_that_is_imported_is_declared() -> None:
+    """One that only comes along with another may go away with its next release."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    extras = chain.from_iterable(project["optional-dependencies"].values())
+    declared = {canonicalize_name(Requirement(line).name) for line in [*project["dependencies"], *extras]}
+    known, tops = packages_distributions(), {name.split(".")[0] for module in MODULES for name in imports(module)}
+    libraries = sorted(tops - sys.stdlib_module_names - {"flows", "tasks"})
+    assert [name for name in libraries if declared.isdisjoint(map(canonicalize_name, known.get(name, [])))] == []
 
 
 @pytest.mark.parametrize("name", PURE)
