@@ -148,7 +148,7 @@ def parse_override(text: str) -> dict[str, Any]:
     if not sign or not key.strip():
         raise ConfigError(f"-S {text!r}: write it as section.key=value, for example -S ppo.kl_coef=0.1")
     try:
-        parsed: Any = YAML(typ="safe").load(value)
+        parsed: Any = YAML(typ="safe", pure=True).load(value)  # reads `{url: http://host}`, which libyaml does not
     except YAMLError as error:
         raise ConfigError(f"-S {text!r}: the value is no YAML: {error}") from error
     if isinstance(parsed, dict):
