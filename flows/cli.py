@@ -70,7 +70,7 @@ def run(
             outcomes = pipeline(stages or None, **options)
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         screen.console.print()
-        screen.console.print(screen.comparison(screen.read_policies()))
+        screen.show(screen.comparison(screen.read_policies()))
         screen.console.print(f"report: {artifacts('evaluate') / 'report.html'}")
         screen.console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
 
@@ -119,7 +119,7 @@ def sweep(
         folder = run_all(setting, stages or [])
     path = folder / "variants.json"
     if path.is_file():
-        screen.console.print(screen.variants(json.loads(path.read_text(encoding="utf-8"))))
+        screen.show(screen.variants(json.loads(path.read_text(encoding="utf-8"))))
         screen.console.print(f"table and plot: {folder}")
 
 
@@ -131,7 +131,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, 
     if as_json:
         print(json.dumps(policies, indent=2))
     else:
-        screen.console.print(screen.comparison(policies))
+        screen.show(screen.comparison(policies))
 
 
 @commands.command()
@@ -154,7 +154,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
         table.add_column(column)
     for item in waiting:
         table.add_row(item.stage, "be restored" if item.recorded else "run", escape("\n".join(item.reasons)))
-    screen.console.print(table)
+    screen.show(table)
 
 
 @commands.command()
@@ -215,7 +215,7 @@ def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environme
 
     folder, report = seeds(count, stages, options, environment)
     screen.console.print()
-    screen.console.print(screen.seeds(report))
+    screen.show(screen.seeds(report))
     screen.collapsed(report["collapsed"])
     screen.console.print(f"table and plot: {folder}    curves and samples: rlhf ui")
     if report["failed"]:

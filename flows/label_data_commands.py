@@ -300,7 +300,7 @@ def _print_report(found: Report) -> None:
             row.name, str(row.labels), str(row.skips), share(row.gold), figure(row.quality), share(row.first),
             figure(row.seconds),
         )  # fmt: skip
-    screen.console.print(table)
+    screen.show(table)
     both = "" if found.alpha_all is None else f" (with models {figure(found.alpha_all)})"
     screen.console.print(f"{found.labels} labels, {found.labelled} of {found.questions} questions labelled")
     screen.console.print(f"Krippendorff's alpha {figure(found.alpha)}{both}; two people agree {share(found.agreement)}")

@@ -60,7 +60,7 @@ def print_lineage(version: Version) -> None:
     }
     for key, value in facts.items():
         screen.console.print(f"[bold]{key:<14}[/] {escape(str(value))}")
-    screen.console.print(_stages(version))
+    screen.show(_stages(version))
     values = origin.parameters.get(version.policy) or {}
     parameters = [f"{version.policy}.{key}={value}" for key, value in values.items()]
     screen.console.print(f"{escape('  '.join(parameters))}\n[dim]all of params.yaml: rlhf lineage --json[/]")

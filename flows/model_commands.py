@@ -56,7 +56,7 @@ def models(as_json: AsJson = False) -> None:
         rows = [{"version": item.number, **_summary(item), "tags": _plain_tags(item)} for item in known]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif known:
-        screen.console.print(_models(known))
+        screen.show(_models(known))
     else:
         screen.console.print("No policy is registered yet: `rlhf retrain` registers one.")
 
@@ -118,7 +118,7 @@ def reproduce(model: Model = "champion") -> None:
         table.add_column(column)
     for item in remade:
         table.add_row(item.path, item.registered, item.reproduced, "[green]yes[/]" if item.equal else "[red]no[/]")
-    screen.console.print(table)
+    screen.show(table)
     if all(item.equal for item in remade):
         return
     if not same_libraries(version):

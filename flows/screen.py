@@ -6,6 +6,7 @@ import json
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -35,6 +36,7 @@ __all__ = [
     "run_waits",
     "seeds",
     "server_starts",
+    "show",
     "stage_begins",
     "stage_ends",
     "stage_waits",
@@ -126,7 +128,7 @@ def seeds(report: dict[str, Any]) -> Table:
     table.add_column("seed")
     for heading, _ in SEED_COLUMNS.values():
         table.add_column(heading, justify="right")
-    table.add_column("signs of hacking", overflow="fold")  # names of detectors are whole or useless
+    table.add_column("signs of hacking")
     for policy, own in report["policies"].items():
         for seed, row in own["seeds"].items():
             style, label = ("red", f"{seed} collapsed") if row["collapsed"] else (None, seed)
@@ -172,6 +174,14 @@ def pushed(files: int) -> None:
 def device_waits() -> None:
     """A stage waits until another run has done its computing."""
     console.print("[yellow]  waiting for the device: another run computes on it[/]")
+
+
+def show(table: Table) -> None:
+    """Print a table without frames; a cell too wide for the terminal goes on below, for half an id is of no use."""
+    table.box, table.show_edge, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, False, True
+    for column in table.columns:
+        column.overflow = "fold"
+    console.print(table)
 
 
 def stage_ends(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
+from io import StringIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
+from rich.console import Console
 
 from flows import screen
 from tasks.core.paths import project_root
@@ -80,7 +83,15 @@ def test_show_prints_the_figures_as_they_are_written(fresh: Project) -> None:
     (folder / "policies.json").write_text(json.dumps(POLICIES))
     assert json.loads(fresh.rlhf("show", "--json")) == POLICIES
     line = next(line for line in fresh.rlhf("show").splitlines() if "ppo" in line)
-    assert [cell.strip() for cell in line.split("│")[1:-1]] == ["ppo", "1.23", "–", "75% (70%–80%)", "2.00", "10.0"]
+    assert re.split(" {2,}", line.strip()) == ["ppo", "1.23", "–", "75% (70%–80%)", "2.00", "10.0"]
+
+
+def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
+    said = StringIO()
+    monkeypatch.setattr(screen, "console", Console(file=said, width=40))
+    screen.show(screen.comparison(POLICIES))
+    assert max(map(len, said.getvalue().splitlines())) == 40
+    assert "…" not in said.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC 3.67 with pygtrie 2.6
