@@ -35,6 +35,13 @@ def test_one_response_is_not_called_the_same():
     assert degeneration(["x"], torch.tensor([True]))[1] == []
 
 
+def test_repetition_and_distinct_pairs_by_hand():
+    """a-b, b-a, a-b, b-a: two of four pairs were there before; with c-d three of five are different."""
+    metrics, _ = degeneration(["a b a b a", "c d"], torch.tensor([True, True]))
+    assert metrics["repetition"] == pytest.approx((2 / 4 + 0) / 2)
+    assert metrics["distinct_2"] == pytest.approx(3 / 5)
+
+
 def test_the_watch_tells_of_a_finding_when_it_begins_and_when_it_begins_again():
     told = []
     watch = DegenerationWatch(told.append)
