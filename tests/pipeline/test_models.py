@@ -200,6 +200,7 @@ def test_weights_that_differ_are_told(promoted: Project) -> None:
     said = promoted.rlhf("reproduce", "2", expect=1)
     table = {words[0]: words[-1] for words in map(str.split, said.splitlines()) if words[-1:] in (["yes"], ["no"])}
     assert table == {"base_model/model": "yes", "sft/adapter": "yes", f"{CHAMPION}/adapter": "no"}
+    assert "OMP_NUM_THREADS" in said
     assert left_over(promoted) == []
 
 
