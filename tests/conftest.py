@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -23,6 +25,7 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several proces
     os.environ.setdefault("OMP_NUM_THREADS", "1")
     torch.set_num_threads(1)
 
+ROOT = Path(__file__).resolve().parents[1]
 VOCABULARY = 32
 PAD, EOS = 0, 1
 LETTERS = "Ġabcdefghijklmnopqrstuvwxyz"
@@ -73,3 +76,9 @@ def model() -> LlamaForCausalLM:
 @pytest.fixture
 def policy_model() -> PeftModel:
     return tiny_policy()
+
+
+@pytest.fixture
+def params_yaml(tmp_path: Path) -> Path:
+    """A copy of the shipped parameters."""
+    return Path(shutil.copy(ROOT / "params.yaml", tmp_path))

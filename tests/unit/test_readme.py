@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import shlex
-import shutil
 from pathlib import Path
 
 import pytest
@@ -27,8 +26,7 @@ def test_there_are_commands_and_snippets_to_test() -> None:
 
 
 @pytest.mark.parametrize("line", COMMANDS)
-def test_a_command_is_understood(line: str, tmp_path: Path) -> None:
-    params_yaml = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+def test_a_command_is_understood(line: str, params_yaml: Path) -> None:
     name, *words = shlex.split(line, comments=True)
     command = get_command(cli.commands)
     while words and words[0] in (known := getattr(command, "commands", {})):
@@ -37,12 +35,11 @@ def test_a_command_is_understood(line: str, tmp_path: Path) -> None:
     assert name != "rlhf", "no such command"
     assert not (words and hasattr(command, "commands")), f"{name} has no command {words[0]}"
     given = command.make_context(name, words).params
-    changes = [preset_changes(ROOT, given["preset"])] if given.get("preset") else []
     if name == "run":
+        changes = [preset_changes(ROOT, given["preset"])] if given["preset"] else []
         apply_changes(params_yaml, [*changes, *map(parse_override, given["setting"])])
 
 
 @pytest.mark.parametrize("text", SNIPPETS, ids=["reward", "collect"])
-def test_a_snippet_is_valid(text: str, tmp_path: Path) -> None:
-    params_yaml = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+def test_a_snippet_is_valid(text: str, params_yaml: Path) -> None:
     assert apply_changes(params_yaml, [YAML(typ="safe").load(text)])

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import inspect
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,11 +15,6 @@ from tasks.core.stage import stage_arguments
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))
 STAGES = [name for name in Params.model_fields if (ROOT / "tasks" / f"{name}.py").is_file()]
-
-
-@pytest.fixture
-def params_yaml(tmp_path: Path) -> Path:
-    return Path(shutil.copy(ROOT / "params.yaml", tmp_path))
 
 
 def test_there_are_presets_and_stages_to_test() -> None:
