@@ -20,11 +20,11 @@ from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, adapter, check_model, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tasks.core.linear import freeze, use_fast_adapters
-from tasks.core.models import prepare_process
+from tasks.core.linear import freeze_for_onednn, register_frozen_lora
+from tasks.core.models import init_process
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
-from tasks.grpo import Rollouts
+from tasks.grpo import RolloutFunction
 
 PROMPTS, SAMPLES, UPDATES = 8, 4, 3
 NEVER_SAMPLED = "<gh_stars>"
@@ -56,8 +56,8 @@ def updates(side: str) -> list[float]:
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
     config, options = adapter(), {}
     if side == "ours":
-        freeze(model)
-        config, options = use_fast_adapters(config), {"rollout_func": Rollouts(params, generation, tokenizer, 0)}
+        freeze_for_onednn(model)
+        config, options = register_frozen_lora(config), {"rollout_func": RolloutFunction(params, generation, tokenizer, 0)}
     laps = Laps()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -81,7 +81,7 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     repetitions = parser.parse_args().repetitions
     check_model()
-    prepare_process()
+    init_process()
     times: dict[str, list[float]] = {"ours": [], "default": []}
     for _ in range(repetitions):
         for side, taken in times.items():

@@ -65,7 +65,7 @@ def ours(*, own_critic: bool = False) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from tasks.core.linear import freeze, use_fast_adapters
+    from tasks.core.linear import freeze_for_onednn, register_frozen_lora
     from tasks.core.params import load_params
     from tasks.core.sections.generation import GenerationParams
     from tasks.rewards.composition import CompositeReward
@@ -76,11 +76,11 @@ def ours(*, own_critic: bool = False) -> dict[str, Any]:
     watch = Stopwatch()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-    freeze(model)
+    freeze_for_onednn(model)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     judge = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = tokenizer.pad_token_id
-    freeze(judge)
+    freeze_for_onednn(judge)
     scorer = TextScorer(judge, tokenizer, max_length=PROMPT_TOKENS + RESPONSE_TOKENS)
     reward = CompositeReward({"learned": lambda asked, texts: scorer(texts)}, {"learned": 1.0})
     section = load_params(ROOT / "params.yaml").ppo
@@ -105,12 +105,12 @@ def ours(*, own_critic: bool = False) -> dict[str, Any]:
         if "time/update_s" in metrics:
             watch.lap()
 
-    policy = Policy(get_peft_model(model, use_fast_adapters(adapter())).eval(), temperature=1.0)
+    policy = Policy(get_peft_model(model, register_frozen_lora(adapter())).eval(), temperature=1.0)
     trainer = PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log)
     if own_critic:
         critic = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
-        freeze(critic)
-        add_critic(trainer, get_peft_model(critic, use_fast_adapters(adapter())).eval())
+        freeze_for_onednn(critic)
+        add_critic(trainer, get_peft_model(critic, register_frozen_lora(adapter())).eval())
     watch.lap()
     trainer.train()
     return watch.result()

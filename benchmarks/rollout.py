@@ -22,8 +22,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tasks.core.linear import freeze, use_fast_adapters
-from tasks.core.models import prepare_process
+from tasks.core.linear import freeze_for_onednn, register_frozen_lora
+from tasks.core.models import init_process
 from tasks.rl.rollout import generate
 
 SHAPES = {"16": (16, 1), "8x4": (8, 4)}
@@ -59,7 +59,7 @@ def multiplications_per_second() -> dict[str, float]:
     """Floating-point operations per second of one large matrix product, the best of ten, by torch and by oneDNN."""
     one, other = torch.randn(SIDE, SIDE), torch.nn.Linear(SIDE, SIDE, bias=False)
     matrix = other.weight.detach()
-    freeze(other)
+    freeze_for_onednn(other)
     products: dict[str, Callable[[], object]] = {"torch": lambda: one @ matrix, "onednn": lambda: other(one)}
     return {name: 2 * SIDE**3 / min(seconds(call) for _ in range(10)) for name, call in products.items()}
 
@@ -78,11 +78,11 @@ def main() -> None:
     parser.add_argument("--repetitions", type=int, default=3)
     repetitions = parser.parse_args().repetitions
     check_model()
-    prepare_process()
+    init_process()
     theirs, base = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
-    freeze(base)
+    freeze_for_onednn(base)
     models = {
-        "ours": get_peft_model(base, use_fast_adapters(adapter())).eval(),
+        "ours": get_peft_model(base, register_frozen_lora(adapter())).eval(),
         "transformers": get_peft_model(theirs, adapter()).eval(),
     }
     limits = {name: speed / operations_per_token(base) for name, speed in multiplications_per_second().items()}

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from tasks.core.params import load_params
-from tasks.core.paths import OFF
+from tasks.core.paths import DISABLED_MARKER
 from tasks.evals.report import read_table
 from tasks.evals.seeds import collapse
 from tasks.evaluate import evaluate
@@ -34,7 +34,7 @@ def run(seed: int) -> dict[str, float]:
     here, judged, off = OUT / f"ppo-{seed}", OUT / f"evaluate-{seed}", OUT / "off"
     for folder in (here, judged, off / "adapter"):
         folder.mkdir(parents=True, exist_ok=True)
-    (off / "adapter" / OFF).touch()
+    (off / "adapter" / DISABLED_MARKER).touch()
     (off / "points.csv").touch()
     (off / "fits.json").write_text("{}")
     (off / "results.json").write_text("{}")

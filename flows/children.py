@@ -20,7 +20,7 @@ from typing import IO, Any
 from flows import offspring, screen
 from flows.work import Outcome, bring_up_to_date
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 
 __all__ = ["bring_up_to_date_in_child", "log_of", "stop_children"]
 
@@ -93,7 +93,7 @@ def stop_children() -> None:
 
 def log_of(name: str) -> Path:
     """Where the stage's own output goes."""
-    return state() / "logs" / f"{name}.log"
+    return state_dir() / "logs" / f"{name}.log"
 
 
 def _listen(

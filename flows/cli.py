@@ -18,7 +18,7 @@ from rich.table import Table
 from flows import label_commands, label_data_commands, model_commands, screen, worktrees
 from flows.commandline import enter, enter_served, interruptible
 from tasks.core.errors import ConfigError, RLHFError, StageError
-from tasks.core.paths import artifacts
+from tasks.core.paths import stage_dir
 
 __all__ = ["app"]
 
@@ -71,7 +71,7 @@ def run(
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         screen.console.print()
         screen.show(screen.comparison(screen.read_policies()))
-        screen.console.print(f"report: {artifacts('evaluate') / 'report.html'}")
+        screen.console.print(f"report: {stage_dir('evaluate') / 'report.html'}")
         screen.console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
 
 
@@ -248,12 +248,12 @@ def _prefect() -> Iterator[dict[str, str]]:
 
 
 def _change_params(root: Path, preset: str | None, settings: list[str]) -> None:
-    from tasks.core.params import apply_changes, load_params, parse_override, preset_changes
+    from tasks.core.params import write_overrides, load_params, parse_override, load_preset
 
     path = root / "params.yaml"
-    changes = [preset_changes(root, preset)] if preset else []
+    changes = [load_preset(root, preset)] if preset else []
     changes += [parse_override(setting) for setting in settings]
-    lines = apply_changes(path, changes) if changes else []
+    lines = write_overrides(path, changes) if changes else []
     load_params(path)
     if lines:
         screen.console.print("params.yaml changed (undo: git checkout params.yaml)")

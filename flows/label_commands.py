@@ -12,7 +12,7 @@ from rich.markup import escape
 from flows import screen
 from flows.commandline import enter
 from tasks.core.errors import ConfigError
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 
 if TYPE_CHECKING:
     from tasks.labelling.store import LabelStore
@@ -53,8 +53,8 @@ def serve(context: typer.Context, host: Host = "127.0.0.1", port: Port = 8800, d
 
     listener = _listen(host, port)
     store = LabelStore(database_url(database))
-    state().mkdir(exist_ok=True)
-    app = application(store, sessions.secret(state() / "label-secret"))
+    state_dir().mkdir(exist_ok=True)
+    app = application(store, sessions.secret(state_dir() / "label-secret"))
     _announce(store, host, listener.getsockname()[1])
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
     with contextlib.suppress(KeyboardInterrupt):

@@ -17,7 +17,7 @@ from flows import screen
 from flows.commandline import enter, enter_served, interruptible
 from flows.label_commands import Database
 from tasks.core.errors import ConfigError, RLHFError, SourceError
-from tasks.core.paths import artifacts, project_root, state
+from tasks.core.paths import stage_dir, project_root, state_dir
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
@@ -94,8 +94,8 @@ def ai(
     from tasks.labelling.feedback import Budget, Constitution, CountingBook, judge_of, label_by_model
 
     params = _judge_params(judge)
-    text, book = Constitution.read(constitution), CountingBook(state() / "judge" / "answers.jsonl")
-    who = judge_of(params, book, artifacts("evaluate").parent)
+    text, book = Constitution.read(constitution), CountingBook(state_dir() / "judge" / "answers.jsonl")
+    who = judge_of(params, book, stage_dir("evaluate").parent)
     budget = Budget(max_requests or params.max_requests, params.max_tokens, rate)
     with interruptible("it goes on from there, and asks nothing twice"), _session(database) as session:
         done = label_by_model(session, who, text, cost=book.cost, budget=budget)
@@ -123,7 +123,7 @@ def report(
         print(json.dumps(asdict(found), indent=2, ensure_ascii=False))
         return
     _print_report(found)
-    page = page or state() / "labels.html"
+    page = page or state_dir() / "labels.html"
     _write(page, report_page(found))
     screen.console.print(f"page: {page}")
 
@@ -155,7 +155,7 @@ def export(
         labels = [label for label in rows.current_labels(session) if by == "all" or _is(by, label)]
     shown = {label.labeller: label.labeller for label in labels} if names else rows.pseudonyms(labels)
     if kind != "rows":
-        file = file or state() / f"labels.{kind}.json"
+        file = file or state_dir() / f"labels.{kind}.json"
         _write(file, foreign.text_of(asked, labels, shown, kind))
         screen.console.print(f"{len(asked)} questions with {len(labels)} labels: {file}")
         if kind == "label-studio":
@@ -222,7 +222,7 @@ def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> 
     from tasks.core.params import load_params
     from tasks.labelling import pairs, sampling
 
-    here = artifacts("evaluate").parent
+    here = stage_dir("evaluate").parent
     scores = sampling.ensemble(here) if by == "disagreement" else None
     writing = sampling.check_policies(policies, here)
     generation = load_params(project_root() / "params.yaml").generation
@@ -242,7 +242,7 @@ def _judge_params(text: str) -> JudgeParams:
     from pydantic import ValidationError
 
     from tasks.core.params import parse_override
-    from tasks.core.schema import explain
+    from tasks.core.schema import format_validation_error
     from tasks.core.sections.judge import JudgeParams
 
     content = parse_override(f"judge={text}")["judge"]
@@ -253,7 +253,7 @@ def _judge_params(text: str) -> JudgeParams:
     try:
         return JudgeParams.model_validate({"prompts": 1} | content)
     except ValidationError as error:
-        raise ConfigError(f"--judge: {explain(error)}") from None
+        raise ConfigError(f"--judge: {format_validation_error(error)}") from None
 
 
 def _tell(done: Labelled, cost: Cost) -> None:

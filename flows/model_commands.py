@@ -20,7 +20,7 @@ from rich.table import Table
 from flows import screen
 from flows.commandline import enter_served, interruptible
 from tasks.core.errors import ConfigError
-from tasks.core.paths import artifacts, project_root
+from tasks.core.paths import stage_dir, project_root
 
 if TYPE_CHECKING:
     from tasks.core.registry import Version
@@ -189,7 +189,7 @@ def export(
 
     made_from = origin.origin_of(version)
     generation = made_from.parameters["generation"]
-    with _temporary() as parts, exporting.empty_folder(folder) as draft:
+    with _temporary() as parts, exporting.atomic_folder(folder) as draft:
         origin.restore(version, parts)
         prompts = parts / "prompts"
         versioning.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
@@ -206,7 +206,7 @@ def export(
         (draft / "README.md").write_text(text, encoding="utf-8")
     screen.console.print(
         f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "
-        f"by at most {exported.difference:.2g} (the largest is {exported.scale:.3g})"
+        f"by at most {exported.difference:.2g} (the largest is {exported.max_logit:.3g})"
     )
 
 
@@ -282,7 +282,7 @@ def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     from tasks.core.params import load_params
     from tasks.evals.writing import stages_that_write
 
-    here = artifacts("evaluate").parent
+    here = stage_dir("evaluate").parent
     stages = stages_that_write(here)
     if model in stages:
         return model, here, load_params(project_root() / "params.yaml").generation.model_dump()

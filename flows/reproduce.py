@@ -16,7 +16,7 @@ from flows.worktrees import git, run, standing_in, worktree
 from tasks.core import versioning
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.origin import Origin, origin_of
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 from tasks.core.registry import Version
 
 __all__ = ["Remade", "reproduce", "same_libraries"]
@@ -44,7 +44,7 @@ def reproduce(version: Version) -> list[Remade]:
     """
     origin = origin_of(version)
     _refuse_unknown_code(version, origin)
-    folder = state() / "reproduce" / f"{version.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = state_dir() / "reproduce" / f"{version.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         with worktree(folder, origin.commit) as tree:
             (tree / "params.yaml").write_text(origin.params, encoding="utf-8")

@@ -23,7 +23,7 @@ from flows.work import Outcome
 from tasks.core import origin, recording, registry, versioning
 from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.params import Params, load_params
-from tasks.core.paths import artifacts, project_root
+from tasks.core.paths import stage_dir, project_root
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.findings import Finding
 from tasks.evals.gate import PARTS, Decision, candidate, decide
@@ -167,7 +167,7 @@ def _duel(policy: str, params: Params, metrics: Collection[str], champion: regis
             params.generation,
             params.seed,
             metrics=metrics,
-            artifacts=artifacts("evaluate").parent,
+            artifacts=stage_dir("evaluate").parent,
             champion=Path(folder),
             champion_policy=champion.policy,
             environment=params.environment,

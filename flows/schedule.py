@@ -44,7 +44,7 @@ from flows import screen
 from flows.pipeline import pipeline
 from flows.server import temporary_server
 from tasks.core.errors import ConfigError, RLHFError, StageError
-from tasks.core.paths import state as state_folder
+from tasks.core.paths import state_dir as state_folder
 
 __all__ = ["deployment_name", "firings", "scheduled", "serve"]
 

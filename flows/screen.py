@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from tasks.core.errors import StageError
-from tasks.core.paths import artifacts
+from tasks.core.paths import stage_dir
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -218,7 +218,7 @@ def read_findings() -> dict[str, list[dict[str, str]]]:
 
 
 def _evaluated(name: str) -> Any:
-    path = artifacts("evaluate") / name
+    path = stage_dir("evaluate") / name
     if not path.is_file():
         raise StageError(f"{path} does not exist: no evaluation has finished yet; run `rlhf run`")
     return json.loads(path.read_text(encoding="utf-8"))

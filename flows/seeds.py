@@ -16,7 +16,7 @@ from flows.variants import begin, run_variant
 from tasks.core import recording
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
 from tasks.core.params import Params, load_params
-from tasks.core.paths import artifacts, project_root
+from tasks.core.paths import stage_dir, project_root
 from tasks.evals.seeds import Trained, metrics, read, report, write
 
 __all__ = ["seeds"]
@@ -73,7 +73,7 @@ def _own(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[str, Traine
         state.result()
     except TrainingError as error:  # any other error would meet every seed
         return run_id, error
-    return run_id, read(artifacts("evaluate").parent)
+    return run_id, read(stage_dir("evaluate").parent)
 
 
 def _variant(folder: Path, seed: int, words: Sequence[str], environment: Mapping[str, str]) -> Trained | RLHFError:

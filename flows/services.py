@@ -28,7 +28,7 @@ from flows.devices import gpus
 from flows.server import answers
 from tasks.core import mlflow_store, recording
 from tasks.core.errors import ConfigError, StageError
-from tasks.core.paths import project_root, state
+from tasks.core.paths import project_root, state_dir
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -257,7 +257,7 @@ def _record(services: Mapping[str, Service]) -> None:
 
 
 def _folder() -> Path:
-    return state() / "services"
+    return state_dir() / "services"
 
 
 def _file() -> Path:

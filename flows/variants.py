@@ -19,7 +19,7 @@ from flows.worktrees import git, run, standing_in, worktree
 from tasks.core import mlflow_store, recording, versioning
 from tasks.core.errors import StageError
 from tasks.core.params import load_params
-from tasks.core.paths import project_root, state
+from tasks.core.paths import project_root, state_dir
 
 __all__ = ["begin", "run_variant"]
 
@@ -32,7 +32,7 @@ def begin(kind: str) -> Path:
     """
     if not recording.git_commit():
         raise StageError("variants need a git commit to start from: commit the project first")
-    folder = state() / kind / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder = state_dir() / kind / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
     return folder
 

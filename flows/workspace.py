@@ -9,7 +9,7 @@ from datetime import datetime
 
 from filelock import FileLock, Timeout
 
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 
 __all__ = ["alone"]
 
@@ -23,7 +23,7 @@ def alone(on_wait: Callable[[str], None]) -> Iterator[None]:
     Args:
         on_wait: told once whom it waits for.
     """
-    folder = state()
+    folder = state_dir()
     folder.mkdir(exist_ok=True)
     holder = folder / "run.txt"
     lock = FileLock(folder / "run.lock", is_singleton=True, thread_local=False)

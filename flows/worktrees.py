@@ -16,7 +16,7 @@ from filelock import FileLock, Timeout
 
 from flows import offspring
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.paths import project_root, state
+from tasks.core.paths import project_root, state_dir
 
 __all__ = ["ROOT_VARIABLE", "git", "run", "standing_in", "tell", "worktree"]
 
@@ -127,7 +127,7 @@ def _remove_left() -> None:
     lines = git("worktree", "list", "--porcelain").splitlines()
     trees = [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]
     for tree in trees:
-        if tree.is_relative_to(state()) and not _is_used(tree):
+        if tree.is_relative_to(state_dir()) and not _is_used(tree):
             _remove(tree)
             _lock(tree).unlink(missing_ok=True)
 

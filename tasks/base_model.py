@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.files import write_json
-from tasks.core.models import prepare_process
+from tasks.core.models import init_process
 from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.model_folder import save_model, set_padding
 from tasks.data.model_readers import READERS
@@ -30,7 +30,7 @@ def base_model(params: BaseModelParams, seed: int, *, out: Path) -> None:
         ModelError: the model or its tokenizer is incomplete, or there is no usable padding token.
         SourceError: it could not be fetched, or its checksum differs.
     """
-    prepare_process()
+    init_process()
     model, tokenizer, origin = READERS[params.kind](params, seed)
     set_padding(model, tokenizer, params.pad_token)
     tokenizer.padding_side = "right"

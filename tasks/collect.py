@@ -13,7 +13,7 @@ from tasks.core.files import write_json
 from tasks.core.schema import write_rows
 from tasks.core.sections.collect import CollectParams, SourceParams
 from tasks.data.pypi import sha256_of
-from tasks.data.sources import Collected, collect_source
+from tasks.data.sources import SourceRows, collect_source
 
 __all__ = ["collect"]
 
@@ -37,12 +37,12 @@ def collect(params: CollectParams, seed: int, *, out: Path) -> None:
         collected = collect_source(source, seed)
         file = out / "rows" / f"{source.name}.jsonl"
         counts[source.name] = write_rows(file, collected.rows)
-        write_json(out / "cards" / f"{source.name}.json", _card(source, collected, file))
+        write_json(out / "cards" / f"{source.name}.json", _data_card(source, collected, file))
         logger.info("%s: %d rows of type %s", source.name, counts[source.name], source.rows)
     write_json(out / "metrics.json", {"rows": sum(counts.values()), "rows_of": counts})
 
 
-def _card(source: SourceParams, collected: Collected, file: Path) -> dict[str, object]:
+def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[str, object]:
     unreadable = sum("error" in row for row in collected.rows)
     return {
         "name": source.name,

@@ -12,11 +12,11 @@ from peft import TaskType
 from trl import DPOConfig, DPOTrainer
 
 from tasks.core.files import write_json
-from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
+from tasks.core.models import load_reference, load_tokenizer, lora_config, init_process, save_adapter
 from tasks.core.schema import Preference, read_rows
 from tasks.core.sections.dpo import DPOParams
 from tasks.core.sections.lora import LoraParams
-from tasks.core.training import HistoryCallback, common_arguments, train_or_resume, write_history
+from tasks.core.training import HistoryCallback, trainer_arguments, train_or_resume, write_history
 
 __all__ = ["dpo"]
 
@@ -28,7 +28,7 @@ def dpo(
 
     Pairs without a shared prompt get the start-of-text token as theirs. Writes adapter/, history.csv and metrics.json.
     """
-    prepare_process()
+    init_process()
     tokenizer = load_tokenizer(base_model)
     train = read_rows(preferences / "train.jsonl", Preference)[: params.max_pairs]
     history = HistoryCallback("dpo")
@@ -37,7 +37,7 @@ def dpo(
         model=load_reference(base_model, sft),
         peft_config=lora_config(lora, TaskType.CAUSAL_LM),
         args=DPOConfig(
-            **common_arguments(
+            **trainer_arguments(
                 seed=policy_seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
             ),
             beta=params.beta,

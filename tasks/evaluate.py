@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from tasks.core import tracking
 from tasks.core.files import write_json, write_table
-from tasks.core.models import ADAPTER, is_off, load_policy, load_reference, load_tokenizer, prepare_process
+from tasks.core.models import ADAPTER_DIR, is_disabled, load_policy, load_reference, load_tokenizer, init_process
 from tasks.core.schema import Prompt, write_rows
 from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
@@ -62,7 +62,7 @@ def evaluate(
     numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
     findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
     plots/*.csv, report.html and the same as report.json. All of it follows from the inputs, and from what an endpoint
-    answers, alone: no time, no path.
+    responses, alone: no time, no path.
 
     Raises:
         ConfigError: the judge of pairs would cost more than its budget.
@@ -71,10 +71,10 @@ def evaluate(
         SourceError: the judge of pairs cannot be reached, or refuses.
         TrainingError: a judge gives a score that is not finite.
     """
-    prepare_process()
+    init_process()
     prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
     trained: dict[str, Path] = {"ppo": ppo, "grpo": grpo, "dpo": dpo}
-    policies = {name: folder for name, folder in trained.items() if not is_off(folder)}
+    policies = {name: folder for name, folder in trained.items() if not is_disabled(folder)}
     sampler = Sampler(
         load_tokenizer(base_model),
         prompts,
@@ -83,22 +83,22 @@ def evaluate(
         seed=seed,
         environment=environment,
     )
-    answers = _answers(sampler, policies, base_model, sft)
+    responses = _sample_policies(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     gold = None if environment else gold_reward(prompts, base_model, gold_judge, params.gold_rule)
     accuracy = params.gold_rule is None
-    records = judge(answers, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
+    records = judge(responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
     judgements = _judge_pairs(params, records, base_model)
-    table = _compared(params, records, judgements, seed)
+    table = _build_table(params, records, judgements, seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
-    found = find(table, {name: [_numbers(row) for row in rows] for name, rows in histories.items()})
+    findings = find(table, {name: [_numeric_row(row) for row in rows] for name, rows in histories.items()})
     write_rows(out / "judgements.jsonl", judgements)
     _write_tables(out, table, records, params.report_samples)
-    write_json(out / "findings.json", plain(found))
+    write_json(out / "findings.json", plain(findings))
     evidence = Evidence(
         table=table,
         records=records,
-        findings=found,
+        findings=findings,
         histories=histories,
         points=read_table(overoptimisation / "points.csv"),
         fits=json.loads((overoptimisation / "fits.json").read_text(encoding="utf-8")),
@@ -108,7 +108,7 @@ def evaluate(
         samples=params.report_samples,
         weights=reward.weights,
         composition=reward.composition,
-        rated=not is_off(gold_judge),
+        rated=not is_disabled(gold_judge),
         gold_rule=None if params.gold_rule is None else params.gold_rule.function,
         made_from=ingredients(base_model, collect),
         provenance=_provenance(
@@ -123,23 +123,23 @@ def evaluate(
     tracking.log_file(out / "report.html")
 
 
-def _answers(sampler: Sampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[Answer]:
+def _sample_policies(sampler: Sampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[Answer]:
     """Those of the reference, then those of each policy."""
-    answers = sampler.answers(REFERENCE, load_reference(base_model, sft))
+    responses = sampler.answers(REFERENCE, load_reference(base_model, sft))
     for name, folder in policies.items():
         gc.collect()  # the policy before it holds itself in reference cycles
-        answers += sampler.answers(name, load_policy(base_model, sft, folder))
-    return answers
+        responses += sampler.answers(name, load_policy(base_model, sft, folder))
+    return responses
 
 
 def _judge_pairs(params: EvaluateParams, records: Sequence[Judged], base_model: Path) -> list[Judgement]:
     if params.judge is None:
         return []
-    asked = load_judge(params.judge, base_model, batch_size=params.batch_size)
-    return judge_pairs(records, asked, rubric=params.judge.rubric, prompts=params.judge.prompts)
+    llm_judge = load_judge(params.judge, base_model, batch_size=params.batch_size)
+    return judge_pairs(records, llm_judge, rubric=params.judge.rubric, prompts=params.judge.prompts)
 
 
-def _compared(params: EvaluateParams, records: Sequence[Judged], judgements: Sequence[Judgement], seed: int) -> Table:
+def _build_table(params: EvaluateParams, records: Sequence[Judged], judgements: Sequence[Judgement], seed: int) -> Table:
     """The table; where the judge of pairs is not to be trusted, it is said."""
     table = compare(records, samples=params.bootstrap_samples, seed=seed)
     table = with_judgements(table, judgements, samples=params.bootstrap_samples, seed=seed)
@@ -148,7 +148,7 @@ def _compared(params: EvaluateParams, records: Sequence[Judged], judgements: Seq
     return table
 
 
-def _numbers(row: Mapping[str, str]) -> dict[str, float]:
+def _numeric_row(row: Mapping[str, str]) -> dict[str, float]:
     return {name: float(value) for name, value in row.items() if value}
 
 
@@ -157,7 +157,7 @@ def _write_tables(out: Path, table: Table, records: Sequence[Judged], samples: i
     write_rows(out / "responses.jsonl", records)
     write_json(out / "policies.json", table)
     write_json(out / "metrics.json", headline(table))
-    rows = _side_by_side(records, samples)
+    rows = _side_by_side_rows(records, samples)
     write_rows(out / "samples.jsonl", rows)
     tracking.log_samples("samples", rows)
     plots = out / "plots"
@@ -179,7 +179,7 @@ def _write_tables(out: Path, table: Table, records: Sequence[Judged], samples: i
     ])  # fmt: skip
 
 
-def _side_by_side(records: Sequence[Judged], count: int) -> list[dict[str, object]]:
+def _side_by_side_rows(records: Sequence[Judged], count: int) -> list[dict[str, object]]:
     """One row per prompt: the prompt, then each policy's response and its scores."""
     rows: dict[str, dict[str, object]] = {}
     for record in records:
@@ -196,7 +196,7 @@ def _provenance(
     """What identifies this evaluation: the seed, the parameters it read, and the weights and prompts, by content."""
     content = json.dumps([seed, *(section.model_dump() for section in sections)], sort_keys=True)
     weights = [
-        (f"Weights: {name}", _digest(*_weights(folder))) for name, folder in folders.items() if not is_off(folder)
+        (f"Weights: {name}", _digest(*_weight_bytes(folder))) for name, folder in folders.items() if not is_disabled(folder)
     ]
     texts = "\n".join(row.prompt for row in prompts)
     return [
@@ -207,9 +207,9 @@ def _provenance(
     ]
 
 
-def _weights(folder: Path) -> list[bytes]:
+def _weight_bytes(folder: Path) -> list[bytes]:
     """The adapter that a stage trained, or the finished reward model that it took."""
-    adapter = folder / ADAPTER / "adapter_model.safetensors"
+    adapter = folder / ADAPTER_DIR / "adapter_model.safetensors"
     files = [adapter] if adapter.is_file() else sorted((folder / SCORER).glob("*.safetensors"))
     return [file.read_bytes() for file in files]
 

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_tokenizer, new_scorer, prepare_process, save_adapter
+from tasks.core.models import add_lora, load_tokenizer, new_reward_model, init_process, save_adapter
 from tasks.core.schema import Preference, Rating, read_rows
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.lora import LoraParams
@@ -34,21 +34,21 @@ def gold_judge(
     metrics.json (correlation with held-out mean ratings, the error in points, and what the held-out texts score on
     average, as they are and with their words scrambled; or accuracy on held-out pairs).
     """
-    prepare_process()
+    init_process()
     tokenizer = load_tokenizer(base_model)
     history = HistoryCallback("gold_judge")
-    fresh = new_scorer(base_model, None, seed=seed)
+    fresh = new_reward_model(base_model, None, seed=seed)
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.first_layer)
     scorer = TextScorer(model, tokenizer, max_length=params.max_length)
-    learn = _from_ratings if params.kind == "rating" else _from_pairs
-    metrics = learn(params, model, tokenizer, scorer, seed, history, prepare)
+    train = _train_on_ratings if params.kind == "rating" else _train_on_pairs
+    metrics = train(params, model, tokenizer, scorer, seed, history, prepare)
     save_adapter(model, out)
     (out / NORMALISATION).write_text(json.dumps({"max_length": params.max_length}) + "\n", encoding="utf-8")
     write_history(out / "history.csv", history.rows)
     write_json(out / "metrics.json", metrics)
 
 
-def _from_ratings(
+def _train_on_ratings(
     params: GoldJudgeParams,
     model: Any,
     tokenizer: Any,
@@ -60,8 +60,8 @@ def _from_ratings(
     train, test = (read_rows(prepare / "ratings" / "gold" / f"{split}.jsonl", Rating) for split in ("train", "test"))
     train = train[: params.max_examples]
     texts, means = [row.text for row in train], [row.mean for row in train]
-    garbled = scrambled(texts[: round(params.scrambled_share * len(texts))], seed)
-    texts, means = texts + garbled, means + [min(means)] * len(garbled)
+    shuffled = shuffle_words(texts[: round(params.shuffled_share * len(texts))], seed)
+    texts, means = texts + shuffled, means + [min(means)] * len(shuffled)
     train_or_resume(target_trainer(params, model, tokenizer, texts, means, seed=seed, callbacks=[history]))
     heldout = [row.text for row in test]
     scores = scorer(heldout)
@@ -69,17 +69,17 @@ def _from_ratings(
         "examples": len(texts),
         **rating_figures(scores, torch.tensor([row.mean for row in test])),
         "heldout_mean_score": scores.mean().item(),
-        "scrambled_mean_score": scorer(scrambled(heldout, seed)).mean().item(),
+        "scrambled_mean_score": scorer(shuffle_words(heldout, seed)).mean().item(),
     }
 
 
-def scrambled(texts: Sequence[str], seed: int) -> list[str]:
+def shuffle_words(texts: Sequence[str], seed: int) -> list[str]:
     """Each text with its words in random order."""
-    draw = random.Random(seed)
-    return [" ".join(draw.sample(words, len(words))) for words in map(str.split, texts)]
+    rng = random.Random(seed)
+    return [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]
 
 
-def _from_pairs(
+def _train_on_pairs(
     params: GoldJudgeParams,
     model: Any,
     tokenizer: Any,

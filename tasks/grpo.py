@@ -20,14 +20,14 @@ from trl import GRPOConfig, GRPOTrainer
 from tasks.core import ranks, tracking
 from tasks.core.errors import TrainingError
 from tasks.core.files import write_json
-from tasks.core.models import load_reference, load_tokenizer, lora_config, prepare_process, save_adapter
+from tasks.core.models import load_reference, load_tokenizer, lora_config, init_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.training import HistoryCallback, PolicyKeeper, common_arguments, train_or_resume, write_history
+from tasks.core.training import HistoryCallback, PolicySnapshots, trainer_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
 from tasks.rl.checks import DegenerationWatch
 from tasks.rl.conversation import Conversations, Earned, Talk, load_talk
@@ -36,15 +36,15 @@ from tasks.rl.masking import up_to_last
 from tasks.rl.rollout import generate, seeded
 from tasks.rl.shaping import discounted, missing_eos_penalty
 
-__all__ = ["ConversationRollouts", "Rollouts", "Said", "grpo"]
+__all__ = ["MultiTurnRolloutFunction", "RolloutFunction", "ConversationSummary", "grpo"]
 
 CHECKPOINT_UPDATES = 4
 """Updates between checkpoints: each has at least a rollout's work in it, so they cost little."""
 
-SAMPLE = ("step", "prompt", "response", "score")
+SAMPLE_COLUMNS = ("step", "prompt", "response", "score")
 """The order of a sample's keys; a checkpoint sorts them."""
 
-TRL_NAMES = {
+TRL_METRICS = {
     "loss": "loss",
     "entropy": "entropy",
     "clip_fraction": "clip_ratio/region_mean",
@@ -69,22 +69,22 @@ def grpo(
 ) -> None:
     """Train the policy with TRL's GRPOTrainer: advantages are rewards standardised within each prompt's group.
 
-    With an environment a sample is a whole conversation, see `ConversationRollouts`.
+    With an environment a sample is a whole conversation, see `MultiTurnRolloutFunction`.
 
     Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
-    prepare_process()
+    init_process()
     tokenizer = load_tokenizer(base_model)
     prompts = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
     composed = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    score = _Score(composed, params, tokenizer.eos_token_id, environment.gamma if environment else 1.0)
-    rollouts: Rollouts | ConversationRollouts = Rollouts(params, generation, tokenizer, policy_seed)
+    score = _RewardFunction(composed, params, tokenizer.eos_token_id, environment.gamma if environment else 1.0)
+    rollouts: RolloutFunction | MultiTurnRolloutFunction = RolloutFunction(params, generation, tokenizer, policy_seed)
     if environment:
-        talk = load_talk(environment, prompts, tokenizer, generation)
-        rollouts = ConversationRollouts(params, talk, [row.prompt for row in prompts], policy_seed)
+        conversations = load_talk(environment, prompts, tokenizer, generation)
+        rollouts = MultiTurnRolloutFunction(params, conversations, [row.prompt for row in prompts], policy_seed)
     history = HistoryCallback("grpo")
-    keeper = PolicyKeeper(params.keep_every, out)
+    snapshots = PolicySnapshots(params.keep_every, out)
     torch.manual_seed(policy_seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -95,25 +95,25 @@ def grpo(
             args=_arguments(params, generation, policy_seed),
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
-            callbacks=[history, _EachUpdate(params, history, keeper, composed.slopes_at)],
+            callbacks=[history, _UpdateCallback(params, history, snapshots, composed.slopes_at)],
             rollout_func=rollouts,
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
-    keeper.finish()
-    kept = _rollouts(trainer.state)
-    rows = _rounds(history.rows, kept, params.epochs * params.minibatches, composed.slopes_at)
+    snapshots.publish()
+    logged = _logged_rollouts(trainer.state)
+    rows = _update_rows(history.rows, logged, params.epochs * params.minibatches, composed.slopes_at)
     write_history(out / "history.csv", rows)
-    samples = [sample for entry in kept for sample in entry["samples"]]
-    write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE} for sample in samples))
+    samples = [sample for entry in logged for sample in entry["samples"]]
+    write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE_COLUMNS} for sample in samples))
     write_json(out / "metrics.json", rows[-1])
 
 
 def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> GRPOConfig:
-    ranks.share_of(params.prompts_per_update, "grpo.prompts_per_update")
+    ranks.per_rank(params.prompts_per_update, "grpo.prompts_per_update")
     whole = params.prompts_per_update * params.samples_per_prompt // params.minibatches
-    batch = ranks.share_of(whole, "the size of grpo's minibatches")
-    arguments = common_arguments(seed=seed, batch_size=batch, learning_rate=params.learning_rate, epochs=1)
+    batch = ranks.per_rank(whole, "the size of grpo's minibatches")
+    arguments = trainer_arguments(seed=seed, batch_size=batch, learning_rate=params.learning_rate, epochs=1)
     steps_per_update = params.epochs * params.minibatches
     # No checkpoint holds the responses that an update still has to learn from: checkpoints only between updates.
     steps = {"logging_steps": 1, "save_steps": CHECKPOINT_UPDATES * steps_per_update}
@@ -132,11 +132,11 @@ def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> G
     )
 
 
-Slopes = Callable[[int], Mapping[str, float]]
+WeightsAt = Callable[[int], Mapping[str, float]]
 """Update → component → what one more of it adds to the reward."""
 
 
-class Rollouts:
+class RolloutFunction:
     """TRL's `rollout_func`: our decode loop, each prompt computed once for its whole group."""
 
     def __init__(self, params: GRPOParams, generation: GenerationParams, tokenizer: Any, seed: int) -> None:
@@ -156,10 +156,10 @@ class Rollouts:
             generator=torch.Generator().manual_seed(self._seed * 1_000_003 + trainer.state.global_step),
             samples_per_prompt=group,
             part=ranks.rank(),
-            parts=ranks.ranks(),
+            parts=ranks.world_size(),
         )
         trainer.model.train()
-        lengths = rollout.response_mask.sum(1).tolist()
+        lengths = rollout.response_mask.merged_weight(1).tolist()
         return {
             "prompt_ids": [ids for ids in distinct for _ in range(group)],
             "completion_ids": [row[:n].tolist() for row, n in zip(rollout.responses, lengths, strict=True)],
@@ -168,8 +168,8 @@ class Rollouts:
 
 
 @dataclass(frozen=True)
-class Said:
-    """What `_Score` has to know of a conversation; TRL hands it on as it is."""
+class ConversationSummary:
+    """What `_RewardFunction` has to know of a conversation; TRL hands it on as it is."""
 
     spoken: str
     transcript: str
@@ -179,7 +179,7 @@ class Said:
     ended: bool
 
 
-class ConversationRollouts:
+class MultiTurnRolloutFunction:
     """TRL's `rollout_func` for conversations; `env_mask` takes the environment's tokens out of loss, KL and entropy.
 
     TRL's other door, `environment_factory`, does not fit: there an environment's methods are tools, a turn goes to it
@@ -187,22 +187,22 @@ class ConversationRollouts:
     base model does not. Here every turn of the policy is an action, in plain text.
     """
 
-    def __init__(self, params: GRPOParams, talk: Talk, prompts: Sequence[str], seed: int) -> None:
-        self._group, self._talk, self._seed = params.samples_per_prompt, talk, seed
-        self._places = {prompt: place for place, prompt in enumerate(prompts)}
+    def __init__(self, params: GRPOParams, conversations: Talk, prompts: Sequence[str], seed: int) -> None:
+        self._group, self._talk, self._seed = params.samples_per_prompt, conversations, seed
+        self._prompt_indices = {prompt: index for index, prompt in enumerate(prompts)}
 
     def __call__(self, prompts: Sequence[str], trainer: GRPOTrainer) -> dict[str, Any]:
         trainer.model.eval()
         step = trainer.state.global_step
         conversations = self._talk(
             trainer.model,
-            [self._places[prompt] for prompt in prompts[:: self._group]],
+            [self._prompt_indices[prompt] for prompt in prompts[:: self._group]],
             self._group,
             lambda turn: seeded(self._seed, step, turn),
         )
         trainer.model.train()
-        lengths = up_to_last(conversations.response_mask).sum(1).tolist()
-        prompt_lengths = conversations.prompt_mask.sum(1).tolist()
+        lengths = up_to_last(conversations.response_mask).merged_weight(1).tolist()
+        prompt_lengths = conversations.prompt_mask.merged_weight(1).tolist()
 
         def rows(tensor: Tensor) -> list[Any]:
             return [row[:n].tolist() for row, n in zip(tensor, lengths, strict=True)]
@@ -212,24 +212,24 @@ class ConversationRollouts:
             "completion_ids": rows(conversations.responses),
             "logprobs": rows(conversations.logprobs),
             "env_mask": rows(conversations.response_mask.long()),
-            "said": _said(conversations),
+            "said": _summaries(conversations),
         }
 
 
-def _said(conversations: Conversations) -> list[Said]:
+def _summaries(conversations: Conversations) -> list[ConversationSummary]:
     columns = zip(
         conversations.spoken,
         conversations.transcripts,
         conversations.rewards.tolist(),
         conversations.turns.tolist(),
-        conversations.response_mask.sum(1).tolist(),
+        conversations.response_mask.merged_weight(1).tolist(),
         conversations.ended.tolist(),
         strict=True,
     )
-    return [Said(*values) for values in columns]
+    return [ConversationSummary(*values) for values in columns]
 
 
-class _Score:
+class _RewardFunction:
     """TRL's reward function: the composed reward, with every component kept for the curves and some samples to read.
 
     They are kept in the trainer's log, which is part of its checkpoints.
@@ -250,38 +250,38 @@ class _Score:
         completions: list[str],
         completion_ids: list[list[int]],
         trainer_state: Any,
-        said: list[Said] | None = None,
+        summaries: list[ConversationSummary] | None = None,
         **_: Any,
     ) -> list[float]:
         step = trainer_state.global_step // self._steps_per_update + 1
-        said = said or [
-            Said(text, text, 0.0, 1, len(ids), ids[-1] == self._eos)
+        summaries = summaries or [
+            ConversationSummary(text, text, 0.0, 1, len(ids), ids[-1] == self._eos)
             for text, ids in zip(completions, completion_ids, strict=True)
         ]
-        completions, turns = [one.spoken for one in said], torch.tensor([one.turns for one in said])
-        earned = Earned(torch.tensor([one.reward for one in said]), turns)
+        completions, turns = [item.spoken for item in summaries], torch.tensor([item.turns for item in summaries])
+        environment_reward = Earned(torch.tensor([item.reward for item in summaries]), turns)
         try:
-            outcome = self._reward(prompts, completions, step, {ENVIRONMENT: earned})
+            outcome = self._reward(prompts, completions, step, {ENVIRONMENT: environment_reward})
         except TrainingError as error:
             raise TrainingError(f"update {step}: {error}") from error
-        ended = torch.tensor([one.ended for one in said])
+        ended = torch.tensor([item.ended for item in summaries])
         scores = missing_eos_penalty(discounted(outcome.total, turns, self._turn_gamma), ended, self._penalty)
-        whole = outcome.of_all_ranks()
-        lengths = ranks.gathered(torch.tensor([one.tokens for one in said]))
-        everyones = ranks.gathered(scores)
-        prompts, completions = ranks.texts(prompts), ranks.texts(completions)
-        transcripts = ranks.texts([one.transcript for one in said])
+        gathered = outcome.of_all_ranks()
+        lengths = ranks.all_gather(torch.tensor([item.tokens for item in summaries]))
+        all_scores = ranks.all_gather(scores)
+        prompts, completions = ranks.all_gather_texts(prompts), ranks.all_gather_texts(completions)
+        transcripts = ranks.all_gather_texts([item.transcript for item in summaries])
         means = {
-            "reward": whole.total.mean().item(),
-            **{f"reward/{name}": values.mean().item() for name, values in whole.components.items()},
-            **{name: values.mean().item() for name, values in whole.measures.items()},
-            "score_std": everyones.std().item(),
-            "length": lengths.sum().item() / len(lengths),
-            **self._watch(completions, ranks.gathered(ended), step),
+            "reward": gathered.total.mean().item(),
+            **{f"reward/{name}": values.mean().item() for name, values in gathered.components.items()},
+            **{name: values.mean().item() for name, values in gathered.measures.items()},
+            "score_std": all_scores.std().item(),
+            "length": lengths.merged_weight().item() / len(lengths),
+            **self._watch(completions, ranks.all_gather(ended), step),
         }
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [
-            {"step": step, "prompt": prompts[i], "response": transcripts[i], "score": everyones[i].item()}
+            {"step": step, "prompt": prompts[i], "response": transcripts[i], "score": all_scores[i].item()}
             for i in range(0, len(prompts), self._group)
         ][:4]
         trainer_state.log_history.append({**means, "samples": rows, "step": trainer_state.global_step + 1})
@@ -289,39 +289,39 @@ class _Score:
         return [float(value) for value in scores]
 
 
-class _EachUpdate(TrainerCallback):
+class _UpdateCallback(TrainerCallback):
     """After each update keeps the policy and looks for signs of reward hacking."""
 
-    def __init__(self, params: GRPOParams, history: HistoryCallback, keeper: PolicyKeeper, slopes_at: Slopes) -> None:
-        self._history, self._keeper, self._slopes_at = history, keeper, slopes_at
+    def __init__(self, params: GRPOParams, history: HistoryCallback, snapshots: PolicySnapshots, weights_at: WeightsAt) -> None:
+        self._history, self._snapshots, self._weights_at = history, snapshots, weights_at
         self._steps = params.epochs * params.minibatches
 
     def on_step_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.global_step % self._steps == 0:
-            self._keeper.keep(state.global_step // self._steps, model)
+            self._snapshots.keep(state.global_step // self._steps, model)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if len(self._history.rows) < state.global_step or state.global_step % self._steps:
             return
-        rows = _rounds(self._history.rows, _rollouts(state), self._steps, self._slopes_at)
-        signs, found = watch(rows, self._slopes_at(len(rows)))
-        tracking.log_metrics(signs, step=state.global_step)
-        for detector, value in found if ranks.rank() == 0 else []:
+        rows = _update_rows(self._history.rows, _logged_rollouts(state), self._steps, self._weights_at)
+        signals, fired = watch(rows, self._weights_at(len(rows)))
+        tracking.log_metrics(signals, step=state.global_step)
+        for detector, value in fired if ranks.rank() == 0 else []:
             tqdm.write(f"grpo: warning: update {len(rows)}: {detector.says(value)}", file=sys.stderr)
 
 
-def _rollouts(state: TrainerState) -> list[dict[str, Any]]:
-    """What `_Score` has kept in the trainer's log."""
+def _logged_rollouts(state: TrainerState) -> list[dict[str, Any]]:
+    """What `_RewardFunction` has kept in the trainer's log."""
     return [entry for entry in state.log_history if "samples" in entry]
 
 
-def _rounds(
+def _update_rows(
     steps: Sequence[dict[str, float]],
     rollouts: Sequence[dict[str, Any]],
     steps_per_update: int,
-    slopes_at: Slopes,
+    weights_at: WeightsAt,
 ) -> list[dict[str, float]]:
     """One row per update: its rollout's figures, and the mean over its optimiser steps, under PPO's names.
 
@@ -331,12 +331,12 @@ def _rounds(
     rows: list[dict[str, float]] = []
     for update, entry in enumerate(rollouts):
         rollout = {name: value for name, value in entry.items() if name not in ("samples", "step")}
-        here = steps[update * steps_per_update : (update + 1) * steps_per_update]
-        means = {name: sum(row.get(theirs, 0.0) for row in here) / len(here) for name, theirs in TRL_NAMES.items()}
-        per_token = here[0].get("kl", 0.0)
+        update_steps = steps[update * steps_per_update : (update + 1) * steps_per_update]
+        means = {name: sum(row.get(trl_name, 0.0) for row in update_steps) / len(update_steps) for name, trl_name in TRL_METRICS.items()}
+        per_token = update_steps[0].get("kl", 0.0)
         kl = {"kl": per_token * rollout["length"], "kl_per_token": per_token}
         rows.append({"step": update + 1, **rollout, **means, **kl})
-        rows[-1] |= watch(rows, slopes_at(update + 1))[0]
+        rows[-1] |= watch(rows, weights_at(update + 1))[0]
     return rows
 
 

@@ -6,7 +6,7 @@ import gc
 from pathlib import Path
 
 from tasks.core.files import write_json
-from tasks.core.models import is_off, load_policy, load_reference, load_tokenizer, prepare_process
+from tasks.core.models import is_disabled, load_policy, load_reference, load_tokenizer, init_process
 from tasks.core.paths import project_root
 from tasks.core.sections.lm_eval import LmEvalParams
 from tasks.evals.compare import REFERENCE
@@ -37,9 +37,9 @@ def lm_eval(
         ConfigError: lm-eval is not installed, or has no such task.
         SourceError: the data of a task cannot be read.
     """
-    prepare_process()
+    init_process()
     tokenizer = load_tokenizer(base_model)
-    policies = {name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_off(folder)}
+    policies = {name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_disabled(folder)}
     data = (prepare / "demonstrations", preferences / "test.jsonl")
     with open_tasks(params, project_root() / params.include, data, seed) as tasks:
         results = {REFERENCE: measure(load_reference(base_model, sft), tokenizer, tasks, params=params, seed=seed)}
@@ -47,10 +47,10 @@ def lm_eval(
             gc.collect()  # the policy before it holds itself in reference cycles
             results[name] = measure(load_policy(base_model, sft, folder), tokenizer, tasks, params=params, seed=seed)
     write_json(out / "results.json", results)
-    write_json(out / "metrics.json", {name: _flat(scores) for name, scores in results.items()})
+    write_json(out / "metrics.json", {name: _flatten(scores) for name, scores in results.items()})
 
 
-def _flat(scores: Scores) -> dict[str, float | None]:
+def _flatten(scores: Scores) -> dict[str, float | None]:
     return {f"{task}.{metric}": value for task, row in scores.items() for metric, (value, _) in row.items()}
 
 

@@ -10,14 +10,14 @@ from tqdm import tqdm
 
 from tasks.core import ranks, tracking
 from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
+from tasks.core.models import add_lora, load_reference, load_tokenizer, init_process, save_adapter
 from tasks.core.schema import Prompt, read_rows, write_rows
 from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.training import PolicyKeeper, write_history
+from tasks.core.training import PolicySnapshots, write_history
 from tasks.rewards.composition import load_reward
 from tasks.rl.conversation import load_talk
 from tasks.rl.policy import Policy
@@ -45,13 +45,13 @@ def ppo(
     Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
-    prepare_process()
+    init_process()
     tokenizer = load_tokenizer(base_model)
     rows = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
     prompts = [row.prompt for row in rows]
     model = add_lora(load_reference(base_model, sft), lora, seed=policy_seed).eval()
     progress = _Progress(params.updates)
-    keeper = PolicyKeeper(params.keep_every, out)
+    snapshots = PolicySnapshots(params.keep_every, out)
     trainer = PPOTrainer(
         Policy(model, temperature=generation.temperature),
         TextCodec(
@@ -66,16 +66,16 @@ def ppo(
         generation,
         seed=policy_seed,
         talk=load_talk(environment, rows, tokenizer, generation) if environment else None,
-        checkpoints=tracking.current_checkpoints(),
+        checkpoints=tracking.checkpoint_dir(),
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),
         tell=lambda message: tqdm.write(f"ppo: {message}", file=sys.stderr),
-        keep=lambda update: keeper.keep(update, model),
+        keep=lambda update: snapshots.keep(update, model),
     )
     trainer.train()
     progress.close()
     save_adapter(model, out)
-    keeper.finish()
+    snapshots.publish()
     write_history(out / "history.csv", trainer.history)
     write_rows(out / "samples.jsonl", trainer.samples)
     write_json(out / "metrics.json", trainer.history[-1])

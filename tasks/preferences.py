@@ -45,16 +45,16 @@ def preferences(params: PreferencesParams, seed: int, *, prepare: Path, out: Pat
     counts: Counter[str] = Counter()
     pairs: list[Pair] = []
     if params.given == "only" and _has_rows(prepare / "preferences"):
-        rows = {split: _given(prepare, split, params, seed) for split in SPLITS}
+        rows = {split: _sample_source_pairs(prepare, split, params, seed) for split in SPLITS}
     else:
         pairs = _heldout_pairs(prepare, "test", params, seed)
         rows = {
-            "train": [*_added(prepare, params), *_train(prepare, params, seed, counts)],
+            "train": [*_all_source_pairs(prepare, params), *_train(prepare, params, seed, counts)],
             "validation": [label_by_all(pair) for pair in _heldout_pairs(prepare, "validation", params, seed)],
             "test": [label_by_all(pair) for pair in pairs],
         }
     written = {split: write_rows(out / f"{split}.jsonl", rows[split]) for split in SPLITS}
-    ceiling = _ceiling(pairs, params, seed)
+    ceiling = _rater_ceiling(pairs, params, seed)
     write_table(out / "ceiling.csv", ceiling, COLUMNS)
     agreement = {str(row["bucket"]): row["agreement"] for row in ceiling if row["agreement"] != ""}
     labels = {"against_the_mean": 0, "ties_drawn_again": 0, "ties_given_up": 0} | dict(counts)
@@ -65,16 +65,16 @@ def _has_rows(folder: Path, name: str = "*.jsonl") -> bool:
     return any(path.stat().st_size for path in folder.glob(name))
 
 
-def _given(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Preference]:
+def _sample_source_pairs(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Preference]:
     """A random sample of the pairs that sources gave, in the order in which prepare wrote them."""
-    path, wanted = prepare / "preferences" / f"{split}.jsonl", _wanted(split, params)
+    path, count = prepare / "preferences" / f"{split}.jsonl", _target_count(split, params)
     rows = read_rows(path, Preference)
-    _check(len(rows), split, params, f"{path.name} of stage prepare holds that many")
-    chosen = sorted(_rng(seed, split, "sample").sample(range(len(rows)), wanted))
+    _check_count(len(rows), split, params, f"{path.name} of stage prepare holds that many")
+    chosen = sorted(_rng(seed, split, "sample").sample(range(len(rows)), count))
     return [rows[index] for index in chosen]
 
 
-def _added(prepare: Path, params: PreferencesParams) -> list[Preference]:
+def _all_source_pairs(prepare: Path, params: PreferencesParams) -> list[Preference]:
     """All given pairs for training, first, because DPO reads its pairs from the front.
 
     Those that prepare held out stay unused: validation and test measure every run on the same drawn pairs.
@@ -85,23 +85,23 @@ def _added(prepare: Path, params: PreferencesParams) -> list[Preference]:
 
 def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[str]) -> list[Preference]:
     """Pairs at least `min_margin` apart, each labelled by its own draw of raters."""
-    texts, rng = _rated(prepare, "train"), _rng(seed, "train", "raters")
+    texts, rng = _read_ratings(prepare, "train"), _rng(seed, "train", "raters")
     pairs = draw_pairs(texts, min_margin=params.min_margin, rng=_rng(seed, "train", "pairs"))
     labelled = (label_by_raters(pair, params.raters_per_label, rng=rng, counts=counts) for pair in pairs)
     rows = list(islice((row for row in labelled if row is not None), params.train_pairs))
-    _check(len(rows), "train", params, f"{len(texts)} rated texts, pairs at least {params.min_margin} points apart")
+    _check_count(len(rows), "train", params, f"{len(texts)} rated texts, pairs at least {params.min_margin} points apart")
     return rows
 
 
 def _heldout_pairs(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Pair]:
     """Pairs of any margin, because accuracy is reported over the whole range."""
-    texts = _rated(prepare, split)
+    texts = _read_ratings(prepare, split)
     pairs = list(islice(draw_pairs(texts, min_margin=0.0, rng=_rng(seed, split, "pairs")), params.heldout_pairs))
-    _check(len(pairs), split, params, f"{len(texts)} rated texts")
+    _check_count(len(pairs), split, params, f"{len(texts)} rated texts")
     return pairs
 
 
-def _rated(prepare: Path, split: Split) -> list[Rating]:
+def _read_ratings(prepare: Path, split: Split) -> list[Rating]:
     return read_rows(prepare / "ratings" / "proxy" / f"{split}.jsonl", Rating)
 
 
@@ -109,21 +109,21 @@ def _rng(seed: int, split: Split, purpose: str) -> random.Random:
     return random.Random(f"{seed}/{split}/{purpose}")
 
 
-def _wanted(split: Split, params: PreferencesParams) -> int:
+def _target_count(split: Split, params: PreferencesParams) -> int:
     return params.train_pairs if split == "train" else params.heldout_pairs
 
 
-def _check(found: int, split: Split, params: PreferencesParams, where: str) -> None:
+def _check_count(available: int, split: Split, params: PreferencesParams, where: str) -> None:
     name = "train_pairs" if split == "train" else "heldout_pairs"
-    wanted = _wanted(split, params)
-    if found < wanted:
+    target = _target_count(split, params)
+    if available < target:
         raise DataError(
-            f"preferences.{name} asks for {wanted} pairs, but there are only {found} in {split} ({where}): lower "
+            f"preferences.{name} asks for {target} pairs, but there are only {available} in {split} ({where}): lower "
             f"preferences.{name}, or collect more"
         )
 
 
-def _ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) -> list[dict[str, object]]:
+def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) -> list[dict[str, object]]:
     """Per margin bucket, and for all pairs and those a point or more apart: mean agreement over the test pairs.
 
     Where a source gave the preferences themselves, no rater is known and the table is empty.

@@ -16,15 +16,15 @@ from tasks.core.errors import DataError
 from tasks.core.files import write_json
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row, write_rows
 from tasks.core.sections.prepare import PrepareParams
-from tasks.data.cleaning import Cleaned, check_quarantine, clean, in_length, key, whole_texts
+from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, split_key, full_texts
 from tasks.data.duplicates import near_duplicates
-from tasks.data.splitting import HALVES, SPLITS, Half, Split, half_of, in_stable_order, split_of, uniform
+from tasks.data.splitting import HALVES, SPLITS, Half, Split, rater_half, in_stable_order, split_of, hash_uniform
 
 __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
 
-REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicate", "near_duplicate", "same_prompt")
+DROP_REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicate", "near_duplicate", "same_prompt")
 
 Splits = Mapping[Split, Sequence[Row]]
 
@@ -44,19 +44,19 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
     cleaned = clean(collect)
     write_rows(out / "quarantine.jsonl", cleaned.quarantine)
     check_quarantine(cleaned, out / "quarantine.jsonl", params.max_quarantine_share)
-    rows = _without_duplicates(in_length(cleaned, params), cleaned, params.near_duplicate_threshold)
+    rows = _drop_duplicates(filter_by_length(cleaned, params), cleaned, params.near_duplicate_threshold)
     if not rows:
         raise DataError(
-            f"none of {cleaned.collected} collected rows is left{_reasons(cleaned)}; look at prepare's bounds"
+            f"none of {cleaned.collected} collected rows is left{_drop_summary(cleaned)}; look at prepare's bounds"
         )
     splits = _split(rows, params, seed)
-    splits, gold_pairs = _gold_pairs_apart(splits, params, seed)
-    ratings = {half: _rated(splits, half, params, seed) for half in HALVES}
-    gold = {split: [_cut(row, params.prompt_words) for row in rated] for split, rated in ratings["gold"].items()}
+    splits, gold_pairs = _hold_out_gold_pairs(splits, params, seed)
+    ratings = {half: _ratings_of(splits, half, params, seed) for half in HALVES}
+    gold = {split: [_split_prompt(row, params.prompt_words) for row in rated] for split, rated in ratings["gold"].items()}
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
     prompts = _prompts(splits, {"test": [*gold["test"], *gold_pairs["test"]]}, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
-        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_reasons(cleaned)}")
+        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
     written = {f"ratings_{half}": _write(out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
     written["demonstrations"] = _write(out / "demonstrations", demonstrations)
@@ -68,7 +68,7 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
     _write_metrics(out, cleaned, len(rows), written)
 
 
-def _without_duplicates(rows: list[Row], cleaned: Cleaned, threshold: float) -> list[Row]:
+def _drop_duplicates(rows: list[Row], cleaned: CleanResult, threshold: float) -> list[Row]:
     """Drop rows that say the same again, and rows whose key nearly repeats an earlier, different one; count both.
 
     Rows of one type with one key but different content (two answers to a prompt) stay, and stay together. So do labels
@@ -76,13 +76,13 @@ def _without_duplicates(rows: list[Row], cleaned: Cleaned, threshold: float) -> 
     """
     unique: dict[tuple[object, ...], Row] = {}
     for row in rows:
-        said = [*whole_texts(row), getattr(row, "objective", None) or ""]
-        identity = (type(row), "\x1f".join(said), getattr(row, "labelled_by", None))
+        texts = [*full_texts(row), getattr(row, "objective", None) or ""]
+        identity = (type(row), "\x1f".join(texts), getattr(row, "labelled_by", None))
         cleaned.dropped["duplicate"] += identity in unique
         unique.setdefault(identity, row)
-    keys = list(dict.fromkeys(key(row) for row in unique.values()))
+    keys = list(dict.fromkeys(split_key(row) for row in unique.values()))
     repeated = {keys[index] for index in near_duplicates(keys, threshold)}
-    kept = [row for row in unique.values() if key(row) not in repeated]
+    kept = [row for row in unique.values() if split_key(row) not in repeated]
     cleaned.dropped["near_duplicate"] += len(unique) - len(kept)
     return kept
 
@@ -90,29 +90,29 @@ def _without_duplicates(rows: list[Row], cleaned: Cleaned, threshold: float) -> 
 def _split(rows: list[Row], params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
     """Rows by split, each in an order that is random but stable."""
     splits: dict[Split, list[Row]] = {split: [] for split in SPLITS}
-    for row in in_stable_order(((f"{key(row)}\x1f{row.id}", row) for row in rows), seed):
-        splits[split_of(key(row), params, seed)].append(row)
+    for row in in_stable_order(((f"{split_key(row)}\x1f{row.id}", row) for row in rows), seed):
+        splits[split_of(split_key(row), params, seed)].append(row)
     return splits
 
 
-def _gold_pairs_apart(splits: Splits, params: PrepareParams, seed: int) -> tuple[dict[Split, list[Row]], Splits]:
+def _hold_out_gold_pairs(splits: Splits, params: PrepareParams, seed: int) -> tuple[dict[Split, list[Row]], Splits]:
     """All rows but the gold judge's pairs, and these; the pairs of one prompt stay together."""
 
-    def gold(row: Row) -> bool:
-        return isinstance(row, Preference) and uniform(key(row), seed, "half") < params.gold_pair_share
+    def is_gold(row: Row) -> bool:
+        return isinstance(row, Preference) and hash_uniform(split_key(row), seed, "half") < params.gold_pair_share
 
-    rest = {split: [row for row in rows if not gold(row)] for split, rows in splits.items()}
-    return rest, {split: [row for row in rows if gold(row)] for split, rows in splits.items()}
+    rest = {split: [row for row in rows if not is_gold(row)] for split, rows in splits.items()}
+    return rest, {split: [row for row in rows if is_gold(row)] for split, rows in splits.items()}
 
 
 def _of_type(splits: Splits, *types: type[Row]) -> dict[Split, list[Row]]:
     return {split: [row for row in rows if isinstance(row, types)] for split, rows in splits.items()}
 
 
-def _rated(splits: Splits, half: Half, params: PrepareParams, seed: int) -> dict[Split, list[Rating]]:
+def _ratings_of(splits: Splits, half: Half, params: PrepareParams, seed: int) -> dict[Split, list[Rating]]:
     """The rated texts of one half, by split."""
     return {
-        split: [row for row in rows if isinstance(row, Rating) and half_of(row.text, params, seed) == half]
+        split: [row for row in rows if isinstance(row, Rating) and rater_half(row.text, params, seed) == half]
         for split, rows in splits.items()
     }
 
@@ -123,18 +123,18 @@ def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: Pr
     Where there is neither, the chosen sides of preferences that have a prompt.
     """
     given = _of_type(splits, Demonstration)
-    result = {split: [*given[split], *(_cut(row, params.prompt_words) for row in proxy[split])] for split in SPLITS}
+    result = {split: [*given[split], *(_split_prompt(row, params.prompt_words) for row in proxy[split])] for split in SPLITS}
     if not any(result.values()):
         for split, rows in splits.items():
-            result[split] = [_chosen(row) for row in rows if isinstance(row, Preference) and row.prompt]
+            result[split] = [_to_demonstration(row) for row in rows if isinstance(row, Preference) and row.prompt]
     return result
 
 
-def _chosen(row: Preference) -> Demonstration:
+def _to_demonstration(row: Preference) -> Demonstration:
     return Demonstration(id=row.id, prompt=row.prompt, response=row.chosen)
 
 
-def _cut(row: Rating, words: int) -> Demonstration:
+def _split_prompt(row: Rating, words: int) -> Demonstration:
     """A rated text as prompt (its first words) and response (the rest, with its leading space)."""
     prompt = " ".join(row.text.split()[:words])
     return Demonstration(id=row.id, prompt=prompt, response=row.text[len(prompt) :])
@@ -153,7 +153,7 @@ def _prompts(
         rows = [*given[split], *demonstrations[split], *(gold["test"] if split == "test" else ())]
         prompts = [Prompt.model_validate(_prompt_fields(row)) for row in rows if getattr(row, "prompt", "")]
         prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
-        result[split] = _unique(in_stable_order(((row.prompt, row) for row in prompts), seed), split, seen, dropped)
+        result[split] = _unique_prompts(in_stable_order(((row.prompt, row) for row in prompts), seed), split, seen, dropped)
     return result
 
 
@@ -161,18 +161,18 @@ def _prompt_fields(row: Row) -> dict[str, object]:
     return {name: value for name, value in row.model_dump().items() if name in Prompt.model_fields}
 
 
-def _unique(rows: list[Prompt], split: Split, seen: dict[str, Split], dropped: Counter[str]) -> list[Row]:
+def _unique_prompts(rows: list[Prompt], split: Split, seen: dict[str, Split], dropped: Counter[str]) -> list[Row]:
     """The first row of each prompt; a repeated one is counted by the split in which it came first."""
-    kept, taken = list[Row](), set[str]()
+    kept, used = list[Row](), set[str]()
     for row in rows:
         first = seen.setdefault(row.prompt, split)
         if first != split:
             dropped[f"{split}_prompt_also_in_{first}"] += 1
-        elif row.prompt in taken:
+        elif row.prompt in used:
             dropped["same_prompt"] += 1
         else:
             kept.append(row)
-            taken.add(row.prompt)
+            used.add(row.prompt)
     return kept
 
 
@@ -180,14 +180,14 @@ def _write(folder: Path, rows: Splits) -> dict[str, int]:
     return {split: write_rows(folder / f"{split}.jsonl", items) for split, items in rows.items()}
 
 
-def _write_metrics(out: Path, cleaned: Cleaned, kept: int, written: dict[str, dict[str, int]]) -> None:
+def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: dict[str, dict[str, int]]) -> None:
     rows = {"collected": cleaned.collected, "quarantined": len(cleaned.quarantine), "kept": kept}
-    dropped = dict.fromkeys(REASONS, 0) | dict(sorted(cleaned.dropped.items()))
+    dropped = dict.fromkeys(DROP_REASONS, 0) | dict(sorted(cleaned.dropped.items()))
     write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **written})
     logger.info("rows %s, dropped %s", rows, dropped)
 
 
-def _reasons(cleaned: Cleaned) -> str:
+def _drop_summary(cleaned: CleanResult) -> str:
     reasons = {"malformed": len(cleaned.quarantine), **cleaned.dropped}
     return (
         " (" + (", ".join(f"{reason} {count}" for reason, count in reasons.items() if count) or "no reason known") + ")"

@@ -16,12 +16,12 @@ from torch import Tensor
 from tasks.core import tracking
 from tasks.core.files import write_json
 from tasks.core.models import (
-    ADAPTER,
+    ADAPTER_DIR,
     add_lora,
     load_reference,
     load_tokenizer,
-    new_scorer,
-    prepare_process,
+    new_reward_model,
+    init_process,
     save_adapter,
 )
 from tasks.core.schema import Prompt, read_rows
@@ -40,7 +40,7 @@ from tasks.rl.rollout import generate
 
 __all__ = ["reward_model"]
 
-FAMILIAR_TEXTS = 512
+OOD_FIT_TEXTS = 512
 """Training texts whose states are measured. On the default task a hundred find nearly what all 1,600 find: all made-up
 nonsense, four fifths of shuffled sentences, and 34 instead of 30 % of SFT's responses, most of them cut short."""
 
@@ -70,42 +70,42 @@ def reward_model(
         ModelError: a model is incomplete, or of an unfit architecture.
         SourceError: a backbone or scorer could not be fetched.
     """
-    prepare_process()
-    shutil.rmtree(out / ADAPTER, ignore_errors=True)
-    lesson = read_lesson(params, prepare, preferences)
-    samples = _responses(params, generation, seed, base_model, sft, prepare)
-    metrics: dict[str, float] = dict(lesson.counts())
+    init_process()
+    shutil.rmtree(out / ADAPTER_DIR, ignore_errors=True)
+    data = read_lesson(params, prepare, preferences)
+    samples = _sample_sft_responses(params, generation, seed, base_model, sft, prepare)
+    metrics: dict[str, float] = dict(data.counts())
     if params.backbone:
         fetch_backbone(params.backbone, seed, out)
     scores: list[Tensor] = []
     for number in range(params.members):
         folder = member_folder(out, number)
-        with tracking.part(f"member_{number}") if number else nullcontext():
-            scorer, text = _scorer(params, lora, seed, lesson, *trunk_of(base_model, sft, out), folder, number)
+        with tracking.prefixed(f"member_{number}") if number else nullcontext():
+            scorer, text = _train_member(params, lora, seed, data, *trunk_of(base_model, sft, out), folder, number)
         member, states = Member.fit(
-            scorer, _texts(samples, text), lesson.weights,
+            scorer, _texts(samples, text), data.weights,
             prompts=_prompts(samples), length_debias=params.length_debias,
         )  # fmt: skip
         write_json(folder / NORMALISATION, {**member.facts(), "max_length": params.max_length})
-        test = lesson.sides("test")
+        test = data.sides("test")
         heldout, heldout_states = member.read(_texts(test, text), _prompts(test))
         scores.append(member.normalised(heldout))
         if number == 0:
-            familiarity = _familiarity(member, lesson, text)
-            familiarity.save(out / FAMILIARITY)
-            metrics |= _scales(member) | lesson.measure(heldout, out)
-            metrics |= _length_bias(member, heldout, lesson, text) | _unfamiliar(familiarity, states, heldout_states)
+            ood = _fit_ood(member, data, text)
+            ood.save(out / FAMILIARITY)
+            metrics |= _normalisation_metrics(member) | data.measure(heldout, out)
+            metrics |= _length_bias(member, heldout, data, text) | _ood_metrics(ood, states, heldout_states)
         del scorer, member
         gc.collect()  # a trained model holds itself in reference cycles, and the next needs the room
-    write_json(out / "metrics.json", metrics | _of_the_ensemble(lesson, torch.stack(scores)))
+    write_json(out / "metrics.json", metrics | _ensemble_metrics(data, torch.stack(scores)))
 
 
-def _scorer(
+def _train_member(
     params: RewardModelParams,
     lora: LoraParams,
     seed: int,
-    lesson: Lesson,
-    trunk: Path,
+    data: Lesson,
+    backbone: Path,
     sft: Path | None,
     folder: Path,
     number: int,
@@ -115,18 +115,18 @@ def _scorer(
         fetch_finished(params.scorer, params.max_length, folder)
         write_history(folder / "history.csv", [])
         return load_finished(folder)
-    seed, tokenizer = seed + number, load_tokenizer(trunk)
+    seed, tokenizer = seed + number, load_tokenizer(backbone)
     history = HistoryCallback(f"reward_model, member {number}" if number else "reward_model")
-    fresh = new_scorer(trunk, sft, seed=seed, heads=len(lesson.weights))
+    fresh = new_reward_model(backbone, sft, seed=seed, heads=len(data.weights))
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.first_layer)
-    trainer = lesson.trainer(model, tokenizer, seed=seed, callbacks=[history])
+    trainer = data.trainer(model, tokenizer, seed=seed, callbacks=[history])
     train_or_resume(trainer)
     save_adapter(model, folder)
     write_history(folder / "history.csv", history.rows)
     return TextScorer(model, tokenizer, max_length=params.max_length), add
 
 
-def _responses(
+def _sample_sft_responses(
     params: RewardModelParams, generation: GenerationParams, seed: int, base_model: Path, sft: Path, prepare: Path
 ) -> list[Side]:
     """What the SFT policy writes for training prompts."""
@@ -154,7 +154,7 @@ def _prompts(sides: Sequence[Side]) -> list[str]:
     return [prompt for prompt, _ in sides]
 
 
-def _scales(member: Member) -> dict[str, float]:
+def _normalisation_metrics(member: Member) -> dict[str, float]:
     """Mean and spread of each head's raw value, and what a token adds to it where that was taken off."""
     figures: dict[str, float] = {}
     for name, head in member.heads.items():
@@ -163,9 +163,9 @@ def _scales(member: Member) -> dict[str, float]:
     return figures
 
 
-def _length_bias(member: Member, heldout: Tensor, lesson: Lesson, text: Text) -> dict[str, float]:
+def _length_bias(member: Member, heldout: Tensor, data: Lesson, text: Text) -> dict[str, float]:
     """Correlation of score and number of tokens over held-out texts; also before length was taken off, where it was."""
-    sides = lesson.sides("test")
+    sides = data.sides("test")
     texts = _texts(sides, text)
     lengths = member.scorer.lengths(texts, whole=True)
     figures = {"length_correlation": correlation(_score(member, heldout), lengths)}
@@ -182,27 +182,27 @@ def _score(member: Member, values: Tensor) -> Tensor:
     return values[:, 0] if len(member.heads) == 1 else member.score(member.normalised(values))
 
 
-def _familiarity(member: Member, lesson: Lesson, text: Text) -> Familiarity:
-    splits = (lesson.sides("train", FAMILIAR_TEXTS), lesson.sides("validation"))
+def _fit_ood(member: Member, data: Lesson, text: Text) -> Familiarity:
+    splits = (data.sides("train", OOD_FIT_TEXTS), data.sides("validation"))
     return Familiarity.fit(*(member.scorer.read(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
 
 
-def _unfamiliar(familiarity: Familiarity, samples: Tensor, heldout: Tensor) -> dict[str, float]:
+def _ood_metrics(ood: Familiarity, samples: Tensor, heldout: Tensor) -> dict[str, float]:
     """The threshold, and the shares beyond it of the SFT policy's responses and of held-out texts of people."""
     return {
-        "familiar_distance": familiarity.threshold,
-        "unfamiliar_sft": familiarity.unfamiliar(samples).mean().item(),
-        "unfamiliar_heldout": familiarity.unfamiliar(heldout).mean().item(),
+        "familiar_distance": ood.threshold,
+        "unfamiliar_sft": ood.unfamiliar(samples).mean().item(),
+        "unfamiliar_heldout": ood.unfamiliar(heldout).mean().item(),
     }
 
 
-def _of_the_ensemble(lesson: Lesson, scores: Tensor) -> dict[str, float]:
+def _ensemble_metrics(data: Lesson, scores: Tensor) -> dict[str, float]:
     """How good members [members, N, K] are, together and each alone; nothing of one."""
     if len(scores) == 1:
         return {}
-    name, together = lesson.quality(scores.mean(0))
-    alone = [lesson.quality(own)[1] for own in scores]
-    return {"members": len(scores), f"ensemble_{name}": together, f"mean_member_{name}": sum(alone) / len(alone)}
+    name, ensemble = data.quality(scores.mean(0))
+    single = [data.quality(own)[1] for own in scores]
+    return {"members": len(scores), f"ensemble_{name}": ensemble, f"mean_member_{name}": sum(single) / len(single)}
 
 
 if __name__ == "__main__":

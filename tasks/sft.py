@@ -10,12 +10,12 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_reference, load_tokenizer, prepare_process, save_adapter
+from tasks.core.models import add_lora, load_reference, load_tokenizer, init_process, save_adapter
 from tasks.core.schema import Demonstration, read_rows
 from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.sft import SFTParams
-from tasks.core.training import HistoryCallback, calm, common_arguments, train_or_resume, write_history
+from tasks.core.training import HistoryCallback, without_printer, trainer_arguments, train_or_resume, write_history
 from tasks.rl.environments.dialogue import tokenised
 
 __all__ = ["sft"]
@@ -36,16 +36,16 @@ def sft(
     With an environment a response is a whole dialogue, and what is learned is the bot's turns, each with an end token.
     Writes adapter/, history.csv, and metrics.json with the held-out loss (nats per response token) before and after.
     """
-    prepare_process()
+    init_process()
     tokenizer = load_tokenizer(base_model)
-    dialogues = tokenizer if environment else None
-    train = _dataset(prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogues)
-    heldout = _dataset(prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogues)
+    dialogue_tokenizer = tokenizer if environment else None
+    train = _dataset(prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogue_tokenizer)
+    heldout = _dataset(prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogue_tokenizer)
     history = HistoryCallback("sft")
     trainer = SFTTrainer(
         model=add_lora(load_reference(base_model, None), lora, seed=seed),
         args=SFTConfig(
-            **common_arguments(
+            **trainer_arguments(
                 seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
             ),
             max_length=params.max_length,
@@ -57,7 +57,7 @@ def sft(
         processing_class=tokenizer,
         callbacks=[history],
     )
-    before = calm(trainer).evaluate()["eval_loss"]
+    before = without_printer(trainer).evaluate()["eval_loss"]
     train_or_resume(trainer)
     after = trainer.evaluate()["eval_loss"]
     save_adapter(trainer.model, out)
@@ -71,11 +71,11 @@ def sft(
     write_json(out / "metrics.json", metrics)
 
 
-def _dataset(path: Path, limit: int, dialogues: Any) -> Dataset:
+def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:
     """The rows for TRL to tokenise, or dialogues tokenised by what is given for them."""
     rows = read_rows(path, Demonstration)[:limit]
-    if dialogues is not None:
-        return Dataset.from_list([dict(tokenised(row, dialogues)) for row in rows])
+    if dialogue_tokenizer is not None:
+        return Dataset.from_list([dict(tokenised(row, dialogue_tokenizer)) for row in rows])
     return Dataset.from_list([{"prompt": row.prompt, "completion": row.response} for row in rows])
 
 

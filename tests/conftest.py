@@ -13,7 +13,7 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.core.linear import freeze, use_fast_adapters
+from tasks.core.linear import freeze_for_onednn, register_frozen_lora
 from tests.tables import (  # noqa: F401 - hooks
     pytest_configure,
     pytest_runtest_logreport,
@@ -55,9 +55,9 @@ def tiny_model(seed: int = 0) -> LlamaForCausalLM:
 def tiny_policy(seed: int = 0) -> PeftModel:
     """The tiny model, frozen, with a fresh LoRA adapter."""
     model = tiny_model(seed)
-    freeze(model)
+    freeze_for_onednn(model)
     config = LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "v_proj", "down_proj"])
-    return get_peft_model(model, use_fast_adapters(config)).eval()
+    return get_peft_model(model, register_frozen_lora(config)).eval()
 
 
 def letter_tokenizer(letters: str = LETTERS) -> PreTrainedTokenizerFast:

@@ -17,34 +17,34 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasks.core.errors import ConfigError, ModelError
-from tasks.core.models import ADAPTER, device, load_policy, load_reference, load_tokenizer, prepare_process
+from tasks.core.models import ADAPTER_DIR, device, load_policy, load_reference, load_tokenizer, init_process
 
-__all__ = ["ADAPTER", "BASE", "Exported", "empty_folder", "export"]
+__all__ = ["ADAPTER", "BASE_DIR", "ExportCheck", "atomic_folder", "export"]
 
-BASE = "base"
+BASE_DIR = "base"
 """Where an exported adapter's base model lies, beside the folder `adapter`."""
 
-SLACK = 1024
+TOLERANCE_EPS = 1024
 """The exported model adds up the same products in another order; its logits may differ by so many rounding errors."""
 
 
 @dataclass(frozen=True)
-class Exported:
+class ExportCheck:
     """What was measured on the folder, loaded again.
 
     Attributes:
         dtype: of the weights.
         difference: the largest |Δ logit| to the policy as it was evaluated.
-        scale: the largest |logit|.
+        max_logit: the largest |logit|.
     """
 
     dtype: str
     difference: float
-    scale: float
+    max_logit: float
 
 
 @contextmanager
-def empty_folder(folder: Path) -> Iterator[Path]:
+def atomic_folder(folder: Path) -> Iterator[Path]:
     """A draft beside the folder, which takes its name if all goes well, so that there is never half an export.
 
     Raises:
@@ -53,8 +53,8 @@ def empty_folder(folder: Path) -> Iterator[Path]:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: name a folder that is, or a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as draft:
-        content = Path(draft) / "content"
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        content = Path(temporary) / "content"
         content.mkdir()
         yield content
         for path in content.rglob("*"):
@@ -63,7 +63,7 @@ def empty_folder(folder: Path) -> Iterator[Path]:
 
 
 def export(
-    parts: Path,
+    artifacts: Path,
     policy: str,
     folder: Path,
     *,
@@ -71,11 +71,11 @@ def export(
     prompts: Sequence[str],
     max_new_tokens: int,
     temperature: float,
-) -> Exported:
+) -> ExportCheck:
     """Write the policy as one merged model, or as the merged SFT model and the adapter on it; then load and compare.
 
     Args:
-        parts: base model, SFT and policy, laid out as in artifacts.
+        artifacts: base model, SFT and policy, laid out as in artifacts.
         folder: an empty one.
         prompts: on which logits are compared.
         max_new_tokens, temperature: how the policy was trained to write, for `generate` of transformers.
@@ -83,12 +83,12 @@ def export(
     Raises:
         ModelError: a part is incomplete, or the exported model does not compute what the policy does.
     """
-    prepare_process()
-    tokenizer = load_tokenizer(parts / "base_model")
-    trained: Any = load_policy(parts / "base_model", parts / "sft", parts / policy)
+    init_process()
+    tokenizer = load_tokenizer(artifacts / "base_model")
+    trained: Any = load_policy(artifacts / "base_model", artifacts / "sft", artifacts / policy)
     batches = [torch.tensor([tokenizer(prompt).input_ids], device=device()) for prompt in prompts]
-    wanted = _logits(trained, batches)
-    writes = GenerationConfig(  # type: ignore[no-untyped-call]
+    expected = _logits(trained, batches)
+    generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True,
         temperature=temperature,
         top_k=0,
@@ -97,30 +97,30 @@ def export(
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    plain: Any = load_reference(parts / "base_model", parts / "sft") if adapter else trained.merge_and_unload()
-    plain.generation_config = writes
-    base = folder / BASE if adapter else folder
-    plain.save_pretrained(base)
+    exported: Any = load_reference(artifacts / "base_model", artifacts / "sft") if adapter else trained.merge_and_unload()
+    exported.generation_config = generation_config
+    base = folder / BASE_DIR if adapter else folder
+    exported.save_pretrained(base)
     tokenizer.save_pretrained(base)
     if adapter:
-        _copy_adapter(parts / policy / ADAPTER, folder / ADAPTER)
-    return _checked(wanted, _logits(_load(folder, adapter), batches), plain.dtype)
+        _copy_adapter(artifacts / policy / ADAPTER_DIR, folder / ADAPTER_DIR)
+    return _check_logits(expected, _logits(_load(folder, adapter), batches), exported.dtype)
 
 
-def _copy_adapter(adapter: Path, to: Path) -> None:
-    shutil.copytree(adapter, to)
-    file = to / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE}
+def _copy_adapter(adapter: Path, target: Path) -> None:
+    shutil.copytree(adapter, target)
+    file = target / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE_DIR}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(folder: Path, adapter: bool) -> Any:
     """As somebody else would."""
-    base = folder / BASE if adapter else folder
+    base = folder / BASE_DIR if adapter else folder
     AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base)
     if adapter:
-        model = PeftModel.from_pretrained(model, folder / ADAPTER)
+        model = PeftModel.from_pretrained(model, folder / ADAPTER_DIR)
     return model.to(device()).eval()
 
 
@@ -129,13 +129,13 @@ def _logits(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
     return [model(input_ids=ids).logits.float() for ids in batches]
 
 
-def _checked(wanted: Sequence[Tensor], found: Sequence[Tensor], dtype: torch.dtype) -> Exported:
-    difference = max((a - b).abs().max().item() for a, b in zip(wanted, found, strict=True))
-    scale = max(logits.abs().max().item() for logits in wanted)
-    most = SLACK * torch.finfo(dtype).eps * scale
-    if not difference <= most:
+def _check_logits(expected: Sequence[Tensor], actual: Sequence[Tensor], dtype: torch.dtype) -> ExportCheck:
+    max_logit_difference = max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
+    max_logit = max(logits.abs().max().item() for logits in expected)
+    tolerance = TOLERANCE_EPS * torch.finfo(dtype).eps * max_logit
+    if not max_logit_difference <= tolerance:
         raise ModelError(
-            f"the exported model's logits differ from the policy's by up to {difference:.2g}, rounding explains "
-            f"{most:.2g}: the versions of transformers and peft here may not fit each other; nothing was written"
+            f"the exported model's logits differ from the policy's by up to {max_logit_difference:.2g}, rounding explains "
+            f"{tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was written"
         )
-    return Exported(str(dtype).removeprefix("torch."), difference, scale)
+    return ExportCheck(str(dtype).removeprefix("torch."), max_logit_difference, max_logit)

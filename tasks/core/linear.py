@@ -19,29 +19,29 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-__all__ = ["FrozenLinear", "freeze", "merged", "use_fast_adapters"]
+__all__ = ["FrozenLinear", "freeze_for_onednn", "merged_weights", "register_frozen_lora"]
 
-ROWS = 16  # for which the layout of packed weights is chosen; it serves other numbers of rows as well
+PACK_ROWS = 16  # for which the layout of packed weights is chosen; it serves other numbers of rows as well
 
 _onednn = torch.ops.mkldnn
 
 
-def freeze(model: nn.Module) -> None:
+def freeze_for_onednn(model: nn.Module) -> None:
     """Freeze all parameters, and let oneDNN compute the linear layers from here on."""
     model.requires_grad_(False)
     for module in model.modules():
-        if type(module) is nn.Linear and _serves(module.weight):
+        if type(module) is nn.Linear and _onednn_supports(module.weight):
             module.__class__ = FrozenLinear
 
 
-def use_fast_adapters(config: LoraConfig) -> LoraConfig:
-    """Let PEFT put `FrozenLora` around the layers that `freeze` has changed, and its own layers around others."""
+def register_frozen_lora(config: LoraConfig) -> LoraConfig:
+    """Let PEFT put `FrozenLora` around the layers that `freeze_for_onednn` has changed, and its own layers around others."""
     config._register_custom_module({FrozenLinear: FrozenLora})
     return config
 
 
 @contextmanager
-def merged(model: nn.Module) -> Iterator[None]:
+def merged_weights(model: nn.Module) -> Iterator[None]:
     """Within it, adapters are added into a rearranged copy of their layer's weight: for decoding, without gradients.
 
     It takes the memory of the model's linear layers once more, and pays where the model is then called often on few
@@ -51,7 +51,7 @@ def merged(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     try:
         for layer in layers:
-            layer.packed = _packed(layer.weight if layer not in adapters else adapters[layer].sum())
+            layer.packed = _pack_weight(layer.weight if layer not in adapters else adapters[layer].merged_weight())
         yield
     finally:
         for layer in layers:
@@ -62,16 +62,16 @@ class FrozenLinear(nn.Linear):
     """A linear layer whose weight gets no gradient."""
 
     packed: Tensor | None = None
-    """The weight, or its sum with an adapter, as oneDNN wants it; see `merged`."""
+    """The weight, or its sum with an adapter, as oneDNN wants it; see `merged_weights`."""
 
     def forward(self, inputs: Tensor) -> Tensor:
         if self.packed is not None:
-            return _product(inputs, self.packed, self.bias)
-        if self.weight.requires_grad or not _serves(self.weight):
+            return _linear(inputs, self.packed, self.bias)
+        if self.weight.requires_grad or not _onednn_supports(self.weight):
             return super().forward(inputs)
         if inputs.requires_grad and torch.is_grad_enabled():
-            return cast(Tensor, _Frozen.apply(inputs, self.weight, self.bias))  # type: ignore[no-untyped-call]
-        return _product(inputs, self.weight, self.bias)
+            return cast(Tensor, _FrozenLinearFunction.apply(inputs, self.weight, self.bias))  # type: ignore[no-untyped-call]
+        return _linear(inputs, self.weight, self.bias)
 
 
 class FrozenLora(LoraLinear):
@@ -83,23 +83,23 @@ class FrozenLora(LoraLinear):
         layer = self.base_layer
         if layer.packed is not None:
             return layer(x)
-        if self.disable_adapters or args or kwargs or not self._plain() or not _serves(layer.weight):
+        if self.disable_adapters or args or kwargs or not self._is_simple_adapter() or not _onednn_supports(layer.weight):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         down, up, scaling = self._factors()
-        result = _Adapted.apply(x, layer.weight, layer.bias, down, up, scaling)  # type: ignore[no-untyped-call]
+        result = _FrozenLoraFunction.apply(x, layer.weight, layer.bias, down, up, scaling)  # type: ignore[no-untyped-call]
         return cast(Tensor, result)
 
-    def sum(self) -> Tensor:
+    def merged_weight(self) -> Tensor:
         """W + B·A·α/r, or W while the adapter is off."""
         weight = self.base_layer.weight
         if self.disable_adapters:
             return weight
-        if not self._plain():
+        if not self._is_simple_adapter():
             return weight + sum(self.get_delta_weight(name) for name in self.active_adapters)
         down, up, scaling = self._factors()
         return torch.addmm(weight, up, down, alpha=scaling)
 
-    def _plain(self) -> bool:
+    def _is_simple_adapter(self) -> bool:
         """Whether there is one adapter, without dropout and variants, that is not merged into the weight."""
         names = self.active_adapters
         return (
@@ -115,30 +115,30 @@ class FrozenLora(LoraLinear):
         return self.lora_A[name].weight, self.lora_B[name].weight, self.scaling[name]
 
 
-class _Frozen(torch.autograd.Function):
+class _FrozenLinearFunction(torch.autograd.Function):
     """y = x·Wᵀ + b with a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         ctx.save_for_backward(weight)
-        return _product(inputs, weight, bias)
+        return _linear(inputs, weight, bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
         (weight,) = ctx.saved_tensors
-        return _product(grad, weight.t()), None, None
+        return _linear(grad, weight.t()), None, None
 
 
-class _Adapted(torch.autograd.Function):
+class _FrozenLoraFunction(torch.autograd.Function):
     """See `FrozenLora`; gradients for x, A and B."""
 
     @staticmethod
     def forward(
         ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scaling: float
     ) -> Tensor:
-        hidden = _product(_rows(inputs), down)
-        result = _product(inputs, weight, bias)
+        hidden = _linear(_rows(inputs), down)
+        result = _linear(inputs, weight, bias)
         _rows(result).addmm_(hidden, up.t(), alpha=scaling)
         ctx.save_for_backward(inputs, weight, down, up, hidden)
         ctx.scaling = scaling
@@ -149,28 +149,28 @@ class _Adapted(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, None, None, Tensor, Tensor, None]:
         inputs, weight, down, up, hidden = ctx.saved_tensors
         grad = grad.contiguous()
-        grad_hidden = _product(_rows(grad), up.t()).mul_(ctx.scaling)
-        grad_up = _product(hidden.t(), _rows(grad).t()).mul_(ctx.scaling).t()
-        grad_down = _product(grad_hidden.t(), _rows(inputs).t())
+        grad_hidden = _linear(_rows(grad), up.t()).mul_(ctx.scaling)
+        grad_up = _linear(hidden.t(), _rows(grad).t()).mul_(ctx.scaling).t()
+        grad_down = _linear(grad_hidden.t(), _rows(inputs).t())
         grad_inputs = None
         if ctx.needs_input_grad[0]:
-            grad_inputs = _product(grad, weight.t())
+            grad_inputs = _linear(grad, weight.t())
             _rows(grad_inputs).addmm_(grad_hidden, down)
         return grad_inputs, None, None, grad_down, grad_up, None
 
 
 @torch.no_grad()
-def _packed(weight: Tensor) -> Tensor:
-    packed: Tensor = _onednn._reorder_linear_weight(weight.detach(), ROWS)
+def _pack_weight(weight: Tensor) -> Tensor:
+    packed: Tensor = _onednn._reorder_linear_weight(weight.detach(), PACK_ROWS)
     return packed
 
 
-def _serves(weight: Tensor) -> bool:
-    built: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
-    return built and weight.device.type == "cpu" and weight.dtype == torch.float32
+def _onednn_supports(weight: Tensor) -> bool:
+    available: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]
+    return available and weight.device.type == "cpu" and weight.dtype == torch.float32
 
 
-def _product(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """inputs·weightᵀ + bias."""
     result: Tensor = _onednn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return result

@@ -12,7 +12,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import ConfigError
-from tasks.core.paths import project_root, state
+from tasks.core.paths import project_root, state_dir
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -71,11 +71,11 @@ def open_store() -> tuple[MlflowClient, str]:
     set_tracking_uri(uri)
     if known := os.environ.get(EXPERIMENT_VARIABLE):  # the flow has opened it, and the server may be away by now
         return MlflowClient(uri), known
-    state().mkdir(exist_ok=True)
+    state_dir().mkdir(exist_ok=True)
     try:
         # Two processes that open a new store at once would both create its tables. And a local store makes a folder
         # `mlruns` in the working directory, used or not.
-        with FileLock(state() / "mlflow.lock"), contextlib.chdir(state()):
+        with FileLock(state_dir() / "mlflow.lock"), contextlib.chdir(state_dir()):
             client = MlflowClient(uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
             if experiment:

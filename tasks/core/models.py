@@ -27,8 +27,8 @@ from transformers.utils import logging as transformers_logging
 
 from tasks.core import ranks
 from tasks.core.errors import ModelError
-from tasks.core.linear import freeze, use_fast_adapters
-from tasks.core.paths import OFF
+from tasks.core.linear import freeze_for_onednn, register_frozen_lora
+from tasks.core.paths import DISABLED_MARKER
 
 if TYPE_CHECKING:
     from tasks.core.sections.lora import LoraParams
@@ -37,19 +37,19 @@ __all__ = [
     "add_lora",
     "device",
     "dtype",
-    "is_off",
-    "load_beside",
+    "is_disabled",
+    "add_adapter",
     "load_policy",
     "load_reference",
-    "load_scorer",
+    "load_reward_model",
     "load_tokenizer",
-    "new_scorer",
-    "prepare_process",
+    "new_reward_model",
+    "init_process",
     "save_adapter",
 ]
 
-ADAPTER = "adapter"
-BASE = "model"
+ADAPTER_DIR = "adapter"
+MODEL_DIR = "model"
 
 
 def device() -> torch.device:
@@ -57,19 +57,19 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def is_off(stage: Path) -> bool:
+def is_disabled(stage: Path) -> bool:
     """Whether the stage that wrote this folder is off, so that there is no adapter to load."""
-    return (stage / ADAPTER / OFF).is_file()
+    return (stage / ADAPTER_DIR / DISABLED_MARKER).is_file()
 
 
-def prepare_process() -> None:
+def init_process() -> None:
     """Meet the other ranks, quiet what libraries print while loading, and keep freed memory for the process.
 
     Training allocates and frees the same large tensors at every step; with glibc's defaults each of them is mapped
     and page-faulted anew. The settings are those of the environment variables MALLOC_MMAP_MAX_=0,
     MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ (see mallopt(3)). No number changes by it.
     """
-    ranks.join()
+    ranks.init_distributed()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     transformers_logging.set_verbosity_error()  # type: ignore[no-untyped-call]
     datasets.disable_progress_bars()
@@ -91,7 +91,7 @@ def load_tokenizer(base_model: Path) -> PreTrainedTokenizerBase:
     Raises:
         ModelError: the folder has no tokenizer, or no end token, or its padding token is its end token.
     """
-    folder = _existing(base_model / BASE, "tokenizer.json")
+    folder = _require_file(base_model / MODEL_DIR, "tokenizer.json")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
         raise ModelError(
@@ -103,12 +103,12 @@ def load_tokenizer(base_model: Path) -> PreTrainedTokenizerBase:
 
 def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
     """The base model with the SFT adapter merged, in evaluation mode and frozen: float32 on CPU, bfloat16 on a GPU."""
-    folder = _existing(base_model / BASE, "config.json")
+    folder = _require_file(base_model / MODEL_DIR, "config.json")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
     if sft is not None:
-        model = PeftModel.from_pretrained(model, _existing(sft / ADAPTER, "adapter_config.json")).merge_and_unload()
+        model = PeftModel.from_pretrained(model, _require_file(sft / ADAPTER_DIR, "adapter_config.json")).merge_and_unload()
     model.to(device())
-    freeze(model)
+    freeze_for_onednn(model)
     result: PreTrainedModel = model.eval()
     return result
 
@@ -147,9 +147,9 @@ def add_lora(
 
 def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> LoraConfig:
     """The PEFT configuration for the shared LoRA section; no dropout, so that ratios start at exactly 1."""
-    chosen = lora.scorer_modules if head else lora.target_modules
-    modules = chosen if isinstance(chosen, str) else list(chosen)
-    return use_fast_adapters(
+    names = lora.reward_model_modules if head else lora.target_modules
+    modules = names if isinstance(names, str) else list(names)
+    return register_frozen_lora(
         LoraConfig(
             r=lora.r,
             lora_alpha=lora.alpha,
@@ -163,61 +163,61 @@ def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> Lo
 
 def _linear_names(model: PreTrainedModel) -> set[str]:
     """The names of the linear modules of the trunk's layers; PEFT takes no layer range with 'all-linear'."""
-    trunk = getattr(model, model.base_model_prefix)
+    backbone = getattr(model, model.base_model_prefix)
     return {
         name.rsplit(".", 1)[-1]
-        for name, module in trunk.named_modules()
+        for name, module in backbone.named_modules()
         if isinstance(module, torch.nn.Linear) and "layers." in name
     }
 
 
-def new_scorer(base_model: Path, sft: Path | None, *, seed: int, heads: int = 1) -> PreTrainedModel:
+def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: int = 1) -> PreTrainedModel:
     """The reference's trunk with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1).
 
     Raises:
         ModelError: transformers has no such head for this architecture.
     """
     reference = load_reference(base_model, sft)
-    trunk_name = reference.base_model_prefix
-    scorer = _with_heads(base_model, heads)
-    setattr(scorer, trunk_name, getattr(reference, trunk_name))
-    scorer.config.pad_token_id = load_tokenizer(base_model).pad_token_id
+    backbone_name = reference.base_model_prefix
+    model = _load_classifier(base_model, heads)
+    setattr(model, backbone_name, getattr(reference, backbone_name))
+    model.config.pad_token_id = load_tokenizer(base_model).pad_token_id
     generator = torch.Generator().manual_seed(seed)
-    weight = torch.randn(scorer.score.weight.shape, generator=generator) / (scorer.config.hidden_size + 1) ** 0.5
-    scorer.score.weight.data.copy_(weight)
-    result: PreTrainedModel = scorer.to(device())
+    weight = torch.randn(model.score.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5
+    model.score.weight.data.copy_(weight)
+    result: PreTrainedModel = model.to(device())
     return result
 
 
-def _with_heads(base_model: Path, heads: int) -> Any:
-    folder = base_model / BASE
+def _load_classifier(base_model: Path, heads: int) -> Any:
+    folder = base_model / MODEL_DIR
     try:
-        scorer: Any = AutoModelForSequenceClassification.from_pretrained(
+        model: Any = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=heads, dtype=dtype(), ignore_mismatched_sizes=True
         )
     except ValueError as error:
         raise ModelError(f"{folder}: transformers can put no score on this architecture: {error}") from error
-    if not isinstance(getattr(scorer, "score", None), torch.nn.Linear):
+    if not isinstance(getattr(model, "score", None), torch.nn.Linear):
         raise ModelError(
-            f"{folder}: {type(scorer).__name__} has no linear layer `score`; choose a decoder as the model"
+            f"{folder}: {type(model).__name__} has no linear layer `score`; choose a decoder as the model"
         )
-    return scorer
+    return model
 
 
-def load_scorer(base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1) -> PeftModel:
+def load_reward_model(base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1) -> PeftModel:
     """A trained scorer: trunk, adapter and heads, in evaluation mode."""
-    scorer = new_scorer(base_model, sft, seed=0, heads=heads)
-    return _load_adapter(scorer, stage)
+    model = new_reward_model(base_model, sft, seed=0, heads=heads)
+    return _load_adapter(model, stage)
 
 
-def load_beside(model: PeftModel, name: str, stage: Path) -> None:
+def add_adapter(model: PeftModel, name: str, stage: Path) -> None:
     """Load another adapter, with its head if it has one, over the same trunk; `model.set_adapter` switches to it."""
-    model.load_adapter(_existing(stage / ADAPTER, "adapter_config.json"), name)
+    model.load_adapter(_require_file(stage / ADAPTER_DIR, "adapter_config.json"), name)
 
 
 def _load_adapter(model: PreTrainedModel, stage: Path) -> PeftModel:
-    folder = _existing(stage / ADAPTER, "adapter_config.json")
-    config = use_fast_adapters(cast(LoraConfig, LoraConfig.from_pretrained(str(folder))))
+    folder = _require_file(stage / ADAPTER_DIR, "adapter_config.json")
+    config = register_frozen_lora(cast(LoraConfig, LoraConfig.from_pretrained(str(folder))))
     return PeftModel.from_pretrained(model, folder, config=config).eval()
 
 
@@ -226,7 +226,7 @@ def save_adapter(model: PeftModel, out: Path) -> None:
 
     Files of an earlier adapter go; folders beside them, such as a model that the adapter is for, stay.
     """
-    folder = out / ADAPTER
+    folder = out / ADAPTER_DIR
     for file in folder.glob("*"):
         if file.is_file():
             file.unlink()
@@ -235,11 +235,11 @@ def save_adapter(model: PeftModel, out: Path) -> None:
     file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = "base_model"
-    config = {key: sorted(value) if _strings(value) else value for key, value in sorted(config.items())}
+    config = {key: sorted(value) if _is_string_list(value) else value for key, value in sorted(config.items())}
     file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def _strings(value: object) -> bool:
+def _is_string_list(value: object) -> bool:
     return isinstance(value, list) and all(isinstance(item, str) for item in value)
 
 
@@ -248,7 +248,7 @@ def dtype() -> torch.dtype:
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 
-def _existing(folder: Path, file: str) -> Path:
+def _require_file(folder: Path, file: str) -> Path:
     if not (folder / file).is_file():
         found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
         raise ModelError(f"{folder}: no {file} (found: {found}); run the stage that writes it, or check the folder")

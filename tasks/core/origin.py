@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from tasks.core import recording, versioning
 from tasks.core.errors import StageError
 from tasks.core.params import load_params
-from tasks.core.paths import artifacts, project_root
+from tasks.core.paths import stage_dir, project_root
 from tasks.core.registry import Version
 
 __all__ = ["ORIGIN", "Finding", "Origin", "StageOrigin", "collect", "origin_of", "restore"]
@@ -109,7 +109,7 @@ def collect(flow_run: str, figures: Mapping[str, Mapping[str, float]], findings:
         )
         for name in versioning.graph()
     }
-    cards = [_card(path) for path in sorted((artifacts("collect") / "cards").glob("*.json"))]
+    cards = [_card(path) for path in sorted((stage_dir("collect") / "cards").glob("*.json"))]
     params = project_root() / "params.yaml"
     return Origin(
         params=params.read_text(encoding="utf-8"),
@@ -118,7 +118,7 @@ def collect(flow_run: str, figures: Mapping[str, Mapping[str, float]], findings:
         uncommitted=_uncommitted(),
         pipeline_run=run,
         stages=stages,
-        base_model=_card(artifacts("base_model") / "card.json"),
+        base_model=_card(stage_dir("base_model") / "card.json"),
         sources=[{key: card[key] for key in SOURCE_KEYS if key in card} for card in cards],
         figures={policy: dict(row) for policy, row in figures.items()},
         findings=findings,

@@ -28,11 +28,11 @@ from tasks.core.sections.preferences import PreferencesParams
 from tasks.core.sections.prepare import PrepareParams
 from tasks.core.sections.reward import LEARNED, RewardParams
 from tasks.core.sections.reward_model import RewardModelParams
-from tasks.core.sections.rules import TRUTHS
+from tasks.core.sections.rules import GROUND_TRUTH_RULES
 from tasks.core.sections.section import Section
 from tasks.core.sections.sft import SFTParams
 
-__all__ = ["Params", "apply_changes", "load_params", "parse_override", "preset_changes"]
+__all__ = ["Params", "write_overrides", "load_params", "parse_override", "load_preset"]
 
 PRESETS = Path("infra/presets")
 
@@ -65,7 +65,7 @@ class Params(Section):
     gate: GateParams | None
 
     @model_validator(mode="after")
-    def _needed_stages_are_on(self) -> Self:
+    def _check_stage_dependencies(self) -> Self:
         if self.preferences is None and ((self.reward_model and self.reward_model.pairwise) or self.dpo):
             raise ValueError(
                 "preferences is null, but reward_model and dpo learn from pairs: set them to null too (a reward_model "
@@ -77,15 +77,15 @@ class Params(Section):
             raise ValueError(
                 "gold_judge.kind is preference, but prepare.gold_pair_share keeps no pairs for it: raise it"
             )
-        paid = [name for name, rule in self.reward.rules.items() if rule.function == "sentiment"]
-        if paid and self.evaluate.vader:
+        rewarded = [name for name, rule in self.reward.rules.items() if rule.function == "sentiment"]
+        if rewarded and self.evaluate.vader:
             raise ValueError(
-                f"evaluate.vader is true, but the reward's component {paid[0]} is VADER itself: set evaluate.vader to "
+                f"evaluate.vader is true, but the reward's component {rewarded[0]} is VADER itself: set evaluate.vader to "
                 "false, for a judge must be one that training never saw"
             )
         gold = self.evaluate.gold_rule
         rules = {rule.function for rule in self.reward.rules.values()}
-        if gold and gold.function in rules - set(TRUTHS):
+        if gold and gold.function in rules - set(GROUND_TRUTH_RULES):
             raise ValueError(
                 f"evaluate.gold_rule is {gold.function}, which the reward has, too: a judge must be one that training "
                 "never saw; choose another rule"
@@ -100,13 +100,13 @@ class Params(Section):
         return self
 
     @model_validator(mode="after")
-    def _environment_has_what_it_needs(self) -> Self:
-        paid, by_turns = "environment" in self.reward.weights, self.ppo is not None and self.ppo.action == "turn"
+    def _check_environment(self) -> Self:
+        rewarded, by_turns = "environment" in self.reward.weights, self.ppo is not None and self.ppo.action == "turn"
         if self.environment is None:
-            if paid or by_turns:
+            if rewarded or by_turns:
                 raise ValueError("reward.weights.environment and ppo.action turn need an environment, which is null")
             return self
-        if not paid:
+        if not rewarded:
             raise ValueError("environment is on, but reward.weights does not name it: add environment: 1.0 there")
         one_text = ("preferences", "reward_model", "gold_judge", "dpo", "overoptimisation")
         on = [name for name in one_text if getattr(self, name)]
@@ -125,7 +125,7 @@ def load_params(path: Path) -> Params:
     return _validate(_read(path), str(path))
 
 
-def preset_changes(root: Path, name: str) -> dict[str, Any]:
+def load_preset(root: Path, name: str) -> dict[str, Any]:
     """The overlay of a preset by its name, as nested keys.
 
     Raises:
@@ -152,13 +152,13 @@ def parse_override(text: str) -> dict[str, Any]:
     except YAMLError as error:
         raise ConfigError(f"-S {text!r}: the value is no YAML: {error}") from error
     if isinstance(parsed, dict):
-        parsed = _Whole(parsed)
+        parsed = _ReplaceMapping(parsed)
     for part in reversed(key.strip().split(".")):
         parsed = {part: parsed}
     return dict(parsed)
 
 
-def apply_changes(path: Path, changes: list[dict[str, Any]]) -> list[str]:
+def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     """Write changes into params.yaml, comments kept, after checking the result; nothing is written if it is invalid.
 
     Returns:
@@ -171,8 +171,8 @@ def apply_changes(path: Path, changes: list[dict[str, Any]]) -> list[str]:
     yaml.width = 120
     document = _read(path, yaml)
     lines: list[str] = []
-    for change in changes:
-        lines += _merge(document, change)
+    for override in overrides:
+        lines += _merge(document, override)
     _validate(document, f"{path} with the requested changes")
     if lines:
         temporary = path.with_suffix(".tmp")
@@ -182,28 +182,28 @@ def apply_changes(path: Path, changes: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-class _Whole(dict[str, Any]):
+class _ReplaceMapping(dict[str, Any]):
     """A mapping that replaces instead of merging."""
 
 
-def _merge(into: Any, change: dict[str, Any], prefix: str = "") -> list[str]:
+def _merge(target: Any, override: dict[str, Any], prefix: str = "") -> list[str]:
     """Mappings merge, everything else is replaced; null switches a section off, and removes any other key."""
     lines = []
-    for key, value in change.items():
+    for key, value in override.items():
         name = f"{prefix}{key}"
-        if isinstance(value, dict) and not isinstance(value, _Whole) and isinstance(into.get(key), dict):
-            lines += _merge(into[key], value, f"{name}.")
-        elif value is None and not isinstance(into.get(key, {}), dict | None):
-            lines.append(f"{name}: {_show(into.pop(key))} → removed")
-        elif value is None and prefix and key not in into:
+        if isinstance(value, dict) and not isinstance(value, _ReplaceMapping) and isinstance(target.get(key), dict):
+            lines += _merge(target[key], value, f"{name}.")
+        elif value is None and not isinstance(target.get(key, {}), dict | None):
+            lines.append(f"{name}: {_format_value(target.pop(key))} → removed")
+        elif value is None and prefix and key not in target:
             continue
-        elif key not in into or into[key] != value:
-            lines.append(f"{name}: {_show(into.get(key))} → {_show(value)}")
-            into[key] = dict(value) if isinstance(value, _Whole) else value
+        elif key not in target or target[key] != value:
+            lines.append(f"{name}: {_format_value(target.get(key))} → {_format_value(value)}")
+            target[key] = dict(value) if isinstance(value, _ReplaceMapping) else value
     return lines
 
 
-def _show(value: Any) -> str:
+def _format_value(value: Any) -> str:
     text = json.dumps(value, default=str, ensure_ascii=False)
     return text if len(text) <= 60 else text[:57] + "…"
 
@@ -224,11 +224,11 @@ def _validate(content: Any, where: str) -> Params:
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = "\n".join(f"  {_problem(item)}" for item in error.errors())
+        problems = "\n".join(f"  {_format_error(item)}" for item in error.errors())
         raise ConfigError(f"{where} is not valid:\n{problems}") from error
 
 
-def _problem(item: Any) -> str:
+def _format_error(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if not key:
         return str(item["msg"]).removeprefix("Value error, ")

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from tasks.core.errors import ConfigError
 
-__all__ = ["OFF", "artifacts", "checkpoints", "project_root", "state"]
+__all__ = ["DISABLED_MARKER", "stage_dir", "checkpoint_dir", "project_root", "state_dir"]
 
-OFF = "OFF"
+DISABLED_MARKER = "OFF"
 """A file of this name stands for the content of an output folder of a stage that is off."""
 
 
@@ -26,16 +26,16 @@ def project_root() -> Path:
     raise ConfigError(f"no dvc.yaml at or above {start}: run this inside the project, or set RLHF_ROOT to it")
 
 
-def artifacts(stage: str) -> Path:
+def stage_dir(stage: str) -> Path:
     """The folder that holds everything the stage writes for other stages."""
     return project_root() / "artifacts" / stage
 
 
-def state() -> Path:
+def state_dir() -> Path:
     """The folder for what is neither source nor artifact (downloads, checkpoints); git and DVC ignore it."""
     return project_root() / ".rlhf"
 
 
-def checkpoints(stage: str, key: str) -> Path:
+def checkpoint_dir(stage: str, key: str) -> Path:
     """Where a stage keeps its checkpoints for one key: outside DVC's outs, which DVC deletes before a run."""
-    return state() / "checkpoints" / stage / key
+    return state_dir() / "checkpoints" / stage / key

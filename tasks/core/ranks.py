@@ -21,28 +21,28 @@ from torch import Tensor, nn
 from tasks.core.errors import ConfigError, TrainingError
 
 __all__ = [
-    "add_gradients",
-    "added",
-    "check_same",
-    "gathered",
-    "join",
+    "all_reduce_gradients",
+    "all_reduce_sum",
+    "check_in_sync",
+    "all_gather",
+    "init_distributed",
     "rank",
-    "ranks",
-    "share",
-    "share_of",
-    "texts",
-    "wait",
+    "world_size",
+    "shard",
+    "per_rank",
+    "all_gather_texts",
+    "barrier",
 ]
 
 ItemT = TypeVar("ItemT")
 
 
-def join() -> None:
+def init_distributed() -> None:
     """Meet the other ranks, if there are any, and take this rank's GPU."""
     PartialState(cpu=not torch.cuda.is_available())
 
 
-def wait() -> None:
+def barrier() -> None:
     """Return when every rank has come here."""
     PartialState().wait_for_everyone()
 
@@ -52,73 +52,73 @@ def rank() -> int:
     return int(PartialState().process_index)
 
 
-def ranks() -> int:
+def world_size() -> int:
     """How many processes train together."""
     return int(PartialState().num_processes)
 
 
-def share_of(total: int, what: str) -> int:
+def per_rank(total: int, what: str) -> int:
     """How many of so many are each rank's.
 
     Raises:
         ConfigError: they cannot be shared equally.
     """
-    if total % ranks():
-        raise ConfigError(f"{what} is {total}, which {ranks()} ranks cannot share equally; change it or --ranks")
-    return total // ranks()
+    if total % world_size():
+        raise ConfigError(f"{what} is {total}, which {world_size()} ranks cannot share equally; change it or --ranks")
+    return total // world_size()
 
 
-def share(items: Sequence[ItemT], what: str) -> Sequence[ItemT]:
+def shard(items: Sequence[ItemT], what: str) -> Sequence[ItemT]:
     """This rank's part of the items: consecutive ones, so that all parts in the order of ranks are the whole.
 
     Raises:
-        ConfigError: see `share_of`.
+        ConfigError: see `per_rank`.
     """
-    size = share_of(len(items), what)
+    size = per_rank(len(items), what)
     return items[rank() * size : (rank() + 1) * size]
 
 
-def gathered(tensor: Tensor, *, pad: int = 0, left: bool = False) -> Tensor:
+def all_gather(tensor: Tensor, *, pad: int = 0, left: bool = False) -> Tensor:
     """Every rank's rows [B, ...] as one tensor [ranks · B, ...] in the order of ranks, where the tensor was.
 
     Args:
         pad: fills the second dimension of the shorter ones.
         left: whether it does so before what is there.
     """
-    if ranks() == 1:
+    if world_size() == 1:
         return tensor
     moved = tensor.to(PartialState().device, torch.uint8 if tensor.dtype is torch.bool else None)
-    whole = gather(pad_across_processes(moved, dim=1, pad_index=pad, pad_first=left))
-    return whole.to(tensor.device, tensor.dtype)
+    rows = gather(pad_across_processes(moved, dim=1, pad_index=pad, pad_first=left))
+    return rows.to(tensor.device, tensor.dtype)
 
 
-def texts(own: Sequence[str]) -> list[str]:
+def all_gather_texts(local_texts: Sequence[str]) -> list[str]:
     """Every rank's texts, in the order of ranks."""
-    return list(gather_object(list(own)))
+    return list(gather_object(list(local_texts)))
 
 
-def added(part: Any) -> Any:
+def all_reduce_sum(local: Any) -> Any:
     """The sum over ranks of a dataclass of tensors that can be added."""
-    if ranks() == 1:
-        return part
-    numbers = type(part)(**{field.name: getattr(part, field.name).detach().cpu() for field in fields(part)})
-    return reduce(operator.add, gather_object([numbers]))
+    if world_size() == 1:
+        return local
+    detached = type(local)(**{field.name: getattr(local, field.name).detach().cpu() for field in fields(local)})
+    return reduce(operator.add, gather_object([detached]))
 
 
-def check_same(weights: Iterable[Tensor]) -> None:
+def check_in_sync(weights: Iterable[Tensor]) -> None:
     """Make sure that every rank has the same weights.
 
     Raises:
         TrainingError: they differ, so the ranks have not worked together.
     """
-    sums = gathered(torch.stack([weight.detach().double().sum() for weight in weights]).unsqueeze(0))
+    sums = all_gather(torch.stack([weight.detach().double().merged_weight() for weight in weights]).unsqueeze(0))
     if not torch.equal(sums, sums[:1].expand_as(sums)):
-        raise TrainingError(f"the {ranks()} ranks ended with different weights: their gradients were not put together")
+        raise TrainingError(f"the {world_size()} ranks ended with different weights: their gradients were not put together")
 
 
-def add_gradients(parameters: Iterable[nn.Parameter]) -> None:
+def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
     """Give every rank the sum of all ranks' gradients."""
-    if ranks() == 1:
+    if world_size() == 1:
         return
     for parameter in parameters:
         if parameter.grad is not None:

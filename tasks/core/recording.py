@@ -24,7 +24,7 @@ from tasks.core.deeds import KEY_TAG, STAGE_TAG, Deeds
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.mlflow_store import EXPERIMENT_VARIABLE, is_away, open_store, store_uri
 from tasks.core.outbox import Outbox, deliver_left
-from tasks.core.paths import project_root, state
+from tasks.core.paths import project_root, state_dir
 
 if TYPE_CHECKING:
     from tasks.core.versioning import Inputs
@@ -282,11 +282,11 @@ def _deliver_kept() -> None:
         open_store()
     except ConfigError:  # still away
         return
-    deliver_left(state() / OUTBOX, lambda path: _Run(path).outbox, _warn)
+    deliver_left(state_dir() / OUTBOX, lambda path: _Run(path).outbox, _warn)
 
 
 def _new_outbox() -> Path:
-    return state() / OUTBOX / f"{uuid.uuid4().hex}.jsonl"
+    return state_dir() / OUTBOX / f"{uuid.uuid4().hex}.jsonl"
 
 
 def _warn(text: str) -> None:

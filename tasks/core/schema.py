@@ -23,7 +23,7 @@ from pydantic import (
 
 from tasks.core.errors import DataError
 
-__all__ = ["ROW_TYPES", "Demonstration", "Preference", "Prompt", "Rating", "Row", "explain", "read_rows", "write_rows"]
+__all__ = ["ROW_TYPES", "Demonstration", "Preference", "Prompt", "Rating", "Row", "format_validation_error", "read_rows", "write_rows"]
 
 
 class Row(BaseModel):
@@ -67,16 +67,16 @@ class Preference(Row):
     objective: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
-    def _sides_differ(self) -> Self:
+    def _check_sides_differ(self) -> Self:
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text, so the pair says nothing")
         return self
 
     @model_serializer(mode="wrap")
-    def _without_what_is_unknown(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+    def _drop_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialise(self)
-        unknown = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
-        return {name: value for name, value in content.items() if name not in unknown}
+        unset = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
+        return {name: value for name, value in content.items() if name not in unset}
 
 
 class Rating(Row):
@@ -101,13 +101,13 @@ ROW_TYPES: dict[str, type[Row]] = {
 RowT = TypeVar("RowT", bound=Row)
 
 
-def explain(error: ValidationError) -> str:
+def format_validation_error(error: ValidationError) -> str:
     """A validation error in one line: each field, what is wrong with it, and the value found."""
     parts = []
     for item in error.errors():
-        where = ".".join(str(part) for part in item["loc"]) or "row"
+        location = ".".join(str(part) for part in item["loc"]) or "row"
         message = item["msg"].removeprefix("Value error, ")
-        parts.append(f"{where}: {message} (got {str(item['input'])[:80]!r})")
+        parts.append(f"{location}: {message} (got {str(item['input'])[:80]!r})")
     return "; ".join(parts)
 
 
@@ -150,4 +150,4 @@ def _parse(line: str, row_type: type[RowT], path: Path, number: int) -> RowT:
     try:
         return row_type.model_validate_json(line)
     except ValidationError as error:
-        raise DataError(f"{path}:{number}: not a {row_type.__name__}: {explain(error)}") from error
+        raise DataError(f"{path}:{number}: not a {row_type.__name__}: {format_validation_error(error)}") from error

@@ -20,7 +20,7 @@ from typing import Any
 from tasks.core import recording, tracking, versioning
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.params import Params, load_params
-from tasks.core.paths import OFF, artifacts, checkpoints, project_root
+from tasks.core.paths import DISABLED_MARKER, stage_dir, checkpoint_dir, project_root
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_nothing"]
 
@@ -75,14 +75,14 @@ def execute_stage(name: str, why: Sequence[str]) -> None:
         _refuse_edited_code(name, reads)
         function = _function(name)
         positional, folders = stage_arguments(function, name, params)
-        folder = checkpoints(name, reads.key)
+        folder = checkpoint_dir(name, reads.key)
         if int(os.environ.get("RANK", "0")) > 0:
             _help(name, lambda out: function(*positional, **folders | {"out": out}), folder)
             return
-        artifacts(name).mkdir(parents=True, exist_ok=True)
+        stage_dir(name).mkdir(parents=True, exist_ok=True)
         tags = {"rlhf.why": "; ".join(why), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
         with recording.stage_run(name, reads, _loggable(function, positional), tags) as recorder:
-            with tracking.active(tracking.ActiveRun(name, recorder, folder)):
+            with tracking.active_run(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
                 function(*positional, **folders)
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
@@ -105,7 +105,7 @@ def stage_arguments(function: Callable[..., None], name: str, params: Params) ->
     positional, folders = [], {}
     for argument in inspect.signature(function).parameters.values():
         if argument.kind is argument.KEYWORD_ONLY:
-            folders[argument.name] = artifacts(name if argument.name == "out" else argument.name)
+            folders[argument.name] = stage_dir(name if argument.name == "out" else argument.name)
             continue
         section = name if argument.name == "params" else argument.name
         if section not in Params.model_fields:
@@ -116,7 +116,7 @@ def stage_arguments(function: Callable[..., None], name: str, params: Params) ->
 
 def read_metrics(name: str) -> dict[str, float]:
     """The numbers in the stage's metrics.json, nested ones as `outer.inner`; empty if the stage writes none."""
-    path = artifacts(name) / "metrics.json"
+    path = stage_dir(name) / "metrics.json"
     if not path.is_file():
         return {}
     flat: dict[str, float] = {}
@@ -130,7 +130,7 @@ def _help(name: str, work: Callable[[Path], None], folder: Path) -> None:
     """Do a rank's share: what it writes is thrown away, what it says is not recorded."""
     with (
         tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out,
-        tracking.active(tracking.ActiveRun(name, None, folder)),
+        tracking.active_run(tracking.ActiveRun(name, None, folder)),
     ):
         work(Path(out))
 
@@ -140,7 +140,7 @@ def write_nothing(name: str) -> None:
     for path in versioning.outputs(name):
         folder = path if not path.suffix else path.parent
         folder.mkdir(parents=True, exist_ok=True)
-        file = path if path.suffix else path / OFF
+        file = path if path.suffix else path / DISABLED_MARKER
         file.write_text("{}\n" if path.suffix == ".json" else "", encoding="utf-8")
     print(f"{name} is off: its section in params.yaml is null")
 

@@ -16,12 +16,12 @@ from typing import Protocol
 __all__ = [
     "ActiveRun",
     "Recorder",
-    "active",
-    "current_checkpoints",
+    "active_run",
+    "checkpoint_dir",
     "log_file",
     "log_metrics",
     "log_samples",
-    "part",
+    "prefixed",
 ]
 
 
@@ -50,24 +50,24 @@ _active: ActiveRun | None = None
 
 
 @contextmanager
-def active(run: ActiveRun) -> Iterator[None]:
+def active_run(run: ActiveRun) -> Iterator[None]:
     """Make this the run that the functions below speak of."""
     global _active
-    before, _active = _active, run
+    previous, _active = _active, run
     try:
         yield
     finally:
-        _active = before
+        _active = previous
 
 
 @contextmanager
-def part(name: str) -> Iterator[None]:
+def prefixed(name: str) -> Iterator[None]:
     """Within it, numbers carry this name and checkpoints have a folder of it: for one of several models of a stage."""
     if _active is None:
         yield
         return
     checkpoints = _active.checkpoints / name if _active.checkpoints else None
-    with active(replace(_active, checkpoints=checkpoints, prefix=f"{name}/")):
+    with active_run(replace(_active, checkpoints=checkpoints, prefix=f"{name}/")):
         yield
 
 
@@ -89,7 +89,7 @@ def log_file(path: Path, folder: str | None = None) -> None:
         _active.recorder.log_file(path, folder)
 
 
-def current_checkpoints() -> Path | None:
+def checkpoint_dir() -> Path | None:
     """The folder for this run's checkpoints; None where the stage is called as a plain function.
 
     It belongs to the stage's key, the hash of everything that it reads: what lies in it was written by an

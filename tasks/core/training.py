@@ -34,9 +34,9 @@ from tasks.core.models import device, save_adapter
 
 __all__ = [
     "HistoryCallback",
-    "PolicyKeeper",
-    "calm",
-    "common_arguments",
+    "PolicySnapshots",
+    "without_printer",
+    "trainer_arguments",
     "scratch_folder",
     "train_or_resume",
     "write_history",
@@ -53,13 +53,13 @@ CHECKPOINT_STEPS = 25
 A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
 """
 
-POLICIES = "policies"
+SNAPSHOTS_DIR = "policies"
 
-WHOLE = "whole"
+COMPLETE_MARKER = "whole"
 """An empty file, written last: a checkpoint without it was cut short."""
 
 
-def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
+def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
     """Trainer arguments that all stages share: exact precision, checkpoints where the run keeps them, no reports.
 
     Several ranks share each batch, so that they take the steps that one process would take.
@@ -67,9 +67,9 @@ def common_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs
     Raises:
         ConfigError: the ranks cannot share a batch equally.
     """
-    ranks.share_of(batch_size, "batch_size")
+    ranks.per_rank(batch_size, "batch_size")
     on_gpu = device().type == "cuda"
-    checkpoints = tracking.current_checkpoints()
+    checkpoints = tracking.checkpoint_dir()
     return {
         "output_dir": str(checkpoints or scratch_folder()),
         "seed": seed,
@@ -120,14 +120,14 @@ def train_or_resume(trainer: Trainer) -> None:
     assert trainer.model is not None
     # Accelerate takes a model that was only evaluated for one that is ready to train, and each rank would train alone.
     setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
-    calm(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    ranks.check_same(weight for weight in trainer.model.parameters() if weight.requires_grad)
+    without_printer(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    ranks.check_in_sync(weight for weight in trainer.model.parameters() if weight.requires_grad)
 
 
 def _newest_checkpoint() -> Path | None:
-    folder = tracking.current_checkpoints()
-    whole = [mark.parent for mark in folder.glob(f"checkpoint-*/{WHOLE}")] if folder else []
-    return max(whole, key=_step, default=None)
+    folder = tracking.checkpoint_dir()
+    complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")] if folder else []
+    return max(complete, key=_step, default=None)
 
 
 def _step(checkpoint: Path) -> int:
@@ -153,7 +153,7 @@ class HistoryCallback(TrainerCallback):
             place = f"step {state.global_step} of {state.max_steps}"
             print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
         for entry in state.log_history:  # the curves of a run that goes on are whole, too
-            tracking.log_metrics(_numbers(entry), step=int(entry["step"]))
+            tracking.log_metrics(_numeric(entry), step=int(entry["step"]))
         self._bar = tqdm(
             total=state.max_steps,
             initial=state.global_step,
@@ -188,14 +188,14 @@ class HistoryCallback(TrainerCallback):
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Mark the checkpoint as whole, once all of it, every rank's part, is on the disk."""
-        ranks.wait()
+        ranks.barrier()
         if not state.is_world_process_zero:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
         for path in checkpoint.iterdir():
             with path.open("rb") as file:
                 os.fsync(file.fileno())
-        (checkpoint / WHOLE).touch()
+        (checkpoint / COMPLETE_MARKER).touch()
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
@@ -211,7 +211,7 @@ class HistoryCallback(TrainerCallback):
         **kwargs: Any,
     ) -> None:
         """Runs before the checkpoint of the same step, so weights that are not finite are never saved."""
-        numbers = _numbers(logs or {})
+        numbers = _numeric(logs or {})
         if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
             checkpoint = _newest_checkpoint()
             kept = f"; the checkpoint of step {_step(checkpoint)} is kept" if checkpoint else ""
@@ -224,22 +224,22 @@ class HistoryCallback(TrainerCallback):
             self._bar.set_postfix({"loss": f"{numbers['loss']:.3g}"})
 
 
-class PolicyKeeper:
+class PolicySnapshots:
     """Keeps the adapters of a policy on its way, in `policies/<update>/adapter` of the stage's folder.
 
     Until the end they lie with the run's checkpoints, so that an interrupted run that goes on still has them.
     """
 
     def __init__(self, every: int, out: Path) -> None:
-        self._every, self._out = every, out / POLICIES
-        self._folder = (tracking.current_checkpoints() or out) / POLICIES
+        self._every, self._out = every, out / SNAPSHOTS_DIR
+        self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
 
     def keep(self, update: int, model: PeftModel) -> None:
         """Keep it if this update is one of those."""
         if update % self._every == 0 and ranks.rank() == 0:
             save_adapter(model, self._folder / f"{update:04d}")
 
-    def finish(self) -> None:
+    def publish(self) -> None:
         """Put them where the stage writes."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._folder != self._out:
@@ -248,12 +248,12 @@ class PolicyKeeper:
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float]:
     """An entry of the trainer's log without its timings; keys in order, because a checkpoint sorts them."""
-    numbers = dict(sorted(_numbers(entry).items()))
+    numbers = dict(sorted(_numeric(entry).items()))
     kept = {key: value for key, value in numbers.items() if not any(part in key for part in TIMINGS)}
     return kept | {"step": entry["step"]}
 
 
-def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
+def _numeric(entry: Mapping[str, Any]) -> dict[str, float]:
     """The numbers that a trainer logged; the step that they belong to is none of them."""
     return {key: float(value) for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
@@ -261,7 +261,7 @@ def _numbers(entry: Mapping[str, Any]) -> dict[str, float]:
 TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
-def calm(trainer: TrainerT) -> TrainerT:
+def without_printer(trainer: TrainerT) -> TrainerT:
     """The trainer without its habit of printing every log as a dictionary; `HistoryCallback` shows progress."""
     trainer.remove_callback(PrinterCallback)
     return trainer

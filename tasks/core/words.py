@@ -5,11 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["REPEATED_NGRAM", "distinct_n", "ngrams", "repeated_share", "words"]
+__all__ = ["REPETITION_NGRAM", "distinct_n", "ngrams", "repetition_rate", "tokenize_words"]
 
-WORD = re.compile(r"\w+(?:['’]\w+)*")
+WORD_RE = re.compile(r"\w+(?:['’]\w+)*")
 
-REPEATED_NGRAM = 2
+REPETITION_NGRAM = 2
 """Words per n-gram where repetition is measured: pairs.
 
 Of the 5,428 film-review sentences of 10–22 words in the default source, seen after their third word, 41 % repeat a
@@ -18,12 +18,12 @@ notice "good, good, good" in responses of a few words.
 """
 
 
-def words(text: str) -> list[str]:
+def tokenize_words(text: str) -> list[str]:
     """Lower-case words in their order; `don't` is one word, punctuation is none.
 
     Scripts written without spaces (Chinese, Thai, …) give one word per run of letters: count tokens there instead.
     """
-    return WORD.findall(text.lower())
+    return WORD_RE.findall(text.lower())
 
 
 def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
@@ -31,12 +31,12 @@ def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
     return [tuple(items[start : start + n]) for start in range(len(items) - n + 1)]
 
 
-def repeated_share(text: str, n: int = REPEATED_NGRAM) -> float:
+def repetition_rate(text: str, n: int = REPETITION_NGRAM) -> float:
     """Share of the text's word n-grams that already occurred in it, in [0, 1); 0 for a text without any n-gram.
 
     It is 1 − distinct-n of the one text (Li et al. 2016, arXiv 1510.03055, section 5.2).
     """
-    grams = ngrams(words(text), n)
+    grams = ngrams(tokenize_words(text), n)
     return 1 - len(set(grams)) / len(grams) if grams else 0.0
 
 
@@ -46,5 +46,5 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     Li et al. 2016 (arXiv 1510.03055), section 5.2. It falls as texts are added, so compare only equal numbers of texts
     of similar length. A policy that collapses onto one answer shows here although each answer is fine by itself.
     """
-    grams = [gram for text in texts for gram in ngrams(words(text), n)]
+    grams = [gram for text in texts for gram in ngrams(tokenize_words(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0

@@ -14,16 +14,16 @@ from typing import Any
 from pydantic import ValidationError
 
 from tasks.core.errors import DataError
-from tasks.core.schema import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, explain
+from tasks.core.schema import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, format_validation_error
 from tasks.core.sections.prepare import PrepareParams
 
-__all__ = ["Cleaned", "check_quarantine", "clean", "in_length", "key", "whole_texts"]
+__all__ = ["CleanResult", "check_quarantine", "clean", "filter_by_length", "split_key", "full_texts"]
 
 _RAW_CHARACTERS = 2000  # of a quarantined row that are kept; enough to find it, too few to fill a disk
 
 
 @dataclass
-class Cleaned:
+class CleanResult:
     """What became of the collected rows.
 
     Attributes:
@@ -39,7 +39,7 @@ class Cleaned:
     collected: int = 0
 
 
-def clean(collect: Path) -> Cleaned:
+def clean(collect: Path) -> CleanResult:
     """Validate and normalise everything that stage collect wrote.
 
     Raises:
@@ -48,16 +48,16 @@ def clean(collect: Path) -> Cleaned:
     cards = sorted((collect / "cards").glob("*.json"))
     if not cards:
         raise DataError(f"{collect / 'cards'} holds no data cards: run stage collect first (`rlhf run`)")
-    result, seen = Cleaned(), set[str]()
+    result, seen = CleanResult(), set[str]()
     for card in cards:
         content = json.loads(card.read_text(encoding="utf-8"))
         for envelope in _envelopes(collect / "rows" / f"{card.stem}.jsonl"):
             result.collected += 1
-            _sort_out(envelope, ROW_TYPES[content["type"]], card.stem, seen, result)
+            _route_row(envelope, ROW_TYPES[content["type"]], card.stem, seen, result)
     return result
 
 
-def check_quarantine(cleaned: Cleaned, file: Path, bound: float) -> None:
+def check_quarantine(cleaned: CleanResult, file: Path, bound: float) -> None:
     """Stop when more of the rows are malformed than the bound allows.
 
     Raises:
@@ -73,7 +73,7 @@ def check_quarantine(cleaned: Cleaned, file: Path, bound: float) -> None:
         )
 
 
-def key(row: Row) -> str:
+def split_key(row: Row) -> str:
     """What decides the row's split: its prompt where several rows may share one, else its whole text."""
     if isinstance(row, Rating):
         return row.text
@@ -85,7 +85,7 @@ def key(row: Row) -> str:
     return prompt
 
 
-def whole_texts(row: Row) -> list[str]:
+def full_texts(row: Row) -> list[str]:
     """The complete texts in a row: one, or the two sides of a preference."""
     if isinstance(row, Rating):
         return [row.text]
@@ -96,7 +96,7 @@ def whole_texts(row: Row) -> list[str]:
     return [getattr(row, "prompt", "")]
 
 
-def in_length(cleaned: Cleaned, params: PrepareParams) -> list[Row]:
+def filter_by_length(cleaned: CleanResult, params: PrepareParams) -> list[Row]:
     """The rows whose length fits; the others are counted.
 
     Rated texts and demonstrations keep to both bounds, prompts to the upper one. A preference is kept at any length
@@ -105,7 +105,7 @@ def in_length(cleaned: Cleaned, params: PrepareParams) -> list[Row]:
     """
     kept = []
     for row in cleaned.rows:
-        reason = _misfit(row, params)
+        reason = _length_problem(row, params)
         if reason:
             cleaned.dropped[reason] += 1
         else:
@@ -113,14 +113,14 @@ def in_length(cleaned: Cleaned, params: PrepareParams) -> list[Row]:
     return kept
 
 
-def _misfit(row: Row, params: PrepareParams) -> str | None:
+def _length_problem(row: Row, params: PrepareParams) -> str | None:
     if isinstance(row, Preference):
-        longest = max(len(text.split()) for text in whole_texts(row))
+        longest = max(len(text.split()) for text in full_texts(row))
         if params.max_preference_words is not None and longest > params.max_preference_words:
             return "too_long"
         chosen, rejected = (side.split()[: params.max_words] for side in (row.chosen, row.rejected))
         return "identical_after_truncation" if chosen == rejected else None
-    words = len(whole_texts(row)[0].split())
+    words = len(full_texts(row)[0].split())
     if words < params.min_words and not isinstance(row, Prompt):
         return "too_short"
     return "too_long" if words > params.max_words else None
@@ -134,7 +134,7 @@ def _envelopes(path: Path) -> Iterator[dict[str, Any]]:
             yield json.loads(line)
 
 
-def _sort_out(envelope: dict[str, Any], row_type: type[Row], source: str, seen: set[str], result: Cleaned) -> None:
+def _route_row(envelope: dict[str, Any], row_type: type[Row], source: str, seen: set[str], result: CleanResult) -> None:
     """Put one collected row where it belongs: among the rows, or into quarantine."""
     row: Row | None = None
     reason: str | None = envelope.get("error")
@@ -148,8 +148,8 @@ def _sort_out(envelope: dict[str, Any], row_type: type[Row], source: str, seen: 
     if reason is None:
         return
     raw = envelope.get("raw") or json.dumps(envelope.get("row"), ensure_ascii=False)
-    where = {"source": source, "file": envelope["file"], "line": envelope["line"]}
-    result.quarantine.append({**where, "reason": reason, "raw": raw[:_RAW_CHARACTERS]})
+    origin = {"source": source, "file": envelope["file"], "line": envelope["line"]}
+    result.quarantine.append({**origin, "reason": reason, "raw": raw[:_RAW_CHARACTERS]})
 
 
 def _validated(content: dict[str, Any], row_type: type[Row]) -> tuple[Row, None] | tuple[None, str]:
@@ -158,7 +158,7 @@ def _validated(content: dict[str, Any], row_type: type[Row]) -> tuple[Row, None]
         row = row_type.model_validate(content)
         row = row_type.model_validate(_normalised(row))
     except ValidationError as error:
-        return None, explain(error)
+        return None, format_validation_error(error)
     if isinstance(row, Rating) and not all(math.isfinite(value) for value in row.ratings):
         return None, f"ratings: all must be finite numbers (got {row.ratings})"
     return row, None
@@ -173,21 +173,21 @@ def _normalised(row: Row) -> dict[str, Any]:
     content = row.model_dump()
     for name in ("text", "prompt", "response", "chosen", "rejected"):
         if isinstance(content.get(name), str):
-            content[name] = _plain(content[name])
+            content[name] = _normalise_unicode(content[name])
     if "text" in content:
         content["text"] = " ".join(content["text"].split())
     for name in ("response", "chosen", "rejected"):
         if name in content:
-            content[name] = _joined(content.get("prompt", ""), content[name].rstrip())
+            content[name] = _with_leading_space(content.get("prompt", ""), content[name].rstrip())
     return content
 
 
-def _plain(text: str) -> str:
+def _normalise_unicode(text: str) -> str:
     text = unicodedata.normalize("NFC", text.replace("\r\n", "\n").replace("\r", "\n"))
     return "".join(char for char in text if char in "\n\t" or unicodedata.category(char) != "Cc")
 
 
-def _joined(prompt: str, response: str) -> str:
+def _with_leading_space(prompt: str, response: str) -> str:
     if not prompt.strip() or not response or prompt[-1].isspace() or response[0].isspace():
         return response
     return f" {response}"

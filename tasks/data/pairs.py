@@ -12,7 +12,7 @@ __all__ = ["draw_pairs", "label_by_all", "label_by_raters"]
 
 Pair = tuple[Rating, Rating]
 
-_DRAWS = 20  # of raters for one label; sides that still tie are rated alike by nearly everyone
+_MAX_DRAWS = 20  # of raters for one label; sides that still tie are rated alike by nearly everyone
 
 
 def draw_pairs(rows: Sequence[Rating], *, min_margin: float, rng: Random) -> Iterator[Pair]:
@@ -25,20 +25,20 @@ def draw_pairs(rows: Sequence[Rating], *, min_margin: float, rng: Random) -> Ite
     before = -1
     while len(drawn) > before:
         before = len(drawn)
-        yield from _one_round(rows, min_margin, drawn, rng)
+        yield from _draw_round(rows, min_margin, drawn, rng)
 
 
-def _one_round(rows: Sequence[Rating], min_margin: float, drawn: set[frozenset[str]], rng: Random) -> Iterator[Pair]:
+def _draw_round(rows: Sequence[Rating], min_margin: float, drawn: set[frozenset[str]], rng: Random) -> Iterator[Pair]:
     """Pair each text, in random order, with the next one that fits it; `drawn` grows by each pair."""
     waiting = rng.sample(rows, len(rows))
     means = {row.id: row.mean for row in waiting}
     while waiting:
         one = waiting.pop()
-        for place in range(len(waiting) - 1, -1, -1):
-            other = waiting[place]
+        for index in range(len(waiting) - 1, -1, -1):
+            other = waiting[index]
             gap, names = abs(means[one.id] - means[other.id]), frozenset((one.id, other.id))
             if gap > 0 and gap >= min_margin and names not in drawn:
-                del waiting[place]
+                del waiting[index]
                 drawn.add(names)
                 yield one, other
                 break
@@ -56,7 +56,7 @@ def label_by_raters(pair: Pair, raters: int, *, rng: Random, counts: Counter[str
     The two sides have their own draws. Ties are drawn again, up to 20 times; both that and giving up are counted.
     """
     one, other = pair
-    for _ in range(_DRAWS):
+    for _ in range(_MAX_DRAWS):
         gap = _sampled_mean(one, raters, rng) - _sampled_mean(other, raters, rng)
         if gap:
             chosen, rejected = (one, other) if gap > 0 else (other, one)

@@ -23,14 +23,14 @@ RESULT = "result.json"
 _CHUNK = 1 << 20  # bytes
 
 
-def _matching(candidates: list[Any], wanted: dict[str, str]) -> list[Any]:
+def _matching_links(candidates: list[Any], request: dict[str, str]) -> list[Any]:
     """The links of the wanted version and form; those whose index promises the wanted checksum come first."""
     from pip._vendor.packaging.version import Version
 
-    version = Version(wanted["version"])
+    version = Version(request["version"])
     links = [item.link for item in candidates if Version(str(item.version)) == version]
-    links = [link for link in links if link.is_wheel == (wanted["form"] == "wheel")]
-    return sorted(links, key=lambda link: link.hash != wanted["sha256"])
+    links = [link for link in links if link.is_wheel == (request["form"] == "wheel")]
+    return sorted(links, key=lambda link: link.hash != request["sha256"])
 
 
 def _save(session: Any, link: Any, folder: Path) -> dict[str, str]:
@@ -51,7 +51,7 @@ def _save(session: Any, link: Any, folder: Path) -> dict[str, str]:
     return {"file": name, "sha256": digest.hexdigest()}
 
 
-def _fetch(command: Any, options: Any, wanted: dict[str, str]) -> dict[str, Any]:
+def _fetch(command: Any, options: Any, request: dict[str, str]) -> dict[str, Any]:
     from pip._internal.models.format_control import FormatControl
     from pip._internal.utils.misc import redact_auth_from_url
 
@@ -59,27 +59,27 @@ def _fetch(command: Any, options: Any, wanted: dict[str, str]) -> dict[str, Any]
     options.format_control = FormatControl(set(), set())
     session = command.get_default_session(options)
     finder = command._build_package_finder(options=options, session=session, ignore_requires_python=True)
-    places = [redact_auth_from_url(str(url)) for url in (*finder.index_urls, *finder.find_links)]
+    indexes = [redact_auth_from_url(str(url)) for url in (*finder.index_urls, *finder.find_links)]
     tried: list[dict[str, str]] = []
-    for link in _matching(finder.find_all_candidates(wanted["name"]), wanted):
-        tried.append(_save(session, link, Path(wanted["folder"])))
-        if tried[-1].get("sha256") == wanted["sha256"]:
+    for link in _matching_links(finder.find_all_candidates(request["name"]), request):
+        tried.append(_save(session, link, Path(request["folder"])))
+        if tried[-1].get("sha256") == request["sha256"]:
             break
-    return {"places": places, "tried": tried}
+    return {"places": indexes, "tried": tried}
 
 
 def _main() -> int:
     from pip._internal.cli.status_codes import SUCCESS
     from pip._internal.commands.download import DownloadCommand
 
-    wanted = json.load(sys.stdin)
+    request = json.load(sys.stdin)
 
     class Fetch(DownloadCommand):
         """pip's `download` with everything after the finding replaced."""
 
         def run(self, options: Any, args: list[str]) -> int:
-            result = _fetch(self, options, wanted)
-            (Path(wanted["folder"]) / RESULT).write_text(json.dumps(result), encoding="utf-8")
+            result = _fetch(self, options, request)
+            (Path(request["folder"]) / RESULT).write_text(json.dumps(result), encoding="utf-8")
             return SUCCESS
 
     return Fetch("download", "Download without building.").main(["--no-input"])

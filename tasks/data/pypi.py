@@ -41,16 +41,16 @@ def fetch(requirement: str, *, form: Literal["sdist", "wheel"], sha256: str, cac
     name, separator, version = (part.strip() for part in requirement.partition("=="))
     if not (name and separator and version):
         raise SourceError(f"{requirement!r} is not pinned: write it as package==version")
-    kept = cache / sha256
-    if found := _intact(kept, sha256):
+    cached = cache / sha256
+    if found := _cached_file(cached, sha256):
         return found
     cache.mkdir(parents=True, exist_ok=True)
     logger.info("downloading %s (%s) from the index that pip is set to", requirement, form)
     with tempfile.TemporaryDirectory(prefix=".partial-", dir=cache) as temporary:
-        wanted = {"name": name, "version": version, "form": form, "sha256": sha256, "folder": temporary}
-        file = _chosen(_run_pip(wanted, requirement), requirement, form, sha256)
-        kept.mkdir(exist_ok=True)
-        return (Path(temporary) / file).replace(kept / file)
+        request = {"name": name, "version": version, "form": form, "sha256": sha256, "folder": temporary}
+        file = _verified_file(_run_pip(request, requirement), requirement, form, sha256)
+        cached.mkdir(exist_ok=True)
+        return (Path(temporary) / file).replace(cached / file)
 
 
 def sha256_of(path: Path) -> str:
@@ -59,7 +59,7 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _intact(folder: Path, sha256: str) -> Path | None:
+def _cached_file(folder: Path, sha256: str) -> Path | None:
     """The cached file, unless it is missing or no longer what it was."""
     for path in sorted(folder.glob("*")):
         if path.is_file() and sha256_of(path) == sha256:
@@ -69,11 +69,11 @@ def _intact(folder: Path, sha256: str) -> Path | None:
     return None
 
 
-def _run_pip(wanted: dict[str, str], requirement: str) -> dict[str, Any]:
+def _run_pip(request: dict[str, str], requirement: str) -> dict[str, Any]:
     """What the child process found and downloaded: `places` searched and files `tried`, plus pip's own `log`."""
     command = [sys.executable, "-I", pip_child.__file__]
-    done = subprocess.run(command, input=json.dumps(wanted), capture_output=True, text=True, check=False)
-    result = Path(wanted["folder"]) / pip_child.RESULT
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
+    result = Path(request["folder"]) / pip_child.RESULT
     log = "\n".join((done.stderr + done.stdout).strip().splitlines()[-8:])
     if done.returncode or not result.is_file():
         raise SourceError(
@@ -83,26 +83,26 @@ def _run_pip(wanted: dict[str, str], requirement: str) -> dict[str, Any]:
     return {**json.loads(result.read_text(encoding="utf-8")), "log": log}
 
 
-def _chosen(result: dict[str, Any], requirement: str, form: str, sha256: str) -> str:
+def _verified_file(result: dict[str, Any], requirement: str, form: str, sha256: str) -> str:
     """The name of the downloaded file whose checksum is right."""
     for item in result["tried"]:
         if item.get("sha256") == sha256:
             return str(item["file"])
-    places = ", ".join(result["places"]) or "nowhere (--no-index without --find-links)"
+    indexes = ", ".join(result["places"]) or "nowhere (--no-index without --find-links)"
     log = f"\npip said: {result['log']}" if result["log"] else ""
     if not result["tried"]:
         raise SourceError(
-            f"no {form} of {requirement} was found at {places}: check the network and pip's index "
+            f"no {form} of {requirement} was found at {indexes}: check the network and pip's index "
             f"(`pip config list`, PIP_INDEX_URL), then run again.{log}"
         )
     broken = [f"{item['file']}: {item['error']}" for item in result["tried"] if "error" in item]
     if len(broken) == len(result["tried"]):
         raise SourceError(
-            f"{requirement} ({form}) could not be downloaded from {places}: {'; '.join(broken)}; check the network, "
+            f"{requirement} ({form}) could not be downloaded from {indexes}: {'; '.join(broken)}; check the network, "
             f"the proxy and the free disk space, then run again.{log}"
         )
     found = ", ".join(f"{item['file']} {item['sha256']}" for item in result["tried"] if "sha256" in item)
     raise SourceError(
-        f"{requirement} ({form}) is not the pinned file: its SHA-256 should be {sha256}, got {found} from {places}; "
+        f"{requirement} ({form}) is not the pinned file: its SHA-256 should be {sha256}, got {found} from {indexes}; "
         "do not use it: check the mirror, or the checksum in params.yaml"
     )

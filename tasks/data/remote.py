@@ -68,10 +68,10 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> tuple[Iterable[tuple[
         "source": f"reasoning-gym {importlib.metadata.version('reasoning-gym')}", "task": source.id,
         "options": source.options, "seed": seed,
     }  # fmt: skip
-    return _questions(tasks, source), origin
+    return _gym_rows(tasks, source), origin
 
 
-def _questions(tasks: Any, source: SourceParams) -> Iterator[tuple[str, int, object]]:
+def _gym_rows(tasks: Any, source: SourceParams) -> Iterator[tuple[str, int, object]]:
     for line, task in enumerate(tasks, start=1):
         row = {"prompt": task["question"], "answer": str(task["answer"]), "response": str(task["answer"])}
         yield f"reasoning_gym/{source.id}", line, row

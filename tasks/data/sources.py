@@ -1,4 +1,4 @@
-"""One small interface for everything rows can come from: `READERS[kind](source, seed)` returns a `Collected`.
+"""One small interface for everything rows can come from: `READERS[kind](source, seed)` returns a `SourceRows`.
 
 A reader maps columns to the fields of the row type and keeps where each row came from. It does not judge rows: what
 cannot even be parsed travels on as raw text with the reason, and stage prepare puts it into quarantine.
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import DataError
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 from tasks.core.schema import ROW_TYPES
 from tasks.core.sections.collect import SourceParams
 from tasks.data.dialogues import read_service_bot
@@ -23,11 +23,11 @@ from tasks.data.local import read_local
 from tasks.data.pypi import fetch
 from tasks.data.remote import read_hub, read_reasoning_gym
 
-__all__ = ["READERS", "Collected", "collect_source"]
+__all__ = ["READERS", "SourceRows", "collect_source"]
 
 
 @dataclass(frozen=True)
-class Collected:
+class SourceRows:
     """What one source gave.
 
     Attributes:
@@ -39,7 +39,7 @@ class Collected:
     origin: dict[str, object] = field(default_factory=dict)
 
 
-def collect_source(source: SourceParams, seed: int) -> Collected:
+def collect_source(source: SourceParams, seed: int) -> SourceRows:
     """Read one source, at most `limit` rows of it, in the source's order.
 
     Raises:
@@ -51,15 +51,15 @@ def collect_source(source: SourceParams, seed: int) -> Collected:
     for file, line, content in lines:
         if source.limit is not None and len(rows) >= source.limit:
             break
-        rows.append(_envelope(source, file, line, content))
+        rows.append(_wrap_row(source, file, line, content))
     if not rows:
         raise DataError(
             f"source {source.name!r} ({source.kind} {source.id}) holds no rows; check its id, subset and split"
         )
-    return Collected(rows, origin)
+    return SourceRows(rows, origin)
 
 
-def _envelope(source: SourceParams, file: str, line: int, content: object) -> dict[str, Any]:
+def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> dict[str, Any]:
     """A row with where it came from; a `str` is a line that could not be parsed, as `reason`, newline, the line."""
     if isinstance(content, str):
         error, _, raw = content.partition("\n")
@@ -67,7 +67,7 @@ def _envelope(source: SourceParams, file: str, line: int, content: object) -> di
     if not isinstance(content, Mapping):
         raw = json.dumps(content, ensure_ascii=False, default=str)
         return {"file": file, "line": line, "raw": raw, "error": f"not an object but {type(content).__name__}"}
-    row = _mapped(source, content, line)
+    row = _map_columns(source, content, line)
     if source.answer_pattern is None:
         return {"file": file, "line": line, "row": row}
     found = re.search(source.answer_pattern, str(row.get("answer", "")))
@@ -77,7 +77,7 @@ def _envelope(source: SourceParams, file: str, line: int, content: object) -> di
     return {"file": file, "line": line, "row": row | {"answer": found[1].strip()}}
 
 
-def _mapped(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
+def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
     """The row type's fields out of a source's columns; a column that no field asks for is left behind."""
     fields = ROW_TYPES[source.rows].model_fields
     row = {name: content[column] for name in fields if (column := source.columns.get(name, name)) in content}
@@ -120,16 +120,16 @@ def _split_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
 
 
-Lines = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
+ReaderResult = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
 
 
-def _film_reviews(source: SourceParams, seed: int) -> Lines:
-    sdist = fetch(source.id, form="sdist", sha256=source.sha256, cache=state() / "downloads")
+def _film_reviews(source: SourceParams, seed: int) -> ReaderResult:
+    sdist = fetch(source.id, form="sdist", sha256=source.sha256, cache=state_dir() / "downloads")
     rows = ((f"{sdist.name}/{Path(TEXTS).name}", line, row) for line, row in read_film_reviews(sdist))
     return rows, {"source": f"PyPI package {source.id} (sdist)", "file": sdist.name, "sha256": source.sha256}
 
 
-READERS: dict[str, Callable[[SourceParams, int], Lines]] = {
+READERS: dict[str, Callable[[SourceParams, int], ReaderResult]] = {
     "film_reviews": _film_reviews,
     "hub": read_hub,
     "local": read_local,

@@ -8,7 +8,7 @@ from typing import Literal, TypeVar
 
 from tasks.core.sections.prepare import PrepareParams
 
-__all__ = ["HALVES", "SPLITS", "Half", "Split", "half_of", "in_stable_order", "split_of", "uniform"]
+__all__ = ["HALVES", "SPLITS", "Half", "Split", "rater_half", "in_stable_order", "split_of", "hash_uniform"]
 
 Split = Literal["train", "validation", "test"]
 Half = Literal["proxy", "gold"]
@@ -18,7 +18,7 @@ HALVES: tuple[Half, ...] = ("proxy", "gold")
 TextT = TypeVar("TextT", bound=object)
 
 
-def uniform(text: str, seed: int, purpose: str) -> float:
+def hash_uniform(text: str, seed: int, purpose: str) -> float:
     """A number in [0, 1) that depends on nothing but the arguments; different purposes are independent."""
     digest = hashlib.blake2b(f"{seed}\x1f{purpose}\x1f{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
@@ -26,17 +26,17 @@ def uniform(text: str, seed: int, purpose: str) -> float:
 
 def split_of(text: str, params: PrepareParams, seed: int) -> Split:
     """The split of a text, by the shares in params."""
-    value = uniform(text, seed, "split")
+    value = hash_uniform(text, seed, "split")
     if value < params.test_share:
         return "test"
     return "validation" if value < params.test_share + params.validation_share else "train"
 
 
-def half_of(text: str, params: PrepareParams, seed: int) -> Half:
+def rater_half(text: str, params: PrepareParams, seed: int) -> Half:
     """Whether a rated text serves the pipeline (proxy) or the judge that training never sees (gold)."""
-    return "gold" if uniform(text, seed, "half") < params.gold_share else "proxy"
+    return "gold" if hash_uniform(text, seed, "half") < params.gold_share else "proxy"
 
 
 def in_stable_order(items: Iterable[tuple[str, TextT]], seed: int) -> list[TextT]:
     """The items of (text, item) pairs in an order that looks random and that additions do not disturb."""
-    return [item for _, item in sorted(items, key=lambda pair: (uniform(pair[0], seed, "order"), pair[0]))]
+    return [item for _, item in sorted(items, key=lambda pair: (hash_uniform(pair[0], seed, "order"), pair[0]))]

@@ -43,9 +43,9 @@ def area_under_curve(scores: Tensor, good: Tensor) -> float:
     By the rank sum of the good ones: (Σ ranks − n₁(n₁ + 1)/2) / (n₁·n₀) (Mann & Whitney 1947).
     """
     ranks, hits = _ranks(scores), good.bool()
-    count = int(hits.sum())
+    count = int(hits.merged_weight())
     pairs = count * (len(hits) - count)
-    return ((ranks[hits].sum() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
+    return ((ranks[hits].merged_weight() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
 
 
 def _ranks(values: Tensor) -> Tensor:

@@ -43,7 +43,7 @@ def accuracy_by_margin(gaps: Tensor, margins: Tensor, ceiling: Mapping[str, floa
     rows = []
     for bucket in MARGINS.names():
         chosen = torch.tensor([name == bucket for name in names], dtype=torch.bool)
-        count = int(chosen.sum())
+        count = int(chosen.merged_weight())
         accuracy = (gaps[chosen] > 0).float().mean().item() if count else ""
         rows.append({"bucket": bucket, "pairs": count, "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
     return rows
@@ -61,7 +61,7 @@ def calibration_table(gaps: Tensor, bins: int = 10) -> tuple[list[dict[str, Any]
     rows, error = [], 0.0
     for number in range(bins):
         here = index == number
-        count = int(here.sum())
+        count = int(here.merged_weight())
         if count:
             predicted, observed = stated[here].mean().item(), agreed[here].mean().item()
             rows.append({"predicted": predicted, "observed": observed, "count": count})

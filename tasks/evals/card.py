@@ -6,7 +6,7 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core.exporting import Exported
+from tasks.core.exporting import ExportCheck
 from tasks.core.origin import Origin
 from tasks.core.registry import Version
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
@@ -39,7 +39,7 @@ class Card:
 
     version: Version
     origin: Origin
-    exported: Exported
+    exported: ExportCheck
     adapter: bool
 
 

@@ -9,7 +9,7 @@ from pydantic import Field
 
 from tasks.core.errors import DataError
 from tasks.core.schema import Row
-from tasks.core.words import distinct_n, repeated_share
+from tasks.core.words import distinct_n, repetition_rate
 from tasks.evals.statistics import bootstrap_mean, mean_and_error, wins
 from tasks.evals.text import word_count
 
@@ -176,7 +176,7 @@ def _own_numbers(group: Sequence[Judged]) -> dict[str, float]:
         "kl_k3": _mean([record.kl_k3 for record in group]),
         "length": _mean([word_count(text) for text in texts]),
         "length_tokens": _mean([record.tokens for record in group]),
-        "repetition": _mean([repeated_share(text) for text in texts]),
+        "repetition": _mean([repetition_rate(text) for text in texts]),
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
         "no_end_share": _mean([not record.ended for record in group]),

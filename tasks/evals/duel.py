@@ -6,7 +6,7 @@ from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from tasks.core.models import load_policy, load_tokenizer, prepare_process
+from tasks.core.models import load_policy, load_tokenizer, init_process
 from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
@@ -58,7 +58,7 @@ def duel(
         DataError: there is nothing that could judge.
         ModelError: a folder is incomplete.
     """
-    prepare_process()
+    init_process()
     prompts = choose_prompts(artifacts / "prepare" / "prompts" / "test.jsonl", params.prompts, seed)
     tokenizer = load_tokenizer(champion / "base_model")
     sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment)

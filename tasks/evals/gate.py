@@ -80,7 +80,7 @@ def decide(
             row["win_rate_low"] > params.min_win_rate,
         ),
         Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
-        _no_hacking(signs, params.allowed_findings),
+        _no_hacking(signs, params.allowed_detectors),
     ]
     if against_champion is not None:
         findings += [no_worse(metric, against_champion[metric], margin) for metric, margin in params.margins.items()]

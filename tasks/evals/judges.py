@@ -12,7 +12,7 @@ import torch
 
 from tasks.core.errors import ConfigError, ModelError, RLHFError, SourceError
 from tasks.core.models import load_reference, load_tokenizer
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 from tasks.core.sections.judge import JudgeParams
 from tasks.evals.answers import AnswerBook, key_of
 from tasks.evals.pairwise import PairJudge, Reply
@@ -40,7 +40,7 @@ def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> Pai
     """
     if params.kind == "local":
         return LocalJudge(base_model, batch_size=batch_size)
-    return EndpointJudge(params, AnswerBook(state() / "judge" / "answers.jsonl"))
+    return EndpointJudge(params, AnswerBook(state_dir() / "judge" / "answers.jsonl"))
 
 
 class EndpointJudge:

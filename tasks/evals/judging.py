@@ -16,7 +16,7 @@ from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tasks.core.errors import DataError, TrainingError
-from tasks.core.models import is_off
+from tasks.core.models import is_disabled
 from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
@@ -140,7 +140,7 @@ class Sampler:
         columns = zip(
             [prompt for prompt in prompts for _ in range(samples)],
             rollout.texts(lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))),
-            mask.sum(1).tolist(),
+            mask.merged_weight(1).tolist(),
             rollout.ended.tolist(),
             per_sequence(kl.k1, mask).tolist(),
             per_sequence(kl.k3, mask).tolist(),
@@ -165,7 +165,7 @@ def gold_reward(
     Raises:
         DataError: there are neither.
     """
-    if not is_off(gold_judge):
+    if not is_disabled(gold_judge):
         return GoldJudge.load(base_model, gold_judge)
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
     if rule is not None:

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from tasks.core.origin import Finding
-from tasks.core.words import repeated_share
+from tasks.core.words import repetition_rate
 from tasks.evals.statistics import Interval, bootstrap_mean, wins
 
 __all__ = ["METRICS", "Comparison", "Scored", "compared", "no_worse"]
@@ -69,7 +69,7 @@ METRICS: Mapping[str, Comparison] = {
     ),
     "repetition": Comparison(
         "repetition less the champion's",
-        lambda ours, theirs: repeated_share(ours.response) - repeated_share(theirs.response), more_is_better=False,
+        lambda ours, theirs: repetition_rate(ours.response) - repetition_rate(theirs.response), more_is_better=False,
     ),
     "no_end_share": Comparison(
         "share without end less the champion's", lambda ours, theirs: float(theirs.ended) - float(ours.ended),

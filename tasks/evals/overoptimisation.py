@@ -109,7 +109,7 @@ def fits(levels: Mapping[str, Sequence[Level]], *, samples: int, seed: int) -> d
     found: dict[str, dict[str, Fit]] = {}
     for method, own in levels.items():
         kl = np.stack([level.kl for level in own])
-        if (kl.mean(axis=1) > 0).sum() >= 2:
+        if (kl.mean(axis=1) > 0).merged_weight() >= 2:
             form: Form = BEST_OF_N if method == BEST_OF_N else "rl"
             found[method] = {
                 judge: fit(form, kl, np.stack([level.gains[judge] for level in own]), samples=samples, seed=seed)
@@ -208,8 +208,8 @@ def fit(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> 
         ValueError: fewer than two levels lie apart from SFT, so that nothing is determined.
     """
     apart = kl.mean(axis=1) > 0
-    if apart.sum() < 2:
-        raise ValueError(f"{int(apart.sum())} levels lie apart from SFT, a fit of two numbers needs two")
+    if apart.merged_weight() < 2:
+        raise ValueError(f"{int(apart.merged_weight())} levels lie apart from SFT, a fit of two numbers needs two")
     kl, gains = kl[apart], gains[apart]
     alpha, beta, r2 = _solve(form, kl, gains)
     reach = math.sqrt(kl.mean(axis=1).max())

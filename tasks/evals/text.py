@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 
-from tasks.core.words import words
+from tasks.core.words import tokenize_words
 
 __all__ = ["length_counts", "word_count"]
 
 
 def word_count(text: str) -> int:
     """Words in the text; punctuation is none."""
-    return len(words(text))
+    return len(tokenize_words(text))
 
 
 def length_counts(lengths: Sequence[int]) -> list[tuple[int, int]]:

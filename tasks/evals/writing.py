@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from tasks.core.errors import ConfigError
-from tasks.core.models import ADAPTER, load_policy, load_reference, load_tokenizer, prepare_process
+from tasks.core.models import ADAPTER_DIR, load_policy, load_reference, load_tokenizer, init_process
 from tasks.evals.compare import REFERENCE
 from tasks.rl.rollout import generate
 
@@ -52,7 +52,7 @@ class Writer:
             ConfigError: the tokenizer has no chat template.
             ModelError: a folder is incomplete.
         """
-        prepare_process()
+        init_process()
         base_model, sft = parts / "base_model", parts / REFERENCE
         self._tokenizer = load_tokenizer(base_model)
         if chat_template and not self._tokenizer.chat_template:
@@ -97,6 +97,6 @@ class Writer:
 
 def stages_that_write(artifacts: Path) -> list[str]:
     """The stages whose adapter makes a language model, and no judge."""
-    configs = sorted(artifacts.glob(f"*/{ADAPTER}/adapter_config.json"))
+    configs = sorted(artifacts.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
     kinds = {file.parts[-3]: json.loads(file.read_text(encoding="utf-8"))["task_type"] for file in configs}
     return [stage for stage, kind in kinds.items() if kind == "CAUSAL_LM"]

@@ -16,7 +16,7 @@ from sqlalchemy.engine import URL
 from sqlalchemy.exc import ArgumentError, DBAPIError
 
 from tasks.core.errors import ConfigError, DataError, SourceError
-from tasks.core.paths import state
+from tasks.core.paths import state_dir
 
 __all__ = ["alembic_config", "connect", "database_url", "migrate", "shown"]
 
@@ -31,8 +31,8 @@ def database_url(url: str | None) -> str:
     """The URL that was asked for, else `.rlhf/labels.db` of this project."""
     if url:
         return url
-    state().mkdir(exist_ok=True)
-    return f"sqlite:///{state() / 'labels.db'}"
+    state_dir().mkdir(exist_ok=True)
+    return f"sqlite:///{state_dir() / 'labels.db'}"
 
 
 def shown(url: str | URL) -> str:

@@ -15,8 +15,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.schema import Preference, explain
-from tasks.data.splitting import uniform
+from tasks.core.schema import Preference, format_validation_error
+from tasks.data.splitting import hash_uniform
 from tasks.labelling.labels import Question, question_flaw, question_id
 from tasks.labelling.tables import OPINIONS
 
@@ -112,7 +112,7 @@ def variance(one: Tensor, other: Tensor) -> Tensor:
 
 def asked_twice(pairs: Sequence[Question], share: float, *, seed: int) -> list[Question]:
     """Let two people label about this share of the pairs; which ones depends on each pair and the seed alone."""
-    return [replace(pair, labels_wanted=2) if uniform(pair.id, seed, "twice") < share else pair for pair in pairs]
+    return [replace(pair, labels_wanted=2) if hash_uniform(pair.id, seed, "twice") < share else pair for pair in pairs]
 
 
 def gold_questions(path: Path, *, min_margin: float, count: int) -> list[Question]:
@@ -151,7 +151,7 @@ def _read_gold(line: str, where: str) -> tuple[float, Question]:
         row = Preference.model_validate(content)
     except ValidationError as error:
         raise DataError(
-            f"{where}: neither a question with its `gold` answer nor a preference: {explain(error)}"
+            f"{where}: neither a question with its `gold` answer nor a preference: {format_validation_error(error)}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: not a question with its answer: {error}") from None

@@ -12,7 +12,7 @@ from torch import Tensor
 from tasks.core import ranks
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.schema import Prompt
-from tasks.core.sections.reward import GIVEN, LEARNED, Priority, RewardParams, Scale
+from tasks.core.sections.reward import EXTERNAL_COMPONENTS, LEARNED, Priority, RewardParams, Normaliser
 from tasks.core.sections.rules import RuleOptions
 from tasks.rewards.combination import gated, lexicographic, product, standardised, weight_at, weighted_sum
 from tasks.rewards.counting import Counted
@@ -42,9 +42,9 @@ class Reward:
 
     def of_all_ranks(self) -> Reward:
         """That of every rank's responses."""
-        components = {name: ranks.gathered(values) for name, values in self.components.items()}
-        measures = {name: ranks.gathered(values) for name, values in self.measures.items()}
-        return Reward(ranks.gathered(self.total), components, measures)
+        components = {name: ranks.all_gather(values) for name, values in self.components.items()}
+        measures = {name: ranks.all_gather(values) for name, values in self.measures.items()}
+        return Reward(ranks.all_gather(self.total), components, measures)
 
 
 class CompositeReward:
@@ -59,7 +59,7 @@ class CompositeReward:
         priorities: Sequence[Priority] = (),
         gates: Mapping[str, float] | None = None,
         floor: float = 0.0,
-        scales: Mapping[str, Scale] | None = None,
+        scales: Mapping[str, Normaliser] | None = None,
         curriculum: Mapping[str, Mapping[int, float]] | None = None,
     ) -> None:
         """Pair each weight with its component; the other arguments are those of the `reward` section.
@@ -67,7 +67,7 @@ class CompositeReward:
         Raises:
             ConfigError: there is no weight, or a weight names no component, or a component has no weight.
         """
-        if not weights or set(components) != set(weights) - GIVEN:
+        if not weights or set(components) != set(weights) - EXTERNAL_COMPONENTS:
             raise ConfigError(
                 f"reward.weights must name each component once: components {sorted(components)}, "
                 f"weights {sorted(weights)}"
@@ -111,7 +111,7 @@ class CompositeReward:
 
         Args:
             update: of the training that asks, from 1; None outside training.
-            given: those of `GIVEN` that have a weight, for these responses.
+            given: those of `EXTERNAL_COMPONENTS` that have a weight, for these responses.
 
         Raises:
             TrainingError: a component gives a value that is not finite, or not one value per response, or fails on
@@ -165,7 +165,7 @@ def load_reward(
     learned = None
     if LEARNED in params.weights:
         learned = RewardModel.load(
-            base_model, sft, reward_model, combine=params.combine, uncertainty_coef=params.uncertainty_coef
+            base_model, sft, reward_model, combine=params.ensemble_reduction, uncertainty_coef=params.uncertainty_coef
         )
     return build_reward(params, prompts, learned)
 
@@ -187,7 +187,7 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
     components |= {
         name: rule_component(name, params.rules[name], answers)
         for name in params.weights
-        if name != LEARNED and name not in GIVEN
+        if name != LEARNED and name not in EXTERNAL_COMPONENTS
     }
     return CompositeReward(
         components,
@@ -196,8 +196,8 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
         priorities=params.priorities,
         gates=params.gates,
         floor=params.floor,
-        scales=params.normalise,
-        curriculum=params.curriculum,
+        scales=params.normalisation,
+        curriculum=params.weight_schedule,
     )
 
 
@@ -209,7 +209,7 @@ def rule_component(name: str, options: RuleOptions, answers: Answers) -> Compone
 
 def _mean_and_std(values: Tensor) -> tuple[float, float]:
     """Over every rank's responses."""
-    whole = ranks.gathered(values)
+    whole = ranks.all_gather(values)
     return whole.mean().item(), whole.std(correction=0).item()
 
 

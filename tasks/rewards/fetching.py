@@ -14,7 +14,7 @@ from tasks.core.errors import ModelError, SourceError
 from tasks.core.files import write_json
 from tasks.core.paths import project_root
 from tasks.core.sections.base_model import BaseModelParams
-from tasks.core.sections.reward_model import CHAT, ScorerParams
+from tasks.core.sections.reward_model import CHAT, PretrainedRewardParams
 from tasks.data.model_folder import save_model, set_padding
 from tasks.data.model_readers import READERS, folder_origin, hub_folder, load_folder
 from tasks.rewards.finished import CARD, SCORER
@@ -40,7 +40,7 @@ def fetch_backbone(params: BaseModelParams, seed: int, reward_model: Path) -> No
     write_json(folder / CARD, {"kind": params.kind, **origin, "licence": params.licence})
 
 
-def fetch_finished(params: ScorerParams, max_length: int, reward_model: Path) -> None:
+def fetch_finished(params: PretrainedRewardParams, max_length: int, reward_model: Path) -> None:
     """Write a finished reward model into `adapter/scorer/`, weights in the precision that they came in.
 
     Raises:
@@ -51,7 +51,7 @@ def fetch_finished(params: ScorerParams, max_length: int, reward_model: Path) ->
     if local.is_dir():
         folder, origin = local, folder_origin(local)
     else:
-        folder, origin = hub_folder(params.id, params.revision, instead="make reward_model.scorer.id a local folder")
+        folder, origin = hub_folder(params.id, params.revision, alternative="make reward_model.scorer.id a local folder")
     what, kind = f"scorer {params.id}", AutoModelForSequenceClassification
     model, tokenizer = load_folder(folder, what, kind, key="reward_model.scorer.id", dtype="auto")
     outputs, chat = model.config.num_labels, params.template == CHAT

@@ -11,13 +11,13 @@ from typing import Any
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tasks.core.errors import ModelError
-from tasks.core.linear import freeze
-from tasks.core.models import ADAPTER, device, dtype
+from tasks.core.linear import freeze_for_onednn
+from tasks.core.models import ADAPTER_DIR, device, dtype
 from tasks.rewards.scorers import FinishedScorer
 
 __all__ = ["CARD", "SCORER", "Text", "load_finished"]
 
-SCORER = f"{ADAPTER}/scorer"
+SCORER = f"{ADAPTER_DIR}/scorer"
 CARD = "card.json"
 
 Text = Callable[[str, str], str]
@@ -35,7 +35,7 @@ def load_finished(reward_model: Path) -> tuple[FinishedScorer, Text]:
         raise ModelError(f"{folder}: no {CARD}; run the stage reward_model")
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
-    freeze(model)
+    freeze_for_onednn(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
     scorer = FinishedScorer(model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"])
     return scorer, _chat(tokenizer) if card["chat"] else _filled(card["template"])

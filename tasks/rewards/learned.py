@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
-from tasks.core.models import ADAPTER, load_beside, load_scorer, load_tokenizer
+from tasks.core.models import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
 from tasks.rewards.familiarity import Familiarity
 from tasks.rewards.finished import SCORER, load_finished
 from tasks.rewards.scorers import TextScorer, encode
@@ -34,10 +34,10 @@ __all__ = [
     "trunk_of",
 ]
 
-NORMALISATION = f"{ADAPTER}/normalisation.json"
-FAMILIARITY = f"{ADAPTER}/familiarity.safetensors"
-MEMBERS = f"{ADAPTER}/members"
-BACKBONE = f"{ADAPTER}/backbone"
+NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
+FAMILIARITY = f"{ADAPTER_DIR}/familiarity.safetensors"
+MEMBERS = f"{ADAPTER_DIR}/members"
+BACKBONE = f"{ADAPTER_DIR}/backbone"
 
 ROUNDING = 1e-6
 """A spread of raw values below this is that of float32's rounding: nothing varies."""
@@ -269,11 +269,11 @@ def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[Me
     folders = [member_folder(reward_model, number) for number in range(count)]
     facts = [_facts(folder) for folder in folders]
     base, below = trunk_of(base_model, sft, reward_model)
-    model = load_scorer(base, below, reward_model, heads=len(_heads(facts[0])))
+    model = load_reward_model(base, below, reward_model, heads=len(_heads(facts[0])))
     tokenizer = load_tokenizer(base)
     names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
-        load_beside(model, name, folder)
+        add_adapter(model, name, folder)
     return [
         Member(TextScorer(model, tokenizer, max_length=own["max_length"], adapter=name), _heads(own))
         for name, own in zip(names, facts, strict=True)
@@ -294,7 +294,7 @@ class GoldJudge:
             ModelError: the folder is incomplete.
         """
         max_length = _facts(gold_judge)["max_length"]
-        scorer = load_scorer(base_model, None, gold_judge)
+        scorer = load_reward_model(base_model, None, gold_judge)
         return cls(TextScorer(scorer, load_tokenizer(base_model), max_length=max_length))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:

@@ -232,7 +232,7 @@ def _pair_figures(
         "heldout_pairs": len(pairs),
         "accuracy": _share(gaps > 0),
         "accuracy_margin_1": _share(gaps[wide] > 0),
-        "pairs_margin_1": int(wide.sum()),
+        "pairs_margin_1": int(wide.merged_weight()),
     }
 
 

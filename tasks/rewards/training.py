@@ -13,7 +13,7 @@ from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from tasks.core.schema import Preference
-from tasks.core.training import common_arguments
+from tasks.core.training import trainer_arguments
 from tasks.rewards.scorers import encode
 
 __all__ = ["Recipe", "pair_trainer", "target_trainer"]
@@ -148,6 +148,6 @@ def target_trainer(
 
 
 def _common(recipe: Recipe, seed: int) -> dict[str, Any]:
-    return common_arguments(
+    return trainer_arguments(
         seed=seed, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, epochs=recipe.epochs
     )

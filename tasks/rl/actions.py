@@ -50,7 +50,7 @@ def action_mask(response_mask: Tensor, action: Action) -> Tensor:
 
 def turn_counts(response_mask: Tensor) -> Tensor:
     """How many turns each row has, [B]."""
-    return _begins(response_mask).sum(1)
+    return _begins(response_mask).merged_weight(1)
 
 
 def _begins(response_mask: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import TrainingError
-from tasks.core.words import distinct_n, repeated_share
+from tasks.core.words import distinct_n, repetition_rate
 
 __all__ = ["DegenerationWatch", "check_finite", "degeneration", "shown"]
 
@@ -58,7 +58,7 @@ def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, flo
         "empty_share": empty,
         "distinct_share": distinct,
         "no_end_share": no_end,
-        "repetition": sum(map(repeated_share, responses)) / len(responses),
+        "repetition": sum(map(repetition_rate, responses)) / len(responses),
         "distinct_2": distinct_n(responses, 2),
         "degenerate": float(len(findings)),
     }

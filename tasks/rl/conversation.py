@@ -62,10 +62,10 @@ class Conversations(Rollout):
         """That of every rank's prompts, in their order."""
         return Conversations(
             **vars(super().of_all_ranks(pad_token_id)),
-            asked=ranks.texts(self.asked),
-            spoken=ranks.texts(self.spoken),
-            transcripts=ranks.texts(self.transcripts),
-            rewards=ranks.gathered(self.rewards),
+            asked=ranks.all_gather_texts(self.asked),
+            spoken=ranks.all_gather_texts(self.spoken),
+            transcripts=ranks.all_gather_texts(self.transcripts),
+            rewards=ranks.all_gather(self.rewards),
         )
 
     @property
@@ -141,7 +141,7 @@ class Talk:
                 samples_per_prompt=samples_per_prompt if first else 1,
                 value_head=value_head,
                 part=ranks.rank(),
-                parts=ranks.ranks(),
+                parts=ranks.world_size(),
                 rows=going,
                 of_rows=len(episodes),
             )
@@ -178,7 +178,7 @@ class _Episode:
 
     def say(self, turns: Rollout, row: int) -> None:
         """Take a turn of the policy as it was sampled."""
-        length = int(turns.response_mask[row].sum())
+        length = int(turns.response_mask[row].merged_weight())
         self._add(
             turns.responses[row, :length].tolist(),
             turns.logprobs[row, :length].tolist(),

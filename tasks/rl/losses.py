@@ -145,8 +145,8 @@ def policy_loss(
     bound = free if clip_range is None else -gain * ratio.clamp(1 - clip_range, 1 + clip_range)
     excess = ratio.detach() - 1
     return PolicyLoss(
-        loss=torch.maximum(free, bound).sum() / token_count,
-        tokens=response_mask.sum(),
+        loss=torch.maximum(free, bound).merged_weight() / token_count,
+        tokens=response_mask.merged_weight(),
         clipped=masked_sum(bound > free, response_mask),
         log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
         excess=masked_sum(excess, response_mask),
@@ -190,8 +190,8 @@ def value_loss(
         near = old_value + (value - old_value).clamp(-value_clip_range, value_clip_range)
         bound = (near - target) ** 2
     return ValueLoss(
-        loss=torch.maximum(free, bound).sum() / token_count / 2,
-        tokens=response_mask.sum(),
+        loss=torch.maximum(free, bound).merged_weight() / token_count / 2,
+        tokens=response_mask.merged_weight(),
         clipped=masked_sum(bound > free, response_mask),
     )
 
@@ -206,10 +206,10 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logits = _tempered(logits, temperature)
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
-    total = weights.sum(-1)
+    total = weights.merged_weight(-1)
     # With w = e^s and p = w / Σw: −Σ p·log p = log Σw − Σ w·s / Σw. In place, unless a gradient needs the factors.
     products = weights * shifted if shifted.requires_grad else weights.mul_(shifted)
-    return total.log() - products.sum(-1) / total
+    return total.log() - products.merged_weight(-1) / total
 
 
 def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, overwrite: bool = False) -> Tensor:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core import ranks
-from tasks.core.linear import merged
+from tasks.core.linear import merged_weights
 from tasks.rl.cache import PreallocatedCache
 
 __all__ = ["Rollout", "generate", "pad_left", "position_ids", "seeded"]
@@ -47,18 +47,18 @@ class Rollout:
     def of_all_ranks(self, pad_token_id: int) -> Rollout:
         """That of every rank's prompts, in their order."""
         return Rollout(
-            prompts=ranks.gathered(self.prompts, pad=pad_token_id, left=True),
-            prompt_mask=ranks.gathered(self.prompt_mask, left=True),
-            responses=ranks.gathered(self.responses, pad=pad_token_id),
-            response_mask=ranks.gathered(self.response_mask),
-            logprobs=ranks.gathered(self.logprobs),
-            values=ranks.gathered(self.values),
-            ended=ranks.gathered(self.ended),
+            prompts=ranks.all_gather(self.prompts, pad=pad_token_id, left=True),
+            prompt_mask=ranks.all_gather(self.prompt_mask, left=True),
+            responses=ranks.all_gather(self.responses, pad=pad_token_id),
+            response_mask=ranks.all_gather(self.response_mask),
+            logprobs=ranks.all_gather(self.logprobs),
+            values=ranks.all_gather(self.values),
+            ended=ranks.all_gather(self.ended),
         )
 
     def response_ids(self) -> list[list[int]]:
         """The responses without padding and without their end token."""
-        lengths = self.response_mask.sum(1) - self.ended.long()
+        lengths = self.response_mask.merged_weight(1) - self.ended.long()
         return [row[:n].tolist() for row, n in zip(self.responses, lengths.tolist(), strict=True)]
 
     def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
@@ -143,11 +143,11 @@ def generate(
     alive = torch.arange(batch, device=where)
     drawn = batch if of_rows is None else of_rows
     places = part * drawn + (torch.arange(batch) if rows is None else torch.tensor(rows))
-    with merged(model):
+    with merged_weights(model):
         logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
         cache.repeat(samples_per_prompt)
         ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
-        attention, position = mask, mask.sum(1, keepdim=True)
+        attention, position = mask, mask.merged_weight(1, keepdim=True)
         for step in range(max_new_tokens):
             uniform = torch.rand(parts * drawn, generator=generator)[places].to(where)[alive]
             token, logprob = _sample(logits, temperature, uniform)
@@ -163,7 +163,7 @@ def generate(
             logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
             position = position + 1
     ended = ((responses == eos_token_id) & response_mask).any(1)
-    kept = slice(0, int(response_mask.sum(1).max()))
+    kept = slice(0, int(response_mask.merged_weight(1).max()))
     return Rollout(
         prompts=ids,
         prompt_mask=mask,

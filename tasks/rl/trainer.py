@@ -79,7 +79,7 @@ class PPOTrainer:
         self.controller: KLController = (
             FixedKL(params.kl_coef)
             if params.kl_controller == "fixed"
-            else AdaptiveKL(params.kl_coef, target=params.kl_target, horizon=params.kl_horizon)
+            else AdaptiveKL(params.kl_coef, target=params.adaptive_kl_target, horizon=params.kl_horizon)
         )
         self.update = 0
         self.history: list[Metrics] = []
@@ -118,7 +118,7 @@ class PPOTrainer:
                 self._save()
         else:
             self._measure_last()
-        ranks.check_same(self.policy.trainable().values())
+        ranks.check_in_sync(self.policy.trainable().values())
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
 
@@ -144,7 +144,7 @@ class PPOTrainer:
         learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
         metrics |= self.updater(experience, learning_rate, self._generator("permutation"))
         update_s = time.perf_counter() - clock
-        tokens = float(rollout.response_mask.sum())
+        tokens = float(rollout.response_mask.merged_weight())
         timings = {"rollout_s": rollout_s, "experience_s": experience_s, "optimise_s": update_s}
         timings["rollout_tokens_per_s"] = tokens / rollout_s
         self._log({f"time/{name}": value for name, value in timings.items()}, self.update + 1)
@@ -153,7 +153,7 @@ class PPOTrainer:
 
     def _rollout(self) -> tuple[Rollout, list[str]]:
         """Sample responses to this rank's share of the update's prompts; row b·G + g answers prompt b."""
-        chosen = ranks.share(self._prompt_indices(), "ppo.prompts_per_update")
+        chosen = ranks.shard(self._prompt_indices(), "ppo.prompts_per_update")
         if self._talk is not None:
             conversations = self._talk(
                 self.policy.model,
@@ -174,7 +174,7 @@ class PPOTrainer:
             samples_per_prompt=self.params.samples_per_prompt,
             value_head=self.policy.value_head,
             part=ranks.rank(),
-            parts=ranks.ranks(),
+            parts=ranks.world_size(),
         )
         return rollout, [self.codec.prompts[i] for i in chosen for _ in range(self.params.samples_per_prompt)]
 
@@ -193,8 +193,8 @@ class PPOTrainer:
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
         reward = self.reward(prompts, responses, self.update + 1, rollout.given)
         whole = rollout.of_all_ranks(self.codec.pad_token_id)
-        texts = ranks.texts(prompts), ranks.texts(responses)
-        return whole, *texts, ranks.gathered(reference_logprobs), reward.of_all_ranks()
+        texts = ranks.all_gather_texts(prompts), ranks.all_gather_texts(responses)
+        return whole, *texts, ranks.all_gather(reference_logprobs), reward.of_all_ranks()
 
     def _experience(
         self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: Reward
@@ -217,13 +217,13 @@ class PPOTrainer:
             "score": scores.mean().item(),
             "score_std": scores.std().item(),
             "non_score_reward": -self.controller.kl_coef * k1.mean().item(),
-            "total_reward": rewards.sum(1).mean().item(),
+            "total_reward": rewards.merged_weight(1).mean().item(),
             "kl": k1.mean().item(),
             "kl_k2": per_sequence(kl.k2, mask).mean().item(),
             "kl_k3": per_sequence(kl.k3, mask).mean().item(),
             "kl_per_token": masked_mean(kl.k1, mask).item(),
             "kl_coef": self.controller.kl_coef,
-            "length": mask.sum(1).float().mean().item(),
+            "length": mask.merged_weight(1).float().mean().item(),
             **self._watch(responses, rollout.ended, self.update + 1),
             "explained_variance": explained_variance(
                 experience.old_values, experience.returns, experience.action_mask
@@ -263,7 +263,7 @@ class PPOTrainer:
         rollout, _ = self._rollout()
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
-        self._over_budget(ranks.gathered(per_sequence(kl.k1, mask)).mean().item())
+        self._over_budget(ranks.all_gather(per_sequence(kl.k1, mask)).mean().item())
 
     def _over_budget(self, kl: float) -> bool:
         """Whether the KL is over its budget; if so, the update that led there has been taken back."""

@@ -46,24 +46,24 @@ class Updater:
             order = torch.randperm(len(experience), generator=generator)
             for rows in torch.split(order, size):
                 steps.append(self.step(experience.select(rows)))
-                if steps[-1]["approx_kl"] > self.params.max_approx_kl:
+                if steps[-1]["approx_kl"] > self.params.target_kl:
                     return self._summary(steps, learning_rate)
         return self._summary(steps, learning_rate)
 
     def step(self, minibatch: Experience) -> Metrics:
         """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
-        action_count = int(minibatch.action_mask.sum())
-        own = ranks.share(range(len(minibatch)), "the size of ppo's minibatches")
+        action_count = int(minibatch.action_mask.merged_weight())
+        own = ranks.shard(range(len(minibatch)), "the size of ppo's minibatches")
         pieces = minibatch.select(torch.tensor(own)).split(self.params.micro_batch_size)
         actor, critic, entropy = self._backward(next(pieces), action_count)
         for piece in pieces:
             actor_part, critic_part, entropy_part = self._backward(piece, action_count)
             actor, critic, entropy = actor + actor_part, critic + critic_part, entropy + entropy_part
-        ranks.add_gradients(self.policy.trainable().values())
-        actor, critic = ranks.added(actor), ranks.added(critic)
-        entropy = ranks.gathered(entropy.reshape(1)).sum()
-        token_count = int(minibatch.response_mask.sum())
+        ranks.all_reduce_gradients(self.policy.trainable().values())
+        actor, critic = ranks.all_reduce_sum(actor), ranks.all_reduce_sum(critic)
+        entropy = ranks.all_gather(entropy.reshape(1)).merged_weight()
+        token_count = int(minibatch.response_mask.merged_weight())
         metrics = {"entropy": entropy.item() / token_count, **actor.means(), **critic.means()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
             raise TrainingError(
@@ -73,14 +73,14 @@ class Updater:
         norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), self.params.max_grad_norm)
         metrics["grad_norm"] = norm.item()
         self._check_finite(metrics, minibatch)
-        if metrics["approx_kl"] <= self.params.max_approx_kl:
+        if metrics["approx_kl"] <= self.params.target_kl:
             self.optimizer.step()
         return metrics
 
     def _summary(self, steps: list[Metrics], learning_rate: float) -> Metrics:
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         means["ratio_max"] = max(step["ratio_max"] for step in steps)
-        taken = sum(step["approx_kl"] <= self.params.max_approx_kl for step in steps)
+        taken = sum(step["approx_kl"] <= self.params.target_kl for step in steps)
         return {**means, "learning_rate": learning_rate, "optimiser_steps": taken}
 
     def _backward(self, piece: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:

@@ -21,7 +21,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.grpo import GRPOParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.sections.rules import OPTIONS, RuleOptions
+from tasks.core.sections.rules import RULE_OPTIONS, RuleOptions
 from tasks.grpo import grpo
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.rules import RULES
@@ -50,12 +50,12 @@ def distribution(model: PeftModel) -> Tensor:
 
 def optimum(reference: Tensor, beta: float) -> Tensor:
     weights = reference * torch.exp(REWARDS.double() / beta)
-    return weights / weights.sum()
+    return weights / weights.merged_weight()
 
 
 def distance(one: Tensor, other: Tensor) -> float:
     """Total variation: ½ Σ |p − q|."""
-    return float((one - other).abs().sum() / 2)
+    return float((one - other).abs().merged_weight() / 2)
 
 
 def paid(tokens: int) -> Callable[[list[str], list[str]], list[float]]:
@@ -63,7 +63,7 @@ def paid(tokens: int) -> Callable[[list[str], list[str]], list[float]]:
 
     def reward(prompts: list[str], responses: list[str]) -> list[float]:
         words = [[int(word) for word in text.split()] for text in responses]
-        return [float(REWARDS[ids if len(ids) == tokens else [*ids, EOS]].sum()) for ids in words]
+        return [float(REWARDS[ids if len(ids) == tokens else [*ids, EOS]].merged_weight()) for ids in words]
 
     return reward
 
@@ -83,7 +83,7 @@ def best_of_two(reference: Tensor, beta: float) -> Tensor:
     second = REWARDS.double().clone().expand(VOCABULARY, -1).clone()
     second[EOS] = 0.0
     weights = reference * torch.exp((REWARDS.double().unsqueeze(1) + second) / beta)
-    return weights / weights.sum()
+    return weights / weights.merged_weight()
 
 
 def trained_by_ppo(
@@ -149,7 +149,7 @@ def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
     model = flexible_policy()
     start = distribution(model)
     best = optimum(start, beta)
-    target = float((best * (best / start).log()).sum())
+    target = float((best * (best / start).log()).merged_weight())
     measured: list[float] = []
     _, policy = trained_by_ppo(
         3 * beta, updates=400, kl_controller="adaptive", kl_target=target, kl_horizon=horizon,
@@ -177,11 +177,11 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     worth = dict(zip(SHOWN, VALUES.tolist(), strict=True))
     rule = lambda prompts, responses: [worth[text] for text in responses]  # noqa: E731
     monkeypatch.setitem(RULES, "token", lambda options, answers: rule)
-    monkeypatch.setitem(OPTIONS, "token", RuleOptions)
+    monkeypatch.setitem(RULE_OPTIONS, "token", RuleOptions)
     base = tmp_path / "base_model" / "model"
     tiny_model().save_pretrained(base)
     letter_tokenizer(SIGNS).save_pretrained(base)
-    lora = LoraParams(r=1, alpha=1, target_modules=("q_proj",), scorer_modules="all-linear")
+    lora = LoraParams(r=1, alpha=1, target_modules=("q_proj",), reward_model_modules="all-linear")
     save_adapter(add_lora(tiny_model(), lora, seed=0), tmp_path / "sft")
     write_rows(tmp_path / "prepare" / "prompts" / "train.jsonl", [Prompt(id="p", prompt="ab")])
     return {name: tmp_path / name for name in ("base_model", "sft", "reward_model", "prepare")}
@@ -194,7 +194,7 @@ def standardised_optimum(reference: Tensor, beta: float) -> Tensor:
         mean = policy @ VALUES.double()
         deviation = (policy @ (VALUES.double() - mean) ** 2).sqrt()
         policy = reference * torch.exp(VALUES.double() / (beta * deviation))
-        policy = policy / policy.sum()
+        policy = policy / policy.merged_weight()
     return policy
 
 
@@ -213,7 +213,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     )  # fmt: skip
     reward = RewardParams(weights={"token": 1.0})
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)
-    lora = LoraParams(r=16, alpha=16, target_modules="all-linear", scorer_modules="all-linear")
+    lora = LoraParams(r=16, alpha=16, target_modules="all-linear", reward_model_modules="all-linear")
     out = tmp_path / "grpo"
     out.mkdir()
     grpo(params, lora, generation, reward, None, 0, **folders, out=out)

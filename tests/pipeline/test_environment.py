@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from tasks.core.params import Params, apply_changes, load_params, preset_changes
-from tasks.core.paths import OFF
+from tasks.core.params import Params, write_overrides, load_params, load_preset
+from tasks.core.paths import DISABLED_MARKER
 from tasks.core.schema import Demonstration, read_rows
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
@@ -37,7 +37,7 @@ OFF_STAGES = ("reward_model", "gold_judge", "dpo", "overoptimisation", "lm_eval"
 
 def small(preset: str, folder: Path) -> Params:
     file = Path(shutil.copy(ROOT / "params.yaml", folder))
-    apply_changes(file, [preset_changes(ROOT, "tiny"), preset_changes(ROOT, preset), SMALL])
+    write_overrides(file, [load_preset(ROOT, "tiny"), load_preset(ROOT, preset), SMALL])
     return load_params(file)
 
 
@@ -55,7 +55,7 @@ def run(stage: str, params: Params, folder: Path) -> None:
 
 def switch_off(stage: str, folder: Path) -> None:
     (folder / stage / "adapter").mkdir(parents=True)
-    (folder / stage / "adapter" / OFF).touch()
+    (folder / stage / "adapter" / DISABLED_MARKER).touch()
     for name in ("points.csv", "accuracy_by_margin.csv", "calibration.csv"):
         (folder / stage / name).touch()
     for name in ("fits.json", "results.json"):

@@ -72,7 +72,7 @@ def run(stage: str, inputs: Path, folder: Path, last: int | None) -> int:
     if last:
         watch(last)
     (folder / "out").mkdir(parents=True, exist_ok=True)
-    with tracking.active(tracking.ActiveRun(stage, checkpoints=folder / "checkpoints")):
+    with tracking.active_run(tracking.ActiveRun(stage, checkpoints=folder / "checkpoints")):
         RUNS[stage](inputs, folder / "out")
     os._exit(0)
 
@@ -88,7 +88,7 @@ def main(inputs: Path, folder: Path) -> None:
         for number, moment in enumerate([*moments, checkpoint + draw.randint(1, steps)], start=1):
             assert run(stage, inputs, folder / stage, moment) == -signal.SIGKILL, f"it ended before moment {moment}"
             newest = folder / stage / "checkpoints" / f"checkpoint-{number * every}"
-            assert (newest / training.WHOLE).is_file(), f"run {number} did not go on from the one before"
+            assert (newest / training.COMPLETE_MARKER).is_file(), f"run {number} did not go on from the one before"
         assert run(stage, inputs, folder / stage, None) == 0
         assert run(stage, inputs, folder / stage / "whole", None) == 0
 

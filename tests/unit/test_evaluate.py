@@ -15,8 +15,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.core import tracking
 from tasks.core.errors import DataError
 from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_scorer, save_adapter
-from tasks.core.paths import OFF
+from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_reward_model, save_adapter
+from tasks.core.paths import DISABLED_MARKER
 from tasks.core.schema import Preference, Prompt, Rating, read_rows, write_rows
 from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.evaluate import EvaluateParams
@@ -24,7 +24,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
-from tasks.core.words import repeated_share
+from tasks.core.words import repetition_rate
 from tasks.evals.compare import Judged
 from tasks.evals.duel import duel
 from tasks.evals.judging import Answer, choose_prompts, gold_reward, judge
@@ -40,7 +40,7 @@ from tests.unit.rewards.conftest import sandbox_or_skip
 from tests.unit.rewards.test_kinds import finished
 from tests.unit.tiny_stages import run_reward_model, write_inputs
 
-LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
+LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, judge=None)
 GENERATION = GenerationParams(max_new_tokens=7, temperature=1.3)
 REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5})
@@ -76,7 +76,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     base = folders["base_model"]
     for seed, name in enumerate(("sft", "ppo", "grpo", "dpo", "reward_model", "gold_judge")):
         scorer = name in ("reward_model", "gold_judge")
-        start = new_scorer(base, None, seed=seed) if scorer else load_reference(base, None)
+        start = new_reward_model(base, None, seed=seed) if scorer else load_reference(base, None)
         model = add_lora(start, LORA, seed=seed, head="score" if scorer else None)
         draw = torch.Generator().manual_seed(seed)
         for key, weight in model.named_parameters():
@@ -116,7 +116,7 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         log_file=lambda path, folder: kept.append((path.name, path.stat().st_size)),
         log_samples=lambda name, rows, step: kept.append((name, len(rows))),
     )
-    with tracking.active(tracking.ActiveRun("evaluate", recorder)):
+    with tracking.active_run(tracking.ActiveRun("evaluate", recorder)):
         again = _run(world, tmp_path / "again")
     assert kept == [("samples", 2), ("report.html", (again / "report.html").stat().st_size)]
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
@@ -291,7 +291,7 @@ def nobody_rated(world: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
     off = {name: tmp_path / name for name in ("reward_model", "gold_judge", "dpo")}
     for folder in off.values():
         (folder / "adapter").mkdir(parents=True)
-        (folder / "adapter" / OFF).touch()
+        (folder / "adapter" / DISABLED_MARKER).touch()
     rows = [row.model_copy(update={"answer": str(number)}) for number, row in enumerate(PROMPTS)]
     write_rows(tmp_path / "prepare" / "prompts" / "test.jsonl", rows)
     return world | off | {"prepare": tmp_path / "prepare"}
@@ -400,7 +400,7 @@ def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Pa
     params = RewardParams(weights={"code": 1.0}, rules={"code": {"program": "completion"}})
     responses = ["    return x + 3", "    return x"]
     (tmp_path / "adapter").mkdir()
-    (tmp_path / "adapter" / OFF).touch()
+    (tmp_path / "adapter" / DISABLED_MARKER).touch()
     gold = gold_reward([prompt], tmp_path, tmp_path, params.rules["code"])
     answers = [Answer("sft", prompt, response, 4, True, 0.0, 0.0) for response in responses]
     judged = judge(answers, build_reward(params, [prompt], None), gold, vader=False, accuracy=False)
@@ -428,7 +428,7 @@ def test_a_duel_compares_answers_to_the_same_prompts(
         "win_rate": mean((a.gold > b.gold) + (a.gold == b.gold) / 2 for a, b in pairs),
         "win_rate_vader": mean((a.vader > b.vader) + (a.vader == b.vader) / 2 for a, b in pairs),
         "reward_gold": mean(a.gold - b.gold for a, b in pairs),
-        "repetition": mean(repeated_share(a.response) - repeated_share(b.response) for a, b in pairs),
+        "repetition": mean(repetition_rate(a.response) - repetition_rate(b.response) for a, b in pairs),
         "no_end_share": mean((not a.ended) - (not b.ended) for a, b in pairs),
         "kl": mean(a.kl - b.kl for a, b in pairs),
     }

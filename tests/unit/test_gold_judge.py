@@ -11,7 +11,7 @@ import pytest
 
 from tasks.core.errors import DataError
 from tasks.core.schema import Preference, Rating, read_rows, write_rows
-from tasks.gold_judge import scrambled
+from tasks.gold_judge import shuffle_words
 from tasks.rewards.learned import GoldJudge
 from tests.unit.rewards.test_kinds import PAIRS, pair
 from tests.unit.tiny_stages import run_gold_judge, write_inputs
@@ -41,8 +41,8 @@ def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None
 
 def test_scrambled_texts_keep_their_words_and_lose_their_order() -> None:
     texts = ["one two three four five six seven", "eight nine ten"]
-    found = scrambled(texts, seed=0)
-    assert found == scrambled(texts, seed=0) != scrambled(texts, seed=1)
+    found = shuffle_words(texts, seed=0)
+    assert found == shuffle_words(texts, seed=0) != shuffle_words(texts, seed=1)
     assert found[0] != texts[0]
     assert [sorted(text.split()) for text in found] == [sorted(text.split()) for text in texts]
 

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from tasks.grpo import ConversationRollouts, Said, _rounds, _Score
+from tasks.grpo import MultiTurnRolloutFunction, ConversationSummary, _update_rows, _RewardFunction
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.rollout import seeded
 from tests.conftest import tiny_model
@@ -26,7 +26,7 @@ def test_a_row_is_one_update_with_kl_from_its_first_step():
         {"reward": 0.5, "length": 20.0, "reward/a": 0.5, "reward/b": 1.0},
         {"reward": 0.7, "length": 10.0, "reward/a": 2.0, "reward/b": 0.5},
     ]
-    first, second = _rounds(steps, rollouts, 2, lambda update: {"a": 1.0, "b": 1.0})
+    first, second = _update_rows(steps, rollouts, 2, lambda update: {"a": 1.0, "b": 1.0})
     assert first["step"] == 1
     assert first["kl"] == pytest.approx(0.1 * 20)
     assert (first["loss"], first["entropy"], first["clip_fraction"]) == (2.0, 3.0, 0.25)
@@ -48,11 +48,11 @@ class Noticing:
 
 def test_what_the_reward_notices_is_in_the_row_and_watched():
     state = SimpleNamespace(global_step=0, log_history=[])
-    score = _Score(CompositeReward({"a": Noticing()}, {"a": 1.0}), _GRPO, eos_token_id=1)
+    score = _RewardFunction(CompositeReward({"a": Noticing()}, {"a": 1.0}), _GRPO, eos_token_id=1)
     assert score(["p"] * 4, list("wxyz"), completion_ids=[[5, 1]] * 4, trainer_state=state) == [1.0, 2.0, 3.0, 4.0]
     (entry,) = state.log_history
     assert entry["unfamiliar"] == 0.75
-    rows = _rounds([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, lambda update: {"a": 1.0})
+    rows = _update_rows([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, lambda update: {"a": 1.0})
     assert [row["hacking/unfamiliar_responses"] for row in rows] == [0.0, 0.5]
 
 
@@ -60,12 +60,12 @@ def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_t
     """γ = 0.5: 1 after one turn, 1/2 after two; 0 − 0.1 where one of three turns was cut off, however late."""
     state = SimpleNamespace(global_step=0, log_history=[])
     reward = CompositeReward({}, {"environment": 1.0})
-    score = _Score(reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5)
+    score = _RewardFunction(reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5)
     said = [
-        Said("a", " a\nUser: x", reward=1.0, turns=1, tokens=2, ended=True),
-        Said("b\nc", " b\nUser: y\nBot: c\nUser: x", reward=1.0, turns=2, tokens=4, ended=True),
-        Said("d\ne\nf", " d", reward=0.0, turns=3, tokens=6, ended=False),
-        Said("g", " g", reward=0.0, turns=1, tokens=2, ended=True),
+        ConversationSummary("a", " a\nUser: x", reward=1.0, turns=1, tokens=2, ended=True),
+        ConversationSummary("b\nc", " b\nUser: y\nBot: c\nUser: x", reward=1.0, turns=2, tokens=4, ended=True),
+        ConversationSummary("d\ne\nf", " d", reward=0.0, turns=3, tokens=6, ended=False),
+        ConversationSummary("g", " g", reward=0.0, turns=1, tokens=2, ended=True),
     ]
     scores = score(["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=said)
     assert scores == pytest.approx([1.0, 0.5, -0.1, 0.0])
@@ -77,7 +77,7 @@ def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_t
 
 def test_the_loss_is_told_which_tokens_are_the_policys(monkeypatch):
     monkeypatch.setattr("tasks.rl.conversation.answered", answer)
-    rollouts = ConversationRollouts(_GRPO, talk(), [row.prompt for row in ROWS], seed=3)
+    rollouts = MultiTurnRolloutFunction(_GRPO, talk(), [row.prompt for row in ROWS], seed=3)
     prompts = [row.prompt for row in (ROWS[4], ROWS[1]) for _ in range(_GRPO.samples_per_prompt)]
     trainer = SimpleNamespace(model=tiny_model(), state=SimpleNamespace(global_step=2))
     given = rollouts(prompts, trainer)

@@ -16,7 +16,7 @@ import torch
 
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, save_adapter
-from tasks.core.paths import OFF
+from tasks.core.paths import DISABLED_MARKER
 from tasks.core.schema import Demonstration, Preference, read_rows
 from tasks.core.sections.lm_eval import LmEvalParams
 from tasks.evals.harness import open_tasks
@@ -62,7 +62,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     save_adapter(policy, root / "ppo")
     for name in ("grpo", "dpo"):
         (root / name / "adapter").mkdir(parents=True)
-        (root / name / "adapter" / OFF).touch()
+        (root / name / "adapter" / DISABLED_MARKER).touch()
     return {name: root / name for name in ("base_model", "sft", "ppo", "grpo", "dpo", "prepare", "preferences")}
 
 

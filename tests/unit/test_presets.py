@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tasks.collect import collect
-from tasks.core.params import Params, apply_changes, load_params, preset_changes
+from tasks.core.params import Params, write_overrides, load_params, load_preset
 from tasks.core.schema import Demonstration, Preference, Prompt, read_rows
 from tasks.preferences import preferences
 from tasks.prepare import prepare
@@ -21,7 +21,7 @@ DATA = ROOT.parent / "shared" / "data"
 def with_preset(preset: str, folder: Path, *changes: dict[str, Any]) -> Params:
     """The shipped parameters as `rlhf run --preset` changes them."""
     path = Path(shutil.copy(ROOT / "params.yaml", folder))
-    apply_changes(path, [preset_changes(ROOT, preset), *changes])
+    write_overrides(path, [load_preset(ROOT, preset), *changes])
     return load_params(path)
 
 
@@ -29,7 +29,7 @@ def settled(preset: str, file: Path, folder: Path) -> Params:
     """The preset over the shipped parameters, its source of the hub replaced by a file of the same columns."""
     if not file.is_file():
         pytest.skip(f"no {file.parent.name} on this machine")
-    (source,) = preset_changes(ROOT, preset)["collect"]["sources"]
+    (source,) = load_preset(ROOT, preset)["collect"]["sources"]
     return with_preset(preset, folder, {"collect": {"sources": [{**source, "kind": "local", "id": str(file)}]}})
 
 

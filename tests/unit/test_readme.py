@@ -11,7 +11,7 @@ from ruamel.yaml import YAML
 from typer.main import get_command
 
 from flows import cli
-from tasks.core.params import apply_changes, parse_override, preset_changes
+from tasks.core.params import write_overrides, parse_override, load_preset
 
 ROOT = Path(__file__).resolve().parents[2]
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
@@ -36,10 +36,10 @@ def test_a_command_is_understood(line: str, params_yaml: Path) -> None:
     assert not (words and hasattr(command, "commands")), f"{name} has no command {words[0]}"
     given = command.make_context(name, words).params
     if name == "run":
-        changes = [preset_changes(ROOT, given["preset"])] if given["preset"] else []
-        apply_changes(params_yaml, [*changes, *map(parse_override, given["setting"])])
+        changes = [load_preset(ROOT, given["preset"])] if given["preset"] else []
+        write_overrides(params_yaml, [*changes, *map(parse_override, given["setting"])])
 
 
 @pytest.mark.parametrize("text", SNIPPETS, ids=["reward", "collect"])
 def test_a_snippet_is_valid(text: str, params_yaml: Path) -> None:
-    assert apply_changes(params_yaml, [YAML(typ="safe").load(text)])
+    assert write_overrides(params_yaml, [YAML(typ="safe").load(text)])

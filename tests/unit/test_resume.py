@@ -63,7 +63,7 @@ def interrupt(model: Any) -> None:
 def run(stage: str, inputs: Path, folder: Path) -> None:
     """Run the stage with checkpoints beside its outputs."""
     (folder / "out").mkdir(parents=True, exist_ok=True)
-    with tracking.active(tracking.ActiveRun(stage, checkpoints=folder / "checkpoints")):
+    with tracking.active_run(tracking.ActiveRun(stage, checkpoints=folder / "checkpoints")):
         RUNS[stage](inputs, folder / "out")
 
 
@@ -82,7 +82,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 def cut_short(checkpoint: Path) -> None:
     """As a kill in the middle of the last file would leave it."""
-    (checkpoint / training.WHOLE).unlink()
+    (checkpoint / training.COMPLETE_MARKER).unlink()
     state = checkpoint / "trainer_state.json"
     state.write_text(state.read_text()[:100])
 
@@ -154,7 +154,7 @@ def test_samples_of_grpo_carry_the_number_of_their_update(inputs: Path, tmp_path
 
 
 def test_a_plain_function_writes_no_checkpoint() -> None:
-    arguments = training.common_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
+    arguments = training.trainer_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
     assert arguments["save_strategy"] == "no"
 
 
@@ -205,7 +205,7 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
 
 def test_the_curves_of_members_stand_beside_each_other(inputs: Path, tmp_path: Path) -> None:
     curves = Curves()
-    with tracking.active(tracking.ActiveRun("reward_model", curves)):
+    with tracking.active_run(tracking.ActiveRun("reward_model", curves)):
         run_reward_model(inputs, tmp_path, members=2)
     assert curves.steps["loss"] == curves.steps["member_1/loss"] == [1, 5, 10, 15, 20]
 
@@ -214,7 +214,7 @@ def test_the_curves_of_a_run_that_goes_on_are_whole(inputs: Path, tmp_path: Path
     (tmp_path / "out").mkdir()
     run_until(6, "grpo", inputs, tmp_path)
     curves = Curves()
-    with tracking.active(tracking.ActiveRun("grpo", curves, checkpoints=tmp_path / "checkpoints")):
+    with tracking.active_run(tracking.ActiveRun("grpo", curves, checkpoints=tmp_path / "checkpoints")):
         RUNS["grpo"](inputs, tmp_path / "out")
     steps = len((tmp_path / "out" / "history.csv").read_text().splitlines()) - 1
     assert curves.steps["loss"] == list(range(1, 4 * steps + 1)), "four optimiser steps in an update"

@@ -28,7 +28,7 @@ from tasks.sft import sft
 from tests.conftest import letter_tokenizer, tiny_model
 
 ROWS = 20
-LORA = LoraParams(r=4, alpha=8, target_modules=("q_proj", "v_proj"), scorer_modules="all-linear")
+LORA = LoraParams(r=4, alpha=8, target_modules=("q_proj", "v_proj"), reward_model_modules="all-linear")
 GENERATION = GenerationParams(max_new_tokens=4, temperature=1.0)
 REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, rules={"length": {"target": 2, "tolerance": 4}})
 

@@ -12,7 +12,7 @@ from tasks.core.sections.section import Positive
 __all__ = ["CodeRule"]
 
 
-def _none(floor: float) -> float:
+def _must_be_zero(floor: float) -> float:
     if floor != 0:
         raise ValueError(f"a program that fails earns 0, whatever else is set; got {floor:g}; remove it")
     return floor
@@ -22,7 +22,7 @@ class CodeRule(RuleOptions):
     """How the program is cut out of a response, and the limits under which it runs."""
 
     function: str = Field("code", description="This rule's name.")
-    floor: Annotated[float, AfterValidator(_none)] = Field(
+    floor: Annotated[float, AfterValidator(_must_be_zero)] = Field(
         0.0, description="A program that fails for whatever reason earns 0; nothing else can be set."
     )
     program: Literal["fenced", "whole", "completion"] = Field(

@@ -48,7 +48,7 @@ class SourceParams(Section):
     limit: Positive | None = Field(None, description="Keep at most this many rows, in the source's order.")
 
     @model_validator(mode="after")
-    def _objective_is_of_pairs(self) -> Self:
+    def _check_objective(self) -> Self:
         if self.objective and self.rows != "preferences":
             raise ValueError(f"objective says what pairs compare; the rows of source {self.name!r} are {self.rows}")
         return self
@@ -60,7 +60,7 @@ class CollectParams(Section):
     sources: tuple[SourceParams, ...] = Field(min_length=1, description="The sources, read in this order.")
 
     @model_validator(mode="after")
-    def _names_differ(self) -> Self:
+    def _check_names_differ(self) -> Self:
         names = [source.name for source in self.sources]
         if len(set(names)) != len(names):
             raise ValueError(f"source names must differ, got {names}")

@@ -7,31 +7,31 @@ from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
 
-__all__ = ["CUSTOM", "check_custom", "near"]
+__all__ = ["CUSTOM_DIR", "check_custom_rule", "did_you_mean"]
 
-CUSTOM = Path(__file__).resolve().parents[2] / "rewards" / "custom"
+CUSTOM_DIR = Path(__file__).resolve().parents[2] / "rewards" / "custom"
 """Where users put their modules; a dep of every stage that scores."""
 
-SAMPLE = 3
+SAMPLE_ARGS = 3
 """Arguments that every function has: prompt, response, answer."""
 
 
-def check_custom(function: str, options: Mapping[str, object]) -> None:
+def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
     """Make sure that `module:function` is there and takes these options.
 
     Raises:
         ValueError: it is not, or does not; it names what there is.
     """
     module, _, name = function.partition(":")
-    modules = sorted(path.stem for path in CUSTOM.glob("*.py") if path.stem != "__init__")
+    modules = sorted(path.stem for path in CUSTOM_DIR.glob("*.py") if path.stem != "__init__")
     if module not in modules:
         raise ValueError(
-            f"function {function!r}: there is no tasks/rewards/custom/{module}.py; {near(module, modules)}"
+            f"function {function!r}: there is no tasks/rewards/custom/{module}.py; {did_you_mean(module, modules)}"
         )
-    functions = _functions(CUSTOM / f"{module}.py")
+    functions = _functions(CUSTOM_DIR / f"{module}.py")
     if name not in functions:
         raise ValueError(
-            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; {near(name, [*functions])}"
+            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; {did_you_mean(name, [*functions])}"
         )
     _check_arguments(function, functions[name].args, options)
 
@@ -47,18 +47,18 @@ def _functions(path: Path) -> dict[str, ast.FunctionDef]:
 
 def _check_arguments(function: str, arguments: ast.arguments, options: Mapping[str, object]) -> None:
     names = [item.arg for item in [*arguments.posonlyargs, *arguments.args]]
-    if len(names) < SAMPLE:
+    if len(names) < SAMPLE_ARGS:
         raise ValueError(f"function {function!r} must take (prompt, response, answer, …), it takes {tuple(names)}")
     defaults = [None] * (len(names) - len(arguments.defaults)) + list(arguments.defaults)
-    known = dict(zip(names[SAMPLE:], defaults[SAMPLE:], strict=True))
+    known = dict(zip(names[SAMPLE_ARGS:], defaults[SAMPLE_ARGS:], strict=True))
     known |= {item.arg: default for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
     if arguments.kwarg is None and (unknown := [name for name in options if name not in known]):
-        raise ValueError(f"function {function!r} takes no option {unknown[0]!r}; {near(unknown[0], [*known])}")
+        raise ValueError(f"function {function!r} takes no option {unknown[0]!r}; {did_you_mean(unknown[0], [*known])}")
     if missing := [name for name, default in known.items() if default is None and name not in options]:
         raise ValueError(f"function {function!r} needs the option {missing[0]!r}; add it beside `function`")
 
 
-def near(name: str, known: list[str]) -> str:
+def did_you_mean(name: str, known: list[str]) -> str:
     """What a message says of a name that nobody knows: the nearest ones that there are, else all of them."""
     close = get_close_matches(name, known)
     return f"did you mean {' or '.join(close)}?" if close else f"there is: {', '.join(sorted(known)) or 'nothing'}"

@@ -36,7 +36,7 @@ class EvaluateParams(Section):
     )
 
     @model_validator(mode="after")
-    def _has_the_judges_prompts(self) -> Self:
+    def _check_judge_prompts(self) -> Self:
         if self.judge and self.judge.prompts > self.prompts:
             raise ValueError(f"judge.prompts is {self.judge.prompts}, but there are only {self.prompts} prompts")
         return self

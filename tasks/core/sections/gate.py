@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from tasks.core.sections.section import Section, Share
+from tasks.core.sections.section import Section, Fraction
 
 __all__ = ["GateParams", "Metric"]
 
@@ -22,11 +22,11 @@ class GateParams(Section):
     policy: str = Field(
         description="Which policy may be promoted: ppo, grpo or dpo, or `best`: the one whose win rate is surest."
     )
-    min_win_rate: Share = Field(
+    min_win_rate: Fraction = Field(
         description="Against SFT, by the gold judge: the lower end of the 95 % interval must be above this."
     )
     max_kl: float = Field(gt=0, description="KL to SFT, nats per response, at most.")
-    allowed_findings: list[str] = Field(
+    allowed_detectors: list[str] = Field(
         description="Detectors of reward hacking that may fire; any other that does refuses the policy."
     )
     margins: dict[Metric, Margin] = Field(

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.core.sections.section import Positive, Rate, Section, Share
+from tasks.core.sections.section import Positive, LearningRate, Section, Fraction
 
 __all__ = ["GoldJudgeParams"]
 
@@ -24,18 +24,18 @@ class GoldJudgeParams(Section):
         description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
     )
     max_examples: Positive = Field(description="Train on at most this many rated texts, or pairs.")
-    scrambled_share: Share = Field(
+    shuffled_share: Fraction = Field(
         0.0,
         description="For each rated text, so many more whose words stand in random order, rated as low as the lowest: "
         "a judge that has read only what people write takes a heap of praising words for praise. Kind rating only.",
     )
     epochs: Positive = Field(description="Passes over the texts or pairs.")
     batch_size: Positive = Field(description="Texts, or pairs, per optimiser step.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
     max_length: Positive = Field(description="Texts are cut at this many tokens.")
 
     @model_validator(mode="after")
-    def _only_ratings_are_low(self) -> Self:
-        if self.scrambled_share and self.kind != "rating":
-            raise ValueError(f"scrambled_share {self.scrambled_share} needs kind rating, not {self.kind}; set it to 0")
+    def _check_shuffled(self) -> Self:
+        if self.shuffled_share and self.kind != "rating":
+            raise ValueError(f"scrambled_share {self.shuffled_share} needs kind rating, not {self.kind}; set it to 0")
         return self

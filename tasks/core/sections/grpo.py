@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.core.sections.section import Positive, Rate, Section, check_minibatches
+from tasks.core.sections.section import Positive, LearningRate, Section, check_minibatches
 
 __all__ = ["GRPOParams"]
 
@@ -19,7 +19,7 @@ class GRPOParams(Section):
     samples_per_prompt: int = Field(ge=2, description="Responses per prompt: the group.")
     epochs: Positive = Field(description="Passes over each rollout.")
     minibatches: Positive = Field(description="Optimiser steps per pass.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
     clip_range: float = Field(gt=0, lt=1, description="ε of the clipped objective.")
     kl_coef: float = Field(ge=0, description="β: the weight of the KL loss to the reference.")
     missing_eos_penalty: float = Field(
@@ -30,6 +30,6 @@ class GRPOParams(Section):
     )
 
     @model_validator(mode="after")
-    def _divides(self) -> Self:
+    def _check_minibatches(self) -> Self:
         check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
         return self

@@ -17,6 +17,6 @@ class LoraParams(Section):
     target_modules: str | tuple[str, ...] = Field(
         description="Names of the modules that SFT and the policies adapt, or 'all-linear'."
     )
-    scorer_modules: str | tuple[str, ...] = Field(
+    reward_model_modules: str | tuple[str, ...] = Field(
         description="The same for the reward model and the gold judge, which adapt their upper layers only."
     )

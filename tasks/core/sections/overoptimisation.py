@@ -14,7 +14,7 @@ class OveroptimisationParams(Section):
 
     prompts: Positive = Field(description="How many held-out prompts.")
     samples_per_prompt: int = Field(ge=2, description="SFT responses per prompt: best-of-n goes up to this n.")
-    policy_samples: Positive = Field(
+    samples_per_policy: Positive = Field(
         4, description="Responses per prompt of each policy: with more of them, its gain is known more closely."
     )
     batch_size: Positive = Field(description="Prompts per batch.")

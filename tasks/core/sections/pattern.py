@@ -10,7 +10,7 @@ from pydantic import AfterValidator
 __all__ = ["AnswerPattern"]
 
 
-def _with_one_group(pattern: str) -> str:
+def _check_one_group(pattern: str) -> str:
     try:
         groups = re.compile(pattern).groups
     except re.error as error:
@@ -20,4 +20,4 @@ def _with_one_group(pattern: str) -> str:
     return pattern
 
 
-AnswerPattern = Annotated[str, AfterValidator(_with_one_group)]
+AnswerPattern = Annotated[str, AfterValidator(_check_one_group)]

@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.core.sections.section import Positive, Rate, Section, check_minibatches
+from tasks.core.sections.section import Positive, LearningRate, Section, check_minibatches
 
 __all__ = ["PPOParams"]
 
@@ -22,7 +22,7 @@ class PPOParams(Section):
     micro_batch_size: Positive = Field(
         description="Sequences per forward pass; changes memory and speed, never the gradient."
     )
-    learning_rate: Rate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
+    learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
     action: Literal["token", "turn", "response"] = Field(
         description="What counts as one action with a probability ratio of its own: each token, each turn of a "
         "conversation, or the whole response."
@@ -45,12 +45,12 @@ class PPOParams(Section):
     max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
     kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or steered to kl_target.")
-    kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
+    adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
     kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
     kl_budget: float | None = Field(
         None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
     )
-    max_approx_kl: float = Field(
+    target_kl: float = Field(
         gt=0, description="The epochs of an update stop when the policy moved further than this, nats per action."
     )
     missing_eos_penalty: float = Field(
@@ -62,7 +62,7 @@ class PPOParams(Section):
     )
 
     @model_validator(mode="after")
-    def _fits(self) -> Self:
+    def _check_combination(self) -> Self:
         check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
         episodes = self.prompts_per_update * self.samples_per_prompt
         if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):

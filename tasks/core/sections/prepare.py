@@ -6,7 +6,7 @@ from typing import Self
 
 from pydantic import Field, model_validator
 
-from tasks.core.sections.section import Positive, Section, Share
+from tasks.core.sections.section import Positive, Section, Fraction
 
 __all__ = ["PrepareParams"]
 
@@ -23,10 +23,10 @@ class PrepareParams(Section):
         description="Jaccard similarity of word trigrams from which two texts count as one; 1 looks for equal texts, "
         "which templated tasks need.",
     )
-    validation_share: Share = Field(description="Share of texts held out for validation.")
-    test_share: Share = Field(description="Share of texts held out for the final evaluation.")
-    gold_share: Share = Field(description="Share of rated texts that only the gold judge sees.")
-    gold_pair_share: Share = Field(
+    validation_share: Fraction = Field(description="Share of texts held out for validation.")
+    test_share: Fraction = Field(description="Share of texts held out for the final evaluation.")
+    gold_share: Fraction = Field(description="Share of rated texts that only the gold judge sees.")
+    gold_pair_share: Fraction = Field(
         0.0,
         description="Share of prompts whose preferences only the gold judge sees; 0 where it learns from ratings.",
     )
@@ -35,7 +35,7 @@ class PrepareParams(Section):
         description="Preferences are dropped, and counted, where prompt and response have more words on either side; "
         "null: kept at any length, for training cuts them by tokens.",
     )
-    max_quarantine_share: Share = Field(description="The stage fails when more than this share of rows is malformed.")
+    max_quarantine_share: Fraction = Field(description="The stage fails when more than this share of rows is malformed.")
 
     @model_validator(mode="after")
     def _ordered(self) -> Self:

@@ -8,17 +8,17 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tasks.core.sections.custom import near
+from tasks.core.sections.custom import did_you_mean
 from tasks.core.sections.environment import ENVIRONMENT
-from tasks.core.sections.rules import OPTIONS, Rule
+from tasks.core.sections.rules import RULE_OPTIONS, Rule
 from tasks.core.sections.section import Positive, Section
 
-__all__ = ["GIVEN", "LEARNED", "Priority", "RewardParams", "Scale"]
+__all__ = ["EXTERNAL_COMPONENTS", "LEARNED", "Priority", "RewardParams", "Normaliser"]
 
 LEARNED = "learned"
 """The component that the trained reward model computes."""
 
-GIVEN = frozenset({ENVIRONMENT})
+EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})
 """Components that come with the responses, as what an environment paid does; all others are rules."""
 
 
@@ -29,7 +29,7 @@ class Priority(Section):
     threshold: float = Field(description="The value from which on what comes later counts, too.")
 
 
-class Scale(Section):
+class Normaliser(Section):
     """What a component's values are measured in before they are weighted: (value − mean) / std."""
 
     by: Literal["fixed", "batch"] = Field(
@@ -41,7 +41,7 @@ class Scale(Section):
     std: float = Field(1.0, gt=0, description="For `fixed`.")
 
 
-def _named(rules: Any) -> Any:
+def _default_function(rules: Any) -> Any:
     """Entries that name no function are those of the rule whose name they have."""
     if not isinstance(rules, dict):
         return rules
@@ -54,7 +54,7 @@ class RewardParams(Section):
     weights: dict[str, float] = Field(
         min_length=1, description="Component → weight; a component not named is not computed."
     )
-    rules: Annotated[dict[str, Rule], BeforeValidator(_named)] = Field(
+    rules: Annotated[dict[str, Rule], BeforeValidator(_default_function)] = Field(
         default_factory=dict,
         description="Component → rule and its options; a component that is named like a rule and has no entry is that "
         "rule with its defaults.",
@@ -73,15 +73,15 @@ class RewardParams(Section):
         description="Component → the value below which the response is worth `floor`, or less if it would be less.",
     )
     floor: float = Field(0.0, description="What a response that a gate stops is worth at most.")
-    normalise: dict[str, Scale] = Field(
+    normalisation: dict[str, Normaliser] = Field(
         default_factory=dict, description="Component → its scale; gates and thresholds read values as they are."
     )
-    curriculum: dict[str, dict[Positive, float]] = Field(
+    weight_schedule: dict[str, dict[Positive, float]] = Field(
         default_factory=dict,
         description="Component → update → weight, linear in between and flat outside, counted from 1; it ends at the "
         "component's weight in `weights`, which is what evaluation uses.",
     )
-    combine: Literal["mean", "worst", "uncertainty"] = Field(
+    ensemble_reduction: Literal["mean", "worst", "uncertainty"] = Field(
         "mean",
         description="How members of the reward model become one score: their mean, the least of them, or the mean less "
         "uncertainty_coef times their variance (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5).",
@@ -95,36 +95,36 @@ class RewardParams(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _with_defaults(cls, values: Any) -> Any:
+    def _add_default_rules(cls, values: Any) -> Any:
         """Each rule that is named by its weight alone, with its default options."""
         if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
             return values
         rules = values.get("rules", {})
         if not isinstance(rules, dict):
             return values
-        named = {name: {"function": name} for name in values["weights"] if name in OPTIONS and name not in rules}
-        return values | {"rules": rules | named}
+        defaults = {name: {"function": name} for name in values["weights"] if name in RULE_OPTIONS and name not in rules}
+        return values | {"rules": rules | defaults}
 
     @model_validator(mode="after")
-    def _names_are_known(self) -> Self:
-        known = sorted({LEARNED, *GIVEN, *OPTIONS, *self.rules})
+    def _check_names(self) -> Self:
+        known = sorted({LEARNED, *EXTERNAL_COMPONENTS, *RULE_OPTIONS, *self.rules})
         for name in self.weights:
-            if name not in {LEARNED, *GIVEN, *self.rules}:
+            if name not in {LEARNED, *EXTERNAL_COMPONENTS, *self.rules}:
                 raise ValueError(
-                    f"reward.weights.{name}: no such component; {near(name, known)} A component of another name needs "
+                    f"reward.weights.{name}: no such component; {did_you_mean(name, known)} A component of another name needs "
                     f"an entry reward.rules.{name}"
                 )
-        if taken := {LEARNED, *GIVEN} & set(self.rules):
+        if taken := {LEARNED, *EXTERNAL_COMPONENTS} & set(self.rules):
             raise ValueError(f"reward.rules.{min(taken)}: {min(taken)} is no rule; give the rule another name")
         _check_weighted("rules", self.rules, self.weights)
         _check_weighted("gates", self.gates, self.weights)
-        _check_weighted("normalise", self.normalise, self.weights)
-        _check_weighted("curriculum", self.curriculum, self.weights)
+        _check_weighted("normalise", self.normalisation, self.weights)
+        _check_weighted("curriculum", self.weight_schedule, self.weights)
         _check_weighted("priorities", [rank.component for rank in self.priorities], self.weights)
         return self
 
     @model_validator(mode="after")
-    def _composition_is_possible(self) -> Self:
+    def _check_composition(self) -> Self:
         if (self.composition == "lexicographic") != bool(self.priorities):
             raise ValueError(
                 f"reward.composition is {self.composition}, reward.priorities names {len(self.priorities)} components: "
@@ -140,10 +140,10 @@ class RewardParams(Section):
         return self
 
     @model_validator(mode="after")
-    def _a_product_has_no_batch_scale(self) -> Self:
-        for name, scale in self.normalise.items():
-            paid = self.weights[name] or name in self.curriculum
-            if self.composition == "product" and scale.by == "batch" and paid:
+    def _check_product_scale(self) -> Self:
+        for name, scale in self.normalisation.items():
+            weighted = self.weights[name] or name in self.weight_schedule
+            if self.composition == "product" and scale.by == "batch" and weighted:
                 raise ValueError(
                     f"reward.normalise.{name}: a batch's scale puts values below 0, a product needs them in [0, 1]; "
                     "use `by: fixed`, or another composition"
@@ -151,7 +151,7 @@ class RewardParams(Section):
         return self
 
     @model_validator(mode="after")
-    def _programs_run_once(self) -> Self:
+    def _check_single_code_rule(self) -> Self:
         running = [name for name, rule in self.rules.items() if rule.function == "code"]
         if len(running) > 1:
             raise ValueError(
@@ -161,8 +161,8 @@ class RewardParams(Section):
         return self
 
     @model_validator(mode="after")
-    def _curriculum_ends_at_the_weights(self) -> Self:
-        for name, points in self.curriculum.items():
+    def _check_schedule(self) -> Self:
+        for name, points in self.weight_schedule.items():
             if not points or any(later <= earlier for earlier, later in pairwise(points)):
                 raise ValueError(f"reward.curriculum.{name} must name updates in rising order, got {list(points)}")
             last = list(points.values())[-1]
@@ -180,6 +180,6 @@ def _check_weighted(key: str, names: Iterable[str], weights: dict[str, float]) -
     for name in names:
         if name not in weights:
             raise ValueError(
-                f"reward.{key} names {name!r}, which has no weight; {near(name, sorted(weights))} Give it a weight (0: "
+                f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, sorted(weights))} Give it a weight (0: "
                 "computed and reported alone), or remove it"
             )

@@ -7,9 +7,9 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.core.sections.base_model import BaseModelParams
-from tasks.core.sections.section import Positive, Rate, Section
+from tasks.core.sections.section import Positive, LearningRate, Section
 
-__all__ = ["CHAT", "PAIRWISE", "RewardModelParams", "ScorerParams"]
+__all__ = ["CHAT", "PAIRWISE", "RewardModelParams", "PretrainedRewardParams"]
 
 CHAT = "chat"
 """`ScorerParams.template`: the scorer's own chat template."""
@@ -18,7 +18,7 @@ PAIRWISE = ("preference", "multi_objective")
 """Kinds that learn from pairs; the others learn from rated texts."""
 
 
-class ScorerParams(Section):
+class PretrainedRewardParams(Section):
     """A reward model that others have trained, taken as it is."""
 
     id: str = Field(
@@ -76,7 +76,7 @@ class RewardModelParams(Section):
         None,
         description="The model below the head, with its own tokenizer; keys as in base_model; null: the SFT model.",
     )
-    scorer: ScorerParams | None = Field(None, description="A finished reward model to use; nothing is trained then.")
+    scorer: PretrainedRewardParams | None = Field(None, description="A finished reward model to use; nothing is trained then.")
     members: Positive = Field(
         1,
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
@@ -88,7 +88,7 @@ class RewardModelParams(Section):
     )
     epochs: Positive = Field(description="Passes over the pairs or texts.")
     batch_size: Positive = Field(description="Pairs, or rated texts, per optimiser step.")
-    learning_rate: Rate = Field(description="Peak learning rate of AdamW; linear decay.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
     max_length: Positive = Field(description="Texts are cut at this many tokens.")
     normalisation_samples: int = Field(
         ge=2, description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
@@ -100,8 +100,8 @@ class RewardModelParams(Section):
         return self.kind in PAIRWISE
 
     @model_validator(mode="after")
-    def _fits_its_kind(self) -> Self:
-        for wrong, why in (
+    def _check_kind(self) -> Self:
+        for wrong, reason in (
             (self.margin == "scaled" and not self.pairwise, "margin: scaled is for kinds that learn from pairs"),
             (self.kind == "classification" and self.threshold is None, "kind classification needs a threshold"),
             (self.kind != "classification" and self.threshold is not None, "threshold is for kind classification"),
@@ -116,11 +116,11 @@ class RewardModelParams(Section):
             ),
         ):
             if wrong:
-                raise ValueError(f"{why}; kind is {self.kind}")
+                raise ValueError(f"{reason}; kind is {self.kind}")
         return self
 
     @model_validator(mode="after")
-    def _a_finished_one_is_not_trained(self) -> Self:
+    def _check_pretrained(self) -> Self:
         trained = self.kind != "preference" or self.margin != "none" or self.backbone is not None or self.members > 1
         if self.scorer and trained:
             raise ValueError(

@@ -12,32 +12,32 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
 
 from tasks.core.sections.code_rule import CodeRule
-from tasks.core.sections.custom import check_custom, near
+from tasks.core.sections.custom import check_custom_rule, did_you_mean
 from tasks.core.sections.pattern import AnswerPattern
 from tasks.core.sections.rule_options import RuleOptions
 from tasks.core.sections.section import Positive
 
 __all__ = [
-    "OPTIONS",
-    "TRUTHS",
+    "RULE_OPTIONS",
+    "GROUND_TRUTH_RULES",
     "CustomRule",
-    "FactsRule",
+    "ContainsFactsRule",
     "FormatRule",
     "InstructionsRule",
     "JsonSchemaRule",
     "LanguageRule",
     "LengthRule",
-    "MathematicsRule",
+    "MathRule",
     "PoemRule",
     "ReadabilityRule",
     "RepetitionRule",
     "Rule",
     "RuleOptions",
-    "SentimentRule",
+    "VaderRule",
 ]
 
 
-def _regular_expression(pattern: str) -> str:
+def _check_regex(pattern: str) -> str:
     try:
         re.compile(pattern)
     except re.error as error:
@@ -45,7 +45,7 @@ def _regular_expression(pattern: str) -> str:
     return pattern
 
 
-def _json_schema(schema: dict[str, Any]) -> dict[str, Any]:
+def _check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
     try:
         Draft202012Validator.check_schema(schema)
     except SchemaError as error:
@@ -58,16 +58,16 @@ def _check_references(schema: dict[str, Any]) -> None:
     """Make sure that every `$ref` leads somewhere, without asking the network."""
     whole = DRAFT202012.create_resource(schema)
     known = DRAFT202012.create_resource(Draft202012Validator.META_SCHEMA) @ EMPTY_REGISTRY
-    waiting = [(whole, known.resolver_with_root(whole))]
-    while waiting:
-        part, resolver = waiting.pop()
+    pending = [(whole, known.resolver_with_root(whole))]
+    while pending:
+        part, resolver = pending.pop()
         if isinstance(part.contents, dict) and "$ref" in part.contents:
             reference = part.contents["$ref"]
             try:
                 resolver.lookup(reference)
             except Unresolvable as error:
                 raise ValueError(f"$ref {reference!r} is not in the schema; put what it means under $defs") from error
-        waiting += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
+        pending += [(inner, resolver.in_subresource(inner)) for inner in part.subresources()]
 
 
 class RepetitionRule(RuleOptions):
@@ -86,7 +86,7 @@ class LengthRule(RuleOptions):
 class FormatRule(RuleOptions):
     """The form that a response must have."""
 
-    pattern: Annotated[str, AfterValidator(_regular_expression)] = Field(
+    pattern: Annotated[str, AfterValidator(_check_regex)] = Field(
         min_length=1,
         description="A regular expression, as Python writes them; `(?s)` in front lets `.` match newlines.",
     )
@@ -98,7 +98,7 @@ class FormatRule(RuleOptions):
 class JsonSchemaRule(RuleOptions):
     """The JSON that a response must be."""
 
-    json_schema: Annotated[dict[str, Any], AfterValidator(_json_schema)] = Field(
+    json_schema: Annotated[dict[str, Any], AfterValidator(_check_json_schema)] = Field(
         description="A JSON schema (draft 2020-12) with all that its `$ref` name; what it does not require is not "
         "asked for. `format` is checked, but for those that jsonschema needs other packages for (`pip install "
         "'jsonschema[format]'`): duration, hostname, iri, uri, their references, and uri-template."
@@ -112,7 +112,7 @@ class LanguageRule(RuleOptions):
     min_words: Positive = Field(3, description="Shorter responses earn 0: a language cannot be told from them.")
 
 
-class MathematicsRule(RuleOptions):
+class MathRule(RuleOptions):
     """How long an answer may take to compare; the right ones are mathematics, plain or LaTeX, and no words."""
 
     timeout_s: float = Field(
@@ -120,7 +120,7 @@ class MathematicsRule(RuleOptions):
     )
 
 
-class FactsRule(RuleOptions):
+class ContainsFactsRule(RuleOptions):
     """How much text may be spent on naming the facts."""
 
     max_words: Positive = Field(60, description="A response with more words earns less, in proportion.")
@@ -141,7 +141,7 @@ class ReadabilityRule(RuleOptions):
         return self
 
 
-class SentimentRule(RuleOptions):
+class VaderRule(RuleOptions):
     """Which sentiment is paid."""
 
     sign: Literal["positive", "negative"] = Field("positive", description="Whether good or bad mood is paid.")
@@ -168,14 +168,14 @@ class InstructionsRule(RuleOptions):
     commas: bool = Field(True, description="False: there must be no comma.")
 
     @model_validator(mode="after")
-    def _has_one(self) -> Self:
-        free = {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
-        if not set(type(self).model_fields) - free - {"function", "floor"}:
+    def _check_not_empty(self) -> Self:
+        unset = {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
+        if not set(type(self).model_fields) - unset - {"function", "floor"}:
             raise ValueError("no constraint is set: give at least one, for example max_words or contains")
         return self
 
     @model_validator(mode="after")
-    def _can_be_kept(self) -> Self:
+    def _check_bounds(self) -> Self:
         for what in ("words", "sentences", "paragraphs", "bullets"):
             least, most = getattr(self, f"min_{what}"), getattr(self, f"max_{what}")
             if least is not None and most is not None and least > most:
@@ -203,7 +203,7 @@ class PoemRule(RuleOptions):
     )
 
     @model_validator(mode="after")
-    def _bounds_fit(self) -> Self:
+    def _check_scheme(self) -> Self:
         if unknown := set(self.syllables) - set(self.scheme):
             raise ValueError(f"syllables names {sorted(unknown)}, which scheme {self.scheme!r} does not have")
         if any(low > high for low, high in [*self.syllables.values(), self.line_words]):
@@ -217,8 +217,8 @@ class CustomRule(RuleOptions):
     model_config = ConfigDict(extra="allow", frozen=True)
 
     @model_validator(mode="after")
-    def _exists(self) -> Self:
-        check_custom(self.function, self.options)
+    def _check_exists(self) -> Self:
+        check_custom_rule(self.function, self.options)
         return self
 
     @property
@@ -227,39 +227,39 @@ class CustomRule(RuleOptions):
         return dict(self.model_extra or {})
 
 
-OPTIONS: dict[str, type[RuleOptions]] = {
+RULE_OPTIONS: dict[str, type[RuleOptions]] = {
     "answer": RuleOptions,
     "code": CodeRule,
-    "facts": FactsRule,
+    "facts": ContainsFactsRule,
     "format": FormatRule,
     "instructions": InstructionsRule,
     "json_schema": JsonSchemaRule,
     "language": LanguageRule,
     "length": LengthRule,
-    "mathematics": MathematicsRule,
+    "mathematics": MathRule,
     "poem": PoemRule,
     "readability": ReadabilityRule,
     "repetition": RepetitionRule,
-    "sentiment": SentimentRule,
+    "sentiment": VaderRule,
 }
 """Rule → its options; `tasks.rewards.rules.RULES` has the same names."""
 
 
-TRUTHS = ("answer", "code", "mathematics")
+GROUND_TRUTH_RULES = ("answer", "code", "mathematics")
 """Rules that say what is right by the row's answer: they may judge what they have paid."""
 
 
-def _read(value: Any) -> RuleOptions:
+def _parse_rule(value: Any) -> RuleOptions:
     """Options of the class that `function` names."""
     if isinstance(value, RuleOptions):
         return value
     if not isinstance(value, Mapping) or not isinstance(value.get("function"), str):
         raise ValueError("needs `function: <rule or module:function>` and that function's options")
     name = value["function"]
-    if name not in OPTIONS and ":" not in name:
-        raise ValueError(f"function: no rule is called {name!r}; {near(name, list(OPTIONS))}")
-    return OPTIONS.get(name, CustomRule).model_validate(dict(value))
+    if name not in RULE_OPTIONS and ":" not in name:
+        raise ValueError(f"function: no rule is called {name!r}; {did_you_mean(name, list(RULE_OPTIONS))}")
+    return RULE_OPTIONS.get(name, CustomRule).model_validate(dict(value))
 
 
-Rule = Annotated[SerializeAsAny[RuleOptions], PlainValidator(_read)]
+Rule = Annotated[SerializeAsAny[RuleOptions], PlainValidator(_parse_rule)]
 """A rule with its options, checked as the rule wants them."""

@@ -6,11 +6,11 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-__all__ = ["Positive", "Rate", "Section", "Share", "check_minibatches"]
+__all__ = ["Positive", "LearningRate", "Section", "Fraction", "check_minibatches"]
 
 Positive = Annotated[int, Field(gt=0)]
-Share = Annotated[float, Field(ge=0, lt=1)]
-Rate = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):

@@ -8,8 +8,8 @@ import string
 from decimal import Decimal
 
 from tasks.core.errors import DataError
-from tasks.core.sections.rules import FactsRule, RuleOptions
-from tasks.core.words import words
+from tasks.core.sections.rules import ContainsFactsRule, RuleOptions
+from tasks.core.words import tokenize_words
 from tasks.rewards.rules.kinds import Answers, EachSample
 
 __all__ = ["answer_of", "answer_rule", "facts", "facts_rule", "right_answer", "right_in_form"]
@@ -81,7 +81,7 @@ def facts(response: str, references: list[str], *, max_words: int) -> float:
     """
     said = f" {_normalised(response)} "
     named = sum(f" {_normalised(reference)} " in said for reference in references)
-    return named / len(references) * min(1.0, max_words / max(1, len(words(response))))
+    return named / len(references) * min(1.0, max_words / max(1, len(tokenize_words(response))))
 
 
 def _normalised(text: str) -> str:
@@ -124,7 +124,7 @@ def answer_rule(_options: RuleOptions, answers: Answers) -> EachSample:
     return EachSample(lambda prompt, response: right_answer(response, answer_of("answer", prompt, answers)))
 
 
-def facts_rule(options: FactsRule, answers: Answers) -> EachSample:
+def facts_rule(options: ContainsFactsRule, answers: Answers) -> EachSample:
     """Pays `facts`, the row's answer being the references.
 
     Raises:

@@ -6,7 +6,7 @@ import re
 from collections.abc import Iterator
 
 from tasks.core.sections.rules import InstructionsRule
-from tasks.core.words import words
+from tasks.core.words import tokenize_words
 from tasks.rewards.rules.kinds import Answers, EachSample
 from tasks.rewards.rules.style import sentences
 
@@ -27,7 +27,7 @@ def instructions_rule(options: InstructionsRule, _answers: Answers) -> EachSampl
 
     def score(_prompt: str, response: str) -> float:
         held = list(checks(response, options))
-        return sum(held) / len(held) if words(response) else 0.0
+        return sum(held) / len(held) if tokenize_words(response) else 0.0
 
     return EachSample(score)
 
@@ -35,7 +35,7 @@ def instructions_rule(options: InstructionsRule, _answers: Answers) -> EachSampl
 def checks(response: str, options: InstructionsRule) -> Iterator[bool]:
     """Whether each constraint holds, in the order of the options; those that are not set are left out."""
     counts = {
-        "words": len(words(response)),
+        "words": len(tokenize_words(response)),
         "sentences": sentences(response),
         "paragraphs": sum(bool(part.strip()) for part in PARAGRAPHS.split(response)),
         "bullets": len(BULLET.findall(response)),

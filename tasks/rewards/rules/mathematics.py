@@ -9,7 +9,7 @@ import sys
 from typing import IO
 
 from tasks.core.errors import DataError
-from tasks.core.sections.rules import MathematicsRule
+from tasks.core.sections.rules import MathRule
 from tasks.rewards.rules import comparing
 from tasks.rewards.rules.answers import answer_of
 from tasks.rewards.rules.kinds import Answers, EachSample, optional
@@ -79,7 +79,7 @@ class Comparing:
         return line
 
 
-def mathematics_rule(options: MathematicsRule, answers: Answers) -> EachSample:
+def mathematics_rule(options: MathRule, answers: Answers) -> EachSample:
     """1 if the last answer of the response equals the row's `answer` as mathematics (math-verify), else 0.
 
     Both may be LaTeX or plain: `\\frac{1}{2}` in the row is 0.5 and \\boxed{1/2} in the response.

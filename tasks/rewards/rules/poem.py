@@ -22,7 +22,7 @@ from itertools import combinations, product
 from typing import Any
 
 from tasks.core.sections.rules import PoemRule
-from tasks.core.words import words
+from tasks.core.words import tokenize_words
 from tasks.rewards.rules.kinds import Answers, EachSample, optional
 from tasks.rewards.rules.style import syllables
 
@@ -85,7 +85,7 @@ def parts(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
 
 def lines_of(response: str) -> list[tuple[str, ...]]:
     """The words of each line that has any."""
-    return [tuple(found) for line in response.splitlines() if (found := words(line.replace("’", "'")))]
+    return [tuple(found) for line in response.splitlines() if (found := tokenize_words(line.replace("’", "'")))]
 
 
 def rhyme(ends: list[str], scheme: str) -> float:
@@ -129,7 +129,7 @@ def _metre(lines: list[tuple[str, ...]], options: PoemRule) -> float:
 def _on_topic(prompt: str, said: list[str], pattern: str | None) -> float:
     """Share of the topic's content words that are said, plain plurals counted as one word with their singulars."""
     found = re.search(pattern, prompt) if pattern else None
-    topic = {word for word in words(found[1] if found else prompt) if word not in SMALL_WORDS}
+    topic = {word for word in tokenize_words(found[1] if found else prompt) if word not in SMALL_WORDS}
     known = {_stem(word) for word in said}
     return sum(_stem(word) in known for word in topic) / len(topic) if topic else 1.0
 

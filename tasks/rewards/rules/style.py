@@ -9,8 +9,8 @@ from typing import Any
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tasks.core.errors import ConfigError
-from tasks.core.sections.rules import LanguageRule, SentimentRule
-from tasks.core.words import repeated_share, words
+from tasks.core.sections.rules import LanguageRule, VaderRule
+from tasks.core.words import repetition_rate, tokenize_words
 from tasks.rewards.rules.kinds import Answers, EachSample, optional
 
 __all__ = [
@@ -37,7 +37,7 @@ def length(response: str, *, target: int, tolerance: int) -> float:
     Against that: a repetition weight, the KL penalty (padding is unlikely text under the reference), and a tolerance
     so wide that one word more or less is worth little. Watch the share without an end token beside it.
     """
-    return max(0.0, 1 - abs(len(words(response)) - target) / tolerance)
+    return max(0.0, 1 - abs(len(tokenize_words(response)) - target) / tolerance)
 
 
 def repetition(response: str) -> float:
@@ -49,13 +49,13 @@ def repetition(response: str) -> float:
     sees. Against that: a length weight, the learned component (people dislike a sentence that goes nowhere) and the
     KL penalty. Varying punctuation or letter case does not help: neither is part of a word here.
     """
-    return 0.0 - repeated_share(response)  # not −share: no −0.0 in the files
+    return 0.0 - repetition_rate(response)  # not −share: no −0.0 in the files
 
 
 def sentences(text: str) -> int:
     """How many end marks, of one or more signs, stand before white space or the end, a last piece without one too."""
     pieces = SENTENCE_END.split(text)
-    return sum(bool(words(piece)) for piece in pieces)
+    return sum(bool(tokenize_words(piece)) for piece in pieces)
 
 
 def syllables(word: str) -> int:
@@ -66,7 +66,7 @@ def syllables(word: str) -> int:
 
 def reading_ease(text: str) -> float:
     """206.835 − 1.015 · words per sentence − 84.6 · syllables per word (Flesch 1948, J. Appl. Psychology 32, 221)."""
-    said = words(text)
+    said = tokenize_words(text)
     per_sentence, per_word = len(said) / sentences(text), sum(map(syllables, said)) / len(said)
     return 206.835 - 1.015 * per_sentence - 84.6 * per_word
 
@@ -78,13 +78,13 @@ def readability(response: str, *, low: float, high: float, tolerance: float, min
     that are not Latin, whose every word counts as one syllable. Against that: the upper end of the band, for "I am. I
     go." lies far above it, `min_words`, a repetition weight, a `language` gate and a learned component.
     """
-    if len(words(response)) < min_words:
+    if len(tokenize_words(response)) < min_words:
         return 0.0
     ease = reading_ease(response)
     return max(0.0, 1 - max(low - ease, ease - high, 0.0) / tolerance)
 
 
-def sentiment_rule(options: SentimentRule, _answers: Answers) -> EachSample:
+def sentiment_rule(options: VaderRule, _answers: Answers) -> EachSample:
     """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; less it where bad mood is paid.
 
     Gamed by: praise that says nothing ("great great great"), which saturates the score. Against that: a repetition
@@ -110,7 +110,7 @@ def language_rule(options: LanguageRule, _answers: Answers) -> EachSample:
         raise ConfigError(f"the rule 'language' knows no language {options.language!r}; it knows {known}")
 
     def score(_prompt: str, response: str) -> float:
-        if len(words(response)) < options.min_words:
+        if len(tokenize_words(response)) < options.min_words:
             return 0.0
         return float(dict(identifier.rank(response))[options.language])
 

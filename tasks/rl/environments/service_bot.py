@@ -25,7 +25,7 @@ from dataclasses import dataclass
 
 from tasks.core.errors import DataError
 from tasks.core.schema import Prompt
-from tasks.core.words import words
+from tasks.core.words import tokenize_words
 from tasks.rl.environments.dialogue import Step, answered, opening
 
 __all__ = ["WISHES", "ServiceBot", "Slot", "Wish", "dialogues"]
@@ -123,7 +123,7 @@ class ServiceBot:
     def step(self, action: str) -> Step:
         """What the user says to a turn of the bot."""
         slots = WISHES[self._goal["wish"]].slots
-        said = set(words(action))
+        said = set(tokenize_words(action))
         named = {slot.name: {value for value in slot.values if value.lower() in said} for slot in slots}
         right = [named[slot.name] == {self._goal[slot.name]} for slot in slots]
         asked = [slot for slot in slots if slot.asked & said]

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from tasks.core import exporting
 from tasks.core.errors import ConfigError, ModelError
-from tasks.core.exporting import Exported, empty_folder, export
+from tasks.core.exporting import ExportCheck, atomic_folder, export
 from tasks.core.models import load_policy, load_reference
 from tests.conftest import tiny_model
 from tests.unit.tiny_policy import write_parts
@@ -25,7 +25,7 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_parts(tmp_path_factory.mktemp("parts"))
 
 
-def exported(parts: Path, folder: Path, *, adapter: bool = False) -> Exported:
+def exported(parts: Path, folder: Path, *, adapter: bool = False) -> ExportCheck:
     folder.mkdir()
     return export(parts, "ppo", folder, adapter=adapter, prompts=["ab", "a film is"], max_new_tokens=5, temperature=0.7)
 
@@ -44,7 +44,7 @@ def test_the_merged_model_computes_what_the_policy_does(parts: Path, tmp_path: P
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
     assert measured.dtype == "float32"
-    assert 0 <= measured.difference < 1e-5 < 0.1 < measured.scale
+    assert 0 <= measured.difference < 1e-5 < 0.1 < measured.max_logit
     reference = logits(load_reference(parts / "base_model", parts / "sft"))
     assert (found - reference).abs().max() > 1e-2, "the policy's adapter is not in it"
 
@@ -82,14 +82,14 @@ def test_an_export_that_computes_something_else_is_refused(
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(ConfigError, match="is not empty"), empty_folder(tmp_path):
+    with pytest.raises(ConfigError, match="is not empty"), atomic_folder(tmp_path):
         pass
     assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
     def interrupted() -> None:
-        with empty_folder(tmp_path / "out") as draft:
+        with atomic_folder(tmp_path / "out") as draft:
             (draft / "half").write_text("half")
             raise KeyboardInterrupt
 
@@ -100,7 +100,7 @@ def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
 
 def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with empty_folder(tmp_path / "out") as draft:
+    with atomic_folder(tmp_path / "out") as draft:
         (draft / "all").write_text("all")
     assert (tmp_path / "out" / "all").read_text() == "all"
     assert len(list(tmp_path.iterdir())) == 1

@@ -14,15 +14,15 @@ from tasks.core.models import (
     add_lora,
     load_policy,
     load_reference,
-    load_scorer,
+    load_reward_model,
     load_tokenizer,
-    new_scorer,
+    new_reward_model,
     save_adapter,
 )
 from tasks.core.sections.lora import LoraParams
 from tests.conftest import tiny_model
 
-LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
+LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 IDS = torch.tensor([[3, 4, 5, 6]])
 
 
@@ -88,7 +88,7 @@ def test_policy_with_its_adapter_off_is_the_reference(base_model, tmp_path):
 
 
 def test_scorer_comes_back_as_it_was_saved(base_model, tmp_path):
-    scorer = add_lora(new_scorer(base_model, None, seed=3), LORA, seed=3, head="score", first_layer=1)
+    scorer = add_lora(new_reward_model(base_model, None, seed=3), LORA, seed=3, head="score", first_layer=1)
     with torch.no_grad():
         for parameter in scorer.parameters():
             if parameter.requires_grad:
@@ -96,22 +96,22 @@ def test_scorer_comes_back_as_it_was_saved(base_model, tmp_path):
     expected = scorer.eval()(IDS).logits
     (tmp_path / "scorer").mkdir()
     save_adapter(scorer, tmp_path / "scorer")
-    torch.testing.assert_close(load_scorer(base_model, None, tmp_path / "scorer")(IDS).logits, expected)
+    torch.testing.assert_close(load_reward_model(base_model, None, tmp_path / "scorer")(IDS).logits, expected)
 
 
 def test_first_layer_leaves_the_layers_below_without_adapters(base_model):
-    scorer = add_lora(new_scorer(base_model, None, seed=0), LORA, seed=0, head="score", first_layer=1)
+    scorer = add_lora(new_reward_model(base_model, None, seed=0), LORA, seed=0, head="score", first_layer=1)
     adapted = {name for name, parameter in scorer.named_parameters() if parameter.requires_grad and "lora" in name}
     assert adapted
     assert all("layers.1." in name for name in adapted)
     with pytest.raises(ModelError, match="first_layer is 2, but the model has 2 layers"):
-        add_lora(new_scorer(base_model, None, seed=0), LORA, seed=0, head="score", first_layer=2)
+        add_lora(new_reward_model(base_model, None, seed=0), LORA, seed=0, head="score", first_layer=2)
 
 
 def test_scorers_and_policies_adapt_the_modules_that_are_named_for_them(base_model):
     lora = LORA.model_copy(update={"target_modules": ("q_proj",), "scorer_modules": ("v_proj", "up_proj")})
     policy = add_lora(load_reference(base_model, None), lora, seed=0)
-    scorer = add_lora(new_scorer(base_model, None, seed=0), lora, seed=0, head="score", first_layer=1)
+    scorer = add_lora(new_reward_model(base_model, None, seed=0), lora, seed=0, head="score", first_layer=1)
     for model, expected in ((policy, {"q_proj"}), (scorer, {"v_proj", "up_proj"})):
         adapted = [name for name, value in model.named_parameters() if value.requires_grad and "lora_" in name]
         assert {name.split(".lora_")[0].rsplit(".", 1)[-1] for name in adapted} == expected
@@ -119,7 +119,7 @@ def test_scorers_and_policies_adapt_the_modules_that_are_named_for_them(base_mod
 
 def test_reward_head_starts_with_spread_one_over_root_d_plus_one(base_model):
     """d = 32: the 32 weights of N(0, 1/√33) have a sample spread within 40 % of 0.174 (3 standard errors)."""
-    weight = new_scorer(base_model, None, seed=0).score.weight
+    weight = new_reward_model(base_model, None, seed=0).score.weight
     assert weight.std().item() == pytest.approx(33**-0.5, rel=0.4)
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import ConfigError
-from tasks.core.params import Params, apply_changes, load_params, parse_override, preset_changes
+from tasks.core.params import Params, write_overrides, load_params, parse_override, load_preset
 from tasks.core.stage import stage_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -25,8 +25,8 @@ def test_there_are_presets_and_stages_to_test() -> None:
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
     """Valid on top of the shipped parameters, each of its keys does something, and every stage that is on gets all."""
-    changes = preset_changes(ROOT, preset)
-    assert apply_changes(params_yaml, [changes]), "a preset that changes nothing"
+    changes = load_preset(ROOT, preset)
+    assert write_overrides(params_yaml, [changes]), "a preset that changes nothing"
     params = load_params(params_yaml)
     for source in params.collect.sources:
         assert source.kind != "local" or (ROOT / source.id).is_file()
@@ -38,7 +38,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         kinds = [item.annotation for item in inspect.signature(function).parameters.values()]
         for argument, kind in zip(arguments, kinds, strict=False):
             assert argument is not None or kind.endswith(" | None"), f"{stage} reads a section that is off"
-    assert apply_changes(params_yaml, [changes]) == [], "applied twice it changes something again"
+    assert write_overrides(params_yaml, [changes]) == [], "applied twice it changes something again"
 
 
 @pytest.mark.parametrize(
@@ -90,7 +90,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
 def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem: str, params_yaml: Path) -> None:
     before = params_yaml.read_bytes()
     with pytest.raises(ConfigError, match=problem):
-        apply_changes(params_yaml, [parse_override(setting)])
+        write_overrides(params_yaml, [parse_override(setting)])
     assert params_yaml.read_bytes() == before
 
 
@@ -101,7 +101,7 @@ def test_a_curve_needs_a_judge_that_it_can_use(params_yaml: Path) -> None:
         "overoptimisation={prompts: 1, samples_per_prompt: 2, batch_size: 1, bootstrap_samples: 9}",
     )
     with pytest.raises(ConfigError, match="overoptimisation is on, but knows no judge"):
-        apply_changes(params_yaml, [parse_override(setting) for setting in settings])
+        write_overrides(params_yaml, [parse_override(setting) for setting in settings])
 
 
 @pytest.mark.parametrize(
@@ -135,7 +135,7 @@ def test_a_curve_needs_a_judge_that_it_can_use(params_yaml: Path) -> None:
 def test_a_rule_that_is_not_valid_is_named(rule: str, problem: str, params_yaml: Path) -> None:
     changes = [parse_override("reward.weights.mine=1"), parse_override(f"reward.rules.mine={rule}")]
     with pytest.raises(ConfigError, match=problem):
-        apply_changes(params_yaml, changes)
+        write_overrides(params_yaml, changes)
 
 
 def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_yaml: Path) -> None:
@@ -144,7 +144,7 @@ def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_ya
         "reward.rules={length: {target: 3}, brief: {function: length, target: 5}, loud: {function: 'example:shout', "
         "at_most: 0.5, floor: -1}}",
     ]
-    apply_changes(params_yaml, [parse_override(text) for text in settings])
+    write_overrides(params_yaml, [parse_override(text) for text in settings])
     rules = load_params(params_yaml).reward.rules
     assert {name: rule.function for name, rule in rules.items()} == {
         "length": "length", "brief": "length", "loud": "example:shout", "readability": "readability",
@@ -156,14 +156,14 @@ def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_ya
 
 def test_vader_judges_nothing_that_it_pays(params_yaml: Path) -> None:
     with pytest.raises(ConfigError, match=r"evaluate\.vader is true, but the reward's component sentiment is VADER"):
-        apply_changes(params_yaml, [parse_override("reward.weights.sentiment=1")])
+        write_overrides(params_yaml, [parse_override("reward.weights.sentiment=1")])
 
 
 def test_a_margin_needs_its_judge(params_yaml: Path) -> None:
     vader = [parse_override("gate.margins.win_rate_vader=0.1")]
-    apply_changes(params_yaml, vader)
+    write_overrides(params_yaml, vader)
     with pytest.raises(ConfigError, match=r"gate\.margins names win_rate_vader, but evaluate\.vader is false"):
-        apply_changes(params_yaml, [parse_override("evaluate.vader=false")])
+        write_overrides(params_yaml, [parse_override("evaluate.vader=false")])
 
 
 def test_params_of_before_margins_name_the_old_key_and_the_new_one(params_yaml: Path) -> None:
@@ -176,7 +176,7 @@ def test_params_of_before_margins_name_the_old_key_and_the_new_one(params_yaml: 
 
 def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> None:
     changes = ["base_model={kind: hub, id: owner/name}", "reward.weights={length: 0.5}", "reward.weights.repetition=2"]
-    apply_changes(params_yaml, [parse_override(text) for text in changes])
+    write_overrides(params_yaml, [parse_override(text) for text in changes])
     params = load_params(params_yaml)
     assert (params.base_model.id, params.base_model.file, params.base_model.pad_token) == ("owner/name", "", "")
     assert params.reward.weights == {"length": 0.5, "repetition": 2.0}
@@ -185,25 +185,25 @@ def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> N
 def test_a_preset_and_settings_stack(params_yaml: Path) -> None:
     """As the preset overoptimised says how to train against an ensemble."""
     settings = ["reward_model.members=4", "reward.combine=uncertainty"]
-    apply_changes(params_yaml, [preset_changes(ROOT, "overoptimised"), *map(parse_override, settings)])
+    write_overrides(params_yaml, [load_preset(ROOT, "overoptimised"), *map(parse_override, settings)])
     params = load_params(params_yaml)
     assert params.reward_model
-    assert (params.reward_model.members, params.reward.combine) == (4, "uncertainty")
+    assert (params.reward_model.members, params.reward.ensemble_reduction) == (4, "uncertainty")
     assert params.ppo
     assert params.ppo.kl_coef == 0
 
 
 def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
-    assert apply_changes(params_yaml, [parse_override("reward.weights.repetition=null")]) == [
+    assert write_overrides(params_yaml, [parse_override("reward.weights.repetition=null")]) == [
         "reward.weights.repetition: 0.5 → removed"
     ]
     assert load_params(params_yaml).reward.weights == {"learned": 1.0}
     with pytest.raises(ConfigError, match=r"ppo\.gamma: missing; add it"):
-        apply_changes(params_yaml, [parse_override("ppo.gamma=null")])
+        write_overrides(params_yaml, [parse_override("ppo.gamma=null")])
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(
         ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gsm8k, harmless,"
     ):
-        preset_changes(ROOT, "large")
+        load_preset(ROOT, "large")

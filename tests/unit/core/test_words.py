@@ -1,14 +1,14 @@
 import pytest
 
-from tasks.core.words import distinct_n, ngrams, repeated_share, words
+from tasks.core.words import distinct_n, ngrams, repetition_rate, tokenize_words
 
 
 def test_words_are_lower_case_and_without_punctuation() -> None:
-    assert words("It's GOOD -- really, good! 2nd-rate?") == ["it's", "good", "really", "good", "2nd", "rate"]
+    assert tokenize_words("It's GOOD -- really, good! 2nd-rate?") == ["it's", "good", "really", "good", "2nd", "rate"]
 
 
 def test_words_of_signs_alone_are_none() -> None:
-    assert words(" ... !? -- ") == []
+    assert tokenize_words(" ... !? -- ") == []
 
 
 def test_ngrams_are_neighbours_in_order() -> None:
@@ -29,7 +29,7 @@ def test_ngrams_are_neighbours_in_order() -> None:
     ],
 )
 def test_repeated_share_counts_pairs_said_before(text: str, share: float) -> None:
-    assert repeated_share(text) == pytest.approx(share)
+    assert repetition_rate(text) == pytest.approx(share)
 
 
 def test_distinct_n_is_over_all_texts_together() -> None:

@@ -11,7 +11,7 @@ import pytest
 from tasks.core.errors import DataError
 from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row
 from tasks.core.sections.prepare import PrepareParams
-from tasks.data.cleaning import Cleaned, check_quarantine, clean, in_length, key
+from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, split_key
 
 BOUNDS = PrepareParams(
     prompt_words=1, min_words=2, max_words=4, near_duplicate_threshold=0.7, validation_share=0.1, test_share=0.1,
@@ -90,9 +90,9 @@ def test_prompt_and_response_make_one_text_with_its_inner_white_space(
 
 def test_the_bound_on_malformed_rows_is_exclusive_and_the_message_shows_the_first(tmp_path: Path) -> None:
     bad = [{"file": "a.jsonl", "line": line, "reason": f"reason {line}"} for line in range(1, 8)]
-    check_quarantine(Cleaned(quarantine=bad[:1], collected=4), tmp_path / "q.jsonl", 0.25)
+    check_quarantine(CleanResult(quarantine=bad[:1], collected=4), tmp_path / "q.jsonl", 0.25)
     with pytest.raises(DataError) as caught:
-        check_quarantine(Cleaned(quarantine=bad, collected=20), tmp_path / "q.jsonl", 0.25)
+        check_quarantine(CleanResult(quarantine=bad, collected=20), tmp_path / "q.jsonl", 0.25)
     message = str(caught.value)
     assert "7 of 20 rows (35.00%) are malformed" in message
     assert "prepare.max_quarantine_share allows (25.00%)" in message
@@ -102,8 +102,8 @@ def test_the_bound_on_malformed_rows_is_exclusive_and_the_message_shows_the_firs
 
 
 def kept(*rows: Row) -> tuple[list[str], dict[str, int]]:
-    cleaned = Cleaned(rows=list(rows))
-    return [row.id for row in in_length(cleaned, BOUNDS)], dict(cleaned.dropped)
+    cleaned = CleanResult(rows=list(rows))
+    return [row.id for row in filter_by_length(cleaned, BOUNDS)], dict(cleaned.dropped)
 
 
 def test_length_bounds_include_their_ends_and_count_what_they_drop() -> None:
@@ -126,11 +126,11 @@ def test_preferences_that_agree_as_far_as_is_read_are_dropped() -> None:
 def test_rows_that_share_a_prompt_share_a_key() -> None:
     one = Preference(id="1", prompt="p", chosen="a", rejected="b")
     other = Demonstration(id="2", prompt="p", response="c")
-    assert key(one) == key(other) == key(Prompt(id="3", prompt="p")) == "p"
+    assert split_key(one) == split_key(other) == split_key(Prompt(id="3", prompt="p")) == "p"
     alone = Preference(id="1", prompt="", chosen="a", rejected="b")
-    assert key(alone) == "a\nb"
-    assert key(Demonstration(id="2", prompt="", response="c")) == "c"
-    assert key(Rating(id="2", text="t", ratings=(1,))) == "t"
+    assert split_key(alone) == "a\nb"
+    assert split_key(Demonstration(id="2", prompt="", response="c")) == "c"
+    assert split_key(Rating(id="2", text="t", ratings=(1,))) == "t"
 
 
 def test_without_cards_or_rows_the_message_names_the_stage(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import SourceError
-from tasks.data.film_reviews import INNER, RATINGS, TEXTS, read_film_reviews, tidy
+from tasks.data.film_reviews import INNER, RATINGS, TEXTS, read_film_reviews, clean_text
 
 
 def packed(members: dict[str, bytes]) -> bytes:
@@ -82,4 +82,4 @@ def test_a_package_without_the_archive_is_refused(tmp_path: Path) -> None:
     ],
 )
 def test_artefacts_of_the_export_are_undone(raw: str, clean: str) -> None:
-    assert tidy(raw) == clean
+    assert clean_text(raw) == clean

@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from tasks.core.errors import DataError, SourceError
 from tasks.core.schema import Demonstration, Preference
 from tasks.core.sections.collect import SourceParams
-from tasks.data.sources import Collected, collect_source
+from tasks.data.sources import SourceRows, collect_source
 
 
 @pytest.fixture(autouse=True)
@@ -24,7 +24,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def collected(root: Path, content: list[Any], **more: Any) -> Collected:
+def collected(root: Path, content: list[Any], **more: Any) -> SourceRows:
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return collect_source(SourceParams(name="mine", kind="local", id="a.jsonl", **more), 0)
 

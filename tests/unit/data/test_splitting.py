@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tasks.core.sections.prepare import PrepareParams
-from tasks.data.splitting import half_of, in_stable_order, split_of, uniform
+from tasks.data.splitting import rater_half, in_stable_order, split_of, hash_uniform
 
 PARAMS = PrepareParams(
     prompt_words=1, min_words=2, max_words=9, near_duplicate_threshold=0.7, validation_share=0.1, test_share=0.2,
@@ -19,11 +19,11 @@ TEXTS = [f"text number {number}" for number in range(20_000)]
 
 def test_the_number_is_the_documented_hash() -> None:
     digest = hashlib.blake2b(b"3\x1fsplit\x1fcaf\xc3\xa9", digest_size=8).hexdigest()
-    assert uniform("café", 3, "split") == pytest.approx(int(digest, 16) / 2**64)
+    assert hash_uniform("café", 3, "split") == pytest.approx(int(digest, 16) / 2**64)
 
 
 def test_shares_are_met_and_halves_do_not_depend_on_splits() -> None:
-    counts = Counter((split_of(text, PARAMS, 0), half_of(text, PARAMS, 0)) for text in TEXTS)
+    counts = Counter((split_of(text, PARAMS, 0), rater_half(text, PARAMS, 0)) for text in TEXTS)
     shares = {"train": 0.7, "validation": 0.1, "test": 0.2}
     for split, share in shares.items():
         for half, part in {"proxy": 0.6, "gold": 0.4}.items():

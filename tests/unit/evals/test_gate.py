@@ -17,7 +17,7 @@ PARAMS = GateParams(
     policy="best",
     min_win_rate=0.5,
     max_kl=10,
-    allowed_findings=["length_drift"],
+    allowed_detectors=["length_drift"],
     margins={"win_rate": 0.05, "repetition": 0.05},
 )
 

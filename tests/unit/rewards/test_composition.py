@@ -5,7 +5,7 @@ from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.core.schema import Prompt
-from tasks.core.sections.reward import Priority, RewardParams, Scale
+from tasks.core.sections.reward import Priority, RewardParams, Normaliser
 from tasks.rewards.composition import CompositeReward, build_reward
 
 PROMPTS, RESPONSES = ["A film", "The end"], [" so so so", " is near"]
@@ -149,8 +149,8 @@ def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported
     with pytest.raises(ValidationError, match=r"reward\.normalise\.length: .*below 0.*`by: fixed`"):
         RewardParams(weights={"length": 1.0, "answer": 1.0}, **section)
     with pytest.raises(ValidationError, match=r"reward\.normalise\.length"):
-        RewardParams(weights={"length": 0.0, "answer": 1.0}, curriculum={"length": {1: 1.0, 2: 0.0}}, **section)
-    assert RewardParams(weights={"length": 0.0, "answer": 1.0}, **section).normalise["length"].by == "batch"
+        RewardParams(weights={"length": 0.0, "answer": 1.0}, weight_schedule={"length": {1: 1.0, 2: 0.0}}, **section)
+    assert RewardParams(weights={"length": 0.0, "answer": 1.0}, **section).normalisation["length"].by == "batch"
 
 
 def test_one_component_runs_programs() -> None:
@@ -168,7 +168,7 @@ def test_a_product_of_what_is_no_share_is_refused_and_a_scale_cures_it() -> None
     below = {"a": _constant(1.0, 1.0), "b": _constant(-0.5, 0.0)}
     with pytest.raises(TrainingError, match=r"'b' is -0\.5, and reward\.composition: product needs values in \[0, 1\]"):
         CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product")(PROMPTS, RESPONSES)
-    scales = {"b": Scale(mean=-1.0, std=1.0)}
+    scales = {"b": Normaliser(mean=-1.0, std=1.0)}
     cured = CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product", scales=scales)(PROMPTS, RESPONSES)
     assert cured.total.tolist() == [0.5, 1.0]
     assert cured.components["b"].tolist() == [-0.5, 0.0], "components are reported as they are"
@@ -194,7 +194,7 @@ def test_a_gate_leaves_at_most_the_floor() -> None:
 
 def test_a_batch_gives_the_scale_in_training_and_the_first_batch_outside() -> None:
     seen = iter([[1.0, 3.0], [1.0, 5.0], [4.0, 4.0], [1.0, 3.0], [5.0, 5.0]])
-    reward = CompositeReward({"a": lambda prompts, responses: next(seen)}, {"a": 2.0}, scales={"a": Scale(by="batch")})
+    reward = CompositeReward({"a": lambda prompts, responses: next(seen)}, {"a": 2.0}, scales={"a": Normaliser(by="batch")})
     training = [reward(PROMPTS, RESPONSES, update).total.tolist() for update in (1, 2, 3)]
     assert training == [[-2.0, 2.0], [-2.0, 2.0], [0.0, 0.0]]
     outside = [reward(PROMPTS, RESPONSES).total.tolist() for _ in range(2)]
@@ -206,7 +206,7 @@ def test_a_batch_gives_the_scale_in_training_and_the_first_batch_outside() -> No
 def test_a_curriculum_is_linear_between_its_points_and_flat_outside(update: int, weight: float) -> None:
     reward = CompositeReward(
         {"a": _constant(1.0, 2.0), "b": _constant(0.0, 0.0)}, {"a": 1.0, "b": 5.0},
-        curriculum={"a": {2: 1.0, 6: 3.0, 8: 1.0}}, scales={"b": Scale(std=10.0)},
+        curriculum={"a": {2: 1.0, 6: 3.0, 8: 1.0}}, scales={"b": Normaliser(std=10.0)},
     )  # fmt: skip
     assert reward(PROMPTS, RESPONSES, update).total.tolist() == [weight, 2 * weight]
     assert reward.weights_at(update) == {"a": weight, "b": 5.0}
@@ -225,8 +225,8 @@ def test_the_section_describes_all_of_it() -> None:
         rules={"length": {"target": 2, "tolerance": 2}, "short": {"function": "format", "pattern": ".{0,7}"}},
         gates={"short": 1.0},
         floor=-1.0,
-        normalise={"repetition": {"mean": -1.0, "std": 0.5}},
-        curriculum={"length": {1: 3.0, 2: 1.0}},
+        normalisation={"repetition": {"mean": -1.0, "std": 0.5}},
+        weight_schedule={"length": {1: 3.0, 2: 1.0}},
     )
     outcome = build_reward(params, [], None)(PROMPTS, RESPONSES, 1)
     assert {name: own.tolist() for name, own in outcome.components.items()} == {

@@ -43,7 +43,7 @@ def test_most_of_a_batch_of_eight_is_no_accident(failing: int, of: int, stops: b
         with pytest.raises(TrainingError, match=rf"'inverse' fails on {failing} of {of} responses.*ZeroDivisionError"):
             rule.measured(["p"] * of, responses)
     else:
-        assert rule.measured(["p"] * of, responses)[1]["failures/inverse"].sum() == failing
+        assert rule.measured(["p"] * of, responses)[1]["failures/inverse"].merged_weight() == failing
 
 
 def test_failures_reach_the_reward_as_a_measure() -> None:

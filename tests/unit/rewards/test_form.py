@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from tasks.core.errors import DataError
-from tasks.core.sections.rules import OPTIONS, InstructionsRule
+from tasks.core.sections.rules import RULE_OPTIONS, InstructionsRule
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.form import form
 from tasks.rewards.rules.instructions import checks
@@ -22,7 +22,7 @@ PERSON = {
 
 def score(rule: str, response: str, answer: str | None = None, **options: object) -> float:
     answers = {} if answer is None else {"p": answer}
-    return RULES[rule](OPTIONS[rule](function=rule, **options), answers).score("p", response)
+    return RULES[rule](RULE_OPTIONS[rule](function=rule, **options), answers).score("p", response)
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ NOWHERE = {"$ref": "#/$defs/nowhere"}
 @pytest.mark.parametrize("schema", [NOWHERE, {"properties": {"a": {"items": NOWHERE}}}, {"$ref": "http://a.b/c.json"}])
 def test_a_reference_that_leads_nowhere_is_refused(schema: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=r"(?s)json_schema.*\$ref .*(nowhere|c\.json).* is not in the schema"):
-        OPTIONS["json_schema"](function="json_schema", json_schema=schema)
+        RULE_OPTIONS["json_schema"](function="json_schema", json_schema=schema)
 
 
 SCHEMAS = "https://json-schema.org/draft/2020-12/schema"
@@ -100,7 +100,7 @@ def test_references_within_the_schema_and_to_the_one_of_schemas_are_followed() -
 )
 def test_constraints_that_nothing_keeps_are_refused(options: dict[str, object], problem: str) -> None:
     with pytest.raises(ValidationError, match=problem):
-        OPTIONS["instructions"](function="instructions", **options)
+        RULE_OPTIONS["instructions"](function="instructions", **options)
 
 
 @pytest.mark.parametrize(
@@ -172,4 +172,4 @@ def test_naming_every_candidate_costs() -> None:
 @pytest.mark.parametrize("answer", ["", "a|", '["Ada", ""]', "[]", '["Ada"'])
 def test_facts_that_are_none_are_an_error(answer: str) -> None:
     with pytest.raises(DataError, match="the facts"):
-        RULES["facts"](OPTIONS["facts"](function="facts"), {"Who?": "Ada", "And?": answer})
+        RULES["facts"](RULE_OPTIONS["facts"](function="facts"), {"Who?": "Ada", "And?": answer})

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 
 from tasks.core.errors import ModelError
 from tasks.core.linear import FrozenLora
-from tasks.core.models import add_lora, load_beside, load_scorer, new_scorer, save_adapter
+from tasks.core.models import add_lora, add_adapter, load_reward_model, new_reward_model, save_adapter
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
 from tasks.rewards.familiarity import Familiarity
@@ -46,7 +46,7 @@ class Words:
 
 @pytest.fixture
 def scorer(base_model):  # noqa: F811
-    return new_scorer(base_model, None, seed=1).eval()
+    return new_reward_model(base_model, None, seed=1).eval()
 
 
 def test_encoding_ends_with_the_end_token_also_when_cut():
@@ -142,12 +142,12 @@ def test_a_pass_also_measures():
     assert {name: own.tolist() for name, own in alone.measured([""], ["a"])[1].items()} == {"unfamiliar": [1.0]}
 
 
-LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", scorer_modules="all-linear")
+LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 
 
 def write_member(of, number):
     """An adapter and a head that differ from every other member's."""
-    model = add_lora(new_scorer(of / "base_model", None, seed=number), LORA, seed=number, head="score")
+    model = add_lora(new_reward_model(of / "base_model", None, seed=number), LORA, seed=number, head="score")
     draw = torch.Generator().manual_seed(number)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
@@ -185,7 +185,7 @@ def test_members_over_one_trunk_are_those_loaded_alone(world):
     assert together.shape == (3, 4)
     for number in range(3):
         folder = member_folder(world / "reward_model", number)
-        scorer = TextScorer(load_scorer(world / "base_model", world / "sft", folder), letter_tokenizer(), max_length=32)
+        scorer = TextScorer(load_reward_model(world / "base_model", world / "sft", folder), letter_tokenizer(), max_length=32)
         raw = scorer([prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
@@ -195,12 +195,12 @@ def test_members_over_one_trunk_are_those_loaded_alone(world):
 
 
 def test_every_member_has_its_own_head_and_the_fast_layers(world):
-    scorer = load_scorer(world / "base_model", world / "sft", world / "reward_model")
-    load_beside(scorer, "second", member_folder(world / "reward_model", 1))
+    scorer = load_reward_model(world / "base_model", world / "sft", world / "reward_model")
+    add_adapter(scorer, "second", member_folder(world / "reward_model", 1))
     layers = [module for module in scorer.modules() if isinstance(module, FrozenLora)]
     assert len(layers) == 14
     scorer.set_adapter("second", inference_mode=True)
-    assert all(layer._plain() and set(layer.lora_A) == {"default", "second"} for layer in layers)
+    assert all(layer._is_simple_adapter() and set(layer.lora_A) == {"default", "second"} for layer in layers)
     file = member_folder(world / "reward_model", 1) / "adapter" / "adapter_model.safetensors"
     (head,) = (value for name, value in load_file(file).items() if "score" in name)
     assert torch.equal(scorer.score.weight, head)

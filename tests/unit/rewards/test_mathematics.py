@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.sections.rules import MathematicsRule
+from tasks.core.sections.rules import MathRule
 from tasks.rewards.counting import Counted
 from tasks.rewards.rules import comparing
 from tasks.rewards.rules.mathematics import Comparing, mathematics_rule
@@ -71,14 +71,14 @@ def test_a_right_answer_that_is_no_mathematics_is_a_failure_of_the_sample(equal:
 def test_words_as_right_answers_are_refused_at_the_start(answer: str) -> None:
     """They would be read as products of letters, in which Paris equals Pairs."""
     with pytest.raises(DataError, match=rf"`answer` {answer!r} of the prompt 'Where\?' is words.*`answer` or `facts`"):
-        mathematics_rule(MathematicsRule(function="mathematics"), {"Six?": "6", "Where?": answer})
+        mathematics_rule(MathRule(function="mathematics"), {"Six?": "6", "Where?": answer})
 
 
 @pytest.mark.parametrize(
     "answer", ["6", "xy", "ab", "x", "$abc$", r"\infty", r"\text{Paris}", "sin(x)", "sqrt(2)", "x + abc", "2 m", ""]
 )
 def test_mathematics_as_right_answers_is_taken(answer: str) -> None:
-    mathematics_rule(MathematicsRule(function="mathematics"), {"Where?": answer})
+    mathematics_rule(MathRule(function="mathematics"), {"Where?": answer})
 
 
 def test_what_cannot_be_compared_is_a_failure_and_the_next_sample_is_not() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.sections.rules import OPTIONS
+from tasks.core.sections.rules import RULE_OPTIONS
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.answers import right_answer, right_in_form
 from tasks.rewards.rules.style import length, repetition
@@ -39,7 +39,7 @@ def test_very_short_responses_have_nothing_to_repeat(response: str) -> None:
 
 
 def test_every_rule_has_options_and_every_option_a_rule() -> None:
-    assert set(RULES) == set(OPTIONS)
+    assert set(RULES) == set(RULE_OPTIONS)
 
 
 def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> None:
@@ -47,7 +47,7 @@ def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> No
     options = {"answer": {}, "length": {"target": 4, "tolerance": 2}, "repetition": {}}
     scores = {}
     for name, chosen in options.items():
-        rule = RULES[name](OPTIONS[name](function=name, **chosen), answers)
+        rule = RULES[name](RULE_OPTIONS[name](function=name, **chosen), answers)
         scores[name] = [rule.score(prompt, response) for response in (_text(3), " so so so")]
     assert scores == {"answer": [0.0, 1.0], "length": [0.5, 0.5], "repetition": [0.0, -0.5]}
 

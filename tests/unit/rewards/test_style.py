@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from tasks.core.errors import ConfigError
-from tasks.core.sections.rules import OPTIONS
+from tasks.core.sections.rules import RULE_OPTIONS
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.style import readability, reading_ease, sentences, syllables
 
@@ -13,7 +13,7 @@ BAND = {"low": 50.0, "high": 90.0, "tolerance": 40.0, "min_words": 5}
 
 
 def score(rule: str, response: str, **options: object) -> float:
-    return RULES[rule](OPTIONS[rule](function=rule, **options), {}).score("p", response)
+    return RULES[rule](RULE_OPTIONS[rule](function=rule, **options), {}).score("p", response)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.core.models import add_lora, new_scorer, prepare_process
+from tasks.core.models import add_lora, new_reward_model, init_process
 from tasks.core.schema import Preference
 from tasks.core.training import HistoryCallback, train_or_resume
 from tasks.rewards.scorers import TextScorer
@@ -39,7 +39,7 @@ def base(tmp_path: Path) -> Path:
 
 
 def fresh(base: Path, heads: int = 1) -> Any:
-    scorer = new_scorer(base, None, seed=1, heads=heads)
+    scorer = new_reward_model(base, None, seed=1, heads=heads)
     return add_lora(scorer, LORA, seed=1, head="score")
 
 
@@ -48,7 +48,7 @@ def scores(base: Path, texts: list[str], heads: int = 1) -> torch.Tensor:
 
 
 def first_loss(make: Any, base: Path, *args: Any, heads: int = 1, **kwargs: Any) -> float:
-    prepare_process()
+    init_process()
     history = HistoryCallback("test")
     trainer = make(Recipe, fresh(base, heads), letter_tokenizer(), *args, seed=0, callbacks=[history], **kwargs)
     train_or_resume(trainer)

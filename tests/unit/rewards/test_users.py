@@ -11,7 +11,7 @@ import tasks.rewards.custom
 from tasks.core.errors import ConfigError
 from tasks.core.schema import Prompt
 from tasks.core.sections import custom
-from tasks.core.sections.custom import check_custom
+from tasks.core.sections.custom import check_custom_rule
 from tasks.core.sections.reward import RewardParams
 from tasks.rewards.composition import build_reward
 
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "import no_such_package\ndef f(prompt, response, answer): ...", encoding="utf-8"
     )
     (tmp_path / "crooked.py").write_text("def f(:", encoding="utf-8")
-    monkeypatch.setattr(custom, "CUSTOM", tmp_path)
+    monkeypatch.setattr(custom, "CUSTOM_DIR", tmp_path)
     monkeypatch.setattr(tasks.rewards.custom, "__path__", [str(tmp_path)])
     for name in ("mine", "broken"):
         monkeypatch.delitem(sys.modules, f"tasks.rewards.custom.{name}", raising=False)
@@ -74,7 +74,7 @@ def test_what_is_not_there_is_said_before_anything_runs(
     function: str, options: dict[str, object], problem: str, folder: Path
 ) -> None:
     with pytest.raises(ValueError, match=problem):
-        check_custom(function, options)
+        check_custom_rule(function, options)
 
 
 def test_a_module_that_cannot_be_imported_is_named(folder: Path) -> None:

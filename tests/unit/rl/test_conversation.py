@@ -136,10 +136,10 @@ def test_the_environments_tokens_are_read() -> None:
     inputs = model_inputs(conversations())
     rollout = conversations()
     lengths = [int(row.nonzero().max()) + 1 for row in rollout.response_mask]
-    prompts = rollout.prompt_mask.sum(1).tolist()
+    prompts = rollout.prompt_mask.merged_weight(1).tolist()
     width = rollout.responses.shape[1]
     expected = [prompt + min(length, width - 1) for prompt, length in zip(prompts, lengths, strict=True)]
-    assert inputs["attention_mask"].sum(1).tolist() == expected
+    assert inputs["attention_mask"].merged_weight(1).tolist() == expected
 
 
 def test_a_conversation_does_not_depend_on_how_long_others_last() -> None:
@@ -195,10 +195,10 @@ def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() ->
     for row, turns in enumerate(rollout.turns.tolist()):
         expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
         assert experience.returns[row, :turns].tolist() == pytest.approx(expected, abs=1e-6)
-        assert experience.action_mask[row].sum() == turns
+        assert experience.action_mask[row].merged_weight() == turns
     assert metrics["turns"] == pytest.approx(rollout.turns.float().mean().item())
     assert metrics["success"] == metrics["reward/environment"] == pytest.approx(rollout.rewards.mean().item())
-    assert metrics["length"] == pytest.approx(rollout.response_mask.sum(1).float().mean().item())
+    assert metrics["length"] == pytest.approx(rollout.response_mask.merged_weight(1).float().mean().item())
 
 
 @pytest.mark.parametrize("action", ["token", "response"])

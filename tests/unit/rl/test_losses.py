@@ -251,7 +251,7 @@ def test_temperature_divides_the_logits() -> None:
 def test_logprob_gradient_by_hand() -> None:
     # ([v = token] − p_v) / temperature, times the incoming gradient 3; p = (0.5, 0.25, 0.25) at temperature 2.
     logits = (HALVES * 2).expand(1, 1, 3).clone().requires_grad_()
-    (3 * logprobs_from_logits(logits, torch.tensor([[1]]), 2.0)).sum().backward()
+    (3 * logprobs_from_logits(logits, torch.tensor([[1]]), 2.0)).merged_weight().backward()
     assert logits.grad is not None
     assert logits.grad.flatten().tolist() == pytest.approx([-0.75, 1.125, -0.375], abs=1e-15)
 
@@ -266,8 +266,8 @@ def test_logprobs_and_their_gradient_agree_with_torch(temperature: float) -> Non
     result = logprobs_from_logits(ours[:, :-1], tokens, temperature)  # a slice: not contiguous
     expected = torch.log_softmax(theirs[:, :-1] / temperature, -1).gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
-    (result * weight).sum().backward()
-    (expected * weight).sum().backward()
+    (result * weight).merged_weight().backward()
+    (expected * weight).merged_weight().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -279,7 +279,7 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     expected = torch.log_softmax(logits.detach().double() / 0.7, -1).gather(-1, tokens[..., None])[..., 0]
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
-    result.sum().backward()
+    result.merged_weight().backward()
     assert logits.grad is not None
     assert logits.grad.dtype == torch.bfloat16
     entropy = entropy_from_logits(logits.detach(), 0.7)
@@ -313,7 +313,7 @@ def test_the_gradient_takes_the_place_of_the_logits_only_where_allowed() -> None
         leaf = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)
         logits = leaf * 1
         before = logits.detach().clone()
-        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, overwrite=overwrite).sum().backward()
+        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, overwrite=overwrite).merged_weight().backward()
         assert torch.equal(logits.detach(), before) is not overwrite
         expected = torch.tensor([0.0, 1.0, 0.0]) - before[0, 0].softmax(-1)
         torch.testing.assert_close(leaf.grad[0, 0], expected)

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.core.errors import DataError
 from tasks.core.schema import Prompt
-from tasks.core.words import words
+from tasks.core.words import tokenize_words
 from tasks.rl.environments.dialogue import BETWEEN, Step, opening
 from tasks.rl.environments.service_bot import WISHES, ServiceBot, dialogues
 
@@ -62,7 +62,7 @@ def test_nothing_less_is_paid(turn: str, answer: str) -> None:
 def test_an_answer_to_a_wrong_turn_does_not_hold_what_would_be_right() -> None:
     for turn in (" Monday?", " So a table on Monday at eight for two?"):
         (step,) = said(turn)
-        assert not set(words(step.observation)) & {"friday", "seven", "four"}
+        assert not set(tokenize_words(step.observation)) & {"friday", "seven", "four"}
 
 
 def test_case_and_order_do_not_matter() -> None:
@@ -99,8 +99,8 @@ def test_the_opening_holds_given_details_alone() -> None:
     for row in islice(dialogues(list(WISHES), seed=1), 200):
         goal = json.loads(row["answer"])
         asked = re.findall(r"User: ([^\n]*)\nBot:", row["response"])
-        heard = set(words(row["prompt"]))
-        answers = set(words(" ".join(asked)))
+        heard = set(tokenize_words(row["prompt"]))
+        answers = set(tokenize_words(" ".join(asked)))
         for slot in WISHES[goal["wish"]].slots:
             value = goal[slot.name].lower()
             assert (value in heard) != (value in answers)
@@ -115,7 +115,7 @@ def test_values_of_a_wish_are_single_words_and_tell_its_slots_apart() -> None:
     for wish in WISHES.values():
         values = [value.lower() for slot in wish.slots for value in slot.values]
         assert len(set(values)) == len(values)
-        assert all(words(value) == [value] for value in values)
+        assert all(tokenize_words(value) == [value] for value in values)
         assert not set(values) & {word for slot in wish.slots for word in slot.asked}
 
 
