@@ -20,7 +20,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 
-BARE = """
+BARE_STAGES = """
 import importlib, os
 from tasks.core import versioning
 from tasks.core.params import load_params
@@ -38,39 +38,39 @@ for name in versioning.graph():
 """
 
 
-def seconds(project: Path, *words: str) -> float:
-    ours = ("PREFECT", "MLFLOW", "RLHF", "PYTHONPATH")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(ours)}
-    begun = time.perf_counter()
-    done = subprocess.run(
-        [sys.executable, *words], cwd=project, env=environment, capture_output=True, text=True, check=False
+def run_seconds(project: Path, *args: str) -> float:
+    prefixes = ("PREFECT", "MLFLOW", "RLHF", "PYTHONPATH")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(prefixes)}
+    started = time.perf_counter()
+    completed = subprocess.run(
+        [sys.executable, *args], cwd=project, env=environment, capture_output=True, text=True, check=False
     )
-    if done.returncode:
-        sys.exit(f"{words}: {done.stdout}{done.stderr}")
-    return time.perf_counter() - begun
+    if completed.returncode:
+        sys.exit(f"{args}: {completed.stdout}{completed.stderr}")
+    return time.perf_counter() - started
 
 
-def forget(project: Path) -> None:
+def clear_outputs(project: Path) -> None:
     """Everything that was computed here."""
     for name in ("artifacts", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(project / name, ignore_errors=True)
     (project / "dvc.lock").unlink(missing_ok=True)
 
 
-def measure(project: Path) -> dict[str, float]:
+def time_all(project: Path) -> dict[str, float]:
     rlhf = ("-m", "flows.cli")
-    found = {}
-    scratch = {"bare stages": ("-c", BARE), "dvc repro": ("-m", "dvc", "repro"), "run": (*rlhf, "run")}
-    for name, words in scratch.items():
-        forget(project)
-        found[name] = seconds(project, *words)
-    found["cached run"] = seconds(project, *rlhf, "run")
-    seconds(project, *rlhf, "up", "--prefect-port", "4299", "--mlflow-port", "5099")
+    timings = {}
+    scratch = {"bare stages": ("-c", BARE_STAGES), "dvc repro": ("-m", "dvc", "repro"), "run": (*rlhf, "run")}
+    for name, args in scratch.items():
+        clear_outputs(project)
+        timings[name] = run_seconds(project, *args)
+    timings["cached run"] = run_seconds(project, *rlhf, "run")
+    run_seconds(project, *rlhf, "up", "--prefect-port", "4299", "--mlflow-port", "5099")
     try:
-        found["cached run, services up"] = seconds(project, *rlhf, "run")
+        timings["cached run, services up"] = run_seconds(project, *rlhf, "run")
     finally:
-        seconds(project, *rlhf, "down")
-    return found
+        run_seconds(project, *rlhf, "down")
+    return timings
 
 
 def main() -> None:
@@ -80,9 +80,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-flow-") as folder:
         project = Path(folder) / "project"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
-        seconds(project, "-m", "flows.cli", "run", "base_model", "--preset", "tiny")  # writes the preset
-        rounds = [measure(project) for _ in range(repetitions)]
-    medians = {name: round(statistics.median(found[name] for found in rounds), 1) for name in rounds[0]}
+        run_seconds(project, "-m", "flows.cli", "run", "base_model", "--preset", "tiny")  # writes the preset
+        rounds = [time_all(project) for _ in range(repetitions)]
+    medians = {name: round(statistics.median(timings[name] for timings in rounds), 1) for name in rounds[0]}
     for name, median in medians.items():
         print(f"{name:<25} {median:6.1f} s")
     medians["overhead"] = round(medians["run"] - medians["bare stages"], 1)

@@ -30,7 +30,7 @@ PROMPTS, SAMPLES, UPDATES = 8, 4, 3
 NEVER_SAMPLED = "<gh_stars>"
 
 
-class Laps(TrainerCallback):
+class UpdateTimer(TrainerCallback):
     """Seconds of each update, the first left out."""
 
     def __init__(self) -> None:
@@ -43,7 +43,7 @@ class Laps(TrainerCallback):
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
-def updates(side: str) -> list[float]:
+def update_seconds(side: str) -> list[float]:
     """Seconds of each update of one fresh trainer."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
@@ -58,7 +58,7 @@ def updates(side: str) -> list[float]:
     if side == "ours":
         freeze_for_onednn(model)
         config, options = register_frozen_lora(config), {"rollout_func": RolloutFunction(params, generation, tokenizer, 0)}
-    laps = Laps()
+    timer = UpdateTimer()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = GRPOConfig(
@@ -68,12 +68,12 @@ def updates(side: str) -> list[float]:
         )  # fmt: skip
         trainer = GRPOTrainer(
             model=model, reward_funcs=[lambda completions, **_: [float(len(text) % 7) for text in completions]],
-            args=arguments, processing_class=tokenizer, peft_config=config, callbacks=[laps], **options,
+            args=arguments, processing_class=tokenizer, peft_config=config, callbacks=[timer], **options,
             train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(row) for row in prompts(PROMPTS)]}),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return laps.seconds()
+    return timer.seconds()
 
 
 def main() -> None:
@@ -85,7 +85,7 @@ def main() -> None:
     times: dict[str, list[float]] = {"ours": [], "default": []}
     for _ in range(repetitions):
         for side, taken in times.items():
-            taken += updates(side)
+            taken += update_seconds(side)
     medians = {side: statistics.median(taken) for side, taken in times.items()}
     tokens = {"prompt_tokens": PROMPT_TOKENS, "response_tokens": RESPONSE_TOKENS, "responses": PROMPTS * SAMPLES}
     for side, median in medians.items():

@@ -6,14 +6,14 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "adapter", "check_model", "prompts"]
+__all__ = ["MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "lora_config", "check_model", "prompts"]
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "artifacts" / "base_model" / "model"
 PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
 
 
-def adapter() -> Any:
+def lora_config() -> Any:
     """LoRA on every linear layer, as PEFT makes it."""
     from peft import LoraConfig, TaskType
 

@@ -59,7 +59,7 @@ class Stopwatch:
         return {"updates": self.updates[1:-1], "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
-def ours(*, own_critic: bool = False) -> dict[str, Any]:
+def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     """Updates by our trainer; with `own_critic` the values come from a second trunk, trained beside the policy's."""
     import torch
     from peft import get_peft_model
@@ -71,7 +71,7 @@ def ours(*, own_critic: bool = False) -> dict[str, Any]:
     from tasks.rewards.composition import CompositeReward
     from tasks.rewards.learned import TextScorer
     from tasks.rl.policy import Policy
-    from tasks.rl.trainer import PPOTrainer, TextCodec
+    from tasks.rl.trainer import PPOTrainer, PromptSet
 
     watch = Stopwatch()
     torch.manual_seed(0)
@@ -93,7 +93,7 @@ def ours(*, own_critic: bool = False) -> dict[str, Any]:
     )  # fmt: skip
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
     rows = prompts(RESPONSES)
-    codec = TextCodec(
+    codec = PromptSet(
         [tokenizer.decode(row) for row in rows], rows, lambda ids: str(tokenizer.decode(list(ids))),
         eos_token_id=-1, pad_token_id=tokenizer.pad_token_id,  # no response ends early
     )  # fmt: skip
@@ -137,15 +137,15 @@ def add_critic(trainer: Any, critic: Any) -> None:
         logprobs, _, entropy = forward(batch)
         return logprobs, values(batch), entropy
 
-    def rolled_out() -> Any:
+    def rollout_with_values() -> Any:
         sampled, prompts = rollout()
         with torch.no_grad():
             return dataclasses.replace(sampled, values=values(sampled)), prompts
 
-    policy.forward, trainer._rollout = with_values, rolled_out
+    policy.forward, trainer._rollout = with_values, rollout_with_values
 
 
-def peer() -> dict[str, Any]:
+def run_trl() -> dict[str, Any]:
     import torch
     from datasets import Dataset
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -186,7 +186,7 @@ def peer() -> dict[str, Any]:
     return watch.result()
 
 
-def child(side: str, python: Path) -> dict[str, Any]:
+def run_in_process(side: str, python: Path) -> dict[str, Any]:
     """One run of one side, in a process of its own."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         environment = os.environ | ALLOCATOR | {
@@ -198,13 +198,13 @@ def child(side: str, python: Path) -> dict[str, Any]:
     return result
 
 
-def compare(repetitions: int) -> None:
+def compare_sides(repetitions: int) -> None:
     here = Path(sys.executable)
     sides = {"ours": here, "critic": here, "peer": PEER / "bin" / "python"}
     runs: dict[str, list[dict[str, Any]]] = {side: [] for side in sides}
     for repetition in range(repetitions):
         for side, python in sides.items():
-            runs[side].append(child(side, python))
+            runs[side].append(run_in_process(side, python))
             walls = ", ".join(f"{update['wall']:.1f}" for update in runs[side][-1]["updates"])
             print(f"{side}, run {repetition + 1}: {walls} s an update")
     medians = {side: medians_of(results) for side, results in runs.items()}
@@ -233,11 +233,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.side:
-        result = peer() if arguments.side == "peer" else ours(own_critic=arguments.side == "critic")
+        result = run_trl() if arguments.side == "peer" else run_ours(own_critic=arguments.side == "critic")
         arguments.out.write_text(json.dumps(result))
     else:
         check_model()
-        compare(arguments.repetitions)
+        compare_sides(arguments.repetitions)
 
 
 if __name__ == "__main__":

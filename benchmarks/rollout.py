@@ -31,7 +31,7 @@ SIDE = 2048
 """Of the matrices whose product measures the machine."""
 
 
-def sampled_by_us(model: Any, count: int, samples: int) -> None:
+def sample_with_ours(model: Any, count: int, samples: int) -> None:
     rollout = generate(
         model, prompts(count), max_new_tokens=RESPONSE_TOKENS, temperature=1.0, eos_token_id=-1, pad_token_id=0,
         generator=torch.Generator().manual_seed(0), samples_per_prompt=samples,
@@ -39,14 +39,14 @@ def sampled_by_us(model: Any, count: int, samples: int) -> None:
     assert rollout.responses.shape == (count * samples, RESPONSE_TOKENS)
 
 
-def sampled_by_transformers(model: Any, count: int, samples: int) -> None:
+def sample_with_transformers(model: Any, count: int, samples: int) -> None:
     torch.manual_seed(0)
     ids = torch.tensor(prompts(count))
-    made = model.generate(
+    output = model.generate(
         input_ids=ids, attention_mask=torch.ones_like(ids), do_sample=True, top_k=0, top_p=1.0, temperature=1.0,
         min_new_tokens=RESPONSE_TOKENS, max_new_tokens=RESPONSE_TOKENS, num_return_sequences=samples, pad_token_id=0,
     )  # fmt: skip
-    assert made.shape == (count * samples, PROMPT_TOKENS + RESPONSE_TOKENS)
+    assert output.shape == (count * samples, PROMPT_TOKENS + RESPONSE_TOKENS)
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -57,10 +57,10 @@ def seconds(call: Callable[[], object]) -> float:
 
 def multiplications_per_second() -> dict[str, float]:
     """Floating-point operations per second of one large matrix product, the best of ten, by torch and by oneDNN."""
-    one, other = torch.randn(SIDE, SIDE), torch.nn.Linear(SIDE, SIDE, bias=False)
-    matrix = other.weight.detach()
-    freeze_for_onednn(other)
-    products: dict[str, Callable[[], object]] = {"torch": lambda: one @ matrix, "onednn": lambda: other(one)}
+    matrix_a, layer = torch.randn(SIDE, SIDE), torch.nn.Linear(SIDE, SIDE, bias=False)
+    matrix = layer.weight.detach()
+    freeze_for_onednn(layer)
+    products: dict[str, Callable[[], object]] = {"torch": lambda: matrix_a @ matrix, "onednn": lambda: layer(matrix_a)}
     return {name: 2 * SIDE**3 / min(seconds(call) for _ in range(10)) for name, call in products.items()}
 
 
@@ -90,7 +90,7 @@ def main() -> None:
     result: dict[str, float] = {f"limit_{name}": round(limit, 1) for name, limit in limits.items()}
     result["repetitions"] = repetitions
     for shape, (count, samples) in SHAPES.items():
-        sides = {"ours": sampled_by_us, "transformers": sampled_by_transformers}
+        sides = {"ours": sample_with_ours, "transformers": sample_with_transformers}
         times: dict[str, list[float]] = {name: [] for name in sides}
         for repetition in range(repetitions + 1):
             for name, sample in sides.items():

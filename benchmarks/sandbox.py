@@ -24,7 +24,7 @@ PROGRAM = "def median(items):\n    items = sorted(items)\n    return items[len(i
 TESTS = "assert median([3, 1, 2]) == 2\nassert median(list(range(99))) == 49\nassert median('abc') == 'b'\n"
 
 
-def sandboxed(options: CodeRule) -> Callable[[list[str]], None]:
+def sandbox_runner(options: CodeRule) -> Callable[[list[str]], None]:
     sandbox = Sandbox(options)
 
     def run(programs: list[str]) -> None:
@@ -35,23 +35,23 @@ def sandboxed(options: CodeRule) -> Callable[[list[str]], None]:
     return run
 
 
-def plain(workers: int) -> Callable[[list[str]], None]:
-    def one(program: str) -> None:
+def plain_runner(workers: int) -> Callable[[list[str]], None]:
+    def run_one(program: str) -> None:
         subprocess.run([sys.executable, "-I", "-S", "-c", program + TESTS], check=True, stdin=subprocess.DEVNULL)
 
     def run(programs: list[str]) -> None:
         with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(one, programs))
+            list(pool.map(run_one, programs))
 
     return run
 
 
-def milliseconds(run: Callable[[list[str]], None], programs: int, repetition: int) -> float:
+def milliseconds_per_program(run: Callable[[list[str]], None], programs: int, repetition: int) -> float:
     """Wall time per program."""
     texts = [PROGRAM.format(number=f"{repetition}.{number}") for number in range(programs)]
-    begun = time.perf_counter()
+    started = time.perf_counter()
     run(texts)
-    return (time.perf_counter() - begun) * 1000 / programs
+    return (time.perf_counter() - started) * 1000 / programs
 
 
 def main() -> None:
@@ -59,23 +59,23 @@ def main() -> None:
     parser.add_argument("--programs", type=int, default=100)
     parser.add_argument("--repetitions", type=int, default=5)
     parser.add_argument("--workers", type=int, default=len(os.sched_getaffinity(0)))
-    wanted = parser.parse_args()
-    options = CodeRule(workers=wanted.workers, wall_seconds=60)
-    ways = {
-        "bubblewrap": sandboxed(options),
-        "limits": sandboxed(options.model_copy(update={"isolation": "none_i_accept_the_risk"})),
-        "plain": plain(wanted.workers),
+    args = parser.parse_args()
+    options = CodeRule(workers=args.workers, wall_seconds=60)
+    modes = {
+        "bubblewrap": sandbox_runner(options),
+        "limits": sandbox_runner(options.model_copy(update={"isolation": "none_i_accept_the_risk"})),
+        "plain": plain_runner(args.workers),
     }
-    times: dict[str, list[float]] = {name: [] for name in ways}
-    for repetition in range(wanted.repetitions):
-        for name, run in ways.items():
-            times[name].append(milliseconds(run, wanted.programs, repetition))
+    times: dict[str, list[float]] = {name: [] for name in modes}
+    for repetition in range(args.repetitions):
+        for name, run in modes.items():
+            times[name].append(milliseconds_per_program(run, args.programs, repetition))
     medians = {name: statistics.median(taken) for name, taken in times.items()}
     for name, median in medians.items():
         print(f"{name:<11} {1000 / median:6.1f} programs/s, {median:6.1f} ms a program")
     overhead = round(medians["bubblewrap"] - medians["plain"], 1)
     print(
-        json.dumps({"workers": wanted.workers, "overhead_ms": overhead, **{k: round(v, 1) for k, v in medians.items()}})
+        json.dumps({"workers": args.workers, "overhead_ms": overhead, **{k: round(v, 1) for k, v in medians.items()}})
     )
 
 

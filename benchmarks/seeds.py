@@ -15,7 +15,7 @@ from pathlib import Path
 from tasks.core.params import load_params
 from tasks.core.paths import DISABLED_MARKER
 from tasks.evals.report import read_table
-from tasks.evals.seeds import collapse
+from tasks.evals.seeds import collapse_reason
 from tasks.evaluate import evaluate
 from tasks.ppo import ppo
 
@@ -25,31 +25,31 @@ PLOT = ROOT / "infra" / "ppo_seeds.svg"
 CURVES = {"reward": "Reward", "kl": "KL to the reference, nats per response", "entropy": "Entropy, nats per token"}
 
 
-def run(seed: int) -> dict[str, float]:
+def run_seed(seed: int) -> dict[str, float]:
     """Train and evaluate under one seed; the figures of metrics.json of both."""
     params = load_params(ROOT / "params.yaml")
     if params.ppo is None:
         sys.exit("params.yaml switches ppo off: `git checkout params.yaml`")
     upstream = {name: ARTIFACTS / name for name in ("base_model", "sft", "reward_model", "prepare")}
-    here, judged, off = OUT / f"ppo-{seed}", OUT / f"evaluate-{seed}", OUT / "off"
-    for folder in (here, judged, off / "adapter"):
+    ppo_out, evaluate_out, disabled = OUT / f"ppo-{seed}", OUT / f"evaluate-{seed}", OUT / "off"
+    for folder in (ppo_out, evaluate_out, disabled / "adapter"):
         folder.mkdir(parents=True, exist_ok=True)
-    (off / "adapter" / DISABLED_MARKER).touch()
-    (off / "points.csv").touch()
-    (off / "fits.json").write_text("{}")
-    (off / "results.json").write_text("{}")
-    ppo(params.ppo, params.lora, params.generation, params.reward, params.environment, seed, **upstream, out=here)
+    (disabled / "adapter" / DISABLED_MARKER).touch()
+    (disabled / "points.csv").touch()
+    (disabled / "fits.json").write_text("{}")
+    (disabled / "results.json").write_text("{}")
+    ppo(params.ppo, params.lora, params.generation, params.reward, params.environment, seed, **upstream, out=ppo_out)
     evaluate(
         params.evaluate, params.generation, params.reward, params.environment, params.seed, **upstream,
-        gold_judge=ARTIFACTS / "gold_judge", ppo=here, grpo=off, dpo=off, overoptimisation=off, lm_eval=off, out=judged,
+        gold_judge=ARTIFACTS / "gold_judge", ppo=ppo_out, grpo=disabled, dpo=disabled, overoptimisation=disabled, lm_eval=disabled, out=evaluate_out,
     )  # fmt: skip
-    row = json.loads((judged / "metrics.json").read_text())["ppo"]
-    last = json.loads((here / "metrics.json").read_text())
+    row = json.loads((evaluate_out / "metrics.json").read_text())["ppo"]
+    last = json.loads((ppo_out / "metrics.json").read_text())
     figures = {name: float(row[name]) for name in ("win_rate", "win_rate_low", "win_rate_high", "kl", "length")}
     return figures | {"reward": float(last["reward"]), "degenerate": float(last["degenerate"])}
 
 
-def draw(seeds: list[int]) -> None:
+def plot_curves(seeds: list[int]) -> None:
     import matplotlib
     from matplotlib.figure import Figure
 
@@ -74,14 +74,14 @@ def main() -> None:
         sys.exit("the pipeline has not run yet: `rlhf run` first")
     results = {}
     for seed in seeds:
-        row = results[seed] = run(seed)
-        row["collapsed"] = float(collapse(row, row["degenerate"]) is not None)
+        row = results[seed] = run_seed(seed)
+        row["collapsed"] = float(collapse_reason(row, row["degenerate"]) is not None)
         print(
             f"seed {seed}: win rate {row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%}), "
             f"reward {row['reward']:.2f}, KL {row['kl']:.1f}, {row['length']:.1f} words",
             flush=True,
         )
-    draw(seeds)
+    plot_curves(seeds)
     wins = [row["win_rate"] for row in results.values()]
     collapsed = sum(row["collapsed"] for row in results.values())
     print(json.dumps({"seeds": len(seeds), "collapsed": collapsed, "lowest": min(wins), "highest": max(wins)}))

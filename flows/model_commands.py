@@ -24,7 +24,7 @@ from tasks.core.paths import stage_dir, project_root
 
 if TYPE_CHECKING:
     from tasks.core.registry import Version
-    from tasks.evals.writing import Writer, Written
+    from tasks.evals.writing import Sampler, Sample
 
 __all__ = ["commands"]
 
@@ -202,7 +202,7 @@ def export(
             max_new_tokens=generation["max_new_tokens"],
             temperature=generation["temperature"],
         )
-        text = card.render(card.Card(version, made_from, exported, adapter))
+        text = card.render_model_card(card.ModelCard(version, made_from, exported, adapter))
         (draft / "README.md").write_text(text, encoding="utf-8")
     screen.console.print(
         f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "
@@ -260,13 +260,13 @@ def _plain_tags(version: Version) -> dict[str, str]:
 @contextmanager
 def _writer(
     model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
-) -> Iterator[Writer]:
+) -> Iterator[Sampler]:
     """The policy of that name, its weights in a folder that lasts as long as this."""
-    from tasks.evals.writing import Writer
+    from tasks.evals.writing import Sampler
 
     with _temporary() as folder:
         policy, parts, trained = _chosen(model, folder)
-        yield Writer(
+        yield Sampler(
             parts,
             policy,
             max_new_tokens=max_new_tokens or trained["max_new_tokens"],
@@ -280,10 +280,10 @@ def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
     from tasks.core import origin, registry
     from tasks.core.params import load_params
-    from tasks.evals.writing import stages_that_write
+    from tasks.evals.writing import policy_stages
 
     here = stage_dir("evaluate").parent
-    stages = stages_that_write(here)
+    stages = policy_stages(here)
     if model in stages:
         return model, here, load_params(project_root() / "params.yaml").generation.model_dump()
     try:
@@ -294,7 +294,7 @@ def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     return version.policy, folder, origin.origin_of(version).parameters["generation"]
 
 
-def _print(written: Written, chat_template: bool) -> None:
+def _print(written: Sample, chat_template: bool) -> None:
     """What it wrote, without signs that would steer the terminal."""
     text = CONTROLS.sub("\ufffd", written.response)
     screen.console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")

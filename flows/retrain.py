@@ -25,8 +25,8 @@ from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import stage_dir, project_root
 from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.findings import Finding
-from tasks.evals.gate import PARTS, Decision, candidate, decide
+from tasks.evals.findings import HackingFinding
+from tasks.evals.gate import BASE_STAGES, Decision, select_candidate, decide
 from tasks.evals.statistics import Interval
 
 __all__ = ["Approval", "Passed", "gate", "promote", "retrain"]
@@ -107,14 +107,14 @@ def gate(flow_run: str) -> State[Passed | None]:
     if params.gate is None:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
     table: Table = screen.read_policies()
-    policy = candidate(table, params.gate)
+    policy = select_candidate(table, params.gate)
     weights = _weights(policy)
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
         return Completed(message=_tell(flow_run, Decision(policy, ()), "unchanged", (IN_USE,)), data=None)
     against = _duel(policy, params, params.gate.margins, champion) if champion else None
-    signs = [Finding(**row) for row in screen.read_findings()[policy]]
-    decision = decide(table, policy, params.gate, signs=signs, against_champion=against)
+    signs = [HackingFinding(**row) for row in screen.read_findings()[policy]]
+    decision = decide(table, policy, params.gate, findings=signs, against_champion=against)
     version = registry.register(policy, weights, _tags(flow_run, table, decision))
     if not decision.accepted:
         return Completed(message=_tell(flow_run, decision, "refused", decision.reasons), data=None)
@@ -150,18 +150,18 @@ def _weights(policy: str) -> dict[str, str]:
     """Every folder of weights that makes up the policy, as `stage/folder`, with its md5."""
     return {
         f"{stage}/{Path(path).name}": md5
-        for stage in (*PARTS, policy)
+        for stage in (*BASE_STAGES, policy)
         for path, md5 in versioning.output_digests(stage).items()
         if Path(path).name in recording.WEIGHTS
     }
 
 
 def _duel(policy: str, params: Params, metrics: Collection[str], champion: registry.Version) -> dict[str, Interval]:
-    from tasks.evals.duel import duel  # with torch, which takes seconds
+    from tasks.evals.duel import compare_with_champion  # with torch, which takes seconds
 
     with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
         origin.restore(champion, Path(folder))
-        return duel(
+        return compare_with_champion(
             policy,
             params.evaluate,
             params.generation,

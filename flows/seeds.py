@@ -17,7 +17,7 @@ from tasks.core import recording
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import stage_dir, project_root
-from tasks.evals.seeds import Trained, metrics, read, report, write
+from tasks.evals.seeds import SeedResult, flat_metrics, load_seed_result, summarise_seeds, write_summary
 
 __all__ = ["seeds"]
 
@@ -45,15 +45,15 @@ def seeds(
     _refuse_what_has_no_seeds(params, stages)
     folder = begin("seeds")
     first, flow_run = params.policy_seed, ""
-    found: dict[int, Trained | RLHFError] = {}
+    found: dict[int, SeedResult | RLHFError] = {}
     for seed in range(first, first + count):
         screen.variant_begins(seed - first + 1, count, [_setting(seed)])
         if seed == first:
             flow_run, found[seed] = _own(stages, options)
         else:
             found[seed] = _variant(folder, seed, _words(stages, options), environment)
-        write(folder, found)
-    told = report(found)
+        write_summary(folder, found)
+    told = summarise_seeds(found)
     _record(flow_run, {"rlhf.sweep": folder.name, "rlhf.variant": _setting(first)}, told)
     return folder, told
 
@@ -65,7 +65,7 @@ def _refuse_what_has_no_seeds(params: Params, stages: Sequence[str]) -> None:
         raise ConfigError("--seeds repeats the training of policies, but ppo, grpo and dpo are all off")
 
 
-def _own(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[str, Trained | RLHFError]:
+def _own(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[str, SeedResult | RLHFError]:
     """The project's own run: its Prefect id, and what it came to."""
     state: Any = pipeline(list(stages) or None, **options, return_state=True)
     run_id = str(state.state_details.flow_run_id)
@@ -73,13 +73,13 @@ def _own(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[str, Traine
         state.result()
     except TrainingError as error:  # any other error would meet every seed
         return run_id, error
-    return run_id, read(stage_dir("evaluate").parent)
+    return run_id, load_seed_result(stage_dir("evaluate").parent)
 
 
-def _variant(folder: Path, seed: int, words: Sequence[str], environment: Mapping[str, str]) -> Trained | RLHFError:
+def _variant(folder: Path, seed: int, words: Sequence[str], environment: Mapping[str, str]) -> SeedResult | RLHFError:
     try:
         with run_variant(folder, [_setting(seed)], words, environment) as written:
-            return read(written)
+            return load_seed_result(written)
     except RLHFError as error:
         return error
 
@@ -98,4 +98,4 @@ def _record(flow_run: str, tags: Mapping[str, str], told: Mapping[str, Any]) -> 
     """Say it of the project's own pipeline run in MLflow."""
     bad = {f"seeds.{word}": "; ".join(told[word]) for word in ("collapsed", "failed") if told[word]}
     recording.tag_pipeline(flow_run, {**tags, **bad})
-    recording.measure_pipeline(flow_run, metrics(told))
+    recording.measure_pipeline(flow_run, flat_metrics(told))

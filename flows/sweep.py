@@ -12,7 +12,7 @@ from flows import screen
 from flows.variants import begin, run_variant
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.params import parse_override
-from tasks.evals.variants import write
+from tasks.evals.variants import write_comparison
 
 __all__ = ["sweep", "variants_of"]
 
@@ -42,7 +42,7 @@ def sweep(settings: Sequence[str], words: Sequence[str]) -> Path:
         except RLHFError as error:
             raise StageError(f"the variant {name} failed: {error}; run the sweep again to go on from there") from error
         if found:
-            write(folder, found)
+            write_comparison(folder, found)
     return folder
 
 

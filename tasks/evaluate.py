@@ -19,16 +19,16 @@ from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.reward import RewardParams
-from tasks.evals.compare import JUDGES, REFERENCE, Judged, Table, compare, headline, judges_of
-from tasks.evals.findings import find, plain
+from tasks.evals.compare import WIN_RATE_KEYS, REFERENCE, ScoredResponse, Table, compare_policies, headline, judges_of
+from tasks.evals.findings import find_hacking, findings_to_dict
 from tasks.evals.judges import load_judge
-from tasks.evals.judging import Answer, Sampler, choose_prompts, gold_reward, judge
-from tasks.evals.lineage import ingredients
-from tasks.evals.pairwise import Judgement, doubts, judge_pairs, with_judgements
-from tasks.evals.report import Evidence, as_json, read_table, render
+from tasks.evals.judging import SampledResponse, PolicySampler, sample_prompts, load_gold_reward, score_responses
+from tasks.evals.lineage import collect_sources
+from tasks.evals.pairwise import Judgement, reliability_warnings, judge_pairs, add_judge_metrics
+from tasks.evals.report import ReportData, report_to_dict, read_table, render_report
 from tasks.evals.text import length_counts, word_count
 from tasks.rewards.composition import load_reward
-from tasks.rewards.finished import SCORER
+from tasks.rewards.finished import PRETRAINED_DIR
 
 __all__ = ["evaluate"]
 
@@ -72,10 +72,10 @@ def evaluate(
         TrainingError: a judge gives a score that is not finite.
     """
     init_process()
-    prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
+    prompts = sample_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
     trained: dict[str, Path] = {"ppo": ppo, "grpo": grpo, "dpo": dpo}
     policies = {name: folder for name, folder in trained.items() if not is_disabled(folder)}
-    sampler = Sampler(
+    sampler = PolicySampler(
         load_tokenizer(base_model),
         prompts,
         generation,
@@ -85,17 +85,17 @@ def evaluate(
     )
     responses = _sample_policies(sampler, policies, base_model, sft)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = None if environment else gold_reward(prompts, base_model, gold_judge, params.gold_rule)
+    gold = None if environment else load_gold_reward(prompts, base_model, gold_judge, params.gold_rule)
     accuracy = params.gold_rule is None
-    records = judge(responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
+    records = score_responses(responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
     judgements = _judge_pairs(params, records, base_model)
     table = _build_table(params, records, judgements, seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
-    findings = find(table, {name: [_numeric_row(row) for row in rows] for name, rows in histories.items()})
+    findings = find_hacking(table, {name: [_numeric_row(row) for row in rows] for name, rows in histories.items()})
     write_rows(out / "judgements.jsonl", judgements)
     _write_tables(out, table, records, params.report_samples)
-    write_json(out / "findings.json", plain(findings))
-    evidence = Evidence(
+    write_json(out / "findings.json", findings_to_dict(findings))
+    evidence = ReportData(
         table=table,
         records=records,
         findings=findings,
@@ -108,9 +108,9 @@ def evaluate(
         samples=params.report_samples,
         weights=reward.weights,
         composition=reward.composition,
-        rated=not is_disabled(gold_judge),
+        has_gold_judge=not is_disabled(gold_judge),
         gold_rule=None if params.gold_rule is None else params.gold_rule.function,
-        made_from=ingredients(base_model, collect),
+        sources=collect_sources(base_model, collect),
         provenance=_provenance(
             seed,
             (params, generation, reward, *([environment] if environment else [])),
@@ -118,12 +118,12 @@ def evaluate(
             prompts,
         ),
     )
-    (out / "report.html").write_text(render(evidence), encoding="utf-8", newline="\n")
-    write_json(out / "report.json", as_json(evidence))
+    (out / "report.html").write_text(render_report(evidence), encoding="utf-8", newline="\n")
+    write_json(out / "report.json", report_to_dict(evidence))
     tracking.log_file(out / "report.html")
 
 
-def _sample_policies(sampler: Sampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[Answer]:
+def _sample_policies(sampler: PolicySampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[SampledResponse]:
     """Those of the reference, then those of each policy."""
     responses = sampler.answers(REFERENCE, load_reference(base_model, sft))
     for name, folder in policies.items():
@@ -132,18 +132,18 @@ def _sample_policies(sampler: Sampler, policies: Mapping[str, Path], base_model:
     return responses
 
 
-def _judge_pairs(params: EvaluateParams, records: Sequence[Judged], base_model: Path) -> list[Judgement]:
+def _judge_pairs(params: EvaluateParams, records: Sequence[ScoredResponse], base_model: Path) -> list[Judgement]:
     if params.judge is None:
         return []
     llm_judge = load_judge(params.judge, base_model, batch_size=params.batch_size)
     return judge_pairs(records, llm_judge, rubric=params.judge.rubric, prompts=params.judge.prompts)
 
 
-def _build_table(params: EvaluateParams, records: Sequence[Judged], judgements: Sequence[Judgement], seed: int) -> Table:
+def _build_table(params: EvaluateParams, records: Sequence[ScoredResponse], judgements: Sequence[Judgement], seed: int) -> Table:
     """The table; where the judge of pairs is not to be trusted, it is said."""
-    table = compare(records, samples=params.bootstrap_samples, seed=seed)
-    table = with_judgements(table, judgements, samples=params.bootstrap_samples, seed=seed)
-    for doubt in doubts(table):
+    table = compare_policies(records, samples=params.bootstrap_samples, seed=seed)
+    table = add_judge_metrics(table, judgements, samples=params.bootstrap_samples, seed=seed)
+    for doubt in reliability_warnings(table):
         print(f"evaluate: warning: {doubt}", file=sys.stderr)
     return table
 
@@ -152,7 +152,7 @@ def _numeric_row(row: Mapping[str, str]) -> dict[str, float]:
     return {name: float(value) for name, value in row.items() if value}
 
 
-def _write_tables(out: Path, table: Table, records: Sequence[Judged], samples: int) -> None:
+def _write_tables(out: Path, table: Table, records: Sequence[ScoredResponse], samples: int) -> None:
     """Everything that a program reads: rows, tables and the data of the plots."""
     write_rows(out / "responses.jsonl", records)
     write_json(out / "policies.json", table)
@@ -179,13 +179,13 @@ def _write_tables(out: Path, table: Table, records: Sequence[Judged], samples: i
     ])  # fmt: skip
 
 
-def _side_by_side_rows(records: Sequence[Judged], count: int) -> list[dict[str, object]]:
+def _side_by_side_rows(records: Sequence[ScoredResponse], count: int) -> list[dict[str, object]]:
     """One row per prompt: the prompt, then each policy's response and its scores."""
     rows: dict[str, dict[str, object]] = {}
     for record in records:
         row = rows.setdefault(record.prompt_id, {"prompt": record.prompt})
-        row[record.policy] = record.shown
-        row |= {f"{judge}_{record.policy}": score for judge in JUDGES if (score := record.score(judge)) is not None}
+        row[record.policy] = record.display_text
+        row |= {f"{judge}_{record.policy}": score for judge in WIN_RATE_KEYS if (score := record.score(judge)) is not None}
         row[f"kl_{record.policy}"] = record.kl
     return list(rows.values())[:count]
 
@@ -210,7 +210,7 @@ def _provenance(
 def _weight_bytes(folder: Path) -> list[bytes]:
     """The adapter that a stage trained, or the finished reward model that it took."""
     adapter = folder / ADAPTER_DIR / "adapter_model.safetensors"
-    files = [adapter] if adapter.is_file() else sorted((folder / SCORER).glob("*.safetensors"))
+    files = [adapter] if adapter.is_file() else sorted((folder / PRETRAINED_DIR).glob("*.safetensors"))
     return [file.read_bytes() for file in files]
 
 

@@ -16,10 +16,10 @@ from tasks.core.schema import Preference, Rating, read_rows
 from tasks.core.sections.gold_judge import GoldJudgeParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.training import HistoryCallback, train_or_resume, write_history
-from tasks.evals.assessment import rating_figures
+from tasks.evals.assessment import rating_metrics
 from tasks.rewards.learned import NORMALISATION
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import pair_trainer, target_trainer
+from tasks.rewards.training import pair_trainer, regression_trainer
 
 __all__ = ["gold_judge"]
 
@@ -62,12 +62,12 @@ def _train_on_ratings(
     texts, means = [row.text for row in train], [row.mean for row in train]
     shuffled = shuffle_words(texts[: round(params.shuffled_share * len(texts))], seed)
     texts, means = texts + shuffled, means + [min(means)] * len(shuffled)
-    train_or_resume(target_trainer(params, model, tokenizer, texts, means, seed=seed, callbacks=[history]))
+    train_or_resume(regression_trainer(params, model, tokenizer, texts, means, seed=seed, callbacks=[history]))
     heldout = [row.text for row in test]
     scores = scorer(heldout)
     return {
         "examples": len(texts),
-        **rating_figures(scores, torch.tensor([row.mean for row in test])),
+        **rating_metrics(scores, torch.tensor([row.mean for row in test])),
         "heldout_mean_score": scores.mean().item(),
         "scrambled_mean_score": scorer(shuffle_words(heldout, seed)).mean().item(),
     }
@@ -76,7 +76,7 @@ def _train_on_ratings(
 def shuffle_words(texts: Sequence[str], seed: int) -> list[str]:
     """Each text with its words in random order."""
     rng = random.Random(seed)
-    return [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]
+    return [" ".join(rng.sample_index(words, len(words))) for words in map(str.split, texts)]
 
 
 def _train_on_pairs(

@@ -29,12 +29,12 @@ from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
 from tasks.core.training import HistoryCallback, PolicySnapshots, trainer_arguments, train_or_resume, write_history
 from tasks.rewards.composition import CompositeReward, load_reward
-from tasks.rl.checks import DegenerationWatch
-from tasks.rl.conversation import Conversations, Earned, Talk, load_talk
-from tasks.rl.detectors import watch
-from tasks.rl.masking import up_to_last
-from tasks.rl.rollout import generate, seeded
-from tasks.rl.shaping import discounted, missing_eos_penalty
+from tasks.rl.checks import DegenerateResponseMonitor
+from tasks.rl.conversation import MultiTurnRollout, EnvironmentReward, MultiTurnSampler, load_multi_turn_sampler
+from tasks.rl.detectors import run_detectors
+from tasks.rl.masking import through_last_true
+from tasks.rl.rollout import generate, derive_generator
+from tasks.rl.shaping import discount_by_turns, apply_missing_eos_penalty
 
 __all__ = ["MultiTurnRolloutFunction", "RolloutFunction", "ConversationSummary", "grpo"]
 
@@ -81,7 +81,7 @@ def grpo(
     score = _RewardFunction(composed, params, tokenizer.eos_token_id, environment.gamma if environment else 1.0)
     rollouts: RolloutFunction | MultiTurnRolloutFunction = RolloutFunction(params, generation, tokenizer, policy_seed)
     if environment:
-        conversations = load_talk(environment, prompts, tokenizer, generation)
+        conversations = load_multi_turn_sampler(environment, prompts, tokenizer, generation)
         rollouts = MultiTurnRolloutFunction(params, conversations, [row.prompt for row in prompts], policy_seed)
     history = HistoryCallback("grpo")
     snapshots = PolicySnapshots(params.keep_every, out)
@@ -95,14 +95,14 @@ def grpo(
             args=_arguments(params, generation, policy_seed),
             train_dataset=Dataset.from_list([{"prompt": row.prompt} for row in prompts]),
             processing_class=tokenizer,
-            callbacks=[history, _UpdateCallback(params, history, snapshots, composed.slopes_at)],
+            callbacks=[history, _UpdateCallback(params, history, snapshots, composed.marginal_weights)],
             rollout_func=rollouts,
         )
     train_or_resume(trainer)
     save_adapter(trainer.model, out)
     snapshots.publish()
     logged = _logged_rollouts(trainer.state)
-    rows = _update_rows(history.rows, logged, params.epochs * params.minibatches, composed.slopes_at)
+    rows = _update_rows(history.rows, logged, params.epochs * params.minibatches, composed.marginal_weights)
     write_history(out / "history.csv", rows)
     samples = [sample for entry in logged for sample in entry["samples"]]
     write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE_COLUMNS} for sample in samples))
@@ -155,8 +155,8 @@ class RolloutFunction:
             pad_token_id=self._tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(self._seed * 1_000_003 + trainer.state.global_step),
             samples_per_prompt=group,
-            part=ranks.rank(),
-            parts=ranks.world_size(),
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
         )
         trainer.model.train()
         lengths = rollout.response_mask.merged_weight(1).tolist()
@@ -187,7 +187,7 @@ class MultiTurnRolloutFunction:
     base model does not. Here every turn of the policy is an action, in plain text.
     """
 
-    def __init__(self, params: GRPOParams, conversations: Talk, prompts: Sequence[str], seed: int) -> None:
+    def __init__(self, params: GRPOParams, conversations: MultiTurnSampler, prompts: Sequence[str], seed: int) -> None:
         self._group, self._talk, self._seed = params.samples_per_prompt, conversations, seed
         self._prompt_indices = {prompt: index for index, prompt in enumerate(prompts)}
 
@@ -198,10 +198,10 @@ class MultiTurnRolloutFunction:
             trainer.model,
             [self._prompt_indices[prompt] for prompt in prompts[:: self._group]],
             self._group,
-            lambda turn: seeded(self._seed, step, turn),
+            lambda turn: derive_generator(self._seed, step, turn),
         )
         trainer.model.train()
-        lengths = up_to_last(conversations.response_mask).merged_weight(1).tolist()
+        lengths = through_last_true(conversations.response_mask).merged_weight(1).tolist()
         prompt_lengths = conversations.prompt_mask.merged_weight(1).tolist()
 
         def rows(tensor: Tensor) -> list[Any]:
@@ -216,7 +216,7 @@ class MultiTurnRolloutFunction:
         }
 
 
-def _summaries(conversations: Conversations) -> list[ConversationSummary]:
+def _summaries(conversations: MultiTurnRollout) -> list[ConversationSummary]:
     columns = zip(
         conversations.spoken,
         conversations.transcripts,
@@ -242,7 +242,7 @@ class _RewardFunction:
         self._turn_gamma = turn_gamma
         self._group = params.samples_per_prompt
         self._steps_per_update = params.epochs * params.minibatches
-        self._watch = DegenerationWatch(lambda message: tqdm.write(f"grpo: {message}", file=sys.stderr))
+        self._watch = DegenerateResponseMonitor(lambda message: tqdm.write(f"grpo: {message}", file=sys.stderr))
 
     def __call__(
         self,
@@ -259,13 +259,13 @@ class _RewardFunction:
             for text, ids in zip(completions, completion_ids, strict=True)
         ]
         completions, turns = [item.spoken for item in summaries], torch.tensor([item.turns for item in summaries])
-        environment_reward = Earned(torch.tensor([item.reward for item in summaries]), turns)
+        environment_reward = EnvironmentReward(torch.tensor([item.reward for item in summaries]), turns)
         try:
             outcome = self._reward(prompts, completions, step, {ENVIRONMENT: environment_reward})
         except TrainingError as error:
             raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([item.ended for item in summaries])
-        scores = missing_eos_penalty(discounted(outcome.total, turns, self._turn_gamma), ended, self._penalty)
+        scores = apply_missing_eos_penalty(discount_by_turns(outcome.total, turns, self._turn_gamma), ended, self._penalty)
         gathered = outcome.of_all_ranks()
         lengths = ranks.all_gather(torch.tensor([item.tokens for item in summaries]))
         all_scores = ranks.all_gather(scores)
@@ -306,10 +306,10 @@ class _UpdateCallback(TrainerCallback):
         if len(self._history.rows) < state.global_step or state.global_step % self._steps:
             return
         rows = _update_rows(self._history.rows, _logged_rollouts(state), self._steps, self._weights_at)
-        signals, fired = watch(rows, self._weights_at(len(rows)))
+        signals, fired = run_detectors(rows, self._weights_at(len(rows)))
         tracking.log_metrics(signals, step=state.global_step)
         for detector, value in fired if ranks.rank() == 0 else []:
-            tqdm.write(f"grpo: warning: update {len(rows)}: {detector.says(value)}", file=sys.stderr)
+            tqdm.write(f"grpo: warning: update {len(rows)}: {detector.message(value)}", file=sys.stderr)
 
 
 def _logged_rollouts(state: TrainerState) -> list[dict[str, Any]]:
@@ -336,7 +336,7 @@ def _update_rows(
         per_token = update_steps[0].get("kl", 0.0)
         kl = {"kl": per_token * rollout["length"], "kl_per_token": per_token}
         rows.append({"step": update + 1, **rollout, **means, **kl})
-        rows[-1] |= watch(rows, weights_at(update + 1))[0]
+        rows[-1] |= run_detectors(rows, weights_at(update + 1))[0]
     return rows
 
 

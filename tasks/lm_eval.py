@@ -10,7 +10,7 @@ from tasks.core.models import is_disabled, load_policy, load_reference, load_tok
 from tasks.core.paths import project_root
 from tasks.core.sections.lm_eval import LmEvalParams
 from tasks.evals.compare import REFERENCE
-from tasks.evals.harness import Scores, measure, open_tasks
+from tasks.evals.harness import Scores, run_tasks, load_tasks
 
 __all__ = ["lm_eval"]
 
@@ -41,11 +41,11 @@ def lm_eval(
     tokenizer = load_tokenizer(base_model)
     policies = {name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_disabled(folder)}
     data = (prepare / "demonstrations", preferences / "test.jsonl")
-    with open_tasks(params, project_root() / params.include, data, seed) as tasks:
-        results = {REFERENCE: measure(load_reference(base_model, sft), tokenizer, tasks, params=params, seed=seed)}
+    with load_tasks(params, project_root() / params.include, data, seed) as tasks:
+        results = {REFERENCE: run_tasks(load_reference(base_model, sft), tokenizer, tasks, params=params, seed=seed)}
         for name, folder in policies.items():
             gc.collect()  # the policy before it holds itself in reference cycles
-            results[name] = measure(load_policy(base_model, sft, folder), tokenizer, tasks, params=params, seed=seed)
+            results[name] = run_tasks(load_policy(base_model, sft, folder), tokenizer, tasks, params=params, seed=seed)
     write_json(out / "results.json", results)
     write_json(out / "metrics.json", {name: _flatten(scores) for name, scores in results.items()})
 

@@ -11,9 +11,9 @@ from tasks.core.models import is_disabled, load_policy, load_reference, load_tok
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.overoptimisation import OveroptimisationParams
 from tasks.core.sections.reward import RewardParams
-from tasks.evals.compare import REFERENCE, Judged
-from tasks.evals.judging import Answer, Sampler, choose_prompts, gold_reward, judge
-from tasks.evals.overoptimisation import BEST_OF_N, Level, best_of_n_levels, fits, point, policy_level, scores
+from tasks.evals.compare import REFERENCE, ScoredResponse
+from tasks.evals.judging import SampledResponse, PolicySampler, sample_prompts, load_gold_reward, score_responses
+from tasks.evals.overoptimisation import BEST_OF_N, CurvePoint, best_of_n_points, fit_all, to_row, policy_point, score_matrix
 from tasks.rewards.composition import load_reward
 
 __all__ = ["overoptimisation"]
@@ -40,25 +40,25 @@ def overoptimisation(
     and metrics.json (the coefficients alone).
     """
     init_process()
-    prompts = choose_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
+    prompts = sample_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = gold_reward(prompts, base_model, gold_judge)
+    gold = load_gold_reward(prompts, base_model, gold_judge)
 
-    def score(answers: list[Answer]) -> list[Judged]:
-        return judge(answers, proxy, gold, vader=False)
+    def score(answers: list[SampledResponse]) -> list[ScoredResponse]:
+        return score_responses(answers, proxy, gold, vader=False)
 
-    sampler = Sampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
+    sampler = PolicySampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
     sft_answers = sampler.answers(REFERENCE, load_reference(base_model, sft), samples_per_prompt=params.samples_per_prompt)
-    base = scores(score(sft_answers), len(prompts))
-    levels: dict[str, list[Level]] = {BEST_OF_N: best_of_n_levels(base)}
+    base = score_matrix(score(sft_answers), len(prompts))
+    levels: dict[str, list[CurvePoint]] = {BEST_OF_N: best_of_n_points(base)}
     for method, folder in (("ppo", ppo), ("grpo", grpo)):
         if not is_disabled(folder):
             answers = _snapshot_answers(method, folder, sampler, params.samples_per_policy, base_model, sft)
-            levels[method] = [policy_level(method, update, score(own), base) for update, own in answers]
-    write_table(out / "points.csv", [point(level) for own in levels.values() for level in own])
-    fitted = fits(levels, samples=params.bootstrap_samples, seed=seed)
+            levels[method] = [policy_point(method, update, score(own), base) for update, own in answers]
+    write_table(out / "points.csv", [to_row(level) for own in levels.values() for level in own])
+    fitted = fit_all(levels, samples=params.bootstrap_samples, seed=seed)
     write_json(
-        out / "fits.json", {way: {by: found.plain() for by, found in own.items()} for way, own in fitted.items()}
+        out / "fits.json", {way: {by: found.to_dict() for by, found in own.items()} for way, own in fitted.items()}
     )
     metrics = {
         way: {f"{by}_{name}": value.mean for by, found in own.items() for name, value in found.coefficients().items()}
@@ -68,8 +68,8 @@ def overoptimisation(
 
 
 def _snapshot_answers(
-    method: str, folder: Path, sampler: Sampler, samples: int, base_model: Path, sft: Path
-) -> Iterator[tuple[int, list[Answer]]]:
+    method: str, folder: Path, sampler: PolicySampler, samples: int, base_model: Path, sft: Path
+) -> Iterator[tuple[int, list[SampledResponse]]]:
     """Each kept policy's update and answers."""
     for snapshot in sorted((folder / "policies").iterdir()):
         gc.collect()  # the policy before it holds itself in reference cycles

@@ -19,9 +19,9 @@ from tasks.core.sections.ppo import PPOParams
 from tasks.core.sections.reward import RewardParams
 from tasks.core.training import PolicySnapshots, write_history
 from tasks.rewards.composition import load_reward
-from tasks.rl.conversation import load_talk
+from tasks.rl.conversation import load_multi_turn_sampler
 from tasks.rl.policy import Policy
-from tasks.rl.trainer import PPOTrainer, TextCodec
+from tasks.rl.trainer import PPOTrainer, PromptSet
 
 __all__ = ["ppo"]
 
@@ -54,7 +54,7 @@ def ppo(
     snapshots = PolicySnapshots(params.keep_every, out)
     trainer = PPOTrainer(
         Policy(model, temperature=generation.temperature),
-        TextCodec(
+        PromptSet(
             prompts=prompts,
             prompt_ids=[tokenizer(prompt).input_ids for prompt in prompts],
             decode=lambda ids: str(tokenizer.decode(list(ids), skip_special_tokens=True)),
@@ -65,12 +65,12 @@ def ppo(
         params,
         generation,
         seed=policy_seed,
-        talk=load_talk(environment, rows, tokenizer, generation) if environment else None,
+        multi_turn=load_multi_turn_sampler(environment, rows, tokenizer, generation) if environment else None,
         checkpoints=tracking.checkpoint_dir(),
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),
-        tell=lambda message: tqdm.write(f"ppo: {message}", file=sys.stderr),
-        keep=lambda update: snapshots.keep(update, model),
+        warn=lambda message: tqdm.write(f"ppo: {message}", file=sys.stderr),
+        save_snapshot=lambda update: snapshots.keep(update, model),
     )
     trainer.train()
     progress.close()

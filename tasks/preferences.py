@@ -23,7 +23,7 @@ from tasks.core.sections.preferences import PreferencesParams
 from tasks.data.agreement import rater_agreement
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters
 from tasks.data.splitting import SPLITS, Split
-from tasks.evals.calibration import MARGINS, margin_bucket
+from tasks.evals.calibration import MARGIN_BUCKETS, margin_bucket
 
 __all__ = ["preferences"]
 
@@ -70,7 +70,7 @@ def _sample_source_pairs(prepare: Path, split: Split, params: PreferencesParams,
     path, count = prepare / "preferences" / f"{split}.jsonl", _target_count(split, params)
     rows = read_rows(path, Preference)
     _check_count(len(rows), split, params, f"{path.name} of stage prepare holds that many")
-    chosen = sorted(_rng(seed, split, "sample").sample(range(len(rows)), count))
+    chosen = sorted(_rng(seed, split, "sample").sample_index(range(len(rows)), count))
     return [rows[index] for index in chosen]
 
 
@@ -130,8 +130,8 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     """
     rng = np.random.default_rng(seed)
     known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
-    groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGINS.names()}
-    groups |= {f"{MARGINS.clear:g}+": [share for gap, share in known if gap >= MARGINS.clear]}
+    groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
+    groups |= {f"{MARGIN_BUCKETS.clear:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear]}
     groups |= {"all": [share for _, share in known]}
     return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
 

@@ -30,11 +30,11 @@ from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward_model import RewardModelParams
 from tasks.core.training import HistoryCallback, train_or_resume, write_history
 from tasks.evals.assessment import correlation
-from tasks.rewards.familiarity import Familiarity
-from tasks.rewards.fetching import fetch_backbone, fetch_finished
-from tasks.rewards.finished import Text, load_finished
-from tasks.rewards.learned import FAMILIARITY, NORMALISATION, Member, member_folder, trunk_of
-from tasks.rewards.lessons import Lesson, Side, read_lesson
+from tasks.rewards.familiarity import MahalanobisOOD
+from tasks.rewards.fetching import fetch_backbone, fetch_pretrained_scorer
+from tasks.rewards.finished import Formatter, load_pretrained_scorer
+from tasks.rewards.learned import OOD_DETECTOR, NORMALISATION, EnsembleMember, member_folder, backbone_of
+from tasks.rewards.lessons import Objective, PromptResponse, load_objective
 from tasks.rewards.scorers import TextScorer
 from tasks.rl.rollout import generate
 
@@ -72,7 +72,7 @@ def reward_model(
     """
     init_process()
     shutil.rmtree(out / ADAPTER_DIR, ignore_errors=True)
-    data = read_lesson(params, prepare, preferences)
+    data = load_objective(params, prepare, preferences)
     samples = _sample_sft_responses(params, generation, seed, base_model, sft, prepare)
     metrics: dict[str, float] = dict(data.counts())
     if params.backbone:
@@ -81,8 +81,8 @@ def reward_model(
     for number in range(params.members):
         folder = member_folder(out, number)
         with tracking.prefixed(f"member_{number}") if number else nullcontext():
-            scorer, text = _train_member(params, lora, seed, data, *trunk_of(base_model, sft, out), folder, number)
-        member, states = Member.fit(
+            scorer, text = _train_member(params, lora, seed, data, *backbone_of(base_model, sft, out), folder, number)
+        member, states = EnsembleMember.fit(
             scorer, _texts(samples, text), data.weights,
             prompts=_prompts(samples), length_debias=params.length_debias,
         )  # fmt: skip
@@ -92,7 +92,7 @@ def reward_model(
         scores.append(member.normalised(heldout))
         if number == 0:
             ood = _fit_ood(member, data, text)
-            ood.save(out / FAMILIARITY)
+            ood.save(out / OOD_DETECTOR)
             metrics |= _normalisation_metrics(member) | data.measure(heldout, out)
             metrics |= _length_bias(member, heldout, data, text) | _ood_metrics(ood, states, heldout_states)
         del scorer, member
@@ -104,17 +104,17 @@ def _train_member(
     params: RewardModelParams,
     lora: LoraParams,
     seed: int,
-    data: Lesson,
+    data: Objective,
     backbone: Path,
     sft: Path | None,
     folder: Path,
     number: int,
-) -> tuple[TextScorer, Text]:
+) -> tuple[TextScorer, Formatter]:
     """A member, trained or taken as it is, and how it wants its texts; its weights and history are in the folder."""
     if params.scorer:
-        fetch_finished(params.scorer, params.max_length, folder)
+        fetch_pretrained_scorer(params.scorer, params.max_length, folder)
         write_history(folder / "history.csv", [])
-        return load_finished(folder)
+        return load_pretrained_scorer(folder)
     seed, tokenizer = seed + number, load_tokenizer(backbone)
     history = HistoryCallback(f"reward_model, member {number}" if number else "reward_model")
     fresh = new_reward_model(backbone, sft, seed=seed, heads=len(data.weights))
@@ -128,7 +128,7 @@ def _train_member(
 
 def _sample_sft_responses(
     params: RewardModelParams, generation: GenerationParams, seed: int, base_model: Path, sft: Path, prepare: Path
-) -> list[Side]:
+) -> list[PromptResponse]:
     """What the SFT policy writes for training prompts."""
     tokenizer = load_tokenizer(base_model)
     prompts = [row.prompt for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
@@ -146,15 +146,15 @@ def _sample_sft_responses(
     return list(zip(prompts, responses, strict=True))
 
 
-def _texts(sides: Sequence[Side], text: Text) -> list[str]:
+def _texts(sides: Sequence[PromptResponse], text: Formatter) -> list[str]:
     return [text(prompt, response) for prompt, response in sides]
 
 
-def _prompts(sides: Sequence[Side]) -> list[str]:
+def _prompts(sides: Sequence[PromptResponse]) -> list[str]:
     return [prompt for prompt, _ in sides]
 
 
-def _normalisation_metrics(member: Member) -> dict[str, float]:
+def _normalisation_metrics(member: EnsembleMember) -> dict[str, float]:
     """Mean and spread of each head's raw value, and what a token adds to it where that was taken off."""
     figures: dict[str, float] = {}
     for name, head in member.heads.items():
@@ -163,11 +163,11 @@ def _normalisation_metrics(member: Member) -> dict[str, float]:
     return figures
 
 
-def _length_bias(member: Member, heldout: Tensor, data: Lesson, text: Text) -> dict[str, float]:
+def _length_bias(member: EnsembleMember, heldout: Tensor, data: Objective, text: Formatter) -> dict[str, float]:
     """Correlation of score and number of tokens over held-out texts; also before length was taken off, where it was."""
     sides = data.sides("test")
     texts = _texts(sides, text)
-    lengths = member.scorer.lengths(texts, whole=True)
+    lengths = member.scorer.lengths(texts, untruncated=True)
     figures = {"length_correlation": correlation(_score(member, heldout), lengths)}
     if any(head.length_slope for head in member.heads.values()):
         biased = replace(member, heads={name: replace(head, length_slope=0.0) for name, head in member.heads.items()})
@@ -177,26 +177,26 @@ def _length_bias(member: Member, heldout: Tensor, data: Lesson, text: Text) -> d
     return figures
 
 
-def _score(member: Member, values: Tensor) -> Tensor:
+def _score(member: EnsembleMember, values: Tensor) -> Tensor:
     """[N, K] → [N]: the raw value of a head that is alone."""
     return values[:, 0] if len(member.heads) == 1 else member.score(member.normalised(values))
 
 
-def _fit_ood(member: Member, data: Lesson, text: Text) -> Familiarity:
+def _fit_ood(member: EnsembleMember, data: Objective, text: Formatter) -> MahalanobisOOD:
     splits = (data.sides("train", OOD_FIT_TEXTS), data.sides("validation"))
-    return Familiarity.fit(*(member.scorer.read(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
+    return MahalanobisOOD.fit(*(member.scorer.read(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
 
 
-def _ood_metrics(ood: Familiarity, samples: Tensor, heldout: Tensor) -> dict[str, float]:
+def _ood_metrics(ood: MahalanobisOOD, samples: Tensor, heldout: Tensor) -> dict[str, float]:
     """The threshold, and the shares beyond it of the SFT policy's responses and of held-out texts of people."""
     return {
         "familiar_distance": ood.threshold,
-        "unfamiliar_sft": ood.unfamiliar(samples).mean().item(),
-        "unfamiliar_heldout": ood.unfamiliar(heldout).mean().item(),
+        "unfamiliar_sft": ood.is_ood(samples).mean().item(),
+        "unfamiliar_heldout": ood.is_ood(heldout).mean().item(),
     }
 
 
-def _ensemble_metrics(data: Lesson, scores: Tensor) -> dict[str, float]:
+def _ensemble_metrics(data: Objective, scores: Tensor) -> dict[str, float]:
     """How good members [members, N, K] are, together and each alone; nothing of one."""
     if len(scores) == 1:
         return {}

@@ -16,7 +16,7 @@ from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.sft import SFTParams
 from tasks.core.training import HistoryCallback, without_printer, trainer_arguments, train_or_resume, write_history
-from tasks.rl.environments.dialogue import tokenised
+from tasks.rl.environments.dialogue import tokenise_dialogue
 
 __all__ = ["sft"]
 
@@ -75,7 +75,7 @@ def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:
     """The rows for TRL to tokenise, or dialogues tokenised by what is given for them."""
     rows = read_rows(path, Demonstration)[:limit]
     if dialogue_tokenizer is not None:
-        return Dataset.from_list([dict(tokenised(row, dialogue_tokenizer)) for row in rows])
+        return Dataset.from_list([dict(tokenise_dialogue(row, dialogue_tokenizer)) for row in rows])
     return Dataset.from_list([{"prompt": row.prompt, "completion": row.response} for row in rows])
 
 

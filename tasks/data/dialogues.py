@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from itertools import islice
 
 from tasks.core.sections.collect import SourceParams
-from tasks.rl.environments.service_bot import dialogues
+from tasks.rl.environments.service_bot import generate_dialogues
 
 __all__ = ["read_service_bot"]
 
@@ -20,6 +20,6 @@ def read_service_bot(source: SourceParams, seed: int) -> tuple[Iterable[tuple[st
         DataError: there is no such wish.
     """
     tasks = source.id.split(",")
-    rows = list(islice(dialogues(tasks, seed), source.limit or _DEFAULT_DIALOGUES))
+    rows = list(islice(generate_dialogues(tasks, seed), source.limit or _DEFAULT_DIALOGUES))
     origin: dict[str, object] = {"source": "scripted dialogues of this project", "wishes": tasks, "seed": seed}
     return ((f"service_bot/{source.id}", line, row) for line, row in enumerate(rows, start=1)), origin

@@ -11,17 +11,17 @@ from pathlib import Path
 from tasks.core.schema import Row, read_rows
 from tasks.evals.pairwise import Reply
 
-__all__ = ["AnswerBook", "key_of"]
+__all__ = ["JudgeCache", "request_key"]
 
 
-class Entry(Row):
+class CacheEntry(Row):
     """One line of the file; `id` is the hash of what was asked and of whom."""
 
     judge: dict[str, str]
     reply: Reply
 
 
-class AnswerBook:
+class JudgeCache:
     """A file that only grows; a killed run has lost no answer but the one that it waited for."""
 
     def __init__(self, path: Path) -> None:
@@ -33,9 +33,9 @@ class AnswerBook:
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
-        whole = path.read_bytes().rfind(b"\n") + 1
-        os.truncate(path, whole)  # a last line without its end is one that a killed run did not finish
-        self._replies = {entry.id: entry.reply for entry in read_rows(path, Entry)} if whole else {}
+        complete_bytes = path.read_bytes().rfind(b"\n") + 1
+        os.truncate(path, complete_bytes)  # a last line without its end is one that a killed run did not finish
+        self._replies = {entry.id: entry.reply for entry in read_rows(path, CacheEntry)} if complete_bytes else {}
 
     def __contains__(self, key: str) -> bool:
         return key in self._replies
@@ -43,14 +43,14 @@ class AnswerBook:
     def __getitem__(self, key: str) -> Reply:
         return self._replies[key]
 
-    def add(self, key: str, who: Mapping[str, str], reply: Reply) -> None:
+    def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
         """Write it down before anything else is asked."""
         self._replies[key] = reply
-        entry = Entry(id=key, judge=dict(who), reply=reply)
+        entry = CacheEntry(id=key, judge=dict(judge_id), reply=reply)
         with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(entry.model_dump_json() + "\n")
 
 
-def key_of(who: Mapping[str, str], request: Mapping[str, object]) -> str:
+def request_key(judge_id: Mapping[str, str], request: Mapping[str, object]) -> str:
     """The hash of a request as a whole and of who gets it."""
-    return hashlib.sha256(json.dumps([who, request], sort_keys=True).encode()).hexdigest()
+    return hashlib.sha256(json.dumps([judge_id, request], sort_keys=True).encode()).hexdigest()

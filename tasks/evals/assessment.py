@@ -5,10 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-__all__ = ["area_under_curve", "class_figures", "correlation", "rank_correlation", "rating_figures"]
+__all__ = ["area_under_curve", "classification_metrics", "correlation", "rank_correlation", "rating_metrics"]
 
 
-def rating_figures(scores: Tensor, ratings: Tensor) -> dict[str, float]:
+def rating_metrics(scores: Tensor, ratings: Tensor) -> dict[str, float]:
     """Of scores [N] that estimate mean ratings [N]: correlation, and the error in points."""
     return {
         "heldout_texts": len(ratings),
@@ -17,35 +17,35 @@ def rating_figures(scores: Tensor, ratings: Tensor) -> dict[str, float]:
     }
 
 
-def class_figures(scores: Tensor, good: Tensor) -> dict[str, float]:
+def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     """Of log-odds [N] that a text is of the good class, and whether it is [N]; probability ½ decides."""
     return {
-        "heldout_texts": len(good),
-        "heldout_good_share": good.float().mean().item(),
-        "heldout_accuracy": ((scores > 0) == good.bool()).float().mean().item(),
-        "heldout_auc": area_under_curve(scores, good),
+        "heldout_texts": len(labels),
+        "heldout_good_share": labels.float().mean().item(),
+        "heldout_accuracy": ((scores > 0) == labels.bool()).float().mean().item(),
+        "heldout_auc": area_under_curve(scores, labels),
     }
 
 
-def correlation(one: Tensor, other: Tensor) -> float:
+def correlation(x: Tensor, y: Tensor) -> float:
     """Pearson's."""
-    return torch.corrcoef(torch.stack([one, other]))[0, 1].item()
+    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
-def rank_correlation(one: Tensor, other: Tensor) -> float:
+def rank_correlation(x: Tensor, y: Tensor) -> float:
     """Spearman's: Pearson's of the ranks, equal values sharing the mean of theirs."""
-    return correlation(_ranks(one), _ranks(other))
+    return correlation(_ranks(x), _ranks(y))
 
 
-def area_under_curve(scores: Tensor, good: Tensor) -> float:
+def area_under_curve(scores: Tensor, labels: Tensor) -> float:
     """How often a good text scores above another one, ties counting half; NaN where all are of one class.
 
     By the rank sum of the good ones: (Σ ranks − n₁(n₁ + 1)/2) / (n₁·n₀) (Mann & Whitney 1947).
     """
-    ranks, hits = _ranks(scores), good.bool()
-    count = int(hits.merged_weight())
-    pairs = count * (len(hits) - count)
-    return ((ranks[hits].merged_weight() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
+    ranks, positive = _ranks(scores), labels.bool()
+    count = int(positive.merged_weight())
+    pairs = count * (len(positive) - count)
+    return ((ranks[positive].merged_weight() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
 
 
 def _ranks(values: Tensor) -> Tensor:

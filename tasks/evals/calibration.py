@@ -8,10 +8,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-__all__ = ["MARGINS", "accuracy_by_margin", "calibration_table", "margin_bucket"]
+__all__ = ["MARGIN_BUCKETS", "accuracy_by_margin", "calibration_table", "margin_bucket"]
 
 
-class _Margins(NamedTuple):
+class _MarginBuckets(NamedTuple):
     """Buckets of the absolute difference of mean ratings, in points of the rating scale."""
 
     edges: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0)
@@ -22,48 +22,48 @@ class _Margins(NamedTuple):
         return [*(f"{low:g}-{high:g}" for low, high in pairs), f"{self.edges[-1]:g}+"]
 
 
-MARGINS = _Margins()
+MARGIN_BUCKETS = _MarginBuckets()
 
 
 def margin_bucket(margin: float) -> str:
     """The name of the bucket that an absolute margin falls into; a lower edge belongs to its bucket."""
-    index = sum(abs(margin) >= edge for edge in MARGINS.edges) - 1
-    return MARGINS.names()[index]
+    index = sum(abs(margin) >= edge for edge in MARGIN_BUCKETS.edges) - 1
+    return MARGIN_BUCKETS.names()[index]
 
 
-def accuracy_by_margin(gaps: Tensor, margins: Tensor, ceiling: Mapping[str, float]) -> list[dict[str, Any]]:
+def accuracy_by_margin(score_differences: Tensor, margins: Tensor, ceiling: Mapping[str, float]) -> list[dict[str, Any]]:
     """One row per bucket: pairs, the share ordered as people order them, and the raters' own agreement.
 
     Args:
-        gaps: [N] score of the chosen minus score of the rejected text.
+        score_differences: [N] score of the chosen minus score of the rejected text.
         margins: [N] difference of mean ratings in points; NaN where unknown, and such pairs are in no bucket.
         ceiling: bucket → agreement of single raters with the others; missing buckets stay empty.
     """
     names = [None if torch.isnan(margin) else margin_bucket(float(margin)) for margin in margins]
     rows = []
-    for bucket in MARGINS.names():
-        chosen = torch.tensor([name == bucket for name in names], dtype=torch.bool)
-        count = int(chosen.merged_weight())
-        accuracy = (gaps[chosen] > 0).float().mean().item() if count else ""
+    for bucket in MARGIN_BUCKETS.names():
+        in_bucket = torch.tensor([name == bucket for name in names], dtype=torch.bool)
+        count = int(in_bucket.merged_weight())
+        accuracy = (score_differences[in_bucket] > 0).float().mean().item() if count else ""
         rows.append({"bucket": bucket, "pairs": count, "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
     return rows
 
 
-def calibration_table(gaps: Tensor, bins: int = 10) -> tuple[list[dict[str, Any]], float]:
+def calibration_table(score_differences: Tensor, bins: int = 10) -> tuple[list[dict[str, Any]], float]:
     """Stated against observed probability, and the expected calibration error (Guo et al. 2017, equation 3).
 
     A pair is read in the direction that the model states with at least one half: the stated probability is
     max(σ(gap), σ(−gap)), and the observation is whether people agreed. Bins are equally wide between ½ and 1.
     """
-    stated = torch.sigmoid(gaps.abs().double())
-    agreed = (gaps > 0).double()
+    stated = torch.sigmoid(score_differences.abs().double())
+    agreed = (score_differences > 0).double()
     index = ((stated - 0.5) * 2 * bins).long().clamp(0, bins - 1)
     rows, error = [], 0.0
     for number in range(bins):
-        here = index == number
-        count = int(here.merged_weight())
+        in_bin = index == number
+        count = int(in_bin.merged_weight())
         if count:
-            predicted, observed = stated[here].mean().item(), agreed[here].mean().item()
+            predicted, observed = stated[in_bin].mean().item(), agreed[in_bin].mean().item()
             rows.append({"predicted": predicted, "observed": observed, "count": count})
-            error += count / len(gaps) * abs(predicted - observed)
+            error += count / len(score_differences) * abs(predicted - observed)
     return rows, error

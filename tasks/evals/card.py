@@ -10,10 +10,10 @@ from tasks.core.exporting import ExportCheck
 from tasks.core.origin import Origin
 from tasks.core.registry import Version
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
-from tasks.evals.templates import template
-from tasks.evals.verdict import NAMES
+from tasks.evals.templates import load_template
+from tasks.evals.verdict import DISPLAY_NAMES
 
-__all__ = ["Card", "render"]
+__all__ = ["ModelCard", "render_model_card"]
 
 METHODS = {
     "ppo": (
@@ -30,7 +30,7 @@ METHODS = {
 
 
 @dataclass(frozen=True)
-class Card:
+class ModelCard:
     """What a card tells.
 
     Attributes:
@@ -43,17 +43,17 @@ class Card:
     adapter: bool
 
 
-def render(card: Card) -> str:
+def render_model_card(card: ModelCard) -> str:
     """The text of README.md, with front matter as the Hugging Face hub reads it."""
     origin, policy = card.origin, card.version.policy
     method, sections = METHODS[policy]
-    return template("card.md.j2", {"cell": _cell}, autoescape=False).render(
+    return load_template("card.md.j2", {"cell": _escape_cell}, autoescape=False).render(
         card=card,
         version=card.version,
         origin=origin,
         front=_front_matter(card),
         licence=_licence(origin),
-        name=NAMES[policy],
+        name=DISPLAY_NAMES[policy],
         method=method,
         reference=origin.figures[REFERENCE],
         row=origin.figures[policy],
@@ -62,12 +62,12 @@ def render(card: Card) -> str:
             line
             for section in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed")
             if section in origin.parameters  # a version may be older than one of them
-            for line in _flat(section, origin)
+            for line in _flatten(section, origin)
         ],
     )
 
 
-def _front_matter(card: Card) -> list[str]:
+def _front_matter(card: ModelCard) -> list[str]:
     """Each line as `key: JSON`, which is YAML."""
     base = card.origin.base_model
     fields: dict[str, Any] = {
@@ -86,12 +86,12 @@ def _licence(origin: Origin) -> str:
     return str(origin.base_model.get("licence") or "unknown").lower()
 
 
-def _flat(section: str, origin: Origin) -> list[tuple[str, str]]:
+def _flatten(section: str, origin: Origin) -> list[tuple[str, str]]:
     value = origin.parameters[section]
     items = value.items() if isinstance(value, dict) else [(None, value)]
     return [(f"{section}.{key}" if key else section, json.dumps(inner, ensure_ascii=False)) for key, inner in items]
 
 
-def _cell(value: object) -> str:
+def _escape_cell(value: object) -> str:
     """Text that stays within its cell of a Markdown table."""
     return str(value).replace("|", "\\|").replace("\n", " ")

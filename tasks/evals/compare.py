@@ -10,27 +10,27 @@ from pydantic import Field
 from tasks.core.errors import DataError
 from tasks.core.schema import Row
 from tasks.core.words import distinct_n, repetition_rate
-from tasks.evals.statistics import bootstrap_mean, mean_and_error, wins
+from tasks.evals.statistics import bootstrap_mean, mean_and_error, pairwise_wins
 from tasks.evals.text import word_count
 
 __all__ = [
     "DIGITS",
     "HEADLINE",
-    "JUDGES",
+    "WIN_RATE_KEYS",
     "JUDGE_NAMES",
     "REFERENCE",
-    "Judged",
+    "ScoredResponse",
     "Table",
-    "compare",
+    "compare_policies",
     "headline",
     "judges_of",
-    "spread",
+    "score_std",
     "win_rates_of",
 ]
 
 REFERENCE = "sft"
 
-JUDGES: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "proxy": "win_rate_proxy"}
+WIN_RATE_KEYS: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "proxy": "win_rate_proxy"}
 """Who compares two responses → the prefix of its keys in the table; see `judges_of` for those that did."""
 
 JUDGE_NAMES = {"gold": "gold judge", "judge": "LLM judge", "vader": "VADER", "proxy": "proxy reward"}
@@ -48,10 +48,10 @@ DIGITS = 6
 """Decimals kept in tables: more than any interval here can tell apart."""
 
 Table = dict[str, dict[str, float]]
-"""Policy → key → number; what the keys mean: `compare`."""
+"""Policy → key → number; what the keys mean: `compare_policies`."""
 
 
-class Judged(Row):
+class ScoredResponse(Row):
     """One response of one policy with everything measured on it; `id` is `<policy>/<prompt id>`."""
 
     policy: str
@@ -84,7 +84,7 @@ class Judged(Row):
     )
 
     @property
-    def shown(self) -> str:
+    def display_text(self) -> str:
         """What a reader should see after the prompt."""
         return self.conversation or self.response
 
@@ -93,7 +93,7 @@ class Judged(Row):
         return {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}[judge]
 
 
-def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
+def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: int) -> Table:
     """One row per policy, in the order in which the records name them.
 
     Keys: `n` prompts; `reward_proxy`, `reward_gold`, `reward_<component>` means; `win_rate`, `win_rate_vader`,
@@ -113,7 +113,7 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     Raises:
         DataError: the reference is missing, or a policy did not answer exactly the reference's prompts.
     """
-    groups: dict[str, list[Judged]] = {}
+    groups: dict[str, list[ScoredResponse]] = {}
     for record in records:
         groups.setdefault(record.policy, []).append(record)
     if REFERENCE not in groups:
@@ -121,12 +121,12 @@ def compare(records: Sequence[Judged], *, samples: int, seed: int) -> Table:
     reference = groups[REFERENCE]
     table: Table = {}
     for policy, group in groups.items():
-        paired = _paired(group, reference)
-        row = _own_numbers(paired) | _accuracies(paired, samples, seed) | _success(paired, samples, seed)
-        for judge, prefix in JUDGES.items():
+        aligned = _align_by_prompt(group, reference)
+        row = _policy_metrics(aligned) | _accuracies(aligned, samples, seed) | _success(aligned, samples, seed)
+        for judge, prefix in WIN_RATE_KEYS.items():
             if reference[0].score(judge) is None:
                 continue
-            row |= _against(judge, prefix, paired, reference, samples, seed)
+            row |= _win_rate_metrics(judge, prefix, aligned, reference, samples, seed)
         table[policy] = {key: round(value, DIGITS) for key, value in row.items()}
     return table
 
@@ -139,28 +139,28 @@ def headline(table: Table) -> Table:
 def judges_of(table: Table) -> dict[str, str]:
     """The judges that this table knows, each with the prefix of its keys."""
     row = next(iter(table.values()))
-    return {judge: prefix for judge, prefix in JUDGES.items() if prefix in row}
+    return {judge: prefix for judge, prefix in WIN_RATE_KEYS.items() if prefix in row}
 
 
 def win_rates_of(table: Table) -> dict[str, str]:
     """The judges that have a win rate here, each with the prefix of its keys."""
-    known = {judge: JUDGES.get(judge, f"win_rate_{judge}") for judge in JUDGE_NAMES}
+    known = {judge: WIN_RATE_KEYS.get(judge, f"win_rate_{judge}") for judge in JUDGE_NAMES}
     return {judge: prefix for judge, prefix in known.items() if any(f"{prefix}_low" in row for row in table.values())}
 
 
-def _paired(group: Sequence[Judged], reference: Sequence[Judged]) -> list[Judged]:
+def _align_by_prompt(group: Sequence[ScoredResponse], reference: Sequence[ScoredResponse]) -> list[ScoredResponse]:
     """The group's records in the order of the reference's prompts."""
     by_prompt = {record.prompt_id: record for record in group}
-    wanted = [record.prompt_id for record in reference]
-    if len(by_prompt) != len(group) or len(group) != len(reference) or set(by_prompt) != set(wanted):
+    prompt_ids = [record.prompt_id for record in reference]
+    if len(by_prompt) != len(group) or len(group) != len(reference) or set(by_prompt) != set(prompt_ids):
         raise DataError(
             f"{group[0].policy} has {len(group)} responses to {len(by_prompt)} prompts, {REFERENCE} has "
             f"{len(reference)}; each policy must answer each prompt of {REFERENCE} once"
         )
-    return [by_prompt[prompt] for prompt in wanted]
+    return [by_prompt[prompt] for prompt in prompt_ids]
 
 
-def _own_numbers(group: Sequence[Judged]) -> dict[str, float]:
+def _policy_metrics(group: Sequence[ScoredResponse]) -> dict[str, float]:
     """What a policy's responses show without looking at another policy."""
     texts = [record.response for record in group]
     kl, kl_stderr = mean_and_error([record.kl for record in group])
@@ -183,7 +183,7 @@ def _own_numbers(group: Sequence[Judged]) -> dict[str, float]:
     }
 
 
-def _accuracies(group: Sequence[Judged], samples: int, seed: int) -> dict[str, float]:
+def _accuracies(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
     """How often the answer is right, over the prompts whose right answer is known; nothing where none is."""
     known = [record.correct for record in group if record.correct is not None]
     row: dict[str, float] = {}
@@ -194,7 +194,7 @@ def _accuracies(group: Sequence[Judged], samples: int, seed: int) -> dict[str, f
     return row
 
 
-def _success(group: Sequence[Judged], samples: int, seed: int) -> dict[str, float]:
+def _success(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
     """The interval of the share of conversations that reached their goal; nothing where there were none."""
     if "success" not in group[0].measures:
         return {}
@@ -202,15 +202,15 @@ def _success(group: Sequence[Judged], samples: int, seed: int) -> dict[str, floa
     return {"success": share.mean, "success_low": share.low, "success_high": share.high}
 
 
-def _against(
-    judge: str, prefix: str, group: Sequence[Judged], reference: Sequence[Judged], samples: int, seed: int
+def _win_rate_metrics(
+    judge: str, prefix: str, group: Sequence[ScoredResponse], reference: Sequence[ScoredResponse], samples: int, seed: int
 ) -> dict[str, float]:
     """Win rate and gain over the reference by one judge; every judge and policy resamples the same prompts."""
-    own, other = ([record.score(judge) or 0.0 for record in records] for records in (group, reference))
-    outcomes = wins(own, other)
+    policy_scores, reference_scores = ([record.score(judge) or 0.0 for record in records] for records in (group, reference))
+    outcomes = pairwise_wins(policy_scores, reference_scores)
     rate = bootstrap_mean(outcomes, samples=samples, seed=seed)
-    scale = spread(other)
-    gain, error = mean_and_error([(a - b) / scale for a, b in zip(own, other, strict=True)])
+    scale = score_std(reference_scores)
+    gain, error = mean_and_error([(a - b) / scale for a, b in zip(policy_scores, reference_scores, strict=True)])
     return {
         prefix: rate.mean,
         f"{prefix}_low": rate.low,
@@ -221,7 +221,7 @@ def _against(
     }
 
 
-def spread(values: Sequence[float]) -> float:
+def score_std(values: Sequence[float]) -> float:
     """Standard deviation (n − 1); 1 where all values are equal, so that a gain is then in the judge's own points."""
     deviation = mean_and_error(values)[1] * math.sqrt(len(values))
     return deviation if deviation > 0 else 1.0

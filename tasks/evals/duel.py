@@ -11,16 +11,16 @@ from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.environment import EnvironmentParams
 from tasks.core.sections.evaluate import EvaluateParams
 from tasks.core.sections.generation import GenerationParams
-from tasks.evals.compare import Judged
-from tasks.evals.judging import Answer, Sampler, choose_prompts, gold_reward, vader_scores
-from tasks.evals.noninferiority import compared
+from tasks.evals.compare import ScoredResponse
+from tasks.evals.judging import SampledResponse, PolicySampler, sample_prompts, load_gold_reward, vader_scores
+from tasks.evals.noninferiority import paired_interval
 from tasks.evals.statistics import Interval
 
-__all__ = ["duel"]
+__all__ = ["compare_with_champion"]
 
 
 @dataclass(frozen=True)
-class _Scored:
+class _ChampionResponse:
     """The champion's answer to one prompt; see `tasks.evals.noninferiority.Scored`."""
 
     response: str
@@ -30,7 +30,7 @@ class _Scored:
     vader: float | None
 
 
-def duel(
+def compare_with_champion(
     policy: str,
     params: EvaluateParams,
     generation: GenerationParams,
@@ -59,28 +59,28 @@ def duel(
         ModelError: a folder is incomplete.
     """
     init_process()
-    prompts = choose_prompts(artifacts / "prepare" / "prompts" / "test.jsonl", params.prompts, seed)
+    prompts = sample_prompts(artifacts / "prepare" / "prompts" / "test.jsonl", params.prompts, seed)
     tokenizer = load_tokenizer(champion / "base_model")
-    sampler = Sampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment)
+    sampler = PolicySampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment)
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
     answers = sampler.answers("champion", model)
-    theirs = _scored(answers, prompts, artifacts, params)
-    records = read_rows(artifacts / "evaluate" / "responses.jsonl", Judged)
+    champion_scores = _score_answers(answers, prompts, artifacts, params)
+    records = read_rows(artifacts / "evaluate" / "responses.jsonl", ScoredResponse)
     by_prompt = {record.prompt_id: record for record in records if record.policy == policy}
-    ours = [by_prompt[answer.prompt.id] for answer in answers]
-    return {name: compared(name, ours, theirs, samples=params.bootstrap_samples, seed=seed) for name in metrics}
+    challenger_scores = [by_prompt[answer.prompt.id] for answer in answers]
+    return {name: paired_interval(name, challenger_scores, champion_scores, samples=params.bootstrap_samples, seed=seed) for name in metrics}
 
 
-def _scored(
-    answers: Sequence[Answer], prompts: Sequence[Prompt], artifacts: Path, params: EvaluateParams
-) -> list[_Scored]:
+def _score_answers(
+    answers: Sequence[SampledResponse], prompts: Sequence[Prompt], artifacts: Path, params: EvaluateParams
+) -> list[_ChampionResponse]:
     """The answers with the scores of the judges of the evaluation."""
-    asked, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
-    gold = [answer.earned for answer in answers if answer.earned is not None] or gold_reward(
+    prompt_texts, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
+    gold = [answer.environment_reward for answer in answers if answer.environment_reward is not None] or load_gold_reward(
         prompts, artifacts / "base_model", artifacts / "gold_judge", params.gold_rule
-    )(asked, responses)
-    sentiment = vader_scores(asked, responses) if params.vader else [None] * len(answers)
+    )(prompt_texts, responses)
+    sentiment = vader_scores(prompt_texts, responses) if params.vader else [None] * len(answers)
     return [
-        _Scored(answer.response, answer.ended, answer.kl, float(score), compound)
+        _ChampionResponse(answer.response, answer.ended, answer.kl, float(score), compound)
         for answer, score, compound in zip(answers, gold, sentiment, strict=True)
     ]

@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.evals.compare import DIGITS, JUDGES, REFERENCE, Judged, spread
-from tasks.evals.statistics import TIE
+from tasks.evals.compare import DIGITS, WIN_RATE_KEYS, REFERENCE, ScoredResponse, score_std
+from tasks.evals.statistics import TIE_TOLERANCE
 
-__all__ = ["EXAMPLES", "Example", "Examples", "choose", "plain"]
+__all__ = ["EXAMPLES_PER_KIND", "Example", "Examples", "select_examples", "examples_to_dict"]
 
-EXAMPLES = 3
+EXAMPLES_PER_KIND = 3
 """Of each kind for each policy: nine pairs of responses are what a reader still reads."""
 
 
@@ -20,8 +20,8 @@ class Example:
     """A policy's response beside the reference's to the same prompt; `by` is what they were chosen for."""
 
     by: float
-    reference: Judged
-    own: Judged
+    reference: ScoredResponse
+    own: ScoredResponse
 
 
 @dataclass(frozen=True)
@@ -40,60 +40,60 @@ class Examples:
     disagreements: tuple[Example, ...]
 
 
-def choose(records: Sequence[Judged], count: int = EXAMPLES) -> dict[str, Examples]:
+def select_examples(records: Sequence[ScoredResponse], count: int = EXAMPLES_PER_KIND) -> dict[str, Examples]:
     """Policy → its examples, without the reference; equal ones in the order of their prompts' names."""
-    groups: dict[str, list[Judged]] = {}
+    groups: dict[str, list[ScoredResponse]] = {}
     for record in records:
         groups.setdefault(record.policy, []).append(record)
     reference = {record.prompt_id: record for record in groups.pop(REFERENCE)}
-    gold, proxy = (_gain(judge, list(reference.values())) for judge in ("gold", "proxy"))
+    gold, proxy = (_standardised_gain(judge, list(reference.values())) for judge in ("gold", "proxy"))
 
-    def own_points(own: Judged, other: Judged) -> float:
+    def gold_difference(own: ScoredResponse, other: ScoredResponse) -> float:
         return own.gold - other.gold
 
-    def disagreement(own: Judged, other: Judged) -> float:
+    def disagreement(own: ScoredResponse, other: ScoredResponse) -> float:
         return proxy(own, other) - gold(own, other)
 
     return {
         policy: Examples(
-            gains=_top(group, reference, own_points, count, sign=1),
-            losses=_top(group, reference, own_points, count, sign=-1),
-            disagreements=_top(group, reference, disagreement, count, sign=1),
+            gains=_top_examples(group, reference, gold_difference, count, sign=1),
+            losses=_top_examples(group, reference, gold_difference, count, sign=-1),
+            disagreements=_top_examples(group, reference, disagreement, count, sign=1),
         )
         for policy, group in groups.items()
     }
 
 
-def plain(examples: Examples) -> dict[str, list[dict[str, Any]]]:
+def examples_to_dict(examples: Examples) -> dict[str, list[dict[str, Any]]]:
     """As JSON can say it."""
-    return {kind: [_plain(example) for example in group] for kind, group in vars(examples).items()}
+    return {kind: [_example_to_dict(example) for example in group] for kind, group in vars(examples).items()}
 
 
-def _gain(judge: str, reference: Sequence[Judged]) -> Callable[[Judged, Judged], float]:
+def _standardised_gain(judge: str, reference: Sequence[ScoredResponse]) -> Callable[[ScoredResponse, ScoredResponse], float]:
     """By the judge, in standard deviations of the reference's scores."""
-    deviation = spread([record.score(judge) or 0.0 for record in reference])
+    deviation = score_std([record.score(judge) or 0.0 for record in reference])
     return lambda own, other: ((own.score(judge) or 0.0) - (other.score(judge) or 0.0)) / deviation
 
 
-def _top(
-    group: Sequence[Judged],
-    reference: dict[str, Judged],
-    value: Callable[[Judged, Judged], float],
+def _top_examples(
+    group: Sequence[ScoredResponse],
+    reference: dict[str, ScoredResponse],
+    value: Callable[[ScoredResponse, ScoredResponse], float],
     count: int,
     *,
     sign: int,
 ) -> tuple[Example, ...]:
     pairs = [(own, reference[own.prompt_id]) for own in group]
     examples = [Example(value(own, other), other, own) for own, other in pairs]
-    kept = [example for example in examples if sign * example.by > TIE]
+    kept = [example for example in examples if sign * example.by > TIE_TOLERANCE]
     return tuple(sorted(kept, key=lambda example: (-sign * example.by, example.own.prompt_id))[:count])
 
 
-def _plain(example: Example) -> dict[str, Any]:
-    sides = {record.policy: _response(record) for record in (example.reference, example.own)}
+def _example_to_dict(example: Example) -> dict[str, Any]:
+    sides = {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
     return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "by": round(example.by, DIGITS)} | sides
 
 
-def _response(record: Judged) -> dict[str, Any]:
-    scores = {judge: score for judge in JUDGES if (score := record.score(judge)) is not None}
-    return {"response": record.shown, "ended": record.ended, "kl": record.kl} | scores
+def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:
+    scores = {judge: score for judge in WIN_RATE_KEYS if (score := record.score(judge)) is not None}
+    return {"response": record.display_text, "ended": record.ended, "kl": record.kl} | scores

@@ -9,13 +9,13 @@ from tasks.core.errors import ConfigError
 from tasks.core.origin import Finding
 from tasks.core.sections.gate import GateParams
 from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.findings import Finding as Sign
-from tasks.evals.noninferiority import no_worse
+from tasks.evals.findings import HackingFinding as Sign
+from tasks.evals.noninferiority import noninferiority_rule
 from tasks.evals.statistics import Interval
 
-__all__ = ["PARTS", "Decision", "candidate", "decide"]
+__all__ = ["BASE_STAGES", "Decision", "select_candidate", "decide"]
 
-PARTS = ("base_model", "sft")
+BASE_STAGES = ("base_model", "sft")
 """What a policy is made of beside itself: its adapter lies on that of SFT, which lies on the base model."""
 
 
@@ -29,16 +29,16 @@ class Decision:
     @property
     def accepted(self) -> bool:
         """Every rule holds."""
-        return all(finding.holds for finding in self.findings)
+        return all(result.holds for result in self.findings)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """The rules that do not hold; all of them where the policy is accepted."""
-        shown = [finding for finding in self.findings if self.accepted or not finding.holds]
-        return tuple(f"{finding.rule}: {finding.found}, asked {finding.asked}" for finding in shown)
+        shown = [result for result in self.findings if self.accepted or not result.holds]
+        return tuple(f"{result.rule}: {result.found}, asked {result.asked}" for result in shown)
 
 
-def candidate(table: Table, params: GateParams) -> str:
+def select_candidate(table: Table, params: GateParams) -> str:
     """The policy that may be promoted.
 
     Raises:
@@ -59,7 +59,7 @@ def decide(
     policy: str,
     params: GateParams,
     *,
-    signs: Sequence[Sign],
+    findings: Sequence[Sign],
     against_champion: Mapping[str, Interval] | None,
 ) -> Decision:
     """Apply the rules; where there is no champion yet, those about it do not count.
@@ -68,11 +68,11 @@ def decide(
         table: the evaluation, see `tasks.evals.compare`.
         policy: the candidate.
         params: the rules.
-        signs: of reward hacking, that were found in the candidate.
+        findings: of reward hacking, that were found in the candidate.
         against_champion: each metric that has a margin, see `tasks.evals.noninferiority`.
     """
     row = table[policy]
-    findings = [
+    rule_results = [
         Finding(
             "win rate against SFT, lower end",
             f"{row['win_rate_low']:.1%}",
@@ -80,15 +80,15 @@ def decide(
             row["win_rate_low"] > params.min_win_rate,
         ),
         Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
-        _no_hacking(signs, params.allowed_detectors),
+        _check_hacking(findings, params.allowed_detectors),
     ]
     if against_champion is not None:
-        findings += [no_worse(metric, against_champion[metric], margin) for metric, margin in params.margins.items()]
-    return Decision(policy, tuple(findings))
+        rule_results += [noninferiority_rule(metric, against_champion[metric], margin) for metric, margin in params.margins.items()]
+    return Decision(policy, tuple(rule_results))
 
 
-def _no_hacking(signs: Sequence[Sign], allowed: Sequence[str]) -> Finding:
-    found = ", ".join(f"{sign.detector} ({sign.where})" for sign in signs)
-    asked = f"none but {', '.join(allowed)}" if allowed else "none"
-    holds = all(sign.detector in allowed for sign in signs)
-    return Finding("signs of reward hacking", found or "none", asked, holds)
+def _check_hacking(findings: Sequence[Sign], allowed: Sequence[str]) -> Finding:
+    detectors = ", ".join(f"{finding.detector} ({finding.phase})" for finding in findings)
+    required = f"none but {', '.join(allowed)}" if allowed else "none"
+    passed = all(finding.detector in allowed for finding in findings)
+    return Finding("signs of reward hacking", detectors or "none", required, passed)

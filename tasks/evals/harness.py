@@ -23,18 +23,18 @@ from transformers import set_seed
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.sections.lm_eval import LmEvalParams
 
-__all__ = ["Scores", "measure", "open_tasks"]
+__all__ = ["Scores", "run_tasks", "load_tasks"]
 
 Scores = dict[str, dict[str, list[float | None]]]
 """Task → metric → [value, standard error]; the error is None where lm-eval knows none (perplexities)."""
 
 DIGITS = 6
-RESAMPLES = 1000
+BOOTSTRAP_RESAMPLES = 1000
 """For the standard errors of those few metrics that lm-eval bootstraps (F1, BLEU, medians)."""
 
 
 @contextlib.contextmanager
-def open_tasks(params: LmEvalParams, include: Path, data: Sequence[Path], seed: int) -> Iterator[Any]:
+def load_tasks(params: LmEvalParams, include: Path, data: Sequence[Path], seed: int) -> Iterator[Any]:
     """lm-eval's tasks with their data, usable as long as the context is open.
 
     Paths in task files start at the project's root, of which only what `data` names is there, as
@@ -51,43 +51,43 @@ def open_tasks(params: LmEvalParams, include: Path, data: Sequence[Path], seed: 
             link.parent.mkdir(parents=True, exist_ok=True)
             link.symlink_to(path.resolve())
         include = include.resolve()
-        with contextlib.chdir(root), _private_datasets(Path(folder, "cache")), _quiet():
-            loaded = _load(params, include)
+        with contextlib.chdir(root), _isolated_datasets_cache(Path(folder, "cache")), _silence_lm_eval():
+            loaded = _load_task_objects(params, include)
         for task in loaded["tasks"].values():
             _set_fewshot(task, params.num_fewshot, seed)
         yield loaded
 
 
-def measure(model: Any, tokenizer: Any, tasks: Any, *, params: LmEvalParams, seed: int) -> Scores:
+def run_tasks(model: Any, tokenizer: Any, tasks: Any, *, params: LmEvalParams, seed: int) -> Scores:
     """What the model reaches in each of the opened tasks, metrics of several filters as `metric.filter`."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
     set_seed(seed)
-    with _quiet():
-        found = evaluate(
+    with _silence_lm_eval():
+        output = evaluate(
             lm=HFLM(pretrained=model, tokenizer=tokenizer, batch_size=params.batch_size),
             task_dict=tasks,
             limit=params.limit,
-            bootstrap_iters=RESAMPLES,
+            bootstrap_iters=BOOTSTRAP_RESAMPLES,
             log_samples=False,
         )
-    return {task: scores for task, row in found["results"].items() if (scores := _scores(row))}
+    return {task: scores for task, row in output["results"].items() if (scores := _metric_values(row))}
 
 
-def _scores(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
+def _metric_values(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
     """`acc,none` and `acc_stderr,none` as `acc`: [value, error]; what is not a number of a metric is left out."""
     scores = {}
     for key, value in row.items():
-        metric, comma, way = key.partition(",")
+        metric, comma, filter_name = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-            error = row.get(f"{metric}_stderr,{way}")
-            known = round(float(error), DIGITS) if isinstance(error, int | float) else None
-            scores[metric if way == "none" else f"{metric}.{way}"] = [round(float(value), DIGITS), known]
+            error = row.get(f"{metric}_stderr,{filter_name}")
+            stderr = round(float(error), DIGITS) if isinstance(error, int | float) else None
+            scores[metric if filter_name == "none" else f"{metric}.{filter_name}"] = [round(float(value), DIGITS), stderr]
     return scores
 
 
-def _load(params: LmEvalParams, include: Path) -> Any:
+def _load_task_objects(params: LmEvalParams, include: Path) -> Any:
     try:
         from lm_eval.tasks import TaskManager
     except ImportError as error:
@@ -107,21 +107,21 @@ def _load(params: LmEvalParams, include: Path) -> Any:
         raise ConfigError(f"lm_eval.tasks: a task of {list(params.tasks)} needs another package: {error}") from error
     except (HfHubHTTPError, OfflineModeIsEnabled, DatasetsError, OSError, ValueError, StopIteration) as error:
         raise SourceError(
-            f"lm_eval.tasks: the data of a task of {list(params.tasks)} cannot be read: {_reason(error)}; check "
+            f"lm_eval.tasks: the data of a task of {list(params.tasks)} cannot be read: {_short_reason(error)}; check "
             f"the network, whether the stages that write it are on, or the task files in {params.include}"
         ) from error
 
 
 def _set_fewshot(task: Any, count: int | None, seed: int) -> None:
     """As lm-eval's `simple_evaluate`: a task that fixes 0 keeps it; one that says nothing gets 0 unless told."""
-    own = task.get_config("num_fewshot")
-    if own is None or (count is not None and own != 0):
+    task_default = task.get_config("num_fewshot")
+    if task_default is None or (count is not None and task_default != 0):
         task.set_config(key="num_fewshot", value=count or 0)
     task.set_fewshot_seed(seed=seed)
 
 
 @contextlib.contextmanager
-def _private_datasets(cache: Path) -> Iterator[None]:
+def _isolated_datasets_cache(cache: Path) -> Iterator[None]:
     """datasets copies what it reads into the home folder, and counts it over the network, local files too: not here."""
     config = datasets.config
     before = config.HF_DATASETS_CACHE, config.HF_UPDATE_DOWNLOAD_COUNTS
@@ -133,7 +133,7 @@ def _private_datasets(cache: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet() -> Iterator[None]:
+def _silence_lm_eval() -> Iterator[None]:
     """Without lm-eval's remarks and bars, and without the processes that it would fork beside torch's threads."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
@@ -141,7 +141,7 @@ def _quiet() -> Iterator[None]:
         yield
 
 
-def _reason(error: Exception) -> str:
+def _short_reason(error: Exception) -> str:
     if isinstance(error, StopIteration):  # what datasets 5 says to an empty JSON file
         return "a file is empty"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -14,7 +14,7 @@ from tasks.core.errors import ConfigError, ModelError, RLHFError, SourceError
 from tasks.core.models import load_reference, load_tokenizer
 from tasks.core.paths import state_dir
 from tasks.core.sections.judge import JudgeParams
-from tasks.evals.answers import AnswerBook, key_of
+from tasks.evals.answers import JudgeCache, request_key
 from tasks.evals.pairwise import PairJudge, Reply
 from tasks.rl.rollout import pad_left, position_ids
 
@@ -28,7 +28,7 @@ RETRIES = 4
 TIMEOUT = 120.0
 """Seconds; a large model on a CPU takes its time."""
 
-LEAD = "The better response is"
+ANSWER_PREFIX = "The better response is"
 
 
 def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> PairJudge:
@@ -40,14 +40,14 @@ def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> Pai
     """
     if params.kind == "local":
         return LocalJudge(base_model, batch_size=batch_size)
-    return EndpointJudge(params, AnswerBook(state_dir() / "judge" / "answers.jsonl"))
+    return EndpointJudge(params, JudgeCache(state_dir() / "judge" / "answers.jsonl"))
 
 
 class EndpointJudge:
     """Asks a server question by question, and never twice; the library waits and asks again on 429 and 5xx."""
 
-    def __init__(self, params: JudgeParams, book: AnswerBook) -> None:
-        self._params, self._book = params, book
+    def __init__(self, params: JudgeParams, cache: JudgeCache) -> None:
+        self._params, self._cache = params, cache
         self.who = {"kind": "endpoint", "model": params.model, "base_url": params.base_url}
 
     def ask(self, questions: Sequence[str]) -> list[Reply]:
@@ -59,11 +59,11 @@ class EndpointJudge:
             SourceError: the server is not there, or refuses.
         """
         requests = [self._request(text) for text in questions]
-        keys = [key_of(self.who, request) for request in requests]
-        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._book}
+        keys = [request_key(self.who, request) for request in requests]
+        missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._cache}
         if missing:
             self._fetch(missing)
-        return [self._book[key] for key in keys]
+        return [self._cache[key] for key in keys]
 
     def _request(self, text: str) -> dict[str, Any]:
         """Everything that the answer may depend on; `max_tokens` by the name that every server knows."""
@@ -76,18 +76,18 @@ class EndpointJudge:
                 f"the judge would be asked {len(missing)} questions, evaluate.judge.max_requests allows "
                 f"{self._params.max_requests}; nothing was asked: raise it, or lower evaluate.judge.prompts"
             )
-        spent = 0
+        tokens_used = 0
         with self._client() as client:
             for number, (key, request) in enumerate(missing.items()):
-                if spent >= self._params.max_tokens:
+                if tokens_used >= self._params.max_tokens:
                     raise ConfigError(
-                        f"{number} answers of the judge took {spent} tokens, evaluate.judge.max_tokens allows "
+                        f"{number} answers of the judge took {tokens_used} tokens, evaluate.judge.max_tokens allows "
                         f"{self._params.max_tokens}; {len(missing) - number} are missing: run again to go on from "
                         "here, the answers are kept, or raise it"
                     )
                 reply = self._reply(client, request)
-                self._book.add(key, self.who, reply)
-                spent += reply.tokens
+                self._cache.add(key, self.who, reply)
+                tokens_used += reply.tokens
 
     def _client(self) -> openai.OpenAI:
         try:
@@ -105,28 +105,28 @@ class EndpointJudge:
         try:
             completion: Any = client.chat.completions.create(**request)
         except openai.APIError as error:
-            raise self._refusal(error) from None  # what a server says about a key may hold the key
+            raise self._api_error(error) from None  # what a server says about a key may hold the key
         if not getattr(completion, "choices", None):  # a page instead of JSON comes as a string
             raise SourceError(
                 f"{self._params.base_url} answers, but not as an OpenAI-compatible server: check base_url"
             )
         text = completion.choices[0].message.content or ""
-        asked = request["messages"][0]["content"]
+        question = request["messages"][0]["content"]
         # A server that counts nothing is counted against the budget at the most it can be: a token for each byte.
-        tokens = completion.usage.total_tokens if completion.usage else len((asked + text).encode())
+        tokens = completion.usage.total_tokens if completion.usage else len((question + text).encode())
         return Reply(text=text, model=completion.model or self._params.model, tokens=tokens)
 
-    def _refusal(self, error: openai.APIError) -> RLHFError:
-        where, status = f"the judge at {self._params.base_url}", getattr(error, "status_code", None)
+    def _api_error(self, error: openai.APIError) -> RLHFError:
+        endpoint, status = f"the judge at {self._params.base_url}", getattr(error, "status_code", None)
         kept = "; answers so far are kept, run again to go on"
         if status in (401, 403):
-            return SourceError(f"{where} refuses the key (HTTP {status}): set OPENAI_API_KEY in the environment")
+            return SourceError(f"{endpoint} refuses the key (HTTP {status}): set OPENAI_API_KEY in the environment")
         if status == 404:
-            return SourceError(f"{where} knows no model {self._params.model!r}, or base_url is wrong (HTTP 404)")
+            return SourceError(f"{endpoint} knows no model {self._params.model!r}, or base_url is wrong (HTTP 404)")
         if status is None:
-            return SourceError(f"{where} does not answer ({error.message}): is the server running?{kept}")
-        said = error.message.replace(os.environ.get("OPENAI_API_KEY") or "\0", "…")[:300]
-        return SourceError(f"{where} fails with HTTP {status}: {said}{kept}")
+            return SourceError(f"{endpoint} does not answer ({error.message}): is the server running?{kept}")
+        message = error.message.replace(os.environ.get("OPENAI_API_KEY") or "\0", "…")[:300]
+        return SourceError(f"{endpoint} fails with HTTP {status}: {message}{kept}")
 
 
 class LocalJudge:
@@ -142,7 +142,7 @@ class LocalJudge:
         self._tokenizer: Any = load_tokenizer(base_model)
         self._model: Any = load_reference(base_model, None)
         self._batch_size = batch_size
-        self._space, self._letters = _letters(self._tokenizer)
+        self._prefix_ids, self._letters = _letter_tokens(self._tokenizer)
 
     def ask(self, questions: Sequence[str]) -> list[Reply]:
         """An answer to each, `A: 0.5731`: the letter and its probability beside that of the other one."""
@@ -151,8 +151,8 @@ class LocalJudge:
         replies: dict[int, Reply] = {}
         for start in range(0, len(order), self._batch_size):
             batch = order[start : start + self._batch_size]
-            shares = self._shares([rows[row] for row in batch])
-            replies |= {row: self._reply(share, len(rows[row])) for row, share in zip(batch, shares, strict=True)}
+            probs = self._prob_a([rows[row] for row in batch])
+            replies |= {row: self._reply(prob, len(rows[row])) for row, prob in zip(batch, probs, strict=True)}
         return [replies[row] for row in range(len(rows))]
 
     def _ids(self, text: str) -> list[int]:
@@ -160,32 +160,32 @@ class LocalJudge:
         if chat:
             message = [{"role": "user", "content": text}]
             text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(text + ("" if chat else "\n") + LEAD, add_special_tokens=not chat).input_ids
-        return ids + self._space
+        ids: list[int] = self._tokenizer(text + ("" if chat else "\n") + ANSWER_PREFIX, add_special_tokens=not chat).input_ids
+        return ids + self._prefix_ids
 
     @torch.no_grad()
-    def _shares(self, rows: Sequence[Sequence[int]]) -> list[float]:
+    def _prob_a(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """P(A) / (P(A) + P(B)) after each row."""
-        where = self._model.device
-        ids, mask = (tensor.to(where) for tensor in pad_left(rows, self._tokenizer.pad_token_id))
+        device = self._model.device
+        ids, mask = (tensor.to(device) for tensor in pad_left(rows, self._tokenizer.pad_token_id))
         logits = self._model(
             input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), logits_to_keep=1
         ).logits[:, -1, self._letters]
-        shares: list[float] = logits.float().softmax(-1)[:, 0].tolist()
-        return shares
+        probs: list[float] = logits.float().softmax(-1)[:, 0].tolist()
+        return probs
 
-    def _reply(self, share: float, tokens: int) -> Reply:
-        letter, probability = ("A", share) if share > 0.5 else ("B", 1 - share)
-        text = "tie" if share == 0.5 else f"{letter}: {probability:.4f}"
+    def _reply(self, prob_a: float, tokens: int) -> Reply:
+        letter, probability = ("A", prob_a) if prob_a > 0.5 else ("B", 1 - prob_a)
+        text = "tie" if prob_a == 0.5 else f"{letter}: {probability:.4f}"
         return Reply(text=text, model=self.who["model"], tokens=tokens + 1)
 
 
-def _letters(tokenizer: Any) -> tuple[list[int], list[int]]:
+def _letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """The tokens that " A" and " B" begin with together, and the two in which they differ."""
-    one, other = (tokenizer(text, add_special_tokens=False).input_ids for text in (" A", " B"))
-    same = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(one, other, strict=False))]
-    if len(same) == min(len(one), len(other)):
+    a_ids, b_ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (" A", " B"))
+    prefix = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a_ids, b_ids, strict=False))]
+    if len(prefix) == min(len(a_ids), len(b_ids)):
         raise ModelError(
-            f"the base model's tokenizer cannot tell A from B ({one}, {other}): set evaluate.judge to null"
+            f"the base model's tokenizer cannot tell A from B ({a_ids}, {b_ids}): set evaluate.judge to null"
         )
-    return same, [one[len(same)], other[len(same)]]
+    return prefix, [a_ids[len(prefix)], b_ids[len(prefix)]]

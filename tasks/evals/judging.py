@@ -21,21 +21,21 @@ from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.rules import RuleOptions
-from tasks.evals.compare import Judged
+from tasks.evals.compare import ScoredResponse
 from tasks.rewards.composition import CompositeReward, rule_component
 from tasks.rewards.learned import GoldJudge
-from tasks.rewards.rules.answers import right_answer, right_in_form
+from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.kinds import RewardFunction
-from tasks.rl.conversation import Conversations, Earned, Talk, load_talk
+from tasks.rl.conversation import MultiTurnRollout, EnvironmentReward, MultiTurnSampler, load_multi_turn_sampler
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.policy import Policy
-from tasks.rl.rollout import Rollout, generate, seeded
-from tasks.rl.shaping import discounted
+from tasks.rl.rollout import Rollout, generate, derive_generator
+from tasks.rl.shaping import discount_by_turns
 
-__all__ = ["Answer", "Sampler", "choose_prompts", "gold_reward", "judge", "vader_scores"]
+__all__ = ["SampledResponse", "PolicySampler", "sample_prompts", "load_gold_reward", "score_responses", "vader_scores"]
 
 
-def choose_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
+def sample_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
     """The first `count` prompts of the file after a shuffle that the seed fixes.
 
     Raises:
@@ -52,13 +52,13 @@ def choose_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
 
 
 @dataclass(frozen=True)
-class Answer:
-    """One response before anyone has judged it; the fields mean what they mean in `Judged`.
+class SampledResponse:
+    """One response before anyone has judged it; the fields mean what they mean in `ScoredResponse`.
 
     Attributes:
-        earned: what an environment paid for the conversation; None without one.
+        environment_reward: what an environment paid for the conversation; None without one.
         turns: how many the policy had.
-        discount: γ^(turns − 1): what a score that comes with the last turn counts for.
+        turn_discount: γ^(turns − 1): what a score that comes with the last turn counts for.
     """
 
     policy: str
@@ -69,12 +69,12 @@ class Answer:
     kl: float
     kl_k3: float
     conversation: str | None = None
-    earned: float | None = None
+    environment_reward: float | None = None
     turns: int = 1
-    discount: float = 1.0
+    turn_discount: float = 1.0
 
 
-class Sampler:
+class PolicySampler:
     """Lets policies answer the prompts, or talk with an environment, always with the same random numbers."""
 
     def __init__(
@@ -89,21 +89,21 @@ class Sampler:
     ) -> None:
         self._tokenizer, self._generation, self._seed = tokenizer, generation, seed
         self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        self._talk = load_talk(environment, prompts, tokenizer, generation) if environment else None
+        self._talk = load_multi_turn_sampler(environment, prompts, tokenizer, generation) if environment else None
 
-    def answers(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[Answer]:
+    def answers(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[SampledResponse]:
         """Responses prompt by prompt, with their KL to the reference; 0 for the reference, which has no adapter."""
         batches = tqdm(self._batches, desc=f"answers of {name}", unit="batch")
         rollouts = self._rollouts(model, samples_per_prompt)
         return [
             answer
             for prompts, rollout in zip(batches, rollouts, strict=True)
-            for answer in self._described(name, prompts, rollout, self._reference_logprobs(model, rollout))
+            for answer in self._to_responses(name, prompts, rollout, self._reference_logprobs(model, rollout))
         ]
 
     def _rollouts(self, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
         if self._talk is not None:
-            return self._conversations(self._talk, model, samples_per_prompt)
+            return self._sample_conversations(self._talk, model, samples_per_prompt)
         generator = torch.Generator().manual_seed(self._seed)
         return (
             generate(
@@ -119,11 +119,11 @@ class Sampler:
             for batch in self._batches
         )
 
-    def _conversations(self, talk: Talk, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
+    def _sample_conversations(self, multi_turn: MultiTurnSampler, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
         start = 0
         for number, batch in enumerate(self._batches):
             chosen = range(start, start + len(batch))
-            yield talk(model, chosen, samples_per_prompt, partial(seeded, self._seed, number))
+            yield multi_turn(model, chosen, samples_per_prompt, partial(derive_generator, self._seed, number))
             start += len(batch)
 
     def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
@@ -131,9 +131,9 @@ class Sampler:
             return rollout.logprobs
         return Policy(model, temperature=self._generation.temperature).reference_logprobs(rollout)
 
-    def _described(
+    def _to_responses(
         self, name: str, prompts: Sequence[Prompt], rollout: Rollout, reference_logprobs: Tensor
-    ) -> list[Answer]:
+    ) -> list[SampledResponse]:
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         samples = len(mask) // len(prompts)
@@ -146,18 +146,18 @@ class Sampler:
             per_sequence(kl.k3, mask).tolist(),
             strict=True,
         )
-        answers = [Answer(name, *values) for values in columns]
-        if self._talk is None or not isinstance(rollout, Conversations):
+        answers = [SampledResponse(name, *values) for values in columns]
+        if self._talk is None or not isinstance(rollout, MultiTurnRollout):
             return answers
-        discounts = discounted(torch.ones(len(answers)), rollout.turns, self._talk.gamma).tolist()
-        talked = zip(rollout.transcripts, rollout.rewards.tolist(), rollout.turns.tolist(), discounts, strict=True)
+        discounts = discount_by_turns(torch.ones(len(answers)), rollout.turns, self._talk.gamma).tolist()
+        conversation_rows = zip(rollout.transcripts, rollout.rewards.tolist(), rollout.turns.tolist(), discounts, strict=True)
         return [
-            replace(answer, conversation=text, earned=earned, turns=turns, discount=discount)
-            for answer, (text, earned, turns, discount) in zip(answers, talked, strict=True)
+            replace(answer, conversation=text, environment_reward=environment_reward, turns=turns, turn_discount=turn_discount)
+            for answer, (text, environment_reward, turns, turn_discount) in zip(answers, conversation_rows, strict=True)
         ]
 
 
-def gold_reward(
+def load_gold_reward(
     prompts: Sequence[Prompt], base_model: Path, gold_judge: Path, rule: RuleOptions | None = None
 ) -> RewardFunction:
     """What stands for the truth: a model of people's ratings that training never saw, a rule, or the right answers.
@@ -170,45 +170,45 @@ def gold_reward(
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
     if rule is not None:
         reward = CompositeReward({"gold": rule_component("gold", rule, answers)}, {"gold": 1.0})
-        return lambda asked, responses: reward(asked, responses).total
+        return lambda prompt_texts, responses: reward(prompt_texts, responses).total
     if len(answers) < len(prompts):
         raise DataError(
             f"gold_judge is off (null in params.yaml), and only {len(answers)} of {len(prompts)} held-out prompts have "
             "a right answer, so nothing independent can judge the policies: switch it on, give prompts an `answer`, or "
             "set evaluate.gold_rule"
         )
-    return lambda asked, responses: [
-        right_answer(text, answers[prompt]) for prompt, text in zip(asked, responses, strict=True)
+    return lambda prompt_texts, responses: [
+        exact_match(text, answers[prompt]) for prompt, text in zip(prompt_texts, responses, strict=True)
     ]
 
 
-def judge(
-    answers: Sequence[Answer],
+def score_responses(
+    answers: Sequence[SampledResponse],
     reward: CompositeReward,
-    gold: RewardFunction | None,
+    gold_reward: RewardFunction | None,
     *,
     vader: bool,
     answer_pattern: str | None = None,
     accuracy: bool = True,
-) -> list[Judged]:
+) -> list[ScoredResponse]:
     """Every judge scores every response; where a right answer is known, the response is right or not, in two readings.
 
     Args:
-        gold: None where an environment has judged: then what it paid is the truth.
-        answer_pattern: the form of a strictly right answer, see `right_in_form`.
+        gold_reward: None where an environment has judged: then what it paid is the truth.
+        answer_pattern: the form of a strictly right answer, see `strict_match`.
         accuracy: whether right answers are texts to compare with, and not what a rule makes of them.
     """
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
-    paid = torch.tensor([answer.earned or 0.0 for answer in answers])
-    given = {ENVIRONMENT: Earned(paid, torch.tensor([answer.turns for answer in answers]))} if gold is None else None
-    proxy = reward(prompts, responses, given=given)
-    truth = paid if gold is None else torch.as_tensor(gold(prompts, responses))
-    if not torch.isfinite(truth).all():
+    environment_rewards = torch.tensor([answer.environment_reward or 0.0 for answer in answers])
+    external = {ENVIRONMENT: EnvironmentReward(environment_rewards, torch.tensor([answer.turns for answer in answers]))} if gold_reward is None else None
+    proxy = reward(prompts, responses, given=external)
+    gold_scores = environment_rewards if gold_reward is None else torch.as_tensor(gold_reward(prompts, responses))
+    if not torch.isfinite(gold_scores).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
     sentiment = vader_scores(prompts, responses) if vader else [None] * len(answers)
     return [
-        Judged(
+        ScoredResponse(
             id=f"{answer.policy}/{answer.prompt.id}",
             policy=answer.policy,
             prompt_id=answer.prompt.id,
@@ -218,11 +218,11 @@ def judge(
             ended=answer.ended,
             kl=answer.kl,
             kl_k3=answer.kl_k3,
-            proxy=proxy.total[row].item() * answer.discount,
+            proxy=proxy.total[row].item() * answer.turn_discount,
             rewards={name: values[row].item() for name, values in proxy.components.items()},
-            gold=truth[row].item(),
+            gold=gold_scores[row].item(),
             vader=sentiment[row],
-            correct=_correct(answer, answer_pattern) if accuracy else None,
+            correct=_answer_accuracy(answer, answer_pattern) if accuracy else None,
             measures={name: values[row].item() for name, values in proxy.measures.items()},
             conversation=answer.conversation,
         )
@@ -230,11 +230,11 @@ def judge(
     ]
 
 
-def _correct(answer: Answer, pattern: str | None) -> dict[str, bool] | None:
+def _answer_accuracy(answer: SampledResponse, pattern: str | None) -> dict[str, bool] | None:
     expected = answer.prompt.answer
-    if expected is None or answer.earned is not None:
+    if expected is None or answer.environment_reward is not None:
         return None
-    strict, flexible = right_in_form(answer.response, expected, pattern), right_answer(answer.response, expected)
+    strict, flexible = strict_match(answer.response, expected, pattern), exact_match(answer.response, expected)
     return {"strict": bool(strict), "flexible": bool(flexible)}
 
 

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-__all__ = ["Ingredient", "ingredients"]
+__all__ = ["SourceInfo", "collect_sources"]
 
 
 @dataclass(frozen=True)
-class Ingredient:
+class SourceInfo:
     """The base model, or one source of rows.
 
     Attributes:
@@ -28,22 +28,22 @@ class Ingredient:
     digest: str
 
 
-def ingredients(base_model: Path, collect: Path) -> list[Ingredient]:
+def collect_sources(base_model: Path, collect: Path) -> list[SourceInfo]:
     """The base model, then the sources in the order of their names; the arguments are the folders of those stages."""
-    card = _read(base_model / "card.json")
-    sources = [_read(path) for path in sorted((collect / "cards").glob("*.json"))]
-    return [_model(card), *[_source(card) for card in sources]]
+    card = _read_card(base_model / "card.json")
+    sources = [_read_card(path) for path in sorted((collect / "cards").glob("*.json"))]
+    return [_model_source(card), *[_data_source(card) for card in sources]]
 
 
-def _model(card: Mapping[str, Any]) -> Ingredient:
+def _model_source(card: Mapping[str, Any]) -> SourceInfo:
     digests = (card[key] for key in ("sha256", "sha256_of_weights", "commit") if key in card)
     size = f"{card['parameters']:,} parameters"
-    return Ingredient("Base model", card["source"], _licence(card), size, next(digests, "")[:16])
+    return SourceInfo("Base model", card["source"], _licence(card), size, next(digests, "")[:16])
 
 
-def _source(card: Mapping[str, Any]) -> Ingredient:
+def _data_source(card: Mapping[str, Any]) -> SourceInfo:
     size = f"{card['rows']:,} rows"
-    return Ingredient(f"Data: {card['name']}", card["source"], _licence(card), size, card["sha256_of_rows"][:16])
+    return SourceInfo(f"Data: {card['name']}", card["source"], _licence(card), size, card["sha256_of_rows"][:16])
 
 
 def _licence(card: Mapping[str, Any]) -> str:
@@ -51,6 +51,6 @@ def _licence(card: Mapping[str, Any]) -> str:
     return "" if licence == "unknown" else licence
 
 
-def _read(path: Path) -> dict[str, Any]:
+def _read_card(path: Path) -> dict[str, Any]:
     card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
     return card

@@ -14,12 +14,12 @@ from typing import Protocol
 
 from tasks.core.origin import Finding
 from tasks.core.words import repetition_rate
-from tasks.evals.statistics import Interval, bootstrap_mean, wins
+from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 
-__all__ = ["METRICS", "Comparison", "Scored", "compared", "no_worse"]
+__all__ = ["METRICS", "MetricSpec", "ResponseScores", "paired_interval", "noninferiority_rule"]
 
 
-class Scored(Protocol):
+class ResponseScores(Protocol):
     """One response with what metrics need; the fields mean what they mean in `tasks.evals.compare.Judged`."""
 
     @property
@@ -35,54 +35,54 @@ class Scored(Protocol):
 
 
 @dataclass(frozen=True)
-class Comparison:
+class MetricSpec:
     """A metric.
 
     Attributes:
         name: what it is called in a reason.
         value: what one prompt gives, from the policy's answer and the champion's.
         more_is_better: whether a high mean speaks for the policy.
-        even: the mean where they are alike.
+        null_value: the mean where they are alike.
         form: how a mean is written.
-        margin_form: how the bound is written.
+        margin_format: how the bound is written.
     """
 
     name: str
-    value: Callable[[Scored, Scored], float]
+    value: Callable[[ResponseScores, ResponseScores], float]
     more_is_better: bool
-    even: float = 0.0
+    null_value: float = 0.0
     form: str = "+.3f"
-    margin_form: str = "+g"
+    margin_format: str = "+g"
 
 
-METRICS: Mapping[str, Comparison] = {
-    "win_rate": Comparison(
-        "win rate against the champion", lambda ours, theirs: _win(ours.gold, theirs.gold),
-        more_is_better=True, even=0.5, form=".1%", margin_form=".0%",
+METRICS: Mapping[str, MetricSpec] = {
+    "win_rate": MetricSpec(
+        "win rate against the champion", lambda ours, theirs: _pairwise_win(ours.gold, theirs.gold),
+        more_is_better=True, null_value=0.5, form=".1%", margin_format=".0%",
     ),
-    "win_rate_vader": Comparison(
-        "VADER's win rate against the champion", lambda ours, theirs: _win(_vader(ours), _vader(theirs)),
-        more_is_better=True, even=0.5, form=".1%", margin_form=".0%",
+    "win_rate_vader": MetricSpec(
+        "VADER's win rate against the champion", lambda ours, theirs: _pairwise_win(_vader_score(ours), _vader_score(theirs)),
+        more_is_better=True, null_value=0.5, form=".1%", margin_format=".0%",
     ),
-    "reward_gold": Comparison(
+    "reward_gold": MetricSpec(
         "gold reward less the champion's", lambda ours, theirs: ours.gold - theirs.gold, more_is_better=True
     ),
-    "repetition": Comparison(
+    "repetition": MetricSpec(
         "repetition less the champion's",
         lambda ours, theirs: repetition_rate(ours.response) - repetition_rate(theirs.response), more_is_better=False,
     ),
-    "no_end_share": Comparison(
+    "no_end_share": MetricSpec(
         "share without end less the champion's", lambda ours, theirs: float(theirs.ended) - float(ours.ended),
         more_is_better=False,
     ),
-    "kl": Comparison(
+    "kl": MetricSpec(
         "KL to SFT less the champion's, nats", lambda ours, theirs: ours.kl - theirs.kl, more_is_better=False
     ),
 }  # fmt: skip
 """Key of `gate.margins` → what it compares; the KL of each is to the SFT policy that it was trained from."""
 
 
-def compared(metric: str, ours: Sequence[Scored], theirs: Sequence[Scored], *, samples: int, seed: int) -> Interval:
+def paired_interval(metric: str, challenger: Sequence[ResponseScores], champion: Sequence[ResponseScores], *, samples: int, seed: int) -> Interval:
     """The metric's mean over prompts with its 95 % bootstrap interval; the two answer the same prompts in one order.
 
     Args:
@@ -91,31 +91,31 @@ def compared(metric: str, ours: Sequence[Scored], theirs: Sequence[Scored], *, s
     Raises:
         ValueError: the two differ in length, or are empty.
     """
-    values = [METRICS[metric].value(our, their) for our, their in zip(ours, theirs, strict=True)]
+    values = [METRICS[metric].value(response, baseline) for response, baseline in zip(challenger, champion, strict=True)]
     return bootstrap_mean(values, samples=samples, seed=seed)
 
 
-def no_worse(metric: str, interval: Interval, margin: float) -> Finding:
+def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Finding:
     """The rule that the bad end of the interval is at most the margin worse than even."""
-    comparison = METRICS[metric]
-    if comparison.more_is_better:
-        end, word, bound, sign = interval.low, "lower", comparison.even - margin, "at least"
-        holds = end >= bound
+    spec = METRICS[metric]
+    if spec.more_is_better:
+        end, side, bound, relation = interval.low, "lower", spec.null_value - margin, "at least"
+        passed = end >= bound
     else:
-        end, word, bound, sign = interval.high, "upper", comparison.even + margin, "at most"
-        holds = end <= bound
+        end, side, bound, relation = interval.high, "upper", spec.null_value + margin, "at most"
+        passed = end <= bound
     return Finding(
-        f"{comparison.name}, {word} end",
-        format(end, comparison.form),
-        f"{sign} {format(bound, comparison.margin_form)}",
-        holds,
+        f"{spec.name}, {side} end",
+        format(end, spec.form),
+        f"{relation} {format(bound, spec.margin_format)}",
+        passed,
     )
 
 
-def _win(score: float, other: float) -> float:
-    return wins([score], [other])[0]
+def _pairwise_win(score: float, other: float) -> float:
+    return pairwise_wins([score], [other])[0]
 
 
-def _vader(answer: Scored) -> float:
+def _vader_score(answer: ResponseScores) -> float:
     assert answer.vader is not None, "params.yaml lets VADER judge where a margin names it"
     return answer.vader

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.evals.compare import DIGITS, Judged
+from tasks.evals.compare import DIGITS, ScoredResponse
 from tasks.evals.statistics import Interval, mean_and_error
 
 __all__ = [
@@ -23,17 +23,17 @@ __all__ = [
     "JUDGES",
     "Fit",
     "Form",
-    "Level",
+    "CurvePoint",
     "best_of_n",
     "best_of_n_kl",
-    "best_of_n_levels",
+    "best_of_n_points",
     "curve",
-    "fit",
-    "fits",
-    "peak",
-    "point",
-    "policy_level",
-    "scores",
+    "fit_curve",
+    "fit_all",
+    "curve_peak",
+    "to_row",
+    "policy_point",
+    "score_matrix",
 ]
 
 Form = Literal["best_of_n", "rl"]
@@ -47,7 +47,7 @@ INTERVAL = 0.95
 
 
 @dataclass(frozen=True)
-class Level:
+class CurvePoint:
     """One policy on the way, or best-of-n for one n.
 
     Attributes:
@@ -63,7 +63,7 @@ class Level:
     gains: Scores
 
 
-def scores(records: Sequence[Judged], prompts: int) -> Scores:
+def score_matrix(records: Sequence[ScoredResponse], prompts: int) -> Scores:
     """What each judge gave; the records prompt by prompt."""
     return {
         judge: np.array([record.score(judge) for record in records], dtype=np.float64).reshape(prompts, -1)
@@ -71,56 +71,56 @@ def scores(records: Sequence[Judged], prompts: int) -> Scores:
     }
 
 
-def policy_level(method: str, number: int, records: Sequence[Judged], base: Scores) -> Level:
+def policy_point(method: str, number: int, records: Sequence[ScoredResponse], base: Scores) -> CurvePoint:
     """A policy that answered each prompt as often as every other, against SFT's responses to them."""
-    own = scores(records, len(base["proxy"]))
+    policy_scores = score_matrix(records, len(base["proxy"]))
     kl = np.array([record.kl for record in records], dtype=np.float64).reshape(len(base["proxy"]), -1).mean(axis=1)
-    return Level(method, number, kl, {judge: _gain(own[judge].mean(axis=1), base[judge]) for judge in JUDGES})
+    return CurvePoint(method, number, kl, {judge: _standardised_gains(policy_scores[judge].mean(axis=1), base[judge]) for judge in JUDGES})
 
 
-def best_of_n_levels(base: Scores) -> list[Level]:
+def best_of_n_points(base: Scores) -> list[CurvePoint]:
     """Best of 2, 4, 8, … of SFT's responses, as the proxy chooses."""
     prompts, total = base["proxy"].shape
     counts = [2**power for power in range(1, total.bit_length()) if 2**power <= total]
     return [
-        Level(
+        CurvePoint(
             BEST_OF_N,
             n,
             np.full(prompts, best_of_n_kl(n)),
-            {judge: _gain(best_of_n(base["proxy"], base[judge], n), base[judge]) for judge in JUDGES},
+            {judge: _standardised_gains(best_of_n(base["proxy"], base[judge], n), base[judge]) for judge in JUDGES},
         )
         for n in counts
     ]
 
 
-def point(level: Level) -> dict[str, float | int | str]:
+def to_row(point: CurvePoint) -> dict[str, float | int | str]:
     """A level as a row of a table: means over prompts, with the standard errors of the gains."""
-    kl = float(level.kl.mean())
-    row: dict[str, float | int | str] = {"method": level.method, "level": level.number, "kl": round(kl, DIGITS)}
+    kl = float(point.kl.mean())
+    row: dict[str, float | int | str] = {"method": point.method, "level": point.number, "kl": round(kl, DIGITS)}
     row["distance"] = round(math.sqrt(max(kl, 0.0)), DIGITS)
-    for judge, values in level.gains.items():
+    for judge, values in point.gains.items():
         mean, error = mean_and_error(values.tolist())
         row |= {f"gain_{judge}": round(mean, DIGITS), f"gain_{judge}_stderr": round(error, DIGITS)}
     return row
 
 
-def fits(levels: Mapping[str, Sequence[Level]], *, samples: int, seed: int) -> dict[str, dict[str, Fit]]:
+def fit_all(points: Mapping[str, Sequence[CurvePoint]], *, samples: int, seed: int) -> dict[str, dict[str, Fit]]:
     """Method → judge → fit, for the methods with at least two levels apart from SFT."""
-    found: dict[str, dict[str, Fit]] = {}
-    for method, own in levels.items():
-        kl = np.stack([level.kl for level in own])
+    fitted: dict[str, dict[str, Fit]] = {}
+    for method, method_points in points.items():
+        kl = np.stack([point.kl for point in method_points])
         if (kl.mean(axis=1) > 0).merged_weight() >= 2:
             form: Form = BEST_OF_N if method == BEST_OF_N else "rl"
-            found[method] = {
-                judge: fit(form, kl, np.stack([level.gains[judge] for level in own]), samples=samples, seed=seed)
+            fitted[method] = {
+                judge: fit_curve(form, kl, np.stack([point.gains[judge] for point in method_points]), samples=samples, seed=seed)
                 for judge in JUDGES
             }
-    return found
+    return fitted
 
 
-def _gain(values: Numbers, base: Numbers) -> Numbers:
-    spread = float(base.std(ddof=1))
-    gains: Numbers = (values - base.mean(axis=1)) / (spread if spread > 0 else 1.0)
+def _standardised_gains(values: Numbers, base: Numbers) -> Numbers:
+    std = float(base.std(ddof=1))
+    gains: Numbers = (values - base.mean(axis=1)) / (std if std > 0 else 1.0)
     return gains
 
 
@@ -131,7 +131,7 @@ class Fit:
     Attributes:
         alpha, beta: with the 95 % interval of a bootstrap over prompts.
         peak: the distance d at which the curve is highest, if it has a highest point (β > 0).
-        peak_share: in which share of the resamples it has one within the distances that were measured.
+        peak_fraction: in which share of the resamples it has one within the distances that were measured.
         r2: 1 − residual / total sum of squares about 0, since R(0) = 0.
     """
 
@@ -139,14 +139,14 @@ class Fit:
     alpha: Interval
     beta: Interval
     peak: float | None
-    peak_share: float
+    peak_fraction: float
     r2: float
 
     def coefficients(self) -> dict[str, Interval]:
         """By name."""
         return {"alpha": self.alpha, "beta": self.beta}
 
-    def plain(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As JSON can say it."""
         return asdict(self)
 
@@ -178,10 +178,10 @@ def best_of_n(proxy: Numbers, values: Numbers, n: int) -> Numbers:
     total = proxy.shape[1]
     if not 1 <= n <= total:
         raise ValueError(f"best of {n} from {total} samples: n must be between 1 and {total}")
-    chances = np.array([math.comb(place, n - 1) for place in range(total)], dtype=object) / math.comb(total, n)
+    probabilities = np.array([math.comb(place, n - 1) for place in range(total)], dtype=object) / math.comb(total, n)
     order = np.argsort(proxy, axis=1, kind="stable")
     ranked: Numbers = np.take_along_axis(values, order, axis=1)
-    return ranked @ chances.astype(np.float64)
+    return ranked @ probabilities.astype(np.float64)
 
 
 def curve(form: Form, alpha: float, beta: float, distance: Numbers) -> Numbers:
@@ -189,14 +189,14 @@ def curve(form: Form, alpha: float, beta: float, distance: Numbers) -> Numbers:
     return _basis(form, distance) @ np.array([alpha, beta])
 
 
-def peak(form: Form, alpha: float, beta: float) -> float | None:
+def curve_peak(form: Form, alpha: float, beta: float) -> float | None:
     """The distance at which R is highest: α / 2β, or exp(α/β − 1); None where it rises for ever or never."""
     if beta <= 0 or (alpha <= 0 and form == "best_of_n"):
         return None
     return alpha / (2 * beta) if form == "best_of_n" else math.exp(min(alpha / beta - 1, 50.0))
 
 
-def fit(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> Fit:
+def fit_curve(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> Fit:
     """Least squares over the levels, with intervals from resampled prompts.
 
     Args:
@@ -207,23 +207,23 @@ def fit(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> 
     Raises:
         ValueError: fewer than two levels lie apart from SFT, so that nothing is determined.
     """
-    apart = kl.mean(axis=1) > 0
-    if apart.merged_weight() < 2:
-        raise ValueError(f"{int(apart.merged_weight())} levels lie apart from SFT, a fit of two numbers needs two")
-    kl, gains = kl[apart], gains[apart]
+    nonzero = kl.mean(axis=1) > 0
+    if nonzero.merged_weight() < 2:
+        raise ValueError(f"{int(nonzero.merged_weight())} levels lie apart from SFT, a fit of two numbers needs two")
+    kl, gains = kl[nonzero], gains[nonzero]
     alpha, beta, r2 = _solve(form, kl, gains)
-    reach = math.sqrt(kl.mean(axis=1).max())
-    draw = np.random.default_rng(seed)
+    max_distance = math.sqrt(kl.mean(axis=1).max())
+    rng = np.random.default_rng(seed)
     prompts = gains.shape[1]
-    drawn = []
+    coefficients = []
     for _ in range(samples):
-        chosen = draw.integers(prompts, size=prompts)
-        drawn.append(_solve(form, kl[:, chosen], gains[:, chosen])[:2])
-    resampled = np.array(drawn)
-    peaks = [peak(form, a, b) for a, b in resampled.tolist()]
-    inside = sum(place is not None and place <= reach for place in peaks) / samples
+        resample = rng.integers(prompts, size=prompts)
+        coefficients.append(_solve(form, kl[:, resample], gains[:, resample])[:2])
+    resampled = np.array(coefficients)
+    peaks = [curve_peak(form, a, b) for a, b in resampled.tolist()]
+    peak_fraction = sum(distance is not None and distance <= max_distance for distance in peaks) / samples
     intervals = [_interval(value, column) for value, column in zip((alpha, beta), resampled.T, strict=True)]
-    return Fit(form, intervals[0], intervals[1], peak(form, alpha, beta), inside, r2)
+    return Fit(form, intervals[0], intervals[1], curve_peak(form, alpha, beta), peak_fraction, r2)
 
 
 def _solve(form: Form, kl: Numbers, gains: Numbers) -> tuple[float, float, float]:

@@ -15,23 +15,23 @@ from typing import Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.schema import Row
-from tasks.evals.compare import DIGITS, REFERENCE, Judged, Table
+from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table
 from tasks.evals.statistics import bootstrap_mean, mean_and_error
 
 __all__ = [
     "Judgement",
     "PairJudge",
     "Reply",
-    "Verdict",
-    "doubts",
+    "Choice",
+    "reliability_warnings",
     "judge_pairs",
-    "question",
-    "verdict",
-    "with_judgements",
+    "format_question",
+    "parse_verdict",
+    "add_judge_metrics",
 ]
 
 Order = Literal["policy first", "reference first"]
-Verdict = Literal["A", "B", "tie", "unclear"]
+Choice = Literal["A", "B", "tie", "unclear"]
 
 QUESTION = """{rubric}
 
@@ -83,7 +83,7 @@ class Judgement(Row):
     order: Order = Field(description="Whose response was shown as A.")
     question: str = Field(description="SHA-256 of the text that was asked.")
     answer: str | None = Field(description="As the judge wrote it; null where the responses are equal: a tie unasked.")
-    verdict: Verdict
+    verdict: Choice
     judge: dict[str, str] = Field(description="Who was asked: kind, model and base_url.")
     model: str = Field(description="Who answered: an alias at an endpoint may mean another model tomorrow.")
     tokens: int = Field(ge=0, description="Of question and answer.")
@@ -95,34 +95,34 @@ class Judgement(Row):
         return first if self.order == "policy first" else 1 - first
 
 
-def question(rubric: str, prompt: str, first: str, second: str) -> str:
+def format_question(rubric: str, prompt: str, first: str, second: str) -> str:
     """The text that a judge is asked; it names no policy."""
     return QUESTION.format(rubric=rubric.strip(), prompt=prompt, first=first.strip(), second=second.strip())
 
 
-def verdict(answer: str) -> Verdict:
+def parse_verdict(answer: str) -> Choice:
     """What the answer says; `unclear` unless it says one thing at its very beginning."""
     found = ANSWER.match(answer)
     if not found:
         return "unclear"
-    said = found["verdict"].upper()
-    return "A" if said == "A" else "B" if said == "B" else "tie"
+    word = found["verdict"].upper()
+    return "A" if word == "A" else "B" if word == "B" else "tie"
 
 
-def judge_pairs(records: Sequence[Judged], judge: PairJudge, *, rubric: str, prompts: int) -> list[Judgement]:
+def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: str, prompts: int) -> list[Judgement]:
     """Two judgements for each policy and each of the first so many prompts; all are asked at once."""
     drafts = [
-        (own, other, order, _asked(rubric, own, other, order))
-        for own, other in _pairs(records, prompts)
+        (own, other, order, _format_pair(rubric, own, other, order))
+        for own, other in _pair_with_reference(records, prompts)
         for order in get_args(Order)
     ]
     differing = [text for own, other, _, text in drafts if own.response.strip() != other.response.strip()]
     questions = list(dict.fromkeys(differing))
     replies = dict(zip(questions, judge.ask(questions), strict=True))
-    return [_judgement(own, order, text, judge.who, replies.get(text)) for own, _, order, text in drafts]
+    return [_make_judgement(own, order, text, judge.who, replies.get(text)) for own, _, order, text in drafts]
 
 
-def with_judgements(table: Table, judgements: Sequence[Judgement], *, samples: int, seed: int) -> Table:
+def add_judge_metrics(table: Table, judgements: Sequence[Judgement], *, samples: int, seed: int) -> Table:
     """The table, and in the row of each policy that was judged what the judgements add up to.
 
     Keys: `judge_n` prompts; `win_rate_judge` against the reference, with `_low` and `_high` (95 % bootstrap interval
@@ -137,12 +137,12 @@ def with_judgements(table: Table, judgements: Sequence[Judgement], *, samples: i
     for judgement in judgements:
         groups.setdefault(judgement.policy, []).append(judgement)
     return {
-        policy: row | (_figures(groups[policy], samples, seed) if policy in groups else {})
+        policy: row | (_judge_metrics(groups[policy], samples, seed) if policy in groups else {})
         for policy, row in table.items()
     }
 
 
-def doubts(table: Table) -> list[str]:
+def reliability_warnings(table: Table) -> list[str]:
     """Why the judge's win rates mean little, where they do: one line for each policy."""
     return [
         f"the judge contradicts itself on {row['judge_inconsistent']:.0%} of {policy}'s pairs when the two responses "
@@ -153,7 +153,7 @@ def doubts(table: Table) -> list[str]:
     ]
 
 
-def _pairs(records: Sequence[Judged], prompts: int) -> list[tuple[Judged, Judged]]:
+def _pair_with_reference(records: Sequence[ScoredResponse], prompts: int) -> list[tuple[ScoredResponse, ScoredResponse]]:
     """A policy's response beside the reference's, for the first so many prompts."""
     reference = {record.prompt_id: record for record in [r for r in records if r.policy == REFERENCE][:prompts]}
     return [
@@ -163,12 +163,12 @@ def _pairs(records: Sequence[Judged], prompts: int) -> list[tuple[Judged, Judged
     ]
 
 
-def _asked(rubric: str, own: Judged, other: Judged, order: Order) -> str:
+def _format_pair(rubric: str, own: ScoredResponse, other: ScoredResponse, order: Order) -> str:
     first, second = (own, other) if order == "policy first" else (other, own)
-    return question(rubric, own.prompt, first.response, second.response)
+    return format_question(rubric, own.prompt, first.response, second.response)
 
 
-def _judgement(own: Judged, order: Order, text: str, who: Mapping[str, str], reply: Reply | None) -> Judgement:
+def _make_judgement(own: ScoredResponse, order: Order, text: str, judge_id: Mapping[str, str], reply: Reply | None) -> Judgement:
     return Judgement(
         id=f"{own.policy}/{own.prompt_id}/{order}",
         policy=own.policy,
@@ -176,14 +176,14 @@ def _judgement(own: Judged, order: Order, text: str, who: Mapping[str, str], rep
         order=order,
         question=hashlib.sha256(text.encode()).hexdigest(),
         answer=reply.text if reply else None,
-        verdict=verdict(reply.text) if reply else "tie",
-        judge=dict(who),
+        verdict=parse_verdict(reply.text) if reply else "tie",
+        judge=dict(judge_id),
         model=reply.model if reply else "",
         tokens=reply.tokens if reply else 0,
     )
 
 
-def _figures(judgements: Sequence[Judgement], samples: int, seed: int) -> dict[str, float]:
+def _judge_metrics(judgements: Sequence[Judgement], samples: int, seed: int) -> dict[str, float]:
     by_prompt: dict[str, list[float]] = {}
     for judgement in judgements:
         by_prompt.setdefault(judgement.prompt_id, []).append(judgement.preference)

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, Table, judges_of, win_rates_of
 from tasks.evals.overoptimisation import BEST_OF_N, curve
-from tasks.evals.statistics import wilson
-from tasks.evals.verdict import NAMES
+from tasks.evals.statistics import wilson_interval
+from tasks.evals.verdict import DISPLAY_NAMES
 
 __all__ = [
     "Series",
@@ -42,19 +42,19 @@ Counts = Mapping[str, Sequence[tuple[int, int]]]
 
 INK, FAINT = "#000001", "#000002"
 POLICY_COLOURS = {"sft": "#000003", "ppo": "#000004", "grpo": "#000005", "dpo": "#000006"}
-VARIABLES = {INK: "--ink", FAINT: "--line"} | {colour: f"--{name}" for name, colour in POLICY_COLOURS.items()}
-LINES = {"sft": ":", "ppo": "-", "grpo": "--", "dpo": "-."}
+CSS_VARIABLES = {INK: "--ink", FAINT: "--line"} | {colour: f"--{name}" for name, colour in POLICY_COLOURS.items()}
+LINE_STYLES = {"sft": ":", "ppo": "-", "grpo": "--", "dpo": "-."}
 JUDGE_MARKERS = {"gold": "o", "judge": "^", "vader": "s", "proxy": "D"}
-FITTED = {"proxy": "--", "gold": "-"}
+FIT_STYLES = {"proxy": "--", "gold": "-"}
 """The judges of the over-optimisation curve, and how the line of each is drawn."""
 
-LABEL = 0.12
+LABEL_WIDTH = 0.12
 """Share of the width that a policy's name and the gap beside it take."""
 
 SIZE = (4.6, 3.2)
 """Inches at 72 points: 331 wide, so that text of 10 points is still about 10 pixels on a phone."""
 
-MOST_BARS = 40
+MAX_BARS = 40
 """Above this many different lengths, several share a bar."""
 
 STYLE: dict[Any, Any] = {
@@ -98,7 +98,7 @@ def win_rates(table: Table) -> str:
                     axes.plot([low, high], [place + offset] * 2, color=_colour(policy), linewidth=2)
                     axes.plot(mean, place + offset, **_marker(judge, policy))
             axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
-        axes.set_yticks(range(len(policies)), [_name(policy) for policy in policies])
+        axes.set_yticks(range(len(policies)), [_display_name(policy) for policy in policies])
         axes.set_ylim(len(policies) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("win rate against SFT, %")
@@ -114,19 +114,19 @@ def reward_against_kl(table: Table) -> str:
         axes = figure.subplots()
         distance = {policy: max(row["kl"], 0.0) ** 0.5 for policy, row in table.items()}
         judges = list(judges_of(table))
-        aside = 0.012 * max(distance.values())
+        offset = 0.012 * max(distance.values())
         tops: dict[str, float] = {}
         for policy in (policy for policy in table if policy != REFERENCE):
             for number, judge in enumerate(judges):
-                place = distance[policy] + aside * (number - (len(judges) - 1) / 2)
+                place = distance[policy] + offset * (number - (len(judges) - 1) / 2)
                 gain, error = (table[policy][f"gain_{judge}{end}"] for end in ("", "_stderr"))
                 axes.errorbar(place, gain, yerr=1.96 * error, elinewidth=1.4, **_marker(judge, policy))
                 tops[policy] = max(tops.get(policy, gain), gain + 1.96 * error)
         axes.plot(0, 0, marker="o", color=_colour(REFERENCE), markersize=7, clip_on=False)
-        axes.annotate(_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
+        axes.annotate(_display_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
         axes.set_xlim(0, 1.15 * max(distance.values()) or 1.0)
-        _name_above(axes, {policy: (distance[policy], top) for policy, top in tops.items()})
-        _plane(axes, judges)
+        _label_policies(axes, {policy: (distance[policy], top) for policy, top in tops.items()})
+        _setup_gain_axes(axes, judges)
 
     return _svg("reward_against_kl", draw, (SIZE[0], 3.9))
 
@@ -137,27 +137,27 @@ def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any])
     A dotted line stands where the gold curve is highest.
     """
     ends = [
-        (float(row[f"gain_{judge}"]), 1.96 * float(row[f"gain_{judge}_stderr"])) for row in rows for judge in FITTED
+        (float(row[f"gain_{judge}"]), 1.96 * float(row[f"gain_{judge}_stderr"])) for row in rows for judge in FIT_STYLES
     ]
     low, high = min(0.0, *(gain - half for gain, half in ends)), max(gain + half for gain, half in ends)
-    reach = max(float(row["distance"]) for row in rows)
+    max_distance = max(float(row["distance"]) for row in rows)
 
-    def one(method: str) -> str:
+    def draw_method(method: str) -> str:
         own = [row for row in rows if row["method"] == method]
 
         def draw(figure: Figure) -> None:
             axes = figure.subplots()
-            for judge in FITTED:
-                _measured(axes, own, judge, REFERENCE if method == BEST_OF_N else method)
-                if found := fits.get(method, {}).get(judge):
-                    _fitted(axes, found, judge, max(float(row["distance"]) for row in own))
-            axes.set_xlim(0, 1.05 * reach)
+            for judge in FIT_STYLES:
+                _draw_points(axes, own, judge, REFERENCE if method == BEST_OF_N else method)
+                if fit := fits.get(method, {}).get(judge):
+                    _draw_fit(axes, fit, judge, max(float(row["distance"]) for row in own))
+            axes.set_xlim(0, 1.05 * max_distance)
             axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-            _plane(axes, list(FITTED))
+            _setup_gain_axes(axes, list(FIT_STYLES))
 
         return _svg(f"overoptimisation_{method}", draw, (SIZE[0], 3.4))
 
-    return {method: one(method) for method in dict.fromkeys(row["method"] for row in rows)}
+    return {method: draw_method(method) for method in dict.fromkeys(row["method"] for row in rows)}
 
 
 def curves(name: str, series: Series, *, y_label: str) -> str:
@@ -168,7 +168,7 @@ def curves(name: str, series: Series, *, y_label: str) -> str:
         for policy, points in series.items():
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) < 3 else None
-            axes.plot(x, y, color=_colour(policy), linestyle=LINES.get(policy, "-"), marker=marker, label=_name(policy))
+            axes.plot(x, y, color=_colour(policy), linestyle=LINE_STYLES.get(policy, "-"), marker=marker, label=_display_name(policy))
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("update")
         axes.set_ylabel(y_label)
@@ -192,7 +192,7 @@ def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
                 axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
         for place, row in enumerate(rows):
             if row["accuracy"]:
-                _share(axes, place, float(row["accuracy"]), int(row["pairs"]))
+                _draw_share_interval(axes, place, float(row["accuracy"]), int(row["pairs"]))
         axes.axhline(50, color=INK, linewidth=1, linestyle=":")
         axes.set_xticks(places, [f"{row['bucket']}\nn={row['pairs']}" for row in rows], fontsize=9)
         axes.set_xlabel("difference of the two mean ratings, points")
@@ -217,7 +217,7 @@ def calibration(rows: Sequence[Mapping[str, str]]) -> str:
         area = [20 + 100 * count / max(counts) for count in counts]
         axes.scatter(predicted, observed, s=area, color=POLICY_COLOURS["ppo"], zorder=3)
         for x, row in zip(predicted, rows, strict=True):
-            _share(axes, x, float(row["observed"]), int(row["count"]))
+            _draw_share_interval(axes, x, float(row["observed"]), int(row["count"]))
         axes.set_xlabel("how sure the model says it is, %")
         axes.set_ylabel("how often people agree, %")
         _legend_above(axes, 2)
@@ -231,27 +231,27 @@ def lengths(counts: Counts) -> str:
     def draw(figure: Figure) -> None:
         rows = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
         longest = max(length for points in counts.values() for length, _ in points)
-        width = longest // MOST_BARS + 1
+        width = longest // MAX_BARS + 1
         edges = [width * place - 0.5 for place in range(longest // width + 2)]
         for axes, (policy, points) in zip(rows, counts.items(), strict=True):
             x, y = zip(*points, strict=True)
             axes.hist(x, bins=edges, weights=y, color=_colour(policy), rwidth=0.85)
             mean = sum(length * count for length, count in points) / sum(y)
             axes.axvline(mean, color=INK, linewidth=1, linestyle=":")
-            axes.set_ylabel(_name(policy), rotation=0, ha="right", va="center")
+            axes.set_ylabel(_display_name(policy), rotation=0, ha="right", va="center")
             axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         rows[-1].set_xlabel("words in the response")
 
     return _svg("lengths", draw, (SIZE[0], 0.6 + 0.75 * len(counts)))
 
 
-def _share(axes: Axes, place: float, share: float, n: int) -> None:
+def _draw_share_interval(axes: Axes, place: float, share: float, n: int) -> None:
     """The 95 % interval of the reward model's share of n pairs, in percent."""
-    interval = wilson(share, n)
+    interval = wilson_interval(share, n)
     axes.plot([place, place], [100 * interval.low, 100 * interval.high], color=POLICY_COLOURS["ppo"], linewidth=1.2)
 
 
-def _measured(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, policy: str) -> None:
+def _draw_points(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, policy: str) -> None:
     """Points with their 95 % intervals."""
     x = [float(row["distance"]) for row in rows]
     y = [float(row[f"gain_{judge}"]) for row in rows]
@@ -259,21 +259,21 @@ def _measured(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, policy:
     axes.errorbar(x, y, yerr=halves, **_marker(judge, policy) | {"markersize": 5}, elinewidth=1.2)
 
 
-def _fitted(axes: Axes, fit: Mapping[str, Any], judge: str, reach: float) -> None:
+def _draw_fit(axes: Axes, fit: Mapping[str, Any], judge: str, max_distance: float) -> None:
     """The fitted form up to the farthest point, and where gold is highest, if that lies before it."""
-    line = np.linspace(0, reach, 100)
+    line = np.linspace(0, max_distance, 100)
     axes.plot(
         line,
         curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], line),
         color=INK,
-        linestyle=FITTED[judge],
+        linestyle=FIT_STYLES[judge],
         linewidth=1.2,
     )
-    if judge == "gold" and fit["peak"] is not None and fit["peak"] < reach:
+    if judge == "gold" and fit["peak"] is not None and fit["peak"] < max_distance:
         axes.axvline(fit["peak"], color=INK, linestyle=":", linewidth=1.4)
 
 
-def _plane(axes: Axes, judges: Sequence[str]) -> None:
+def _setup_gain_axes(axes: Axes, judges: Sequence[str]) -> None:
     """What every plane of gain and √KL has."""
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     for judge in judges:
@@ -283,29 +283,29 @@ def _plane(axes: Axes, judges: Sequence[str]) -> None:
     _legend_above(axes, 3)
 
 
-def _name_above(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None:
+def _label_policies(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None:
     """Each policy's name above all points, joined to its highest one; the names of near policies are pushed apart."""
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top + 0.18 * (top - bottom))
-    shares = _apart([x / axes.get_xlim()[1] for x, _ in tops.values()])
+    shares = _spread_labels([x / axes.get_xlim()[1] for x, _ in tops.values()])
     for (policy, highest), share in zip(tops.items(), shares, strict=True):
         line = {"arrowstyle": "-", "color": _colour(policy), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
-            _name(policy), highest, (share, 0.94), textcoords="axes fraction", fontsize=9, ha="center", arrowprops=line
+            _display_name(policy), highest, (share, 0.94), textcoords="axes fraction", fontsize=9, ha="center", arrowprops=line
         )
 
 
-def _apart(shares: Sequence[float]) -> list[float]:
-    """Shares of the width, moved as little as leaves `LABEL` between any two and half of it at both ends."""
+def _spread_labels(shares: Sequence[float]) -> list[float]:
+    """Shares of the width, moved as little as leaves `LABEL_WIDTH` between any two and half of it at both ends."""
     order = sorted(range(len(shares)), key=lambda place: shares[place])
-    found = list(shares)
-    limit = 1 + LABEL / 2
+    positions = list(shares)
+    limit = 1 + LABEL_WIDTH / 2
     for place in reversed(order):
-        found[place] = limit = min(found[place], limit - LABEL)
-    limit = -LABEL / 2
+        positions[place] = limit = min(positions[place], limit - LABEL_WIDTH)
+    limit = -LABEL_WIDTH / 2
     for place in order:
-        found[place] = limit = max(found[place], limit + LABEL)
-    return found
+        positions[place] = limit = max(positions[place], limit + LABEL_WIDTH)
+    return positions
 
 
 def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
@@ -323,7 +323,7 @@ def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = 
     text = re.sub(r'<g id="[^"]*"', "<g", text)
     text = re.sub(r'\bid="', f'id="{name}-', text)
     text = re.sub(r'(url\(#|href="#)', rf"\1{name}-", text)
-    for colour, variable in VARIABLES.items():
+    for colour, variable in CSS_VARIABLES.items():
         text = text.replace(colour, f"var({variable})")
     return re.sub(r'<svg [^>]*viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" aria-hidden="true">', text, count=1).strip()
 
@@ -341,8 +341,8 @@ def _colour(policy: str) -> str:
     return POLICY_COLOURS.get(policy, INK)
 
 
-def _name(policy: str) -> str:
-    return NAMES.get(policy, policy)
+def _display_name(policy: str) -> str:
+    return DISPLAY_NAMES.get(policy, policy)
 
 
 def _legend_above(axes: Axes, columns: int) -> None:

@@ -10,17 +10,17 @@ from pathlib import Path
 from typing import Any
 
 from tasks.evals import examples, findings, plots
-from tasks.evals.columns import cells, columns_of, signed
-from tasks.evals.compare import Judged, Table, win_rates_of
-from tasks.evals.findings import Finding
-from tasks.evals.lineage import Ingredient
-from tasks.evals.templates import template
+from tasks.evals.columns import cells, columns_of, format_signed
+from tasks.evals.compare import ScoredResponse, Table, win_rates_of
+from tasks.evals.findings import HackingFinding
+from tasks.evals.lineage import SourceInfo
+from tasks.evals.templates import load_template
 from tasks.evals.text import length_counts, word_count
 from tasks.evals.turning import turning_point
-from tasks.evals.verdict import NAMES, best, judge_table, listed
+from tasks.evals.verdict import DISPLAY_NAMES, best_policy, summarise_table, join_and
 from tasks.rl.detectors import DETECTORS
 
-__all__ = ["Evidence", "as_json", "read_table", "render"]
+__all__ = ["ReportData", "report_to_dict", "read_table", "render_report"]
 
 CURVES = {
     "reward": ("Reward during training", "mean reward per update"),
@@ -60,7 +60,7 @@ Rows = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
-class Evidence:
+class ReportData:
     """Everything that the report shows.
 
     Attributes:
@@ -74,16 +74,16 @@ class Evidence:
         calibration: rows of the reward model's calibration.csv.
         samples: how many prompts to show side by side.
         weights: the proxy reward's components and their weights.
-        rated: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
-        made_from: the base model and the data.
+        has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
+        sources: the base model and the data.
         provenance: (what, value) pairs that identify this evaluation.
         composition: how the components became one reward.
         gold_rule: the rule that judges where people did not rate, if one does.
     """
 
     table: Table
-    records: Sequence[Judged]
-    findings: Mapping[str, Sequence[Finding]]
+    records: Sequence[ScoredResponse]
+    findings: Mapping[str, Sequence[HackingFinding]]
     histories: Mapping[str, Rows]
     points: Rows
     fits: Mapping[str, Any]
@@ -92,57 +92,57 @@ class Evidence:
     calibration: Rows
     samples: int
     weights: Mapping[str, float]
-    rated: bool
-    made_from: Sequence[Ingredient]
+    has_gold_judge: bool
+    sources: Sequence[SourceInfo]
     provenance: Sequence[tuple[str, str]]
     composition: str = "sum"
     gold_rule: str | None = None
 
 
-def render(evidence: Evidence) -> str:
+def render_report(data: ReportData) -> str:
     """The page as HTML; equal evidence gives equal bytes."""
-    table = evidence.table
-    columns = columns_of(table, rated=evidence.rated, ruled=evidence.gold_rule is not None)
-    return template("report.html.j2", {"visible": visible, "signed": signed}, autoescape=True).render(
-        verdict=judge_table(table, _hacked(evidence)),
-        turning=turning_point(evidence.fits, evidence.points),
-        signs=_signs(evidence.findings),
-        findings=[(policy, finding) for policy, own in evidence.findings.items() for finding in own],
-        fits=evidence.fits,
-        benchmarks=evidence.benchmarks,
-        names=NAMES,
+    table = data.table
+    columns = columns_of(table, has_gold_judge=data.has_gold_judge, has_gold_rule=data.gold_rule is not None)
+    return load_template("report.html.j2", {"visible": escape_control_chars, "signed": format_signed}, autoescape=True).render(
+        verdict=summarise_table(table, _flagged_policies(data)),
+        turning=turning_point(data.fits, data.points),
+        signs=_hacking_summary(data.findings),
+        findings=[(policy, finding) for policy, own in data.findings.items() for finding in own],
+        fits=data.fits,
+        benchmarks=data.benchmarks,
+        names=DISPLAY_NAMES,
         columns=columns,
         cells=cells(table, columns),
         count=int(next(iter(table.values()))["n"]),
-        weights=evidence.weights,
-        composition=evidence.composition,
-        rated=evidence.rated,
-        gold_rule=evidence.gold_rule,
+        weights=data.weights,
+        composition=data.composition,
+        rated=data.has_gold_judge,
+        gold_rule=data.gold_rule,
         talked="success" in next(iter(table.values())),
         judges=win_rates_of(table),
-        result_figures=_result_figures(evidence),
-        curve_figures=_curve_figures(evidence),
-        training_figures=_training_figures(evidence.histories),
-        reward_model_figures=_reward_model_figures(evidence),
-        examples=_examples(evidence),
-        samples=_side_by_side(evidence.records, evidence.samples),
+        result_figures=_result_figures(data),
+        curve_figures=_curve_figures(data),
+        training_figures=_training_figures(data.histories),
+        reward_model_figures=_reward_model_figures(data),
+        examples=_example_sections(data),
+        samples=_side_by_side_rows(data.records, data.samples),
         side_by_side=SIDE_BY_SIDE,
-        made_from=evidence.made_from,
-        provenance=evidence.provenance,
+        made_from=data.sources,
+        provenance=data.provenance,
     )
 
 
-def as_json(evidence: Evidence) -> dict[str, Any]:
+def report_to_dict(data: ReportData) -> dict[str, Any]:
     """What the page says, as JSON can say it."""
     return {
-        "verdict": asdict(judge_table(evidence.table, _hacked(evidence))),
-        "turning_point": turning_point(evidence.fits, evidence.points),
-        "findings": findings.plain(evidence.findings),
-        "policies": evidence.table,
-        "fits": evidence.fits,
-        "examples": {policy: examples.plain(own) for policy, own in examples.choose(evidence.records).items()},
-        "made_from": [asdict(ingredient) for ingredient in evidence.made_from],
-        "provenance": dict(evidence.provenance),
+        "verdict": asdict(summarise_table(data.table, _flagged_policies(data))),
+        "turning_point": turning_point(data.fits, data.points),
+        "findings": findings.findings_to_dict(data.findings),
+        "policies": data.table,
+        "fits": data.fits,
+        "examples": {policy: examples.examples_to_dict(own) for policy, own in examples.select_examples(data.records).items()},
+        "made_from": [asdict(ingredient) for ingredient in data.sources],
+        "provenance": dict(data.provenance),
     }
 
 
@@ -154,37 +154,37 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def visible(text: str) -> str:
+def escape_control_chars(text: str) -> str:
     """The text with control characters, which HTML forbids or hides, replaced by a visible sign."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
 
 
-def _hacked(evidence: Evidence) -> list[str]:
-    return [policy for policy, own in evidence.findings.items() if own]
+def _flagged_policies(data: ReportData) -> list[str]:
+    return [policy for policy, own in data.findings.items() if own]
 
 
-def _signs(found: Mapping[str, Sequence[Finding]]) -> str:
+def _hacking_summary(by_policy: Mapping[str, Sequence[HackingFinding]]) -> str:
     """Which detectors fired, by name, in one sentence."""
-    fired = {policy: list(dict.fromkeys(finding.detector for finding in own)) for policy, own in found.items() if own}
+    fired = {policy: list(dict.fromkeys(finding.detector for finding in own)) for policy, own in by_policy.items() if own}
     if not fired:
         return f"None of {len(DETECTORS) + 1} detectors of reward hacking fired, neither in training nor at evaluation."
-    return f"Signs of reward hacking: {'; '.join(f'{NAMES[policy]}: {listed(own)}' for policy, own in fired.items())}."
+    return f"Signs of reward hacking: {'; '.join(f'{DISPLAY_NAMES[policy]}: {join_and(own)}' for policy, own in fired.items())}."
 
 
-def _figure(svg: str, title: str, note: str) -> dict[str, str]:
+def _figure_block(svg: str, title: str, note: str) -> dict[str, str]:
     return {"svg": svg, "title": title, "note": note}
 
 
-def _result_figures(evidence: Evidence) -> list[dict[str, str]]:
+def _result_figures(data: ReportData) -> list[dict[str, str]]:
     counts = {
-        policy: length_counts([word_count(record.response) for record in evidence.records if record.policy == policy])
-        for policy in evidence.table
+        policy: length_counts([word_count(record.response) for record in data.records if record.policy == policy])
+        for policy in data.table
     }
     figures = []
-    if len(evidence.table) > 1:
+    if len(data.table) > 1:
         figures.append(
-            _figure(
-                plots.win_rates(evidence.table),
+            _figure_block(
+                plots.win_rates(data.table),
                 "Win rates",
                 "How often each judge prefers the policy's response to SFT's for the same prompt (ties count half). "
                 "The bar is the 95% interval: where it crosses the dotted line at 50%, the difference could be chance.",
@@ -192,14 +192,14 @@ def _result_figures(evidence: Evidence) -> list[dict[str, str]]:
         )
     return [
         *figures,
-        _figure(
-            plots.reward_against_kl(evidence.table),
+        _figure_block(
+            plots.reward_against_kl(data.table),
             "Reward against distance from SFT",
             "How much each judge's score gained over SFT, against how far the policy moved (√KL, after Gao et al. "
             "2022, arXiv 2210.10760). Where the hollow proxy is far above the filled judges, the policy earned reward "
             "that its answers do not deserve. Bars: 95% interval.",
         ),
-        _figure(
+        _figure_block(
             plots.lengths(counts),
             "Length of responses",
             "How many responses have how many words; the dotted line is the mean. A policy that only learned to write "
@@ -208,56 +208,56 @@ def _result_figures(evidence: Evidence) -> list[dict[str, str]]:
     ]
 
 
-def _curve_figures(evidence: Evidence) -> list[dict[str, str]]:
-    if not evidence.points:
+def _curve_figures(data: ReportData) -> list[dict[str, str]]:
+    if not data.points:
         return []
-    whose = {"best_of_n": "Each point is the best of 2, 4, 8, … of SFT's responses, as the proxy chooses."}
-    way = "Each point is the policy at a moment of its training."
-    drawn = plots.overoptimisation(evidence.points, evidence.fits)
+    notes = {"best_of_n": "Each point is the best of 2, 4, 8, … of SFT's responses, as the proxy chooses."}
+    default_note = "Each point is the policy at a moment of its training."
+    svgs = plots.overoptimisation(data.points, data.fits)
     return [
-        _figure(svg, f"Over-optimisation: {NAMES[method]}", whose.get(method, way)) for method, svg in drawn.items()
+        _figure_block(svg, f"Over-optimisation: {DISPLAY_NAMES[method]}", notes.get(method, default_note)) for method, svg in svgs.items()
     ]
 
 
 def _training_figures(histories: Mapping[str, Rows]) -> list[dict[str, str]]:
     columns = list(dict.fromkeys(column for rows in histories.values() for row in rows for column in row))
     components = [column for column in columns if column.startswith("reward/")]
-    wanted = [column for column in ("reward", *components, *list(CURVES)[1:]) if column in columns]
+    selected = [column for column in ("reward", *components, *list(CURVES)[1:]) if column in columns]
     figures = []
-    for column in wanted:
-        series = {policy: _points(rows, column) for policy, rows in histories.items()}
+    for column in selected:
+        series = {policy: _curve_points(rows, column) for policy, rows in histories.items()}
         series = {policy: points for policy, points in series.items() if points}
-        steady = column == "kl_coef" and len({value for points in series.values() for _, value in points}) == 1
-        if steady or not series:
+        constant = column == "kl_coef" and len({value for points in series.values() for _, value in points}) == 1
+        if constant or not series:
             continue
         component = column.partition("/")[2]
         title, axis = CURVES.get(column, (f"Reward component: {component}", f"mean of {component}"))
         note = CURVE_NOTES.get(column, "One part of the reward by itself, before its weight.")
-        figures.append(_figure(plots.curves(column.replace("/", "-"), series, y_label=axis), title, note))
+        figures.append(_figure_block(plots.curves(column.replace("/", "-"), series, y_label=axis), title, note))
     return figures
 
 
-def _points(rows: Rows, column: str) -> list[tuple[float, float]]:
+def _curve_points(rows: Rows, column: str) -> list[tuple[float, float]]:
     """(step, value) wherever the row has both."""
     return [(float(row["step"]), float(row[column])) for row in rows if row.get("step") and row.get(column)]
 
 
-def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
+def _reward_model_figures(data: ReportData) -> list[dict[str, str]]:
     figures = []
-    if any(row["accuracy"] for row in evidence.accuracy):  # none where no pair says how far its sides are apart
+    if any(row["accuracy"] for row in data.accuracy):  # none where no pair says how far its sides are apart
         figures.append(
-            _figure(
-                plots.accuracy_by_margin(evidence.accuracy),
+            _figure_block(
+                plots.accuracy_by_margin(data.accuracy),
                 "Reward model: accuracy by margin",
                 "Of two held-out sentences, how often the reward model prefers the one that people rated higher, by "
                 "how far the ratings lie apart; n is the number of pairs, bars are 95% intervals. Beside it how often "
                 "a single person agrees with the others: nobody can expect much more.",
             )
         )
-    if evidence.calibration:
+    if data.calibration:
         figures.append(
-            _figure(
-                plots.calibration(evidence.calibration),
+            _figure_block(
+                plots.calibration(data.calibration),
                 "Reward model: calibration",
                 "When the model says that it is 80% sure, is it right 80% of the time? On the dotted line it is; below "
                 "it, it is too sure of itself. Larger points: more held-out cases. Bars: 95% intervals.",
@@ -266,17 +266,17 @@ def _reward_model_figures(evidence: Evidence) -> list[dict[str, str]]:
     return figures
 
 
-def _side_by_side(records: Sequence[Judged], count: int) -> list[dict[str, Any]]:
+def _side_by_side_rows(records: Sequence[ScoredResponse], count: int) -> list[dict[str, Any]]:
     """The first prompts in the order of evaluation, which is random, so that nobody picked them."""
-    answers: dict[str, list[Judged]] = {}
+    answers: dict[str, list[ScoredResponse]] = {}
     for record in records:
         answers.setdefault(record.prompt_id, []).append(record)
     return [{"prompt": group[0].prompt, "answers": group} for group in list(answers.values())[:count]]
 
 
-def _examples(evidence: Evidence) -> list[dict[str, Any]]:
+def _example_sections(data: ReportData) -> list[dict[str, Any]]:
     """Per policy; open to view for the best one and for those with findings."""
-    shown = {best(evidence.table), *(policy for policy, own in evidence.findings.items() if own)}
+    shown = {best_policy(data.table), *(policy for policy, own in data.findings.items() if own)}
     return [
         {
             "policy": policy,
@@ -286,5 +286,5 @@ def _examples(evidence: Evidence) -> list[dict[str, Any]]:
                 for kind, (title, note) in EXAMPLE_KINDS.items()
             ],
         }
-        for policy, own in examples.choose(evidence.records).items()
+        for policy, own in examples.select_examples(data.records).items()
     ]

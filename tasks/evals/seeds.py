@@ -13,9 +13,9 @@ from tasks.core.files import write_json, write_table
 from tasks.evals.compare import DIGITS, REFERENCE, Table
 from tasks.evals.statistics import t_interval
 
-__all__ = ["FIGURES", "Spread", "Trained", "collapse", "draw", "metrics", "read", "report", "write"]
+__all__ = ["METRICS", "SeedSummary", "SeedResult", "collapse_reason", "plot_seeds", "flat_metrics", "load_seed_result", "summarise_seeds", "write_summary"]
 
-FIGURES = {
+METRICS = {
     "win_rate": "win rate against SFT",
     "gain_gold": "gold gain, standard deviations",
     "gain_proxy": "proxy gain, standard deviations",
@@ -23,7 +23,7 @@ FIGURES = {
 }
 """What is averaged over seeds."""
 
-SHOWN = (
+SEED_COLUMNS = (
     "win_rate", "win_rate_low", "win_rate_high", "gain_gold", "gain_gold_stderr", "gain_proxy", "gain_proxy_stderr",
     "kl", "kl_stderr", "reward_gold", "reward_proxy", "length", "repetition", "no_end_share",
 )  # fmt: skip
@@ -34,27 +34,27 @@ STEP, WIDTH = 0.05, 0.5
 
 
 @dataclass(frozen=True)
-class Trained:
+class SeedResult:
     """What a seed came to.
 
     Attributes:
         table: its evaluation.
-        degenerate: policy → what was wrong with the responses of its last update, counted as by
+        degenerate_count: policy → what was wrong with the responses of its last update, counted as by
             `tasks.rl.checks.degeneration`; 0 for DPO, which writes none while it trains.
         detectors: policy → the detectors of reward hacking that fired.
     """
 
     table: Table
-    degenerate: Mapping[str, float]
+    degenerate_count: Mapping[str, float]
     detectors: Mapping[str, Sequence[str]]
 
 
-Results = Mapping[int, Trained | RLHFError]
+Results = Mapping[int, SeedResult | RLHFError]
 """Seed → what it came to, or the error that ended it."""
 
 
 @dataclass(frozen=True)
-class Spread:
+class SeedSummary:
     """A figure over the seeds; `low` and `high` are the ends of the mean's 95 % interval, which one seed has not."""
 
     seeds: int
@@ -65,52 +65,52 @@ class Spread:
     max: float
 
 
-def read(artifacts: Path) -> Trained:
+def load_seed_result(artifacts: Path) -> SeedResult:
     """What the stages wrote under one seed."""
-    table: Table = _json(artifacts / "evaluate" / "policies.json")
-    last = {policy: _json(artifacts / policy / "metrics.json") for policy in table if policy != REFERENCE}
-    found = _json(artifacts / "evaluate" / "findings.json")
-    return Trained(
+    table: Table = _read_json(artifacts / "evaluate" / "policies.json")
+    last = {policy: _read_json(artifacts / policy / "metrics.json") for policy in table if policy != REFERENCE}
+    findings = _read_json(artifacts / "evaluate" / "findings.json")
+    return SeedResult(
         table,
         {policy: float(row.get("degenerate", 0.0)) for policy, row in last.items()},
-        {policy: list(dict.fromkeys(finding["detector"] for finding in own)) for policy, own in found.items()},
+        {policy: list(dict.fromkeys(finding["detector"] for finding in own)) for policy, own in findings.items()},
     )
 
 
-def collapse(row: Mapping[str, float], degenerate: float) -> str | None:
+def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | None:
     """Why a policy counts as collapsed, or None: it is clearly worse than SFT, or its last responses say nothing.
 
     Args:
         row: of the policy in the evaluation.
-        degenerate: see `Trained`.
+        degenerate_count: see `SeedResult`.
     """
     reasons = []
     if row["win_rate_high"] < 0.5:
         interval = f"{row['win_rate_low']:.0%}–{row['win_rate_high']:.0%}"
         reasons.append(f"its win rate's whole interval, {interval}, lies below one half")
-    if degenerate > 0:
+    if degenerate_count > 0:
         reasons.append("its last responses are all empty, all the same, or all without an end")
     return "; ".join(reasons) or None
 
 
-def report(results: Results) -> dict[str, Any]:
+def summarise_seeds(results: Results) -> dict[str, Any]:
     """All of it, as JSON can say it.
 
-    `policies` gives each policy a `summary`, figure → `Spread`, and its `seeds`, seed → figures with `detectors`, those
+    `policies` gives each policy a `summary`, figure → `SeedSummary`, and its `seeds`, seed → figures with `detectors`, those
     that fired, and `collapsed`, the reason or null; `collapsed` and `failed` hold a sentence for each.
 
     Means are over every seed that came to an evaluation, the collapsed ones among them: to leave those out would be to
     choose the seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
     """
-    trained = {seed: result for seed, result in results.items() if isinstance(result, Trained)}
+    trained = {seed: result for seed, result in results.items() if isinstance(result, SeedResult)}
     policies = dict.fromkeys(policy for result in trained.values() for policy in result.table if policy != REFERENCE)
-    rows = {policy: {seed: _row(result, policy) for seed, result in trained.items()} for policy in policies}
+    rows = {policy: {seed: _seed_row(result, policy) for seed, result in trained.items()} for policy in policies}
     errors = {seed: result for seed, result in results.items() if isinstance(result, RLHFError)}
     diverged = [seed for seed, error in errors.items() if isinstance(error, TrainingError)]
     return {
         "seeds": list(results),
         "policies": {
-            policy: {"summary": _summary(list(own.values())), "seeds": {str(seed): row for seed, row in own.items()}}
+            policy: {"summary": _summarise_metrics(list(own.values())), "seeds": {str(seed): row for seed, row in own.items()}}
             for policy, own in rows.items()
         },
         "collapsed": [
@@ -122,40 +122,40 @@ def report(results: Results) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def metrics(told: Mapping[str, Any]) -> dict[str, float]:
+def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
     """The summaries of a report as flat numbers, `seeds.<policy>.<figure>_<what>`."""
     return {
         f"seeds.{policy}.{figure}_{what}": value
-        for policy, own in told["policies"].items()
-        for figure, spread in own["summary"].items()
-        for what, value in spread.items()
+        for policy, own in summary["policies"].items()
+        for figure, values in own["summary"].items()
+        for what, value in values.items()
         if value is not None
     }
 
 
-def write(folder: Path, results: Results) -> None:
-    """Write seeds.json (see `report`), seeds.csv (a row per policy and seed) and seeds.svg."""
-    told = report(results)
-    write_json(folder / "seeds.json", told)
+def write_summary(folder: Path, results: Results) -> None:
+    """Write seeds.json (see `summarise_seeds`), seeds.csv (a row per policy and seed) and seeds.svg."""
+    summary = summarise_seeds(results)
+    write_json(folder / "seeds.json", summary)
     write_table(folder / "seeds.csv", [
         {"policy": policy, "seed": seed} | row
-        for policy, own in told["policies"].items() for seed, row in own["seeds"].items()
-    ], columns=("policy", "seed", *SHOWN, "detectors", "collapsed"))  # fmt: skip
-    draw(folder / "seeds.svg", told)
+        for policy, own in summary["policies"].items() for seed, row in own["seeds"].items()
+    ], columns=("policy", "seed", *SEED_COLUMNS, "detectors", "collapsed"))  # fmt: skip
+    plot_seeds(folder / "seeds.svg", summary)
 
 
-def draw(path: Path, told: Mapping[str, Any]) -> None:
+def plot_seeds(path: Path, summary: Mapping[str, Any]) -> None:
     """A panel per figure: every seed a dot, a cross where it collapsed, and beside them the mean with its interval."""
     import matplotlib
     from matplotlib.figure import Figure
 
-    policies = told["policies"]
-    figures = [name for name in FIGURES if any(name in own["summary"] for own in policies.values())]
-    figure = Figure(figsize=(3.4 * max(len(figures), 1), 3.6), layout="constrained")
-    for axes, name in zip(figure.subplots(1, max(len(figures), 1), squeeze=False)[0], figures, strict=False):
+    policies = summary["policies"]
+    metrics = [name for name in METRICS if any(name in own["summary"] for own in policies.values())]
+    figure = Figure(figsize=(3.4 * max(len(metrics), 1), 3.6), layout="constrained")
+    for axes, name in zip(figure.subplots(1, max(len(metrics), 1), squeeze=False)[0], metrics, strict=False):
         for place, own in enumerate(policies.values()):
-            _draw_policy(axes, place, name, own)
-        axes.set(title=FIGURES[name], xticks=range(len(policies)), xlim=(-0.5, len(policies) - 0.5))
+            _plot_policy(axes, place, name, own)
+        axes.set(title=METRICS[name], xticks=range(len(policies)), xlim=(-0.5, len(policies) - 0.5))
         axes.set_xticklabels(policies)
         axes.axhline(0.5 if name == "win_rate" else 0.0, color="grey", linewidth=0.8)
         axes.spines[["top", "right"]].set_visible(False)
@@ -163,31 +163,31 @@ def draw(path: Path, told: Mapping[str, Any]) -> None:
         figure.savefig(path, metadata={"Date": None})
 
 
-def _draw_policy(axes: Any, place: int, name: str, own: Mapping[str, Any]) -> None:
-    spread, count = own["summary"][name], len(own["seeds"])
+def _plot_policy(axes: Any, place: int, name: str, own: Mapping[str, Any]) -> None:
+    summary, count = own["summary"][name], len(own["seeds"])
     for number, (seed, row) in enumerate(own["seeds"].items()):
         x = place + min(STEP, WIDTH / count) * (number - (count - 1) / 2)
         axes.plot(x, row[name], marker="x" if row["collapsed"] else "o", color=f"C{place}", alpha=0.7)
         if row["collapsed"]:
             axes.annotate(f" seed {seed}", (x, row[name]), fontsize="x-small")
-    ends = [[spread["mean"] - spread["low"]], [spread["high"] - spread["mean"]]] if spread["low"] is not None else None
-    axes.errorbar(place + 0.35, spread["mean"], yerr=ends, marker="D", color="black", capsize=3)
+    ends = [[summary["mean"] - summary["low"]], [summary["high"] - summary["mean"]]] if summary["low"] is not None else None
+    axes.errorbar(place + 0.35, summary["mean"], yerr=ends, marker="D", color="black", capsize=3)
 
 
-def _row(result: Trained, policy: str) -> dict[str, Any]:
+def _seed_row(result: SeedResult, policy: str) -> dict[str, Any]:
     row = result.table[policy]
-    shown: dict[str, Any] = {key: row[key] for key in SHOWN if key in row}
+    values: dict[str, Any] = {key: row[key] for key in SEED_COLUMNS if key in row}
     fired = " ".join(result.detectors[policy])
-    return shown | {"detectors": fired, "collapsed": collapse(row, result.degenerate[policy])}
+    return values | {"detectors": fired, "collapsed": collapse_reason(row, result.degenerate_count[policy])}
 
 
-def _summary(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(_spread([row[name] for row in rows])) for name in FIGURES if name in rows[0]}
+def _summarise_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: asdict(_summarise_values([row[name] for row in rows])) for name in METRICS if name in rows[0]}
 
 
-def _spread(values: Sequence[float]) -> Spread:
+def _summarise_values(values: Sequence[float]) -> SeedSummary:
     interval = t_interval(values) if len(values) > 1 else None
-    return Spread(
+    return SeedSummary(
         seeds=len(values),
         mean=round(sum(values) / len(values), DIGITS),
         low=round(interval.low, DIGITS) if interval else None,
@@ -197,5 +197,5 @@ def _spread(values: Sequence[float]) -> Spread:
     )
 
 
-def _json(path: Path) -> Any:
+def _read_json(path: Path) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))

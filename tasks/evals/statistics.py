@@ -8,9 +8,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TIE", "Interval", "bootstrap_mean", "mean_and_error", "t_interval", "wilson", "win_rate", "wins"]
+__all__ = ["TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "t_interval", "wilson_interval", "win_rate", "pairwise_wins"]
 
-TIE = 1e-5
+TIE_TOLERANCE = 1e-5
 """Scores closer than this are a tie: the same text in a differently padded batch moves in its last digits."""
 
 
@@ -53,14 +53,14 @@ def bootstrap_mean(values: Sequence[float], *, samples: int, seed: int, level: f
     if not values:
         raise ValueError("the bootstrap of no values")
     data = np.asarray(values, dtype=np.float64)
-    draw = np.random.default_rng(seed)
-    means = [float(data[draw.integers(data.size, size=data.size)].mean()) for _ in range(samples)]
+    rng = np.random.default_rng(seed)
+    means = [float(data[rng.integers(data.size, size=data.size)].mean()) for _ in range(samples)]
     tail = (1 - level) / 2
     low, high = np.quantile(means, [tail, 1 - tail])
     return Interval(math.fsum(values) / len(values), float(low), float(high))
 
 
-def wilson(share: float, n: int) -> Interval:
+def wilson_interval(share: float, n: int) -> Interval:
     """A share of n trials with its 95 % interval, which stays in [0, 1] and has a width at its ends.
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", J. Am. Stat. Assoc. 22.
@@ -94,14 +94,14 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     return Interval(mean, mean - half, mean + half)
 
 
-def wins(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
+def pairwise_wins(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
     """Per prompt: 1 where the score beats the reference's by more than TIE, ½ for a tie, 0 where it loses.
 
     Raises:
         ValueError: the two differ in length.
     """
     return [
-        0.5 if abs(score - other) <= TIE else float(score > other)
+        0.5 if abs(score - other) <= TIE_TOLERANCE else float(score > other)
         for score, other in zip(scores, reference, strict=True)
     ]
 
@@ -112,4 +112,4 @@ def win_rate(scores: Sequence[float], reference: Sequence[float], *, samples: in
     Raises:
         ValueError: the two differ in length, or are empty.
     """
-    return bootstrap_mean(wins(scores, reference), samples=samples, seed=seed)
+    return bootstrap_mean(pairwise_wins(scores, reference), samples=samples, seed=seed)

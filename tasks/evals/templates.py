@@ -7,10 +7,10 @@ from pathlib import Path
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-__all__ = ["template"]
+__all__ = ["load_template"]
 
 
-def template(
+def load_template(
     name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool, folder: Path = Path(__file__).parent
 ) -> Template:
     """A template by its file name.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from tasks.evals.overoptimisation import curve
-from tasks.evals.verdict import NAMES, listed, percent
+from tasks.evals.verdict import DISPLAY_NAMES, join_and, format_percent
 
 __all__ = ["turning_point"]
 
@@ -21,49 +21,49 @@ def turning_point(fits: Mapping[str, Any], points: Sequence[Mapping[str, str]]) 
         fits: method → judge → fit, as `tasks.evals.overoptimisation` writes them.
         points: the rows of that curve.
     """
-    turned, rising, flat = [], [], []
+    peaked, rising, flat = [], [], []
     for method, own in fits.items():
         fit = own["gold"]
-        reach = max(float(row["distance"]) for row in points if row["method"] == method)
-        if fit["peak"] is not None and fit["peak"] < reach:
-            turned.append(_turn(method, fit, reach))
-        elif _value(fit, reach) > 0:
-            rising.append((f"{NAMES.get(method, method)} ({reach:.1f})", fit["peak_share"]))
+        max_distance = max(float(row["distance"]) for row in points if row["method"] == method)
+        if fit["peak"] is not None and fit["peak"] < max_distance:
+            peaked.append(_describe_peak(method, fit, max_distance))
+        elif _fitted_gain(fit, max_distance) > 0:
+            rising.append((f"{DISPLAY_NAMES.get(method, method)} ({max_distance:.1f})", fit["peak_share"]))
         else:
-            flat.append(NAMES.get(method, method))
-    return " ".join([*turned, *_rising(rising), *_flat(flat)])
+            flat.append(DISPLAY_NAMES.get(method, method))
+    return " ".join([*peaked, *_rising_sentence(rising), *_no_gain_sentence(flat)])
 
 
-def _value(fit: Mapping[str, Any], distance: float) -> float:
+def _fitted_gain(fit: Mapping[str, Any], distance: float) -> float:
     return float(curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], np.array([distance]))[0])
 
 
-def _turn(method: str, fit: Mapping[str, Any], reach: float) -> str:
+def _describe_peak(method: str, fit: Mapping[str, Any], max_distance: float) -> str:
     """Sure where the whole interval of β is above 0, since the curve bends down only there."""
     beta = fit["beta"]
-    sure = beta["low"] > 0
+    certain = beta["low"] > 0
     return (
-        f"{'Over-optimised' if sure else 'Perhaps over-optimised'}: by the gold judge, {NAMES.get(method, method)} is "
-        f"best at √KL {fit['peak']:.1f} and gets worse from there to {reach:.1f}, the farthest measured "
-        f"(β {_number(beta['mean'])}, 95% interval {_number(beta['low'])} to {_number(beta['high'])}"
-        f"{'' if sure else ', which holds 0'}; {percent(fit['peak_share'])}% of resamples peak within it)."
+        f"{'Over-optimised' if certain else 'Perhaps over-optimised'}: by the gold judge, {DISPLAY_NAMES.get(method, method)} is "
+        f"best at √KL {fit['peak']:.1f} and gets worse from there to {max_distance:.1f}, the farthest measured "
+        f"(β {_format_number(beta['mean'])}, 95% interval {_format_number(beta['low'])} to {_format_number(beta['high'])}"
+        f"{'' if certain else ', which holds 0'}; {format_percent(fit['peak_share'])}% of resamples peak within it)."
     )
 
 
-def _rising(methods: Sequence[tuple[str, float]]) -> list[str]:
+def _rising_sentence(methods: Sequence[tuple[str, float]]) -> list[str]:
     if not methods:
         return []
     most = max(share for _, share in methods)
     share = f"at most {math.ceil(100 * most)}%" if most else "none"
     return [
         f"No turning point within what was measured: by the gold judge's fitted curves, more reward was still better "
-        f"at the farthest √KL of {listed([name for name, _ in methods])}; {share} of the resamples peak before."
+        f"at the farthest √KL of {join_and([name for name, _ in methods])}; {share} of the resamples peak before."
     ]
 
 
-def _flat(methods: Sequence[str]) -> list[str]:
-    return [f"By the gold judge's fitted curve, {listed(methods)} ended no better than SFT."] if methods else []
+def _no_gain_sentence(methods: Sequence[str]) -> list[str]:
+    return [f"By the gold judge's fitted curve, {join_and(methods)} ended no better than SFT."] if methods else []
 
 
-def _number(value: float) -> str:
+def _format_number(value: float) -> str:
     return f"{value:z.2f}".replace("-", "−")

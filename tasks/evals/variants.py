@@ -8,23 +8,23 @@ from pathlib import Path
 from tasks.core.files import write_json, write_table
 from tasks.evals.compare import REFERENCE, Table, judges_of
 
-__all__ = ["SHOWN", "draw", "write"]
+__all__ = ["VARIANT_COLUMNS", "plot_comparison", "write_comparison"]
 
-SHOWN = ("win_rate", "win_rate_low", "win_rate_high", "reward_gold", "reward_proxy", "kl", "length")
+VARIANT_COLUMNS = ("win_rate", "win_rate_low", "win_rate_high", "reward_gold", "reward_proxy", "kl", "length")
 """The columns of the table."""
 
 
-def write(folder: Path, variants: Mapping[str, Table]) -> None:
+def write_comparison(folder: Path, variants: Mapping[str, Table]) -> None:
     """Write variants.json (variant → policy → numbers), variants.csv (a row per variant and policy) and the plot."""
     write_json(folder / "variants.json", dict(variants))
     write_table(folder / "variants.csv", [
-        {"variant": variant, "policy": policy} | {key: row[key] for key in SHOWN if key in row}
+        {"variant": variant, "policy": policy} | {key: row[key] for key in VARIANT_COLUMNS if key in row}
         for variant, table in variants.items() for policy, row in table.items() if policy != REFERENCE
     ])  # fmt: skip
-    draw(folder / "reward_against_kl.svg", variants)
+    plot_comparison(folder / "reward_against_kl.svg", variants)
 
 
-def draw(path: Path, variants: Mapping[str, Table]) -> None:
+def plot_comparison(path: Path, variants: Mapping[str, Table]) -> None:
     """Gain over SFT against √KL: a panel per judge, a colour per variant, a marker per policy.
 
     As Gao et al. 2022 (arXiv 2210.10760, section 3) plot it: where the proxy still gains and gold no longer does, the

@@ -14,27 +14,27 @@ from tasks.core.models import ADAPTER_DIR, load_policy, load_reference, load_tok
 from tasks.evals.compare import REFERENCE
 from tasks.rl.rollout import generate
 
-__all__ = ["Writer", "Written", "stages_that_write"]
+__all__ = ["Sampler", "Sample", "policy_stages"]
 
-BATCH = 32
+BATCH_SIZE = 32
 
 
 @dataclass(frozen=True)
-class Written:
+class Sample:
     """A response; `ended` is false where it was cut at its greatest length."""
 
     prompt: str
-    sample: int
+    sample_index: int
     response: str
     ended: bool
 
 
-class Writer:
+class Sampler:
     """A policy that is ready to write; its random numbers go on from call to call."""
 
     def __init__(
         self,
-        parts: Path,
+        artifacts: Path,
         policy: str,
         *,
         max_new_tokens: int,
@@ -45,7 +45,7 @@ class Writer:
         """Load it.
 
         Args:
-            parts: base model, SFT and policy, laid out as in artifacts.
+            artifacts: base model, SFT and policy, laid out as in artifacts.
             chat_template: show it each prompt as a user's message, and not as the beginning of a text.
 
         Raises:
@@ -53,27 +53,27 @@ class Writer:
             ModelError: a folder is incomplete.
         """
         init_process()
-        base_model, sft = parts / "base_model", parts / REFERENCE
+        base_model, sft = artifacts / "base_model", artifacts / REFERENCE
         self._tokenizer = load_tokenizer(base_model)
         if chat_template and not self._tokenizer.chat_template:
             raise ConfigError(f"the tokenizer of {policy} has no chat template: leave --chat-template out")
         is_reference = policy == REFERENCE
-        self._model = load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, parts / policy)
-        self._chat_template, self._length, self._temperature = chat_template, max_new_tokens, temperature
+        self._model = load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, artifacts / policy)
+        self._chat_template, self._max_new_tokens, self._temperature = chat_template, max_new_tokens, temperature
         self._generator = torch.Generator().manual_seed(seed)
 
-    def write(self, prompts: Sequence[str], samples: int) -> Iterator[Written]:
+    def write(self, prompts: Sequence[str], samples: int) -> Iterator[Sample]:
         """Responses to each prompt, in its order.
 
         Raises:
             ConfigError: a prompt is empty.
         """
-        for start in range(0, len(prompts), BATCH):
-            batch = prompts[start : start + BATCH]
+        for start in range(0, len(prompts), BATCH_SIZE):
+            batch = prompts[start : start + BATCH_SIZE]
             rollout = generate(
                 self._model,
                 [self._ids(prompt) for prompt in batch],
-                max_new_tokens=self._length,
+                max_new_tokens=self._max_new_tokens,
                 temperature=self._temperature,
                 eos_token_id=self._tokenizer.eos_token_id,
                 pad_token_id=self._tokenizer.pad_token_id,
@@ -82,7 +82,7 @@ class Writer:
             )
             for row, (ids, ended) in enumerate(zip(rollout.response_ids(), rollout.ended.tolist(), strict=True)):
                 text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
-                yield Written(batch[row // samples], row % samples, text, ended)
+                yield Sample(batch[row // samples], row % samples, text, ended)
 
     def _ids(self, prompt: str) -> list[int]:
         text = prompt
@@ -95,7 +95,7 @@ class Writer:
         return ids
 
 
-def stages_that_write(artifacts: Path) -> list[str]:
+def policy_stages(artifacts: Path) -> list[str]:
     """The stages whose adapter makes a language model, and no judge."""
     configs = sorted(artifacts.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
     kinds = {file.parts[-3]: json.loads(file.read_text(encoding="utf-8"))["task_type"] for file in configs}

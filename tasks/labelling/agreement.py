@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from tasks.core.errors import ConfigError
-from tasks.evals.statistics import Interval, wilson
+from tasks.evals.statistics import Interval, wilson_interval
 from tasks.labelling.labels import Label, Question
 from tasks.labelling.tables import CHOICES
 
@@ -36,7 +36,7 @@ class Share:
 
     @property
     def interval(self) -> Interval | None:
-        return wilson(self.hits / self.of, self.of) if self.of else None
+        return wilson_interval(self.hits / self.of, self.of) if self.of else None
 
 
 @dataclass(frozen=True)

@@ -23,9 +23,9 @@ from sqlalchemy.orm import Session
 
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.sections.judge import JudgeParams
-from tasks.evals.answers import AnswerBook
+from tasks.evals.answers import JudgeCache
 from tasks.evals.judges import EndpointJudge, LocalJudge
-from tasks.evals.pairwise import PairJudge, Reply, Verdict, question, verdict
+from tasks.evals.pairwise import PairJudge, Reply, Choice, format_question, parse_verdict
 from tasks.labelling.labels import LONGEST_NAME, Label, Question, add_label, questions
 from tasks.labelling.queries import MODEL
 from tasks.labelling.tables import Event
@@ -79,16 +79,16 @@ class CountingJudge:
         return replies
 
 
-class CountingBook(AnswerBook):
+class CountingBook(JudgeCache):
     """An answer book that knows what this run added to it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.cost = Cost()
 
-    def add(self, key: str, who: Mapping[str, str], reply: Reply) -> None:
+    def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
         """As ever, and count it."""
-        super().add(key, who, reply)
+        super().add(key, judge_id, reply)
         self.cost.requests += 1
         self.cost.tokens += reply.tokens
 
@@ -119,7 +119,7 @@ class Labelled:
     left: int = 0
 
 
-def combined(one: Verdict, other: Verdict) -> tuple[str, str | None]:
+def combined(one: Choice, other: Choice) -> tuple[str, str | None]:
     """Choice and, where it is a skip, the reason, of the answers with a shown first and with b shown first."""
     if "unclear" in (one, other):
         return "skip", UNCLEAR
@@ -192,7 +192,7 @@ def _basis(judge: PairJudge, constitution: Constitution) -> str:
 def _labelled_before(session: Session, labeller: str, basis: str) -> set[str]:
     """The questions that have a label on this basis, also if another one came after it."""
     so = or_(Event.comment == basis, Event.comment.startswith(f"{basis};", autoescape=True))
-    return set(session.scalars(select(Event.item_id).where(Event.labeller == labeller, so)))
+    return set(session.scalars(select(Event.item_id).phase(Event.labeller == labeller, so)))
 
 
 def _digest(folder: Path) -> str:
@@ -210,8 +210,8 @@ def _asked(
 ) -> tuple[str, str | None]:
     """Choice and, where it is a skip, the reason; counted in the result."""
     sides = (item.response_a, item.response_b)
-    orders = (question(constitution.text, item.prompt, *shown) for shown in (sides, sides[::-1]))
-    verdicts = [verdict(ask(text).text) for text in orders]
+    orders = (format_question(constitution.text, item.prompt, *shown) for shown in (sides, sides[::-1]))
+    verdicts = [parse_verdict(ask(text).text) for text in orders]
     choice, reason = combined(*verdicts)
     result.choices[choice] += 1
     result.contradictions += reason == CONTRADICTION

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tasks.evals.statistics import Interval
-from tasks.evals.templates import template
+from tasks.evals.templates import load_template
 from tasks.labelling.agreement import Share, alpha, dawid_skene, first_shown, gold_accuracy, raw_agreement
 from tasks.labelling.labels import Label, Question, by_model
 from tasks.labelling.tables import CHOICES
@@ -117,7 +117,7 @@ def share(found: Share) -> str:
 def report_page(found: Report) -> str:
     """The page."""
     filters: dict[str, Callable[..., str]] = {"percent": percent, "share": share, "figure": figure}
-    page = template("report.html.j2", filters, autoescape=True, folder=Path(__file__).parent)
+    page = load_template("report.html.j2", filters, autoescape=True, folder=Path(__file__).parent)
     charts = {
         "What was chosen": found.choices,
         "How much better": found.strengths,

@@ -9,7 +9,7 @@ from pathlib import Path
 from tasks.core.errors import ConfigError
 from tasks.core.schema import Prompt, read_rows
 from tasks.core.sections.generation import GenerationParams
-from tasks.evals.writing import Writer, stages_that_write
+from tasks.evals.writing import Sampler, policy_stages
 from tasks.labelling.pairs import Scores, Written
 from tasks.rewards.learned import RewardModel, member_folder
 
@@ -25,7 +25,7 @@ def check_policies(policies: Sequence[str], artifacts: Path) -> list[str]:
     Raises:
         ConfigError: one is not there.
     """
-    found = stages_that_write(artifacts)
+    found = policy_stages(artifacts)
     if missing := [policy for policy in policies if policy not in found]:
         raise ConfigError(
             f"--from: no policy {', '.join(missing)} in {artifacts}; there are: {', '.join(found) or 'none'}"
@@ -48,7 +48,7 @@ def written(
     """Prompt → what the policies wrote to it; one policy at a time is in memory."""
     responses: dict[str, list[Written]] = {prompt: [] for prompt in asked}
     for policy in policies:
-        writer = Writer(
+        writer = Sampler(
             artifacts, policy, max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=seed
         )
         for item in writer.write(asked, SAMPLES):

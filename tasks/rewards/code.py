@@ -18,18 +18,18 @@ from torch import Tensor
 from tasks.core.errors import DataError
 from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.sandbox.run import Job, Sandbox
-from tasks.rewards.sandbox.verdict import Status, Verdict
+from tasks.rewards.sandbox.verdict import Status, SandboxResult
 
-__all__ = ["CodeReward", "chosen_tests", "code_reward", "function_under_test", "program_of"]
+__all__ = ["CodeReward", "select_tests", "code_reward", "function_under_test", "extract_program"]
 
 # A block of any language opens: else the end of one in another language would be read as the program's beginning.
-_FENCE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_FENCE_RE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
 _LANGUAGES = ("", "python", "py", "python3")
-_NAMED = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
-_HELD_OUT = re.compile(r"^#\s*held out\s*$", re.MULTILINE)
-_DEFINED = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
+_ENTRY_POINT_RE = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
+_HELD_OUT_RE = re.compile(r"^#\s*held out\s*$", re.MULTILINE)
+_DEF_RE = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
 
-_NO_PROGRAM = Verdict(Status.REFUSED, "the response holds no program")
+_NO_PROGRAM = SandboxResult(Status.REFUSED, "the response holds no program")
 
 
 def code_reward(options: CodeRule, answers: Mapping[str, str]) -> CodeReward:
@@ -68,14 +68,14 @@ class CodeReward:
             DataError: a prompt has no tests, or tests that cannot judge any program.
         """
         verdicts = self.verdicts(prompts, responses)
-        shares = {
+        failures = {
             f"failures/{status}": torch.tensor([float(verdict.status is status) for verdict in verdicts])
             for status in Status
             if status is not Status.PASSED
         }
-        return torch.tensor([float(verdict.status is Status.PASSED) for verdict in verdicts]), shares
+        return torch.tensor([float(verdict.status is Status.PASSED) for verdict in verdicts]), failures
 
-    def verdicts(self, prompts: list[str], responses: list[str]) -> list[Verdict]:
+    def verdicts(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
         """A verdict per response [B], with its reason."""
         pairs = zip(prompts, responses, strict=True)
         jobs = [self._job(prompt, response) for prompt, response in pairs]
@@ -89,9 +89,9 @@ class CodeReward:
                 "remove the component's weight"
             )
         name = function_under_test(prompt, self._answers[prompt])
-        tests = chosen_tests(self._options, self._answers[prompt])
-        program = program_of(self._options, prompt, response, name)
-        preamble = _helpers(prompt) if self._options.program == "completion" else ""
+        tests = select_tests(self._options, self._answers[prompt])
+        program = extract_program(self._options, prompt, response, name)
+        preamble = _prompt_preamble(prompt) if self._options.program == "completion" else ""
         return Job(program, tests, name, preamble) if program is not None else None
 
 
@@ -101,7 +101,7 @@ def function_under_test(prompt: str, tests: str) -> str:
     Raises:
         DataError: neither says one.
     """
-    found = _NAMED.findall(tests) or _DEFINED.findall(prompt)
+    found = _ENTRY_POINT_RE.findall(tests) or _DEF_RE.findall(prompt)
     if not found:
         raise DataError(
             f"the rule 'code': which function is under test? The prompt {prompt[:200]!r} begins none with `def`; "
@@ -110,13 +110,13 @@ def function_under_test(prompt: str, tests: str) -> str:
     return str(found[-1])
 
 
-def chosen_tests(options: CodeRule, answer: str) -> str:
+def select_tests(options: CodeRule, answer: str) -> str:
     """Of a row's `answer` the tests that run: those before its line `# held out`, or those after it."""
-    paid, *held_out = _HELD_OUT.split(answer, maxsplit=1)
-    return held_out[0] if options.held_out and held_out else paid
+    training_tests, *held_out = _HELD_OUT_RE.split(answer, maxsplit=1)
+    return held_out[0] if options.held_out and held_out else training_tests
 
 
-def program_of(options: CodeRule, prompt: str, response: str, name: str) -> str | None:
+def extract_program(options: CodeRule, prompt: str, response: str, name: str) -> str | None:
     """What of a response is the program; None where it holds none.
 
     A completion is taken as it is: a policy that goes on after its function has to learn to stop.
@@ -125,12 +125,12 @@ def program_of(options: CodeRule, prompt: str, response: str, name: str) -> str 
         return response if response.strip() else None
     if options.program == "completion":
         return prompt + response if response.strip() else None
-    blocks = [block for language, block in _FENCE.findall(response) if language.lower() in _LANGUAGES]
-    defining = [block for block in blocks if name in _DEFINED.findall(block)]
+    blocks = [block for language, block in _FENCE_RE.findall(response) if language.lower() in _LANGUAGES]
+    defining = [block for block in blocks if name in _DEF_RE.findall(block)]
     return (defining or blocks)[-1] if blocks else None
 
 
-def _helpers(prompt: str) -> str:
+def _prompt_preamble(prompt: str) -> str:
     """The prompt as a program of its own, for the functions that tests take from it: the program may have changed them.
 
     Empty where it is none: then the tests need nothing of it, or say so by failing.

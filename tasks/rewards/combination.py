@@ -13,19 +13,19 @@ from torch import Tensor
 
 from tasks.core.errors import TrainingError
 
-__all__ = ["gated", "lexicographic", "product", "standardised", "weight_at", "weighted_sum"]
+__all__ = ["apply_gates", "lexicographic", "product", "standardise", "interpolate_weight", "weighted_sum"]
 
 Values = Mapping[str, Tensor]
 Weights = Mapping[str, float]
 
-SMALL = 1e-6
+MIN_STD = 1e-6
 
 
 def weighted_sum(values: Values, weights: Weights) -> Tensor:
     """Σ weight · value, [B]."""
     total = torch.zeros(len(next(iter(values.values()))))
-    for name, own in values.items():
-        total = total + weights[name] * own
+    for name, value in values.items():
+        total = total + weights[name] * value
     return total
 
 
@@ -38,16 +38,16 @@ def product(values: Values, weights: Weights) -> Tensor:
         TrainingError: a value lies outside [0, 1], where a power means nothing.
     """
     total = torch.ones(len(next(iter(values.values()))))
-    for name, own in values.items():
+    for name, value in values.items():
         if weights[name] == 0:
             continue
-        outside = own[(own < 0) | (own > 1)]
+        outside = value[(value < 0) | (value > 1)]
         if len(outside):
             raise TrainingError(
                 f"reward component {name!r} is {outside[0].item():g}, and reward.composition: product needs values in "
                 f"[0, 1]; scale it by reward.normalise.{name}, or choose another composition"
             )
-        total = total * own ** weights[name]
+        total = total * value ** weights[name]
     return total
 
 
@@ -60,16 +60,16 @@ def lexicographic(values: Values, weights: Weights, raw: Values, priorities: Seq
     Args:
         raw: what is held against the thresholds.
     """
-    open_ = torch.ones(len(next(iter(values.values()))))
-    counted: dict[str, Tensor] = {}
+    passed = torch.ones(len(next(iter(values.values()))))
+    ranked: dict[str, Tensor] = {}
     for name, threshold in priorities:
-        counted[name] = values[name] * open_
-        open_ = open_ * (raw[name] >= threshold).float()
-    rest = {name: own * open_ for name, own in values.items() if name not in counted}
-    return weighted_sum({name: (counted | rest)[name] for name in values}, weights)
+        ranked[name] = values[name] * passed
+        passed = passed * (raw[name] >= threshold).float()
+    rest = {name: value * passed for name, value in values.items() if name not in ranked}
+    return weighted_sum({name: (ranked | rest)[name] for name in values}, weights)
 
 
-def gated(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) -> Tensor:
+def apply_gates(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) -> Tensor:
     """The total [B], but at most `floor` where a component is below its gate.
 
     At most: a floor of 0 would else be a way out for responses that are worth less.
@@ -79,17 +79,17 @@ def gated(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) 
     return total
 
 
-def standardised(values: Tensor, mean: float, std: float) -> Tensor:
+def standardise(values: Tensor, mean: float, std: float) -> Tensor:
     """(value − mean) / std, [B]; 0 where nothing varies."""
-    return (values - mean) / std if std > SMALL else torch.zeros_like(values)
+    return (values - mean) / std if std > MIN_STD else torch.zeros_like(values)
 
 
-def weight_at(points: Mapping[int, float], update: int) -> float:
+def interpolate_weight(points: Mapping[int, float], update: int) -> float:
     """The weight in an update, linear between the points and flat before the first and after the last."""
     updates = list(points)
-    place = bisect(updates, update)
-    if place in (0, len(updates)):
-        return points[updates[max(0, place - 1)]]
-    earlier, later = updates[place - 1], updates[place]
-    share = (update - earlier) / (later - earlier)
-    return points[earlier] + share * (points[later] - points[earlier])
+    index = bisect(updates, update)
+    if index in (0, len(updates)):
+        return points[updates[max(0, index - 1)]]
+    earlier, later = updates[index - 1], updates[index]
+    fraction = (update - earlier) / (later - earlier)
+    return points[earlier] + fraction * (points[later] - points[earlier])

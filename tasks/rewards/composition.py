@@ -14,20 +14,20 @@ from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.schema import Prompt
 from tasks.core.sections.reward import EXTERNAL_COMPONENTS, LEARNED, Priority, RewardParams, Normaliser
 from tasks.core.sections.rules import RuleOptions
-from tasks.rewards.combination import gated, lexicographic, product, standardised, weight_at, weighted_sum
-from tasks.rewards.counting import Counted
+from tasks.rewards.combination import apply_gates, lexicographic, product, standardise, interpolate_weight, weighted_sum
+from tasks.rewards.counting import FaultTolerantRule
 from tasks.rewards.learned import RewardModel
 from tasks.rewards.rules import factory_of
-from tasks.rewards.rules.kinds import Answers, Component, EachSample, Measuring
+from tasks.rewards.rules.kinds import Answers, Component, PerSampleRule, ScoresWithMetrics
 
-__all__ = ["CompositeReward", "Reward", "build_reward", "load_reward", "rule_component"]
+__all__ = ["CompositeReward", "RewardBatch", "build_reward", "load_reward", "rule_component"]
 
-SHOWN = 200
+MESSAGE_CHARACTERS = 200
 """Characters of a text that an error message shows."""
 
 
 @dataclass(frozen=True)
-class Reward:
+class RewardBatch:
     """What B responses are worth.
 
     Attributes:
@@ -40,11 +40,11 @@ class Reward:
     components: dict[str, Tensor]
     measures: dict[str, Tensor] = field(default_factory=dict)
 
-    def of_all_ranks(self) -> Reward:
+    def of_all_ranks(self) -> RewardBatch:
         """That of every rank's responses."""
         components = {name: ranks.all_gather(values) for name, values in self.components.items()}
-        measures = {name: ranks.all_gather(values) for name, values in self.measures.items()}
-        return Reward(ranks.all_gather(self.total), components, measures)
+        metrics = {name: ranks.all_gather(values) for name, values in self.measures.items()}
+        return RewardBatch(ranks.all_gather(self.total), components, metrics)
 
 
 class CompositeReward:
@@ -60,7 +60,7 @@ class CompositeReward:
         gates: Mapping[str, float] | None = None,
         floor: float = 0.0,
         scales: Mapping[str, Normaliser] | None = None,
-        curriculum: Mapping[str, Mapping[int, float]] | None = None,
+        weight_schedule: Mapping[str, Mapping[int, float]] | None = None,
     ) -> None:
         """Pair each weight with its component; the other arguments are those of the `reward` section.
 
@@ -77,8 +77,8 @@ class CompositeReward:
         self._composition = composition
         self._priorities = [(rank.component, rank.threshold) for rank in priorities]
         self._gates, self._floor = dict(gates or {}), floor
-        self._scales, self._curriculum = dict(scales or {}), dict(curriculum or {})
-        self._first: dict[str, tuple[float, float]] = {}
+        self._scales, self._weight_schedule = dict(scales or {}), dict(weight_schedule or {})
+        self._evaluation_stats: dict[str, tuple[float, float]] = {}
 
     @property
     def weights(self) -> Mapping[str, float]:
@@ -89,9 +89,9 @@ class CompositeReward:
         """Component → weight in an update, from 1; None: `weights`."""
         if update is None:
             return self._weights
-        return self._weights | {name: weight_at(points, update) for name, points in self._curriculum.items()}
+        return self._weights | {name: interpolate_weight(points, update) for name, points in self._weight_schedule.items()}
 
-    def slopes_at(self, update: int) -> Mapping[str, float]:
+    def marginal_weights(self, update: int) -> Mapping[str, float]:
         """What one more of each component, as it is reported, adds to the total; none where that is no constant."""
         if self._composition != "sum" or any(scale.by == "batch" for scale in self._scales.values()):
             return {}
@@ -105,13 +105,13 @@ class CompositeReward:
         prompts: list[str],
         responses: list[str],
         update: int | None = None,
-        given: Mapping[str, Component] | None = None,
-    ) -> Reward:
+        external: Mapping[str, Component] | None = None,
+    ) -> RewardBatch:
         """Score B responses, each to the prompt at its place.
 
         Args:
             update: of the training that asks, from 1; None outside training.
-            given: those of `EXTERNAL_COMPONENTS` that have a weight, for these responses.
+            external: those of `EXTERNAL_COMPONENTS` that have a weight, for these responses.
 
         Raises:
             TrainingError: a component gives a value that is not finite, or not one value per response, or fails on
@@ -120,17 +120,17 @@ class CompositeReward:
         if len(prompts) != len(responses):
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
         values: dict[str, Tensor] = {}
-        measures: dict[str, Tensor] = {}
-        components = self._components | dict(given or {})
+        metrics: dict[str, Tensor] = {}
+        components = self._components | dict(external or {})
         for name in self._weights:
-            value, noticed = _asked(components[name], prompts, responses)
-            values[name] = _checked(name, value, prompts, responses)
-            measures |= noticed
-        return Reward(self._total(values, update), values, measures)
+            value, component_metrics = _call_component(components[name], prompts, responses)
+            values[name] = _validate_scores(name, value, prompts, responses)
+            metrics |= component_metrics
+        return RewardBatch(self._total(values, update), values, metrics)
 
     def _total(self, values: Mapping[str, Tensor], update: int | None) -> Tensor:
         """[B] from what the components gave."""
-        scaled = {name: self._scaled(name, own, update) for name, own in values.items()}
+        scaled = {name: self._normalise(name, value, update) for name, value in values.items()}
         weights = self.weights_at(update)
         if self._composition == "product":
             total = product(scaled, weights)
@@ -138,19 +138,19 @@ class CompositeReward:
             total = lexicographic(scaled, weights, values, self._priorities)
         else:
             total = weighted_sum(scaled, weights)
-        return gated(total, values, self._gates, self._floor)
+        return apply_gates(total, values, self._gates, self._floor)
 
-    def _scaled(self, name: str, values: Tensor, update: int | None) -> Tensor:
+    def _normalise(self, name: str, values: Tensor, update: int | None) -> Tensor:
         if name not in self._scales:
             return values
         scale = self._scales[name]
         if scale.by == "fixed":
-            return standardised(values, scale.mean, scale.std)
+            return standardise(values, scale.mean, scale.std)
         if update is not None:
-            return standardised(values, *_mean_and_std(values))
-        if name not in self._first:
-            self._first[name] = _mean_and_std(values)
-        return standardised(values, *self._first[name])
+            return standardise(values, *_mean_and_std(values))
+        if name not in self._evaluation_stats:
+            self._evaluation_stats[name] = _mean_and_std(values)
+        return standardise(values, *self._evaluation_stats[name])
 
 
 def load_reward(
@@ -165,7 +165,7 @@ def load_reward(
     learned = None
     if LEARNED in params.weights:
         learned = RewardModel.load(
-            base_model, sft, reward_model, combine=params.ensemble_reduction, uncertainty_coef=params.uncertainty_coef
+            base_model, sft, reward_model, ensemble_reduction=params.ensemble_reduction, uncertainty_coef=params.uncertainty_coef
         )
     return build_reward(params, prompts, learned)
 
@@ -197,32 +197,32 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
         gates=params.gates,
         floor=params.floor,
         scales=params.normalisation,
-        curriculum=params.weight_schedule,
+        weight_schedule=params.weight_schedule,
     )
 
 
 def rule_component(name: str, options: RuleOptions, answers: Answers) -> Component:
     """The rule of a component; one that looks at single samples has its failures counted under the component's name."""
-    made = factory_of(options.function)(options, answers)
-    return Counted(name, made.score, options.floor) if isinstance(made, EachSample) else made
+    rule = factory_of(options.function)(options, answers)
+    return FaultTolerantRule(name, rule.score, options.floor) if isinstance(rule, PerSampleRule) else rule
 
 
 def _mean_and_std(values: Tensor) -> tuple[float, float]:
     """Over every rank's responses."""
-    whole = ranks.all_gather(values)
-    return whole.mean().item(), whole.std(correction=0).item()
+    gathered = ranks.all_gather(values)
+    return gathered.mean().item(), gathered.std(correction=0).item()
 
 
-def _asked(
+def _call_component(
     component: Component, prompts: list[str], responses: list[str]
 ) -> tuple[Sequence[float] | Tensor, dict[str, Tensor]]:
     """The component's values, and what it has measured beside them."""
-    if isinstance(component, Measuring):
+    if isinstance(component, ScoresWithMetrics):
         return component.measured(prompts, responses)
     return component(prompts, responses), {}
 
 
-def _checked(name: str, value: Sequence[float] | Tensor, prompts: list[str], responses: list[str]) -> Tensor:
+def _validate_scores(name: str, value: Sequence[float] | Tensor, prompts: list[str], responses: list[str]) -> Tensor:
     """The component's values as [B] float32 on the CPU."""
     tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
     if tensor.shape != (len(responses),):
@@ -235,7 +235,7 @@ def _checked(name: str, value: Sequence[float] | Tensor, prompts: list[str], res
         row = bad[0]
         raise TrainingError(
             f"reward component {name!r} is {tensor[row].item()} ({len(bad)} of {len(responses)} values not finite) for "
-            f"prompt {prompts[row][:SHOWN]!r}, response {responses[row][:SHOWN]!r}; a model that gives such a score "
+            f"prompt {prompts[row][:MESSAGE_CHARACTERS]!r}, response {responses[row][:MESSAGE_CHARACTERS]!r}; a model that gives such a score "
             "has diverged (retrain it with a lower learning_rate), a rule has a bug"
         )
     return tensor

@@ -12,19 +12,19 @@ from tqdm import tqdm
 
 from tasks.core.errors import RLHFError, TrainingError
 
-__all__ = ["FAILURES", "Counted"]
+__all__ = ["FAILURES", "FaultTolerantRule"]
 
 FAILURES = "failures/"
 """Before a component's name, as a measure: 1 for each response on which it failed."""
 
-SMALLEST = 8
+MIN_BATCH = 8
 """Responses from which on most of a batch failing is no accident."""
 
-SHOWN = 200
+MESSAGE_CHARACTERS = 200
 """Characters of a text that a message shows."""
 
 
-class Counted:
+class FaultTolerantRule:
     """A rule over a batch; where it raises or gives no finite number, the sample earns the floor and is counted.
 
     One accident in a week's run must not end it, and must not pass in silence: the first one is told. An error of the
@@ -33,30 +33,30 @@ class Counted:
 
     def __init__(self, name: str, score: Callable[[str, str], float], floor: float) -> None:
         self._name, self._score, self._floor = name, score, floor
-        self._told = False
+        self._warned = False
 
     def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [B], and `failures/<component>` [B].
 
         Raises:
-            TrainingError: it fails on more than half of a batch of at least `SMALLEST`.
+            TrainingError: it fails on more than half of a batch of at least `MIN_BATCH`.
         """
         values: list[float] = []
         failures: list[str] = []
         failed = torch.zeros(len(responses))
-        for place, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            value, problem = self._asked(prompt, response)
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            value, problem = self._safe_score(prompt, response)
             values.append(value)
             if problem:
-                failed[place] = 1.0
-                failures.append(f"prompt {prompt[:SHOWN]!r}, response {response[:SHOWN]!r}: {problem}")
-        if len(responses) >= SMALLEST and len(failures) > len(responses) / 2:
+                failed[row] = 1.0
+                failures.append(f"prompt {prompt[:MESSAGE_CHARACTERS]!r}, response {response[:MESSAGE_CHARACTERS]!r}: {problem}")
+        if len(responses) >= MIN_BATCH and len(failures) > len(responses) / 2:
             raise TrainingError(
                 f"reward component {self._name!r} fails on {len(failures)} of {len(responses)} responses, which is a "
                 f"bug and no accident; the first: {failures[0]}"
             )
-        if failures and not self._told:
-            self._told = True
+        if failures and not self._warned:
+            self._warned = True
             tqdm.write(
                 f"reward: warning: component {self._name!r} failed on {failures[0]}; it earns {self._floor:g}; further "
                 f"failures are counted in {FAILURES}{self._name}",
@@ -64,7 +64,7 @@ class Counted:
             )
         return torch.tensor(values, dtype=torch.float32), {f"{FAILURES}{self._name}": failed}
 
-    def _asked(self, prompt: str, response: str) -> tuple[float, str]:
+    def _safe_score(self, prompt: str, response: str) -> tuple[float, str]:
         """The value, and what went wrong, if anything."""
         try:
             value = float(self._score(prompt, response))

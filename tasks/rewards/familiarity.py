@@ -16,14 +16,14 @@ from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
 
-__all__ = ["QUANTILE", "Familiarity"]
+__all__ = ["QUANTILE", "MahalanobisOOD"]
 
 QUANTILE = 0.99
 """Share of held-out texts that count as familiar."""
 
 
 @dataclass(frozen=True)
-class Familiarity:
+class MahalanobisOOD:
     """Where the states of the training texts lie.
 
     Attributes:
@@ -38,7 +38,7 @@ class Familiarity:
     threshold: float
 
     @classmethod
-    def fit(cls, training: Tensor, heldout: Tensor) -> Familiarity:
+    def fit(cls, training: Tensor, heldout: Tensor) -> MahalanobisOOD:
         """Fit to the states [N, d] of training texts; the threshold is a quantile over those of held-out ones [M, d].
 
         Raises:
@@ -62,7 +62,7 @@ class Familiarity:
         """√((x − μ)ᵀ Σ⁻¹ (x − μ)) of each state x, [N, d] → [N]."""
         return ((states - self.mean) @ self.whitening.T).norm(dim=1)
 
-    def unfamiliar(self, states: Tensor) -> Tensor:
+    def is_ood(self, states: Tensor) -> Tensor:
         """1 for each state beyond the threshold, 0 for the others, [N, d] → [N]."""
         return (self.distances(states) > self.threshold).float()
 
@@ -72,7 +72,7 @@ class Familiarity:
         save_file({"mean": self.mean, "whitening": self.whitening, "threshold": threshold}, path)
 
     @classmethod
-    def load(cls, path: Path) -> Familiarity:
+    def load(cls, path: Path) -> MahalanobisOOD:
         """Read what `save` has written.
 
         Raises:

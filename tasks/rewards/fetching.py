@@ -17,10 +17,10 @@ from tasks.core.sections.base_model import BaseModelParams
 from tasks.core.sections.reward_model import CHAT, PretrainedRewardParams
 from tasks.data.model_folder import save_model, set_padding
 from tasks.data.model_readers import READERS, folder_origin, hub_folder, load_folder
-from tasks.rewards.finished import CARD, SCORER
+from tasks.rewards.finished import CARD, PRETRAINED_DIR
 from tasks.rewards.learned import BACKBONE
 
-__all__ = ["fetch_backbone", "fetch_finished"]
+__all__ = ["fetch_backbone", "fetch_pretrained_scorer"]
 
 
 def fetch_backbone(params: BaseModelParams, seed: int, reward_model: Path) -> None:
@@ -40,7 +40,7 @@ def fetch_backbone(params: BaseModelParams, seed: int, reward_model: Path) -> No
     write_json(folder / CARD, {"kind": params.kind, **origin, "licence": params.licence})
 
 
-def fetch_finished(params: PretrainedRewardParams, max_length: int, reward_model: Path) -> None:
+def fetch_pretrained_scorer(params: PretrainedRewardParams, max_length: int, reward_model: Path) -> None:
     """Write a finished reward model into `adapter/scorer/`, weights in the precision that they came in.
 
     Raises:
@@ -59,6 +59,6 @@ def fetch_finished(params: PretrainedRewardParams, max_length: int, reward_model
         raise ModelError(f"{what} has {outputs} outputs; reward_model.scorer takes one score, or two classes")
     if chat and tokenizer.chat_template is None:
         raise ModelError(f"{what} has no chat template; write reward_model.scorer.template out")
-    save_model(model, tokenizer, reward_model / SCORER)
-    facts = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": max_length}
-    write_json(reward_model / SCORER / CARD, {**origin, **facts})
+    save_model(model, tokenizer, reward_model / PRETRAINED_DIR)
+    scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": max_length}
+    write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card})

@@ -13,47 +13,47 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tasks.core.errors import ModelError
 from tasks.core.linear import freeze_for_onednn
 from tasks.core.models import ADAPTER_DIR, device, dtype
-from tasks.rewards.scorers import FinishedScorer
+from tasks.rewards.scorers import PretrainedScorer
 
-__all__ = ["CARD", "SCORER", "Text", "load_finished"]
+__all__ = ["CARD", "PRETRAINED_DIR", "Formatter", "load_pretrained_scorer"]
 
-SCORER = f"{ADAPTER_DIR}/scorer"
+PRETRAINED_DIR = f"{ADAPTER_DIR}/scorer"
 CARD = "card.json"
 
-Text = Callable[[str, str], str]
+Formatter = Callable[[str, str], str]
 """Of a prompt and a response, the text that a model reads."""
 
 
-def load_finished(reward_model: Path) -> tuple[FinishedScorer, Text]:
+def load_pretrained_scorer(reward_model: Path) -> tuple[PretrainedScorer, Formatter]:
     """The scorer, frozen and in evaluation mode, and how it wants its texts.
 
     Raises:
         ModelError: the folder is incomplete.
     """
-    folder = reward_model / SCORER
+    folder = reward_model / PRETRAINED_DIR
     if not (folder / CARD).is_file():
         raise ModelError(f"{folder}: no {CARD}; run the stage reward_model")
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
     freeze_for_onednn(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scorer = FinishedScorer(model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"])
-    return scorer, _chat(tokenizer) if card["chat"] else _filled(card["template"])
+    scorer = PretrainedScorer(model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"])
+    return scorer, _chat_formatter(tokenizer) if card["chat"] else _template_formatter(card["template"])
 
 
-def _filled(template: str) -> Text:
+def _template_formatter(template: str) -> Formatter:
     """The template with both put in; braces in what is put in stay as they are."""
 
-    def text(prompt: str, response: str) -> str:
+    def formatter(prompt: str, response: str) -> str:
         values = {"prompt": prompt, "response": response}
         return re.sub(r"\{(prompt|response)\}", lambda found: values[found[1]], template)
 
-    return text
+    return formatter
 
 
-def _chat(tokenizer: Any) -> Text:
-    def text(prompt: str, response: str) -> str:
+def _chat_formatter(tokenizer: Any) -> Formatter:
+    def formatter(prompt: str, response: str) -> str:
         turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": response.strip()}]
         return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
-    return text
+    return formatter

@@ -15,34 +15,34 @@ from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
 from tasks.core.models import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
-from tasks.rewards.familiarity import Familiarity
-from tasks.rewards.finished import SCORER, load_finished
+from tasks.rewards.familiarity import MahalanobisOOD
+from tasks.rewards.finished import PRETRAINED_DIR, load_pretrained_scorer
 from tasks.rewards.scorers import TextScorer, encode
 
 __all__ = [
     "BACKBONE",
-    "COMBINATIONS",
-    "FAMILIARITY",
+    "ENSEMBLE_REDUCTIONS",
+    "OOD_DETECTOR",
     "NORMALISATION",
     "GoldJudge",
-    "Head",
-    "Member",
+    "ScoreHead",
+    "EnsembleMember",
     "RewardModel",
     "TextScorer",
     "encode",
     "member_folder",
-    "trunk_of",
+    "backbone_of",
 ]
 
 NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
-FAMILIARITY = f"{ADAPTER_DIR}/familiarity.safetensors"
+OOD_DETECTOR = f"{ADAPTER_DIR}/familiarity.safetensors"
 MEMBERS = f"{ADAPTER_DIR}/members"
 BACKBONE = f"{ADAPTER_DIR}/backbone"
 
-ROUNDING = 1e-6
+MIN_SPREAD = 1e-6
 """A spread of raw values below this is that of float32's rounding: nothing varies."""
 
-COMBINATIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(0),
     "worst": lambda scores, _: scores.amin(0),
     "uncertainty": lambda scores, coef: scores.mean(0) - coef * scores.var(0, correction=0),
@@ -56,7 +56,7 @@ def member_folder(reward_model: Path, number: int) -> Path:
 
 
 @dataclass(frozen=True)
-class Head:
+class ScoreHead:
     """One output of a model, and what makes it a score.
 
     Attributes:
@@ -72,7 +72,7 @@ class Head:
     weight: float = 1.0
 
     @classmethod
-    def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> Head:
+    def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> ScoreHead:
         """Measure it on raw values [N] of SFT responses, and on their lengths where those shall not count.
 
         The slope is that of least squares, cov(raw, length) / var(length).
@@ -83,15 +83,15 @@ class Head:
         slope = 0.0
         if lengths is not None and lengths.std() > 0:
             slope = (torch.cov(torch.stack([raw, lengths]))[0, 1] / lengths.var()).item()
-        rest = cls(0.0, 1.0, slope).debiased(raw, lengths)
-        if len(raw) < 2 or rest.std() < ROUNDING:
+        residuals = cls(0.0, 1.0, slope).debias(raw, lengths)
+        if len(raw) < 2 or residuals.std() < MIN_SPREAD:
             raise TrainingError(
                 f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
                 "raise reward_model.normalisation_samples or learning_rate, or choose another scorer"
             )
-        return cls(rest.mean().item(), rest.std().item(), slope, weight)
+        return cls(residuals.mean().item(), residuals.std().item(), slope, weight)
 
-    def debiased(self, raw: Tensor, lengths: Tensor | None) -> Tensor:
+    def debias(self, raw: Tensor, lengths: Tensor | None) -> Tensor:
         """Raw values [N] less what their length adds to them."""
         return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
 
@@ -106,11 +106,11 @@ class Head:
 
 
 @dataclass(frozen=True)
-class Member:
+class EnsembleMember:
     """One model with one head, whose name is "", or with a head for each objective."""
 
     scorer: TextScorer
-    heads: Mapping[str, Head]
+    heads: Mapping[str, ScoreHead]
 
     @classmethod
     def fit(
@@ -121,7 +121,7 @@ class Member:
         *,
         prompts: Sequence[str],
         length_debias: bool,
-    ) -> tuple[Member, Tensor]:
+    ) -> tuple[EnsembleMember, Tensor]:
         """The member whose heads are normalised on these responses of the SFT policy, and the states behind them.
 
         Args:
@@ -131,7 +131,7 @@ class Member:
         raw, states = scorer.read(samples)
         lengths = _response_lengths(scorer, samples, prompts) if length_debias else None
         columns = zip(weights.items(), _columns(raw), strict=True)
-        return cls(scorer, {name: Head.fit(own, lengths, weight=weight) for (name, weight), own in columns}), states
+        return cls(scorer, {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}), states
 
     def read(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The heads' raw values [N, K], less what the response's length adds to them, and the states [N, d] behind.
@@ -141,20 +141,20 @@ class Member:
             prompts: one per text, empty where the whole of it counts.
         """
         raw, states = self.scorer.read(texts)
-        debiased = any(head.length_slope for head in self.heads.values())
-        lengths = _response_lengths(self.scorer, texts, prompts) if debiased else None
+        has_length_slope = any(head.length_slope for head in self.heads.values())
+        lengths = _response_lengths(self.scorer, texts, prompts) if has_length_slope else None
         columns = zip(self.heads.values(), _columns(raw), strict=True)
-        return torch.stack([head.debiased(own, lengths) for head, own in columns], dim=1), states
+        return torch.stack([head.debias(values, lengths) for head, values in columns], dim=1), states
 
     def normalised(self, values: Tensor) -> Tensor:
         """[N, K] of `read` → [N, K], each head in standard deviations of its values on responses of the SFT policy."""
         columns = zip(self.heads.values(), values.unbind(1), strict=True)
-        return torch.stack([head.normalised(own) for head, own in columns], dim=1)
+        return torch.stack([head.normalised(head_values) for head, head_values in columns], dim=1)
 
     def score(self, normalised: Tensor) -> Tensor:
         """[N, K] → [N], Σ weight · head."""
         columns = zip(self.heads.values(), normalised.unbind(1), strict=True)
-        return reduce(add, (head.weight * own for head, own in columns))
+        return reduce(add, (head.weight * head_values for head, head_values in columns))
 
     def facts(self) -> dict[str, object]:
         """As normalisation.json says it."""
@@ -175,10 +175,10 @@ def _columns(raw: Tensor) -> tuple[Tensor, ...]:
     return (raw,) if raw.dim() == 1 else raw.unbind(1)
 
 
-def _heads(facts: Mapping[str, Any]) -> dict[str, Head]:
+def _parse_heads(facts: Mapping[str, Any]) -> dict[str, ScoreHead]:
     """What `Member.facts` has said."""
     rows = facts.get("objectives") or {"": {name: value for name, value in facts.items() if name != "max_length"}}
-    return {name: Head(**row) for name, row in rows.items()}
+    return {name: ScoreHead(**row) for name, row in rows.items()}
 
 
 class RewardModel:
@@ -186,43 +186,43 @@ class RewardModel:
 
     def __init__(
         self,
-        members: Sequence[Member],
-        familiarity: Familiarity,
+        members: Sequence[EnsembleMember],
+        ood_detector: MahalanobisOOD,
         *,
-        combine: str = "mean",
+        ensemble_reduction: str = "mean",
         uncertainty_coef: float = 0.0,
-        text: Callable[[str, str], str] = add,
+        formatter: Callable[[str, str], str] = add,
     ) -> None:
         """Put members together.
 
         Args:
-            familiarity: of the first member's states.
-            combine: one of `COMBINATIONS`.
+            ood_detector: of the first member's states.
+            ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
             uncertainty_coef: what `uncertainty` takes off per unit of variance among members.
-            text: of a prompt and a response, the text that members read.
+            formatter: of a prompt and a response, the text that members read.
         """
         self._members = members
-        self._familiarity = familiarity
-        self._combined = COMBINATIONS[combine]
+        self._ood_detector = ood_detector
+        self._reduce = ENSEMBLE_REDUCTIONS[ensemble_reduction]
         self._uncertainty_coef = uncertainty_coef
-        self._text = text
+        self._text = formatter
 
     @classmethod
     def load(
-        cls, base_model: Path, sft: Path, reward_model: Path, *, combine: str = "mean", uncertainty_coef: float = 0.0
+        cls, base_model: Path, sft: Path, reward_model: Path, *, ensemble_reduction: str = "mean", uncertainty_coef: float = 0.0
     ) -> RewardModel:
         """Load what the reward_model stage wrote, of whatever kind.
 
         Raises:
             ModelError: the folder is incomplete.
         """
-        familiarity = Familiarity.load(reward_model / FAMILIARITY)
-        if (reward_model / SCORER).is_dir():
-            scorer, text = load_finished(reward_model)
-            members = [Member(scorer, _heads(_facts(reward_model)))]
+        ood_detector = MahalanobisOOD.load(reward_model / OOD_DETECTOR)
+        if (reward_model / PRETRAINED_DIR).is_dir():
+            scorer, formatter = load_pretrained_scorer(reward_model)
+            members = [EnsembleMember(scorer, _parse_heads(_read_normalisation(reward_model)))]
         else:
-            members, text = _trained_members(base_model, sft, reward_model), add
-        return cls(members, familiarity, combine=combine, uncertainty_coef=uncertainty_coef, text=text)
+            members, formatter = _trained_members(base_model, sft, reward_model), add
+        return cls(members, ood_detector, combine=ensemble_reduction, uncertainty_coef=uncertainty_coef, text=formatter)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: those of the members, combined."""
@@ -231,7 +231,7 @@ class RewardModel:
     def members(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
         texts = self._texts(prompts, responses)
-        return torch.stack([own.score(own.normalised(own.read(texts, prompts)[0])) for own in self._members])
+        return torch.stack([member.score(member.normalised(member.read(texts, prompts)[0])) for member in self._members])
 
     def measured(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B], and what the same pass tells about them.
@@ -241,42 +241,42 @@ class RewardModel:
         their standard deviation.
         """
         texts = self._texts(prompts, responses)
-        readings = [member.read(texts, prompts) for member in self._members]
-        heads = [own.normalised(values) for own, (values, _) in zip(self._members, readings, strict=True)]
-        scores = torch.stack([own.score(values) for own, values in zip(self._members, heads, strict=True)])
-        measures = {"unfamiliar": self._familiarity.unfamiliar(readings[0][1])}
+        outputs = [member.read(texts, prompts) for member in self._members]
+        heads = [member.normalised(values) for member, (values, _) in zip(self._members, outputs, strict=True)]
+        scores = torch.stack([member.score(values) for member, values in zip(self._members, heads, strict=True)])
+        metrics = {"unfamiliar": self._ood_detector.is_ood(outputs[0][1])}
         if len(self._members[0].heads) > 1:
             columns = torch.stack(heads).mean(0).unbind(1)
             names = [f"objective/{name}" for name in self._members[0].heads]
-            measures |= dict(zip(names, columns, strict=True))
-        if len(readings) > 1:
-            measures["disagreement"] = scores.std(0, correction=0)
-        return self._combined(scores, self._uncertainty_coef), measures
+            metrics |= dict(zip(names, columns, strict=True))
+        if len(outputs) > 1:
+            metrics["disagreement"] = scores.std(0, correction=0)
+        return self._reduce(scores, self._uncertainty_coef), metrics
 
     def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
         return [self._text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
-def trunk_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
+def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
     """What lies below the heads, as `load_reference` takes it: its own backbone if it has one, else the SFT model."""
     backbone = reward_model / BACKBONE
     return (backbone, None) if backbone.is_dir() else (base_model, sft)
 
 
-def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[Member]:
+def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[EnsembleMember]:
     """Every member, on one trunk."""
     count = 1 + len(list((reward_model / MEMBERS).glob("*")))
     folders = [member_folder(reward_model, number) for number in range(count)]
-    facts = [_facts(folder) for folder in folders]
-    base, below = trunk_of(base_model, sft, reward_model)
-    model = load_reward_model(base, below, reward_model, heads=len(_heads(facts[0])))
+    facts = [_read_normalisation(folder) for folder in folders]
+    base, sft_adapter = backbone_of(base_model, sft, reward_model)
+    model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(facts[0])))
     tokenizer = load_tokenizer(base)
     names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
         add_adapter(model, name, folder)
     return [
-        Member(TextScorer(model, tokenizer, max_length=own["max_length"], adapter=name), _heads(own))
-        for name, own in zip(names, facts, strict=True)
+        EnsembleMember(TextScorer(model, tokenizer, max_length=member_facts["max_length"], adapter=name), _parse_heads(member_facts))
+        for name, member_facts in zip(names, facts, strict=True)
     ]
 
 
@@ -293,7 +293,7 @@ class GoldJudge:
         Raises:
             ModelError: the folder is incomplete.
         """
-        max_length = _facts(gold_judge)["max_length"]
+        max_length = _read_normalisation(gold_judge)["max_length"]
         scorer = load_reward_model(base_model, None, gold_judge)
         return cls(TextScorer(scorer, load_tokenizer(base_model), max_length=max_length))
 
@@ -302,7 +302,7 @@ class GoldJudge:
         return self._scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
 
 
-def _facts(folder: Path) -> dict[str, Any]:
+def _read_normalisation(folder: Path) -> dict[str, Any]:
     path = folder / NORMALISATION
     if not path.is_file():
         raise ModelError(f"{path} does not exist: run the stage that writes it")

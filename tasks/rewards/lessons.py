@@ -19,22 +19,22 @@ from tasks.core.errors import DataError
 from tasks.core.files import write_table
 from tasks.core.schema import Preference, Rating, read_rows
 from tasks.core.sections.reward_model import RewardModelParams
-from tasks.evals.assessment import area_under_curve, class_figures, correlation, rank_correlation, rating_figures
-from tasks.evals.calibration import MARGINS, accuracy_by_margin, calibration_table
-from tasks.rewards.training import pair_trainer, target_trainer
+from tasks.evals.assessment import area_under_curve, classification_metrics, correlation, rank_correlation, rating_metrics
+from tasks.evals.calibration import MARGIN_BUCKETS, accuracy_by_margin, calibration_table
+from tasks.rewards.training import pair_trainer, regression_trainer
 
-__all__ = ["Lesson", "PairLesson", "RatingLesson", "Side", "read_lesson"]
+__all__ = ["Objective", "PreferenceObjective", "RatingObjective", "PromptResponse", "load_objective"]
 
 SPLITS = ("train", "validation", "test")
 
-ACCURACY = ("bucket", "pairs", "accuracy", "ceiling")
-CALIBRATION = ("predicted", "observed", "count")
+ACCURACY_COLUMNS = ("bucket", "pairs", "accuracy", "ceiling")
+CALIBRATION_COLUMNS = ("predicted", "observed", "count")
 
-Side = tuple[str, str]
+PromptResponse = tuple[str, str]
 """A prompt, empty where texts are whole, and a response."""
 
 
-class Lesson(Protocol):
+class Objective(Protocol):
     """What a kind of reward model learns from."""
 
     weights: Mapping[str, float]
@@ -43,7 +43,7 @@ class Lesson(Protocol):
     def counts(self) -> dict[str, float]:
         """How much there is to learn from."""
 
-    def sides(self, split: str, limit: int | None = None) -> list[Side]:
+    def sides(self, split: str, limit: int | None = None) -> list[PromptResponse]:
         """The texts of a split, or those of its first rows: about as many texts as the limit says."""
 
     def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
@@ -56,18 +56,18 @@ class Lesson(Protocol):
         """The name and value of the one figure in which members of an ensemble are compared; of normalised values."""
 
 
-def read_lesson(params: RewardModelParams, prepare: Path, preferences: Path) -> Lesson:
+def load_objective(params: RewardModelParams, prepare: Path, preferences: Path) -> Objective:
     """The lesson of the kind that is wanted.
 
     Raises:
         DataError: the rows that this kind needs are missing, or do not say what it must know.
     """
     if params.pairwise:
-        return PairLesson(params, preferences)
-    return RatingLesson(params, prepare / "ratings" / "proxy", preferences)
+        return PreferenceObjective(params, preferences)
+    return RatingObjective(params, prepare / "ratings" / "proxy", preferences)
 
 
-class PairLesson:
+class PreferenceObjective:
     """Pairs, for one head or for one head per objective."""
 
     def __init__(self, params: RewardModelParams, preferences: Path) -> None:
@@ -77,7 +77,7 @@ class PairLesson:
             DataError: there are none, a pair names no known objective, or no pair says how strong it is.
         """
         self.weights: Mapping[str, float] = params.objectives or {"": 1.0}
-        self._params, self._ceiling = params, _ceiling(preferences)
+        self._params, self._ceiling = params, _read_rater_ceiling(preferences)
         self._rows = {split: read_rows(preferences / f"{split}.jsonl", Preference) for split in SPLITS}
         self._objectives = list(params.objectives or ())
         if self._objectives:
@@ -91,15 +91,15 @@ class PairLesson:
 
     def counts(self) -> dict[str, float]:
         rows = self._rows["train"]
-        counts: dict[str, float] = {"pairs": len(rows)}
-        counts |= {f"pairs/{name}": sum(row.objective == name for row in rows) for name in self._objectives}
+        sizes: dict[str, float] = {"pairs": len(rows)}
+        sizes |= {f"pairs/{name}": sum(row.objective == name for row in rows) for name in self._objectives}
         if self._params.margin == "scaled":
-            counts["pairs_with_margin"] = sum((row.margin or 0) > 0 for row in rows)
-            counts["pairs_against_margin"] = sum((row.margin or 0) < 0 for row in rows)
-        return counts
+            sizes["pairs_with_margin"] = sum((row.margin or 0) > 0 for row in rows)
+            sizes["pairs_against_margin"] = sum((row.margin or 0) < 0 for row in rows)
+        return sizes
 
-    def sides(self, split: str, limit: int | None = None) -> list[Side]:
-        return _sides(self._rows[split][: limit and limit // 2])
+    def sides(self, split: str, limit: int | None = None) -> list[PromptResponse]:
+        return _pair_texts(self._rows[split][: limit and limit // 2])
 
     def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
         scale = self._params.margin_scale if self._params.margin == "scaled" else None
@@ -109,27 +109,27 @@ class PairLesson:
         )  # fmt: skip
 
     def measure(self, values: Tensor, out: Path) -> dict[str, float]:
-        rows, gaps = self._rows["test"], self._gaps(values)
-        figures = _pair_figures(gaps, rows, self._ceiling, out)
-        table, calibration_error = calibration_table(gaps)
-        write_table(out / "calibration.csv", table, CALIBRATION)
+        rows, differences = self._rows["test"], self._score_differences(values)
+        metrics = _pair_metrics(differences, rows, self._ceiling, out)
+        table, calibration_error = calibration_table(differences)
+        write_table(out / "calibration.csv", table, CALIBRATION_COLUMNS)
         for name in self._objectives:
-            own = torch.tensor([row.objective == name for row in rows])
-            figures[f"accuracy/{name}"] = _share(gaps[own] > 0)
-        return figures | {"calibration_error": calibration_error}
+            mask = torch.tensor([row.objective == name for row in rows])
+            metrics[f"accuracy/{name}"] = _fraction_true(differences[mask] > 0)
+        return metrics | {"calibration_error": calibration_error}
 
     def quality(self, normalised: Tensor) -> tuple[str, float]:
-        return "accuracy", _share(self._gaps(normalised) > 0)
+        return "accuracy", _fraction_true(self._score_differences(normalised) > 0)
 
-    def _gaps(self, values: Tensor) -> Tensor:
+    def _score_differences(self, values: Tensor) -> Tensor:
         """Chosen less rejected [pairs], by the head that each pair is about."""
         rows = self._rows["test"]
         heads = [self._objectives.index(str(row.objective)) if self._objectives else 0 for row in rows]
-        places = torch.arange(len(rows))
-        return values[places, heads] - values[places + len(rows), heads]
+        positions = torch.arange(len(rows))
+        return values[positions, heads] - values[positions + len(rows), heads]
 
 
-class RatingLesson:
+class RatingObjective:
     """Rated texts: their mean ratings, or whether these reach a threshold. Pairs, where there are any, only measure."""
 
     weights: Mapping[str, float] = {"": 1.0}
@@ -140,13 +140,13 @@ class RatingLesson:
         Raises:
             DataError: there are no rated texts, or all training texts are of one class.
         """
-        self._params, self._threshold, self._ceiling = params, params.threshold, _ceiling(preferences)
-        self._rows = {split: _rated(ratings / f"{split}.jsonl", params.kind) for split in SPLITS}
+        self._params, self._threshold, self._ceiling = params, params.threshold, _read_rater_ceiling(preferences)
+        self._rows = {split: _read_ratings(ratings / f"{split}.jsonl", params.kind) for split in SPLITS}
         self._rows["train"] = self._rows["train"][: params.max_examples]
         pairs = preferences / "test.jsonl"
         self._pairs = read_rows(pairs, Preference) if pairs.is_file() and pairs.stat().st_size else []
-        share = sum(self._targets("train")) / len(self._rows["train"])
-        if self._threshold is not None and share in (0, 1):
+        positive_share = sum(self._targets("train")) / len(self._rows["train"])
+        if self._threshold is not None and positive_share in (0, 1):
             raise DataError(
                 f"reward_model.threshold {self._threshold:g} parts nothing: all {len(self._rows['train'])} texts of "
                 f"{ratings / 'train.jsonl'} are of one class; choose a rating between theirs"
@@ -155,28 +155,28 @@ class RatingLesson:
     def counts(self) -> dict[str, float]:
         return {"texts": len(self._rows["train"])}
 
-    def sides(self, split: str, limit: int | None = None) -> list[Side]:
-        rated = [("", row.text) for row in self._rows[split][:limit]]
-        return rated + _sides(self._pairs) if split == "test" else rated
+    def sides(self, split: str, limit: int | None = None) -> list[PromptResponse]:
+        rated_texts = [("", row.text) for row in self._rows[split][:limit]]
+        return rated_texts + _pair_texts(self._pairs) if split == "test" else rated_texts
 
     def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
-        return target_trainer(
+        return regression_trainer(
             self._params, model, tokenizer, [row.text for row in self._rows["train"]], self._targets("train"),
-            seed=seed, callbacks=callbacks, classes=self._threshold is not None,
+            seed=seed, callbacks=callbacks, binary=self._threshold is not None,
         )  # fmt: skip
 
     def measure(self, values: Tensor, out: Path) -> dict[str, float]:
         targets = torch.tensor(self._targets("test"))
-        scores, sides = values[: len(targets), 0], values[len(targets) :, 0]
-        figures = _pair_figures(sides[: len(self._pairs)] - sides[len(self._pairs) :], self._pairs, self._ceiling, out)
+        scores, pair_scores = values[: len(targets), 0], values[len(targets) :, 0]
+        metrics = _pair_metrics(pair_scores[: len(self._pairs)] - pair_scores[len(self._pairs) :], self._pairs, self._ceiling, out)
         if self._threshold is None:
-            write_table(out / "calibration.csv", [], CALIBRATION)
-            figures |= rating_figures(scores, targets)
-            return figures | {"heldout_rank_correlation": rank_correlation(scores, targets)}
+            write_table(out / "calibration.csv", [], CALIBRATION_COLUMNS)
+            metrics |= rating_metrics(scores, targets)
+            return metrics | {"heldout_rank_correlation": rank_correlation(scores, targets)}
         # A log-odds with the sign of its class is to a text what the gap of two scores is to a pair.
         table, calibration_error = calibration_table(torch.where(targets > 0, scores, -scores))
-        write_table(out / "calibration.csv", table, CALIBRATION)
-        return figures | class_figures(scores, targets) | {"calibration_error": calibration_error}
+        write_table(out / "calibration.csv", table, CALIBRATION_COLUMNS)
+        return metrics | classification_metrics(scores, targets) | {"calibration_error": calibration_error}
 
     def quality(self, normalised: Tensor) -> tuple[str, float]:
         targets = torch.tensor(self._targets("test"))
@@ -190,7 +190,7 @@ class RatingLesson:
         return means if self._threshold is None else [float(mean >= self._threshold) for mean in means]
 
 
-def _rated(path: Path, kind: str) -> list[Rating]:
+def _read_ratings(path: Path, kind: str) -> list[Rating]:
     try:
         return read_rows(path, Rating)
     except DataError as error:
@@ -207,40 +207,40 @@ def _check_objectives(rows: Sequence[Preference], known: Sequence[str], path: Pa
                 f"{path}: pair {row.id!r} is about objective {row.objective!r}; reward_model.objectives knows "
                 f"{', '.join(known)}; set `objective` at its source in collect.sources"
             )
-    silent = [name for name in known if not any(row.objective == name for row in rows)]
-    if silent:
+    missing = [name for name in known if not any(row.objective == name for row in rows)]
+    if missing:
         raise DataError(
-            f"{path} has no pair about {', '.join(silent)}: collect some, raise the number of pairs in preferences, or "
+            f"{path} has no pair about {', '.join(missing)}: collect some, raise the number of pairs in preferences, or "
             "remove it from reward_model.objectives"
         )
 
 
-def _sides(pairs: Sequence[Preference]) -> list[Side]:
+def _pair_texts(pairs: Sequence[Preference]) -> list[PromptResponse]:
     """The chosen texts, then the rejected ones."""
     return [(row.prompt, row.chosen) for row in pairs] + [(row.prompt, row.rejected) for row in pairs]
 
 
-def _pair_figures(
-    gaps: Tensor, pairs: Sequence[Preference], ceiling: Mapping[str, float], out: Path
+def _pair_metrics(
+    differences: Tensor, pairs: Sequence[Preference], ceiling: Mapping[str, float], out: Path
 ) -> dict[str, float]:
     """Accuracy on held-out human pairs by rating margin, beside the raters' own; without pairs the table is empty."""
     margins = torch.tensor([float("nan") if row.margin is None else row.margin for row in pairs])
-    table = accuracy_by_margin(gaps, margins, ceiling) if pairs else []
-    write_table(out / "accuracy_by_margin.csv", table, ACCURACY)
-    wide = margins.abs() >= MARGINS.clear
+    table = accuracy_by_margin(differences, margins, ceiling) if pairs else []
+    write_table(out / "accuracy_by_margin.csv", table, ACCURACY_COLUMNS)
+    clear = margins.abs() >= MARGIN_BUCKETS.clear
     return {
         "heldout_pairs": len(pairs),
-        "accuracy": _share(gaps > 0),
-        "accuracy_margin_1": _share(gaps[wide] > 0),
-        "pairs_margin_1": int(wide.merged_weight()),
+        "accuracy": _fraction_true(differences > 0),
+        "accuracy_margin_1": _fraction_true(differences[clear] > 0),
+        "pairs_margin_1": int(clear.merged_weight()),
     }
 
 
-def _share(hits: Tensor) -> float:
+def _fraction_true(hits: Tensor) -> float:
     return hits.float().mean().item() if hits.numel() else 0.0
 
 
-def _ceiling(preferences: Path) -> dict[str, float]:
+def _read_rater_ceiling(preferences: Path) -> dict[str, float]:
     """Margin bucket → how often one person's ratings order a pair as the mean of the others does."""
     path = preferences / "ceiling.csv"
     with path.open(encoding="utf-8", newline="") as file:

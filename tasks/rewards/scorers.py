@@ -13,7 +13,7 @@ from tasks.core.errors import ModelError
 from tasks.core.models import device
 from tasks.rl.rollout import position_ids
 
-__all__ = ["FinishedScorer", "TextScorer", "encode"]
+__all__ = ["PretrainedScorer", "TextScorer", "encode"]
 
 
 def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
@@ -50,18 +50,18 @@ class TextScorer:
             self._model.set_adapter(self._adapter, inference_mode=True)
         unique = {text: self._encoded(text) for text in texts}
         ordered = sorted(unique, key=lambda text: (len(unique[text]), text))
-        readings = [
+        outputs = [
             self._read([unique[text] for text in ordered[start : start + self._batch_size]])
             for start in range(0, len(ordered), self._batch_size)
         ]
-        place = {text: row for row, text in enumerate(ordered)}
-        rows = [place[text] for text in texts]
-        scores, states = (torch.cat(parts)[rows] for parts in zip(*readings, strict=True))
+        row_of = {text: row for row, text in enumerate(ordered)}
+        rows = [row_of[text] for text in texts]
+        scores, states = (torch.cat(parts)[rows] for parts in zip(*outputs, strict=True))
         return scores, states
 
-    def lengths(self, texts: Sequence[str], *, whole: bool = False) -> Tensor:
+    def lengths(self, texts: Sequence[str], *, untruncated: bool = False) -> Tensor:
         """How many tokens of each text are read, or how many its whole has without the end token; [N] float32."""
-        if whole:
+        if untruncated:
             return torch.tensor([float(len(self._tokenizer(text).input_ids)) for text in texts])
         return torch.tensor([float(len(self._encoded(text))) for text in texts])
 
@@ -69,16 +69,16 @@ class TextScorer:
         return encode(self._tokenizer, text, self._max_length)
 
     def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids, mask = _padded(rows, self._tokenizer.pad_token_id)
-        where = device()
-        with _inputs_of(self._model.score) as states:
+        ids, mask = _pad_right(rows, self._tokenizer.pad_token_id)
+        model_device = device()
+        with _capture_inputs(self._model.score) as states:
             logits: Tensor = self._model(
-                input_ids=ids.to(where), attention_mask=mask.long().to(where), position_ids=position_ids(mask).to(where)
+                input_ids=ids.to(model_device), attention_mask=mask.long().to(model_device), position_ids=position_ids(mask).to(model_device)
             ).logits
-        return logits.squeeze(-1).float().cpu(), _at_the_end(states[0], rows).float().cpu()
+        return logits.squeeze(-1).float().cpu(), _last_token_states(states[0], rows).float().cpu()
 
 
-class FinishedScorer(TextScorer):
+class PretrainedScorer(TextScorer):
     """A sequence classifier that others have trained, read as they meant it: its own tokens, pooling and head."""
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool) -> None:
@@ -95,34 +95,34 @@ class FinishedScorer(TextScorer):
         # Such a model takes the last token of a batch as the end of the text, so only single ones are read rightly.
         super().__init__(model, tokenizer, max_length=max_length, batch_size=1 if padding is None else 32)
         self._padding = padding or 0
-        self._special = add_special_tokens
+        self._add_special_tokens = add_special_tokens
         self._head = _last_layer(model)
 
     def _encoded(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(
-            text, truncation=True, max_length=self._max_length, add_special_tokens=self._special
+            text, truncation=True, max_length=self._max_length, add_special_tokens=self._add_special_tokens
         ).input_ids
         return ids
 
     def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids, mask = _padded(rows, self._padding)
-        with _inputs_of(self._head) as states:
+        ids, mask = _pad_right(rows, self._padding)
+        with _capture_inputs(self._head) as states:
             logits: Tensor = self._model(input_ids=ids.to(device()), attention_mask=mask.long().to(device())).logits
         score = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-        read = states[0] if states[0].dim() == 2 else _at_the_end(states[0], rows)
-        return score.float().cpu(), read.float().cpu()
+        end_states = states[0] if states[0].dim() == 2 else _last_token_states(states[0], rows)
+        return score.float().cpu(), end_states.float().cpu()
 
 
 def _last_layer(model: Any) -> nn.Module:
     """The linear layer that makes the outputs, whatever its name: the last one of as many outputs."""
     outputs = model.config.num_labels
-    layers = [part for part in model.modules() if isinstance(part, nn.Linear) and part.out_features == outputs]
+    layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == outputs]
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layer with {outputs} outputs: choose another scorer")
     return layers[-1]
 
 
-def _padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
+def _pad_right(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     """The ids [B, T], padded on the right, and the mask of those that are text."""
     width = max(len(row) for row in rows)
     ids = torch.full((len(rows), width), padding, dtype=torch.long)
@@ -133,17 +133,17 @@ def _padded(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
     return ids, mask
 
 
-def _at_the_end(states: Tensor, rows: list[list[int]]) -> Tensor:
+def _last_token_states(states: Tensor, rows: list[list[int]]) -> Tensor:
     """[B, T, d] → [B, d]: those at each text's last token."""
     return states[range(len(rows)), [len(row) - 1 for row in rows]]
 
 
 @contextmanager
-def _inputs_of(module: nn.Module) -> Iterator[list[Tensor]]:
+def _capture_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
     """Within it, what the module is given is kept."""
-    kept: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: kept.append(inputs[0]))
+    captured: list[Tensor] = []
+    handle = module.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:
-        yield kept
+        yield captured
     finally:
         handle.remove()

@@ -16,10 +16,10 @@ from tasks.core.schema import Preference
 from tasks.core.training import trainer_arguments
 from tasks.rewards.scorers import encode
 
-__all__ = ["Recipe", "pair_trainer", "target_trainer"]
+__all__ = ["TrainingConfig", "pair_trainer", "regression_trainer"]
 
 
-class Recipe(Protocol):
+class TrainingConfig(Protocol):
     """How to train: what the sections reward_model and gold_judge share."""
 
     @property
@@ -33,7 +33,7 @@ class Recipe(Protocol):
 
 
 def pair_trainer(
-    recipe: Recipe,
+    config: TrainingConfig,
     model: PeftModel,
     tokenizer: Any,
     rows: Sequence[Preference],
@@ -49,17 +49,17 @@ def pair_trainer(
         margin_scale: log-odds per point of a pair's margin, taken off the difference; None: no margins.
         objectives: of the model's heads; a pair trains the one that it names. Without them there is one head.
     """
-    kind, collator = RewardTrainer, None
+    trainer_class, collator = RewardTrainer, None
     if objectives:
         # TRL refuses a model that says it has several outputs; it is shown one of them, and the layer keeps all.
         model.config.num_labels = 1
-        kind, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
-    data = [_encoded(row, tokenizer, recipe.max_length, margin_scale, objectives) for row in rows]
-    return kind(
+        trainer_class, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
+    data = [_encode_pair(row, tokenizer, config.max_length, margin_scale, objectives) for row in rows]
+    return trainer_class(
         model=model,
         args=RewardConfig(
-            **_common(recipe, seed),
-            max_length=recipe.max_length,
+            **_common_arguments(config, seed),
+            max_length=config.max_length,
             # Batches of like length waste less on padding; TRL drops the column that says so unless told not to.
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
@@ -71,7 +71,7 @@ def pair_trainer(
     )
 
 
-def _encoded(
+def _encode_pair(
     row: Preference, tokenizer: Any, max_length: int, margin_scale: float | None, objectives: Sequence[str]
 ) -> dict[str, Any]:
     chosen = encode(tokenizer, row.prompt + row.chosen, max_length)
@@ -101,16 +101,16 @@ class ObjectivesTrainer(RewardTrainer):
         """As TRL's, which asks the model for one score a text."""
         heads = inputs.pop("objective")
 
-        def of_its_head(**batch: Any) -> Any:
+        def select_head(**batch: Any) -> Any:
             outputs = model(**batch)
             outputs.logits = outputs.logits.gather(1, torch.cat([heads, heads])[:, None])
             return outputs
 
-        return super().compute_loss(of_its_head, inputs, *args, **kwargs)
+        return super().compute_loss(select_head, inputs, *args, **kwargs)
 
 
-def target_trainer(
-    recipe: Recipe,
+def regression_trainer(
+    config: TrainingConfig,
     model: PeftModel,
     tokenizer: Any,
     texts: Sequence[str],
@@ -118,27 +118,27 @@ def target_trainer(
     *,
     seed: int,
     callbacks: list[TrainerCallback],
-    classes: bool = False,
+    binary: bool = False,
 ) -> Trainer:
     """Fit one head to a number for each text, by squared error.
 
     Args:
         targets: one per text.
-        classes: whether they are 1 and 0, and the head is fitted to the log-odds of 1 by cross-entropy.
+        binary: whether they are 1 and 0, and the head is fitted to the log-odds of 1 by cross-entropy.
     """
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
-    model.config.problem_type = "multi_label_classification" if classes else "regression"
+    model.config.problem_type = "multi_label_classification" if binary else "regression"
     rows = zip(texts, targets, strict=True)
     return Trainer(
         model=model,
         args=TrainingArguments(
-            **_common(recipe, seed),
+            **_common_arguments(config, seed),
             train_sampling_strategy="group_by_length",
             average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
         ),
         train_dataset=Dataset.from_list(
             [
-                {"input_ids": encode(tokenizer, text, recipe.max_length), "labels": [target] if classes else target}
+                {"input_ids": encode(tokenizer, text, config.max_length), "labels": [target] if binary else target}
                 for text, target in rows
             ]
         ),
@@ -147,7 +147,7 @@ def target_trainer(
     )
 
 
-def _common(recipe: Recipe, seed: int) -> dict[str, Any]:
+def _common_arguments(config: TrainingConfig, seed: int) -> dict[str, Any]:
     return trainer_arguments(
-        seed=seed, batch_size=recipe.batch_size, learning_rate=recipe.learning_rate, epochs=recipe.epochs
+        seed=seed, batch_size=config.batch_size, learning_rate=config.learning_rate, epochs=config.epochs
     )

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from tasks.rl.masking import masked_sum, zero_masked
 
-__all__ = ["Action", "action_mask", "state_values", "summed", "turn_counts"]
+__all__ = ["Action", "action_mask", "action_values", "to_actions", "turn_counts"]
 
 Action = Literal["token", "turn", "response"]
 
 
-def summed(per_token: Tensor, response_mask: Tensor, action: Action) -> Tensor:
+def to_actions(per_token: Tensor, response_mask: Tensor, action: Action) -> Tensor:
     """Log-probabilities or rewards [B, T] of tokens as those of actions [B, A]: A = T, or 1 for whole responses.
 
     The probability of a turn or a response is the product of its tokens' probabilities, and its reward the sum of
@@ -31,11 +31,11 @@ def summed(per_token: Tensor, response_mask: Tensor, action: Action) -> Tensor:
     return masked_sum(per_token, response_mask, dim=1).unsqueeze(1)
 
 
-def state_values(values: Tensor, response_mask: Tensor, action: Action) -> Tensor:
+def action_values(values: Tensor, response_mask: Tensor, action: Action) -> Tensor:
     """V of the state in which each action is taken: [B, T] themselves, at the turns' first tokens, or the prompt's."""
     if action == "token":
         return values
-    return _per_turn(values, _begins(response_mask), response_mask) if action == "turn" else values[:, :1]
+    return _per_turn(values, _turn_starts(response_mask), response_mask) if action == "turn" else values[:, :1]
 
 
 def action_mask(response_mask: Tensor, action: Action) -> Tensor:
@@ -43,24 +43,24 @@ def action_mask(response_mask: Tensor, action: Action) -> Tensor:
     if action == "token":
         return response_mask
     if action == "turn":
-        places = torch.arange(response_mask.shape[1], device=response_mask.device)
-        return places < turn_counts(response_mask).unsqueeze(1)
+        positions = torch.arange(response_mask.shape[1], device=response_mask.device)
+        return positions < turn_counts(response_mask).unsqueeze(1)
     return response_mask.any(1, keepdim=True)
 
 
 def turn_counts(response_mask: Tensor) -> Tensor:
     """How many turns each row has, [B]."""
-    return _begins(response_mask).merged_weight(1)
+    return _turn_starts(response_mask).merged_weight(1)
 
 
-def _begins(response_mask: Tensor) -> Tensor:
+def _turn_starts(response_mask: Tensor) -> Tensor:
     """True [B, T] at the first token of each turn."""
     counts_before = torch.nn.functional.pad(response_mask[:, :-1], (1, 0))
     return response_mask & ~counts_before
 
 
-def _per_turn(values: Tensor, taken: Tensor, response_mask: Tensor) -> Tensor:
-    """The sum of each turn's values where `taken`: [B, T], that of turn k in column k, 0 after the last turn."""
-    turns = _begins(response_mask).cumsum(1) - 1
-    kept = zero_masked(values, taken)
-    return torch.zeros_like(kept).scatter_add(1, turns, kept)
+def _per_turn(values: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
+    """The sum of each turn's values where `mask`: [B, T], that of turn k in column k, 0 after the last turn."""
+    turns = _turn_starts(response_mask).cumsum(1) - 1
+    masked_values = zero_masked(values, mask)
+    return torch.zeros_like(masked_values).scatter_add(1, turns, masked_values)

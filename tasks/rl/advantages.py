@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.rl.masking import check_begins, zero_masked
+from tasks.rl.masking import check_left_aligned, zero_masked
 
 __all__ = ["gae", "leave_one_out"]
 
@@ -33,7 +33,7 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
     Raises:
         ValueError: a row does not begin with a token that counts, or the shapes do not fit.
     """
-    check_begins(response_mask)
+    check_left_aligned(response_mask)
     rewards, values = zero_masked(rewards, response_mask), zero_masked(values, response_mask)
     advantage = next_value = torch.zeros_like(values[:, 0])
     reversed_advantages = []

@@ -10,7 +10,7 @@ from torch import Tensor
 from tasks.core.errors import TrainingError
 from tasks.core.words import distinct_n, repetition_rate
 
-__all__ = ["DegenerationWatch", "check_finite", "degeneration", "shown"]
+__all__ = ["DegenerateResponseMonitor", "check_finite", "response_metrics", "format_samples"]
 
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 200
 
@@ -24,11 +24,11 @@ def check_finite(quantity: str, values: Tensor, prompts: Sequence[str], response
     rows = (~torch.isfinite(values.reshape(len(prompts), -1)).all(1)).nonzero().flatten().tolist()
     if rows:
         raise TrainingError(
-            f"{quantity} not finite for {len(rows)} of {len(prompts)} responses: {shown(rows, prompts, responses)}"
+            f"{quantity} not finite for {len(rows)} of {len(prompts)} responses: {format_samples(rows, prompts, responses)}"
         )
 
 
-def shown(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str]) -> str:
+def format_samples(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str]) -> str:
     """The first of these samples, as an error message shows them."""
     texts = [
         f"prompt {prompts[row][:SHOWN_CHARACTERS]!r}, response {responses[row][:SHOWN_CHARACTERS]!r}"
@@ -37,7 +37,7 @@ def shown(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str])
     return "; ".join(texts) + (f"; and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
 
 
-def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, float], list[str]]:
+def response_metrics(responses: Sequence[str], has_eos: Tensor) -> tuple[dict[str, float], list[str]]:
     """What the responses look like as a whole, and a finding for each thing that has gone wrong.
 
     Shares of responses that are empty, distinct and without end token; `repetition`, the mean share of word pairs that
@@ -46,18 +46,18 @@ def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, flo
     """
     empty = sum(not response.strip() for response in responses) / len(responses)
     distinct = len(set(responses)) / len(responses)
-    no_end = (~ended).float().mean().item()
+    truncated = (~has_eos).float().mean().item()
     findings = []
     if empty == 1:
         findings.append("all responses are empty")
     elif len(responses) > 1 and len(set(responses)) == 1:
         findings.append(f"all {len(responses)} responses are the same: {responses[0][:SHOWN_CHARACTERS]!r}")
-    if no_end == 1:
+    if truncated == 1:
         findings.append("no response has an end token: all are cut at generation.max_new_tokens")
     metrics = {
         "empty_share": empty,
         "distinct_share": distinct,
-        "no_end_share": no_end,
+        "no_end_share": truncated,
         "repetition": sum(map(repetition_rate, responses)) / len(responses),
         "distinct_2": distinct_n(responses, 2),
         "degenerate": float(len(findings)),
@@ -65,17 +65,17 @@ def degeneration(responses: Sequence[str], ended: Tensor) -> tuple[dict[str, flo
     return metrics, findings
 
 
-class DegenerationWatch:
+class DegenerateResponseMonitor:
     """Measures each round's responses, and tells of a finding when it begins."""
 
-    def __init__(self, tell: Callable[[str], None]) -> None:
-        self._tell = tell
-        self._known: list[str] = []
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._tell = warn
+        self._previous_findings: list[str] = []
 
-    def __call__(self, responses: Sequence[str], ended: Tensor, update: int) -> dict[str, float]:
-        metrics, findings = degeneration(responses, ended)
+    def __call__(self, responses: Sequence[str], has_eos: Tensor, update: int) -> dict[str, float]:
+        metrics, findings = response_metrics(responses, has_eos)
         for finding in findings:
-            if finding not in self._known:
+            if finding not in self._previous_findings:
                 self._tell(f"warning: update {update}: {finding}")
-        self._known = findings
+        self._previous_findings = findings
         return metrics

@@ -23,15 +23,15 @@ from tasks.core.schema import Prompt
 from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
 from tasks.core.sections.generation import GenerationParams
 from tasks.rl.actions import turn_counts
-from tasks.rl.environments.dialogue import Environment, answered, heard
+from tasks.rl.environments.dialogue import Environment, user_turn, final_user_turn
 from tasks.rl.environments.kinds import ENVIRONMENTS
 from tasks.rl.rollout import Rollout, generate, pad_left
 
-__all__ = ["Conversations", "Earned", "Talk", "load_talk"]
+__all__ = ["MultiTurnRollout", "EnvironmentReward", "MultiTurnSampler", "load_multi_turn_sampler"]
 
 
 @dataclass(frozen=True)
-class Earned:
+class EnvironmentReward:
     """The reward component of finished conversations, with what else is known of them; it computes nothing."""
 
     rewards: Tensor
@@ -43,7 +43,7 @@ class Earned:
 
 
 @dataclass(frozen=True)
-class Conversations(Rollout):
+class MultiTurnRollout(Rollout):
     """A rollout whose responses are whole conversations after their first prompt; `ended`: no turn was cut off.
 
     Attributes:
@@ -58,9 +58,9 @@ class Conversations(Rollout):
     transcripts: list[str]
     rewards: Tensor
 
-    def of_all_ranks(self, pad_token_id: int) -> Conversations:
+    def of_all_ranks(self, pad_token_id: int) -> MultiTurnRollout:
         """That of every rank's prompts, in their order."""
-        return Conversations(
+        return MultiTurnRollout(
             **vars(super().of_all_ranks(pad_token_id)),
             asked=ranks.all_gather_texts(self.asked),
             spoken=ranks.all_gather_texts(self.spoken),
@@ -84,10 +84,10 @@ class Conversations(Rollout):
     @property
     def given(self) -> Mapping[str, Any]:
         """The component that the environment pays."""
-        return {ENVIRONMENT: Earned(self.rewards, self.turns)}
+        return {ENVIRONMENT: EnvironmentReward(self.rewards, self.turns)}
 
 
-class Talk:
+class MultiTurnSampler:
     """Lets a policy talk with environments, one for each conversation."""
 
     def __init__(
@@ -106,12 +106,12 @@ class Talk:
     def __call__(
         self,
         model: Any,
-        chosen: Sequence[int],
+        indices: Sequence[int],
         samples_per_prompt: int,
         generator: Callable[[int], torch.Generator],
         *,
         value_head: nn.Module | None = None,
-    ) -> Conversations:
+    ) -> MultiTurnRollout:
         """Conversations of this rank: row b·samples_per_prompt + g is sample g of the row `chosen[b]`.
 
         Every turn is sampled by `generate` from the whole conversation so far; the first one shares the prompts among
@@ -122,17 +122,17 @@ class Talk:
         """
         episodes = [
             _Episode(self._environment(), self._rows[index], self._tokenizer)
-            for index in chosen
+            for index in indices
             for _ in range(samples_per_prompt)
         ]
         for turn in range(self._max_turns):
-            going = [place for place, episode in enumerate(episodes) if not episode.done]
-            if not going:
+            active = [position for position, episode in enumerate(episodes) if not episode.done]
+            if not active:
                 break
             first = turn == 0
             turns = generate(
                 model,
-                [episode.context for episode in (episodes[::samples_per_prompt] if first else _at(episodes, going))],
+                [episode.context for episode in (episodes[::samples_per_prompt] if first else _at(episodes, active))],
                 max_new_tokens=self._generation.max_new_tokens,
                 temperature=self._generation.temperature,
                 eos_token_id=self._tokenizer.eos_token_id,
@@ -140,22 +140,22 @@ class Talk:
                 generator=generator(turn),
                 samples_per_prompt=samples_per_prompt if first else 1,
                 value_head=value_head,
-                part=ranks.rank(),
-                parts=ranks.world_size(),
-                rows=going,
-                of_rows=len(episodes),
+                rank=ranks.rank(),
+                world_size=ranks.world_size(),
+                active_rows=active,
+                total_rows=len(episodes),
             )
-            for row, episode in enumerate(_at(episodes, going)):
+            for row, episode in enumerate(_at(episodes, active)):
                 episode.say(turns, row)
-                episode.listen(last=turn + 1 == self._max_turns)
-        where = next(model.parameters()).device
-        return _as_rollout(episodes, self._tokenizer.pad_token_id, where)
+                episode.step_environment(last=turn + 1 == self._max_turns)
+        device = next(model.parameters()).device
+        return _to_rollout(episodes, self._tokenizer.pad_token_id, device)
 
 
-def load_talk(params: EnvironmentParams, rows: Sequence[Prompt], tokenizer: Any, generation: GenerationParams) -> Talk:
+def load_multi_turn_sampler(params: EnvironmentParams, rows: Sequence[Prompt], tokenizer: Any, generation: GenerationParams) -> MultiTurnSampler:
     """What the `environment` section describes, on these rows."""
     environment = ENVIRONMENTS[params.kind]
-    return Talk(environment, rows, tokenizer, generation, max_turns=params.max_turns, gamma=params.gamma)
+    return MultiTurnSampler(environment, rows, tokenizer, generation, max_turns=params.max_turns, gamma=params.gamma)
 
 
 class _Episode:
@@ -183,29 +183,29 @@ class _Episode:
             turns.responses[row, :length].tolist(),
             turns.logprobs[row, :length].tolist(),
             turns.values[row, :length].tolist(),
-            own=True,
+            is_policy=True,
         )
-        ended = bool(turns.ended[row])
-        written = turns.responses[row, : length - ended].tolist()
-        self.turns.append(str(self._tokenizer.decode(written, skip_special_tokens=True)))
-        self.ended = self.ended and ended
+        has_eos = bool(turns.ended[row])
+        token_ids = turns.responses[row, : length - has_eos].tolist()
+        self.turns.append(str(self._tokenizer.decode(token_ids, skip_special_tokens=True)))
+        self.ended = self.ended and has_eos
 
-    def listen(self, *, last: bool) -> None:
+    def step_environment(self, *, last: bool) -> None:
         """Let the environment answer the turn; its words become tokens if the policy is to answer them."""
         step = self._environment.step(self.turns[-1])
         self.reward, self.done = step.reward, step.done
         if step.done or last:
-            self.transcript += self.turns[-1] + heard(step.observation)
+            self.transcript += self.turns[-1] + final_user_turn(step.observation)
             return
-        text = answered(step.observation)
+        text = user_turn(step.observation)
         self.transcript += self.turns[-1] + text
         ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
-        nothing = [0.0] * len(ids)
-        self._add(ids, nothing, nothing, own=False)
+        zeros = [0.0] * len(ids)
+        self._add(ids, zeros, zeros, is_policy=False)
 
-    def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, own: bool) -> None:
+    def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, is_policy: bool) -> None:
         self.ids += ids
-        self.own += [own] * len(ids)
+        self.own += [is_policy] * len(ids)
         self.logprobs += logprobs
         self.values += values
 
@@ -214,20 +214,20 @@ def _at(episodes: Sequence[_Episode], places: Sequence[int]) -> list[_Episode]:
     return [episodes[place] for place in places]
 
 
-def _as_rollout(episodes: Sequence[_Episode], pad_token_id: int, where: torch.device) -> Conversations:
+def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, device: torch.device) -> MultiTurnRollout:
     def padded(name: str, fill: float = 0) -> Tensor:
         rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
-        return pad_sequence(rows, batch_first=True, padding_value=fill).to(where)
+        return pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
 
-    prompts, prompt_mask = (tensor.to(where) for tensor in pad_left([e.prompt_ids for e in episodes], pad_token_id))
-    return Conversations(
+    prompts, prompt_mask = (tensor.to(device) for tensor in pad_left([e.prompt_ids for e in episodes], pad_token_id))
+    return MultiTurnRollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
         responses=padded("ids", pad_token_id),
         response_mask=padded("own"),
         logprobs=padded("logprobs"),
         values=padded("values"),
-        ended=torch.tensor([episode.ended for episode in episodes], device=where),
+        ended=torch.tensor([episode.ended for episode in episodes], device=device),
         asked=[episode.asked for episode in episodes],
         spoken=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
         transcripts=[episode.transcript for episode in episodes],

@@ -30,8 +30,8 @@ class PolicyLoss:
         tokens: how many tokens counted.
         clipped: how many of them the clipping took the gradient from.
         log_ratio_squares: Σ (log ρ)².
-        excess: Σ (ρ − 1); around 1 and not 0, so that the variance of ratios near 1 survives rounding.
-        excess_squares: Σ (ρ − 1)².
+        ratio_minus_one: Σ (ρ − 1); around 1 and not 0, so that the variance of ratios near 1 survives rounding.
+        ratio_minus_one_squares: Σ (ρ − 1)².
         ratio_max: the largest ρ.
     """
 
@@ -39,8 +39,8 @@ class PolicyLoss:
     tokens: Tensor
     clipped: Tensor
     log_ratio_squares: Tensor
-    excess: Tensor
-    excess_squares: Tensor
+    ratio_minus_one: Tensor
+    ratio_minus_one_squares: Tensor
     ratio_max: Tensor
 
     def __add__(self, other: PolicyLoss) -> PolicyLoss:
@@ -49,8 +49,8 @@ class PolicyLoss:
             tokens=self.tokens + other.tokens,
             clipped=self.clipped + other.clipped,
             log_ratio_squares=self.log_ratio_squares + other.log_ratio_squares,
-            excess=self.excess + other.excess,
-            excess_squares=self.excess_squares + other.excess_squares,
+            ratio_minus_one=self.ratio_minus_one + other.ratio_minus_one,
+            ratio_minus_one_squares=self.ratio_minus_one_squares + other.ratio_minus_one_squares,
             ratio_max=torch.maximum(self.ratio_max, other.ratio_max),
         )
 
@@ -67,12 +67,12 @@ class PolicyLoss:
     @property
     def ratio_mean(self) -> Tensor:
         """Mean ρ; under π_old its expectation is 1, so a mean far from 1 says that the two policies hardly overlap."""
-        return 1 + self.excess / self.tokens
+        return 1 + self.ratio_minus_one / self.tokens
 
     @property
     def ratio_var(self) -> Tensor:
         """Biased variance of ρ."""
-        return (self.excess_squares / self.tokens - (self.excess / self.tokens) ** 2).clamp_min(0)
+        return (self.ratio_minus_one_squares / self.tokens - (self.ratio_minus_one / self.tokens) ** 2).clamp_min(0)
 
     def means(self) -> dict[str, float]:
         """The metrics to log, as numbers."""
@@ -140,17 +140,17 @@ def policy_loss(
     _check_count(token_count)
     log_ratio = zero_masked(logprobs - old_logprobs.detach(), response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
-    gain = zero_masked(advantages.detach(), response_mask)
-    free = -gain * ratio
-    bound = free if clip_range is None else -gain * ratio.clamp(1 - clip_range, 1 + clip_range)
-    excess = ratio.detach() - 1
+    advantage = zero_masked(advantages.detach(), response_mask)
+    unclipped = -advantage * ratio
+    clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    ratio_minus_one = ratio.detach() - 1
     return PolicyLoss(
-        loss=torch.maximum(free, bound).merged_weight() / token_count,
+        loss=torch.maximum(unclipped, clipped).merged_weight() / token_count,
         tokens=response_mask.merged_weight(),
-        clipped=masked_sum(bound > free, response_mask),
+        clipped=masked_sum(clipped > unclipped, response_mask),
         log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
-        excess=masked_sum(excess, response_mask),
-        excess_squares=masked_sum(excess**2, response_mask),
+        ratio_minus_one=masked_sum(ratio_minus_one, response_mask),
+        ratio_minus_one_squares=masked_sum(ratio_minus_one**2, response_mask),
         ratio_max=zero_masked(ratio.detach(), response_mask).max(),
     )
 
@@ -185,14 +185,14 @@ def value_loss(
     value = zero_masked(values, response_mask)
     old_value = zero_masked(old_values.detach(), response_mask)
     target = zero_masked(returns.detach(), response_mask)
-    free = bound = (value - target) ** 2
+    unclipped = clipped = (value - target) ** 2
     if value_clip_range is not None:
-        near = old_value + (value - old_value).clamp(-value_clip_range, value_clip_range)
-        bound = (near - target) ** 2
+        clipped_values = old_value + (value - old_value).clamp(-value_clip_range, value_clip_range)
+        clipped = (clipped_values - target) ** 2
     return ValueLoss(
-        loss=torch.maximum(free, bound).merged_weight() / token_count / 2,
+        loss=torch.maximum(unclipped, clipped).merged_weight() / token_count / 2,
         tokens=response_mask.merged_weight(),
-        clipped=masked_sum(bound > free, response_mask),
+        clipped=masked_sum(clipped > unclipped, response_mask),
     )
 
 
@@ -203,7 +203,7 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     """
     if logits.dim() > 2:
         return torch.stack([entropy_from_logits(row, temperature) for row in logits])
-    logits = _tempered(logits, temperature)
+    logits = _scale_logits(logits, temperature)
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
     total = weights.merged_weight(-1)
@@ -212,7 +212,7 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return total.log() - products.merged_weight(-1) / total
 
 
-def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, overwrite: bool = False) -> Tensor:
+def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, inplace_backward: bool = False) -> Tensor:
     """log softmax(logits / temperature) at the tokens: [B, T, V] and [B, T] → [B, T], in float32 or wider.
 
     Temperature belongs here: the policy that sampled is softmax(logits / temperature), so that is the policy to train
@@ -220,10 +220,10 @@ def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, 
 
     It is `logits[token] / temperature − logsumexp(logits / temperature)`, a row of the batch at a time, and its
     backward pass computes the softmax again instead of keeping it: all that it adds is one tensor of the logits' size,
-    their gradient (`log_softmax` and `gather` of torch peak at about five times that). With `overwrite` not even that:
+    their gradient (`log_softmax` and `gather` of torch peak at about five times that). With `inplace_backward` not even that:
     the backward pass may then write the gradient over the logits, which nothing must read afterwards.
     """
-    result: Tensor = _Logprobs.apply(logits, tokens, temperature, overwrite)  # type: ignore[no-untyped-call]
+    result: Tensor = _Logprobs.apply(logits, tokens, temperature, inplace_backward)  # type: ignore[no-untyped-call]
     return result
 
 
@@ -231,18 +231,18 @@ class _Logprobs(torch.autograd.Function):
     """See `logprobs_from_logits`. ∂ log p_token / ∂ logit_v = ([v = token] − p_v) / temperature."""
 
     @staticmethod
-    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, overwrite: bool) -> Tensor:
-        norm = torch.stack([torch.logsumexp(_tempered(row, temperature), dim=-1) for row in logits])
+    def forward(ctx: Any, logits: Tensor, tokens: Tensor, temperature: float, inplace_backward: bool) -> Tensor:
+        norm = torch.stack([torch.logsumexp(_scale_logits(row, temperature), dim=-1) for row in logits])
         ctx.save_for_backward(logits, tokens, norm)
-        ctx.temperature, ctx.overwrite = temperature, overwrite
-        return _wide(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)) / temperature - norm
+        ctx.temperature, ctx.overwrite = temperature, inplace_backward
+        return _at_least_float32(logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1)) / temperature - norm
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
         logits, tokens, norm = ctx.saved_tensors
         scale = (grad / ctx.temperature).unsqueeze(-1)
-        grad_logits = _tempered(logits, ctx.temperature)
+        grad_logits = _scale_logits(logits, ctx.temperature)
         if grad_logits is logits and not ctx.overwrite:
             grad_logits = logits.clone()
         grad_logits.sub_(norm.unsqueeze(-1)).exp_().mul_(-scale)
@@ -250,14 +250,14 @@ class _Logprobs(torch.autograd.Function):
         return grad_logits, None, None, None
 
 
-def _wide(tensor: Tensor) -> Tensor:
+def _at_least_float32(tensor: Tensor) -> Tensor:
     """At least float32: half-precision log-probabilities are off by more than a policy moves in one update."""
     return tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor
 
 
-def _tempered(logits: Tensor, temperature: float) -> Tensor:
+def _scale_logits(logits: Tensor, temperature: float) -> Tensor:
     """logits / temperature; at 1 without the copy."""
-    return _wide(logits) if temperature == 1 else _wide(logits) / temperature
+    return _at_least_float32(logits) if temperature == 1 else _at_least_float32(logits) / temperature
 
 
 def _check_count(token_count: int) -> None:

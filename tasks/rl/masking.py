@@ -15,13 +15,13 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_begins",
+    "check_left_aligned",
     "explained_variance",
     "masked_mean",
     "masked_sum",
     "masked_var",
     "response_mask_from",
-    "up_to_last",
+    "through_last_true",
     "whiten",
     "zero_masked",
 ]
@@ -43,7 +43,7 @@ def zero_masked(values: Tensor, response_mask: Tensor) -> Tensor:
     return torch.where(response_mask, values, values.new_zeros(()))
 
 
-def check_begins(response_mask: Tensor) -> None:
+def check_left_aligned(response_mask: Tensor) -> None:
     """Refuse a mask [B, T] with a row that does not begin with a token that counts.
 
     Raises:
@@ -54,7 +54,7 @@ def check_begins(response_mask: Tensor) -> None:
         raise ValueError(f"response_mask: no token counts at the start of rows {rows}; responses are right-padded")
 
 
-def up_to_last(response_mask: Tensor) -> Tensor:
+def through_last_true(response_mask: Tensor) -> Tensor:
     """True [B, T] up to and including the last token that counts: wherever a token stands that is no padding.
 
     Where nothing was said between the tokens that count, it is the mask itself.
@@ -102,8 +102,8 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
     """
     highest = torch.where(response_mask, returns, -math.inf).max()
     lowest = torch.where(response_mask, returns, math.inf).min()
-    share = masked_var(returns - values, response_mask) / masked_var(returns, response_mask)
-    return torch.where(highest == lowest, torch.zeros_like(share), 1 - share)
+    unexplained = masked_var(returns - values, response_mask) / masked_var(returns, response_mask)
+    return torch.where(highest == lowest, torch.zeros_like(unexplained), 1 - unexplained)
 
 
 def response_mask_from(tokens: Tensor, eos_token_id: int | Sequence[int]) -> Tensor:

@@ -11,7 +11,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
-from tasks.rl.masking import up_to_last
+from tasks.rl.masking import through_last_true
 from tasks.rl.rollout import Rollout, position_ids
 
 __all__ = ["Experience", "Policy", "model_inputs"]
@@ -67,7 +67,7 @@ class Policy(nn.Module):
         values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
         with torch.no_grad():
             entropy = entropy_from_logits(logits, self.temperature)
-        logprobs = logprobs_from_logits(logits, batch.responses, self.temperature, overwrite=True)
+        logprobs = logprobs_from_logits(logits, batch.responses, self.temperature, inplace_backward=True)
         return logprobs, values, entropy
 
     @torch.no_grad()
@@ -77,7 +77,7 @@ class Policy(nn.Module):
             logits = self.model(**model_inputs(batch)).logits.float()
         return logprobs_from_logits(logits, batch.responses, self.temperature)
 
-    def trainable(self) -> dict[str, nn.Parameter]:
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Adapter and value head by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
@@ -87,7 +87,7 @@ def model_inputs(batch: Experience | Rollout) -> dict[str, Any]:
 
     What an environment said between the policy's turns is read like the rest; only the losses leave it out.
     """
-    mask = torch.cat([batch.prompt_mask, up_to_last(batch.response_mask)[:, :-1]], dim=1)
+    mask = torch.cat([batch.prompt_mask, through_last_true(batch.response_mask)[:, :-1]], dim=1)
     return {
         "input_ids": torch.cat([batch.prompts, batch.responses[:, :-1]], dim=1),
         "attention_mask": mask.long(),

@@ -19,7 +19,7 @@ from tasks.core import ranks
 from tasks.core.linear import merged_weights
 from tasks.rl.cache import PreallocatedCache
 
-__all__ = ["Rollout", "generate", "pad_left", "position_ids", "seeded"]
+__all__ = ["Rollout", "generate", "pad_left", "position_ids", "derive_generator"]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ class Rollout:
         return {}
 
 
-def seeded(*parts: int) -> torch.Generator:
+def derive_generator(*parts: int) -> torch.Generator:
     """A generator that depends on every part: one polynomial hash, kept below 2^63."""
     value = 0
     for part in parts:
@@ -111,10 +111,10 @@ def generate(
     generator: torch.Generator,
     samples_per_prompt: int = 1,
     value_head: nn.Module | None = None,
-    part: int = 0,
-    parts: int = 1,
-    rows: Sequence[int] | None = None,
-    of_rows: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+    active_rows: Sequence[int] | None = None,
+    total_rows: int | None = None,
 ) -> Rollout:
     """Sample responses from softmax(logits / temperature).
 
@@ -125,53 +125,53 @@ def generate(
             row's sample does not depend on when the other rows end.
         value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
             anyway, so that values cost no forward pass of their own.
-        part, parts: these prompts are this one, from 0, of so many equal parts of a batch; their responses are those
+        rank, world_size: these prompts are this one, from 0, of so many equal parts of a batch; their responses are those
             that they would get in the whole.
-        rows, of_rows: these prompts are those rows, one sample each, of a part that has so many; the other rows take
+        active_rows, total_rows: these prompts are those rows, one sample each, of a part that has so many; the other rows take
             no part in this call, and their numbers are drawn all the same.
 
     Returns:
         The rollout, on the model's device; T is max_new_tokens, or less when every response ended earlier.
     """
-    where = next(model.parameters()).device
-    ids, mask = (tensor.to(where) for tensor in pad_left(prompts, pad_token_id))
+    device = next(model.parameters()).device
+    ids, mask = (tensor.to(device) for tensor in pad_left(prompts, pad_token_id))
     cache = PreallocatedCache(ids.shape[1] + max_new_tokens)
     batch = ids.shape[0] * samples_per_prompt
-    responses = torch.full((batch, max_new_tokens), pad_token_id, dtype=torch.long, device=where)
+    responses = torch.full((batch, max_new_tokens), pad_token_id, dtype=torch.long, device=device)
     response_mask = torch.zeros_like(responses, dtype=torch.bool)
-    logprobs, values = torch.zeros((2, *responses.shape), device=where)
-    alive = torch.arange(batch, device=where)
-    drawn = batch if of_rows is None else of_rows
-    places = part * drawn + (torch.arange(batch) if rows is None else torch.tensor(rows))
+    logprobs, values = torch.zeros((2, *responses.shape), device=device)
+    active = torch.arange(batch, device=device)
+    rows_per_rank = batch if total_rows is None else total_rows
+    rng_rows = rank * rows_per_rank + (torch.arange(batch) if active_rows is None else torch.tensor(active_rows))
     with merged_weights(model):
         logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
         cache.repeat(samples_per_prompt)
         ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
         attention, position = mask, mask.merged_weight(1, keepdim=True)
         for step in range(max_new_tokens):
-            uniform = torch.rand(parts * drawn, generator=generator)[places].to(where)[alive]
+            uniform = torch.rand(world_size * rows_per_rank, generator=generator)[rng_rows].to(device)[active]
             token, logprob = _sample(logits, temperature, uniform)
-            responses[alive, step], response_mask[alive, step] = token, True
-            logprobs[alive, step], values[alive, step] = logprob, value
-            going = (token != eos_token_id).nonzero().squeeze(1)
-            if going.numel() == 0 or step + 1 == max_new_tokens:
+            responses[active, step], response_mask[active, step] = token, True
+            logprobs[active, step], values[active, step] = logprob, value
+            unfinished = (token != eos_token_id).nonzero().squeeze(1)
+            if unfinished.numel() == 0 or step + 1 == max_new_tokens:
                 break
-            if going.numel() < alive.numel():
-                going = _fill_gaps(going, cache)
-                alive, attention, position, token = alive[going], attention[going], position[going], token[going]
-            attention = torch.cat([attention, attention.new_ones((alive.numel(), 1))], dim=1)
+            if unfinished.numel() < active.numel():
+                unfinished = _compact_rows(unfinished, cache)
+                active, attention, position, token = active[unfinished], attention[unfinished], position[unfinished], token[unfinished]
+            attention = torch.cat([attention, attention.new_ones((active.numel(), 1))], dim=1)
             logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
             position = position + 1
-    ended = ((responses == eos_token_id) & response_mask).any(1)
-    kept = slice(0, int(response_mask.merged_weight(1).max()))
+    has_eos = ((responses == eos_token_id) & response_mask).any(1)
+    columns = slice(0, int(response_mask.merged_weight(1).max()))
     return Rollout(
         prompts=ids,
         prompt_mask=mask,
-        responses=responses[:, kept],
-        response_mask=response_mask[:, kept],
-        logprobs=logprobs[:, kept],
-        values=values[:, kept],
-        ended=ended,
+        responses=responses[:, columns],
+        response_mask=response_mask[:, columns],
+        logprobs=logprobs[:, columns],
+        values=values[:, columns],
+        ended=has_eos,
     )
 
 
@@ -195,14 +195,14 @@ def _step(
     return logits, value
 
 
-def _fill_gaps(going: Tensor, cache: PreallocatedCache) -> Tensor:
+def _compact_rows(unfinished: Tensor, cache: PreallocatedCache) -> Tensor:
     """Move rows from the end into the places of those that ended; the order of the rows that are left."""
-    rows = going.numel()
-    order = torch.arange(rows, device=going.device)
-    kept = torch.zeros(int(going[-1]) + 1, dtype=torch.bool, device=going.device)
-    kept[going] = True
-    gaps = (~kept[:rows]).nonzero().squeeze(1)
-    order[gaps] = going[rows - gaps.numel() :]
+    rows = unfinished.numel()
+    order = torch.arange(rows, device=unfinished.device)
+    is_kept = torch.zeros(int(unfinished[-1]) + 1, dtype=torch.bool, device=unfinished.device)
+    is_kept[unfinished] = True
+    gaps = (~is_kept[:rows]).nonzero().squeeze(1)
+    order[gaps] = unfinished[rows - gaps.numel() :]
     cache.move(order[gaps], gaps, rows)
     return order
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tasks.rl.masking import check_begins, up_to_last, zero_masked
+from tasks.rl.masking import check_left_aligned, through_last_true, zero_masked
 
-__all__ = ["discounted", "missing_eos_penalty", "token_rewards"]
+__all__ = ["discount_by_turns", "apply_missing_eos_penalty", "token_rewards"]
 
 
 def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_coef: float) -> Tensor:
@@ -25,26 +25,26 @@ def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_co
     Raises:
         ValueError: a row does not begin with a token that counts, or the shapes do not fit.
     """
-    check_begins(response_mask)
+    check_left_aligned(response_mask)
     if scores.shape != response_mask.shape[:1]:
         raise ValueError(f"scores must be [{response_mask.shape[0]}], one a response, got {list(scores.shape)}")
-    counts_after = torch.nn.functional.pad(up_to_last(response_mask)[:, 1:], (0, 1))
+    counts_after = torch.nn.functional.pad(through_last_true(response_mask)[:, 1:], (0, 1))
     is_last = response_mask & ~counts_after
     return zero_masked(-kl_coef * kl_k1, response_mask) + zero_masked(scores.unsqueeze(1).expand_as(kl_k1), is_last)
 
 
-def missing_eos_penalty(scores: Tensor, ended: Tensor, penalty: float) -> Tensor:
-    """Scores [B], less the penalty where `ended` [B] is false: the response was cut off before its end token.
+def apply_missing_eos_penalty(scores: Tensor, has_eos: Tensor, penalty: float) -> Tensor:
+    """Scores [B], less the penalty where `has_eos` [B] is false: the response was cut off before its end token.
 
     Source: the idea of Ziegler et al. 2019 and of Huang et al. 2024 (arXiv 2403.17031, "EOS trick"), who *replace* the
     score by −1. Subtracting keeps the order among cut responses, and means the same on every scale of scores that is
     normalised to σ = 1. Of scores that are discounted it is subtracted afterwards: a cut late in a conversation would
     else cost less.
     """
-    return torch.where(ended, scores, scores - penalty)
+    return torch.where(has_eos, scores, scores - penalty)
 
 
-def discounted(scores: Tensor, turns: Tensor, gamma: float) -> Tensor:
+def discount_by_turns(scores: Tensor, turns: Tensor, gamma: float) -> Tensor:
     """γ^(n − 1) · score, [B]: what a score that comes with turn n is worth at the beginning of the conversation.
 
     It is the return of the first turn, G_0 = Σ_k γ^k · r_k, where only the last of the n turns is paid (Sutton and

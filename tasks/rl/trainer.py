@@ -21,28 +21,28 @@ from tasks.core import ranks
 from tasks.core.errors import TrainingError
 from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.ppo import PPOParams
-from tasks.rewards.composition import CompositeReward, Reward
-from tasks.rl.actions import action_mask, state_values, summed, turn_counts
+from tasks.rewards.composition import CompositeReward, RewardBatch
+from tasks.rl.actions import action_mask, action_values, to_actions, turn_counts
 from tasks.rl.advantages import gae, leave_one_out
-from tasks.rl.checks import DegenerationWatch, check_finite
+from tasks.rl.checks import DegenerateResponseMonitor, check_finite
 from tasks.rl.control import AdaptiveKL, FixedKL, KLController
-from tasks.rl.conversation import Talk
-from tasks.rl.detectors import watch
+from tasks.rl.conversation import MultiTurnSampler
+from tasks.rl.detectors import run_detectors
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.masking import explained_variance, masked_mean, whiten, zero_masked
 from tasks.rl.policy import Experience, Policy
-from tasks.rl.rollout import Rollout, generate, seeded
-from tasks.rl.shaping import discounted, missing_eos_penalty, token_rewards
-from tasks.rl.updater import Metrics, Updater
+from tasks.rl.rollout import Rollout, generate, derive_generator
+from tasks.rl.shaping import discount_by_turns, apply_missing_eos_penalty, token_rewards
+from tasks.rl.updater import Metrics, PPOUpdate
 
-__all__ = ["PPOTrainer", "TextCodec"]
+__all__ = ["PPOTrainer", "PromptSet"]
 
 Log = Callable[[Metrics, int], None]
 LogSamples = Callable[[list[dict[str, Any]], int], None]
 
 
 @dataclass(frozen=True)
-class TextCodec:
+class PromptSet:
     """Prompts as text and as ids, and the way from response ids back to text."""
 
     prompts: Sequence[str]
@@ -58,24 +58,24 @@ class PPOTrainer:
     def __init__(
         self,
         policy: Policy,
-        codec: TextCodec,
+        prompt_set: PromptSet,
         reward: CompositeReward,
         params: PPOParams,
         generation: GenerationParams,
         *,
         seed: int,
-        talk: Talk | None = None,
+        multi_turn: MultiTurnSampler | None = None,
         checkpoints: Path | None = None,
         log: Log = lambda metrics, step: None,
         log_samples: LogSamples = lambda rows, step: None,
-        tell: Callable[[str], None] = lambda message: None,
-        keep: Callable[[int], None] = lambda update: None,
+        warn: Callable[[str], None] = lambda message: None,
+        save_snapshot: Callable[[int], None] = lambda update: None,
     ) -> None:
-        self.policy, self.codec, self.reward = policy, codec, reward
-        self.params, self.generation, self.seed, self._talk = params, generation, seed, talk
+        self.policy, self.prompt_set, self.reward = policy, prompt_set, reward
+        self.params, self.generation, self.seed, self._talk = params, generation, seed, multi_turn
         self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
-        self._log, self._log_samples, self._tell, self._keep = log, log_samples, tell, keep
-        self.updater = Updater(policy, params, codec.decode)
+        self._log, self._log_samples, self._tell, self._save_snapshot = log, log_samples, warn, save_snapshot
+        self.updater = PPOUpdate(policy, params, prompt_set.decode)
         self.controller: KLController = (
             FixedKL(params.kl_coef)
             if params.kl_controller == "fixed"
@@ -84,9 +84,9 @@ class PPOTrainer:
         self.update = 0
         self.history: list[Metrics] = []
         self.samples: list[dict[str, Any]] = []
-        self._saved = 0
-        self._before: dict[str, Tensor] = {}
-        self._watch = DegenerationWatch(tell)
+        self._last_checkpoint = 0
+        self._previous_weights: dict[str, Tensor] = {}
+        self._watch = DegenerateResponseMonitor(warn)
 
     def train(self) -> None:
         """Run all updates, or as many as the KL budget allows, from the last checkpoint if there is one.
@@ -101,46 +101,46 @@ class PPOTrainer:
         while self.update < self.params.updates:
             started = time.perf_counter()
             try:
-                metrics = self._round()
+                metrics = self._update_step()
             except TrainingError as error:
-                kept = f"; the checkpoint of update {self._saved} is kept" if self._saved else ""
+                kept = f"; the checkpoint of update {self._last_checkpoint} is kept" if self._last_checkpoint else ""
                 raise TrainingError(f"update {self.update + 1}: {error}{kept}") from error
             if metrics is None:
                 break
             self.update += 1
             row: Metrics = {"step": self.update, **metrics}
             self.history.append(row)
-            row |= self._signs_of_hacking()
-            self._keep(self.update)
+            row |= self._run_detectors()
+            self._save_snapshot(self.update)
             seconds = time.perf_counter() - started
             self._log({**row, "time/update_s": seconds}, self.update)
             if self.update % self.params.checkpoint_every == 0 and self.update < self.params.updates:
                 self._save()
         else:
-            self._measure_last()
-        ranks.check_in_sync(self.policy.trainable().values())
+            self._check_final_kl()
+        ranks.check_in_sync(self.policy.trainable_parameters().values())
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
 
-    def _signs_of_hacking(self) -> Metrics:
-        signs, found = watch(self.history, self.reward.slopes_at(self.update))
+    def _run_detectors(self) -> Metrics:
+        signals, found = run_detectors(self.history, self.reward.marginal_weights(self.update))
         for detector, value in found:
-            self._tell(f"warning: update {self.update}: {detector.says(value)}")
-        return signs
+            self._tell(f"warning: update {self.update}: {detector.message(value)}")
+        return signals
 
     # -- one round ---------------------------------------------------------------------------------------------
 
-    def _round(self) -> Metrics | None:
+    def _update_step(self) -> Metrics | None:
         """Roll out, score, and update; None, with the policy set back, where the KL is over its budget."""
         clock = time.perf_counter()
         rollout, prompts = self._rollout()
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
-        experience, metrics = self._experience(*self._scored(rollout, prompts))
+        experience, metrics = self._build_experience(*self._score_rollout(rollout, prompts))
         experience_s, clock = time.perf_counter() - clock, time.perf_counter()
-        if self._over_budget(metrics["kl"]):
+        if self._revert_if_over_budget(metrics["kl"]):
             return None
         if self.params.kl_budget is not None:
-            self._before = {name: value.detach().clone() for name, value in self.policy.trainable().items()}
+            self._previous_weights = {name: value.detach().clone() for name, value in self.policy.trainable_parameters().items()}
         learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
         metrics |= self.updater(experience, learning_rate, self._generator("permutation"))
         update_s = time.perf_counter() - clock
@@ -153,11 +153,11 @@ class PPOTrainer:
 
     def _rollout(self) -> tuple[Rollout, list[str]]:
         """Sample responses to this rank's share of the update's prompts; row b·G + g answers prompt b."""
-        chosen = ranks.shard(self._prompt_indices(), "ppo.prompts_per_update")
+        indices = ranks.shard(self._prompt_indices(), "ppo.prompts_per_update")
         if self._talk is not None:
             conversations = self._talk(
                 self.policy.model,
-                chosen,
+                indices,
                 self.params.samples_per_prompt,
                 lambda turn: self._generator("rollout", turn),
                 value_head=self.policy.value_head,
@@ -165,51 +165,51 @@ class PPOTrainer:
             return conversations, conversations.asked
         rollout = generate(
             self.policy.model,
-            [self.codec.prompt_ids[index] for index in chosen],
+            [self.prompt_set.prompt_ids[index] for index in indices],
             max_new_tokens=self.generation.max_new_tokens,
             temperature=self.generation.temperature,
-            eos_token_id=self.codec.eos_token_id,
-            pad_token_id=self.codec.pad_token_id,
+            eos_token_id=self.prompt_set.eos_token_id,
+            pad_token_id=self.prompt_set.pad_token_id,
             generator=self._generator("rollout"),
             samples_per_prompt=self.params.samples_per_prompt,
             value_head=self.policy.value_head,
-            part=ranks.rank(),
-            parts=ranks.world_size(),
+            rank=ranks.rank(),
+            world_size=ranks.world_size(),
         )
-        return rollout, [self.codec.prompts[i] for i in chosen for _ in range(self.params.samples_per_prompt)]
+        return rollout, [self.prompt_set.prompts[i] for i in indices for _ in range(self.params.samples_per_prompt)]
 
     def _prompt_indices(self) -> list[int]:
         """This update's prompts: a fresh permutation of all of them for every pass over the data."""
-        total, size = len(self.codec.prompts), self.params.prompts_per_update
+        total, size = len(self.prompt_set.prompts), self.params.prompts_per_update
         positions = range(self.update * size, (self.update + 1) * size)
-        orders = {p // total: torch.randperm(total, generator=seeded(self.seed, p // total)) for p in positions}
+        orders = {p // total: torch.randperm(total, generator=derive_generator(self.seed, p // total)) for p in positions}
         return [int(orders[p // total][p % total]) for p in positions]
 
-    def _scored(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], list[str], Tensor, Reward]:
+    def _score_rollout(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], list[str], Tensor, RewardBatch]:
         """Texts, reference log-probabilities and rewards of this rank's responses; gives back those of all ranks."""
-        responses = rollout.texts(self.codec.decode)
+        responses = rollout.texts(self.prompt_set.decode)
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
         reward = self.reward(prompts, responses, self.update + 1, rollout.given)
-        whole = rollout.of_all_ranks(self.codec.pad_token_id)
+        gathered = rollout.of_all_ranks(self.prompt_set.pad_token_id)
         texts = ranks.all_gather_texts(prompts), ranks.all_gather_texts(responses)
-        return whole, *texts, ranks.all_gather(reference_logprobs), reward.of_all_ranks()
+        return gathered, *texts, ranks.all_gather(reference_logprobs), reward.of_all_ranks()
 
-    def _experience(
-        self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: Reward
+    def _build_experience(
+        self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: RewardBatch
     ) -> tuple[Experience, Metrics]:
         """Spread each score over the response's tokens with the KL penalty, and estimate advantages."""
         mask = rollout.response_mask
         total = outcome.total.to(mask.device)
         # Over turns as actions the returns discount.
-        worth = total if self.params.action == "turn" else discounted(total, turn_counts(mask), self._turn_gamma)
-        scores = missing_eos_penalty(worth, rollout.ended, self.params.missing_eos_penalty)
+        discounted_rewards = total if self.params.action == "turn" else discount_by_turns(total, turn_counts(mask), self._turn_gamma)
+        scores = apply_missing_eos_penalty(discounted_rewards, rollout.ended, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
-        experience = self._actions(rollout, rewards)
+        experience = self._compute_advantages(rollout, rewards)
         k1 = per_sequence(kl.k1, mask)
-        self._keep_samples(prompts, rollout.readable(responses), outcome.components, scores, k1)
+        self._record_samples(prompts, rollout.readable(responses), outcome.components, scores, k1)
         metrics = {
             "reward": total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
@@ -231,49 +231,49 @@ class PPOTrainer:
         }
         return experience, metrics
 
-    def _actions(self, rollout: Rollout, token_rewards: Tensor) -> Experience:
+    def _compute_advantages(self, rollout: Rollout, per_token_rewards: Tensor) -> Experience:
         """What the losses need: everything per action, advantages and returns included."""
         params, mask = self.params, rollout.response_mask
-        rewards, counts = summed(token_rewards, mask, params.action), action_mask(mask, params.action)
-        values = state_values(rollout.values, mask, params.action)
+        rewards, valid = to_actions(per_token_rewards, mask, params.action), action_mask(mask, params.action)
+        values = action_values(rollout.values, mask, params.action)
         if params.advantage == "gae":
             gamma = self._turn_gamma if params.action == "turn" else params.gamma
-            advantages, returns = gae(rewards, values, counts, gamma=gamma, lam=params.lam)
+            advantages, returns = gae(rewards, values, valid, gamma=gamma, lam=params.lam)
         else:
-            whole = token_rewards.sum(1)
-            returns = zero_masked(whole.unsqueeze(1).expand(counts.shape), counts)
-            gains = leave_one_out(whole, params.samples_per_prompt)
-            advantages = zero_masked(gains.unsqueeze(1).expand(counts.shape), counts)
+            sequence_rewards = per_token_rewards.sum(1)
+            returns = zero_masked(sequence_rewards.unsqueeze(1).expand(valid.shape), valid)
+            sequence_advantages = leave_one_out(sequence_rewards, params.samples_per_prompt)
+            advantages = zero_masked(sequence_advantages.unsqueeze(1).expand(valid.shape), valid)
         return Experience(
             prompts=rollout.prompts,
             prompt_mask=rollout.prompt_mask,
             responses=rollout.responses,
             response_mask=mask,
-            action_mask=counts,
-            old_logprobs=summed(rollout.logprobs, mask, params.action),
+            action_mask=valid,
+            old_logprobs=to_actions(rollout.logprobs, mask, params.action),
             old_values=values,
-            advantages=whiten(advantages, counts),
+            advantages=whiten(advantages, valid),
             returns=returns,
         )
 
-    def _measure_last(self) -> None:
+    def _check_final_kl(self) -> None:
         """Hold the policy of the last update, too, against the KL budget; without one there is nothing to do."""
         if self.params.kl_budget is None:
             return
         rollout, _ = self._rollout()
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
-        self._over_budget(ranks.all_gather(per_sequence(kl.k1, mask)).mean().item())
+        self._revert_if_over_budget(ranks.all_gather(per_sequence(kl.k1, mask)).mean().item())
 
-    def _over_budget(self, kl: float) -> bool:
+    def _revert_if_over_budget(self, kl: float) -> bool:
         """Whether the KL is over its budget; if so, the update that led there has been taken back."""
         budget = self.params.kl_budget
         if budget is None or kl <= budget:
             return False
-        if not self._before:
+        if not self._previous_weights:
             raise TrainingError(f"the KL is {kl:.3g} before any update, over ppo.kl_budget {budget:g}; raise it")
-        weights = self.policy.trainable()
-        for name, value in self._before.items():
+        weights = self.policy.trainable_parameters()
+        for name, value in self._previous_weights.items():
             weights[name].data.copy_(value)
         self._tell(
             f"the KL after update {self.update} is {kl:.3g} nats per response, over ppo.kl_budget {budget:g}: training "
@@ -288,9 +288,9 @@ class PPOTrainer:
         return 1.0 if self._talk is None else self._talk.gamma
 
     def _generator(self, purpose: str, *more: int) -> torch.Generator:
-        return seeded(self.seed, self.update, sum(purpose.encode()), *more)
+        return derive_generator(self.seed, self.update, sum(purpose.encode()), *more)
 
-    def _keep_samples(
+    def _record_samples(
         self,
         prompts: Sequence[str],
         responses: Sequence[str],
@@ -321,12 +321,12 @@ class PPOTrainer:
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {
             "update": self.update,
-            "weights": {name: value.detach() for name, value in self.policy.trainable().items()},
+            "weights": {name: value.detach() for name, value in self.policy.trainable_parameters().items()},
             "optimizer": self.updater.optimizer.state_dict(),
             "controller": self.controller.state_dict(),
             "history": self.history,
             "samples": self.samples,
-            "before": self._before,
+            "before": self._previous_weights,
         }
         temporary = self._checkpoint.with_suffix(".tmp")
         with temporary.open("wb") as file:
@@ -334,19 +334,19 @@ class PPOTrainer:
             file.flush()
             os.fsync(file.fileno())
         temporary.replace(self._checkpoint)
-        self._saved = self.update
+        self._last_checkpoint = self.update
 
     def _resume(self) -> None:
         if self._checkpoint is None or not self._checkpoint.is_file():
             return
         state = torch.load(self._checkpoint, weights_only=True)
-        weights = self.policy.trainable()
+        weights = self.policy.trainable_parameters()
         for name, value in state["weights"].items():
             weights[name].data.copy_(value)
         self.updater.optimizer.load_state_dict(state["optimizer"])
         self.controller.load_state_dict(state["controller"])
         self.update, self.history, self.samples = state["update"], state["history"], state["samples"]
-        self._saved, self._before = state["update"], state["before"]
+        self._last_checkpoint, self._previous_weights = state["update"], state["before"]
         for row in self.history:  # the curves of a run that goes on are whole, too
             self._log(row, int(row["step"]))
         self._log_samples(self.samples, self.update)

@@ -11,13 +11,13 @@ from torch import Tensor
 from tasks.core import ranks
 from tasks.core.errors import TrainingError
 from tasks.core.sections.ppo import PPOParams
-from tasks.rl.actions import state_values, summed
-from tasks.rl.checks import shown
+from tasks.rl.actions import action_values, to_actions
+from tasks.rl.checks import format_samples
 from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from tasks.rl.masking import masked_sum
 from tasks.rl.policy import Experience, Policy
 
-__all__ = ["Metrics", "Updater"]
+__all__ = ["Metrics", "PPOUpdate"]
 
 ADAM_EPSILON = 1e-5  # Huang et al., detail on Adam: PyTorch's default differs from the original's in effect
 MAX_MEAN_RATIO = 10.0  # a rollout whose policy has moved this far cannot be corrected by importance weights
@@ -25,12 +25,12 @@ MAX_MEAN_RATIO = 10.0  # a rollout whose policy has moved this far cannot be cor
 Metrics = dict[str, float]
 
 
-class Updater:
+class PPOUpdate:
     """Adam on the policy's trainable weights; `decode` is for errors, which show the responses that caused them."""
 
     def __init__(self, policy: Policy, params: PPOParams, decode: Callable[[Sequence[int]], str]) -> None:
         self.policy, self.params, self._decode = policy, params, decode
-        self.optimizer = torch.optim.Adam(policy.trainable().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
+        self.optimizer = torch.optim.Adam(policy.trainable_parameters().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
 
     def __call__(self, experience: Experience, learning_rate: float, generator: torch.Generator) -> Metrics:
         """Several epochs of clipped updates on one rollout, stopped early once the policy has moved far enough.
@@ -54,23 +54,23 @@ class Updater:
         """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
         action_count = int(minibatch.action_mask.merged_weight())
-        own = ranks.shard(range(len(minibatch)), "the size of ppo's minibatches")
-        pieces = minibatch.select(torch.tensor(own)).split(self.params.micro_batch_size)
-        actor, critic, entropy = self._backward(next(pieces), action_count)
-        for piece in pieces:
-            actor_part, critic_part, entropy_part = self._backward(piece, action_count)
-            actor, critic, entropy = actor + actor_part, critic + critic_part, entropy + entropy_part
-        ranks.all_reduce_gradients(self.policy.trainable().values())
-        actor, critic = ranks.all_reduce_sum(actor), ranks.all_reduce_sum(critic)
+        shard = ranks.shard(range(len(minibatch)), "the size of ppo's minibatches")
+        micro_batches = minibatch.select(torch.tensor(shard)).split(self.params.micro_batch_size)
+        actor_loss, critic_loss, entropy = self._backward(next(micro_batches), action_count)
+        for micro_batch in micro_batches:
+            actor_part, critic_part, entropy_part = self._backward(micro_batch, action_count)
+            actor_loss, critic_loss, entropy = actor_loss + actor_part, critic_loss + critic_part, entropy + entropy_part
+        ranks.all_reduce_gradients(self.policy.trainable_parameters().values())
+        actor_loss, critic_loss = ranks.all_reduce_sum(actor_loss), ranks.all_reduce_sum(critic_loss)
         entropy = ranks.all_gather(entropy.reshape(1)).merged_weight()
         token_count = int(minibatch.response_mask.merged_weight())
-        metrics = {"entropy": entropy.item() / token_count, **actor.means(), **critic.means()}
+        metrics = {"entropy": entropy.item() / token_count, **actor_loss.means(), **critic_loss.means()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
             raise TrainingError(
                 f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "
                 "left its rollouts behind; lower ppo.learning_rate or ppo.epochs"
             )
-        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable().values(), self.params.max_grad_norm)
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable_parameters().values(), self.params.max_grad_norm)
         metrics["grad_norm"] = norm.item()
         self._check_finite(metrics, minibatch)
         if metrics["approx_kl"] <= self.params.target_kl:
@@ -80,52 +80,52 @@ class Updater:
     def _summary(self, steps: list[Metrics], learning_rate: float) -> Metrics:
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         means["ratio_max"] = max(step["ratio_max"] for step in steps)
-        taken = sum(step["approx_kl"] <= self.params.target_kl for step in steps)
-        return {**means, "learning_rate": learning_rate, "optimiser_steps": taken}
+        steps_taken = sum(step["approx_kl"] <= self.params.target_kl for step in steps)
+        return {**means, "learning_rate": learning_rate, "optimiser_steps": steps_taken}
 
-    def _backward(self, piece: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
+    def _backward(self, micro_batch: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
         """Add a micro-batch's share of the step's gradient; the third value is its sum of token entropies."""
-        logprobs, values, entropy = self.policy(piece)
-        mask = piece.action_mask
-        actor = policy_loss(
-            summed(logprobs, piece.response_mask, self.params.action),
-            piece.old_logprobs,
-            piece.advantages,
+        logprobs, values, entropy = self.policy(micro_batch)
+        mask = micro_batch.action_mask
+        actor_loss = policy_loss(
+            to_actions(logprobs, micro_batch.response_mask, self.params.action),
+            micro_batch.old_logprobs,
+            micro_batch.advantages,
             mask,
             clip_range=self.params.clip_range,
             token_count=action_count,
         )
-        critic = value_loss(
-            state_values(values, piece.response_mask, self.params.action),
-            piece.old_values,
-            piece.returns,
+        critic_loss = value_loss(
+            action_values(values, micro_batch.response_mask, self.params.action),
+            micro_batch.old_values,
+            micro_batch.returns,
             mask,
             value_clip_range=self.params.value_clip_range,
             token_count=action_count,
         )
-        loss: Tensor = actor.loss + self.params.value_coef * critic.loss
+        loss: Tensor = actor_loss.loss + self.params.value_coef * critic_loss.loss
         loss.backward()  # type: ignore[no-untyped-call]
-        return actor, critic, masked_sum(entropy, piece.response_mask)
+        return actor_loss, critic_loss, masked_sum(entropy, micro_batch.response_mask)
 
     def _check_finite(self, metrics: Metrics, minibatch: Experience) -> None:
-        broken = {name: value for name, value in metrics.items() if not math.isfinite(value)}
-        if not broken:
+        non_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if not non_finite:
             return
-        rows = [row for row in range(len(minibatch)) if not self._is_sound(minibatch.select(torch.tensor([row])))]
+        rows = [row for row in range(len(minibatch)) if not self._is_finite_alone(minibatch.select(torch.tensor([row])))]
         prompts = self._texts(minibatch.prompts, minibatch.prompt_mask)
         responses = self._texts(minibatch.responses, minibatch.response_mask)
-        blamed = f"from {len(rows)} of {len(minibatch)} responses: {shown(rows, prompts, responses)}"
+        source = f"from {len(rows)} of {len(minibatch)} responses: {format_samples(rows, prompts, responses)}"
         raise TrainingError(
-            f"not finite: {broken}, {blamed if rows else 'from no single response'}; this step changed nothing; lower "
+            f"not finite: {non_finite}, {source if rows else 'from no single response'}; this step changed nothing; lower "
             "ppo.learning_rate, or look at the rewards of these samples"
         )
 
     def _texts(self, tokens: Tensor, mask: Tensor) -> list[str]:
         return [self._decode(ids[counts].tolist()) for ids, counts in zip(tokens, mask, strict=True)]
 
-    def _is_sound(self, sample: Experience) -> bool:
+    def _is_finite_alone(self, sample: Experience) -> bool:
         """Whether the loss and the gradient of this response alone are finite."""
         self.optimizer.zero_grad()
-        actor, critic, entropy = self._backward(sample, 1)
-        gradients = [weight.grad for weight in self.policy.trainable().values() if weight.grad is not None]
-        return all(bool(torch.isfinite(value).all()) for value in (actor.loss, critic.loss, entropy, *gradients))
+        actor_loss, critic_loss, entropy = self._backward(sample, 1)
+        gradients = [weight.grad for weight in self.policy.trainable_parameters().values() if weight.grad is not None]
+        return all(bool(torch.isfinite(value).all()) for value in (actor_loss.loss, critic_loss.loss, entropy, *gradients))

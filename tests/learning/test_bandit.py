@@ -26,7 +26,7 @@ from tasks.grpo import grpo
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.rules import RULES
 from tasks.rl.policy import Policy
-from tasks.rl.trainer import Log, PPOTrainer, TextCodec
+from tasks.rl.trainer import Log, PPOTrainer, PromptSet
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer, tiny_model
 from tests.unit.rl.test_trainer import PARAMS
 
@@ -100,7 +100,7 @@ def trained_by_ppo(
     model = flexible_policy()
     shown = distribution if tokens == 1 else distribution_of_two
     reference = shown(model)
-    codec = TextCodec(["p"], [PROMPT], lambda ids: " ".join(map(str, ids)), eos_token_id=EOS, pad_token_id=PAD)
+    codec = PromptSet(["p"], [PROMPT], lambda ids: " ".join(map(str, ids)), eos_token_id=EOS, pad_token_id=PAD)
     composed = CompositeReward({"rule": paid(tokens)}, {"rule": 1.0})
     generation = GenerationParams(max_new_tokens=tokens, temperature=1.0)
     PPOTrainer(Policy(model, temperature=1.0), codec, composed, params, generation, seed=seed, log=log).train()
@@ -174,8 +174,8 @@ VALUES = torch.cat([REWARDS[EOS : EOS + 1], REWARDS[1:]])
 @pytest.fixture
 def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     """What stage grpo reads: the tiny model, an SFT adapter that changes nothing, one prompt, a rule for the reward."""
-    worth = dict(zip(SHOWN, VALUES.tolist(), strict=True))
-    rule = lambda prompts, responses: [worth[text] for text in responses]  # noqa: E731
+    value_by_text = dict(zip(SHOWN, VALUES.tolist(), strict=True))
+    rule = lambda prompts, responses: [value_by_text[text] for text in responses]  # noqa: E731
     monkeypatch.setitem(RULES, "token", lambda options, answers: rule)
     monkeypatch.setitem(RULE_OPTIONS, "token", RuleOptions)
     base = tmp_path / "base_model" / "model"

@@ -15,10 +15,10 @@ from torch import Tensor
 from tasks.core.schema import Prompt
 from tasks.core.sections.generation import GenerationParams
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.conversation import Talk
+from tasks.rl.conversation import MultiTurnSampler
 from tasks.rl.environments.dialogue import Step
 from tasks.rl.policy import Policy
-from tasks.rl.trainer import PPOTrainer, TextCodec
+from tasks.rl.trainer import PPOTrainer, PromptSet
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer
 from tests.learning.test_bandit import distance, flexible_policy
 from tests.unit.rl.test_trainer import PARAMS
@@ -29,9 +29,9 @@ ROW = Prompt(id="p", prompt="ab")
 SHOWN = ["", "", " ", *SIGNS[1:]]
 """Token id → the turn that holds this token alone; padding and end token show nothing."""
 
-WORTH = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
-WORTH[:, PAD] = WORTH[:, EOS]
-WORTH += torch.tensor([[1.5], [0.0], [-1.5]])
+SECOND_REWARDS = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+SECOND_REWARDS[:, PAD] = SECOND_REWARDS[:, EOS]
+SECOND_REWARDS += torch.tensor([[1.5], [0.0], [-1.5]])
 """What the second turn is worth, by the environment's answer: the first answer is the one to get."""
 
 
@@ -49,7 +49,7 @@ class Riddle:
         if self._kind is None:
             self._kind = sign % 3 if sign else EOS % 3
             return Step("abc"[self._kind], 0.0, done=False)
-        return Step("", float(WORTH[self._kind, sign]), done=True)
+        return Step("", float(SECOND_REWARDS[self._kind, sign]), done=True)
 
 
 KINDS = torch.tensor([EOS % 3, *(sign % 3 for sign in range(1, VOCABULARY))])
@@ -58,15 +58,15 @@ KINDS = torch.tensor([EOS % 3, *(sign % 3 for sign in range(1, VOCABULARY))])
 def policy_of(model: object) -> tuple[Tensor, Tensor]:
     """π(first), [V], and π(second | first), [V, V], float64."""
     prompt = TOKENIZER(ROW.prompt).input_ids
-    told = torch.tensor([[*prompt, first, *TOKENIZER("abc"[KINDS[first]]).input_ids] for first in range(VOCABULARY)])
+    inputs = torch.tensor([[*prompt, first, *TOKENIZER("abc"[KINDS[first]]).input_ids] for first in range(VOCABULARY)])
     with torch.no_grad():
         first = torch.softmax(model(torch.tensor([prompt])).logits[0, -1].double(), -1)
-        return first, torch.softmax(model(told).logits[:, -1].double(), -1)
+        return first, torch.softmax(model(inputs).logits[:, -1].double(), -1)
 
 
 def optimum(first: Tensor, second: Tensor, beta: float, gamma: float) -> Tensor:
     """The best distribution over both turns, [V, V]."""
-    weights = second * torch.exp(WORTH[KINDS] / beta)
+    weights = second * torch.exp(SECOND_REWARDS[KINDS] / beta)
     state_values = beta * weights.merged_weight(1).log()
     opening = first * torch.exp(gamma * state_values / beta)
     return (opening / opening.merged_weight()).unsqueeze(1) * weights / weights.merged_weight(1, keepdim=True)
@@ -86,11 +86,11 @@ def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeyp
     torch.manual_seed(0)
     model = flexible_policy()
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)
-    talk = Talk(Riddle, [ROW], TOKENIZER, generation, max_turns=2, gamma=gamma)
-    codec = TextCodec([ROW.prompt], [TOKENIZER(ROW.prompt).input_ids], TOKENIZER.decode, EOS, PAD)
+    sampler = MultiTurnSampler(Riddle, [ROW], TOKENIZER, generation, max_turns=2, gamma=gamma)
+    codec = PromptSet([ROW.prompt], [TOKENIZER(ROW.prompt).input_ids], TOKENIZER.decode, EOS, PAD)
     reward = CompositeReward({}, {"environment": 1.0})
     reference = policy_of(model)
-    PPOTrainer(Policy(model, temperature=1.0), codec, reward, params, generation, seed=0, talk=talk).train()
+    PPOTrainer(Policy(model, temperature=1.0), codec, reward, params, generation, seed=0, multi_turn=sampler).train()
     first, second = policy_of(model)
     learned = first.unsqueeze(1) * second
     best = optimum(*reference, beta, gamma)

@@ -15,8 +15,8 @@ import pytest
 from tasks.core.params import Params, write_overrides, load_params, load_preset
 from tasks.core.paths import DISABLED_MARKER
 from tasks.core.schema import Demonstration, read_rows
-from tasks.evals.compare import Judged
-from tasks.evals.duel import duel
+from tasks.evals.compare import ScoredResponse
+from tasks.evals.duel import compare_with_champion
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,7 +90,7 @@ def test_policies_talk_learn_and_are_compared(preset: str, tmp_path: Path, monke
         assert all("\nUser: " in sample["response"] for sample in samples)
     table = json.loads((tmp_path / "evaluate" / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
-    records = read_rows(tmp_path / "evaluate" / "responses.jsonl", Judged)
+    records = read_rows(tmp_path / "evaluate" / "responses.jsonl", ScoredResponse)
     for policy, row in table.items():
         own = [record for record in records if record.policy == policy]
         assert {"success", "success_low", "success_high", "turns"} <= set(row)
@@ -98,7 +98,7 @@ def test_policies_talk_learn_and_are_compared(preset: str, tmp_path: Path, monke
         assert not any(key.startswith("accuracy") for key in row)
         assert all(record.conversation and "\nUser: " not in record.response for record in own)
     page = " ".join((tmp_path / "evaluate" / "report.html").read_text().split())
-    itself = duel(
+    itself = compare_with_champion(
         "ppo", params.evaluate, params.generation, params.seed, metrics=("win_rate", "reward_gold", "kl"),
         artifacts=tmp_path, champion=tmp_path, champion_policy="ppo", environment=params.environment,
     )  # fmt: skip

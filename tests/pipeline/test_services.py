@@ -129,7 +129,7 @@ def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> N
 def test_a_port_that_is_taken_is_one_message(fresh: Project) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
-        other.listen()
+        other.step_environment()
         port = other.getsockname()[1]
         said = rlhf(fresh, "up", "--prefect-port", str(port), expect=1)
     assert f"port {port} for prefect is taken" in said

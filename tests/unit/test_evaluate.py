@@ -25,15 +25,15 @@ from tasks.core.sections.judge import JudgeParams
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
 from tasks.core.words import repetition_rate
-from tasks.evals.compare import Judged
-from tasks.evals.duel import duel
-from tasks.evals.judging import Answer, choose_prompts, gold_reward, judge
+from tasks.evals.compare import ScoredResponse
+from tasks.evals.duel import compare_with_champion
+from tasks.evals.judging import SampledResponse, sample_prompts, load_gold_reward, score_responses
 from tasks.evals.noninferiority import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evaluate import evaluate
 from tasks.rewards.composition import build_reward
-from tasks.rewards.familiarity import Familiarity
-from tasks.rewards.learned import FAMILIARITY, NORMALISATION, GoldJudge, RewardModel
+from tasks.rewards.familiarity import MahalanobisOOD
+from tasks.rewards.learned import OOD_DETECTOR, NORMALISATION, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
 from tests.unit.chat_server import longer, serving
 from tests.unit.rewards.conftest import sandbox_or_skip
@@ -86,7 +86,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         if scorer:
             facts = {"mean": 0.5, "std": 2.0, "max_length": 32}
             (folders[name] / NORMALISATION).write_text(json.dumps(facts))
-    Familiarity(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / FAMILIARITY)
+    MahalanobisOOD(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / OOD_DETECTOR)
     (folders["ppo"] / "history.csv").write_text("step,reward,hacking/repetition\n1,0.1,0.0\n2,0.3,0.2\n")
     write_rows(folders["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     return folders
@@ -104,8 +104,8 @@ def out(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 @pytest.fixture
-def records(out: Path) -> list[Judged]:
-    return read_rows(out / "responses.jsonl", Judged)
+def records(out: Path) -> list[ScoredResponse]:
+    return read_rows(out / "responses.jsonl", ScoredResponse)
 
 
 def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
@@ -164,7 +164,7 @@ def test_what_training_found_is_a_finding(out: Path) -> None:
     assert first["text"].startswith("repetition 0.20 (threshold 0.1")
 
 
-def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(out: Path, records: list[Judged]) -> None:
+def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(out: Path, records: list[ScoredResponse]) -> None:
     asked = [row.id for row in choose_prompts_of(records, "sft")]
     assert len(asked) == 6
     for policy in ("ppo", "grpo", "dpo"):
@@ -178,11 +178,11 @@ def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(out: Pa
     assert json.loads((out / "metrics.json").read_text())["ppo"]["win_rate"] == table["ppo"]["win_rate"]
 
 
-def choose_prompts_of(records: list[Judged], policy: str) -> list[Prompt]:
+def choose_prompts_of(records: list[ScoredResponse], policy: str) -> list[Prompt]:
     return [Prompt(id=record.prompt_id, prompt=record.prompt) for record in records if record.policy == policy]
 
 
-def test_kl_is_that_of_a_plain_forward_pass_over_each_response(world: dict[str, Path], records: list[Judged]) -> None:
+def test_kl_is_that_of_a_plain_forward_pass_over_each_response(world: dict[str, Path], records: list[ScoredResponse]) -> None:
     tokenizer = load_tokenizer(world["base_model"])
     reference = load_reference(world["base_model"], world["sft"])
     compared = 0
@@ -212,7 +212,7 @@ def test_kl_is_that_of_a_plain_forward_pass_over_each_response(world: dict[str, 
     assert any(abs(record.kl) > 0.05 for record in records), "the adapters change nothing, so this shows nothing"
 
 
-def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Judged]) -> None:
+def test_scores_are_each_judges_own(world: dict[str, Path], records: list[ScoredResponse]) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     gold = GoldJudge.load(world["base_model"], world["gold_judge"])
     for record in records:
@@ -224,7 +224,7 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Judged
         assert -1 <= record.vader <= 1
 
 
-def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: Path, records: list[Judged]) -> None:
+def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: Path, records: list[ScoredResponse]) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     expected = learned.measured([r.prompt for r in records], [r.response for r in records])[1]["unfamiliar"]
     assert [record.measures["unfamiliar"] for record in records] == expected.tolist()
@@ -270,7 +270,7 @@ def test_every_kind_of_reward_model_is_reported(
     assert ("Reward model: calibration" in page) == (kind != "rating")
     assert "disagreement" in table["ppo"] or kind != "rating"
     if kind == "multi_objective":
-        records = read_rows(out / "responses.jsonl", Judged)
+        records = read_rows(out / "responses.jsonl", ScoredResponse)
         for record in records:
             parts = {name: record.measures[f"objective/{name}"] for name in ("kind", "short")}
             assert record.rewards["learned"] == pytest.approx(0.7 * parts["kind"] + 0.3 * parts["short"], abs=1e-5)
@@ -278,7 +278,7 @@ def test_every_kind_of_reward_model_is_reported(
         assert table["ppo"]["objective/kind"] == pytest.approx(mean(own))
 
 
-def test_vader_reads_prompt_and_response(records: list[Judged]) -> None:
+def test_vader_reads_prompt_and_response(records: list[ScoredResponse]) -> None:
     """One word of the lexicon, of valence v, gives v / √(v² + 15): good is 1.9, awful −2.0, random letters nothing."""
     expected = {"good film": 1.9 / (1.9**2 + 15) ** 0.5, "awful end": -2.0 / (2.0**2 + 15) ** 0.5}
     found = {record.prompt: record.vader for record in records}
@@ -305,7 +305,7 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
     assert not any("vader" in key for row in table.values() for key in row)
-    records = read_rows(out / "responses.jsonl", Judged)
+    records = read_rows(out / "responses.jsonl", ScoredResponse)
     assert all(record.gold in (0.0, 1.0) and record.proxy == 2 * record.gold for record in records)
     html = (out / "report.html").read_text()
     assert "Right<br>answers" in html
@@ -321,7 +321,7 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
     params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
     evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, **nobody_rated, out=tmp_path)
-    records = read_rows(tmp_path / "responses.jsonl", Judged)
+    records = read_rows(tmp_path / "responses.jsonl", ScoredResponse)
     first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
     assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
     assert "o" in first
@@ -358,11 +358,11 @@ def test_a_judge_of_pairs_joins_the_table(
             params = JudgeParams(kind="endpoint", model=name, base_url=chat.url, prompts=4)
             judged = _run(world, tmp_path / name, params=PARAMS.model_copy(update={"judge": params}))
         tables[name] = json.loads((judged / "policies.json").read_text())
-        said = capfd.readouterr().err
-        assert ("evaluate: warning: the judge contradicts itself" in said) == (name == "first")
+        stderr = capfd.readouterr().err
+        assert ("evaluate: warning: the judge contradicts itself" in stderr) == (name == "first")
     rows = read_rows(tmp_path / "longer" / "judgements.jsonl", Judgement)
     assert len(rows) == 3 * 4 * 2
-    responses = read_rows(out / "responses.jsonl", Judged)
+    responses = read_rows(out / "responses.jsonl", ScoredResponse)
     length = {(row.policy, row.prompt_id): len(row.response.strip()) for row in responses}
     asked = [row.prompt_id for row in responses if row.policy == "sft"][:4]
     for policy in ("ppo", "grpo", "dpo"):
@@ -381,17 +381,17 @@ def test_another_seed_gives_other_responses_to_the_same_prompt(world: dict[str, 
     alone = world | {"prepare": tmp_path / "prepare"}
     params = PARAMS.model_copy(update={"prompts": 1})
     runs = [_run(alone, tmp_path / str(seed), seed, params) / "responses.jsonl" for seed in (0, 1)]
-    first, second = ([record.response for record in read_rows(path, Judged)] for path in runs)
+    first, second = ([record.response for record in read_rows(path, ScoredResponse)] for path in runs)
     assert first != second
 
 
 def test_prompts_are_a_seeded_choice(world: dict[str, Path]) -> None:
     path = world["prepare"] / "prompts" / "test.jsonl"
-    first = [row.id for row in choose_prompts(path, 7, 0)]
+    first = [row.id for row in sample_prompts(path, 7, 0)]
     assert sorted(first) == [row.id for row in PROMPTS]
-    assert first == [row.id for row in choose_prompts(path, 7, 0)]
-    assert first[:3] == [row.id for row in choose_prompts(path, 3, 0)]
-    assert any(first != [row.id for row in choose_prompts(path, 7, seed)] for seed in (1, 2))
+    assert first == [row.id for row in sample_prompts(path, 7, 0)]
+    assert first[:3] == [row.id for row in sample_prompts(path, 3, 0)]
+    assert any(first != [row.id for row in sample_prompts(path, 7, seed)] for seed in (1, 2))
 
 
 def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Path) -> None:
@@ -401,25 +401,25 @@ def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Pa
     responses = ["    return x + 3", "    return x"]
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / DISABLED_MARKER).touch()
-    gold = gold_reward([prompt], tmp_path, tmp_path, params.rules["code"])
-    answers = [Answer("sft", prompt, response, 4, True, 0.0, 0.0) for response in responses]
-    judged = judge(answers, build_reward(params, [prompt], None), gold, vader=False, accuracy=False)
+    gold = load_gold_reward([prompt], tmp_path, tmp_path, params.rules["code"])
+    answers = [SampledResponse("sft", prompt, response, 4, True, 0.0, 0.0) for response in responses]
+    judged = score_responses(answers, build_reward(params, [prompt], None), gold, vader=False, accuracy=False)
     assert [(row.gold, row.correct) for row in judged] == [(1, None), (0, None)]
 
 
 def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:
     with pytest.raises(DataError, match=r"test\.jsonl holds 7 prompts, evaluate\.prompts asks for 8; lower it to 7"):
-        choose_prompts(world["prepare"] / "prompts" / "test.jsonl", 8, 0)
+        sample_prompts(world["prepare"] / "prompts" / "test.jsonl", 8, 0)
 
 
 @pytest.mark.parametrize("champion", ["grpo", "ppo"])
 def test_a_duel_compares_answers_to_the_same_prompts(
-    world: dict[str, Path], out: Path, records: list[Judged], tmp_path: Path, champion: str
+    world: dict[str, Path], out: Path, records: list[ScoredResponse], tmp_path: Path, champion: str
 ) -> None:
     """PPO against GRPO as champion: what the evaluation's own scores of both say. Against itself: even."""
     for part, folder in {**world, "evaluate": out}.items():
         shutil.copytree(folder, tmp_path / part)
-    found = duel(
+    found = compare_with_champion(
         "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy=champion
     )
     table = {name: {r.prompt_id: r for r in records if r.policy == name} for name in ("ppo", champion)}
@@ -436,5 +436,5 @@ def test_a_duel_compares_answers_to_the_same_prompts(
     assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
     if champion == "ppo":
         assert {name: interval.mean for name, interval in found.items()} == pytest.approx(
-            {name: METRICS[name].even for name in METRICS}, abs=1e-5
+            {name: METRICS[name].null_value for name in METRICS}, abs=1e-5
         )

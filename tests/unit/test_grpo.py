@@ -9,9 +9,9 @@ import torch
 
 from tasks.grpo import MultiTurnRolloutFunction, ConversationSummary, _update_rows, _RewardFunction
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.rollout import seeded
+from tasks.rl.rollout import derive_generator
 from tests.conftest import tiny_model
-from tests.unit.rl.test_conversation import ROWS, TOKENIZER, answer, conversations, talk
+from tests.unit.rl.test_conversation import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
 from tests.unit.tiny_stages import _GRPO
 
 
@@ -61,13 +61,13 @@ def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_t
     state = SimpleNamespace(global_step=0, log_history=[])
     reward = CompositeReward({}, {"environment": 1.0})
     score = _RewardFunction(reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5)
-    said = [
+    summaries = [
         ConversationSummary("a", " a\nUser: x", reward=1.0, turns=1, tokens=2, ended=True),
         ConversationSummary("b\nc", " b\nUser: y\nBot: c\nUser: x", reward=1.0, turns=2, tokens=4, ended=True),
         ConversationSummary("d\ne\nf", " d", reward=0.0, turns=3, tokens=6, ended=False),
         ConversationSummary("g", " g", reward=0.0, turns=1, tokens=2, ended=True),
     ]
-    scores = score(["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=said)
+    scores = score(["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=summaries)
     assert scores == pytest.approx([1.0, 0.5, -0.1, 0.0])
     (entry,) = state.log_history
     assert (entry["success"], entry["turns"], entry["length"]) == (0.5, 1.75, 3.5)
@@ -75,14 +75,14 @@ def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_t
     assert entry["samples"][0]["response"] == " a\nUser: x"
 
 
-def test_the_loss_is_told_which_tokens_are_the_policys(monkeypatch):
+def test_the_loss_gets_the_mask_of_the_policys_tokens(monkeypatch):
     monkeypatch.setattr("tasks.rl.conversation.answered", answer)
-    rollouts = MultiTurnRolloutFunction(_GRPO, talk(), [row.prompt for row in ROWS], seed=3)
+    rollouts = MultiTurnRolloutFunction(_GRPO, multi_turn_sampler(), [row.prompt for row in ROWS], seed=3)
     prompts = [row.prompt for row in (ROWS[4], ROWS[1]) for _ in range(_GRPO.samples_per_prompt)]
     trainer = SimpleNamespace(model=tiny_model(), state=SimpleNamespace(global_step=2))
     given = rollouts(prompts, trainer)
     assert trainer.model.training, "TRL trains the model that it gets back"
-    expected = conversations(chosen=(4, 1), samples=_GRPO.samples_per_prompt, generator=lambda turn: seeded(3, 2, turn))
+    expected = conversations(chosen=(4, 1), samples=_GRPO.samples_per_prompt, generator=lambda turn: derive_generator(3, 2, turn))
     for row, prompt in enumerate(prompts):
         length = int(expected.response_mask[row].nonzero().max()) + 1
         assert given["prompt_ids"][row] == TOKENIZER(prompt).input_ids

@@ -19,7 +19,7 @@ from tasks.core.models import add_lora, load_policy, load_reference, load_tokeni
 from tasks.core.paths import DISABLED_MARKER
 from tasks.core.schema import Demonstration, Preference, read_rows
 from tasks.core.sections.lm_eval import LmEvalParams
-from tasks.evals.harness import open_tasks
+from tasks.evals.harness import load_tasks
 from tasks.lm_eval import lm_eval
 from tests.conftest import EOS, tiny_model
 from tests.unit.tiny_stages import LORA, write_inputs
@@ -151,7 +151,7 @@ def test_examples_are_as_many_as_asked_for_unless_the_task_fixes_none(
     text = (ROOT / "infra" / "lm_eval" / "held_out_preferences.yaml").read_text()
     (tmp_path / "task.yaml").write_text(text + ("" if own is None else f"num_fewshot: {own}\n"))
     params = LmEvalParams(tasks=("held_out_preferences",), batch_size=1, num_fewshot=given)
-    with open_tasks(params, tmp_path, [world["preferences"] / "test.jsonl"], 0) as opened:
+    with load_tasks(params, tmp_path, [world["preferences"] / "test.jsonl"], 0) as opened:
         assert opened["tasks"]["held_out_preferences"].config.num_fewshot == expected
 
 
@@ -161,7 +161,7 @@ def test_a_task_reads_nothing_but_what_the_stage_declares(world: dict[str, Path]
         pytest.raises(
             SourceError, match=r"artifacts/prepare/demonstrations/validation\.jsonl.*check the network, whether"
         ),
-        open_tasks(params, ROOT / "infra" / "lm_eval", [world["preferences"] / "test.jsonl"], 0),
+        load_tasks(params, ROOT / "infra" / "lm_eval", [world["preferences"] / "test.jsonl"], 0),
     ):
         raise AssertionError("not reached")
 

@@ -196,10 +196,10 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
     assert [path.name for path in (folder / "member_1").glob("checkpoint-*")] == ["checkpoint-5"]
     capsys.readouterr()
     run("reward_model", inputs, tmp_path)
-    said = capsys.readouterr().out
-    assert "reward_model: goes on from step 15 of 20" in said
-    assert "reward_model, member 1: goes on from step 5 of 20" in said
-    assert "member 2: goes on" not in said
+    output = capsys.readouterr().out
+    assert "reward_model: goes on from step 15 of 20" in output
+    assert "reward_model, member 1: goes on from step 5 of 20" in output
+    assert "member 2: goes on" not in output
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole" / "out")
 
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 
 from tasks.core.schema import Preference, read_rows
-from tasks.rewards.familiarity import Familiarity
-from tasks.rewards.learned import FAMILIARITY, NORMALISATION, RewardModel, member_folder
+from tasks.rewards.familiarity import MahalanobisOOD
+from tasks.rewards.learned import OOD_DETECTOR, NORMALISATION, RewardModel, member_folder
 from tests.unit.tiny_stages import run_reward_model, write_inputs
 
 WEIGHTS = "adapter/adapter_model.safetensors"
@@ -74,7 +74,7 @@ def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble
 
 
 def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(inputs: Path, alone: Path) -> None:
-    familiarity = Familiarity.load(alone / FAMILIARITY)
+    familiarity = MahalanobisOOD.load(alone / OOD_DETECTOR)
     model = RewardModel.load(inputs / "base_model", inputs / "sft", alone)
     scorer = model._members[0].scorer
 
@@ -90,5 +90,5 @@ def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(in
     assert familiarity.threshold == pytest.approx(low + (place - int(place)) * (high - low), rel=1e-4)
     found = figures(alone)
     assert found["familiar_distance"] == familiarity.threshold
-    assert found["unfamiliar_heldout"] == pytest.approx(familiarity.unfamiliar(states("test")).mean().item(), abs=0.05)
+    assert found["unfamiliar_heldout"] == pytest.approx(familiarity.is_ood(states("test")).mean().item(), abs=0.05)
     assert 0 <= found["unfamiliar_sft"] <= 1

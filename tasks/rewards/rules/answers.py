@@ -10,9 +10,9 @@ from decimal import Decimal
 from tasks.core.errors import DataError
 from tasks.core.sections.rules import ContainsFactsRule, RuleOptions
 from tasks.core.words import tokenize_words
-from tasks.rewards.rules.kinds import Answers, EachSample
+from tasks.rewards.rules.kinds import Answers, PerSampleRule
 
-__all__ = ["answer_of", "answer_rule", "facts", "facts_rule", "right_answer", "right_in_form"]
+__all__ = ["require_answer", "answer_rule", "contains_facts", "contains_facts_rule", "exact_match", "strict_match"]
 
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,4}\b)?")
 """`-3`, `1,234.5`, `.5`, `-$5`, `1e5`; a minus between two things (`3-5`, `x-5`) is no sign.
@@ -20,13 +20,13 @@ NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?
 What it misreads: a list without spaces (`1,2,3`) is 123, a unit's exponent (`5 m2`) is the number 2.
 """
 
-UNWRITTEN = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})
+IGNORED_SYMBOLS = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})
 """What of a number `Decimal` does not read."""
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def right_answer(response: str, expected: str) -> float:
+def exact_match(response: str, expected: str) -> float:
     """1 if the response's last number equals the expected one in value, else 0; where a word is expected, the response.
 
     Numbers may carry thousands separators, a sign and an exponent; words are compared without case and surrounding
@@ -36,40 +36,40 @@ def right_answer(response: str, expected: str) -> float:
     reasoning is paid in full. Against that: read the samples; the KL penalty keeps the reasoning near people's.
     """
     if not NUMBER.fullmatch(expected.strip()):
-        return float(_same(response, expected))
+        return float(_answers_equal(response, expected))
     found = NUMBER.findall(response)
-    return float(bool(found) and _same(found[-1], expected))
+    return float(bool(found) and _answers_equal(found[-1], expected))
 
 
-def right_in_form(response: str, expected: str, pattern: str | None) -> float:
+def strict_match(response: str, expected: str, pattern: str | None) -> float:
     """1 if the response gives the expected answer in the demanded form, else 0: what lm-eval calls `strict-match`.
 
     Where the pattern matches first, its group is the answer (lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml, whose pattern is
     `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is, but for white space around it. Compared as in
-    `right_answer`; a full stop after a number does not count.
+    `exact_match`; a full stop after a number does not count.
 
-    Gamed by: giving the form again and again does not help, for the first counts. Otherwise as `right_answer`.
+    Gamed by: giving the form again and again does not help, for the first counts. Otherwise as `exact_match`.
     """
     if pattern is None:
-        return float(_same(response, expected))
+        return float(_answers_equal(response, expected))
     found = re.search(pattern, response)
-    return float(found is not None and _same(found[1] or "", expected))
+    return float(found is not None and _answers_equal(found[1] or "", expected))
 
 
-def _same(answer: str, expected: str) -> bool:
+def _answers_equal(answer: str, expected: str) -> bool:
     """Whether two answers are one: numbers in value, anything else letter by letter, without case."""
     answer, expected = answer.strip(), expected.strip()
     if not NUMBER.fullmatch(expected):
         return answer.casefold() == expected.casefold()
-    number = answer.removesuffix(".")
-    return NUMBER.fullmatch(number) is not None and _value(number) == _value(expected)
+    candidate = answer.removesuffix(".")
+    return NUMBER.fullmatch(candidate) is not None and _value(candidate) == _value(expected)
 
 
 def _value(number: str) -> Decimal:
-    return Decimal(number.translate(UNWRITTEN))
+    return Decimal(number.translate(IGNORED_SYMBOLS))
 
 
-def facts(response: str, references: list[str], *, max_words: int) -> float:
+def contains_facts(response: str, references: list[str], *, max_words: int) -> float:
     """Share of the references that the response names, less where it takes many words; in [0, 1].
 
     Both are normalised as SQuAD 1.1's evaluation does (Rajpurkar et al. 2016, arXiv 1606.05250, section 6: no
@@ -79,33 +79,33 @@ def facts(response: str, references: list[str], *, max_words: int) -> float:
     Gamed by: naming every candidate there is, and naming a fact in order to deny it. Against that: `max_words`, which
     makes each further candidate cost; a learned component or the KL penalty against lists; read the samples.
     """
-    said = f" {_normalised(response)} "
-    named = sum(f" {_normalised(reference)} " in said for reference in references)
-    return named / len(references) * min(1.0, max_words / max(1, len(tokenize_words(response))))
+    text = f" {_normalise_answer(response)} "
+    found = sum(f" {_normalise_answer(reference)} " in text for reference in references)
+    return found / len(references) * min(1.0, max_words / max(1, len(tokenize_words(response))))
 
 
-def _normalised(text: str) -> str:
+def _normalise_answer(text: str) -> str:
     """`normalize_answer` of SQuAD's evaluate-v1.1.py."""
-    bare = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(ARTICLES.sub(" ", bare).split())
+    text_without_punctuation = "".join(letter for letter in text.lower() if letter not in string.punctuation)
+    return " ".join(ARTICLES.sub(" ", text_without_punctuation).split())
 
 
-def _references(answer: str) -> list[str]:
+def _parse_references(answer: str) -> list[str]:
     """The strings of a JSON list, or what stands between `|`."""
     if answer.lstrip().startswith("["):
         try:
             parsed = json.loads(answer)
         except json.JSONDecodeError as error:
             raise DataError(f"the facts {answer[:200]!r} begin like a JSON list and are none: {error}") from error
-        found = [str(item) for item in parsed]
+        references = [str(item) for item in parsed]
     else:
-        found = answer.split("|")
-    if not found or not all(_normalised(item) for item in found):
+        references = answer.split("|")
+    if not references or not all(_normalise_answer(item) for item in references):
         raise DataError(f"the facts {answer[:200]!r} have an empty one: write them as a JSON list, or with | between")
-    return found
+    return references
 
 
-def answer_of(rule: str, prompt: str, answers: Answers) -> str:
+def require_answer(rule: str, prompt: str, answers: Answers) -> str:
     """The right answer of a prompt.
 
     Raises:
@@ -119,21 +119,21 @@ def answer_of(rule: str, prompt: str, answers: Answers) -> str:
     return answers[prompt]
 
 
-def answer_rule(_options: RuleOptions, answers: Answers) -> EachSample:
-    """Pays `right_answer`."""
-    return EachSample(lambda prompt, response: right_answer(response, answer_of("answer", prompt, answers)))
+def answer_rule(_options: RuleOptions, answers: Answers) -> PerSampleRule:
+    """Pays `exact_match`."""
+    return PerSampleRule(lambda prompt, response: exact_match(response, require_answer("answer", prompt, answers)))
 
 
-def facts_rule(options: ContainsFactsRule, answers: Answers) -> EachSample:
-    """Pays `facts`, the row's answer being the references.
+def contains_facts_rule(options: ContainsFactsRule, answers: Answers) -> PerSampleRule:
+    """Pays `contains_facts`, the row's answer being the references.
 
     Raises:
         DataError: an answer is no list of facts.
     """
-    references = {answer: _references(answer) for answer in answers.values()}
+    references = {answer: _parse_references(answer) for answer in answers.values()}
 
     def score(prompt: str, response: str) -> float:
-        known = references[answer_of("facts", prompt, answers)]
-        return facts(response, known, max_words=options.max_words)
+        row_references = references[require_answer("facts", prompt, answers)]
+        return contains_facts(response, row_references, max_words=options.max_words)
 
-    return EachSample(score)
+    return PerSampleRule(score)

@@ -12,13 +12,13 @@ import sys
 from collections.abc import Iterable
 from typing import IO
 
-__all__ = ["equal", "serve"]
+__all__ = ["answers_equal", "worker_loop"]
 
-MEMORY = 4 * 2**30
+MEMORY_BYTES = 4 * 2**30
 """Bytes that one comparison may take; a power tower asks for more than any machine has."""
 
 
-def equal(expected: str, response: str) -> bool:
+def answers_equal(expected: str, response: str) -> bool:
     """Whether math-verify finds the expected answer in the response.
 
     Its own clocks are off: they make a plain false of what is late, which the parent process counts as a failure.
@@ -30,27 +30,27 @@ def equal(expected: str, response: str) -> bool:
 
     # Only what stands in a mathematical environment is read as LaTeX.
     marked = expected if "$" in expected or "\\boxed" in expected else f"${expected}$"
-    gold, said = (parse(text, parsing_timeout=None, raise_on_error=True) for text in (marked, response))
+    gold, parsed = (parse(text, parsing_timeout=None, raise_on_error=True) for text in (marked, response))
     if not gold:
         raise ValueError(f"the right answer {expected!r} is no mathematics")
-    return bool(verify(gold, said, timeout_seconds=None, raise_on_error=True))
+    return bool(verify(gold, parsed, timeout_seconds=None, raise_on_error=True))
 
 
-def serve(questions: Iterable[str], answers: IO[str]) -> None:
+def worker_loop(requests: Iterable[str], answers: IO[str]) -> None:
     """Answer line by line, until there are no more."""
     import math_verify  # noqa: F401  (the first line says that this is done)
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its clocks are off
     print("ready", file=answers, flush=True)
-    for line in questions:
+    for line in requests:
         expected, response = json.loads(line)
         try:
-            said: bool | str = equal(expected, response)
+            result: bool | str = answers_equal(expected, response)
         except (Exception, MemoryError) as error:
-            said = f"{type(error).__name__}: {error}"
-        print(json.dumps(said), file=answers, flush=True)
+            result = f"{type(error).__name__}: {error}"
+        print(json.dumps(result), file=answers, flush=True)
 
 
 if __name__ == "__main__":
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
-    serve(sys.stdin, sys.stdout)
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
+    worker_loop(sys.stdin, sys.stdout)

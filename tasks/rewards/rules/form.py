@@ -9,12 +9,12 @@ from typing import Any, NoReturn
 from jsonschema import Draft202012Validator
 
 from tasks.core.sections.rules import JsonSchemaRule
-from tasks.rewards.rules.kinds import Answers, EachSample
+from tasks.rewards.rules.kinds import Answers, PerSampleRule
 
-__all__ = ["form", "json_schema_rule"]
+__all__ = ["matches_pattern", "json_schema_rule"]
 
 
-def form(response: str, *, pattern: str, match: str) -> float:
+def matches_pattern(response: str, *, pattern: str, match: str) -> float:
     """1 if the response, white space around it left out, is the form (`whole`) or has it in it (`contains`), else 0.
 
     Gamed by: the form with nothing in it (`<answer></answer>`), and with `contains` by anything around it. Against
@@ -27,7 +27,7 @@ def form(response: str, *, pattern: str, match: str) -> float:
     return float(found is not None)
 
 
-def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> EachSample:
+def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRule:
     """1 if the response is one JSON value that fits the schema, else 0; nothing may stand around it.
 
     Gamed by: the least that fits: `{}` where nothing is required, empty strings, one constant object for every prompt.
@@ -43,7 +43,7 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> EachSample:
             return 0.0
         return float(validator.is_valid(value))
 
-    return EachSample(score)
+    return PerSampleRule(score)
 
 
 def _refuse(constant: str) -> NoReturn:

@@ -7,16 +7,16 @@ from collections.abc import Iterator
 
 from tasks.core.sections.rules import InstructionsRule
 from tasks.core.words import tokenize_words
-from tasks.rewards.rules.kinds import Answers, EachSample
-from tasks.rewards.rules.style import sentences
+from tasks.rewards.rules.kinds import Answers, PerSampleRule
+from tasks.rewards.rules.style import count_sentences
 
-__all__ = ["checks", "instructions_rule"]
+__all__ = ["check_constraints", "instructions_rule"]
 
 BULLET = re.compile(r"^\s*[*-] +\S", re.MULTILINE)
 PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
-def instructions_rule(options: InstructionsRule, _answers: Answers) -> EachSample:
+def instructions_rule(options: InstructionsRule, _answers: Answers) -> PerSampleRule:
     """Share of the constraints that hold, in [0, 1]; 0 for a response without a word.
 
     Zhou et al. 2023 (arXiv 2311.07911), table 1: the kinds that need no other package, in their strict reading.
@@ -26,17 +26,17 @@ def instructions_rule(options: InstructionsRule, _answers: Answers) -> EachSampl
     """
 
     def score(_prompt: str, response: str) -> float:
-        held = list(checks(response, options))
+        held = list(check_constraints(response, options))
         return sum(held) / len(held) if tokenize_words(response) else 0.0
 
-    return EachSample(score)
+    return PerSampleRule(score)
 
 
-def checks(response: str, options: InstructionsRule) -> Iterator[bool]:
+def check_constraints(response: str, options: InstructionsRule) -> Iterator[bool]:
     """Whether each constraint holds, in the order of the options; those that are not set are left out."""
     counts = {
         "words": len(tokenize_words(response)),
-        "sentences": sentences(response),
+        "sentences": count_sentences(response),
         "paragraphs": sum(bool(part.strip()) for part in PARAGRAPHS.split(response)),
         "bullets": len(BULLET.findall(response)),
     }
@@ -45,8 +45,8 @@ def checks(response: str, options: InstructionsRule) -> Iterator[bool]:
             yield count >= least
         if (most := getattr(options, f"max_{what}")) is not None:
             yield count <= most
-    yield from (_says(response, phrase) for phrase in options.contains)
-    yield from (not _says(response, phrase) for phrase in options.avoids)
+    yield from (_contains_phrase(response, phrase) for phrase in options.contains)
+    yield from (not _contains_phrase(response, phrase) for phrase in options.avoids)
     if options.ends_with:
         yield response.strip().casefold().endswith(options.ends_with.strip().casefold())
     if options.case:
@@ -55,6 +55,6 @@ def checks(response: str, options: InstructionsRule) -> Iterator[bool]:
         yield "," not in response
 
 
-def _says(text: str, phrase: str) -> bool:
+def _contains_phrase(text: str, phrase: str) -> bool:
     """Whether the phrase stands in the text as whole words, in any letter case."""
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None

@@ -14,12 +14,12 @@ from tasks.core.errors import ConfigError
 __all__ = [
     "Answers",
     "Component",
-    "EachSample",
-    "Measuring",
+    "PerSampleRule",
+    "ScoresWithMetrics",
     "RewardFunction",
     "RuleFactory",
-    "of_response",
-    "optional",
+    "response_rule",
+    "import_extra",
 ]
 
 RewardFunction: TypeAlias = Callable[[list[str], list[str]], Sequence[float] | Tensor]
@@ -30,38 +30,38 @@ Answers: TypeAlias = Mapping[str, str]
 
 
 @runtime_checkable
-class Measuring(Protocol):
+class ScoresWithMetrics(Protocol):
     """A component that notices more about responses than what they are worth."""
 
     def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [B], and name → [B] what else was measured in the same pass."""
 
 
-Component: TypeAlias = RewardFunction | Measuring
+Component: TypeAlias = RewardFunction | ScoresWithMetrics
 
 
 @dataclass(frozen=True)
-class EachSample:
+class PerSampleRule:
     """A rule that looks at one sample at a time: (prompt, response) → value. Where it fails, one sample fails."""
 
     score: Callable[[str, str], float]
 
 
-RuleFactory: TypeAlias = Callable[[Any, Answers], EachSample | Component]
+RuleFactory: TypeAlias = Callable[[Any, Answers], PerSampleRule | Component]
 """Makes a rule from its options, checked (`tasks.core.sections.rules`), and the right answers of the prompts."""
 
 
-def of_response(function: Callable[..., float], *names: str) -> RuleFactory:
+def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
     """The factory of a rule that reads the response alone; the named options are its keyword arguments."""
 
-    def make(options: Any, _answers: Answers) -> EachSample:
-        chosen = {name: getattr(options, name) for name in names}
-        return EachSample(lambda _prompt, response: function(response, **chosen))
+    def make(options: Any, _answers: Answers) -> PerSampleRule:
+        arguments = {name: getattr(options, name) for name in names}
+        return PerSampleRule(lambda _prompt, response: function(response, **arguments))
 
     return make
 
 
-def optional(module: str, rule: str) -> Any:
+def import_extra(module: str, rule: str) -> Any:
     """A package that only some rules need.
 
     Raises:

@@ -11,19 +11,19 @@ from typing import IO
 from tasks.core.errors import DataError
 from tasks.core.sections.rules import MathRule
 from tasks.rewards.rules import comparing
-from tasks.rewards.rules.answers import answer_of
-from tasks.rewards.rules.kinds import Answers, EachSample, optional
+from tasks.rewards.rules.answers import require_answer
+from tasks.rewards.rules.kinds import Answers, PerSampleRule, import_extra
 
-__all__ = ["Comparing", "mathematics_rule"]
+__all__ = ["MathWorker", "math_rule"]
 
-START_S = 60.0
+START_TIMEOUT_S = 60.0
 """For importing sympy, which takes a second where the disk is not slow."""
 
-WORD = 3
+MIN_WORD_LETTERS = 3
 """Letters from which on an answer without anything else is taken for a word; `xy` is more likely a product."""
 
 
-class Comparing:
+class MathWorker:
     """A process that compares answers one by one.
 
     math-verify bounds its time by SIGALRM, which works in a main thread only, takes away others' alarms, and cannot
@@ -41,15 +41,15 @@ class Comparing:
             TimeoutError: it took too long.
             RuntimeError: it could not be compared.
         """
-        process = self._running()
+        process = self._ensure_running()
         assert process.stdin is not None
         assert process.stdout is not None
         process.stdin.write(json.dumps([expected, response]) + "\n")
         process.stdin.flush()
-        said = json.loads(self._line(process.stdout, self._timeout_s))
-        if isinstance(said, str):
-            raise RuntimeError(said)
-        return bool(said)
+        reply = json.loads(self._read_reply(process.stdout, self._timeout_s))
+        if isinstance(reply, str):
+            raise RuntimeError(reply)
+        return bool(reply)
 
     def close(self) -> None:
         """End the process; the next question starts another."""
@@ -58,28 +58,28 @@ class Comparing:
             self._process.communicate()
             self._process = None
 
-    def _running(self) -> subprocess.Popen[str]:
+    def _ensure_running(self) -> subprocess.Popen[str]:
         if self._process is None or self._process.poll() is not None:
             self.close()
             command = [sys.executable, "-P", comparing.__file__]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8")
             assert self._process.stdout is not None
-            self._line(self._process.stdout, START_S)
+            self._read_reply(self._process.stdout, START_TIMEOUT_S)
         return self._process
 
-    def _line(self, pipe: IO[str], timeout_s: float) -> str:
+    def _read_reply(self, pipe: IO[str], timeout_s: float) -> str:
         """The next line, if it comes in time; there is one per question, so nothing waits in the pipe's buffer."""
         ready, _, _ = select.select([pipe], [], [], timeout_s)
         line = pipe.readline() if ready else ""
         if not line:
             self.close()
-            why = "the comparing process ended" if ready else f"no answer within {timeout_s:g} s"
-            raise TimeoutError(f"{why}: the expression is too large to compare")
+            reason = "the comparing process ended" if ready else f"no answer within {timeout_s:g} s"
+            raise TimeoutError(f"{reason}: the expression is too large to compare")
         return line
 
 
-def mathematics_rule(options: MathRule, answers: Answers) -> EachSample:
+def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
     """1 if the last answer of the response equals the row's `answer` as mathematics (math-verify), else 0.
 
     Both may be LaTeX or plain: `\\frac{1}{2}` in the row is 0.5 and \\boxed{1/2} in the response.
@@ -94,20 +94,20 @@ def mathematics_rule(options: MathRule, answers: Answers) -> EachSample:
         ConfigError: math-verify is not installed.
         DataError: an answer is words, which would be read as products of letters.
     """
-    optional("math_verify", "mathematics")
+    import_extra("math_verify", "mathematics")
     for prompt, answer in answers.items():
-        _check_no_words(prompt, answer)
-    equal = Comparing(options.timeout_s)
+        _check_is_math(prompt, answer)
+    worker = MathWorker(options.timeout_s)
 
     def score(prompt: str, response: str) -> float:
-        return float(equal(answer_of("mathematics", prompt, answers), response))
+        return float(worker(require_answer("mathematics", prompt, answers), response))
 
-    return EachSample(score)
+    return PerSampleRule(score)
 
 
-def _check_no_words(prompt: str, answer: str) -> None:
+def _check_is_math(prompt: str, answer: str) -> None:
     parts = answer.split()
-    if all(part.isalpha() for part in parts) and any(len(part) >= WORD for part in parts):
+    if all(part.isalpha() for part in parts) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
         raise DataError(
             f"reward.weights.mathematics: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would "
             "be read as a product of letters; use the rule `answer` or `facts` for words, or write mathematics as "

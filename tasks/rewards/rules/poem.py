@@ -23,12 +23,12 @@ from typing import Any
 
 from tasks.core.sections.rules import PoemRule
 from tasks.core.words import tokenize_words
-from tasks.rewards.rules.kinds import Answers, EachSample, optional
-from tasks.rewards.rules.style import syllables
+from tasks.rewards.rules.kinds import Answers, PerSampleRule, import_extra
+from tasks.rewards.rules.style import count_syllables
 
-__all__ = ["lines_of", "parts", "poem_rule", "rhyme", "rhymes"]
+__all__ = ["lines_of", "poem_scores", "poem_rule", "rhyme_score", "words_rhyme"]
 
-SMALL_WORDS = frozenset({
+STOP_WORDS = frozenset({
     "a", "about", "all", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "has", "have", "he",
     "her", "his", "i", "in", "into", "is", "it", "its", "limerick", "limericks", "me", "my", "no", "not", "of",
     "on", "one", "or", "our", "poem", "poems", "rhyme", "she", "so", "some", "than", "that", "the", "their", "them",
@@ -38,25 +38,25 @@ SMALL_WORDS = frozenset({
 """Words that name no topic: they carry grammar, or ask for a poem."""
 
 
-def poem_rule(options: PoemRule, _answers: Answers) -> EachSample:
+def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
     """Pays the product above; CMUdict (through `pronouncing`) says how words sound.
 
     Raises:
         ConfigError: pronouncing is not installed.
     """
-    optional("pronouncing", "poem")
+    import_extra("pronouncing", "poem")
 
     def score(prompt: str, response: str) -> float:
-        found = parts(prompt, response, options)
-        value = (found["lines"] + found["rhyme"] + found["metre"]) / 3
+        scores = poem_scores(prompt, response, options)
+        value = (scores["lines"] + scores["rhyme"] + scores["metre"]) / 3
         for guard in ("distinct", "sane", "dictionary", "topic"):
-            value *= found[guard]
+            value *= scores[guard]
         return value
 
-    return EachSample(score)
+    return PerSampleRule(score)
 
 
-def parts(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
+def poem_scores(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
     """Each part by itself.
 
     - lines: how near their number is to the scheme's: 1 − |n − N| / N.
@@ -71,15 +71,15 @@ def parts(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
     if not lines:
         return dict.fromkeys(("lines", "rhyme", "metre", "distinct", "sane", "dictionary", "topic"), 0.0)
     least, most = options.line_words
-    said = [word for line in lines for word in line]
+    poem_words = [word for line in lines for word in line]
     return {
         "lines": max(0.0, 1 - abs(len(lines) - len(options.scheme)) / len(options.scheme)),
-        "rhyme": rhyme([line[-1] for line in lines], options.scheme),
-        "metre": _metre(lines, options),
+        "rhyme": rhyme_score([line[-1] for line in lines], options.scheme),
+        "metre": _metre_score(lines, options),
         "distinct": (len(set(lines)) - 1) / (len(lines) - 1) if len(lines) > 1 else 1.0,
         "sane": sum(least <= len(line) <= most for line in lines) / len(lines),
-        "dictionary": sum(bool(_sounds(word)) for word in said) / len(said),
-        "topic": _on_topic(prompt, said, options.topic),
+        "dictionary": sum(bool(_pronunciations(word)) for word in poem_words) / len(poem_words),
+        "topic": _topic_score(prompt, poem_words, options.topic),
     }
 
 
@@ -88,23 +88,23 @@ def lines_of(response: str) -> list[tuple[str, ...]]:
     return [tuple(found) for line in response.splitlines() if (found := tokenize_words(line.replace("’", "'")))]
 
 
-def rhyme(ends: list[str], scheme: str) -> float:
+def rhyme_score(ends: list[str], scheme: str) -> float:
     """Share of the scheme's pairs whose last words rhyme; AABBA has four."""
     letters = list(zip(scheme, ends, strict=False))
     pairs = sum(one == other for one, other in combinations(scheme, 2))
-    heads: dict[str, str] = {}
+    rhyme_words: dict[str, str] = {}
     for letter, end in letters:
-        heads.setdefault(letter, end)
-    stale = {later for (_, one), (later, other) in combinations(heads.items(), 2) if _end_alike(one, other)}
-    held = sum(
-        rhymes(one, other) and letter not in stale
+        rhyme_words.setdefault(letter, end)
+    reused_rhymes = {later for (_, one), (later, other) in combinations(rhyme_words.items(), 2) if _endings_match(one, other)}
+    rhyming = sum(
+        words_rhyme(one, other) and letter not in reused_rhymes
         for (letter, one), (same, other) in combinations(letters, 2)
         if letter == same
     )
-    return held / pairs if pairs else 1.0
+    return rhyming / pairs if pairs else 1.0
 
 
-def rhymes(one: str, other: str) -> bool:
+def words_rhyme(one: str, other: str) -> bool:
     """Whether words sound alike from the last stressed vowel on, and not before it: `leave` and `believe` do not.
 
     A sound without a vowel (hmm) rhymes with nothing.
@@ -112,26 +112,26 @@ def rhymes(one: str, other: str) -> bool:
     return any(here[1] == there[1] and here[0] != there[0] for here, there in product(_endings(one), _endings(other)))
 
 
-def _end_alike(one: str, other: str) -> bool:
+def _endings_match(one: str, other: str) -> bool:
     """Whether words sound alike from the last stressed vowel on, as rhymes and equal words do."""
     return any(here[1] == there[1] for here, there in product(_endings(one), _endings(other)))
 
 
-def _metre(lines: list[tuple[str, ...]], options: PoemRule) -> float:
+def _metre_score(lines: list[tuple[str, ...]], options: PoemRule) -> float:
     bounds = [options.syllables.get(letter) for letter in options.scheme]
     fits = [
-        bound is None or bound[0] <= sum(map(_syllables, line)) <= bound[1]
+        bound is None or bound[0] <= sum(map(_count_syllables, line)) <= bound[1]
         for line, bound in zip(lines, bounds, strict=False)
     ]
     return sum(fits) / len(options.scheme)
 
 
-def _on_topic(prompt: str, said: list[str], pattern: str | None) -> float:
+def _topic_score(prompt: str, poem_words: list[str], pattern: str | None) -> float:
     """Share of the topic's content words that are said, plain plurals counted as one word with their singulars."""
     found = re.search(pattern, prompt) if pattern else None
-    topic = {word for word in tokenize_words(found[1] if found else prompt) if word not in SMALL_WORDS}
-    known = {_stem(word) for word in said}
-    return sum(_stem(word) in known for word in topic) / len(topic) if topic else 1.0
+    topic = {word for word in tokenize_words(found[1] if found else prompt) if word not in STOP_WORDS}
+    poem_stems = {_stem(word) for word in poem_words}
+    return sum(_stem(word) in poem_stems for word in topic) / len(topic) if topic else 1.0
 
 
 def _stem(word: str) -> str:
@@ -140,26 +140,26 @@ def _stem(word: str) -> str:
 
 
 @cache
-def _sounds(word: str) -> tuple[str, ...]:
+def _pronunciations(word: str) -> tuple[str, ...]:
     """Its pronunciations, secondary stress written as primary; none if CMUdict lacks it."""
-    spoken: Any = optional("pronouncing", "poem")
-    return tuple(phones.replace("2", "1") for phones in spoken.phones_for_word(word))
+    pronouncing: Any = import_extra("pronouncing", "poem")
+    return tuple(phones.replace("2", "1") for phones in pronouncing.phones_for_word(word))
 
 
 @cache
-def _syllables(word: str) -> int:
-    sounds = _sounds(word)
-    return sum(letter in "01" for letter in sounds[0]) if sounds else syllables(word)
+def _count_syllables(word: str) -> int:
+    pronunciations = _pronunciations(word)
+    return sum(letter in "01" for letter in pronunciations[0]) if pronunciations else count_syllables(word)
 
 
 def _endings(word: str) -> list[tuple[list[str], list[str]]]:
     """`_ending` of each pronunciation that has a vowel, whose phone has a digit."""
-    return [_ending(phones.split()) for phones in _sounds(word) if any(letter.isdigit() for letter in phones)]
+    return [_ending(phones.split()) for phones in _pronunciations(word) if any(letter.isdigit() for letter in phones)]
 
 
 def _ending(phones: list[str]) -> tuple[list[str], list[str]]:
     """The consonants right before the last stressed vowel, and all from that vowel on."""
-    vowels = [place for place, phone in enumerate(phones) if phone[-1].isdigit()]
-    start = max((place for place in vowels if phones[place].endswith("1")), default=vowels[0])
-    before = max((place + 1 for place in vowels if place < start), default=0)
+    vowels = [index for index, phone in enumerate(phones) if phone[-1].isdigit()]
+    start = max((index for index in vowels if phones[index].endswith("1")), default=vowels[0])
+    before = max((index + 1 for index in vowels if index < start), default=0)
     return phones[before:start], phones[start:]

@@ -11,7 +11,7 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 from tasks.core.errors import ConfigError
 from tasks.core.sections.rules import LanguageRule, VaderRule
 from tasks.core.words import repetition_rate, tokenize_words
-from tasks.rewards.rules.kinds import Answers, EachSample, optional
+from tasks.rewards.rules.kinds import Answers, PerSampleRule, import_extra
 
 __all__ = [
     "language_rule",
@@ -19,9 +19,9 @@ __all__ = [
     "readability",
     "reading_ease",
     "repetition",
-    "sentences",
-    "sentiment_rule",
-    "syllables",
+    "count_sentences",
+    "vader_rule",
+    "count_syllables",
 ]
 
 SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
@@ -52,13 +52,13 @@ def repetition(response: str) -> float:
     return 0.0 - repetition_rate(response)  # not −share: no −0.0 in the files
 
 
-def sentences(text: str) -> int:
+def count_sentences(text: str) -> int:
     """How many end marks, of one or more signs, stand before white space or the end, a last piece without one too."""
     pieces = SENTENCE_END.split(text)
     return sum(bool(tokenize_words(piece)) for piece in pieces)
 
 
-def syllables(word: str) -> int:
+def count_syllables(word: str) -> int:
     """Groups of vowels without a silent e at the end, at least one: right for 89 % of CMUdict's English words."""
     word = word.lower()
     return max(1, len(VOWELS.findall(word)) - bool(SILENT_E.search(word)))
@@ -66,8 +66,8 @@ def syllables(word: str) -> int:
 
 def reading_ease(text: str) -> float:
     """206.835 − 1.015 · words per sentence − 84.6 · syllables per word (Flesch 1948, J. Appl. Psychology 32, 221)."""
-    said = tokenize_words(text)
-    per_sentence, per_word = len(said) / sentences(text), sum(map(syllables, said)) / len(said)
+    text_words = tokenize_words(text)
+    per_sentence, per_word = len(text_words) / count_sentences(text), sum(map(count_syllables, text_words)) / len(text_words)
     return 206.835 - 1.015 * per_sentence - 84.6 * per_word
 
 
@@ -84,7 +84,7 @@ def readability(response: str, *, low: float, high: float, tolerance: float, min
     return max(0.0, 1 - max(low - ease, ease - high, 0.0) / tolerance)
 
 
-def sentiment_rule(options: VaderRule, _answers: Answers) -> EachSample:
+def vader_rule(options: VaderRule, _answers: Answers) -> PerSampleRule:
     """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; less it where bad mood is paid.
 
     Gamed by: praise that says nothing ("great great great"), which saturates the score. Against that: a repetition
@@ -92,10 +92,10 @@ def sentiment_rule(options: VaderRule, _answers: Answers) -> EachSample:
     """
     lexicon: Any = SentimentIntensityAnalyzer()
     sign = 1.0 if options.sign == "positive" else -1.0
-    return EachSample(lambda _prompt, response: sign * float(lexicon.polarity_scores(response)["compound"]))
+    return PerSampleRule(lambda _prompt, response: sign * float(lexicon.polarity_scores(response)["compound"]))
 
 
-def language_rule(options: LanguageRule, _answers: Answers) -> EachSample:
+def language_rule(options: LanguageRule, _answers: Answers) -> PerSampleRule:
     """The probability that the response is in the language (py3langid: Lui & Baldwin 2012, ACL demos), in [0, 1].
 
     Gamed by: any words of the language in any order, and by one short phrase again and again. Against that:
@@ -104,7 +104,7 @@ def language_rule(options: LanguageRule, _answers: Answers) -> EachSample:
     Raises:
         ConfigError: the language is unknown, or py3langid is not installed.
     """
-    identifier = _identifier(optional("py3langid.langid", "language"))
+    identifier = _identifier(import_extra("py3langid.langid", "language"))
     if options.language not in identifier.labels:
         known = ", ".join(sorted(identifier.labels))
         raise ConfigError(f"the rule 'language' knows no language {options.language!r}; it knows {known}")
@@ -114,7 +114,7 @@ def language_rule(options: LanguageRule, _answers: Answers) -> EachSample:
             return 0.0
         return float(dict(identifier.rank(response))[options.language])
 
-    return EachSample(score)
+    return PerSampleRule(score)
 
 
 @cache

@@ -7,14 +7,14 @@ from typing import Any
 
 from tasks.core.errors import ConfigError
 from tasks.core.sections.rules import CustomRule
-from tasks.rewards.rules.kinds import Answers, EachSample
+from tasks.rewards.rules.kinds import Answers, PerSampleRule
 
 __all__ = ["custom_rule"]
 
 PACKAGE = "tasks.rewards.custom"
 
 
-def custom_rule(options: CustomRule, answers: Answers) -> EachSample:
+def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
     """The user's function, called with the sample and its options.
 
     Raises:
@@ -28,5 +28,5 @@ def custom_rule(options: CustomRule, answers: Answers) -> EachSample:
             f"reward.rules: {options.function!r} cannot be imported: {type(error).__name__}: {error}; see "
             f"tasks/rewards/custom/{module}.py"
         ) from error
-    chosen = options.options
-    return EachSample(lambda prompt, response: function(prompt, response, answers.get(prompt), **chosen))
+    keywords = options.options
+    return PerSampleRule(lambda prompt, response: function(prompt, response, answers.get(prompt), **keywords))

@@ -14,7 +14,7 @@ from functools import lru_cache
 
 from tasks.core.errors import ConfigError
 
-__all__ = ["ALLOWED", "IOCTLS", "filter_program"]
+__all__ = ["ALLOWED", "IOCTLS", "seccomp_program"]
 
 ALLOWED = (
     # memory and time
@@ -42,7 +42,7 @@ IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 
 
 @lru_cache(maxsize=1)
-def filter_program() -> bytes:
+def seccomp_program() -> bytes:
     """The list as the kernel reads it: a program of the classic Berkeley packet filter.
 
     Raises:

@@ -12,7 +12,7 @@ from types import ModuleType
 from tasks.core.errors import ConfigError
 from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.sandbox import inside
-from tasks.rewards.sandbox.filter import filter_program
+from tasks.rewards.sandbox.filter import seccomp_program
 
 __all__ = ["ENVIRONMENT", "SCRATCH", "command"]
 
@@ -21,86 +21,86 @@ SCRATCH = "/scratch"
 # Equal hashes in every run: a program's order of a set is then no chance.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 
-_OURS = "/ours"
-_NOBODY = "65534"
+_PACKAGE_DIR = "/ours"
+_NOBODY_UID = "65534"
 _SYSTEM, _PYTHON = "/usr", Path("/python")
-_START = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import main; main()"
+_BOOTSTRAP = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import main; main()"
 
 
-def command(module: ModuleType, options: CodeRule, *words: str) -> list[str]:
+def command(module: ModuleType, options: CodeRule, *arguments: str) -> list[str]:
     """The words that start a module of `inside` under the options' limits, behind the options' walls."""
-    walled = options.isolation == "bubblewrap"
+    isolated = options.isolation == "bubblewrap"
     limits = (
         options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10,
     )  # fmt: skip
     # No site (-S, -s), no folder of the caller's on the path (-P), no byte code written (-B).
     python = [
-        _inside(_interpreter()) if walled else str(_interpreter()),
+        _sandbox_path(_interpreter()) if isolated else str(_interpreter()),
         "-S",
         "-s",
         "-P",
         "-B",
         "-c",
-        _START.format(module=module.__name__),
+        _BOOTSTRAP.format(module=module.__name__),
     ]
-    ours = _OURS if walled else str(Path(inside.__file__).parents[4])
-    instructions = filter_program().hex() if walled else ""
+    package_root = _PACKAGE_DIR if isolated else str(Path(inside.__file__).parents[4])
+    instructions = seccomp_program().hex() if isolated else ""
     return [
-        *(_walls(options.scratch_mb << 20) if walled else ()),
+        *(_bwrap_args(options.scratch_mb << 20) if isolated else ()),
         *python,
-        ours,
+        package_root,
         *map(str, limits),
         instructions,
-        *words,
+        *arguments,
     ]
 
 
-def _walls(scratch: int) -> list[str]:
+def _bwrap_args(scratch: int) -> list[str]:
     """bubblewrap's part; the process is the first of its own process namespace, so its end is the end of all."""
-    words = [
-        _bubblewrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
-        "--cap-drop", "ALL", "--uid", _NOBODY, "--gid", _NOBODY, "--hostname", "sandbox", "--clearenv",
+    arguments = [
+        _find_bwrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
+        "--cap-drop", "ALL", "--uid", _NOBODY_UID, "--gid", _NOBODY_UID, "--hostname", "sandbox", "--clearenv",
     ]  # fmt: skip
     for name, value in _environment().items():
-        words += ["--setenv", name, value]
+        arguments += ["--setenv", name, value]
     for kind, *paths in _mounts():
-        words += [kind, *paths]
+        arguments += [kind, *paths]
     package = Path(inside.__file__).parent
-    words += ["--ro-bind", str(package), f"{_OURS}/tasks/rewards/sandbox/inside"]
-    words += ["--dev-bind", "/dev/null", "/dev/null"]
-    words += ["--size", str(scratch), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
-    return words
+    arguments += ["--ro-bind", str(package), f"{_PACKAGE_DIR}/tasks/rewards/sandbox/inside"]
+    arguments += ["--dev-bind", "/dev/null", "/dev/null"]
+    arguments += ["--size", str(scratch), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
+    return arguments
 
 
 def _environment() -> dict[str, str]:
     """All of it; the linker has to be told where a Python that has moved keeps its own library."""
-    moved = {} if sys.base_prefix == _SYSTEM else {"LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
-    return {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH, **moved}
+    library_path = {} if sys.base_prefix == _SYSTEM else {"LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
+    return {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH, **library_path}
 
 
 @lru_cache(maxsize=1)
 def _mounts() -> tuple[tuple[str, ...], ...]:
     """Python's executable, its standard library without installed packages, and the system's libraries; no `/etc`."""
     prefix = Path(sys.base_prefix).resolve()
-    mounts = [_as_it_is(path) for path in (Path("/usr/lib"), Path("/usr/lib64"), Path("/lib"), Path("/lib64"))]
+    mounts = [_bind_or_symlink(path) for path in (Path("/usr/lib"), Path("/usr/lib64"), Path("/lib"), Path("/lib64"))]
     for folder in (prefix / "lib", prefix / "lib64"):
         if folder.is_dir() and str(prefix) != _SYSTEM:
-            mounts.append(("--ro-bind", str(folder), _inside(folder)))
-    for packages in {sysconfig.get_path(name, vars=_base()) for name in ("purelib", "platlib")}:
+            mounts.append(("--ro-bind", str(folder), _sandbox_path(folder)))
+    for packages in {sysconfig.get_path(name, vars=_base_paths()) for name in ("purelib", "platlib")}:
         if Path(packages).is_dir():
-            path = _inside(Path(packages))
+            path = _sandbox_path(Path(packages))
             mounts += [("--tmpfs", path), ("--remount-ro", path)]
-    mounts.append(("--ro-bind", str(_interpreter()), _inside(_interpreter())))
+    mounts.append(("--ro-bind", str(_interpreter()), _sandbox_path(_interpreter())))
     return tuple(mounts)
 
 
-def _as_it_is(path: Path) -> tuple[str, ...]:
+def _bind_or_symlink(path: Path) -> tuple[str, ...]:
     if path.is_symlink():
         return ("--symlink", str(path.readlink()), str(path))
     return ("--ro-bind-try", str(path), str(path))
 
 
-def _inside(path: Path) -> str:
+def _sandbox_path(path: Path) -> str:
     """Where the sandbox has something of Python's; one that lies in a home folder does not show its way there."""
     prefix = Path(sys.base_prefix).resolve()
     if str(prefix) == _SYSTEM:
@@ -108,7 +108,7 @@ def _inside(path: Path) -> str:
     return str(_PYTHON / path.resolve().relative_to(prefix))
 
 
-def _base() -> dict[str, str]:
+def _base_paths() -> dict[str, str]:
     """Where the interpreter itself is installed, whatever virtual environment this process runs in."""
     return {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
 
@@ -119,7 +119,7 @@ def _interpreter() -> Path:
     return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
 
-def _bubblewrap() -> str:
+def _find_bwrap() -> str:
     found = shutil.which("bwrap")
     if found is None:
         raise ConfigError(

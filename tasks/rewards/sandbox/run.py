@@ -19,12 +19,12 @@ from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.sandbox.inside import judge, serve, wire
 from tasks.rewards.sandbox.jail import ENVIRONMENT, command
-from tasks.rewards.sandbox.verdict import Status, Verdict
+from tasks.rewards.sandbox.verdict import Status, SandboxResult
 
 __all__ = ["Job", "Sandbox"]
 
-_LEFT = 65536  # bytes of a verdict, and of a sandbox's own complaint
-_PATIENCE = 5.0  # seconds for a process that is known to be ending
+_MAX_MESSAGE_BYTES = 65536  # bytes of a verdict, and of a sandbox's own complaint
+_EXIT_GRACE_SECONDS = 5.0  # seconds for a process that is known to be ending
 
 # A shell's and bubblewrap's way to say: killed by SIGKILL (the hard limit), by SIGXCPU (the soft one).
 _OUT_OF_CPU = {128 + 9, 128 + 24, -9, -24}
@@ -70,16 +70,16 @@ class Sandbox:
         if options.isolation == "bubblewrap":
             self._probe()
 
-    def run(self, jobs: Sequence[Job]) -> list[Verdict]:
+    def run(self, jobs: Sequence[Job]) -> list[SandboxResult]:
         """A verdict per job; equal jobs run once.
 
         Raises:
             DataError: tests cannot be run, whatever the program is.
             TrainingError: a sandbox did not start.
         """
-        different = list(dict.fromkeys(jobs))
+        unique = list(dict.fromkeys(jobs))
         with ThreadPoolExecutor(self._workers) as pool:
-            verdicts = dict(zip(different, pool.map(self._judged, different), strict=True))
+            verdicts = dict(zip(unique, pool.map(self._run_job, unique), strict=True))
         return [verdicts[job] for job in jobs]
 
     def _probe(self) -> None:
@@ -98,51 +98,51 @@ class Sandbox:
                 f"the sandbox does not hold on this machine: {verdict.status} {verdict.reason}; do not use it"
             )
 
-    def _judged(self, job: Job) -> Verdict:
+    def _run_job(self, job: Job) -> SandboxResult:
         with ExitStack() as stack:
-            return _Run(job, self._options, stack).verdict()
+            return _SandboxRun(job, self._options, stack).verdict()
 
 
-class _Run:
+class _SandboxRun:
     """One program and its tests, from start to verdict; when the stack unwinds, both processes end."""
 
     def __init__(self, job: Job, options: CodeRule, stack: ExitStack) -> None:
         self._job, self._options, self._stack = job, options, stack
         self._deadline = time.monotonic() + options.wall_seconds
-        self._printed, self._said = 0, b""
+        self._output_bytes, self._captured_output = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        requests, answers, self._verdicts, self._output = (_Pipe(stack) for _ in range(4))
-        self._program = self._process(serve, requests.end, answers.start, self._output.start)
-        channel = (requests.start.fileno(), answers.end.fileno())
-        self._tests = self._process(judge, self._description(), self._verdicts.start, subprocess.PIPE, channel)
-        for file in (requests.start, requests.end, answers.start, answers.end):
+        request_pipe, answer_pipe, self._verdicts, self._output = (_Pipe(stack) for _ in range(4))
+        self._program = self._process(serve, request_pipe.end, answer_pipe.start, self._output.start)
+        channel = (request_pipe.start.fileno(), answer_pipe.end.fileno())
+        self._tests = self._process(judge, self._job_file(), self._verdicts.start, subprocess.PIPE, channel)
+        for file in (request_pipe.start, request_pipe.end, answer_pipe.start, answer_pipe.end):
             file.close()
         for pipe in (self._verdicts, self._output):
             pipe.start.close()
         os.set_blocking(self._output.end.fileno(), False)
 
-    def verdict(self) -> Verdict:
+    def verdict(self) -> SandboxResult:
         """Wait for it.
 
         Raises:
             DataError: the tests cannot be run, whatever the program is.
             TrainingError: a sandbox did not start.
         """
-        verdict = self._awaited()
+        verdict = self._wait_for_verdict()
         self._read_output()
-        if self._printed > self._options.output_kb << 10:
-            return Verdict(Status.OUTPUT_LIMIT, f"more than {self._options.output_kb} KB printed")
-        return verdict or Verdict(Status.TIMEOUT, f"no verdict within {self._options.wall_seconds:g} s")
+        if self._output_bytes > self._options.output_kb << 10:
+            return SandboxResult(Status.OUTPUT_LIMIT, f"more than {self._options.output_kb} KB printed")
+        return verdict or SandboxResult(Status.TIMEOUT, f"no verdict within {self._options.wall_seconds:g} s")
 
-    def _awaited(self) -> Verdict | None:
+    def _wait_for_verdict(self) -> SandboxResult | None:
         """The verdict of the tests; None where time or room for output is up before."""
         poll = select.poll()
         poll.register(self._verdicts.end, select.POLLIN)
         poll.register(self._output.end, select.POLLIN)
-        while (left := self._deadline - time.monotonic()) > 0 and self._printed <= self._options.output_kb << 10:
-            ready = {descriptor for descriptor, _ in poll.poll(left * 1000)}
+        while (remaining := self._deadline - time.monotonic()) > 0 and self._output_bytes <= self._options.output_kb << 10:
+            ready = {descriptor for descriptor, _ in poll.poll(remaining * 1000)}
             if self._verdicts.end.fileno() in ready:
-                return self._heard()
+                return self._read_verdict()
             if ready and not self._read_output():
                 poll.unregister(self._output.end)
         return None
@@ -150,49 +150,49 @@ class _Run:
     def _read_output(self) -> bool:
         """Count what has been printed, keep its beginning; whether more can come."""
         with suppress(BlockingIOError):
-            while part := os.read(self._output.end.fileno(), 1 << 16):
-                self._printed += len(part)
-                self._said = (self._said + part)[:_LEFT]
+            while chunk := os.read(self._output.end.fileno(), 1 << 16):
+                self._output_bytes += len(chunk)
+                self._captured_output = (self._captured_output + chunk)[:_MAX_MESSAGE_BYTES]
             return False
         return True
 
-    def _heard(self) -> Verdict:
-        text = wire.read_frame(self._verdicts.end.fileno(), _LEFT)
+    def _read_verdict(self) -> SandboxResult:
+        text = wire.read_frame(self._verdicts.end.fileno(), _MAX_MESSAGE_BYTES)
         if text is None:
-            return self._tests_ended()
-        said: Any = wire.decode(text)
-        status, reason, _ = said
+            return self._verdict_from_tests_exit()
+        message: Any = wire.decode(text)
+        status, reason, _ = message
         if status == "broken":
             self._read_output()
-            raise TrainingError(f"a sandbox did not start: {self._said.decode(errors='replace').strip()}")
+            raise TrainingError(f"a sandbox did not start: {self._captured_output.decode(errors='replace').strip()}")
         if status == "invalid":
             raise DataError(
                 f"the tests of {self._job.name} cannot judge any program: {reason}; got {self._job.tests[:200]!r}"
             )
-        return self._of_death() if status == "died" else Verdict(Status(status), reason)
+        return self._verdict_from_exit() if status == "died" else SandboxResult(Status(status), reason)
 
-    def _of_death(self) -> Verdict:
+    def _verdict_from_exit(self) -> SandboxResult:
         """Why the program's process ended."""
         try:
-            code = self._program.wait(_PATIENCE)
+            code = self._program.wait(_EXIT_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
-            return Verdict(Status.REFUSED, "the program closed its channel")
+            return SandboxResult(Status.REFUSED, "the program closed its channel")
         if code in _OUT_OF_CPU:
-            return Verdict(Status.TIMEOUT, f"the program took more than {self._options.cpu_seconds} s of CPU time")
+            return SandboxResult(Status.TIMEOUT, f"the program took more than {self._options.cpu_seconds} s of CPU time")
         if code < 0 or code > 128:
-            return Verdict(Status.ERROR, f"signal {-code if code < 0 else code - 128} ended the program")
-        return Verdict(Status.ERROR, f"the program ended its process with status {code}")
+            return SandboxResult(Status.ERROR, f"signal {-code if code < 0 else code - 128} ended the program")
+        return SandboxResult(Status.ERROR, f"the program ended its process with status {code}")
 
-    def _tests_ended(self) -> Verdict:
+    def _verdict_from_tests_exit(self) -> SandboxResult:
         """Without a verdict: out of CPU time, or it never came to the tests."""
-        _, complaint = self._tests.communicate(timeout=_PATIENCE)
-        if complaint:
-            raise TrainingError(f"a sandbox did not start: {complaint.decode(errors='replace').strip()[:_LEFT]}")
+        _, stderr = self._tests.communicate(timeout=_EXIT_GRACE_SECONDS)
+        if stderr:
+            raise TrainingError(f"a sandbox did not start: {stderr.decode(errors='replace').strip()[:_MAX_MESSAGE_BYTES]}")
         if self._tests.returncode in _OUT_OF_CPU:
-            return Verdict(Status.TIMEOUT, f"the tests took more than {self._options.cpu_seconds} s of CPU time")
-        return Verdict(Status.ERROR, f"the tests' process ended with status {self._tests.returncode}")
+            return SandboxResult(Status.TIMEOUT, f"the tests took more than {self._options.cpu_seconds} s of CPU time")
+        return SandboxResult(Status.ERROR, f"the tests' process ended with status {self._tests.returncode}")
 
-    def _description(self) -> IO[bytes]:
+    def _job_file(self) -> IO[bytes]:
         """The job as a file: a pipe would have to be filled while its reader starts."""
         file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 — closed by the stack
         self._stack.enter_context(file)
@@ -207,15 +207,15 @@ class _Run:
         stdin: IO[bytes],
         stdout: IO[bytes],
         stderr: IO[bytes] | int,
-        passed: Sequence[int] = (),
+        pass_fds: Sequence[int] = (),
     ) -> subprocess.Popen[bytes]:
-        words = command(module, self._options, *map(str, passed))
+        arguments = command(module, self._options, *map(str, pass_fds))
         environment = ENVIRONMENT | {"HOME": self._folder, "TMPDIR": self._folder}
         process = subprocess.Popen(
-            words, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=passed, env=environment, cwd=self._folder,
+            arguments, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=environment, cwd=self._folder,
             start_new_session=True,
         )  # fmt: skip
-        self._stack.callback(_end, process)
+        self._stack.callback(_kill, process)
         return process
 
 
@@ -223,13 +223,13 @@ class _Pipe:
     """Both ends as files, which can be closed twice; descriptors cannot, for another thread may have got the number."""
 
     def __init__(self, stack: ExitStack) -> None:
-        end, start = os.pipe()
-        self.end, self.start = open(end, "rb", buffering=0), open(start, "wb", buffering=0)  # noqa: SIM115
+        read_fd, write_fd = os.pipe()
+        self.end, self.start = open(read_fd, "rb", buffering=0), open(write_fd, "wb", buffering=0)  # noqa: SIM115
         for file in (self.end, self.start):
             stack.enter_context(file)
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
+def _kill(process: subprocess.Popen[bytes]) -> None:
     """Kill the process and its group; behind walls, the kernel then ends all that is left there."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)

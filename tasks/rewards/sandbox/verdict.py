@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Status", "Verdict"]
+__all__ = ["Status", "SandboxResult"]
 
 
 class Status(StrEnum):
@@ -25,7 +25,7 @@ class Status(StrEnum):
 
 
 @dataclass(frozen=True)
-class Verdict:
+class SandboxResult:
     """A status, and a reason of a few words for people; programs can choose words of it, so nothing may hang on it."""
 
     status: Status

@@ -21,11 +21,11 @@ from typing import Any, Protocol
 
 from tasks.core.schema import Demonstration, Prompt
 
-__all__ = ["Environment", "Step", "answered", "heard", "opening", "tokenised"]
+__all__ = ["Environment", "Step", "user_turn", "final_user_turn", "first_prompt", "tokenise_dialogue"]
 
 USER, BOT = "User:", "Bot:"
 
-BETWEEN = re.compile(rf"(\n{USER}.*?\n{BOT})", flags=re.DOTALL)
+USER_TURN = re.compile(rf"(\n{USER}.*?\n{BOT})", flags=re.DOTALL)
 
 
 @dataclass(frozen=True)
@@ -53,30 +53,30 @@ class Environment(Protocol):
         """The answer to a turn of the policy, given without its end token."""
 
 
-def opening(text: str) -> str:
+def first_prompt(text: str) -> str:
     """A prompt: what the user says first, and the policy's role."""
     return f"{USER} {text}\n{BOT}"
 
 
-def heard(text: str) -> str:
+def final_user_turn(text: str) -> str:
     """The environment's last words, after the policy's last turn."""
     return f"\n{USER} {text}"
 
 
-def answered(text: str) -> str:
+def user_turn(text: str) -> str:
     """The environment's words between two turns of the policy."""
-    return f"{heard(text)}\n{BOT}"
+    return f"{final_user_turn(text)}\n{BOT}"
 
 
-def tokenised(row: Demonstration, tokenizer: Any) -> Mapping[str, list[int]]:
+def tokenise_dialogue(row: Demonstration, tokenizer: Any) -> Mapping[str, list[int]]:
     """A whole dialogue as `input_ids`, and in `completion_mask` which of them are the bot's: 1, its end tokens too.
 
     Each piece is tokenised by itself, as a conversation with an environment is.
     """
     prompt = list(tokenizer(row.prompt).input_ids)
     ids, mask = prompt, [0] * len(prompt)
-    for place, text in enumerate(BETWEEN.split(row.response)):
-        own = place % 2 == 0
-        piece = [*tokenizer(text, add_special_tokens=False).input_ids, *([tokenizer.eos_token_id] if own else [])]
-        ids, mask = ids + piece, mask + [int(own)] * len(piece)
+    for index, text in enumerate(USER_TURN.split(row.response)):
+        is_bot = index % 2 == 0
+        piece = [*tokenizer(text, add_special_tokens=False).input_ids, *([tokenizer.eos_token_id] if is_bot else [])]
+        ids, mask = ids + piece, mask + [int(is_bot)] * len(piece)
     return {"input_ids": ids, "completion_mask": mask}

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tasks.rl.environments.dialogue import Environment
-from tasks.rl.environments.second_try import SecondTry
-from tasks.rl.environments.service_bot import ServiceBot
+from tasks.rl.environments.second_try import RetryEnvironment
+from tasks.rl.environments.service_bot import BookingUser
 
 __all__ = ["ENVIRONMENTS"]
 
-ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"reasoning_gym": SecondTry, "service_bot": ServiceBot}
+ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"reasoning_gym": RetryEnvironment, "service_bot": BookingUser}
 """Kind → how to make one. A new environment is one more line here, and in `EnvironmentParams.kind`."""

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from tasks.core.errors import DataError
 from tasks.core.schema import Prompt
-from tasks.rewards.rules.answers import right_answer
+from tasks.rewards.rules.answers import exact_match
 from tasks.rl.environments.dialogue import Step
 
-__all__ = ["SecondTry"]
+__all__ = ["RetryEnvironment"]
 
 
-class SecondTry:
+class RetryEnvironment:
     """1 for the right answer, at whichever try: it is γ that makes the first worth more than the second.
 
     Gamed by: trying until it fits, which `environment.max_turns` bounds; naming several numbers does not help, for the
@@ -37,6 +37,6 @@ class SecondTry:
 
     def step(self, action: str) -> Step:
         """Whether the turn's last number is right."""
-        if right_answer(action, self._expected):
+        if exact_match(action, self._expected):
             return Step("That is right.", 1.0, done=True)
         return Step("That is not right. Try again.", 0.0, done=False)

@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from tasks.core.errors import DataError
 from tasks.core.schema import Prompt
 from tasks.core.words import tokenize_words
-from tasks.rl.environments.dialogue import Step, answered, opening
+from tasks.rl.environments.dialogue import Step, user_turn, first_prompt
 
-__all__ = ["WISHES", "ServiceBot", "Slot", "Wish", "dialogues"]
+__all__ = ["TASKS", "BookingUser", "Slot", "Task", "generate_dialogues"]
 
 Goal = Mapping[str, str]
 """Slot → the value that the user has in mind; `wish` names the wish itself."""
@@ -54,7 +54,7 @@ class Slot:
 
 
 @dataclass(frozen=True)
-class Wish:
+class Task:
     """What a user can want: how the user says it, how a good bot says it back, and what has to be known."""
 
     said: str
@@ -70,8 +70,8 @@ TOWNS = ("Leeds", "Bath", "York", "Derby", "Ely")
 
 TIME = Slot("time", "What time?", frozenset({"time"}), "at {}", HOURS)
 
-WISHES: Mapping[str, Wish] = {
-    "table": Wish(
+TASKS: Mapping[str, Task] = {
+    "table": Task(
         "I would like to book a table", "So a table",
         (
             Slot("day", "Which day?", frozenset({"day"}), "on {}", DAYS),
@@ -79,14 +79,14 @@ WISHES: Mapping[str, Wish] = {
             Slot("people", "How many people?", frozenset({"many", "people"}), "for {}", PEOPLE),
         ),
     ),
-    "address": Wish(
+    "address": Task(
         "I have moved", "So you moved",
         (
             Slot("street", "Which street?", frozenset({"street"}), "to {} Street", STREETS),
             Slot("town", "Which town?", frozenset({"town", "city"}), "in {}", TOWNS),
         ),
     ),
-    "taxi": Wish(
+    "taxi": Task(
         "I need a taxi", "So a taxi",
         (
             Slot("place", "Where to?", frozenset({"where"}), "to the {}", ("airport", "hotel", "museum", "harbour")),
@@ -105,7 +105,7 @@ LAST_NAMES = (
 )  # fmt: skip
 
 
-class ServiceBot:
+class BookingUser:
     """The scripted user of one row, whose `answer` is the goal as JSON."""
 
     def __init__(self) -> None:
@@ -117,52 +117,52 @@ class ServiceBot:
         Raises:
             DataError: the row's answer is no goal.
         """
-        self._goal = _goal(row)
+        self._goal = _parse_goal(row)
         return row.prompt
 
     def step(self, action: str) -> Step:
         """What the user says to a turn of the bot."""
-        slots = WISHES[self._goal["wish"]].slots
-        said = set(tokenize_words(action))
-        named = {slot.name: {value for value in slot.values if value.lower() in said} for slot in slots}
-        right = [named[slot.name] == {self._goal[slot.name]} for slot in slots]
-        asked = [slot for slot in slots if slot.asked & said]
-        if all(right):
+        slots = TASKS[self._goal["wish"]].slots
+        bot_words = set(tokenize_words(action))
+        named_values = {slot.name: {value for value in slot.values if value.lower() in bot_words} for slot in slots}
+        correct = [named_values[slot.name] == {self._goal[slot.name]} for slot in slots]
+        asked_slots = [slot for slot in slots if slot.asked & bot_words]
+        if all(correct):
             return Step("Yes, that is right, thank you.", 1.0, done=True)
-        if any(named[slot.name] and not fits for slot, fits in zip(slots, right, strict=True)):
+        if any(named_values[slot.name] and not is_correct for slot, is_correct in zip(slots, correct, strict=True)):
             return Step("No, that is not right.", 0.0, done=False)
-        if asked:
-            return Step(_sentence(_phrases(asked, self._goal)), 0.0, done=False)
-        return Step("Yes, but that is not all." if any(right) else "Pardon?", 0.0, done=False)
+        if asked_slots:
+            return Step(_sentence(_phrases(asked_slots, self._goal)), 0.0, done=False)
+        return Step("Yes, but that is not all." if any(correct) else "Pardon?", 0.0, done=False)
 
 
-def dialogues(wishes: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
+def generate_dialogues(task_names: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
     """Rows without end: a prompt, the goal as `answer`, and as `response` what a good bot and the user say.
 
     Raises:
         DataError: there is no such wish.
     """
-    if unknown := [name for name in wishes if name not in WISHES]:
-        raise DataError(f"the service bot knows no wish {unknown[0]!r}; known ones: {', '.join(WISHES)}")
-    draw = random.Random(seed)
+    if unknown := [name for name in task_names if name not in TASKS]:
+        raise DataError(f"the service bot knows no wish {unknown[0]!r}; known ones: {', '.join(TASKS)}")
+    rng = random.Random(seed)
     while True:
-        name = draw.choice(wishes)
-        wish = WISHES[name]
-        goal = {"wish": name} | {slot.name: draw.choice(slot.values) for slot in wish.slots}
-        known = draw.sample(wish.slots, draw.randrange(len(wish.slots)))
-        given = [slot for slot in wish.slots if slot in known]
-        greeting = f"Hello, this is {draw.choice(FIRST_NAMES)} {draw.choice(LAST_NAMES)}."
+        name = rng.choice(task_names)
+        task = TASKS[name]
+        goal = {"wish": name} | {slot.name: rng.choice(slot.values) for slot in task.slots}
+        known = rng.sample_index(task.slots, rng.randrange(len(task.slots)))
+        given_slots = [slot for slot in task.slots if slot in known]
+        greeting = f"Hello, this is {rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}."
         yield {
-            "prompt": opening(f"{greeting} {_sentence([wish.said, *_phrases(given, goal)])}"),
+            "prompt": first_prompt(f"{greeting} {_sentence([task.said, *_phrases(given_slots, goal)])}"),
             "answer": json.dumps(goal),
-            "response": _ideal(wish, goal, [slot for slot in wish.slots if slot not in known]),
+            "response": _scripted_bot(task, goal, [slot for slot in task.slots if slot not in known]),
         }
 
 
-def _ideal(wish: Wish, goal: Goal, missing: Sequence[Slot]) -> str:
+def _scripted_bot(task: Task, goal: Goal, missing: Sequence[Slot]) -> str:
     """A question for each missing detail, one a turn, and then all of them said back."""
-    asking = [f" {slot.question}{answered(_sentence(_phrases([slot], goal)))}" for slot in missing]
-    return "".join([*asking, f" {' '.join([wish.repeated, *_phrases(wish.slots, goal)])}?"])
+    questions = [f" {slot.question}{user_turn(_sentence(_phrases([slot], goal)))}" for slot in missing]
+    return "".join([*questions, f" {' '.join([task.repeated, *_phrases(task.slots, goal)])}?"])
 
 
 def _phrases(slots: Sequence[Slot], goal: Goal) -> list[str]:
@@ -174,13 +174,13 @@ def _sentence(phrases: Sequence[str]) -> str:
     return f"{text[0].upper()}{text[1:]}."
 
 
-def _goal(row: Prompt) -> Goal:
+def _parse_goal(row: Prompt) -> Goal:
     try:
         goal = json.loads(row.answer or "")
-        fits = set(goal) == {"wish", *(slot.name for slot in WISHES[goal["wish"]].slots)}
+        valid = set(goal) == {"wish", *(slot.name for slot in TASKS[goal["wish"]].slots)}
     except (json.JSONDecodeError, TypeError, KeyError):
-        fits = False
-    if not fits:
+        valid = False
+    if not valid:
         raise DataError(
             f"the environment service_bot needs rows whose `answer` is a goal, and {row.id!r} has {row.answer!r}: use "
             "a source of kind service_bot"

@@ -28,7 +28,7 @@ def test_ngrams_are_neighbours_in_order() -> None:
         ("", 0.0),
     ],
 )
-def test_repeated_share_counts_pairs_said_before(text: str, share: float) -> None:
+def test_repetition_rate_counts_repeated_pairs(text: str, share: float) -> None:
     assert repetition_rate(text) == pytest.approx(share)
 
 

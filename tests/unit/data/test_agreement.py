@@ -31,7 +31,7 @@ def test_raters_who_all_agree_agree() -> None:
     assert rater_agreement(rated(3, 3, 4, 3), rated(-1, -2, 0, 0), 2, rng()) == 1.0
 
 
-def test_nothing_can_be_said_without_other_raters_or_without_a_difference() -> None:
+def test_agreement_needs_other_raters_and_a_difference() -> None:
     assert rater_agreement(rated(3), rated(1, 2), 1, rng()) is None
     assert rater_agreement(rated(1, 1), rated(1, 1), 1, rng()) is None
 

@@ -71,10 +71,10 @@ def test_a_limit_keeps_the_first_rows_and_an_empty_source_is_an_error(root: Path
 
 
 def test_two_dialogues_are_parted_at_the_last_answer(root: Path) -> None:
-    talk = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
-    content = [{"chosen": f"{talk} So.", "rejected": f"{talk} No."}, {"chosen": "one", "rejected": "two"}]
+    dialogue = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
+    content = [{"chosen": f"{dialogue} So.", "rejected": f"{dialogue} No."}, {"chosen": "one", "rejected": "two"}]
     rows = [row["row"] for row in collected(root, content, rows="preferences").rows]
-    assert rows[0] == {"id": "mine-1", "prompt": talk, "chosen": " So.", "rejected": " No."}
+    assert rows[0] == {"id": "mine-1", "prompt": dialogue, "chosen": " So.", "rejected": " No."}
     assert rows[1] == {"id": "mine-2", "prompt": "", "chosen": "one", "rejected": "two"}
 
 

@@ -1,4 +1,4 @@
-from tasks.evals.columns import COLUMNS, cells, columns_of, signed
+from tasks.evals.columns import COLUMNS, cells, columns_of, format_signed
 from tasks.evals.compare import Table
 
 ROW = {"win_rate": 0.793, "win_rate_low": 0.733, "win_rate_high": 0.844, "kl": 3.335, "kl_stderr": 0.165}
@@ -17,7 +17,7 @@ TABLE: Table = {
 
 
 def test_a_column_is_shown_where_the_table_has_its_key_and_a_missing_number_is_a_dash() -> None:
-    columns = columns_of(TABLE, rated=True)
+    columns = columns_of(TABLE, has_gold_judge=True)
     assert [column.key for column in columns] == ["win_rate", "accuracy_strict", "reward_gold", "kl"]
     assert cells(TABLE, columns) == {
         "sft": [("–", ""), ("–", ""), ("−0.20", ""), ("0.00", "± 0.00")],
@@ -26,7 +26,7 @@ def test_a_column_is_shown_where_the_table_has_its_key_and_a_missing_number_is_a
 
 
 def test_the_gold_judge_is_a_share_where_it_is_the_right_answer() -> None:
-    column = next(column for column in columns_of(TABLE, rated=False) if column.key == "reward_gold")
+    column = next(column for column in columns_of(TABLE, has_gold_judge=False) if column.key == "reward_gold")
     assert column.heading == ("Right", "answers")
     assert column.show(0.6) == "60%"
 
@@ -37,4 +37,4 @@ def test_every_column_is_explained_by_itself_or_by_its_kind_or_judge() -> None:
 
 
 def test_numbers_have_a_true_minus_and_no_sign_at_nothing() -> None:
-    assert [signed(value) for value in (1.234, -0.5, 0.001, -0.001)] == ["+1.23", "−0.50", "0.00", "0.00"]
+    assert [format_signed(value) for value in (1.234, -0.5, 0.001, -0.001)] == ["+1.23", "−0.50", "0.00", "0.00"]

@@ -3,12 +3,12 @@ from collections.abc import Callable
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.evals.compare import HEADLINE, Judged, compare, headline
+from tasks.evals.compare import HEADLINE, ScoredResponse, compare_policies, headline
 
-Make = Callable[..., Judged]
+Make = Callable[..., ScoredResponse]
 
 
-def _two_policies(judged: Make) -> list[Judged]:
+def _two_policies(judged: Make) -> list[ScoredResponse]:
     """Gold: PPO wins twice, ties once, loses once, in another order of prompts than the reference's."""
     return [
         judged("sft", "a", gold=1.0, proxy=0.0, response=" a good film", tokens=4),
@@ -23,7 +23,7 @@ def _two_policies(judged: Make) -> list[Judged]:
 
 
 def test_numbers_by_hand(judged: Make) -> None:
-    row = compare(_two_policies(judged), samples=500, seed=0)["ppo"]
+    row = compare_policies(_two_policies(judged), samples=500, seed=0)["ppo"]
     assert row["n"] == 4
     assert row["win_rate"] == 0.625  # a wins, b loses, c ties, d wins
     assert row["win_rate_low"] < 0.625 < row["win_rate_high"]
@@ -51,14 +51,14 @@ def test_measures_are_means_under_their_names(judged: Make) -> None:
         for policy, own in shares.items()
         for prompt, share in zip("ab", own, strict=True)
     ]
-    table = compare(records, samples=10, seed=0)
+    table = compare_policies(records, samples=10, seed=0)
     assert (table["ppo"]["unfamiliar"], table["ppo"]["disagreement"]) == (0.5, 1.0)
     assert table["sft"]["unfamiliar"] == 0.0
-    assert "unfamiliar" not in compare(_two_policies(judged), samples=10, seed=0)["sft"]
+    assert "unfamiliar" not in compare_policies(_two_policies(judged), samples=10, seed=0)["sft"]
 
 
 def test_gain_is_the_paired_difference_in_spreads_of_the_reference(judged: Make) -> None:
-    row = compare(_two_policies(judged), samples=10, seed=0)["ppo"]
+    row = compare_policies(_two_policies(judged), samples=10, seed=0)["ppo"]
     spread = (5 / 3) ** 0.5  # of 1, 2, 3, 4
     assert row["gain_gold"] == pytest.approx((8 - 1 + 0 + 1) / 4 / spread, abs=1e-6)
     assert row["gain_gold_stderr"] == pytest.approx((50 / 3 / 4) ** 0.5 / spread, abs=1e-6)  # 8, −1, 0, 1 around 2
@@ -66,7 +66,7 @@ def test_gain_is_the_paired_difference_in_spreads_of_the_reference(judged: Make)
 
 
 def test_the_reference_is_even_with_itself(judged: Make) -> None:
-    row = compare(_two_policies(judged), samples=50, seed=0)["sft"]
+    row = compare_policies(_two_policies(judged), samples=50, seed=0)["sft"]
     for prefix in ("win_rate", "win_rate_vader", "win_rate_proxy"):
         assert (row[prefix], row[f"{prefix}_low"], row[f"{prefix}_high"]) == (0.5, 0.5, 0.5)
         assert row[f"{prefix}_ties"] == 1.0
@@ -74,7 +74,7 @@ def test_the_reference_is_even_with_itself(judged: Make) -> None:
 
 
 def test_headline_holds_the_seven_promised_keys_for_every_policy(judged: Make) -> None:
-    table = compare(_two_policies(judged), samples=10, seed=0)
+    table = compare_policies(_two_policies(judged), samples=10, seed=0)
     assert list(headline(table)) == ["sft", "ppo"]
     promised = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
     assert promised <= set(HEADLINE)
@@ -87,7 +87,7 @@ def test_headline_holds_the_seven_promised_keys_for_every_policy(judged: Make) -
 def test_success_has_an_interval_and_turns_a_mean(judged: Make) -> None:
     measures = [{"success": float(place < 3), "turns": float(place + 1)} for place in range(4)]
     records = [judged("sft", str(place), measures=value) for place, value in enumerate(measures)]
-    row = headline(compare(records, samples=500, seed=0))["sft"]
+    row = headline(compare_policies(records, samples=500, seed=0))["sft"]
     assert (row["success"], row["turns"]) == (0.75, 2.5)
     assert 0.0 < row["success_low"] < 0.75 < row["success_high"] == 1.0
 
@@ -96,7 +96,7 @@ def test_accuracy_is_the_share_of_right_answers_among_the_prompts_that_have_one(
     right, wrong = {"strict": False, "flexible": True}, {"strict": False, "flexible": False}
     correct = [{"strict": True, "flexible": True}, right, right, wrong, None]
     records = [judged("sft", str(place), correct=value) for place, value in enumerate(correct)]
-    table = compare(records, samples=500, seed=0)
+    table = compare_policies(records, samples=500, seed=0)
     row = table["sft"]
     assert (row["accuracy_strict"], row["accuracy_flexible"]) == (0.25, 0.75)
     assert row["accuracy_strict_low"] == 0.0 < 0.25 < row["accuracy_strict_high"] < 1.0
@@ -107,10 +107,10 @@ def test_accuracy_is_the_share_of_right_answers_among_the_prompts_that_have_one(
 def test_every_policy_answers_every_prompt_once(judged: Make) -> None:
     records = _two_policies(judged)
     with pytest.raises(DataError, match="ppo has 3 responses to 3 prompts, sft has 4"):
-        compare(records[:-1], samples=10, seed=0)
+        compare_policies(records[:-1], samples=10, seed=0)
     with pytest.raises(DataError, match="ppo has 4 responses to 3 prompts"):
-        compare([*records[:-1], records[-2]], samples=10, seed=0)
+        compare_policies([*records[:-1], records[-2]], samples=10, seed=0)
     with pytest.raises(DataError, match="sft has 2 responses to 1 prompts"):
-        compare([records[0], records[0]], samples=10, seed=0)
+        compare_policies([records[0], records[0]], samples=10, seed=0)
     with pytest.raises(DataError, match=r"no responses of 'sft'.*\['ppo'\]"):
-        compare(records[4:], samples=10, seed=0)
+        compare_policies(records[4:], samples=10, seed=0)

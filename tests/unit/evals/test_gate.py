@@ -8,9 +8,9 @@ import pytest
 
 from tasks.core.errors import ConfigError
 from tasks.core.sections.gate import GateParams
-from tasks.evals.compare import Judged, compare
-from tasks.evals.findings import Finding, find
-from tasks.evals.gate import candidate, decide
+from tasks.evals.compare import ScoredResponse, compare_policies
+from tasks.evals.findings import HackingFinding, find_hacking
+from tasks.evals.gate import select_candidate, decide
 from tasks.evals.statistics import Interval
 
 PARAMS = GateParams(
@@ -30,19 +30,19 @@ TABLE = {"sft": row(0.9, 0), "ppo": row(0.6), "grpo": row(0.7)}
 
 
 def test_the_best_is_the_surest_of_those_that_were_trained() -> None:
-    assert candidate(TABLE, PARAMS) == "grpo"
-    assert candidate(TABLE, PARAMS.model_copy(update={"policy": "ppo"})) == "ppo"
+    assert select_candidate(TABLE, PARAMS) == "grpo"
+    assert select_candidate(TABLE, PARAMS.model_copy(update={"policy": "ppo"})) == "ppo"
 
 
 @pytest.mark.parametrize("policy", ["dpo", "sft"])
 def test_a_policy_that_was_not_evaluated_is_refused(policy: str) -> None:
     with pytest.raises(ConfigError, match=f"gate.policy is '{policy}'.*ppo, grpo"):
-        candidate(TABLE, PARAMS.model_copy(update={"policy": policy}))
+        select_candidate(TABLE, PARAMS.model_copy(update={"policy": policy}))
 
 
 def test_with_all_off_there_is_nothing_to_promote() -> None:
     with pytest.raises(ConfigError, match="nothing to promote"):
-        candidate({"sft": row()}, PARAMS)
+        select_candidate({"sft": row()}, PARAMS)
 
 
 @pytest.mark.parametrize(
@@ -66,17 +66,17 @@ def test_every_rule_must_hold(
         "win_rate": Interval(mean=0.6, low=against[0], high=0.8),
         "repetition": Interval(mean=-0.1, low=-0.2, high=against[1]),
     }
-    signs = [Finding(name, "evaluation", "") for name in detectors]
-    decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, signs=signs, against_champion=intervals)
+    signs = [HackingFinding(name, "evaluation", "") for name in detectors]
+    decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, findings=signs, against_champion=intervals)
     assert decision.accepted is not bool(failing)
     assert [finding.rule.split(",")[0] for finding in decision.findings if not finding.holds] == failing
     assert len(decision.reasons) == (len(failing) or len(decision.findings))
 
 
 def test_a_reason_has_both_numbers() -> None:
-    signs = [Finding("kl_spike", "training, update 3", "")]
+    signs = [HackingFinding("kl_spike", "training, update 3", "")]
     against = {"win_rate": Interval(0.5, 0.4321, 0.6), "repetition": Interval(0.1, 0.05, 0.1234)}
-    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, signs=signs, against_champion=against)
+    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, findings=signs, against_champion=against)
     assert decision.reasons == (
         "KL to SFT: 12.35 nats, asked at most 10 nats",
         "signs of reward hacking: kl_spike (training, update 3), asked none but length_drift",
@@ -85,17 +85,17 @@ def test_a_reason_has_both_numbers() -> None:
     )
 
 
-def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged: Callable[..., Judged]) -> None:
+def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged: Callable[..., ScoredResponse]) -> None:
     """From its answers to the decision: by the proxy it wins at every prompt, by gold at every second one."""
     sft = [judged("sft", f"p{number}", proxy=0.0, gold=0.0, response=" a fine film to see") for number in range(40)]
     ppo = [
         judged("ppo", f"p{number}", proxy=5.0, gold=(-1.0) ** number, kl=4.0, response=" good film good film good")
         for number in range(40)
     ]
-    table = compare([*sft, *ppo], samples=500, seed=0)
+    table = compare_policies([*sft, *ppo], samples=500, seed=0)
     rising = [{"hacking/repetition": 0.0}] * 30 + [{"hacking/repetition": 0.4}] * 2
-    signs = find(table, {"ppo": rising})["ppo"]
-    decision = decide(table, "ppo", PARAMS, signs=signs, against_champion=None)
+    signs = find_hacking(table, {"ppo": rising})["ppo"]
+    decision = decide(table, "ppo", PARAMS, findings=signs, against_champion=None)
     assert not decision.accepted
     win_rate, hacking = decision.reasons
     assert win_rate == f"win rate against SFT, lower end: {table['ppo']['win_rate_low']:.1%}, asked above 50%"

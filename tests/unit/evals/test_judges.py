@@ -15,7 +15,7 @@ from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.models import load_reference
 from tasks.core.sections.judge import JudgeParams
 from tasks.evals import judges
-from tasks.evals.judges import LEAD, LocalJudge, load_judge
+from tasks.evals.judges import ANSWER_PREFIX, LocalJudge, load_judge
 from tests.conftest import LETTERS, letter_tokenizer
 from tests.unit.chat_server import TOKENS, Chat, serving
 
@@ -206,7 +206,7 @@ def test_the_local_judge_takes_the_likelier_letter(tmp_path: Path, template: str
     ids = {token: number for number, token in enumerate(["<pad>", "<end>", *LETTERS, "A", "B"])}
     model = load_reference(base_model, None)
     for words, reply in zip(WORDS, replies, strict=True):
-        text = (f"u {words} e a " if template else words) + LEAD + " "
+        text = (f"u {words} e a " if template else words) + ANSWER_PREFIX + " "
         row = [1] * (template is None) + [ids[letter] for letter in text.replace(" ", "Ġ") if letter in ids]
         with torch.no_grad():
             a, b = model(torch.tensor([row])).logits[0, -1, [ids["A"], ids["B"]]].tolist()

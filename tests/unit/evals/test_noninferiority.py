@@ -8,18 +8,18 @@ from typing import get_args
 import pytest
 
 from tasks.core.sections import gate
-from tasks.evals.compare import Judged
-from tasks.evals.noninferiority import METRICS, compared, no_worse
+from tasks.evals.compare import ScoredResponse
+from tasks.evals.noninferiority import METRICS, paired_interval, noninferiority_rule
 from tasks.evals.statistics import Interval
 
-Make = Callable[..., Judged]
+Make = Callable[..., ScoredResponse]
 
 
 def test_every_metric_that_params_may_name_is_one() -> None:
     assert tuple(METRICS) == get_args(gate.Metric)
 
 
-def four(judged: Make) -> tuple[list[Judged], list[Judged]]:
+def four(judged: Make) -> tuple[list[ScoredResponse], list[ScoredResponse]]:
     """Gold: a wins by 2, b ties, c and d lose by 1."""
     ours = [
         judged("ppo", "a", gold=3.0, vader=0.5, kl=4.0, response=" good good good", ended=False),
@@ -44,20 +44,20 @@ def four(judged: Make) -> tuple[list[Judged], list[Judged]]:
 )
 def test_means_by_hand(judged: Make, metric: str, expected: float) -> None:
     ours, theirs = four(judged)
-    found = compared(metric, ours, theirs, samples=200, seed=0)
+    found = paired_interval(metric, ours, theirs, samples=200, seed=0)
     assert found.mean == pytest.approx(expected)
     assert found.low < expected < found.high
-    swapped = compared(metric, theirs, ours, samples=200, seed=0)
-    assert swapped.mean == pytest.approx(2 * METRICS[metric].even - expected), "better for one is worse for the other"
+    swapped = paired_interval(metric, theirs, ours, samples=200, seed=0)
+    assert swapped.mean == pytest.approx(2 * METRICS[metric].null_value - expected), "better for one is worse for the other"
 
 
 def test_answers_are_paired(judged: Make) -> None:
     """Two policies whose repetition differs from prompt to prompt, but never from each other: no doubt about zero."""
     texts = [" good good good", " a b", " so so so so", " c"]
     ours, theirs = ([judged(name, str(n), response=text) for n, text in enumerate(texts)] for name in ("ppo", "old"))
-    assert compared("repetition", ours, theirs, samples=100, seed=0) == Interval(0.0, 0.0, 0.0)
+    assert paired_interval("repetition", ours, theirs, samples=100, seed=0) == Interval(0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
-        compared("repetition", ours, theirs[:3], samples=100, seed=0)
+        paired_interval("repetition", ours, theirs[:3], samples=100, seed=0)
 
 
 @pytest.mark.parametrize(
@@ -78,14 +78,14 @@ def test_answers_are_paired(judged: Make) -> None:
 def test_the_bad_end_of_the_interval_decides(
     metric: str, interval: tuple[float, float, float], margin: float, holds: bool
 ) -> None:
-    assert no_worse(metric, Interval(*interval), margin).holds is holds
+    assert noninferiority_rule(metric, Interval(*interval), margin).holds is holds
 
 
 def test_a_rule_says_which_end_and_which_bound() -> None:
-    finding = no_worse("kl", Interval(0.4, 0.1, 0.75), 0.5)
+    finding = noninferiority_rule("kl", Interval(0.4, 0.1, 0.75), 0.5)
     assert (finding.rule, finding.found, finding.asked) == (
         "KL to SFT less the champion's, nats, upper end",
         "+0.750",
         "at most +0.5",
     )
-    assert no_worse("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).asked == "at least -0.1"
+    assert noninferiority_rule("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).asked == "at least -0.1"

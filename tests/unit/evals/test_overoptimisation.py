@@ -8,8 +8,8 @@ import math
 import numpy as np
 import pytest
 
-from tasks.evals.compare import Judged
-from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, fit, peak, policy_level
+from tasks.evals.compare import ScoredResponse
+from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, fit_curve, curve_peak, policy_point
 
 KL = np.array([0.0, 0.25, 1.0, 4.0, 9.0, 16.0])
 DISTANCE = np.array([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
@@ -46,44 +46,44 @@ def test_kl_of_best_of_n():
 
 def test_the_fit_of_best_of_n_finds_the_coefficients_and_the_peak():
     """R = d(2 − 0.5 d) is 0, 0.875, 1.5, 2, 1.5, 0 at these distances."""
-    found = fit("best_of_n", levels(KL), levels([0, 0.875, 1.5, 2, 1.5, 0]), samples=50, seed=0)
+    found = fit_curve("best_of_n", levels(KL), levels([0, 0.875, 1.5, 2, 1.5, 0]), samples=50, seed=0)
     assert (found.alpha.mean, found.beta.mean, found.peak) == pytest.approx((2, 0.5, 2))
     assert found.r2 == pytest.approx(1)
-    assert found.peak_share == 1
+    assert found.peak_fraction == 1
 
 
 def test_the_fit_of_rl_finds_the_coefficients_and_the_peak():
-    found = fit("rl", levels(KL), levels(RL_GAINS), samples=50, seed=0)
+    found = fit_curve("rl", levels(KL), levels(RL_GAINS), samples=50, seed=0)
     assert (found.alpha.mean, found.beta.mean) == pytest.approx((1.5, 0.6))
     assert found.peak == pytest.approx(math.exp(1.5))
-    assert found.peak_share == 0, "it is at 4.48, and the policies went to 4"
+    assert found.peak_fraction == 0, "it is at 4.48, and the policies went to 4"
     assert curve("rl", 1.5, 0.6, DISTANCE).tolist() == pytest.approx(RL_GAINS)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say_and_narrow_with_prompts():
     fits = [
-        fit("rl", levels(KL, prompts=200), levels(RL_GAINS, prompts=200, noise=0.5, seed=seed), samples=200, seed=99)
+        fit_curve("rl", levels(KL, prompts=200), levels(RL_GAINS, prompts=200, noise=0.5, seed=seed), samples=200, seed=99)
         for seed in range(100)
     ]
     hits = sum(found.alpha.low < 1.5 < found.alpha.high for found in fits)
     assert 89 <= hits <= 99, "95 expected, standard deviation 2.2"
-    many = fit("rl", levels(KL, 2000), levels(RL_GAINS, 2000, noise=0.5), samples=200, seed=0)
+    many = fit_curve("rl", levels(KL, 2000), levels(RL_GAINS, 2000, noise=0.5), samples=200, seed=0)
     assert many.alpha.high - many.alpha.low < (fits[0].alpha.high - fits[0].alpha.low) / 2
 
 
 def test_where_nothing_turns_there_is_no_peak():
-    assert peak("best_of_n", 1.0, -0.1) is None
-    assert peak("rl", 1.0, 0.0) is None
-    assert peak("best_of_n", -1.0, 0.5) is None
+    assert curve_peak("best_of_n", 1.0, -0.1) is None
+    assert curve_peak("rl", 1.0, 0.0) is None
+    assert curve_peak("best_of_n", -1.0, 0.5) is None
 
 
 def test_one_level_determines_nothing():
     with pytest.raises(ValueError, match="1 levels lie apart from SFT"):
-        fit("rl", levels([0.0, 1.0]), levels([0.0, 1.0]), samples=5, seed=0)
+        fit_curve("rl", levels([0.0, 1.0]), levels([0.0, 1.0]), samples=5, seed=0)
 
 
-def judged(prompt: str, proxy: float, gold: float, kl: float) -> Judged:
-    return Judged(
+def judged(prompt: str, proxy: float, gold: float, kl: float) -> ScoredResponse:
+    return ScoredResponse(
         id="x", policy="ppo", prompt_id=prompt, prompt="a", response="b", tokens=1, ended=True, kl=kl, kl_k3=kl,
         proxy=proxy, rewards={}, gold=gold, vader=None,
     )  # fmt: skip
@@ -92,7 +92,7 @@ def judged(prompt: str, proxy: float, gold: float, kl: float) -> Judged:
 def test_a_policy_is_measured_by_the_mean_of_its_responses_to_each_prompt():
     base = {"proxy": np.array([[0.0, 2.0], [4.0, 6.0]]), "gold": np.array([[1.0, 1.0], [1.0, 1.0]])}
     records = [judged("p", 3, 1, 1), judged("p", 5, 2, 3), judged("q", 5, 4, 5), judged("q", 5, 4, 6)]
-    level = policy_level("ppo", 3, records, base)
+    level = policy_point("ppo", 3, records, base)
     assert level.kl.tolist() == [2, 5.5]
     spread = math.sqrt((9 + 1 + 1 + 9) / 3)
     assert level.gains["proxy"].tolist() == pytest.approx([(4 - 1) / spread, (5 - 5) / spread])

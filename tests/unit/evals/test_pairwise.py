@@ -4,11 +4,11 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
-from tasks.evals.compare import Judged, Table, compare
-from tasks.evals.pairwise import Judgement, Reply, doubts, judge_pairs, question, verdict, with_judgements
+from tasks.evals.compare import ScoredResponse, Table, compare_policies
+from tasks.evals.pairwise import Judgement, Reply, reliability_warnings, judge_pairs, format_question, parse_verdict, add_judge_metrics
 from tests.unit.chat_server import longer, shown
 
-Make = Callable[..., Judged]
+Make = Callable[..., ScoredResponse]
 
 
 class Judge:
@@ -24,7 +24,7 @@ class Judge:
 
 
 @pytest.fixture
-def records(judged: Make) -> list[Judged]:
+def records(judged: Make) -> list[ScoredResponse]:
     """Four prompts. Against SFT: PPO is longer, shorter, the same text, as long; GRPO writes as PPO where it counts."""
     texts = {
         "sft": (" xx", " xxxx", " same", " ab"),
@@ -38,16 +38,16 @@ def records(judged: Make) -> list[Judged]:
     ]
 
 
-def _row(records: list[Judged], rule: Callable[[str], str], policy: str = "ppo", prompts: int = 4) -> dict[str, float]:
+def _row(records: list[ScoredResponse], rule: Callable[[str], str], policy: str = "ppo", prompts: int = 4) -> dict[str, float]:
     judgements = judge_pairs(records, Judge(rule), rubric="Longer?", prompts=prompts)
     return _with(records, judgements)[policy]
 
 
-def _with(records: list[Judged], judgements: list[Judgement]) -> Table:
-    return with_judgements(compare(records, samples=200, seed=0), judgements, samples=200, seed=0)
+def _with(records: list[ScoredResponse], judgements: list[Judgement]) -> Table:
+    return add_judge_metrics(compare_policies(records, samples=200, seed=0), judgements, samples=200, seed=0)
 
 
-def test_each_pair_is_asked_in_both_orders_and_equal_responses_are_not(records: list[Judged]) -> None:
+def test_each_pair_is_asked_in_both_orders_and_equal_responses_are_not(records: list[ScoredResponse]) -> None:
     judge = Judge(longer)
     judgements = judge_pairs(records, judge, rubric="Longer?", prompts=4)
     assert [shown(text) for text in judge.asked] == [
@@ -63,7 +63,7 @@ def test_each_pair_is_asked_in_both_orders_and_equal_responses_are_not(records: 
     assert (same.answer, same.verdict, same.tokens) == (None, "tie", 0)
 
 
-def test_the_question_hides_which_policy_is_which(records: list[Judged]) -> None:
+def test_the_question_hides_which_policy_is_which(records: list[ScoredResponse]) -> None:
     judge = Judge(longer)
     judge_pairs(records, judge, rubric="Longer?", prompts=4)
     one, other = judge.asked[:2]
@@ -75,10 +75,10 @@ def test_the_question_hides_which_policy_is_which(records: list[Judged]) -> None
 
 
 def test_braces_in_a_text_are_shown_as_they_are() -> None:
-    assert "{a}" in question("{r}", "{p}", "{a}", "{b}")
+    assert "{a}" in format_question("{r}", "{p}", "{a}", "{b}")
 
 
-def test_a_judge_of_length_by_hand(records: list[Judged]) -> None:
+def test_a_judge_of_length_by_hand(records: list[ScoredResponse]) -> None:
     """PPO: longer, shorter, equal, tied: (1 + 0 + ½ + ½) / 4. Its letters: A B B A, so half of them the first."""
     row = _row(records, longer)
     expected = {
@@ -92,47 +92,47 @@ def test_a_judge_of_length_by_hand(records: list[Judged]) -> None:
     assert (first_prompt["judge_n"], first_prompt["win_rate_judge"], first_prompt["judge_ties"]) == (1, 1.0, 0.0)
 
 
-def test_a_judge_that_always_says_a_says_nothing(records: list[Judged]) -> None:
+def test_a_judge_that_always_says_a_says_nothing(records: list[ScoredResponse]) -> None:
     row = _row(records, lambda _: "A", "grpo")
     assert (row["win_rate_judge"], row["win_rate_judge_low"], row["win_rate_judge_high"]) == (0.5, 0.5, 0.5)
     assert (row["judge_ties"], row["judge_inconsistent"], row["judge_first"]) == (1.0, 1.0, 1.0)
     assert _row(records, lambda _: "B", "grpo")["judge_first"] == 0.0
 
 
-def test_a_win_and_a_tie_contradict_each_other(records: list[Judged]) -> None:
+def test_a_win_and_a_tie_contradict_each_other(records: list[ScoredResponse]) -> None:
     """Where the longer text is second, this judge sees no difference."""
     row = _row(records, lambda text: "A" if longer(text) == "A" else "tie", "grpo")
     assert (row["win_rate_judge"], row["judge_inconsistent"], row["judge_first"]) == (0.5, 1.0, 1.0)
 
 
-def test_what_is_unclear_is_a_tie_and_is_counted(records: list[Judged]) -> None:
+def test_what_is_unclear_is_a_tie_and_is_counted(records: list[ScoredResponse]) -> None:
     """Of PPO's eight judgements the two of the equal pair are not asked."""
     row = _row(records, lambda _: "Both are fine.")
     assert (row["win_rate_judge"], row["judge_ties"], row["judge_inconsistent"]) == (0.5, 1.0, 0.0)
     assert (row["judge_unclear"], row["judge_first"]) == (0.75, 0.5)
 
 
-def test_the_reference_and_a_run_without_a_judge_have_no_keys_of_it(records: list[Judged]) -> None:
-    plain = compare(records, samples=200, seed=0)
+def test_the_reference_and_a_run_without_a_judge_have_no_keys_of_it(records: list[ScoredResponse]) -> None:
+    plain = compare_policies(records, samples=200, seed=0)
     assert _with(records, []) == plain
     judged = _with(records, judge_pairs(records, Judge(longer), rubric="?", prompts=4))
     assert judged["sft"] == plain["sft"]
     assert {key: judged["ppo"][key] for key in plain["ppo"]} == plain["ppo"]
 
 
-def test_doubts_name_the_policy_and_how_bad_it_is(records: list[Judged]) -> None:
+def test_doubts_name_the_policy_and_how_bad_it_is(records: list[ScoredResponse]) -> None:
     rule: Callable[[str], str] = lambda text: "A" if "yyy" in text else longer(text)  # noqa: E731
     table = _with(records, judge_pairs(records, Judge(rule), rubric="?", prompts=4))
     assert (table["ppo"]["judge_inconsistent"], table["grpo"]["judge_inconsistent"]) == (0.5, 0.25)
-    assert doubts(table) == []
+    assert reliability_warnings(table) == []
     table = _with(records, judge_pairs(records, Judge(lambda _: "A"), rubric="?", prompts=4))
-    assert [line[:60] for line in doubts(table)] == [
+    assert [line[:60] for line in reliability_warnings(table)] == [
         "the judge contradicts itself on 75% of ppo's pairs when the ",
         "the judge contradicts itself on 100% of grpo's pairs when th",
     ]
-    assert "chose the first in 100%" in doubts(table)[0]
+    assert "chose the first in 100%" in reliability_warnings(table)[0]
     table = _with(records, judge_pairs(records, Judge(lambda _: "Hm"), rubric="?", prompts=4))
-    assert ["75% were unclear" in doubts(table)[0], "100% were unclear" in doubts(table)[1]] == [True, True]
+    assert ["75% were unclear" in reliability_warnings(table)[0], "100% were unclear" in reliability_warnings(table)[1]] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -148,4 +148,4 @@ def test_doubts_name_the_policy_and_how_bad_it_is(records: list[Judged]) -> None
     ],
 )  # fmt: skip
 def test_verdicts(answer: str, meant: str) -> None:
-    assert verdict(answer) == meant
+    assert parse_verdict(answer) == meant

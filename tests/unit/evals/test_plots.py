@@ -88,7 +88,7 @@ def test_the_names_of_near_policies_do_not_touch() -> None:
     ],
 )
 def test_labels_move_only_as_far_as_they_must(shares: list[float], expected: list[float]) -> None:
-    assert plots._apart(shares) == pytest.approx(expected)
+    assert plots._spread_labels(shares) == pytest.approx(expected)
 
 
 def test_a_judge_without_a_number_for_a_policy_is_drawn_for_the_others() -> None:
@@ -121,4 +121,4 @@ def test_a_policy_that_did_not_move_is_drawn_too() -> None:
 
 def test_many_lengths_share_bars() -> None:
     paths = plots.lengths({"sft": [(length, 1) for length in range(1, 2001)]}).count("var(--sft)")
-    assert paths <= plots.MOST_BARS + 1
+    assert paths <= plots.MAX_BARS + 1

@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 
-from tasks.evals.compare import Judged, compare
-from tasks.evals.findings import Finding
-from tasks.evals.lineage import Ingredient
-from tasks.evals.report import Evidence, as_json, read_table, render, visible
+from tasks.evals.compare import ScoredResponse, compare_policies
+from tasks.evals.findings import HackingFinding
+from tasks.evals.lineage import SourceInfo
+from tasks.evals.report import ReportData, report_to_dict, read_table, render_report, escape_control_chars
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -55,16 +55,16 @@ class Reader(HTMLParser):
 
 
 @pytest.fixture
-def evidence(judged: Callable[..., Judged]) -> Evidence:
+def evidence(judged: Callable[..., ScoredResponse]) -> ReportData:
     records = [
         judged(policy, str(number), gold=gold + number, proxy=gold, kl=gold, response=f" answer {policy} {number}")
         for policy, gold in (("sft", 0.0), ("ppo", 1.5), ("grpo", 1.0), ("dpo", 0.0))
         for number in range(3)
     ]
-    return Evidence(
-        table=compare(records, samples=50, seed=0),
+    return ReportData(
+        table=compare_policies(records, samples=50, seed=0),
         records=records,
-        findings={"ppo": [Finding("repetition", "training, update 7", "it repeats itself")], "grpo": []},
+        findings={"ppo": [HackingFinding("repetition", "training, update 7", "it repeats itself")], "grpo": []},
         points=[
             {"method": method, "level": str(level), "kl": "4", "distance": str(distance), "gain_proxy": "1.5",
              "gain_proxy_stderr": "0.1", "gain_gold": "0.5", "gain_gold_stderr": "0.1"}
@@ -84,10 +84,10 @@ def evidence(judged: Callable[..., Judged]) -> Evidence:
         calibration=[{"predicted": "0.7", "observed": "0.6", "count": "5"}],
         samples=2,
         weights={"learned": 1.0, "repetition": 0.5},
-        rated=True,
-        made_from=[
-            Ingredient("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
-            Ingredient("Data: mine", "local file a.jsonl", "", "3 rows", ""),
+        has_gold_judge=True,
+        sources=[
+            SourceInfo("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
+            SourceInfo("Data: mine", "local file a.jsonl", "", "3 rows", ""),
         ],
         provenance=[("Seed", "0"), ("Weights: ppo", "0123456789abcdef")],
     )  # fmt: skip
@@ -107,9 +107,9 @@ def _read(html: str) -> Reader:
     return reader
 
 
-def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: Evidence) -> None:
-    html = render(evidence)
-    assert html == render(evidence)
+def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: ReportData) -> None:
+    html = render_report(evidence)
+    assert html == render_report(evidence)
     reader = _read(html)
     assert len(set(reader.ids)) == len(reader.ids)
     assert set(reader.labels) <= set(reader.ids)
@@ -123,20 +123,20 @@ def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: Evi
     assert reader.levels.count(1) == 1
 
 
-def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(evidence: Evidence) -> None:
-    shown = " ".join(" ".join(_read(render(evidence)).text).split())
+def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(evidence: ReportData) -> None:
+    shown = " ".join(" ".join(_read(render_report(evidence)).text).split())
     assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in shown
-    assert "Benchmarks" not in render(dataclasses.replace(evidence, benchmarks={}))
+    assert "Benchmarks" not in render_report(dataclasses.replace(evidence, benchmarks={}))
 
 
-def test_every_colour_of_the_figures_is_defined_in_light_and_in_dark(evidence: Evidence) -> None:
-    html = render(evidence)
+def test_every_colour_of_the_figures_is_defined_in_light_and_in_dark(evidence: ReportData) -> None:
+    html = render_report(evidence)
     for variable in set(re.findall(r"var\((--(?!own)[a-z-]+)", html)):
         assert html.count(f"{variable}: #") == 2, f"{variable} needs a light and a dark value"
 
 
-def test_verdict_table_figures_samples_and_origin_are_there(evidence: Evidence) -> None:
-    text = " ".join(" ".join(_read(render(evidence)).text).split())
+def test_verdict_table_figures_samples_and_origin_are_there(evidence: ReportData) -> None:
+    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
     assert "By the gold judge, PPO (preferred on 100% of prompts, 95% interval 100–100%) and GRPO" in text
     assert "Only 3 prompts were compared" in text
     assert "1 × learned + 0.5 × repetition" in text
@@ -152,42 +152,42 @@ def test_verdict_table_figures_samples_and_origin_are_there(evidence: Evidence) 
     assert "Data: mine local file a.jsonl not recorded 3 rows –" in text
 
 
-def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(evidence: Evidence) -> None:
-    text = " ".join(" ".join(_read(render(evidence)).text).split())
+def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(evidence: ReportData) -> None:
+    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
     top = text[: text.index("Each policy wrote one response")]
     assert "PPO is not to be trusted: preferred to SFT on 100% of prompts, but with signs of reward hacking" in top
     assert "Signs of reward hacking: PPO: repetition." in top
     assert "Over-optimised: by the gold judge, PPO is best at √KL 1.7" in top
 
 
-def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(evidence: Evidence) -> None:
+def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(evidence: ReportData) -> None:
     """By gold PPO is best (and has a finding); DPO equals SFT, so that it has no example of any kind."""
-    html = render(evidence)
+    html = render_report(evidence)
     folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", html)
     assert folds == [(" open", "PPO"), ("", "GRPO"), ("", "DPO")]
-    suspicious = dataclasses.replace(evidence, findings={"dpo": [Finding("repetition", "evaluation", "again")]})
-    folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", render(suspicious))
+    suspicious = dataclasses.replace(evidence, findings={"dpo": [HackingFinding("repetition", "evaluation", "again")]})
+    folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", render_report(suspicious))
     assert folds == [(" open", "PPO"), ("", "GRPO"), (" open", "DPO")]
     assert html.count("There are none.") == 7, (
         "PPO and GRPO lack losses (and differ by as much for both judges); DPO all"
     )
 
 
-def test_columns_that_other_evaluations_lack_appear_with_their_numbers(evidence: Evidence) -> None:
+def test_columns_that_other_evaluations_lack_appear_with_their_numbers(evidence: ReportData) -> None:
     rates = {"win_rate_judge": 0.63, "win_rate_judge_low": 0.55, "win_rate_judge_high": 0.71}
     table = {policy: row | {"unfamiliar": 0.25} for policy, row in evidence.table.items()}
     table["ppo"] |= rates | {"judge_inconsistent": 0.6}
-    text = " ".join(" ".join(_read(render(dataclasses.replace(evidence, table=table))).text).split())
+    text = " ".join(" ".join(_read(render_report(dataclasses.replace(evidence, table=table))).text).split())
     assert "Win rate, LLM judge" in text
     assert "63% 55–71" in text
     assert "Do not rely on the LLM judge for PPO" in text
     assert "25%" in text
-    assert "LLM judge" not in render(evidence)
+    assert "LLM judge" not in render_report(evidence)
 
 
-def test_text_is_readable_in_light_and_in_dark(evidence: Evidence) -> None:
+def test_text_is_readable_in_light_and_in_dark(evidence: ReportData) -> None:
     """WCAG 2.2: contrast of text at least 4.5, of what else carries meaning 3."""
-    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in _palettes(render(evidence)))
+    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in _palettes(render_report(evidence)))
     for colours in (light, dark):
         for ink in ("--ink", "--soft"):
             assert min(_contrast(colours[ink], colours[ground]) for ground in ("--paper", "--card")) >= 4.5
@@ -213,8 +213,8 @@ def _luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_the_json_says_what_the_page_says(evidence: Evidence) -> None:
-    found = json.loads(json.dumps(as_json(evidence), allow_nan=False))
+def test_the_json_says_what_the_page_says(evidence: ReportData) -> None:
+    found = json.loads(json.dumps(report_to_dict(evidence), allow_nan=False))
     assert found["verdict"]["winner"].startswith("PPO is not to be trusted")
     assert found["turning_point"].startswith("Over-optimised")
     assert found["findings"]["ppo"][0]["detector"] == "repetition"
@@ -224,43 +224,43 @@ def test_the_json_says_what_the_page_says(evidence: Evidence) -> None:
     assert found["provenance"]["Seed"] == "0"
 
 
-def test_findings_stand_above_the_results(evidence: Evidence) -> None:
-    text = " ".join(" ".join(_read(render(evidence)).text).split())
+def test_findings_stand_above_the_results(evidence: ReportData) -> None:
+    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
     assert "PPO , training, update 7: it repeats itself." in text
     assert text.index("update 7") < text.index("Means over 3 prompts")
-    clean = render(dataclasses.replace(evidence, findings={"ppo": [], "grpo": []}))
+    clean = render_report(dataclasses.replace(evidence, findings={"ppo": [], "grpo": []}))
     assert "None of 10 detectors of reward hacking fired" in clean
 
 
-def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: Evidence) -> None:
-    text = " ".join(" ".join(_read(render(evidence)).text).split())
+def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: ReportData) -> None:
+    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
     assert "Where more reward stops being better" in text
     assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
-    assert "Where more reward" not in render(dataclasses.replace(evidence, points=[], fits={}))
+    assert "Where more reward" not in render_report(dataclasses.replace(evidence, points=[], fits={}))
     assert "dvc repro" in text
 
 
-def test_what_does_not_exist_is_left_out(evidence: Evidence) -> None:
+def test_what_does_not_exist_is_left_out(evidence: ReportData) -> None:
     text = " ".join(
-        _read(render(dataclasses.replace(evidence, histories={"ppo": []}, accuracy=[], calibration=[]))).text
+        _read(render_report(dataclasses.replace(evidence, histories={"ppo": []}, accuracy=[], calibration=[]))).text
     )
     assert "wrote no curves" in text
     assert "How good the reward model is" not in text
 
 
-def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(evidence: Evidence) -> None:
+def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(evidence: ReportData) -> None:
     def page(*weights: str) -> str:
         rows = [{"step": str(step), "kl_coef": weight} for step, weight in enumerate(weights)]
-        return render(dataclasses.replace(evidence, histories={"ppo": rows}))
+        return render_report(dataclasses.replace(evidence, histories={"ppo": rows}))
 
     assert "Weight of the KL penalty" in page("0.05", "0.06")
     assert "Weight of the KL penalty" not in page("0.05", "0.05")
 
 
-def test_a_policy_cannot_write_into_the_page(evidence: Evidence, judged: Callable[..., Judged]) -> None:
+def test_a_policy_cannot_write_into_the_page(evidence: ReportData, judged: Callable[..., ScoredResponse]) -> None:
     evil = judged("sft", "0", response=" <script>alert('x')</script>\x00\x1b[31m", prompt="<b>bold", ended=False)
     empty = judged("ppo", "0", response="")
-    html = render(dataclasses.replace(evidence, records=[evil, empty], table=compare([evil, empty], samples=9, seed=0)))
+    html = render_report(dataclasses.replace(evidence, records=[evil, empty], table=compare_policies([evil, empty], samples=9, seed=0)))
     assert "<script" not in html
     assert "<b>bold" not in html
     assert "\x00" not in html
@@ -272,7 +272,7 @@ def test_a_policy_cannot_write_into_the_page(evidence: Evidence, judged: Callabl
 
 
 def test_small_helpers(tmp_path: Path) -> None:
-    assert visible("a\tb\n\x07é") == "a\tb\n\ufffdé"
+    assert escape_control_chars("a\tb\n\x07é") == "a\tb\n\ufffdé"
     assert read_table(tmp_path / "none.csv") == []
     (tmp_path / "some.csv").write_text("step,kl\n1,\n")
     assert read_table(tmp_path / "some.csv") == [{"step": "1", "kl": ""}]

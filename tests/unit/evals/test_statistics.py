@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from tasks.evals.statistics import TIE, bootstrap_mean, mean_and_error, t_interval, wilson, win_rate, wins
+from tasks.evals.statistics import TIE_TOLERANCE, bootstrap_mean, mean_and_error, t_interval, wilson_interval, win_rate, pairwise_wins
 
 
 def test_mean_and_error_by_hand() -> None:
@@ -23,9 +23,9 @@ def test_the_t_interval_by_hand() -> None:
 
 
 def test_wins_are_paired_and_ties_count_half() -> None:
-    assert wins([2.0, 1.0, 1.0, 1.0 + TIE / 2], [1.0, 2.0, 1.0, 1.0]) == [1.0, 0.0, 0.5, 0.5]
+    assert pairwise_wins([2.0, 1.0, 1.0, 1.0 + TIE_TOLERANCE / 2], [1.0, 2.0, 1.0, 1.0]) == [1.0, 0.0, 0.5, 0.5]
     with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
-        wins([1.0], [1.0, 2.0])
+        pairwise_wins([1.0], [1.0, 2.0])
 
 
 def test_win_rate_is_the_share_of_wins_with_ties_as_half() -> None:
@@ -73,11 +73,11 @@ def test_the_interval_follows_from_the_seed_and_has_no_width_without_spread() ->
 
 def test_the_interval_of_a_share_is_where_the_score_test_keeps_it() -> None:
     """The ends solve (p̂ − p)² = z² p (1 − p) / n; at p̂ = 1 the lower one is n / (n + z²)."""
-    found = wilson(0.7, 10)
+    found = wilson_interval(0.7, 10)
     for end in (found.low, found.high):
         assert (0.7 - end) ** 2 == pytest.approx(1.96**2 * end * (1 - end) / 10)
     assert found.low < 0.7 < found.high
-    assert (wilson(1.0, 5).low, wilson(1.0, 5).high) == pytest.approx((5 / (5 + 1.96**2), 1.0))
-    assert wilson(0.0, 5).low == 0.0
+    assert (wilson_interval(1.0, 5).low, wilson_interval(1.0, 5).high) == pytest.approx((5 / (5 + 1.96**2), 1.0))
+    assert wilson_interval(0.0, 5).low == 0.0
     with pytest.raises(ValueError, match="no trials"):
-        wilson(0.5, 0)
+        wilson_interval(0.5, 0)

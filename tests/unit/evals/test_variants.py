@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from tasks.evals.variants import write
+from tasks.evals.variants import write_comparison
 
 
 def row(kl: float, gain: float) -> dict[str, float]:
@@ -20,7 +20,7 @@ def test_a_row_per_variant_and_policy_without_the_reference(tmp_path: Path) -> N
         "β=0.1": {"sft": row(0, 0), "ppo": row(4, 1)},
         "β=0.2": {"sft": row(0, 0), "ppo": row(1, 0.5), "dpo": row(-0.1, 0.2)},
     }
-    write(tmp_path, variants)
+    write_comparison(tmp_path, variants)
     rows = list(csv.DictReader((tmp_path / "variants.csv").read_text(encoding="utf-8").splitlines()))
     assert [(item["variant"], item["policy"], item["kl"]) for item in rows] == [
         ("β=0.1", "ppo", "4"),
@@ -30,5 +30,5 @@ def test_a_row_per_variant_and_policy_without_the_reference(tmp_path: Path) -> N
     assert json.loads((tmp_path / "variants.json").read_text(encoding="utf-8")) == variants
     plot = (tmp_path / "reward_against_kl.svg").read_text(encoding="utf-8")
     assert all(name in plot for name in ("β=0.1", "β=0.2", "ppo", "dpo", "by gold", "by proxy"))
-    write(tmp_path, variants)
+    write_comparison(tmp_path, variants)
     assert (tmp_path / "reward_against_kl.svg").read_text(encoding="utf-8") == plot

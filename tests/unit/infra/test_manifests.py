@@ -164,7 +164,7 @@ def test_data_lie_in_named_volumes() -> None:
 
 
 @pytest.mark.parametrize("name", ["mlflow", "prefect", "worker"])
-def test_our_servers_run_our_image_and_tell_nobody(name: str) -> None:
+def test_our_servers_run_our_image_without_telemetry(name: str) -> None:
     service = SERVICES[name]
     assert service["image"] == IMAGE
     assert (COMPOSE_FILE.parent / service["build"]["context"] / service["build"]["dockerfile"]).is_file()

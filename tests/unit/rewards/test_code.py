@@ -6,7 +6,7 @@ from tasks.core.errors import DataError
 from tasks.core.schema import Prompt
 from tasks.core.sections.code_rule import CodeRule
 from tasks.core.sections.reward import RewardParams
-from tasks.rewards.code import chosen_tests, code_reward, function_under_test, program_of
+from tasks.rewards.code import select_tests, code_reward, function_under_test, extract_program
 from tasks.rewards.composition import Measuring, build_reward
 
 walled = pytest.mark.usefixtures("walls")
@@ -57,7 +57,7 @@ def test_a_prompt_without_a_function_needs_its_name() -> None:
     ],
 )
 def test_what_of_a_response_is_the_program(kind: str, response: str, program: str | None) -> None:
-    assert program_of(CodeRule(program=kind), "def f():\n", response, "f") == program  # type: ignore[arg-type]
+    assert extract_program(CodeRule(program=kind), "def f():\n", response, "f") == program  # type: ignore[arg-type]
 
 
 @walled
@@ -95,7 +95,7 @@ def test_a_program_that_knows_the_paid_tests_fails_the_held_out_ones() -> None:
 
 
 def test_rows_without_held_out_tests_have_one_set() -> None:
-    assert chosen_tests(CodeRule(held_out=True), TESTS) == chosen_tests(CodeRule(), TESTS) == TESTS
+    assert select_tests(CodeRule(held_out=True), TESTS) == select_tests(CodeRule(), TESTS) == TESTS
 
 
 @walled

@@ -199,24 +199,24 @@ def test_a_batch_gives_the_scale_in_training_and_the_first_batch_outside() -> No
     assert training == [[-2.0, 2.0], [-2.0, 2.0], [0.0, 0.0]]
     outside = [reward(PROMPTS, RESPONSES).total.tolist() for _ in range(2)]
     assert outside == [[-2.0, 2.0], [6.0, 6.0]]  # 2 · (5 − 2) / 1
-    assert reward.slopes_at(1) == {}
+    assert reward.marginal_weights(1) == {}
 
 
 @pytest.mark.parametrize(("update", "weight"), [(1, 1.0), (2, 1.0), (4, 2.0), (6, 3.0), (7, 2.0), (8, 1.0), (99, 1.0)])
 def test_a_curriculum_is_linear_between_its_points_and_flat_outside(update: int, weight: float) -> None:
     reward = CompositeReward(
         {"a": _constant(1.0, 2.0), "b": _constant(0.0, 0.0)}, {"a": 1.0, "b": 5.0},
-        curriculum={"a": {2: 1.0, 6: 3.0, 8: 1.0}}, scales={"b": Normaliser(std=10.0)},
+        weight_schedule={"a": {2: 1.0, 6: 3.0, 8: 1.0}}, scales={"b": Normaliser(std=10.0)},
     )  # fmt: skip
     assert reward(PROMPTS, RESPONSES, update).total.tolist() == [weight, 2 * weight]
     assert reward.weights_at(update) == {"a": weight, "b": 5.0}
-    assert reward.slopes_at(update) == {"a": weight, "b": 0.5}, "what one more as it is reported is worth"
+    assert reward.marginal_weights(update) == {"a": weight, "b": 0.5}, "what one more as it is reported is worth"
     assert reward(PROMPTS, RESPONSES).total.tolist() == [1.0, 2.0], "outside training: where it ends"
     assert reward.weights == {"a": 1.0, "b": 5.0}
 
 
 def test_where_no_component_has_one_price_no_dominance_is_claimed() -> None:
-    assert CompositeReward(VALUES, {"a": 1.0, "b": 1.0}, composition="product").slopes_at(1) == {}
+    assert CompositeReward(VALUES, {"a": 1.0, "b": 1.0}, composition="product").marginal_weights(1) == {}
 
 
 def test_the_section_describes_all_of_it() -> None:

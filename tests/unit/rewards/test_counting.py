@@ -10,27 +10,27 @@ from tasks.core.errors import DataError, TrainingError
 from tasks.core.schema import Prompt
 from tasks.core.sections.reward import RewardParams
 from tasks.rewards.composition import CompositeReward, build_reward
-from tasks.rewards.counting import Counted
+from tasks.rewards.counting import FaultTolerantRule
 
 
 def inverse(prompt: str, response: str) -> float:
     return 1 / int(response)
 
 
-def test_a_failure_earns_the_floor_is_counted_and_is_told_once(capsys: pytest.CaptureFixture[str]) -> None:
-    rule = Counted("inverse", inverse, floor=-1.0)
+def test_a_failure_earns_the_floor_is_counted_and_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    rule = FaultTolerantRule("inverse", inverse, floor=-1.0)
     values, measures = rule.measured(["p", "q", "r"], ["4", "0", "many"])
     assert values.tolist() == [0.25, -1.0, -1.0]
     assert {name: noticed.tolist() for name, noticed in measures.items()} == {"failures/inverse": [0.0, 1.0, 1.0]}
-    said = capsys.readouterr().err
-    assert "component 'inverse' failed on prompt 'q', response '0': ZeroDivisionError: division by zero" in said
+    message = capsys.readouterr().err
+    assert "component 'inverse' failed on prompt 'q', response '0': ZeroDivisionError: division by zero" in message
     rule.measured(["q"], ["0"])
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 def test_a_value_that_is_not_finite_is_a_failure(bad: float) -> None:
-    values, measures = Counted("odd", lambda prompt, response: bad, floor=0.5).measured(["p"], ["r"])
+    values, measures = FaultTolerantRule("odd", lambda prompt, response: bad, floor=0.5).measured(["p"], ["r"])
     assert values.tolist() == [0.5]
     assert measures["failures/odd"].tolist() == [1.0]
 
@@ -38,7 +38,7 @@ def test_a_value_that_is_not_finite_is_a_failure(bad: float) -> None:
 @pytest.mark.parametrize(("failing", "of", "stops"), [(4, 8, False), (5, 8, True), (8, 8, True), (7, 7, False)])
 def test_most_of_a_batch_of_eight_is_no_accident(failing: int, of: int, stops: bool) -> None:
     responses = ["0"] * failing + ["1"] * (of - failing)
-    rule = Counted("inverse", inverse, floor=0.0)
+    rule = FaultTolerantRule("inverse", inverse, floor=0.0)
     if stops:
         with pytest.raises(TrainingError, match=rf"'inverse' fails on {failing} of {of} responses.*ZeroDivisionError"):
             rule.measured(["p"] * of, responses)
@@ -47,7 +47,7 @@ def test_most_of_a_batch_of_eight_is_no_accident(failing: int, of: int, stops: b
 
 
 def test_failures_reach_the_reward_as_a_measure() -> None:
-    outcome = CompositeReward({"inverse": Counted("inverse", inverse, 0.0)}, {"inverse": 2.0})(["p", "p"], ["2", "0"])
+    outcome = CompositeReward({"inverse": FaultTolerantRule("inverse", inverse, 0.0)}, {"inverse": 2.0})(["p", "p"], ["2", "0"])
     assert outcome.total.tolist() == [1.0, 0.0]
     assert outcome.measures["failures/inverse"].tolist() == [0.0, 1.0]
 

@@ -10,7 +10,7 @@ import torch
 from sklearn.covariance import LedoitWolf
 
 from tasks.core.errors import ModelError, TrainingError
-from tasks.rewards.familiarity import Familiarity
+from tasks.rewards.familiarity import MahalanobisOOD
 
 WIDTH = 24
 
@@ -23,7 +23,7 @@ def states(count: int, seed: int, *, spread: float = 1.0) -> torch.Tensor:
 
 def test_distance_is_the_root_of_the_quadratic_form() -> None:
     training, other = states(200, 1), states(7, 2, spread=3.0)
-    fitted = Familiarity.fit(training, states(50, 3))
+    fitted = MahalanobisOOD.fit(training, states(50, 3))
     precision = np.linalg.inv(LedoitWolf().fit(training.double().numpy()).covariance_)
     gaps = (other - training.mean(0)).double().numpy()
     expected = np.sqrt(np.einsum("nd,de,ne->n", gaps, precision, gaps))
@@ -32,23 +32,23 @@ def test_distance_is_the_root_of_the_quadratic_form() -> None:
 
 def test_one_in_a_hundred_held_out_texts_is_unfamiliar_and_what_lies_elsewhere_is() -> None:
     heldout = states(1000, 2)
-    fitted = Familiarity.fit(states(400, 1), heldout)
-    assert fitted.unfamiliar(heldout).merged_weight() == 10
-    assert fitted.unfamiliar(states(2000, 3)).mean().item() == pytest.approx(0.01, abs=0.008)
-    assert fitted.unfamiliar(states(50, 4, spread=10.0)).tolist() == [1.0] * 50
-    assert fitted.unfamiliar(fitted.mean.unsqueeze(0)).tolist() == [0.0]
+    fitted = MahalanobisOOD.fit(states(400, 1), heldout)
+    assert fitted.is_ood(heldout).merged_weight() == 10
+    assert fitted.is_ood(states(2000, 3)).mean().item() == pytest.approx(0.01, abs=0.008)
+    assert fitted.is_ood(states(50, 4, spread=10.0)).tolist() == [1.0] * 50
+    assert fitted.is_ood(fitted.mean.unsqueeze(0)).tolist() == [0.0]
 
 
 def test_it_is_kept_in_a_file(tmp_path: Path) -> None:
-    fitted = Familiarity.fit(states(100, 1), states(100, 2))
+    fitted = MahalanobisOOD.fit(states(100, 1), states(100, 2))
     fitted.save(tmp_path / "familiarity.safetensors")
-    again = Familiarity.load(tmp_path / "familiarity.safetensors")
+    again = MahalanobisOOD.load(tmp_path / "familiarity.safetensors")
     assert torch.equal(again.distances(states(9, 3)), fitted.distances(states(9, 3)))
     assert again.threshold == pytest.approx(fitted.threshold, rel=1e-6)
     with pytest.raises(ModelError, match=r"other\.safetensors does not exist: run the stage reward_model"):
-        Familiarity.load(tmp_path / "other.safetensors")
+        MahalanobisOOD.load(tmp_path / "other.safetensors")
 
 
 def test_states_that_do_not_vary_are_no_measure() -> None:
     with pytest.raises(TrainingError, match="sees no difference between its 5 training texts"):
-        Familiarity.fit(torch.ones(5, 3), torch.ones(2, 3))
+        MahalanobisOOD.fit(torch.ones(5, 3), torch.ones(2, 3))

@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from tasks.core.errors import DataError
 from tasks.core.sections.rules import RULE_OPTIONS, InstructionsRule
 from tasks.rewards.rules import RULES
-from tasks.rewards.rules.form import form
-from tasks.rewards.rules.instructions import checks
+from tasks.rewards.rules.form import matches_pattern
+from tasks.rewards.rules.instructions import check_constraints
 
 TAGS = r"(?s)<think>.{3,}</think>\s*<answer>\d+</answer>"
 PERSON = {
@@ -36,8 +36,8 @@ def score(rule: str, response: str, answer: str | None = None, **options: object
     ],
 )
 def test_a_form_is_matched_whole_or_somewhere(response: str, whole: float, contains: float) -> None:
-    assert form(response, pattern=TAGS, match="whole") == whole
-    assert form(response, pattern=TAGS, match="contains") == contains
+    assert matches_pattern(response, pattern=TAGS, match="whole") == whole
+    assert matches_pattern(response, pattern=TAGS, match="contains") == contains
 
 
 @pytest.mark.parametrize(
@@ -121,7 +121,7 @@ def test_bounds_are_counted(response: str, held: list[bool]) -> None:
         min_bullets=2,
         max_bullets=2,
     )
-    assert list(checks(response, options)) == held
+    assert list(check_constraints(response, options)) == held
 
 
 @pytest.mark.parametrize(

@@ -16,9 +16,9 @@ from transformers import BertConfig, BertForSequenceClassification, LlamaConfig,
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.schema import Preference, Rating, read_rows, write_rows
 from tasks.core.sections.reward_model import RewardModelParams
-from tasks.rewards.familiarity import Familiarity
-from tasks.rewards.finished import SCORER, load_finished
-from tasks.rewards.learned import BACKBONE, NORMALISATION, Head, Member, RewardModel
+from tasks.rewards.familiarity import MahalanobisOOD
+from tasks.rewards.finished import PRETRAINED_DIR, load_pretrained_scorer
+from tasks.rewards.learned import BACKBONE, NORMALISATION, ScoreHead, EnsembleMember, RewardModel
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.unit.tiny_stages import run_reward_model, write_inputs
 
@@ -167,13 +167,13 @@ def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(
 def test_length_is_taken_off_as_least_squares_say() -> None:
     """raw = 3 + 2·length: nothing but the mean is left; of (1, 3, 2) at lengths 1, 2, 3 the slope is ½."""
     lengths = torch.tensor([1.0, 2.0, 4.0])
-    head = Head.fit(3 + 2 * lengths + torch.tensor([1.0, -1.5, 0.5]), lengths)
+    head = ScoreHead.fit(3 + 2 * lengths + torch.tensor([1.0, -1.5, 0.5]), lengths)
     assert head.length_slope == pytest.approx(2.0), "the noise is uncorrelated with length"
-    head = Head.fit(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
+    head = ScoreHead.fit(torch.tensor([1.0, 3.0, 2.0]), torch.tensor([1.0, 2.0, 3.0]))
     assert head.length_slope == pytest.approx(0.5)
     assert head.mean == pytest.approx(1.0)
-    assert head.debiased(torch.tensor([5.0]), torch.tensor([4.0])).item() == pytest.approx(3.0)
-    assert Head.fit(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])).length_slope == 0.0
+    assert head.debias(torch.tensor([5.0]), torch.tensor([4.0])).item() == pytest.approx(3.0)
+    assert ScoreHead.fit(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])).length_slope == 0.0
 
 
 class Longer:
@@ -186,13 +186,13 @@ class Longer:
         return torch.tensor([float(len(text)) for text in texts])
 
 
-def test_without_length_equal_texts_of_any_length_are_worth_the_same() -> None:
+def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
     scorer: Any = Longer()
     samples = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
     lengths, first = scorer.lengths(samples), torch.tensor([float(text[0] == "a") for text in samples])
     whole = [""] * len(samples)
-    biased, _ = Member.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=False)
-    fair, _ = Member.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=True)
+    biased, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=False)
+    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=True)
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
     assert fair.heads[""].length_slope == pytest.approx(slope)
     assert torch.corrcoef(torch.stack([fair.read(samples, whole)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
@@ -219,12 +219,12 @@ def test_the_length_of_the_prompt_does_not_count() -> None:
     scorer: Any = Wordy()
     sides = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
     prompts, texts = [prompt for prompt, _ in sides], [prompt + response for prompt, response in sides]
-    fair, _ = Member.fit(scorer, texts, {"": 1.0}, prompts=prompts, length_debias=True)
+    fair, _ = EnsembleMember.fit(scorer, texts, {"": 1.0}, prompts=prompts, length_debias=True)
     assert fair.heads[""].length_slope == pytest.approx(0.5)
     values, _ = fair.read(["aa|b", "aa|bbbbb", "aaaa|b"], ["aa|", "aa|", "aaaa|"])
     assert values[0].item() == pytest.approx(values[1].item())
     assert (values[0] - values[2]).item() == pytest.approx(0.5), "what the prompt adds stays"
-    model = RewardModel([fair], Familiarity(torch.zeros(2), torch.eye(2), 1.0))
+    model = RewardModel([fair], MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0))
     assert model(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
     assert model.members(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
 
@@ -232,7 +232,7 @@ def test_the_length_of_the_prompt_does_not_count() -> None:
 @pytest.mark.parametrize("raw", [[1.0], [0.1] * 8, [2.5, 2.5]])
 def test_a_raw_reward_that_does_not_vary_cannot_be_normalised(raw: list[float]) -> None:
     with pytest.raises(TrainingError, match=rf"does not vary over the {len(raw)} responses.*learning_rate"):
-        Head.fit(torch.tensor(raw))
+        ScoreHead.fit(torch.tensor(raw))
 
 
 def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Path) -> None:
@@ -307,14 +307,14 @@ def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Pa
     right = [score(row.prompt, row.chosen) > score(row.prompt, row.rejected) for row in pairs]
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
     assert (out / "history.csv").read_text() == "step\n"
-    assert Familiarity.load(out / "adapter" / "familiarity.safetensors").mean.shape == (32,)
-    assert (out / SCORER / "model.safetensors").read_bytes() == (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    assert MahalanobisOOD.load(out / "adapter" / "familiarity.safetensors").mean.shape == (32,)
+    assert (out / PRETRAINED_DIR / "model.safetensors").read_bytes() == (tmp_path / "theirs" / "model.safetensors").read_bytes()
 
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
     finished(tmp_path / "theirs", 1)
     run_reward_model(inputs, tmp_path / "out", scorer={"id": str(tmp_path / "theirs"), "template": "chat"})
-    _, text = load_finished(tmp_path / "out")
+    _, text = load_pretrained_scorer(tmp_path / "out")
     assert text("why", " so") == "u:why a:so "
 
 

@@ -15,14 +15,14 @@ from tasks.core.linear import FrozenLora
 from tasks.core.models import add_lora, add_adapter, load_reward_model, new_reward_model, save_adapter
 from tasks.core.sections.lora import LoraParams
 from tasks.core.sections.reward import RewardParams
-from tasks.rewards.familiarity import Familiarity
+from tasks.rewards.familiarity import MahalanobisOOD
 from tasks.rewards.learned import (
-    COMBINATIONS,
-    FAMILIARITY,
+    ENSEMBLE_REDUCTIONS,
+    OOD_DETECTOR,
     MEMBERS,
     NORMALISATION,
-    Head,
-    Member,
+    ScoreHead,
+    EnsembleMember,
     RewardModel,
     TextScorer,
     encode,
@@ -89,12 +89,12 @@ class Fixed:
         return torch.tensor([self._scores[text] for text in texts]), torch.full((len(texts), 2), self._state)
 
 
-KNOWN = Familiarity(torch.zeros(2), torch.eye(2), 1.0)
-STRANGE = Familiarity(torch.ones(2), torch.eye(2), 1.0)
+KNOWN = MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0)
+STRANGE = MahalanobisOOD(torch.ones(2), torch.eye(2), 1.0)
 
 
 def member(scorer, **head):
-    return Member(scorer, {"": Head(**head)})
+    return EnsembleMember(scorer, {"": ScoreHead(**head)})
 
 
 def ensemble(**options):
@@ -122,15 +122,15 @@ def test_members_are_combined(combine, expected):
     assert model.members(["a", ""], ["b", "c"]).tolist() == [[0.0, 1.0], [2.0, -1.0], [-2.0, 3.0]]
 
 
-@pytest.mark.parametrize("combine", COMBINATIONS)
+@pytest.mark.parametrize("combine", ENSEMBLE_REDUCTIONS)
 def test_one_member_is_itself_to_the_last_bit_however_it_is_combined(combine):
     raw = {text: random.Random(text).uniform(-9, 9) for text in "abcdefgh"}
-    model = RewardModel([member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, combine=combine, uncertainty_coef=0.5)
+    model = RewardModel([member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, ensemble_reduction=combine, uncertainty_coef=0.5)
     assert torch.equal(model([""] * 8, list(raw)), (torch.tensor(list(raw.values())) - 0.1) / 3.3)
 
 
 def test_the_parameters_name_every_combination():
-    assert get_args(RewardParams.model_fields["combine"].annotation) == tuple(COMBINATIONS)
+    assert get_args(RewardParams.model_fields["combine"].annotation) == tuple(ENSEMBLE_REDUCTIONS)
 
 
 def test_a_pass_also_measures():
@@ -170,7 +170,7 @@ def world(tmp_path):
     save_adapter(sft, tmp_path / "sft")
     for number in range(3):
         write_member(tmp_path, number)
-    Familiarity(torch.zeros(32), torch.eye(32), 1.0).save(tmp_path / "reward_model" / FAMILIARITY)
+    MahalanobisOOD(torch.zeros(32), torch.eye(32), 1.0).save(tmp_path / "reward_model" / OOD_DETECTOR)
     return tmp_path
 
 
@@ -212,7 +212,7 @@ def test_one_member_loads_without_a_folder_of_members(world):
             path.rmdir() if path.is_dir() else path.unlink()
         member_folder(world / "reward_model", number).rmdir()
     (world / "reward_model" / MEMBERS).rmdir()
-    model = RewardModel.load(world / "base_model", world / "sft", world / "reward_model", combine="uncertainty")
+    model = RewardModel.load(world / "base_model", world / "sft", world / "reward_model", ensemble_reduction="uncertainty")
     value, measures = model.measured(PROMPTS, RESPONSES)
     assert torch.equal(value, model.members(PROMPTS, RESPONSES)[0])
     assert list(measures) == ["unfamiliar"]
@@ -233,9 +233,9 @@ def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer)
     """States of a (random) model for sentences of five words, for other words at random, and for one word repeated."""
     reader = TextScorer(scorer, Words(), max_length=32)
     training, heldout, unseen = (reader.read(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
-    familiarity = Familiarity.fit(training, heldout)
-    assert familiarity.unfamiliar(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
+    familiarity = MahalanobisOOD.fit(training, heldout)
+    assert familiarity.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
     gibberish = sentences(60, 4, range(12, 32))
     repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
-    assert familiarity.unfamiliar(reader.read(gibberish)[1]).mean() > 0.8
-    assert familiarity.unfamiliar(reader.read(repeated)[1]).mean() > 0.8
+    assert familiarity.is_ood(reader.read(gibberish)[1]).mean() > 0.8
+    assert familiarity.is_ood(reader.read(repeated)[1]).mean() > 0.8

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.sections.rules import PoemRule
-from tasks.rewards.rules.poem import lines_of, parts, poem_rule, rhyme, rhymes
+from tasks.rewards.rules.poem import lines_of, poem_scores, poem_rule, rhyme_score, words_rhyme
 
 pytest.importorskip("pronouncing")
 
@@ -29,7 +29,7 @@ def score(response: str, prompt: str = PROMPT) -> float:
 
 
 def test_a_limerick_earns_everything() -> None:
-    assert parts(PROMPT, "\n".join(GOOD), OPTIONS) == dict.fromkeys(
+    assert poem_scores(PROMPT, "\n".join(GOOD), OPTIONS) == dict.fromkeys(
         ("lines", "rhyme", "metre", "distinct", "sane", "dictionary", "topic"), 1.0
     )
     assert score("\n" + "\n\n".join(GOOD) + "\n") == 1.0
@@ -68,7 +68,7 @@ MADE_UP = [
     ],
 )
 def test_imitations_earn_nothing(guard: str, lines: list[str]) -> None:
-    assert parts(PROMPT, "\n".join(lines), OPTIONS)[guard] == 0.0
+    assert poem_scores(PROMPT, "\n".join(lines), OPTIONS)[guard] == 0.0
     assert score("\n".join(lines)) == 0.0
 
 
@@ -78,17 +78,17 @@ def test_half_a_form_earns_half() -> None:
 
 
 def test_all_in_one_line_is_no_poem() -> None:
-    found = parts(PROMPT, " ".join(GOOD), OPTIONS)
+    found = poem_scores(PROMPT, " ".join(GOOD), OPTIONS)
     assert (found["rhyme"], found["metre"], found["sane"]) == (0.0, 0.0, 0.0)
     assert found["lines"] == pytest.approx(0.2)
 
 
-def test_a_line_said_twice_and_an_endless_line_cost() -> None:
+def test_a_repeated_line_and_an_endless_line_cost() -> None:
     twice = [*GOOD[:4], GOOD[1]]
-    assert parts(PROMPT, "\n".join(twice), OPTIONS)["distinct"] == 0.75
+    assert poem_scores(PROMPT, "\n".join(twice), OPTIONS)["distinct"] == 0.75
     endless = [*GOOD[:4], "And so " * 10 + "fat"]
-    assert parts(PROMPT, "\n".join(endless), OPTIONS)["sane"] == 0.8
-    assert parts(PROMPT, "\n".join(endless), OPTIONS)["metre"] == 0.8
+    assert poem_scores(PROMPT, "\n".join(endless), OPTIONS)["sane"] == 0.8
+    assert poem_scores(PROMPT, "\n".join(endless), OPTIONS)["metre"] == 0.8
 
 
 @pytest.mark.parametrize(
@@ -100,7 +100,7 @@ def test_a_line_said_twice_and_an_endless_line_cost() -> None:
     ],
 )  # fmt: skip
 def test_words_rhyme_by_sound_and_not_with_themselves(one: str, other: str, value: bool) -> None:
-    assert rhymes(one, other) is value
+    assert words_rhyme(one, other) is value
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_words_rhyme_by_sound_and_not_with_themselves(one: str, other: str, valu
     ],
 )  # fmt: skip
 def test_the_scheme_has_four_pairs_and_one_sound_for_all_loses_one(ends: list[str], value: float) -> None:
-    assert rhyme(ends, "AABBA") == value
+    assert rhyme_score(ends, "AABBA") == value
 
 
 @pytest.mark.parametrize(
@@ -124,7 +124,7 @@ def test_the_scheme_has_four_pairs_and_one_sound_for_all_loses_one(ends: list[st
     ],
 )  # fmt: skip
 def test_a_letter_must_sound_unlike_every_earlier_one(ends: list[str], value: float) -> None:
-    assert rhyme(ends, "AABBCC") == value
+    assert rhyme_score(ends, "AABBCC") == value
 
 
 def test_another_form_can_be_asked_for() -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from tasks.core.sections.rules import RULE_OPTIONS
 from tasks.rewards.rules import RULES
-from tasks.rewards.rules.answers import right_answer, right_in_form
+from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.style import length, repetition
 
 GSM8K = r"#### (\-?[0-9\.\,]+)"
@@ -28,7 +28,7 @@ def test_length_is_not_paid_for_punctuation() -> None:
     assert length(" w0 ... !!! , w1", target=2, tolerance=1) == 1.0
 
 
-def test_repetition_is_minus_the_share_of_pairs_said_before() -> None:
+def test_repetition_is_minus_the_share_of_repeated_pairs() -> None:
     assert repetition(" good good good good good") == pytest.approx(-3 / 4)
     assert repetition(" a moving and quiet film") == 0.0
 
@@ -69,7 +69,7 @@ def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> No
     ],
 )  # fmt: skip
 def test_an_answer_is_right_by_its_last_number_or_its_word(response: str, expected: str, value: float) -> None:
-    assert right_answer(response, expected) == value
+    assert exact_match(response, expected) == value
 
 
 @pytest.mark.parametrize(
@@ -81,7 +81,7 @@ def test_an_answer_is_right_by_its_last_number_or_its_word(response: str, expect
     ],
 )  # fmt: skip
 def test_without_a_pattern_the_whole_response_must_be_the_answer(response: str, expected: str, value: float) -> None:
-    assert right_in_form(response, expected, None) == value
+    assert strict_match(response, expected, None) == value
 
 
 @pytest.mark.parametrize(
@@ -93,11 +93,11 @@ def test_without_a_pattern_the_whole_response_must_be_the_answer(response: str, 
     ],
 )  # fmt: skip
 def test_with_a_pattern_its_first_match_must_be_the_answer(response: str, value: float) -> None:
-    assert right_in_form(response, "42", GSM8K) == value
+    assert strict_match(response, "42", GSM8K) == value
 
 
 def test_a_group_that_takes_no_part_in_the_match_is_no_answer() -> None:
-    assert right_in_form("none", "42", r"none|it is (\d+)") == 0.0
+    assert strict_match("none", "42", r"none|it is (\d+)") == 0.0
 
 
 def test_real_solutions_are_right_in_form_and_without_their_mark_in_value_alone() -> None:
@@ -108,7 +108,7 @@ def test_real_solutions_are_right_in_form_and_without_their_mark_in_value_alone(
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         solutions = [json.loads(line)["answer"] for line in lines]
     assert len(solutions) == 1319
-    readings = {"strict": lambda *pair: right_in_form(*pair, GSM8K), "flexible": right_answer}
+    readings = {"strict": lambda *pair: strict_match(*pair, GSM8K), "flexible": exact_match}
     for change, expected in ((str, {"strict": 1319, "flexible": 1319}), (_unmarked, {"strict": 0, "flexible": 1319})):
         pairs = [(change(solution), solution.rpartition("#### ")[2]) for solution in solutions]
         assert {name: sum(right(*pair) for pair in pairs) for name, right in readings.items()} == expected

@@ -81,7 +81,7 @@ def test_a_subclass_arrives_as_its_base() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_plain_data_does_not_leave(value: object) -> None:
-    with pytest.raises(wire.NotPlainError):
+    with pytest.raises(wire.UnsupportedTypeError):
         wire.encode(value, 1000)
 
 
@@ -91,7 +91,7 @@ def test_what_is_no_plain_data_does_not_leave(value: object) -> None:
      b"l" + b"9" * 5000 + b":", b"s:"],
 )  # fmt: skip
 def test_bytes_that_are_no_value_are_refused(text: bytes) -> None:
-    with pytest.raises(wire.NotPlainError):
+    with pytest.raises(wire.UnsupportedTypeError):
         wire.decode(text)
 
 
@@ -102,7 +102,7 @@ def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
         text = bytes(choose.choices(alphabet, k=choose.randrange(12)))
         try:
             wire.encode(wire.decode(text), 1 << 16)
-        except wire.NotPlainError:
+        except wire.UnsupportedTypeError:
             continue
 
 
@@ -110,7 +110,7 @@ def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
     "value", ["x" * 1001, b"x" * 1001, [None] * 1001, 1 << 8008, [["x" * 500] * 2]], ids=lambda v: str(v)[:9]
 )
 def test_a_value_must_keep_to_its_size(value: object) -> None:
-    with pytest.raises(wire.TooLargeError):
+    with pytest.raises(wire.MessageTooLargeError):
         wire.encode(value, 1000)
 
 
@@ -127,7 +127,7 @@ def test_frames_end_where_the_other_side_ends() -> None:
 def test_a_frame_that_announces_too_much_is_not_read() -> None:
     end, start = os.pipe()
     os.write(start, b"\0\0\0\7")
-    with pytest.raises(wire.TooLargeError):
+    with pytest.raises(wire.MessageTooLargeError):
         wire.read_frame(end, 6)
     os.close(end)
     os.close(start)
@@ -176,7 +176,7 @@ def test_verdicts(case: str, sandbox: Sandbox) -> None:
 @walled
 def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
-    judged = Sandbox._judged
+    judged = Sandbox._run_job
     monkeypatch.setattr(Sandbox, "_judged", lambda self, job: (ran.append(job), judged(self, job))[1])
     right, false = Job(ADD, "assert add(1, 2) == 3", "add"), Job(ADD, "assert add(1, 2) == 4", "add")
     verdicts = sandbox.run([right, false, right, right, false])
@@ -244,8 +244,8 @@ def test_where_bubblewrap_does_not_work_it_says_why(monkeypatch: pytest.MonkeyPa
 
 @walled
 def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    walls = jail._walls
-    monkeypatch.setattr(jail, "_walls", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
+    walls = jail._bwrap_args
+    monkeypatch.setattr(jail, "_bwrap_args", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
     with pytest.raises(ConfigError, match="the sandbox does not hold on this machine: failed"):
         Sandbox(CodeRule())
 
@@ -253,7 +253,7 @@ def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     jail.filter_program.cache_clear()
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
-    monkeypatch.setattr(jail, "_walls", lambda _: [])
+    monkeypatch.setattr(jail, "_bwrap_args", lambda _: [])
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[code\]'.*apt-get install libseccomp2"):
         Sandbox(CodeRule())
 

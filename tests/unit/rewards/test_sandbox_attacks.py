@@ -17,7 +17,7 @@ import pytest
 
 from tasks.core.sections.code_rule import CodeRule
 from tasks.rewards.sandbox.run import Job, Sandbox
-from tasks.rewards.sandbox.verdict import Status, Verdict
+from tasks.rewards.sandbox.verdict import Status, SandboxResult
 from tests.unit.rewards.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
 from tests.unit.rewards.conftest import sandbox_or_skip
 
@@ -46,7 +46,7 @@ class World:
         self._letters = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         for door, address in zip(self._doors, (("127.0.0.1", 0), f"{folder}/door", f"\0{self._abstract}"), strict=True):
             door.bind(address)
-            door.listen()
+            door.step_environment()
         self._letters.bind(self._doors[0].getsockname())
         for door in (*self._doors, self._letters):
             door.setblocking(False)
@@ -118,7 +118,7 @@ def sandbox() -> Sandbox:
 
 
 @pytest.fixture(scope="module")
-def hungry(sandbox: Sandbox, world: World) -> dict[Attack, Verdict]:
+def hungry(sandbox: Sandbox, world: World) -> dict[Attack, SandboxResult]:
     """Verdicts on programs that would take for ever, all at once: each waits for its limit, not for the others'."""
     limits = LIMITS | {"wall_seconds": 4, "workers": len(HUNGRY)}
     return dict(zip(HUNGRY, Sandbox(CodeRule(**limits)).run([_job(attack, world) for attack in HUNGRY]), strict=True))
@@ -128,7 +128,7 @@ def _job(attack: Attack, world: World) -> Job:
     return Job(world.told(attack.program), attack.tests, "answer")
 
 
-def _check(attack: Attack, verdict: Verdict, world: World, record_property: Recorder) -> None:
+def _check(attack: Attack, verdict: SandboxResult, world: World, record_property: Recorder) -> None:
     harm = world.harm()
     won = ", ".join(["the reward"] * (verdict.status is Status.PASSED) + [harm] * bool(harm))
     happened = f"{verdict.status}: {verdict.reason}" if verdict.reason else str(verdict.status)
@@ -147,7 +147,7 @@ def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, world: World, 
 
 @pytest.mark.parametrize("attack", HUNGRY, ids=lambda attack: attack.name)
 def test_what_takes_for_ever_is_ended(
-    attack: Attack, hungry: dict[Attack, Verdict], world: World, record_property: Recorder
+    attack: Attack, hungry: dict[Attack, SandboxResult], world: World, record_property: Recorder
 ) -> None:
     patient = replace(attack, statuses=(*attack.statuses, "timeout"))  # on a busy machine that limit may come first
     _check(patient, hungry[attack], world, record_property)

@@ -7,7 +7,7 @@ import pytest
 from tasks.core.errors import ConfigError
 from tasks.core.sections.rules import RULE_OPTIONS
 from tasks.rewards.rules import RULES
-from tasks.rewards.rules.style import readability, reading_ease, sentences, syllables
+from tasks.rewards.rules.style import readability, reading_ease, count_sentences, count_syllables
 
 BAND = {"low": 50.0, "high": 90.0, "tolerance": 40.0, "min_words": 5}
 
@@ -24,7 +24,7 @@ def score(rule: str, response: str, **options: object) -> float:
     ],
 )  # fmt: skip
 def test_sentences_end_with_marks_before_space(text: str, count: int) -> None:
-    assert sentences(text) == count
+    assert count_sentences(text) == count
 
 
 @pytest.mark.parametrize(
@@ -37,7 +37,7 @@ def test_sentences_end_with_marks_before_space(text: str, count: int) -> None:
     ],
 )  # fmt: skip
 def test_syllables_are_groups_of_vowels(word: str, count: int) -> None:
-    assert syllables(word) == count
+    assert count_syllables(word) == count
 
 
 def test_reading_ease_is_fleschs_formula() -> None:
@@ -68,7 +68,7 @@ def test_sentiment_is_vaders_compound_in_the_wanted_direction() -> None:
     assert score("sentiment", "") == 0.0
 
 
-def test_a_language_is_told_from_others() -> None:
+def test_a_language_is_distinguished_from_others() -> None:
     pytest.importorskip("py3langid")
     english, german = " The weather was fine and we walked home.", " Das Wetter war schön und wir gingen nach Hause."
     assert score("language", english) > 0.9

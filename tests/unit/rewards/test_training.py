@@ -13,7 +13,7 @@ from tasks.core.models import add_lora, new_reward_model, init_process
 from tasks.core.schema import Preference
 from tasks.core.training import HistoryCallback, train_or_resume
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import pair_trainer, target_trainer
+from tasks.rewards.training import pair_trainer, regression_trainer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.unit.tiny_stages import LORA
 
@@ -88,11 +88,11 @@ TEXTS = ["abc", "de", "fghij"]
 def test_ratings_are_fitted_by_squared_error(base):
     values = scores(base, TEXTS).tolist()
     expected = sum((value - target) ** 2 for value, target in zip(values, [1.0, -2.0, 0.5], strict=True)) / 3
-    assert first_loss(target_trainer, base, TEXTS, [1.0, -2.0, 0.5]) == pytest.approx(expected, rel=1e-4)
+    assert first_loss(regression_trainer, base, TEXTS, [1.0, -2.0, 0.5]) == pytest.approx(expected, rel=1e-4)
 
 
 def test_classes_are_fitted_by_cross_entropy_of_log_odds(base):
     values = scores(base, TEXTS).tolist()
     expected = (log_loss(values[0]) + log_loss(-values[1]) + log_loss(values[2])) / 3
-    found = first_loss(target_trainer, base, TEXTS, [1.0, 0.0, 1.0], classes=True)
+    found = first_loss(regression_trainer, base, TEXTS, [1.0, 0.0, 1.0], classes=True)
     assert found == pytest.approx(expected, rel=1e-4)

@@ -70,7 +70,7 @@ def test_a_function_gets_the_sample_its_answer_and_its_options(folder: Path) -> 
         ("crooked:f", {}, r"crooked\.py:1 is no Python"),
     ],
 )
-def test_what_is_not_there_is_said_before_anything_runs(
+def test_what_is_not_there_is_reported_before_anything_runs(
     function: str, options: dict[str, object], problem: str, folder: Path
 ) -> None:
     with pytest.raises(ValueError, match=problem):

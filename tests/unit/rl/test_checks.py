@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from tasks.core.errors import TrainingError
-from tasks.rl.checks import DegenerationWatch, check_finite, degeneration
+from tasks.rl.checks import DegenerateResponseMonitor, check_finite, response_metrics
 
 YES, NO = torch.tensor([True, True, True]), torch.tensor([False, False, False])
 
@@ -23,7 +23,7 @@ YES, NO = torch.tensor([True, True, True]), torch.tensor([False, False, False])
     ],
 )
 def test_degeneration(responses, ended, expected, findings):
-    metrics, found = degeneration(responses, ended)
+    metrics, found = response_metrics(responses, ended)
     assert (metrics["empty_share"], metrics["distinct_share"], metrics["no_end_share"]) == pytest.approx(expected)
     assert metrics["degenerate"] == len(findings)
     assert len(found) == len(findings)
@@ -32,22 +32,22 @@ def test_degeneration(responses, ended, expected, findings):
 
 
 def test_one_response_is_not_called_the_same():
-    assert degeneration(["x"], torch.tensor([True]))[1] == []
+    assert response_metrics(["x"], torch.tensor([True]))[1] == []
 
 
 def test_repetition_and_distinct_pairs_by_hand():
     """a-b, b-a, a-b, b-a: two of four pairs were there before; with c-d three of five are different."""
-    metrics, _ = degeneration(["a b a b a", "c d"], torch.tensor([True, True]))
+    metrics, _ = response_metrics(["a b a b a", "c d"], torch.tensor([True, True]))
     assert metrics["repetition"] == pytest.approx((2 / 4 + 0) / 2)
     assert metrics["distinct_2"] == pytest.approx(3 / 5)
 
 
-def test_the_watch_tells_of_a_finding_when_it_begins_and_when_it_begins_again():
-    told = []
-    watch = DegenerationWatch(told.append)
+def test_the_monitor_warns_when_a_finding_begins_and_when_it_begins_again():
+    messages = []
+    watch = DegenerateResponseMonitor(messages.append)
     for update, responses in enumerate([["a", "b"], ["c", "c"], ["c", "c"], ["a", "b"], ["c", "c"]], start=1):
         watch(responses, torch.tensor([True, True]), update)
-    assert told == [f"warning: update {update}: all 2 responses are the same: 'c'" for update in (2, 5)]
+    assert messages == [f"warning: update {update}: all 2 responses are the same: 'c'" for update in (2, 5)]
 
 
 def test_check_finite_names_quantity_and_samples():

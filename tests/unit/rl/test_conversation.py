@@ -11,11 +11,11 @@ from torch import Tensor, nn
 from tasks.core.schema import Prompt
 from tasks.core.sections.generation import GenerationParams
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.conversation import Conversations, Talk
+from tasks.rl.conversation import MultiTurnRollout, MultiTurnSampler
 from tasks.rl.environments.dialogue import Step
 from tasks.rl.policy import Policy, model_inputs
-from tasks.rl.rollout import seeded
-from tasks.rl.trainer import PPOTrainer, TextCodec
+from tasks.rl.rollout import derive_generator
+from tasks.rl.trainer import PPOTrainer, PromptSet
 from tests.conftest import EOS, PAD, letter_tokenizer, tiny_model, tiny_policy
 from tests.unit.rl.test_trainer import PARAMS
 
@@ -51,9 +51,9 @@ def _short_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.rl.conversation.answered", answer)
 
 
-def talk(*, max_turns: int = 3, temperature: float = 1.0, tokens: int = 3, gamma: float = 0.5) -> Talk:
+def multi_turn_sampler(*, max_turns: int = 3, temperature: float = 1.0, tokens: int = 3, gamma: float = 0.5) -> MultiTurnSampler:
     generation = GenerationParams(max_new_tokens=tokens, temperature=temperature)
-    return Talk(Echo, ROWS, TOKENIZER, generation, max_turns=max_turns, gamma=gamma)
+    return MultiTurnSampler(Echo, ROWS, TOKENIZER, generation, max_turns=max_turns, gamma=gamma)
 
 
 def moved_policy() -> Any:
@@ -64,14 +64,14 @@ def moved_policy() -> Any:
     return policy
 
 
-def conversations(model: Any = None, chosen: Any = (0, 1, 2, 3, 4), samples: int = 2, **options: Any) -> Conversations:
+def conversations(model: Any = None, chosen: Any = (0, 1, 2, 3, 4), samples: int = 2, **options: Any) -> MultiTurnRollout:
     head = options.pop("value_head", None)
     seed = options.pop("seed", 0)
-    generator = options.pop("generator", lambda turn: seeded(seed, turn))
-    return talk(**options)(model or tiny_model(), chosen, samples, generator, value_head=head)
+    generator = options.pop("generator", lambda turn: derive_generator(seed, turn))
+    return multi_turn_sampler(**options)(model or tiny_model(), chosen, samples, generator, value_head=head)
 
 
-def pieces(rollout: Conversations, row: int) -> list[tuple[bool, list[int]]]:
+def pieces(rollout: MultiTurnRollout, row: int) -> list[tuple[bool, list[int]]]:
     """Runs of own and other tokens."""
     runs: list[tuple[bool, list[int]]] = []
     last = int(rollout.response_mask[row].nonzero().max())
@@ -94,9 +94,9 @@ def test_own_tokens_and_the_environments_take_turns_and_end_with_an_own_one() ->
         assert len(turns) == rollout.turns[row]
         environment = Echo()
         steps = [environment.step(TOKENIZER.decode(ids, skip_special_tokens=True)) for ids in turns]
-        said = [ids for own, ids in runs if not own]
-        assert said == [TOKENIZER(answer(step.observation)).input_ids for step in steps[:-1]]
-        assert [step.done for step in steps[:-1]] == [False] * len(said)
+        replies = [ids for own, ids in runs if not own]
+        assert replies == [TOKENIZER(answer(step.observation)).input_ids for step in steps[:-1]]
+        assert [step.done for step in steps[:-1]] == [False] * len(replies)
         assert steps[-1].done or len(turns) == 3
         assert rollout.rewards[row] == steps[-1].reward
         assert rollout.ended[row] == all(ids[-1] == EOS for ids in turns)
@@ -179,18 +179,18 @@ def test_what_was_earned_is_a_component_and_turns_and_success_are_noticed() -> N
 def ppo(**changes: Any) -> PPOTrainer:
     params = PARAMS.model_copy(update={"prompts_per_update": 4, "micro_batch_size": 8} | changes)
     torch.manual_seed(0)
-    codec = TextCodec([row.prompt for row in ROWS], [[3]] * 5, lambda ids: str(TOKENIZER.decode(ids)), EOS, PAD)
+    codec = PromptSet([row.prompt for row in ROWS], [[3]] * 5, lambda ids: str(TOKENIZER.decode(ids)), EOS, PAD)
     reward = CompositeReward({}, {"environment": 1.0})
     generation = GenerationParams(max_new_tokens=3, temperature=1.0)
     policy = Policy(moved_policy(), temperature=1.0)
-    return PPOTrainer(policy, codec, reward, params, generation, seed=0, talk=talk())
+    return PPOTrainer(policy, codec, reward, params, generation, seed=0, multi_turn=multi_turn_sampler())
 
 
 def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() -> None:
     """λ = 1 and no KL penalty: the return of turn k of n is γ^(n − 1 − k) · score, whatever the values."""
     trainer = ppo(action="turn", lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
-    rollout, _, responses, reference, outcome = trainer._scored(*trainer._rollout())
-    experience, metrics = trainer._experience(rollout, rollout.asked, responses, reference, outcome)
+    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
+    experience, metrics = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
     assert set(rollout.turns.tolist()) > {1}
     for row, turns in enumerate(rollout.turns.tolist()):
         expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
@@ -204,8 +204,8 @@ def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() ->
 @pytest.mark.parametrize("action", ["token", "response"])
 def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -> None:
     trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
-    rollout, _, responses, reference, outcome = trainer._scored(*trainer._rollout())
-    experience, _ = trainer._experience(rollout, rollout.asked, responses, reference, outcome)
+    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
+    experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
     for row, turns in enumerate(rollout.turns.tolist()):
         own = experience.returns[row][experience.action_mask[row]]
         assert own.tolist() == pytest.approx([outcome.total[row].item() * 0.5 ** (turns - 1)] * len(own), abs=1e-6)
@@ -214,10 +214,10 @@ def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -
 @pytest.mark.parametrize("action", ["token", "response"])
 def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None:
     trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.5)
-    rollout, _, responses, reference, outcome = trainer._scored(*trainer._rollout())
+    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
     late = (rollout.turns > 1) & ~rollout.ended
     assert late.any(), "a sample that shows nothing"
-    experience, _ = trainer._experience(rollout, rollout.asked, responses, reference, outcome)
+    experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
     expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.ended).float()
     torch.testing.assert_close(experience.returns[:, 0], expected, rtol=0, atol=1e-6)
 
@@ -225,7 +225,7 @@ def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None
 @pytest.mark.parametrize("action", ["token", "turn", "response"])
 def test_the_first_step_starts_at_the_rollouts_policy(action: str) -> None:
     trainer = ppo(action=action)
-    experience, _ = trainer._experience(*trainer._scored(*trainer._rollout()))
+    experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
     metrics = trainer.updater.step(experience)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
@@ -236,9 +236,9 @@ def test_micro_batches_do_not_change_the_gradient(action: str) -> None:
     gradients = []
     for size in (8, 3):
         trainer = ppo(action=action, micro_batch_size=size)
-        experience, _ = trainer._experience(*trainer._scored(*trainer._rollout()))
+        experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
         trainer.updater.step(experience)
-        gradients.append([p.grad.clone() for p in trainer.policy.trainable().values()])
+        gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
 
@@ -250,7 +250,7 @@ def test_no_gradient_comes_from_the_environments_tokens(action: str, monkeypatch
     gradients = []
     for junk in (None, 7.0, float("nan")):
         trainer = ppo(action=action)
-        experience, _ = trainer._experience(*trainer._scored(*trainer._rollout()))
+        experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
         mask = experience.response_mask
         forward = trainer.policy.forward
 
@@ -266,7 +266,7 @@ def test_no_gradient_comes_from_the_environments_tokens(action: str, monkeypatch
 
         monkeypatch.setattr(trainer.policy, "forward", spoilt)
         metrics = trainer.updater.step(experience)
-        gradients.append([p.grad.clone() for p in trainer.policy.trainable().values()])
+        gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
         if junk is None:
             plain = metrics
         assert metrics == plain
@@ -287,7 +287,7 @@ def test_two_runs_are_the_same_and_samples_hold_whole_conversations() -> None:
         trainer = ppo(action="turn", updates=2)
         trainer.train()
         runs.append(
-            (trainer.history, trainer.samples, [p.detach().clone() for p in trainer.policy.trainable().values()])
+            (trainer.history, trainer.samples, [p.detach().clone() for p in trainer.policy.trainable_parameters().values()])
         )
     assert runs[0][:2] == runs[1][:2]
     assert all(torch.equal(one, other) for one, other in zip(runs[0][2], runs[1][2], strict=True))

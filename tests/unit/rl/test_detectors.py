@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.rl.detectors import DETECTORS, PREFIX, fired, watch
+from tasks.rl.detectors import DETECTORS, PREFIX, detectors_fired, run_detectors
 
 WEIGHTS = {"learned": 1.0, "brevity": 2.0}
 
@@ -41,7 +41,7 @@ HOLDS = {
 
 
 def last(change):
-    signs, found = watch([START, START | change, START | change], WEIGHTS)
+    signs, found = run_detectors([START, START | change, START | change], WEIGHTS)
     return signs, [detector.name for detector, _ in found]
 
 
@@ -64,7 +64,7 @@ def test_length_drifts_both_ways():
 
 
 def kl_spike(*kl):
-    return watch([START | {"kl": value} for value in kl], WEIGHTS)[0].get(PREFIX + "kl_spike")
+    return run_detectors([START | {"kl": value} for value in kl], WEIGHTS)[0].get(PREFIX + "kl_spike")
 
 
 def test_a_jump_counts_against_the_changes_before():
@@ -82,13 +82,13 @@ def test_a_jump_that_the_next_update_does_not_confirm_is_an_outlier():
 def test_one_update_of_half_the_length_is_no_drift():
     """What PPO of the default task did on its way from 17 tokens to 10."""
     rows = [START | {"length": length} for length in (17.05, 9.67, 8.48, 11.20)]
-    seen = [watch(rows[:count], WEIGHTS)[0][PREFIX + "length_drift"] for count in range(1, 5)]
+    seen = [run_detectors(rows[:count], WEIGHTS)[0][PREFIX + "length_drift"] for count in range(1, 5)]
     assert seen == pytest.approx([1, 1, 17.05 / 9.67, 17.05 / 11.20])
 
 
 def test_one_update_in_which_nobody_earns_anything_is_no_collapse():
     rows = [START | {"score_std": spread} for spread in (0.2, 0.0, 0.3, 0.1, 0.08)]
-    seen = [watch(rows[:count], WEIGHTS)[0][PREFIX + "reward_variance_collapse"] for count in range(1, 6)]
+    seen = [run_detectors(rows[:count], WEIGHTS)[0][PREFIX + "reward_variance_collapse"] for count in range(1, 6)]
     assert seen == pytest.approx([1, 1, 2 / 3, 2 / 3, 2])
 
 
@@ -97,25 +97,25 @@ def test_a_spread_of_nothing_is_a_factor_of_a_thousand():
 
 
 def test_a_reward_of_one_component_has_no_cost():
-    assert PREFIX + "one_component_pays" not in watch([START, START], {"learned": 1.0})[0]
+    assert PREFIX + "one_component_pays" not in run_detectors([START, START], {"learned": 1.0})[0]
 
 
 def test_the_first_update_is_the_measure_and_finds_nothing():
-    signs, found = watch([START], WEIGHTS)
+    signs, found = run_detectors([START], WEIGHTS)
     assert found == []
     assert signs[PREFIX + "length_drift"] == 1
     assert signs[PREFIX + "truncation"] == 0
 
 
-def test_it_tells_once_and_again_after_it_went_away():
-    rows, told = [], []
+def test_it_fires_once_and_again_after_it_went_away():
+    rows, counts = [], []
     for length in (16.0, 8.0, 8.0, 7.0, 12.0, 8.0, 8.0):
         rows.append(START | {"length": length})
-        signs, found = watch(rows, WEIGHTS)
+        signs, found = run_detectors(rows, WEIGHTS)
         rows[-1] = rows[-1] | signs
-        told.append(len(found))
-    assert told == [0, 0, 1, 0, 0, 0, 1]
-    ((detector, first, largest),) = fired(rows)
+        counts.append(len(found))
+    assert counts == [0, 0, 1, 0, 0, 0, 1]
+    ((detector, first, largest),) = detectors_fired(rows)
     assert (detector.name, first) == ("length_drift", 3)
     assert largest == pytest.approx(2)
 
@@ -123,7 +123,7 @@ def test_it_tells_once_and_again_after_it_went_away():
 def test_a_row_without_a_number_is_no_sign():
     """GRPO learns of the entropy later than of the responses; rules do not know what is familiar."""
     row = {key: value for key, value in START.items() if key not in ("entropy", "kl", "unfamiliar")}
-    signs, _ = watch([row, row], WEIGHTS)
+    signs, _ = run_detectors([row, row], WEIGHTS)
     assert PREFIX + "entropy_collapse" not in signs
     assert PREFIX + "kl_spike" not in signs
     assert PREFIX + "unfamiliar_responses" not in signs
@@ -131,9 +131,9 @@ def test_a_row_without_a_number_is_no_sign():
 
 
 def test_a_finding_says_the_number_and_what_to_do():
-    ((detector, value),) = watch([START, START | FIRES["truncation"]], WEIGHTS)[1]
+    ((detector, value),) = run_detectors([START, START | FIRES["truncation"]], WEIGHTS)[1]
     assert value == pytest.approx(0.26)
-    assert detector.says(value) == (
+    assert detector.message(value) == (
         "truncation 0.26 (threshold 0.25, healthy up to 0.14): more responses are cut before their end than SFT's; "
         "raise missing_eos_penalty or max_new_tokens"
     )

@@ -313,7 +313,7 @@ def test_the_gradient_takes_the_place_of_the_logits_only_where_allowed() -> None
         leaf = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)
         logits = leaf * 1
         before = logits.detach().clone()
-        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, overwrite=overwrite).merged_weight().backward()
+        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, inplace_backward=overwrite).merged_weight().backward()
         assert torch.equal(logits.detach(), before) is not overwrite
         expected = torch.tensor([0.0, 1.0, 0.0]) - before[0, 0].softmax(-1)
         torch.testing.assert_close(leaf.grad[0, 0], expected)

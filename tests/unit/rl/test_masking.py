@@ -8,13 +8,13 @@ import pytest
 import torch
 
 from tasks.rl.masking import (
-    check_begins,
+    check_left_aligned,
     explained_variance,
     masked_mean,
     masked_sum,
     masked_var,
     response_mask_from,
-    up_to_last,
+    through_last_true,
     whiten,
     zero_masked,
 )
@@ -172,23 +172,23 @@ def test_a_mask_of_another_shape_or_type_is_refused(mask: torch.Tensor) -> None:
         zero_masked(VALUES, mask)
 
 
-def test_right_padding_and_what_others_said_between_are_accepted() -> None:
-    check_begins(torch.tensor([[True, True, True], [True, False, True], [True, False, False]]))
-    check_begins(torch.tensor([[True]]))
+def test_right_padding_and_turns_of_others_are_accepted() -> None:
+    check_left_aligned(torch.tensor([[True, True, True], [True, False, True], [True, False, False]]))
+    check_left_aligned(torch.tensor([[True]]))
 
 
 def test_an_empty_response_is_refused_and_named() -> None:
     with pytest.raises(ValueError, match=r"no token counts at the start of rows \[1\]"):
-        check_begins(torch.tensor([[True, False], [False, False]]))
+        check_left_aligned(torch.tensor([[True, False], [False, False]]))
 
 
 def test_left_padding_is_refused() -> None:
     with pytest.raises(ValueError, match=r"no token counts at the start of rows \[0\]"):
-        check_begins(torch.tensor([[False, True], [True, True]]))
+        check_left_aligned(torch.tensor([[False, True], [True, True]]))
 
 
 def test_up_to_last_fills_what_stands_between_and_leaves_the_padding() -> None:
     mask = torch.tensor([[1, 0, 0, 1, 0], [1, 1, 0, 0, 0], [1, 0, 1, 0, 1], [0, 0, 0, 0, 0]]).bool()
     expected = torch.tensor([[1, 1, 1, 1, 0], [1, 1, 0, 0, 0], [1, 1, 1, 1, 1], [0, 0, 0, 0, 0]]).bool()
-    assert up_to_last(mask).dtype is torch.bool
-    assert torch.equal(up_to_last(mask), expected)
+    assert through_last_true(mask).dtype is torch.bool
+    assert torch.equal(through_last_true(mask), expected)

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from tasks.rl.shaping import discounted, missing_eos_penalty, token_rewards
+from tasks.rl.shaping import discount_by_turns, apply_missing_eos_penalty, token_rewards
 
 NAN, INF = math.nan, math.inf
 
@@ -22,7 +22,7 @@ def test_the_score_stands_on_the_last_token_that_counts() -> None:
     assert rewards.flatten().tolist() == pytest.approx([-0.1, 0.2, 9.7, -0.5, 19.0, 0, -32.0, 0, 0], abs=1e-15)
 
 
-def test_a_response_is_worth_its_score_less_the_penalty_on_its_kl() -> None:
+def test_the_reward_of_a_response_is_its_score_less_the_kl_penalty() -> None:
     # Ziegler et al. 2019, equation 2: R = score − β · Σ k1. Row 0: 10 − 2·0.4, row 1: 20 − 2·3, row 2: −30 − 2·4.
     rewards = token_rewards(SCORES, KL, MASK, kl_coef=2.0)
     assert rewards.merged_weight(1).tolist() == pytest.approx([9.2, 14.0, -38.0], abs=1e-12)
@@ -41,15 +41,15 @@ def test_in_a_conversation_the_score_stands_on_the_last_turns_last_token() -> No
     assert rewards.tolist() == [[-1.0, 0.0, 8.0, 0.0]]
 
 
-def test_a_score_is_worth_less_for_every_turn_after_the_first() -> None:
+def test_a_score_is_discounted_for_every_turn_after_the_first() -> None:
     # γ = 0.5: 8, 8/2, −8/4.
-    scores = discounted(torch.tensor([8.0, 8.0, -8.0]), torch.tensor([1, 2, 3]), 0.5)
+    scores = discount_by_turns(torch.tensor([8.0, 8.0, -8.0]), torch.tensor([1, 2, 3]), 0.5)
     assert scores.tolist() == [8.0, 4.0, -2.0]
 
 
 def test_without_discount_scores_stay_bit_for_bit() -> None:
     scores = torch.randn(50, generator=torch.Generator().manual_seed(0))
-    assert torch.equal(discounted(scores, torch.arange(1, 51), 1.0), scores)
+    assert torch.equal(discount_by_turns(scores, torch.arange(1, 51), 1.0), scores)
 
 
 @pytest.mark.parametrize("second", [[False, False, False], [False, True, True]])
@@ -66,5 +66,5 @@ def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
 
 
 def test_only_responses_without_an_end_token_are_penalised() -> None:
-    scores = missing_eos_penalty(torch.tensor([1.0, 2.0, -3.0]), torch.tensor([True, False, False]), 0.5)
+    scores = apply_missing_eos_penalty(torch.tensor([1.0, 2.0, -3.0]), torch.tensor([True, False, False]), 0.5)
     assert scores.tolist() == [1.0, 1.5, -3.5]

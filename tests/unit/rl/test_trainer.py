@@ -12,7 +12,7 @@ from tasks.core.sections.generation import GenerationParams
 from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.policy import Experience, Policy
-from tasks.rl.trainer import PPOTrainer, TextCodec
+from tasks.rl.trainer import PPOTrainer, PromptSet
 from tests.conftest import EOS, PAD, tiny_policy
 
 PARAMS = PPOParams(
@@ -40,7 +40,7 @@ PARAMS = PPOParams(
     checkpoint_every=2,
     keep_every=2,
 )
-CODEC = TextCodec(
+CODEC = PromptSet(
     prompts=[f"p{i}" for i in range(10)],
     prompt_ids=[list(range(3, 4 + i % 4)) for i in range(10)],
     decode=lambda ids: " ".join(map(str, ids)),
@@ -54,22 +54,22 @@ def low_tokens(prompts: list[str], responses: list[str]) -> list[float]:
     return [sum(int(word) < 16 for word in text.split()) / max(1, len(text.split())) for text in responses]
 
 
-def trainer(reward=low_tokens, checkpoints=None, log=None, tell=print, **changes) -> PPOTrainer:
+def trainer(reward=low_tokens, checkpoints=None, log=None, warn=print, **changes) -> PPOTrainer:
     params = PARAMS.model_copy(update=changes)
     torch.manual_seed(0)
     policy = Policy(tiny_policy(), temperature=1.0)
     composed = CompositeReward({"rule": reward}, {"rule": 1.0})
     generation = GenerationParams(max_new_tokens=8, temperature=1.0)
     log = log or (lambda metrics, step: None)
-    return PPOTrainer(policy, CODEC, composed, params, generation, seed=0, checkpoints=checkpoints, log=log, tell=tell)
+    return PPOTrainer(policy, CODEC, composed, params, generation, seed=0, checkpoints=checkpoints, log=log, warn=warn)
 
 
 def weights(ppo: PPOTrainer) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in ppo.policy.trainable().items()}
+    return {name: value.detach().clone() for name, value in ppo.policy.trainable_parameters().items()}
 
 
 def experience_of(ppo: PPOTrainer) -> tuple[Experience, dict[str, float]]:
-    return ppo._experience(*ppo._scored(*ppo._rollout()))
+    return ppo._build_experience(*ppo._score_rollout(*ppo._rollout()))
 
 
 def test_at_step_0_kl_is_0_and_the_reward_is_the_score():
@@ -108,7 +108,7 @@ def test_micro_batches_do_not_change_the_gradient(size):
         ppo = trainer(micro_batch_size=micro_batch_size)
         experience, _ = experience_of(ppo)
         ppo.updater.step(experience)
-        gradients.append([p.grad.clone() for p in ppo.policy.trainable().values()])
+        gradients.append([p.grad.clone() for p in ppo.policy.trainable_parameters().values()])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
 
@@ -136,7 +136,7 @@ def test_padding_changes_neither_loss_nor_gradient():
     for batch in (plain, padded):
         ppo.updater.optimizer.zero_grad()
         actor, critic, _ = ppo.updater._backward(batch, int(batch.response_mask.merged_weight()))
-        gradients = [p.grad.clone() for p in ppo.policy.trainable().values()]
+        gradients = [p.grad.clone() for p in ppo.policy.trainable_parameters().values()]
         results.append((actor.loss.item(), critic.loss.item(), gradients))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-6)
     assert results[0][1] == pytest.approx(results[1][1], rel=1e-4)
@@ -159,7 +159,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(tmp_pat
     whole = trainer()
     whole.train()
     broken = trainer(checkpoints=tmp_path)
-    rounds, original = [], broken._round
+    rounds, original = [], broken._update_step
 
     def interrupted():
         if len(rounds) == 3:
@@ -167,7 +167,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(tmp_pat
         rounds.append(1)
         return original()
 
-    broken._round = interrupted
+    broken._update_step = interrupted
     with pytest.raises(KeyboardInterrupt):
         broken.train()
     logged = []
@@ -209,7 +209,7 @@ def test_no_step_is_taken_once_the_policy_has_moved_far_enough():
 
 def broken_at(update: int, row: int, ppo: PPOTrainer) -> PPOTrainer:
     """The trainer, whose advantage of one response is NaN in one update."""
-    original = ppo._actions
+    original = ppo._compute_advantages
 
     def actions(rollout, rewards):
         experience = original(rollout, rewards)
@@ -217,7 +217,7 @@ def broken_at(update: int, row: int, ppo: PPOTrainer) -> PPOTrainer:
             experience.advantages[row, 0] = float("nan")
         return experience
 
-    ppo._actions = actions
+    ppo._compute_advantages = actions
     return ppo
 
 
@@ -260,40 +260,40 @@ def test_a_log_probability_that_is_not_finite_names_whose_it_is(monkeypatch):
 
 def over_budget(**changes) -> tuple[PPOTrainer, list[dict[str, torch.Tensor]], list[str]]:
     """A run whose KL grows past its budget, the weights after each of its updates, and what it told."""
-    snapshots, told = [], []
+    snapshots, messages = [], []
 
     def log(metrics, step):
         if "kl" in metrics:
             snapshots.append(weights(ppo))
 
     settings = {"updates": 6, "kl_coef": 0.0, "kl_controller": "fixed", "kl_budget": 0.3} | changes
-    ppo = trainer(log=log, tell=told.append, **settings)
+    ppo = trainer(log=log, warn=messages.append, **settings)
     ppo.train()
-    return ppo, snapshots, told
+    return ppo, snapshots, messages
 
 
 def test_kl_budget_ends_training_with_the_last_policy_that_kept_it():
-    free, snapshots, told = over_budget(kl_budget=None)
-    assert told == []
+    free, snapshots, messages = over_budget(kl_budget=None)
+    assert messages == []
     kls = [row["kl"] for row in free.history]
     first_over = next(update for update, kl in enumerate(kls) if kl > 0.3)
     assert 2 <= first_over < 5, "the run must pass the budget in its middle"
-    ppo, _, told = over_budget()
+    ppo, _, messages = over_budget()
     assert ppo.history == free.history[:first_over]
     for name, value in snapshots[first_over - 2].items():
         assert torch.equal(weights(ppo)[name], value), name
-    assert len(told) == 1
-    assert f"the KL after update {first_over} is {kls[first_over]:.3g} nats per response" in told[0]
-    assert told[0].endswith(f"whose KL was {kls[first_over - 1]:.3g}")
+    assert len(messages) == 1
+    assert f"the KL after update {first_over} is {kls[first_over]:.3g} nats per response" in messages[0]
+    assert messages[0].endswith(f"whose KL was {kls[first_over - 1]:.3g}")
 
 
 def test_kl_budget_holds_for_the_last_update_as_well():
     """A run of two updates whose second passes the budget: no further round measures it, but the budget does."""
     _, snapshots, _ = over_budget(updates=2, kl_budget=None)
-    ppo, _, told = over_budget(updates=2, kl_budget=1.0001 * over_budget(updates=2)[0].history[-1]["kl"])
+    ppo, _, messages = over_budget(updates=2, kl_budget=1.0001 * over_budget(updates=2)[0].history[-1]["kl"])
     assert len(ppo.history) == 2
-    assert len(told) == 1
-    assert told[0].startswith("the KL after update 2 is ")
+    assert len(messages) == 1
+    assert messages[0].startswith("the KL after update 2 is ")
     for name, value in snapshots[0].items():
         assert torch.equal(weights(ppo)[name], value), name
 
@@ -303,7 +303,7 @@ def test_kl_budget_survives_an_interruption(tmp_path):
     stopped_in = len(whole.history)
     settings = {"updates": 6, "kl_coef": 0.0, "kl_controller": "fixed", "kl_budget": 0.3, "checkpoint_every": 1}
     broken = broken_at(stopped_in + 1, 0, trainer(checkpoints=tmp_path, **settings))
-    broken._over_budget = lambda kl: 1 / 0 if kl > 0.3 else False
+    broken._revert_if_over_budget = lambda kl: 1 / 0 if kl > 0.3 else False
     with pytest.raises(ZeroDivisionError):
         broken.train()
     resumed = trainer(checkpoints=tmp_path, **settings)
@@ -318,7 +318,7 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     """Its log-probability is the sum over its tokens, its return score − β·KL; advantages are whitened over them."""
     ppo = trainer(action="response", advantage=advantage, value_coef=0.0, missing_eos_penalty=0.0)
     rollout, prompts = ppo._rollout()
-    experience, metrics = ppo._experience(*ppo._scored(rollout, prompts))
+    experience, metrics = ppo._build_experience(*ppo._score_rollout(rollout, prompts))
     assert experience.advantages.shape == experience.old_logprobs.shape == experience.action_mask.shape == (12, 1)
     torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.merged_weight(1))
     scores = torch.tensor(low_tokens(prompts, [CODEC.decode(ids) for ids in rollout.response_ids()]))
@@ -340,18 +340,18 @@ def test_micro_batches_do_not_change_the_gradient_of_responses(size):
         ppo = trainer(action="response", micro_batch_size=micro_batch_size)
         experience, _ = experience_of(ppo)
         ppo.updater.step(experience)
-        gradients.append({name: weight.grad.clone() for name, weight in ppo.policy.trainable().items()})
+        gradients.append({name: weight.grad.clone() for name, weight in ppo.policy.trainable_parameters().items()})
     for name, gradient in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-6)
 
 
 def test_a_run_that_degenerates_warns_once_and_counts():
-    told = []
-    ppo = trainer(tell=told.append, updates=3)
-    ppo.codec = dataclasses.replace(CODEC, decode=lambda ids: " ")
+    messages = []
+    ppo = trainer(warn=messages.append, updates=3)
+    ppo.prompt_set = dataclasses.replace(CODEC, decode=lambda ids: " ")
     ppo.reward = CompositeReward({"rule": lambda prompts, texts: [0.5] * len(texts)}, {"rule": 1.0})
     ppo.train()
-    assert [message for message in told if "empty" in message] == ["warning: update 1: all responses are empty"]
+    assert [message for message in messages if "empty" in message] == ["warning: update 1: all responses are empty"]
     assert min(row["degenerate"] for row in ppo.history) == 1
     assert [row["empty_share"] for row in ppo.history] == [1, 1, 1]
 
@@ -374,36 +374,36 @@ class Noticing:
 
 
 def test_what_the_reward_notices_is_logged_and_watched():
-    told, noticing, decoded = [], Noticing(), []
-    ppo = trainer(tell=told.append, updates=3)
+    messages, noticing, decoded = [], Noticing(), []
+    ppo = trainer(warn=messages.append, updates=3)
     ppo.reward = CompositeReward({"learned": noticing}, {"learned": 1.0})
-    ppo.codec = dataclasses.replace(CODEC, decode=lambda ids: decoded.append(ids) or CODEC.decode(ids))
+    ppo.prompt_set = dataclasses.replace(CODEC, decode=lambda ids: decoded.append(ids) or CODEC.decode(ids))
     ppo.train()
     assert [row["unfamiliar"] for row in ppo.history] == [0.5, 1.0, 1.0]
     assert [row["hacking/unfamiliar_responses"] for row in ppo.history] == [0.0, 0.5, 0.5]
-    (finding,) = [message for message in told if "unfamiliar" in message]
+    (finding,) = [message for message in messages if "unfamiliar" in message]
     assert finding.startswith("warning: update 2: unfamiliar_responses 0.50 (threshold 0.25")
     assert len(decoded) == 3 * 12, "each response is turned into text once"
     assert [sample["response"] for sample in ppo.samples[:2]] == [noticing.asked[0][0], noticing.asked[0][3]]
 
 
 def test_every_update_is_kept_and_has_its_signs_of_hacking():
-    told, kept = [], []
-    ppo = trainer(tell=told.append, updates=3, missing_eos_penalty=0.0)
+    messages, kept = [], []
+    ppo = trainer(warn=messages.append, updates=3, missing_eos_penalty=0.0)
     scores = iter([1.0, 0.4, 0.4])
 
     def varied(prompts: list[str], texts: list[str]) -> list[float]:
         spread = next(scores)
         return [spread * (place % 2) for place in range(len(texts))]
 
-    ppo.reward, ppo._keep = CompositeReward({"rule": varied}, {"rule": 1.0}), kept.append
+    ppo.reward, ppo._save_snapshot = CompositeReward({"rule": varied}, {"rule": 1.0}), kept.append
     ppo.train()
     assert kept == [1, 2, 3]
     assert [row["hacking/reward_variance_collapse"] for row in ppo.history] == pytest.approx([1, 1, 2.5])
     first, *later = (row["length"] for row in ppo.history)
     drifts = [max(first / now, now / first) for now in later]
     assert ppo.history[2]["hacking/length_drift"] == pytest.approx(min(drifts))
-    assert [message for message in told if "reward_variance_collapse" in message] == [
+    assert [message for message in messages if "reward_variance_collapse" in message] == [
         "warning: update 3: reward_variance_collapse 2.50 (threshold 2, healthy up to 1.65): all responses earn nearly "
         "the same, so there is little left to learn from but noise"
     ]

@@ -6,7 +6,7 @@ import ctypes
 import os
 import resource
 
-__all__ = ["confine", "take_channel"]
+__all__ = ["confine", "take_stdio"]
 
 # linux/prctl.h, linux/seccomp.h
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 4, 22, 38, 2
@@ -30,33 +30,33 @@ def confine(cpu_seconds: int, memory: int, file_size: int, instructions: bytes) 
         resource.RLIMIT_FSIZE: (file_size, file_size),
         resource.RLIMIT_NOFILE: (OPEN_FILES, OPEN_FILES),
     }
-    for which, (soft, hard) in limits.items():
-        highest = resource.getrlimit(which)[1]
-        if highest != resource.RLIM_INFINITY:
-            soft, hard = min(soft, highest), min(hard, highest)
-        resource.setrlimit(which, (soft, hard))
+    for resource_id, (soft, hard) in limits.items():
+        current_hard = resource.getrlimit(resource_id)[1]
+        if current_hard != resource.RLIM_INFINITY:
+            soft, hard = min(soft, current_hard), min(hard, current_hard)
+        resource.setrlimit(resource_id, (soft, hard))
     if instructions:
-        _filter(instructions)
+        _install_filter(instructions)
 
 
-def _filter(instructions: bytes) -> None:
+def _install_filter(instructions: bytes) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
-    held = ctypes.create_string_buffer(instructions, len(instructions))
-    program = _Program(len(instructions) // 8, ctypes.cast(held, ctypes.c_void_p))
-    for words in (
+    buffer = ctypes.create_string_buffer(instructions, len(instructions))
+    program = _Program(len(instructions) // 8, ctypes.cast(buffer, ctypes.c_void_p))
+    for arguments in (
         (PR_SET_DUMPABLE, 0, 0, 0, 0),
         (PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0),
         (PR_SET_SECCOMP, SECCOMP_MODE_FILTER, ctypes.byref(program), 0, 0),
     ):
-        if libc.prctl(*words):
-            raise OSError(ctypes.get_errno(), f"prctl({words[0]}): {os.strerror(ctypes.get_errno())}")
+        if libc.prctl(*arguments):
+            raise OSError(ctypes.get_errno(), f"prctl({arguments[0]}): {os.strerror(ctypes.get_errno())}")
 
 
-def take_channel() -> tuple[int, int]:
+def take_stdio() -> tuple[int, int]:
     """What came as standard input and output; from now on nothing comes in, and prints go to standard error."""
     requests, answers = os.dup(0), os.dup(1)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(nothing, 0)
+    null = os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
     os.dup2(2, 1)
-    os.close(nothing)
+    os.close(null)
     return requests, answers

@@ -12,7 +12,7 @@ import select
 import sys
 
 from tasks.rewards.sandbox.inside import wire
-from tasks.rewards.sandbox.inside.confine import confine, take_channel
+from tasks.rewards.sandbox.inside.confine import confine, take_stdio
 
 TYPE_CHECKING = False  # as in `typing`, whose import takes as long as a third of Python's start
 if TYPE_CHECKING:
@@ -21,10 +21,10 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_ROOM = 1 << 26
+_MAX_MESSAGE = 1 << 26
 
 # An iterator that the program ends would end `all(map(f, cases))` early, and with it the tests.
-_NOT_TOLD = {"StopIteration", "StopAsyncIteration"}
+_UNSAFE_EXCEPTIONS = {"StopIteration", "StopAsyncIteration"}
 
 
 class ProgramError(RuntimeError):
@@ -35,15 +35,15 @@ def main() -> None:
     """Arguments: as those of `serve`, and the two ends of the channel."""
     cpu_seconds, memory, file_size, answer_size = map(int, sys.argv[2:6])
     instructions = bytes.fromhex(sys.argv[6])
-    job, verdicts = take_channel()
+    job, verdicts = take_stdio()
     channel = Channel(int(sys.argv[7]), int(sys.argv[8]), verdicts, answer_size)
     confine(cpu_seconds, memory, file_size, instructions)
-    text = wire.read_frame(job, _ROOM)
-    given: Any = wire.decode(text or b"")
+    text = wire.read_frame(job, _MAX_MESSAGE)
+    spec: Any = wire.decode(text or b"")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
     os.dup2(1, 2)
-    channel.load(given["program"], given["name"])
-    _run(channel, given["preamble"], given["tests"], given["name"], given["in_place"])
+    channel.load(spec["program"], spec["name"])
+    _run(channel, spec["preamble"], spec["tests"], spec["name"], spec["in_place"])
 
 
 class Channel:
@@ -63,77 +63,77 @@ class Channel:
 
     def load(self, program: str, name: str) -> None:
         """Wait until the program's process is ready, and give it the program."""
-        self._ready = self._answer() == "ready"
-        kind, detail = self._ask("load", program, name)
+        self._ready = self._read_answer() == "ready"
+        kind, detail = self._request("load", program, name)
         if kind == "missing":
             self.end("error", f"the program defines no function {name}")
         if kind != "loaded":
-            self.end(*_of_exception(detail, "while the program was loaded"))
+            self.end(*_exception_verdict(detail, "while the program was loaded"))
 
     def call(self, arguments: tuple[Any, ...], keywords: dict[str, Any], in_place: bool) -> Any:
         """What the program's function returned, as plain data; what it raised is raised."""
-        kind, detail = self._ask("call", list(arguments), keywords)
+        kind, detail = self._request("call", list(arguments), keywords)
         self.calls += 1
         self.raised = None
         if kind == "raised":
             self._raise(detail)
         if kind != "returned" or type(detail) is not tuple or len(detail) != 2:
             self.end("refused", "the program's answer is none")
-        result, after = detail
+        result, changed_arguments = detail
         if in_place:
-            self._write_back(arguments, after)
+            self._write_back(arguments, changed_arguments)
         return result
 
-    def check_silence(self) -> None:
+    def check_no_unsolicited(self) -> None:
         """Refuse a program that says something unasked."""
         if select.select([self._answers], [], [], 0)[0]:
             if not os.read(self._answers, 1):
-                self._lost()
+                self._peer_closed()
             self.end("refused", "the program answered what it was not asked")
 
-    def _lost(self) -> NoReturn:
+    def _peer_closed(self) -> NoReturn:
         """The program's process has ended, or has let go of the channel."""
         self.end("died" if self._ready else "broken", "")
 
-    def _ask(self, *request: object) -> tuple[str, Any]:
+    def _request(self, *request: object) -> tuple[str, Any]:
         """The answer's kind and content; the ticket, unknown before, shows that it answers this very request."""
-        self.check_silence()
+        self.check_no_unsolicited()
         ticket = os.urandom(8).hex()
         try:
-            text = wire.encode((ticket, *request), _ROOM)
+            text = wire.encode((ticket, *request), _MAX_MESSAGE)
         except ValueError as error:
             self.end("refused", f"the tests pass {error}")
         try:
             wire.write_frame(self._requests, text)
         except BrokenPipeError:
-            self._lost()
-        answer = self._answer()
+            self._peer_closed()
+        answer = self._read_answer()
         if type(answer) is not tuple or len(answer) != 3 or answer[0] != ticket:
             self.end("refused", "the program answered something else than it was asked")
         if answer[1] == "too large":
             self.end("output_limit", "a result is too large")
         if answer[1] == "not plain":
-            self.end("refused", f"the function returned {_plain(answer[2])}")
+            self.end("refused", f"the function returned {_sanitise(answer[2])}")
         return answer[1], answer[2]
 
-    def _answer(self) -> object:
+    def _read_answer(self) -> object:
         try:
             text = wire.read_frame(self._answers, self._limit)
             if text is None:
-                self._lost()
+                self._peer_closed()
             return wire.decode(text)
-        except wire.TooLargeError:
+        except wire.MessageTooLargeError:
             self.end("output_limit", "a result is too large")
-        except wire.NotPlainError:
+        except wire.UnsupportedTypeError:
             self.end("refused", "the program's answer is no plain data")
 
     def _raise(self, name: object) -> NoReturn:
         """What the program says that it raised, as far as tests may expect it: an ordinary builtin exception."""
-        self.raised = _plain(name)
+        self.raised = _sanitise(name)
         if self.raised == "MemoryError":
             self.end("memory", "MemoryError in the function")
         kind = getattr(builtins, self.raised, None)
-        if isinstance(kind, type) and issubclass(kind, Exception) and self.raised not in _NOT_TOLD:
+        if isinstance(kind, type) and issubclass(kind, Exception) and self.raised not in _UNSAFE_EXCEPTIONS:
             try:
                 raised = kind()
             except TypeError:  # UnicodeDecodeError and its like need arguments
@@ -141,21 +141,21 @@ class Channel:
             raise raised
         raise ProgramError(self.raised)
 
-    def _write_back(self, arguments: tuple[Any, ...], after: object) -> None:
+    def _write_back(self, arguments: tuple[Any, ...], changed_arguments: object) -> None:
         """Give arguments that can change what the program left in them."""
-        if type(after) is not list or len(after) != len(arguments):
+        if type(changed_arguments) is not list or len(changed_arguments) != len(arguments):
             self.end("refused", "the program's answer lacks the arguments")
-        for own, changed in zip(arguments, after, strict=True):
-            if type(own) is list and type(changed) is list:
-                own[:] = changed
-            elif (type(own) is dict and type(changed) is dict) or (type(own) is set and type(changed) is set):
-                own.clear()
-                own.update(changed)
+        for argument, changed in zip(arguments, changed_arguments, strict=True):
+            if type(argument) is list and type(changed) is list:
+                argument[:] = changed
+            elif (type(argument) is dict and type(changed) is dict) or (type(argument) is set and type(changed) is set):
+                argument.clear()
+                argument.update(changed)
 
 
 def _run(channel: Channel, preamble: str, tests: str, name: str, in_place: bool) -> NoReturn:
     """Run the tests to their end; plain statements have run by then, a function `check` is called."""
-    candidate = _candidate(channel, name, in_place)
+    candidate = _make_candidate(channel, name, in_place)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(preamble, "prompt.py", "exec"), namespace)
@@ -164,25 +164,25 @@ def _run(channel: Channel, preamble: str, tests: str, name: str, in_place: bool)
         if callable(check := namespace.get("check")) and check is not candidate:
             check(candidate)
     except BaseException as error:
-        _failed(channel, error)
-    channel.check_silence()
+        _report_failure(channel, error)
+    channel.check_no_unsolicited()
     if not channel.calls:
         channel.end("invalid", f"they never call {name}")
     channel.end("passed", "")
 
 
-def _failed(channel: Channel, error: BaseException) -> NoReturn:
+def _report_failure(channel: Channel, error: BaseException) -> NoReturn:
     kind = type(error).__name__
     if not channel.calls:
         channel.end("invalid", f"{kind} before they call the function: {error}")
     if isinstance(error, MemoryError):
         channel.end("memory", "MemoryError in the tests")
     if channel.raised is not None and kind in (channel.raised, ProgramError.__name__):
-        channel.end(*_of_exception(channel.raised, f"in call {channel.calls}"))
+        channel.end(*_exception_verdict(channel.raised, f"in call {channel.calls}"))
     channel.end("failed", f"{kind} after call {channel.calls}")
 
 
-def _candidate(channel: Channel, name: str, in_place: bool) -> Callable[..., Any]:
+def _make_candidate(channel: Channel, name: str, in_place: bool) -> Callable[..., Any]:
     def candidate(*arguments: Any, **keywords: Any) -> Any:
         return channel.call(arguments, keywords, in_place)
 
@@ -190,11 +190,11 @@ def _candidate(channel: Channel, name: str, in_place: bool) -> Callable[..., Any
     return candidate
 
 
-def _of_exception(name: object, where: str) -> tuple[str, str]:
-    plain = _plain(name)
-    return ("memory" if plain == "MemoryError" else "error"), f"{plain} {where}"
+def _exception_verdict(name: object, where: str) -> tuple[str, str]:
+    clean_name = _sanitise(name)
+    return ("memory" if clean_name == "MemoryError" else "error"), f"{clean_name} {where}"
 
 
-def _plain(text: object) -> str:
+def _sanitise(text: object) -> str:
     """Words of the program's choosing, cut to what a log can bear."""
     return "".join(char for char in str(text)[:100] if char.isalnum() or char in "_. ")

@@ -10,7 +10,7 @@ import os
 import sys
 
 from tasks.rewards.sandbox.inside import wire
-from tasks.rewards.sandbox.inside.confine import confine, take_channel
+from tasks.rewards.sandbox.inside.confine import confine, take_stdio
 
 TYPE_CHECKING = False  # as in `typing`, whose import takes as long as a third of Python's start
 if TYPE_CHECKING:
@@ -18,28 +18,28 @@ if TYPE_CHECKING:
 
 __all__ = ["main"]
 
-_ROOM = 1 << 26  # bytes of a request: it comes from our side
+_MAX_MESSAGE = 1 << 26  # bytes of a request: it comes from our side
 
 
 def main() -> None:
     """Arguments: CPU seconds, bytes of memory, of files and of one answer, the filter in hex."""
     cpu_seconds, memory, file_size, answer_size = map(int, sys.argv[2:6])
     instructions = bytes.fromhex(sys.argv[6])
-    requests, answers = take_channel()
+    requests, answers = take_stdio()
     confine(cpu_seconds, memory, file_size, instructions)
     wire.write_frame(answers, wire.encode("ready", 16))
     function: Any = None
-    while (text := wire.read_frame(requests, _ROOM)) is not None:
+    while (text := wire.read_frame(requests, _MAX_MESSAGE)) is not None:
         request: Any = wire.decode(text)
         if request[1] == "load":
-            function, answer = _loaded(request[2], request[3])
+            function, answer = _load(request[2], request[3])
         else:
-            answer = _called(function, request[2], request[3])
-        wire.write_frame(answers, _encoded(request[0], answer, answer_size))
+            answer = _call(function, request[2], request[3])
+        wire.write_frame(answers, _encode_answer(request[0], answer, answer_size))
     os._exit(0)  # no atexit, no threads, no finalisers
 
 
-def _loaded(program: str, name: str) -> tuple[Any, tuple[object, ...]]:
+def _load(program: str, name: str) -> tuple[Any, tuple[object, ...]]:
     """The function, and the answer to `load`."""
     namespace: dict[str, Any] = {"__name__": "program"}
     try:
@@ -51,19 +51,19 @@ def _loaded(program: str, name: str) -> tuple[Any, tuple[object, ...]]:
     return namespace[name], ("loaded", None)
 
 
-def _called(function: Any, arguments: list[Any], keywords: dict[str, Any]) -> tuple[object, ...]:
+def _call(function: Any, arguments: list[Any], keywords: dict[str, Any]) -> tuple[object, ...]:
     try:
         return "returned", (function(*arguments, **keywords), arguments)
     except BaseException as error:
         return "raised", type(error).__name__
 
 
-def _encoded(ticket: str, answer: tuple[object, ...], limit: int) -> bytes:
+def _encode_answer(ticket: str, answer: tuple[object, ...], limit: int) -> bytes:
     try:
         return wire.encode((ticket, *answer), limit)
-    except wire.TooLargeError:
+    except wire.MessageTooLargeError:
         return wire.encode((ticket, "too large", None), limit)
-    except wire.NotPlainError as error:
+    except wire.UnsupportedTypeError as error:
         return wire.encode((ticket, "not plain", str(error)[:200]), limit)
     except BaseException as error:  # a type of the program's own that raises while it is read
         return wire.encode((ticket, "raised", type(error).__name__[:200]), limit)

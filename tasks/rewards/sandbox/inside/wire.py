@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-__all__ = ["MAX_DEPTH", "NotPlainError", "TooLargeError", "decode", "encode", "read_frame", "write_frame"]
+__all__ = ["MAX_DEPTH", "UnsupportedTypeError", "MessageTooLargeError", "decode", "encode", "read_frame", "write_frame"]
 
 MAX_DEPTH = 64
 """Containers within containers: what tests compare is flat, and reading is recursive."""
 
-_LENGTH = 4  # bytes that say how long a frame is
-_PIECE = 1 << 16  # what a pipe holds
+_HEADER_BYTES = 4  # bytes that say how long a frame is
+_CHUNK_BYTES = 1 << 16  # what a pipe holds
 _CONTAINERS: dict[bytes, Any] = {b"l": list, b"u": tuple, b"x": set, b"z": frozenset}
 
 
-class NotPlainError(ValueError):
+class UnsupportedTypeError(ValueError):
     """A value that is no plain data, or bytes that are no value."""
 
 
-class TooLargeError(ValueError):
+class MessageTooLargeError(ValueError):
     """A value whose text is longer than agreed."""
 
 
@@ -57,18 +57,18 @@ def decode(text: bytes) -> object:
     try:
         value = reader.value(MAX_DEPTH)
     except (ValueError, TypeError, OverflowError) as error:  # also bad UTF-8, and lists among keys
-        raise NotPlainError(str(error)) from error
+        raise UnsupportedTypeError(str(error)) from error
     if reader.place != len(text):
-        raise NotPlainError("more than one value")
+        raise UnsupportedTypeError("more than one value")
     return value
 
 
 def write_frame(channel: int, text: bytes) -> None:
     """Send a text whole."""
-    frame = len(text).to_bytes(_LENGTH, "big") + text
+    frame = len(text).to_bytes(_HEADER_BYTES, "big") + text
     sent = 0
     while sent < len(frame):
-        sent += os.write(channel, frame[sent : sent + _PIECE])
+        sent += os.write(channel, frame[sent : sent + _CHUNK_BYTES])
 
 
 def read_frame(channel: int, limit: int) -> bytes | None:
@@ -77,19 +77,19 @@ def read_frame(channel: int, limit: int) -> bytes | None:
     Raises:
         TooLargeError: it is announced as longer than `limit`.
     """
-    header = _exactly(channel, _LENGTH)
+    header = _read_exactly(channel, _HEADER_BYTES)
     if header is None:
         return None
     length = int.from_bytes(header, "big")
     if length > limit:
-        raise TooLargeError(f"{length} bytes")
-    return _exactly(channel, length)
+        raise MessageTooLargeError(f"{length} bytes")
+    return _read_exactly(channel, length)
 
 
-def _exactly(channel: int, length: int) -> bytes | None:
+def _read_exactly(channel: int, length: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < length:
-        part = os.read(channel, min(length - len(parts), _PIECE))
+        part = os.read(channel, min(length - len(parts), _CHUNK_BYTES))
         if not part:
             return None
         parts += part
@@ -101,11 +101,11 @@ class _Writer:
 
     def __init__(self, limit: int) -> None:
         self.parts: list[bytes] = []
-        self._left = limit
+        self._remaining = limit
 
     def write(self, value: Any, depth: int) -> None:
         if depth < 0:
-            raise NotPlainError("a value nested too deeply")
+            raise UnsupportedTypeError("a value nested too deeply")
         if value is None or value is True or value is False:
             self._put(b"n" if value is None else b"t" if value else b"f")
         elif isinstance(value, int):
@@ -135,7 +135,7 @@ class _Writer:
                     items = kind.__iter__(value)
                     break
             else:
-                raise NotPlainError(f"a value of type {type(value).__name__}")
+                raise UnsupportedTypeError(f"a value of type {type(value).__name__}")
         for item in items:
             self.write(item, depth - 1)
 
@@ -144,12 +144,12 @@ class _Writer:
 
     def _put(self, text: bytes) -> None:
         self._check(len(text))
-        self._left -= len(text)
+        self._remaining -= len(text)
         self.parts.append(text)
 
     def _check(self, length: int) -> None:
-        if length > self._left:
-            raise TooLargeError("a value that is too large")
+        if length > self._remaining:
+            raise MessageTooLargeError("a value that is too large")
 
 
 class _Reader:
@@ -159,7 +159,7 @@ class _Reader:
 
     def value(self, depth: int) -> object:
         if depth < 0:
-            raise NotPlainError("nested too deeply")
+            raise UnsupportedTypeError("nested too deeply")
         tag = self._take(1)
         if tag in b"ntf" and tag:
             return {b"n": None, b"t": True, b"f": False}[tag]
@@ -181,7 +181,7 @@ class _Reader:
             pairs = ((self.value(depth - 1), self.value(depth - 1)) for _ in range(self._count()))
             return dict(pairs)
         if tag not in _CONTAINERS:
-            raise NotPlainError(f"no tag {tag!r}")
+            raise UnsupportedTypeError(f"no tag {tag!r}")
         return _CONTAINERS[tag](self.value(depth - 1) for _ in range(self._count()))
 
     def _count(self) -> int:
@@ -190,14 +190,14 @@ class _Reader:
     def _until(self, end: bytes) -> bytes:
         stop = self._text.find(end, self.place)
         if stop < 0:
-            raise NotPlainError(f"no {end!r}")
+            raise UnsupportedTypeError(f"no {end!r}")
         found = self._text[self.place : stop]
         self.place = stop + 1
         return found
 
     def _take(self, length: int) -> bytes:
         if length < 0 or self.place + length > len(self._text):
-            raise NotPlainError("cut short")
+            raise UnsupportedTypeError("cut short")
         found = self._text[self.place : self.place + length]
         self.place += length
         return found

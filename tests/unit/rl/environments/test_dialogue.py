@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.core.schema import Demonstration
-from tasks.rl.environments.dialogue import answered, heard, opening, tokenised
+from tasks.rl.environments.dialogue import user_turn, final_user_turn, first_prompt, tokenise_dialogue
 
 
 class Signs:
@@ -17,13 +17,13 @@ class Signs:
 
 
 def test_roles_stand_on_lines_of_their_own() -> None:
-    text = opening("Hello.") + " Who?" + answered("Ann.") + " Ann?" + heard("Yes.")
+    text = first_prompt("Hello.") + " Who?" + user_turn("Ann.") + " Ann?" + final_user_turn("Yes.")
     assert text == "User: Hello.\nBot: Who?\nUser: Ann.\nBot: Ann?\nUser: Yes."
 
 
 def test_the_bots_turns_count_with_an_end_token_each_and_the_users_do_not() -> None:
-    row = Demonstration(id="d", prompt=opening("Hi."), response=" Who?\nUser: Ann.\nBot: Ann?\nUser: Yes.\nBot: Bye.")
-    result = tokenised(row, Signs())
+    row = Demonstration(id="d", prompt=first_prompt("Hi."), response=" Who?\nUser: Ann.\nBot: Ann?\nUser: Yes.\nBot: Bye.")
+    result = tokenise_dialogue(row, Signs())
     ids, mask = result["input_ids"], result["completion_mask"]
     written = "".join("<end>" if token == 1 else "" if token == 2 else chr(token) for token in ids)
     assert written == "User: Hi.\nBot: Who?<end>\nUser: Ann.\nBot: Ann?<end>\nUser: Yes.\nBot: Bye.<end>"
@@ -33,5 +33,5 @@ def test_the_bots_turns_count_with_an_end_token_each_and_the_users_do_not() -> N
 
 
 def test_a_response_without_a_user_is_one_turn() -> None:
-    result = tokenised(Demonstration(id="d", prompt="ab", response=" 42"), Signs())
+    result = tokenise_dialogue(Demonstration(id="d", prompt="ab", response=" 42"), Signs())
     assert result["completion_mask"] == [0, 0, 0, 1, 1, 1, 1]
