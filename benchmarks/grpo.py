@@ -51,7 +51,7 @@ def update_seconds(side: str) -> list[float]:
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
     params = GRPOParams(
         updates=UPDATES + 1, prompts_per_update=PROMPTS, samples_per_prompt=SAMPLES, epochs=1, minibatches=1,
-        learning_rate=1e-5, clip_range=0.2, kl_coef=0.05, missing_eos_penalty=0.0, keep_every=100,
+        learning_rate=1e-5, clip_range=0.2, kl_coef=0.05, missing_eos_penalty=0.0, snapshot_every=100,
     )  # fmt: skip
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
     config, options = adapter(), {}

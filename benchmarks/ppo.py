@@ -101,7 +101,7 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     def log(metrics: dict[str, float], step: int) -> None:
         for name in ("rollout", "experience", "optimise"):
             if f"time/{name}_s" in metrics:
-                watch.phase(name, metrics[f"time/{name}_s"])
+                watch.where(name, metrics[f"time/{name}_s"])
         if "time/update_s" in metrics:
             watch.lap()
 
@@ -159,7 +159,7 @@ def run_trl() -> dict[str, Any]:
         watch.lap()
         started = time.perf_counter()
         result = generate(*arguments, **options)
-        watch.phase("rollout", time.perf_counter() - started)
+        watch.where("rollout", time.perf_counter() - started)
         return result
 
     ppo_trainer.batch_generation = timed

@@ -148,7 +148,7 @@ def generate(
     if not prompts:
         raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
     with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
-        for written in writer.write(prompts, samples):
+        for written in writer.sample(prompts, samples):
             if as_json:
                 print(json.dumps(asdict(written), ensure_ascii=False))
             else:
@@ -167,7 +167,7 @@ def chat(
     enter_served()
     with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
         while (line := _line()) is not None:
-            for written in writer.write([line] if line.strip() else [], 1):
+            for written in writer.sample([line] if line.strip() else [], 1):
                 _print(written, chat_template)
 
 
@@ -206,7 +206,7 @@ def export(
         (draft / "README.md").write_text(text, encoding="utf-8")
     screen.console.print(
         f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "
-        f"by at most {exported.difference:.2g} (the largest is {exported.max_logit:.3g})"
+        f"by at most {exported.max_logit_difference:.2g} (the largest is {exported.max_logit:.3g})"
     )
 
 

@@ -195,7 +195,7 @@ def _refusal(decision: Decision, hours: float) -> str | None:
 
 def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
     compared = {policy: row for policy, row in table.items() if policy in (REFERENCE, decision.policy)}
-    made_from = origin.collect(flow_run, compared, decision.findings)
+    made_from = origin.collect(flow_run, compared, decision.rule_results)
     figures = {key: str(value) for key, value in table[decision.policy].items() if key in ("win_rate", "kl")}
     return {
         **figures,
@@ -214,7 +214,7 @@ def _tell(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, .
         flow_run, {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
     )
     lines = [f"## {decision.policy}: {verdict}", "", *(f"- {reason}" for reason in reasons), ""]
-    lines += ["| rule | found | asked | holds |", "|---|---|---|---|"] if decision.findings else []
-    lines += [f"| {f.rule} | {f.found} | {f.asked} | {'yes' if f.holds else '**no**'} |" for f in decision.findings]
+    lines += ["| rule | found | asked | holds |", "|---|---|---|---|"] if decision.rule_results else []
+    lines += [f"| {f.rule} | {f.found} | {f.asked} | {'yes' if f.holds else '**no**'} |" for f in decision.rule_results]
     create_markdown_artifact("\n".join(lines), key="rlhf-gate", description=f"{decision.policy}: {verdict}")
     return f"{decision.policy}: {verdict}"

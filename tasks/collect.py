@@ -38,7 +38,7 @@ def collect(params: CollectParams, seed: int, *, out: Path) -> None:
         file = out / "rows" / f"{source.name}.jsonl"
         counts[source.name] = write_rows(file, collected.rows)
         write_json(out / "cards" / f"{source.name}.json", _data_card(source, collected, file))
-        logger.info("%s: %d rows of type %s", source.name, counts[source.name], source.rows)
+        logger.info("%s: %d rows of type %s", source.name, counts[source.name], source.row_type)
     write_json(out / "metrics.json", {"rows": sum(counts.values()), "rows_of": counts})
 
 
@@ -47,7 +47,7 @@ def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[
     return {
         "name": source.name,
         "kind": source.kind,
-        "type": source.rows,
+        "type": source.row_type,
         **collected.origin,
         "licence": source.licence,
         "columns": source.columns,

@@ -125,18 +125,18 @@ def evaluate(
 
 def _sample_policies(sampler: PolicySampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[SampledResponse]:
     """Those of the reference, then those of each policy."""
-    responses = sampler.answers(REFERENCE, load_reference(base_model, sft))
+    responses = sampler.sample(REFERENCE, load_reference(base_model, sft))
     for name, folder in policies.items():
         gc.collect()  # the policy before it holds itself in reference cycles
-        responses += sampler.answers(name, load_policy(base_model, sft, folder))
+        responses += sampler.sample(name, load_policy(base_model, sft, folder))
     return responses
 
 
 def _judge_pairs(params: EvaluateParams, records: Sequence[ScoredResponse], base_model: Path) -> list[Judgement]:
-    if params.judge is None:
+    if params.llm_judge is None:
         return []
-    llm_judge = load_judge(params.judge, base_model, batch_size=params.batch_size)
-    return judge_pairs(records, llm_judge, rubric=params.judge.rubric, prompts=params.judge.prompts)
+    llm_judge = load_judge(params.llm_judge, base_model, batch_size=params.batch_size)
+    return judge_pairs(records, llm_judge, rubric=params.llm_judge.rubric, prompts=params.llm_judge.prompts)
 
 
 def _build_table(params: EvaluateParams, records: Sequence[ScoredResponse], judgements: Sequence[Judgement], seed: int) -> Table:

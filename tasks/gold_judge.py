@@ -38,7 +38,7 @@ def gold_judge(
     tokenizer = load_tokenizer(base_model)
     history = HistoryCallback("gold_judge")
     fresh = new_reward_model(base_model, None, seed=seed)
-    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.first_layer)
+    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     scorer = TextScorer(model, tokenizer, max_length=params.max_length)
     train = _train_on_ratings if params.kind == "rating" else _train_on_pairs
     metrics = train(params, model, tokenizer, scorer, seed, history, prepare)
@@ -76,7 +76,7 @@ def _train_on_ratings(
 def shuffle_words(texts: Sequence[str], seed: int) -> list[str]:
     """Each text with its words in random order."""
     rng = random.Random(seed)
-    return [" ".join(rng.sample_index(words, len(words))) for words in map(str.split, texts)]
+    return [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]
 
 
 def _train_on_pairs(

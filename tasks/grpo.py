@@ -84,7 +84,7 @@ def grpo(
         conversations = load_multi_turn_sampler(environment, prompts, tokenizer, generation)
         rollouts = MultiTurnRolloutFunction(params, conversations, [row.prompt for row in prompts], policy_seed)
     history = HistoryCallback("grpo")
-    snapshots = PolicySnapshots(params.keep_every, out)
+    snapshots = PolicySnapshots(params.snapshot_every, out)
     torch.manual_seed(policy_seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
@@ -159,7 +159,7 @@ class RolloutFunction:
             world_size=ranks.world_size(),
         )
         trainer.model.train()
-        lengths = rollout.response_mask.merged_weight(1).tolist()
+        lengths = rollout.response_mask.sum(1).tolist()
         return {
             "prompt_ids": [ids for ids in distinct for _ in range(group)],
             "completion_ids": [row[:n].tolist() for row, n in zip(rollout.responses, lengths, strict=True)],
@@ -171,7 +171,7 @@ class RolloutFunction:
 class ConversationSummary:
     """What `_RewardFunction` has to know of a conversation; TRL hands it on as it is."""
 
-    spoken: str
+    policy_text: str
     transcript: str
     reward: float
     turns: int
@@ -188,21 +188,21 @@ class MultiTurnRolloutFunction:
     """
 
     def __init__(self, params: GRPOParams, conversations: MultiTurnSampler, prompts: Sequence[str], seed: int) -> None:
-        self._group, self._talk, self._seed = params.samples_per_prompt, conversations, seed
+        self._group, self._sample_conversations, self._seed = params.samples_per_prompt, conversations, seed
         self._prompt_indices = {prompt: index for index, prompt in enumerate(prompts)}
 
     def __call__(self, prompts: Sequence[str], trainer: GRPOTrainer) -> dict[str, Any]:
         trainer.model.eval()
         step = trainer.state.global_step
-        conversations = self._talk(
+        conversations = self._sample_conversations(
             trainer.model,
             [self._prompt_indices[prompt] for prompt in prompts[:: self._group]],
             self._group,
             lambda turn: derive_generator(self._seed, step, turn),
         )
         trainer.model.train()
-        lengths = through_last_true(conversations.response_mask).merged_weight(1).tolist()
-        prompt_lengths = conversations.prompt_mask.merged_weight(1).tolist()
+        lengths = through_last_true(conversations.response_mask).sum(1).tolist()
+        prompt_lengths = conversations.prompt_mask.sum(1).tolist()
 
         def rows(tensor: Tensor) -> list[Any]:
             return [row[:n].tolist() for row, n in zip(tensor, lengths, strict=True)]
@@ -218,12 +218,12 @@ class MultiTurnRolloutFunction:
 
 def _summaries(conversations: MultiTurnRollout) -> list[ConversationSummary]:
     columns = zip(
-        conversations.spoken,
+        conversations.policy_texts,
         conversations.transcripts,
         conversations.rewards.tolist(),
         conversations.turns.tolist(),
-        conversations.response_mask.merged_weight(1).tolist(),
-        conversations.ended.tolist(),
+        conversations.response_mask.sum(1).tolist(),
+        conversations.has_eos.tolist(),
         strict=True,
     )
     return [ConversationSummary(*values) for values in columns]
@@ -242,7 +242,7 @@ class _RewardFunction:
         self._turn_gamma = turn_gamma
         self._group = params.samples_per_prompt
         self._steps_per_update = params.epochs * params.minibatches
-        self._watch = DegenerateResponseMonitor(lambda message: tqdm.write(f"grpo: {message}", file=sys.stderr))
+        self._monitor = DegenerateResponseMonitor(lambda message: tqdm.write(f"grpo: {message}", file=sys.stderr))
 
     def __call__(
         self,
@@ -258,7 +258,7 @@ class _RewardFunction:
             ConversationSummary(text, text, 0.0, 1, len(ids), ids[-1] == self._eos)
             for text, ids in zip(completions, completion_ids, strict=True)
         ]
-        completions, turns = [item.spoken for item in summaries], torch.tensor([item.turns for item in summaries])
+        completions, turns = [item.policy_text for item in summaries], torch.tensor([item.turns for item in summaries])
         environment_reward = EnvironmentReward(torch.tensor([item.reward for item in summaries]), turns)
         try:
             outcome = self._reward(prompts, completions, step, {ENVIRONMENT: environment_reward})
@@ -266,7 +266,7 @@ class _RewardFunction:
             raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([item.ended for item in summaries])
         scores = apply_missing_eos_penalty(discount_by_turns(outcome.total, turns, self._turn_gamma), ended, self._penalty)
-        gathered = outcome.of_all_ranks()
+        gathered = outcome.gather()
         lengths = ranks.all_gather(torch.tensor([item.tokens for item in summaries]))
         all_scores = ranks.all_gather(scores)
         prompts, completions = ranks.all_gather_texts(prompts), ranks.all_gather_texts(completions)
@@ -274,10 +274,10 @@ class _RewardFunction:
         means = {
             "reward": gathered.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in gathered.components.items()},
-            **{name: values.mean().item() for name, values in gathered.measures.items()},
+            **{name: values.mean().item() for name, values in gathered.metrics.items()},
             "score_std": all_scores.std().item(),
-            "length": lengths.merged_weight().item() / len(lengths),
-            **self._watch(completions, ranks.all_gather(ended), step),
+            "length": lengths.sum().item() / len(lengths),
+            **self._monitor(completions, ranks.all_gather(ended), step),
         }
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [
@@ -300,7 +300,7 @@ class _UpdateCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, model: Any = None, **kwargs: Any
     ) -> None:
         if state.global_step % self._steps == 0:
-            self._snapshots.keep(state.global_step // self._steps, model)
+            self._snapshots.save(state.global_step // self._steps, model)
 
     def on_log(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if len(self._history.rows) < state.global_step or state.global_step % self._steps:

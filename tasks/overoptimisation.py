@@ -48,7 +48,7 @@ def overoptimisation(
         return score_responses(answers, proxy, gold, vader=False)
 
     sampler = PolicySampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
-    sft_answers = sampler.answers(REFERENCE, load_reference(base_model, sft), samples_per_prompt=params.samples_per_prompt)
+    sft_answers = sampler.sample(REFERENCE, load_reference(base_model, sft), samples_per_prompt=params.samples_per_prompt)
     base = score_matrix(score(sft_answers), len(prompts))
     levels: dict[str, list[CurvePoint]] = {BEST_OF_N: best_of_n_points(base)}
     for method, folder in (("ppo", ppo), ("grpo", grpo)):
@@ -74,7 +74,7 @@ def _snapshot_answers(
     for snapshot in sorted((folder / "policies").iterdir()):
         gc.collect()  # the policy before it holds itself in reference cycles
         update, policy = int(snapshot.name), load_policy(base_model, sft, snapshot)
-        yield update, sampler.answers(f"{method} after update {update}", policy, samples_per_prompt=samples)
+        yield update, sampler.sample(f"{method} after update {update}", policy, samples_per_prompt=samples)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ def ppo(
     prompts = [row.prompt for row in rows]
     model = add_lora(load_reference(base_model, sft), lora, seed=policy_seed).eval()
     progress = _Progress(params.updates)
-    snapshots = PolicySnapshots(params.keep_every, out)
+    snapshots = PolicySnapshots(params.snapshot_every, out)
     trainer = PPOTrainer(
         Policy(model, temperature=generation.temperature),
         PromptSet(
@@ -70,7 +70,7 @@ def ppo(
         log=progress.log,
         log_samples=lambda rows, step: tracking.log_samples("samples", rows, step=step),
         warn=lambda message: tqdm.write(f"ppo: {message}", file=sys.stderr),
-        save_snapshot=lambda update: snapshots.keep(update, model),
+        save_snapshot=lambda update: snapshots.save(update, model),
     )
     trainer.train()
     progress.close()

@@ -44,7 +44,7 @@ def preferences(params: PreferencesParams, seed: int, *, prepare: Path, out: Pat
     """
     counts: Counter[str] = Counter()
     pairs: list[Pair] = []
-    if params.given == "only" and _has_rows(prepare / "preferences"):
+    if params.source_pairs == "only" and _has_rows(prepare / "preferences"):
         rows = {split: _sample_source_pairs(prepare, split, params, seed) for split in SPLITS}
     else:
         pairs = _heldout_pairs(prepare, "test", params, seed)
@@ -70,7 +70,7 @@ def _sample_source_pairs(prepare: Path, split: Split, params: PreferencesParams,
     path, count = prepare / "preferences" / f"{split}.jsonl", _target_count(split, params)
     rows = read_rows(path, Preference)
     _check_count(len(rows), split, params, f"{path.name} of stage prepare holds that many")
-    chosen = sorted(_rng(seed, split, "sample").sample_index(range(len(rows)), count))
+    chosen = sorted(_rng(seed, split, "sample").sample(range(len(rows)), count))
     return [rows[index] for index in chosen]
 
 
@@ -80,7 +80,7 @@ def _all_source_pairs(prepare: Path, params: PreferencesParams) -> list[Preferen
     Those that prepare held out stay unused: validation and test measure every run on the same drawn pairs.
     """
     path = prepare / "preferences" / "train.jsonl"
-    return read_rows(path, Preference) if params.given == "add" and _has_rows(path.parent, path.name) else []
+    return read_rows(path, Preference) if params.source_pairs == "add" and _has_rows(path.parent, path.name) else []
 
 
 def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[str]) -> list[Preference]:
@@ -131,7 +131,7 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     rng = np.random.default_rng(seed)
     known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
     groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
-    groups |= {f"{MARGIN_BUCKETS.clear:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear]}
+    groups |= {f"{MARGIN_BUCKETS.clear_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin]}
     groups |= {"all": [share for _, share in known]}
     return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
 

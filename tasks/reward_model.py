@@ -74,11 +74,11 @@ def reward_model(
     shutil.rmtree(out / ADAPTER_DIR, ignore_errors=True)
     data = load_objective(params, prepare, preferences)
     samples = _sample_sft_responses(params, generation, seed, base_model, sft, prepare)
-    metrics: dict[str, float] = dict(data.counts())
+    metrics: dict[str, float] = dict(data.dataset_sizes())
     if params.backbone:
         fetch_backbone(params.backbone, seed, out)
     scores: list[Tensor] = []
-    for number in range(params.members):
+    for number in range(params.ensemble_size):
         folder = member_folder(out, number)
         with tracking.prefixed(f"member_{number}") if number else nullcontext():
             scorer, text = _train_member(params, lora, seed, data, *backbone_of(base_model, sft, out), folder, number)
@@ -86,14 +86,14 @@ def reward_model(
             scorer, _texts(samples, text), data.weights,
             prompts=_prompts(samples), length_debias=params.length_debias,
         )  # fmt: skip
-        write_json(folder / NORMALISATION, {**member.facts(), "max_length": params.max_length})
-        test = data.sides("test")
-        heldout, heldout_states = member.read(_texts(test, text), _prompts(test))
-        scores.append(member.normalised(heldout))
+        write_json(folder / NORMALISATION, {**member.to_dict(), "max_length": params.max_length})
+        test = data.texts("test")
+        heldout, heldout_states = member.raw_scores(_texts(test, text), _prompts(test))
+        scores.append(member.normalise(heldout))
         if number == 0:
             ood = _fit_ood(member, data, text)
             ood.save(out / OOD_DETECTOR)
-            metrics |= _normalisation_metrics(member) | data.measure(heldout, out)
+            metrics |= _normalisation_metrics(member) | data.evaluate(heldout, out)
             metrics |= _length_bias(member, heldout, data, text) | _ood_metrics(ood, states, heldout_states)
         del scorer, member
         gc.collect()  # a trained model holds itself in reference cycles, and the next needs the room
@@ -111,14 +111,14 @@ def _train_member(
     number: int,
 ) -> tuple[TextScorer, Formatter]:
     """A member, trained or taken as it is, and how it wants its texts; its weights and history are in the folder."""
-    if params.scorer:
-        fetch_pretrained_scorer(params.scorer, params.max_length, folder)
+    if params.pretrained:
+        fetch_pretrained_scorer(params.pretrained, params.max_length, folder)
         write_history(folder / "history.csv", [])
         return load_pretrained_scorer(folder)
     seed, tokenizer = seed + number, load_tokenizer(backbone)
     history = HistoryCallback(f"reward_model, member {number}" if number else "reward_model")
     fresh = new_reward_model(backbone, sft, seed=seed, heads=len(data.weights))
-    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.first_layer)
+    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     trainer = data.trainer(model, tokenizer, seed=seed, callbacks=[history])
     train_or_resume(trainer)
     save_adapter(model, folder)
@@ -158,33 +158,33 @@ def _normalisation_metrics(member: EnsembleMember) -> dict[str, float]:
     """Mean and spread of each head's raw value, and what a token adds to it where that was taken off."""
     figures: dict[str, float] = {}
     for name, head in member.heads.items():
-        own = {f"raw_{fact}" if fact in ("mean", "std") else fact: value for fact, value in head.facts().items()}
+        own = {f"raw_{fact}" if fact in ("mean", "std") else fact: value for fact, value in head.to_dict().items()}
         figures |= {f"{fact}/{name}" if name else fact: value for fact, value in own.items()}
     return figures
 
 
 def _length_bias(member: EnsembleMember, heldout: Tensor, data: Objective, text: Formatter) -> dict[str, float]:
     """Correlation of score and number of tokens over held-out texts; also before length was taken off, where it was."""
-    sides = data.sides("test")
+    sides = data.texts("test")
     texts = _texts(sides, text)
     lengths = member.scorer.lengths(texts, untruncated=True)
     figures = {"length_correlation": correlation(_score(member, heldout), lengths)}
     if any(head.length_slope for head in member.heads.values()):
         biased = replace(member, heads={name: replace(head, length_slope=0.0) for name, head in member.heads.items()})
         figures["length_correlation_before"] = correlation(
-            _score(biased, biased.read(texts, _prompts(sides))[0]), lengths
+            _score(biased, biased.raw_scores(texts, _prompts(sides))[0]), lengths
         )
     return figures
 
 
 def _score(member: EnsembleMember, values: Tensor) -> Tensor:
     """[N, K] → [N]: the raw value of a head that is alone."""
-    return values[:, 0] if len(member.heads) == 1 else member.score(member.normalised(values))
+    return values[:, 0] if len(member.heads) == 1 else member.score(member.normalise(values))
 
 
 def _fit_ood(member: EnsembleMember, data: Objective, text: Formatter) -> MahalanobisOOD:
-    splits = (data.sides("train", OOD_FIT_TEXTS), data.sides("validation"))
-    return MahalanobisOOD.fit(*(member.scorer.read(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
+    splits = (data.texts("train", OOD_FIT_TEXTS), data.texts("validation"))
+    return MahalanobisOOD.fit(*(member.scorer.scores_and_states(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
 
 
 def _ood_metrics(ood: MahalanobisOOD, samples: Tensor, heldout: Tensor) -> dict[str, float]:
@@ -200,8 +200,8 @@ def _ensemble_metrics(data: Objective, scores: Tensor) -> dict[str, float]:
     """How good members [members, N, K] are, together and each alone; nothing of one."""
     if len(scores) == 1:
         return {}
-    name, ensemble = data.quality(scores.mean(0))
-    single = [data.quality(own)[1] for own in scores]
+    name, ensemble = data.headline_metric(scores.mean(0))
+    single = [data.headline_metric(own)[1] for own in scores]
     return {"members": len(scores), f"ensemble_{name}": ensemble, f"mean_member_{name}": sum(single) / len(single)}
 
 

@@ -39,7 +39,7 @@ class ExportCheck:
     """
 
     dtype: str
-    difference: float
+    max_logit_difference: float
     max_logit: float
 
 

@@ -51,7 +51,7 @@ def merged_weights(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     try:
         for layer in layers:
-            layer.packed = _pack_weight(layer.weight if layer not in adapters else adapters[layer].merged_weight())
+            layer.packed = _pack_weight(layer.weight if layer not in adapters else adapters[layer].sum())
         yield
     finally:
         for layer in layers:

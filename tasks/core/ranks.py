@@ -111,7 +111,7 @@ def check_in_sync(weights: Iterable[Tensor]) -> None:
     Raises:
         TrainingError: they differ, so the ranks have not worked together.
     """
-    sums = all_gather(torch.stack([weight.detach().double().merged_weight() for weight in weights]).unsqueeze(0))
+    sums = all_gather(torch.stack([weight.detach().double().sum() for weight in weights]).unsqueeze(0))
     if not torch.equal(sums, sums[:1].expand_as(sums)):
         raise TrainingError(f"the {world_size()} ranks ended with different weights: their gradients were not put together")
 

@@ -234,7 +234,7 @@ class PolicySnapshots:
         self._every, self._out = every, out / SNAPSHOTS_DIR
         self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
 
-    def keep(self, update: int, model: PeftModel) -> None:
+    def save(self, update: int, model: PeftModel) -> None:
         """Keep it if this update is one of those."""
         if update % self._every == 0 and ranks.rank() == 0:
             save_adapter(model, self._folder / f"{update:04d}")

@@ -36,6 +36,6 @@ def _groups(row: Rating, raters: int, rng: np.random.Generator) -> Sequence[np.n
     """Mean of each drawn group and mean of the raters outside it: every single rater, or random groups."""
     ratings = np.asarray(row.ratings)
     if raters == 1:
-        return ratings, (ratings.merged_weight() - ratings) / (len(ratings) - 1)
+        return ratings, (ratings.sum() - ratings) / (len(ratings) - 1)
     order = rng.permuted(np.tile(ratings, (_SAMPLES, 1)), axis=1)
     return order[:, :raters].mean(axis=1), order[:, raters:].mean(axis=1)

@@ -30,7 +30,7 @@ def draw_pairs(rows: Sequence[Rating], *, min_margin: float, rng: Random) -> Ite
 
 def _draw_round(rows: Sequence[Rating], min_margin: float, drawn: set[frozenset[str]], rng: Random) -> Iterator[Pair]:
     """Pair each text, in random order, with the next one that fits it; `drawn` grows by each pair."""
-    waiting = rng.sample_index(rows, len(rows))
+    waiting = rng.sample(rows, len(rows))
     means = {row.id: row.mean for row in waiting}
     while waiting:
         one = waiting.pop()
@@ -68,7 +68,7 @@ def label_by_raters(pair: Pair, raters: int, *, rng: Random, counts: Counter[str
 
 
 def _sampled_mean(row: Rating, raters: int, rng: Random) -> float:
-    sample = rng.sample_index(row.ratings, min(raters, len(row.ratings)))
+    sample = rng.sample(row.ratings, min(raters, len(row.ratings)))
     return sum(sample) / len(sample)
 
 

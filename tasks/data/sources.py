@@ -79,12 +79,12 @@ def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> di
 
 def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
     """The row type's fields out of a source's columns; a column that no field asks for is left behind."""
-    fields = ROW_TYPES[source.rows].model_fields
+    fields = ROW_TYPES[source.row_type].model_fields
     row = {name: content[column] for name in fields if (column := source.columns.get(name, name)) in content}
     row["id"] = f"{source.name}-{row.get('id', line)}"
     if source.objective:
         row["objective"] = source.objective
-    if source.rows == "preferences" and "prompt" not in row:
+    if source.row_type == "preferences" and "prompt" not in row:
         row |= _split_dialogue(row)
     if isinstance(row.get("prompt"), str) and row["prompt"]:
         row["prompt"] = source.template.replace("{prompt}", row["prompt"])

@@ -43,9 +43,9 @@ def area_under_curve(scores: Tensor, labels: Tensor) -> float:
     By the rank sum of the good ones: (Σ ranks − n₁(n₁ + 1)/2) / (n₁·n₀) (Mann & Whitney 1947).
     """
     ranks, positive = _ranks(scores), labels.bool()
-    count = int(positive.merged_weight())
+    count = int(positive.sum())
     pairs = count * (len(positive) - count)
-    return ((ranks[positive].merged_weight() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
+    return ((ranks[positive].sum() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
 
 
 def _ranks(values: Tensor) -> Tensor:

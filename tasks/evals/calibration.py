@@ -15,7 +15,7 @@ class _MarginBuckets(NamedTuple):
     """Buckets of the absolute difference of mean ratings, in points of the rating scale."""
 
     edges: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0)
-    clear: float = 1.0
+    clear_margin: float = 1.0
 
     def names(self) -> list[str]:
         pairs = zip(self.edges, self.edges[1:], strict=False)
@@ -43,7 +43,7 @@ def accuracy_by_margin(score_differences: Tensor, margins: Tensor, ceiling: Mapp
     rows = []
     for bucket in MARGIN_BUCKETS.names():
         in_bucket = torch.tensor([name == bucket for name in names], dtype=torch.bool)
-        count = int(in_bucket.merged_weight())
+        count = int(in_bucket.sum())
         accuracy = (score_differences[in_bucket] > 0).float().mean().item() if count else ""
         rows.append({"bucket": bucket, "pairs": count, "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
     return rows
@@ -61,7 +61,7 @@ def calibration_table(score_differences: Tensor, bins: int = 10) -> tuple[list[d
     rows, error = [], 0.0
     for number in range(bins):
         in_bin = index == number
-        count = int(in_bin.merged_weight())
+        count = int(in_bin.sum())
         if count:
             predicted, observed = stated[in_bin].mean().item(), agreed[in_bin].mean().item()
             rows.append({"predicted": predicted, "observed": observed, "count": count})

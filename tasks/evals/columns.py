@@ -29,7 +29,7 @@ class Column:
 
     key: str
     heading: tuple[str, ...]
-    show: Callable[[float], str]
+    format_value: Callable[[float], str]
     meaning: str = ""
     subtext: Callable[[Row, str], str] = lambda _row, _key: ""
 
@@ -145,4 +145,4 @@ def _format_cell(policy: str, row: Row, column: Column) -> Cell:
     itself = policy == REFERENCE and column.key.startswith("win_rate")
     if itself or column.key not in row:
         return "–", ""
-    return column.show(row[column.key]), column.subtext(row, column.key)
+    return column.format_value(row[column.key]), column.subtext(row, column.key)

@@ -76,7 +76,7 @@ class ScoredResponse(Row):
         description="Where the right answer is known, whether the response gives it: `strict` in the demanded form, "
         "`flexible` as its last number.",
     )
-    measures: dict[str, float] = Field(
+    metrics: dict[str, float] = Field(
         default_factory=dict, description="What the reward's components noticed about the response; reported, not paid."
     )
     conversation: str | None = Field(
@@ -170,7 +170,7 @@ def _policy_metrics(group: Sequence[ScoredResponse]) -> dict[str, float]:
         "reward_gold": _mean([record.gold for record in group]),
         **({} if group[0].vader is None else {"vader": _mean([record.vader or 0.0 for record in group])}),
         **{f"reward_{name}": _mean([record.rewards[name] for record in group]) for name in group[0].rewards},
-        **{name: _mean([record.measures[name] for record in group]) for name in group[0].measures},
+        **{name: _mean([record.metrics[name] for record in group]) for name in group[0].metrics},
         "kl": kl,
         "kl_stderr": kl_stderr,
         "kl_k3": _mean([record.kl_k3 for record in group]),
@@ -196,9 +196,9 @@ def _accuracies(group: Sequence[ScoredResponse], samples: int, seed: int) -> dic
 
 def _success(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
     """The interval of the share of conversations that reached their goal; nothing where there were none."""
-    if "success" not in group[0].measures:
+    if "success" not in group[0].metrics:
         return {}
-    share = bootstrap_mean([record.measures["success"] for record in group], samples=samples, seed=seed)
+    share = bootstrap_mean([record.metrics["success"] for record in group], samples=samples, seed=seed)
     return {"success": share.mean, "success_low": share.low, "success_high": share.high}
 
 

@@ -63,7 +63,7 @@ def compare_with_champion(
     tokenizer = load_tokenizer(champion / "base_model")
     sampler = PolicySampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment)
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
-    answers = sampler.answers("champion", model)
+    answers = sampler.sample("champion", model)
     champion_scores = _score_answers(answers, prompts, artifacts, params)
     records = read_rows(artifacts / "evaluate" / "responses.jsonl", ScoredResponse)
     by_prompt = {record.prompt_id: record for record in records if record.policy == policy}

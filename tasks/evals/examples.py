@@ -19,7 +19,7 @@ EXAMPLES_PER_KIND = 3
 class Example:
     """A policy's response beside the reference's to the same prompt; `by` is what they were chosen for."""
 
-    by: float
+    score_difference: float
     reference: ScoredResponse
     own: ScoredResponse
 
@@ -85,13 +85,13 @@ def _top_examples(
 ) -> tuple[Example, ...]:
     pairs = [(own, reference[own.prompt_id]) for own in group]
     examples = [Example(value(own, other), other, own) for own, other in pairs]
-    kept = [example for example in examples if sign * example.by > TIE_TOLERANCE]
-    return tuple(sorted(kept, key=lambda example: (-sign * example.by, example.own.prompt_id))[:count])
+    kept = [example for example in examples if sign * example.score_difference > TIE_TOLERANCE]
+    return tuple(sorted(kept, key=lambda example: (-sign * example.score_difference, example.own.prompt_id))[:count])
 
 
 def _example_to_dict(example: Example) -> dict[str, Any]:
     sides = {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
-    return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "by": round(example.by, DIGITS)} | sides
+    return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "by": round(example.score_difference, DIGITS)} | sides
 
 
 def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:

@@ -24,17 +24,17 @@ class Decision:
     """What the gate says of a policy."""
 
     policy: str
-    findings: tuple[Finding, ...]
+    rule_results: tuple[Finding, ...]
 
     @property
     def accepted(self) -> bool:
         """Every rule holds."""
-        return all(result.holds for result in self.findings)
+        return all(result.holds for result in self.rule_results)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """The rules that do not hold; all of them where the policy is accepted."""
-        shown = [result for result in self.findings if self.accepted or not result.holds]
+        shown = [result for result in self.rule_results if self.accepted or not result.holds]
         return tuple(f"{result.rule}: {result.found}, asked {result.asked}" for result in shown)
 
 

@@ -48,9 +48,9 @@ class EndpointJudge:
 
     def __init__(self, params: JudgeParams, cache: JudgeCache) -> None:
         self._params, self._cache = params, cache
-        self.who = {"kind": "endpoint", "model": params.model, "base_url": params.base_url}
+        self.judge_id = {"kind": "endpoint", "model": params.model, "base_url": params.base_url}
 
-    def ask(self, questions: Sequence[str]) -> list[Reply]:
+    def judge(self, questions: Sequence[str]) -> list[Reply]:
         """An answer to each.
 
         Raises:
@@ -59,7 +59,7 @@ class EndpointJudge:
             SourceError: the server is not there, or refuses.
         """
         requests = [self._request(text) for text in questions]
-        keys = [request_key(self.who, request) for request in requests]
+        keys = [request_key(self.judge_id, request) for request in requests]
         missing = {key: request for key, request in zip(keys, requests, strict=True) if key not in self._cache}
         if missing:
             self._fetch(missing)
@@ -86,7 +86,7 @@ class EndpointJudge:
                         "here, the answers are kept, or raise it"
                     )
                 reply = self._reply(client, request)
-                self._cache.add(key, self.who, reply)
+                self._cache.add(key, self.judge_id, reply)
                 tokens_used += reply.tokens
 
     def _client(self) -> openai.OpenAI:
@@ -138,13 +138,13 @@ class LocalJudge:
         Raises:
             ModelError: the folder is incomplete, or the tokenizer has no letters.
         """
-        self.who = {"kind": "local", "model": "base_model", "base_url": ""}
+        self.judge_id = {"kind": "local", "model": "base_model", "base_url": ""}
         self._tokenizer: Any = load_tokenizer(base_model)
         self._model: Any = load_reference(base_model, None)
         self._batch_size = batch_size
-        self._prefix_ids, self._letters = _letter_tokens(self._tokenizer)
+        self._prefix_ids, self._letter_ids = _letter_tokens(self._tokenizer)
 
-    def ask(self, questions: Sequence[str]) -> list[Reply]:
+    def judge(self, questions: Sequence[str]) -> list[Reply]:
         """An answer to each, `A: 0.5731`: the letter and its probability beside that of the other one."""
         rows = [self._ids(text) for text in questions]
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
@@ -170,14 +170,14 @@ class LocalJudge:
         ids, mask = (tensor.to(device) for tensor in pad_left(rows, self._tokenizer.pad_token_id))
         logits = self._model(
             input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), logits_to_keep=1
-        ).logits[:, -1, self._letters]
+        ).logits[:, -1, self._letter_ids]
         probs: list[float] = logits.float().softmax(-1)[:, 0].tolist()
         return probs
 
     def _reply(self, prob_a: float, tokens: int) -> Reply:
         letter, probability = ("A", prob_a) if prob_a > 0.5 else ("B", 1 - prob_a)
         text = "tie" if prob_a == 0.5 else f"{letter}: {probability:.4f}"
-        return Reply(text=text, model=self.who["model"], tokens=tokens + 1)
+        return Reply(text=text, model=self.judge_id["model"], tokens=tokens + 1)
 
 
 def _letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:

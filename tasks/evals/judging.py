@@ -89,9 +89,9 @@ class PolicySampler:
     ) -> None:
         self._tokenizer, self._generation, self._seed = tokenizer, generation, seed
         self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        self._talk = load_multi_turn_sampler(environment, prompts, tokenizer, generation) if environment else None
+        self._multi_turn = load_multi_turn_sampler(environment, prompts, tokenizer, generation) if environment else None
 
-    def answers(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[SampledResponse]:
+    def sample(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[SampledResponse]:
         """Responses prompt by prompt, with their KL to the reference; 0 for the reference, which has no adapter."""
         batches = tqdm(self._batches, desc=f"answers of {name}", unit="batch")
         rollouts = self._rollouts(model, samples_per_prompt)
@@ -102,8 +102,8 @@ class PolicySampler:
         ]
 
     def _rollouts(self, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
-        if self._talk is not None:
-            return self._sample_conversations(self._talk, model, samples_per_prompt)
+        if self._multi_turn is not None:
+            return self._sample_conversations(self._multi_turn, model, samples_per_prompt)
         generator = torch.Generator().manual_seed(self._seed)
         return (
             generate(
@@ -140,16 +140,16 @@ class PolicySampler:
         columns = zip(
             [prompt for prompt in prompts for _ in range(samples)],
             rollout.texts(lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))),
-            mask.merged_weight(1).tolist(),
-            rollout.ended.tolist(),
+            mask.sum(1).tolist(),
+            rollout.has_eos.tolist(),
             per_sequence(kl.k1, mask).tolist(),
             per_sequence(kl.k3, mask).tolist(),
             strict=True,
         )
         answers = [SampledResponse(name, *values) for values in columns]
-        if self._talk is None or not isinstance(rollout, MultiTurnRollout):
+        if self._multi_turn is None or not isinstance(rollout, MultiTurnRollout):
             return answers
-        discounts = discount_by_turns(torch.ones(len(answers)), rollout.turns, self._talk.gamma).tolist()
+        discounts = discount_by_turns(torch.ones(len(answers)), rollout.turns, self._multi_turn.gamma).tolist()
         conversation_rows = zip(rollout.transcripts, rollout.rewards.tolist(), rollout.turns.tolist(), discounts, strict=True)
         return [
             replace(answer, conversation=text, environment_reward=environment_reward, turns=turns, turn_discount=turn_discount)
@@ -223,7 +223,7 @@ def score_responses(
             gold=gold_scores[row].item(),
             vader=sentiment[row],
             correct=_answer_accuracy(answer, answer_pattern) if accuracy else None,
-            measures={name: values[row].item() for name, values in proxy.measures.items()},
+            metrics={name: values[row].item() for name, values in proxy.measures.items()},
             conversation=answer.conversation,
         )
         for row, answer in enumerate(answers)

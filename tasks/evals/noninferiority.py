@@ -51,18 +51,18 @@ class MetricSpec:
     value: Callable[[ResponseScores, ResponseScores], float]
     more_is_better: bool
     null_value: float = 0.0
-    form: str = "+.3f"
+    value_format: str = "+.3f"
     margin_format: str = "+g"
 
 
 METRICS: Mapping[str, MetricSpec] = {
     "win_rate": MetricSpec(
         "win rate against the champion", lambda ours, theirs: _pairwise_win(ours.gold, theirs.gold),
-        more_is_better=True, null_value=0.5, form=".1%", margin_format=".0%",
+        more_is_better=True, null_value=0.5, value_format=".1%", margin_format=".0%",
     ),
     "win_rate_vader": MetricSpec(
         "VADER's win rate against the champion", lambda ours, theirs: _pairwise_win(_vader_score(ours), _vader_score(theirs)),
-        more_is_better=True, null_value=0.5, form=".1%", margin_format=".0%",
+        more_is_better=True, null_value=0.5, value_format=".1%", margin_format=".0%",
     ),
     "reward_gold": MetricSpec(
         "gold reward less the champion's", lambda ours, theirs: ours.gold - theirs.gold, more_is_better=True
@@ -106,7 +106,7 @@ def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Findi
         passed = end <= bound
     return Finding(
         f"{spec.name}, {side} end",
-        format(end, spec.form),
+        format(end, spec.value_format),
         f"{relation} {format(bound, spec.margin_format)}",
         passed,
     )

@@ -109,7 +109,7 @@ def fit_all(points: Mapping[str, Sequence[CurvePoint]], *, samples: int, seed: i
     fitted: dict[str, dict[str, Fit]] = {}
     for method, method_points in points.items():
         kl = np.stack([point.kl for point in method_points])
-        if (kl.mean(axis=1) > 0).merged_weight() >= 2:
+        if (kl.mean(axis=1) > 0).sum() >= 2:
             form: Form = BEST_OF_N if method == BEST_OF_N else "rl"
             fitted[method] = {
                 judge: fit_curve(form, kl, np.stack([point.gains[judge] for point in method_points]), samples=samples, seed=seed)
@@ -208,8 +208,8 @@ def fit_curve(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: in
         ValueError: fewer than two levels lie apart from SFT, so that nothing is determined.
     """
     nonzero = kl.mean(axis=1) > 0
-    if nonzero.merged_weight() < 2:
-        raise ValueError(f"{int(nonzero.merged_weight())} levels lie apart from SFT, a fit of two numbers needs two")
+    if nonzero.sum() < 2:
+        raise ValueError(f"{int(nonzero.sum())} levels lie apart from SFT, a fit of two numbers needs two")
     kl, gains = kl[nonzero], gains[nonzero]
     alpha, beta, r2 = _solve(form, kl, gains)
     max_distance = math.sqrt(kl.mean(axis=1).max())

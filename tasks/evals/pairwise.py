@@ -70,9 +70,9 @@ class PairJudge(Protocol):
     """Something that answers questions, each by itself."""
 
     @property
-    def who(self) -> Mapping[str, str]: ...
+    def judge_id(self) -> Mapping[str, str]: ...
 
-    def ask(self, questions: Sequence[str]) -> list[Reply]: ...
+    def judge(self, questions: Sequence[str]) -> list[Reply]: ...
 
 
 class Judgement(Row):
@@ -118,8 +118,8 @@ def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: 
     ]
     differing = [text for own, other, _, text in drafts if own.response.strip() != other.response.strip()]
     questions = list(dict.fromkeys(differing))
-    replies = dict(zip(questions, judge.ask(questions), strict=True))
-    return [_make_judgement(own, order, text, judge.who, replies.get(text)) for own, _, order, text in drafts]
+    replies = dict(zip(questions, judge.judge(questions), strict=True))
+    return [_make_judgement(own, order, text, judge.judge_id, replies.get(text)) for own, _, order, text in drafts]
 
 
 def add_judge_metrics(table: Table, judgements: Sequence[Judgement], *, samples: int, seed: int) -> Table:

@@ -62,7 +62,7 @@ class Sampler:
         self._chat_template, self._max_new_tokens, self._temperature = chat_template, max_new_tokens, temperature
         self._generator = torch.Generator().manual_seed(seed)
 
-    def write(self, prompts: Sequence[str], samples: int) -> Iterator[Sample]:
+    def sample(self, prompts: Sequence[str], samples: int) -> Iterator[Sample]:
         """Responses to each prompt, in its order.
 
         Raises:
@@ -80,7 +80,7 @@ class Sampler:
                 generator=self._generator,
                 samples_per_prompt=samples,
             )
-            for row, (ids, ended) in enumerate(zip(rollout.response_ids(), rollout.ended.tolist(), strict=True)):
+            for row, (ids, ended) in enumerate(zip(rollout.response_ids(), rollout.has_eos.tolist(), strict=True)):
                 text = str(self._tokenizer.decode(ids, skip_special_tokens=True))
                 yield Sample(batch[row // samples], row % samples, text, ended)
 

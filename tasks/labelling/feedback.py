@@ -68,12 +68,12 @@ class CountingJudge:
     """A judge in this process, each of whose answers is a request; `who` holds the digest of its weights, too."""
 
     def __init__(self, judge: PairJudge, cost: Cost, digest: str) -> None:
-        self.who = {**judge.who, "digest": digest}
+        self.judge_id = {**judge.judge_id, "digest": digest}
         self._judge, self._cost = judge, cost
 
-    def ask(self, questions: Sequence[str]) -> list[Reply]:
+    def judge(self, questions: Sequence[str]) -> list[Reply]:
         """As the judge, and count it."""
-        replies = self._judge.ask(questions)
+        replies = self._judge.judge(questions)
         self._cost.requests += len(replies)
         self._cost.tokens += sum(reply.tokens for reply in replies)
         return replies
@@ -162,7 +162,7 @@ def label_by_model(
         ConfigError: the model's name is too long for a labeller.
         SourceError: the server is not there, or refuses; what was labelled is kept.
     """
-    labeller = MODEL + judge.who["model"]
+    labeller = MODEL + judge.judge_id["model"]
     if len(labeller) > LONGEST_NAME:
         raise ConfigError(
             f"{labeller!r} is longer than a labeller's name may be ({LONGEST_NAME}): serve it under another"
@@ -185,14 +185,14 @@ def label_by_model(
 
 def _basis(judge: PairJudge, constitution: Constitution) -> str:
     """How the comments of labels begin: what the label depends on besides the model's name."""
-    digest = judge.who.get("digest")
+    digest = judge.judge_id.get("digest")
     return f"constitution {constitution.digest}" + (f", weights {digest}" if digest else "")
 
 
 def _labelled_before(session: Session, labeller: str, basis: str) -> set[str]:
     """The questions that have a label on this basis, also if another one came after it."""
     so = or_(Event.comment == basis, Event.comment.startswith(f"{basis};", autoescape=True))
-    return set(session.scalars(select(Event.item_id).phase(Event.labeller == labeller, so)))
+    return set(session.scalars(select(Event.item_id).where(Event.labeller == labeller, so)))
 
 
 def _digest(folder: Path) -> str:
@@ -236,7 +236,7 @@ def _paced(
         nonlocal free
         sleep(max(0.0, free - clock()))
         start, before = clock(), cost.requests
-        replies: Sequence[Reply] = judge.ask([text])
+        replies: Sequence[Reply] = judge.judge([text])
         if per_minute and cost.requests > before:
             free = start + 60 / per_minute
         return replies[0]

@@ -184,13 +184,13 @@ def current_labels(session: Session) -> list[Label]:
 
     Ordered by question and labeller.
     """
-    standing = select(Event).phase(STANDS).order_by(Event.item_id, Event.labeller)
+    standing = select(Event).where(STANDS).order_by(Event.item_id, Event.labeller)
     return [_label(event) for event in session.scalars(standing)]
 
 
 def add_label(session: Session, label: Label, token: str | None = None) -> bool:
     """Add the event unless the labeller thinks that already, or an event of that token is there; whether it was new."""
-    if token is not None and session.scalar(select(Event.id).phase(Event.token == token)):
+    if token is not None and session.scalar(select(Event.id).where(Event.token == token)):
         return False
     before = session.scalar(last_event(label.item, label.labeller))
     if before is not None and before.kind == "label" and _opinion(_label(before)) == _opinion(label):
@@ -208,7 +208,7 @@ def add_label(session: Session, label: Label, token: str | None = None) -> bool:
 
 def said_before(session: Session, label: Label) -> bool:
     """Whether the labeller has ever said that of the question; it may be undone, or no longer what they think."""
-    own = select(Event).phase(Event.item_id == label.item, Event.labeller == label.labeller, Event.kind == "label")
+    own = select(Event).where(Event.item_id == label.item, Event.labeller == label.labeller, Event.kind == "label")
     return any(_opinion(_label(event)) == _opinion(label) for event in session.scalars(own))
 
 

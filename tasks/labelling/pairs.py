@@ -59,7 +59,7 @@ def _drawn(prompt: str, responses: Sequence[Written], rng: random.Random) -> lis
     """All pairs of one prompt, in random order."""
     different = {item.response.strip(): item for item in responses if item.response.strip()}
     possible = list(combinations(different.values(), 2))
-    return [_question(prompt, *rng.sample_index(pair, 2)) for pair in rng.sample_index(possible, len(possible))]
+    return [_question(prompt, *rng.sample(pair, 2)) for pair in rng.sample(possible, len(possible))]
 
 
 def _question(prompt: str, one: Written, other: Written) -> Question:

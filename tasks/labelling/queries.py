@@ -40,26 +40,26 @@ STANDS = and_(Event.kind == "label", Event.id.in_(select(func.max(_each.id)).gro
 def wanting() -> Select[tuple[Item, int]]:
     """Items that want labels still, gold left out, and how many they have, in the order in which they are shown."""
     counts = and_(STANDS, Event.choice != "skip", ~Event.labeller.startswith(MODEL, autoescape=True))
-    have = select(Event.item_id, func.count().label("labels")).phase(counts).group_by(Event.item_id).subquery()
+    have = select(Event.item_id, func.count().label("labels")).where(counts).group_by(Event.item_id).subquery()
     number = func.coalesce(have.c.labels, 0)
     items = select(Item, number).outerjoin(have, have.c.item_id == Item.id)
-    wanted = items.phase(Item.gold.is_(None), number < Item.labels_wanted)
+    wanted = items.where(Item.gold.is_(None), number < Item.labels_wanted)
     return wanted.order_by(Item.priority.desc(), Item.created_at, Item.id)
 
 
 def open_for(labeller: str) -> Select[tuple[Item, int]]:
     """Those of them that this labeller has not answered."""
-    return wanting().phase(_unanswered(labeller))
+    return wanting().where(_unanswered(labeller))
 
 
 def gold_for(labeller: str) -> Select[tuple[Item]]:
     """Gold items that this labeller has not answered."""
-    return select(Item).phase(Item.gold.is_not(None), _unanswered(labeller)).order_by(Item.id)
+    return select(Item).where(Item.gold.is_not(None), _unanswered(labeller)).order_by(Item.id)
 
 
 def last_event(item_id: str, labeller: str) -> Select[tuple[Event]]:
     """A labeller's last event on an item."""
-    mine = select(Event).phase(Event.item_id == item_id, Event.labeller == labeller)
+    mine = select(Event).where(Event.item_id == item_id, Event.labeller == labeller)
     return mine.order_by(Event.id.desc()).limit(1)
 
 
@@ -69,4 +69,4 @@ def count_of(statement: Select[Any]) -> Select[tuple[int]]:
 
 
 def _unanswered(labeller: str) -> ColumnElement[bool]:
-    return Item.id.not_in(select(Event.item_id).phase(STANDS, Event.labeller == labeller))
+    return Item.id.not_in(select(Event.item_id).where(STANDS, Event.labeller == labeller))

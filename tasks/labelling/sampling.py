@@ -51,7 +51,7 @@ def written(
         writer = Sampler(
             artifacts, policy, max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=seed
         )
-        for item in writer.write(asked, SAMPLES):
+        for item in writer.sample(asked, SAMPLES):
             responses[item.prompt].append(Written(policy, item.response))
     return responses
 
@@ -68,4 +68,4 @@ def ensemble(artifacts: Path) -> Scores:
             "--by disagreement needs a reward model with at least two members: `rlhf run reward_model "
             "-S reward_model.members=3`, or ask --by random"
         )
-    return RewardModel.load(artifacts / "base_model", artifacts / "sft", stage).members
+    return RewardModel.load(artifacts / "base_model", artifacts / "sft", stage).member_scores

@@ -87,7 +87,7 @@ class LabelStore:
     def labellers(self) -> list[str]:
         """The names of those who can sign in."""
         with self._read() as session:
-            able = select(Labeller.name).phase(Labeller.password_hash.is_not(None)).order_by(Labeller.name)
+            able = select(Labeller.name).where(Labeller.password_hash.is_not(None)).order_by(Labeller.name)
             return list(session.scalars(able))
 
     def items(self) -> list[Item]:
@@ -147,21 +147,21 @@ class LabelStore:
     def last_label(self, labeller: str) -> Event | None:
         """The answer that the labeller gave last, of those that stand."""
         with self._read() as session:
-            mine = select(Event).phase(STANDS, Event.labeller == labeller).order_by(Event.id.desc()).limit(1)
+            mine = select(Event).where(STANDS, Event.labeller == labeller).order_by(Event.id.desc()).limit(1)
             return session.scalar(mine)
 
     def current_labels(self) -> list[Event]:
         """The last event of each labeller on each item, where that is a label: what they think now; skips too."""
         with self._read() as session:
-            return list(session.scalars(select(Event).phase(STANDS).order_by(Event.id)))
+            return list(session.scalars(select(Event).where(STANDS).order_by(Event.id)))
 
     def progress(self, labeller: str) -> Progress:
         """How far the labeller is."""
-        done = select(func.count()).select_from(Event).phase(STANDS, Event.labeller == labeller)
+        done = select(func.count()).select_from(Event).where(STANDS, Event.labeller == labeller)
         with self._read() as session:
             left = sum(_number(session, count_of(statement(labeller))) for statement in (open_for, gold_for))
             others = self._leases.of_others(labeller)
-            leased = session.execute(open_for(labeller).phase(Item.id.in_(others)))
+            leased = session.execute(open_for(labeller).where(Item.id.in_(others)))
             elsewhere = sum(number + others[item.id] >= item.labels_wanted for item, number in leased)
             return Progress(done=_number(session, done), left=left, elsewhere=elsewhere)
 
@@ -177,7 +177,7 @@ class LabelStore:
 
     def _choose(self, session: Session, labeller: str) -> Item | None:
         """Gold at random places, the same ones if it is asked again: chance depends on the labeller's events alone."""
-        events = _number(session, select(func.count()).select_from(Event).phase(Event.labeller == labeller))
+        events = _number(session, select(func.count()).select_from(Event).where(Event.labeller == labeller))
         chance = random.Random(f"{labeller}\0{events}")
         gold = list(session.scalars(gold_for(labeller)))
         ordinary = self._first_free(session, labeller)
@@ -216,7 +216,7 @@ def _already_there(session: Session, event: Event) -> Event | None:
     if session.get(Item, event.item_id) is None or session.get(Labeller, event.labeller) is None:
         raise DataError(f"no item {event.item_id!r}, or no labeller {event.labeller!r}, is in the database")
     last = session.scalar(last_event(event.item_id, event.labeller))
-    sent = session.scalar(select(Event).phase(Event.token == event.token))
+    sent = session.scalar(select(Event).where(Event.token == event.token))
     if sent is None and (last.id if last else 0) == event.after:
         return None
     if sent is None or _says(sent) != _says(event):

@@ -59,9 +59,9 @@ class CodeReward:
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """The values of `measured` alone."""
-        return self.measured(prompts, responses)[0]
+        return self.score_with_metrics(prompts, responses)[0]
 
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """1 or 0 for each response [B], and for each way to fail whether it was this one [B].
 
         Raises:

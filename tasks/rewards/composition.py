@@ -38,12 +38,12 @@ class RewardBatch:
 
     total: Tensor
     components: dict[str, Tensor]
-    measures: dict[str, Tensor] = field(default_factory=dict)
+    metrics: dict[str, Tensor] = field(default_factory=dict)
 
-    def of_all_ranks(self) -> RewardBatch:
+    def gather(self) -> RewardBatch:
         """That of every rank's responses."""
         components = {name: ranks.all_gather(values) for name, values in self.components.items()}
-        metrics = {name: ranks.all_gather(values) for name, values in self.measures.items()}
+        metrics = {name: ranks.all_gather(values) for name, values in self.metrics.items()}
         return RewardBatch(ranks.all_gather(self.total), components, metrics)
 
 
@@ -218,7 +218,7 @@ def _call_component(
 ) -> tuple[Sequence[float] | Tensor, dict[str, Tensor]]:
     """The component's values, and what it has measured beside them."""
     if isinstance(component, ScoresWithMetrics):
-        return component.measured(prompts, responses)
+        return component.score_with_metrics(prompts, responses)
     return component(prompts, responses), {}
 
 

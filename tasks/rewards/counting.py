@@ -35,7 +35,7 @@ class FaultTolerantRule:
         self._name, self._score, self._floor = name, score, floor
         self._warned = False
 
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [B], and `failures/<component>` [B].
 
         Raises:

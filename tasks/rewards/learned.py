@@ -95,11 +95,11 @@ class ScoreHead:
         """Raw values [N] less what their length adds to them."""
         return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
 
-    def normalised(self, debiased: Tensor) -> Tensor:
+    def normalise(self, debiased: Tensor) -> Tensor:
         """(x − μ) / σ."""
         return (debiased - self.mean) / self.std
 
-    def facts(self) -> dict[str, float]:
+    def to_dict(self) -> dict[str, float]:
         """As normalisation.json says it."""
         slope = {"length_slope": self.length_slope} if self.length_slope else {}
         return {"mean": self.mean, "std": self.std, **slope}
@@ -128,39 +128,39 @@ class EnsembleMember:
             samples: the texts that it reads.
             prompts: one per text; their length does not count.
         """
-        raw, states = scorer.read(samples)
+        raw, states = scorer.scores_and_states(samples)
         lengths = _response_lengths(scorer, samples, prompts) if length_debias else None
         columns = zip(weights.items(), _columns(raw), strict=True)
         return cls(scorer, {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}), states
 
-    def read(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def raw_scores(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """The heads' raw values [N, K], less what the response's length adds to them, and the states [N, d] behind.
 
         Args:
             texts: what it reads.
             prompts: one per text, empty where the whole of it counts.
         """
-        raw, states = self.scorer.read(texts)
+        raw, states = self.scorer.scores_and_states(texts)
         has_length_slope = any(head.length_slope for head in self.heads.values())
         lengths = _response_lengths(self.scorer, texts, prompts) if has_length_slope else None
         columns = zip(self.heads.values(), _columns(raw), strict=True)
         return torch.stack([head.debias(values, lengths) for head, values in columns], dim=1), states
 
-    def normalised(self, values: Tensor) -> Tensor:
+    def normalise(self, values: Tensor) -> Tensor:
         """[N, K] of `read` → [N, K], each head in standard deviations of its values on responses of the SFT policy."""
         columns = zip(self.heads.values(), values.unbind(1), strict=True)
-        return torch.stack([head.normalised(head_values) for head, head_values in columns], dim=1)
+        return torch.stack([head.normalise(head_values) for head, head_values in columns], dim=1)
 
     def score(self, normalised: Tensor) -> Tensor:
         """[N, K] → [N], Σ weight · head."""
         columns = zip(self.heads.values(), normalised.unbind(1), strict=True)
         return reduce(add, (head.weight * head_values for head, head_values in columns))
 
-    def facts(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, object]:
         """As normalisation.json says it."""
         if "" in self.heads:
-            return dict(self.heads[""].facts())
-        return {"objectives": {name: {**head.facts(), "weight": head.weight} for name, head in self.heads.items()}}
+            return dict(self.heads[""].to_dict())
+        return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
 
 
 def _response_lengths(scorer: TextScorer, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
@@ -205,7 +205,7 @@ class RewardModel:
         self._ood_detector = ood_detector
         self._reduce = ENSEMBLE_REDUCTIONS[ensemble_reduction]
         self._uncertainty_coef = uncertainty_coef
-        self._text = formatter
+        self._formatter = formatter
 
     @classmethod
     def load(
@@ -226,14 +226,14 @@ class RewardModel:
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: those of the members, combined."""
-        return self.measured(prompts, responses)[0]
+        return self.score_with_metrics(prompts, responses)[0]
 
-    def members(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+    def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
         texts = self._texts(prompts, responses)
-        return torch.stack([member.score(member.normalised(member.read(texts, prompts)[0])) for member in self._members])
+        return torch.stack([member.score(member.normalise(member.raw_scores(texts, prompts)[0])) for member in self._members])
 
-    def measured(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B], and what the same pass tells about them.
 
         `unfamiliar` [B] is 1 where the text is unlike those that people compared; `objective/<name>` [B], where there
@@ -241,8 +241,8 @@ class RewardModel:
         their standard deviation.
         """
         texts = self._texts(prompts, responses)
-        outputs = [member.read(texts, prompts) for member in self._members]
-        heads = [member.normalised(values) for member, (values, _) in zip(self._members, outputs, strict=True)]
+        outputs = [member.raw_scores(texts, prompts) for member in self._members]
+        heads = [member.normalise(values) for member, (values, _) in zip(self._members, outputs, strict=True)]
         scores = torch.stack([member.score(values) for member, values in zip(self._members, heads, strict=True)])
         metrics = {"unfamiliar": self._ood_detector.is_ood(outputs[0][1])}
         if len(self._members[0].heads) > 1:
@@ -254,7 +254,7 @@ class RewardModel:
         return self._reduce(scores, self._uncertainty_coef), metrics
 
     def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-        return [self._text(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        return [self._formatter(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
 
 
 def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:

@@ -40,19 +40,19 @@ class Objective(Protocol):
     weights: Mapping[str, float]
     """Head → its weight in the score; one head has the name ""."""
 
-    def counts(self) -> dict[str, float]:
+    def dataset_sizes(self) -> dict[str, float]:
         """How much there is to learn from."""
 
-    def sides(self, split: str, limit: int | None = None) -> list[PromptResponse]:
+    def texts(self, split: str, limit: int | None = None) -> list[PromptResponse]:
         """The texts of a split, or those of its first rows: about as many texts as the limit says."""
 
     def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
         """What trains the model on the training rows."""
 
-    def measure(self, values: Tensor, out: Path) -> dict[str, float]:
+    def evaluate(self, values: Tensor, out: Path) -> dict[str, float]:
         """Figures of raw values [N, K] for `sides("test")`; writes the two tables, empty where they say nothing."""
 
-    def quality(self, normalised: Tensor) -> tuple[str, float]:
+    def headline_metric(self, normalised: Tensor) -> tuple[str, float]:
         """The name and value of the one figure in which members of an ensemble are compared; of normalised values."""
 
 
@@ -77,7 +77,7 @@ class PreferenceObjective:
             DataError: there are none, a pair names no known objective, or no pair says how strong it is.
         """
         self.weights: Mapping[str, float] = params.objectives or {"": 1.0}
-        self._params, self._ceiling = params, _read_rater_ceiling(preferences)
+        self._params, self._rater_ceiling = params, _read_rater_ceiling(preferences)
         self._rows = {split: read_rows(preferences / f"{split}.jsonl", Preference) for split in SPLITS}
         self._objectives = list(params.objectives or ())
         if self._objectives:
@@ -89,7 +89,7 @@ class PreferenceObjective:
                 "give pairs a `margin`, or set it to none"
             )
 
-    def counts(self) -> dict[str, float]:
+    def dataset_sizes(self) -> dict[str, float]:
         rows = self._rows["train"]
         sizes: dict[str, float] = {"pairs": len(rows)}
         sizes |= {f"pairs/{name}": sum(row.objective == name for row in rows) for name in self._objectives}
@@ -98,7 +98,7 @@ class PreferenceObjective:
             sizes["pairs_against_margin"] = sum((row.margin or 0) < 0 for row in rows)
         return sizes
 
-    def sides(self, split: str, limit: int | None = None) -> list[PromptResponse]:
+    def texts(self, split: str, limit: int | None = None) -> list[PromptResponse]:
         return _pair_texts(self._rows[split][: limit and limit // 2])
 
     def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
@@ -108,9 +108,9 @@ class PreferenceObjective:
             margin_scale=scale, objectives=self._objectives,
         )  # fmt: skip
 
-    def measure(self, values: Tensor, out: Path) -> dict[str, float]:
+    def evaluate(self, values: Tensor, out: Path) -> dict[str, float]:
         rows, differences = self._rows["test"], self._score_differences(values)
-        metrics = _pair_metrics(differences, rows, self._ceiling, out)
+        metrics = _pair_metrics(differences, rows, self._rater_ceiling, out)
         table, calibration_error = calibration_table(differences)
         write_table(out / "calibration.csv", table, CALIBRATION_COLUMNS)
         for name in self._objectives:
@@ -118,7 +118,7 @@ class PreferenceObjective:
             metrics[f"accuracy/{name}"] = _fraction_true(differences[mask] > 0)
         return metrics | {"calibration_error": calibration_error}
 
-    def quality(self, normalised: Tensor) -> tuple[str, float]:
+    def headline_metric(self, normalised: Tensor) -> tuple[str, float]:
         return "accuracy", _fraction_true(self._score_differences(normalised) > 0)
 
     def _score_differences(self, values: Tensor) -> Tensor:
@@ -140,7 +140,7 @@ class RatingObjective:
         Raises:
             DataError: there are no rated texts, or all training texts are of one class.
         """
-        self._params, self._threshold, self._ceiling = params, params.threshold, _read_rater_ceiling(preferences)
+        self._params, self._threshold, self._rater_ceiling = params, params.threshold, _read_rater_ceiling(preferences)
         self._rows = {split: _read_ratings(ratings / f"{split}.jsonl", params.kind) for split in SPLITS}
         self._rows["train"] = self._rows["train"][: params.max_examples]
         pairs = preferences / "test.jsonl"
@@ -152,10 +152,10 @@ class RatingObjective:
                 f"{ratings / 'train.jsonl'} are of one class; choose a rating between theirs"
             )
 
-    def counts(self) -> dict[str, float]:
+    def dataset_sizes(self) -> dict[str, float]:
         return {"texts": len(self._rows["train"])}
 
-    def sides(self, split: str, limit: int | None = None) -> list[PromptResponse]:
+    def texts(self, split: str, limit: int | None = None) -> list[PromptResponse]:
         rated_texts = [("", row.text) for row in self._rows[split][:limit]]
         return rated_texts + _pair_texts(self._pairs) if split == "test" else rated_texts
 
@@ -165,10 +165,10 @@ class RatingObjective:
             seed=seed, callbacks=callbacks, binary=self._threshold is not None,
         )  # fmt: skip
 
-    def measure(self, values: Tensor, out: Path) -> dict[str, float]:
+    def evaluate(self, values: Tensor, out: Path) -> dict[str, float]:
         targets = torch.tensor(self._targets("test"))
         scores, pair_scores = values[: len(targets), 0], values[len(targets) :, 0]
-        metrics = _pair_metrics(pair_scores[: len(self._pairs)] - pair_scores[len(self._pairs) :], self._pairs, self._ceiling, out)
+        metrics = _pair_metrics(pair_scores[: len(self._pairs)] - pair_scores[len(self._pairs) :], self._pairs, self._rater_ceiling, out)
         if self._threshold is None:
             write_table(out / "calibration.csv", [], CALIBRATION_COLUMNS)
             metrics |= rating_metrics(scores, targets)
@@ -178,7 +178,7 @@ class RatingObjective:
         write_table(out / "calibration.csv", table, CALIBRATION_COLUMNS)
         return metrics | classification_metrics(scores, targets) | {"calibration_error": calibration_error}
 
-    def quality(self, normalised: Tensor) -> tuple[str, float]:
+    def headline_metric(self, normalised: Tensor) -> tuple[str, float]:
         targets = torch.tensor(self._targets("test"))
         scores = normalised[: len(targets), 0]
         if self._threshold is None:
@@ -227,12 +227,12 @@ def _pair_metrics(
     margins = torch.tensor([float("nan") if row.margin is None else row.margin for row in pairs])
     table = accuracy_by_margin(differences, margins, ceiling) if pairs else []
     write_table(out / "accuracy_by_margin.csv", table, ACCURACY_COLUMNS)
-    clear = margins.abs() >= MARGIN_BUCKETS.clear
+    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin
     return {
         "heldout_pairs": len(pairs),
         "accuracy": _fraction_true(differences > 0),
         "accuracy_margin_1": _fraction_true(differences[clear] > 0),
-        "pairs_margin_1": int(clear.merged_weight()),
+        "pairs_margin_1": int(clear.sum()),
     }
 
 

@@ -37,10 +37,10 @@ class TextScorer:
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Raw scores, [len(texts)] float32 on the CPU; [len(texts), K] of a model with K heads."""
-        return self.read(texts)[0]
+        return self.scores_and_states(texts)[0]
 
     @torch.no_grad()
-    def read(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def scores_and_states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
         """Raw scores [N], or [N, K], and the states [N, d] that the head makes them from, float32 on the CPU.
 
         Equal texts are read once, in batches of like length.
@@ -48,10 +48,10 @@ class TextScorer:
         self._model.eval()
         if self._adapter is not None:
             self._model.set_adapter(self._adapter, inference_mode=True)
-        unique = {text: self._encoded(text) for text in texts}
+        unique = {text: self._encode(text) for text in texts}
         ordered = sorted(unique, key=lambda text: (len(unique[text]), text))
         outputs = [
-            self._read([unique[text] for text in ordered[start : start + self._batch_size]])
+            self._forward([unique[text] for text in ordered[start : start + self._batch_size]])
             for start in range(0, len(ordered), self._batch_size)
         ]
         row_of = {text: row for row, text in enumerate(ordered)}
@@ -63,12 +63,12 @@ class TextScorer:
         """How many tokens of each text are read, or how many its whole has without the end token; [N] float32."""
         if untruncated:
             return torch.tensor([float(len(self._tokenizer(text).input_ids)) for text in texts])
-        return torch.tensor([float(len(self._encoded(text))) for text in texts])
+        return torch.tensor([float(len(self._encode(text))) for text in texts])
 
-    def _encoded(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         return encode(self._tokenizer, text, self._max_length)
 
-    def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids, mask = _pad_right(rows, self._tokenizer.pad_token_id)
         model_device = device()
         with _capture_inputs(self._model.score) as states:
@@ -98,13 +98,13 @@ class PretrainedScorer(TextScorer):
         self._add_special_tokens = add_special_tokens
         self._head = _last_layer(model)
 
-    def _encoded(self, text: str) -> list[int]:
+    def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(
             text, truncation=True, max_length=self._max_length, add_special_tokens=self._add_special_tokens
         ).input_ids
         return ids
 
-    def _read(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+    def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids, mask = _pad_right(rows, self._padding)
         with _capture_inputs(self._head) as states:
             logits: Tensor = self._model(input_ids=ids.to(device()), attention_mask=mask.long().to(device())).logits

@@ -50,7 +50,7 @@ def action_mask(response_mask: Tensor, action: Action) -> Tensor:
 
 def turn_counts(response_mask: Tensor) -> Tensor:
     """How many turns each row has, [B]."""
-    return _turn_starts(response_mask).merged_weight(1)
+    return _turn_starts(response_mask).sum(1)
 
 
 def _turn_starts(response_mask: Tensor) -> Tensor:

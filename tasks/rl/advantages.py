@@ -67,5 +67,5 @@ def leave_one_out(returns: Tensor, group: int) -> Tensor:
     if group < 2 or len(returns) % group:
         raise ValueError(f"need groups of at least 2 that divide the {len(returns)} returns, got {group}")
     grouped = returns.reshape(-1, group)
-    others = (grouped.merged_weight(1, keepdim=True) - grouped) / (group - 1)
+    others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
     return (grouped - others).reshape(-1)

@@ -22,7 +22,7 @@ class PreallocatedCache(Cache):
         for layer in cast(list[_Layer], self.layers):
             layer.buffers = [buffer.repeat_interleave(times, 0) for buffer in layer.buffers]
 
-    def move(self, sources: Tensor, targets: Tensor, rows: int) -> None:
+    def compact(self, sources: Tensor, targets: Tensor, rows: int) -> None:
         """Copy the source rows over the target rows, then keep the first `rows`."""
         for layer in cast(list[_Layer], self.layers):
             for buffer in layer.buffers:

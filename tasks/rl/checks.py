@@ -69,13 +69,13 @@ class DegenerateResponseMonitor:
     """Measures each round's responses, and tells of a finding when it begins."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
-        self._tell = warn
+        self._warn = warn
         self._previous_findings: list[str] = []
 
     def __call__(self, responses: Sequence[str], has_eos: Tensor, update: int) -> dict[str, float]:
         metrics, findings = response_metrics(responses, has_eos)
         for finding in findings:
             if finding not in self._previous_findings:
-                self._tell(f"warning: update {update}: {finding}")
+                self._warn(f"warning: update {update}: {finding}")
         self._previous_findings = findings
         return metrics

@@ -37,7 +37,7 @@ class EnvironmentReward:
     rewards: Tensor
     turns: Tensor
 
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """The rewards [B], whether there was one, and the number of the policy's turns."""
         return self.rewards, {"success": (self.rewards > 0).float(), "turns": self.turns.float()}
 
@@ -53,17 +53,17 @@ class MultiTurnRollout(Rollout):
         rewards: [B] what the environment paid, on the CPU.
     """
 
-    asked: list[str]
-    spoken: list[str]
+    prompt_texts: list[str]
+    policy_texts: list[str]
     transcripts: list[str]
     rewards: Tensor
 
-    def of_all_ranks(self, pad_token_id: int) -> MultiTurnRollout:
+    def gather(self, pad_token_id: int) -> MultiTurnRollout:
         """That of every rank's prompts, in their order."""
         return MultiTurnRollout(
-            **vars(super().of_all_ranks(pad_token_id)),
-            asked=ranks.all_gather_texts(self.asked),
-            spoken=ranks.all_gather_texts(self.spoken),
+            **vars(super().gather(pad_token_id)),
+            prompt_texts=ranks.all_gather_texts(self.prompt_texts),
+            policy_texts=ranks.all_gather_texts(self.policy_texts),
             transcripts=ranks.all_gather_texts(self.transcripts),
             rewards=ranks.all_gather(self.rewards),
         )
@@ -75,14 +75,14 @@ class MultiTurnRollout(Rollout):
 
     def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
         """The policy's own words."""
-        return self.spoken
+        return self.policy_texts
 
-    def readable(self, responses: list[str]) -> list[str]:
+    def display_texts(self, responses: list[str]) -> list[str]:
         """What both sides said."""
         return self.transcripts
 
     @property
-    def given(self) -> Mapping[str, Any]:
+    def external_rewards(self) -> Mapping[str, Any]:
         """The component that the environment pays."""
         return {ENVIRONMENT: EnvironmentReward(self.rewards, self.turns)}
 
@@ -146,7 +146,7 @@ class MultiTurnSampler:
                 total_rows=len(episodes),
             )
             for row, episode in enumerate(_at(episodes, active)):
-                episode.say(turns, row)
+                episode.add_policy_turn(turns, row)
                 episode.step_environment(last=turn + 1 == self._max_turns)
         device = next(model.parameters()).device
         return _to_rollout(episodes, self._tokenizer.pad_token_id, device)
@@ -163,32 +163,32 @@ class _Episode:
 
     def __init__(self, environment: Environment, row: Prompt, tokenizer: Any) -> None:
         self._environment, self._tokenizer = environment, tokenizer
-        self.asked = environment.reset(row)
-        self.prompt_ids: list[int] = list(tokenizer(self.asked).input_ids)
+        self.prompt = environment.reset(row)
+        self.prompt_ids: list[int] = list(tokenizer(self.prompt).input_ids)
         self.ids: list[int] = []
-        self.own: list[bool] = []
+        self.policy_mask: list[bool] = []
         self.logprobs: list[float] = []
         self.values: list[float] = []
         self.turns: list[str] = []
-        self.transcript, self.reward, self.ended, self.done = "", 0.0, True, False
+        self.transcript, self.reward, self.has_eos, self.done = "", 0.0, True, False
 
     @property
     def context(self) -> list[int]:
         return self.prompt_ids + self.ids
 
-    def say(self, turns: Rollout, row: int) -> None:
+    def add_policy_turn(self, turns: Rollout, row: int) -> None:
         """Take a turn of the policy as it was sampled."""
-        length = int(turns.response_mask[row].merged_weight())
+        length = int(turns.response_mask[row].sum())
         self._add(
             turns.responses[row, :length].tolist(),
             turns.logprobs[row, :length].tolist(),
             turns.values[row, :length].tolist(),
             is_policy=True,
         )
-        has_eos = bool(turns.ended[row])
+        has_eos = bool(turns.has_eos[row])
         token_ids = turns.responses[row, : length - has_eos].tolist()
         self.turns.append(str(self._tokenizer.decode(token_ids, skip_special_tokens=True)))
-        self.ended = self.ended and has_eos
+        self.has_eos = self.has_eos and has_eos
 
     def step_environment(self, *, last: bool) -> None:
         """Let the environment answer the turn; its words become tokens if the policy is to answer them."""
@@ -205,7 +205,7 @@ class _Episode:
 
     def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, is_policy: bool) -> None:
         self.ids += ids
-        self.own += [is_policy] * len(ids)
+        self.policy_mask += [is_policy] * len(ids)
         self.logprobs += logprobs
         self.values += values
 
@@ -227,9 +227,9 @@ def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, device: torch.d
         response_mask=padded("own"),
         logprobs=padded("logprobs"),
         values=padded("values"),
-        ended=torch.tensor([episode.ended for episode in episodes], device=device),
-        asked=[episode.asked for episode in episodes],
-        spoken=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
+        has_eos=torch.tensor([episode.has_eos for episode in episodes], device=device),
+        prompt_texts=[episode.prompt for episode in episodes],
+        policy_texts=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
         transcripts=[episode.transcript for episode in episodes],
         rewards=torch.tensor([episode.reward for episode in episodes]),
     )

@@ -45,12 +45,12 @@ class Detector:
     name: str
     value: Signal
     threshold: float
-    healthy: float
+    calibration_max: float
     finding: str
 
     def message(self, value: float) -> str:
         """The finding as a sentence."""
-        return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.healthy:g}): {self.finding}"
+        return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.calibration_max:g}): {self.finding}"
 
 
 def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
@@ -155,63 +155,63 @@ DETECTORS = (
         "length_drift",
         _sustained(_ratio_change("length")),
         threshold=2.0,
-        healthy=1.83,
+        calibration_max=1.83,
         finding="responses are half or twice as long as SFT's; judges and reward models are swayed by length",
     ),
     Detector(
         "repetition",
         _increase("repetition"),
         threshold=0.1,
-        healthy=0.01,
+        calibration_max=0.01,
         finding="responses repeat themselves; a repetition weight or a higher ppo.kl_coef stands against it",
     ),
     Detector(
         "ngram_collapse",
         _shrink_ratio("distinct_2"),
         threshold=2.0,
-        healthy=1.07,
+        calibration_max=1.07,
         finding="responses to different prompts share their word pairs: the policy says the same to everybody",
     ),
     Detector(
         "entropy_collapse",
         _shrink_ratio("entropy"),
         threshold=2.0,
-        healthy=1.37,
+        calibration_max=1.37,
         finding="the policy has become twice as sure of every token; it will hardly try anything else",
     ),
     Detector(
         "reward_variance_collapse",
         _sustained(_shrink_ratio("score_std")),
         threshold=2.0,
-        healthy=1.65,
+        calibration_max=1.65,
         finding="all responses earn nearly the same, so there is little left to learn from but noise",
     ),
     Detector(
         "one_component_pays",
         _component_loss,
         threshold=0.5,
-        healthy=0.01,
+        calibration_max=0.01,
         finding="one component of the reward rises at the expense of another: lower its weight",
     ),
     Detector(
         "truncation",
         _increase("no_end_share"),
         threshold=0.25,
-        healthy=0.14,
+        calibration_max=0.14,
         finding="more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens",
     ),
     Detector(
         "unfamiliar_responses",
         _increase("unfamiliar"),
         threshold=0.25,
-        healthy=0.16,
+        calibration_max=0.16,
         finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
     ),
     Detector(
         "kl_spike",
         _kl_jump,
         threshold=5.0,
-        healthy=3.92,
+        calibration_max=3.92,
         finding="the policy has moved away from SFT in one update as it did before in many; lower the learning rate",
     ),
 )

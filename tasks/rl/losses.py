@@ -74,7 +74,7 @@ class PolicyLoss:
         """Biased variance of ρ."""
         return (self.ratio_minus_one_squares / self.tokens - (self.ratio_minus_one / self.tokens) ** 2).clamp_min(0)
 
-    def means(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The metrics to log, as numbers."""
         return {
             "policy_loss": self.loss.item(),
@@ -106,7 +106,7 @@ class ValueLoss:
         """Share of tokens where the clipped value is further from the return, so that no gradient flows."""
         return self.clipped / self.tokens
 
-    def means(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """The metrics to log, as numbers."""
         return {"value_loss": self.loss.item(), "value_clip_fraction": self.clip_fraction.item()}
 
@@ -145,8 +145,8 @@ def policy_loss(
     clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
     ratio_minus_one = ratio.detach() - 1
     return PolicyLoss(
-        loss=torch.maximum(unclipped, clipped).merged_weight() / token_count,
-        tokens=response_mask.merged_weight(),
+        loss=torch.maximum(unclipped, clipped).sum() / token_count,
+        tokens=response_mask.sum(),
         clipped=masked_sum(clipped > unclipped, response_mask),
         log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
         ratio_minus_one=masked_sum(ratio_minus_one, response_mask),
@@ -190,8 +190,8 @@ def value_loss(
         clipped_values = old_value + (value - old_value).clamp(-value_clip_range, value_clip_range)
         clipped = (clipped_values - target) ** 2
     return ValueLoss(
-        loss=torch.maximum(unclipped, clipped).merged_weight() / token_count / 2,
-        tokens=response_mask.merged_weight(),
+        loss=torch.maximum(unclipped, clipped).sum() / token_count / 2,
+        tokens=response_mask.sum(),
         clipped=masked_sum(clipped > unclipped, response_mask),
     )
 
@@ -206,10 +206,10 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     logits = _scale_logits(logits, temperature)
     shifted = logits - logits.amax(-1, keepdim=True)
     weights = shifted.exp()
-    total = weights.merged_weight(-1)
+    total = weights.sum(-1)
     # With w = e^s and p = w / Σw: −Σ p·log p = log Σw − Σ w·s / Σw. In place, unless a gradient needs the factors.
     products = weights * shifted if shifted.requires_grad else weights.mul_(shifted)
-    return total.log() - products.merged_weight(-1) / total
+    return total.log() - products.sum(-1) / total
 
 
 def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, inplace_backward: bool = False) -> Tensor:

@@ -64,12 +64,12 @@ def through_last_true(response_mask: Tensor) -> Tensor:
 
 def masked_sum(values: Tensor, response_mask: Tensor, dim: int | None = None) -> Tensor:
     """Σ over the true positions of [B, T]: a scalar, or along one dimension. 0 where there is none."""
-    return zero_masked(values, response_mask).merged_weight(dim)
+    return zero_masked(values, response_mask).sum(dim)
 
 
 def masked_mean(values: Tensor, response_mask: Tensor) -> Tensor:
     """Mean over the true positions of [B, T], a scalar: each token weighs the same. NaN if there is none."""
-    return masked_sum(values, response_mask) / response_mask.merged_weight()
+    return masked_sum(values, response_mask) / response_mask.sum()
 
 
 def masked_var(values: Tensor, response_mask: Tensor) -> Tensor:

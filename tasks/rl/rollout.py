@@ -42,9 +42,9 @@ class Rollout:
     response_mask: Tensor
     logprobs: Tensor
     values: Tensor
-    ended: Tensor
+    has_eos: Tensor
 
-    def of_all_ranks(self, pad_token_id: int) -> Rollout:
+    def gather(self, pad_token_id: int) -> Rollout:
         """That of every rank's prompts, in their order."""
         return Rollout(
             prompts=ranks.all_gather(self.prompts, pad=pad_token_id, left=True),
@@ -53,24 +53,24 @@ class Rollout:
             response_mask=ranks.all_gather(self.response_mask),
             logprobs=ranks.all_gather(self.logprobs),
             values=ranks.all_gather(self.values),
-            ended=ranks.all_gather(self.ended),
+            has_eos=ranks.all_gather(self.has_eos),
         )
 
     def response_ids(self) -> list[list[int]]:
         """The responses without padding and without their end token."""
-        lengths = self.response_mask.merged_weight(1) - self.ended.long()
+        lengths = self.response_mask.sum(1) - self.has_eos.long()
         return [row[:n].tolist() for row, n in zip(self.responses, lengths.tolist(), strict=True)]
 
     def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
         """What the policy wrote, as rewards read it."""
         return [decode(ids) for ids in self.response_ids()]
 
-    def readable(self, responses: list[str]) -> list[str]:
+    def display_texts(self, responses: list[str]) -> list[str]:
         """The responses as people read them."""
         return responses
 
     @property
-    def given(self) -> Mapping[str, Any]:
+    def external_rewards(self) -> Mapping[str, Any]:
         """Components of the reward that came with the responses; see `CompositeReward`."""
         return {}
 
@@ -147,7 +147,7 @@ def generate(
         logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
         cache.repeat(samples_per_prompt)
         ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
-        attention, position = mask, mask.merged_weight(1, keepdim=True)
+        attention, position = mask, mask.sum(1, keepdim=True)
         for step in range(max_new_tokens):
             uniform = torch.rand(world_size * rows_per_rank, generator=generator)[rng_rows].to(device)[active]
             token, logprob = _sample(logits, temperature, uniform)
@@ -163,7 +163,7 @@ def generate(
             logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
             position = position + 1
     has_eos = ((responses == eos_token_id) & response_mask).any(1)
-    columns = slice(0, int(response_mask.merged_weight(1).max()))
+    columns = slice(0, int(response_mask.sum(1).max()))
     return Rollout(
         prompts=ids,
         prompt_mask=mask,
@@ -171,7 +171,7 @@ def generate(
         response_mask=response_mask[:, columns],
         logprobs=logprobs[:, columns],
         values=values[:, columns],
-        ended=has_eos,
+        has_eos=has_eos,
     )
 
 
@@ -203,7 +203,7 @@ def _compact_rows(unfinished: Tensor, cache: PreallocatedCache) -> Tensor:
     is_kept[unfinished] = True
     gaps = (~is_kept[:rows]).nonzero().squeeze(1)
     order[gaps] = unfinished[rows - gaps.numel() :]
-    cache.move(order[gaps], gaps, rows)
+    cache.compact(order[gaps], gaps, rows)
     return order
 
 

@@ -72,9 +72,9 @@ class PPOTrainer:
         save_snapshot: Callable[[int], None] = lambda update: None,
     ) -> None:
         self.policy, self.prompt_set, self.reward = policy, prompt_set, reward
-        self.params, self.generation, self.seed, self._talk = params, generation, seed, multi_turn
+        self.params, self.generation, self.seed, self._multi_turn = params, generation, seed, multi_turn
         self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
-        self._log, self._log_samples, self._tell, self._save_snapshot = log, log_samples, warn, save_snapshot
+        self._log, self._log_samples, self._warn, self._save_snapshot = log, log_samples, warn, save_snapshot
         self.updater = PPOUpdate(policy, params, prompt_set.decode)
         self.controller: KLController = (
             FixedKL(params.kl_coef)
@@ -86,7 +86,7 @@ class PPOTrainer:
         self.samples: list[dict[str, Any]] = []
         self._last_checkpoint = 0
         self._previous_weights: dict[str, Tensor] = {}
-        self._watch = DegenerateResponseMonitor(warn)
+        self._response_monitor = DegenerateResponseMonitor(warn)
 
     def train(self) -> None:
         """Run all updates, or as many as the KL budget allows, from the last checkpoint if there is one.
@@ -125,7 +125,7 @@ class PPOTrainer:
     def _run_detectors(self) -> Metrics:
         signals, found = run_detectors(self.history, self.reward.marginal_weights(self.update))
         for detector, value in found:
-            self._tell(f"warning: update {self.update}: {detector.message(value)}")
+            self._warn(f"warning: update {self.update}: {detector.message(value)}")
         return signals
 
     # -- one round ---------------------------------------------------------------------------------------------
@@ -144,7 +144,7 @@ class PPOTrainer:
         learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
         metrics |= self.updater(experience, learning_rate, self._generator("permutation"))
         update_s = time.perf_counter() - clock
-        tokens = float(rollout.response_mask.merged_weight())
+        tokens = float(rollout.response_mask.sum())
         timings = {"rollout_s": rollout_s, "experience_s": experience_s, "optimise_s": update_s}
         timings["rollout_tokens_per_s"] = tokens / rollout_s
         self._log({f"time/{name}": value for name, value in timings.items()}, self.update + 1)
@@ -154,15 +154,15 @@ class PPOTrainer:
     def _rollout(self) -> tuple[Rollout, list[str]]:
         """Sample responses to this rank's share of the update's prompts; row b·G + g answers prompt b."""
         indices = ranks.shard(self._prompt_indices(), "ppo.prompts_per_update")
-        if self._talk is not None:
-            conversations = self._talk(
+        if self._multi_turn is not None:
+            conversations = self._multi_turn(
                 self.policy.model,
                 indices,
                 self.params.samples_per_prompt,
                 lambda turn: self._generator("rollout", turn),
                 value_head=self.policy.value_head,
             )
-            return conversations, conversations.asked
+            return conversations, conversations.prompt_texts
         rollout = generate(
             self.policy.model,
             [self.prompt_set.prompt_ids[index] for index in indices],
@@ -191,10 +191,10 @@ class PPOTrainer:
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
-        reward = self.reward(prompts, responses, self.update + 1, rollout.given)
-        gathered = rollout.of_all_ranks(self.prompt_set.pad_token_id)
+        reward = self.reward(prompts, responses, self.update + 1, rollout.external_rewards)
+        gathered = rollout.gather(self.prompt_set.pad_token_id)
         texts = ranks.all_gather_texts(prompts), ranks.all_gather_texts(responses)
-        return gathered, *texts, ranks.all_gather(reference_logprobs), reward.of_all_ranks()
+        return gathered, *texts, ranks.all_gather(reference_logprobs), reward.gather()
 
     def _build_experience(
         self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: RewardBatch
@@ -204,27 +204,27 @@ class PPOTrainer:
         total = outcome.total.to(mask.device)
         # Over turns as actions the returns discount.
         discounted_rewards = total if self.params.action == "turn" else discount_by_turns(total, turn_counts(mask), self._turn_gamma)
-        scores = apply_missing_eos_penalty(discounted_rewards, rollout.ended, self.params.missing_eos_penalty)
+        scores = apply_missing_eos_penalty(discounted_rewards, rollout.has_eos, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
         experience = self._compute_advantages(rollout, rewards)
         k1 = per_sequence(kl.k1, mask)
-        self._record_samples(prompts, rollout.readable(responses), outcome.components, scores, k1)
+        self._record_samples(prompts, rollout.display_texts(responses), outcome.components, scores, k1)
         metrics = {
             "reward": total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
-            **{name: values.mean().item() for name, values in outcome.measures.items()},
+            **{name: values.mean().item() for name, values in outcome.metrics.items()},
             "score": scores.mean().item(),
             "score_std": scores.std().item(),
             "non_score_reward": -self.controller.kl_coef * k1.mean().item(),
-            "total_reward": rewards.merged_weight(1).mean().item(),
+            "total_reward": rewards.sum(1).mean().item(),
             "kl": k1.mean().item(),
             "kl_k2": per_sequence(kl.k2, mask).mean().item(),
             "kl_k3": per_sequence(kl.k3, mask).mean().item(),
             "kl_per_token": masked_mean(kl.k1, mask).item(),
             "kl_coef": self.controller.kl_coef,
-            "length": mask.merged_weight(1).float().mean().item(),
-            **self._watch(responses, rollout.ended, self.update + 1),
+            "length": mask.sum(1).float().mean().item(),
+            **self._response_monitor(responses, rollout.has_eos, self.update + 1),
             "explained_variance": explained_variance(
                 experience.old_values, experience.returns, experience.action_mask
             ).item(),
@@ -275,7 +275,7 @@ class PPOTrainer:
         weights = self.policy.trainable_parameters()
         for name, value in self._previous_weights.items():
             weights[name].data.copy_(value)
-        self._tell(
+        self._warn(
             f"the KL after update {self.update} is {kl:.3g} nats per response, over ppo.kl_budget {budget:g}: training "
             f"ends with the policy before it, whose KL was {self.history[-1]['kl']:.3g}"
         )
@@ -285,7 +285,7 @@ class PPOTrainer:
 
     @property
     def _turn_gamma(self) -> float:
-        return 1.0 if self._talk is None else self._talk.gamma
+        return 1.0 if self._multi_turn is None else self._multi_turn.gamma
 
     def _generator(self, purpose: str, *more: int) -> torch.Generator:
         return derive_generator(self.seed, self.update, sum(purpose.encode()), *more)
@@ -350,4 +350,4 @@ class PPOTrainer:
         for row in self.history:  # the curves of a run that goes on are whole, too
             self._log(row, int(row["step"]))
         self._log_samples(self.samples, self.update)
-        self._tell(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")
+        self._warn(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")

@@ -53,7 +53,7 @@ class PPOUpdate:
     def step(self, minibatch: Experience) -> Metrics:
         """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
-        action_count = int(minibatch.action_mask.merged_weight())
+        action_count = int(minibatch.action_mask.sum())
         shard = ranks.shard(range(len(minibatch)), "the size of ppo's minibatches")
         micro_batches = minibatch.select(torch.tensor(shard)).split(self.params.micro_batch_size)
         actor_loss, critic_loss, entropy = self._backward(next(micro_batches), action_count)
@@ -62,8 +62,8 @@ class PPOUpdate:
             actor_loss, critic_loss, entropy = actor_loss + actor_part, critic_loss + critic_part, entropy + entropy_part
         ranks.all_reduce_gradients(self.policy.trainable_parameters().values())
         actor_loss, critic_loss = ranks.all_reduce_sum(actor_loss), ranks.all_reduce_sum(critic_loss)
-        entropy = ranks.all_gather(entropy.reshape(1)).merged_weight()
-        token_count = int(minibatch.response_mask.merged_weight())
+        entropy = ranks.all_gather(entropy.reshape(1)).sum()
+        token_count = int(minibatch.response_mask.sum())
         metrics = {"entropy": entropy.item() / token_count, **actor_loss.means(), **critic_loss.means()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
             raise TrainingError(

@@ -25,7 +25,7 @@ EACH = torch.ones(V, 1, dtype=torch.bool)  # the batch holds every token once: B
 def divergence(logits: Tensor, other: Tensor) -> Tensor:
     """KL(softmax(logits) ‖ softmax(other)) by its definition."""
     p, q = torch.log_softmax(logits, -1), torch.log_softmax(other, -1)
-    return (p.exp() * (p - q)).merged_weight()
+    return (p.exp() * (p - q)).sum()
 
 
 def gradient(scalar: Tensor, logits: Tensor) -> Tensor:
@@ -40,7 +40,7 @@ def estimates(logits: Tensor) -> KLEstimates:
 
 def expectation(per_token: Tensor, logits: Tensor) -> Tensor:
     """Σ_v π(v) · x_v with π constant: the mean over infinitely many samples, differentiated through x alone."""
-    return (torch.softmax(logits.detach(), -1) * per_token[:, 0]).merged_weight()
+    return (torch.softmax(logits.detach(), -1) * per_token[:, 0]).sum()
 
 
 def test_k1_and_k3_are_unbiased() -> None:
@@ -102,7 +102,7 @@ def _expected_policy_loss(logprobs: Tensor, gains: Tensor, mask: Tensor, weights
         policy_loss(logprobs[[b]], logprobs.detach()[[b]], gains[[b]], mask[[b]], clip_range=0.2, token_count=1).loss
         for b in range(len(weights))
     ]
-    return (weights * torch.stack(losses)).merged_weight()
+    return (weights * torch.stack(losses)).sum()
 
 
 # -- responses of up to two tokens: token 0 is the end token, so one of the responses is one token long ----------------
@@ -125,7 +125,7 @@ def _logprobs(table: Tensor, tokens: Tensor) -> Tensor:
 
 def _sequence_logprobs(table: Tensor) -> Tensor:
     tokens, mask = _responses()
-    return torch.where(mask, _logprobs(table, tokens), 0.0).merged_weight(1)
+    return torch.where(mask, _logprobs(table, tokens), 0.0).sum(1)
 
 
 def test_the_penalty_on_a_whole_response_has_the_gradient_of_its_divergence() -> None:
@@ -140,14 +140,14 @@ def test_the_penalty_on_a_whole_response_has_the_gradient_of_its_divergence() ->
     beta = 0.3
 
     sequence, other = _sequence_logprobs(table), _sequence_logprobs(reference)
-    assert sequence.exp().merged_weight().item() == pytest.approx(1, rel=1e-12), "the enumeration must be complete"
-    objective = (sequence.exp() * (scores - beta * (sequence - other))).merged_weight()
+    assert sequence.exp().sum().item() == pytest.approx(1, rel=1e-12), "the enumeration must be complete"
+    objective = (sequence.exp() * (scores - beta * (sequence - other))).sum()
 
     logprobs = _logprobs(table, tokens)
     kl = kl_estimates(logprobs.detach(), _logprobs(reference, tokens), mask)
     weights = sequence.detach().exp()
-    exact = (weights * (sequence - other).detach()).merged_weight().item()
-    assert (weights * per_sequence(kl.k1, mask)).merged_weight().item() == pytest.approx(exact, rel=1e-12)
+    exact = (weights * (sequence - other).detach()).sum().item()
+    assert (weights * per_sequence(kl.k1, mask)).sum().item() == pytest.approx(exact, rel=1e-12)
     rewards = token_rewards(scores, kl.k1, mask, kl_coef=beta)
     advantages, _ = gae(rewards, baseline, mask, gamma=1.0, lam=1.0)
     loss = _expected_policy_loss(logprobs, advantages, mask, weights)

@@ -27,7 +27,7 @@ def step(splits: list[list[int]]) -> tuple[dict[str, float], Tensor]:
     moved = states @ (weight.detach() + 0.1 * draw(D, V + 1))
     old, old_values = logprobs_from_logits(moved[..., :V], tokens, 1.0), moved[..., V]
     gains, returns = draw(B, T), draw(B, T)
-    count = int(MASK.merged_weight())
+    count = int(MASK.sum())
     actors, critics = [], []
     for rows in splits:
         out = states[rows] @ weight

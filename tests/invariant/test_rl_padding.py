@@ -44,7 +44,7 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
         tokens[b, length:] = pad_token
     tokens = torch.nn.functional.pad(tokens, (0, pads), value=pad_token)
     mask = response_mask_from(tokens, EOS)
-    assert mask.merged_weight(1).tolist() == LENGTHS
+    assert mask.sum(1).tolist() == LENGTHS
     logits = torch.nn.functional.pad(logits, (0, 0, 0, pads)).requires_grad_()
     values, reference, old, old_values = (
         torch.nn.functional.pad(x, (0, pads)).masked_fill(~mask, junk) for x in (values, reference, old, old_values)
@@ -52,7 +52,7 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
     values.requires_grad_()
 
     new = logprobs_from_logits(logits, tokens, 0.7)
-    count = int(mask.merged_weight())
+    count = int(mask.sum())
     kl = kl_estimates(old, reference, mask)
     rewards = token_rewards(scores, kl.k1, mask, kl_coef=0.3)
     advantages, returns = gae(rewards, old_values, mask, gamma=0.98, lam=0.9)
@@ -67,12 +67,12 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
     assert logits.grad[~mask].eq(0).all(), "a gradient reached the logits of padding"
     assert values.grad[~mask].eq(0).all(), "a gradient reached the values of padding"
     numbers = {
-        **actor.means(),
-        **critic.means(),
+        **actor.metrics(),
+        **critic.metrics(),
         "kl_k1": per_sequence(kl.k1, mask).mean().item(),
         "kl_k2": per_sequence(kl.k2, mask).mean().item(),
         "kl_k3": per_sequence(kl.k3, mask).mean().item(),
-        "reward": rewards.merged_weight(1).mean().item(),
+        "reward": rewards.sum(1).mean().item(),
         "advantage": masked_mean(advantages.abs(), mask).item(),
         "explained_variance": explained_variance(old_values, returns, mask).item(),
     }

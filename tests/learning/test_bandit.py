@@ -50,12 +50,12 @@ def distribution(model: PeftModel) -> Tensor:
 
 def optimum(reference: Tensor, beta: float) -> Tensor:
     weights = reference * torch.exp(REWARDS.double() / beta)
-    return weights / weights.merged_weight()
+    return weights / weights.sum()
 
 
 def distance(one: Tensor, other: Tensor) -> float:
     """Total variation: ½ Σ |p − q|."""
-    return float((one - other).abs().merged_weight() / 2)
+    return float((one - other).abs().sum() / 2)
 
 
 def paid(tokens: int) -> Callable[[list[str], list[str]], list[float]]:
@@ -63,7 +63,7 @@ def paid(tokens: int) -> Callable[[list[str], list[str]], list[float]]:
 
     def reward(prompts: list[str], responses: list[str]) -> list[float]:
         words = [[int(word) for word in text.split()] for text in responses]
-        return [float(REWARDS[ids if len(ids) == tokens else [*ids, EOS]].merged_weight()) for ids in words]
+        return [float(REWARDS[ids if len(ids) == tokens else [*ids, EOS]].sum()) for ids in words]
 
     return reward
 
@@ -83,7 +83,7 @@ def best_of_two(reference: Tensor, beta: float) -> Tensor:
     second = REWARDS.double().clone().expand(VOCABULARY, -1).clone()
     second[EOS] = 0.0
     weights = reference * torch.exp((REWARDS.double().unsqueeze(1) + second) / beta)
-    return weights / weights.merged_weight()
+    return weights / weights.sum()
 
 
 def trained_by_ppo(
@@ -149,7 +149,7 @@ def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
     model = flexible_policy()
     start = distribution(model)
     best = optimum(start, beta)
-    target = float((best * (best / start).log()).merged_weight())
+    target = float((best * (best / start).log()).sum())
     measured: list[float] = []
     _, policy = trained_by_ppo(
         3 * beta, updates=400, kl_controller="adaptive", kl_target=target, kl_horizon=horizon,
@@ -194,7 +194,7 @@ def standardised_optimum(reference: Tensor, beta: float) -> Tensor:
         mean = policy @ VALUES.double()
         deviation = (policy @ (VALUES.double() - mean) ** 2).sqrt()
         policy = reference * torch.exp(VALUES.double() / (beta * deviation))
-        policy = policy / policy.merged_weight()
+        policy = policy / policy.sum()
     return policy
 
 
@@ -209,7 +209,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     """
     params = GRPOParams(
         updates=150, prompts_per_update=1, samples_per_prompt=256, epochs=1, minibatches=1, learning_rate=0.005,
-        clip_range=0.2, kl_coef=beta, missing_eos_penalty=0.0, keep_every=100,
+        clip_range=0.2, kl_coef=beta, missing_eos_penalty=0.0, snapshot_every=100,
     )  # fmt: skip
     reward = RewardParams(weights={"token": 1.0})
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)

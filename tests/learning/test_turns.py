@@ -67,9 +67,9 @@ def policy_of(model: object) -> tuple[Tensor, Tensor]:
 def optimum(first: Tensor, second: Tensor, beta: float, gamma: float) -> Tensor:
     """The best distribution over both turns, [V, V]."""
     weights = second * torch.exp(SECOND_REWARDS[KINDS] / beta)
-    state_values = beta * weights.merged_weight(1).log()
+    state_values = beta * weights.sum(1).log()
     opening = first * torch.exp(gamma * state_values / beta)
-    return (opening / opening.merged_weight()).unsqueeze(1) * weights / weights.merged_weight(1, keepdim=True)
+    return (opening / opening.sum()).unsqueeze(1) * weights / weights.sum(1, keepdim=True)
 
 
 @pytest.mark.parametrize(("action", "gamma"), [("turn", 1.0), ("turn", 0.5), ("token", 1.0)])

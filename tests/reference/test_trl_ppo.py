@@ -45,7 +45,7 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 def test_it_was_recorded_from_the_release_that_had_ppo() -> None:
     assert RECORDED["made_with"]["trl"] == "1.12.0"
-    lengths = {name: torch.tensor(item["rollout"]["mask"]).merged_weight(1) for name, item in RECORDED["cases"].items()}
+    lengths = {name: torch.tensor(item["rollout"]["mask"]).sum(1) for name, item in RECORDED["cases"].items()}
     assert lengths["full"].min() == 5
     assert lengths["cut"].min() < 5 <= lengths["cut"].max(), "the case `cut` must hold long and short responses"
 
@@ -56,7 +56,7 @@ def test_kl_and_rewards(case: Case) -> None:
     kl = kl_estimates(rollout("logprobs"), rollout("ref_logprobs"), mask).k1
     torch.testing.assert_close(kl[mask], rollout("kl")[mask], **EXACT)
     ours = token_rewards(scores, kl, mask, kl_coef=options["kl_coef"])
-    for row, length in enumerate(mask.merged_weight(1).tolist()):
+    for row, length in enumerate(mask.sum(1).tolist()):
         if length < mask.shape[1]:  # their score stands one position later
             theirs[row, length - 1] += theirs[row, length]
             torch.testing.assert_close(theirs[row, length], scores[row], **EXACT)
@@ -79,7 +79,7 @@ def test_advantages_and_returns(case: Case) -> None:
 def test_whitening(case: Case) -> None:
     _, rollout, _ = case
     mask = rollout("mask")
-    count = mask.merged_weight().item()
+    count = mask.sum().item()
     ours = whiten(rollout("advantages"), mask) * ((count - 1) / count) ** 0.5
     torch.testing.assert_close(ours[mask], rollout("whitened")[mask], **EXACT)
 
@@ -89,7 +89,7 @@ def test_policy_loss_and_clip_fraction_after_the_policy_has_moved(case: Case) ->
     mask = step("mask")
     ours = policy_loss(
         step("new_logprobs"), step("mb_logprobs"), step("mb_advantage"), mask,
-        clip_range=options["cliprange"], token_count=int(mask.merged_weight()),
+        clip_range=options["cliprange"], token_count=int(mask.sum()),
     )  # fmt: skip
     assert ours.clip_fraction > 0.1, "nothing was clipped, so this shows little"
     torch.testing.assert_close(ours.loss, step("pg_loss"), **EXACT)
@@ -101,7 +101,7 @@ def test_value_loss_and_clip_fraction(case: Case) -> None:
     mask = step("value_mask")
     ours = value_loss(
         step("vpred"), step("mb_values"), step("mb_return"), mask,
-        value_clip_range=options["cliprange_value"], token_count=int(mask.merged_weight()),
+        value_clip_range=options["cliprange_value"], token_count=int(mask.sum()),
     )  # fmt: skip
     assert ours.clip_fraction > 0.1, "nothing was clipped, so this shows little"
     torch.testing.assert_close(ours.loss, step("vf_loss"), **EXACT)

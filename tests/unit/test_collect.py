@@ -23,8 +23,8 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def sources() -> CollectParams:
-    first = SourceParams(name="a", kind="local", rows="prompts", id="a.jsonl", licence="CC0-1.0")
-    return CollectParams(sources=(first, SourceParams(name="b", kind="local", rows="ratings", id="b.csv")))
+    first = SourceParams(name="a", kind="local", row_type="prompts", id="a.jsonl", licence="CC0-1.0")
+    return CollectParams(sources=(first, SourceParams(name="b", kind="local", row_type="ratings", id="b.csv")))
 
 
 def test_rows_cards_and_counts(root: Path) -> None:

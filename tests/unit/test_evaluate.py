@@ -41,7 +41,7 @@ from tests.unit.rewards.test_kinds import finished
 from tests.unit.tiny_stages import run_reward_model, write_inputs
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
-PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, judge=None)
+PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, llm_judge=None)
 GENERATION = GenerationParams(max_new_tokens=7, temperature=1.3)
 REWARD = RewardParams(weights={"learned": 1.0, "repetition": 0.5})
 PROMPTS = [
@@ -226,11 +226,11 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Scored
 
 def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: Path, records: list[ScoredResponse]) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
-    expected = learned.measured([r.prompt for r in records], [r.response for r in records])[1]["unfamiliar"]
-    assert [record.measures["unfamiliar"] for record in records] == expected.tolist()
+    expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["unfamiliar"]
+    assert [record.metrics["unfamiliar"] for record in records] == expected.tolist()
     table = json.loads((out / "policies.json").read_text())
     for policy, row in table.items():
-        assert row["unfamiliar"] == pytest.approx(mean(r.measures["unfamiliar"] for r in records if r.policy == policy))
+        assert row["unfamiliar"] == pytest.approx(mean(r.metrics["unfamiliar"] for r in records if r.policy == policy))
     assert 0 < expected.mean() < 1, "a threshold that shows nothing"
 
 
@@ -272,9 +272,9 @@ def test_every_kind_of_reward_model_is_reported(
     if kind == "multi_objective":
         records = read_rows(out / "responses.jsonl", ScoredResponse)
         for record in records:
-            parts = {name: record.measures[f"objective/{name}"] for name in ("kind", "short")}
+            parts = {name: record.metrics[f"objective/{name}"] for name in ("kind", "short")}
             assert record.rewards["learned"] == pytest.approx(0.7 * parts["kind"] + 0.3 * parts["short"], abs=1e-5)
-        own = [record.measures["objective/kind"] for record in records if record.policy == "ppo"]
+        own = [record.metrics["objective/kind"] for record in records if record.policy == "ppo"]
         assert table["ppo"]["objective/kind"] == pytest.approx(mean(own))
 
 

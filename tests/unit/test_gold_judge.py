@@ -52,7 +52,7 @@ def test_a_judge_that_was_shown_scrambled_texts_rates_them_low(tmp_path: Path) -
     write_inputs(tmp_path)
     gold, draw = tmp_path / "prepare" / "ratings" / "gold", random.Random(0)
     for split in ("train", "test"):
-        texts = [" ".join(sorted(draw.sample_index(ascii_lowercase, 8))) for _ in range(60)]
+        texts = [" ".join(sorted(draw.sample(ascii_lowercase, 8))) for _ in range(60)]
         rows = [Rating(id=text, text=text, ratings=(draw.choice((1.0, 5.0)),)) for text in texts]
         write_rows(gold / f"{split}.jsonl", rows)
     settings = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "max_examples": 60}

@@ -17,7 +17,7 @@ from tasks.data.agreement import rater_agreement
 from tasks.preferences import preferences
 
 SPLITS = ("train", "validation", "test")
-PARAMS = PreferencesParams(train_pairs=60, heldout_pairs=30, given="only", min_margin=1.0, raters_per_label=1)
+PARAMS = PreferencesParams(train_pairs=60, heldout_pairs=30, source_pairs="only", min_margin=1.0, raters_per_label=1)
 
 
 def prepared(folder: Path, *, given: int = 0) -> dict[str, dict[str, Rating]]:

@@ -63,7 +63,7 @@ def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble
     model = RewardModel.load(inputs / "base_model", inputs / "sft", ensemble)
     pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
     prompts = [row.prompt for row in pairs]
-    gaps = model.members(prompts, [row.chosen for row in pairs]) - model.members(prompts, [r.rejected for r in pairs])
+    gaps = model.member_scores(prompts, [row.chosen for row in pairs]) - model.member_scores(prompts, [r.rejected for r in pairs])
     found = figures(ensemble)
     assert found["members"] == len(gaps) == 3
     assert found["accuracy"] == pytest.approx((gaps[0] > 0).float().mean().item())
@@ -81,7 +81,7 @@ def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(in
     def states(part: str) -> torch.Tensor:
         pairs = read_rows(inputs / "preferences" / f"{part}.jsonl", Preference)
         texts = {row.prompt + text for row in pairs for text in (row.chosen, row.rejected)}
-        return scorer.read(sorted(texts))[1]
+        return scorer.scores_and_states(sorted(texts))[1]
 
     torch.testing.assert_close(familiarity.mean, states("train").mean(0), rtol=1e-4, atol=1e-5)
     ordered = familiarity.distances(states("validation")).sort().values

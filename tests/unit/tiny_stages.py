@@ -34,13 +34,13 @@ REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, rules={"length
 
 _COMMON = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "max_length": 32}
 _SFT = SFTParams(max_examples=ROWS, max_validation_examples=4, **_COMMON)
-_REWARD_MODEL = RewardModelParams(members=1, first_layer=0, normalisation_samples=4, **_COMMON)
-_GOLD_JUDGE = GoldJudgeParams(first_layer=0, max_examples=ROWS, **_COMMON)
+_REWARD_MODEL = RewardModelParams(ensemble_size=1, lora_first_layer=0, normalisation_samples=4, **_COMMON)
+_GOLD_JUDGE = GoldJudgeParams(lora_first_layer=0, max_examples=ROWS, **_COMMON)
 _DPO = DPOParams(max_pairs=ROWS - 2, beta=0.1, **_COMMON)
 """Nine steps an epoch: the last logged step is that of a checkpoint, and a run going on from there logs no other."""
 _GRPO = GRPOParams(
     updates=4, prompts_per_update=2, samples_per_prompt=4, epochs=2, minibatches=2, learning_rate=0.01,
-    clip_range=0.2, kl_coef=0.1, missing_eos_penalty=0.5, keep_every=2,
+    clip_range=0.2, kl_coef=0.1, missing_eos_penalty=0.5, snapshot_every=2,
 )  # fmt: skip
 """Four prompts are two updates of four steps each."""
 

@@ -29,7 +29,7 @@ class BaseModelParams(Section):
     hidden_size: Positive = Field(64, description="For random: the width; a multiple of 32.")
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _check_complete(self) -> Self:
         if self.kind != "random" and not self.id:
             raise ValueError(f"kind {self.kind!r} needs an id")
         if self.kind == "pypi" and not (self.file and self.sha256 and "==" in self.id):

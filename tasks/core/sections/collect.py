@@ -19,7 +19,7 @@ class SourceParams(Section):
     kind: Literal["film_reviews", "hub", "local", "reasoning_gym", "service_bot"] = Field(
         description="Which reader to use."
     )
-    rows: Literal["prompts", "demonstrations", "preferences", "ratings"] = Field(description="The row type it yields.")
+    row_type: Literal["prompts", "demonstrations", "preferences", "ratings"] = Field(description="The row type it yields.")
     id: str = Field(
         description="`package==version` for film_reviews, `owner/name` for hub, a path for local, "
         "a task name for reasoning_gym, wishes joined by commas for service_bot: `table,address,taxi`."
@@ -49,8 +49,8 @@ class SourceParams(Section):
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:
-        if self.objective and self.rows != "preferences":
-            raise ValueError(f"objective says what pairs compare; the rows of source {self.name!r} are {self.rows}")
+        if self.objective and self.row_type != "preferences":
+            raise ValueError(f"objective says what pairs compare; the rows of source {self.name!r} are {self.row_type}")
         return self
 
 

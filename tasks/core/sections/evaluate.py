@@ -22,7 +22,7 @@ class EvaluateParams(Section):
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")
     vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
-    judge: JudgeParams | None = Field(description="A language model that compares each policy's responses with SFT's.")
+    llm_judge: JudgeParams | None = Field(description="A language model that compares each policy's responses with SFT's.")
     answer_pattern: AnswerPattern | None = Field(
         None,
         description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
@@ -37,6 +37,6 @@ class EvaluateParams(Section):
 
     @model_validator(mode="after")
     def _check_judge_prompts(self) -> Self:
-        if self.judge and self.judge.prompts > self.prompts:
-            raise ValueError(f"judge.prompts is {self.judge.prompts}, but there are only {self.prompts} prompts")
+        if self.llm_judge and self.llm_judge.prompts > self.prompts:
+            raise ValueError(f"judge.prompts is {self.llm_judge.prompts}, but there are only {self.prompts} prompts")
         return self

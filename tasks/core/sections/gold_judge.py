@@ -19,7 +19,7 @@ class GoldJudgeParams(Section):
         description="What it learns: mean ratings (direct assessment; prepare.gold_share keeps texts for it), or which "
         "of two texts people prefer (Bradley–Terry; prepare.gold_pair_share keeps pairs for it).",
     )
-    first_layer: int = Field(
+    lora_first_layer: int = Field(
         ge=0,
         description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
     )

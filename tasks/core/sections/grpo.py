@@ -25,7 +25,7 @@ class GRPOParams(Section):
     missing_eos_penalty: float = Field(
         ge=0, description="Subtracted from the score of a response without an end token."
     )
-    keep_every: Positive = Field(
+    snapshot_every: Positive = Field(
         description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
     )
 

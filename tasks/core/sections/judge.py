@@ -35,7 +35,7 @@ class JudgeParams(Section):
     )
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _check_complete(self) -> Self:
         if self.kind == "local" and (self.model or self.base_url):
             raise ValueError("kind 'local' is the pipeline's base model: model and base_url are for kind 'endpoint'")
         if self.kind == "endpoint" and not (self.model and self.base_url.startswith(("http://", "https://"))):

@@ -57,7 +57,7 @@ class PPOParams(Section):
         ge=0, description="Subtracted from the score of a response without an end token."
     )
     checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
-    keep_every: Positive = Field(
+    snapshot_every: Positive = Field(
         description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
     )
 

@@ -16,7 +16,7 @@ class PreferencesParams(Section):
 
     train_pairs: Positive = Field(description="Pairs for training the reward model and DPO.")
     heldout_pairs: Positive = Field(description="Pairs for each of validation and test.")
-    given: Literal["only", "add"] = Field(
+    source_pairs: Literal["only", "add"] = Field(
         description="Of pairs that a source gives, such as labels: they are the only ones, sampled down to "
         "the numbers above, or all those for training come before the pairs drawn from ratings."
     )

@@ -38,7 +38,7 @@ class PrepareParams(Section):
     max_quarantine_share: Fraction = Field(description="The stage fails when more than this share of rows is malformed.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if not self.prompt_words < self.min_words <= self.max_words:
             raise ValueError(
                 f"need prompt_words < min_words <= max_words, got {self.prompt_words}, {self.min_words}, "

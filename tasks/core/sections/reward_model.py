@@ -34,7 +34,7 @@ class PretrainedRewardParams(Section):
     )
 
     @model_validator(mode="after")
-    def _complete(self) -> Self:
+    def _check_complete(self) -> Self:
         if self.template != CHAT and not ("{prompt}" in self.template and "{response}" in self.template):
             raise ValueError(f"template needs {{prompt}} and {{response}}, or is `{CHAT}`; got {self.template!r}")
         return self
@@ -76,13 +76,13 @@ class RewardModelParams(Section):
         None,
         description="The model below the head, with its own tokenizer; keys as in base_model; null: the SFT model.",
     )
-    scorer: PretrainedRewardParams | None = Field(None, description="A finished reward model to use; nothing is trained then.")
-    members: Positive = Field(
+    pretrained: PretrainedRewardParams | None = Field(None, description="A finished reward model to use; nothing is trained then.")
+    ensemble_size: Positive = Field(
         1,
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
         "four do as well as five there), whose cost in training and scoring is that many times one model's.",
     )
-    first_layer: int = Field(
+    lora_first_layer: int = Field(
         ge=0,
         description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
     )
@@ -121,8 +121,8 @@ class RewardModelParams(Section):
 
     @model_validator(mode="after")
     def _check_pretrained(self) -> Self:
-        trained = self.kind != "preference" or self.margin != "none" or self.backbone is not None or self.members > 1
-        if self.scorer and trained:
+        trained = self.kind != "preference" or self.margin != "none" or self.backbone is not None or self.ensemble_size > 1
+        if self.pretrained and trained:
             raise ValueError(
                 "scorer is a finished model, nothing is trained: leave kind at preference, margin at none, backbone at "
                 "null and members at 1"

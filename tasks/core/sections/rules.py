@@ -135,7 +135,7 @@ class ReadabilityRule(RuleOptions):
     min_words: Positive = Field(5, description="Shorter responses earn 0: the measure says nothing of them.")
 
     @model_validator(mode="after")
-    def _ordered(self) -> Self:
+    def _check_order(self) -> Self:
         if self.low > self.high:
             raise ValueError(f"low must not be above high, got {self.low:g} and {self.high:g}")
         return self

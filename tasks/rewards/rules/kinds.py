@@ -33,7 +33,7 @@ Answers: TypeAlias = Mapping[str, str]
 class ScoresWithMetrics(Protocol):
     """A component that notices more about responses than what they are worth."""
 
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Values [B], and name → [B] what else was measured in the same pass."""
 
 

@@ -112,14 +112,14 @@ class _SandboxRun:
         self._output_bytes, self._captured_output = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         request_pipe, answer_pipe, self._verdicts, self._output = (_Pipe(stack) for _ in range(4))
-        self._program = self._process(serve, request_pipe.end, answer_pipe.start, self._output.start)
-        channel = (request_pipe.start.fileno(), answer_pipe.end.fileno())
-        self._tests = self._process(judge, self._job_file(), self._verdicts.start, subprocess.PIPE, channel)
-        for file in (request_pipe.start, request_pipe.end, answer_pipe.start, answer_pipe.end):
+        self._program = self._start_process(serve, request_pipe.read, answer_pipe.write, self._output.write)
+        channel = (request_pipe.write.fileno(), answer_pipe.read.fileno())
+        self._tests = self._start_process(judge, self._job_file(), self._verdicts.write, subprocess.PIPE, channel)
+        for file in (request_pipe.write, request_pipe.read, answer_pipe.write, answer_pipe.read):
             file.close()
         for pipe in (self._verdicts, self._output):
-            pipe.start.close()
-        os.set_blocking(self._output.end.fileno(), False)
+            pipe.write.close()
+        os.set_blocking(self._output.read.fileno(), False)
 
     def verdict(self) -> SandboxResult:
         """Wait for it.
@@ -137,27 +137,27 @@ class _SandboxRun:
     def _wait_for_verdict(self) -> SandboxResult | None:
         """The verdict of the tests; None where time or room for output is up before."""
         poll = select.poll()
-        poll.register(self._verdicts.end, select.POLLIN)
-        poll.register(self._output.end, select.POLLIN)
+        poll.register(self._verdicts.read, select.POLLIN)
+        poll.register(self._output.read, select.POLLIN)
         while (remaining := self._deadline - time.monotonic()) > 0 and self._output_bytes <= self._options.output_kb << 10:
             ready = {descriptor for descriptor, _ in poll.poll(remaining * 1000)}
-            if self._verdicts.end.fileno() in ready:
+            if self._verdicts.read.fileno() in ready:
                 return self._read_verdict()
             if ready and not self._read_output():
-                poll.unregister(self._output.end)
+                poll.unregister(self._output.read)
         return None
 
     def _read_output(self) -> bool:
         """Count what has been printed, keep its beginning; whether more can come."""
         with suppress(BlockingIOError):
-            while chunk := os.read(self._output.end.fileno(), 1 << 16):
+            while chunk := os.read(self._output.read.fileno(), 1 << 16):
                 self._output_bytes += len(chunk)
                 self._captured_output = (self._captured_output + chunk)[:_MAX_MESSAGE_BYTES]
             return False
         return True
 
     def _read_verdict(self) -> SandboxResult:
-        text = wire.read_frame(self._verdicts.end.fileno(), _MAX_MESSAGE_BYTES)
+        text = wire.read_frame(self._verdicts.read.fileno(), _MAX_MESSAGE_BYTES)
         if text is None:
             return self._verdict_from_tests_exit()
         message: Any = wire.decode(text)
@@ -201,7 +201,7 @@ class _SandboxRun:
         file.seek(0)
         return file
 
-    def _process(
+    def _start_process(
         self,
         module: ModuleType,
         stdin: IO[bytes],
@@ -224,8 +224,8 @@ class _Pipe:
 
     def __init__(self, stack: ExitStack) -> None:
         read_fd, write_fd = os.pipe()
-        self.end, self.start = open(read_fd, "rb", buffering=0), open(write_fd, "wb", buffering=0)  # noqa: SIM115
-        for file in (self.end, self.start):
+        self.read, self.write = open(read_fd, "rb", buffering=0), open(write_fd, "wb", buffering=0)  # noqa: SIM115
+        for file in (self.read, self.write):
             stack.enter_context(file)
 
 

@@ -48,7 +48,7 @@ class Slot:
 
     name: str
     question: str
-    asked: frozenset[str]
+    keywords: frozenset[str]
     phrase: str
     values: tuple[str, ...]
 
@@ -57,8 +57,8 @@ class Slot:
 class Task:
     """What a user can want: how the user says it, how a good bot says it back, and what has to be known."""
 
-    said: str
-    repeated: str
+    opening: str
+    confirmation: str
     slots: tuple[Slot, ...]
 
 
@@ -126,7 +126,7 @@ class BookingUser:
         bot_words = set(tokenize_words(action))
         named_values = {slot.name: {value for value in slot.values if value.lower() in bot_words} for slot in slots}
         correct = [named_values[slot.name] == {self._goal[slot.name]} for slot in slots]
-        asked_slots = [slot for slot in slots if slot.asked & bot_words]
+        asked_slots = [slot for slot in slots if slot.keywords & bot_words]
         if all(correct):
             return Step("Yes, that is right, thank you.", 1.0, done=True)
         if any(named_values[slot.name] and not is_correct for slot, is_correct in zip(slots, correct, strict=True)):
@@ -149,11 +149,11 @@ def generate_dialogues(task_names: Sequence[str], seed: int) -> Iterator[dict[st
         name = rng.choice(task_names)
         task = TASKS[name]
         goal = {"wish": name} | {slot.name: rng.choice(slot.values) for slot in task.slots}
-        known = rng.sample_index(task.slots, rng.randrange(len(task.slots)))
+        known = rng.sample(task.slots, rng.randrange(len(task.slots)))
         given_slots = [slot for slot in task.slots if slot in known]
         greeting = f"Hello, this is {rng.choice(FIRST_NAMES)} {rng.choice(LAST_NAMES)}."
         yield {
-            "prompt": first_prompt(f"{greeting} {_sentence([task.said, *_phrases(given_slots, goal)])}"),
+            "prompt": first_prompt(f"{greeting} {_sentence([task.opening, *_phrases(given_slots, goal)])}"),
             "answer": json.dumps(goal),
             "response": _scripted_bot(task, goal, [slot for slot in task.slots if slot not in known]),
         }
@@ -162,7 +162,7 @@ def generate_dialogues(task_names: Sequence[str], seed: int) -> Iterator[dict[st
 def _scripted_bot(task: Task, goal: Goal, missing: Sequence[Slot]) -> str:
     """A question for each missing detail, one a turn, and then all of them said back."""
     questions = [f" {slot.question}{user_turn(_sentence(_phrases([slot], goal)))}" for slot in missing]
-    return "".join([*questions, f" {' '.join([task.repeated, *_phrases(task.slots, goal)])}?"])
+    return "".join([*questions, f" {' '.join([task.confirmation, *_phrases(task.slots, goal)])}?"])
 
 
 def _phrases(slots: Sequence[Slot], goal: Goal) -> list[str]:

@@ -44,7 +44,7 @@ def test_the_merged_model_computes_what_the_policy_does(parts: Path, tmp_path: P
     found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
     torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
     assert measured.dtype == "float32"
-    assert 0 <= measured.difference < 1e-5 < 0.1 < measured.max_logit
+    assert 0 <= measured.max_logit_difference < 1e-5 < 0.1 < measured.max_logit
     reference = logits(load_reference(parts / "base_model", parts / "sft"))
     assert (found - reference).abs().max() > 1e-2, "the policy's adapter is not in it"
 

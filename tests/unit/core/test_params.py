@@ -188,7 +188,7 @@ def test_a_preset_and_settings_stack(params_yaml: Path) -> None:
     write_overrides(params_yaml, [load_preset(ROOT, "overoptimised"), *map(parse_override, settings)])
     params = load_params(params_yaml)
     assert params.reward_model
-    assert (params.reward_model.members, params.reward.ensemble_reduction) == (4, "uncertainty")
+    assert (params.reward_model.ensemble_size, params.reward.ensemble_reduction) == (4, "uncertainty")
     assert params.ppo
     assert params.ppo.kl_coef == 0
 

@@ -10,7 +10,7 @@ from tasks.data.sources import collect_source
 
 
 def test_dialogues_are_demonstrations_with_the_goal_as_their_answer() -> None:
-    source = SourceParams(name="talks", kind="service_bot", rows="demonstrations", id="taxi,table", limit=30)
+    source = SourceParams(name="talks", kind="service_bot", row_type="demonstrations", id="taxi,table", limit=30)
     collected = collect_source(source, 7)
     rows = [Demonstration.model_validate(item["row"]) for item in collected.rows]
     assert len(rows) == 30

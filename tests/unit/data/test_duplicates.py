@@ -36,7 +36,7 @@ def test_at_threshold_one_only_equal_texts_count() -> None:
 
 def mutated(words: list[str], changes: int, rng: random.Random) -> str:
     words = list(words)
-    for place in rng.sample_index(range(len(words)), changes):
+    for place in rng.sample(range(len(words)), changes):
         words[place] = f"new{rng.randrange(10**6)}"
     return " ".join(words)
 

@@ -21,7 +21,7 @@ def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def lines(name: str, **more: str) -> list[tuple[str, int, object]]:
-    source = SourceParams(name="mine", kind="local", rows="prompts", id=name, **more)
+    source = SourceParams(name="mine", kind="local", row_type="prompts", id=name, **more)
     return list(read_local(source, 0)[0])
 
 

@@ -51,7 +51,7 @@ def test_ratings_come_in_several_spellings(root: Path, given: object, ratings: l
 
 def test_a_line_that_is_no_object_keeps_its_text_and_says_why(root: Path) -> None:
     (root / "a.jsonl").write_text('{"prompt": "a"}\n[1, 2]\n{"prom\n')
-    result = collect_source(SourceParams(name="mine", kind="local", id="a.jsonl", rows="prompts"), 0)
+    result = collect_source(SourceParams(name="mine", kind="local", id="a.jsonl", row_type="prompts"), 0)
     assert result.rows[1:] == [
         {"file": "a.jsonl", "line": 2, "raw": "[1, 2]", "error": "not an object but list"},
         {
@@ -90,14 +90,14 @@ def test_pairs_say_what_their_source_compares(root: Path) -> None:
     assert [row["objective"] for row in rows] == ["helpful", "helpful"]
     assert "objective" not in collected(root, content, rows="preferences").rows[0]["row"]
     with pytest.raises(ValidationError, match="the rows of source 'mine' are prompts"):
-        SourceParams(name="mine", kind="local", id="a.jsonl", rows="prompts", objective="helpful")
+        SourceParams(name="mine", kind="local", id="a.jsonl", row_type="prompts", objective="helpful")
 
 
 def test_real_dialogues_all_part_into_valid_preferences() -> None:
     file = Path(__file__).parents[4] / "shared" / "data" / "hh-harmless" / "pairs.jsonl.gz"
     if not file.is_file():
         pytest.skip("no dialogues on this machine")
-    source = SourceParams(name="hh", kind="local", id=str(file), rows="preferences")
+    source = SourceParams(name="hh", kind="local", id=str(file), row_type="preferences")
     rows = [row["row"] for row in collect_source(source, 0).rows]
     with gzip.open(file, "rt", encoding="utf-8") as lines:
         given = [json.loads(line) for line in lines]
@@ -123,7 +123,7 @@ def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_s
 @pytest.mark.parametrize("pattern", ["####", "(#)(#)", "("])
 def test_a_pattern_without_exactly_one_group_is_refused(pattern: str) -> None:
     with pytest.raises(ValidationError, match=r"needs one group|no regular expression"):
-        SourceParams(name="mine", kind="local", id="a.jsonl", rows="prompts", answer_pattern=pattern)
+        SourceParams(name="mine", kind="local", id="a.jsonl", row_type="prompts", answer_pattern=pattern)
 
 
 def test_real_problems_become_demonstrations_with_their_answers() -> None:
@@ -132,7 +132,7 @@ def test_real_problems_become_demonstrations_with_their_answers() -> None:
     if not file.is_file():
         pytest.skip("no GSM8K on this machine")
     source = SourceParams(
-        name="gsm8k", kind="local", id=str(file), rows="demonstrations", template="Question: {prompt}\nAnswer:",
+        name="gsm8k", kind="local", id=str(file), row_type="demonstrations", template="Question: {prompt}\nAnswer:",
         columns={"prompt": "question", "response": "answer", "answer": "answer"}, answer_pattern="#### (.+)",
     )  # fmt: skip
     rows = [Demonstration.model_validate(row["row"]) for row in collect_source(source, 0).rows]
@@ -145,7 +145,7 @@ def test_real_problems_become_demonstrations_with_their_answers() -> None:
 
 def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:
     pytest.importorskip("reasoning_gym")
-    source = SourceParams(name="sums", kind="reasoning_gym", id="chain_sum", rows="demonstrations", limit=3)
+    source = SourceParams(name="sums", kind="reasoning_gym", id="chain_sum", row_type="demonstrations", limit=3)
     first, again, other = (collect_source(source, seed).rows for seed in (1, 1, 2))
     assert first == again != other
     assert len(first) == 3
@@ -158,7 +158,7 @@ def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:
 
 
 def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    source = SourceParams(name="sums", kind="reasoning_gym", id="no_such_task", rows="prompts")
+    source = SourceParams(name="sums", kind="reasoning_gym", id="no_such_task", row_type="prompts")
     if "reasoning_gym" in sys.modules or pytest.importorskip("reasoning_gym"):
         with pytest.raises(DataError, match="reasoning-gym makes no task 'no_such_task'"):
             collect_source(source, 0)
@@ -169,6 +169,6 @@ def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: 
 
 def test_the_hub_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    source = SourceParams(name="hh", kind="hub", id="Anthropic/hh-rlhf", rows="preferences")
+    source = SourceParams(name="hh", kind="hub", id="Anthropic/hh-rlhf", row_type="preferences")
     with pytest.raises(SourceError, match=r"dataset 'Anthropic/hh-rlhf' .* could not be fetched.*check the network"):
         collect_source(source, 0)

@@ -28,7 +28,7 @@ def test_a_column_is_shown_where_the_table_has_its_key_and_a_missing_number_is_a
 def test_the_gold_judge_is_a_share_where_it_is_the_right_answer() -> None:
     column = next(column for column in columns_of(TABLE, has_gold_judge=False) if column.key == "reward_gold")
     assert column.heading == ("Right", "answers")
-    assert column.show(0.6) == "60%"
+    assert column.format_value(0.6) == "60%"
 
 
 def test_every_column_is_explained_by_itself_or_by_its_kind_or_judge() -> None:

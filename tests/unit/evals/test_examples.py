@@ -25,11 +25,11 @@ def records(judged: Make) -> list[ScoredResponse]:
 
 def test_gains_and_losses_are_in_golds_points_and_disagreements_in_deviations(records: list[ScoredResponse]) -> None:
     own = select_examples(records, 2)["ppo"]
-    assert [(example.own.prompt_id, example.by) for example in own.gains] == [("a", 6.0), ("c", 1.0)]
-    assert [(example.own.prompt_id, example.by) for example in own.losses] == [("b", -1.0)]
+    assert [(example.own.prompt_id, example.score_difference) for example in own.gains] == [("a", 6.0), ("c", 1.0)]
+    assert [(example.own.prompt_id, example.score_difference) for example in own.losses] == [("b", -1.0)]
     # a: 1/1 − 6/2 = −2; b: 3/1 − (−1)/2 = 3.5; c: 1/1 − 1/2 = 0.5
     assert [example.own.prompt_id for example in own.disagreements] == ["b", "c"]
-    assert [example.by for example in own.disagreements] == pytest.approx([3.5, 0.5])
+    assert [example.score_difference for example in own.disagreements] == pytest.approx([3.5, 0.5])
     assert all(example.reference.policy == "sft" for example in own.gains)
     assert all(example.reference.prompt_id == example.own.prompt_id for example in own.gains)
 

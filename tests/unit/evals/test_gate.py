@@ -69,8 +69,8 @@ def test_every_rule_must_hold(
     signs = [HackingFinding(name, "evaluation", "") for name in detectors]
     decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, findings=signs, against_champion=intervals)
     assert decision.accepted is not bool(failing)
-    assert [finding.rule.split(",")[0] for finding in decision.findings if not finding.holds] == failing
-    assert len(decision.reasons) == (len(failing) or len(decision.findings))
+    assert [finding.rule.split(",")[0] for finding in decision.rule_results if not finding.holds] == failing
+    assert len(decision.reasons) == (len(failing) or len(decision.rule_results))
 
 
 def test_a_reason_has_both_numbers() -> None:

@@ -42,8 +42,8 @@ def _ask(chat: Chat, questions: list[str] = QUESTIONS, **values: object) -> list
         {"kind": "endpoint", "model": "strong", "base_url": chat.url, "prompts": 1} | values
     )
     judge = load_judge(params, Path("unused"), batch_size=1)
-    assert judge.who == {"kind": "endpoint", "model": params.model, "base_url": chat.url}
-    return [reply.text for reply in judge.ask(questions)]
+    assert judge.judge_id == {"kind": "endpoint", "model": params.model, "base_url": chat.url}
+    return [reply.text for reply in judge.judge(questions)]
 
 
 ANSWERS = [f"{letter} for {question}" for letter, question in zip("ABABA", QUESTIONS, strict=True)]
@@ -199,9 +199,9 @@ WORDS = ["is it good", "a", "which of the two is the better one then", "so so", 
 def test_the_local_judge_takes_the_likelier_letter(tmp_path: Path, template: str | None) -> None:
     """Against a forward pass of each question alone, over ids spelt by hand: every letter is one, Ġ is the space."""
     base_model = _base_model(tmp_path, template=template)
-    replies = LocalJudge(base_model, batch_size=2).ask(WORDS)
-    assert replies == LocalJudge(base_model, batch_size=2).ask(WORDS)
-    alone = LocalJudge(base_model, batch_size=5).ask(WORDS)
+    replies = LocalJudge(base_model, batch_size=2).judge(WORDS)
+    assert replies == LocalJudge(base_model, batch_size=2).judge(WORDS)
+    alone = LocalJudge(base_model, batch_size=5).judge(WORDS)
     assert [reply.text for reply in replies] == [reply.text for reply in alone], "a question's answer depends on others"
     ids = {token: number for number, token in enumerate(["<pad>", "<end>", *LETTERS, "A", "B"])}
     model = load_reference(base_model, None)

@@ -15,10 +15,10 @@ class Judge:
     """Answers by a rule, and remembers what it was asked."""
 
     def __init__(self, rule: Callable[[str], str]) -> None:
-        self.who = {"kind": "rule", "model": "m", "base_url": ""}
+        self.judge_id = {"kind": "rule", "model": "m", "base_url": ""}
         self.rule, self.asked = rule, list[str]()
 
-    def ask(self, questions: Sequence[str]) -> list[Reply]:
+    def judge(self, questions: Sequence[str]) -> list[Reply]:
         self.asked += questions
         return [Reply(text=self.rule(text), model="m", tokens=7) for text in questions]
 
@@ -58,7 +58,7 @@ def test_each_pair_is_asked_in_both_orders_and_equal_responses_are_not(records: 
     assert len(judgements) == 16
     first = judgements[0]
     assert (first.id, first.answer, first.verdict) == ("ppo/a/policy first", "A", "A")
-    assert (first.model, first.tokens, first.judge) == ("m", 7, judge.who)
+    assert (first.model, first.tokens, first.judge) == ("m", 7, judge.judge_id)
     same = next(judgement for judgement in judgements if judgement.id == "ppo/c/reference first")
     assert (same.answer, same.verdict, same.tokens) == (None, "tie", 0)
 

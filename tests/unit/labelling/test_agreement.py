@@ -78,12 +78,12 @@ def em(labels: Sequence[Label], rounds: int) -> dict[str, dict[str, float]]:
     n = np.zeros((len(people), len(items), len(values)))
     for label in labels:
         n[people.index(label.labeller), items.index(label.item), values.index(label.choice)] += 1
-    t = n.merged_weight(0) / n.merged_weight((0, 2))[:, None]
+    t = n.sum(0) / n.sum((0, 2))[:, None]
     for _ in range(rounds):
         pi = np.maximum(np.einsum("ij,kil->kjl", t, n), 1e-10)
-        pi /= pi.merged_weight(2, keepdims=True)
+        pi /= pi.sum(2, keepdims=True)
         likelihood = np.exp(np.einsum("kil,kjl->ij", n, np.log(pi))) * t.mean(0)
-        t = likelihood / likelihood.merged_weight(1, keepdims=True)
+        t = likelihood / likelihood.sum(1, keepdims=True)
     return {item: dict(zip(values, row, strict=True)) for item, row in zip(items, t.tolist(), strict=True)}
 
 

@@ -121,7 +121,7 @@ def test_labels_become_a_source_of_preferences(rlhf: Run, project: Path) -> None
     assert out.read_bytes() == first
     card = json.loads((out.parent / "preferences.card.json").read_text())
     assert (card["rows"], card["labels"]) == (8, {"people": 8, "models": 0})
-    source = SourceParams(name="labels", kind="local", rows="preferences", id="data/labels/preferences.jsonl")
+    source = SourceParams(name="labels", kind="local", row_type="preferences", id="data/labels/preferences.jsonl")
     collected = collect_source(source, 0).rows
     rows = [Preference.model_validate(row["row"]) for row in collected]
     assert [row.labelled_by for row in rows] == [row.labelled_by for row in read_rows(out, Preference)]
@@ -192,12 +192,12 @@ def test_the_budget_may_stand_in_the_judge(rlhf: Run, project: Path) -> None:
 class Letters:
     """Stands in for the base model, whose tokenizer here has no A and B."""
 
-    who: ClassVar = {"kind": "local", "model": "base_model", "base_url": ""}
+    judge_id: ClassVar = {"kind": "local", "model": "base_model", "base_url": ""}
 
     def __init__(self, base_model: Path, *, batch_size: int) -> None:
         assert (base_model / "model").is_dir()
 
-    def ask(self, questions: Sequence[str]) -> list[Reply]:
+    def judge(self, questions: Sequence[str]) -> list[Reply]:
         return [Reply(text=longer(text), model="base_model", tokens=9) for text in questions]
 
 

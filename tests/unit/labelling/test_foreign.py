@@ -121,7 +121,7 @@ def test_an_older_file_does_not_bring_old_opinions_back(tmp_path: Path, session:
         moved(kind, tmp_path, session, other)
         changed, undone = (label for label in current_labels(session) if label.labeller == "ann")
         add_label(session, replace(changed, choice="tie", strength=None))
-        last = session.scalars(select(Event).phase(Event.item_id == undone.item, Event.labeller == "ann")).one()
+        last = session.scalars(select(Event).where(Event.item_id == undone.item, Event.labeller == "ann")).one()
         session.add(Event(token="undo", item_id=undone.item, labeller="ann", after=last.id, kind="undo"))
         now = current_labels(session)
         assert moved(kind, tmp_path, other, session) == Imported(3, 0, 6, 0)

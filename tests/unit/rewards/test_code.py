@@ -65,7 +65,7 @@ def test_right_programs_are_paid_and_ways_to_fail_are_counted() -> None:
     reward = code_reward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
     assert isinstance(reward, Measuring)
     bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
-    values, measures = reward.measured([PROMPT] * 6, bodies)
+    values, measures = reward.score_with_metrics([PROMPT] * 6, bodies)
     assert values.tolist() == [1, 0, 0, 0, 0, 0]
     assert {name: column.tolist() for name, column in measures.items()} == {
         "failures/failed": [0, 1, 0, 0, 0, 0],
@@ -111,4 +111,4 @@ def test_the_composed_reward_reports_how_programs_failed() -> None:
     params = RewardParams(weights={"code": 2.0}, rules={"code": {"program": "completion"}})
     reward = build_reward(params, rows, None)([PROMPT] * 2, ["    return 3 + x", "    return"])
     assert reward.total.tolist() == [2, 0]
-    assert reward.measures["failures/failed"].tolist() == [0, 1]
+    assert reward.metrics["failures/failed"].tolist() == [0, 1]

@@ -65,10 +65,10 @@ def test_what_components_measure_is_reported_and_never_paid() -> None:
     noticing = Noticing()
     outcome = CompositeReward({"a": noticing, "b": _constant(1.0, 1.0)}, {"a": 2.0, "b": 1.0})(PROMPTS, RESPONSES)
     assert outcome.total.tolist() == [7.0, 3.0]
-    assert {name: values.tolist() for name, values in outcome.measures.items()} == {"unfamiliar": [0.0, 1.0]}
-    assert outcome.of_all_ranks().measures == outcome.measures
+    assert {name: values.tolist() for name, values in outcome.metrics.items()} == {"unfamiliar": [0.0, 1.0]}
+    assert outcome.gather().metrics == outcome.metrics
     assert noticing.calls == 1
-    assert CompositeReward({"b": _constant(1.0, 1.0)}, {"b": 1.0})(PROMPTS, RESPONSES).measures == {}
+    assert CompositeReward({"b": _constant(1.0, 1.0)}, {"b": 1.0})(PROMPTS, RESPONSES).metrics == {}
 
 
 def test_build_reward_joins_the_learned_model_and_the_rules_by_weight() -> None:
@@ -233,4 +233,4 @@ def test_the_section_describes_all_of_it() -> None:
         "length": [0.5, 1.0], "short": [0.0, 1.0], "repetition": [-0.5, 0.0],
     }  # fmt: skip
     assert outcome.total.tolist() == [-1.0, 7.0]  # " so so so" is a letter too long; 3·1 + 2·(0 + 1)/½
-    assert list(outcome.measures) == ["failures/length", "failures/short", "failures/repetition"]
+    assert list(outcome.metrics) == ["failures/length", "failures/short", "failures/repetition"]

@@ -99,7 +99,7 @@ def test_ratings_are_learned_and_pairs_only_measure(inputs: Path, tmp_path: Path
     assert found["ensemble_correlation"] > 0.8
     assert found["texts"] == TEXTS
     assert found["accuracy"] > 0.9
-    assert len(load(inputs, tmp_path).members([""], ["abx"])) == 2
+    assert len(load(inputs, tmp_path).member_scores([""], ["abx"])) == 2
     assert table(tmp_path / "calibration.csv") == []
     assert table(tmp_path / "accuracy_by_margin.csv")
 
@@ -153,7 +153,7 @@ def test_objectives_are_learned_each_by_its_own_head(inputs: Path, several: Path
 def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(inputs: Path, several: Path) -> None:
     model = load(inputs, several)
     prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
-    value, measures = model.measured(prompts, responses)
+    value, measures = model.score_with_metrics(prompts, responses)
     assert list(measures) == ["unfamiliar", "objective/short", "objective/kind"]
     torch.testing.assert_close(value, 0.25 * measures["objective/short"] + 0.75 * measures["objective/kind"])
     facts = json.loads((several / NORMALISATION).read_text())["objectives"]
@@ -161,7 +161,7 @@ def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(
     for column, name in enumerate(OBJECTIVES):
         expected = (raw[:, column] - facts[name]["mean"]) / facts[name]["std"]
         torch.testing.assert_close(measures[f"objective/{name}"], expected)
-    assert torch.equal(model.members(prompts, responses)[0], value)
+    assert torch.equal(model.member_scores(prompts, responses)[0], value)
 
 
 def test_length_is_taken_off_as_least_squares_say() -> None:
@@ -195,12 +195,12 @@ def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
     fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=True)
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
     assert fair.heads[""].length_slope == pytest.approx(slope)
-    assert torch.corrcoef(torch.stack([fair.read(samples, whole)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
+    assert torch.corrcoef(torch.stack([fair.raw_scores(samples, whole)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
     ends = ["b" * 9, "b"]
-    gap = {name: -member.read(ends, ["", ""])[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
+    gap = {name: -member.raw_scores(ends, ["", ""])[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
     assert gap["b"].item() == pytest.approx(4.0)
     assert abs(gap["f"].item()) < 1.0
-    assert "length_slope" not in biased.facts()
+    assert "length_slope" not in biased.to_dict()
 
 
 class Wordy:
@@ -221,12 +221,12 @@ def test_the_length_of_the_prompt_does_not_count() -> None:
     prompts, texts = [prompt for prompt, _ in sides], [prompt + response for prompt, response in sides]
     fair, _ = EnsembleMember.fit(scorer, texts, {"": 1.0}, prompts=prompts, length_debias=True)
     assert fair.heads[""].length_slope == pytest.approx(0.5)
-    values, _ = fair.read(["aa|b", "aa|bbbbb", "aaaa|b"], ["aa|", "aa|", "aaaa|"])
+    values, _ = fair.raw_scores(["aa|b", "aa|bbbbb", "aaaa|b"], ["aa|", "aa|", "aaaa|"])
     assert values[0].item() == pytest.approx(values[1].item())
     assert (values[0] - values[2]).item() == pytest.approx(0.5), "what the prompt adds stays"
     model = RewardModel([fair], MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0))
     assert model(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
-    assert model.members(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
+    assert model.member_scores(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("raw", [[1.0], [0.1] * 8, [2.5, 2.5]])

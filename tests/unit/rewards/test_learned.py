@@ -71,7 +71,7 @@ def test_batching_does_not_move_scores(scorer):
 
 def test_states_are_what_the_head_reads_at_the_end_token(scorer):
     """In the same pass: score = w · state, and the state is that of the text read alone."""
-    scores, states = TextScorer(scorer, Words(), max_length=16).read(TEXTS)
+    scores, states = TextScorer(scorer, Words(), max_length=16).scores_and_states(TEXTS)
     torch.testing.assert_close(states @ scorer.score.weight[0], scores)
     for text, state in zip(TEXTS, states, strict=True):
         alone = scorer.model(torch.tensor([encode(Words(), text, 16)])).last_hidden_state[0, -1]
@@ -119,7 +119,7 @@ def test_members_are_combined(combine, expected):
     """Both variances are 8/3, of which λ = 0.3 takes 0.8; each member is normalised by itself."""
     model = ensemble(combine=combine, uncertainty_coef=0.3)
     assert model(["a", ""], ["b", "c"]).tolist() == pytest.approx(expected)
-    assert model.members(["a", ""], ["b", "c"]).tolist() == [[0.0, 1.0], [2.0, -1.0], [-2.0, 3.0]]
+    assert model.member_scores(["a", ""], ["b", "c"]).tolist() == [[0.0, 1.0], [2.0, -1.0], [-2.0, 3.0]]
 
 
 @pytest.mark.parametrize("combine", ENSEMBLE_REDUCTIONS)
@@ -134,12 +134,12 @@ def test_the_parameters_name_every_combination():
 
 
 def test_a_pass_also_measures():
-    value, measures = ensemble().measured(["a", ""], ["b", "c"])
+    value, measures = ensemble().score_with_metrics(["a", ""], ["b", "c"])
     assert value.tolist() == [0.0, 1.0]
     assert measures["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
     assert measures["unfamiliar"].tolist() == [0.0, 0.0], "what is familiar is the first member's to say"
     alone = RewardModel([member(Fixed(a=3.0), mean=3.0, std=4.0)], STRANGE)
-    assert {name: own.tolist() for name, own in alone.measured([""], ["a"])[1].items()} == {"unfamiliar": [1.0]}
+    assert {name: own.tolist() for name, own in alone.score_with_metrics([""], ["a"])[1].items()} == {"unfamiliar": [1.0]}
 
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
@@ -181,7 +181,7 @@ RESPONSES = [" so so", " is near", "", " good good good good"]
 def test_members_over_one_trunk_are_those_loaded_alone(world):
     """In any order, again and again: switching changes nothing and makes nothing trainable."""
     model = RewardModel.load(world / "base_model", world / "sft", world / "reward_model")
-    together = model.members(PROMPTS, RESPONSES)
+    together = model.member_scores(PROMPTS, RESPONSES)
     assert together.shape == (3, 4)
     for number in range(3):
         folder = member_folder(world / "reward_model", number)
@@ -189,7 +189,7 @@ def test_members_over_one_trunk_are_those_loaded_alone(world):
         raw = scorer([prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
-    assert torch.equal(model.members(PROMPTS, RESPONSES), together)
+    assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
     assert torch.equal(model(PROMPTS, RESPONSES), together.mean(0))
     assert not any(weight.requires_grad for weight in model._members[0].scorer._model.parameters())
 
@@ -213,8 +213,8 @@ def test_one_member_loads_without_a_folder_of_members(world):
         member_folder(world / "reward_model", number).rmdir()
     (world / "reward_model" / MEMBERS).rmdir()
     model = RewardModel.load(world / "base_model", world / "sft", world / "reward_model", ensemble_reduction="uncertainty")
-    value, measures = model.measured(PROMPTS, RESPONSES)
-    assert torch.equal(value, model.members(PROMPTS, RESPONSES)[0])
+    value, measures = model.score_with_metrics(PROMPTS, RESPONSES)
+    assert torch.equal(value, model.member_scores(PROMPTS, RESPONSES)[0])
     assert list(measures) == ["unfamiliar"]
 
 
@@ -232,10 +232,10 @@ def sentences(count, seed, words):
 def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer):
     """States of a (random) model for sentences of five words, for other words at random, and for one word repeated."""
     reader = TextScorer(scorer, Words(), max_length=32)
-    training, heldout, unseen = (reader.read(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
+    training, heldout, unseen = (reader.scores_and_states(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
     familiarity = MahalanobisOOD.fit(training, heldout)
     assert familiarity.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
     gibberish = sentences(60, 4, range(12, 32))
     repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
-    assert familiarity.is_ood(reader.read(gibberish)[1]).mean() > 0.8
-    assert familiarity.is_ood(reader.read(repeated)[1]).mean() > 0.8
+    assert familiarity.is_ood(reader.scores_and_states(gibberish)[1]).mean() > 0.8
+    assert familiarity.is_ood(reader.scores_and_states(repeated)[1]).mean() > 0.8

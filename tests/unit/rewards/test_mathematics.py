@@ -85,13 +85,13 @@ def test_what_cannot_be_compared_is_a_failure_and_the_next_sample_is_not() -> No
     process = MathWorker(2.0)
     rule = FaultTolerantRule("mathematics", lambda prompt, response: float(process(prompt, response)), 0.0)
     try:
-        values, measures = rule.measured(["5", "5"], ["$9^{9^{9^{9^{9}}}} - 9^{9^{9^{9}}}$ is $\\frac{10}{2}$", "5"])
+        values, measures = rule.score_with_metrics(["5", "5"], ["$9^{9^{9^{9^{9}}}} - 9^{9^{9^{9}}}$ is $\\frac{10}{2}$", "5"])
         assert values.tolist()[1] == 1.0
         assert measures["failures/mathematics"].tolist()[1] == 0.0
         process._timeout_s = 0.1
         os.kill(process._ensure_running().pid, signal.SIGSTOP)
-        assert rule.measured(["5"], ["5"])[1]["failures/mathematics"].tolist() == [1.0]
+        assert rule.score_with_metrics(["5"], ["5"])[1]["failures/mathematics"].tolist() == [1.0]
         process._timeout_s = 20.0
-        assert rule.measured(["5"], ["5"])[0].tolist() == [1.0], "another process answers"
+        assert rule.score_with_metrics(["5"], ["5"])[0].tolist() == [1.0], "another process answers"
     finally:
         process.close()

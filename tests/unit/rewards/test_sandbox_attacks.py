@@ -52,7 +52,7 @@ class World:
             door.setblocking(False)
         self._files = self._seen()
 
-    def told(self, program: str) -> str:
+    def fill_placeholders(self, program: str) -> str:
         names = {
             "PORT": str(self._doors[0].getsockname()[1]), "UNIX": f"{self._folder}/door", "ABSTRACT": self._abstract,
             "FOLDER": str(self._folder), "SECRET": SECRET, "HOME": str(Path.home()), "REPOSITORY": str(ROOT),
@@ -125,7 +125,7 @@ def hungry(sandbox: Sandbox, world: World) -> dict[Attack, SandboxResult]:
 
 
 def _job(attack: Attack, world: World) -> Job:
-    return Job(world.told(attack.program), attack.tests, "answer")
+    return Job(world.fill_placeholders(attack.program), attack.tests, "answer")
 
 
 def _check(attack: Attack, verdict: SandboxResult, world: World, record_property: Recorder) -> None:

@@ -42,10 +42,10 @@ def test_the_state_of_a_turn_is_that_of_its_first_token():
 
 def test_the_gradient_of_a_turn_reaches_its_own_tokens_and_its_first_state_alone():
     values = torch.ones(3, 5, requires_grad=True)
-    (to_actions(values, TURNS, "turn") * torch.tensor([2.0, 3.0, 5.0, 7.0, 7.0])).merged_weight().backward()
+    (to_actions(values, TURNS, "turn") * torch.tensor([2.0, 3.0, 5.0, 7.0, 7.0])).sum().backward()
     assert values.grad.tolist() == [[2, 2, 0, 3, 0], [2, 0, 0, 0, 0], [2, 0, 3, 0, 5]]
     values.grad = None
-    action_values(values, TURNS, "turn").merged_weight().backward()
+    action_values(values, TURNS, "turn").sum().backward()
     assert values.grad.tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 1, 0, 1]]
 
 

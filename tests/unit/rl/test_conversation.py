@@ -99,7 +99,7 @@ def test_own_tokens_and_the_environments_take_turns_and_end_with_an_own_one() ->
         assert [step.done for step in steps[:-1]] == [False] * len(replies)
         assert steps[-1].done or len(turns) == 3
         assert rollout.rewards[row] == steps[-1].reward
-        assert rollout.ended[row] == all(ids[-1] == EOS for ids in turns)
+        assert rollout.has_eos[row] == all(ids[-1] == EOS for ids in turns)
         assert all(len(ids) <= 3 and EOS not in ids[:-1] for ids in turns)
 
 
@@ -124,7 +124,7 @@ def test_one_forward_pass_over_the_whole_conversation_gives_the_rollouts_log_pro
     assert (values[mask] - rollout.values[mask]).abs().max() <= 1e-4
     for row in range(len(mask)):
         length = int(mask[row].nonzero().max()) + 1
-        ids = torch.tensor([TOKENIZER(rollout.asked[row]).input_ids + rollout.responses[row, :length].tolist()])
+        ids = torch.tensor([TOKENIZER(rollout.prompt_texts[row]).input_ids + rollout.responses[row, :length].tolist()])
         with torch.no_grad():
             logits = model(ids).logits[0, -length - 1 : -1] / temperature
         fresh = torch.log_softmax(logits, -1).gather(1, ids[0, -length:].unsqueeze(1)).squeeze(1)
@@ -136,10 +136,10 @@ def test_the_environments_tokens_are_read() -> None:
     inputs = model_inputs(conversations())
     rollout = conversations()
     lengths = [int(row.nonzero().max()) + 1 for row in rollout.response_mask]
-    prompts = rollout.prompt_mask.merged_weight(1).tolist()
+    prompts = rollout.prompt_mask.sum(1).tolist()
     width = rollout.responses.shape[1]
     expected = [prompt + min(length, width - 1) for prompt, length in zip(prompts, lengths, strict=True)]
-    assert inputs["attention_mask"].merged_weight(1).tolist() == expected
+    assert inputs["attention_mask"].sum(1).tolist() == expected
 
 
 def test_a_conversation_does_not_depend_on_how_long_others_last() -> None:
@@ -158,15 +158,15 @@ def test_people_read_both_sides_and_rewards_the_policys_words_alone() -> None:
     environment = Echo()
     first, second = (environment.step(turn) for turn in turns)
     expected = turns[0] + answer(first.observation) + turns[1] + f"\nUser: {second.observation}"
-    assert rollout.readable(["ignored"] * 10)[row] == expected
+    assert rollout.display_texts(["ignored"] * 10)[row] == expected
     assert rollout.texts(str)[row] == "\n".join(turn.strip() for turn in turns)
-    assert rollout.asked[row] == ROWS[row // 2].prompt
+    assert rollout.prompt_texts[row] == ROWS[row // 2].prompt
 
 
 def test_what_was_earned_is_a_component_and_turns_and_success_are_noticed() -> None:
     rollout = conversations()
     reward = CompositeReward({"short": lambda prompts, texts: [-1.0] * len(texts)}, {"environment": 2.0, "short": 0.5})
-    outcome = reward(rollout.asked, rollout.spoken, given=rollout.given)
+    outcome = reward(rollout.prompt_texts, rollout.policy_texts, given=rollout.external_rewards)
     assert torch.equal(outcome.components["environment"], rollout.rewards)
     assert torch.equal(outcome.total, 2 * rollout.rewards - 0.5)
     assert torch.equal(outcome.measures["success"], rollout.rewards)
@@ -195,10 +195,10 @@ def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() ->
     for row, turns in enumerate(rollout.turns.tolist()):
         expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
         assert experience.returns[row, :turns].tolist() == pytest.approx(expected, abs=1e-6)
-        assert experience.action_mask[row].merged_weight() == turns
+        assert experience.action_mask[row].sum() == turns
     assert metrics["turns"] == pytest.approx(rollout.turns.float().mean().item())
     assert metrics["success"] == metrics["reward/environment"] == pytest.approx(rollout.rewards.mean().item())
-    assert metrics["length"] == pytest.approx(rollout.response_mask.merged_weight(1).float().mean().item())
+    assert metrics["length"] == pytest.approx(rollout.response_mask.sum(1).float().mean().item())
 
 
 @pytest.mark.parametrize("action", ["token", "response"])
@@ -215,10 +215,10 @@ def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -
 def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None:
     trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.5)
     rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
-    late = (rollout.turns > 1) & ~rollout.ended
+    late = (rollout.turns > 1) & ~rollout.has_eos
     assert late.any(), "a sample that shows nothing"
     experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
-    expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.ended).float()
+    expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.has_eos).float()
     torch.testing.assert_close(experience.returns[:, 0], expected, rtol=0, atol=1e-6)
 
 

@@ -56,7 +56,7 @@ def test_policy_gradient_by_hand() -> None:
 def test_policy_metrics_by_hand() -> None:
     # Over the 5 tokens that count. Clipped: 2. Mean ρ = 5.1/5. Deviations from 1.02: 0.48, 0.48, −0.52, −0.52, 0.08;
     # squares 0.4608 + 0.5408 + 0.0064 = 1.008; variance 1.008/5.
-    metrics = policy_example()[1].means()
+    metrics = policy_example()[1].metrics()
     squares = 2 * math.log(1.5) ** 2 + 2 * math.log(0.5) ** 2 + math.log(1.1) ** 2
     assert metrics == pytest.approx(
         {
@@ -87,7 +87,7 @@ def test_an_unchanged_policy_is_neither_clipped_nor_moved(dtype: torch.dtype) ->
     gains = torch.randn(3, 5, generator=generator, dtype=dtype)
     mask = torch.ones(3, 5, dtype=torch.bool)
     result = policy_loss(logprobs, logprobs.clone(), gains, mask, clip_range=0.2, token_count=15)
-    metrics = result.means()
+    metrics = result.metrics()
     assert metrics.pop("policy_loss") == pytest.approx(-gains.mean().item(), rel=1e-5)
     assert metrics == {"clip_fraction": 0.0, "approx_kl": 0.0, "ratio_mean": 1.0, "ratio_var": 0.0, "ratio_max": 1.0}
 
@@ -111,7 +111,7 @@ def test_the_log_ratio_is_cut_at_twenty(log_ratio: float, kept: float) -> None:
     result = policy_loss(logprobs, torch.zeros(1, 1), -torch.ones(1, 1), mask, clip_range=0.2, token_count=1)
     assert result.ratio_max.item() == pytest.approx(math.exp(kept), rel=1e-6)
     assert result.loss.item() == pytest.approx(max(math.exp(kept), 0.8), rel=1e-6)
-    assert all(math.isfinite(value) for value in result.means().values())
+    assert all(math.isfinite(value) for value in result.metrics().values())
 
 
 def test_without_a_clip_range_the_loss_is_the_plain_policy_gradient() -> None:
@@ -152,7 +152,7 @@ def test_policy_parts_add_up() -> None:
         token_count=2,
     )
     for total in (parts[0] + parts[1], parts[1] + parts[0]):
-        assert total.means() == pytest.approx(whole.means(), rel=1e-12)
+        assert total.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
 
 
 def test_a_sum_of_parts_holds_no_graph() -> None:
@@ -206,7 +206,7 @@ def test_value_loss_by_hand() -> None:
     # c = 0.2. V = 1.5, R = 2: 0.25 against (1.2 − 2)² = 0.64, clipped.   V = 1.5, R = 0: 2.25 against 1.44.
     #          V = 1.1, R = 2: 0.81 both.                                 V = 0.5, R = 0: 0.25 against 0.64, clipped.
     # Sum 0.64 + 2.25 + 0.81 + 0.64 = 4.34; ½ · 4.34 / 7 = 0.31.
-    assert value_example()[1].means() == pytest.approx({"value_loss": 0.31, "value_clip_fraction": 0.5}, rel=1e-12)
+    assert value_example()[1].metrics() == pytest.approx({"value_loss": 0.31, "value_clip_fraction": 0.5}, rel=1e-12)
 
 
 def test_value_gradient_by_hand() -> None:
@@ -224,7 +224,7 @@ def test_value_parts_add_up() -> None:
 
     # ½ · (0.64 + 2.25) / 2 = 0.7225; one of two is clipped.
     total = part(1.5, 1.0, 2.0) + part(1.5, 1.0, 0.0)
-    assert total.means() == pytest.approx({"value_loss": 0.7225, "value_clip_fraction": 0.5}, rel=1e-12)
+    assert total.metrics() == pytest.approx({"value_loss": 0.7225, "value_clip_fraction": 0.5}, rel=1e-12)
 
 
 # -- log-probabilities and entropy -----------------------------------------------------------------------------------
@@ -251,7 +251,7 @@ def test_temperature_divides_the_logits() -> None:
 def test_logprob_gradient_by_hand() -> None:
     # ([v = token] − p_v) / temperature, times the incoming gradient 3; p = (0.5, 0.25, 0.25) at temperature 2.
     logits = (HALVES * 2).expand(1, 1, 3).clone().requires_grad_()
-    (3 * logprobs_from_logits(logits, torch.tensor([[1]]), 2.0)).merged_weight().backward()
+    (3 * logprobs_from_logits(logits, torch.tensor([[1]]), 2.0)).sum().backward()
     assert logits.grad is not None
     assert logits.grad.flatten().tolist() == pytest.approx([-0.75, 1.125, -0.375], abs=1e-15)
 
@@ -266,8 +266,8 @@ def test_logprobs_and_their_gradient_agree_with_torch(temperature: float) -> Non
     result = logprobs_from_logits(ours[:, :-1], tokens, temperature)  # a slice: not contiguous
     expected = torch.log_softmax(theirs[:, :-1] / temperature, -1).gather(-1, tokens[..., None])[..., 0]
     torch.testing.assert_close(result, expected, rtol=1e-12, atol=1e-12)
-    (result * weight).merged_weight().backward()
-    (expected * weight).merged_weight().backward()
+    (result * weight).sum().backward()
+    (expected * weight).sum().backward()
     torch.testing.assert_close(ours.grad, theirs.grad, rtol=1e-12, atol=1e-12)
 
 
@@ -279,7 +279,7 @@ def test_half_precision_logits_are_summed_in_float32() -> None:
     expected = torch.log_softmax(logits.detach().double() / 0.7, -1).gather(-1, tokens[..., None])[..., 0]
     assert result.dtype == torch.float32
     torch.testing.assert_close(result.double(), expected, rtol=1e-5, atol=1e-5)
-    result.merged_weight().backward()
+    result.sum().backward()
     assert logits.grad is not None
     assert logits.grad.dtype == torch.bfloat16
     entropy = entropy_from_logits(logits.detach(), 0.7)
@@ -313,7 +313,7 @@ def test_the_gradient_takes_the_place_of_the_logits_only_where_allowed() -> None
         leaf = torch.tensor([[[0.0, 1.0, 2.0]]], requires_grad=True)
         logits = leaf * 1
         before = logits.detach().clone()
-        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, inplace_backward=overwrite).merged_weight().backward()
+        logprobs_from_logits(logits, torch.tensor([[1]]), 1.0, inplace_backward=overwrite).sum().backward()
         assert torch.equal(logits.detach(), before) is not overwrite
         expected = torch.tensor([0.0, 1.0, 0.0]) - before[0, 0].softmax(-1)
         torch.testing.assert_close(leaf.grad[0, 0], expected)

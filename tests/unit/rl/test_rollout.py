@@ -28,10 +28,10 @@ def fresh_logprobs(model, prompt: list[int], response: list[int], temperature: f
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
 def test_logprobs_equal_a_fresh_forward_pass(model, temperature):
     rollout = sample(model, samples_per_prompt=4, temperature=temperature)
-    assert rollout.ended.any(), "the check should cover rows that left the batch early"
-    assert not rollout.ended.all()
+    assert rollout.has_eos.any(), "the check should cover rows that left the batch early"
+    assert not rollout.has_eos.all()
     for row in range(len(rollout.responses)):
-        length = int(rollout.response_mask[row].merged_weight())
+        length = int(rollout.response_mask[row].sum())
         response = rollout.responses[row, :length].tolist()
         expected = fresh_logprobs(model, PROMPTS[row // 4], response, temperature)
         torch.testing.assert_close(rollout.logprobs[row, :length], expected, rtol=1e-5, atol=1e-5)
@@ -44,9 +44,9 @@ def test_logprobs_equal_a_fresh_forward_pass_with_an_adapter():
         if "lora_B" in name:
             parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
     rollout = sample(policy, PROMPTS * 4, samples_per_prompt=2, temperature=0.7)
-    assert 3 < rollout.ended.merged_weight() < 24
+    assert 3 < rollout.has_eos.sum() < 24
     for row in range(len(rollout.responses)):
-        length = int(rollout.response_mask[row].merged_weight())
+        length = int(rollout.response_mask[row].sum())
         response = rollout.responses[row, :length].tolist()
         expected = fresh_logprobs(policy, (PROMPTS * 4)[row // 2], response, 0.7)
         torch.testing.assert_close(rollout.logprobs[row, :length], expected, rtol=1e-4, atol=1e-5)
@@ -64,15 +64,15 @@ def test_the_parts_of_a_batch_are_sampled_as_the_whole(model):
 
 def test_response_ends_at_its_end_token_and_is_padded_after_it(model):
     rollout = sample(model, PROMPTS * 8)
-    for tokens, mask, ended in zip(rollout.responses, rollout.response_mask, rollout.ended, strict=True):
-        length = int(mask.merged_weight())
+    for tokens, mask, ended in zip(rollout.responses, rollout.response_mask, rollout.has_eos, strict=True):
+        length = int(mask.sum())
         assert mask[:length].all()
         assert (tokens[length:] == PAD).all()
         assert (tokens[: length - 1] != EOS).all()
         assert (tokens[length - 1] == EOS) == bool(ended)
         assert ended or length == 12, "a row was dropped before its end"
     lengths = [len(ids) for ids in rollout.response_ids()]
-    assert lengths == (rollout.response_mask.merged_weight(1) - rollout.ended.long()).tolist()
+    assert lengths == (rollout.response_mask.sum(1) - rollout.has_eos.long()).tolist()
 
 
 def test_same_seed_same_rollout_and_another_seed_another(model):
@@ -87,14 +87,14 @@ def test_sampling_follows_the_distribution(model):
     rollout = sample(model, [[5, 6, 7]], samples_per_prompt=4000, max_new_tokens=1)
     exact = torch.softmax(model(torch.tensor([[5, 6, 7]])).logits[0, -1], -1)
     observed = torch.bincount(rollout.responses[:, 0], minlength=len(exact)) / 4000
-    assert (observed - exact).abs().merged_weight() / 2 < 0.05
+    assert (observed - exact).abs().sum() / 2 < 0.05
 
 
 def test_values_are_the_head_on_the_state_that_chose_the_token(model):
     torch.manual_seed(3)
     head = torch.nn.Linear(32, 1)
     rollout = sample(model, [PROMPTS[2]], value_head=head)
-    length = int(rollout.response_mask.merged_weight())
+    length = int(rollout.response_mask.sum())
     ids = torch.tensor([PROMPTS[2] + rollout.responses[0, :length].tolist()])
     states = model(ids, output_hidden_states=True).hidden_states[-1][0, 4 : 4 + length]
     torch.testing.assert_close(rollout.values[0, :length], head(states).squeeze(-1), rtol=1e-5, atol=1e-5)

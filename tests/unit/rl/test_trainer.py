@@ -38,7 +38,7 @@ PARAMS = PPOParams(
     target_kl=10.0,
     missing_eos_penalty=0.5,
     checkpoint_every=2,
-    keep_every=2,
+    snapshot_every=2,
 )
 CODEC = PromptSet(
     prompts=[f"p{i}" for i in range(10)],
@@ -135,7 +135,7 @@ def test_padding_changes_neither_loss_nor_gradient():
     results = []
     for batch in (plain, padded):
         ppo.updater.optimizer.zero_grad()
-        actor, critic, _ = ppo.updater._backward(batch, int(batch.response_mask.merged_weight()))
+        actor, critic, _ = ppo.updater._backward(batch, int(batch.response_mask.sum()))
         gradients = [p.grad.clone() for p in ppo.policy.trainable_parameters().values()]
         results.append((actor.loss.item(), critic.loss.item(), gradients))
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-4, abs=1e-6)
@@ -320,7 +320,7 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     rollout, prompts = ppo._rollout()
     experience, metrics = ppo._build_experience(*ppo._score_rollout(rollout, prompts))
     assert experience.advantages.shape == experience.old_logprobs.shape == experience.action_mask.shape == (12, 1)
-    torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.merged_weight(1))
+    torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.sum(1))
     scores = torch.tensor(low_tokens(prompts, [CODEC.decode(ids) for ids in rollout.response_ids()]))
     torch.testing.assert_close(experience.returns[:, 0], scores, atol=1e-4, rtol=0)  # the KL is 0 at the start
     gains = scores if advantage == "gae" else scores - scores.reshape(6, 2).flip(1).reshape(-1)

@@ -58,7 +58,7 @@ def decode(text: bytes) -> object:
         value = reader.value(MAX_DEPTH)
     except (ValueError, TypeError, OverflowError) as error:  # also bad UTF-8, and lists among keys
         raise UnsupportedTypeError(str(error)) from error
-    if reader.place != len(text):
+    if reader.position != len(text):
         raise UnsupportedTypeError("more than one value")
     return value
 
@@ -155,7 +155,7 @@ class _Writer:
 class _Reader:
     def __init__(self, text: bytes) -> None:
         self._text = text
-        self.place = 0
+        self.position = 0
 
     def value(self, depth: int) -> object:
         if depth < 0:
@@ -188,16 +188,16 @@ class _Reader:
         return int(self._until(b":"))
 
     def _until(self, end: bytes) -> bytes:
-        stop = self._text.find(end, self.place)
+        stop = self._text.find(end, self.position)
         if stop < 0:
             raise UnsupportedTypeError(f"no {end!r}")
-        found = self._text[self.place : stop]
-        self.place = stop + 1
+        found = self._text[self.position : stop]
+        self.position = stop + 1
         return found
 
     def _take(self, length: int) -> bytes:
-        if length < 0 or self.place + length > len(self._text):
+        if length < 0 or self.position + length > len(self._text):
             raise UnsupportedTypeError("cut short")
-        found = self._text[self.place : self.place + length]
-        self.place += length
+        found = self._text[self.position : self.position + length]
+        self.position += length
         return found

@@ -116,7 +116,7 @@ def test_values_of_a_task_are_single_words_that_identify_their_slot() -> None:
         values = [value.lower() for slot in wish.slots for value in slot.values]
         assert len(set(values)) == len(values)
         assert all(tokenize_words(value) == [value] for value in values)
-        assert not set(values) & {word for slot in wish.slots for word in slot.asked}
+        assert not set(values) & {word for slot in wish.slots for word in slot.keywords}
 
 
 def test_an_unknown_wish_is_named() -> None:
