@@ -1,6 +1,6 @@
-"""What the flow costs on top of the stages: `make bench-flow`.
+"""Overhead of the flow over the bare stages: `make bench-flow`.
 
-In a clone, on the preset `tiny`, whose stages compute for a moment: the bare stage functions one after another in one
+In a clone, on the preset `tiny`, whose stages take a moment: the bare stage functions one after another in one
 process; `dvc repro`; `rlhf run` from scratch; and `rlhf run` again with nothing to do, with and without standing
 services. Wall seconds, the median of the repetitions. Prints a line per way and, last, one JSON line.
 """
@@ -25,11 +25,11 @@ import importlib, os
 from tasks.core import versioning
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.core.stage import stage_arguments, write_nothing
+from tasks.core.stage import stage_arguments, write_empty_outputs
 params = load_params(project_root() / "params.yaml")
 for name in versioning.graph():
     if getattr(params, name) is None:
-        write_nothing(name)
+        write_empty_outputs(name)
         continue
     function = getattr(importlib.import_module(f"tasks.{name}"), name)
     positional, folders = stage_arguments(function, name, params)
@@ -51,7 +51,7 @@ def run_seconds(project: Path, *args: str) -> float:
 
 
 def clear_outputs(project: Path) -> None:
-    """Everything that was computed here."""
+    """Delete everything that was computed in the project."""
     for name in ("artifacts", ".dvc/cache", ".dvc/tmp"):
         shutil.rmtree(project / name, ignore_errors=True)
     (project / "dvc.lock").unlink(missing_ok=True)

@@ -1,4 +1,4 @@
-"""A GRPO update by TRL with our rollouts and layers, against the same trainer as TRL ships it: `make bench-grpo`.
+"""GRPO update by TRL with our rollouts and layers, against TRL's own: `make bench-grpo`.
 
 The same model, adapter, prompts, lengths, rewards and minibatches, in one process, in turns. No response ends early.
 Prints each side's median update and, last, one JSON line.
@@ -31,7 +31,7 @@ NEVER_SAMPLED = "<gh_stars>"
 
 
 class UpdateTimer(TrainerCallback):
-    """Seconds of each update, the first left out."""
+    """Timer of updates, without the first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -44,7 +44,7 @@ class UpdateTimer(TrainerCallback):
 
 
 def update_seconds(side: str) -> list[float]:
-    """Seconds of each update of one fresh trainer."""
+    """Measure the seconds of each update of a new trainer."""
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL)
     tokenizer.eos_token = NEVER_SAMPLED  # no response ends early

@@ -1,4 +1,4 @@
-"""What both benchmarks measure: the model, its adapter, the prompts and the lengths."""
+"""Shared inputs of the benchmarks: model, LoRA configuration, prompts and lengths."""
 
 from __future__ import annotations
 
@@ -14,18 +14,18 @@ PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
 
 
 def lora_config() -> Any:
-    """LoRA on every linear layer, as PEFT makes it."""
+    """LoRA configuration for every linear layer."""
     from peft import LoraConfig, TaskType
 
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
 
 
 def prompts(count: int) -> list[list[int]]:
-    """Token ids, different in each row."""
+    """Make prompts of token ids, different in each row."""
     return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(count)]
 
 
 def check_model() -> None:
-    """End with what to do where the model is not there."""
+    """Exit with instructions if the model is missing."""
     if not MODEL.is_dir():
         sys.exit(f"{MODEL} does not exist: `rlhf run base_model` fetches the model")

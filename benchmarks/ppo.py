@@ -1,4 +1,4 @@
-"""PPO against the last release of TRL that had it, on equal work: `make bench-ppo`.
+"""PPO update against TRL 1.12.0, the last release with PPO, on equal work: `make bench-ppo`.
 
 Each side runs in processes of its own, ours and the peer's in turn, so that a change of the machine's speed meets
 both. Equal are: the model, LoRA's rank and modules, the prompts, the lengths (no response ends early), the rollout's
@@ -36,7 +36,7 @@ ALLOCATOR = {
 
 
 class Stopwatch:
-    """Wall and CPU seconds of each update, and wall seconds of its phases."""
+    """Timer of updates (wall and CPU seconds) and of their phases (wall seconds)."""
 
     def __init__(self) -> None:
         self.updates: list[dict[str, float]] = []
@@ -47,7 +47,7 @@ class Stopwatch:
             self.updates[-1][name] = self.updates[-1].get(name, 0.0) + seconds
 
     def lap(self) -> None:
-        """An update begins here, and the one before ends."""
+        """End the last update and begin the next."""
         now = time.perf_counter(), time.process_time()
         if self._last is not None:
             self.updates[-1] |= {"wall": now[0] - self._last[0], "cpu": now[1] - self._last[1]}
@@ -55,12 +55,12 @@ class Stopwatch:
         self.updates.append({})
 
     def result(self) -> dict[str, Any]:
-        """After the last lap; without the first update, which warms up."""
+        """Times after the last lap, without the first update, which warms up."""
         return {"updates": self.updates[1:-1], "rss": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024}
 
 
 def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
-    """Updates by our trainer; with `own_critic` the values come from a second trunk, trained beside the policy's."""
+    """Time our trainer; with `own_critic` the values come from a second trunk, trained beside the policy's."""
     import torch
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -88,7 +88,7 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     params = section.model_copy(
         update={
             "updates": UPDATES + 1, "prompts_per_update": RESPONSES, "samples_per_prompt": 1, "epochs": EPOCHS,
-            "minibatches": 1, "micro_batch_size": RESPONSES, "learning_rate": 1e-5, "max_approx_kl": 1e9,
+            "minibatches": 1, "micro_batch_size": RESPONSES, "learning_rate": 1e-5, "target_kl": 1e9,
         }
     )  # fmt: skip
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
@@ -117,7 +117,7 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
 
 
 def add_critic(trainer: Any, critic: Any) -> None:
-    """Let the values come from this model's last hidden states instead of the policy's."""
+    """Compute values from this model's last hidden states instead of the policy's."""
     import torch
 
     from tasks.rl.policy import model_inputs
@@ -187,7 +187,7 @@ def run_trl() -> dict[str, Any]:
 
 
 def run_in_process(side: str, python: Path) -> dict[str, Any]:
-    """One run of one side, in a process of its own."""
+    """Run one side in its own process."""
     with tempfile.NamedTemporaryFile(suffix=".json") as out:
         environment = os.environ | ALLOCATOR | {
             "PYTHONPATH": str(ROOT), "TRL_EXPERIMENTAL_SILENCE": "1", "TOKENIZERS_PARALLELISM": "false",
@@ -219,7 +219,7 @@ def compare_sides(repetitions: int) -> None:
 
 
 def medians_of(results: list[dict[str, Any]]) -> dict[str, float]:
-    """The median of each phase over all updates of all runs, in seconds; of the peak memory over the runs, in GiB."""
+    """Compute the median seconds of each phase over all updates, and the median peak memory of the runs in GiB."""
     updates = [update for result in results for update in result["updates"]]
     names = dict.fromkeys(name for update in updates for name in update)
     figures = {name: statistics.median(update[name] for update in updates) for name in names}

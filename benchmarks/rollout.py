@@ -1,6 +1,6 @@
-"""How fast responses are sampled, against `transformers`' own `generate` and the machine's limit: `make bench-rollout`.
+"""Sampling speed against `transformers.generate` and the machine's limit: `make bench-rollout`.
 
-The limit is what the matrix products alone would need: the floating-point operations of the linear layers for a token,
+The limit is the time of the matrix products alone: the floating-point operations of the linear layers for a token,
 divided into the rate at which this machine multiplies large float32 matrices, measured in the same run. LoRA is active
 on every linear layer. Two shapes: 16 prompts, and 8 prompts with 4 samples each. No response ends early. Prints the
 medians and, last, one JSON line.
@@ -28,7 +28,7 @@ from tasks.rl.rollout import generate
 
 SHAPES = {"16": (16, 1), "8x4": (8, 4)}
 SIDE = 2048
-"""Of the matrices whose product measures the machine."""
+"""Size of the square matrices whose product measures the machine."""
 
 
 def sample_with_ours(model: Any, count: int, samples: int) -> None:
@@ -56,7 +56,7 @@ def seconds(call: Callable[[], object]) -> float:
 
 
 def multiplications_per_second() -> dict[str, float]:
-    """Floating-point operations per second of one large matrix product, the best of ten, by torch and by oneDNN."""
+    """Measure FLOP/s of a large matrix product, the best of ten, by torch and by oneDNN."""
     matrix_a, layer = torch.randn(SIDE, SIDE), torch.nn.Linear(SIDE, SIDE, bias=False)
     matrix = layer.weight.detach()
     freeze_for_onednn(layer)
@@ -65,7 +65,7 @@ def multiplications_per_second() -> dict[str, float]:
 
 
 def operations_per_token(model: nn.Module) -> float:
-    """2 × the weights of the linear layers, the head included, LoRA's not."""
+    """Count 2 × the weights of the linear layers, with the head and without LoRA."""
     return 2.0 * sum(
         module.weight.numel()
         for name, module in model.named_modules()

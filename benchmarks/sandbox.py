@@ -1,4 +1,4 @@
-"""What judging a program costs: `make bench-sandbox`.
+"""Cost of running a program's tests in the sandbox: `make bench-sandbox`.
 
 One small program with three asserts, many times, each a little different so that none is skipped: behind all walls;
 with nothing but limits; and, for comparison, as people would run it without any of this, program and tests in one plain
@@ -47,7 +47,7 @@ def plain_runner(workers: int) -> Callable[[list[str]], None]:
 
 
 def milliseconds_per_program(run: Callable[[list[str]], None], programs: int, repetition: int) -> float:
-    """Wall time per program."""
+    """Measure the wall time per program in milliseconds."""
     texts = [PROGRAM.format(number=f"{repetition}.{number}") for number in range(programs)]
     started = time.perf_counter()
     run(texts)

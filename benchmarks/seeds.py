@@ -1,7 +1,7 @@
-"""PPO under several seeds on the same SFT policy and reward model: does any of them collapse? `make bench-seeds`.
+"""PPO under several seeds on the same SFT policy and reward model, with the number that collapse: `make bench-seeds`.
 
 Needs a finished pipeline (`rlhf run`): it takes the stages' functions, the parameters of params.yaml and the artifacts,
-and changes nothing but PPO's seed. What counts as collapsed: `tasks.evals.seeds.collapse`. Unlike `rlhf run --seeds` it
+and changes nothing but PPO's seed. What counts as collapsed: `tasks.evals.experiments.collapse_reason`. Unlike `rlhf run --seeds` it
 draws the curves of training, into infra/ppo_seeds.svg. Prints a line per seed and, last, one JSON line.
 """
 
@@ -26,7 +26,7 @@ CURVES = {"reward": "Reward", "kl": "KL to the reference, nats per response", "e
 
 
 def run_seed(seed: int) -> dict[str, float]:
-    """Train and evaluate under one seed; the figures of metrics.json of both."""
+    """Train and evaluate under one seed; return the metrics of both."""
     params = load_params(ROOT / "params.yaml")
     if params.ppo is None:
         sys.exit("params.yaml switches ppo off: `git checkout params.yaml`")
@@ -46,7 +46,7 @@ def run_seed(seed: int) -> dict[str, float]:
     row = json.loads((evaluate_out / "metrics.json").read_text())["ppo"]
     last = json.loads((ppo_out / "metrics.json").read_text())
     figures = {name: float(row[name]) for name in ("win_rate", "win_rate_low", "win_rate_high", "kl", "length")}
-    return figures | {"reward": float(last["reward"]), "degenerate": float(last["degenerate"])}
+    return figures | {"reward": float(last["reward"]), "degenerate_count": float(last["degenerate_count"])}
 
 
 def plot_curves(seeds: list[int]) -> None:
@@ -75,7 +75,7 @@ def main() -> None:
     results = {}
     for seed in seeds:
         row = results[seed] = run_seed(seed)
-        row["collapsed"] = float(collapse_reason(row, row["degenerate"]) is not None)
+        row["collapsed"] = float(collapse_reason(row, row["degenerate_count"]) is not None)
         print(
             f"seed {seed}: win rate {row['win_rate']:.1%} ({row['win_rate_low']:.1%} to {row['win_rate_high']:.1%}), "
             f"reward {row['reward']:.2f}, KL {row['kl']:.1f}, {row['length']:.1f} words",

@@ -35,7 +35,7 @@ def seeds(
         environment: variables by which another process reports to the same servers.
 
     Returns:
-        The folder with the comparison, and what it says: see `tasks.evals.seeds.report`.
+        The folder with the comparison, and what it says: see `tasks.evals.experiments.summarise_seeds`.
 
     Raises:
         ConfigError: there is nothing to compare.

@@ -1,1 +1,1 @@
-"""The work of the pipeline: one module per stage, and the packages that the stages share."""
+"""Pipeline stages, one module each, and the libraries they share."""

@@ -1,4 +1,4 @@
-"""Stage base_model: the pre-trained language model as one plain folder, whatever it came from.
+"""Stage base_model: fetch, convert or build the pre-trained language model.
 
 Writes `model/` (config, fp16 weights, tokenizer with a padding token that is not its end token) and `card.json`.
 Equal parameters give equal bytes.

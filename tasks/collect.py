@@ -1,4 +1,4 @@
-"""Stage collect: rows from every source in params, each with where it came from, and a data card per source.
+"""Stage collect: read the rows of every source, with their provenance, and write a data card per source.
 
 Writes `rows/<source>.jsonl` (one envelope a line: {file, line, row} or {file, line, raw, error}), `cards/<source>.json`
 and `metrics.json`. Rows are not judged here; stage prepare does that.

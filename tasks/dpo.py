@@ -1,4 +1,4 @@
-"""DPO by TRL on the same human pairs that train the reward model: the baseline without a reward model."""
+"""Stage dpo: DPO by TRL on the pairs that train the reward model, as the baseline without one."""
 
 from __future__ import annotations
 

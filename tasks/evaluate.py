@@ -1,4 +1,4 @@
-"""What did training really gain? Every policy answers the same held-out prompts; three judges compare it with SFT."""
+"""Stage evaluate: compare the trained policies with SFT on held-out prompts."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def evaluate(
     conversation, all with the same random numbers. Writes responses.jsonl (every response with every
     score), judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy →
     numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
-    findings.json (policy → the signs of reward hacking that were found), samples.jsonl (some prompts side by side),
+    findings.json (policy → reward-hacking findings), samples.jsonl (some prompts side by side),
     plots/*.csv, report.html and the same as report.json. All of it follows from the inputs, and from what an endpoint
     responses, alone: no time, no path.
 
@@ -124,10 +124,10 @@ def evaluate(
 
 
 def _sample_policies(sampler: PolicySampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[SampledResponse]:
-    """Those of the reference, then those of each policy."""
+    """Sample responses of the reference, then of each policy."""
     responses = sampler.sample(REFERENCE, load_reference(base_model, sft))
     for name, folder in policies.items():
-        gc.collect()  # the policy before it holds itself in reference cycles
+        gc.collect()  # the previous policy is in reference cycles
         responses += sampler.sample(name, load_policy(base_model, sft, folder))
     return responses
 
@@ -140,7 +140,7 @@ def _judge_pairs(params: EvaluateParams, records: Sequence[ScoredResponse], base
 
 
 def _build_table(params: EvaluateParams, records: Sequence[ScoredResponse], judgements: Sequence[Judgement], seed: int) -> Table:
-    """The table; where the judge of pairs is not to be trusted, it is said."""
+    """Build the table of metrics, and warn where the judge of pairs is unreliable."""
     table = compare_policies(records, samples=params.bootstrap_samples, seed=seed)
     table = add_judge_metrics(table, judgements, samples=params.bootstrap_samples, seed=seed)
     for doubt in reliability_warnings(table):
@@ -153,7 +153,7 @@ def _numeric_row(row: Mapping[str, str]) -> dict[str, float]:
 
 
 def _write_tables(out: Path, table: Table, records: Sequence[ScoredResponse], samples: int) -> None:
-    """Everything that a program reads: rows, tables and the data of the plots."""
+    """Write the machine-readable outputs: rows, tables and plot data."""
     write_rows(out / "responses.jsonl", records)
     write_json(out / "policies.json", table)
     write_json(out / "metrics.json", headline(table))
@@ -193,7 +193,7 @@ def _side_by_side_rows(records: Sequence[ScoredResponse], count: int) -> list[di
 def _provenance(
     seed: int, sections: Sequence[BaseModel], folders: Mapping[str, Path], prompts: Sequence[Prompt]
 ) -> list[tuple[str, str]]:
-    """What identifies this evaluation: the seed, the parameters it read, and the weights and prompts, by content."""
+    """Provenance of this evaluation: the seed, and digests of parameters, weights and prompts."""
     content = json.dumps([seed, *(section.model_dump() for section in sections)], sort_keys=True)
     weights = [
         (f"Weights: {name}", _digest(*_weight_bytes(folder))) for name, folder in folders.items() if not is_disabled(folder)
@@ -208,7 +208,7 @@ def _provenance(
 
 
 def _weight_bytes(folder: Path) -> list[bytes]:
-    """The adapter that a stage trained, or the finished reward model that it took."""
+    """The bytes of the adapter that a stage trained, or of the pretrained reward model."""
     adapter = folder / ADAPTER_DIR / "adapter_model.safetensors"
     files = [adapter] if adapter.is_file() else sorted((folder / PRETRAINED_DIR).glob("*.safetensors"))
     return [file.read_bytes() for file in files]

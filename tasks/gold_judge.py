@@ -1,4 +1,4 @@
-"""The gold judge: what would people say of this text? Fitted on ratings, or pairs, that no other stage sees."""
+"""Stage gold_judge: train a judge on human ratings, or pairs, that no other stage sees."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def gold_judge(
     The judge starts from the base model, not from the SFT model, and reads only the gold half of the rated texts or
     pairs, so that it shares neither texts nor mistakes with the reward model. Writes adapter/, history.csv and
     metrics.json (correlation with held-out mean ratings, the error in points, and what the held-out texts score on
-    average, as they are and with their words scrambled; or accuracy on held-out pairs).
+    average, as they are and with their words shuffled; or accuracy on held-out pairs).
     """
     init_process()
     tokenizer = load_tokenizer(base_model)
@@ -74,7 +74,7 @@ def _train_on_ratings(
 
 
 def shuffle_words(texts: Sequence[str], seed: int) -> list[str]:
-    """Each text with its words in random order."""
+    """Shuffle the words of each text."""
     rng = random.Random(seed)
     return [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]
 

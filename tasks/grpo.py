@@ -1,4 +1,4 @@
-"""GRPO by TRL against the same composed reward as PPO, with the same rollouts."""
+"""Stage grpo: GRPO by TRL with the same composed reward and rollouts as PPO."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def grpo(
 
     With an environment a sample is a whole conversation, see `MultiTurnRolloutFunction`.
 
-    Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
+    Writes adapter/, policies/ (the adapter of every `snapshot_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
     init_process()
@@ -133,7 +133,7 @@ def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> G
 
 
 WeightsAt = Callable[[int], Mapping[str, float]]
-"""Update → component → what one more of it adds to the reward."""
+"""Update → component → marginal weight in the reward."""
 
 
 class RolloutFunction:
@@ -182,7 +182,7 @@ class ConversationSummary:
 class MultiTurnRolloutFunction:
     """TRL's `rollout_func` for conversations; `env_mask` takes the environment's tokens out of loss, KL and entropy.
 
-    TRL's other door, `environment_factory`, does not fit: there an environment's methods are tools, a turn goes to it
+    TRL's alternative, `environment_factory`, does not fit: there an environment's methods are tools, a turn goes to it
     only where the model has written a tool call, and the tokenizer's chat template must know tools, which that of our
     base model does not. Here every turn of the policy is an action, in plain text.
     """
@@ -212,7 +212,7 @@ class MultiTurnRolloutFunction:
             "completion_ids": rows(conversations.responses),
             "logprobs": rows(conversations.logprobs),
             "env_mask": rows(conversations.response_mask.long()),
-            "said": _summaries(conversations),
+            "summaries": _summaries(conversations),
         }
 
 
@@ -230,7 +230,7 @@ def _summaries(conversations: MultiTurnRollout) -> list[ConversationSummary]:
 
 
 class _RewardFunction:
-    """TRL's reward function: the composed reward, with every component kept for the curves and some samples to read.
+    """TRL's reward function: the composed reward; logs every component and some samples.
 
     They are kept in the trainer's log, which is part of its checkpoints.
     """
@@ -290,7 +290,7 @@ class _RewardFunction:
 
 
 class _UpdateCallback(TrainerCallback):
-    """After each update keeps the policy and looks for signs of reward hacking."""
+    """Saves policy snapshots and runs the reward-hacking detectors after each update."""
 
     def __init__(self, params: GRPOParams, history: HistoryCallback, snapshots: PolicySnapshots, weights_at: WeightsAt) -> None:
         self._history, self._snapshots, self._weights_at = history, snapshots, weights_at

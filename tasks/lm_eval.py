@@ -1,4 +1,4 @@
-"""What did RL cost or bring elsewhere? SFT and the policies on tasks of EleutherAI's lm-evaluation-harness."""
+"""Stage lm_eval: run SFT and the policies on tasks of EleutherAI's lm-evaluation-harness."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def lm_eval(
     with load_tasks(params, project_root() / params.include, data, seed) as tasks:
         results = {REFERENCE: run_tasks(load_reference(base_model, sft), tokenizer, tasks, params=params, seed=seed)}
         for name, folder in policies.items():
-            gc.collect()  # the policy before it holds itself in reference cycles
+            gc.collect()  # the previous policy is in reference cycles
             results[name] = run_tasks(load_policy(base_model, sft, folder), tokenizer, tasks, params=params, seed=seed)
     write_json(out / "results.json", results)
     write_json(out / "metrics.json", {name: _flatten(scores) for name, scores in results.items()})

@@ -1,4 +1,4 @@
-"""Where does more proxy reward stop being better? Policies on their way from SFT, and best-of-n, by proxy and gold."""
+"""Stage overoptimisation: proxy and gold reward of policy snapshots and of best-of-n."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def overoptimisation(
     prepare: Path,
     out: Path,
 ) -> None:
-    """Measure every kept policy of PPO and GRPO, and the best of n responses of SFT; fit the forms of Gao et al. 2022.
+    """Score every policy snapshot of PPO and GRPO, and best-of-n of SFT; fit the forms of Gao et al. 2022.
 
     Writes points.csv (one row per policy and n), fits.json (method → judge → coefficients with intervals and the peak)
     and metrics.json (the coefficients alone).
@@ -70,9 +70,9 @@ def overoptimisation(
 def _snapshot_answers(
     method: str, folder: Path, sampler: PolicySampler, samples: int, base_model: Path, sft: Path
 ) -> Iterator[tuple[int, list[SampledResponse]]]:
-    """Each kept policy's update and answers."""
+    """Yield each snapshot's update and sampled responses."""
     for snapshot in sorted((folder / "policies").iterdir()):
-        gc.collect()  # the policy before it holds itself in reference cycles
+        gc.collect()  # the previous policy is in reference cycles
         update, policy = int(snapshot.name), load_policy(base_model, sft, snapshot)
         yield update, sampler.sample(f"{method} after update {update}", policy, samples_per_prompt=samples)
 

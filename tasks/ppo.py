@@ -1,4 +1,4 @@
-"""PPO against the composed reward, with a KL penalty to the SFT policy."""
+"""Stage ppo: PPO with the composed reward and a KL penalty to the SFT policy."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def ppo(
 ) -> None:
     """Train the policy with the project's own PPO.
 
-    Writes adapter/, policies/ (the adapter of every `keep_every` updates), history.csv (one row per update),
+    Writes adapter/, policies/ (the adapter of every `snapshot_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
     init_process()
@@ -82,7 +82,7 @@ def ppo(
 
 
 class _Progress:
-    """Sends each update's metrics to the tracker and shows the three that matter beside the bar."""
+    """Logs each update's metrics and shows reward, KL and entropy beside the progress bar."""
 
     def __init__(self, updates: int) -> None:
         self._updates = updates

@@ -1,7 +1,7 @@
-"""Stage preferences: the pairs that the reward model and DPO learn from and are measured on.
+"""Stage preferences: draw and label the pairs for training and evaluating the reward model and DPO.
 
 From rated texts, training labels are those of single raters (noise included) and held-out labels those of all raters.
-Preferences that a source gave go through as they are, alone or before the drawn ones (`given`). Film-review pairs
+Preferences of a source are used as they are, alone or before the drawn ones (`source_pairs`). Film-review pairs
 compare whole texts: their prompt is empty.
 Writes `{train,validation,test}.jsonl`, `ceiling.csv` (how far raters agree with each other) and `metrics.json`.
 """
@@ -66,7 +66,7 @@ def _has_rows(folder: Path, name: str = "*.jsonl") -> bool:
 
 
 def _sample_source_pairs(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Preference]:
-    """A random sample of the pairs that sources gave, in the order in which prepare wrote them."""
+    """Sample pairs of the sources, in the order in which prepare wrote them."""
     path, count = prepare / "preferences" / f"{split}.jsonl", _target_count(split, params)
     rows = read_rows(path, Preference)
     _check_count(len(rows), split, params, f"{path.name} of stage prepare holds that many")
@@ -75,7 +75,7 @@ def _sample_source_pairs(prepare: Path, split: Split, params: PreferencesParams,
 
 
 def _all_source_pairs(prepare: Path, params: PreferencesParams) -> list[Preference]:
-    """All given pairs for training, first, because DPO reads its pairs from the front.
+    """All training pairs of the sources; they come first, because DPO reads its pairs from the front.
 
     Those that prepare held out stay unused: validation and test measure every run on the same drawn pairs.
     """
@@ -84,7 +84,7 @@ def _all_source_pairs(prepare: Path, params: PreferencesParams) -> list[Preferen
 
 
 def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[str]) -> list[Preference]:
-    """Pairs at least `min_margin` apart, each labelled by its own draw of raters."""
+    """Draw training pairs at least `min_margin` apart, each labelled by its own sample of raters."""
     texts, rng = _read_ratings(prepare, "train"), _rng(seed, "train", "raters")
     pairs = draw_pairs(texts, min_margin=params.min_margin, rng=_rng(seed, "train", "pairs"))
     labelled = (label_by_raters(pair, params.raters_per_label, rng=rng, counts=counts) for pair in pairs)
@@ -94,7 +94,7 @@ def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[
 
 
 def _heldout_pairs(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Pair]:
-    """Pairs of any margin, because accuracy is reported over the whole range."""
+    """Draw pairs of any margin, because accuracy is reported over the whole range."""
     texts = _read_ratings(prepare, split)
     pairs = list(islice(draw_pairs(texts, min_margin=0.0, rng=_rng(seed, split, "pairs")), params.heldout_pairs))
     _check_count(len(pairs), split, params, f"{len(texts)} rated texts")
@@ -131,7 +131,7 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     rng = np.random.default_rng(seed)
     known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
     groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
-    groups |= {f"{MARGIN_BUCKETS.clear_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin]}
+    groups |= {f"{MARGIN_BUCKETS.clear_margin_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin_margin]}
     groups |= {"all": [share for _, share in known]}
     return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
 

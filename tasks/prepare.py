@@ -1,4 +1,4 @@
-"""Stage prepare: collected rows, validated, normalised, without duplicates, split so that nothing leaks.
+"""Stage prepare: validate, normalise, deduplicate and split the collected rows without leakage.
 
 Writes for each split `demonstrations/`, `prompts/`, `preferences/` (as a source gave them; `preferences/gold/` for the
 gold judge alone) and `ratings/{proxy,gold}/`, all of which exist even where empty, `quarantine.jsonl` with every
@@ -69,7 +69,7 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
 
 
 def _drop_duplicates(rows: list[Row], cleaned: CleanResult, threshold: float) -> list[Row]:
-    """Drop rows that say the same again, and rows whose key nearly repeats an earlier, different one; count both.
+    """Drop and count duplicate rows, and rows whose key nearly duplicates an earlier, different one.
 
     Rows of one type with one key but different content (two answers to a prompt) stay, and stay together. So do labels
     of different people that say the same.
@@ -96,7 +96,7 @@ def _split(rows: list[Row], params: PrepareParams, seed: int) -> dict[Split, lis
 
 
 def _hold_out_gold_pairs(splits: Splits, params: PrepareParams, seed: int) -> tuple[dict[Split, list[Row]], Splits]:
-    """All rows but the gold judge's pairs, and these; the pairs of one prompt stay together."""
+    """Separate the gold judge's pairs from the other rows; the pairs of one prompt stay together."""
 
     def is_gold(row: Row) -> bool:
         return isinstance(row, Preference) and hash_uniform(split_key(row), seed, "half") < params.gold_pair_share
@@ -118,7 +118,7 @@ def _ratings_of(splits: Splits, half: Half, params: PrepareParams, seed: int) ->
 
 
 def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: PrepareParams) -> dict[Split, list[Row]]:
-    """Demonstrations that a source gave, and rated texts of the proxy half cut in two.
+    """Demonstrations of the sources, and rated texts of the proxy half split into prompt and response.
 
     Where there is neither, the chosen sides of preferences that have a prompt.
     """
@@ -135,7 +135,7 @@ def _to_demonstration(row: Preference) -> Demonstration:
 
 
 def _split_prompt(row: Rating, words: int) -> Demonstration:
-    """A rated text as prompt (its first words) and response (the rest, with its leading space)."""
+    """Split a rated text into prompt (its first words) and response (the rest, with its leading space)."""
     prompt = " ".join(row.text.split()[:words])
     return Demonstration(id=row.id, prompt=prompt, response=row.text[len(prompt) :])
 
@@ -143,7 +143,7 @@ def _split_prompt(row: Rating, words: int) -> Demonstration:
 def _prompts(
     splits: Splits, gold: Splits, demonstrations: Splits, dropped: Counter[str], seed: int
 ) -> dict[Split, list[Row]]:
-    """Where policies begin, each prompt once; none of validation or test equals one of an earlier split.
+    """Prompts by split, without repetition within a split or across splits.
 
     Training prompts of rated texts come from the proxy half alone. Test prompts come from the test split of both
     halves, for the policy has seen neither.
@@ -162,7 +162,7 @@ def _prompt_fields(row: Row) -> dict[str, object]:
 
 
 def _unique_prompts(rows: list[Prompt], split: Split, seen: dict[str, Split], dropped: Counter[str]) -> list[Row]:
-    """The first row of each prompt; a repeated one is counted by the split in which it came first."""
+    """Keep the first row of each prompt; count repeated ones by the split in which they came first."""
     kept, used = list[Row](), set[str]()
     for row in rows:
         first = seen.setdefault(row.prompt, split)

@@ -1,4 +1,4 @@
-"""The reward model: how much would people like this text? A linear head on a language model, or a finished model."""
+"""Stage reward_model: train a linear head on a language model, or take a pretrained reward model."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ from tasks.rl.rollout import generate
 __all__ = ["reward_model"]
 
 OOD_FIT_TEXTS = 512
-"""Training texts whose states are measured. On the default task a hundred find nearly what all 1,600 find: all made-up
+"""Training texts that the OOD detector is fitted on. A hundred find nearly what all 1,600 find: all made-up
 nonsense, four fifths of shuffled sentences, and 34 instead of 30 % of SFT's responses, most of them cut short."""
 
 
@@ -57,7 +57,7 @@ def reward_model(
     preferences: Path,
     out: Path,
 ) -> None:
-    """Fit a reward model of the kind that is wanted, or take a finished one; measure it; normalise it.
+    """Train a reward model, or load a pretrained one; evaluate and normalise it.
 
     Writes adapter/ (with normalisation.json: μ and σ of each head's raw value on responses of the SFT policy;
     familiarity.safetensors: where the training texts lie; members/1, members/2, …: the further members of an ensemble,
@@ -68,7 +68,7 @@ def reward_model(
     Raises:
         DataError: the rows that this kind learns from are missing, or do not say what it must know.
         ModelError: a model is incomplete, or of an unfit architecture.
-        SourceError: a backbone or scorer could not be fetched.
+        SourceError: a backbone or pretrained model could not be fetched.
     """
     init_process()
     shutil.rmtree(out / ADAPTER_DIR, ignore_errors=True)
@@ -96,7 +96,7 @@ def reward_model(
             metrics |= _normalisation_metrics(member) | data.evaluate(heldout, out)
             metrics |= _length_bias(member, heldout, data, text) | _ood_metrics(ood, states, heldout_states)
         del scorer, member
-        gc.collect()  # a trained model holds itself in reference cycles, and the next needs the room
+        gc.collect()  # a trained model is in reference cycles, and the next needs the memory
     write_json(out / "metrics.json", metrics | _ensemble_metrics(data, torch.stack(scores)))
 
 
@@ -110,7 +110,7 @@ def _train_member(
     folder: Path,
     number: int,
 ) -> tuple[TextScorer, Formatter]:
-    """A member, trained or taken as it is, and how it wants its texts; its weights and history are in the folder."""
+    """Train or load a member and its text format; write its weights and history into the folder."""
     if params.pretrained:
         fetch_pretrained_scorer(params.pretrained, params.max_length, folder)
         write_history(folder / "history.csv", [])
@@ -129,7 +129,7 @@ def _train_member(
 def _sample_sft_responses(
     params: RewardModelParams, generation: GenerationParams, seed: int, base_model: Path, sft: Path, prepare: Path
 ) -> list[PromptResponse]:
-    """What the SFT policy writes for training prompts."""
+    """Sample the SFT policy's responses to training prompts."""
     tokenizer = load_tokenizer(base_model)
     prompts = [row.prompt for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
     prompts = (prompts * (params.normalisation_samples // len(prompts) + 1))[: params.normalisation_samples]
@@ -155,7 +155,7 @@ def _prompts(sides: Sequence[PromptResponse]) -> list[str]:
 
 
 def _normalisation_metrics(member: EnsembleMember) -> dict[str, float]:
-    """Mean and spread of each head's raw value, and what a token adds to it where that was taken off."""
+    """Mean and standard deviation of each head's raw value, and the length slope where it was removed."""
     figures: dict[str, float] = {}
     for name, head in member.heads.items():
         own = {f"raw_{fact}" if fact in ("mean", "std") else fact: value for fact, value in head.to_dict().items()}
@@ -164,7 +164,7 @@ def _normalisation_metrics(member: EnsembleMember) -> dict[str, float]:
 
 
 def _length_bias(member: EnsembleMember, heldout: Tensor, data: Objective, text: Formatter) -> dict[str, float]:
-    """Correlation of score and number of tokens over held-out texts; also before length was taken off, where it was."""
+    """Correlation of score and number of tokens over held-out texts, also before length debiasing."""
     sides = data.texts("test")
     texts = _texts(sides, text)
     lengths = member.scorer.lengths(texts, untruncated=True)
@@ -188,7 +188,7 @@ def _fit_ood(member: EnsembleMember, data: Objective, text: Formatter) -> Mahala
 
 
 def _ood_metrics(ood: MahalanobisOOD, samples: Tensor, heldout: Tensor) -> dict[str, float]:
-    """The threshold, and the shares beyond it of the SFT policy's responses and of held-out texts of people."""
+    """The threshold, and the shares of SFT responses and of held-out human texts beyond it."""
     return {
         "familiar_distance": ood.threshold,
         "unfamiliar_sft": ood.is_ood(samples).mean().item(),
@@ -197,7 +197,7 @@ def _ood_metrics(ood: MahalanobisOOD, samples: Tensor, heldout: Tensor) -> dict[
 
 
 def _ensemble_metrics(data: Objective, scores: Tensor) -> dict[str, float]:
-    """How good members [members, N, K] are, together and each alone; nothing of one."""
+    """Headline metric of the ensemble and the mean over its members [members, N, K]; empty for one member."""
     if len(scores) == 1:
         return {}
     name, ensemble = data.headline_metric(scores.mean(0))

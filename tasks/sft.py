@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: the base model learns to write like the demonstrations."""
+"""Stage sft: supervised fine-tuning of the base model on demonstrations."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def sft(
 ) -> None:
     """Fine-tune with TRL's SFTTrainer on the responses of the demonstrations, the end token included.
 
-    With an environment a response is a whole dialogue, and what is learned is the bot's turns, each with an end token.
+    With an environment a response is a whole dialogue, and the loss is on the bot's turns, each with an end token.
     Writes adapter/, history.csv, and metrics.json with the held-out loss (nats per response token) before and after.
     """
     init_process()
@@ -72,7 +72,7 @@ def sft(
 
 
 def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:
-    """The rows for TRL to tokenise, or dialogues tokenised by what is given for them."""
+    """Rows for TRL to tokenise, or dialogues tokenised here if a `dialogue_tokenizer` is given."""
     rows = read_rows(path, Demonstration)[:limit]
     if dialogue_tokenizer is not None:
         return Dataset.from_list([dict(tokenise_dialogue(row, dialogue_tokenizer)) for row in rows])

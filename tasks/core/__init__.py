@@ -1,1 +1,1 @@
-"""What every stage stands on: parameters, row schemas, errors, models, tracking, versioning."""
+"""Foundations of all stages: errors, paths, row types, text statistics, tracking, distributed training."""

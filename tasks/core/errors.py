@@ -1,4 +1,4 @@
-"""The one error tree. A message says what is wrong, where, what was found, and what to do about it."""
+"""Errors that a user can cause. A message names what is wrong, where, what was found, and the cure."""
 
 from __future__ import annotations
 

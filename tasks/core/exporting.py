@@ -1,4 +1,4 @@
-"""A policy as a folder that transformers, with or without peft, loads without this project."""
+"""Export a policy as a folder that transformers, with or without peft, loads without this project."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from tasks.core.models import ADAPTER_DIR, device, load_policy, load_reference, 
 __all__ = ["ADAPTER", "BASE_DIR", "ExportCheck", "atomic_folder", "export"]
 
 BASE_DIR = "base"
-"""Where an exported adapter's base model lies, beside the folder `adapter`."""
+"""Folder of an exported adapter's base model, beside the folder `adapter`."""
 
 TOLERANCE_EPS = 1024
-"""The exported model adds up the same products in another order; its logits may differ by so many rounding errors."""
+"""Tolerance in rounding errors (eps): the exported model adds up the same products in another order."""
 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """What was measured on the folder, loaded again.
+    """Comparison of the exported model's logits with the policy's.
 
     Attributes:
         dtype: of the weights.
-        difference: the largest |Δ logit| to the policy as it was evaluated.
+        max_logit_difference: the largest |Δ logit| to the policy as it was evaluated.
         max_logit: the largest |logit|.
     """
 
@@ -45,7 +45,7 @@ class ExportCheck:
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """A draft beside the folder, which takes its name if all goes well, so that there is never half an export.
+    """Yield a temporary folder that is renamed to `folder` on success, so that no partial export is left.
 
     Raises:
         ConfigError: there is something in the folder already.
@@ -115,7 +115,7 @@ def _copy_adapter(adapter: Path, target: Path) -> None:
 
 
 def _load(folder: Path, adapter: bool) -> Any:
-    """As somebody else would."""
+    """Load without this project's code."""
     base = folder / BASE_DIR if adapter else folder
     AutoTokenizer.from_pretrained(base)
     model: Any = AutoModelForCausalLM.from_pretrained(base)

@@ -1,4 +1,4 @@
-"""The one way to write figures and tables: equal content is equal bytes, on every machine."""
+"""Write JSON and CSV files such that equal content is equal bytes on every machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Linear layers by oneDNN: the frozen matrices of a model, with or without an adapter, multiplied faster on a CPU.
+"""Frozen linear layers, with or without a LoRA adapter, computed by oneDNN: faster than MKL on a CPU.
 
 Torch hands float32 products to MKL, which rearranges both factors at every call; for the few rows of a decoding step
 that costs more than the product. oneDNN takes weights as they are, or rearranged once. A low-rank adapter on such a
@@ -27,7 +27,7 @@ _onednn = torch.ops.mkldnn
 
 
 def freeze_for_onednn(model: nn.Module) -> None:
-    """Freeze all parameters, and let oneDNN compute the linear layers from here on."""
+    """Freeze all parameters and compute the linear layers by oneDNN."""
     model.requires_grad_(False)
     for module in model.modules():
         if type(module) is nn.Linear and _onednn_supports(module.weight):
@@ -42,7 +42,7 @@ def register_frozen_lora(config: LoraConfig) -> LoraConfig:
 
 @contextmanager
 def merged_weights(model: nn.Module) -> Iterator[None]:
-    """Within it, adapters are added into a rearranged copy of their layer's weight: for decoding, without gradients.
+    """Temporarily use packed weights with the adapters merged in: for decoding, without gradients.
 
     It takes the memory of the model's linear layers once more, and pays where the model is then called often on few
     rows. The weights must not change meanwhile.
@@ -116,7 +116,7 @@ class FrozenLora(LoraLinear):
 
 
 class _FrozenLinearFunction(torch.autograd.Function):
-    """y = x·Wᵀ + b with a gradient for x alone."""
+    """Autograd function of y = x·Wᵀ + b with a gradient for x alone."""
 
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -131,7 +131,7 @@ class _FrozenLinearFunction(torch.autograd.Function):
 
 
 class _FrozenLoraFunction(torch.autograd.Function):
-    """See `FrozenLora`; gradients for x, A and B."""
+    """Autograd function of `FrozenLora`: gradients for x, A and B."""
 
     @staticmethod
     def forward(
@@ -171,7 +171,7 @@ def _onednn_supports(weight: Tensor) -> bool:
 
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """inputs·weightᵀ + bias."""
+    """Compute inputs·weightᵀ + bias."""
     result: Tensor = _onednn._linear_pointwise(inputs, weight, bias, "none", [], "")
     return result
 

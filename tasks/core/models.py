@@ -1,4 +1,4 @@
-"""Loading and saving of models: the base, LoRA adapters on it, and linear heads.
+"""Load and save models: the base model, LoRA adapters, and linear heads.
 
 A policy is always base model + SFT adapter, merged in memory (that sum is the *reference*), plus one adapter on top;
 switching that adapter off gives back the reference.
@@ -53,17 +53,17 @@ MODEL_DIR = "model"
 
 
 def device() -> torch.device:
-    """This rank's GPU, which is the first where it is alone, or the CPU."""
+    """This rank's GPU, or the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def is_disabled(stage: Path) -> bool:
-    """Whether the stage that wrote this folder is off, so that there is no adapter to load."""
+    """Whether the stage that wrote this folder is switched off, so that there is no adapter to load."""
     return (stage / ADAPTER_DIR / DISABLED_MARKER).is_file()
 
 
 def init_process() -> None:
-    """Meet the other ranks, quiet what libraries print while loading, and keep freed memory for the process.
+    """Initialise the process group, silence the libraries' loading messages, and tune malloc for training.
 
     Training allocates and frees the same large tensors at every step; with glibc's defaults each of them is mapped
     and page-faulted anew. The settings are those of the environment variables MALLOC_MMAP_MAX_=0,
@@ -162,7 +162,7 @@ def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> Lo
 
 
 def _linear_names(model: PreTrainedModel) -> set[str]:
-    """The names of the linear modules of the trunk's layers; PEFT takes no layer range with 'all-linear'."""
+    """Names of the linear modules of the backbone's layers; PEFT takes no layer range with 'all-linear'."""
     backbone = getattr(model, model.base_model_prefix)
     return {
         name.rsplit(".", 1)[-1]
@@ -172,7 +172,7 @@ def _linear_names(model: PreTrainedModel) -> set[str]:
 
 
 def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: int = 1) -> PreTrainedModel:
-    """The reference's trunk with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1).
+    """The reference's backbone with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1).
 
     Raises:
         ModelError: transformers has no such head for this architecture.
@@ -205,13 +205,13 @@ def _load_classifier(base_model: Path, heads: int) -> Any:
 
 
 def load_reward_model(base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1) -> PeftModel:
-    """A trained scorer: trunk, adapter and heads, in evaluation mode."""
+    """Load a trained reward model (backbone, adapter and heads) in evaluation mode."""
     model = new_reward_model(base_model, sft, seed=0, heads=heads)
     return _load_adapter(model, stage)
 
 
 def add_adapter(model: PeftModel, name: str, stage: Path) -> None:
-    """Load another adapter, with its head if it has one, over the same trunk; `model.set_adapter` switches to it."""
+    """Load another adapter, with its head if it has one, on the same backbone; `model.set_adapter` switches."""
     model.load_adapter(_require_file(stage / ADAPTER_DIR, "adapter_config.json"), name)
 
 
@@ -244,7 +244,7 @@ def _is_string_list(value: object) -> bool:
 
 
 def dtype() -> torch.dtype:
-    """What models compute in on this machine."""
+    """The dtype of models on this machine."""
     return torch.bfloat16 if torch.cuda.is_available() else torch.float32
 
 

@@ -1,4 +1,4 @@
-"""params.yaml as a whole: reading, checking and changing it; its sections are in `tasks.core.sections`."""
+"""Read, check and change params.yaml; its sections are in `tasks.core.sections`."""
 
 from __future__ import annotations
 
@@ -110,7 +110,7 @@ class Params(Section):
             raise ValueError("environment is on, but reward.weights does not name it: add environment: 1.0 there")
         one_text = ("preferences", "reward_model", "gold_judge", "dpo", "overoptimisation")
         on = [name for name in one_text if getattr(self, name)]
-        on += [f"evaluate.{name}" for name in ("judge", "vader") if getattr(self.evaluate, name)]
+        on += [f"evaluate.{name}" for name in ("llm_judge", "vader") if getattr(self.evaluate, name)]
         if on:
             raise ValueError(f"environment is on, and {', '.join(on)} can read no conversations: switch off")
         return self
@@ -126,7 +126,7 @@ def load_params(path: Path) -> Params:
 
 
 def load_preset(root: Path, name: str) -> dict[str, Any]:
-    """The overlay of a preset by its name, as nested keys.
+    """Load a preset's overlay, as nested keys.
 
     Raises:
         ConfigError: there is no such preset.
@@ -139,7 +139,7 @@ def load_preset(root: Path, name: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """`ppo.kl_coef=0.1` as nested keys; the value is read as YAML, and a mapping replaces the old one as a whole.
+    """Parse `ppo.kl_coef=0.1` into nested keys; the value is YAML, and a mapping replaces the old one.
 
     Raises:
         ConfigError: there is no `=`, or the value is no YAML.
@@ -159,7 +159,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
-    """Write changes into params.yaml, comments kept, after checking the result; nothing is written if it is invalid.
+    """Write overrides into params.yaml, comments kept; nothing is written if the result is invalid.
 
     Returns:
         One line per value that changed: `ppo.kl_coef: 0.05 → 0.1`.
@@ -187,7 +187,7 @@ class _ReplaceMapping(dict[str, Any]):
 
 
 def _merge(target: Any, override: dict[str, Any], prefix: str = "") -> list[str]:
-    """Mappings merge, everything else is replaced; null switches a section off, and removes any other key."""
+    """Merge mappings and replace everything else; null switches a section off, and removes any other key."""
     lines = []
     for key, value in override.items():
         name = f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Where things are. Every path of the project is derived from its root here."""
+"""Paths of the project, all derived from its root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from tasks.core.errors import ConfigError
 __all__ = ["DISABLED_MARKER", "stage_dir", "checkpoint_dir", "project_root", "state_dir"]
 
 DISABLED_MARKER = "OFF"
-"""A file of this name stands for the content of an output folder of a stage that is off."""
+"""Name of the only file in an output folder of a stage that is switched off."""
 
 
 def project_root() -> Path:
@@ -27,15 +27,15 @@ def project_root() -> Path:
 
 
 def stage_dir(stage: str) -> Path:
-    """The folder that holds everything the stage writes for other stages."""
+    """The folder of a stage's outputs."""
     return project_root() / "artifacts" / stage
 
 
 def state_dir() -> Path:
-    """The folder for what is neither source nor artifact (downloads, checkpoints); git and DVC ignore it."""
+    """The folder for local state (downloads, checkpoints), ignored by git and DVC."""
     return project_root() / ".rlhf"
 
 
 def checkpoint_dir(stage: str, key: str) -> Path:
-    """Where a stage keeps its checkpoints for one key: outside DVC's outs, which DVC deletes before a run."""
+    """A stage's checkpoint folder for one key: outside DVC's outs, which DVC deletes before a run."""
     return state_dir() / "checkpoints" / stage / key

@@ -1,4 +1,4 @@
-"""Several processes that train one model together, started by torchrun or accelerate.
+"""Collective operations for distributed training, started by torchrun or accelerate.
 
 Each rank computes its share of every batch, and all of them end up with the same model. Where a process is alone,
 every function gives back what it was given.
@@ -38,12 +38,12 @@ ItemT = TypeVar("ItemT")
 
 
 def init_distributed() -> None:
-    """Meet the other ranks, if there are any, and take this rank's GPU."""
+    """Initialise the process group, if there are several ranks, and select this rank's GPU."""
     PartialState(cpu=not torch.cuda.is_available())
 
 
 def barrier() -> None:
-    """Return when every rank has come here."""
+    """Wait for all ranks."""
     PartialState().wait_for_everyone()
 
 
@@ -53,15 +53,15 @@ def rank() -> int:
 
 
 def world_size() -> int:
-    """How many processes train together."""
+    """Number of ranks."""
     return int(PartialState().num_processes)
 
 
 def per_rank(total: int, what: str) -> int:
-    """How many of so many are each rank's.
+    """Divide a total equally among the ranks.
 
     Raises:
-        ConfigError: they cannot be shared equally.
+        ConfigError: the total does not divide equally.
     """
     if total % world_size():
         raise ConfigError(f"{what} is {total}, which {world_size()} ranks cannot share equally; change it or --ranks")
@@ -69,7 +69,7 @@ def per_rank(total: int, what: str) -> int:
 
 
 def shard(items: Sequence[ItemT], what: str) -> Sequence[ItemT]:
-    """This rank's part of the items: consecutive ones, so that all parts in the order of ranks are the whole.
+    """This rank's consecutive shard of the items.
 
     Raises:
         ConfigError: see `per_rank`.
@@ -79,7 +79,7 @@ def shard(items: Sequence[ItemT], what: str) -> Sequence[ItemT]:
 
 
 def all_gather(tensor: Tensor, *, pad: int = 0, left: bool = False) -> Tensor:
-    """Every rank's rows [B, ...] as one tensor [ranks · B, ...] in the order of ranks, where the tensor was.
+    """Gather every rank's rows [B, ...] into one tensor [ranks · B, ...] on the tensor's device, in rank order.
 
     Args:
         pad: fills the second dimension of the shorter ones.
@@ -93,12 +93,12 @@ def all_gather(tensor: Tensor, *, pad: int = 0, left: bool = False) -> Tensor:
 
 
 def all_gather_texts(local_texts: Sequence[str]) -> list[str]:
-    """Every rank's texts, in the order of ranks."""
+    """Gather every rank's texts, in rank order."""
     return list(gather_object(list(local_texts)))
 
 
 def all_reduce_sum(local: Any) -> Any:
-    """The sum over ranks of a dataclass of tensors that can be added."""
+    """Sum a dataclass of tensors over the ranks."""
     if world_size() == 1:
         return local
     detached = type(local)(**{field.name: getattr(local, field.name).detach().cpu() for field in fields(local)})
@@ -106,7 +106,7 @@ def all_reduce_sum(local: Any) -> Any:
 
 
 def check_in_sync(weights: Iterable[Tensor]) -> None:
-    """Make sure that every rank has the same weights.
+    """Check that every rank has the same weights.
 
     Raises:
         TrainingError: they differ, so the ranks have not worked together.
@@ -117,7 +117,7 @@ def check_in_sync(weights: Iterable[Tensor]) -> None:
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Give every rank the sum of all ranks' gradients."""
+    """Sum the gradients over all ranks."""
     if world_size() == 1:
         return
     for parameter in parameters:

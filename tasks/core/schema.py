@@ -1,4 +1,4 @@
-"""Row types at every stage boundary, and the one way to read and write them.
+"""Row types at the stage boundaries, and functions to read and write them.
 
 Rows live in JSON Lines files, one object a line, UTF-8, keys in the order of the fields below, so that equal rows
 are equal bytes.
@@ -27,7 +27,7 @@ __all__ = ["ROW_TYPES", "Demonstration", "Preference", "Prompt", "Rating", "Row"
 
 
 class Row(BaseModel):
-    """What all rows share: an identifier that is unique within its file."""
+    """Base of all rows: an identifier that is unique within its file."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -35,7 +35,7 @@ class Row(BaseModel):
 
 
 class Prompt(Row):
-    """The state in which a response begins."""
+    """A prompt, with the right answer where there is one."""
 
     prompt: str = Field(min_length=1)
     answer: str | None = Field(default=None, description="The right answer, where there is one that a rule can check.")
@@ -50,7 +50,7 @@ class Demonstration(Row):
 
 
 class Preference(Row):
-    """Of two responses to one prompt, the one that a person preferred.
+    """Two responses to one prompt, of which a person preferred `chosen`.
 
     `margin` is the difference of the two mean ratings (points of the rating scale) where it is known: it is negative
     when the sampled raters disagree with the mean of all. Of a label it is how much better the labeller finds the
@@ -102,7 +102,7 @@ RowT = TypeVar("RowT", bound=Row)
 
 
 def format_validation_error(error: ValidationError) -> str:
-    """A validation error in one line: each field, what is wrong with it, and the value found."""
+    """Format a validation error in one line: each field, what is wrong with it, and the value found."""
     parts = []
     for item in error.errors():
         location = ".".join(str(part) for part in item["loc"]) or "row"
@@ -112,7 +112,7 @@ def format_validation_error(error: ValidationError) -> str:
 
 
 def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
-    """All rows of a file that an earlier stage wrote; any flaw is an error, because that stage validated them.
+    """Read all rows of a file that an earlier stage wrote; any flaw is an error, for they were validated.
 
     Raises:
         DataError: the file is missing or empty, or a line does not fit; it names the file and the line.

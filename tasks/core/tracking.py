@@ -1,4 +1,4 @@
-"""What a stage may say about its run, and where it may keep checkpoints.
+"""Log metrics, tables and files of the current stage run, and find its checkpoint folder.
 
 Stages import this module, so it knows no vendor: whoever runs the stage attaches a recorder to it (see
 `tasks.core.stage`), and how runs are recorded can change without any stage having to run again. Without a
@@ -26,7 +26,7 @@ __all__ = [
 
 
 class Recorder(Protocol):
-    """Where a run's numbers, tables and files go."""
+    """Receiver of a run's metrics, tables and files."""
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None: ...
 
@@ -37,7 +37,7 @@ class Recorder(Protocol):
 
 @dataclass(frozen=True)
 class ActiveRun:
-    """The stage run that is going on in this process."""
+    """The current stage run of this process."""
 
     stage: str
     recorder: Recorder | None = None
@@ -51,7 +51,7 @@ _active: ActiveRun | None = None
 
 @contextmanager
 def active_run(run: ActiveRun) -> Iterator[None]:
-    """Make this the run that the functions below speak of."""
+    """Make this the current run of the functions below."""
     global _active
     previous, _active = _active, run
     try:
@@ -62,7 +62,7 @@ def active_run(run: ActiveRun) -> Iterator[None]:
 
 @contextmanager
 def prefixed(name: str) -> Iterator[None]:
-    """Within it, numbers carry this name and checkpoints have a folder of it: for one of several models of a stage."""
+    """Prefix metrics and checkpoint folders with a name: for one of several models of a stage."""
     if _active is None:
         yield
         return
@@ -72,19 +72,19 @@ def prefixed(name: str) -> Iterator[None]:
 
 
 def log_metrics(metrics: Mapping[str, float], step: int | None = None) -> None:
-    """Record numbers, at a step if they belong to a curve."""
+    """Log metrics, at a step if they belong to a curve."""
     if _active and _active.recorder:
         _active.recorder.log_metrics({_active.prefix + name: value for name, value in metrics.items()}, step)
 
 
 def log_samples(name: str, rows: Sequence[Mapping[str, object]], step: int | None = None) -> None:
-    """Record rows as a table, for example prompts, responses and their rewards; later steps are appended to it."""
+    """Log rows as a table, for example prompts, responses and their rewards; later steps are appended."""
     if _active and _active.recorder:
         _active.recorder.log_samples(name, rows, step)
 
 
 def log_file(path: Path, folder: str | None = None) -> None:
-    """Keep a copy of a file with the run, in a folder of its artifacts."""
+    """Log a copy of a file to a folder of the run's artifacts."""
     if _active and _active.recorder:
         _active.recorder.log_file(path, folder)
 

@@ -1,6 +1,6 @@
-"""What the stages that train with Hugging Face trainers share: arguments, history, checkpoints.
+"""Arguments, history and checkpoints of the stages that train with Hugging Face trainers.
 
-A run that was killed and is started again goes on from its newest checkpoint; on a CPU its outputs are byte for byte
+A run that was killed and is started again resumes from its newest checkpoint; on a CPU its outputs are byte for byte
 those of a run that was never interrupted. (On a GPU even two uninterrupted runs need not be equal to the last bit.)
 The checkpoints are transformers' own. Three things that they lack are added here: a mark that one is whole, an order
 of the data that follows from the epoch, and TRL's count of tokens.
@@ -56,11 +56,11 @@ A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is
 SNAPSHOTS_DIR = "policies"
 
 COMPLETE_MARKER = "whole"
-"""An empty file, written last: a checkpoint without it was cut short."""
+"""An empty file, written last: a checkpoint without it is incomplete."""
 
 
 def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
-    """Trainer arguments that all stages share: exact precision, checkpoints where the run keeps them, no reports.
+    """Trainer arguments shared by all stages: precision, checkpoint folder, no reporting.
 
     Several ranks share each batch, so that they take the steps that one process would take.
 
@@ -97,7 +97,7 @@ def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epoch
 
 
 def scratch_folder() -> str:
-    """A temporary folder for what a trainer insists on writing; removed when the process ends."""
+    """A temporary output folder for a trainer, removed when the process ends."""
     folder = tempfile.TemporaryDirectory(prefix="rlhf-trainer-")
     _SCRATCH.append(folder)
     return folder.name
@@ -107,7 +107,7 @@ _SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
 
 
 def train_or_resume(trainer: Trainer) -> None:
-    """Train, from the newest whole checkpoint if an interrupted run has left one.
+    """Train, resuming from the newest complete checkpoint if there is one.
 
     Raises:
         TrainingError: the loss or the gradient is not finite, or the ranks have not trained the same model.
@@ -118,7 +118,7 @@ def train_or_resume(trainer: Trainer) -> None:
         # TRL logs this count and saves it nowhere else.
         setattr(trainer, "_total_train_tokens", int(logged.get("num_tokens", 0)))  # noqa: B010
     assert trainer.model is not None
-    # Accelerate takes a model that was only evaluated for one that is ready to train, and each rank would train alone.
+    # Accelerate takes a model that was only evaluated as prepared for training; each rank would then train alone.
     setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
     without_printer(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     ranks.check_in_sync(weight for weight in trainer.model.parameters() if weight.requires_grad)
@@ -152,7 +152,7 @@ class HistoryCallback(TrainerCallback):
         if state.global_step and state.is_world_process_zero:
             place = f"step {state.global_step} of {state.max_steps}"
             print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
-        for entry in state.log_history:  # the curves of a run that goes on are whole, too
+        for entry in state.log_history:  # the curves of a resumed run are complete, too
             tracking.log_metrics(_numeric(entry), step=int(entry["step"]))
         self._bar = tqdm(
             total=state.max_steps,
@@ -170,7 +170,7 @@ class HistoryCallback(TrainerCallback):
         train_dataloader: Any = None,
         **kwargs: Any,
     ) -> None:
-        """Let the order of the data follow from the seed and the epoch.
+        """Derive the order of the data from the seed and the epoch.
 
         It would else follow from all orders drawn before, and a run that goes on in a later epoch draws none of them:
         it would take the first epoch's order. The first epoch's is the trainer's own.
@@ -187,7 +187,7 @@ class HistoryCallback(TrainerCallback):
             control.should_save = False  # nothing is left to go on with, and this step need not have been logged
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Mark the checkpoint as whole, once all of it, every rank's part, is on the disk."""
+        """Mark the checkpoint as complete once every rank's part is on the disk."""
         ranks.barrier()
         if not state.is_world_process_zero:
             return
@@ -210,7 +210,7 @@ class HistoryCallback(TrainerCallback):
         logs: Mapping[str, Any] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Runs before the checkpoint of the same step, so weights that are not finite are never saved."""
+        """Log; stop on a loss that is not finite, before the checkpoint of that step is saved."""
         numbers = _numeric(logs or {})
         if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
             checkpoint = _newest_checkpoint()
@@ -225,7 +225,7 @@ class HistoryCallback(TrainerCallback):
 
 
 class PolicySnapshots:
-    """Keeps the adapters of a policy on its way, in `policies/<update>/adapter` of the stage's folder.
+    """Snapshots of a policy during training, in `policies/<update>/adapter` of the stage's folder.
 
     Until the end they lie with the run's checkpoints, so that an interrupted run that goes on still has them.
     """
@@ -235,12 +235,12 @@ class PolicySnapshots:
         self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
 
     def save(self, update: int, model: PeftModel) -> None:
-        """Keep it if this update is one of those."""
+        """Save a snapshot if this update is due."""
         if update % self._every == 0 and ranks.rank() == 0:
             save_adapter(model, self._folder / f"{update:04d}")
 
     def publish(self) -> None:
-        """Put them where the stage writes."""
+        """Copy the snapshots into the stage's output folder."""
         self._folder.mkdir(parents=True, exist_ok=True)
         if self._folder != self._out:
             shutil.copytree(self._folder, self._out, dirs_exist_ok=True)
@@ -254,7 +254,7 @@ def _row(entry: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _numeric(entry: Mapping[str, Any]) -> dict[str, float]:
-    """The numbers that a trainer logged; the step that they belong to is none of them."""
+    """The numeric values of a log entry, without its step."""
     return {key: float(value) for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
 
@@ -262,7 +262,7 @@ TrainerT = TypeVar("TrainerT", bound=Trainer)
 
 
 def without_printer(trainer: TrainerT) -> TrainerT:
-    """The trainer without its habit of printing every log as a dictionary; `HistoryCallback` shows progress."""
+    """Remove PrinterCallback; `HistoryCallback` shows progress."""
     trainer.remove_callback(PrinterCallback)
     return trainer
 

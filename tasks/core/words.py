@@ -1,4 +1,4 @@
-"""How texts are counted: what a word is, what an n-gram is, and how much of a text says itself again."""
+"""Words, n-grams, and repetition statistics of texts."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
 
 
 def repetition_rate(text: str, n: int = REPETITION_NGRAM) -> float:
-    """Share of the text's word n-grams that already occurred in it, in [0, 1); 0 for a text without any n-gram.
+    """Share of the text's word n-grams that repeat an earlier one, in [0, 1); 0 for a text without n-grams.
 
     It is 1 − distinct-n of the one text (Li et al. 2016, arXiv 1510.03055, section 5.2).
     """
@@ -41,7 +41,7 @@ def repetition_rate(text: str, n: int = REPETITION_NGRAM) -> float:
 
 
 def distinct_n(texts: Sequence[str], n: int) -> float:
-    """Different n-grams over all n-grams of all texts together, in [0, 1]; 0 when there is none.
+    """Distinct n-grams over all n-grams of all texts together, in [0, 1]; 0 when there is none.
 
     Li et al. 2016 (arXiv 1510.03055), section 5.2. It falls as texts are added, so compare only equal numbers of texts
     of similar length. A policy that collapses onto one answer shows here although each answer is fine by itself.

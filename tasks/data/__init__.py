@@ -1,1 +1,1 @@
-"""Where rows come from and how they are cleaned, split, paired and described."""
+"""Read, clean, split and pair rows."""

@@ -1,4 +1,4 @@
-"""How far people agree with each other on which of two texts is better: the mark to hold a reward model against."""
+"""Agreement of raters on which of two texts is better: the ceiling of a reward model's accuracy."""
 
 from __future__ import annotations
 

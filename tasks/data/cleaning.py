@@ -1,4 +1,4 @@
-"""From collected rows to clean ones: validation against the schema, quarantine, one form of Unicode and white space."""
+"""Validate, quarantine and normalise collected rows."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _RAW_CHARACTERS = 2000  # of a quarantined row that are kept; enough to find it,
 
 @dataclass
 class CleanResult:
-    """What became of the collected rows.
+    """Result of cleaning the collected rows.
 
     Attributes:
         rows: valid rows, normalised, in the order of the sources.
@@ -58,7 +58,7 @@ def clean(collect: Path) -> CleanResult:
 
 
 def check_quarantine(cleaned: CleanResult, file: Path, bound: float) -> None:
-    """Stop when more of the rows are malformed than the bound allows.
+    """Check that the share of malformed rows is within the bound.
 
     Raises:
         DataError: with the counts, the file, and the first reasons.
@@ -74,7 +74,7 @@ def check_quarantine(cleaned: CleanResult, file: Path, bound: float) -> None:
 
 
 def split_key(row: Row) -> str:
-    """What decides the row's split: its prompt where several rows may share one, else its whole text."""
+    """The text that decides the row's split: its prompt where rows may share one, else its whole text."""
     if isinstance(row, Rating):
         return row.text
     if isinstance(row, Preference) and not row.prompt:
@@ -97,7 +97,7 @@ def full_texts(row: Row) -> list[str]:
 
 
 def filter_by_length(cleaned: CleanResult, params: PrepareParams) -> list[Row]:
-    """The rows whose length fits; the others are counted.
+    """Keep the rows whose length fits; count the others.
 
     Rated texts and demonstrations keep to both bounds, prompts to the upper one. A preference is kept at any length
     (training cuts it by tokens) unless `max_preference_words` says otherwise, or its sides agree in their first
@@ -135,7 +135,7 @@ def _envelopes(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def _route_row(envelope: dict[str, Any], row_type: type[Row], source: str, seen: set[str], result: CleanResult) -> None:
-    """Put one collected row where it belongs: among the rows, or into quarantine."""
+    """Route one collected row to the valid rows or to quarantine."""
     row: Row | None = None
     reason: str | None = envelope.get("error")
     if reason is None:
@@ -153,7 +153,7 @@ def _route_row(envelope: dict[str, Any], row_type: type[Row], source: str, seen:
 
 
 def _validated(content: dict[str, Any], row_type: type[Row]) -> tuple[Row, None] | tuple[None, str]:
-    """The normalised row, or why it is none. Validated before (for exact messages) and after normalising."""
+    """The normalised row, or the reason it is invalid. Validated before and after normalising."""
     try:
         row = row_type.model_validate(content)
         row = row_type.model_validate(_normalised(row))

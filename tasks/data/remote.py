@@ -1,4 +1,4 @@
-"""Rows from the Hugging Face hub, and procedural tasks from reasoning-gym."""
+"""Read rows from the Hugging Face hub, and procedural tasks from reasoning-gym."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from tasks.core.sections.collect import SourceParams
 
 __all__ = ["read_hub", "read_reasoning_gym"]
 
-_DEFAULT_TASKS = 1000  # reasoning-gym makes as many as it is asked for
+_DEFAULT_TASKS = 1000  # reasoning-gym generates any number
 
 
 def read_hub(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int, object]], dict[str, object]]:

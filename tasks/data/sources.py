@@ -28,7 +28,7 @@ __all__ = ["READERS", "SourceRows", "collect_source"]
 
 @dataclass(frozen=True)
 class SourceRows:
-    """What one source gave.
+    """Rows of one source, and their origin.
 
     Attributes:
         rows: one envelope per row: {file, line, row: object}, or {file, line, raw, error} where a line is no row.
@@ -60,7 +60,7 @@ def collect_source(source: SourceParams, seed: int) -> SourceRows:
 
 
 def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> dict[str, Any]:
-    """A row with where it came from; a `str` is a line that could not be parsed, as `reason`, newline, the line."""
+    """Wrap a row with its file and line; a `str` is an unparsable line, as `reason`, newline, the line."""
     if isinstance(content, str):
         error, _, raw = content.partition("\n")
         return {"file": file, "line": line, "raw": raw, "error": error}
@@ -78,7 +78,7 @@ def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> di
 
 
 def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
-    """The row type's fields out of a source's columns; a column that no field asks for is left behind."""
+    """Map a source's columns to the row type's fields; other columns are dropped."""
     fields = ROW_TYPES[source.row_type].model_fields
     row = {name: content[column] for name in fields if (column := source.columns.get(name, name)) in content}
     row["id"] = f"{source.name}-{row.get('id', line)}"
@@ -94,7 +94,7 @@ def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) ->
 
 
 def _ratings(value: Any) -> Any:
-    """A list of ratings however a file spells it: a list, `[1, 2]` in a CSV cell, or one number."""
+    """Parse ratings: a list, `[1, 2]` in a CSV cell, or one number."""
     if isinstance(value, str):
         try:
             value = json.loads(value)
@@ -107,7 +107,7 @@ _ASSISTANT = "\n\nAssistant:"
 
 
 def _split_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Prompt and answers of two whole dialogues that part in the assistant's last turn (Anthropic hh-rlhf).
+    """Split two dialogues that differ in the assistant's last turn (Anthropic hh-rlhf) into prompt and answers.
 
     Sides of any other form share no prompt: the pair compares whole texts.
     """

@@ -1,4 +1,4 @@
-"""Which split and which half a text belongs to: decided by its own hash, so that new texts never move old ones."""
+"""Assign texts to splits and halves by their hash, so that new texts never move old ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ TextT = TypeVar("TextT", bound=object)
 
 
 def hash_uniform(text: str, seed: int, purpose: str) -> float:
-    """A number in [0, 1) that depends on nothing but the arguments; different purposes are independent."""
+    """Hash the arguments to a number in [0, 1); different purposes are independent."""
     digest = hashlib.blake2b(f"{seed}\x1f{purpose}\x1f{text}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") / 2**64
 
@@ -33,10 +33,10 @@ def split_of(text: str, params: PrepareParams, seed: int) -> Split:
 
 
 def rater_half(text: str, params: PrepareParams, seed: int) -> Half:
-    """Whether a rated text serves the pipeline (proxy) or the judge that training never sees (gold)."""
+    """The half of a rated text: the pipeline's (proxy), or the gold judge's alone (gold)."""
     return "gold" if hash_uniform(text, seed, "half") < params.gold_share else "proxy"
 
 
 def in_stable_order(items: Iterable[tuple[str, TextT]], seed: int) -> list[TextT]:
-    """The items of (text, item) pairs in an order that looks random and that additions do not disturb."""
+    """The items of (text, item) pairs in a pseudo-random order that additions do not disturb."""
     return [item for _, item in sorted(items, key=lambda pair: (hash_uniform(pair[0], seed, "order"), pair[0]))]

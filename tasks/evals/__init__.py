@@ -1,1 +1,1 @@
-"""How good a policy is, and whether its reward can be believed."""
+"""Evaluation of policies: win rates, judges, reward-hacking findings and the report."""

@@ -1,4 +1,4 @@
-"""What a judge behind an endpoint has answered: kept one by one, so that no question is paid for twice."""
+"""Cache on disk of the replies of a judge behind an endpoint, so that no request is paid for twice."""
 
 from __future__ import annotations
 
@@ -15,26 +15,26 @@ __all__ = ["JudgeCache", "request_key"]
 
 
 class CacheEntry(Row):
-    """One line of the file; `id` is the hash of what was asked and of whom."""
+    """One line of the file; `id` is the hash of the judge and the request."""
 
     judge: dict[str, str]
     reply: Reply
 
 
 class JudgeCache:
-    """A file that only grows; a killed run has lost no answer but the one that it waited for."""
+    """Append-only file of replies; a killed run loses only the reply that it was waiting for."""
 
     def __init__(self, path: Path) -> None:
-        """Read what is there.
+        """Read the replies in the file.
 
         Raises:
-            DataError: a line is no answer; it names the file and the line.
+            DataError: a line is malformed; the message names the file and the line.
         """
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         complete_bytes = path.read_bytes().rfind(b"\n") + 1
-        os.truncate(path, complete_bytes)  # a last line without its end is one that a killed run did not finish
+        os.truncate(path, complete_bytes)  # drops an incomplete last line, which a killed run did not finish
         self._replies = {entry.id: entry.reply for entry in read_rows(path, CacheEntry)} if complete_bytes else {}
 
     def __contains__(self, key: str) -> bool:
@@ -44,7 +44,7 @@ class JudgeCache:
         return self._replies[key]
 
     def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
-        """Write it down before anything else is asked."""
+        """Append the reply at once, before the next request."""
         self._replies[key] = reply
         entry = CacheEntry(id=key, judge=dict(judge_id), reply=reply)
         with self._path.open("a", encoding="utf-8", newline="\n") as file:
@@ -52,5 +52,5 @@ class JudgeCache:
 
 
 def request_key(judge_id: Mapping[str, str], request: Mapping[str, object]) -> str:
-    """The hash of a request as a whole and of who gets it."""
+    """Hash of the judge and the complete request."""
     return hashlib.sha256(json.dumps([judge_id, request], sort_keys=True).encode()).hexdigest()

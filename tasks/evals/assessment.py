@@ -1,4 +1,4 @@
-"""How well scores of single texts match what people said of them: correlation, error, parting of two classes."""
+"""Metrics of scores against human ratings or labels of single texts: correlation, error, AUC."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["area_under_curve", "classification_metrics", "correlation", "rank_co
 
 
 def rating_metrics(scores: Tensor, ratings: Tensor) -> dict[str, float]:
-    """Of scores [N] that estimate mean ratings [N]: correlation, and the error in points."""
+    """Correlation and mean absolute error, in points, of scores [N] that estimate mean ratings [N]."""
     return {
         "heldout_texts": len(ratings),
         "heldout_correlation": correlation(scores, ratings),
@@ -18,7 +18,7 @@ def rating_metrics(scores: Tensor, ratings: Tensor) -> dict[str, float]:
 
 
 def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
-    """Of log-odds [N] that a text is of the good class, and whether it is [N]; probability ½ decides."""
+    """Accuracy at probability ½ and AUC of log-odds [N] against binary labels [N]."""
     return {
         "heldout_texts": len(labels),
         "heldout_good_share": labels.float().mean().item(),
@@ -28,19 +28,19 @@ def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
 
 
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson's."""
+    """Pearson correlation."""
     return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Spearman's: Pearson's of the ranks, equal values sharing the mean of theirs."""
+    """Spearman rank correlation: Pearson correlation of the ranks; ties share their mean rank."""
     return correlation(_ranks(x), _ranks(y))
 
 
 def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """How often a good text scores above another one, ties counting half; NaN where all are of one class.
+    """Probability that a positive scores above a negative, ties counting ½; NaN where all labels are equal.
 
-    By the rank sum of the good ones: (Σ ranks − n₁(n₁ + 1)/2) / (n₁·n₀) (Mann & Whitney 1947).
+    From the rank sum of the positives: (Σ ranks − n₁(n₁ + 1)/2) / (n₁·n₀) (Mann & Whitney 1947).
     """
     ranks, positive = _ranks(scores), labels.bool()
     count = int(positive.sum())
@@ -49,6 +49,6 @@ def area_under_curve(scores: Tensor, labels: Tensor) -> float:
 
 
 def _ranks(values: Tensor) -> Tensor:
-    from scipy.stats import rankdata  # which takes a moment
+    from scipy.stats import rankdata  # slow to import
 
     return torch.from_numpy(rankdata(values.double().numpy()))

@@ -1,4 +1,4 @@
-"""How well a preference model's probabilities and orderings match people's."""
+"""Calibration and accuracy of a preference model against human preferences."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ MARGIN_BUCKETS = _MarginBuckets()
 
 
 def margin_bucket(margin: float) -> str:
-    """The name of the bucket that an absolute margin falls into; a lower edge belongs to its bucket."""
+    """Name of the bucket of an absolute margin; the lower edge belongs to the bucket."""
     index = sum(abs(margin) >= edge for edge in MARGIN_BUCKETS.edges) - 1
     return MARGIN_BUCKETS.names()[index]
 
 
 def accuracy_by_margin(score_differences: Tensor, margins: Tensor, ceiling: Mapping[str, float]) -> list[dict[str, Any]]:
-    """One row per bucket: pairs, the share ordered as people order them, and the raters' own agreement.
+    """One row per bucket: number of pairs, accuracy of the model, and agreement among raters.
 
     Args:
         score_differences: [N] score of the chosen minus score of the rejected text.
@@ -50,10 +50,10 @@ def accuracy_by_margin(score_differences: Tensor, margins: Tensor, ceiling: Mapp
 
 
 def calibration_table(score_differences: Tensor, bins: int = 10) -> tuple[list[dict[str, Any]], float]:
-    """Stated against observed probability, and the expected calibration error (Guo et al. 2017, equation 3).
+    """Predicted against observed probability, and the expected calibration error (Guo et al. 2017, equation 3).
 
-    A pair is read in the direction that the model states with at least one half: the stated probability is
-    max(σ(gap), σ(−gap)), and the observation is whether people agreed. Bins are equally wide between ½ and 1.
+    Each pair is oriented so that the predicted probability is at least ½: it is
+    max(σ(gap), σ(−gap)), and the observation is whether people agree. Bins are equally wide between ½ and 1.
     """
     stated = torch.sigmoid(score_differences.abs().double())
     agreed = (score_differences > 0).double()

@@ -1,4 +1,4 @@
-"""The card of a registered policy: what it is, what it was made from, how good it is and what it is not."""
+"""Model card of a registered policy: training, data, evaluation, gate decision and limits."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ METHODS = {
     ),
     "dpo": ("DPO on pairs of responses", ("preferences",)),
 }
-"""How a policy is trained, and the sections of params.yaml that count beside its own, those of SFT and `lora`."""
+"""Policy → training method, and the sections of params.yaml that it uses beside its own, `sft` and `lora`."""
 
 
 @dataclass(frozen=True)
 class ModelCard:
-    """What a card tells.
+    """Content of a model card.
 
     Attributes:
         adapter: the folder holds the SFT model and an adapter, and not one merged model.
@@ -44,7 +44,7 @@ class ModelCard:
 
 
 def render_model_card(card: ModelCard) -> str:
-    """The text of README.md, with front matter as the Hugging Face hub reads it."""
+    """Render README.md with the front matter of the Hugging Face hub."""
     origin, policy = card.origin, card.version.policy
     method, sections = METHODS[policy]
     return load_template("card.md.j2", {"cell": _escape_cell}, autoescape=False).render(
@@ -68,7 +68,7 @@ def render_model_card(card: ModelCard) -> str:
 
 
 def _front_matter(card: ModelCard) -> list[str]:
-    """Each line as `key: JSON`, which is YAML."""
+    """Lines `key: JSON`, which is valid YAML."""
     base = card.origin.base_model
     fields: dict[str, Any] = {
         "license": _licence(card.origin),
@@ -82,7 +82,7 @@ def _front_matter(card: ModelCard) -> list[str]:
 
 
 def _licence(origin: Origin) -> str:
-    """The base model's, as the hub writes it."""
+    """Licence of the base model in the hub's spelling."""
     return str(origin.base_model.get("licence") or "unknown").lower()
 
 
@@ -93,5 +93,5 @@ def _flatten(section: str, origin: Origin) -> list[tuple[str, str]]:
 
 
 def _escape_cell(value: object) -> str:
-    """Text that stays within its cell of a Markdown table."""
+    """Escape a value for a cell of a Markdown table."""
     return str(value).replace("|", "\\|").replace("\n", " ")

@@ -1,4 +1,4 @@
-"""The columns of the report's table: a column is shown where the evaluation has its key."""
+"""Columns of the report's table; a column is shown if the evaluation has its key."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ __all__ = ["COLUMNS", "Cell", "Column", "cells", "columns_of", "format_signed"]
 
 Row = Mapping[str, float]
 Cell = tuple[str, str]
-"""What a cell says, and below it in small print."""
+"""Text of a cell, and its small print."""
 
 
 @dataclass(frozen=True)
 class Column:
-    """One column.
+    """Column of the table.
 
     Attributes:
         key: of the table.
         heading: its lines.
-        show: the number as text.
-        meaning: for readers who do not know it; "" where an earlier column or the judge's own entry has told.
-        subtext: what stands below the number, given the row and the key.
+        format_value: the number as text.
+        meaning: explanation of the column; "" if an earlier column or the judge's entry explains it.
+        subtext: small print below the number, from the row and the key.
     """
 
     key: str
@@ -35,7 +35,7 @@ class Column:
 
 
 def format_signed(value: float) -> str:
-    """Two decimals with a sign, as typographers write it; a value that rounds to 0 has none."""
+    """Format with two decimals and a sign (true minus); a value that rounds to 0 has no sign."""
     text = f"{value:+.2f}"
     return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
 
@@ -96,7 +96,7 @@ COLUMNS = (
         "error.", _stderr_subtext,
     ),
     Column(
-        "unfamiliar", ("Un-", "familiar"), _whole_percent,
+        "ood_share", ("Un-", "familiar"), _whole_percent,
         "Share of responses that lie far from what the reward model was fitted on, where its score is a guess.",
     ),
     Column("length", ("Words",), lambda value: f"{value:.1f}", "Per response, punctuation not counted."),
@@ -107,22 +107,22 @@ COLUMNS = (
         "same everywhere.",
     ),
     Column(
-        "no_end_share", ("No end",), _whole_percent,
+        "truncated_share", ("No end",), _whole_percent,
         "Share of responses that were cut at the length limit because the policy had not finished.",
     ),
 )  # fmt: skip
-"""From left to right."""
+"""Columns from left to right."""
 
 CORRECT_COLUMN = Column("reward_gold", ("Right", "answers"), _whole_percent, "Share of right answers: the gold judge's mean.")
-"""What `reward_gold` is where the gold judge is the right answer."""
+"""Column of `reward_gold` if the gold judge is the right answer."""
 
 
 RULE_COLUMN = Column("reward_gold", ("Gold", "rule"), format_signed, "The mean of the rule that judges in place of people.")
-"""What `reward_gold` is where `evaluate.gold_rule` is set."""
+"""Column of `reward_gold` if `evaluate.gold_rule` is set."""
 
 
 def columns_of(table: Table, *, has_gold_judge: bool, has_gold_rule: bool = False) -> list[Column]:
-    """Those that the table has numbers for.
+    """Columns whose key is in the table.
 
     Args:
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
@@ -137,7 +137,7 @@ def columns_of(table: Table, *, has_gold_judge: bool, has_gold_rule: bool = Fals
 
 
 def cells(table: Table, columns: Sequence[Column]) -> dict[str, list[Cell]]:
-    """Policy → its cells; a dash where it has no number, and for the reference's win rates against itself."""
+    """Cells of each policy; a dash for a missing number and for the win rates of the reference against itself."""
     return {policy: [_format_cell(policy, row, column) for column in columns] for policy, row in table.items()}
 
 

@@ -1,4 +1,4 @@
-"""From one record per response to one row of numbers per policy."""
+"""Aggregate scored responses into one row of metrics per policy."""
 
 from __future__ import annotations
 
@@ -31,28 +31,28 @@ __all__ = [
 REFERENCE = "sft"
 
 WIN_RATE_KEYS: Mapping[str, str] = {"gold": "win_rate", "vader": "win_rate_vader", "proxy": "win_rate_proxy"}
-"""Who compares two responses → the prefix of its keys in the table; see `judges_of` for those that did."""
+"""Judge → prefix of its keys in the table; `judges_of` gives the judges of one table."""
 
 JUDGE_NAMES = {"gold": "gold judge", "judge": "LLM judge", "vader": "VADER", "proxy": "proxy reward"}
-"""As people read them; the LLM judge compares pairs and gives no score, so that it has a win rate and no gain."""
+"""Display names; the LLM judge compares pairs without a score, so it has a win rate and no gain."""
 
 HEADLINE = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_vader", "win_rate_proxy", "reward_gold", "reward_proxy",
     "accuracy_strict", "accuracy_flexible", "vader", "kl", "kl_stderr", "length", "repetition", "distinct_2",
-    "no_end_share", "win_rate_judge", "judge_first", "judge_inconsistent", "success", "success_low", "success_high",
+    "truncated_share", "win_rate_judge", "judge_first", "judge_inconsistent", "success", "success_low", "success_high",
     "turns",
 )  # fmt: skip
-"""The keys that metrics.json repeats for DVC and MLflow, where they are there; policies.json has all."""
+"""Keys of the table that metrics.json repeats for DVC and MLflow; policies.json has all keys."""
 
 DIGITS = 6
-"""Decimals kept in tables: more than any interval here can tell apart."""
+"""Decimals kept in tables: finer than any interval here can resolve."""
 
 Table = dict[str, dict[str, float]]
 """Policy → key → number; what the keys mean: `compare_policies`."""
 
 
 class ScoredResponse(Row):
-    """One response of one policy with everything measured on it; `id` is `<policy>/<prompt id>`."""
+    """Response of a policy with all its scores and metrics; `id` is `<policy>/<prompt id>`."""
 
     policy: str
     prompt_id: str
@@ -77,32 +77,32 @@ class ScoredResponse(Row):
         "`flexible` as its last number.",
     )
     metrics: dict[str, float] = Field(
-        default_factory=dict, description="What the reward's components noticed about the response; reported, not paid."
+        default_factory=dict, description="Metrics of the reward's components about the response, not rewarded."
     )
     conversation: str | None = Field(
-        default=None, description="What both sides said after the prompt, where an environment answered."
+        default=None, description="Transcript after the prompt, if an environment answered."
     )
 
     @property
     def display_text(self) -> str:
-        """What a reader should see after the prompt."""
+        """Transcript of the conversation if there is one, else the response."""
         return self.conversation or self.response
 
     def score(self, judge: str) -> float | None:
-        """The score that the judge gave, if it judged."""
+        """Score of the judge; None if it did not judge."""
         return {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}[judge]
 
 
 def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: int) -> Table:
-    """One row per policy, in the order in which the records name them.
+    """Compute one row of metrics per policy, in the order of the records.
 
     Keys: `n` prompts; `reward_proxy`, `reward_gold`, `reward_<component>` means; `win_rate`, `win_rate_vader`,
     `win_rate_proxy` against the reference by the gold judge, VADER and the proxy, each with `_low` and `_high` (95 %
     bootstrap interval over prompts; the reference itself has ½) and `_ties`, the share of equal scores; `gain_gold`,
     `gain_vader`, `gain_proxy` mean difference to the reference in standard deviations of the reference's scores, each
     with `_stderr`; `kl` nats per response with `kl_stderr`, and `kl_k3`; `length` in words, `length_tokens`;
-    `repetition`; `distinct_1`, `distinct_2`; `no_end_share`; the mean of each measure under its name, such as
-    `unfamiliar`. Where VADER judges, its mean `vader`.
+    `repetition`; `distinct_1`, `distinct_2`; `truncated_share`; the mean of each measure under its name, such as
+    `ood_share`. Where VADER judges, its mean `vader`.
     Where right answers are known: `accuracy_strict`, `accuracy_flexible` over those prompts, with `_low` and `_high`.
     Where an environment answered: `success`, the share of conversations that it paid for, with `_low` and `_high`, and
     the mean number of `turns`; lengths, repetition and the like are then those of the policy's own words.
@@ -132,18 +132,18 @@ def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: i
 
 
 def headline(table: Table) -> Table:
-    """The part of the table that metrics.json repeats."""
+    """Part of the table that metrics.json repeats."""
     return {policy: {key: row[key] for key in HEADLINE if key in row} for policy, row in table.items()}
 
 
 def judges_of(table: Table) -> dict[str, str]:
-    """The judges that this table knows, each with the prefix of its keys."""
+    """Judges with scores in this table, with the prefix of their keys."""
     row = next(iter(table.values()))
     return {judge: prefix for judge, prefix in WIN_RATE_KEYS.items() if prefix in row}
 
 
 def win_rates_of(table: Table) -> dict[str, str]:
-    """The judges that have a win rate here, each with the prefix of its keys."""
+    """Judges with a win rate in this table, with the prefix of their keys."""
     known = {judge: WIN_RATE_KEYS.get(judge, f"win_rate_{judge}") for judge in JUDGE_NAMES}
     return {judge: prefix for judge, prefix in known.items() if any(f"{prefix}_low" in row for row in table.values())}
 
@@ -161,7 +161,7 @@ def _align_by_prompt(group: Sequence[ScoredResponse], reference: Sequence[Scored
 
 
 def _policy_metrics(group: Sequence[ScoredResponse]) -> dict[str, float]:
-    """What a policy's responses show without looking at another policy."""
+    """Metrics of one policy's responses alone."""
     texts = [record.response for record in group]
     kl, kl_stderr = mean_and_error([record.kl for record in group])
     return {
@@ -179,12 +179,12 @@ def _policy_metrics(group: Sequence[ScoredResponse]) -> dict[str, float]:
         "repetition": _mean([repetition_rate(text) for text in texts]),
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
-        "no_end_share": _mean([not record.ended for record in group]),
+        "truncated_share": _mean([not record.ended for record in group]),
     }
 
 
 def _accuracies(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
-    """How often the answer is right, over the prompts whose right answer is known; nothing where none is."""
+    """Accuracy over the prompts with a known answer; empty if there are none."""
     known = [record.correct for record in group if record.correct is not None]
     row: dict[str, float] = {}
     for reading in known[0] if known else ():
@@ -195,7 +195,7 @@ def _accuracies(group: Sequence[ScoredResponse], samples: int, seed: int) -> dic
 
 
 def _success(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
-    """The interval of the share of conversations that reached their goal; nothing where there were none."""
+    """Success rate of conversations with its interval; empty if there were none."""
     if "success" not in group[0].metrics:
         return {}
     share = bootstrap_mean([record.metrics["success"] for record in group], samples=samples, seed=seed)

@@ -1,4 +1,4 @@
-"""A policy against the one in use: the same held-out prompts, the same random numbers, the same judges."""
+"""Comparison of a policy with the champion on the same held-out prompts, random seed and judges."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["compare_with_champion"]
 
 @dataclass(frozen=True)
 class _ChampionResponse:
-    """The champion's answer to one prompt; see `tasks.evals.noninferiority.Scored`."""
+    """Champion's response to one prompt; see `tasks.evals.noninferiority.ResponseScores`."""
 
     response: str
     ended: bool
@@ -42,9 +42,9 @@ def compare_with_champion(
     champion_policy: str,
     environment: EnvironmentParams | None = None,
 ) -> dict[str, Interval]:
-    """Each metric of the policy beside the champion, with its 95 % bootstrap interval over prompts.
+    """Compute each metric of the challenger against the champion, with its 95 % bootstrap interval over prompts.
 
-    The policy's answers are those of the evaluation; the champion answers the same prompts now.
+    The challenger's responses are those of the evaluation; the champion responds to the same prompts now.
 
     Args:
         policy: the challenger, as the evaluation names it.
@@ -52,10 +52,10 @@ def compare_with_champion(
         artifacts: what the stages wrote.
         champion: the champion's base model, SFT and policy, laid out as in artifacts.
         champion_policy: the name of its policy.
-        environment: that of the evaluation; the champion talks with it, too.
+        environment: environment of the evaluation, used for the champion too.
 
     Raises:
-        DataError: there is nothing that could judge.
+        DataError: no judge is available.
         ModelError: a folder is incomplete.
     """
     init_process()
@@ -74,7 +74,7 @@ def compare_with_champion(
 def _score_answers(
     answers: Sequence[SampledResponse], prompts: Sequence[Prompt], artifacts: Path, params: EvaluateParams
 ) -> list[_ChampionResponse]:
-    """The answers with the scores of the judges of the evaluation."""
+    """Score the champion's responses with the judges of the evaluation."""
     prompt_texts, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
     gold = [answer.environment_reward for answer in answers if answer.environment_reward is not None] or load_gold_reward(
         prompts, artifacts / "base_model", artifacts / "gold_judge", params.gold_rule

@@ -1,4 +1,4 @@
-"""The responses that say most: where a policy gained and lost most, and where the judges part."""
+"""Example responses for the report: largest gains, losses and disagreements between proxy and gold."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from tasks.evals.statistics import TIE_TOLERANCE
 __all__ = ["EXAMPLES_PER_KIND", "Example", "Examples", "select_examples", "examples_to_dict"]
 
 EXAMPLES_PER_KIND = 3
-"""Of each kind for each policy: nine pairs of responses are what a reader still reads."""
+"""Number of examples per kind and policy; a reader still reads nine pairs of responses."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A policy's response beside the reference's to the same prompt; `by` is what they were chosen for."""
+    """Responses of a policy and the reference to one prompt; `score_difference` is what they are ranked by."""
 
     score_difference: float
     reference: ScoredResponse
@@ -26,13 +26,13 @@ class Example:
 
 @dataclass(frozen=True)
 class Examples:
-    """Of one policy, the most telling first; a list is shorter where fewer responses are of its kind.
+    """Examples of one policy, largest difference first; a list is shorter if fewer responses qualify.
 
     Attributes:
         gains: above the reference by the gold judge, in its own points.
-        losses: below it; `by` is negative.
+        losses: below it; `score_difference` is negative.
         disagreements: gain by the proxy less gain by the gold judge, each in standard deviations of the reference's
-            scores: the proxy is pleased and the gold judge is not, so these are the candidates for reward hacking.
+            scores: the proxy scores them high and the gold judge low, so they are candidates for reward hacking.
     """
 
     gains: tuple[Example, ...]
@@ -41,7 +41,7 @@ class Examples:
 
 
 def select_examples(records: Sequence[ScoredResponse], count: int = EXAMPLES_PER_KIND) -> dict[str, Examples]:
-    """Policy → its examples, without the reference; equal ones in the order of their prompts' names."""
+    """Select the examples of each policy except the reference; ties are ordered by prompt id."""
     groups: dict[str, list[ScoredResponse]] = {}
     for record in records:
         groups.setdefault(record.policy, []).append(record)
@@ -65,12 +65,12 @@ def select_examples(records: Sequence[ScoredResponse], count: int = EXAMPLES_PER
 
 
 def examples_to_dict(examples: Examples) -> dict[str, list[dict[str, Any]]]:
-    """As JSON can say it."""
+    """Convert to JSON types."""
     return {kind: [_example_to_dict(example) for example in group] for kind, group in vars(examples).items()}
 
 
 def _standardised_gain(judge: str, reference: Sequence[ScoredResponse]) -> Callable[[ScoredResponse, ScoredResponse], float]:
-    """By the judge, in standard deviations of the reference's scores."""
+    """Gain by the judge in standard deviations of the reference's scores."""
     deviation = score_std([record.score(judge) or 0.0 for record in reference])
     return lambda own, other: ((own.score(judge) or 0.0) - (other.score(judge) or 0.0)) / deviation
 
@@ -91,7 +91,7 @@ def _top_examples(
 
 def _example_to_dict(example: Example) -> dict[str, Any]:
     sides = {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
-    return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "by": round(example.score_difference, DIGITS)} | sides
+    return {"prompt_id": example.own.prompt_id, "prompt": example.own.prompt, "score_difference": round(example.score_difference, DIGITS)} | sides
 
 
 def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The gate: may this policy take the champion's place? A decision with its reasons."""
+"""Rules of the promotion gate, and the decision with its reasons."""
 
 from __future__ import annotations
 
@@ -9,37 +9,37 @@ from tasks.core.errors import ConfigError
 from tasks.core.origin import Finding
 from tasks.core.sections.gate import GateParams
 from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.findings import HackingFinding as Sign
+from tasks.evals.findings import HackingFinding
 from tasks.evals.noninferiority import noninferiority_rule
 from tasks.evals.statistics import Interval
 
 __all__ = ["BASE_STAGES", "Decision", "select_candidate", "decide"]
 
 BASE_STAGES = ("base_model", "sft")
-"""What a policy is made of beside itself: its adapter lies on that of SFT, which lies on the base model."""
+"""Stages whose weights a policy's adapter builds on: the base model, then SFT."""
 
 
 @dataclass(frozen=True)
 class Decision:
-    """What the gate says of a policy."""
+    """Decision of the gate about a policy."""
 
     policy: str
     rule_results: tuple[Finding, ...]
 
     @property
     def accepted(self) -> bool:
-        """Every rule holds."""
+        """Whether every rule passed."""
         return all(result.holds for result in self.rule_results)
 
     @property
     def reasons(self) -> tuple[str, ...]:
-        """The rules that do not hold; all of them where the policy is accepted."""
+        """Rules that failed; all rules if the policy is accepted."""
         shown = [result for result in self.rule_results if self.accepted or not result.holds]
         return tuple(f"{result.rule}: {result.found}, asked {result.asked}" for result in shown)
 
 
 def select_candidate(table: Table, params: GateParams) -> str:
-    """The policy that may be promoted.
+    """Select the policy to promote.
 
     Raises:
         ConfigError: it was not evaluated.
@@ -59,16 +59,16 @@ def decide(
     policy: str,
     params: GateParams,
     *,
-    findings: Sequence[Sign],
+    findings: Sequence[HackingFinding],
     against_champion: Mapping[str, Interval] | None,
 ) -> Decision:
-    """Apply the rules; where there is no champion yet, those about it do not count.
+    """Apply the rules; without a champion, the rules about it are skipped.
 
     Args:
         table: the evaluation, see `tasks.evals.compare`.
         policy: the candidate.
         params: the rules.
-        findings: of reward hacking, that were found in the candidate.
+        findings: signs of reward hacking in the candidate.
         against_champion: each metric that has a margin, see `tasks.evals.noninferiority`.
     """
     row = table[policy]
@@ -87,7 +87,7 @@ def decide(
     return Decision(policy, tuple(rule_results))
 
 
-def _check_hacking(findings: Sequence[Sign], allowed: Sequence[str]) -> Finding:
+def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> Finding:
     detectors = ", ".join(f"{finding.detector} ({finding.phase})" for finding in findings)
     required = f"none but {', '.join(allowed)}" if allowed else "none"
     passed = all(finding.detector in allowed for finding in findings)

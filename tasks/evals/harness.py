@@ -1,6 +1,6 @@
-"""EleutherAI's lm-evaluation-harness (lm-eval) on models in memory.
+"""Evaluation of models in memory with EleutherAI's lm-evaluation-harness (lm-eval).
 
-lm-eval is an extra of the project, so it is imported where it is used. Its `simple_evaluate` is left aside: beside the
+lm-eval is an extra of the project, so it is imported where it is used. Its `simple_evaluate` is not used: beside the
 numbers it asks the hub for the model's commit, and pip and git for the machine.
 """
 
@@ -30,12 +30,12 @@ Scores = dict[str, dict[str, list[float | None]]]
 
 DIGITS = 6
 BOOTSTRAP_RESAMPLES = 1000
-"""For the standard errors of those few metrics that lm-eval bootstraps (F1, BLEU, medians)."""
+"""Resamples for the few metrics whose standard error lm-eval bootstraps (F1, BLEU, medians)."""
 
 
 @contextlib.contextmanager
 def load_tasks(params: LmEvalParams, include: Path, data: Sequence[Path], seed: int) -> Iterator[Any]:
-    """lm-eval's tasks with their data, usable as long as the context is open.
+    """Load lm-eval tasks with their data; valid while the context is open.
 
     Paths in task files start at the project's root, of which only what `data` names is there, as
     `artifacts/<stage>/<name>`: what a stage reads, dvc.yaml must name.
@@ -59,7 +59,7 @@ def load_tasks(params: LmEvalParams, include: Path, data: Sequence[Path], seed: 
 
 
 def run_tasks(model: Any, tokenizer: Any, tasks: Any, *, params: LmEvalParams, seed: int) -> Scores:
-    """What the model reaches in each of the opened tasks, metrics of several filters as `metric.filter`."""
+    """Evaluate the model on the loaded tasks; with several filters, metrics are named `metric.filter`."""
     from lm_eval import evaluate
     from lm_eval.models.huggingface import HFLM
 
@@ -76,7 +76,7 @@ def run_tasks(model: Any, tokenizer: Any, tasks: Any, *, params: LmEvalParams, s
 
 
 def _metric_values(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
-    """`acc,none` and `acc_stderr,none` as `acc`: [value, error]; what is not a number of a metric is left out."""
+    """`acc,none` and `acc_stderr,none` as `acc`: [value, error]; other entries are dropped."""
     scores = {}
     for key, value in row.items():
         metric, comma, filter_name = key.partition(",")
@@ -113,7 +113,7 @@ def _load_task_objects(params: LmEvalParams, include: Path) -> Any:
 
 
 def _set_fewshot(task: Any, count: int | None, seed: int) -> None:
-    """As lm-eval's `simple_evaluate`: a task that fixes 0 keeps it; one that says nothing gets 0 unless told."""
+    """As lm-eval's `simple_evaluate`: a task that fixes 0 keeps it; one without a setting gets `count` or 0."""
     task_default = task.get_config("num_fewshot")
     if task_default is None or (count is not None and task_default != 0):
         task.set_config(key="num_fewshot", value=count or 0)
@@ -122,7 +122,7 @@ def _set_fewshot(task: Any, count: int | None, seed: int) -> None:
 
 @contextlib.contextmanager
 def _isolated_datasets_cache(cache: Path) -> Iterator[None]:
-    """datasets copies what it reads into the home folder, and counts it over the network, local files too: not here."""
+    """Redirect the cache of datasets and switch off its download counter, which reports even local files."""
     config = datasets.config
     before = config.HF_DATASETS_CACHE, config.HF_UPDATE_DOWNLOAD_COUNTS
     config.HF_DATASETS_CACHE, config.HF_UPDATE_DOWNLOAD_COUNTS = cache, False
@@ -134,7 +134,7 @@ def _isolated_datasets_cache(cache: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _silence_lm_eval() -> Iterator[None]:
-    """Without lm-eval's remarks and bars, and without the processes that it would fork beside torch's threads."""
+    """Silence lm-eval, and stop it from forking processes beside torch's threads."""
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     os.environ["DISABLE_MULTIPROC"] = "1"
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):

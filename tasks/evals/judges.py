@@ -1,4 +1,4 @@
-"""The judges of pairs: a model behind any OpenAI-compatible endpoint, and the pipeline's own base model."""
+"""Pairwise judges: a model behind an OpenAI-compatible endpoint, and the pipeline's base model."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ __all__ = ["EndpointJudge", "LocalJudge", "load_judge"]
 ANSWER_TOKENS = 16
 RETRIES = 4
 TIMEOUT = 120.0
-"""Seconds; a large model on a CPU takes its time."""
+"""Seconds; a large model on a CPU is slow."""
 
 ANSWER_PREFIX = "The better response is"
 
 
 def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> PairJudge:
-    """The judge that params name; what an endpoint answers is kept in the project's state folder.
+    """Load the judge of params; replies of an endpoint are cached in the project's state folder.
 
     Raises:
-        DataError: what is kept there is damaged.
+        DataError: the cache is malformed.
         ModelError: the base model's folder is incomplete.
     """
     if params.kind == "local":
@@ -44,7 +44,7 @@ def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> Pai
 
 
 class EndpointJudge:
-    """Asks a server question by question, and never twice; the library waits and asks again on 429 and 5xx."""
+    """Judge behind an endpoint, one request per question, cached; the client retries on 429 and 5xx."""
 
     def __init__(self, params: JudgeParams, cache: JudgeCache) -> None:
         self._params, self._cache = params, cache
@@ -66,22 +66,22 @@ class EndpointJudge:
         return [self._cache[key] for key in keys]
 
     def _request(self, text: str) -> dict[str, Any]:
-        """Everything that the answer may depend on; `max_tokens` by the name that every server knows."""
+        """Build the request, which is also the cache key; every server knows the name `max_tokens`."""
         message = {"role": "user", "content": text}
         return {"model": self._params.model, "messages": [message], "temperature": 0, "max_tokens": ANSWER_TOKENS}
 
     def _fetch(self, missing: Mapping[str, dict[str, Any]]) -> None:
         if len(missing) > self._params.max_requests:
             raise ConfigError(
-                f"the judge would be asked {len(missing)} questions, evaluate.judge.max_requests allows "
-                f"{self._params.max_requests}; nothing was asked: raise it, or lower evaluate.judge.prompts"
+                f"the judge would be asked {len(missing)} questions, evaluate.llm_judge.max_requests allows "
+                f"{self._params.max_requests}; nothing was asked: raise it, or lower evaluate.llm_judge.prompts"
             )
         tokens_used = 0
         with self._client() as client:
             for number, (key, request) in enumerate(missing.items()):
                 if tokens_used >= self._params.max_tokens:
                     raise ConfigError(
-                        f"{number} answers of the judge took {tokens_used} tokens, evaluate.judge.max_tokens allows "
+                        f"{number} answers of the judge took {tokens_used} tokens, evaluate.llm_judge.max_tokens allows "
                         f"{self._params.max_tokens}; {len(missing) - number} are missing: run again to go on from "
                         "here, the answers are kept, or raise it"
                     )
@@ -94,9 +94,9 @@ class EndpointJudge:
             import openai
         except ImportError as error:
             raise ConfigError(
-                "evaluate.judge.kind is endpoint, which needs the package openai: pip install -e '.[judge]'"
+                "evaluate.llm_judge.kind is endpoint, which needs the package openai: pip install -e '.[judge]'"
             ) from error
-        key = os.environ.get("OPENAI_API_KEY") or "none"  # a server of one's own wants none, the library does
+        key = os.environ.get("OPENAI_API_KEY") or "none"  # a self-hosted server needs no key, but the library does
         return openai.OpenAI(base_url=self._params.base_url, api_key=key, max_retries=RETRIES, timeout=TIMEOUT)
 
     def _reply(self, client: openai.OpenAI, request: dict[str, Any]) -> Reply:
@@ -130,7 +130,7 @@ class EndpointJudge:
 
 
 class LocalJudge:
-    """The base model; it answers with the letter that it finds likelier as the next word."""
+    """Base model as a judge; it answers with the letter that it finds likelier as the next token."""
 
     def __init__(self, base_model: Path, *, batch_size: int) -> None:
         """Load it.
@@ -145,7 +145,7 @@ class LocalJudge:
         self._prefix_ids, self._letter_ids = _letter_tokens(self._tokenizer)
 
     def judge(self, questions: Sequence[str]) -> list[Reply]:
-        """An answer to each, `A: 0.5731`: the letter and its probability beside that of the other one."""
+        """Reply to each question, such as `A: 0.5731`: the letter and its normalised probability."""
         rows = [self._ids(text) for text in questions]
         order = sorted(range(len(rows)), key=lambda row: len(rows[row]))
         replies: dict[int, Reply] = {}
@@ -165,7 +165,7 @@ class LocalJudge:
 
     @torch.no_grad()
     def _prob_a(self, rows: Sequence[Sequence[int]]) -> list[float]:
-        """P(A) / (P(A) + P(B)) after each row."""
+        """Compute P(A) / (P(A) + P(B)) after each row."""
         device = self._model.device
         ids, mask = (tensor.to(device) for tensor in pad_left(rows, self._tokenizer.pad_token_id))
         logits = self._model(
@@ -181,11 +181,11 @@ class LocalJudge:
 
 
 def _letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
-    """The tokens that " A" and " B" begin with together, and the two in which they differ."""
+    """Common prefix tokens of " A" and " B", and the two tokens in which they differ."""
     a_ids, b_ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (" A", " B"))
     prefix = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a_ids, b_ids, strict=False))]
     if len(prefix) == min(len(a_ids), len(b_ids)):
         raise ModelError(
-            f"the base model's tokenizer cannot tell A from B ({a_ids}, {b_ids}): set evaluate.judge to null"
+            f"the base model's tokenizer cannot tell A from B ({a_ids}, {b_ids}): set evaluate.llm_judge to null"
         )
     return prefix, [a_ids[len(prefix)], b_ids[len(prefix)]]

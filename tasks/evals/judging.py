@@ -1,4 +1,4 @@
-"""Letting policies answer the same prompts with the same random numbers, and every judge score the answers."""
+"""Sampling of policies on the same prompts and seed, and scoring of the responses by every judge."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ __all__ = ["SampledResponse", "PolicySampler", "sample_prompts", "load_gold_rewa
 
 
 def sample_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
-    """The first `count` prompts of the file after a shuffle that the seed fixes.
+    """Sample `count` prompts of the file without replacement, by the seed.
 
     Raises:
         DataError: the file holds fewer, or is missing or malformed.
@@ -53,12 +53,12 @@ def sample_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
 
 @dataclass(frozen=True)
 class SampledResponse:
-    """One response before anyone has judged it; the fields mean what they mean in `ScoredResponse`.
+    """Response before scoring; fields as in `ScoredResponse`.
 
     Attributes:
-        environment_reward: what an environment paid for the conversation; None without one.
-        turns: how many the policy had.
-        turn_discount: γ^(turns − 1): what a score that comes with the last turn counts for.
+        environment_reward: reward of the environment for the conversation; None without one.
+        turns: number of the policy's turns.
+        turn_discount: γ^(turns − 1), the discount of a score that comes with the last turn.
     """
 
     policy: str
@@ -75,7 +75,7 @@ class SampledResponse:
 
 
 class PolicySampler:
-    """Lets policies answer the prompts, or talk with an environment, always with the same random numbers."""
+    """Sampler of responses or multi-turn conversations for several policies, with the same seed for each."""
 
     def __init__(
         self,
@@ -92,7 +92,7 @@ class PolicySampler:
         self._multi_turn = load_multi_turn_sampler(environment, prompts, tokenizer, generation) if environment else None
 
     def sample(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[SampledResponse]:
-        """Responses prompt by prompt, with their KL to the reference; 0 for the reference, which has no adapter."""
+        """Sample responses prompt by prompt, with their KL to the reference; 0 without an adapter."""
         batches = tqdm(self._batches, desc=f"answers of {name}", unit="batch")
         rollouts = self._rollouts(model, samples_per_prompt)
         return [
@@ -160,10 +160,10 @@ class PolicySampler:
 def load_gold_reward(
     prompts: Sequence[Prompt], base_model: Path, gold_judge: Path, rule: RuleOptions | None = None
 ) -> RewardFunction:
-    """What stands for the truth: a model of people's ratings that training never saw, a rule, or the right answers.
+    """Load the gold reward: a model of human ratings that training never saw, a rule, or the right answers.
 
     Raises:
-        DataError: there are neither.
+        DataError: none of them is available.
     """
     if not is_disabled(gold_judge):
         return GoldJudge.load(base_model, gold_judge)
@@ -191,12 +191,12 @@ def score_responses(
     answer_pattern: str | None = None,
     accuracy: bool = True,
 ) -> list[ScoredResponse]:
-    """Every judge scores every response; where a right answer is known, the response is right or not, in two readings.
+    """Score every response by every judge, and its accuracy, strict and flexible, if the right answer is known.
 
     Args:
-        gold_reward: None where an environment has judged: then what it paid is the truth.
-        answer_pattern: the form of a strictly right answer, see `strict_match`.
-        accuracy: whether right answers are texts to compare with, and not what a rule makes of them.
+        gold_reward: None if an environment judged: then its reward is the gold score.
+        answer_pattern: pattern of a strictly right answer, see `strict_match`.
+        accuracy: whether right answers are texts to compare with, and not input of a rule.
     """
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
@@ -239,7 +239,7 @@ def _answer_accuracy(answer: SampledResponse, pattern: str | None) -> dict[str, 
 
 
 def vader_scores(prompts: Sequence[str], responses: Sequence[str]) -> list[float]:
-    """VADER's compound score of each prompt with its response, in [−1, 1]."""
+    """Score each prompt with its response by VADER's compound score, in [−1, 1]."""
     lexicon: Any = SentimentIntensityAnalyzer()
     texts = (prompt + response for prompt, response in zip(prompts, responses, strict=True))
     return [lexicon.polarity_scores(text)["compound"] for text in texts]

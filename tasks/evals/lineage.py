@@ -1,4 +1,4 @@
-"""What an evaluation was made from, as the cards of the base model and of the data tell it."""
+"""Sources of an evaluation: the base model and the data, read from their cards."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ __all__ = ["SourceInfo", "collect_sources"]
 
 @dataclass(frozen=True)
 class SourceInfo:
-    """The base model, or one source of rows.
+    """Base model or data source.
 
     Attributes:
-        licence: "" where nobody recorded it.
-        size: of what, as a reader counts it.
-        digest: the first 16 characters of what tells this version from another; "" where there is nothing.
+        licence: "" if it was not recorded.
+        size: number of parameters or rows, with the unit.
+        digest: first 16 characters of a hash that identifies this version; "" if there is none.
     """
 
     name: str
@@ -29,7 +29,7 @@ class SourceInfo:
 
 
 def collect_sources(base_model: Path, collect: Path) -> list[SourceInfo]:
-    """The base model, then the sources in the order of their names; the arguments are the folders of those stages."""
+    """Collect the base model, then the data sources by name; the arguments are the folders of those stages."""
     card = _read_card(base_model / "card.json")
     sources = [_read_card(path) for path in sorted((collect / "cards").glob("*.json"))]
     return [_model_source(card), *[_data_source(card) for card in sources]]

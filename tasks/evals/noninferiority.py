@@ -1,4 +1,4 @@
-"""Is a policy worse than the champion by more than a margin? Metric by metric, on their answers to the same prompts.
+"""Non-inferiority tests of a policy against the champion: one per metric, paired by prompt.
 
 For each metric the whole 95 % interval of the paired difference must lie on the good side of its margin, which tests
 non-inferiority at level 0.025 (Piaggio et al. 2012, JAMA 308:2594). A policy passes only if it does so in every metric.
@@ -20,7 +20,7 @@ __all__ = ["METRICS", "MetricSpec", "ResponseScores", "paired_interval", "noninf
 
 
 class ResponseScores(Protocol):
-    """One response with what metrics need; the fields mean what they mean in `tasks.evals.compare.Judged`."""
+    """Fields of a response that metrics need, as in `tasks.evals.compare.ScoredResponse`."""
 
     @property
     def response(self) -> str: ...
@@ -39,12 +39,12 @@ class MetricSpec:
     """A metric.
 
     Attributes:
-        name: what it is called in a reason.
-        value: what one prompt gives, from the policy's answer and the champion's.
-        more_is_better: whether a high mean speaks for the policy.
-        null_value: the mean where they are alike.
-        form: how a mean is written.
-        margin_format: how the bound is written.
+        name: display name in a reason.
+        value: value for one prompt, from the challenger's and the champion's response.
+        more_is_better: whether a high mean is in favour of the challenger.
+        null_value: mean if the two are equal.
+        value_format: format of the mean.
+        margin_format: format of the bound.
     """
 
     name: str
@@ -61,7 +61,7 @@ METRICS: Mapping[str, MetricSpec] = {
         more_is_better=True, null_value=0.5, value_format=".1%", margin_format=".0%",
     ),
     "win_rate_vader": MetricSpec(
-        "VADER's win rate against the champion", lambda ours, theirs: _pairwise_win(_vader_score(ours), _vader_score(theirs)),
+        "VADER's win rate against the champion", lambda ours, theirs: _pairwise_win(_vader_score(challenger), _vader_score(champion)),
         more_is_better=True, null_value=0.5, value_format=".1%", margin_format=".0%",
     ),
     "reward_gold": MetricSpec(
@@ -71,7 +71,7 @@ METRICS: Mapping[str, MetricSpec] = {
         "repetition less the champion's",
         lambda ours, theirs: repetition_rate(ours.response) - repetition_rate(theirs.response), more_is_better=False,
     ),
-    "no_end_share": MetricSpec(
+    "truncated_share": MetricSpec(
         "share without end less the champion's", lambda ours, theirs: float(theirs.ended) - float(ours.ended),
         more_is_better=False,
     ),
@@ -79,11 +79,11 @@ METRICS: Mapping[str, MetricSpec] = {
         "KL to SFT less the champion's, nats", lambda ours, theirs: ours.kl - theirs.kl, more_is_better=False
     ),
 }  # fmt: skip
-"""Key of `gate.margins` → what it compares; the KL of each is to the SFT policy that it was trained from."""
+"""Key of `gate.margins` → metric; each KL is to the SFT policy that the policy was trained from."""
 
 
 def paired_interval(metric: str, challenger: Sequence[ResponseScores], champion: Sequence[ResponseScores], *, samples: int, seed: int) -> Interval:
-    """The metric's mean over prompts with its 95 % bootstrap interval; the two answer the same prompts in one order.
+    """Compute the metric's mean over paired prompts with its 95 % bootstrap interval.
 
     Args:
         samples: bootstrap resamples.
@@ -96,7 +96,7 @@ def paired_interval(metric: str, challenger: Sequence[ResponseScores], champion:
 
 
 def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Finding:
-    """The rule that the bad end of the interval is at most the margin worse than even."""
+    """Check that the unfavourable end of the interval is within the margin of the null value."""
     spec = METRICS[metric]
     if spec.more_is_better:
         end, side, bound, relation = interval.low, "lower", spec.null_value - margin, "at least"

@@ -1,4 +1,4 @@
-"""Reward-model over-optimisation: how proxy and gold reward go with the distance from SFT (Gao et al. 2022).
+"""Reward-model over-optimisation: proxy and gold reward against the distance from SFT (Gao et al. 2022).
 
 Source: Gao, Schulman, Hilton 2022, "Scaling laws for reward model overoptimization" (arXiv 2210.10760). The distance is
 d = √KL(policy ‖ SFT). The gain over SFT follows R(d) = d·(α − β·d) for best-of-n and R(d) = d·(α − β·log d) for
@@ -48,7 +48,7 @@ INTERVAL = 0.95
 
 @dataclass(frozen=True)
 class CurvePoint:
-    """One policy on the way, or best-of-n for one n.
+    """Snapshot of a policy during training, or best-of-n for one n.
 
     Attributes:
         method: `best_of_n`, or the stage that trained the policy.
@@ -64,7 +64,7 @@ class CurvePoint:
 
 
 def score_matrix(records: Sequence[ScoredResponse], prompts: int) -> Scores:
-    """What each judge gave; the records prompt by prompt."""
+    """Score matrix [prompts, samples] of each judge; the records are ordered by prompt."""
     return {
         judge: np.array([record.score(judge) for record in records], dtype=np.float64).reshape(prompts, -1)
         for judge in JUDGES
@@ -72,14 +72,14 @@ def score_matrix(records: Sequence[ScoredResponse], prompts: int) -> Scores:
 
 
 def policy_point(method: str, number: int, records: Sequence[ScoredResponse], base: Scores) -> CurvePoint:
-    """A policy that answered each prompt as often as every other, against SFT's responses to them."""
+    """Compute the curve point of a policy with equally many responses per prompt, against SFT's responses."""
     policy_scores = score_matrix(records, len(base["proxy"]))
     kl = np.array([record.kl for record in records], dtype=np.float64).reshape(len(base["proxy"]), -1).mean(axis=1)
     return CurvePoint(method, number, kl, {judge: _standardised_gains(policy_scores[judge].mean(axis=1), base[judge]) for judge in JUDGES})
 
 
 def best_of_n_points(base: Scores) -> list[CurvePoint]:
-    """Best of 2, 4, 8, … of SFT's responses, as the proxy chooses."""
+    """Compute the curve points of best of 2, 4, 8, … of SFT's responses, chosen by the proxy."""
     prompts, total = base["proxy"].shape
     counts = [2**power for power in range(1, total.bit_length()) if 2**power <= total]
     return [
@@ -94,7 +94,7 @@ def best_of_n_points(base: Scores) -> list[CurvePoint]:
 
 
 def to_row(point: CurvePoint) -> dict[str, float | int | str]:
-    """A level as a row of a table: means over prompts, with the standard errors of the gains."""
+    """Convert to a table row: means over prompts, with the standard errors of the gains."""
     kl = float(point.kl.mean())
     row: dict[str, float | int | str] = {"method": point.method, "level": point.number, "kl": round(kl, DIGITS)}
     row["distance"] = round(math.sqrt(max(kl, 0.0)), DIGITS)
@@ -105,7 +105,7 @@ def to_row(point: CurvePoint) -> dict[str, float | int | str]:
 
 
 def fit_all(points: Mapping[str, Sequence[CurvePoint]], *, samples: int, seed: int) -> dict[str, dict[str, Fit]]:
-    """Method → judge → fit, for the methods with at least two levels apart from SFT."""
+    """Fit every method and judge; methods with fewer than two points at KL > 0 are left out."""
     fitted: dict[str, dict[str, Fit]] = {}
     for method, method_points in points.items():
         kl = np.stack([point.kl for point in method_points])
@@ -130,8 +130,8 @@ class Fit:
 
     Attributes:
         alpha, beta: with the 95 % interval of a bootstrap over prompts.
-        peak: the distance d at which the curve is highest, if it has a highest point (β > 0).
-        peak_fraction: in which share of the resamples it has one within the distances that were measured.
+        peak: distance d of the curve's maximum, if it has one (β > 0).
+        peak_fraction: fraction of the resamples with a peak within the measured distances.
         r2: 1 − residual / total sum of squares about 0, since R(0) = 0.
     """
 
@@ -143,11 +143,11 @@ class Fit:
     r2: float
 
     def coefficients(self) -> dict[str, Interval]:
-        """By name."""
+        """Intervals of the coefficients by name."""
         return {"alpha": self.alpha, "beta": self.beta}
 
     def to_dict(self) -> dict[str, Any]:
-        """As JSON can say it."""
+        """Convert to JSON types."""
         return asdict(self)
 
 
@@ -160,14 +160,14 @@ def best_of_n_kl(n: int) -> float:
 
 
 def best_of_n(proxy: Numbers, values: Numbers, n: int) -> Numbers:
-    """The expected value of the response that the proxy likes best among n, without bias, from N ≥ n samples a prompt.
+    """Unbiased expected value of the proxy's best of n, from N ≥ n samples per prompt.
 
     The i-th lowest by the proxy is the best of a random n of the N with probability C(i−1, n−1) / C(N, n) (Nakano et
     al. 2021, arXiv 2112.09332, appendix I).
 
     Args:
-        proxy: [prompts, N] what chooses.
-        values: [prompts, N] what is averaged.
+        proxy: [prompts, N] scores that choose.
+        values: [prompts, N] scores that are averaged.
 
     Returns:
         [prompts].
@@ -190,14 +190,14 @@ def curve(form: Form, alpha: float, beta: float, distance: Numbers) -> Numbers:
 
 
 def curve_peak(form: Form, alpha: float, beta: float) -> float | None:
-    """The distance at which R is highest: α / 2β, or exp(α/β − 1); None where it rises for ever or never."""
+    """Distance of the maximum of R: α / 2β, or exp(α/β − 1); None if R is monotonic."""
     if beta <= 0 or (alpha <= 0 and form == "best_of_n"):
         return None
     return alpha / (2 * beta) if form == "best_of_n" else math.exp(min(alpha / beta - 1, 50.0))
 
 
 def fit_curve(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> Fit:
-    """Least squares over the levels, with intervals from resampled prompts.
+    """Fit by least squares, with bootstrap intervals over prompts.
 
     Args:
         kl: [levels, prompts] nats per response; for best-of-n the same number for every prompt.
@@ -205,7 +205,7 @@ def fit_curve(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: in
         samples: bootstrap resamples.
 
     Raises:
-        ValueError: fewer than two levels lie apart from SFT, so that nothing is determined.
+        ValueError: fewer than two points have KL > 0.
     """
     nonzero = kl.mean(axis=1) > 0
     if nonzero.sum() < 2:

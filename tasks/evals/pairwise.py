@@ -1,4 +1,4 @@
-"""Which of two responses is better? What a language model is asked, and what its answers add up to.
+"""Pairwise comparison by a judge: the question, the parsing of answers, and win rates.
 
 A judge that reads two responses tends to prefer the one that it reads first (or second). So each pair is asked twice,
 in both orders, and a policy wins only where both answers say so; where they contradict each other it is a tie (Zheng
@@ -57,7 +57,7 @@ ANSWER = re.compile(
 
 
 class Reply(BaseModel):
-    """What a judge wrote, before anyone has read it."""
+    """Raw reply of a judge."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -67,7 +67,7 @@ class Reply(BaseModel):
 
 
 class PairJudge(Protocol):
-    """Something that answers questions, each by itself."""
+    """Judge that answers each question independently."""
 
     @property
     def judge_id(self) -> Mapping[str, str]: ...
@@ -76,7 +76,7 @@ class PairJudge(Protocol):
 
 
 class Judgement(Row):
-    """One answer; `id` is `<policy>/<prompt id>/<order>`."""
+    """Parsed answer of the judge to one question; `id` is `<policy>/<prompt id>/<order>`."""
 
     policy: str
     prompt_id: str
@@ -90,18 +90,18 @@ class Judgement(Row):
 
     @property
     def preference(self) -> float:
-        """1 for the policy, 0 for the reference, ½ for neither."""
+        """Preference: 1 for the policy, 0 for the reference, ½ for neither."""
         first = {"A": 1.0, "B": 0.0}.get(self.verdict, 0.5)
         return first if self.order == "policy first" else 1 - first
 
 
 def format_question(rubric: str, prompt: str, first: str, second: str) -> str:
-    """The text that a judge is asked; it names no policy."""
+    """Format the question for the judge; it names no policy."""
     return QUESTION.format(rubric=rubric.strip(), prompt=prompt, first=first.strip(), second=second.strip())
 
 
 def parse_verdict(answer: str) -> Choice:
-    """What the answer says; `unclear` unless it says one thing at its very beginning."""
+    """Parse the answer; `unclear` unless it begins with one choice."""
     found = ANSWER.match(answer)
     if not found:
         return "unclear"
@@ -110,7 +110,7 @@ def parse_verdict(answer: str) -> Choice:
 
 
 def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: str, prompts: int) -> list[Judgement]:
-    """Two judgements for each policy and each of the first so many prompts; all are asked at once."""
+    """Judge each policy on the first `prompts` prompts in both orders; all questions go out at once."""
     drafts = [
         (own, other, order, _format_pair(rubric, own, other, order))
         for own, other in _pair_with_reference(records, prompts)
@@ -123,7 +123,7 @@ def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: 
 
 
 def add_judge_metrics(table: Table, judgements: Sequence[Judgement], *, samples: int, seed: int) -> Table:
-    """The table, and in the row of each policy that was judged what the judgements add up to.
+    """Add the metrics of the judgements to the row of each judged policy.
 
     Keys: `judge_n` prompts; `win_rate_judge` against the reference, with `_low` and `_high` (95 % bootstrap interval
     over prompts); shares of the prompts: `judge_ties`, and of those `judge_inconsistent`, where the two orders
@@ -143,7 +143,7 @@ def add_judge_metrics(table: Table, judgements: Sequence[Judgement], *, samples:
 
 
 def reliability_warnings(table: Table) -> list[str]:
-    """Why the judge's win rates mean little, where they do: one line for each policy."""
+    """Warnings about unreliable win rates of the judge, one line per policy."""
     return [
         f"the judge contradicts itself on {row['judge_inconsistent']:.0%} of {policy}'s pairs when the two responses "
         f"change places (it chose the first in {row['judge_first']:.0%} of its clear answers; "
@@ -154,7 +154,7 @@ def reliability_warnings(table: Table) -> list[str]:
 
 
 def _pair_with_reference(records: Sequence[ScoredResponse], prompts: int) -> list[tuple[ScoredResponse, ScoredResponse]]:
-    """A policy's response beside the reference's, for the first so many prompts."""
+    """Pair each policy's response with the reference's, for the first `prompts` prompts."""
     reference = {record.prompt_id: record for record in [r for r in records if r.policy == REFERENCE][:prompts]}
     return [
         (record, reference[record.prompt_id])

@@ -1,6 +1,6 @@
-"""Figures as inline SVG that follow the page: its colours (light or dark), its font, its width.
+"""Figures as inline SVG that take colours, font and width from the page.
 
-A figure is drawn in stand-in colours, which then become CSS variables; text stays text. Equal data gives equal bytes:
+Figures are drawn in placeholder colours, which are then replaced by CSS variables. Equal data gives equal bytes:
 no date, no random identifiers.
 """
 
@@ -46,16 +46,16 @@ CSS_VARIABLES = {INK: "--ink", FAINT: "--line"} | {colour: f"--{name}" for name,
 LINE_STYLES = {"sft": ":", "ppo": "-", "grpo": "--", "dpo": "-."}
 JUDGE_MARKERS = {"gold": "o", "judge": "^", "vader": "s", "proxy": "D"}
 FIT_STYLES = {"proxy": "--", "gold": "-"}
-"""The judges of the over-optimisation curve, and how the line of each is drawn."""
+"""Judge → line style of its fitted over-optimisation curve."""
 
 LABEL_WIDTH = 0.12
-"""Share of the width that a policy's name and the gap beside it take."""
+"""Fraction of the width for a policy's name and its gap."""
 
 SIZE = (4.6, 3.2)
 """Inches at 72 points: 331 wide, so that text of 10 points is still about 10 pixels on a phone."""
 
 MAX_BARS = 40
-"""Above this many different lengths, several share a bar."""
+"""With more different lengths than this, several share a bar."""
 
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -83,7 +83,7 @@ STYLE: dict[Any, Any] = {
 
 
 def win_rates(table: Table) -> str:
-    """Each policy's win rate against the reference by each judge, with its 95 % interval, in percent."""
+    """Plot each policy's win rate against the reference by each judge, with its 95 % interval, in percent."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -108,7 +108,7 @@ def win_rates(table: Table) -> str:
 
 
 def reward_against_kl(table: Table) -> str:
-    """Gain over the reference by each judge against √KL, each gain in standard deviations of the reference's scores."""
+    """Plot the gain over the reference by each judge against √KL, in standard deviations of the reference's scores."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -132,9 +132,9 @@ def reward_against_kl(table: Table) -> str:
 
 
 def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any]) -> dict[str, str]:
-    """Method → gain by proxy and gold against √KL, with 95 % intervals and the fitted forms; all on the same scales.
+    """Plot gain by proxy and gold against √KL for each method, with 95 % intervals and fits, on the same scales.
 
-    A dotted line stands where the gold curve is highest.
+    A dotted line marks the maximum of the gold curve.
     """
     ends = [
         (float(row[f"gain_{judge}"]), 1.96 * float(row[f"gain_{judge}_stderr"])) for row in rows for judge in FIT_STYLES
@@ -161,7 +161,7 @@ def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any])
 
 
 def curves(name: str, series: Series, *, y_label: str) -> str:
-    """One line per policy over the updates of training."""
+    """Plot a training metric over updates, one line per policy."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -178,7 +178,7 @@ def curves(name: str, series: Series, *, y_label: str) -> str:
 
 
 def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
-    """The reward model's accuracy by rating margin, with its 95 % interval, beside how often single raters agree."""
+    """Plot the reward model's accuracy by rating margin with its 95 % interval, beside the raters' agreement."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -204,7 +204,7 @@ def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def calibration(rows: Sequence[Mapping[str, str]]) -> str:
-    """Stated probability against the observed share with its 95 % interval, the area of a point by its pairs."""
+    """Plot predicted against observed probability with its 95 % interval; the area of a point shows its pairs."""
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
@@ -226,7 +226,7 @@ def calibration(rows: Sequence[Mapping[str, str]]) -> str:
 
 
 def lengths(counts: Counts) -> str:
-    """How many responses have how many words: a row of bars per policy on one scale, its mean marked."""
+    """Plot a histogram of response lengths in words per policy, with the mean marked."""
 
     def draw(figure: Figure) -> None:
         rows = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -246,13 +246,13 @@ def lengths(counts: Counts) -> str:
 
 
 def _draw_share_interval(axes: Axes, place: float, share: float, n: int) -> None:
-    """The 95 % interval of the reward model's share of n pairs, in percent."""
+    """Draw the 95 % Wilson interval of a share of n pairs, in percent."""
     interval = wilson_interval(share, n)
     axes.plot([place, place], [100 * interval.low, 100 * interval.high], color=POLICY_COLOURS["ppo"], linewidth=1.2)
 
 
 def _draw_points(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, policy: str) -> None:
-    """Points with their 95 % intervals."""
+    """Draw points with their 95 % intervals."""
     x = [float(row["distance"]) for row in rows]
     y = [float(row[f"gain_{judge}"]) for row in rows]
     halves = [1.96 * float(row[f"gain_{judge}_stderr"]) for row in rows]
@@ -260,7 +260,7 @@ def _draw_points(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, poli
 
 
 def _draw_fit(axes: Axes, fit: Mapping[str, Any], judge: str, max_distance: float) -> None:
-    """The fitted form up to the farthest point, and where gold is highest, if that lies before it."""
+    """Draw the fitted curve up to the farthest point, and the peak of gold if it lies before it."""
     line = np.linspace(0, max_distance, 100)
     axes.plot(
         line,
@@ -274,7 +274,7 @@ def _draw_fit(axes: Axes, fit: Mapping[str, Any], judge: str, max_distance: floa
 
 
 def _setup_gain_axes(axes: Axes, judges: Sequence[str]) -> None:
-    """What every plane of gain and √KL has."""
+    """Set the axes, legend and zero line of a plot of gain against √KL."""
     axes.axhline(0, color=INK, linewidth=1, linestyle=":")
     for judge in judges:
         axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
@@ -284,7 +284,7 @@ def _setup_gain_axes(axes: Axes, judges: Sequence[str]) -> None:
 
 
 def _label_policies(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None:
-    """Each policy's name above all points, joined to its highest one; the names of near policies are pushed apart."""
+    """Label each policy above its highest point; overlapping labels are spread."""
     bottom, top = axes.get_ylim()
     axes.set_ylim(bottom, top + 0.18 * (top - bottom))
     shares = _spread_labels([x / axes.get_xlim()[1] for x, _ in tops.values()])
@@ -296,7 +296,7 @@ def _label_policies(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None
 
 
 def _spread_labels(shares: Sequence[float]) -> list[float]:
-    """Shares of the width, moved as little as leaves `LABEL_WIDTH` between any two and half of it at both ends."""
+    """Move label positions as little as needed for a gap of `LABEL_WIDTH`, and half of it at both ends."""
     order = sorted(range(len(shares)), key=lambda place: shares[place])
     positions = list(shares)
     limit = 1 + LABEL_WIDTH / 2
@@ -309,7 +309,7 @@ def _spread_labels(shares: Sequence[float]) -> list[float]:
 
 
 def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
-    """Draw, and turn stand-in colours into CSS variables and every identifier into one that only this figure has."""
+    """Render the SVG with CSS variables for colours and identifiers that are unique to the figure."""
     with rc_context({**STYLE, "svg.hashsalt": name}):
         figure = Figure(figsize=size, facecolor="none")
         FigureCanvasSVG(figure)
@@ -329,7 +329,7 @@ def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = 
 
 
 def _marker(judge: str, policy: str | None) -> dict[str, Any]:
-    """Filled for the judges that training never saw, hollow for the proxy."""
+    """Marker style: filled for the judges that training never saw, hollow for the proxy."""
     colour = _colour(policy) if policy else INK
     fill = "none" if judge == "proxy" else colour
     return {

@@ -1,4 +1,4 @@
-"""The report: one HTML file that needs no network, and the same as JSON, from the tables that the evaluation made."""
+"""Report of the evaluation as one self-contained HTML file, and the same as JSON."""
 
 from __future__ import annotations
 
@@ -54,14 +54,14 @@ EXAMPLE_KINDS = {
 """Field of `examples.Examples` → title and note."""
 
 SIDE_BY_SIDE = 3
-"""Prompts that are open to view; the others fold away, so that what follows stays in reach."""
+"""Number of prompts shown open; the others are folded."""
 
 Rows = Sequence[Mapping[str, str]]
 
 
 @dataclass(frozen=True)
 class ReportData:
-    """Everything that the report shows.
+    """Data of the report.
 
     Attributes:
         records: every judged response.
@@ -77,8 +77,8 @@ class ReportData:
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
         sources: the base model and the data.
         provenance: (what, value) pairs that identify this evaluation.
-        composition: how the components became one reward.
-        gold_rule: the rule that judges where people did not rate, if one does.
+        composition: how the components are combined into one reward.
+        gold_rule: rule that takes the place of the gold judge, if any.
     """
 
     table: Table
@@ -100,13 +100,13 @@ class ReportData:
 
 
 def render_report(data: ReportData) -> str:
-    """The page as HTML; equal evidence gives equal bytes."""
+    """Render the page as HTML; equal data gives equal bytes."""
     table = data.table
     columns = columns_of(table, has_gold_judge=data.has_gold_judge, has_gold_rule=data.gold_rule is not None)
-    return load_template("report.html.j2", {"visible": escape_control_chars, "signed": format_signed}, autoescape=True).render(
-        verdict=summarise_table(table, _flagged_policies(data)),
+    return load_template("report.html.j2", {"escape_control_chars": escape_control_chars, "format_signed": format_signed}, autoescape=True).render(
+        summary=summarise_table(table, _flagged_policies(data)),
         turning=turning_point(data.fits, data.points),
-        signs=_hacking_summary(data.findings),
+        hacking_summary=_hacking_summary(data.findings),
         findings=[(policy, finding) for policy, own in data.findings.items() for finding in own],
         fits=data.fits,
         benchmarks=data.benchmarks,
@@ -116,9 +116,9 @@ def render_report(data: ReportData) -> str:
         count=int(next(iter(table.values()))["n"]),
         weights=data.weights,
         composition=data.composition,
-        rated=data.has_gold_judge,
+        has_gold_judge=data.has_gold_judge,
         gold_rule=data.gold_rule,
-        talked="success" in next(iter(table.values())),
+        is_multi_turn="success" in next(iter(table.values())),
         judges=win_rates_of(table),
         result_figures=_result_figures(data),
         curve_figures=_curve_figures(data),
@@ -127,27 +127,27 @@ def render_report(data: ReportData) -> str:
         examples=_example_sections(data),
         samples=_side_by_side_rows(data.records, data.samples),
         side_by_side=SIDE_BY_SIDE,
-        made_from=data.sources,
+        sources=data.sources,
         provenance=data.provenance,
     )
 
 
 def report_to_dict(data: ReportData) -> dict[str, Any]:
-    """What the page says, as JSON can say it."""
+    """Content of the page as JSON types."""
     return {
-        "verdict": asdict(summarise_table(data.table, _flagged_policies(data))),
+        "summary": asdict(summarise_table(data.table, _flagged_policies(data))),
         "turning_point": turning_point(data.fits, data.points),
         "findings": findings.findings_to_dict(data.findings),
         "policies": data.table,
         "fits": data.fits,
         "examples": {policy: examples.examples_to_dict(own) for policy, own in examples.select_examples(data.records).items()},
-        "made_from": [asdict(ingredient) for ingredient in data.sources],
+        "sources": [asdict(ingredient) for ingredient in data.sources],
         "provenance": dict(data.provenance),
     }
 
 
 def read_table(path: Path) -> list[dict[str, str]]:
-    """Rows of a CSV file; none if the file does not exist, and the report then leaves its figure out."""
+    """Read the rows of a CSV file; empty if it does not exist, and the report then omits the figure."""
     if not path.is_file():
         return []
     with path.open(encoding="utf-8", newline="") as file:
@@ -155,7 +155,7 @@ def read_table(path: Path) -> list[dict[str, str]]:
 
 
 def escape_control_chars(text: str) -> str:
-    """The text with control characters, which HTML forbids or hides, replaced by a visible sign."""
+    """Replace control characters, which HTML forbids or hides, by U+FFFD."""
     return "".join(c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else "\ufffd" for c in text)
 
 
@@ -164,7 +164,7 @@ def _flagged_policies(data: ReportData) -> list[str]:
 
 
 def _hacking_summary(by_policy: Mapping[str, Sequence[HackingFinding]]) -> str:
-    """Which detectors fired, by name, in one sentence."""
+    """Sentence that names the detectors that fired."""
     fired = {policy: list(dict.fromkeys(finding.detector for finding in own)) for policy, own in by_policy.items() if own}
     if not fired:
         return f"None of {len(DETECTORS) + 1} detectors of reward hacking fired, neither in training nor at evaluation."
@@ -244,7 +244,7 @@ def _curve_points(rows: Rows, column: str) -> list[tuple[float, float]]:
 
 def _reward_model_figures(data: ReportData) -> list[dict[str, str]]:
     figures = []
-    if any(row["accuracy"] for row in data.accuracy):  # none where no pair says how far its sides are apart
+    if any(row["accuracy"] for row in data.accuracy):  # empty if no pair has a margin
         figures.append(
             _figure_block(
                 plots.accuracy_by_margin(data.accuracy),
@@ -267,7 +267,7 @@ def _reward_model_figures(data: ReportData) -> list[dict[str, str]]:
 
 
 def _side_by_side_rows(records: Sequence[ScoredResponse], count: int) -> list[dict[str, Any]]:
-    """The first prompts in the order of evaluation, which is random, so that nobody picked them."""
+    """First prompts in the random order of the evaluation, so they are not hand-picked."""
     answers: dict[str, list[ScoredResponse]] = {}
     for record in records:
         answers.setdefault(record.prompt_id, []).append(record)
@@ -275,7 +275,7 @@ def _side_by_side_rows(records: Sequence[ScoredResponse], count: int) -> list[di
 
 
 def _example_sections(data: ReportData) -> list[dict[str, Any]]:
-    """Per policy; open to view for the best one and for those with findings."""
+    """Example sections per policy; open for the best policy and for those with findings."""
     shown = {best_policy(data.table), *(policy for policy, own in data.findings.items() if own)}
     return [
         {

@@ -1,4 +1,4 @@
-"""One pipeline under several seeds of its policies: how much of a result is luck, and did a seed collapse?"""
+"""Summary over seeds: mean and interval of each metric, collapsed and failed seeds."""
 
 from __future__ import annotations
 
@@ -21,25 +21,25 @@ METRICS = {
     "gain_proxy": "proxy gain, standard deviations",
     "kl": "KL to SFT, nats",
 }
-"""What is averaged over seeds."""
+"""Metrics averaged over seeds, with their titles."""
 
 SEED_COLUMNS = (
     "win_rate", "win_rate_low", "win_rate_high", "gain_gold", "gain_gold_stderr", "gain_proxy", "gain_proxy_stderr",
-    "kl", "kl_stderr", "reward_gold", "reward_proxy", "length", "repetition", "no_end_share",
+    "kl", "kl_stderr", "reward_gold", "reward_proxy", "length", "repetition", "truncated_share",
 )  # fmt: skip
-"""The figures of a single seed."""
+"""Columns of one seed."""
 
 STEP, WIDTH = 0.05, 0.5
-"""How far the dots of two seeds stand apart, and at most those of all seeds, where policies stand one apart."""
+"""Distance of the dots of two seeds, and its maximum over all seeds; policies have distance 1."""
 
 
 @dataclass(frozen=True)
 class SeedResult:
-    """What a seed came to.
+    """Result of one seed.
 
     Attributes:
         table: its evaluation.
-        degenerate_count: policy → what was wrong with the responses of its last update, counted as by
+        degenerate_count: policy → count of degenerate responses of its last update, see
             `tasks.rl.checks.degeneration`; 0 for DPO, which writes none while it trains.
         detectors: policy → the detectors of reward hacking that fired.
     """
@@ -50,12 +50,12 @@ class SeedResult:
 
 
 Results = Mapping[int, SeedResult | RLHFError]
-"""Seed → what it came to, or the error that ended it."""
+"""Seed → its result, or the error that ended it."""
 
 
 @dataclass(frozen=True)
 class SeedSummary:
-    """A figure over the seeds; `low` and `high` are the ends of the mean's 95 % interval, which one seed has not."""
+    """Summary of a metric over seeds; `low` and `high` are the 95 % interval of the mean, None for one seed."""
 
     seeds: int
     mean: float
@@ -66,19 +66,19 @@ class SeedSummary:
 
 
 def load_seed_result(artifacts: Path) -> SeedResult:
-    """What the stages wrote under one seed."""
+    """Load the results that the stages wrote under one seed."""
     table: Table = _read_json(artifacts / "evaluate" / "policies.json")
     last = {policy: _read_json(artifacts / policy / "metrics.json") for policy in table if policy != REFERENCE}
     findings = _read_json(artifacts / "evaluate" / "findings.json")
     return SeedResult(
         table,
-        {policy: float(row.get("degenerate", 0.0)) for policy, row in last.items()},
+        {policy: float(row.get("degenerate_count", 0.0)) for policy, row in last.items()},
         {policy: list(dict.fromkeys(finding["detector"] for finding in own)) for policy, own in findings.items()},
     )
 
 
 def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | None:
-    """Why a policy counts as collapsed, or None: it is clearly worse than SFT, or its last responses say nothing.
+    """Reason why a policy collapsed, or None: it is clearly worse than SFT, or its last responses are degenerate.
 
     Args:
         row: of the policy in the evaluation.
@@ -94,13 +94,13 @@ def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | 
 
 
 def summarise_seeds(results: Results) -> dict[str, Any]:
-    """All of it, as JSON can say it.
+    """Summarise all seeds as JSON types.
 
     `policies` gives each policy a `summary`, figure → `SeedSummary`, and its `seeds`, seed → figures with `detectors`, those
     that fired, and `collapsed`, the reason or null; `collapsed` and `failed` hold a sentence for each.
 
-    Means are over every seed that came to an evaluation, the collapsed ones among them: to leave those out would be to
-    choose the seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
+    Means are over every evaluated seed, collapsed ones included: leaving those out would
+    select seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
     """
     trained = {seed: result for seed, result in results.items() if isinstance(result, SeedResult)}
     policies = dict.fromkeys(policy for result in trained.values() for policy in result.table if policy != REFERENCE)
@@ -123,7 +123,7 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
 
 
 def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """The summaries of a report as flat numbers, `seeds.<policy>.<figure>_<what>`."""
+    """Flatten the summary into metrics `seeds.<policy>.<metric>_<statistic>`."""
     return {
         f"seeds.{policy}.{figure}_{what}": value
         for policy, own in summary["policies"].items()
@@ -145,7 +145,7 @@ def write_summary(folder: Path, results: Results) -> None:
 
 
 def plot_seeds(path: Path, summary: Mapping[str, Any]) -> None:
-    """A panel per figure: every seed a dot, a cross where it collapsed, and beside them the mean with its interval."""
+    """Plot a panel per metric: a dot per seed, a cross if it collapsed, and the mean with its interval."""
     import matplotlib
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""Means with an honest width: standard errors, bootstrap intervals, paired win rates."""
+"""Means with confidence intervals: standard errors, bootstrap intervals, paired win rates."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import numpy as np
 __all__ = ["TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "t_interval", "wilson_interval", "win_rate", "pairwise_wins"]
 
 TIE_TOLERANCE = 1e-5
-"""Scores closer than this are a tie: the same text in a differently padded batch moves in its last digits."""
+"""Scores closer than this are a tie: padding changes the last digits of the score of one text."""
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class Interval:
 
 
 def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
-    """The mean and its standard error s/√n (s with n − 1); the error is 0 for a single value.
+    """Compute the mean and its standard error s/√n (s with n − 1); the error is 0 for a single value.
 
     Raises:
         ValueError: there is no value.
@@ -61,7 +61,7 @@ def bootstrap_mean(values: Sequence[float], *, samples: int, seed: int, level: f
 
 
 def wilson_interval(share: float, n: int) -> Interval:
-    """A share of n trials with its 95 % interval, which stays in [0, 1] and has a width at its ends.
+    """Wilson score interval (95 %) of a share of n trials, which stays in [0, 1].
 
     Source: Wilson 1927, "Probable inference, the law of succession, and statistical inference", J. Am. Stat. Assoc. 22.
 
@@ -80,12 +80,12 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
     """Mean ± t·s/√n with Student's t for n − 1 degrees of freedom: for a few independent values, such as of seeds.
 
     It says how much the mean depends on the seeds that were drawn (Colas et al. 2018, arXiv 1806.08295), and
-    nothing of the prompts, which all seeds share.
+    not on the prompts, which all seeds share.
 
     Raises:
         ValueError: there are fewer than two values.
     """
-    from scipy.special import stdtrit  # which takes a moment
+    from scipy.special import stdtrit  # slow to import
 
     if len(values) < 2:
         raise ValueError(f"an interval over {len(values)} values")
@@ -95,7 +95,7 @@ def t_interval(values: Sequence[float], *, level: float = 0.95) -> Interval:
 
 
 def pairwise_wins(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Per prompt: 1 where the score beats the reference's by more than TIE, ½ for a tie, 0 where it loses.
+    """Compare per prompt: 1 for a win by more than TIE_TOLERANCE, ½ for a tie, 0 for a loss.
 
     Raises:
         ValueError: the two differ in length.
@@ -107,7 +107,7 @@ def pairwise_wins(scores: Sequence[float], reference: Sequence[float]) -> list[f
 
 
 def win_rate(scores: Sequence[float], reference: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """How often the scores beat the reference's, paired by prompt, ties counting ½, with its 95 % bootstrap interval.
+    """Win rate against the reference, paired by prompt, ties counting ½, with its 95 % bootstrap interval.
 
     Raises:
         ValueError: the two differ in length, or are empty.

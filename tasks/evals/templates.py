@@ -1,4 +1,4 @@
-"""Templates, rendered so that a name that nothing defines is an error."""
+"""Loading of Jinja templates in which an undefined name is an error."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ __all__ = ["load_template"]
 def load_template(
     name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool, folder: Path = Path(__file__).parent
 ) -> Template:
-    """A template by its file name.
+    """Load a template by its file name.
 
     Args:
-        autoescape: for HTML: what is inserted stays text.
-        folder: where it lies, if not beside this file.
+        autoescape: escape inserted text, for HTML.
+        folder: folder of the template, by default that of this file.
     """
     environment = Environment(
         loader=FileSystemLoader(folder),

@@ -1,4 +1,4 @@
-"""How long responses are; how varied they are is in tasks.core.words."""
+"""Lengths of responses."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ __all__ = ["length_counts", "word_count"]
 
 
 def word_count(text: str) -> int:
-    """Words in the text; punctuation is none."""
+    """Count the words of the text, without punctuation."""
     return len(tokenize_words(text))
 
 
 def length_counts(lengths: Sequence[int]) -> list[tuple[int, int]]:
-    """(length, how many) for each length from the shortest to the longest, empty ones in between included."""
+    """Count responses per length, from the shortest to the longest, zeros included."""
     if not lengths:
         return []
     counts = Counter(lengths)

@@ -1,4 +1,4 @@
-"""Where more of the proxy stops being better: what the over-optimisation curves say, in a sentence or two."""
+"""Sentences about the peaks of the fitted over-optimisation curves."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["turning_point"]
 
 
 def turning_point(fits: Mapping[str, Any], points: Sequence[Mapping[str, str]]) -> str:
-    """Whether the gold judge's fitted curves turn down within the distances that were measured; "" without curves.
+    """Describe whether the gold judge's fitted curves peak within the measured distances; "" without curves.
 
     Args:
         fits: method → judge → fit, as `tasks.evals.overoptimisation` writes them.
@@ -28,7 +28,7 @@ def turning_point(fits: Mapping[str, Any], points: Sequence[Mapping[str, str]]) 
         if fit["peak"] is not None and fit["peak"] < max_distance:
             peaked.append(_describe_peak(method, fit, max_distance))
         elif _fitted_gain(fit, max_distance) > 0:
-            rising.append((f"{DISPLAY_NAMES.get(method, method)} ({max_distance:.1f})", fit["peak_share"]))
+            rising.append((f"{DISPLAY_NAMES.get(method, method)} ({max_distance:.1f})", fit["peak_fraction"]))
         else:
             flat.append(DISPLAY_NAMES.get(method, method))
     return " ".join([*peaked, *_rising_sentence(rising), *_no_gain_sentence(flat)])
@@ -39,14 +39,14 @@ def _fitted_gain(fit: Mapping[str, Any], distance: float) -> float:
 
 
 def _describe_peak(method: str, fit: Mapping[str, Any], max_distance: float) -> str:
-    """Sure where the whole interval of β is above 0, since the curve bends down only there."""
+    """Describe a peak; it is certain if the whole interval of β is above 0, since only then the curve bends down."""
     beta = fit["beta"]
     certain = beta["low"] > 0
     return (
         f"{'Over-optimised' if certain else 'Perhaps over-optimised'}: by the gold judge, {DISPLAY_NAMES.get(method, method)} is "
         f"best at √KL {fit['peak']:.1f} and gets worse from there to {max_distance:.1f}, the farthest measured "
         f"(β {_format_number(beta['mean'])}, 95% interval {_format_number(beta['low'])} to {_format_number(beta['high'])}"
-        f"{'' if certain else ', which holds 0'}; {format_percent(fit['peak_share'])}% of resamples peak within it)."
+        f"{'' if certain else ', which holds 0'}; {format_percent(fit['peak_fraction'])}% of resamples peak within it)."
     )
 
 

@@ -1,4 +1,4 @@
-"""Variants of the pipeline side by side: one table, and one plot of reward against KL."""
+"""Comparison of pipeline variants: a table, and a plot of reward against KL."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.evals.compare import REFERENCE, Table, judges_of
 __all__ = ["VARIANT_COLUMNS", "plot_comparison", "write_comparison"]
 
 VARIANT_COLUMNS = ("win_rate", "win_rate_low", "win_rate_high", "reward_gold", "reward_proxy", "kl", "length")
-"""The columns of the table."""
+"""Columns of the table."""
 
 
 def write_comparison(folder: Path, variants: Mapping[str, Table]) -> None:
@@ -25,7 +25,7 @@ def write_comparison(folder: Path, variants: Mapping[str, Table]) -> None:
 
 
 def plot_comparison(path: Path, variants: Mapping[str, Table]) -> None:
-    """Gain over SFT against √KL: a panel per judge, a colour per variant, a marker per policy.
+    """Plot gain over SFT against √KL: a panel per judge, a colour per variant, a marker per policy.
 
     As Gao et al. 2022 (arXiv 2210.10760, section 3) plot it: where the proxy still gains and gold no longer does, the
     policy exploits the proxy.

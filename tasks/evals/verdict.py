@@ -1,4 +1,4 @@
-"""What the table says, in a sentence or two that need no glossary."""
+"""Plain-language summary of the table."""
 
 from __future__ import annotations
 
@@ -13,24 +13,24 @@ __all__ = ["DISPLAY_NAMES", "Summary", "best_policy", "summarise_table", "join_a
 DISPLAY_NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}
 
 MIN_PROMPTS = 50
-"""Below this many prompts the bootstrap interval itself is rough, and the verdict says so."""
+"""With fewer prompts than this the bootstrap interval is rough, and the summary warns."""
 
 MAX_INCONSISTENT = 0.5
-"""Above this share of pairs that the LLM judge decides by their order alone, the verdict warns of it."""
+"""If the LLM judge decides a larger share of pairs than this by their order, the summary warns."""
 
 MAX_LENGTH_DRIFT = 0.2
-"""A mean length that differs from the reference's by more than this share is part of the verdict: judges of every kind
+"""A mean length that differs from the reference's by more than this share is reported: judges of every kind
 are swayed by length (Singhal et al. 2023, arXiv 2310.03716)."""
 
 
 @dataclass(frozen=True)
 class Summary:
-    """The conclusion.
+    """Summary of the evaluation.
 
     Attributes:
-        winner: who comes first, and how sure that is.
-        gold: who beats the reference by the gold judge, with intervals.
-        agreement: whether the trained-on reward and the gold judge tell the same story.
+        winner: best policy, and how certain that is.
+        gold: policies that beat the reference by the gold judge, with intervals.
+        agreement: whether the proxy reward and the gold judge agree.
         suspects: policies that the proxy puts clearly above the reference and the gold judge does not, or far less.
         drift: policies whose responses are much shorter or longer than the reference's, or nothing.
         caution: limits of this comparison, or nothing.
@@ -45,7 +45,7 @@ class Summary:
 
 
 def summarise_table(table: Table, flagged: Collection[str] = ()) -> Summary:
-    """The verdict: better or worse means that the whole 95 % interval of the win rate lies above or below one half.
+    """Summarise the table; better or worse means that the whole 95 % interval of the win rate is above or below ½.
 
     Args:
         flagged: policies with signs of reward hacking.
@@ -66,23 +66,23 @@ def summarise_table(table: Table, flagged: Collection[str] = ()) -> Summary:
 
 
 def best_policy(table: Table) -> str | None:
-    """The policy whose win rate by the gold judge has the highest lower end; None where there is only the reference."""
+    """Policy with the highest lower bound of the gold judge's win rate; None if there is only the reference."""
     policies = [policy for policy in table if policy != REFERENCE]
     return max(policies, key=lambda policy: table[policy]["win_rate_low"], default=None)
 
 
 def format_percent(share: float) -> str:
-    """A share as whole percent, without the sign."""
+    """Format a share as whole percent, without the percent sign."""
     return f"{100 * share:.0f}"
 
 
 def join_and(items: Sequence[str]) -> str:
-    """As in a sentence: a, b and c."""
+    """Join as in a sentence: a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
 
 
 def _winner_sentence(table: Table, significance: Mapping[str, int], flagged: Collection[str]) -> str:
-    """By the lower end of the interval; policies whose intervals overlap the winner's may be as good."""
+    """Sentence about the best policy by lower bound, and those whose intervals overlap its interval."""
     first = best_policy(table)
     if first is None or significance[first] <= 0:
         return "No policy clearly beats SFT." if first else "There is no policy to compare with SFT."
@@ -111,7 +111,7 @@ def _caution_sentence(table: Table) -> str:
 
 
 def _significance(row: dict[str, float], prefix: str) -> int:
-    """1 where the interval lies above one half, −1 below it, 0 where it holds one half."""
+    """Significance of a win rate: 1 if its interval is above ½, −1 if below, 0 if it contains ½."""
     return int(row[f"{prefix}_low"] > 0.5) - int(row[f"{prefix}_high"] < 0.5)
 
 

@@ -1,4 +1,4 @@
-"""Let a policy write to a person's prompts, as it wrote in training and evaluation."""
+"""Sampling of a policy on given prompts, as in training and evaluation."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ BATCH_SIZE = 32
 
 @dataclass(frozen=True)
 class Sample:
-    """A response; `ended` is false where it was cut at its greatest length."""
+    """Sampled response; `ended` is false if it was cut at `max_new_tokens`."""
 
     prompt: str
     sample_index: int
@@ -30,7 +30,7 @@ class Sample:
 
 
 class Sampler:
-    """A policy that is ready to write; its random numbers go on from call to call."""
+    """Sampler of a loaded policy; its random generator continues from call to call."""
 
     def __init__(
         self,
@@ -45,8 +45,8 @@ class Sampler:
         """Load it.
 
         Args:
-            artifacts: base model, SFT and policy, laid out as in artifacts.
-            chat_template: show it each prompt as a user's message, and not as the beginning of a text.
+            artifacts: folder with base model, SFT and policy, laid out as the project's artifacts.
+            chat_template: format each prompt as a user's message, and not as the beginning of a text.
 
         Raises:
             ConfigError: the tokenizer has no chat template.
@@ -63,7 +63,7 @@ class Sampler:
         self._generator = torch.Generator().manual_seed(seed)
 
     def sample(self, prompts: Sequence[str], samples: int) -> Iterator[Sample]:
-        """Responses to each prompt, in its order.
+        """Sample responses to each prompt, in order.
 
         Raises:
             ConfigError: a prompt is empty.
@@ -96,7 +96,7 @@ class Sampler:
 
 
 def policy_stages(artifacts: Path) -> list[str]:
-    """The stages whose adapter makes a language model, and no judge."""
+    """Stages whose adapter is a causal language model."""
     configs = sorted(artifacts.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
     kinds = {file.parts[-3]: json.loads(file.read_text(encoding="utf-8"))["task_type"] for file in configs}
     return [stage for stage, kind in kinds.items() if kind == "CAUSAL_LM"]

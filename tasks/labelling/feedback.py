@@ -65,7 +65,7 @@ class Cost:
 
 
 class CountingJudge:
-    """A judge in this process, each of whose answers is a request; `who` holds the digest of its weights, too."""
+    """A judge in this process, each of whose answers is a request; `judge_id` holds the digest of its weights, too."""
 
     def __init__(self, judge: PairJudge, cost: Cost, digest: str) -> None:
         self.judge_id = {**judge.judge_id, "digest": digest}

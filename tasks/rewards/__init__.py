@@ -1,1 +1,1 @@
-"""What a response is worth: rules, learned models and their weighted sum."""
+"""Reward functions and reward models."""

@@ -1,10 +1,10 @@
-"""The reward for programs: 1 where the tests of the row pass, behind walls that `tasks.rewards.sandbox` puts up.
+"""Reward for programs: 1 where the tests of the row pass, run by `tasks.rewards.sandbox`.
 
 A row's `answer` holds its tests: Python that calls the function under test by its name or as `candidate`, and either
 asserts at once or defines `check(candidate)`, as HumanEval does (Chen et al. 2021, arXiv 2107.03374). Values that pass
 between tests and function are plain data. The function is the one that a line `# entry_point: NAME` of the tests names,
 else the last that the prompt begins with `def`. What follows a line `# held out` is a second set of tests, complete in
-itself and never paid for: `evaluate.gold_rule` with `held_out: true` judges by it.
+itself and never rewarded: `evaluate.gold_rule` with `held_out: true` judges by it.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ _NO_PROGRAM = SandboxResult(Status.REFUSED, "the response holds no program")
 
 
 def code_reward(options: CodeRule, answers: Mapping[str, str]) -> CodeReward:
-    """The component `code`; the sandbox is tried once here, before anything is trained.
+    """Build the component `code`; tests the sandbox once, before training.
 
     Raises:
         ConfigError: the sandbox cannot be built, or does not hold, on this machine.
@@ -42,7 +42,7 @@ def code_reward(options: CodeRule, answers: Mapping[str, str]) -> CodeReward:
 
 
 class CodeReward:
-    """1 if the response's program passes all tests of its prompt, else 0; why not is measured, and never paid.
+    """1 if the response's program passes all tests of its prompt, else 0; the way to fail is a metric only.
 
     There is no share of tests passed: a program that returns a constant would earn it.
 
@@ -50,7 +50,7 @@ class CodeReward:
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
     the function returned. The verdict itself is out of the program's reach. Against that: tests with many values that
     the prompt does not show, `held_out` tests at evaluation, a second component for length (a table of cases is long),
-    and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy tries the walls.
+    and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy probes the sandbox.
     """
 
     def __init__(self, sandbox: Sandbox, options: CodeRule, answers: Mapping[str, str]) -> None:
@@ -58,11 +58,11 @@ class CodeReward:
         self._sandbox, self._options, self._answers = sandbox, options, answers
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        """The values of `measured` alone."""
+        """Values of `score_with_metrics` alone."""
         return self.score_with_metrics(prompts, responses)[0]
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 or 0 for each response [B], and for each way to fail whether it was this one [B].
+        """1 or 0 for each response [B], and an indicator of each way to fail [B].
 
         Raises:
             DataError: a prompt has no tests, or tests that cannot judge any program.
@@ -76,7 +76,7 @@ class CodeReward:
         return torch.tensor([float(verdict.status is Status.PASSED) for verdict in verdicts]), failures
 
     def verdicts(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
-        """A verdict per response [B], with its reason."""
+        """Results of all responses [B], with reasons."""
         pairs = zip(prompts, responses, strict=True)
         jobs = [self._job(prompt, response) for prompt, response in pairs]
         found = iter(self._sandbox.run([job for job in jobs if job is not None]))
@@ -96,10 +96,10 @@ class CodeReward:
 
 
 def function_under_test(prompt: str, tests: str) -> str:
-    """The name that the tests say, else that of the prompt's last function: helpers come before it.
+    """Name that the tests give, else that of the prompt's last function: helpers come before it.
 
     Raises:
-        DataError: neither says one.
+        DataError: neither gives one.
     """
     found = _ENTRY_POINT_RE.findall(tests) or _DEF_RE.findall(prompt)
     if not found:
@@ -111,13 +111,13 @@ def function_under_test(prompt: str, tests: str) -> str:
 
 
 def select_tests(options: CodeRule, answer: str) -> str:
-    """Of a row's `answer` the tests that run: those before its line `# held out`, or those after it."""
+    """Select the tests of a row's `answer`: those before its line `# held out`, or those after it."""
     training_tests, *held_out = _HELD_OUT_RE.split(answer, maxsplit=1)
     return held_out[0] if options.held_out and held_out else training_tests
 
 
 def extract_program(options: CodeRule, prompt: str, response: str, name: str) -> str | None:
-    """What of a response is the program; None where it holds none.
+    """Extract the program of a response; None where there is none.
 
     A completion is taken as it is: a policy that goes on after its function has to learn to stop.
     """
@@ -131,9 +131,9 @@ def extract_program(options: CodeRule, prompt: str, response: str, name: str) ->
 
 
 def _prompt_preamble(prompt: str) -> str:
-    """The prompt as a program of its own, for the functions that tests take from it: the program may have changed them.
+    """Prompt as trusted code for the helpers that tests use: the program may have changed them.
 
-    Empty where it is none: then the tests need nothing of it, or say so by failing.
+    Empty where it does not compile: then the tests need none of it, or fail.
     """
     text = f"{prompt}\n    pass\n"
     try:

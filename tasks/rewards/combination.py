@@ -1,4 +1,4 @@
-"""How values of components become one reward: tensors in, tensors out.
+"""Compositions of reward components: pure functions of tensors.
 
 B responses; a mapping names components in the order in which they are added.
 """
@@ -30,7 +30,7 @@ def weighted_sum(values: Values, weights: Weights) -> Tensor:
 
 
 def product(values: Values, weights: Weights) -> Tensor:
-    """Π value ^ weight, [B], for values in [0, 1]: one that is 0 and has a weight takes everything.
+    """Π value ^ weight, [B], for values in [0, 1]: one that is 0 and has a weight makes the product 0.
 
     A component of weight 0 is reported alone, so its values may be any.
 
@@ -54,11 +54,11 @@ def product(values: Values, weights: Weights) -> Tensor:
 def lexicographic(values: Values, weights: Weights, raw: Values, priorities: Sequence[tuple[str, float]]) -> Tensor:
     """Σ weight · value · [every component before it in the priorities reaches its threshold], [B].
 
-    Those that are not among the priorities come last, together. For the order to be worth following, what comes later
+    Those that are not among the priorities come last, together. For the order to pay, what comes later
     should not be negative: reaching a threshold would cost.
 
     Args:
-        raw: what is held against the thresholds.
+        raw: values that are compared with the thresholds.
     """
     passed = torch.ones(len(next(iter(values.values()))))
     ranked: dict[str, Tensor] = {}
@@ -72,7 +72,7 @@ def lexicographic(values: Values, weights: Weights, raw: Values, priorities: Seq
 def apply_gates(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) -> Tensor:
     """The total [B], but at most `floor` where a component is below its gate.
 
-    At most: a floor of 0 would else be a way out for responses that are worth less.
+    At most: a floor of 0 would else raise the reward of responses below it.
     """
     for name, threshold in gates.items():
         total = torch.where(raw[name] >= threshold, total, total.clamp(max=floor))

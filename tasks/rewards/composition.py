@@ -1,4 +1,4 @@
-"""The reward of a response: named components as one number, each of which stays visible by itself."""
+"""Composite reward: named components, weighted into one number and reported one by one."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ MESSAGE_CHARACTERS = 200
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """What B responses are worth.
+    """Rewards of B responses.
 
     Attributes:
-        total: [B] float32, what is paid.
-        components: name → [B] float32, as they are: before scales, weights and gates.
-        measures: name → [B] float32, what components noticed about the responses; reported, never paid.
+        total: [B] float32, the reward.
+        components: name → [B] float32, raw: before scales, weights and gates.
+        metrics: name → [B] float32, further metrics of components; reported, not part of the reward.
     """
 
     total: Tensor
@@ -41,14 +41,14 @@ class RewardBatch:
     metrics: dict[str, Tensor] = field(default_factory=dict)
 
     def gather(self) -> RewardBatch:
-        """That of every rank's responses."""
+        """Gather the rewards of all ranks."""
         components = {name: ranks.all_gather(values) for name, values in self.components.items()}
         metrics = {name: ranks.all_gather(values) for name, values in self.metrics.items()}
         return RewardBatch(ranks.all_gather(self.total), components, metrics)
 
 
 class CompositeReward:
-    """Components and how they become one number; one of weight 0 is computed and reported."""
+    """Weighted components; one of weight 0 is computed and reported."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class CompositeReward:
 
     @property
     def weights(self) -> Mapping[str, float]:
-        """Component → weight, where a curriculum ends."""
+        """Component → weight, at the end of its schedule."""
         return self._weights
 
     def weights_at(self, update: int | None) -> Mapping[str, float]:
@@ -92,7 +92,7 @@ class CompositeReward:
         return self._weights | {name: interpolate_weight(points, update) for name, points in self._weight_schedule.items()}
 
     def marginal_weights(self, update: int) -> Mapping[str, float]:
-        """What one more of each component, as it is reported, adds to the total; none where that is no constant."""
+        """Marginal weight of each raw component in the total; empty where it is not constant."""
         if self._composition != "sum" or any(scale.by == "batch" for scale in self._scales.values()):
             return {}
         return {
@@ -107,10 +107,10 @@ class CompositeReward:
         update: int | None = None,
         external: Mapping[str, Component] | None = None,
     ) -> RewardBatch:
-        """Score B responses, each to the prompt at its place.
+        """Score B responses, one per prompt.
 
         Args:
-            update: of the training that asks, from 1; None outside training.
+            update: of training, from 1; None outside training.
             external: those of `EXTERNAL_COMPONENTS` that have a weight, for these responses.
 
         Raises:
@@ -129,7 +129,7 @@ class CompositeReward:
         return RewardBatch(self._total(values, update), values, metrics)
 
     def _total(self, values: Mapping[str, Tensor], update: int | None) -> Tensor:
-        """[B] from what the components gave."""
+        """Total [B] of the component values."""
         scaled = {name: self._normalise(name, value, update) for name, value in values.items()}
         weights = self.weights_at(update)
         if self._composition == "product":
@@ -156,7 +156,7 @@ class CompositeReward:
 def load_reward(
     params: RewardParams, prompts: Sequence[Prompt], *, base_model: Path, sft: Path, reward_model: Path
 ) -> CompositeReward:
-    """The reward that the `reward` section describes, its reward model loaded only if it has a weight.
+    """Load the reward that the `reward` section describes; the reward model only if it has a weight.
 
     Raises:
         ConfigError: a rule's package is not installed, or a user's module cannot be imported.
@@ -174,7 +174,7 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
     """The reward that the `reward` section describes.
 
     Args:
-        prompts: all that will be asked about; rules learn the right answers from them.
+        prompts: all that will be scored; rules read the right answers from them.
         learned: the reward model as a function of prompts and responses; None where the stage is off.
 
     Raises:
@@ -208,7 +208,7 @@ def rule_component(name: str, options: RuleOptions, answers: Answers) -> Compone
 
 
 def _mean_and_std(values: Tensor) -> tuple[float, float]:
-    """Over every rank's responses."""
+    """Mean and standard deviation over the responses of all ranks."""
     gathered = ranks.all_gather(values)
     return gathered.mean().item(), gathered.std(correction=0).item()
 
@@ -216,14 +216,14 @@ def _mean_and_std(values: Tensor) -> tuple[float, float]:
 def _call_component(
     component: Component, prompts: list[str], responses: list[str]
 ) -> tuple[Sequence[float] | Tensor, dict[str, Tensor]]:
-    """The component's values, and what it has measured beside them."""
+    """Call a component: its values and its metrics."""
     if isinstance(component, ScoresWithMetrics):
         return component.score_with_metrics(prompts, responses)
     return component(prompts, responses), {}
 
 
 def _validate_scores(name: str, value: Sequence[float] | Tensor, prompts: list[str], responses: list[str]) -> Tensor:
-    """The component's values as [B] float32 on the CPU."""
+    """Validate a component's values: [B] float32 on the CPU."""
     tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
     if tensor.shape != (len(responses),):
         raise TrainingError(

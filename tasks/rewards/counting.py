@@ -1,4 +1,4 @@
-"""Rules that look at one sample at a time: what happens where one of them fails on one."""
+"""Fault tolerance of rules that score one sample at a time."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from tasks.core.errors import RLHFError, TrainingError
 __all__ = ["FAILURES", "FaultTolerantRule"]
 
 FAILURES = "failures/"
-"""Before a component's name, as a measure: 1 for each response on which it failed."""
+"""Prefix of a component's name, as a metric: 1 for each response on which it failed."""
 
 MIN_BATCH = 8
-"""Responses from which on most of a batch failing is no accident."""
+"""Smallest batch in which a majority of failures is an error."""
 
 MESSAGE_CHARACTERS = 200
 """Characters of a text that a message shows."""
 
 
 class FaultTolerantRule:
-    """A rule over a batch; where it raises or gives no finite number, the sample earns the floor and is counted.
+    """A rule over a batch; where it raises or is not finite, the sample gets the floor and is counted.
 
-    One accident in a week's run must not end it, and must not pass in silence: the first one is told. An error of the
+    One failure in a week's run must not end it, and must not stay unnoticed: the first one is printed. An error of the
     project's own (no right answer is known, say) is the configuration's, and stays an error.
     """
 
@@ -65,7 +65,7 @@ class FaultTolerantRule:
         return torch.tensor(values, dtype=torch.float32), {f"{FAILURES}{self._name}": failed}
 
     def _safe_score(self, prompt: str, response: str) -> tuple[float, str]:
-        """The value, and what went wrong, if anything."""
+        """Value, and the failure, if any."""
         try:
             value = float(self._score(prompt, response))
         except RLHFError:

@@ -1,8 +1,8 @@
-"""How far a text lies from those that a reward model has learned from, by what the model's head reads of it.
+"""Out-of-distribution detection for reward models, by Mahalanobis distance of the head's input states.
 
 One Gaussian is fitted to the states of the training texts, and the distance from it is Mahalanobis' (Lee et al. 2018,
 arXiv 1807.03888, equation 2, with one class). What lies further out than nearly all held-out texts of people is a text
-of a kind that nobody compared: its score is a guess, whatever it says.
+unlike the training data: its score is an extrapolation.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from tasks.core.errors import ModelError, TrainingError
 __all__ = ["QUANTILE", "MahalanobisOOD"]
 
 QUANTILE = 0.99
-"""Share of held-out texts that count as familiar."""
+"""Fraction of held-out texts that count as in-distribution."""
 
 
 @dataclass(frozen=True)
 class MahalanobisOOD:
-    """Where the states of the training texts lie.
+    """Gaussian of the training texts' states.
 
     Attributes:
         mean: [d] their mean μ.
         whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their covariance, shrunk as Ledoit & Wolf 2004 say: there
             are hardly more texts than dimensions, and the sample's own has no inverse one could trust.
-        threshold: the distance beyond which a text is unfamiliar.
+        threshold: the distance beyond which a text is out of distribution.
     """
 
     mean: Tensor

@@ -1,6 +1,6 @@
-"""Models that a reward model is made from, copied to where DVC versions them: what scores is what DVC has hashed.
+"""Fetching of pretrained reward models and backbones into the stage's folder, which DVC hashes.
 
-On another machine neither the hub nor the local folder is needed any more; the card beside each copy says where it is
+On another machine neither the hub nor the local folder is needed; the card beside each copy records where it is
 from, at which commit or with which checksum.
 """
 
@@ -41,7 +41,7 @@ def fetch_backbone(params: BaseModelParams, seed: int, reward_model: Path) -> No
 
 
 def fetch_pretrained_scorer(params: PretrainedRewardParams, max_length: int, reward_model: Path) -> None:
-    """Write a finished reward model into `adapter/scorer/`, weights in the precision that they came in.
+    """Copy a pretrained reward model into `adapter/scorer/`, in its own precision.
 
     Raises:
         ModelError: it is incomplete, or gives neither one score nor two classes.

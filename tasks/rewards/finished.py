@@ -1,4 +1,4 @@
-"""Reward models that others have trained, as `tasks.rewards.fetching` has copied them: `adapter/scorer/`."""
+"""Pretrained reward models: fetched into `adapter/scorer/`, and loaded from there."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ PRETRAINED_DIR = f"{ADAPTER_DIR}/scorer"
 CARD = "card.json"
 
 Formatter = Callable[[str, str], str]
-"""Of a prompt and a response, the text that a model reads."""
+"""(prompt, response) → the text that the model reads."""
 
 
 def load_pretrained_scorer(reward_model: Path) -> tuple[PretrainedScorer, Formatter]:
-    """The scorer, frozen and in evaluation mode, and how it wants its texts.
+    """Load the scorer, frozen and in evaluation mode, and the formatter of its texts.
 
     Raises:
         ModelError: the folder is incomplete.
@@ -42,7 +42,7 @@ def load_pretrained_scorer(reward_model: Path) -> tuple[PretrainedScorer, Format
 
 
 def _template_formatter(template: str) -> Formatter:
-    """The template with both put in; braces in what is put in stay as they are."""
+    """Formatter that fills the template; braces in prompt and response stay as they are."""
 
     def formatter(prompt: str, response: str) -> str:
         values = {"prompt": prompt, "response": response}

@@ -1,4 +1,4 @@
-"""Learned rewards: the reward models that training sees, and the gold judge that it never sees."""
+"""Learned rewards: the reward model (proxy), and the gold judge, which training never sees."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ MEMBERS = f"{ADAPTER_DIR}/members"
 BACKBONE = f"{ADAPTER_DIR}/backbone"
 
 MIN_SPREAD = 1e-6
-"""A spread of raw values below this is that of float32's rounding: nothing varies."""
+"""A standard deviation of raw values below this is rounding error of float32."""
 
 ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(0),
@@ -51,18 +51,18 @@ ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def member_folder(reward_model: Path, number: int) -> Path:
-    """Where a member of the ensemble lies, laid out as a stage's folder; the first, 0, is the stage itself."""
+    """Folder of an ensemble member, with the layout of a stage's folder; member 0 is the stage's folder itself."""
     return reward_model / MEMBERS / str(number) if number else reward_model
 
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """One output of a model, and what makes it a score.
+    """One output of a model with its normalisation.
 
     Attributes:
         mean: μ of the output over responses of the SFT policy, less what their length explains.
         std: their spread σ.
-        length_slope: what a token adds to the output; taken off it. 0 where length is left alone.
+        length_slope: effect of one token on the output, which is subtracted. 0 without length debiasing.
         weight: in the sum of the heads.
     """
 
@@ -73,12 +73,12 @@ class ScoreHead:
 
     @classmethod
     def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> ScoreHead:
-        """Measure it on raw values [N] of SFT responses, and on their lengths where those shall not count.
+        """Fit to raw values [N] of SFT responses, and to their lengths for length debiasing.
 
         The slope is that of least squares, cov(raw, length) / var(length).
 
         Raises:
-            TrainingError: there is no spread to measure in.
+            TrainingError: the values do not vary.
         """
         slope = 0.0
         if lengths is not None and lengths.std() > 0:
@@ -92,7 +92,7 @@ class ScoreHead:
         return cls(residuals.mean().item(), residuals.std().item(), slope, weight)
 
     def debias(self, raw: Tensor, lengths: Tensor | None) -> Tensor:
-        """Raw values [N] less what their length adds to them."""
+        """Raw values [N] less the effect of their length."""
         return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
 
     def normalise(self, debiased: Tensor) -> Tensor:
@@ -122,7 +122,7 @@ class EnsembleMember:
         prompts: Sequence[str],
         length_debias: bool,
     ) -> tuple[EnsembleMember, Tensor]:
-        """The member whose heads are normalised on these responses of the SFT policy, and the states behind them.
+        """Fit the normalisation of the heads on these responses of the SFT policy; also return the states.
 
         Args:
             samples: the texts that it reads.
@@ -134,11 +134,11 @@ class EnsembleMember:
         return cls(scorer, {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}), states
 
     def raw_scores(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """The heads' raw values [N, K], less what the response's length adds to them, and the states [N, d] behind.
+        """Raw values [N, K] of the heads, debiased for length, and their input states [N, d].
 
         Args:
-            texts: what it reads.
-            prompts: one per text, empty where the whole of it counts.
+            texts: whole inputs.
+            prompts: one per text, empty where the whole text counts.
         """
         raw, states = self.scorer.scores_and_states(texts)
         has_length_slope = any(head.length_slope for head in self.heads.values())
@@ -164,9 +164,9 @@ class EnsembleMember:
 
 
 def _response_lengths(scorer: TextScorer, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """How many tokens of each text [N] are not its prompt's; a template's own count, which are the same for all.
+    """Number of response tokens of each text [N], with the template's own, which are the same for all.
 
-    The prompt's length would else hide the response's: policies choose the latter alone.
+    Without the prompt's: the policy chooses the response's length alone.
     """
     return scorer.lengths(texts) - scorer.lengths(prompts) + scorer.lengths([""])
 
@@ -176,13 +176,13 @@ def _columns(raw: Tensor) -> tuple[Tensor, ...]:
 
 
 def _parse_heads(facts: Mapping[str, Any]) -> dict[str, ScoreHead]:
-    """What `Member.facts` has said."""
+    """Read what `EnsembleMember.to_dict` wrote."""
     rows = facts.get("objectives") or {"": {name: value for name, value in facts.items() if name != "max_length"}}
     return {name: ScoreHead(**row) for name, row in rows.items()}
 
 
 class RewardModel:
-    """One model, or an ensemble, whose members differ in their seed alone, on one trunk."""
+    """One model, or an ensemble whose members differ in their seed alone, on one backbone."""
 
     def __init__(
         self,
@@ -193,12 +193,12 @@ class RewardModel:
         uncertainty_coef: float = 0.0,
         formatter: Callable[[str, str], str] = add,
     ) -> None:
-        """Put members together.
+        """Combine the members into one reward.
 
         Args:
             ood_detector: of the first member's states.
             ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
-            uncertainty_coef: what `uncertainty` takes off per unit of variance among members.
+            uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
             formatter: of a prompt and a response, the text that members read.
         """
         self._members = members
@@ -211,7 +211,7 @@ class RewardModel:
     def load(
         cls, base_model: Path, sft: Path, reward_model: Path, *, ensemble_reduction: str = "mean", uncertainty_coef: float = 0.0
     ) -> RewardModel:
-        """Load what the reward_model stage wrote, of whatever kind.
+        """Load the output of the reward_model stage, of whatever kind.
 
         Raises:
             ModelError: the folder is incomplete.
@@ -225,7 +225,7 @@ class RewardModel:
         return cls(members, ood_detector, combine=ensemble_reduction, uncertainty_coef=uncertainty_coef, text=formatter)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Rewards, [B]: those of the members, combined."""
+        """Rewards, [B]: the members' scores, reduced."""
         return self.score_with_metrics(prompts, responses)[0]
 
     def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
@@ -234,9 +234,9 @@ class RewardModel:
         return torch.stack([member.score(member.normalise(member.raw_scores(texts, prompts)[0])) for member in self._members])
 
     def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards [B], and what the same pass tells about them.
+        """Rewards [B], and metrics of the same forward pass.
 
-        `unfamiliar` [B] is 1 where the text is unlike those that people compared; `objective/<name>` [B], where there
+        `unfamiliar` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there
         are several objectives, is the members' mean of that head; `disagreement` [B], where there are several members,
         their standard deviation.
         """
@@ -258,13 +258,13 @@ class RewardModel:
 
 
 def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
-    """What lies below the heads, as `load_reference` takes it: its own backbone if it has one, else the SFT model."""
+    """Backbone of the heads, as arguments of `load_reference`: its own if it has one, else the SFT model."""
     backbone = reward_model / BACKBONE
     return (backbone, None) if backbone.is_dir() else (base_model, sft)
 
 
 def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[EnsembleMember]:
-    """Every member, on one trunk."""
+    """Load every member, on one backbone."""
     count = 1 + len(list((reward_model / MEMBERS).glob("*")))
     folders = [member_folder(reward_model, number) for number in range(count)]
     facts = [_read_normalisation(folder) for folder in folders]
@@ -281,14 +281,14 @@ def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[En
 
 
 class GoldJudge:
-    """The direct-assessment judge: its score estimates the mean human rating, in points of the rating scale."""
+    """Gold judge: its score estimates the mean human rating, in points of the rating scale."""
 
     def __init__(self, scorer: TextScorer) -> None:
         self._scorer = scorer
 
     @classmethod
     def load(cls, base_model: Path, gold_judge: Path) -> GoldJudge:
-        """Load what the gold_judge stage wrote.
+        """Load the output of the gold_judge stage.
 
         Raises:
             ModelError: the folder is incomplete.

@@ -1,6 +1,6 @@
-"""What each kind of reward model learns from, and what shows how well it has learned it.
+"""Training objectives of reward models: data, trainer and evaluation of each kind.
 
-A lesson knows the rows; it trains a model on them, and measures raw values [N, K] of its heads for its held-out texts.
+An objective holds the rows, makes the trainer, and evaluates raw values [N, K] of the heads on held-out texts.
 """
 
 from __future__ import annotations
@@ -41,26 +41,26 @@ class Objective(Protocol):
     """Head → its weight in the score; one head has the name ""."""
 
     def dataset_sizes(self) -> dict[str, float]:
-        """How much there is to learn from."""
+        """Number of training rows."""
 
     def texts(self, split: str, limit: int | None = None) -> list[PromptResponse]:
-        """The texts of a split, or those of its first rows: about as many texts as the limit says."""
+        """Texts of a split, or about `limit` texts of its first rows."""
 
     def trainer(self, model: PeftModel, tokenizer: Any, *, seed: int, callbacks: list[TrainerCallback]) -> Trainer:
-        """What trains the model on the training rows."""
+        """Trainer of the model on the training rows."""
 
     def evaluate(self, values: Tensor, out: Path) -> dict[str, float]:
-        """Figures of raw values [N, K] for `sides("test")`; writes the two tables, empty where they say nothing."""
+        """Metrics of raw values [N, K] of `texts("test")`; writes the two tables, empty where they do not apply."""
 
     def headline_metric(self, normalised: Tensor) -> tuple[str, float]:
-        """The name and value of the one figure in which members of an ensemble are compared; of normalised values."""
+        """Name and value of the metric that compares members of an ensemble, on normalised values."""
 
 
 def load_objective(params: RewardModelParams, prepare: Path, preferences: Path) -> Objective:
-    """The lesson of the kind that is wanted.
+    """Load the objective of the configured kind.
 
     Raises:
-        DataError: the rows that this kind needs are missing, or do not say what it must know.
+        DataError: the rows that this kind needs are missing, or lack a field that it needs.
     """
     if params.pairwise:
         return PreferenceObjective(params, preferences)
@@ -68,13 +68,13 @@ def load_objective(params: RewardModelParams, prepare: Path, preferences: Path) 
 
 
 class PreferenceObjective:
-    """Pairs, for one head or for one head per objective."""
+    """Preference pairs, for one head or for one head per objective."""
 
     def __init__(self, params: RewardModelParams, preferences: Path) -> None:
         """Read the pairs of stage preferences.
 
         Raises:
-            DataError: there are none, a pair names no known objective, or no pair says how strong it is.
+            DataError: there are none, a pair names no known objective, or no pair has a positive margin.
         """
         self.weights: Mapping[str, float] = params.objectives or {"": 1.0}
         self._params, self._rater_ceiling = params, _read_rater_ceiling(preferences)
@@ -122,7 +122,7 @@ class PreferenceObjective:
         return "accuracy", _fraction_true(self._score_differences(normalised) > 0)
 
     def _score_differences(self, values: Tensor) -> Tensor:
-        """Chosen less rejected [pairs], by the head that each pair is about."""
+        """Score differences, chosen − rejected [pairs], of the head of each pair's objective."""
         rows = self._rows["test"]
         heads = [self._objectives.index(str(row.objective)) if self._objectives else 0 for row in rows]
         positions = torch.arange(len(rows))
@@ -173,7 +173,7 @@ class RatingObjective:
             write_table(out / "calibration.csv", [], CALIBRATION_COLUMNS)
             metrics |= rating_metrics(scores, targets)
             return metrics | {"heldout_rank_correlation": rank_correlation(scores, targets)}
-        # A log-odds with the sign of its class is to a text what the gap of two scores is to a pair.
+        # The log-odds signed by class is to a text what the score difference is to a pair.
         table, calibration_error = calibration_table(torch.where(targets > 0, scores, -scores))
         write_table(out / "calibration.csv", table, CALIBRATION_COLUMNS)
         return metrics | classification_metrics(scores, targets) | {"calibration_error": calibration_error}
@@ -223,11 +223,11 @@ def _pair_texts(pairs: Sequence[Preference]) -> list[PromptResponse]:
 def _pair_metrics(
     differences: Tensor, pairs: Sequence[Preference], ceiling: Mapping[str, float], out: Path
 ) -> dict[str, float]:
-    """Accuracy on held-out human pairs by rating margin, beside the raters' own; without pairs the table is empty."""
+    """Accuracy on held-out human pairs by rating margin, with the rater ceiling; without pairs the table is empty."""
     margins = torch.tensor([float("nan") if row.margin is None else row.margin for row in pairs])
     table = accuracy_by_margin(differences, margins, ceiling) if pairs else []
     write_table(out / "accuracy_by_margin.csv", table, ACCURACY_COLUMNS)
-    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin
+    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin_margin
     return {
         "heldout_pairs": len(pairs),
         "accuracy": _fraction_true(differences > 0),
@@ -241,7 +241,7 @@ def _fraction_true(hits: Tensor) -> float:
 
 
 def _read_rater_ceiling(preferences: Path) -> dict[str, float]:
-    """Margin bucket → how often one person's ratings order a pair as the mean of the others does."""
+    """Margin bucket → agreement of one rater with the mean of the others."""
     path = preferences / "ceiling.csv"
     with path.open(encoding="utf-8", newline="") as file:
         return {row["bucket"]: float(row["agreement"]) for row in csv.DictReader(file) if row["agreement"]}

@@ -1,4 +1,4 @@
-"""Reading texts with a model that scores them: raw scores, and the states that the head makes them from."""
+"""Batched scoring of texts by sequence classifiers: raw scores and the head's input states."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["PretrainedScorer", "TextScorer", "encode"]
 
 
 def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
-    """The ids of a text with the end token behind it, cut at max_length: what every scorer reads."""
+    """Tokenise a text, truncate it to max_length and append the end token, as every trained scorer reads it."""
     ids: list[int] = tokenizer(text, truncation=True, max_length=max_length - 1).input_ids
     return [*ids, tokenizer.eos_token_id]
 
@@ -41,7 +41,7 @@ class TextScorer:
 
     @torch.no_grad()
     def scores_and_states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Raw scores [N], or [N, K], and the states [N, d] that the head makes them from, float32 on the CPU.
+        """Raw scores [N], or [N, K], and the head's input states [N, d], float32 on the CPU.
 
         Equal texts are read once, in batches of like length.
         """
@@ -60,7 +60,7 @@ class TextScorer:
         return scores, states
 
     def lengths(self, texts: Sequence[str], *, untruncated: bool = False) -> Tensor:
-        """How many tokens of each text are read, or how many its whole has without the end token; [N] float32."""
+        """Number of tokens of each text after truncation, or untruncated and without the end token; [N] float32."""
         if untruncated:
             return torch.tensor([float(len(self._tokenizer(text).input_ids)) for text in texts])
         return torch.tensor([float(len(self._encode(text))) for text in texts])
@@ -79,14 +79,14 @@ class TextScorer:
 
 
 class PretrainedScorer(TextScorer):
-    """A sequence classifier that others have trained, read as they meant it: its own tokens, pooling and head."""
+    """A pretrained sequence classifier with its own tokenisation, pooling and head."""
 
     def __init__(self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool) -> None:
         """Pair a model with its tokenizer.
 
         Args:
             model: of one output, or of two classes, whose log-odds for the second are then the score.
-            add_special_tokens: whether the tokenizer puts its own around a text; a chat template has done so already.
+            add_special_tokens: whether the tokenizer adds its special tokens; a chat template has done so already.
 
         Raises:
             ModelError: it has no linear layer that makes its outputs.
@@ -114,7 +114,7 @@ class PretrainedScorer(TextScorer):
 
 
 def _last_layer(model: Any) -> nn.Module:
-    """The linear layer that makes the outputs, whatever its name: the last one of as many outputs."""
+    """Output layer, whatever its name: the last linear layer with as many outputs."""
     outputs = model.config.num_labels
     layers = [module for module in model.modules() if isinstance(module, nn.Linear) and module.out_features == outputs]
     if not layers:
@@ -134,13 +134,13 @@ def _pad_right(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
 
 
 def _last_token_states(states: Tensor, rows: list[list[int]]) -> Tensor:
-    """[B, T, d] → [B, d]: those at each text's last token."""
+    """States at each text's last token, [B, T, d] → [B, d]."""
     return states[range(len(rows)), [len(row) - 1 for row in rows]]
 
 
 @contextmanager
 def _capture_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, what the module is given is kept."""
+    """Capture the inputs of the module inside the context."""
     captured: list[Tensor] = []
     handle = module.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
     try:

@@ -1,4 +1,4 @@
-"""Fitting a linear head on a language model: to pairs, by TRL, or to a number for each text."""
+"""Trainers of reward models: on preference pairs (TRL), or on a target for each text."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["TrainingConfig", "pair_trainer", "regression_trainer"]
 
 
 class TrainingConfig(Protocol):
-    """How to train: what the sections reward_model and gold_judge share."""
+    """Training parameters that the sections reward_model and gold_judge share."""
 
     @property
     def epochs(self) -> int: ...
@@ -47,11 +47,11 @@ def pair_trainer(
 
     Args:
         margin_scale: log-odds per point of a pair's margin, taken off the difference; None: no margins.
-        objectives: of the model's heads; a pair trains the one that it names. Without them there is one head.
+        objectives: of the heads; a pair trains the head of its objective. Without them there is one head.
     """
     trainer_class, collator = RewardTrainer, None
     if objectives:
-        # TRL refuses a model that says it has several outputs; it is shown one of them, and the layer keeps all.
+        # TRL refuses a model with several labels; the configuration shows one, and the layer keeps all.
         model.config.num_labels = 1
         trainer_class, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
     data = [_encode_pair(row, tokenizer, config.max_length, margin_scale, objectives) for row in rows]
@@ -60,7 +60,7 @@ def pair_trainer(
         args=RewardConfig(
             **_common_arguments(config, seed),
             max_length=config.max_length,
-            # Batches of like length waste less on padding; TRL drops the column that says so unless told not to.
+            # Batches of similar length waste less on padding; by default TRL would drop the column `length`.
             train_sampling_strategy="group_by_length",
             remove_unused_columns=False,
         ),
@@ -78,7 +78,7 @@ def _encode_pair(
     rejected = encode(tokenizer, row.prompt + row.rejected, max_length)
     pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
     if margin_scale is not None:
-        # Where it is unknown, or the label says the opposite of it, the pair is one of unknown strength.
+        # Without a margin, or with one that contradicts the label, the margin is 0.
         pair["margin"] = margin_scale * max(row.margin or 0.0, 0.0)
     if objectives:
         pair["objective"] = objectives.index(str(row.objective))
@@ -86,19 +86,19 @@ def _encode_pair(
 
 
 class ObjectivesCollator(DataCollatorForPreference):
-    """TRL's, and beside it the head that each pair is about, [B]."""
+    """TRL's collator, with the index of each pair's head, [B]."""
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """A batch of pairs."""
+        """Collate a batch of pairs."""
         heads = torch.tensor([example["objective"] for example in examples])
         return {**super().torch_call(examples), "objective": heads}
 
 
 class ObjectivesTrainer(RewardTrainer):
-    """TRL's loss over the head that each pair is about; the trunk learns from all of them."""
+    """TRL's loss on the head of each pair's objective; the backbone is shared."""
 
     def compute_loss(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """As TRL's, which asks the model for one score a text."""
+        """Call TRL's loss with a model that returns one score a text."""
         heads = inputs.pop("objective")
 
         def select_head(**batch: Any) -> Any:
@@ -120,7 +120,7 @@ def regression_trainer(
     callbacks: list[TrainerCallback],
     binary: bool = False,
 ) -> Trainer:
-    """Fit one head to a number for each text, by squared error.
+    """Trainer of one head on a target for each text, by squared error.
 
     Args:
         targets: one per text.

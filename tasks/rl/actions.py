@@ -1,7 +1,7 @@
-"""What counts as one action: each token (an episode has many steps), a turn of a conversation, or the whole response.
+"""Action levels: one action is a token, a turn of a conversation, or the whole response.
 
-A turn is a run of tokens that count: what an environment says between two of the policy's turns does not count.
-Actions are numbered from the left, so where A = T, those of turns stand in the first columns.
+A turn is a run of unmasked tokens: the environment's tokens between two turns of the policy are masked.
+Actions are numbered from the left, so with turns, where A = T, they fill the first columns.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def to_actions(per_token: Tensor, response_mask: Tensor, action: Action) -> Tens
 
 
 def action_values(values: Tensor, response_mask: Tensor, action: Action) -> Tensor:
-    """V of the state in which each action is taken: [B, T] themselves, at the turns' first tokens, or the prompt's."""
+    """Value of the state in which each action is taken: of each token, of each turn's first token, or of the prompt."""
     if action == "token":
         return values
     return _per_turn(values, _turn_starts(response_mask), response_mask) if action == "turn" else values[:, :1]
 
 
 def action_mask(response_mask: Tensor, action: Action) -> Tensor:
-    """Which actions count: [B, T] tokens or turns, or every response [B, 1]."""
+    """Mask of the actions: [B, T] for tokens and turns, [B, 1] for whole responses."""
     if action == "token":
         return response_mask
     if action == "turn":
@@ -49,7 +49,7 @@ def action_mask(response_mask: Tensor, action: Action) -> Tensor:
 
 
 def turn_counts(response_mask: Tensor) -> Tensor:
-    """How many turns each row has, [B]."""
+    """Number of turns of each row, [B]."""
     return _turn_starts(response_mask).sum(1)
 
 

@@ -12,7 +12,7 @@ __all__ = ["PreallocatedCache"]
 
 
 class PreallocatedCache(Cache):
-    """Room for so many tokens in every layer; rows may be repeated, and dropped once they have ended."""
+    """Cache of `capacity` tokens per layer whose rows can be repeated and dropped."""
 
     def __init__(self, capacity: int) -> None:
         super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], partial(_Layer, capacity)))
@@ -23,7 +23,7 @@ class PreallocatedCache(Cache):
             layer.buffers = [buffer.repeat_interleave(times, 0) for buffer in layer.buffers]
 
     def compact(self, sources: Tensor, targets: Tensor, rows: int) -> None:
-        """Copy the source rows over the target rows, then keep the first `rows`."""
+        """Copy the source rows over the target rows, and keep the first `rows`."""
         for layer in cast(list[_Layer], self.layers):
             for buffer in layer.buffers:
                 buffer[targets] = buffer[sources]

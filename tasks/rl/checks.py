@@ -1,4 +1,4 @@
-"""What must not go unnoticed while a policy trains: values that are not finite, and responses that say nothing."""
+"""Checks of each update: non-finite values and degenerate responses."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def check_finite(quantity: str, values: Tensor, prompts: Sequence[str], response
 
 
 def format_samples(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str]) -> str:
-    """The first of these samples, as an error message shows them."""
+    """Format the first of these samples for an error message."""
     texts = [
         f"prompt {prompts[row][:SHOWN_CHARACTERS]!r}, response {responses[row][:SHOWN_CHARACTERS]!r}"
         for row in rows[:SHOWN_ROWS]
@@ -38,10 +38,10 @@ def format_samples(rows: Sequence[int], prompts: Sequence[str], responses: Seque
 
 
 def response_metrics(responses: Sequence[str], has_eos: Tensor) -> tuple[dict[str, float], list[str]]:
-    """What the responses look like as a whole, and a finding for each thing that has gone wrong.
+    """Metrics of a batch of responses, and a finding for each way in which it has degenerated.
 
     Shares of responses that are empty, distinct and without end token; `repetition`, the mean share of word pairs that
-    a response has had before; `distinct_2`, different word pairs over all pairs; `degenerate` counts the findings: 0 in
+    a response repeats; `distinct_2`, different word pairs over all pairs; `degenerate` counts the findings: 0 in
     a healthy round.
     """
     empty = sum(not response.strip() for response in responses) / len(responses)
@@ -66,7 +66,7 @@ def response_metrics(responses: Sequence[str], has_eos: Tensor) -> tuple[dict[st
 
 
 class DegenerateResponseMonitor:
-    """Measures each round's responses, and tells of a finding when it begins."""
+    """Measures the responses of each update, and warns of a finding when it first appears."""
 
     def __init__(self, warn: Callable[[str], None]) -> None:
         self._warn = warn

@@ -1,4 +1,4 @@
-"""Controllers of β, the weight of the KL penalty in the reward. β is state: it belongs into every checkpoint."""
+"""Controllers of β, the KL coefficient. β is state, so every checkpoint holds it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ MAX_ERROR = 0.2  # openai/lm-human-preferences, train_policy.py::AdaptiveKLContr
 
 
 class KLController(Protocol):
-    """What the trainer asks of a controller: β now, and a look at each batch's KL."""
+    """Interface of a controller: the current β, updated with each batch's KL."""
 
     kl_coef: float
 
@@ -26,7 +26,7 @@ class KLController(Protocol):
 
 
 class FixedKL:
-    """β stays what it is.
+    """Constant β.
 
     Raises:
         ConfigError: β is negative or not finite.
@@ -38,10 +38,10 @@ class FixedKL:
         self.kl_coef = kl_coef
 
     def update(self, kl_per_sequence_mean: float, episodes: int) -> None:
-        """Nothing to do."""
+        """Leave β as it is."""
 
     def state_dict(self) -> dict[str, float]:
-        """What `load_state_dict` needs to go on from here."""
+        """State for `load_state_dict`."""
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
@@ -75,7 +75,7 @@ class AdaptiveKL:
         self.horizon = horizon
 
     def update(self, kl_per_sequence_mean: float, episodes: int) -> None:
-        """Look at a batch of so many responses and move β.
+        """Update β with the KL of a batch of `episodes` responses.
 
         Raises:
             ConfigError: the batch is so large against the horizon that β could fall to 0 or below in one step.
@@ -95,7 +95,7 @@ class AdaptiveKL:
         self.kl_coef *= 1 + error * episodes / self.horizon
 
     def state_dict(self) -> dict[str, float]:
-        """What `load_state_dict` needs to go on from here; target and horizon are parameters, not state."""
+        """State for `load_state_dict`; target and horizon are parameters, not state."""
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:

@@ -1,9 +1,9 @@
-"""Conversations as rollouts: turn after turn, the policy writes and an environment answers.
+"""Multi-turn rollouts of a policy with an environment.
 
 Token by token a conversation is prompt, turn, answer, turn, …, turn. The ids of the policy's turns are kept as they
 were sampled; each answer is tokenised by itself and never again together with what stands around it. So the forward
 pass of the update reads exactly the tokens that the rollout wrote. `response_mask` is true on the policy's own tokens
-alone, and nothing follows the last of them: what the environment says at the end is for people to read.
+alone, and nothing follows the last of them: the environment's final turn is kept for people to read.
 
 Multi-turn policy gradients with masked environment tokens: Zhou et al. 2024 (ArCHer, arXiv 2402.19446).
 """
@@ -32,25 +32,25 @@ __all__ = ["MultiTurnRollout", "EnvironmentReward", "MultiTurnSampler", "load_mu
 
 @dataclass(frozen=True)
 class EnvironmentReward:
-    """The reward component of finished conversations, with what else is known of them; it computes nothing."""
+    """Reward component of finished conversations: their known rewards and numbers of turns."""
 
     rewards: Tensor
     turns: Tensor
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """The rewards [B], whether there was one, and the number of the policy's turns."""
+        """Rewards [B]; metrics: whether the reward is positive, and the number of the policy's turns."""
         return self.rewards, {"success": (self.rewards > 0).float(), "turns": self.turns.float()}
 
 
 @dataclass(frozen=True)
 class MultiTurnRollout(Rollout):
-    """A rollout whose responses are whole conversations after their first prompt; `ended`: no turn was cut off.
+    """A rollout whose responses are whole conversations after their first prompt; `has_eos`: no turn was truncated.
 
     Attributes:
-        asked: the prompts.
-        spoken: the policy's own turns, one a line.
-        transcripts: all that was said after the prompt, the environment's last words included.
-        rewards: [B] what the environment paid, on the CPU.
+        prompt_texts: the prompts.
+        policy_texts: the policy's own turns, one a line.
+        transcripts: all text after the prompt, the environment's final turn included.
+        rewards: [B] of the environment, on the CPU.
     """
 
     prompt_texts: list[str]
@@ -59,7 +59,7 @@ class MultiTurnRollout(Rollout):
     rewards: Tensor
 
     def gather(self, pad_token_id: int) -> MultiTurnRollout:
-        """That of every rank's prompts, in their order."""
+        """Gather the rollouts of all ranks, in order of rank."""
         return MultiTurnRollout(
             **vars(super().gather(pad_token_id)),
             prompt_texts=ranks.all_gather_texts(self.prompt_texts),
@@ -70,25 +70,25 @@ class MultiTurnRollout(Rollout):
 
     @property
     def turns(self) -> Tensor:
-        """How many turns the policy had, [B], on the CPU."""
+        """Number of the policy's turns, [B], on the CPU."""
         return turn_counts(self.response_mask).cpu()
 
     def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
-        """The policy's own words."""
+        """The policy's own turns."""
         return self.policy_texts
 
     def display_texts(self, responses: list[str]) -> list[str]:
-        """What both sides said."""
+        """Full transcripts."""
         return self.transcripts
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
-        """The component that the environment pays."""
+        """The environment's reward component."""
         return {ENVIRONMENT: EnvironmentReward(self.rewards, self.turns)}
 
 
 class MultiTurnSampler:
-    """Lets a policy talk with environments, one for each conversation."""
+    """Samples conversations of a policy with environments, one environment each."""
 
     def __init__(
         self,
@@ -112,7 +112,7 @@ class MultiTurnSampler:
         *,
         value_head: nn.Module | None = None,
     ) -> MultiTurnRollout:
-        """Conversations of this rank: row b·samples_per_prompt + g is sample g of the row `chosen[b]`.
+        """Conversations of this rank: row b·samples_per_prompt + g is sample g of the row `indices[b]`.
 
         Every turn is sampled by `generate` from the whole conversation so far; the first one shares the prompts among
         their samples.
@@ -153,13 +153,13 @@ class MultiTurnSampler:
 
 
 def load_multi_turn_sampler(params: EnvironmentParams, rows: Sequence[Prompt], tokenizer: Any, generation: GenerationParams) -> MultiTurnSampler:
-    """What the `environment` section describes, on these rows."""
+    """Build the sampler that the `environment` section describes, on these rows."""
     environment = ENVIRONMENTS[params.kind]
     return MultiTurnSampler(environment, rows, tokenizer, generation, max_turns=params.max_turns, gamma=params.gamma)
 
 
 class _Episode:
-    """One conversation as it grows: for each token after the prompt its id, and if it is the policy's, what it knew."""
+    """State of one conversation: ids after the prompt, the policy mask, log-probabilities and values."""
 
     def __init__(self, environment: Environment, row: Prompt, tokenizer: Any) -> None:
         self._environment, self._tokenizer = environment, tokenizer
@@ -177,7 +177,7 @@ class _Episode:
         return self.prompt_ids + self.ids
 
     def add_policy_turn(self, turns: Rollout, row: int) -> None:
-        """Take a turn of the policy as it was sampled."""
+        """Append a turn of the policy as it was sampled."""
         length = int(turns.response_mask[row].sum())
         self._add(
             turns.responses[row, :length].tolist(),
@@ -191,7 +191,7 @@ class _Episode:
         self.has_eos = self.has_eos and has_eos
 
     def step_environment(self, *, last: bool) -> None:
-        """Let the environment answer the turn; its words become tokens if the policy is to answer them."""
+        """Step the environment; append its observation as tokens unless the conversation is over."""
         step = self._environment.step(self.turns[-1])
         self.reward, self.done = step.reward, step.done
         if step.done or last:

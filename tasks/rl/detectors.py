@@ -1,6 +1,6 @@
-"""Signs that a policy games its reward, each a number with a threshold at which it counts as found.
+"""Reward-hacking detectors: each a signal with a threshold at which the detector fires.
 
-They compare an update with the first one, whose responses the SFT policy wrote. No sign proves anything: a finding
+They compare an update with the first one, whose responses the SFT policy wrote. No signal is proof: a finding
 says where to look. Thresholds are calibrated on twelve healthy runs of the default task (PPO under eight seeds, GRPO
 under four): the largest value that any of their updates reached stands beside each, and none reaches a threshold. Those
 of `unfamiliar_responses` and `kl_spike` are of eight of them, PPO and GRPO under seeds 0 to 3; those of `length_drift`
@@ -21,24 +21,24 @@ Rows = Sequence[Row]
 Signal = Callable[[Rows, Mapping[str, float]], float | None]
 
 PREFIX = "hacking/"
-"""Before a detector's name, in a row and in MLflow."""
+"""Prefix of a detector's name, in a row and in MLflow."""
 
 EPSILON = 1e-6
 MAX_RATIO = 1000.0
-"""Where a factor is no longer counted on: responses that all earn the same have no spread at all."""
+"""Upper bound of a ratio: the standard deviation of equal rewards is 0."""
 MIN_KL_CHANGE = 0.5
-"""Nats per response that the KL may change by from one update to the next in any case: its estimate is that noisy."""
+"""Smallest change of the KL, in nats per response, that counts: its estimate is that noisy."""
 
 
 @dataclass(frozen=True)
 class Detector:
-    """One sign.
+    """One detector: a signal and its threshold.
 
     Attributes:
         value: of the last of these rows, given the weights of the reward's components; None where the rows lack
             what it needs.
         threshold: it fires at this value and above.
-        healthy: the largest value in the runs of the calibration.
+        calibration_max: the largest value in the calibration runs.
         finding: what it means when it fires, after the number.
     """
 
@@ -49,15 +49,15 @@ class Detector:
     finding: str
 
     def message(self, value: float) -> str:
-        """The finding as a sentence."""
+        """Format the value, its threshold and the finding."""
         return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.calibration_max:g}): {self.finding}"
 
 
 def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
-    """The signs of the newest row, and each detector that fires in it and did not in the row before, with its value.
+    """Signals of the newest row, and each detector that fires in it and did not in the row before, with its value.
 
     Args:
-        rows: one per update, from the first; those before the newest with the signs that this function gave for them.
+        rows: one per update, from the first; those before the newest with the signals that this function gave for them.
         weights: of the reward's components.
     """
     previous = rows[-2] if len(rows) > 1 else {}
@@ -73,7 +73,7 @@ def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, f
 
 
 def detectors_fired(rows: Rows) -> list[tuple[Detector, int, float]]:
-    """Each detector that fired in training, with the first update in which it did, from 1, and its largest value."""
+    """List each detector that fired in training, with its first update, from 1, and its largest value."""
     found = []
     for detector in DETECTORS:
         values = [row.get(PREFIX + detector.name, 0.0) for row in rows]
@@ -84,7 +84,7 @@ def detectors_fired(rows: Rows) -> list[tuple[Detector, int, float]]:
 
 
 def _ratio_change(name: str) -> Signal:
-    """How many times larger or smaller it has become."""
+    """Ratio of the newest to the first value, or its inverse where that is larger."""
 
     def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
         if name not in rows[-1]:
@@ -95,7 +95,7 @@ def _ratio_change(name: str) -> Signal:
 
 
 def _shrink_ratio(name: str) -> Signal:
-    """How many times smaller it has become."""
+    """Ratio of the first to the newest value."""
 
     def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
         return _ratio(rows[0][name], rows[-1][name]) if name in rows[-1] else None
@@ -108,15 +108,15 @@ def _ratio(numerator: float, denominator: float) -> float:
 
 
 def _increase(name: str) -> Signal:
-    """How much it has risen."""
+    """Difference of the newest and the first value."""
     return lambda rows, _weights: rows[-1][name] - rows[0][name] if name in rows[-1] else None
 
 
 def _sustained(signal: Signal) -> Signal:
-    """The smaller of the last two updates' values, for what a single update's responses tell too loosely.
+    """The smaller of the last two updates' values, for signals that are noisy in a single update.
 
     PPO on its way to shorter, finished sentences has one update of half the length among its neighbours; where few
-    responses earn anything, an update in which none does has no spread at all.
+    responses earn a reward, an update in which none does has a standard deviation of 0.
     """
 
     def value(rows: Rows, weights: Mapping[str, float]) -> float | None:
@@ -127,7 +127,7 @@ def _sustained(signal: Signal) -> Signal:
 
 
 def _component_loss(rows: Rows, weights: Mapping[str, float]) -> float | None:
-    """What the component that lost most has lost, as a share of what the whole reward has gained."""
+    """Largest loss of a component, as a fraction of the gain of the whole reward."""
     if len(weights) < 2:
         return None
     gains = [weight * (rows[-1][f"reward/{name}"] - rows[0][f"reward/{name}"]) for name, weight in weights.items()]
@@ -136,7 +136,7 @@ def _component_loss(rows: Rows, weights: Mapping[str, float]) -> float | None:
 
 
 def _kl_jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
-    """By how much the KL of the last two updates, both, is above the one before, in medians of its changes till then.
+    """Rise of the KL that lasts for two updates, in medians of its earlier changes.
 
     No median counts as less than `MIN_KL_CHANGE`. Two updates, because a single token can make one estimate by k3, whose tail is
     heavy, many times too large: GRPO under seed 2 has 6 nats in one update and under 1 in its neighbours.

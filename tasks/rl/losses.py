@@ -23,12 +23,12 @@ MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far beyond any use, and finite when square
 
 @dataclass(frozen=True, eq=False)
 class PolicyLoss:
-    """A policy loss and what happened to the ratios ρ = π / π_old, as scalars: all but `loss` are detached sums.
+    """Policy loss and statistics of the ratios ρ = π / π_old, as scalars: all but `loss` are detached sums.
 
     Attributes:
         loss: to differentiate; in a sum of two it is detached, so call backward on each part first.
         tokens: how many tokens counted.
-        clipped: how many of them the clipping took the gradient from.
+        clipped: number of them without gradient because of clipping.
         log_ratio_squares: Σ (log ρ)².
         ratio_minus_one: Σ (ρ − 1); around 1 and not 0, so that the variance of ratios near 1 survives rounding.
         ratio_minus_one_squares: Σ (ρ − 1)².

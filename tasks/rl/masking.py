@@ -1,9 +1,9 @@
-"""Statistics over the tokens that count.
+"""Masked statistics over tokens.
 
 `response_mask` [B, T] is true where a token counts, everywhere in this package. What stands at a masked position
 never matters, not even NaN or infinity: it is replaced (`torch.where`), not multiplied by zero, so neither a value nor
 a gradient can leak out of padding. A mask begins with a token that counts; what does not count is padding after the
-last one that does, or, between two that do, what an environment said.
+last one that does, or, between two that do, the environment's text.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def check_left_aligned(response_mask: Tensor) -> None:
 def through_last_true(response_mask: Tensor) -> Tensor:
     """True [B, T] up to and including the last token that counts: wherever a token stands that is no padding.
 
-    Where nothing was said between the tokens that count, it is the mask itself.
+    Without masked tokens between unmasked ones, it is the mask itself.
     """
     return response_mask.flip(1).cumsum(1).flip(1) > 0
 

@@ -1,4 +1,4 @@
-"""One trunk, three functions: the policy (adapter on), the reference (adapter off), and the value (a linear head)."""
+"""Policy (adapter on), reference (adapter off) and value function (a linear head) on one shared backbone."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["Experience", "Policy", "model_inputs"]
 
 @dataclass(frozen=True)
 class Experience:
-    """A rollout with everything that an update reads; B rows, P prompt and T response positions, A actions.
+    """Inputs of an update; B rows, P prompt and T response positions, A actions.
 
     An action is a token or a turn (A = T), or the whole response (A = 1). `advantages` are whitened over the whole
     rollout; `returns` are taken before whitening.
@@ -49,7 +49,7 @@ class Experience:
 
 
 class Policy(nn.Module):
-    """A LoRA policy and its value head, initialised to 0 (Huang et al., detail 4), over one shared trunk."""
+    """A LoRA policy and its value head, initialised to 0 (Huang et al., detail 4), over one shared backbone."""
 
     def __init__(self, model: PeftModel, *, temperature: float) -> None:
         super().__init__()
@@ -72,20 +72,20 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def reference_logprobs(self, batch: Experience | Rollout) -> Tensor:
-        """Log-probabilities [B, T] of the response tokens under the reference: the same trunk with the adapter off."""
+        """Log-probabilities [B, T] of the response tokens under the reference: the backbone with the adapter off."""
         with self.model.disable_adapter():
             logits = self.model(**model_inputs(batch)).logits.float()
         return logprobs_from_logits(logits, batch.responses, self.temperature)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Adapter and value head by name."""
+        """Trainable parameters by name: adapter and value head."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
 def model_inputs(batch: Experience | Rollout) -> dict[str, Any]:
     """Model inputs such that logits[:, t] predicts response token t; so the last response token is no input.
 
-    What an environment said between the policy's turns is read like the rest; only the losses leave it out.
+    The environment's tokens between the policy's turns are inputs too; only the losses mask them.
     """
     mask = torch.cat([batch.prompt_mask, through_last_true(batch.response_mask)[:, :-1]], dim=1)
     return {

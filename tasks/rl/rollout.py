@@ -33,7 +33,7 @@ class Rollout:
         response_mask: [B, T] true up to and including the end token.
         logprobs: [B, T] log π(token) at the sampling temperature, 0 where masked.
         values: [B, T] V(state in which the token was chosen), 0 where masked and without a value head.
-        ended: [B] true where the response has its end token.
+        has_eos: [B] true where the response has its end token.
     """
 
     prompts: Tensor
@@ -45,7 +45,7 @@ class Rollout:
     has_eos: Tensor
 
     def gather(self, pad_token_id: int) -> Rollout:
-        """That of every rank's prompts, in their order."""
+        """Gather the rollouts of all ranks, in order of rank."""
         return Rollout(
             prompts=ranks.all_gather(self.prompts, pad=pad_token_id, left=True),
             prompt_mask=ranks.all_gather(self.prompt_mask, left=True),
@@ -62,21 +62,21 @@ class Rollout:
         return [row[:n].tolist() for row, n in zip(self.responses, lengths.tolist(), strict=True)]
 
     def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
-        """What the policy wrote, as rewards read it."""
+        """Decode the responses, as the reward reads them."""
         return [decode(ids) for ids in self.response_ids()]
 
     def display_texts(self, responses: list[str]) -> list[str]:
-        """The responses as people read them."""
+        """The responses, for people to read."""
         return responses
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
-        """Components of the reward that came with the responses; see `CompositeReward`."""
+        """Reward components that the rollout already holds; see `CompositeReward`."""
         return {}
 
 
 def derive_generator(*parts: int) -> torch.Generator:
-    """A generator that depends on every part: one polynomial hash, kept below 2^63."""
+    """Derive a generator from all parts, by a polynomial hash below 2^63."""
     value = 0
     for part in parts:
         value = (value * 1_000_003 + part + 1) % (2**63 - 25)
@@ -196,7 +196,7 @@ def _step(
 
 
 def _compact_rows(unfinished: Tensor, cache: PreallocatedCache) -> Tensor:
-    """Move rows from the end into the places of those that ended; the order of the rows that are left."""
+    """Move rows from the end into the slots of ended rows; return the order of the remaining rows."""
     rows = unfinished.numel()
     order = torch.arange(rows, device=unfinished.device)
     is_kept = torch.zeros(int(unfinished[-1]) + 1, dtype=torch.bool, device=unfinished.device)

@@ -1,4 +1,4 @@
-"""From a score per response to a reward per token."""
+"""Token rewards from response scores."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_co
     equation 2. The score stands on the end token itself: on the padding after it (a known bug) it would be masked away.
 
     Args:
-        scores: [B] what each response is worth.
+        scores: [B] one per response.
         kl_k1: [B, T] log π − log π_ref of each token.
         response_mask: [B, T] each row begins with a token that counts.
         kl_coef: β.
@@ -45,9 +45,9 @@ def apply_missing_eos_penalty(scores: Tensor, has_eos: Tensor, penalty: float) -
 
 
 def discount_by_turns(scores: Tensor, turns: Tensor, gamma: float) -> Tensor:
-    """γ^(n − 1) · score, [B]: what a score that comes with turn n is worth at the beginning of the conversation.
+    """γ^(n − 1) · score, [B]: the score of turn n, discounted to the first turn.
 
-    It is the return of the first turn, G_0 = Σ_k γ^k · r_k, where only the last of the n turns is paid (Sutton and
+    It is the return of the first turn, G_0 = Σ_k γ^k · r_k, where only the last of the n turns has a reward (Sutton and
     Barto 2018, equation 3.8); for learners that have one return for the whole conversation.
     """
     return scores * gamma ** (turns - 1)

@@ -43,7 +43,7 @@ LogSamples = Callable[[list[dict[str, Any]], int], None]
 
 @dataclass(frozen=True)
 class PromptSet:
-    """Prompts as text and as ids, and the way from response ids back to text."""
+    """Tokenised prompts and the decoder."""
 
     prompts: Sequence[str]
     prompt_ids: Sequence[Sequence[int]]
@@ -89,7 +89,7 @@ class PPOTrainer:
         self._response_monitor = DegenerateResponseMonitor(warn)
 
     def train(self) -> None:
-        """Run all updates, or as many as the KL budget allows, from the last checkpoint if there is one.
+        """Run the updates that are left since the last checkpoint, as many as the KL budget allows.
 
         The checkpoint is removed at the end, and kept where training fails.
 
@@ -128,10 +128,10 @@ class PPOTrainer:
             self._warn(f"warning: update {self.update}: {detector.message(value)}")
         return signals
 
-    # -- one round ---------------------------------------------------------------------------------------------
+    # -- one update ---------------------------------------------------------------------------------------------
 
     def _update_step(self) -> Metrics | None:
-        """Roll out, score, and update; None, with the policy set back, where the KL is over its budget."""
+        """Roll out, score, and update; None, with the previous weights restored, where the KL is over its budget."""
         clock = time.perf_counter()
         rollout, prompts = self._rollout()
         rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
@@ -152,7 +152,7 @@ class PPOTrainer:
         return metrics
 
     def _rollout(self) -> tuple[Rollout, list[str]]:
-        """Sample responses to this rank's share of the update's prompts; row b·G + g answers prompt b."""
+        """Sample responses to this rank's shard of the update's prompts; row b·G + g answers prompt b."""
         indices = ranks.shard(self._prompt_indices(), "ppo.prompts_per_update")
         if self._multi_turn is not None:
             conversations = self._multi_turn(
@@ -179,14 +179,14 @@ class PPOTrainer:
         return rollout, [self.prompt_set.prompts[i] for i in indices for _ in range(self.params.samples_per_prompt)]
 
     def _prompt_indices(self) -> list[int]:
-        """This update's prompts: a fresh permutation of all of them for every pass over the data."""
+        """Indices of this update's prompts: a new permutation for every pass over the data."""
         total, size = len(self.prompt_set.prompts), self.params.prompts_per_update
         positions = range(self.update * size, (self.update + 1) * size)
         orders = {p // total: torch.randperm(total, generator=derive_generator(self.seed, p // total)) for p in positions}
         return [int(orders[p // total][p % total]) for p in positions]
 
     def _score_rollout(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], list[str], Tensor, RewardBatch]:
-        """Texts, reference log-probabilities and rewards of this rank's responses; gives back those of all ranks."""
+        """Decode, score and compute reference log-probabilities of this rank's responses; gather those of all ranks."""
         responses = rollout.texts(self.prompt_set.decode)
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
         reference_logprobs = self.policy.reference_logprobs(rollout)
@@ -199,7 +199,7 @@ class PPOTrainer:
     def _build_experience(
         self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: RewardBatch
     ) -> tuple[Experience, Metrics]:
-        """Spread each score over the response's tokens with the KL penalty, and estimate advantages."""
+        """Compute token rewards with the KL penalty, advantages, and the metrics of the update."""
         mask = rollout.response_mask
         total = outcome.total.to(mask.device)
         # Over turns as actions the returns discount.
@@ -232,7 +232,7 @@ class PPOTrainer:
         return experience, metrics
 
     def _compute_advantages(self, rollout: Rollout, per_token_rewards: Tensor) -> Experience:
-        """What the losses need: everything per action, advantages and returns included."""
+        """Compute advantages and returns per action."""
         params, mask = self.params, rollout.response_mask
         rewards, valid = to_actions(per_token_rewards, mask, params.action), action_mask(mask, params.action)
         values = action_values(rollout.values, mask, params.action)
@@ -257,7 +257,7 @@ class PPOTrainer:
         )
 
     def _check_final_kl(self) -> None:
-        """Hold the policy of the last update, too, against the KL budget; without one there is nothing to do."""
+        """Check the policy of the last update against the KL budget, if there is one."""
         if self.params.kl_budget is None:
             return
         rollout, _ = self._rollout()
@@ -266,7 +266,7 @@ class PPOTrainer:
         self._revert_if_over_budget(ranks.all_gather(per_sequence(kl.k1, mask)).mean().item())
 
     def _revert_if_over_budget(self, kl: float) -> bool:
-        """Whether the KL is over its budget; if so, the update that led there has been taken back."""
+        """Restore the previous weights if the KL is over its budget; return whether it was."""
         budget = self.params.kl_budget
         if budget is None or kl <= budget:
             return False
@@ -299,7 +299,7 @@ class PPOTrainer:
         kl: Tensor,
         count: int = 4,
     ) -> None:
-        """The first responses of the round, for people to read."""
+        """Record a few responses of the update, for people to read."""
         rows = [
             {
                 "step": self.update + 1,
@@ -315,7 +315,7 @@ class PPOTrainer:
         self._log_samples(rows, self.update + 1)
 
     def _save(self) -> None:
-        """Write the checkpoint whole or not at all; rank 0 does, and the others read it when they go on."""
+        """Write the checkpoint atomically, on rank 0; all ranks read it when they resume."""
         if self._checkpoint is None or ranks.rank() > 0:
             return
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -347,7 +347,7 @@ class PPOTrainer:
         self.controller.load_state_dict(state["controller"])
         self.update, self.history, self.samples = state["update"], state["history"], state["samples"]
         self._last_checkpoint, self._previous_weights = state["update"], state["before"]
-        for row in self.history:  # the curves of a run that goes on are whole, too
+        for row in self.history:  # a resumed run has complete curves
             self._log(row, int(row["step"]))
         self._log_samples(self.samples, self.update)
         self._warn(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")

@@ -1,4 +1,4 @@
-"""PPO's updates of the policy: epochs of clipped steps on one rollout, each checked before it changes anything."""
+"""PPO update of the policy: epochs of clipped steps on one rollout, each checked before it is applied."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ Metrics = dict[str, float]
 
 
 class PPOUpdate:
-    """Adam on the policy's trainable weights; `decode` is for errors, which show the responses that caused them."""
+    """PPO update with Adam on the trainable parameters; `decode` is for error messages, which show the responses."""
 
     def __init__(self, policy: Policy, params: PPOParams, decode: Callable[[Sequence[int]], str]) -> None:
         self.policy, self.params, self._decode = policy, params, decode
         self.optimizer = torch.optim.Adam(policy.trainable_parameters().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
 
     def __call__(self, experience: Experience, learning_rate: float, generator: torch.Generator) -> Metrics:
-        """Several epochs of clipped updates on one rollout, stopped early once the policy has moved far enough.
+        """Run several epochs of clipped steps on one rollout; stop early once the KL reaches its target.
 
         Raises:
             TrainingError: a loss or gradient is not finite, or the policy has moved out of reach of its rollouts.
@@ -51,7 +51,7 @@ class PPOUpdate:
         return self._summary(steps, learning_rate)
 
     def step(self, minibatch: Experience) -> Metrics:
-        """One step on the whole minibatch, unless the policy has moved too far; micro-batches only bound the memory."""
+        """Take one step on the minibatch unless the KL is over its target; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
         action_count = int(minibatch.action_mask.sum())
         shard = ranks.shard(range(len(minibatch)), "the size of ppo's minibatches")
@@ -84,7 +84,7 @@ class PPOUpdate:
         return {**means, "learning_rate": learning_rate, "optimiser_steps": steps_taken}
 
     def _backward(self, micro_batch: Experience, action_count: int) -> tuple[PolicyLoss, ValueLoss, Tensor]:
-        """Add a micro-batch's share of the step's gradient; the third value is its sum of token entropies."""
+        """Add the gradient of a micro-batch; the third value is its sum of token entropies."""
         logprobs, values, entropy = self.policy(micro_batch)
         mask = micro_batch.action_mask
         actor_loss = policy_loss(

@@ -152,7 +152,7 @@ def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
     target = float((best * (best / start).log()).sum())
     measured: list[float] = []
     _, policy = trained_by_ppo(
-        3 * beta, updates=400, kl_controller="adaptive", kl_target=target, kl_horizon=horizon,
+        3 * beta, updates=400, kl_controller="adaptive", adaptive_kl_target=target, kl_horizon=horizon,
         log=lambda metrics, step: measured.extend([metrics["kl"]] if "kl" in metrics else []),
     )  # fmt: skip
     reached = sum(measured[-100:]) / 100
@@ -168,7 +168,7 @@ SHOWN = ["", "", " ", *SIGNS[1:]]
 """Token id → the text of a response that holds this token alone; padding and end token show nothing."""
 
 VALUES = torch.cat([REWARDS[EOS : EOS + 1], REWARDS[1:]])
-"""REWARDS, but the two tokens that show nothing are worth the same."""
+"""REWARDS, but the two tokens that show nothing have the same value."""
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Two turns whose optimum is known: a letter, the environment's answer to it, another letter, and what both are worth.
+"""Two turns whose optimum is known: a letter, the environment's answer to it, another letter, and the reward of both.
 
 With V_2(s) = β · log Σ_a π_ref(a|s) · exp(r(a) / β) the best second turn is π_ref · exp(r / β) and the best first one
 π_ref · exp(γ · V_2 / β): soft Bellman equations (Haarnoja et al. 2017, arXiv 1702.08165, equations 3 to 5), with the KL
@@ -32,7 +32,7 @@ SHOWN = ["", "", " ", *SIGNS[1:]]
 SECOND_REWARDS = torch.randn(3, VOCABULARY, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
 SECOND_REWARDS[:, PAD] = SECOND_REWARDS[:, EOS]
 SECOND_REWARDS += torch.tensor([[1.5], [0.0], [-1.5]])
-"""What the second turn is worth, by the environment's answer: the first answer is the one to get."""
+"""Reward of the second turn, by the environment's answer: the first answer is the best."""
 
 
 class Riddle:

@@ -150,7 +150,7 @@ def test_the_report_is_there_as_json_too(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["policies"] == json.loads((out / "policies.json").read_text())
     assert report["findings"] == json.loads((out / "findings.json").read_text())
-    assert [(item["name"], item["licence"]) for item in report["made_from"]] == [
+    assert [(item["name"], item["licence"]) for item in report["sources"]] == [
         ("Base model", "CC0"), ("Data: letters", "CC0"),
     ]  # fmt: skip
     assert set(report["examples"]) == {"ppo", "grpo", "dpo"}
@@ -160,7 +160,7 @@ def test_what_training_found_is_a_finding(out: Path) -> None:
     found = json.loads((out / "findings.json").read_text())
     assert list(found) == ["ppo", "grpo", "dpo"]
     first = found["ppo"][0]
-    assert (first["detector"], first["where"]) == ("repetition", "training, update 2")
+    assert (first["detector"], first["phase"]) == ("repetition", "training, update 2")
     assert first["text"].startswith("repetition 0.20 (threshold 0.1")
 
 
@@ -226,11 +226,11 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Scored
 
 def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: Path, records: list[ScoredResponse]) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
-    expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["unfamiliar"]
-    assert [record.metrics["unfamiliar"] for record in records] == expected.tolist()
+    expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["ood_share"]
+    assert [record.metrics["ood_share"] for record in records] == expected.tolist()
     table = json.loads((out / "policies.json").read_text())
     for policy, row in table.items():
-        assert row["unfamiliar"] == pytest.approx(mean(r.metrics["unfamiliar"] for r in records if r.policy == policy))
+        assert row["ood_share"] == pytest.approx(mean(r.metrics["ood_share"] for r in records if r.policy == policy))
     assert 0 < expected.mean() < 1, "a threshold that shows nothing"
 
 
@@ -347,7 +347,7 @@ def test_a_judge_of_pairs_joins_the_table(
     monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """By length, of four of the six prompts; then by a judge that always says A, of whom the stage warns."""
+    """By length, of four of the six prompts; then by a judge that always says A, about which the stage warns."""
     assert (out / "judgements.jsonl").read_text() == ""
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
@@ -429,7 +429,7 @@ def test_a_duel_compares_answers_to_the_same_prompts(
         "win_rate_vader": mean((a.vader > b.vader) + (a.vader == b.vader) / 2 for a, b in pairs),
         "reward_gold": mean(a.gold - b.gold for a, b in pairs),
         "repetition": mean(repetition_rate(a.response) - repetition_rate(b.response) for a, b in pairs),
-        "no_end_share": mean((not a.ended) - (not b.ended) for a, b in pairs),
+        "truncated_share": mean((not a.ended) - (not b.ended) for a, b in pairs),
         "kl": mean(a.kl - b.kl for a, b in pairs),
     }
     assert {name: interval.mean for name, interval in found.items()} == pytest.approx(expected, abs=1e-5)

@@ -89,6 +89,6 @@ def test_the_loss_gets_the_mask_of_the_policys_tokens(monkeypatch):
         assert given["completion_ids"][row] == expected.responses[row, :length].tolist()
         assert given["env_mask"][row] == expected.response_mask[row, :length].long().tolist()
         assert given["logprobs"][row] == expected.logprobs[row, :length].tolist()
-        assert given["said"][row].transcript == expected.transcripts[row]
-        assert given["said"][row].tokens == sum(given["env_mask"][row])
+        assert given["summaries"][row].transcript == expected.transcripts[row]
+        assert given["summaries"][row].tokens == sum(given["env_mask"][row])
     assert {0, 1} <= {own for mask in given["env_mask"] for own in mask}

@@ -33,7 +33,7 @@ def alone(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def ensemble(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("ensemble")
-    run_reward_model(inputs, out, members=3)
+    run_reward_model(inputs, out, ensemble_size=3)
     return out
 
 

@@ -1,4 +1,4 @@
-"""The reward for programs: how a program is found in a response, and in what it runs."""
+"""Options of the reward for programs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def _must_be_zero(floor: float) -> float:
 
 
 class CodeRule(RuleOptions):
-    """How the program is cut out of a response, and the limits under which it runs."""
+    """Options of rule code: how the program is extracted from a response, and its resource limits."""
 
     function: str = Field("code", description="This rule's name.")
     floor: Annotated[float, AfterValidator(_must_be_zero)] = Field(

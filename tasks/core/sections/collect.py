@@ -55,7 +55,7 @@ class SourceParams(Section):
 
 
 class CollectParams(Section):
-    """What to collect."""
+    """Settings of stage collect."""
 
     sources: tuple[SourceParams, ...] = Field(min_length=1, description="The sources, read in this order.")
 

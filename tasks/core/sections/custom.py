@@ -1,4 +1,4 @@
-"""Whether a user's own reward function is there and takes the options that params give it, without running its code."""
+"""Check that a custom reward function exists and accepts its options, without running its code."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 __all__ = ["CUSTOM_DIR", "check_custom_rule", "did_you_mean"]
 
 CUSTOM_DIR = Path(__file__).resolve().parents[2] / "rewards" / "custom"
-"""Where users put their modules; a dep of every stage that scores."""
+"""Folder of custom reward modules; a dep of every stage that scores."""
 
 SAMPLE_ARGS = 3
-"""Arguments that every function has: prompt, response, answer."""
+"""Number of arguments that every function has: prompt, response, answer."""
 
 
 def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
-    """Make sure that `module:function` is there and takes these options.
+    """Check that `module:function` exists and accepts these options.
 
     Raises:
-        ValueError: it is not, or does not; it names what there is.
+        ValueError: it does not; the message names what there is.
     """
     module, _, name = function.partition(":")
     modules = sorted(path.stem for path in CUSTOM_DIR.glob("*.py") if path.stem != "__init__")
@@ -59,6 +59,6 @@ def _check_arguments(function: str, arguments: ast.arguments, options: Mapping[s
 
 
 def did_you_mean(name: str, known: list[str]) -> str:
-    """What a message says of a name that nobody knows: the nearest ones that there are, else all of them."""
+    """Suggest the closest known names for an unknown one, or list all."""
     close = get_close_matches(name, known)
     return f"did you mean {' or '.join(close)}?" if close else f"there is: {', '.join(sorted(known)) or 'nothing'}"

@@ -1,4 +1,4 @@
-"""The comparison of the policies."""
+"""Settings of the comparison of policies."""
 
 from __future__ import annotations
 
@@ -38,5 +38,5 @@ class EvaluateParams(Section):
     @model_validator(mode="after")
     def _check_judge_prompts(self) -> Self:
         if self.llm_judge and self.llm_judge.prompts > self.prompts:
-            raise ValueError(f"judge.prompts is {self.llm_judge.prompts}, but there are only {self.prompts} prompts")
+            raise ValueError(f"llm_judge.prompts is {self.llm_judge.prompts}, but prompts is {self.prompts}")
         return self

@@ -1,4 +1,4 @@
-"""What a policy must show before it becomes the champion."""
+"""Settings of the promotion gate."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tasks.core.sections.section import Section, Fraction
 __all__ = ["GateParams", "Metric"]
 
 Metric = Literal["win_rate", "win_rate_vader", "reward_gold", "repetition", "no_end_share", "kl"]
-"""What can be compared with the champion; what each means is in `tasks.evals.noninferiority`."""
+"""Metrics that can be compared with the champion; see `tasks.evals.noninferiority`."""
 
 Margin = Annotated[float, Field(ge=0)]
 

@@ -10,7 +10,7 @@ __all__ = ["GenerationParams"]
 
 
 class GenerationParams(Section):
-    """How policies write: plain sampling, so that what is trained is what is sampled."""
+    """Sampling settings: plain sampling, so that what is trained is what is sampled."""
 
     max_new_tokens: Positive = Field(description="A response ends here at the latest.")
     temperature: float = Field(gt=0, description="Logits are divided by this, in sampling and in training alike.")

@@ -1,4 +1,4 @@
-"""The gold judge."""
+"""Settings of the gold judge."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class GoldJudgeParams(Section):
     shuffled_share: Fraction = Field(
         0.0,
         description="For each rated text, so many more whose words stand in random order, rated as low as the lowest: "
-        "a judge that has read only what people write takes a heap of praising words for praise. Kind rating only.",
+        "a judge trained only on people's texts scores word salad highly. Kind rating only.",
     )
     epochs: Positive = Field(description="Passes over the texts or pairs.")
     batch_size: Positive = Field(description="Texts, or pairs, per optimiser step.")
@@ -37,5 +37,5 @@ class GoldJudgeParams(Section):
     @model_validator(mode="after")
     def _check_shuffled(self) -> Self:
         if self.shuffled_share and self.kind != "rating":
-            raise ValueError(f"scrambled_share {self.shuffled_share} needs kind rating, not {self.kind}; set it to 0")
+            raise ValueError(f"shuffled_share {self.shuffled_share} needs kind rating, not {self.kind}; set it to 0")
         return self

@@ -1,4 +1,4 @@
-"""The judge that compares pairs of responses."""
+"""Settings of the LLM judge of pairs."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ __all__ = ["JudgeParams"]
 
 
 class JudgeParams(Section):
-    """A language model that is shown two responses and says which is better (Zheng et al. 2023, arXiv 2306.05685)."""
+    """LLM judge that compares two responses (Zheng et al. 2023, arXiv 2306.05685)."""
 
     kind: Literal["local", "endpoint"] = Field(
         "local", description="The pipeline's base model, or a server that speaks OpenAI's chat completions."

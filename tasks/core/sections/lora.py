@@ -1,4 +1,4 @@
-"""Adapters, shared by all stages that train."""
+"""LoRA settings, shared by all stages that train."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ __all__ = ["OveroptimisationParams"]
 
 
 class OveroptimisationParams(Section):
-    """Proxy and gold reward of policies on their way from SFT, and of best-of-n (Gao et al. 2022)."""
+    """Proxy and gold reward of policy snapshots, and of best-of-n (Gao et al. 2022)."""
 
     prompts: Positive = Field(description="How many held-out prompts.")
     samples_per_prompt: int = Field(ge=2, description="SFT responses per prompt: best-of-n goes up to this n.")

@@ -1,4 +1,4 @@
-"""A regular expression that cuts one answer out of a text."""
+"""Regular expression that extracts one answer from a text."""
 
 from __future__ import annotations
 

@@ -39,12 +39,12 @@ class PPOParams(Section):
         None, gt=0, lt=1, description="ε of the clipped objective; without it, no clipping."
     )
     value_clip_range: float | None = Field(
-        None, gt=0, description="How far a value may move from the rollout's; without it, as far as it likes."
+        None, gt=0, description="Maximum change of a value from the rollout's; without it, no clipping."
     )
     value_coef: float = Field(ge=0, description="Weight of the value loss.")
     max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
     kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
-    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or steered to kl_target.")
+    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
     adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
     kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
     kl_budget: float | None = Field(

@@ -17,8 +17,8 @@ class PreferencesParams(Section):
     train_pairs: Positive = Field(description="Pairs for training the reward model and DPO.")
     heldout_pairs: Positive = Field(description="Pairs for each of validation and test.")
     source_pairs: Literal["only", "add"] = Field(
-        description="Of pairs that a source gives, such as labels: they are the only ones, sampled down to "
-        "the numbers above, or all those for training come before the pairs drawn from ratings."
+        description="Use of pairs from sources, such as labels: the only ones, sampled down to "
+        "the numbers above, or those for training are prepended to the pairs drawn from ratings."
     )
     min_margin: float = Field(ge=0, description="Training pairs differ in mean rating by at least this many points.")
     raters_per_label: Positive = Field(

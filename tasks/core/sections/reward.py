@@ -19,18 +19,18 @@ LEARNED = "learned"
 """The component that the trained reward model computes."""
 
 EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})
-"""Components that come with the responses, as what an environment paid does; all others are rules."""
+"""Components that come with the responses, such as an environment's reward; all others are rules."""
 
 
 class Priority(Section):
-    """One rank of a lexicographic order."""
+    """One level of the lexicographic order."""
 
     component: str = Field(description="Its name in `weights`.")
     threshold: float = Field(description="The value from which on what comes later counts, too.")
 
 
 class Normaliser(Section):
-    """What a component's values are measured in before they are weighted: (value − mean) / std."""
+    """Normalisation of a component's values before weighting: (value − mean) / std."""
 
     by: Literal["fixed", "batch"] = Field(
         "fixed",
@@ -42,7 +42,7 @@ class Normaliser(Section):
 
 
 def _default_function(rules: Any) -> Any:
-    """Entries that name no function are those of the rule whose name they have."""
+    """Fill in a missing function name: that of the component."""
     if not isinstance(rules, dict):
         return rules
     return {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in rules.items()}
@@ -70,9 +70,9 @@ class RewardParams(Section):
     )
     gates: dict[str, float] = Field(
         default_factory=dict,
-        description="Component → the value below which the response is worth `floor`, or less if it would be less.",
+        description="Component → the value below which the response gets `floor`, or less if it would be less.",
     )
-    floor: float = Field(0.0, description="What a response that a gate stops is worth at most.")
+    floor: float = Field(0.0, description="Maximum reward of a response that a gate stops.")
     normalisation: dict[str, Normaliser] = Field(
         default_factory=dict, description="Component → its scale; gates and thresholds read values as they are."
     )
@@ -96,7 +96,7 @@ class RewardParams(Section):
     @model_validator(mode="before")
     @classmethod
     def _add_default_rules(cls, values: Any) -> Any:
-        """Each rule that is named by its weight alone, with its default options."""
+        """Add rules with default options for components that have a weight alone."""
         if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
             return values
         rules = values.get("rules", {})
@@ -118,8 +118,8 @@ class RewardParams(Section):
             raise ValueError(f"reward.rules.{min(taken)}: {min(taken)} is no rule; give the rule another name")
         _check_weighted("rules", self.rules, self.weights)
         _check_weighted("gates", self.gates, self.weights)
-        _check_weighted("normalise", self.normalisation, self.weights)
-        _check_weighted("curriculum", self.weight_schedule, self.weights)
+        _check_weighted("normalisation", self.normalisation, self.weights)
+        _check_weighted("weight_schedule", self.weight_schedule, self.weights)
         _check_weighted("priorities", [rank.component for rank in self.priorities], self.weights)
         return self
 
@@ -145,7 +145,7 @@ class RewardParams(Section):
             weighted = self.weights[name] or name in self.weight_schedule
             if self.composition == "product" and scale.by == "batch" and weighted:
                 raise ValueError(
-                    f"reward.normalise.{name}: a batch's scale puts values below 0, a product needs them in [0, 1]; "
+                    f"reward.normalisation.{name}: batch scaling puts values below 0, a product needs them in [0, 1]; "
                     "use `by: fixed`, or another composition"
                 )
         return self
@@ -164,15 +164,15 @@ class RewardParams(Section):
     def _check_schedule(self) -> Self:
         for name, points in self.weight_schedule.items():
             if not points or any(later <= earlier for earlier, later in pairwise(points)):
-                raise ValueError(f"reward.curriculum.{name} must name updates in rising order, got {list(points)}")
+                raise ValueError(f"reward.weight_schedule.{name} must name updates in rising order, got {list(points)}")
             last = list(points.values())[-1]
             if last != self.weights[name]:
                 raise ValueError(
-                    f"reward.curriculum.{name} ends at {last:g}, reward.weights.{name} is {self.weights[name]:g}: make "
-                    "them equal, for evaluation uses the latter"
+                    f"reward.weight_schedule.{name} ends at {last:g}, reward.weights.{name} is {self.weights[name]:g}:"
+                    " make them equal, for evaluation uses the latter"
                 )
             if self.composition == "product" and min(points.values()) < 0:
-                raise ValueError(f"reward.curriculum.{name} goes below 0, which no exponent of a product may")
+                raise ValueError(f"reward.weight_schedule.{name} goes below 0, which no exponent of a product may")
         return self
 
 

@@ -1,4 +1,4 @@
-"""The reward model."""
+"""Settings of the reward model."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from tasks.core.sections.section import Positive, LearningRate, Section
 __all__ = ["CHAT", "PAIRWISE", "RewardModelParams", "PretrainedRewardParams"]
 
 CHAT = "chat"
-"""`ScorerParams.template`: the scorer's own chat template."""
+"""`PretrainedRewardParams.template`: the model's own chat template."""
 
 PAIRWISE = ("preference", "multi_objective")
 """Kinds that learn from pairs; the others learn from rated texts."""
 
 
 class PretrainedRewardParams(Section):
-    """A reward model that others have trained, taken as it is."""
+    """A pretrained reward model, used without training."""
 
     id: str = Field(
         min_length=1,
@@ -41,7 +41,7 @@ class PretrainedRewardParams(Section):
 
 
 class RewardModelParams(Section):
-    """A linear head on the SFT model, or on another one, or a finished reward model."""
+    """A linear head on the SFT model, or on another backbone, or a pretrained reward model."""
 
     kind: Literal["preference", "rating", "classification", "multi_objective"] = Field(
         "preference",
@@ -76,7 +76,7 @@ class RewardModelParams(Section):
         None,
         description="The model below the head, with its own tokenizer; keys as in base_model; null: the SFT model.",
     )
-    pretrained: PretrainedRewardParams | None = Field(None, description="A finished reward model to use; nothing is trained then.")
+    pretrained: PretrainedRewardParams | None = Field(None, description="A pretrained reward model; nothing is trained.")
     ensemble_size: Positive = Field(
         1,
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
@@ -96,7 +96,7 @@ class RewardModelParams(Section):
 
     @property
     def pairwise(self) -> bool:
-        """Whether it is fitted to pairs, or, where nothing is fitted, measured on them."""
+        """Whether it is trained, or where pretrained evaluated, on pairs."""
         return self.kind in PAIRWISE
 
     @model_validator(mode="after")
@@ -124,7 +124,7 @@ class RewardModelParams(Section):
         trained = self.kind != "preference" or self.margin != "none" or self.backbone is not None or self.ensemble_size > 1
         if self.pretrained and trained:
             raise ValueError(
-                "scorer is a finished model, nothing is trained: leave kind at preference, margin at none, backbone at "
-                "null and members at 1"
+                "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone at null "
+                "and ensemble_size at 1"
             )
         return self

@@ -1,4 +1,4 @@
-"""What the options of every rule have in common."""
+"""Options that all rules share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["RuleOptions"]
 
 
 class RuleOptions(Section):
-    """What every rule has."""
+    """Options that all rules share: function and floor."""
 
     function: str = Field(description="A rule's name, or `module:function` of a file in tasks/rewards/custom.")
     floor: float = Field(0.0, description="What a response earns on which the function fails; such are counted.")

@@ -1,4 +1,4 @@
-"""The options of each rule that a reward can name: `reward.rules.<component>` of params.yaml."""
+"""Options of the reward rules: `reward.rules.<component>` of params.yaml."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def _check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_references(schema: dict[str, Any]) -> None:
-    """Make sure that every `$ref` leads somewhere, without asking the network."""
+    """Check that every `$ref` resolves, without network access."""
     whole = DRAFT202012.create_resource(schema)
     known = DRAFT202012.create_resource(Draft202012Validator.META_SCHEMA) @ EMPTY_REGISTRY
     pending = [(whole, known.resolver_with_root(whole))]
@@ -71,20 +71,20 @@ def _check_references(schema: dict[str, Any]) -> None:
 
 
 class RepetitionRule(RuleOptions):
-    """Repetition is a cost, so the least that a response can earn is −1."""
+    """Options of the repetition penalty, whose minimum is −1."""
 
     floor: float = Field(-1.0, description="As everywhere; the least that the rule gives.")
 
 
 class LengthRule(RuleOptions):
-    """Where the length rule is flat and how fast it falls."""
+    """Target length and tolerance."""
 
-    target: Positive = Field(12, description="The wished-for number of words in the response.")
+    target: Positive = Field(12, description="The target number of words in the response.")
     tolerance: Positive = Field(12, description="At this many words off target the rule reaches 0; at target it is 1.")
 
 
 class FormatRule(RuleOptions):
-    """The form that a response must have."""
+    """Regular expression that a response must match."""
 
     pattern: Annotated[str, AfterValidator(_check_regex)] = Field(
         min_length=1,
@@ -96,7 +96,7 @@ class FormatRule(RuleOptions):
 
 
 class JsonSchemaRule(RuleOptions):
-    """The JSON that a response must be."""
+    """JSON schema that a response must satisfy."""
 
     json_schema: Annotated[dict[str, Any], AfterValidator(_check_json_schema)] = Field(
         description="A JSON schema (draft 2020-12) with all that its `$ref` name; what it does not require is not "
@@ -106,14 +106,14 @@ class JsonSchemaRule(RuleOptions):
 
 
 class LanguageRule(RuleOptions):
-    """The language that a response must be in."""
+    """Language that a response must be in."""
 
     language: str = Field("en", pattern=r"^[a-z]{2,3}$", description="Its ISO 639 code, as py3langid knows it.")
-    min_words: Positive = Field(3, description="Shorter responses earn 0: a language cannot be told from them.")
+    min_words: Positive = Field(3, description="Shorter responses earn 0: too short to identify a language.")
 
 
 class MathRule(RuleOptions):
-    """How long an answer may take to compare; the right ones are mathematics, plain or LaTeX, and no words."""
+    """Timeout of the comparison of mathematical answers, plain or LaTeX."""
 
     timeout_s: float = Field(
         10.0, gt=0, le=600, description="After so many seconds the comparison of a response is given up, and counted."
@@ -121,13 +121,13 @@ class MathRule(RuleOptions):
 
 
 class ContainsFactsRule(RuleOptions):
-    """How much text may be spent on naming the facts."""
+    """Maximum number of words for naming the facts."""
 
     max_words: Positive = Field(60, description="A response with more words earns less, in proportion.")
 
 
 class ReadabilityRule(RuleOptions):
-    """The band of Flesch reading ease that is paid in full: 60–70 is plain English, 0 is hardly readable."""
+    """Band of Flesch reading ease with the full reward: 60–70 is plain English, 0 is hardly readable."""
 
     low: float = Field(50.0, description="The lower end of the band.")
     high: float = Field(90.0, description="The upper end of the band; texts of single syllables lie above 100.")
@@ -142,9 +142,9 @@ class ReadabilityRule(RuleOptions):
 
 
 class VaderRule(RuleOptions):
-    """Which sentiment is paid."""
+    """Sentiment that is rewarded, by VADER."""
 
-    sign: Literal["positive", "negative"] = Field("positive", description="Whether good or bad mood is paid.")
+    sign: Literal["positive", "negative"] = Field("positive", description="The rewarded sentiment.")
     floor: float = Field(-1.0, description="As everywhere; the least that the rule gives.")
 
 
@@ -197,7 +197,7 @@ class PoemRule(RuleOptions):
         description="Letter → fewest and most syllables of its lines: three anapaests with or without their first "
         "syllables, and two; a letter without bounds has no metre.",
     )
-    line_words: tuple[Positive, Positive] = Field((3, 12), description="Fewest and most words of a sane line.")
+    line_words: tuple[Positive, Positive] = Field((3, 12), description="Fewest and most words of a line.")
     topic: AnswerPattern | None = Field(
         None, description="What of the prompt is the topic: one group, `about (.+):`; null: all of it."
     )
@@ -223,7 +223,7 @@ class CustomRule(RuleOptions):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the function is called with beside the sample."""
+        """Keyword arguments of the function beside the sample."""
         return dict(self.model_extra or {})
 
 
@@ -246,11 +246,11 @@ RULE_OPTIONS: dict[str, type[RuleOptions]] = {
 
 
 GROUND_TRUTH_RULES = ("answer", "code", "mathematics")
-"""Rules that say what is right by the row's answer: they may judge what they have paid."""
+"""Rules that check the row's ground-truth answer: they may be both reward and judge."""
 
 
 def _parse_rule(value: Any) -> RuleOptions:
-    """Options of the class that `function` names."""
+    """Parse the options of the rule that `function` names."""
     if isinstance(value, RuleOptions):
         return value
     if not isinstance(value, Mapping) or not isinstance(value.get("function"), str):
@@ -262,4 +262,4 @@ def _parse_rule(value: Any) -> RuleOptions:
 
 
 Rule = Annotated[SerializeAsAny[RuleOptions], PlainValidator(_parse_rule)]
-"""A rule with its options, checked as the rule wants them."""
+"""A rule with its validated options."""

@@ -1,4 +1,4 @@
-"""What every section of params.yaml is made of."""
+"""Base class and field types of the sections of params.yaml."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Section(BaseModel):
 
 
 def check_minibatches(prompts_per_update: int, samples_per_prompt: int, minibatches: int) -> None:
-    """Refuse a rollout that does not divide into equal minibatches."""
+    """Check that a rollout divides into equal minibatches."""
     batch = prompts_per_update * samples_per_prompt
     if batch % minibatches:
         raise ValueError(f"minibatches {minibatches} must divide the {batch} responses of an update")

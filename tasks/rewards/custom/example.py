@@ -7,7 +7,7 @@
 3. Give it a weight there:   reward.weights: {loud: 0.2}
 
 Where it raises or returns no finite number, the response earns `floor` (0 unless you set it beside `function`), the
-failure counts in `failures/loud`, and the first one is told; where most of a batch fails, training stops.
+failure counts in `failures/loud`, and the first one is printed; where most of a batch fails, training stops.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""Rewards that are plain functions of the text: nothing learned, so nothing to over-fit, but each can be gamed.
+"""Rule-based rewards: plain functions of the text. Nothing is learned, but each can be gamed.
 
-Each rule says how a policy could earn it without earning what it stands for, and what stands against that. All of
+The docstring of each rule describes how a policy could game it, and what prevents that. All of
 them see the response without its end token.
 """
 
@@ -35,12 +35,12 @@ RULES: Mapping[str, RuleFactory] = {
     "repetition": response_rule(repetition),
     "sentiment": vader_rule,
 }
-"""Rule → how to make it. A new one is a line here and one, with its options, in `tasks.core.sections.rules.OPTIONS`.
+"""Rule → factory. A new one is a line here and one, with its options, in `tasks.core.sections.rules.OPTIONS`.
 
-A factory gives an `EachSample`, whose failures are counted, or a function of the whole batch (see `kinds`).
+A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch (see `kinds`).
 """
 
 
 def get_rule_factory(function: str) -> RuleFactory:
-    """The factory of a rule, or of a user's function."""
+    """Get the factory of a rule, or of a user's function."""
     return RULES.get(function, custom_rule)

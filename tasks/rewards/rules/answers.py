@@ -1,4 +1,4 @@
-"""Rewards for right answers, exact, in a form, or as facts that are named."""
+"""Rewards for right answers: exact match, strict match of a format, and contained facts."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ What it misreads: a list without spaces (`1,2,3`) is 123, a unit's exponent (`5 
 """
 
 IGNORED_SYMBOLS = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})
-"""What of a number `Decimal` does not read."""
+"""Symbols in numbers that `Decimal` does not parse."""
 
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
@@ -33,7 +33,7 @@ def exact_match(response: str, expected: str) -> float:
     white space. What `NUMBER` misreads is misread here.
 
     Gamed by: nothing that reads the last number alone can be earned by naming many, but a right number after wrong
-    reasoning is paid in full. Against that: read the samples; the KL penalty keeps the reasoning near people's.
+    reasoning earns 1. Against that: read the samples; the KL penalty keeps the reasoning near people's.
     """
     if not NUMBER.fullmatch(expected.strip()):
         return float(_answers_equal(response, expected))
@@ -42,7 +42,7 @@ def exact_match(response: str, expected: str) -> float:
 
 
 def strict_match(response: str, expected: str, pattern: str | None) -> float:
-    """1 if the response gives the expected answer in the demanded form, else 0: what lm-eval calls `strict-match`.
+    """1 if the response gives the expected answer in the required format, else 0 (lm-eval's `strict-match`).
 
     Where the pattern matches first, its group is the answer (lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml, whose pattern is
     `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is, but for white space around it. Compared as in
@@ -57,7 +57,7 @@ def strict_match(response: str, expected: str, pattern: str | None) -> float:
 
 
 def _answers_equal(answer: str, expected: str) -> bool:
-    """Whether two answers are one: numbers in value, anything else letter by letter, without case."""
+    """Compare two answers: numbers by value, other text without case."""
     answer, expected = answer.strip(), expected.strip()
     if not NUMBER.fullmatch(expected):
         return answer.casefold() == expected.casefold()
@@ -70,7 +70,7 @@ def _value(number: str) -> Decimal:
 
 
 def contains_facts(response: str, references: list[str], *, max_words: int) -> float:
-    """Share of the references that the response names, less where it takes many words; in [0, 1].
+    """Fraction of the references that the response contains, reduced where it has many words; in [0, 1].
 
     Both are normalised as SQuAD 1.1's evaluation does (Rajpurkar et al. 2016, arXiv 1606.05250, section 6: no
     punctuation, no articles, lower case); a reference is named where its words stand in a row. Beyond `max_words`
@@ -91,7 +91,7 @@ def _normalise_answer(text: str) -> str:
 
 
 def _parse_references(answer: str) -> list[str]:
-    """The strings of a JSON list, or what stands between `|`."""
+    """Parse the strings of a JSON list, or those between `|`."""
     if answer.lstrip().startswith("["):
         try:
             parsed = json.loads(answer)
@@ -106,7 +106,7 @@ def _parse_references(answer: str) -> list[str]:
 
 
 def require_answer(rule: str, prompt: str, answers: Answers) -> str:
-    """The right answer of a prompt.
+    """Look up the right answer of a prompt.
 
     Raises:
         DataError: there is none.

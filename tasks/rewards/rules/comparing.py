@@ -1,4 +1,4 @@
-"""The process that compares mathematical answers: a line [expected, response] in, a line true, false or the error out.
+"""Worker process that compares mathematical answers: reads lines [expected, response], writes true, false or an error.
 
 It imports nothing of this project, so that it starts in the time that sympy takes.
 """
@@ -21,14 +21,14 @@ MEMORY_BYTES = 4 * 2**30
 def answers_equal(expected: str, response: str) -> bool:
     """Whether math-verify finds the expected answer in the response.
 
-    Its own clocks are off: they make a plain false of what is late, which the parent process counts as a failure.
+    Its own timeouts are off: they return false, where the parent process counts a failure.
 
     Raises:
         ValueError: the expected answer is no mathematics.
     """
     from math_verify import parse, verify
 
-    # Only what stands in a mathematical environment is read as LaTeX.
+    # Only text in a mathematical environment is parsed as LaTeX.
     marked = expected if "$" in expected or "\\boxed" in expected else f"${expected}$"
     gold, parsed = (parse(text, parsing_timeout=None, raise_on_error=True) for text in (marked, response))
     if not gold:
@@ -37,10 +37,10 @@ def answers_equal(expected: str, response: str) -> bool:
 
 
 def worker_loop(requests: Iterable[str], answers: IO[str]) -> None:
-    """Answer line by line, until there are no more."""
-    import math_verify  # noqa: F401  (the first line says that this is done)
+    """Answer requests line by line, until there are no more."""
+    import math_verify  # noqa: F401  (the line "ready" follows this import)
 
-    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its clocks are off
+    logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
     print("ready", file=answers, flush=True)
     for line in requests:
         expected, response = json.loads(line)

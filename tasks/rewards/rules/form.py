@@ -1,4 +1,4 @@
-"""Rewards for the form of a response: a pattern, a JSON schema."""
+"""Rewards for the format of a response: a pattern, a JSON schema."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ __all__ = ["matches_pattern", "json_schema_rule"]
 
 
 def matches_pattern(response: str, *, pattern: str, match: str) -> float:
-    """1 if the response, white space around it left out, is the form (`whole`) or has it in it (`contains`), else 0.
+    """1 if the stripped response matches the pattern (`whole`) or contains a match (`contains`), else 0.
 
-    Gamed by: the form with nothing in it (`<answer></answer>`), and with `contains` by anything around it. Against
+    Gamed by: the format with nothing in it (`<answer></answer>`), and with `contains` by anything around it. Against
     that: a pattern that asks for content (`.{20,}`), and a component that reads the content; as a gate
     (`reward.gates`) the form is a condition, and earns nothing by itself. Write patterns without nested repetition
     (`(a+)+`): they take for ever on some texts.

@@ -1,4 +1,4 @@
-"""A reward for instructions that a program can verify, in the manner of IFEval."""
+"""Reward for verifiable instructions, as in IFEval."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def instructions_rule(options: InstructionsRule, _answers: Answers) -> PerSample
 
 
 def check_constraints(response: str, options: InstructionsRule) -> Iterator[bool]:
-    """Whether each constraint holds, in the order of the options; those that are not set are left out."""
+    """Check each constraint that is set, in the order of the options."""
     counts = {
         "words": len(tokenize_words(response)),
         "sentences": count_sentences(response),
@@ -56,5 +56,5 @@ def check_constraints(response: str, options: InstructionsRule) -> Iterator[bool
 
 
 def _contains_phrase(text: str, phrase: str) -> bool:
-    """Whether the phrase stands in the text as whole words, in any letter case."""
+    """Whether the text contains the phrase as whole words, in any letter case."""
     return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None

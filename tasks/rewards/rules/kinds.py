@@ -1,4 +1,4 @@
-"""What a rule is: a function of one sample, of a whole batch, or a batch's function that measures more."""
+"""Types of rules: a function of one sample, of a batch, or of a batch with metrics."""
 
 from __future__ import annotations
 
@@ -31,10 +31,10 @@ Answers: TypeAlias = Mapping[str, str]
 
 @runtime_checkable
 class ScoresWithMetrics(Protocol):
-    """A component that notices more about responses than what they are worth."""
+    """A component that returns metrics beside its values."""
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values [B], and name → [B] what else was measured in the same pass."""
+        """Values [B], and name → [B] metrics of the same pass."""
 
 
 Component: TypeAlias = RewardFunction | ScoresWithMetrics
@@ -42,7 +42,7 @@ Component: TypeAlias = RewardFunction | ScoresWithMetrics
 
 @dataclass(frozen=True)
 class PerSampleRule:
-    """A rule that looks at one sample at a time: (prompt, response) → value. Where it fails, one sample fails."""
+    """A rule that scores one sample at a time: (prompt, response) → value. A failure costs one sample."""
 
     score: Callable[[str, str], float]
 
@@ -52,7 +52,7 @@ RuleFactory: TypeAlias = Callable[[Any, Answers], PerSampleRule | Component]
 
 
 def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
-    """The factory of a rule that reads the response alone; the named options are its keyword arguments."""
+    """Make the factory of a rule of the response alone; the named options are its keyword arguments."""
 
     def make(options: Any, _answers: Answers) -> PerSampleRule:
         arguments = {name: getattr(options, name) for name in names}
@@ -62,7 +62,7 @@ def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
 
 
 def import_extra(module: str, rule: str) -> Any:
-    """A package that only some rules need.
+    """Import a package that only some rules need.
 
     Raises:
         ConfigError: it is not installed.

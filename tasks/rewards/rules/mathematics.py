@@ -1,4 +1,4 @@
-"""A reward for mathematical answers: equal in value, however they are written."""
+"""Reward for mathematical answers that are equal in value, however they are written."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from tasks.rewards.rules.kinds import Answers, PerSampleRule, import_extra
 __all__ = ["MathWorker", "math_rule"]
 
 START_TIMEOUT_S = 60.0
-"""For importing sympy, which takes a second where the disk is not slow."""
+"""Seconds for importing sympy, which takes one where the disk is not slow."""
 
 MIN_WORD_LETTERS = 3
-"""Letters from which on an answer without anything else is taken for a word; `xy` is more likely a product."""
+"""Number of letters from which on an answer counts as a word; `xy` is more likely a product."""
 
 
 class MathWorker:
-    """A process that compares answers one by one.
+    """Worker process that compares answers one by one.
 
     math-verify bounds its time by SIGALRM, which works in a main thread only, takes away others' alarms, and cannot
     interrupt one long operation on integers (9^9^9^9): so it has a process of its own, which is killed when late.
@@ -35,7 +35,7 @@ class MathWorker:
         self._process: subprocess.Popen[str] | None = None
 
     def __call__(self, expected: str, response: str) -> bool:
-        """Whether the response's answer equals the expected one.
+        """Compare the response's answer with the expected one.
 
         Raises:
             TimeoutError: it took too long.
@@ -52,7 +52,7 @@ class MathWorker:
         return bool(reply)
 
     def close(self) -> None:
-        """End the process; the next question starts another."""
+        """End the process; the next comparison starts another."""
         if self._process is not None:
             self._process.kill()
             self._process.communicate()
@@ -69,7 +69,7 @@ class MathWorker:
         return self._process
 
     def _read_reply(self, pipe: IO[str], timeout_s: float) -> str:
-        """The next line, if it comes in time; there is one per question, so nothing waits in the pipe's buffer."""
+        """Read the next line, if it comes in time; there is one per request, so the pipe's buffer is empty."""
         ready, _, _ = select.select([pipe], [], [], timeout_s)
         line = pipe.readline() if ready else ""
         if not line:
@@ -84,11 +84,11 @@ def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
 
     Both may be LaTeX or plain: `\\frac{1}{2}` in the row is 0.5 and \\boxed{1/2} in the response.
 
-    Gamed by: as `right_answer`, a right result after wrong reasoning; a set of several boxed answers is another value
+    Gamed by: as `exact_match`, a right result after wrong reasoning; a set of several boxed answers is another value
     than one of them, so naming many does not pay. A response that repeats the task's own expression, unsolved, equals
     the answer as mathematics ("2+2" is 4). Against that: the KL penalty, a `format` gate that asks for a number.
 
-    An answer of one or two letters is a product of variables (`xy` is `yx`), so `no` as a word is not told from `on`.
+    An answer of one or two letters is a product of variables (`xy` is `yx`), so `no` as a word equals `on`.
 
     Raises:
         ConfigError: math-verify is not installed.

@@ -1,8 +1,8 @@
-"""A reward for a short rhymed poem, the limerick first of all: its form, and what keeps the form from being gamed.
+"""Reward for a short rhymed poem, such as a limerick: its form, and guards against gaming the form.
 
     value = (lines + rhyme + metre) / 3 · distinct · sane · dictionary · on topic, each part in [0, 1]
 
-The sum gives a slope to climb: half a form is paid by half. The factors are guards: what fails one of them wholly earns
+The sum gives a gradient: half the form earns half. The factors are guards: a poem that fails one of them wholly earns
 nothing, whatever its form.
 
 Gamed by, and what stands against that:
@@ -35,11 +35,11 @@ STOP_WORDS = frozenset({
     "there", "they", "this", "to", "up", "us", "verse", "was", "we", "were", "what", "when", "who", "will", "with",
     "write", "you", "your",
 })  # fmt: skip
-"""Words that name no topic: they carry grammar, or ask for a poem."""
+"""Stop words, which name no topic: function words, and words that ask for a poem."""
 
 
 def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
-    """Pays the product above; CMUdict (through `pronouncing`) says how words sound.
+    """The product above; pronunciations are those of CMUdict, by `pronouncing`.
 
     Raises:
         ConfigError: pronouncing is not installed.
@@ -57,9 +57,9 @@ def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
 
 
 def poem_scores(prompt: str, response: str, options: PoemRule) -> dict[str, float]:
-    """Each part by itself.
+    """Scores of the parts.
 
-    - lines: how near their number is to the scheme's: 1 − |n − N| / N.
+    - lines: closeness of their number to the scheme's: 1 − |n − N| / N.
     - rhyme: share of the scheme's pairs that rhyme; those of a letter only where it sounds like no earlier one.
     - metre: share of the scheme's lines that are there with a number of syllables within their letter's bounds.
     - distinct: (different lines − 1) / (lines − 1): five copies have 0.
@@ -127,7 +127,7 @@ def _metre_score(lines: list[tuple[str, ...]], options: PoemRule) -> float:
 
 
 def _topic_score(prompt: str, poem_words: list[str], pattern: str | None) -> float:
-    """Share of the topic's content words that are said, plain plurals counted as one word with their singulars."""
+    """Fraction of the topic's content words that the poem contains; plain plurals count as their singulars."""
     found = re.search(pattern, prompt) if pattern else None
     topic = {word for word in tokenize_words(found[1] if found else prompt) if word not in STOP_WORDS}
     poem_stems = {_stem(word) for word in poem_words}

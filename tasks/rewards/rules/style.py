@@ -1,4 +1,4 @@
-"""Rewards for how a text reads: length, repetition, language, mood, readability."""
+"""Rewards for style: length, repetition, language, sentiment, readability."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def length(response: str, *, target: int, tolerance: int) -> float:
 
     Gamed by: padding with empty words up to the target, or stopping there in the middle of a sentence.
     Against that: a repetition weight, the KL penalty (padding is unlikely text under the reference), and a tolerance
-    so wide that one word more or less is worth little. Watch the share without an end token beside it.
+    so wide that one word more or less changes little. Watch the share without an end token beside it.
     """
     return max(0.0, 1 - abs(len(tokenize_words(response)) - target) / tolerance)
 
@@ -45,7 +45,7 @@ def repetition(response: str) -> float:
 
     Why pairs: `REPEATED_NGRAM`. A response of up to two words has no two pairs and gets 0; so does an empty one.
 
-    Gamed by: very short responses, signs instead of words, and the same thing said in ever new words, which no n-gram
+    Gamed by: very short responses, signs instead of words, and paraphrases of the same thing, which no n-gram
     sees. Against that: a length weight, the learned component (people dislike a sentence that goes nowhere) and the
     KL penalty. Varying punctuation or letter case does not help: neither is part of a word here.
     """
@@ -53,13 +53,13 @@ def repetition(response: str) -> float:
 
 
 def count_sentences(text: str) -> int:
-    """How many end marks, of one or more signs, stand before white space or the end, a last piece without one too."""
+    """Count sentences: end marks before white space or the end, and a last piece without one."""
     pieces = SENTENCE_END.split(text)
     return sum(bool(tokenize_words(piece)) for piece in pieces)
 
 
 def count_syllables(word: str) -> int:
-    """Groups of vowels without a silent e at the end, at least one: right for 89 % of CMUdict's English words."""
+    """Count syllables: vowel groups without a silent e, at least one; right for 89 % of CMUdict's English words."""
     word = word.lower()
     return max(1, len(VOWELS.findall(word)) - bool(SILENT_E.search(word)))
 
@@ -85,7 +85,7 @@ def readability(response: str, *, low: float, high: float, tolerance: float, min
 
 
 def vader_rule(options: VaderRule, _answers: Answers) -> PerSampleRule:
-    """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; less it where bad mood is paid.
+    """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; negated for negative sentiment.
 
     Gamed by: praise that says nothing ("great great great"), which saturates the score. Against that: a repetition
     weight, a length weight and the KL penalty. VADER is then no independent judge: `evaluate.vader` must be false.

@@ -1,4 +1,4 @@
-"""Rewards of users: `module:function` of a file in tasks/rewards/custom."""
+"""Custom rewards: `module:function` of a file in tasks/rewards/custom."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PACKAGE = "tasks.rewards.custom"
 
 
 def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
-    """The user's function, called with the sample and its options.
+    """Import the user's function, which is called with the sample and its options.
 
     Raises:
         ConfigError: its module cannot be imported.

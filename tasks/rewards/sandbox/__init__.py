@@ -1,1 +1,1 @@
-"""Running programs that a policy wrote, which may do anything to look right, against tests that they never see."""
+"""Sandbox for untrusted programs of a policy, run against tests that they never see."""

@@ -1,4 +1,4 @@
-"""What a confined process may ask of the kernel: a list of what Python needs to compute and to use its scratch files.
+"""Seccomp allow-list: the system calls that Python needs to compute and to use its scratch files.
 
 Everything else fails with EPERM, so what a newer kernel adds is forbidden until someone adds it here. Missing with
 intent: new processes and threads (clone, fork, vfork, execve), signals to others (kill, tgkill), sockets, namespaces
@@ -43,7 +43,7 @@ IOCTLS = (0x5401, 0x541B, 0x5421, 0x5450, 0x5451)
 
 @lru_cache(maxsize=1)
 def seccomp_program() -> bytes:
-    """The list as the kernel reads it: a program of the classic Berkeley packet filter.
+    """Compile the list for the kernel: a program of the classic Berkeley packet filter.
 
     Raises:
         ConfigError: libseccomp or its binding is not installed.

@@ -1,4 +1,4 @@
-"""The command line of a confined Python: bubblewrap with nothing of this machine in it but Python and its libraries."""
+"""Command line of a sandboxed Python: bubblewrap with only Python and its libraries mounted."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["ENVIRONMENT", "SCRATCH", "command"]
 
 SCRATCH = "/scratch"
 
-# Equal hashes in every run: a program's order of a set is then no chance.
+# Equal hashes in every run make the order of a program's sets deterministic.
 ENVIRONMENT = {"PYTHONHASHSEED": "0", "PYTHONUTF8": "1"}
 
 _PACKAGE_DIR = "/ours"
@@ -28,7 +28,7 @@ _BOOTSTRAP = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import 
 
 
 def command(module: ModuleType, options: CodeRule, *arguments: str) -> list[str]:
-    """The words that start a module of `inside` under the options' limits, behind the options' walls."""
+    """Command that starts a module of `inside` under the limits and the isolation of the options."""
     isolated = options.isolation == "bubblewrap"
     limits = (
         options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10,
@@ -56,7 +56,7 @@ def command(module: ModuleType, options: CodeRule, *arguments: str) -> list[str]
 
 
 def _bwrap_args(scratch: int) -> list[str]:
-    """bubblewrap's part; the process is the first of its own process namespace, so its end is the end of all."""
+    """Arguments of bubblewrap; the process is PID 1 of its namespace, so its end kills all others in it."""
     arguments = [
         _find_bwrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
         "--cap-drop", "ALL", "--uid", _NOBODY_UID, "--gid", _NOBODY_UID, "--hostname", "sandbox", "--clearenv",
@@ -73,7 +73,7 @@ def _bwrap_args(scratch: int) -> list[str]:
 
 
 def _environment() -> dict[str, str]:
-    """All of it; the linker has to be told where a Python that has moved keeps its own library."""
+    """Environment variables; the linker needs the library path of a Python outside /usr."""
     library_path = {} if sys.base_prefix == _SYSTEM else {"LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
     return {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH, **library_path}
 
@@ -101,7 +101,7 @@ def _bind_or_symlink(path: Path) -> tuple[str, ...]:
 
 
 def _sandbox_path(path: Path) -> str:
-    """Where the sandbox has something of Python's; one that lies in a home folder does not show its way there."""
+    """Path inside the sandbox of a file of Python's; it does not reveal the home folder."""
     prefix = Path(sys.base_prefix).resolve()
     if str(prefix) == _SYSTEM:
         return str(path)
@@ -109,13 +109,13 @@ def _sandbox_path(path: Path) -> str:
 
 
 def _base_paths() -> dict[str, str]:
-    """Where the interpreter itself is installed, whatever virtual environment this process runs in."""
+    """Installation paths of the base interpreter, outside any virtual environment."""
     return {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
 
 
 @lru_cache(maxsize=1)
 def _interpreter() -> Path:
-    """The executable behind this process's, outside any virtual environment."""
+    """Executable of the base interpreter, outside any virtual environment."""
     return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
 
 

@@ -1,4 +1,4 @@
-"""Running programs against tests, many at once: a program and its tests are two processes, each behind walls."""
+"""Sandbox that runs programs against tests, many at once, in two isolated processes each."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ from tasks.rewards.sandbox.verdict import Status, SandboxResult
 
 __all__ = ["Job", "Sandbox"]
 
-_MAX_MESSAGE_BYTES = 65536  # bytes of a verdict, and of a sandbox's own complaint
+_MAX_MESSAGE_BYTES = 65536  # bytes of a verdict, and of a sandbox's error message
 _EXIT_GRACE_SECONDS = 5.0  # seconds for a process that is known to be ending
 
-# A shell's and bubblewrap's way to say: killed by SIGKILL (the hard limit), by SIGXCPU (the soft one).
+# Exit codes of a process killed by SIGKILL (the hard limit) or SIGXCPU (the soft one), also by way of bubblewrap.
 _OUT_OF_CPU = {128 + 9, 128 + 24, -9, -24}
 
 PROBE = """
@@ -57,13 +57,13 @@ class Job:
 
 
 class Sandbox:
-    """Runs programs under one set of limits."""
+    """Sandbox that runs programs under one set of limits."""
 
     def __init__(self, options: CodeRule) -> None:
-        """See that the walls stand on this machine.
+        """Check that the isolation works on this machine.
 
         Raises:
-            ConfigError: something is not installed, the kernel refuses, or a wall does not hold.
+            ConfigError: something is not installed, the kernel refuses, or the isolation fails.
         """
         self._options = options
         self._workers = options.workers or len(os.sched_getaffinity(0))
@@ -71,7 +71,7 @@ class Sandbox:
             self._probe()
 
     def run(self, jobs: Sequence[Job]) -> list[SandboxResult]:
-        """A verdict per job; equal jobs run once.
+        """Run the jobs, one result per job; equal jobs run once.
 
         Raises:
             DataError: tests cannot be run, whatever the program is.
@@ -83,7 +83,7 @@ class Sandbox:
         return [verdicts[job] for job in jobs]
 
     def _probe(self) -> None:
-        """Run a program that tries a few forbidden things and reports which it could do."""
+        """Run a program that tries forbidden operations and reports those that worked."""
         try:
             (verdict,) = self.run([Job(PROBE, "assert reached() == []", "reached")])
         except TrainingError as error:
@@ -104,7 +104,7 @@ class Sandbox:
 
 
 class _SandboxRun:
-    """One program and its tests, from start to verdict; when the stack unwinds, both processes end."""
+    """One run of a program and its tests; both processes end when the stack unwinds."""
 
     def __init__(self, job: Job, options: CodeRule, stack: ExitStack) -> None:
         self._job, self._options, self._stack = job, options, stack
@@ -122,7 +122,7 @@ class _SandboxRun:
         os.set_blocking(self._output.read.fileno(), False)
 
     def verdict(self) -> SandboxResult:
-        """Wait for it.
+        """Wait for the verdict.
 
         Raises:
             DataError: the tests cannot be run, whatever the program is.
@@ -135,7 +135,7 @@ class _SandboxRun:
         return verdict or SandboxResult(Status.TIMEOUT, f"no verdict within {self._options.wall_seconds:g} s")
 
     def _wait_for_verdict(self) -> SandboxResult | None:
-        """The verdict of the tests; None where time or room for output is up before."""
+        """Wait for the verdict of the tests; None where the time or output limit is reached before."""
         poll = select.poll()
         poll.register(self._verdicts.read, select.POLLIN)
         poll.register(self._output.read, select.POLLIN)
@@ -148,7 +148,7 @@ class _SandboxRun:
         return None
 
     def _read_output(self) -> bool:
-        """Count what has been printed, keep its beginning; whether more can come."""
+        """Count printed bytes and keep the first ones; return whether more can come."""
         with suppress(BlockingIOError):
             while chunk := os.read(self._output.read.fileno(), 1 << 16):
                 self._output_bytes += len(chunk)
@@ -172,7 +172,7 @@ class _SandboxRun:
         return self._verdict_from_exit() if status == "died" else SandboxResult(Status(status), reason)
 
     def _verdict_from_exit(self) -> SandboxResult:
-        """Why the program's process ended."""
+        """Derive the verdict from the exit status of the program's process."""
         try:
             code = self._program.wait(_EXIT_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -184,7 +184,7 @@ class _SandboxRun:
         return SandboxResult(Status.ERROR, f"the program ended its process with status {code}")
 
     def _verdict_from_tests_exit(self) -> SandboxResult:
-        """Without a verdict: out of CPU time, or it never came to the tests."""
+        """Derive the verdict from the exit status of the tests' process, which gave none."""
         _, stderr = self._tests.communicate(timeout=_EXIT_GRACE_SECONDS)
         if stderr:
             raise TrainingError(f"a sandbox did not start: {stderr.decode(errors='replace').strip()[:_MAX_MESSAGE_BYTES]}")
@@ -220,7 +220,7 @@ class _SandboxRun:
 
 
 class _Pipe:
-    """Both ends as files, which can be closed twice; descriptors cannot, for another thread may have got the number."""
+    """Pipe with both ends as files, which can be closed twice; descriptors can be reused by another thread."""
 
     def __init__(self, stack: ExitStack) -> None:
         read_fd, write_fd = os.pipe()
@@ -230,7 +230,7 @@ class _Pipe:
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:
-    """Kill the process and its group; behind walls, the kernel then ends all that is left there."""
+    """Kill the process and its group; in a sandbox, the kernel then ends all others in its namespace."""
     with suppress(ProcessLookupError):
         os.killpg(process.pid, signal.SIGKILL)
     process.wait()

@@ -1,4 +1,4 @@
-"""How a program fared, in one of few words."""
+"""Result of a sandboxed program."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["Status", "SandboxResult"]
 
 
 class Status(StrEnum):
-    """What became of a program."""
+    """Outcome of a program."""
 
     PASSED = "passed"
     FAILED = "failed"
@@ -26,7 +26,7 @@ class Status(StrEnum):
 
 @dataclass(frozen=True)
 class SandboxResult:
-    """A status, and a reason of a few words for people; programs can choose words of it, so nothing may hang on it."""
+    """Status, and a reason for people; programs can influence the reason, so no code may depend on it."""
 
     status: Status
     reason: str = ""

@@ -1,1 +1,1 @@
-"""What a policy talks with: see `dialogue` for the interface, `kinds` for those that params.yaml can name."""
+"""Environments of multi-turn rollouts: `base` defines the interface, `ENVIRONMENTS` lists the kinds."""

@@ -1,4 +1,4 @@
-"""What an environment is, and how a conversation with it is written down.
+"""Environment protocol and the text format of conversations.
 
 A conversation is one plain text that the policy and the environment write in turns:
 
@@ -30,12 +30,12 @@ USER_TURN = re.compile(rf"(\n{USER}.*?\n{BOT})", flags=re.DOTALL)
 
 @dataclass(frozen=True)
 class Step:
-    """What follows a turn of the policy.
+    """Result of a turn of the policy.
 
     Attributes:
-        observation: what the environment says, one line without a role.
-        reward: what the conversation has earned if it ends here; 0 while it goes on.
-        done: whether it is over.
+        observation: the environment's text, one line without a role.
+        reward: of the conversation if it ends here, else 0.
+        done: whether the conversation is over.
     """
 
     observation: str
@@ -47,29 +47,29 @@ class Environment(Protocol):
     """One conversation at a time, deterministic: equal rows and equal turns give equal answers."""
 
     def reset(self, row: Prompt) -> str:
-        """Begin anew; the prompt of the policy's first turn, which ends with `Bot:`."""
+        """Start a conversation; return the prompt of the policy's first turn, which ends with `Bot:`."""
 
     def step(self, action: str) -> Step:
-        """The answer to a turn of the policy, given without its end token."""
+        """Answer a turn of the policy, given without its end token."""
 
 
 def first_prompt(text: str) -> str:
-    """A prompt: what the user says first, and the policy's role."""
+    """Format the first prompt: the user's opening, and the policy's role."""
     return f"{USER} {text}\n{BOT}"
 
 
 def final_user_turn(text: str) -> str:
-    """The environment's last words, after the policy's last turn."""
+    """Format the environment's final turn."""
     return f"\n{USER} {text}"
 
 
 def user_turn(text: str) -> str:
-    """The environment's words between two turns of the policy."""
+    """Format the environment's turn between two turns of the policy."""
     return f"{final_user_turn(text)}\n{BOT}"
 
 
 def tokenise_dialogue(row: Demonstration, tokenizer: Any) -> Mapping[str, list[int]]:
-    """A whole dialogue as `input_ids`, and in `completion_mask` which of them are the bot's: 1, its end tokens too.
+    """Tokenise a dialogue: `input_ids`, and a `completion_mask` that is 1 on the bot's tokens and their end tokens.
 
     Each piece is tokenised by itself, as a conversation with an environment is.
     """

@@ -11,4 +11,4 @@ from tasks.rl.environments.service_bot import BookingUser
 __all__ = ["ENVIRONMENTS"]
 
 ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"reasoning_gym": RetryEnvironment, "service_bot": BookingUser}
-"""Kind → how to make one. A new environment is one more line here, and in `EnvironmentParams.kind`."""
+"""Kind → factory. A new environment is one more line here, and in `EnvironmentParams.kind`."""

@@ -1,4 +1,4 @@
-"""A question with one right answer, and another try after a wrong one; made for tasks of reasoning-gym."""
+"""Question answering with retries, for tasks of reasoning-gym."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ __all__ = ["RetryEnvironment"]
 
 
 class RetryEnvironment:
-    """1 for the right answer, at whichever try: it is γ that makes the first worth more than the second.
+    """Reward 1 for the right answer, at whichever try; γ makes an earlier one earn more.
 
     Gamed by: trying until it fits, which `environment.max_turns` bounds; naming several numbers does not help, for the
     last one counts. The answer to a wrong try does not say in what it is wrong, so there is nothing in it to parrot. A
@@ -36,7 +36,7 @@ class RetryEnvironment:
         return row.prompt
 
     def step(self, action: str) -> Step:
-        """Whether the turn's last number is right."""
+        """Grade the last number of the turn."""
         if exact_match(action, self._expected):
             return Step("That is right.", 1.0, done=True)
         return Step("That is not right. Try again.", 0.0, done=False)

@@ -1,6 +1,6 @@
-"""A scripted user who wants something, and a bot that has to find out what, and say it back.
+"""Slot-filling dialogues with a scripted user: the policy asks for missing details and confirms all of them.
 
-The user opens with a name, the wish and some of its details. The bot asks for those that are missing, the user answers,
+The user opens with a name, the task and some of its details. The bot asks for those that are missing, the user answers,
 and once the bot has named every detail rightly in one turn, the user confirms: that is the reward. LMRL-Gym (Abdulhai
 et al. 2023, arXiv 2311.18232) builds its environments in the same way, text in and text out with the reward at the end.
 
@@ -9,8 +9,8 @@ where its word does.
 
 Gamed by:
 - saying "confirmed" or "thank you": the user confirms only what the bot has named, detail by detail;
-- parroting the user: no single answer holds all details, so repeating it is not enough. Repeating all that the user
-  said is right in content; that it is no good English nobody but the KL penalty minds;
+- repeating the user: no single answer holds all details, so repeating one is not enough. Repeating all that the user
+  wrote is right in content; only the KL penalty acts against its bad English;
 - listing every value of a slot: two different values of one slot count as wrong;
 - guessing in order to be corrected: the user says that it is wrong, not what is wrong, nor what would be right;
 - writing the user's lines itself: the user reads the bot's turn alone, and what stands in it is not believed.
@@ -31,19 +31,19 @@ from tasks.rl.environments.dialogue import Step, user_turn, first_prompt
 __all__ = ["TASKS", "BookingUser", "Slot", "Task", "generate_dialogues"]
 
 Goal = Mapping[str, str]
-"""Slot → the value that the user has in mind; `wish` names the wish itself."""
+"""Slot → the value that the user wants; `wish` names the task."""
 
 
 @dataclass(frozen=True)
 class Slot:
-    """One detail of a wish.
+    """One detail of a task.
 
     Attributes:
         name: in the goal.
         question: how a good bot asks for it.
-        asked: any of these words in the bot's turn asks for it.
-        phrase: how user and bot say a value.
-        values: one word each, and different from those of the wish's other slots.
+        keywords: any of these words in the bot's turn asks for it.
+        phrase: template of a value for user and bot.
+        values: one word each, and different from those of the task's other slots.
     """
 
     name: str
@@ -55,7 +55,7 @@ class Slot:
 
 @dataclass(frozen=True)
 class Task:
-    """What a user can want: how the user says it, how a good bot says it back, and what has to be known."""
+    """A task of the user: the user's opening, the bot's confirmation, and the slots to fill."""
 
     opening: str
     confirmation: str
@@ -121,7 +121,7 @@ class BookingUser:
         return row.prompt
 
     def step(self, action: str) -> Step:
-        """What the user says to a turn of the bot."""
+        """Answer a turn of the bot."""
         slots = TASKS[self._goal["wish"]].slots
         bot_words = set(tokenize_words(action))
         named_values = {slot.name: {value for value in slot.values if value.lower() in bot_words} for slot in slots}
@@ -137,13 +137,13 @@ class BookingUser:
 
 
 def generate_dialogues(task_names: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
-    """Rows without end: a prompt, the goal as `answer`, and as `response` what a good bot and the user say.
+    """Generate rows without end: a prompt, the goal as `answer`, and the scripted dialogue as `response`.
 
     Raises:
-        DataError: there is no such wish.
+        DataError: there is no such task.
     """
     if unknown := [name for name in task_names if name not in TASKS]:
-        raise DataError(f"the service bot knows no wish {unknown[0]!r}; known ones: {', '.join(TASKS)}")
+        raise DataError(f"the service bot knows no task {unknown[0]!r}; known ones: {', '.join(TASKS)}")
     rng = random.Random(seed)
     while True:
         name = rng.choice(task_names)
@@ -160,7 +160,7 @@ def generate_dialogues(task_names: Sequence[str], seed: int) -> Iterator[dict[st
 
 
 def _scripted_bot(task: Task, goal: Goal, missing: Sequence[Slot]) -> str:
-    """A question for each missing detail, one a turn, and then all of them said back."""
+    """Ask for each missing detail, one a turn, then confirm all of them."""
     questions = [f" {slot.question}{user_turn(_sentence(_phrases([slot], goal)))}" for slot in missing]
     return "".join([*questions, f" {' '.join([task.confirmation, *_phrases(task.slots, goal)])}?"])
 

@@ -109,7 +109,7 @@ def test_first_layer_leaves_the_layers_below_without_adapters(base_model):
 
 
 def test_scorers_and_policies_adapt_the_modules_that_are_named_for_them(base_model):
-    lora = LORA.model_copy(update={"target_modules": ("q_proj",), "scorer_modules": ("v_proj", "up_proj")})
+    lora = LORA.model_copy(update={"target_modules": ("q_proj",), "reward_model_modules": ("v_proj", "up_proj")})
     policy = add_lora(load_reference(base_model, None), lora, seed=0)
     scorer = add_lora(new_reward_model(base_model, None, seed=0), lora, seed=0, head="score", first_layer=1)
     for model, expected in ((policy, {"q_proj"}), (scorer, {"v_proj", "up_proj"})):

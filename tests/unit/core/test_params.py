@@ -56,14 +56,14 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
             "objective says what pairs",
         ),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
-        ("evaluate.judge={prompts: 209}", "judge.prompts is 209, but there are only 208 prompts"),
+        ("evaluate.llm_judge={prompts: 209}", "llm_judge.prompts is 209, but prompts is 208"),
         (
-            "evaluate.judge={prompts: 9, model: m}",
+            "evaluate.llm_judge={prompts: 9, model: m}",
             "kind 'local' is the pipeline's base model: model and base_url are for",
         ),
-        ("evaluate.judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as http"),
+        ("evaluate.llm_judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as http"),
         (
-            "evaluate.judge={prompts: 9, kind: endpoint, model: m, base_url: 'https://me:secret@host/v1'}",
+            "evaluate.llm_judge={prompts: 9, kind: endpoint, model: m, base_url: 'https://me:secret@host/v1'}",
             "base_url must hold no password or key",
         ),
         ("gate.margin=0.05", r"gate\.margin: unknown key \(value 0\.05\); check the spelling or remove it"),
@@ -76,8 +76,8 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("reward.gates={lenght: 1}", "reward.gates names 'lenght', which has no weight; there is: learned, repetition"),
         ("reward.composition=lexicographic", "priorities belong to lexicographic, which needs at least one"),
         ("evaluate.gold_rule={function: repetition}", "evaluate.gold_rule is repetition, which the reward has, too"),
-        ("reward.curriculum={repetition: {1: 0.1, 4: 0.4}}", r"reward\.curriculum\.repetition ends at 0\.4, reward\.w"),
-        ("reward.curriculum={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
+        ("reward.weight_schedule={repetition: {1: 0.1, 4: 0.4}}", r"reward\.weight_schedule\.repetition ends at 0\.4, reward\.w"),
+        ("reward.weight_schedule={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
         (
             "environment={kind: service_bot, max_turns: 4, gamma: 0.9}",
             "environment is on, but reward.weights does not name it: add environment: 1.0 there",
@@ -184,7 +184,7 @@ def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> N
 
 def test_a_preset_and_settings_stack(params_yaml: Path) -> None:
     """As the preset overoptimised says how to train against an ensemble."""
-    settings = ["reward_model.members=4", "reward.combine=uncertainty"]
+    settings = ["reward_model.ensemble_size=4", "reward.ensemble_reduction=uncertainty"]
     write_overrides(params_yaml, [load_preset(ROOT, "overoptimised"), *map(parse_override, settings)])
     params = load_params(params_yaml)
     assert params.reward_model

@@ -38,7 +38,7 @@ def test_a_damaged_line_is_named(tmp_path: Path) -> None:
     path = tmp_path / "answers.jsonl"
     JudgeCache(path).add("k", WHO, REPLY)
     path.write_bytes(path.read_bytes() + b'{"id": "l"}\n')
-    with pytest.raises(DataError, match=r"answers\.jsonl:2: not a Entry: judge: Field required"):
+    with pytest.raises(DataError, match=r"answers\.jsonl:2: not a CacheEntry: judge: Field required"):
         JudgeCache(path)
 
 

@@ -1,4 +1,4 @@
-"""The model card says what is known, and reads as Markdown with YAML before it."""
+"""Model card: its facts, and Markdown with YAML front matter."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tasks.evals.card import METHODS, ModelCard, render_model_card
 
 ROW = {
     "n": 208, "reward_proxy": 0.9, "reward_gold": 1.2, "kl": 3.335, "kl_stderr": 0.165, "length": 7.0,
-    "no_end_share": 0.05, "win_rate": 0.79, "win_rate_low": 0.733, "win_rate_high": 0.844, "win_rate_proxy": 0.87,
+    "truncated_share": 0.05, "win_rate": 0.79, "win_rate_low": 0.733, "win_rate_high": 0.844, "win_rate_proxy": 0.87,
     "win_rate_proxy_low": 0.82, "win_rate_proxy_high": 0.91,
 }  # fmt: skip
 WHEN = datetime(2026, 1, 2, tzinfo=UTC)
@@ -30,7 +30,7 @@ def origin(**changes: Any) -> Origin:
         {"name": "a", "source": "pipes | here", "licence": "MIT", "rows": 5, "sha256_of_rows": "f" * 64},
         {"name": "b", "source": "file", "licence": "", "rows": 6, "sha256_of_rows": "e" * 64},
     ]
-    findings = [{"rule": "KL to SFT", "found": "3.33 nats", "asked": "at most 10 nats", "holds": True}]
+    findings = [{"rule": "KL to SFT", "measured": "3.33 nats", "required": "at most 10 nats", "passed": True}]
     fields: dict[str, Any] = {
         "params": "seed: 3\n", "parameters": parameters, "commit": "c0ffee", "uncommitted": (), "pipeline_run": "r",
         "stages": {"ppo": {"key": "k" * 64, "run": "", "outputs": {"artifacts/ppo/adapter": "m5.dir"}}},

@@ -39,22 +39,22 @@ def test_numbers_by_hand(judged: Make) -> None:
     assert row["kl_stderr"] == pytest.approx((6 / 3 / 4) ** 0.5, abs=1e-6)  # deviations 2, 0, −1, −1
     assert row["length"] == 2.25
     assert row["length_tokens"] == 7.25
-    assert row["no_end_share"] == 0.25
+    assert row["truncated_share"] == 0.25
     assert row["repetition"] == 0.125  # one of the two pairs of "good good good", the other three responses have none
     assert row["distinct_1"] == pytest.approx(3 / 9, abs=1e-6)  # good, some, words of nine
 
 
-def test_measures_are_means_under_their_names(judged: Make) -> None:
+def test_metrics_are_means_under_their_names(judged: Make) -> None:
     shares = {"sft": (0.0, 0.0), "ppo": (1.0, 0.0)}
     records = [
-        judged(policy, prompt, measures={"unfamiliar": share, "disagreement": 2 * share})
+        judged(policy, prompt, metrics={"ood_share": share, "disagreement": 2 * share})
         for policy, own in shares.items()
         for prompt, share in zip("ab", own, strict=True)
     ]
     table = compare_policies(records, samples=10, seed=0)
-    assert (table["ppo"]["unfamiliar"], table["ppo"]["disagreement"]) == (0.5, 1.0)
-    assert table["sft"]["unfamiliar"] == 0.0
-    assert "unfamiliar" not in compare_policies(_two_policies(judged), samples=10, seed=0)["sft"]
+    assert (table["ppo"]["ood_share"], table["ppo"]["disagreement"]) == (0.5, 1.0)
+    assert table["sft"]["ood_share"] == 0.0
+    assert "ood_share" not in compare_policies(_two_policies(judged), samples=10, seed=0)["sft"]
 
 
 def test_gain_is_the_paired_difference_in_spreads_of_the_reference(judged: Make) -> None:
@@ -86,7 +86,7 @@ def test_headline_holds_the_seven_promised_keys_for_every_policy(judged: Make) -
 
 def test_success_has_an_interval_and_turns_a_mean(judged: Make) -> None:
     measures = [{"success": float(place < 3), "turns": float(place + 1)} for place in range(4)]
-    records = [judged("sft", str(place), measures=value) for place, value in enumerate(measures)]
+    records = [judged("sft", str(place), metrics=value) for place, value in enumerate(measures)]
     row = headline(compare_policies(records, samples=500, seed=0))["sft"]
     assert (row["success"], row["turns"]) == (0.75, 2.5)
     assert 0.0 < row["success_low"] < 0.75 < row["success_high"] == 1.0

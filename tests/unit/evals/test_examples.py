@@ -1,4 +1,4 @@
-"""Which responses are shown, by hand: SFT's gold scores 0, 2, 4 and proxy scores 0, 1, 2 have deviations 2 and 1."""
+"""Selected examples, by hand: SFT's gold scores 0, 2, 4 and proxy scores 0, 1, 2 have deviations 2 and 1."""
 
 from collections.abc import Callable
 
@@ -58,7 +58,7 @@ def test_the_reference_has_none_and_a_lone_reference_is_no_error(judged: Make, r
 
 def test_json_has_both_responses_with_the_scores_of_those_who_judged(judged: Make, records: list[ScoredResponse]) -> None:
     loss = examples_to_dict(select_examples(records, 1)["ppo"])["losses"][0]
-    assert (loss["prompt_id"], loss["prompt"], loss["by"]) == ("b", "prompt b", -1.0)
+    assert (loss["prompt_id"], loss["prompt"], loss["score_difference"]) == ("b", "prompt b", -1.0)
     assert loss["ppo"] == {"response": " hacked", "ended": False, "kl": 2.5, "gold": 1.0, "vader": 0.0, "proxy": 4.0}
     assert loss["sft"]["gold"] == 2.0
     silent = [judged("sft", "a", vader=None), judged("ppo", "a", gold=1.0, vader=None)]

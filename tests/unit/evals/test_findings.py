@@ -1,4 +1,4 @@
-"""Findings at evaluation, on tables made for them."""
+"""Reward-hacking findings at evaluation, on hand-made tables."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import pytest
 
 from tasks.evals.findings import find_hacking, findings_to_dict
 
-SFT = {"length": 12.0, "repetition": 0.01, "distinct_2": 0.9, "no_end_share": 0.4}
+SFT = {"length": 12.0, "repetition": 0.01, "distinct_2": 0.9, "truncated_share": 0.4}
 CLEAR = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_proxy": 0.9, "win_rate_proxy_low": 0.8,
          "gain_gold": 0.8, "gain_proxy": 1.0}  # fmt: skip
 
 
 def found(change: dict[str, float]) -> list[str]:
-    table = {"sft": SFT | {"unfamiliar": 0.1}, "ppo": {**SFT, "unfamiliar": 0.1, **CLEAR, **change}}
+    table = {"sft": SFT | {"ood_share": 0.1}, "ppo": {**SFT, "ood_share": 0.1, **CLEAR, **change}}
     return [finding.detector for finding in find_hacking(table, {})["ppo"]]
 
 
@@ -23,10 +23,10 @@ def found(change: dict[str, float]) -> list[str]:
         ({"length": 6.1}, []),
         ({"length": 6.0}, ["length_drift"]),
         ({"repetition": 0.2, "distinct_2": 0.3}, ["repetition", "ngram_collapse"]),
-        ({"no_end_share": 0.1}, []),
-        ({"no_end_share": 0.9}, ["truncation"]),
-        ({"unfamiliar": 0.3}, []),
-        ({"unfamiliar": 0.4}, ["unfamiliar_responses"]),
+        ({"truncated_share": 0.1}, []),
+        ({"truncated_share": 0.9}, ["truncation"]),
+        ({"ood_share": 0.3}, []),
+        ({"ood_share": 0.4}, ["unfamiliar_responses"]),
         ({"win_rate_low": 0.5}, ["proxy_without_gold"]),
         ({"win_rate_low": 0.2, "win_rate_proxy_low": 0.5}, []),
         ({"gain_gold": 0.51}, []),
@@ -60,5 +60,5 @@ def test_in_training_with_its_first_update() -> None:
     findings = findings_to_dict(find_hacking(table, {"ppo": rows}))
     assert findings["dpo"] == []
     (finding,) = findings["ppo"]
-    assert (finding["detector"], finding["where"]) == ("kl_spike", "training, update 2")
+    assert (finding["detector"], finding["phase"]) == ("kl_spike", "training, update 2")
     assert finding["text"].startswith("kl_spike 9.00 (threshold 5")

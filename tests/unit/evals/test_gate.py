@@ -1,4 +1,4 @@
-"""The gate's rules, each at its edge."""
+"""Rules of the gate, each at its boundary."""
 
 from __future__ import annotations
 

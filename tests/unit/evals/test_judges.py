@@ -87,7 +87,7 @@ def test_after_a_failure_only_the_rest_is_asked(chat: Chat, project: Path) -> No
 
 def test_too_many_questions_are_refused_before_the_first(chat: Chat) -> None:
     with pytest.raises(
-        ConfigError, match=r"asked 5 questions, evaluate\.judge\.max_requests allows 4; nothing was ask"
+        ConfigError, match=r"asked 5 questions, evaluate\.llm_judge\.max_requests allows 4; nothing was ask"
     ):
         _ask(chat, max_requests=4)
     assert (chat.asked, chat.keys) == ([], [])
@@ -219,7 +219,7 @@ def test_the_local_judge_takes_the_likelier_letter(tmp_path: Path, template: str
 
 
 def test_a_tokenizer_without_letters_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot tell A from B .*set evaluate\.judge to null"):
+    with pytest.raises(ModelError, match=r"cannot tell A from B .*set evaluate\.llm_judge to null"):
         LocalJudge(_base_model(tmp_path, LETTERS), batch_size=1)
 
 

@@ -1,4 +1,4 @@
-"""The champion's rule, metric by metric, on paired cases small enough to count."""
+"""Non-inferiority rules, metric by metric, on paired cases computed by hand."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def four(judged: Make) -> tuple[list[ScoredResponse], list[ScoredResponse]]:
         ("win_rate_vader", (1 + 1 + 1 + 0) / 4),
         ("reward_gold", (2 + 0 - 1 - 1) / 4),
         ("repetition", 0.5 / 4),  # one of the two word pairs of "good good good" is a repetition
-        ("no_end_share", (1 + 1 + 0 - 1) / 4),
+        ("truncated_share", (1 + 1 + 0 - 1) / 4),
         ("kl", (2.5 + 0.5 + 0.5 + 0.5) / 4),
     ],
 )
@@ -69,8 +69,8 @@ def test_answers_are_paired(judged: Make) -> None:
         ("reward_gold", (0.1, -0.2001, 0.4), 0.2, False),
         ("repetition", (0.0, -0.3, 0.05), 0.05, True),
         ("repetition", (0.0, -0.3, 0.0501), 0.05, False),
-        ("no_end_share", (-0.1, -0.2, 0.0), 0.0, True),
-        ("no_end_share", (0.1, 0.0001, 0.2), 0.0, False),
+        ("truncated_share", (-0.1, -0.2, 0.0), 0.0, True),
+        ("truncated_share", (0.1, 0.0001, 0.2), 0.0, False),
         ("kl", (-1.0, -9.0, 0.5), 0.5, True),
         ("kl", (-1.0, -9.0, 0.51), 0.5, False),
     ],

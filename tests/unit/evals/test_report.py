@@ -96,7 +96,7 @@ def evidence(judged: Callable[..., ScoredResponse]) -> ReportData:
 def fitted(form: str, alpha: float, peak: float | None) -> dict[str, Any]:
     interval = {"low": alpha - 0.1, "high": alpha + 0.1}
     return {"form": form, "alpha": {"mean": alpha, **interval}, "beta": {"mean": 0.5, "low": 0.4, "high": 0.6},
-            "peak": peak, "peak_share": 1.0, "r2": 0.98}  # fmt: skip
+            "peak": peak, "peak_fraction": 1.0, "r2": 0.98}  # fmt: skip
 
 
 def _read(html: str) -> Reader:
@@ -175,7 +175,7 @@ def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fo
 
 def test_columns_that_other_evaluations_lack_appear_with_their_numbers(evidence: ReportData) -> None:
     rates = {"win_rate_judge": 0.63, "win_rate_judge_low": 0.55, "win_rate_judge_high": 0.71}
-    table = {policy: row | {"unfamiliar": 0.25} for policy, row in evidence.table.items()}
+    table = {policy: row | {"ood_share": 0.25} for policy, row in evidence.table.items()}
     table["ppo"] |= rates | {"judge_inconsistent": 0.6}
     text = " ".join(" ".join(_read(render_report(dataclasses.replace(evidence, table=table))).text).split())
     assert "Win rate, LLM judge" in text
@@ -215,12 +215,12 @@ def _luminance(colour: str) -> float:
 
 def test_the_json_says_what_the_page_says(evidence: ReportData) -> None:
     found = json.loads(json.dumps(report_to_dict(evidence), allow_nan=False))
-    assert found["verdict"]["winner"].startswith("PPO is not to be trusted")
+    assert found["summary"]["winner"].startswith("PPO is not to be trusted")
     assert found["turning_point"].startswith("Over-optimised")
     assert found["findings"]["ppo"][0]["detector"] == "repetition"
     assert found["policies"] == evidence.table
-    assert [example["by"] for example in found["examples"]["ppo"]["gains"]] == [1.5, 1.5, 1.5]
-    assert found["made_from"][0]["licence"] == "Apache-2.0"
+    assert [example["score_difference"] for example in found["examples"]["ppo"]["gains"]] == [1.5, 1.5, 1.5]
+    assert found["sources"][0]["licence"] == "Apache-2.0"
     assert found["provenance"]["Seed"] == "0"
 
 
@@ -234,9 +234,9 @@ def test_findings_stand_above_the_results(evidence: ReportData) -> None:
 
 def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: ReportData) -> None:
     text = " ".join(" ".join(_read(render_report(evidence)).text).split())
-    assert "Where more reward stops being better" in text
+    assert "Reward over-optimisation" in text
     assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
-    assert "Where more reward" not in render_report(dataclasses.replace(evidence, points=[], fits={}))
+    assert "Reward over-optimisation" not in render_report(dataclasses.replace(evidence, points=[], fits={}))
     assert "dvc repro" in text
 
 

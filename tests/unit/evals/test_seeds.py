@@ -1,4 +1,4 @@
-"""Seeds side by side: means and intervals by hand, and which of them collapsed or failed."""
+"""Summary over seeds: means and intervals by hand, collapsed and failed seeds."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_a_failed_seed_is_named_and_is_in_no_mean() -> None:
 def test_what_the_stages_wrote_is_read(tmp_path: Path) -> None:
     for name, content in {
         "evaluate/policies": {"sft": row(0.5), "ppo": row(0.7), "dpo": row(0.6)},
-        "ppo/metrics": {"degenerate": 1.0, "kl": 3},
+        "ppo/metrics": {"degenerate_count": 1.0, "kl": 3},
         "dpo/metrics": {"pairs": 3},
         "evaluate/findings": {"ppo": [{"detector": "kl_spike"}, {"detector": "kl_spike"}], "dpo": []},
     }.items():

@@ -8,7 +8,7 @@ POINTS = [{"method": method, "distance": distance} for method in ("ppo", "best_o
 def _fit(form: str, alpha: float, beta: tuple[float, float, float], peak: float | None, share: float) -> dict[str, Any]:
     mean, low, high = beta
     return {"gold": {"form": form, "alpha": {"mean": alpha}, "beta": {"mean": mean, "low": low, "high": high},
-                     "peak": peak, "peak_share": share}}  # fmt: skip
+                     "peak": peak, "peak_fraction": share}}  # fmt: skip
 
 
 def test_a_peak_within_what_was_measured_is_over_optimisation() -> None:

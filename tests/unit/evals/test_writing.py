@@ -1,4 +1,4 @@
-"""A policy that answers a person's prompts."""
+"""Sampling of a policy on given prompts."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ def test_a_product_is_of_powers() -> None:
 
 
 def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported_alone() -> None:
-    section = {"composition": "product", "normalise": {"length": {"by": "batch"}}}
+    section = {"composition": "product", "normalisation": {"length": {"by": "batch"}}}
     with pytest.raises(ValidationError, match=r"reward\.normalise\.length: .*below 0.*`by: fixed`"):
         RewardParams(weights={"length": 1.0, "answer": 1.0}, **section)
     with pytest.raises(ValidationError, match=r"reward\.normalise\.length"):

@@ -91,7 +91,7 @@ def test_pairs_with_margins_are_learned_and_counted(inputs: Path, tmp_path: Path
 
 
 def test_ratings_are_learned_and_pairs_only_measure(inputs: Path, tmp_path: Path) -> None:
-    run_reward_model(inputs, tmp_path, **LEARN, kind="rating", members=2)
+    run_reward_model(inputs, tmp_path, **LEARN, kind="rating", ensemble_size=2)
     found = figures(tmp_path)
     assert found["heldout_correlation"] > 0.8
     assert found["heldout_rank_correlation"] > 0.8
@@ -105,7 +105,7 @@ def test_ratings_are_learned_and_pairs_only_measure(inputs: Path, tmp_path: Path
 
 
 def test_classes_are_learned_and_calibrated_by_text(inputs: Path, tmp_path: Path) -> None:
-    run_reward_model(inputs, tmp_path, **LEARN, kind="classification", threshold=0.0, members=2)
+    run_reward_model(inputs, tmp_path, **LEARN, kind="classification", threshold=0.0, ensemble_size=2)
     found = figures(tmp_path)
     assert found["heldout_accuracy"] > 0.9
     assert found["heldout_auc"] > 0.95
@@ -254,7 +254,7 @@ def test_a_backbone_of_its_own_with_its_own_tokenizer(inputs: Path, tmp_path: Pa
     tiny_model(seed=5).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     out = tmp_path / "out"
-    run_reward_model(inputs, out, **LEARN, backbone={"kind": "folder", "id": str(folder)}, members=2)
+    run_reward_model(inputs, out, **LEARN, backbone={"kind": "folder", "id": str(folder)}, ensemble_size=2)
     assert figures(out)["accuracy"] > 0.9
     assert json.loads((out / BACKBONE / "card.json").read_text())["source"] == "local folder other"
     folder.rename(tmp_path / "moved")  # the stage's own copy is all that is needed
@@ -291,7 +291,7 @@ def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Pa
     out, template = tmp_path / "out", "q:{prompt} r:{response}"
     out.mkdir()
     run_reward_model(
-        inputs, out, normalisation_samples=16, scorer={"id": str(tmp_path / "theirs"), "template": template}
+        inputs, out, normalisation_samples=16, pretrained={"id": str(tmp_path / "theirs"), "template": template}
     )
     facts, found = json.loads((out / NORMALISATION).read_text()), figures(out)
 
@@ -313,7 +313,7 @@ def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Pa
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
     finished(tmp_path / "theirs", 1)
-    run_reward_model(inputs, tmp_path / "out", scorer={"id": str(tmp_path / "theirs"), "template": "chat"})
+    run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "theirs"), "template": "chat"})
     _, text = load_pretrained_scorer(tmp_path / "out")
     assert text("why", " so") == "u:why a:so "
 
@@ -321,12 +321,12 @@ def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> Non
 def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     finished(tmp_path / "three", 3)
     with pytest.raises(ModelError, match=r"scorer .*three has 3 outputs"):
-        run_reward_model(inputs, tmp_path / "out", scorer={"id": str(tmp_path / "three")})
+        run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "three")})
     with pytest.raises(ModelError, match=r"has no weights for score\.weight, which would be random numbers"):
-        run_reward_model(inputs, tmp_path / "out", scorer={"id": str(inputs / "base_model" / "model")})
+        run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(inputs / "base_model" / "model")})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(SourceError, match=r"model 'owner/name' .* make reward_model\.scorer\.id a local folder"):
-        run_reward_model(inputs, tmp_path / "out", scorer={"id": "owner/name"})
+        run_reward_model(inputs, tmp_path / "out", pretrained={"id": "owner/name"})
 
 
 @pytest.mark.parametrize(

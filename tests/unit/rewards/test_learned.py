@@ -130,7 +130,7 @@ def test_one_member_is_itself_to_the_last_bit_however_it_is_combined(combine):
 
 
 def test_the_parameters_name_every_combination():
-    assert get_args(RewardParams.model_fields["combine"].annotation) == tuple(ENSEMBLE_REDUCTIONS)
+    assert get_args(RewardParams.model_fields["ensemble_reduction"].annotation) == tuple(ENSEMBLE_REDUCTIONS)
 
 
 def test_a_pass_also_measures():

@@ -86,7 +86,7 @@ def _got(act: Callable[[], object]) -> bool:
 
 
 def _left_over() -> list[str]:
-    """Our sandboxes that still run; the kernel may need a moment to end what it has been told to end."""
+    """Our sandboxes that still run; the kernel may need a moment to end a killed process."""
     for _ in range(20):
         found = [item.info["name"] for item in psutil.process_iter(["name", "cmdline"]) if _is_ours(item)]
         if not found:

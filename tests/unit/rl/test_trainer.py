@@ -202,7 +202,7 @@ def test_a_policy_that_left_its_rollouts_behind_is_refused():
 
 def test_no_step_is_taken_once_the_policy_has_moved_far_enough():
     """The first minibatch starts at the rollout policy (approximate KL 0); the second sees that it moved, and stops."""
-    ppo = trainer(epochs=4, max_approx_kl=1e-9)
+    ppo = trainer(epochs=4, target_kl=1e-9)
     ppo.train()
     assert {row["optimiser_steps"] for row in ppo.history} == {1}
 
@@ -259,7 +259,7 @@ def test_a_log_probability_that_is_not_finite_names_whose_it_is(monkeypatch):
 
 
 def over_budget(**changes) -> tuple[PPOTrainer, list[dict[str, torch.Tensor]], list[str]]:
-    """A run whose KL grows past its budget, the weights after each of its updates, and what it told."""
+    """A run whose KL grows past its budget, the weights after each of its updates, and its warnings."""
     snapshots, messages = [], []
 
     def log(metrics, step):

@@ -1,1 +1,1 @@
-"""What runs in the two sandboxes: the standard library alone, and little of it, for every program pays its imports."""
+"""Code that runs inside the sandboxes: few imports, from the standard library alone, as each start pays for them."""

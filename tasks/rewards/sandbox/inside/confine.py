@@ -1,4 +1,4 @@
-"""The last walls, which a process puts up around itself before it runs anything that is not ours."""
+"""Resource limits and seccomp filter that a process sets on itself before it runs untrusted code."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Program(ctypes.Structure):
 
 
 def confine(cpu_seconds: int, memory: int, file_size: int, instructions: bytes) -> None:
-    """Limit what this process may use and, where a filter is given, ask of the kernel; neither can be undone."""
+    """Set resource limits and, where given, the seccomp filter of this process; neither can be undone."""
     # At 1 the kernel writes no core and starts no handler; 0 would still start one (fs/coredump.c, core(5)).
     limits = {
         resource.RLIMIT_CORE: (1, 1),
@@ -53,7 +53,7 @@ def _install_filter(instructions: bytes) -> None:
 
 
 def take_stdio() -> tuple[int, int]:
-    """What came as standard input and output; from now on nothing comes in, and prints go to standard error."""
+    """Take over standard input and output as a channel; afterwards stdin is empty, and prints go to standard error."""
     requests, answers = os.dup(0), os.dup(1)
     null = os.open(os.devnull, os.O_RDONLY)
     os.dup2(null, 0)

@@ -1,4 +1,4 @@
-"""The tests' side: run them with a function that asks the program's process, and say how they ended.
+"""Test process: run the tests against a proxy of the program's function, and report the verdict.
 
 The verdict leaves by a pipe that exists in this process alone. Anything that is wrong with the channel ends the
 process with its verdict on the spot, so that no `except` in the tests can swallow it.
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 class Channel:
-    """The way to the program's process and, for the verdict, out of this one."""
+    """Channel to the program's process, and the pipe of the verdict."""
 
     def __init__(self, requests: int, answers: int, verdicts: int, answer_size: int) -> None:
         """The two ends that lead to the program, and the one that leads out."""
@@ -57,12 +57,12 @@ class Channel:
         self.raised: str | None = None
 
     def end(self, status: str, reason: str) -> NoReturn:
-        """Give the verdict and end this process."""
+        """Write the verdict and end this process."""
         wire.write_frame(self._verdicts, wire.encode((status, reason[:300], self.calls), 1 << 12))
         os._exit(0)
 
     def load(self, program: str, name: str) -> None:
-        """Wait until the program's process is ready, and give it the program."""
+        """Wait until the program's process is ready, and send it the program."""
         self._ready = self._read_answer() == "ready"
         kind, detail = self._request("load", program, name)
         if kind == "missing":
@@ -71,7 +71,7 @@ class Channel:
             self.end(*_exception_verdict(detail, "while the program was loaded"))
 
     def call(self, arguments: tuple[Any, ...], keywords: dict[str, Any], in_place: bool) -> Any:
-        """What the program's function returned, as plain data; what it raised is raised."""
+        """Call the program's function; return its result as plain data, or raise its exception."""
         kind, detail = self._request("call", list(arguments), keywords)
         self.calls += 1
         self.raised = None
@@ -85,18 +85,18 @@ class Channel:
         return result
 
     def check_no_unsolicited(self) -> None:
-        """Refuse a program that says something unasked."""
+        """Refuse a program that sends unsolicited data."""
         if select.select([self._answers], [], [], 0)[0]:
             if not os.read(self._answers, 1):
                 self._peer_closed()
             self.end("refused", "the program answered what it was not asked")
 
     def _peer_closed(self) -> NoReturn:
-        """The program's process has ended, or has let go of the channel."""
+        """End the run: the program's process has ended or closed the channel."""
         self.end("died" if self._ready else "broken", "")
 
     def _request(self, *request: object) -> tuple[str, Any]:
-        """The answer's kind and content; the ticket, unknown before, shows that it answers this very request."""
+        """Send a request; return the answer's kind and content. The random ticket ties the answer to the request."""
         self.check_no_unsolicited()
         ticket = os.urandom(8).hex()
         try:
@@ -128,7 +128,7 @@ class Channel:
             self.end("refused", "the program's answer is no plain data")
 
     def _raise(self, name: object) -> NoReturn:
-        """What the program says that it raised, as far as tests may expect it: an ordinary builtin exception."""
+        """Raise the reported exception where it is an ordinary builtin one, which tests may expect."""
         self.raised = _sanitise(name)
         if self.raised == "MemoryError":
             self.end("memory", "MemoryError in the function")
@@ -142,7 +142,7 @@ class Channel:
         raise ProgramError(self.raised)
 
     def _write_back(self, arguments: tuple[Any, ...], changed_arguments: object) -> None:
-        """Give arguments that can change what the program left in them."""
+        """Copy the program's changes into mutable arguments."""
         if type(changed_arguments) is not list or len(changed_arguments) != len(arguments):
             self.end("refused", "the program's answer lacks the arguments")
         for argument, changed in zip(arguments, changed_arguments, strict=True):
@@ -154,7 +154,7 @@ class Channel:
 
 
 def _run(channel: Channel, preamble: str, tests: str, name: str, in_place: bool) -> NoReturn:
-    """Run the tests to their end; plain statements have run by then, a function `check` is called."""
+    """Run the tests: their statements, then a function `check` if they define one."""
     candidate = _make_candidate(channel, name, in_place)
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
@@ -196,5 +196,5 @@ def _exception_verdict(name: object, where: str) -> tuple[str, str]:
 
 
 def _sanitise(text: object) -> str:
-    """Words of the program's choosing, cut to what a log can bear."""
+    """Sanitise text that the program chose, for logs."""
     return "".join(char for char in str(text)[:100] if char.isalnum() or char in "_. ")

@@ -1,7 +1,7 @@
-"""The program's side: load it, then call its function as often as asked. It decides nothing and knows no test.
+"""Program process: load the program and serve calls of its function. It has no access to tests or verdict.
 
-Whatever a program does to this process, to its channel or to the types that it returns, it can only answer calls, which
-is what it is here for.
+Whatever a program does to this process, to its channel or to the types that it returns, it can only answer calls, the
+purpose of this process.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def main() -> None:
 
 
 def _load(program: str, name: str) -> tuple[Any, tuple[object, ...]]:
-    """The function, and the answer to `load`."""
+    """Load the program: its function, and the answer to `load`."""
     namespace: dict[str, Any] = {"__name__": "program"}
     try:
         exec(compile(program, "program.py", "exec"), namespace)

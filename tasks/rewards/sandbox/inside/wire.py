@@ -1,6 +1,6 @@
-"""Plain data between processes that do not trust each other: a tagged text, in frames of known length.
+"""Codec for plain data between processes that do not trust each other: tagged text in length-prefixed frames.
 
-Never pickle, whose reader runs code, and not JSON, whose import takes as long as the whole start of Python: 8 ms.
+Not pickle, whose reader runs code, and not JSON, whose import takes as long as the start of Python: 8 ms.
 
     n t f        None, True, False           i<hex>;  d<hex>;  c<hex>,<hex>;   int, float, complex
     s<n>: b<n>:  str (UTF-8), bytes          l<n>: u<n>: x<n>: z<n>: m<n>:     list, tuple, set, frozenset, dict
@@ -22,8 +22,8 @@ __all__ = ["MAX_DEPTH", "UnsupportedTypeError", "MessageTooLargeError", "decode"
 MAX_DEPTH = 64
 """Containers within containers: what tests compare is flat, and reading is recursive."""
 
-_HEADER_BYTES = 4  # bytes that say how long a frame is
-_CHUNK_BYTES = 1 << 16  # what a pipe holds
+_HEADER_BYTES = 4  # bytes of the frame's length prefix
+_CHUNK_BYTES = 1 << 16  # capacity of a pipe
 _CONTAINERS: dict[bytes, Any] = {b"l": list, b"u": tuple, b"x": set, b"z": frozenset}
 
 
@@ -36,11 +36,11 @@ class MessageTooLargeError(ValueError):
 
 
 def encode(value: object, limit: int) -> bytes:
-    """The value as text of at most `limit` bytes.
+    """Encode the value in at most `limit` bytes.
 
     Raises:
-        NotPlainError: part of it is no plain data, or lies too deep.
-        TooLargeError: it takes more.
+        UnsupportedTypeError: part of it is no plain data, or lies too deep.
+        MessageTooLargeError: it takes more.
     """
     writer = _Writer(limit)
     writer.write(value, MAX_DEPTH)
@@ -48,10 +48,10 @@ def encode(value: object, limit: int) -> bytes:
 
 
 def decode(text: bytes) -> object:
-    """The value of a text, whoever wrote it.
+    """Decode an untrusted text.
 
     Raises:
-        NotPlainError: it is none.
+        UnsupportedTypeError: it is no value.
     """
     reader = _Reader(text)
     try:
@@ -64,7 +64,7 @@ def decode(text: bytes) -> object:
 
 
 def write_frame(channel: int, text: bytes) -> None:
-    """Send a text whole."""
+    """Write one frame."""
     frame = len(text).to_bytes(_HEADER_BYTES, "big") + text
     sent = 0
     while sent < len(frame):
@@ -72,10 +72,10 @@ def write_frame(channel: int, text: bytes) -> None:
 
 
 def read_frame(channel: int, limit: int) -> bytes | None:
-    """The next text; None where the other side has ended.
+    """Read the next text; None where the other side has ended.
 
     Raises:
-        TooLargeError: it is announced as longer than `limit`.
+        MessageTooLargeError: its header is over `limit`.
     """
     header = _read_exactly(channel, _HEADER_BYTES)
     if header is None:
