@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parents[1]
 BARE_STAGES = """
 import importlib, os
 from tasks.core import versioning
-from tasks.core.params import load_params
+from tasks.config.params import load_params
 from tasks.core.paths import artifacts, project_root
 from tasks.core.stage import stage_arguments, write_empty_outputs
 params = load_params(project_root() / "params.yaml")

@@ -20,11 +20,10 @@ from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, adapter, check_model, 
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tasks.core.linear import freeze_for_onednn, register_frozen_lora
-from tasks.core.models import init_process
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.grpo import GRPOParams
+from tasks.config.training import GenerationParams, GRPOParams
 from tasks.grpo import RolloutFunction
+from tasks.models.loading import init_process
+from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
 
 PROMPTS, SAMPLES, UPDATES = 8, 4, 3
 NEVER_SAMPLED = "<gh_stars>"
@@ -57,7 +56,10 @@ def update_seconds(side: str) -> list[float]:
     config, options = adapter(), {}
     if side == "ours":
         freeze_for_onednn(model)
-        config, options = register_frozen_lora(config), {"rollout_func": RolloutFunction(params, generation, tokenizer, 0)}
+        config, options = (
+            register_frozen_lora(config),
+            {"rollout_func": RolloutFunction(params, generation, tokenizer, 0)},
+        )
     timer = UpdateTimer()
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")

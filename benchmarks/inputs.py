@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "lora_config", "check_model", "prompts"]
+__all__ = ["MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "check_model", "lora_config", "prompts"]
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "artifacts" / "base_model" / "model"

@@ -65,11 +65,11 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     from peft import get_peft_model
     from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-    from tasks.core.linear import freeze_for_onednn, register_frozen_lora
-    from tasks.core.params import load_params
-    from tasks.core.sections.generation import GenerationParams
+    from tasks.config.params import load_params
+    from tasks.config.training import GenerationParams
+    from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
     from tasks.rewards.composition import CompositeReward
-    from tasks.rewards.learned import TextScorer
+    from tasks.rewards.reward_model import TextScorer
     from tasks.rl.policy import Policy
     from tasks.rl.trainer import PPOTrainer, PromptSet
 

@@ -22,8 +22,8 @@ from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from tasks.core.linear import freeze_for_onednn, register_frozen_lora
-from tasks.core.models import init_process
+from tasks.models.loading import init_process
+from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
 from tasks.rl.rollout import generate
 
 SHAPES = {"16": (16, 1), "8x4": (8, 4)}

@@ -17,8 +17,8 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from tasks.core.sections.code_rule import CodeRule
-from tasks.rewards.sandbox.run import Job, Sandbox
+from tasks.config.rules import CodeRule
+from tasks.rewards.sandbox.sandbox import Job, Sandbox
 
 PROGRAM = "def median(items):\n    items = sorted(items)\n    return items[len(items) // 2]  # {number}\n"
 TESTS = "assert median([3, 1, 2]) == 2\nassert median(list(range(99))) == 49\nassert median('abc') == 'b'\n"
@@ -63,7 +63,7 @@ def main() -> None:
     options = CodeRule(workers=args.workers, wall_seconds=60)
     modes = {
         "bubblewrap": sandbox_runner(options),
-        "limits": sandbox_runner(options.model_copy(update={"isolation": "none_i_accept_the_risk"})),
+        "limits": sandbox_runner(options.model_copy(update={"isolation": "unsafe_no_isolation"})),
         "plain": plain_runner(args.workers),
     }
     times: dict[str, list[float]] = {name: [] for name in modes}

@@ -12,10 +12,10 @@ import json
 import sys
 from pathlib import Path
 
-from tasks.core.params import load_params
+from tasks.config.params import load_params
 from tasks.core.paths import DISABLED_MARKER
+from tasks.evals.experiments import collapse_reason
 from tasks.evals.report import read_table
-from tasks.evals.seeds import collapse_reason
 from tasks.evaluate import evaluate
 from tasks.ppo import ppo
 

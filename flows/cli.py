@@ -248,7 +248,7 @@ def _prefect() -> Iterator[dict[str, str]]:
 
 
 def _change_params(root: Path, preset: str | None, settings: list[str]) -> None:
-    from tasks.core.params import write_overrides, load_params, parse_override, load_preset
+    from tasks.config.params import load_params, load_preset, parse_override, write_overrides
 
     path = root / "params.yaml"
     changes = [load_preset(root, preset)] if preset else []

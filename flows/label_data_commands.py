@@ -17,12 +17,12 @@ from flows import screen
 from flows.commandline import enter, enter_served, interruptible
 from flows.label_commands import Database
 from tasks.core.errors import ConfigError, RLHFError, SourceError
-from tasks.core.paths import stage_dir, project_root, state_dir
+from tasks.core.paths import project_root, stage_dir, state_dir
 
 if TYPE_CHECKING:
     from sqlalchemy.orm import Session
 
-    from tasks.core.sections.judge import JudgeParams
+    from tasks.config.evaluation import JudgeParams
     from tasks.labelling.dataset import Dataset
     from tasks.labelling.feedback import Cost, Labelled
     from tasks.labelling.labels import Label, Question
@@ -79,7 +79,7 @@ def ask(
 
 @commands.command()
 def ai(
-    judge: Annotated[str, typer.Option(help="As evaluate.judge: '{kind: endpoint, base_url: …, model: …}'.")],
+    judge: Annotated[str, typer.Option(help="As evaluate.llm_judge: '{kind: endpoint, base_url: …, model: …}'.")],
     constitution: Annotated[Path, typer.Option(help="A text that says what is better: infra/constitutions/….md.")],
     max_requests: Annotated[
         int | None,
@@ -219,7 +219,7 @@ def _session(address: str | None) -> Iterator[Session]:
 
 def _chosen(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Question]:
     """The pairs to ask for, out of what the policies write now."""
-    from tasks.core.params import load_params
+    from tasks.config.params import load_params
     from tasks.labelling import pairs, sampling
 
     here = stage_dir("evaluate").parent
@@ -241,9 +241,9 @@ def _judge_params(text: str) -> JudgeParams:
     """
     from pydantic import ValidationError
 
-    from tasks.core.params import parse_override
-    from tasks.core.schema import format_validation_error
-    from tasks.core.sections.judge import JudgeParams
+    from tasks.config.evaluation import JudgeParams
+    from tasks.config.params import parse_override
+    from tasks.core.rows import format_validation_error
 
     content = parse_override(f"judge={text}")["judge"]
     if not isinstance(content, dict):
@@ -322,8 +322,7 @@ def _write_interface(tasks: Path) -> None:
 
 def _write_dataset(file: Path, made: Dataset) -> bool:
     """Rows and card, and what they hold on the screen; whether the rows are others than before."""
-    from tasks.core.files import write_json
-    from tasks.core.schema import write_rows
+    from tasks.core.rows import write_json, write_rows
 
     before = file.read_bytes() if file.is_file() else None
     write_rows(file, made.rows)

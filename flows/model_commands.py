@@ -20,11 +20,11 @@ from rich.table import Table
 from flows import screen
 from flows.commandline import enter_served, interruptible
 from tasks.core.errors import ConfigError
-from tasks.core.paths import stage_dir, project_root
+from tasks.core.paths import project_root, stage_dir
 
 if TYPE_CHECKING:
     from tasks.core.registry import Version
-    from tasks.evals.writing import Sampler, Sample
+    from tasks.evals.writing import Sample, Sampler
 
 __all__ = ["commands"]
 
@@ -183,17 +183,18 @@ def export(
     from tasks.core import registry
 
     version = registry.find(model)
-    from tasks.core import exporting, origin, versioning
-    from tasks.core.schema import Prompt, read_rows
-    from tasks.evals import card
+    from tasks.core import origin, versioning
+    from tasks.core.rows import Prompt, read_rows
+    from tasks.evals import model_card
+    from tasks.models import export
 
     made_from = origin.origin_of(version)
     generation = made_from.parameters["generation"]
-    with _temporary() as parts, exporting.atomic_folder(folder) as draft:
+    with _temporary() as parts, export.atomic_folder(folder) as draft:
         origin.restore(version, parts)
         prompts = parts / "prompts"
         versioning.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
-        exported = exporting.export(
+        exported = export.export(
             parts,
             version.policy,
             draft,
@@ -202,7 +203,7 @@ def export(
             max_new_tokens=generation["max_new_tokens"],
             temperature=generation["temperature"],
         )
-        text = card.render_model_card(card.ModelCard(version, made_from, exported, adapter))
+        text = model_card.render_model_card(model_card.ModelCard(version, made_from, exported, adapter))
         (draft / "README.md").write_text(text, encoding="utf-8")
     screen.console.print(
         f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "
@@ -278,8 +279,8 @@ def _writer(
 
 def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
+    from tasks.config.params import load_params
     from tasks.core import origin, registry
-    from tasks.core.params import load_params
     from tasks.evals.writing import policy_stages
 
     here = stage_dir("evaluate").parent

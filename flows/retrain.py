@@ -20,13 +20,13 @@ from prefect.utilities.timeout import timeout as time_limit
 from flows import screen, workspace
 from flows.pipeline import pipeline
 from flows.work import Outcome
+from tasks.config.params import Params, load_params
 from tasks.core import origin, recording, registry, versioning
 from tasks.core.errors import ConfigError, DataError, StageError
-from tasks.core.params import Params, load_params
-from tasks.core.paths import stage_dir, project_root
+from tasks.core.paths import project_root, stage_dir
 from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.findings import HackingFinding
-from tasks.evals.gate import BASE_STAGES, Decision, select_candidate, decide
+from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
+from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
 
 __all__ = ["Approval", "Passed", "gate", "promote", "retrain"]
@@ -157,7 +157,7 @@ def _weights(policy: str) -> dict[str, str]:
 
 
 def _duel(policy: str, params: Params, metrics: Collection[str], champion: registry.Version) -> dict[str, Interval]:
-    from tasks.evals.duel import compare_with_champion  # with torch, which takes seconds
+    from tasks.evals.champion import compare_with_champion  # with torch, which takes seconds
 
     with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
         origin.restore(champion, Path(folder))

@@ -13,11 +13,11 @@ from typing import Any
 from flows import screen
 from flows.pipeline import pipeline, plan
 from flows.variants import begin, run_variant
+from tasks.config.params import Params, load_params
 from tasks.core import recording
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
-from tasks.core.params import Params, load_params
-from tasks.core.paths import stage_dir, project_root
-from tasks.evals.seeds import SeedResult, flat_metrics, load_seed_result, summarise_seeds, write_summary
+from tasks.core.paths import project_root, stage_dir
+from tasks.evals.experiments import SeedResult, flat_metrics, load_seed_result, summarise_seeds, write_summary
 
 __all__ = ["seeds"]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 from flows import screen
 from flows.variants import begin, run_variant
+from tasks.config.params import parse_override
 from tasks.core.errors import ConfigError, RLHFError, StageError
-from tasks.core.params import parse_override
-from tasks.evals.variants import write_comparison
+from tasks.evals.experiments import write_comparison
 
 __all__ = ["sweep", "variants_of"]
 

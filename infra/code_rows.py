@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from tasks.core.sections.code_rule import CodeRule
+from tasks.config.rules import CodeRule
 from tasks.rewards.code import code_reward
 
 FILE = Path(__file__).parent / "presets" / "code.jsonl"

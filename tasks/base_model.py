@@ -9,11 +9,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from tasks.core.files import write_json
-from tasks.core.models import init_process
-from tasks.core.sections.base_model import BaseModelParams
-from tasks.data.model_folder import save_model, set_padding
-from tasks.data.model_readers import READERS
+from tasks.config.training import BaseModelParams
+from tasks.core.rows import write_json
+from tasks.models.fetch import READERS, save_model, set_padding
+from tasks.models.loading import init_process
 
 __all__ = ["base_model"]
 

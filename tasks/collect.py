@@ -9,9 +9,8 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
-from tasks.core.files import write_json
-from tasks.core.schema import write_rows
-from tasks.core.sections.collect import CollectParams, SourceParams
+from tasks.config.data import CollectParams, SourceParams
+from tasks.core.rows import write_json, write_rows
 from tasks.data.pypi import sha256_of
 from tasks.data.sources import SourceRows, collect_source
 

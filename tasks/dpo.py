@@ -11,12 +11,10 @@ from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig, DPOTrainer
 
-from tasks.core.files import write_json
-from tasks.core.models import load_reference, load_tokenizer, lora_config, init_process, save_adapter
-from tasks.core.schema import Preference, read_rows
-from tasks.core.sections.dpo import DPOParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.training import HistoryCallback, trainer_arguments, train_or_resume, write_history
+from tasks.config.training import DPOParams, LoraParams
+from tasks.core.rows import Preference, read_rows, write_json
+from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, write_history
+from tasks.models.loading import init_process, load_reference, load_tokenizer, lora_config, save_adapter
 
 __all__ = ["dpo"]
 

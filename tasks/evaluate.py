@@ -11,24 +11,28 @@ from pathlib import Path
 
 from pydantic import BaseModel
 
+from tasks.config.evaluation import EvaluateParams
+from tasks.config.reward import RewardParams
+from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core import tracking
-from tasks.core.files import write_json, write_table
-from tasks.core.models import ADAPTER_DIR, is_disabled, load_policy, load_reference, load_tokenizer, init_process
-from tasks.core.schema import Prompt, write_rows
-from tasks.core.sections.environment import EnvironmentParams
-from tasks.core.sections.evaluate import EvaluateParams
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.reward import RewardParams
-from tasks.evals.compare import WIN_RATE_KEYS, REFERENCE, ScoredResponse, Table, compare_policies, headline, judges_of
-from tasks.evals.findings import find_hacking, findings_to_dict
-from tasks.evals.judges import load_judge
-from tasks.evals.judging import SampledResponse, PolicySampler, sample_prompts, load_gold_reward, score_responses
-from tasks.evals.lineage import collect_sources
-from tasks.evals.pairwise import Judgement, reliability_warnings, judge_pairs, add_judge_metrics
-from tasks.evals.report import ReportData, report_to_dict, read_table, render_report
-from tasks.evals.text import length_counts, word_count
+from tasks.core.rows import Prompt, write_json, write_rows, write_table
+from tasks.evals.compare import REFERENCE, WIN_RATE_KEYS, ScoredResponse, Table, compare_policies, headline, judges_of
+from tasks.evals.hacking_report import find_hacking, findings_to_dict
+from tasks.evals.llm_judge import load_judge
+from tasks.evals.pairwise import Judgement, add_judge_metrics, judge_pairs, reliability_warnings
+from tasks.evals.report import (
+    ReportData,
+    collect_sources,
+    length_counts,
+    read_table,
+    render_report,
+    report_to_dict,
+    word_count,
+)
+from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
+from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
-from tasks.rewards.finished import PRETRAINED_DIR
+from tasks.rewards.pretrained import PRETRAINED_DIR
 
 __all__ = ["evaluate"]
 
@@ -87,7 +91,9 @@ def evaluate(
     proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
     gold = None if environment else load_gold_reward(prompts, base_model, gold_judge, params.gold_rule)
     accuracy = params.gold_rule is None
-    records = score_responses(responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy)
+    records = score_responses(
+        responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy
+    )
     judgements = _judge_pairs(params, records, base_model)
     table = _build_table(params, records, judgements, seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
@@ -123,7 +129,9 @@ def evaluate(
     tracking.log_file(out / "report.html")
 
 
-def _sample_policies(sampler: PolicySampler, policies: Mapping[str, Path], base_model: Path, sft: Path) -> list[SampledResponse]:
+def _sample_policies(
+    sampler: PolicySampler, policies: Mapping[str, Path], base_model: Path, sft: Path
+) -> list[SampledResponse]:
     """Sample responses of the reference, then of each policy."""
     responses = sampler.sample(REFERENCE, load_reference(base_model, sft))
     for name, folder in policies.items():
@@ -139,7 +147,9 @@ def _judge_pairs(params: EvaluateParams, records: Sequence[ScoredResponse], base
     return judge_pairs(records, llm_judge, rubric=params.llm_judge.rubric, prompts=params.llm_judge.prompts)
 
 
-def _build_table(params: EvaluateParams, records: Sequence[ScoredResponse], judgements: Sequence[Judgement], seed: int) -> Table:
+def _build_table(
+    params: EvaluateParams, records: Sequence[ScoredResponse], judgements: Sequence[Judgement], seed: int
+) -> Table:
     """Build the table of metrics, and warn where the judge of pairs is unreliable."""
     table = compare_policies(records, samples=params.bootstrap_samples, seed=seed)
     table = add_judge_metrics(table, judgements, samples=params.bootstrap_samples, seed=seed)
@@ -185,7 +195,9 @@ def _side_by_side_rows(records: Sequence[ScoredResponse], count: int) -> list[di
     for record in records:
         row = rows.setdefault(record.prompt_id, {"prompt": record.prompt})
         row[record.policy] = record.display_text
-        row |= {f"{judge}_{record.policy}": score for judge in WIN_RATE_KEYS if (score := record.score(judge)) is not None}
+        row |= {
+            f"{judge}_{record.policy}": score for judge in WIN_RATE_KEYS if (score := record.score(judge)) is not None
+        }
         row[f"kl_{record.policy}"] = record.kl
     return list(rows.values())[:count]
 
@@ -196,7 +208,9 @@ def _provenance(
     """Provenance of this evaluation: the seed, and digests of parameters, weights and prompts."""
     content = json.dumps([seed, *(section.model_dump() for section in sections)], sort_keys=True)
     weights = [
-        (f"Weights: {name}", _digest(*_weight_bytes(folder))) for name, folder in folders.items() if not is_disabled(folder)
+        (f"Weights: {name}", _digest(*_weight_bytes(folder)))
+        for name, folder in folders.items()
+        if not is_disabled(folder)
     ]
     texts = "\n".join(row.prompt for row in prompts)
     return [

@@ -10,14 +10,12 @@ from typing import Any
 
 import torch
 
-from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_tokenizer, new_reward_model, init_process, save_adapter
-from tasks.core.schema import Preference, Rating, read_rows
-from tasks.core.sections.gold_judge import GoldJudgeParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.training import HistoryCallback, train_or_resume, write_history
-from tasks.evals.assessment import rating_metrics
-from tasks.rewards.learned import NORMALISATION
+from tasks.config.training import GoldJudgeParams, LoraParams
+from tasks.core.rows import Preference, Rating, read_rows, write_json
+from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
+from tasks.models.loading import add_lora, init_process, load_tokenizer, new_reward_model, save_adapter
+from tasks.rewards.metrics import rating_metrics
+from tasks.rewards.reward_model import NORMALISATION
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import pair_trainer, regression_trainer
 
@@ -69,7 +67,7 @@ def _train_on_ratings(
         "examples": len(texts),
         **rating_metrics(scores, torch.tensor([row.mean for row in test])),
         "heldout_mean_score": scores.mean().item(),
-        "scrambled_mean_score": scorer(shuffle_words(heldout, seed)).mean().item(),
+        "shuffled_mean_score": scorer(shuffle_words(heldout, seed)).mean().item(),
     }
 
 

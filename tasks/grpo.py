@@ -17,26 +17,21 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from tasks.core import ranks, tracking
+from tasks.config.reward import RewardParams
+from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams, GRPOParams, LoraParams
+from tasks.core import distributed, tracking
 from tasks.core.errors import TrainingError
-from tasks.core.files import write_json
-from tasks.core.models import load_reference, load_tokenizer, lora_config, init_process, save_adapter
-from tasks.core.schema import Prompt, read_rows, write_rows
-from tasks.core.sections.environment import ENVIRONMENT, EnvironmentParams
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.grpo import GRPOParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward import RewardParams
-from tasks.core.training import HistoryCallback, PolicySnapshots, trainer_arguments, train_or_resume, write_history
+from tasks.core.rows import Prompt, read_rows, write_json, write_rows
+from tasks.models.hf_training import HistoryCallback, PolicySnapshots, train_or_resume, trainer_arguments, write_history
+from tasks.models.loading import init_process, load_reference, load_tokenizer, lora_config, save_adapter
 from tasks.rewards.composition import CompositeReward, load_reward
-from tasks.rl.checks import DegenerateResponseMonitor
-from tasks.rl.conversation import MultiTurnRollout, EnvironmentReward, MultiTurnSampler, load_multi_turn_sampler
-from tasks.rl.detectors import run_detectors
+from tasks.rl.advantages import apply_missing_eos_penalty, discount_by_turns
+from tasks.rl.hacking import DegenerateResponseMonitor, run_detectors
 from tasks.rl.masking import through_last_true
-from tasks.rl.rollout import generate, derive_generator
-from tasks.rl.shaping import discount_by_turns, apply_missing_eos_penalty
+from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, MultiTurnSampler, load_multi_turn_sampler
+from tasks.rl.rollout import derive_generator, generate
 
-__all__ = ["MultiTurnRolloutFunction", "RolloutFunction", "ConversationSummary", "grpo"]
+__all__ = ["ConversationSummary", "MultiTurnRolloutFunction", "RolloutFunction", "grpo"]
 
 CHECKPOINT_UPDATES = 4
 """Updates between checkpoints: each has at least a rollout's work in it, so they cost little."""
@@ -110,9 +105,9 @@ def grpo(
 
 
 def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> GRPOConfig:
-    ranks.per_rank(params.prompts_per_update, "grpo.prompts_per_update")
+    distributed.per_rank(params.prompts_per_update, "grpo.prompts_per_update")
     whole = params.prompts_per_update * params.samples_per_prompt // params.minibatches
-    batch = ranks.per_rank(whole, "the size of grpo's minibatches")
+    batch = distributed.per_rank(whole, "the size of grpo's minibatches")
     arguments = trainer_arguments(seed=seed, batch_size=batch, learning_rate=params.learning_rate, epochs=1)
     steps_per_update = params.epochs * params.minibatches
     # No checkpoint holds the responses that an update still has to learn from: checkpoints only between updates.
@@ -155,8 +150,8 @@ class RolloutFunction:
             pad_token_id=self._tokenizer.pad_token_id,
             generator=torch.Generator().manual_seed(self._seed * 1_000_003 + trainer.state.global_step),
             samples_per_prompt=group,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
         trainer.model.train()
         lengths = rollout.response_mask.sum(1).tolist()
@@ -265,19 +260,21 @@ class _RewardFunction:
         except TrainingError as error:
             raise TrainingError(f"update {step}: {error}") from error
         ended = torch.tensor([item.ended for item in summaries])
-        scores = apply_missing_eos_penalty(discount_by_turns(outcome.total, turns, self._turn_gamma), ended, self._penalty)
+        scores = apply_missing_eos_penalty(
+            discount_by_turns(outcome.total, turns, self._turn_gamma), ended, self._penalty
+        )
         gathered = outcome.gather()
-        lengths = ranks.all_gather(torch.tensor([item.tokens for item in summaries]))
-        all_scores = ranks.all_gather(scores)
-        prompts, completions = ranks.all_gather_texts(prompts), ranks.all_gather_texts(completions)
-        transcripts = ranks.all_gather_texts([item.transcript for item in summaries])
+        lengths = distributed.all_gather(torch.tensor([item.tokens for item in summaries]))
+        all_scores = distributed.all_gather(scores)
+        prompts, completions = distributed.all_gather_texts(prompts), distributed.all_gather_texts(completions)
+        transcripts = distributed.all_gather_texts([item.transcript for item in summaries])
         means = {
             "reward": gathered.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in gathered.components.items()},
             **{name: values.mean().item() for name, values in gathered.metrics.items()},
             "score_std": all_scores.std().item(),
             "length": lengths.sum().item() / len(lengths),
-            **self._monitor(completions, ranks.all_gather(ended), step),
+            **self._monitor(completions, distributed.all_gather(ended), step),
         }
         tracking.log_metrics(means, step=trainer_state.global_step + 1)
         rows = [
@@ -292,7 +289,9 @@ class _RewardFunction:
 class _UpdateCallback(TrainerCallback):
     """Saves policy snapshots and runs the reward-hacking detectors after each update."""
 
-    def __init__(self, params: GRPOParams, history: HistoryCallback, snapshots: PolicySnapshots, weights_at: WeightsAt) -> None:
+    def __init__(
+        self, params: GRPOParams, history: HistoryCallback, snapshots: PolicySnapshots, weights_at: WeightsAt
+    ) -> None:
         self._history, self._snapshots, self._weights_at = history, snapshots, weights_at
         self._steps = params.epochs * params.minibatches
 
@@ -308,7 +307,7 @@ class _UpdateCallback(TrainerCallback):
         rows = _update_rows(self._history.rows, _logged_rollouts(state), self._steps, self._weights_at)
         signals, fired = run_detectors(rows, self._weights_at(len(rows)))
         tracking.log_metrics(signals, step=state.global_step)
-        for detector, value in fired if ranks.rank() == 0 else []:
+        for detector, value in fired if distributed.rank() == 0 else []:
             tqdm.write(f"grpo: warning: update {len(rows)}: {detector.message(value)}", file=sys.stderr)
 
 
@@ -332,7 +331,10 @@ def _update_rows(
     for update, entry in enumerate(rollouts):
         rollout = {name: value for name, value in entry.items() if name not in ("samples", "step")}
         update_steps = steps[update * steps_per_update : (update + 1) * steps_per_update]
-        means = {name: sum(row.get(trl_name, 0.0) for row in update_steps) / len(update_steps) for name, trl_name in TRL_METRICS.items()}
+        means = {
+            name: sum(row.get(trl_name, 0.0) for row in update_steps) / len(update_steps)
+            for name, trl_name in TRL_METRICS.items()
+        }
         per_token = update_steps[0].get("kl", 0.0)
         kl = {"kl": per_token * rollout["length"], "kl_per_token": per_token}
         rows.append({"step": update + 1, **rollout, **means, **kl})

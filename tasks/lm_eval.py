@@ -5,12 +5,12 @@ from __future__ import annotations
 import gc
 from pathlib import Path
 
-from tasks.core.files import write_json
-from tasks.core.models import is_disabled, load_policy, load_reference, load_tokenizer, init_process
+from tasks.config.evaluation import LmEvalParams
 from tasks.core.paths import project_root
-from tasks.core.sections.lm_eval import LmEvalParams
+from tasks.core.rows import write_json
 from tasks.evals.compare import REFERENCE
-from tasks.evals.harness import Scores, run_tasks, load_tasks
+from tasks.evals.lm_harness import Scores, load_tasks, run_tasks
+from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 
 __all__ = ["lm_eval"]
 
@@ -39,7 +39,9 @@ def lm_eval(
     """
     init_process()
     tokenizer = load_tokenizer(base_model)
-    policies = {name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_disabled(folder)}
+    policies = {
+        name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_disabled(folder)
+    }
     data = (prepare / "demonstrations", preferences / "test.jsonl")
     with load_tasks(params, project_root() / params.include, data, seed) as tasks:
         results = {REFERENCE: run_tasks(load_reference(base_model, sft), tokenizer, tasks, params=params, seed=seed)}

@@ -6,14 +6,22 @@ import gc
 from collections.abc import Iterator
 from pathlib import Path
 
-from tasks.core.files import write_json, write_table
-from tasks.core.models import is_disabled, load_policy, load_reference, load_tokenizer, init_process
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.overoptimisation import OveroptimisationParams
-from tasks.core.sections.reward import RewardParams
+from tasks.config.evaluation import OveroptimisationParams
+from tasks.config.reward import RewardParams
+from tasks.config.training import GenerationParams
+from tasks.core.rows import write_json, write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse
-from tasks.evals.judging import SampledResponse, PolicySampler, sample_prompts, load_gold_reward, score_responses
-from tasks.evals.overoptimisation import BEST_OF_N, CurvePoint, best_of_n_points, fit_all, to_row, policy_point, score_matrix
+from tasks.evals.overoptimisation import (
+    BEST_OF_N,
+    CurvePoint,
+    best_of_n_points,
+    fit_all,
+    policy_point,
+    score_matrix,
+    to_row,
+)
+from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
+from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 
 __all__ = ["overoptimisation"]
@@ -48,7 +56,9 @@ def overoptimisation(
         return score_responses(answers, proxy, gold, vader=False)
 
     sampler = PolicySampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
-    sft_answers = sampler.sample(REFERENCE, load_reference(base_model, sft), samples_per_prompt=params.samples_per_prompt)
+    sft_answers = sampler.sample(
+        REFERENCE, load_reference(base_model, sft), samples_per_prompt=params.samples_per_prompt
+    )
     base = score_matrix(score(sft_answers), len(prompts))
     levels: dict[str, list[CurvePoint]] = {BEST_OF_N: best_of_n_points(base)}
     for method, folder in (("ppo", ppo), ("grpo", grpo)):

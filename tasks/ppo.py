@@ -8,18 +8,14 @@ from typing import Any
 
 from tqdm import tqdm
 
-from tasks.core import ranks, tracking
-from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_reference, load_tokenizer, init_process, save_adapter
-from tasks.core.schema import Prompt, read_rows, write_rows
-from tasks.core.sections.environment import EnvironmentParams
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.ppo import PPOParams
-from tasks.core.sections.reward import RewardParams
-from tasks.core.training import PolicySnapshots, write_history
+from tasks.config.reward import RewardParams
+from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams, PPOParams
+from tasks.core import distributed, tracking
+from tasks.core.rows import Prompt, read_rows, write_json, write_rows
+from tasks.models.hf_training import PolicySnapshots, write_history
+from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
 from tasks.rewards.composition import load_reward
-from tasks.rl.conversation import load_multi_turn_sampler
+from tasks.rl.multi_turn import load_multi_turn_sampler
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, PromptSet
 
@@ -92,7 +88,7 @@ class _Progress:
         tracking.log_metrics(metrics, step=step)
         if "reward" in metrics:
             self._bar = self._bar or tqdm(
-                total=self._updates, initial=step - 1, desc="ppo", unit="update", disable=ranks.rank() > 0
+                total=self._updates, initial=step - 1, desc="ppo", unit="update", disable=distributed.rank() > 0
             )
             self._bar.update()
             self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl", "entropy")})

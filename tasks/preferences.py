@@ -16,14 +16,13 @@ from pathlib import Path
 
 import numpy as np
 
+from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
-from tasks.core.files import write_json, write_table
-from tasks.core.schema import Preference, Rating, read_rows, write_rows
-from tasks.core.sections.preferences import PreferencesParams
-from tasks.data.agreement import rater_agreement
+from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters
+from tasks.data.rater_agreement import rater_agreement
 from tasks.data.splitting import SPLITS, Split
-from tasks.evals.calibration import MARGIN_BUCKETS, margin_bucket
+from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
 
 __all__ = ["preferences"]
 
@@ -89,7 +88,9 @@ def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[
     pairs = draw_pairs(texts, min_margin=params.min_margin, rng=_rng(seed, "train", "pairs"))
     labelled = (label_by_raters(pair, params.raters_per_label, rng=rng, counts=counts) for pair in pairs)
     rows = list(islice((row for row in labelled if row is not None), params.train_pairs))
-    _check_count(len(rows), "train", params, f"{len(texts)} rated texts, pairs at least {params.min_margin} points apart")
+    _check_count(
+        len(rows), "train", params, f"{len(texts)} rated texts, pairs at least {params.min_margin} points apart"
+    )
     return rows
 
 
@@ -131,7 +132,11 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     rng = np.random.default_rng(seed)
     known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
     groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
-    groups |= {f"{MARGIN_BUCKETS.clear_margin_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin_margin]}
+    groups |= {
+        f"{MARGIN_BUCKETS.clear_margin_margin:g}+": [
+            share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin_margin
+        ]
+    }
     groups |= {"all": [share for _, share in known]}
     return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
 

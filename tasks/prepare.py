@@ -12,13 +12,12 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
-from tasks.core.files import write_json
-from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row, write_rows
-from tasks.core.sections.prepare import PrepareParams
-from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, split_key, full_texts
+from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row, write_json, write_rows
+from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, full_texts, split_key
 from tasks.data.duplicates import near_duplicates
-from tasks.data.splitting import HALVES, SPLITS, Half, Split, rater_half, in_stable_order, split_of, hash_uniform
+from tasks.data.splitting import HALVES, SPLITS, Half, Split, hash_uniform, in_stable_order, rater_half, split_of
 
 __all__ = ["prepare"]
 
@@ -52,7 +51,9 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
     splits = _split(rows, params, seed)
     splits, gold_pairs = _hold_out_gold_pairs(splits, params, seed)
     ratings = {half: _ratings_of(splits, half, params, seed) for half in HALVES}
-    gold = {split: [_split_prompt(row, params.prompt_words) for row in rated] for split, rated in ratings["gold"].items()}
+    gold = {
+        split: [_split_prompt(row, params.prompt_words) for row in rated] for split, rated in ratings["gold"].items()
+    }
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
     prompts = _prompts(splits, {"test": [*gold["test"], *gold_pairs["test"]]}, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
@@ -123,7 +124,9 @@ def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: Pr
     Where there is neither, the chosen sides of preferences that have a prompt.
     """
     given = _of_type(splits, Demonstration)
-    result = {split: [*given[split], *(_split_prompt(row, params.prompt_words) for row in proxy[split])] for split in SPLITS}
+    result = {
+        split: [*given[split], *(_split_prompt(row, params.prompt_words) for row in proxy[split])] for split in SPLITS
+    }
     if not any(result.values()):
         for split, rows in splits.items():
             result[split] = [_to_demonstration(row) for row in rows if isinstance(row, Preference) and row.prompt]
@@ -153,7 +156,9 @@ def _prompts(
         rows = [*given[split], *demonstrations[split], *(gold["test"] if split == "test" else ())]
         prompts = [Prompt.model_validate(_prompt_fields(row)) for row in rows if getattr(row, "prompt", "")]
         prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
-        result[split] = _unique_prompts(in_stable_order(((row.prompt, row) for row in prompts), seed), split, seen, dropped)
+        result[split] = _unique_prompts(
+            in_stable_order(((row.prompt, row) for row in prompts), seed), split, seen, dropped
+        )
     return result
 
 

@@ -13,28 +13,24 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from tasks.config.training import GenerationParams, LoraParams, RewardModelParams
 from tasks.core import tracking
-from tasks.core.files import write_json
-from tasks.core.models import (
+from tasks.core.rows import Prompt, read_rows, write_json
+from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
+from tasks.models.loading import (
     ADAPTER_DIR,
     add_lora,
+    init_process,
     load_reference,
     load_tokenizer,
     new_reward_model,
-    init_process,
     save_adapter,
 )
-from tasks.core.schema import Prompt, read_rows
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward_model import RewardModelParams
-from tasks.core.training import HistoryCallback, train_or_resume, write_history
-from tasks.evals.assessment import correlation
-from tasks.rewards.familiarity import MahalanobisOOD
-from tasks.rewards.fetching import fetch_backbone, fetch_pretrained_scorer
-from tasks.rewards.finished import Formatter, load_pretrained_scorer
-from tasks.rewards.learned import OOD_DETECTOR, NORMALISATION, EnsembleMember, member_folder, backbone_of
-from tasks.rewards.lessons import Objective, PromptResponse, load_objective
+from tasks.rewards.metrics import correlation
+from tasks.rewards.objectives import Objective, PromptResponse, load_objective
+from tasks.rewards.ood import MahalanobisOOD
+from tasks.rewards.pretrained import Formatter, fetch_backbone, fetch_pretrained_scorer, load_pretrained_scorer
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
 from tasks.rewards.scorers import TextScorer
 from tasks.rl.rollout import generate
 
@@ -184,15 +180,17 @@ def _score(member: EnsembleMember, values: Tensor) -> Tensor:
 
 def _fit_ood(member: EnsembleMember, data: Objective, text: Formatter) -> MahalanobisOOD:
     splits = (data.texts("train", OOD_FIT_TEXTS), data.texts("validation"))
-    return MahalanobisOOD.fit(*(member.scorer.scores_and_states(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits))
+    return MahalanobisOOD.fit(
+        *(member.scorer.scores_and_states(list(dict.fromkeys(_texts(sides, text))))[1] for sides in splits)
+    )
 
 
 def _ood_metrics(ood: MahalanobisOOD, samples: Tensor, heldout: Tensor) -> dict[str, float]:
     """The threshold, and the shares of SFT responses and of held-out human texts beyond it."""
     return {
         "familiar_distance": ood.threshold,
-        "unfamiliar_sft": ood.is_ood(samples).mean().item(),
-        "unfamiliar_heldout": ood.is_ood(heldout).mean().item(),
+        "ood_share_sft": ood.is_ood(samples).mean().item(),
+        "ood_share_heldout": ood.is_ood(heldout).mean().item(),
     }
 
 

@@ -9,14 +9,11 @@ from typing import Any
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_reference, load_tokenizer, init_process, save_adapter
-from tasks.core.schema import Demonstration, read_rows
-from tasks.core.sections.environment import EnvironmentParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.sft import SFTParams
-from tasks.core.training import HistoryCallback, without_printer, trainer_arguments, train_or_resume, write_history
-from tasks.rl.environments.dialogue import tokenise_dialogue
+from tasks.config.training import EnvironmentParams, LoraParams, SFTParams
+from tasks.core.rows import Demonstration, read_rows, write_json
+from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, without_printer, write_history
+from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
+from tasks.rl.environments.base import tokenise_dialogue
 
 __all__ = ["sft"]
 
@@ -40,7 +37,9 @@ def sft(
     tokenizer = load_tokenizer(base_model)
     dialogue_tokenizer = tokenizer if environment else None
     train = _dataset(prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogue_tokenizer)
-    heldout = _dataset(prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogue_tokenizer)
+    heldout = _dataset(
+        prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogue_tokenizer
+    )
     history = HistoryCallback("sft")
     trainer = SFTTrainer(
         model=add_lora(load_reference(base_model, None), lora, seed=seed),

@@ -13,8 +13,8 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.core.linear import freeze_for_onednn, register_frozen_lora
-from tests.tables import (  # noqa: F401 - hooks
+from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
+from tests.support.tables import (  # noqa: F401 - hooks
     pytest_configure,
     pytest_runtest_logreport,
     pytest_runtest_makereport,

@@ -15,10 +15,10 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from pydantic.dataclasses import dataclass
 
+from tasks.config.params import load_params
 from tasks.core import recording, versioning
 from tasks.core.errors import StageError
-from tasks.core.params import load_params
-from tasks.core.paths import stage_dir, project_root
+from tasks.core.paths import project_root, stage_dir
 from tasks.core.registry import Version
 
 __all__ = ["ORIGIN", "Finding", "Origin", "StageOrigin", "collect", "origin_of", "restore"]

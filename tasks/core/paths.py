@@ -7,7 +7,7 @@ from pathlib import Path
 
 from tasks.core.errors import ConfigError
 
-__all__ = ["DISABLED_MARKER", "stage_dir", "checkpoint_dir", "project_root", "state_dir"]
+__all__ = ["DISABLED_MARKER", "checkpoint_dir", "project_root", "stage_dir", "state_dir"]
 
 DISABLED_MARKER = "OFF"
 """Name of the only file in an output folder of a stage that is switched off."""

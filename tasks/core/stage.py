@@ -17,10 +17,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from tasks.config.params import Params, load_params
 from tasks.core import recording, tracking, versioning
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.params import Params, load_params
-from tasks.core.paths import DISABLED_MARKER, stage_dir, checkpoint_dir, project_root
+from tasks.core.paths import DISABLED_MARKER, checkpoint_dir, project_root, stage_dir
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_nothing"]
 

@@ -13,11 +13,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
+from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
-from tasks.core.schema import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, format_validation_error
-from tasks.core.sections.prepare import PrepareParams
+from tasks.core.rows import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, format_validation_error
 
-__all__ = ["CleanResult", "check_quarantine", "clean", "filter_by_length", "split_key", "full_texts"]
+__all__ = ["CleanResult", "check_quarantine", "clean", "filter_by_length", "full_texts", "split_key"]
 
 _RAW_CHARACTERS = 2000  # of a quarantined row that are kept; enough to find it, too few to fill a disk
 

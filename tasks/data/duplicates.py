@@ -7,7 +7,7 @@ from collections.abc import Iterable, Sequence
 
 from datasketch import MinHash, MinHashLSH
 
-from tasks.core.words import ngrams, tokenize_words
+from tasks.core.text_stats import ngrams, tokenize_words
 
 __all__ = ["near_duplicates", "shingles", "similarity"]
 

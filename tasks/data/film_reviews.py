@@ -18,7 +18,7 @@ from pathlib import Path
 
 from tasks.core.errors import SourceError
 
-__all__ = ["read_film_reviews", "clean_text"]
+__all__ = ["clean_text", "read_film_reviews"]
 
 INNER = "additional_resources/hutto_ICWSM_2014.tar.gz"
 TEXTS = "hutto_ICWSM_2014/movieReviewSnippets_GroundTruth.txt"

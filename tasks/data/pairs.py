@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random
 
-from tasks.core.schema import Preference, Rating
+from tasks.core.rows import Preference, Rating
 
 __all__ = ["draw_pairs", "label_by_all", "label_by_raters"]
 

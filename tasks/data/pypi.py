@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.core.errors import SourceError
-from tasks.data import pip_child
+from tasks.data import pip_download
 
 __all__ = ["fetch", "sha256_of"]
 
@@ -71,9 +71,9 @@ def _cached_file(folder: Path, sha256: str) -> Path | None:
 
 def _run_pip(request: dict[str, str], requirement: str) -> dict[str, Any]:
     """Result of the child process: `indexes` searched, files `tried`, and pip's `log`."""
-    command = [sys.executable, "-I", pip_child.__file__]
+    command = [sys.executable, "-I", pip_download.__file__]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    result = Path(request["folder"]) / pip_child.RESULT
+    result = Path(request["folder"]) / pip_download.RESULT
     log = "\n".join((done.stderr + done.stdout).strip().splitlines()[-8:])
     if done.returncode or not result.is_file():
         raise SourceError(

@@ -13,15 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from tasks.config.data import SourceParams
 from tasks.core.errors import DataError
 from tasks.core.paths import state_dir
-from tasks.core.schema import ROW_TYPES
-from tasks.core.sections.collect import SourceParams
-from tasks.data.dialogues import read_service_bot
+from tasks.core.rows import ROW_TYPES
+from tasks.data.files import read_local
 from tasks.data.film_reviews import TEXTS, read_film_reviews
-from tasks.data.local import read_local
+from tasks.data.hub import read_hub, read_reasoning_gym
 from tasks.data.pypi import fetch
-from tasks.data.remote import read_hub, read_reasoning_gym
+from tasks.rl.environments.service_bot import read_service_bot
 
 __all__ = ["READERS", "SourceRows", "collect_source"]
 

@@ -6,9 +6,9 @@ import hashlib
 from collections.abc import Iterable
 from typing import Literal, TypeVar
 
-from tasks.core.sections.prepare import PrepareParams
+from tasks.config.data import PrepareParams
 
-__all__ = ["HALVES", "SPLITS", "Half", "Split", "rater_half", "in_stable_order", "split_of", "hash_uniform"]
+__all__ = ["HALVES", "SPLITS", "Half", "Split", "hash_uniform", "in_stable_order", "rater_half", "split_of"]
 
 Split = Literal["train", "validation", "test"]
 Half = Literal["proxy", "gold"]

@@ -8,17 +8,17 @@ from collections.abc import Mapping, Sequence
 from pydantic import Field
 
 from tasks.core.errors import DataError
-from tasks.core.schema import Row
-from tasks.core.words import distinct_n, repetition_rate
+from tasks.core.rows import Row
+from tasks.core.text_stats import distinct_n, repetition_rate
+from tasks.evals.report import word_count
 from tasks.evals.statistics import bootstrap_mean, mean_and_error, pairwise_wins
-from tasks.evals.text import word_count
 
 __all__ = [
     "DIGITS",
     "HEADLINE",
-    "WIN_RATE_KEYS",
     "JUDGE_NAMES",
     "REFERENCE",
+    "WIN_RATE_KEYS",
     "ScoredResponse",
     "Table",
     "compare_policies",
@@ -203,10 +203,17 @@ def _success(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[s
 
 
 def _win_rate_metrics(
-    judge: str, prefix: str, group: Sequence[ScoredResponse], reference: Sequence[ScoredResponse], samples: int, seed: int
+    judge: str,
+    prefix: str,
+    group: Sequence[ScoredResponse],
+    reference: Sequence[ScoredResponse],
+    samples: int,
+    seed: int,
 ) -> dict[str, float]:
     """Win rate and gain over the reference by one judge; every judge and policy resamples the same prompts."""
-    policy_scores, reference_scores = ([record.score(judge) or 0.0 for record in records] for records in (group, reference))
+    policy_scores, reference_scores = (
+        [record.score(judge) or 0.0 for record in records] for records in (group, reference)
+    )
     outcomes = pairwise_wins(policy_scores, reference_scores)
     rate = bootstrap_mean(outcomes, samples=samples, seed=seed)
     scale = score_std(reference_scores)

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
 from tasks.core.origin import Finding
-from tasks.core.sections.gate import GateParams
+from tasks.evals.champion import noninferiority_rule
 from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.findings import HackingFinding
-from tasks.evals.noninferiority import noninferiority_rule
+from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
 
-__all__ = ["BASE_STAGES", "Decision", "select_candidate", "decide"]
+__all__ = ["BASE_STAGES", "Decision", "decide", "select_candidate"]
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""
@@ -69,7 +69,7 @@ def decide(
         policy: the candidate.
         params: the rules.
         findings: signs of reward hacking in the candidate.
-        against_champion: each metric that has a margin, see `tasks.evals.noninferiority`.
+        against_champion: each metric that has a margin, see `tasks.evals.champion`.
     """
     row = table[policy]
     rule_results = [
@@ -83,7 +83,9 @@ def decide(
         _check_hacking(findings, params.allowed_detectors),
     ]
     if against_champion is not None:
-        rule_results += [noninferiority_rule(metric, against_champion[metric], margin) for metric, margin in params.margins.items()]
+        rule_results += [
+            noninferiority_rule(metric, against_champion[metric], margin) for metric, margin in params.margins.items()
+        ]
     return Decision(policy, tuple(rule_results))
 
 

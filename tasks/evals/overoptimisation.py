@@ -21,19 +21,19 @@ from tasks.evals.statistics import Interval, mean_and_error
 __all__ = [
     "BEST_OF_N",
     "JUDGES",
+    "CurvePoint",
     "Fit",
     "Form",
-    "CurvePoint",
     "best_of_n",
     "best_of_n_kl",
     "best_of_n_points",
     "curve",
-    "fit_curve",
-    "fit_all",
     "curve_peak",
-    "to_row",
+    "fit_all",
+    "fit_curve",
     "policy_point",
     "score_matrix",
+    "to_row",
 ]
 
 Form = Literal["best_of_n", "rl"]
@@ -75,7 +75,12 @@ def policy_point(method: str, number: int, records: Sequence[ScoredResponse], ba
     """Compute the curve point of a policy with equally many responses per prompt, against SFT's responses."""
     policy_scores = score_matrix(records, len(base["proxy"]))
     kl = np.array([record.kl for record in records], dtype=np.float64).reshape(len(base["proxy"]), -1).mean(axis=1)
-    return CurvePoint(method, number, kl, {judge: _standardised_gains(policy_scores[judge].mean(axis=1), base[judge]) for judge in JUDGES})
+    return CurvePoint(
+        method,
+        number,
+        kl,
+        {judge: _standardised_gains(policy_scores[judge].mean(axis=1), base[judge]) for judge in JUDGES},
+    )
 
 
 def best_of_n_points(base: Scores) -> list[CurvePoint]:
@@ -112,7 +117,9 @@ def fit_all(points: Mapping[str, Sequence[CurvePoint]], *, samples: int, seed: i
         if (kl.mean(axis=1) > 0).sum() >= 2:
             form: Form = BEST_OF_N if method == BEST_OF_N else "rl"
             fitted[method] = {
-                judge: fit_curve(form, kl, np.stack([point.gains[judge] for point in method_points]), samples=samples, seed=seed)
+                judge: fit_curve(
+                    form, kl, np.stack([point.gains[judge] for point in method_points]), samples=samples, seed=seed
+                )
                 for judge in JUDGES
             }
     return fitted

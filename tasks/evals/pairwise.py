@@ -14,20 +14,20 @@ from typing import Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from tasks.core.schema import Row
+from tasks.core.rows import Row
 from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table
 from tasks.evals.statistics import bootstrap_mean, mean_and_error
 
 __all__ = [
+    "Choice",
     "Judgement",
     "PairJudge",
     "Reply",
-    "Choice",
-    "reliability_warnings",
-    "judge_pairs",
-    "format_question",
-    "parse_verdict",
     "add_judge_metrics",
+    "format_question",
+    "judge_pairs",
+    "parse_verdict",
+    "reliability_warnings",
 ]
 
 Order = Literal["policy first", "reference first"]
@@ -153,7 +153,9 @@ def reliability_warnings(table: Table) -> list[str]:
     ]
 
 
-def _pair_with_reference(records: Sequence[ScoredResponse], prompts: int) -> list[tuple[ScoredResponse, ScoredResponse]]:
+def _pair_with_reference(
+    records: Sequence[ScoredResponse], prompts: int
+) -> list[tuple[ScoredResponse, ScoredResponse]]:
     """Pair each policy's response with the reference's, for the first `prompts` prompts."""
     reference = {record.prompt_id: record for record in [r for r in records if r.policy == REFERENCE][:prompts]}
     return [
@@ -168,7 +170,9 @@ def _format_pair(rubric: str, own: ScoredResponse, other: ScoredResponse, order:
     return format_question(rubric, own.prompt, first.response, second.response)
 
 
-def _make_judgement(own: ScoredResponse, order: Order, text: str, judge_id: Mapping[str, str], reply: Reply | None) -> Judgement:
+def _make_judgement(
+    own: ScoredResponse, order: Order, text: str, judge_id: Mapping[str, str], reply: Reply | None
+) -> Judgement:
     return Judgement(
         id=f"{own.policy}/{own.prompt_id}/{order}",
         policy=own.policy,

@@ -20,8 +20,8 @@ from matplotlib.ticker import MaxNLocator
 
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, Table, judges_of, win_rates_of
 from tasks.evals.overoptimisation import BEST_OF_N, curve
+from tasks.evals.report_text import DISPLAY_NAMES
 from tasks.evals.statistics import wilson_interval
-from tasks.evals.verdict import DISPLAY_NAMES
 
 __all__ = [
     "Series",
@@ -168,7 +168,14 @@ def curves(name: str, series: Series, *, y_label: str) -> str:
         for policy, points in series.items():
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) < 3 else None
-            axes.plot(x, y, color=_colour(policy), linestyle=LINE_STYLES.get(policy, "-"), marker=marker, label=_display_name(policy))
+            axes.plot(
+                x,
+                y,
+                color=_colour(policy),
+                linestyle=LINE_STYLES.get(policy, "-"),
+                marker=marker,
+                label=_display_name(policy),
+            )
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("update")
         axes.set_ylabel(y_label)
@@ -291,7 +298,13 @@ def _label_policies(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None
     for (policy, highest), share in zip(tops.items(), shares, strict=True):
         line = {"arrowstyle": "-", "color": _colour(policy), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
-            _display_name(policy), highest, (share, 0.94), textcoords="axes fraction", fontsize=9, ha="center", arrowprops=line
+            _display_name(policy),
+            highest,
+            (share, 0.94),
+            textcoords="axes fraction",
+            fontsize=9,
+            ha="center",
+            arrowprops=line,
         )
 
 

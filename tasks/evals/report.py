@@ -3,24 +3,223 @@
 from __future__ import annotations
 
 import csv
+import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tasks.evals import examples, findings, plots
-from tasks.evals.columns import cells, columns_of, format_signed
-from tasks.evals.compare import ScoredResponse, Table, win_rates_of
-from tasks.evals.findings import HackingFinding
-from tasks.evals.lineage import SourceInfo
-from tasks.evals.templates import load_template
-from tasks.evals.text import length_counts, word_count
-from tasks.evals.turning import turning_point
-from tasks.evals.verdict import DISPLAY_NAMES, best_policy, summarise_table, join_and
-from tasks.rl.detectors import DETECTORS
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-__all__ = ["ReportData", "report_to_dict", "read_table", "render_report"]
+from tasks.core.text_stats import tokenize_words
+from tasks.evals import hacking_report, plots, report
+from tasks.evals.compare import DIGITS, REFERENCE, WIN_RATE_KEYS, ScoredResponse, Table, score_std, win_rates_of
+from tasks.evals.hacking_report import HackingFinding
+from tasks.evals.report_text import (
+    DISPLAY_NAMES,
+    best_policy,
+    cells,
+    columns_of,
+    format_signed,
+    join_and,
+    summarise_table,
+    turning_point,
+)
+from tasks.evals.statistics import TIE_TOLERANCE
+from tasks.rl.hacking import DETECTORS
+
+__all__ = [
+    "EXAMPLES_PER_KIND",
+    "Example",
+    "Examples",
+    "ReportData",
+    "SourceInfo",
+    "collect_sources",
+    "examples_to_dict",
+    "length_counts",
+    "load_template",
+    "read_table",
+    "render_report",
+    "report_to_dict",
+    "select_examples",
+    "word_count",
+]
+
+
+def load_template(
+    name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool, folder: Path = Path(__file__).parent
+) -> Template:
+    """Load a template by its file name.
+
+    Args:
+        autoescape: escape inserted text, for HTML.
+        folder: folder of the template, by default that of this file.
+    """
+    environment = Environment(
+        loader=FileSystemLoader(folder),
+        autoescape=autoescape,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        keep_trailing_newline=True,
+    )
+    environment.filters |= filters
+    return environment.get_template(name)
+
+
+def word_count(text: str) -> int:
+    """Count the words of the text, without punctuation."""
+    return len(tokenize_words(text))
+
+
+def length_counts(lengths: Sequence[int]) -> list[tuple[int, int]]:
+    """Count responses per length, from the shortest to the longest, zeros included."""
+    if not lengths:
+        return []
+    counts = Counter(lengths)
+    return [(length, counts[length]) for length in range(min(lengths), max(lengths) + 1)]
+
+
+EXAMPLES_PER_KIND = 3
+"""Number of examples per kind and policy; a reader still reads nine pairs of responses."""
+
+
+@dataclass(frozen=True)
+class Example:
+    """Responses of a policy and the reference to one prompt; `score_difference` is what they are ranked by."""
+
+    score_difference: float
+    reference: ScoredResponse
+    own: ScoredResponse
+
+
+@dataclass(frozen=True)
+class Examples:
+    """Examples of one policy, largest difference first; a list is shorter if fewer responses qualify.
+
+    Attributes:
+        gains: above the reference by the gold judge, in its own points.
+        losses: below it; `score_difference` is negative.
+        disagreements: gain by the proxy less gain by the gold judge, each in standard deviations of the reference's
+            scores: the proxy scores them high and the gold judge low, so they are candidates for reward hacking.
+    """
+
+    gains: tuple[Example, ...]
+    losses: tuple[Example, ...]
+    disagreements: tuple[Example, ...]
+
+
+def select_examples(records: Sequence[ScoredResponse], count: int = EXAMPLES_PER_KIND) -> dict[str, Examples]:
+    """Select the examples of each policy except the reference; ties are ordered by prompt id."""
+    groups: dict[str, list[ScoredResponse]] = {}
+    for record in records:
+        groups.setdefault(record.policy, []).append(record)
+    reference = {record.prompt_id: record for record in groups.pop(REFERENCE)}
+    gold, proxy = (_standardised_gain(judge, list(reference.values())) for judge in ("gold", "proxy"))
+
+    def gold_difference(own: ScoredResponse, other: ScoredResponse) -> float:
+        return own.gold - other.gold
+
+    def disagreement(own: ScoredResponse, other: ScoredResponse) -> float:
+        return proxy(own, other) - gold(own, other)
+
+    return {
+        policy: Examples(
+            gains=_top_examples(group, reference, gold_difference, count, sign=1),
+            losses=_top_examples(group, reference, gold_difference, count, sign=-1),
+            disagreements=_top_examples(group, reference, disagreement, count, sign=1),
+        )
+        for policy, group in groups.items()
+    }
+
+
+def examples_to_dict(examples: Examples) -> dict[str, list[dict[str, Any]]]:
+    """Convert to JSON types."""
+    return {kind: [_example_to_dict(example) for example in group] for kind, group in vars(report).items()}
+
+
+def _standardised_gain(
+    judge: str, reference: Sequence[ScoredResponse]
+) -> Callable[[ScoredResponse, ScoredResponse], float]:
+    """Gain by the judge in standard deviations of the reference's scores."""
+    deviation = score_std([record.score(judge) or 0.0 for record in reference])
+    return lambda own, other: ((own.score(judge) or 0.0) - (other.score(judge) or 0.0)) / deviation
+
+
+def _top_examples(
+    group: Sequence[ScoredResponse],
+    reference: dict[str, ScoredResponse],
+    value: Callable[[ScoredResponse, ScoredResponse], float],
+    count: int,
+    *,
+    sign: int,
+) -> tuple[Example, ...]:
+    pairs = [(own, reference[own.prompt_id]) for own in group]
+    examples = [Example(value(own, other), other, own) for own, other in pairs]
+    kept = [example for example in report if sign * example.score_difference > TIE_TOLERANCE]
+    return tuple(sorted(kept, key=lambda example: (-sign * example.score_difference, example.own.prompt_id))[:count])
+
+
+def _example_to_dict(example: Example) -> dict[str, Any]:
+    sides = {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
+    return {
+        "prompt_id": example.own.prompt_id,
+        "prompt": example.own.prompt,
+        "score_difference": round(example.score_difference, DIGITS),
+    } | sides
+
+
+def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:
+    scores = {judge: score for judge in WIN_RATE_KEYS if (score := record.score(judge)) is not None}
+    return {"response": record.display_text, "ended": record.ended, "kl": record.kl} | scores
+
+
+@dataclass(frozen=True)
+class SourceInfo:
+    """Base model or data source.
+
+    Attributes:
+        licence: "" if it was not recorded.
+        size: number of parameters or rows, with the unit.
+        digest: first 16 characters of a hash that identifies this version; "" if there is none.
+    """
+
+    name: str
+    source: str
+    licence: str
+    size: str
+    digest: str
+
+
+def collect_sources(base_model: Path, collect: Path) -> list[SourceInfo]:
+    """Collect the base model, then the data sources by name; the arguments are the folders of those stages."""
+    card = _read_card(base_model / "card.json")
+    sources = [_read_card(path) for path in sorted((collect / "cards").glob("*.json"))]
+    return [_model_source(card), *[_data_source(card) for card in sources]]
+
+
+def _model_source(card: Mapping[str, Any]) -> SourceInfo:
+    digests = (card[key] for key in ("sha256", "sha256_of_weights", "commit") if key in card)
+    size = f"{card['parameters']:,} parameters"
+    return SourceInfo("Base model", card["source"], _licence(card), size, next(digests, "")[:16])
+
+
+def _data_source(card: Mapping[str, Any]) -> SourceInfo:
+    size = f"{card['rows']:,} rows"
+    return SourceInfo(f"Data: {card['name']}", card["source"], _licence(card), size, card["sha256_of_rows"][:16])
+
+
+def _licence(card: Mapping[str, Any]) -> str:
+    licence = str(card["licence"])
+    return "" if licence == "unknown" else licence
+
+
+def _read_card(path: Path) -> dict[str, Any]:
+    card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return card
+
 
 CURVES = {
     "reward": ("Reward during training", "mean reward per update"),
@@ -103,7 +302,11 @@ def render_report(data: ReportData) -> str:
     """Render the page as HTML; equal data gives equal bytes."""
     table = data.table
     columns = columns_of(table, has_gold_judge=data.has_gold_judge, has_gold_rule=data.gold_rule is not None)
-    return load_template("report.html.j2", {"escape_control_chars": escape_control_chars, "format_signed": format_signed}, autoescape=True).render(
+    return load_template(
+        "report.html.j2",
+        {"escape_control_chars": escape_control_chars, "format_signed": format_signed},
+        autoescape=True,
+    ).render(
         summary=summarise_table(table, _flagged_policies(data)),
         turning=turning_point(data.fits, data.points),
         hacking_summary=_hacking_summary(data.findings),
@@ -137,10 +340,12 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
     return {
         "summary": asdict(summarise_table(data.table, _flagged_policies(data))),
         "turning_point": turning_point(data.fits, data.points),
-        "findings": findings.findings_to_dict(data.findings),
+        "findings": hacking_report.findings_to_dict(data.findings),
         "policies": data.table,
         "fits": data.fits,
-        "examples": {policy: examples.examples_to_dict(own) for policy, own in examples.select_examples(data.records).items()},
+        "examples": {
+            policy: report.examples_to_dict(own) for policy, own in report.select_examples(data.records).items()
+        },
         "sources": [asdict(ingredient) for ingredient in data.sources],
         "provenance": dict(data.provenance),
     }
@@ -165,7 +370,9 @@ def _flagged_policies(data: ReportData) -> list[str]:
 
 def _hacking_summary(by_policy: Mapping[str, Sequence[HackingFinding]]) -> str:
     """Sentence that names the detectors that fired."""
-    fired = {policy: list(dict.fromkeys(finding.detector for finding in own)) for policy, own in by_policy.items() if own}
+    fired = {
+        policy: list(dict.fromkeys(finding.detector for finding in own)) for policy, own in by_policy.items() if own
+    }
     if not fired:
         return f"None of {len(DETECTORS) + 1} detectors of reward hacking fired, neither in training nor at evaluation."
     return f"Signs of reward hacking: {'; '.join(f'{DISPLAY_NAMES[policy]}: {join_and(own)}' for policy, own in fired.items())}."
@@ -215,7 +422,8 @@ def _curve_figures(data: ReportData) -> list[dict[str, str]]:
     default_note = "Each point is the policy at a moment of its training."
     svgs = plots.overoptimisation(data.points, data.fits)
     return [
-        _figure_block(svg, f"Over-optimisation: {DISPLAY_NAMES[method]}", notes.get(method, default_note)) for method, svg in svgs.items()
+        _figure_block(svg, f"Over-optimisation: {DISPLAY_NAMES[method]}", notes.get(method, default_note))
+        for method, svg in svgs.items()
     ]
 
 
@@ -286,5 +494,5 @@ def _example_sections(data: ReportData) -> list[dict[str, Any]]:
                 for kind, (title, note) in EXAMPLE_KINDS.items()
             ],
         }
-        for policy, own in examples.select_examples(data.records).items()
+        for policy, own in report.select_examples(data.records).items()
     ]

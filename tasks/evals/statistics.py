@@ -8,7 +8,16 @@ from dataclasses import dataclass
 
 import numpy as np
 
-__all__ = ["TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "t_interval", "wilson_interval", "win_rate", "pairwise_wins"]
+__all__ = [
+    "TIE_TOLERANCE",
+    "Interval",
+    "bootstrap_mean",
+    "mean_and_error",
+    "pairwise_wins",
+    "t_interval",
+    "wilson_interval",
+    "win_rate",
+]
 
 TIE_TOLERANCE = 1e-5
 """Scores closer than this are a tie: padding changes the last digits of the score of one text."""

@@ -10,11 +10,11 @@ from pathlib import Path
 import torch
 
 from tasks.core.errors import ConfigError
-from tasks.core.models import ADAPTER_DIR, load_policy, load_reference, load_tokenizer, init_process
 from tasks.evals.compare import REFERENCE
+from tasks.models.loading import ADAPTER_DIR, init_process, load_policy, load_reference, load_tokenizer
 from tasks.rl.rollout import generate
 
-__all__ = ["Sampler", "Sample", "policy_stages"]
+__all__ = ["Sample", "Sampler", "policy_stages"]
 
 BATCH_SIZE = 32
 
@@ -58,7 +58,9 @@ class Sampler:
         if chat_template and not self._tokenizer.chat_template:
             raise ConfigError(f"the tokenizer of {policy} has no chat template: leave --chat-template out")
         is_reference = policy == REFERENCE
-        self._model = load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, artifacts / policy)
+        self._model = (
+            load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, artifacts / policy)
+        )
         self._chat_template, self._max_new_tokens, self._temperature = chat_template, max_new_tokens, temperature
         self._generator = torch.Generator().manual_seed(seed)
 

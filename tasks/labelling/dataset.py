@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-from tasks.core.schema import Preference
+from tasks.core.rows import Preference
 from tasks.labelling.agreement import alpha, dawid_skene, majority, raw_agreement
 from tasks.labelling.labels import Label, Question, by_model
 

@@ -21,11 +21,10 @@ from uuid import NAMESPACE_URL, uuid5
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
+from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.sections.judge import JudgeParams
-from tasks.evals.answers import JudgeCache
-from tasks.evals.judges import EndpointJudge, LocalJudge
-from tasks.evals.pairwise import PairJudge, Reply, Choice, format_question, parse_verdict
+from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
+from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
 from tasks.labelling.labels import LONGEST_NAME, Label, Question, add_label, questions
 from tasks.labelling.queries import MODEL
 from tasks.labelling.tables import Event

@@ -15,7 +15,7 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.schema import Preference, format_validation_error
+from tasks.core.rows import Preference, format_validation_error
 from tasks.data.splitting import hash_uniform
 from tasks.labelling.labels import Question, question_flaw, question_id
 from tasks.labelling.tables import OPINIONS
@@ -23,7 +23,7 @@ from tasks.labelling.tables import OPINIONS
 __all__ = ["Pool", "Written", "asked_twice", "at_random", "by_disagreement", "gold_questions", "paired", "variance"]
 
 Scores = Callable[[Sequence[str], Sequence[str]], Tensor]
-"""(prompts, responses) → [K, B], as `tasks.rewards.learned.RewardModel.members`."""
+"""(prompts, responses) → [K, B], as `tasks.rewards.reward_model.RewardModel.members`."""
 
 
 @dataclass(frozen=True)

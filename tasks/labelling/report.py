@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.evals.report import load_template
 from tasks.evals.statistics import Interval
-from tasks.evals.templates import load_template
 from tasks.labelling.agreement import Share, alpha, dawid_skene, first_shown, gold_accuracy, raw_agreement
 from tasks.labelling.labels import Label, Question, by_model
 from tasks.labelling.tables import CHOICES

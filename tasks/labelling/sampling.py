@@ -6,12 +6,12 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+from tasks.config.training import GenerationParams
 from tasks.core.errors import ConfigError
-from tasks.core.schema import Prompt, read_rows
-from tasks.core.sections.generation import GenerationParams
+from tasks.core.rows import Prompt, read_rows
 from tasks.evals.writing import Sampler, policy_stages
 from tasks.labelling.pairs import Scores, Written
-from tasks.rewards.learned import RewardModel, member_folder
+from tasks.rewards.reward_model import RewardModel, member_folder
 
 __all__ = ["check_policies", "ensemble", "prompts", "written"]
 

@@ -15,12 +15,12 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
-from tasks.core.sections.code_rule import CodeRule
-from tasks.rewards.sandbox.run import Job, Sandbox
-from tasks.rewards.sandbox.verdict import Status, SandboxResult
+from tasks.rewards.sandbox.sandbox import Job, Sandbox
+from tasks.rewards.sandbox.verdict import SandboxResult, Status
 
-__all__ = ["CodeReward", "select_tests", "code_reward", "function_under_test", "extract_program"]
+__all__ = ["CodeReward", "code_reward", "extract_program", "function_under_test", "select_tests"]
 
 # A block of any language opens: else the end of one in another language would be read as the program's beginning.
 _FENCE_RE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -9,18 +10,108 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from tasks.core import ranks
+from tasks.config.reward import EXTERNAL_COMPONENTS, LEARNED, Normaliser, Priority, RewardParams
+from tasks.config.rules import RuleOptions
+from tasks.core import distributed
 from tasks.core.errors import ConfigError, TrainingError
-from tasks.core.schema import Prompt
-from tasks.core.sections.reward import EXTERNAL_COMPONENTS, LEARNED, Priority, RewardParams, Normaliser
-from tasks.core.sections.rules import RuleOptions
-from tasks.rewards.combination import apply_gates, lexicographic, product, standardise, interpolate_weight, weighted_sum
-from tasks.rewards.counting import FaultTolerantRule
-from tasks.rewards.learned import RewardModel
+from tasks.core.rows import Prompt
+from tasks.rewards.reward_model import RewardModel
 from tasks.rewards.rules import factory_of
-from tasks.rewards.rules.kinds import Answers, Component, PerSampleRule, ScoresWithMetrics
+from tasks.rewards.rules.base import Answers, Component, FaultTolerantRule, PerSampleRule, ScoresWithMetrics
 
-__all__ = ["CompositeReward", "RewardBatch", "build_reward", "load_reward", "rule_component"]
+__all__ = [
+    "CompositeReward",
+    "RewardBatch",
+    "apply_gates",
+    "build_reward",
+    "interpolate_weight",
+    "lexicographic",
+    "load_reward",
+    "product",
+    "rule_component",
+    "standardise",
+    "weighted_sum",
+]
+
+Values = Mapping[str, Tensor]
+Weights = Mapping[str, float]
+
+MIN_STD = 1e-6
+
+
+def weighted_sum(values: Values, weights: Weights) -> Tensor:
+    """Σ weight · value, [B]."""
+    total = torch.zeros(len(next(iter(values.values()))))
+    for name, value in values.items():
+        total = total + weights[name] * value
+    return total
+
+
+def product(values: Values, weights: Weights) -> Tensor:
+    """Π value ^ weight, [B], for values in [0, 1]: one that is 0 and has a weight makes the product 0.
+
+    A component of weight 0 is reported alone, so its values may be any.
+
+    Raises:
+        TrainingError: a value lies outside [0, 1], where a power means nothing.
+    """
+    total = torch.ones(len(next(iter(values.values()))))
+    for name, value in values.items():
+        if weights[name] == 0:
+            continue
+        outside = value[(value < 0) | (value > 1)]
+        if len(outside):
+            raise TrainingError(
+                f"reward component {name!r} is {outside[0].item():g}, and reward.composition: product needs values in "
+                f"[0, 1]; scale it by reward.normalisation.{name}, or choose another composition"
+            )
+        total = total * value ** weights[name]
+    return total
+
+
+def lexicographic(values: Values, weights: Weights, raw: Values, priorities: Sequence[tuple[str, float]]) -> Tensor:
+    """Σ weight · value · [every component before it in the priorities reaches its threshold], [B].
+
+    Those that are not among the priorities come last, together. For the order to pay, what comes later
+    should not be negative: reaching a threshold would cost.
+
+    Args:
+        raw: values that are compared with the thresholds.
+    """
+    passed = torch.ones(len(next(iter(values.values()))))
+    ranked: dict[str, Tensor] = {}
+    for name, threshold in priorities:
+        ranked[name] = values[name] * passed
+        passed = passed * (raw[name] >= threshold).float()
+    rest = {name: value * passed for name, value in values.items() if name not in ranked}
+    return weighted_sum({name: (ranked | rest)[name] for name in values}, weights)
+
+
+def apply_gates(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) -> Tensor:
+    """The total [B], but at most `floor` where a component is below its gate.
+
+    At most: a floor of 0 would else raise the reward of responses below it.
+    """
+    for name, threshold in gates.items():
+        total = torch.where(raw[name] >= threshold, total, total.clamp(max=floor))
+    return total
+
+
+def standardise(values: Tensor, mean: float, std: float) -> Tensor:
+    """(value − mean) / std, [B]; 0 where nothing varies."""
+    return (values - mean) / std if std > MIN_STD else torch.zeros_like(values)
+
+
+def interpolate_weight(points: Mapping[int, float], update: int) -> float:
+    """The weight in an update, linear between the points and flat before the first and after the last."""
+    updates = list(points)
+    index = bisect(updates, update)
+    if index in (0, len(updates)):
+        return points[updates[max(0, index - 1)]]
+    earlier, later = updates[index - 1], updates[index]
+    fraction = (update - earlier) / (later - earlier)
+    return points[earlier] + fraction * (points[later] - points[earlier])
+
 
 MESSAGE_CHARACTERS = 200
 """Characters of a text that an error message shows."""
@@ -42,9 +133,9 @@ class RewardBatch:
 
     def gather(self) -> RewardBatch:
         """Gather the rewards of all ranks."""
-        components = {name: ranks.all_gather(values) for name, values in self.components.items()}
-        metrics = {name: ranks.all_gather(values) for name, values in self.metrics.items()}
-        return RewardBatch(ranks.all_gather(self.total), components, metrics)
+        components = {name: distributed.all_gather(values) for name, values in self.components.items()}
+        metrics = {name: distributed.all_gather(values) for name, values in self.metrics.items()}
+        return RewardBatch(distributed.all_gather(self.total), components, metrics)
 
 
 class CompositeReward:
@@ -89,7 +180,9 @@ class CompositeReward:
         """Component → weight in an update, from 1; None: `weights`."""
         if update is None:
             return self._weights
-        return self._weights | {name: interpolate_weight(points, update) for name, points in self._weight_schedule.items()}
+        return self._weights | {
+            name: interpolate_weight(points, update) for name, points in self._weight_schedule.items()
+        }
 
     def marginal_weights(self, update: int) -> Mapping[str, float]:
         """Marginal weight of each raw component in the total; empty where it is not constant."""
@@ -165,7 +258,11 @@ def load_reward(
     learned = None
     if LEARNED in params.weights:
         learned = RewardModel.load(
-            base_model, sft, reward_model, ensemble_reduction=params.ensemble_reduction, uncertainty_coef=params.uncertainty_coef
+            base_model,
+            sft,
+            reward_model,
+            ensemble_reduction=params.ensemble_reduction,
+            uncertainty_coef=params.uncertainty_coef,
         )
     return build_reward(params, prompts, learned)
 
@@ -209,7 +306,7 @@ def rule_component(name: str, options: RuleOptions, answers: Answers) -> Compone
 
 def _mean_and_std(values: Tensor) -> tuple[float, float]:
     """Mean and standard deviation over the responses of all ranks."""
-    gathered = ranks.all_gather(values)
+    gathered = distributed.all_gather(values)
     return gathered.mean().item(), gathered.std(correction=0).item()
 
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import ModelError
-from tasks.core.models import device
+from tasks.models.loading import device
 from tasks.rl.rollout import position_ids
 
 __all__ = ["PretrainedScorer", "TextScorer", "encode"]
@@ -73,7 +73,9 @@ class TextScorer:
         model_device = device()
         with _capture_inputs(self._model.score) as states:
             logits: Tensor = self._model(
-                input_ids=ids.to(model_device), attention_mask=mask.long().to(model_device), position_ids=position_ids(mask).to(model_device)
+                input_ids=ids.to(model_device),
+                attention_mask=mask.long().to(model_device),
+                position_ids=position_ids(mask).to(model_device),
             ).logits
         return logits.squeeze(-1).float().cpu(), _last_token_states(states[0], rows).float().cpu()
 

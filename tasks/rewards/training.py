@@ -12,8 +12,8 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from tasks.core.schema import Preference
-from tasks.core.training import trainer_arguments
+from tasks.core.rows import Preference
+from tasks.models.hf_training import trainer_arguments
 from tasks.rewards.scorers import encode
 
 __all__ = ["TrainingConfig", "pair_trainer", "regression_trainer"]

@@ -212,7 +212,9 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     return total.log() - products.sum(-1) / total
 
 
-def logprobs_from_logits(logits: Tensor, tokens: Tensor, temperature: float, *, inplace_backward: bool = False) -> Tensor:
+def logprobs_from_logits(
+    logits: Tensor, tokens: Tensor, temperature: float, *, inplace_backward: bool = False
+) -> Tensor:
     """log softmax(logits / temperature) at the tokens: [B, T, V] and [B, T] → [B, T], in float32 or wider.
 
     Temperature belongs here: the policy that sampled is softmax(logits / temperature), so that is the policy to train

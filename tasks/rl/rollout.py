@@ -3,23 +3,82 @@
 The loop differs from a general `generate` in what it leaves out: no top-k or top-p (what is sampled must be what is
 trained), prompts computed once and their cache shared by the samples of a prompt, the cache written in place, rows
 dropped from the batch once they end, and the log-probabilities of the sampled tokens kept from the very logits they
-were sampled from. On a CPU the weights are rearranged for small products, adapters added (`tasks.core.linear`).
+were sampled from. On a CPU the weights are rearranged for small products, adapters added (`tasks.models.onednn_linear`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tasks.core import ranks
-from tasks.core.linear import merged_weights
-from tasks.rl.cache import PreallocatedCache
+from tasks.core import distributed
+from tasks.models.onednn_linear import merged_weights
 
-__all__ = ["Rollout", "generate", "pad_left", "position_ids", "derive_generator"]
+__all__ = [
+    "PreallocatedCache",
+    "Rollout",
+    "derive_generator",
+    "generate",
+    "pad_left",
+    "position_ids",
+]
+
+
+class PreallocatedCache(Cache):
+    """Cache of `capacity` tokens per layer whose rows can be repeated and dropped."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__(layer_class_to_replicate=cast(type[CacheLayerMixin], partial(_Layer, capacity)))
+
+    def repeat(self, times: int) -> None:
+        """Row b becomes rows b·times … b·times + times − 1."""
+        for layer in cast(list[_Layer], self.layers):
+            layer.buffers = [buffer.repeat_interleave(times, 0) for buffer in layer.buffers]
+
+    def compact(self, sources: Tensor, targets: Tensor, rows: int) -> None:
+        """Copy the source rows over the target rows, and keep the first `rows`."""
+        for layer in cast(list[_Layer], self.layers):
+            for buffer in layer.buffers:
+                buffer[targets] = buffer[sources]
+            layer.buffers = [buffer[:rows] for buffer in layer.buffers]
+
+
+class _Layer(CacheLayerMixin):  # type: ignore[no-untyped-call]
+    is_sliding = False
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity, self.length = capacity, 0
+        self.buffers: list[Tensor] = []
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        both = (key_states, value_states)
+        self.buffers = [states.new_empty((*states.shape[:2], self.capacity, states.shape[3])) for states in both]
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self.length = self.length, self.length + key_states.shape[2]
+        for buffer, states in zip(self.buffers, (key_states, value_states), strict=True):
+            buffer[:, :, start : self.length] = states
+        keys, values = (buffer[:, :, : self.length] for buffer in self.buffers)
+        return keys, values
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.length + query_length, 0
+
+    def get_seq_length(self) -> int:
+        return self.length
+
+    def get_max_length(self) -> int:
+        return self.capacity
 
 
 @dataclass(frozen=True)
@@ -47,13 +106,13 @@ class Rollout:
     def gather(self, pad_token_id: int) -> Rollout:
         """Gather the rollouts of all ranks, in order of rank."""
         return Rollout(
-            prompts=ranks.all_gather(self.prompts, pad=pad_token_id, left=True),
-            prompt_mask=ranks.all_gather(self.prompt_mask, left=True),
-            responses=ranks.all_gather(self.responses, pad=pad_token_id),
-            response_mask=ranks.all_gather(self.response_mask),
-            logprobs=ranks.all_gather(self.logprobs),
-            values=ranks.all_gather(self.values),
-            has_eos=ranks.all_gather(self.has_eos),
+            prompts=distributed.all_gather(self.prompts, pad=pad_token_id, left=True),
+            prompt_mask=distributed.all_gather(self.prompt_mask, left=True),
+            responses=distributed.all_gather(self.responses, pad=pad_token_id),
+            response_mask=distributed.all_gather(self.response_mask),
+            logprobs=distributed.all_gather(self.logprobs),
+            values=distributed.all_gather(self.values),
+            has_eos=distributed.all_gather(self.has_eos),
         )
 
     def response_ids(self) -> list[list[int]]:
@@ -158,7 +217,12 @@ def generate(
                 break
             if unfinished.numel() < active.numel():
                 unfinished = _compact_rows(unfinished, cache)
-                active, attention, position, token = active[unfinished], attention[unfinished], position[unfinished], token[unfinished]
+                active, attention, position, token = (
+                    active[unfinished],
+                    attention[unfinished],
+                    position[unfinished],
+                    token[unfinished],
+                )
             attention = torch.cat([attention, attention.new_ones((active.numel(), 1))], dim=1)
             logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
             position = position + 1

@@ -17,22 +17,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tasks.core import ranks
+from tasks.config.training import GenerationParams, PPOParams
+from tasks.core import distributed
 from tasks.core.errors import TrainingError
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.ppo import PPOParams
 from tasks.rewards.composition import CompositeReward, RewardBatch
-from tasks.rl.actions import action_mask, action_values, to_actions, turn_counts
-from tasks.rl.advantages import gae, leave_one_out
-from tasks.rl.checks import DegenerateResponseMonitor, check_finite
-from tasks.rl.control import AdaptiveKL, FixedKL, KLController
-from tasks.rl.conversation import MultiTurnSampler
-from tasks.rl.detectors import run_detectors
-from tasks.rl.kl import kl_estimates, per_sequence
+from tasks.rl.advantages import (
+    action_mask,
+    action_values,
+    apply_missing_eos_penalty,
+    discount_by_turns,
+    gae,
+    leave_one_out,
+    to_actions,
+    token_rewards,
+    turn_counts,
+)
+from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
+from tasks.rl.kl import AdaptiveKL, FixedKL, KLController, kl_estimates, per_sequence
 from tasks.rl.masking import explained_variance, masked_mean, whiten, zero_masked
+from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Experience, Policy
-from tasks.rl.rollout import Rollout, generate, derive_generator
-from tasks.rl.shaping import discount_by_turns, apply_missing_eos_penalty, token_rewards
+from tasks.rl.rollout import Rollout, derive_generator, generate
 from tasks.rl.updater import Metrics, PPOUpdate
 
 __all__ = ["PPOTrainer", "PromptSet"]
@@ -118,7 +123,7 @@ class PPOTrainer:
                 self._save()
         else:
             self._check_final_kl()
-        ranks.check_in_sync(self.policy.trainable_parameters().values())
+        distributed.check_in_sync(self.policy.trainable_parameters().values())
         if self._checkpoint is not None:
             self._checkpoint.unlink(missing_ok=True)
 
@@ -140,7 +145,9 @@ class PPOTrainer:
         if self._revert_if_over_budget(metrics["kl"]):
             return None
         if self.params.kl_budget is not None:
-            self._previous_weights = {name: value.detach().clone() for name, value in self.policy.trainable_parameters().items()}
+            self._previous_weights = {
+                name: value.detach().clone() for name, value in self.policy.trainable_parameters().items()
+            }
         learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
         metrics |= self.updater(experience, learning_rate, self._generator("permutation"))
         update_s = time.perf_counter() - clock
@@ -153,7 +160,7 @@ class PPOTrainer:
 
     def _rollout(self) -> tuple[Rollout, list[str]]:
         """Sample responses to this rank's shard of the update's prompts; row b·G + g answers prompt b."""
-        indices = ranks.shard(self._prompt_indices(), "ppo.prompts_per_update")
+        indices = distributed.shard(self._prompt_indices(), "ppo.prompts_per_update")
         if self._multi_turn is not None:
             conversations = self._multi_turn(
                 self.policy.model,
@@ -173,8 +180,8 @@ class PPOTrainer:
             generator=self._generator("rollout"),
             samples_per_prompt=self.params.samples_per_prompt,
             value_head=self.policy.value_head,
-            rank=ranks.rank(),
-            world_size=ranks.world_size(),
+            rank=distributed.rank(),
+            world_size=distributed.world_size(),
         )
         return rollout, [self.prompt_set.prompts[i] for i in indices for _ in range(self.params.samples_per_prompt)]
 
@@ -182,10 +189,14 @@ class PPOTrainer:
         """Indices of this update's prompts: a new permutation for every pass over the data."""
         total, size = len(self.prompt_set.prompts), self.params.prompts_per_update
         positions = range(self.update * size, (self.update + 1) * size)
-        orders = {p // total: torch.randperm(total, generator=derive_generator(self.seed, p // total)) for p in positions}
+        orders = {
+            p // total: torch.randperm(total, generator=derive_generator(self.seed, p // total)) for p in positions
+        }
         return [int(orders[p // total][p % total]) for p in positions]
 
-    def _score_rollout(self, rollout: Rollout, prompts: list[str]) -> tuple[Rollout, list[str], list[str], Tensor, RewardBatch]:
+    def _score_rollout(
+        self, rollout: Rollout, prompts: list[str]
+    ) -> tuple[Rollout, list[str], list[str], Tensor, RewardBatch]:
         """Decode, score and compute reference log-probabilities of this rank's responses; gather those of all ranks."""
         responses = rollout.texts(self.prompt_set.decode)
         check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
@@ -193,17 +204,24 @@ class PPOTrainer:
         check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
         reward = self.reward(prompts, responses, self.update + 1, rollout.external_rewards)
         gathered = rollout.gather(self.prompt_set.pad_token_id)
-        texts = ranks.all_gather_texts(prompts), ranks.all_gather_texts(responses)
-        return gathered, *texts, ranks.all_gather(reference_logprobs), reward.gather()
+        texts = distributed.all_gather_texts(prompts), distributed.all_gather_texts(responses)
+        return gathered, *texts, distributed.all_gather(reference_logprobs), reward.gather()
 
     def _build_experience(
-        self, rollout: Rollout, prompts: list[str], responses: list[str], reference_logprobs: Tensor, outcome: RewardBatch
+        self,
+        rollout: Rollout,
+        prompts: list[str],
+        responses: list[str],
+        reference_logprobs: Tensor,
+        outcome: RewardBatch,
     ) -> tuple[Experience, Metrics]:
         """Compute token rewards with the KL penalty, advantages, and the metrics of the update."""
         mask = rollout.response_mask
         total = outcome.total.to(mask.device)
         # Over turns as actions the returns discount.
-        discounted_rewards = total if self.params.action == "turn" else discount_by_turns(total, turn_counts(mask), self._turn_gamma)
+        discounted_rewards = (
+            total if self.params.action == "turn" else discount_by_turns(total, turn_counts(mask), self._turn_gamma)
+        )
         scores = apply_missing_eos_penalty(discounted_rewards, rollout.has_eos, self.params.missing_eos_penalty)
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
@@ -263,7 +281,7 @@ class PPOTrainer:
         rollout, _ = self._rollout()
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
-        self._revert_if_over_budget(ranks.all_gather(per_sequence(kl.k1, mask)).mean().item())
+        self._revert_if_over_budget(distributed.all_gather(per_sequence(kl.k1, mask)).mean().item())
 
     def _revert_if_over_budget(self, kl: float) -> bool:
         """Restore the previous weights if the KL is over its budget; return whether it was."""
@@ -316,7 +334,7 @@ class PPOTrainer:
 
     def _save(self) -> None:
         """Write the checkpoint atomically, on rank 0; all ranks read it when they resume."""
-        if self._checkpoint is None or ranks.rank() > 0:
+        if self._checkpoint is None or distributed.rank() > 0:
             return
         self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
         state = {

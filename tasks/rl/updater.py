@@ -8,11 +8,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from tasks.core import ranks
+from tasks.config.training import PPOParams
+from tasks.core import distributed
 from tasks.core.errors import TrainingError
-from tasks.core.sections.ppo import PPOParams
-from tasks.rl.actions import action_values, to_actions
-from tasks.rl.checks import format_samples
+from tasks.rl.advantages import action_values, to_actions
+from tasks.rl.hacking import format_samples
 from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from tasks.rl.masking import masked_sum
 from tasks.rl.policy import Experience, Policy
@@ -30,7 +30,9 @@ class PPOUpdate:
 
     def __init__(self, policy: Policy, params: PPOParams, decode: Callable[[Sequence[int]], str]) -> None:
         self.policy, self.params, self._decode = policy, params, decode
-        self.optimizer = torch.optim.Adam(policy.trainable_parameters().values(), lr=params.learning_rate, eps=ADAM_EPSILON)
+        self.optimizer = torch.optim.Adam(
+            policy.trainable_parameters().values(), lr=params.learning_rate, eps=ADAM_EPSILON
+        )
 
     def __call__(self, experience: Experience, learning_rate: float, generator: torch.Generator) -> Metrics:
         """Run several epochs of clipped steps on one rollout; stop early once the KL reaches its target.
@@ -54,15 +56,19 @@ class PPOUpdate:
         """Take one step on the minibatch unless the KL is over its target; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
         action_count = int(minibatch.action_mask.sum())
-        shard = ranks.shard(range(len(minibatch)), "the size of ppo's minibatches")
+        shard = distributed.shard(range(len(minibatch)), "the size of ppo's minibatches")
         micro_batches = minibatch.select(torch.tensor(shard)).split(self.params.micro_batch_size)
         actor_loss, critic_loss, entropy = self._backward(next(micro_batches), action_count)
         for micro_batch in micro_batches:
             actor_part, critic_part, entropy_part = self._backward(micro_batch, action_count)
-            actor_loss, critic_loss, entropy = actor_loss + actor_part, critic_loss + critic_part, entropy + entropy_part
-        ranks.all_reduce_gradients(self.policy.trainable_parameters().values())
-        actor_loss, critic_loss = ranks.all_reduce_sum(actor_loss), ranks.all_reduce_sum(critic_loss)
-        entropy = ranks.all_gather(entropy.reshape(1)).sum()
+            actor_loss, critic_loss, entropy = (
+                actor_loss + actor_part,
+                critic_loss + critic_part,
+                entropy + entropy_part,
+            )
+        distributed.all_reduce_gradients(self.policy.trainable_parameters().values())
+        actor_loss, critic_loss = distributed.all_reduce_sum(actor_loss), distributed.all_reduce_sum(critic_loss)
+        entropy = distributed.all_gather(entropy.reshape(1)).sum()
         token_count = int(minibatch.response_mask.sum())
         metrics = {"entropy": entropy.item() / token_count, **actor_loss.means(), **critic_loss.means()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
@@ -111,7 +117,9 @@ class PPOUpdate:
         non_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if not non_finite:
             return
-        rows = [row for row in range(len(minibatch)) if not self._is_finite_alone(minibatch.select(torch.tensor([row])))]
+        rows = [
+            row for row in range(len(minibatch)) if not self._is_finite_alone(minibatch.select(torch.tensor([row])))
+        ]
         prompts = self._texts(minibatch.prompts, minibatch.prompt_mask)
         responses = self._texts(minibatch.responses, minibatch.response_mask)
         source = f"from {len(rows)} of {len(minibatch)} responses: {format_samples(rows, prompts, responses)}"
@@ -128,4 +136,6 @@ class PPOUpdate:
         self.optimizer.zero_grad()
         actor_loss, critic_loss, entropy = self._backward(sample, 1)
         gradients = [weight.grad for weight in self.policy.trainable_parameters().values() if weight.grad is not None]
-        return all(bool(torch.isfinite(value).all()) for value in (actor_loss.loss, critic_loss.loss, entropy, *gradients))
+        return all(
+            bool(torch.isfinite(value).all()) for value in (actor_loss.loss, critic_loss.loss, entropy, *gradients)
+        )

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import pytest
 
-from tasks.rl.control import AdaptiveKL, FixedKL, KLController
+from tasks.rl.kl import AdaptiveKL, FixedKL, KLController
 
 TARGET = 6.0
 

@@ -11,10 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.rl.advantages import gae
+from tasks.rl.advantages import gae, token_rewards
 from tasks.rl.kl import KLEstimates, kl_estimates, per_sequence
 from tasks.rl.losses import policy_loss
-from tasks.rl.shaping import token_rewards
 
 V = 3
 POLICY = torch.tensor([0.3, -0.7, 0.4], dtype=torch.float64)

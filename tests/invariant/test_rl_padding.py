@@ -9,11 +9,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.rl.advantages import gae
+from tasks.rl.advantages import gae, token_rewards
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.losses import logprobs_from_logits, policy_loss, value_loss
 from tasks.rl.masking import explained_variance, masked_mean, response_mask_from, whiten
-from tasks.rl.shaping import token_rewards
 
 B, T, V = 4, 6, 7
 EOS = 2

@@ -13,22 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from tests.unit.rl.test_trainer import PARAMS
 from torch import Tensor
 
-from tasks.core.models import add_lora, load_policy, load_reference, save_adapter
-from tasks.core.schema import Prompt, write_rows
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.grpo import GRPOParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward import RewardParams
-from tasks.core.sections.rules import RULE_OPTIONS, RuleOptions
+from tasks.config.reward import RewardParams
+from tasks.config.rules import RULE_OPTIONS, RuleOptions
+from tasks.config.training import GenerationParams, GRPOParams, LoraParams
+from tasks.core.rows import Prompt, write_rows
 from tasks.grpo import grpo
+from tasks.models.loading import add_lora, load_policy, load_reference, save_adapter
 from tasks.rewards.composition import CompositeReward
 from tasks.rewards.rules import RULES
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import Log, PPOTrainer, PromptSet
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer, tiny_model
-from tests.unit.rl.test_trainer import PARAMS
 
 PROMPT = [3, 4]
 REWARDS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(7))

@@ -10,18 +10,18 @@ from __future__ import annotations
 
 import pytest
 import torch
+from tests.unit.rl.test_trainer import PARAMS
 from torch import Tensor
 
-from tasks.core.schema import Prompt
-from tasks.core.sections.generation import GenerationParams
+from tasks.config.training import GenerationParams
+from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.conversation import MultiTurnSampler
-from tasks.rl.environments.dialogue import Step
+from tasks.rl.environments.base import Step
+from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, PromptSet
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer
 from tests.learning.test_bandit import distance, flexible_policy
-from tests.unit.rl.test_trainer import PARAMS
 
 SIGNS = f"{LETTERS}123"
 TOKENIZER = letter_tokenizer(SIGNS)
@@ -74,7 +74,7 @@ def optimum(first: Tensor, second: Tensor, beta: float, gamma: float) -> Tensor:
 
 @pytest.mark.parametrize(("action", "gamma"), [("turn", 1.0), ("turn", 0.5), ("token", 1.0)])
 def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.rl.conversation.answered", lambda text: text)
+    monkeypatch.setattr("tasks.rl.multi_turn.answered", lambda text: text)
     beta = 1.0
     params = PARAMS.model_copy(
         update={

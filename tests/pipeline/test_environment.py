@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tasks.core.params import Params, write_overrides, load_params, load_preset
+from tasks.config.params import Params, load_params, load_preset, write_overrides
 from tasks.core.paths import DISABLED_MARKER
-from tasks.core.schema import Demonstration, read_rows
+from tasks.core.rows import Demonstration, read_rows
+from tasks.evals.champion import compare_with_champion
 from tasks.evals.compare import ScoredResponse
-from tasks.evals.duel import compare_with_champion
 
 ROOT = Path(__file__).resolve().parents[2]
 

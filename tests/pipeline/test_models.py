@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import torch
 
-from tasks.core.models import load_policy, load_reference, load_tokenizer
-from tasks.core.schema import Prompt, read_rows
+from tasks.core.rows import Prompt, read_rows
+from tasks.models.loading import load_policy, load_reference, load_tokenizer
 from tests.pipeline.conftest import PATIENCE, query
 
 if TYPE_CHECKING:

@@ -18,11 +18,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.rl.advantages import gae
+from tasks.rl.advantages import gae, token_rewards
 from tasks.rl.kl import kl_estimates
 from tasks.rl.losses import policy_loss, value_loss
 from tasks.rl.masking import whiten
-from tasks.rl.shaping import token_rewards
 
 RECORDED: dict[str, Any] = json.loads(Path(__file__).with_name("trl_1_12_0_ppo.json").read_text(encoding="utf-8"))
 EXACT: dict[str, float] = {"rtol": 1e-5, "atol": 1e-5}

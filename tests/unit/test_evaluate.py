@@ -12,33 +12,29 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from tasks.config.evaluation import EvaluateParams, JudgeParams
+from tasks.config.reward import RewardParams
+from tasks.config.rules import CodeRule
+from tasks.config.training import GenerationParams, LoraParams
 from tasks.core import tracking
 from tasks.core.errors import DataError
-from tasks.core.files import write_json
-from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, new_reward_model, save_adapter
 from tasks.core.paths import DISABLED_MARKER
-from tasks.core.schema import Preference, Prompt, Rating, read_rows, write_rows
-from tasks.core.sections.code_rule import CodeRule
-from tasks.core.sections.evaluate import EvaluateParams
-from tasks.core.sections.generation import GenerationParams
-from tasks.core.sections.judge import JudgeParams
-from tasks.core.sections.lora import LoraParams
-from tasks.core.sections.reward import RewardParams
-from tasks.core.words import repetition_rate
+from tasks.core.rows import Preference, Prompt, Rating, read_rows, write_json, write_rows
+from tasks.core.text_stats import repetition_rate
+from tasks.evals.champion import METRICS, compare_with_champion
 from tasks.evals.compare import ScoredResponse
-from tasks.evals.duel import compare_with_champion
-from tasks.evals.judging import SampledResponse, sample_prompts, load_gold_reward, score_responses
-from tasks.evals.noninferiority import METRICS
 from tasks.evals.pairwise import Judgement
+from tasks.evals.scoring import SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.evaluate import evaluate
+from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, new_reward_model, save_adapter
 from tasks.rewards.composition import build_reward
-from tasks.rewards.familiarity import MahalanobisOOD
-from tasks.rewards.learned import OOD_DETECTOR, NORMALISATION, GoldJudge, RewardModel
+from tasks.rewards.ood import MahalanobisOOD
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, GoldJudge, RewardModel
 from tests.conftest import letter_tokenizer
-from tests.unit.chat_server import longer, serving
+from tests.support.chat_server import longer, serving
+from tests.support.tiny_stages import run_reward_model, write_inputs
 from tests.unit.rewards.conftest import sandbox_or_skip
 from tests.unit.rewards.test_kinds import finished
-from tests.unit.tiny_stages import run_reward_model, write_inputs
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, llm_judge=None)
@@ -164,7 +160,9 @@ def test_what_training_found_is_a_finding(out: Path) -> None:
     assert first["text"].startswith("repetition 0.20 (threshold 0.1")
 
 
-def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(out: Path, records: list[ScoredResponse]) -> None:
+def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(
+    out: Path, records: list[ScoredResponse]
+) -> None:
     asked = [row.id for row in choose_prompts_of(records, "sft")]
     assert len(asked) == 6
     for policy in ("ppo", "grpo", "dpo"):
@@ -182,7 +180,9 @@ def choose_prompts_of(records: list[ScoredResponse], policy: str) -> list[Prompt
     return [Prompt(id=record.prompt_id, prompt=record.prompt) for record in records if record.policy == policy]
 
 
-def test_kl_is_that_of_a_plain_forward_pass_over_each_response(world: dict[str, Path], records: list[ScoredResponse]) -> None:
+def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
+    world: dict[str, Path], records: list[ScoredResponse]
+) -> None:
     tokenizer = load_tokenizer(world["base_model"])
     reference = load_reference(world["base_model"], world["sft"])
     compared = 0
@@ -224,7 +224,9 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Scored
         assert -1 <= record.vader <= 1
 
 
-def test_what_the_reward_model_notices_is_reported(world: dict[str, Path], out: Path, records: list[ScoredResponse]) -> None:
+def test_what_the_reward_model_notices_is_reported(
+    world: dict[str, Path], out: Path, records: list[ScoredResponse]
+) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["ood_share"]
     assert [record.metrics["ood_share"] for record in records] == expected.tolist()

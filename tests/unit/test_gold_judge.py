@@ -10,11 +10,11 @@ from string import ascii_lowercase
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.schema import Preference, Rating, read_rows, write_rows
+from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.gold_judge import shuffle_words
-from tasks.rewards.learned import GoldJudge
+from tasks.rewards.reward_model import GoldJudge
+from tests.support.tiny_stages import run_gold_judge, write_inputs
 from tests.unit.rewards.test_kinds import PAIRS, pair
-from tests.unit.tiny_stages import run_gold_judge, write_inputs
 
 
 def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None:
@@ -63,7 +63,7 @@ def test_a_judge_that_was_shown_scrambled_texts_rates_them_low(tmp_path: Path) -
         run_gold_judge(tmp_path, out, **settings, shuffled_share=share)
         metrics[share] = json.loads((out / "metrics.json").read_text())
     assert [metrics[share]["examples"] for share in (0.0, 0.9)] == [60, 114]
-    gaps = [metrics[share]["heldout_mean_score"] - metrics[share]["scrambled_mean_score"] for share in (0.0, 0.9)]
+    gaps = [metrics[share]["heldout_mean_score"] - metrics[share]["shuffled_mean_score"] for share in (0.0, 0.9)]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
     with pytest.raises(ValueError, match=r"shuffled_share0\.5 needs kind rating"):
         run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)

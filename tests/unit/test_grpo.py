@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from tests.unit.rl.test_conversation import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
 
-from tasks.grpo import MultiTurnRolloutFunction, ConversationSummary, _update_rows, _RewardFunction
+from tasks.grpo import ConversationSummary, MultiTurnRolloutFunction, _RewardFunction, _update_rows
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.rollout import derive_generator
 from tests.conftest import tiny_model
-from tests.unit.rl.test_conversation import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
-from tests.unit.tiny_stages import _GRPO
+from tests.support.tiny_stages import _GRPO
 
 
 def test_a_row_is_one_update_with_kl_from_its_first_step():
@@ -35,7 +35,7 @@ def test_a_row_is_one_update_with_kl_from_its_first_step():
     assert first["hacking/length_drift"] == 1
     assert second["hacking/length_drift"] == 1, "another update has to confirm it"
     assert second["hacking/entropy_collapse"] == 3
-    assert second["hacking/one_component_pays"] == pytest.approx(0.5), "1.5 gained by a, 0.5 lost by b: 0.5 of 1"
+    assert second["hacking/component_tradeoff"] == pytest.approx(0.5), "1.5 gained by a, 0.5 lost by b: 0.5 of 1"
 
 
 class Noticing:
@@ -43,7 +43,7 @@ class Noticing:
         raise AssertionError("a second pass")
 
     def measured(self, prompts, responses):
-        return torch.tensor([1.0, 2.0, 3.0, 4.0]), {"unfamiliar": torch.tensor([0.0, 1.0, 1.0, 1.0])}
+        return torch.tensor([1.0, 2.0, 3.0, 4.0]), {"ood_share": torch.tensor([0.0, 1.0, 1.0, 1.0])}
 
 
 def test_what_the_reward_notices_is_in_the_row_and_watched():
@@ -51,38 +51,44 @@ def test_what_the_reward_notices_is_in_the_row_and_watched():
     score = _RewardFunction(CompositeReward({"a": Noticing()}, {"a": 1.0}), _GRPO, eos_token_id=1)
     assert score(["p"] * 4, list("wxyz"), completion_ids=[[5, 1]] * 4, trainer_state=state) == [1.0, 2.0, 3.0, 4.0]
     (entry,) = state.log_history
-    assert entry["unfamiliar"] == 0.75
-    rows = _update_rows([{"loss": 0.0}] * 2, [entry | {"unfamiliar": 0.25}, entry], 1, lambda update: {"a": 1.0})
-    assert [row["hacking/unfamiliar_responses"] for row in rows] == [0.0, 0.5]
+    assert entry["ood_share"] == 0.75
+    rows = _update_rows([{"loss": 0.0}] * 2, [entry | {"ood_share": 0.25}, entry], 1, lambda update: {"a": 1.0})
+    assert [row["hacking/ood_responses"] for row in rows] == [0.0, 0.5]
 
 
 def test_a_conversation_is_scored_by_what_the_environment_paid_discounted_over_turns():
     """γ = 0.5: 1 after one turn, 1/2 after two; 0 − 0.1 where one of three turns was cut off, however late."""
     state = SimpleNamespace(global_step=0, log_history=[])
     reward = CompositeReward({}, {"environment": 1.0})
-    score = _RewardFunction(reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5)
+    score = _RewardFunction(
+        reward, _GRPO.model_copy(update={"missing_eos_penalty": 0.1}), eos_token_id=1, turn_gamma=0.5
+    )
     summaries = [
         ConversationSummary("a", " a\nUser: x", reward=1.0, turns=1, tokens=2, ended=True),
         ConversationSummary("b\nc", " b\nUser: y\nBot: c\nUser: x", reward=1.0, turns=2, tokens=4, ended=True),
         ConversationSummary("d\ne\nf", " d", reward=0.0, turns=3, tokens=6, ended=False),
         ConversationSummary("g", " g", reward=0.0, turns=1, tokens=2, ended=True),
     ]
-    scores = score(["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=summaries)
+    scores = score(
+        ["p"] * 4, ["both sides"] * 4, completion_ids=[[5, 7, 7, 7, 1]] * 4, trainer_state=state, said=summaries
+    )
     assert scores == pytest.approx([1.0, 0.5, -0.1, 0.0])
     (entry,) = state.log_history
     assert (entry["success"], entry["turns"], entry["length"]) == (0.5, 1.75, 3.5)
-    assert (entry["reward/environment"], entry["no_end_share"]) == (0.5, 0.25)
+    assert (entry["reward/environment"], entry["truncated_share"]) == (0.5, 0.25)
     assert entry["samples"][0]["response"] == " a\nUser: x"
 
 
 def test_the_loss_gets_the_mask_of_the_policys_tokens(monkeypatch):
-    monkeypatch.setattr("tasks.rl.conversation.answered", answer)
+    monkeypatch.setattr("tasks.rl.multi_turn.answered", answer)
     rollouts = MultiTurnRolloutFunction(_GRPO, multi_turn_sampler(), [row.prompt for row in ROWS], seed=3)
     prompts = [row.prompt for row in (ROWS[4], ROWS[1]) for _ in range(_GRPO.samples_per_prompt)]
     trainer = SimpleNamespace(model=tiny_model(), state=SimpleNamespace(global_step=2))
     given = rollouts(prompts, trainer)
     assert trainer.model.training, "TRL trains the model that it gets back"
-    expected = conversations(chosen=(4, 1), samples=_GRPO.samples_per_prompt, generator=lambda turn: derive_generator(3, 2, turn))
+    expected = conversations(
+        chosen=(4, 1), samples=_GRPO.samples_per_prompt, generator=lambda turn: derive_generator(3, 2, turn)
+    )
     for row, prompt in enumerate(prompts):
         length = int(expected.response_mask[row].nonzero().max()) + 1
         assert given["prompt_ids"][row] == TOKENIZER(prompt).input_ids

@@ -14,15 +14,15 @@ import datasets
 import pytest
 import torch
 
+from tasks.config.evaluation import LmEvalParams
 from tasks.core.errors import ConfigError, SourceError
-from tasks.core.models import add_lora, load_policy, load_reference, load_tokenizer, save_adapter
 from tasks.core.paths import DISABLED_MARKER
-from tasks.core.schema import Demonstration, Preference, read_rows
-from tasks.core.sections.lm_eval import LmEvalParams
-from tasks.evals.harness import load_tasks
+from tasks.core.rows import Demonstration, Preference, read_rows
+from tasks.evals.lm_harness import load_tasks
 from tasks.lm_eval import lm_eval
+from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, save_adapter
 from tests.conftest import EOS, tiny_model
-from tests.unit.tiny_stages import LORA, write_inputs
+from tests.support.tiny_stages import LORA, write_inputs
 
 pytest.importorskip("lm_eval")
 

@@ -10,10 +10,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
-from tasks.core.schema import Preference, Rating, read_rows, write_rows
-from tasks.core.sections.preferences import PreferencesParams
-from tasks.data.agreement import rater_agreement
+from tasks.core.rows import Preference, Rating, read_rows, write_rows
+from tasks.data.rater_agreement import rater_agreement
 from tasks.preferences import preferences
 
 SPLITS = ("train", "validation", "test")
@@ -102,7 +102,7 @@ def test_given_preferences_go_through_as_they_are(tmp_path: Path) -> None:
 
 def test_given_pairs_are_added_in_front_of_the_drawn_ones_of_training(tmp_path: Path) -> None:
     prepared(tmp_path)
-    adding = PARAMS.model_copy(update={"given": "add"})
+    adding = PARAMS.model_copy(update={"source_pairs": "prepend"})
     drawn = run(tmp_path)
     written = {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}
     run(tmp_path, adding)

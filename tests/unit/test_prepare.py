@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 
+from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
-from tasks.core.schema import Demonstration, Preference, Prompt, Rating, read_rows
-from tasks.core.sections.prepare import PrepareParams
+from tasks.core.rows import Demonstration, Preference, Prompt, Rating, read_rows
 from tasks.data.duplicates import shingles, similarity
 from tasks.prepare import prepare
 

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from tasks.collect import collect
-from tasks.core.params import Params, write_overrides, load_params, load_preset
-from tasks.core.schema import Demonstration, Preference, Prompt, read_rows
+from tasks.config.params import Params, load_params, load_preset, write_overrides
+from tasks.core.rows import Demonstration, Preference, Prompt, read_rows
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 

@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 
 from tasks import grpo
-from tasks.core import tracking, training
+from tasks.core import tracking
 from tasks.core.errors import TrainingError
-from tests.unit.tiny_stages import RUNS, run_reward_model, write_inputs
+from tasks.models import hf_training
+from tests.support.tiny_stages import RUNS, run_reward_model, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
 EVERY = 5
@@ -35,7 +36,7 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training, "CHECKPOINT_STEPS", EVERY)
+    monkeypatch.setattr(hf_training, "CHECKPOINT_STEPS", EVERY)
     monkeypatch.setattr(grpo, "CHECKPOINT_UPDATES", 1)
 
 
@@ -45,14 +46,14 @@ def outputs(folder: Path) -> dict[str, bytes]:
 
 def after_step(number: int, then: Callable[[Any], None]) -> pytest.MonkeyPatch:
     """Do something to the model at the end of a step."""
-    patch, original = pytest.MonkeyPatch(), training.HistoryCallback.on_step_end
+    patch, original = pytest.MonkeyPatch(), hf_training.HistoryCallback.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         if state.global_step == number:
             then(kwargs["model"])
 
-    patch.setattr(training.HistoryCallback, "on_step_end", on_step_end)
+    patch.setattr(hf_training.HistoryCallback, "on_step_end", on_step_end)
     return patch
 
 
@@ -82,7 +83,7 @@ def checkpoints(folder: Path) -> list[str]:
 
 def cut_short(checkpoint: Path) -> None:
     """As a kill in the middle of the last file would leave it."""
-    (checkpoint / training.COMPLETE_MARKER).unlink()
+    (checkpoint / hf_training.COMPLETE_MARKER).unlink()
     state = checkpoint / "trainer_state.json"
     state.write_text(state.read_text()[:100])
 
@@ -113,7 +114,7 @@ def test_a_stage_interrupted_in_every_epoch_writes_the_same(
 
 @pytest.mark.slow
 def test_killed_three_times_and_still_the_same_run(inputs: Path, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tests.unit.killed_stage", str(inputs), str(tmp_path)]
+    command = [sys.executable, "-m", "tests.support.killed_stage", str(inputs), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -154,7 +155,7 @@ def test_samples_of_grpo_carry_the_number_of_their_update(inputs: Path, tmp_path
 
 
 def test_a_plain_function_writes_no_checkpoint() -> None:
-    arguments = training.trainer_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
+    arguments = hf_training.trainer_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
     assert arguments["save_strategy"] == "no"
 
 

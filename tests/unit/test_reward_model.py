@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from tasks.core.schema import Preference, read_rows
-from tasks.rewards.familiarity import MahalanobisOOD
-from tasks.rewards.learned import OOD_DETECTOR, NORMALISATION, RewardModel, member_folder
-from tests.unit.tiny_stages import run_reward_model, write_inputs
+from tasks.core.rows import Preference, read_rows
+from tasks.rewards.ood import MahalanobisOOD
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, RewardModel, member_folder
+from tests.support.tiny_stages import run_reward_model, write_inputs
 
 WEIGHTS = "adapter/adapter_model.safetensors"
 
@@ -63,7 +63,9 @@ def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble
     model = RewardModel.load(inputs / "base_model", inputs / "sft", ensemble)
     pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
     prompts = [row.prompt for row in pairs]
-    gaps = model.member_scores(prompts, [row.chosen for row in pairs]) - model.member_scores(prompts, [r.rejected for r in pairs])
+    gaps = model.member_scores(prompts, [row.chosen for row in pairs]) - model.member_scores(
+        prompts, [r.rejected for r in pairs]
+    )
     found = figures(ensemble)
     assert found["members"] == len(gaps) == 3
     assert found["accuracy"] == pytest.approx((gaps[0] > 0).float().mean().item())
@@ -90,5 +92,5 @@ def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(in
     assert familiarity.threshold == pytest.approx(low + (place - int(place)) * (high - low), rel=1e-4)
     found = figures(alone)
     assert found["familiar_distance"] == familiarity.threshold
-    assert found["unfamiliar_heldout"] == pytest.approx(familiarity.is_ood(states("test")).mean().item(), abs=0.05)
-    assert 0 <= found["unfamiliar_sft"] <= 1
+    assert found["ood_share_heldout"] == pytest.approx(familiarity.is_ood(states("test")).mean().item(), abs=0.05)
+    assert 0 <= found["ood_share_sft"] <= 1

@@ -10,13 +10,13 @@ from collections.abc import Mapping
 
 from tasks.rewards.code import code_reward
 from tasks.rewards.rules.answers import answer_rule, contains_facts_rule
-from tasks.rewards.rules.form import matches_pattern, json_schema_rule
+from tasks.rewards.rules.base import RuleFactory, response_rule
+from tasks.rewards.rules.custom import custom_rule
+from tasks.rewards.rules.format import json_schema_rule, matches_pattern
 from tasks.rewards.rules.instructions import instructions_rule
-from tasks.rewards.rules.kinds import RuleFactory, response_rule
-from tasks.rewards.rules.mathematics import math_rule
+from tasks.rewards.rules.math import math_rule
 from tasks.rewards.rules.poem import poem_rule
 from tasks.rewards.rules.style import language_rule, length, readability, repetition, vader_rule
-from tasks.rewards.rules.users import custom_rule
 
 __all__ = ["RULES", "get_rule_factory"]
 
@@ -35,7 +35,7 @@ RULES: Mapping[str, RuleFactory] = {
     "repetition": response_rule(repetition),
     "sentiment": vader_rule,
 }
-"""Rule → factory. A new one is a line here and one, with its options, in `tasks.core.sections.rules.OPTIONS`.
+"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.OPTIONS`.
 
 A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch (see `kinds`).
 """

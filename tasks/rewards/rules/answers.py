@@ -7,12 +7,12 @@ import re
 import string
 from decimal import Decimal
 
+from tasks.config.rules import ContainsFactsRule, RuleOptions
 from tasks.core.errors import DataError
-from tasks.core.sections.rules import ContainsFactsRule, RuleOptions
-from tasks.core.words import tokenize_words
-from tasks.rewards.rules.kinds import Answers, PerSampleRule
+from tasks.core.text_stats import tokenize_words
+from tasks.rewards.rules.base import Answers, PerSampleRule
 
-__all__ = ["require_answer", "answer_rule", "contains_facts", "contains_facts_rule", "exact_match", "strict_match"]
+__all__ = ["answer_rule", "contains_facts", "contains_facts_rule", "exact_match", "require_answer", "strict_match"]
 
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,4}\b)?")
 """`-3`, `1,234.5`, `.5`, `-$5`, `1e5`; a minus between two things (`3-5`, `x-5`) is no sign.

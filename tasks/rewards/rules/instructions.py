@@ -5,9 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 
-from tasks.core.sections.rules import InstructionsRule
-from tasks.core.words import tokenize_words
-from tasks.rewards.rules.kinds import Answers, PerSampleRule
+from tasks.config.rules import InstructionsRule
+from tasks.core.text_stats import tokenize_words
+from tasks.rewards.rules.base import Answers, PerSampleRule
 from tasks.rewards.rules.style import count_sentences
 
 __all__ = ["check_constraints", "instructions_rule"]

@@ -21,12 +21,12 @@ from functools import cache
 from itertools import combinations, product
 from typing import Any
 
-from tasks.core.sections.rules import PoemRule
-from tasks.core.words import tokenize_words
-from tasks.rewards.rules.kinds import Answers, PerSampleRule, import_extra
+from tasks.config.rules import PoemRule
+from tasks.core.text_stats import tokenize_words
+from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
 from tasks.rewards.rules.style import count_syllables
 
-__all__ = ["lines_of", "poem_scores", "poem_rule", "rhyme_score", "words_rhyme"]
+__all__ = ["lines_of", "poem_rule", "poem_scores", "rhyme_score", "words_rhyme"]
 
 STOP_WORDS = frozenset({
     "a", "about", "all", "an", "and", "are", "as", "at", "be", "but", "by", "for", "from", "has", "have", "he",
@@ -95,7 +95,9 @@ def rhyme_score(ends: list[str], scheme: str) -> float:
     rhyme_words: dict[str, str] = {}
     for letter, end in letters:
         rhyme_words.setdefault(letter, end)
-    reused_rhymes = {later for (_, one), (later, other) in combinations(rhyme_words.items(), 2) if _endings_match(one, other)}
+    reused_rhymes = {
+        later for (_, one), (later, other) in combinations(rhyme_words.items(), 2) if _endings_match(one, other)
+    }
     rhyming = sum(
         words_rhyme(one, other) and letter not in reused_rhymes
         for (letter, one), (same, other) in combinations(letters, 2)

@@ -8,20 +8,20 @@ from typing import Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
+from tasks.config.rules import LanguageRule, VaderRule
 from tasks.core.errors import ConfigError
-from tasks.core.sections.rules import LanguageRule, VaderRule
-from tasks.core.words import repetition_rate, tokenize_words
-from tasks.rewards.rules.kinds import Answers, PerSampleRule, import_extra
+from tasks.core.text_stats import repetition_rate, tokenize_words
+from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
 
 __all__ = [
+    "count_sentences",
+    "count_syllables",
     "language_rule",
     "length",
     "readability",
     "reading_ease",
     "repetition",
-    "count_sentences",
     "vader_rule",
-    "count_syllables",
 ]
 
 SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
@@ -67,7 +67,10 @@ def count_syllables(word: str) -> int:
 def reading_ease(text: str) -> float:
     """206.835 − 1.015 · words per sentence − 84.6 · syllables per word (Flesch 1948, J. Appl. Psychology 32, 221)."""
     text_words = tokenize_words(text)
-    per_sentence, per_word = len(text_words) / count_sentences(text), sum(map(count_syllables, text_words)) / len(text_words)
+    per_sentence, per_word = (
+        len(text_words) / count_sentences(text),
+        sum(map(count_syllables, text_words)) / len(text_words),
+    )
     return 206.835 - 1.015 * per_sentence - 84.6 * per_word
 
 

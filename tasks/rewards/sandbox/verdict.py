@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-__all__ = ["Status", "SandboxResult"]
+__all__ = ["SandboxResult", "Status"]
 
 
 class Status(StrEnum):

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 
-from tasks.rl.environments.dialogue import Environment
-from tasks.rl.environments.second_try import RetryEnvironment
+from tasks.rl.environments.base import Environment
+from tasks.rl.environments.retry import RetryEnvironment
 from tasks.rl.environments.service_bot import BookingUser
 
 __all__ = ["ENVIRONMENTS"]

@@ -20,15 +20,24 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
+from tasks.config.data import SourceParams
 from tasks.core.errors import DataError
-from tasks.core.schema import Prompt
-from tasks.core.words import tokenize_words
-from tasks.rl.environments.dialogue import Step, user_turn, first_prompt
+from tasks.core.rows import Prompt
+from tasks.core.text_stats import tokenize_words
+from tasks.rl.environments.base import Step, first_prompt, user_turn
 
-__all__ = ["TASKS", "BookingUser", "Slot", "Task", "generate_dialogues"]
+__all__ = [
+    "TASKS",
+    "BookingUser",
+    "Slot",
+    "Task",
+    "generate_dialogues",
+    "read_service_bot",
+]
 
 Goal = Mapping[str, str]
 """Slot → the value that the user wants; `wish` names the task."""
@@ -186,3 +195,18 @@ def _parse_goal(row: Prompt) -> Goal:
             "a source of kind service_bot"
         )
     return dict(goal)
+
+
+_DEFAULT_DIALOGUES = 1000  # generated without end
+
+
+def read_service_bot(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int, object]], dict[str, object]]:
+    """Generate `limit` dialogues from the seed: the user's opening, the dialogue, and the goal as answer.
+
+    Raises:
+        DataError: there is no such task.
+    """
+    tasks = source.id.split(",")
+    rows = list(islice(generate_dialogues(tasks, seed), source.limit or _DEFAULT_DIALOGUES))
+    origin: dict[str, object] = {"source": "scripted dialogues of this project", "wishes": tasks, "seed": seed}
+    return ((f"service_bot/{source.id}", line, row) for line, row in enumerate(rows, start=1)), origin

@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
+from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
-from tasks.core.schema import Demonstration, Preference, Prompt, Rating, Row
-from tasks.core.sections.prepare import PrepareParams
+from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row
 from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, split_key
 
 BOUNDS = PrepareParams(

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import SourceError
-from tasks.data.film_reviews import INNER, RATINGS, TEXTS, read_film_reviews, clean_text
+from tasks.data.film_reviews import INNER, RATINGS, TEXTS, clean_text, read_film_reviews
 
 
 def packed(members: dict[str, bytes]) -> bytes:

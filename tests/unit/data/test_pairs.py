@@ -8,7 +8,7 @@ from random import Random
 
 import pytest
 
-from tasks.core.schema import Rating
+from tasks.core.rows import Rating
 from tasks.data.pairs import draw_pairs, label_by_all, label_by_raters
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import SourceError
-from tasks.data import pip_child
+from tasks.data import pip_download
 from tasks.data.pypi import fetch
 
 BACKEND = """
@@ -193,7 +193,7 @@ def test_a_pip_without_the_expected_internals_is_named_with_the_range_that_works
 ) -> None:
     child = tmp_path / "child.py"
     child.write_text("from pip._internal.commands.download import NoSuchName")
-    monkeypatch.setattr(pip_child, "__file__", str(child))
+    monkeypatch.setattr(pip_download, "__file__", str(child))
     with pytest.raises(SourceError, match=r'(?s)cannot import name .NoSuchName.*pip install "pip>='):
         fetch("evil==1.0", form="sdist", sha256="0" * 64, cache=tmp_path / "cache")
 

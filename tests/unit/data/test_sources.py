@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from tasks.config.data import SourceParams
 from tasks.core.errors import DataError, SourceError
-from tasks.core.schema import Demonstration, Preference
-from tasks.core.sections.collect import SourceParams
+from tasks.core.rows import Demonstration, Preference
 from tasks.data.sources import SourceRows, collect_source
 
 

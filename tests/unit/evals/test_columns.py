@@ -1,5 +1,5 @@
-from tasks.evals.columns import COLUMNS, cells, columns_of, format_signed
 from tasks.evals.compare import Table
+from tasks.evals.report_text import COLUMNS, cells, columns_of, format_signed
 
 ROW = {"win_rate": 0.793, "win_rate_low": 0.733, "win_rate_high": 0.844, "kl": 3.335, "kl_stderr": 0.165}
 TABLE: Table = {

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tasks.evals.compare import ScoredResponse
-from tasks.evals.examples import select_examples, examples_to_dict
+from tasks.evals.report import examples_to_dict, select_examples
 
 Make = Callable[..., ScoredResponse]
 
@@ -56,7 +56,9 @@ def test_the_reference_has_none_and_a_lone_reference_is_no_error(judged: Make, r
     assert select_examples([judged("sft", "a")], 1) == {}
 
 
-def test_json_has_both_responses_with_the_scores_of_those_who_judged(judged: Make, records: list[ScoredResponse]) -> None:
+def test_json_has_both_responses_with_the_scores_of_those_who_judged(
+    judged: Make, records: list[ScoredResponse]
+) -> None:
     loss = examples_to_dict(select_examples(records, 1)["ppo"])["losses"][0]
     assert (loss["prompt_id"], loss["prompt"], loss["score_difference"]) == ("b", "prompt b", -1.0)
     assert loss["ppo"] == {"response": " hacked", "ended": False, "kl": 2.5, "gold": 1.0, "vader": 0.0, "proxy": 4.0}

@@ -6,11 +6,11 @@ from collections.abc import Callable
 
 import pytest
 
+from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
-from tasks.core.sections.gate import GateParams
 from tasks.evals.compare import ScoredResponse, compare_policies
-from tasks.evals.findings import HackingFinding, find_hacking
-from tasks.evals.gate import select_candidate, decide
+from tasks.evals.gate import decide, select_candidate
+from tasks.evals.hacking_report import HackingFinding, find_hacking
 from tasks.evals.statistics import Interval
 
 PARAMS = GateParams(
@@ -85,7 +85,9 @@ def test_a_reason_has_both_numbers() -> None:
     )
 
 
-def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged: Callable[..., ScoredResponse]) -> None:
+def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(
+    judged: Callable[..., ScoredResponse],
+) -> None:
     """From its answers to the decision: by the proxy it wins at every prompt, by gold at every second one."""
     sft = [judged("sft", f"p{number}", proxy=0.0, gold=0.0, response=" a fine film to see") for number in range(40)]
     ppo = [

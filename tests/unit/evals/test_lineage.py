@@ -2,8 +2,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.files import write_json
-from tasks.evals.lineage import SourceInfo, collect_sources
+from tasks.core.rows import write_json
+from tasks.evals.report import SourceInfo, collect_sources
 
 MODEL = {"source": "PyPI package m==1", "licence": "Apache-2.0", "parameters": 134515008, "sha256": "a" * 64}
 

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from tasks.evals.compare import ScoredResponse
-from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, fit_curve, curve_peak, policy_point
+from tasks.evals.overoptimisation import best_of_n, best_of_n_kl, curve, curve_peak, fit_curve, policy_point
 
 KL = np.array([0.0, 0.25, 1.0, 4.0, 9.0, 16.0])
 DISTANCE = np.array([0.0, 0.5, 1.0, 2.0, 3.0, 4.0])
@@ -62,7 +62,9 @@ def test_the_fit_of_rl_finds_the_coefficients_and_the_peak():
 
 def test_intervals_hold_the_truth_as_often_as_they_say_and_narrow_with_prompts():
     fits = [
-        fit_curve("rl", levels(KL, prompts=200), levels(RL_GAINS, prompts=200, noise=0.5, seed=seed), samples=200, seed=99)
+        fit_curve(
+            "rl", levels(KL, prompts=200), levels(RL_GAINS, prompts=200, noise=0.5, seed=seed), samples=200, seed=99
+        )
         for seed in range(100)
     ]
     hits = sum(found.alpha.low < 1.5 < found.alpha.high for found in fits)

@@ -5,8 +5,16 @@ from collections.abc import Callable, Sequence
 import pytest
 
 from tasks.evals.compare import ScoredResponse, Table, compare_policies
-from tasks.evals.pairwise import Judgement, Reply, reliability_warnings, judge_pairs, format_question, parse_verdict, add_judge_metrics
-from tests.unit.chat_server import longer, shown
+from tasks.evals.pairwise import (
+    Judgement,
+    Reply,
+    add_judge_metrics,
+    format_question,
+    judge_pairs,
+    parse_verdict,
+    reliability_warnings,
+)
+from tests.support.chat_server import longer, shown
 
 Make = Callable[..., ScoredResponse]
 
@@ -38,7 +46,9 @@ def records(judged: Make) -> list[ScoredResponse]:
     ]
 
 
-def _row(records: list[ScoredResponse], rule: Callable[[str], str], policy: str = "ppo", prompts: int = 4) -> dict[str, float]:
+def _row(
+    records: list[ScoredResponse], rule: Callable[[str], str], policy: str = "ppo", prompts: int = 4
+) -> dict[str, float]:
     judgements = judge_pairs(records, Judge(rule), rubric="Longer?", prompts=prompts)
     return _with(records, judgements)[policy]
 
@@ -132,7 +142,10 @@ def test_doubts_name_the_policy_and_how_bad_it_is(records: list[ScoredResponse])
     ]
     assert "chose the first in 100%" in reliability_warnings(table)[0]
     table = _with(records, judge_pairs(records, Judge(lambda _: "Hm"), rubric="?", prompts=4))
-    assert ["75% were unclear" in reliability_warnings(table)[0], "100% were unclear" in reliability_warnings(table)[1]] == [True, True]
+    assert [
+        "75% were unclear" in reliability_warnings(table)[0],
+        "100% were unclear" in reliability_warnings(table)[1],
+    ] == [True, True]
 
 
 @pytest.mark.parametrize(

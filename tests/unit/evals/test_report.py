@@ -10,9 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.evals.compare import ScoredResponse, compare_policies
-from tasks.evals.findings import HackingFinding
-from tasks.evals.lineage import SourceInfo
-from tasks.evals.report import ReportData, report_to_dict, read_table, render_report, escape_control_chars
+from tasks.evals.hacking_report import HackingFinding
+from tasks.evals.report import ReportData, SourceInfo, escape_control_chars, read_table, render_report, report_to_dict
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -260,7 +259,9 @@ def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(evidence: Rep
 def test_a_policy_cannot_write_into_the_page(evidence: ReportData, judged: Callable[..., ScoredResponse]) -> None:
     evil = judged("sft", "0", response=" <script>alert('x')</script>\x00\x1b[31m", prompt="<b>bold", ended=False)
     empty = judged("ppo", "0", response="")
-    html = render_report(dataclasses.replace(evidence, records=[evil, empty], table=compare_policies([evil, empty], samples=9, seed=0)))
+    html = render_report(
+        dataclasses.replace(evidence, records=[evil, empty], table=compare_policies([evil, empty], samples=9, seed=0))
+    )
     assert "<script" not in html
     assert "<b>bold" not in html
     assert "\x00" not in html

@@ -1,7 +1,15 @@
 import numpy as np
 import pytest
 
-from tasks.evals.statistics import TIE_TOLERANCE, bootstrap_mean, mean_and_error, t_interval, wilson_interval, win_rate, pairwise_wins
+from tasks.evals.statistics import (
+    TIE_TOLERANCE,
+    bootstrap_mean,
+    mean_and_error,
+    pairwise_wins,
+    t_interval,
+    wilson_interval,
+    win_rate,
+)
 
 
 def test_mean_and_error_by_hand() -> None:

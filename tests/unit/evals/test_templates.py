@@ -1,7 +1,7 @@
 import pytest
 from jinja2 import UndefinedError
 
-from tasks.evals.templates import load_template
+from tasks.evals.report import load_template
 
 
 @pytest.mark.parametrize("name", ["report.html.j2", "card.md.j2"])

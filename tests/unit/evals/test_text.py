@@ -1,4 +1,4 @@
-from tasks.evals.text import length_counts, word_count
+from tasks.evals.report import length_counts, word_count
 
 
 def test_word_count_leaves_punctuation_out() -> None:

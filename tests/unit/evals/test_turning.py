@@ -1,6 +1,6 @@
 from typing import Any
 
-from tasks.evals.turning import turning_point
+from tasks.evals.report_text import turning_point
 
 POINTS = [{"method": method, "distance": distance} for method in ("ppo", "best_of_n") for distance in ("1.0", "2.0")]
 

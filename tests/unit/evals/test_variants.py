@@ -6,7 +6,7 @@ import csv
 import json
 from pathlib import Path
 
-from tasks.evals.variants import write_comparison
+from tasks.evals.experiments import write_comparison
 
 
 def row(kl: float, gain: float) -> dict[str, float]:

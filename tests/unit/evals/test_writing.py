@@ -11,7 +11,7 @@ import pytest
 from tasks.core.errors import ConfigError
 from tasks.evals.writing import BATCH_SIZE, Sampler, policy_stages
 from tests.conftest import letter_tokenizer
-from tests.unit.tiny_policy import write_parts
+from tests.support.tiny_policy import write_parts
 
 
 @pytest.fixture(scope="module")

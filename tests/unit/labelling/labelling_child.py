@@ -8,8 +8,8 @@ from pathlib import Path
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
-from tasks.core.sections.judge import JudgeParams
-from tasks.evals.judges import EndpointJudge
+from tasks.config.evaluation import JudgeParams
+from tasks.evals.llm_judge import EndpointJudge
 from tasks.labelling.feedback import Budget, Constitution, CountingBook, label_by_model
 
 

@@ -16,9 +16,9 @@ from typer.testing import CliRunner
 
 from flows import label_data_commands, screen
 from flows.label_data_commands import _session
+from tasks.config.data import SourceParams
 from tasks.core.errors import ConfigError, DataError, SourceError
-from tasks.core.schema import Preference, Prompt, read_rows, write_rows
-from tasks.core.sections.collect import SourceParams
+from tasks.core.rows import Preference, Prompt, read_rows, write_rows
 from tasks.data.sources import collect_source
 from tasks.evals.pairwise import Reply
 from tasks.labelling import feedback, report
@@ -26,9 +26,9 @@ from tasks.labelling.labels import Label, Question, add_label, current_labels, q
 from tasks.labelling.report import Report
 from tasks.labelling.store import LabelStore
 from tasks.labelling.tables import Event, Labeller
-from tests.unit.chat_server import longer, serving
+from tests.support.chat_server import longer, serving
+from tests.support.tiny_policy import write_parts
 from tests.unit.labelling.conftest import make_item, token
-from tests.unit.tiny_policy import write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["a", "ab", "abc", "b", "ba"]

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.schema import Preference, write_rows
-from tasks.core.sections.prepare import PrepareParams
+from tasks.config.data import PrepareParams
+from tasks.core.rows import Preference, write_rows
 from tasks.labelling.dataset import Aggregate, Dataset, dataset
 from tasks.labelling.labels import Label, Question, pseudonym, pseudonyms
 from tasks.prepare import prepare

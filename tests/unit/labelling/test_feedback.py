@@ -14,9 +14,9 @@ import pytest
 from sqlalchemy import create_engine
 from sqlalchemy.orm import Session
 
+from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError, SourceError
-from tasks.core.sections.judge import JudgeParams
-from tasks.evals.judges import EndpointJudge
+from tasks.evals.llm_judge import EndpointJudge
 from tasks.labelling.feedback import (
     Budget,
     Constitution,
@@ -27,7 +27,7 @@ from tasks.labelling.feedback import (
 )
 from tasks.labelling.labels import add_label, add_questions, current_labels
 from tasks.labelling.tables import Base
-from tests.unit.chat_server import TOKENS, Chat, longer, serving, shown
+from tests.support.chat_server import TOKENS, Chat, longer, serving, shown
 from tests.unit.labelling.made import pair
 
 ROOT = Path(__file__).resolve().parents[3]

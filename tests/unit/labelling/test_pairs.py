@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.schema import Preference, write_rows
+from tasks.core.rows import Preference, write_rows
 from tasks.labelling.labels import question_id
 from tasks.labelling.pairs import (
     Written,

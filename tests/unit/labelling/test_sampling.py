@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import ConfigError
-from tasks.core.schema import Prompt, write_rows
+from tasks.core.rows import Prompt, write_rows
 from tasks.labelling.pairs import by_disagreement, paired, variance
 from tasks.labelling.sampling import check_policies, ensemble, prompts, written
-from tests.unit.tiny_policy import write_parts
-from tests.unit.tiny_stages import GENERATION, run_reward_model, write_inputs
+from tests.support.tiny_policy import write_parts
+from tests.support.tiny_stages import GENERATION, run_reward_model, write_inputs
 
 
 @pytest.fixture(scope="module")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError
-from tasks.core.sections.code_rule import CodeRule
-from tasks.rewards.sandbox.run import Sandbox
+from tasks.rewards.sandbox.sandbox import Sandbox
 
 
 def sandbox_or_skip(options: CodeRule) -> Sandbox:

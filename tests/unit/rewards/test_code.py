@@ -2,11 +2,11 @@ from __future__ import annotations
 
 import pytest
 
+from tasks.config.reward import RewardParams
+from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
-from tasks.core.schema import Prompt
-from tasks.core.sections.code_rule import CodeRule
-from tasks.core.sections.reward import RewardParams
-from tasks.rewards.code import select_tests, code_reward, function_under_test, extract_program
+from tasks.core.rows import Prompt
+from tasks.rewards.code import code_reward, extract_program, function_under_test, select_tests
 from tasks.rewards.composition import Measuring, build_reward
 
 walled = pytest.mark.usefixtures("walls")

@@ -3,9 +3,9 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tasks.config.reward import Normaliser, Priority, RewardParams
 from tasks.core.errors import ConfigError, DataError, TrainingError
-from tasks.core.schema import Prompt
-from tasks.core.sections.reward import Priority, RewardParams, Normaliser
+from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward, build_reward
 
 PROMPTS, RESPONSES = ["A film", "The end"], [" so so so", " is near"]
@@ -58,14 +58,14 @@ class Noticing:
 
     def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
-        return torch.tensor([3.0, 1.0]), {"unfamiliar": torch.tensor([0.0, 1.0])}
+        return torch.tensor([3.0, 1.0]), {"ood_share": torch.tensor([0.0, 1.0])}
 
 
 def test_what_components_measure_is_reported_and_never_paid() -> None:
     noticing = Noticing()
     outcome = CompositeReward({"a": noticing, "b": _constant(1.0, 1.0)}, {"a": 2.0, "b": 1.0})(PROMPTS, RESPONSES)
     assert outcome.total.tolist() == [7.0, 3.0]
-    assert {name: values.tolist() for name, values in outcome.metrics.items()} == {"unfamiliar": [0.0, 1.0]}
+    assert {name: values.tolist() for name, values in outcome.metrics.items()} == {"ood_share": [0.0, 1.0]}
     assert outcome.gather().metrics == outcome.metrics
     assert noticing.calls == 1
     assert CompositeReward({"b": _constant(1.0, 1.0)}, {"b": 1.0})(PROMPTS, RESPONSES).metrics == {}
@@ -194,7 +194,9 @@ def test_a_gate_leaves_at_most_the_floor() -> None:
 
 def test_a_batch_gives_the_scale_in_training_and_the_first_batch_outside() -> None:
     seen = iter([[1.0, 3.0], [1.0, 5.0], [4.0, 4.0], [1.0, 3.0], [5.0, 5.0]])
-    reward = CompositeReward({"a": lambda prompts, responses: next(seen)}, {"a": 2.0}, scales={"a": Normaliser(by="batch")})
+    reward = CompositeReward(
+        {"a": lambda prompts, responses: next(seen)}, {"a": 2.0}, scales={"a": Normaliser(by="batch")}
+    )
     training = [reward(PROMPTS, RESPONSES, update).total.tolist() for update in (1, 2, 3)]
     assert training == [[-2.0, 2.0], [-2.0, 2.0], [0.0, 0.0]]
     outside = [reward(PROMPTS, RESPONSES).total.tolist() for _ in range(2)]

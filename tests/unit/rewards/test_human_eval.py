@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from tasks.core.sections.code_rule import CodeRule
+from tasks.config.rules import CodeRule
 from tasks.rewards.code import CodeReward, code_reward, function_under_test
 from tests.unit.rewards.conftest import sandbox_or_skip
 

@@ -13,14 +13,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
+from tasks.config.training import RewardModelParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
-from tasks.core.schema import Preference, Rating, read_rows, write_rows
-from tasks.core.sections.reward_model import RewardModelParams
-from tasks.rewards.familiarity import MahalanobisOOD
-from tasks.rewards.finished import PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.learned import BACKBONE, NORMALISATION, ScoreHead, EnsembleMember, RewardModel
+from tasks.core.rows import Preference, Rating, read_rows, write_rows
+from tasks.rewards.ood import MahalanobisOOD
+from tasks.rewards.pretrained import PRETRAINED_DIR, load_pretrained_scorer
+from tasks.rewards.reward_model import BACKBONE, NORMALISATION, EnsembleMember, RewardModel, ScoreHead
 from tests.conftest import letter_tokenizer, tiny_model
-from tests.unit.tiny_stages import run_reward_model, write_inputs
+from tests.support.tiny_stages import run_reward_model, write_inputs
 
 PAIRS, TEXTS = 40, 64
 LEARN = {"epochs": 3, "batch_size": 8, "learning_rate": 0.03, "normalisation_samples": 16}
@@ -154,7 +154,7 @@ def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(
     model = load(inputs, several)
     prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
     value, measures = model.score_with_metrics(prompts, responses)
-    assert list(measures) == ["unfamiliar", "objective/short", "objective/kind"]
+    assert list(measures) == ["ood_share", "objective/short", "objective/kind"]
     torch.testing.assert_close(value, 0.25 * measures["objective/short"] + 0.75 * measures["objective/kind"])
     facts = json.loads((several / NORMALISATION).read_text())["objectives"]
     raw = model._members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
@@ -308,7 +308,9 @@ def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Pa
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
     assert (out / "history.csv").read_text() == "step\n"
     assert MahalanobisOOD.load(out / "adapter" / "familiarity.safetensors").mean.shape == (32,)
-    assert (out / PRETRAINED_DIR / "model.safetensors").read_bytes() == (tmp_path / "theirs" / "model.safetensors").read_bytes()
+    assert (out / PRETRAINED_DIR / "model.safetensors").read_bytes() == (
+        tmp_path / "theirs" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
@@ -376,7 +378,7 @@ def test_missing_ratings_and_margins_are_named(tmp_path: Path) -> None:
 
 
 def test_the_shipped_parameters_name_every_key() -> None:
-    from tasks.core.params import load_params
+    from tasks.config.params import load_params
 
     shipped = load_params(Path(__file__).parents[3] / "params.yaml").reward_model
     assert shipped

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.sections.rules import PoemRule
-from tasks.rewards.rules.poem import lines_of, poem_scores, poem_rule, rhyme_score, words_rhyme
+from tasks.config.rules import PoemRule
+from tasks.rewards.rules.poem import lines_of, poem_rule, poem_scores, rhyme_score, words_rhyme
 
 pytest.importorskip("pronouncing")
 

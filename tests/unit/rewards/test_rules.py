@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core.sections.rules import RULE_OPTIONS
+from tasks.config.rules import RULE_OPTIONS
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.style import length, repetition

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import pytest
 
+from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.sections.code_rule import CodeRule
-from tasks.rewards.sandbox import jail
-from tasks.rewards.sandbox.filter import ALLOWED
-from tasks.rewards.sandbox.inside import wire
-from tasks.rewards.sandbox.run import Job, Sandbox
+from tasks.rewards.sandbox import bubblewrap
+from tasks.rewards.sandbox.inside import codec
+from tasks.rewards.sandbox.sandbox import Job, Sandbox
+from tasks.rewards.sandbox.seccomp import ALLOWED
 from tasks.rewards.sandbox.verdict import Status
 from tests.unit.rewards.conftest import sandbox_or_skip
 
@@ -42,13 +42,13 @@ class Liar(int):
 
 @pytest.mark.parametrize("value", VALUES)
 def test_a_value_arrives_as_it_was(value: object) -> None:
-    arrived = wire.decode(wire.encode(value, 1000))
+    arrived = codec.decode(codec.encode(value, 1000))
     assert repr(arrived) == repr(value)
     assert type(arrived) is type(value)
 
 
 def test_not_a_number_arrives() -> None:
-    arrived = wire.decode(wire.encode(math.nan, 1000))
+    arrived = codec.decode(codec.encode(math.nan, 1000))
     assert isinstance(arrived, float)
     assert math.isnan(arrived)
 
@@ -65,11 +65,11 @@ def test_random_values_arrive() -> None:
 
     for _ in range(500):
         made = value(4)
-        assert wire.decode(wire.encode(made, 1 << 20)) == made
+        assert codec.decode(codec.encode(made, 1 << 20)) == made
 
 
 def test_a_subclass_arrives_as_its_base() -> None:
-    arrived = wire.decode(wire.encode([Liar(5)], 1000))
+    arrived = codec.decode(codec.encode([Liar(5)], 1000))
     assert arrived == [5]
     assert arrived != [6]
     assert type(arrived[0]) is int  # type: ignore[index]
@@ -81,8 +81,8 @@ def test_a_subclass_arrives_as_its_base() -> None:
     ids=lambda value: type(value).__name__,
 )
 def test_what_is_no_plain_data_does_not_leave(value: object) -> None:
-    with pytest.raises(wire.UnsupportedTypeError):
-        wire.encode(value, 1000)
+    with pytest.raises(codec.UnsupportedTypeError):
+        codec.encode(value, 1000)
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_what_is_no_plain_data_does_not_leave(value: object) -> None:
      b"l" + b"9" * 5000 + b":", b"s:"],
 )  # fmt: skip
 def test_bytes_that_are_no_value_are_refused(text: bytes) -> None:
-    with pytest.raises(wire.UnsupportedTypeError):
-        wire.decode(text)
+    with pytest.raises(codec.UnsupportedTypeError):
+        codec.decode(text)
 
 
 def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
@@ -101,8 +101,8 @@ def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
     for _ in range(5000):
         text = bytes(choose.choices(alphabet, k=choose.randrange(12)))
         try:
-            wire.encode(wire.decode(text), 1 << 16)
-        except wire.UnsupportedTypeError:
+            codec.encode(codec.decode(text), 1 << 16)
+        except codec.UnsupportedTypeError:
             continue
 
 
@@ -110,25 +110,25 @@ def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
     "value", ["x" * 1001, b"x" * 1001, [None] * 1001, 1 << 8008, [["x" * 500] * 2]], ids=lambda v: str(v)[:9]
 )
 def test_a_value_must_keep_to_its_size(value: object) -> None:
-    with pytest.raises(wire.MessageTooLargeError):
-        wire.encode(value, 1000)
+    with pytest.raises(codec.MessageTooLargeError):
+        codec.encode(value, 1000)
 
 
 def test_frames_end_where_the_other_side_ends() -> None:
     end, start = os.pipe()
-    wire.write_frame(start, b"one")
-    wire.write_frame(start, b"")
+    codec.write_frame(start, b"one")
+    codec.write_frame(start, b"")
     os.write(start, b"\0\0\0\7cut")
     os.close(start)
-    assert [wire.read_frame(end, 9) for _ in range(4)] == [b"one", b"", None, None]
+    assert [codec.read_frame(end, 9) for _ in range(4)] == [b"one", b"", None, None]
     os.close(end)
 
 
 def test_a_frame_that_announces_too_much_is_not_read() -> None:
     end, start = os.pipe()
     os.write(start, b"\0\0\0\7")
-    with pytest.raises(wire.MessageTooLargeError):
-        wire.read_frame(end, 6)
+    with pytest.raises(codec.MessageTooLargeError):
+        codec.read_frame(end, 6)
     os.close(end)
     os.close(start)
 
@@ -227,9 +227,7 @@ def test_calls_with_what_is_no_plain_data_are_refused(sandbox: Sandbox) -> None:
 
 def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
-    with pytest.raises(
-        ConfigError, match=r"no `bwrap` on PATH: install it .* or set isolation: none_i_accept_the_risk"
-    ):
+    with pytest.raises(ConfigError, match=r"no `bwrap` on PATH: install it .* or set isolation: unsafe_no_isolation"):
         Sandbox(CodeRule())
 
 
@@ -244,22 +242,22 @@ def test_where_bubblewrap_does_not_work_it_says_why(monkeypatch: pytest.MonkeyPa
 
 @walled
 def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    walls = jail._bwrap_args
-    monkeypatch.setattr(jail, "_bwrap_args", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
+    walls = bubblewrap._bwrap_args
+    monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
     with pytest.raises(ConfigError, match="the sandbox does not hold on this machine: failed"):
         Sandbox(CodeRule())
 
 
 def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    jail.filter_program.cache_clear()
+    bubblewrap.filter_program.cache_clear()
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
-    monkeypatch.setattr(jail, "_bwrap_args", lambda _: [])
+    monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda _: [])
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[code\]'.*apt-get install libseccomp2"):
         Sandbox(CodeRule())
 
 
 def test_without_walls_there_are_still_limits() -> None:
-    sandbox = Sandbox(CodeRule(isolation="none_i_accept_the_risk", cpu_seconds=1, memory_mb=128, workers=4))
+    sandbox = Sandbox(CodeRule(isolation="unsafe_no_isolation", cpu_seconds=1, memory_mb=128, workers=4))
     programs = {
         ADD: Status.PASSED,
         "def add(a, b):\n    while True: pass": Status.TIMEOUT,
@@ -309,7 +307,7 @@ def test_the_programs_side_imports_little() -> None:
         "typing",
         "tasks",
     }
-    for file in Path(wire.__file__).parent.glob("*.py"):
+    for file in Path(codec.__file__).parent.glob("*.py"):
         lines = file.read_text().splitlines()
         found = itertools.chain.from_iterable(
             [line.split()[1]] for line in lines if line.strip().startswith(("import ", "from "))

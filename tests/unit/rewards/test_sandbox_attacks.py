@@ -15,10 +15,10 @@ from pathlib import Path
 import psutil
 import pytest
 
-from tasks.core.sections.code_rule import CodeRule
-from tasks.rewards.sandbox.run import Job, Sandbox
-from tasks.rewards.sandbox.verdict import Status, SandboxResult
-from tests.unit.rewards.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
+from tasks.config.rules import CodeRule
+from tasks.rewards.sandbox.sandbox import Job, Sandbox
+from tasks.rewards.sandbox.verdict import SandboxResult, Status
+from tests.support.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
@@ -156,7 +156,7 @@ def test_what_takes_for_ever_is_ended(
 @pytest.mark.parametrize("name", UNWALLED)
 def test_without_walls_the_same_attack_succeeds(name: str, tmp_path: Path) -> None:
     """The control: what the suite calls harmless would be seen if it were not."""
-    unwalled = Sandbox(CodeRule(**LIMITS, isolation="none_i_accept_the_risk"))
+    unwalled = Sandbox(CodeRule(**LIMITS, isolation="unsafe_no_isolation"))
     (attack,) = (attack for attack in ATTACKS if attack.name == name)
     with ExitStack() as stack:
         world = World(tmp_path, stack)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from tasks.config.rules import RULE_OPTIONS
 from tasks.core.errors import ConfigError
-from tasks.core.sections.rules import RULE_OPTIONS
 from tasks.rewards.rules import RULES
-from tasks.rewards.rules.style import readability, reading_ease, count_sentences, count_syllables
+from tasks.rewards.rules.style import count_sentences, count_syllables, readability, reading_ease
 
 BAND = {"low": 50.0, "high": 90.0, "tolerance": 40.0, "min_words": 5}
 

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 import torch
 
-from tasks.core.models import add_lora, new_reward_model, init_process
-from tasks.core.schema import Preference
-from tasks.core.training import HistoryCallback, train_or_resume
+from tasks.core.rows import Preference
+from tasks.models.hf_training import HistoryCallback, train_or_resume
+from tasks.models.loading import add_lora, init_process, new_reward_model
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import pair_trainer, regression_trainer
 from tests.conftest import letter_tokenizer, tiny_model
-from tests.unit.tiny_stages import LORA
+from tests.support.tiny_stages import LORA
 
 
 class Recipe:

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.rl.detectors import DETECTORS, PREFIX, detectors_fired, run_detectors
+from tasks.rl.hacking import DETECTORS, PREFIX, detectors_fired, run_detectors
 
 WEIGHTS = {"learned": 1.0, "brevity": 2.0}
 
 START = {
     "reward/learned": 0.0, "reward/brevity": 0.5, "score_std": 1.0, "length": 16.0, "repetition": 0.01,
-    "distinct_2": 0.8, "entropy": 4.0, "no_end_share": 0.4, "unfamiliar": 0.3, "kl": 0.0,
+    "distinct_2": 0.8, "entropy": 4.0, "truncated_share": 0.4, "ood_share": 0.3, "kl": 0.0,
 }  # fmt: skip
 
 FIRES = {
@@ -19,12 +19,12 @@ FIRES = {
     "ngram_collapse": {"distinct_2": 0.4},
     "entropy_collapse": {"entropy": 2.0},
     "reward_variance_collapse": {"score_std": 0.5},
-    "one_component_pays": {"reward/learned": 2.0, "reward/brevity": 0.0},
-    "truncation": {"no_end_share": 0.66},
-    "unfamiliar_responses": {"unfamiliar": 0.56},
+    "component_tradeoff": {"reward/learned": 2.0, "reward/brevity": 0.0},
+    "truncation": {"truncated_share": 0.66},
+    "ood_responses": {"ood_share": 0.56},
     "kl_spike": {"kl": 2.5},
 }
-"""one_component_pays: +2 and 2 · −0.5: one gains 1 in all, the other pays 1, all of it. kl_spike: 2.5 = 5 · 0.5."""
+"""component_tradeoff: +2 and 2 · −0.5: one gains 1 in all, the other pays 1, all of it. kl_spike: 2.5 = 5 · 0.5."""
 
 HOLDS = {
     "length_drift": {"length": 31.0},
@@ -32,12 +32,12 @@ HOLDS = {
     "ngram_collapse": {"distinct_2": 0.41},
     "entropy_collapse": {"entropy": 2.1},
     "reward_variance_collapse": {"score_std": 1.9},
-    "one_component_pays": {"reward/learned": 2.0, "reward/brevity": 0.3},
-    "truncation": {"no_end_share": 0.6},
-    "unfamiliar_responses": {"unfamiliar": 0.5},
+    "component_tradeoff": {"reward/learned": 2.0, "reward/brevity": 0.3},
+    "truncation": {"truncated_share": 0.6},
+    "ood_responses": {"ood_share": 0.5},
     "kl_spike": {"kl": 2.4},
 }
-"""one_component_pays: +2 and 2 · −0.2: 1.6 in all, and 0.4 paid, a quarter of it."""
+"""component_tradeoff: +2 and 2 · −0.2: 1.6 in all, and 0.4 paid, a quarter of it."""
 
 
 def last(change):
@@ -97,7 +97,7 @@ def test_a_spread_of_nothing_is_a_factor_of_a_thousand():
 
 
 def test_a_reward_of_one_component_has_no_cost():
-    assert PREFIX + "one_component_pays" not in run_detectors([START, START], {"learned": 1.0})[0]
+    assert PREFIX + "component_tradeoff" not in run_detectors([START, START], {"learned": 1.0})[0]
 
 
 def test_the_first_update_is_the_measure_and_finds_nothing():
@@ -122,11 +122,11 @@ def test_it_fires_once_and_again_after_it_went_away():
 
 def test_a_row_without_a_number_is_no_sign():
     """GRPO learns of the entropy later than of the responses; rules do not know what is familiar."""
-    row = {key: value for key, value in START.items() if key not in ("entropy", "kl", "unfamiliar")}
+    row = {key: value for key, value in START.items() if key not in ("entropy", "kl", "ood_share")}
     signs, _ = run_detectors([row, row], WEIGHTS)
     assert PREFIX + "entropy_collapse" not in signs
     assert PREFIX + "kl_spike" not in signs
-    assert PREFIX + "unfamiliar_responses" not in signs
+    assert PREFIX + "ood_responses" not in signs
     assert PREFIX + "length_drift" in signs
 
 

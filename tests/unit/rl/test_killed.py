@@ -17,7 +17,7 @@ KILLS = 3
 
 
 def run(folder: Path, *moment: int) -> int:
-    command = [sys.executable, "-m", "tests.unit.rl.killed_run", str(folder), *map(str, moment)]
+    command = [sys.executable, "-m", "tests.support.killed_run", str(folder), *map(str, moment)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
 

@@ -9,9 +9,9 @@ from itertools import islice
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.core.schema import Prompt
-from tasks.core.words import tokenize_words
-from tasks.rl.environments.dialogue import USER_TURN, Step, first_prompt
+from tasks.core.rows import Prompt
+from tasks.core.text_stats import tokenize_words
+from tasks.rl.environments.base import USER_TURN, Step, first_prompt
 from tasks.rl.environments.service_bot import TASKS, BookingUser, generate_dialogues
 
 GOAL = {"wish": "table", "day": "Friday", "time": "seven", "people": "four"}

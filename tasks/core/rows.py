@@ -1,0 +1,177 @@
+"""Write JSON and CSV files such that equal content is equal bytes on every machine."""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Self, TypeVar
+
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SerializerFunctionWrapHandler,
+    ValidationError,
+    model_serializer,
+    model_validator,
+)
+
+from tasks.core.errors import DataError
+
+__all__ = [
+    "ROW_TYPES",
+    "Demonstration",
+    "Preference",
+    "Prompt",
+    "Rating",
+    "Row",
+    "format_validation_error",
+    "read_rows",
+    "write_json",
+    "write_rows",
+    "write_table",
+]
+
+
+def write_json(path: Path, content: Mapping[str, object]) -> None:
+    """Write readable JSON, keys in the given order; the folder is made if it is missing."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(content, indent=2, ensure_ascii=False)
+    path.write_text(text + "\n", encoding="utf-8", newline="\n")
+
+
+def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Sequence[str] | None = None) -> None:
+    """Write rows as CSV under a header; the columns are those of the first row unless given."""
+    with path.open("w", encoding="utf-8", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(columns or rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+class Row(BaseModel):
+    """Base of all rows: an identifier that is unique within its file."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    id: str = Field(min_length=1)
+
+
+class Prompt(Row):
+    """A prompt, with the right answer where there is one."""
+
+    prompt: str = Field(min_length=1)
+    answer: str | None = Field(default=None, description="The right answer, where there is one that a rule can check.")
+
+
+class Demonstration(Row):
+    """A response that a person wrote. `prompt + response` is the whole text: the response carries its own space."""
+
+    prompt: str
+    response: str = Field(min_length=1)
+    answer: str | None = Field(default=None, description="As in `Prompt`.")
+
+
+class Preference(Row):
+    """Two responses to one prompt, of which a person preferred `chosen`.
+
+    `margin` is the difference of the two mean ratings (points of the rating scale) where it is known: it is negative
+    when the sampled raters disagree with the mean of all. Of a label it is how much better the labeller finds the
+    chosen one: 1 slightly, 2 clearly, 3 far. `objective` names what they were asked to compare, where a source asked
+    for one thing among several. A file holds the last three only where they are known.
+    """
+
+    prompt: str
+    chosen: str = Field(min_length=1)
+    rejected: str = Field(min_length=1)
+    margin: float | None = None
+    labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
+    confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
+    objective: str | None = Field(default=None, min_length=1)
+
+    @model_validator(mode="after")
+    def _check_sides_differ(self) -> Self:
+        if self.chosen == self.rejected:
+            raise ValueError("chosen and rejected are the same text, so the pair says nothing")
+        return self
+
+    @model_serializer(mode="wrap")
+    def _drop_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        unset = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
+        return {name: value for name, value in content.items() if name not in unset}
+
+
+class Rating(Row):
+    """A text and every single rating that people gave it."""
+
+    text: str = Field(min_length=1)
+    ratings: tuple[float, ...] = Field(min_length=1)
+
+    @property
+    def mean(self) -> float:
+        """Mean rating, in points of the source's scale."""
+        return sum(self.ratings) / len(self.ratings)
+
+
+ROW_TYPES: dict[str, type[Row]] = {
+    "prompts": Prompt,
+    "demonstrations": Demonstration,
+    "preferences": Preference,
+    "ratings": Rating,
+}
+
+RowT = TypeVar("RowT", bound=Row)
+
+
+def format_validation_error(error: ValidationError) -> str:
+    """Format a validation error in one line: each field, what is wrong with it, and the value found."""
+    parts = []
+    for item in error.errors():
+        location = ".".join(str(part) for part in item["loc"]) or "row"
+        message = item["msg"].removeprefix("Value error, ")
+        parts.append(f"{location}: {message} (got {str(item['input'])[:80]!r})")
+    return "; ".join(parts)
+
+
+def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
+    """Read all rows of a file that an earlier stage wrote; any flaw is an error, for they were validated.
+
+    Raises:
+        DataError: the file is missing or empty, or a line does not fit; it names the file and the line.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: run the stage that writes it (`rlhf run`), or check the path")
+    rows = [_parse(line, row_type, path, number) for number, line in _lines(path)]
+    if not rows:
+        raise DataError(
+            f"{path} holds no rows: at least one {row_type.__name__} is needed; look at what prepare dropped"
+        )
+    return rows
+
+
+def write_rows(path: Path, rows: Iterable[Row | dict[str, Any]]) -> int:
+    """Write rows as JSON Lines and return how many there were."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    count = 0
+    with path.open("w", encoding="utf-8", newline="\n") as file:
+        for row in rows:
+            content = row.model_dump() if isinstance(row, Row) else row
+            file.write(json.dumps(content, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def _lines(path: Path) -> Iterator[tuple[int, str]]:
+    with path.open(encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if line.strip():
+                yield number, line
+
+
+def _parse(line: str, row_type: type[RowT], path: Path, number: int) -> RowT:
+    try:
+        return row_type.model_validate_json(line)
+    except ValidationError as error:
+        raise DataError(f"{path}:{number}: not a {row_type.__name__}: {format_validation_error(error)}") from error

@@ -1,0 +1,97 @@
+"""Model card of a registered policy: training, data, evaluation, gate decision and limits."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from typing import Any
+
+from tasks.core.origin import Origin
+from tasks.core.registry import Version
+from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
+from tasks.evals.report import load_template
+from tasks.evals.report_text import DISPLAY_NAMES
+from tasks.models.export import ExportCheck
+
+__all__ = ["ModelCard", "render_model_card"]
+
+METHODS = {
+    "ppo": (
+        "PPO against the reward below, with a KL penalty to the SFT model",
+        ("reward_model", "reward", "generation"),
+    ),
+    "grpo": (
+        "GRPO against the reward below, with a KL penalty to the SFT model",
+        ("reward_model", "reward", "generation"),
+    ),
+    "dpo": ("DPO on pairs of responses", ("preferences",)),
+}
+"""Policy → training method, and the sections of params.yaml that it uses beside its own, `sft` and `lora`."""
+
+
+@dataclass(frozen=True)
+class ModelCard:
+    """Content of a model card.
+
+    Attributes:
+        adapter: the folder holds the SFT model and an adapter, and not one merged model.
+    """
+
+    version: Version
+    origin: Origin
+    exported: ExportCheck
+    adapter: bool
+
+
+def render_model_card(card: ModelCard) -> str:
+    """Render README.md with the front matter of the Hugging Face hub."""
+    origin, policy = card.origin, card.version.policy
+    method, sections = METHODS[policy]
+    return load_template("card.md.j2", {"cell": _escape_cell}, autoescape=False).render(
+        card=card,
+        version=card.version,
+        origin=origin,
+        front=_front_matter(card),
+        licence=_licence(origin),
+        name=DISPLAY_NAMES[policy],
+        method=method,
+        reference=origin.figures[REFERENCE],
+        row=origin.figures[policy],
+        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.figures[policy]}).items()},
+        parameters=[
+            line
+            for section in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed")
+            if section in origin.parameters  # a version may be older than one of them
+            for line in _flatten(section, origin)
+        ],
+    )
+
+
+def _front_matter(card: ModelCard) -> list[str]:
+    """Lines `key: JSON`, which is valid YAML."""
+    base = card.origin.base_model
+    fields: dict[str, Any] = {
+        "license": _licence(card.origin),
+        "library_name": "peft" if card.adapter else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["rlhf", card.version.policy],
+    }
+    if base.get("kind") == "hub":
+        fields["base_model"] = card.origin.parameters["base_model"]["id"]
+    return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
+
+
+def _licence(origin: Origin) -> str:
+    """Licence of the base model in the hub's spelling."""
+    return str(origin.base_model.get("licence") or "unknown").lower()
+
+
+def _flatten(section: str, origin: Origin) -> list[tuple[str, str]]:
+    value = origin.parameters[section]
+    items = value.items() if isinstance(value, dict) else [(None, value)]
+    return [(f"{section}.{key}" if key else section, json.dumps(inner, ensure_ascii=False)) for key, inner in items]
+
+
+def _escape_cell(value: object) -> str:
+    """Escape a value for a cell of a Markdown table."""
+    return str(value).replace("|", "\\|").replace("\n", " ")

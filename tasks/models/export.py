@@ -1,0 +1,143 @@
+"""Export a policy as a folder that transformers, with or without peft, loads without this project."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+
+from tasks.core.errors import ConfigError, ModelError
+from tasks.models.loading import ADAPTER_DIR, device, init_process, load_policy, load_reference, load_tokenizer
+
+__all__ = ["ADAPTER", "BASE_DIR", "ExportCheck", "atomic_folder", "export"]
+
+BASE_DIR = "base"
+"""Folder of an exported adapter's base model, beside the folder `adapter`."""
+
+TOLERANCE_EPS = 1024
+"""Tolerance in rounding errors (eps): the exported model adds up the same products in another order."""
+
+
+@dataclass(frozen=True)
+class ExportCheck:
+    """Comparison of the exported model's logits with the policy's.
+
+    Attributes:
+        dtype: of the weights.
+        max_logit_difference: the largest |Δ logit| to the policy as it was evaluated.
+        max_logit: the largest |logit|.
+    """
+
+    dtype: str
+    max_logit_difference: float
+    max_logit: float
+
+
+@contextmanager
+def atomic_folder(folder: Path) -> Iterator[Path]:
+    """Yield a temporary folder that is renamed to `folder` on success, so that no partial export is left.
+
+    Raises:
+        ConfigError: there is something in the folder already.
+    """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(f"{folder} is not empty: name a folder that is, or a new one")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as temporary:
+        content = Path(temporary) / "content"
+        content.mkdir()
+        yield content
+        for path in content.rglob("*"):
+            path.chmod(0o755 if path.is_dir() else 0o644)  # safetensors leaves files that only their owner may read
+        content.replace(folder)
+
+
+def export(
+    artifacts: Path,
+    policy: str,
+    folder: Path,
+    *,
+    adapter: bool,
+    prompts: Sequence[str],
+    max_new_tokens: int,
+    temperature: float,
+) -> ExportCheck:
+    """Write the policy as one merged model, or as the merged SFT model and the adapter on it; then load and compare.
+
+    Args:
+        artifacts: base model, SFT and policy, laid out as in artifacts.
+        folder: an empty one.
+        prompts: on which logits are compared.
+        max_new_tokens, temperature: how the policy was trained to write, for `generate` of transformers.
+
+    Raises:
+        ModelError: a part is incomplete, or the exported model does not compute what the policy does.
+    """
+    init_process()
+    tokenizer = load_tokenizer(artifacts / "base_model")
+    trained: Any = load_policy(artifacts / "base_model", artifacts / "sft", artifacts / policy)
+    batches = [torch.tensor([tokenizer(prompt).input_ids], device=device()) for prompt in prompts]
+    expected = _logits(trained, batches)
+    generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True,
+        temperature=temperature,
+        top_k=0,
+        top_p=1.0,
+        max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    exported: Any = (
+        load_reference(artifacts / "base_model", artifacts / "sft") if adapter else trained.merge_and_unload()
+    )
+    exported.generation_config = generation_config
+    base = folder / BASE_DIR if adapter else folder
+    exported.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    if adapter:
+        _copy_adapter(artifacts / policy / ADAPTER_DIR, folder / ADAPTER_DIR)
+    return _check_logits(expected, _logits(_load(folder, adapter), batches), exported.dtype)
+
+
+def _copy_adapter(adapter: Path, target: Path) -> None:
+    shutil.copytree(adapter, target)
+    file = target / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE_DIR}
+    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def _load(folder: Path, adapter: bool) -> Any:
+    """Load without this project's code."""
+    base = folder / BASE_DIR if adapter else folder
+    AutoTokenizer.from_pretrained(base)
+    model: Any = AutoModelForCausalLM.from_pretrained(base)
+    if adapter:
+        model = PeftModel.from_pretrained(model, folder / ADAPTER_DIR)
+    return model.to(device()).eval()
+
+
+@torch.no_grad()
+def _logits(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
+    return [model(input_ids=ids).logits.float() for ids in batches]
+
+
+def _check_logits(expected: Sequence[Tensor], actual: Sequence[Tensor], dtype: torch.dtype) -> ExportCheck:
+    max_logit_difference = max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
+    max_logit = max(logits.abs().max().item() for logits in expected)
+    tolerance = TOLERANCE_EPS * torch.finfo(dtype).eps * max_logit
+    if not max_logit_difference <= tolerance:
+        raise ModelError(
+            f"the exported model's logits differ from the policy's by up to {max_logit_difference:.2g}, rounding explains "
+            f"{tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was written"
+        )
+    return ExportCheck(str(dtype).removeprefix("torch."), max_logit_difference, max_logit)

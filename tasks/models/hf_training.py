@@ -1,0 +1,273 @@
+"""Arguments, history and checkpoints of the stages that train with Hugging Face trainers.
+
+A run that was killed and is started again resumes from its newest checkpoint; on a CPU its outputs are byte for byte
+those of a run that was never interrupted. (On a GPU even two uninterrupted runs need not be equal to the last bit.)
+The checkpoints are transformers' own. Three things that they lack are added here: a mark that one is whole, an order
+of the data that follows from the epoch, and TRL's count of tokens.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from peft import PeftModel
+from tqdm import tqdm
+from transformers import (
+    PrinterCallback,
+    Trainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    TrainingArguments,
+)
+
+from tasks.core import distributed, tracking
+from tasks.core.errors import TrainingError
+from tasks.core.rows import write_table
+from tasks.models.loading import device, save_adapter
+
+__all__ = [
+    "HistoryCallback",
+    "PolicySnapshots",
+    "scratch_folder",
+    "train_or_resume",
+    "trainer_arguments",
+    "without_printer",
+    "write_history",
+]
+
+# Wall-clock figures differ between equal runs: they go to the tracker, never into a file that DVC hashes.
+TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
+
+LOGGING_STEPS = 5
+
+CHECKPOINT_STEPS = 25
+"""Optimiser steps between checkpoints, one of which takes less time than a step.
+
+A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
+"""
+
+SNAPSHOTS_DIR = "policies"
+
+COMPLETE_MARKER = "whole"
+"""An empty file, written last: a checkpoint without it is incomplete."""
+
+
+def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
+    """Trainer arguments shared by all stages: precision, checkpoint folder, no reporting.
+
+    Several ranks share each batch, so that they take the steps that one process would take.
+
+    Raises:
+        ConfigError: the ranks cannot share a batch equally.
+    """
+    distributed.per_rank(batch_size, "batch_size")
+    on_gpu = device().type == "cuda"
+    checkpoints = tracking.checkpoint_dir()
+    return {
+        "output_dir": str(checkpoints or scratch_folder()),
+        "seed": seed,
+        "data_seed": seed,
+        "per_device_train_batch_size": batch_size,
+        "per_device_eval_batch_size": 4 * batch_size,
+        "learning_rate": learning_rate,
+        "num_train_epochs": epochs,
+        "lr_scheduler_type": "linear",
+        "warmup_steps": 0,
+        "weight_decay": 0.0,
+        "use_cpu": not on_gpu,
+        "bf16": on_gpu,
+        "gradient_checkpointing": False,
+        "save_strategy": "steps" if checkpoints else "no",
+        "save_steps": CHECKPOINT_STEPS,
+        "save_total_limit": 2,  # the older one is deleted before the newer one has its mark
+        "report_to": "none",
+        "logging_steps": LOGGING_STEPS,
+        "logging_first_step": True,
+        "disable_tqdm": True,
+        "dataloader_pin_memory": on_gpu,
+        "accelerator_config": {"split_batches": True},
+    }
+
+
+def scratch_folder() -> str:
+    """A temporary output folder for a trainer, removed when the process ends."""
+    folder = tempfile.TemporaryDirectory(prefix="rlhf-trainer-")
+    _SCRATCH.append(folder)
+    return folder.name
+
+
+_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+
+
+def train_or_resume(trainer: Trainer) -> None:
+    """Train, resuming from the newest complete checkpoint if there is one.
+
+    Raises:
+        TrainingError: the loss or the gradient is not finite, or the ranks have not trained the same model.
+    """
+    checkpoint = _newest_checkpoint()
+    if checkpoint:
+        logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history[-1]
+        # TRL logs this count and saves it nowhere else.
+        setattr(trainer, "_total_train_tokens", int(logged.get("num_tokens", 0)))  # noqa: B010
+    assert trainer.model is not None
+    # Accelerate takes a model that was only evaluated as prepared for training; each rank would then train alone.
+    setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
+    without_printer(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    distributed.check_in_sync(weight for weight in trainer.model.parameters() if weight.requires_grad)
+
+
+def _newest_checkpoint() -> Path | None:
+    folder = tracking.checkpoint_dir()
+    complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")] if folder else []
+    return max(complete, key=_step, default=None)
+
+
+def _step(checkpoint: Path) -> int:
+    return int(checkpoint.name.removeprefix("checkpoint-"))
+
+
+class HistoryCallback(TrainerCallback):
+    """Collects what a trainer logs, sends it to the tracker, shows progress, and stops on a loss that is not finite.
+
+    The rows follow from the trainer's own log, which is part of its checkpoints.
+    """
+
+    def __init__(self, stage: str) -> None:
+        self.rows: list[dict[str, float]] = []
+        self._stage = stage
+        self._bar: Any = None
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self.rows = [_row(entry) for entry in state.log_history if "loss" in entry]
+        if state.global_step and state.is_world_process_zero:
+            place = f"step {state.global_step} of {state.max_steps}"
+            print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
+        for entry in state.log_history:  # the curves of a resumed run are complete, too
+            tracking.log_metrics(_numeric(entry), step=int(entry["step"]))
+        self._bar = tqdm(
+            total=state.max_steps,
+            initial=state.global_step,
+            desc=self._stage,
+            unit="step",
+            disable=not state.is_world_process_zero,
+        )
+
+    def on_epoch_begin(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        train_dataloader: Any = None,
+        **kwargs: Any,
+    ) -> None:
+        """Derive the order of the data from the seed and the epoch.
+
+        It would else follow from all orders drawn before, and a run that goes on in a later epoch draws none of them:
+        it would take the first epoch's order. The first epoch's is the trainer's own.
+        """
+        epoch = int(state.epoch or 0)
+        if epoch:
+            batches = train_dataloader.batch_sampler
+            sampler = getattr(batches, "batch_sampler", batches).sampler
+            sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._bar.update(state.global_step - self._bar.n)
+        if state.global_step >= state.max_steps:
+            control.should_save = False  # nothing is left to go on with, and this step need not have been logged
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """Mark the checkpoint as complete once every rank's part is on the disk."""
+        distributed.barrier()
+        if not state.is_world_process_zero:
+            return
+        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
+        for path in checkpoint.iterdir():
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+        (checkpoint / COMPLETE_MARKER).touch()
+
+    def on_train_end(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        self._bar.close()
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, Any] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Log; stop on a loss that is not finite, before the checkpoint of that step is saved."""
+        numbers = _numeric(logs or {})
+        if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
+            checkpoint = _newest_checkpoint()
+            kept = f"; the checkpoint of step {_step(checkpoint)} is kept" if checkpoint else ""
+            raise TrainingError(
+                f"step {state.global_step}: loss or gradient is not finite: {numbers}; lower learning_rate{kept}"
+            )
+        tracking.log_metrics(numbers, step=state.global_step)
+        if "loss" in numbers:
+            self.rows.append(_row(state.log_history[-1]))
+            self._bar.set_postfix({"loss": f"{numbers['loss']:.3g}"})
+
+
+class PolicySnapshots:
+    """Snapshots of a policy during training, in `policies/<update>/adapter` of the stage's folder.
+
+    Until the end they lie with the run's checkpoints, so that an interrupted run that goes on still has them.
+    """
+
+    def __init__(self, every: int, out: Path) -> None:
+        self._every, self._out = every, out / SNAPSHOTS_DIR
+        self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
+
+    def save(self, update: int, model: PeftModel) -> None:
+        """Save a snapshot if this update is due."""
+        if update % self._every == 0 and distributed.rank() == 0:
+            save_adapter(model, self._folder / f"{update:04d}")
+
+    def publish(self) -> None:
+        """Copy the snapshots into the stage's output folder."""
+        self._folder.mkdir(parents=True, exist_ok=True)
+        if self._folder != self._out:
+            shutil.copytree(self._folder, self._out, dirs_exist_ok=True)
+
+
+def _row(entry: Mapping[str, Any]) -> dict[str, float]:
+    """An entry of the trainer's log without its timings; keys in order, because a checkpoint sorts them."""
+    numbers = dict(sorted(_numeric(entry).items()))
+    kept = {key: value for key, value in numbers.items() if not any(part in key for part in TIMINGS)}
+    return kept | {"step": entry["step"]}
+
+
+def _numeric(entry: Mapping[str, Any]) -> dict[str, float]:
+    """The numeric values of a log entry, without its step."""
+    return {key: float(value) for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
+
+
+TrainerT = TypeVar("TrainerT", bound=Trainer)
+
+
+def without_printer(trainer: TrainerT) -> TrainerT:
+    """Remove PrinterCallback; `HistoryCallback` shows progress."""
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def write_history(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
+    """Write curves as CSV: one row per logged step, `step` first, then every other column by name."""
+    columns = ["step", *sorted({key for row in rows for key in row} - {"step"})]
+    write_table(path, rows, columns)

@@ -1,0 +1,323 @@
+"""Learned rewards: the reward model (proxy), and the gold judge, which training never sees."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import reduce
+from operator import add
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tasks.core.errors import ModelError, TrainingError
+from tasks.models.loading import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
+from tasks.rewards.ood import MahalanobisOOD
+from tasks.rewards.pretrained import PRETRAINED_DIR, load_pretrained_scorer
+from tasks.rewards.scorers import TextScorer, encode
+
+__all__ = [
+    "BACKBONE",
+    "ENSEMBLE_REDUCTIONS",
+    "NORMALISATION",
+    "OOD_DETECTOR",
+    "EnsembleMember",
+    "GoldJudge",
+    "RewardModel",
+    "ScoreHead",
+    "TextScorer",
+    "backbone_of",
+    "encode",
+    "member_folder",
+]
+
+NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
+OOD_DETECTOR = f"{ADAPTER_DIR}/familiarity.safetensors"
+MEMBERS = f"{ADAPTER_DIR}/members"
+BACKBONE = f"{ADAPTER_DIR}/backbone"
+
+MIN_SPREAD = 1e-6
+"""A standard deviation of raw values below this is rounding error of float32."""
+
+ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
+    "mean": lambda scores, _: scores.mean(0),
+    "worst": lambda scores, _: scores.amin(0),
+    "uncertainty": lambda scores, coef: scores.mean(0) - coef * scores.var(0, correction=0),
+}
+"""`reward.ensemble_reduction` → scores of K members [K, B] as one [B] (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5)."""
+
+
+def member_folder(reward_model: Path, number: int) -> Path:
+    """Folder of an ensemble member, with the layout of a stage's folder; member 0 is the stage's folder itself."""
+    return reward_model / MEMBERS / str(number) if number else reward_model
+
+
+@dataclass(frozen=True)
+class ScoreHead:
+    """One output of a model with its normalisation.
+
+    Attributes:
+        mean: μ of the output over responses of the SFT policy, less what their length explains.
+        std: their spread σ.
+        length_slope: effect of one token on the output, which is subtracted. 0 without length debiasing.
+        weight: in the sum of the heads.
+    """
+
+    mean: float
+    std: float
+    length_slope: float = 0.0
+    weight: float = 1.0
+
+    @classmethod
+    def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> ScoreHead:
+        """Fit to raw values [N] of SFT responses, and to their lengths for length debiasing.
+
+        The slope is that of least squares, cov(raw, length) / var(length).
+
+        Raises:
+            TrainingError: the values do not vary.
+        """
+        slope = 0.0
+        if lengths is not None and lengths.std() > 0:
+            slope = (torch.cov(torch.stack([raw, lengths]))[0, 1] / lengths.var()).item()
+        residuals = cls(0.0, 1.0, slope).debias(raw, lengths)
+        if len(raw) < 2 or residuals.std() < MIN_SPREAD:
+            raise TrainingError(
+                f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
+                "raise reward_model.normalisation_samples or learning_rate, or choose another scorer"
+            )
+        return cls(residuals.mean().item(), residuals.std().item(), slope, weight)
+
+    def debias(self, raw: Tensor, lengths: Tensor | None) -> Tensor:
+        """Raw values [N] less the effect of their length."""
+        return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
+
+    def normalise(self, debiased: Tensor) -> Tensor:
+        """(x − μ) / σ."""
+        return (debiased - self.mean) / self.std
+
+    def to_dict(self) -> dict[str, float]:
+        """As normalisation.json says it."""
+        slope = {"length_slope": self.length_slope} if self.length_slope else {}
+        return {"mean": self.mean, "std": self.std, **slope}
+
+
+@dataclass(frozen=True)
+class EnsembleMember:
+    """One model with one head, whose name is "", or with a head for each objective."""
+
+    scorer: TextScorer
+    heads: Mapping[str, ScoreHead]
+
+    @classmethod
+    def fit(
+        cls,
+        scorer: TextScorer,
+        samples: Sequence[str],
+        weights: Mapping[str, float],
+        *,
+        prompts: Sequence[str],
+        length_debias: bool,
+    ) -> tuple[EnsembleMember, Tensor]:
+        """Fit the normalisation of the heads on these responses of the SFT policy; also return the states.
+
+        Args:
+            samples: the texts that it reads.
+            prompts: one per text; their length does not count.
+        """
+        raw, states = scorer.scores_and_states(samples)
+        lengths = _response_lengths(scorer, samples, prompts) if length_debias else None
+        columns = zip(weights.items(), _columns(raw), strict=True)
+        return cls(
+            scorer, {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}
+        ), states
+
+    def raw_scores(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """Raw values [N, K] of the heads, debiased for length, and their input states [N, d].
+
+        Args:
+            texts: whole inputs.
+            prompts: one per text, empty where the whole text counts.
+        """
+        raw, states = self.scorer.scores_and_states(texts)
+        has_length_slope = any(head.length_slope for head in self.heads.values())
+        lengths = _response_lengths(self.scorer, texts, prompts) if has_length_slope else None
+        columns = zip(self.heads.values(), _columns(raw), strict=True)
+        return torch.stack([head.debias(values, lengths) for head, values in columns], dim=1), states
+
+    def normalise(self, values: Tensor) -> Tensor:
+        """[N, K] of `read` → [N, K], each head in standard deviations of its values on responses of the SFT policy."""
+        columns = zip(self.heads.values(), values.unbind(1), strict=True)
+        return torch.stack([head.normalise(head_values) for head, head_values in columns], dim=1)
+
+    def score(self, normalised: Tensor) -> Tensor:
+        """[N, K] → [N], Σ weight · head."""
+        columns = zip(self.heads.values(), normalised.unbind(1), strict=True)
+        return reduce(add, (head.weight * head_values for head, head_values in columns))
+
+    def to_dict(self) -> dict[str, object]:
+        """As normalisation.json says it."""
+        if "" in self.heads:
+            return dict(self.heads[""].to_dict())
+        return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
+
+
+def _response_lengths(scorer: TextScorer, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
+    """Number of response tokens of each text [N], with the template's own, which are the same for all.
+
+    Without the prompt's: the policy chooses the response's length alone.
+    """
+    return scorer.lengths(texts) - scorer.lengths(prompts) + scorer.lengths([""])
+
+
+def _columns(raw: Tensor) -> tuple[Tensor, ...]:
+    return (raw,) if raw.dim() == 1 else raw.unbind(1)
+
+
+def _parse_heads(facts: Mapping[str, Any]) -> dict[str, ScoreHead]:
+    """Read what `EnsembleMember.to_dict` wrote."""
+    rows = facts.get("objectives") or {"": {name: value for name, value in facts.items() if name != "max_length"}}
+    return {name: ScoreHead(**row) for name, row in rows.items()}
+
+
+class RewardModel:
+    """One model, or an ensemble whose members differ in their seed alone, on one backbone."""
+
+    def __init__(
+        self,
+        members: Sequence[EnsembleMember],
+        ood_detector: MahalanobisOOD,
+        *,
+        ensemble_reduction: str = "mean",
+        uncertainty_coef: float = 0.0,
+        formatter: Callable[[str, str], str] = add,
+    ) -> None:
+        """Combine the members into one reward.
+
+        Args:
+            ood_detector: of the first member's states.
+            ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
+            uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
+            formatter: of a prompt and a response, the text that members read.
+        """
+        self._members = members
+        self._ood_detector = ood_detector
+        self._reduce = ENSEMBLE_REDUCTIONS[ensemble_reduction]
+        self._uncertainty_coef = uncertainty_coef
+        self._formatter = formatter
+
+    @classmethod
+    def load(
+        cls,
+        base_model: Path,
+        sft: Path,
+        reward_model: Path,
+        *,
+        ensemble_reduction: str = "mean",
+        uncertainty_coef: float = 0.0,
+    ) -> RewardModel:
+        """Load the output of the reward_model stage, of whatever kind.
+
+        Raises:
+            ModelError: the folder is incomplete.
+        """
+        ood_detector = MahalanobisOOD.load(reward_model / OOD_DETECTOR)
+        if (reward_model / PRETRAINED_DIR).is_dir():
+            scorer, formatter = load_pretrained_scorer(reward_model)
+            members = [EnsembleMember(scorer, _parse_heads(_read_normalisation(reward_model)))]
+        else:
+            members, formatter = _trained_members(base_model, sft, reward_model), add
+        return cls(members, ood_detector, combine=ensemble_reduction, uncertainty_coef=uncertainty_coef, text=formatter)
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Rewards, [B]: the members' scores, reduced."""
+        return self.score_with_metrics(prompts, responses)[0]
+
+    def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Each member's normalised rewards, [K, B]."""
+        texts = self._texts(prompts, responses)
+        return torch.stack(
+            [member.score(member.normalise(member.raw_scores(texts, prompts)[0])) for member in self._members]
+        )
+
+    def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Rewards [B], and metrics of the same forward pass.
+
+        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there
+        are several objectives, is the members' mean of that head; `disagreement` [B], where there are several members,
+        their standard deviation.
+        """
+        texts = self._texts(prompts, responses)
+        outputs = [member.raw_scores(texts, prompts) for member in self._members]
+        heads = [member.normalise(values) for member, (values, _) in zip(self._members, outputs, strict=True)]
+        scores = torch.stack([member.score(values) for member, values in zip(self._members, heads, strict=True)])
+        metrics = {"ood_share": self._ood_detector.is_ood(outputs[0][1])}
+        if len(self._members[0].heads) > 1:
+            columns = torch.stack(heads).mean(0).unbind(1)
+            names = [f"objective/{name}" for name in self._members[0].heads]
+            metrics |= dict(zip(names, columns, strict=True))
+        if len(outputs) > 1:
+            metrics["disagreement"] = scores.std(0, correction=0)
+        return self._reduce(scores, self._uncertainty_coef), metrics
+
+    def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
+        return [self._formatter(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+
+
+def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
+    """Backbone of the heads, as arguments of `load_reference`: its own if it has one, else the SFT model."""
+    backbone = reward_model / BACKBONE
+    return (backbone, None) if backbone.is_dir() else (base_model, sft)
+
+
+def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[EnsembleMember]:
+    """Load every member, on one backbone."""
+    count = 1 + len(list((reward_model / MEMBERS).glob("*")))
+    folders = [member_folder(reward_model, number) for number in range(count)]
+    facts = [_read_normalisation(folder) for folder in folders]
+    base, sft_adapter = backbone_of(base_model, sft, reward_model)
+    model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(facts[0])))
+    tokenizer = load_tokenizer(base)
+    names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
+    for name, folder in zip(names[1:], folders[1:], strict=True):
+        add_adapter(model, name, folder)
+    return [
+        EnsembleMember(
+            TextScorer(model, tokenizer, max_length=member_facts["max_length"], adapter=name),
+            _parse_heads(member_facts),
+        )
+        for name, member_facts in zip(names, facts, strict=True)
+    ]
+
+
+class GoldJudge:
+    """Gold judge: its score estimates the mean human rating, in points of the rating scale."""
+
+    def __init__(self, scorer: TextScorer) -> None:
+        self._scorer = scorer
+
+    @classmethod
+    def load(cls, base_model: Path, gold_judge: Path) -> GoldJudge:
+        """Load the output of the gold_judge stage.
+
+        Raises:
+            ModelError: the folder is incomplete.
+        """
+        max_length = _read_normalisation(gold_judge)["max_length"]
+        scorer = load_reward_model(base_model, None, gold_judge)
+        return cls(TextScorer(scorer, load_tokenizer(base_model), max_length=max_length))
+
+    def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
+        """Estimated mean ratings, [len(prompts)]."""
+        return self._scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+
+
+def _read_normalisation(folder: Path) -> dict[str, Any]:
+    path = folder / NORMALISATION
+    if not path.is_file():
+        raise ModelError(f"{path} does not exist: run the stage that writes it")
+    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return facts

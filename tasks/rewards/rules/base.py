@@ -1,0 +1,144 @@
+"""Types of rules: a function of one sample, of a batch, or of a batch with metrics."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any, Protocol, TypeAlias, runtime_checkable
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from tasks.core.errors import ConfigError, RLHFError, TrainingError
+
+__all__ = [
+    "FAILURES",
+    "Answers",
+    "Component",
+    "FaultTolerantRule",
+    "PerSampleRule",
+    "RewardFunction",
+    "RuleFactory",
+    "ScoresWithMetrics",
+    "import_extra",
+    "response_rule",
+]
+
+RewardFunction: TypeAlias = Callable[[list[str], list[str]], Sequence[float] | Tensor]
+"""(prompts [B], responses [B]) → one value per response [B]; `prompt + response` is the whole text."""
+
+Answers: TypeAlias = Mapping[str, str]
+"""Prompt → its right answer, for the prompts that have one."""
+
+
+@runtime_checkable
+class ScoresWithMetrics(Protocol):
+    """A component that returns metrics beside its values."""
+
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B], and name → [B] metrics of the same pass."""
+
+
+Component: TypeAlias = RewardFunction | ScoresWithMetrics
+
+
+@dataclass(frozen=True)
+class PerSampleRule:
+    """A rule that scores one sample at a time: (prompt, response) → value. A failure costs one sample."""
+
+    score: Callable[[str, str], float]
+
+
+RuleFactory: TypeAlias = Callable[[Any, Answers], PerSampleRule | Component]
+"""Makes a rule from its options, checked (`tasks.config.rules`), and the right answers of the prompts."""
+
+
+def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
+    """Make the factory of a rule of the response alone; the named options are its keyword arguments."""
+
+    def make(options: Any, _answers: Answers) -> PerSampleRule:
+        arguments = {name: getattr(options, name) for name in names}
+        return PerSampleRule(lambda _prompt, response: function(response, **arguments))
+
+    return make
+
+
+def import_extra(module: str, rule: str) -> Any:
+    """Import a package that only some rules need.
+
+    Raises:
+        ConfigError: it is not installed.
+    """
+    try:
+        return import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"the rule {rule!r} needs the package of the module {module!r} ({error}): `pip install -e '.[rules]'`"
+        ) from error
+
+
+FAILURES = "failures/"
+"""Prefix of a component's name, as a metric: 1 for each response on which it failed."""
+
+MIN_BATCH = 8
+"""Smallest batch in which a majority of failures is an error."""
+
+MESSAGE_CHARACTERS = 200
+"""Characters of a text that a message shows."""
+
+
+class FaultTolerantRule:
+    """A rule over a batch; where it raises or is not finite, the sample gets the floor and is counted.
+
+    One failure in a week's run must not end it, and must not stay unnoticed: the first one is printed. An error of the
+    project's own (no right answer is known, say) is the configuration's, and stays an error.
+    """
+
+    def __init__(self, name: str, score: Callable[[str, str], float], floor: float) -> None:
+        self._name, self._score, self._floor = name, score, floor
+        self._warned = False
+
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+        """Values [B], and `failures/<component>` [B].
+
+        Raises:
+            TrainingError: it fails on more than half of a batch of at least `MIN_BATCH`.
+        """
+        values: list[float] = []
+        failures: list[str] = []
+        failed = torch.zeros(len(responses))
+        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
+            value, problem = self._safe_score(prompt, response)
+            values.append(value)
+            if problem:
+                failed[row] = 1.0
+                failures.append(
+                    f"prompt {prompt[:MESSAGE_CHARACTERS]!r}, response {response[:MESSAGE_CHARACTERS]!r}: {problem}"
+                )
+        if len(responses) >= MIN_BATCH and len(failures) > len(responses) / 2:
+            raise TrainingError(
+                f"reward component {self._name!r} fails on {len(failures)} of {len(responses)} responses, which is a "
+                f"bug and no accident; the first: {failures[0]}"
+            )
+        if failures and not self._warned:
+            self._warned = True
+            tqdm.write(
+                f"reward: warning: component {self._name!r} failed on {failures[0]}; it earns {self._floor:g}; further "
+                f"failures are counted in {FAILURES}{self._name}",
+                file=sys.stderr,
+            )
+        return torch.tensor(values, dtype=torch.float32), {f"{FAILURES}{self._name}": failed}
+
+    def _safe_score(self, prompt: str, response: str) -> tuple[float, str]:
+        """Value, and the failure, if any."""
+        try:
+            value = float(self._score(prompt, response))
+        except RLHFError:
+            raise
+        except Exception as error:
+            return self._floor, f"{type(error).__name__}: {error}"
+        return (value, "") if math.isfinite(value) else (self._floor, f"the value is {value}")

@@ -1,0 +1,244 @@
+"""Sandbox that runs programs against tests, many at once, in two isolated processes each."""
+
+from __future__ import annotations
+
+import os
+import select
+import signal
+import subprocess
+import tempfile
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, suppress
+from dataclasses import asdict, dataclass
+from types import ModuleType
+from typing import IO, Any
+
+from tasks.config.rules import CodeRule
+from tasks.core.errors import ConfigError, DataError, TrainingError
+from tasks.rewards.sandbox.bubblewrap import ENVIRONMENT, command
+from tasks.rewards.sandbox.inside import codec, run_program, run_tests
+from tasks.rewards.sandbox.verdict import SandboxResult, Status
+
+__all__ = ["Job", "Sandbox"]
+
+_MAX_MESSAGE_BYTES = 65536  # bytes of a verdict, and of a sandbox's error message
+_EXIT_GRACE_SECONDS = 5.0  # seconds for a process that is known to be ending
+
+# Exit codes of a process killed by SIGKILL (the hard limit) or SIGXCPU (the soft one), also by way of bubblewrap.
+_OUT_OF_CPU = {128 + 9, 128 + 24, -9, -24}
+
+PROBE = """
+import os
+def reached():
+    found = [path for path in ("/etc/passwd", "/proc/1", "/home", "/root/.ssh", "/tmp") if os.path.exists(path)]
+    for name, act in {"fork": os.fork, "kill": lambda: os.kill(1, 0), "write": lambda: open("/file", "w")}.items():
+        try:
+            act()
+        except OSError:
+            continue
+        found.append(name)
+    return found
+"""
+
+
+@dataclass(frozen=True)
+class Job:
+    """A program that should define the function `name`, and tests that call it, as `name` or `candidate`.
+
+    `preamble` is trusted code that runs before the tests: helpers that they use.
+    """
+
+    program: str
+    tests: str
+    name: str
+    preamble: str = ""
+
+
+class Sandbox:
+    """Sandbox that runs programs under one set of limits."""
+
+    def __init__(self, options: CodeRule) -> None:
+        """Check that the isolation works on this machine.
+
+        Raises:
+            ConfigError: something is not installed, the kernel refuses, or the isolation fails.
+        """
+        self._options = options
+        self._workers = options.workers or len(os.sched_getaffinity(0))
+        if options.isolation == "bubblewrap":
+            self._probe()
+
+    def run(self, jobs: Sequence[Job]) -> list[SandboxResult]:
+        """Run the jobs, one result per job; equal jobs run once.
+
+        Raises:
+            DataError: tests cannot be run, whatever the program is.
+            TrainingError: a sandbox did not start.
+        """
+        unique = list(dict.fromkeys(jobs))
+        with ThreadPoolExecutor(self._workers) as pool:
+            verdicts = dict(zip(unique, pool.map(self._run_job, unique), strict=True))
+        return [verdicts[job] for job in jobs]
+
+    def _probe(self) -> None:
+        """Run a program that tries forbidden operations and reports those that worked."""
+        try:
+            (verdict,) = self.run([Job(PROBE, "assert reached() == []", "reached")])
+        except TrainingError as error:
+            raise ConfigError(
+                f"the sandbox does not work on this machine: {error}. bubblewrap needs user namespaces: `sysctl "
+                "kernel.unprivileged_userns_clone=1`, on Ubuntu 24.04 also kernel.apparmor_restrict_unprivileged_userns"
+                "=0; in Docker --security-opt seccomp=unconfined, in Kubernetes an unconfined seccomp profile. Or set "
+                "isolation: unsafe_no_isolation"
+            ) from error
+        if verdict.status is not Status.PASSED:
+            raise ConfigError(
+                f"the sandbox does not hold on this machine: {verdict.status} {verdict.reason}; do not use it"
+            )
+
+    def _run_job(self, job: Job) -> SandboxResult:
+        with ExitStack() as stack:
+            return _SandboxRun(job, self._options, stack).verdict()
+
+
+class _SandboxRun:
+    """One run of a program and its tests; both processes end when the stack unwinds."""
+
+    def __init__(self, job: Job, options: CodeRule, stack: ExitStack) -> None:
+        self._job, self._options, self._stack = job, options, stack
+        self._deadline = time.monotonic() + options.wall_seconds
+        self._output_bytes, self._captured_output = 0, b""
+        self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
+        request_pipe, answer_pipe, self._verdicts, self._output = (_Pipe(stack) for _ in range(4))
+        self._program = self._start_process(run_program, request_pipe.read, answer_pipe.write, self._output.write)
+        channel = (request_pipe.write.fileno(), answer_pipe.read.fileno())
+        self._tests = self._start_process(run_tests, self._job_file(), self._verdicts.write, subprocess.PIPE, channel)
+        for file in (request_pipe.write, request_pipe.read, answer_pipe.write, answer_pipe.read):
+            file.close()
+        for pipe in (self._verdicts, self._output):
+            pipe.write.close()
+        os.set_blocking(self._output.read.fileno(), False)
+
+    def verdict(self) -> SandboxResult:
+        """Wait for the verdict.
+
+        Raises:
+            DataError: the tests cannot be run, whatever the program is.
+            TrainingError: a sandbox did not start.
+        """
+        verdict = self._wait_for_verdict()
+        self._read_output()
+        if self._output_bytes > self._options.output_kb << 10:
+            return SandboxResult(Status.OUTPUT_LIMIT, f"more than {self._options.output_kb} KB printed")
+        return verdict or SandboxResult(Status.TIMEOUT, f"no verdict within {self._options.wall_seconds:g} s")
+
+    def _wait_for_verdict(self) -> SandboxResult | None:
+        """Wait for the verdict of the tests; None where the time or output limit is reached before."""
+        poll = select.poll()
+        poll.register(self._verdicts.read, select.POLLIN)
+        poll.register(self._output.read, select.POLLIN)
+        while (
+            remaining := self._deadline - time.monotonic()
+        ) > 0 and self._output_bytes <= self._options.output_kb << 10:
+            ready = {descriptor for descriptor, _ in poll.poll(remaining * 1000)}
+            if self._verdicts.read.fileno() in ready:
+                return self._read_verdict()
+            if ready and not self._read_output():
+                poll.unregister(self._output.read)
+        return None
+
+    def _read_output(self) -> bool:
+        """Count printed bytes and keep the first ones; return whether more can come."""
+        with suppress(BlockingIOError):
+            while chunk := os.read(self._output.read.fileno(), 1 << 16):
+                self._output_bytes += len(chunk)
+                self._captured_output = (self._captured_output + chunk)[:_MAX_MESSAGE_BYTES]
+            return False
+        return True
+
+    def _read_verdict(self) -> SandboxResult:
+        text = codec.read_frame(self._verdicts.read.fileno(), _MAX_MESSAGE_BYTES)
+        if text is None:
+            return self._verdict_from_tests_exit()
+        message: Any = codec.decode(text)
+        status, reason, _ = message
+        if status == "broken":
+            self._read_output()
+            raise TrainingError(f"a sandbox did not start: {self._captured_output.decode(errors='replace').strip()}")
+        if status == "invalid":
+            raise DataError(
+                f"the tests of {self._job.name} cannot judge any program: {reason}; got {self._job.tests[:200]!r}"
+            )
+        return self._verdict_from_exit() if status == "died" else SandboxResult(Status(status), reason)
+
+    def _verdict_from_exit(self) -> SandboxResult:
+        """Derive the verdict from the exit status of the program's process."""
+        try:
+            code = self._program.wait(_EXIT_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return SandboxResult(Status.REFUSED, "the program closed its channel")
+        if code in _OUT_OF_CPU:
+            return SandboxResult(
+                Status.TIMEOUT, f"the program took more than {self._options.cpu_seconds} s of CPU time"
+            )
+        if code < 0 or code > 128:
+            return SandboxResult(Status.ERROR, f"signal {-code if code < 0 else code - 128} ended the program")
+        return SandboxResult(Status.ERROR, f"the program ended its process with status {code}")
+
+    def _verdict_from_tests_exit(self) -> SandboxResult:
+        """Derive the verdict from the exit status of the tests' process, which gave none."""
+        _, stderr = self._tests.communicate(timeout=_EXIT_GRACE_SECONDS)
+        if stderr:
+            raise TrainingError(
+                f"a sandbox did not start: {stderr.decode(errors='replace').strip()[:_MAX_MESSAGE_BYTES]}"
+            )
+        if self._tests.returncode in _OUT_OF_CPU:
+            return SandboxResult(Status.TIMEOUT, f"the tests took more than {self._options.cpu_seconds} s of CPU time")
+        return SandboxResult(Status.ERROR, f"the tests' process ended with status {self._tests.returncode}")
+
+    def _job_file(self) -> IO[bytes]:
+        """The job as a file: a pipe would have to be filled while its reader starts."""
+        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 — closed by the stack
+        self._stack.enter_context(file)
+        job = asdict(self._job) | {"in_place": self._options.in_place}
+        codec.write_frame(file.fileno(), codec.encode(job, 1 << 26))
+        file.seek(0)
+        return file
+
+    def _start_process(
+        self,
+        module: ModuleType,
+        stdin: IO[bytes],
+        stdout: IO[bytes],
+        stderr: IO[bytes] | int,
+        pass_fds: Sequence[int] = (),
+    ) -> subprocess.Popen[bytes]:
+        arguments = command(module, self._options, *map(str, pass_fds))
+        environment = ENVIRONMENT | {"HOME": self._folder, "TMPDIR": self._folder}
+        process = subprocess.Popen(
+            arguments, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=environment, cwd=self._folder,
+            start_new_session=True,
+        )  # fmt: skip
+        self._stack.callback(_kill, process)
+        return process
+
+
+class _Pipe:
+    """Pipe with both ends as files, which can be closed twice; descriptors can be reused by another thread."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        read_fd, write_fd = os.pipe()
+        self.read, self.write = open(read_fd, "rb", buffering=0), open(write_fd, "wb", buffering=0)  # noqa: SIM115
+        for file in (self.read, self.write):
+            stack.enter_context(file)
+
+
+def _kill(process: subprocess.Popen[bytes]) -> None:
+    """Kill the process and its group; in a sandbox, the kernel then ends all others in its namespace."""
+    with suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    if process.stderr:
+        process.stderr.close()

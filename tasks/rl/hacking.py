@@ -1,0 +1,295 @@
+"""Checks of each update: non-finite values and degenerate responses."""
+
+from __future__ import annotations
+
+import itertools
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from tasks.core.errors import TrainingError
+from tasks.core.text_stats import distinct_n, repetition_rate
+
+__all__ = [
+    "DETECTORS",
+    "PREFIX",
+    "DegenerateResponseMonitor",
+    "Detector",
+    "check_finite",
+    "detectors_fired",
+    "format_samples",
+    "response_metrics",
+    "run_detectors",
+]
+
+SHOWN_ROWS, SHOWN_CHARACTERS = 3, 200
+
+
+def check_finite(quantity: str, values: Tensor, prompts: Sequence[str], responses: Sequence[str]) -> None:
+    """Refuse values [B, ...] that are NaN or infinite.
+
+    Raises:
+        TrainingError: names the quantity and the samples.
+    """
+    rows = (~torch.isfinite(values.reshape(len(prompts), -1)).all(1)).nonzero().flatten().tolist()
+    if rows:
+        raise TrainingError(
+            f"{quantity} not finite for {len(rows)} of {len(prompts)} responses: {format_samples(rows, prompts, responses)}"
+        )
+
+
+def format_samples(rows: Sequence[int], prompts: Sequence[str], responses: Sequence[str]) -> str:
+    """Format the first of these samples for an error message."""
+    texts = [
+        f"prompt {prompts[row][:SHOWN_CHARACTERS]!r}, response {responses[row][:SHOWN_CHARACTERS]!r}"
+        for row in rows[:SHOWN_ROWS]
+    ]
+    return "; ".join(texts) + (f"; and {len(rows) - SHOWN_ROWS} more" if len(rows) > SHOWN_ROWS else "")
+
+
+def response_metrics(responses: Sequence[str], has_eos: Tensor) -> tuple[dict[str, float], list[str]]:
+    """Metrics of a batch of responses, and a finding for each way in which it has degenerated.
+
+    Shares of responses that are empty, distinct and without end token; `repetition`, the mean share of word pairs that
+    a response repeats; `distinct_2`, different word pairs over all pairs; `degenerate_count` counts the findings: 0 in
+    a healthy round.
+    """
+    empty = sum(not response.strip() for response in responses) / len(responses)
+    distinct = len(set(responses)) / len(responses)
+    truncated = (~has_eos).float().mean().item()
+    findings = []
+    if empty == 1:
+        findings.append("all responses are empty")
+    elif len(responses) > 1 and len(set(responses)) == 1:
+        findings.append(f"all {len(responses)} responses are the same: {responses[0][:SHOWN_CHARACTERS]!r}")
+    if truncated == 1:
+        findings.append("no response has an end token: all are cut at generation.max_new_tokens")
+    metrics = {
+        "empty_share": empty,
+        "distinct_share": distinct,
+        "truncated_share": truncated,
+        "repetition": sum(map(repetition_rate, responses)) / len(responses),
+        "distinct_2": distinct_n(responses, 2),
+        "degenerate_count": float(len(findings)),
+    }
+    return metrics, findings
+
+
+class DegenerateResponseMonitor:
+    """Measures the responses of each update, and warns of a finding when it first appears."""
+
+    def __init__(self, warn: Callable[[str], None]) -> None:
+        self._warn = warn
+        self._previous_findings: list[str] = []
+
+    def __call__(self, responses: Sequence[str], has_eos: Tensor, update: int) -> dict[str, float]:
+        metrics, findings = response_metrics(responses, has_eos)
+        for finding in findings:
+            if finding not in self._previous_findings:
+                self._warn(f"warning: update {update}: {finding}")
+        self._previous_findings = findings
+        return metrics
+
+
+Row = Mapping[str, float]
+Rows = Sequence[Row]
+Signal = Callable[[Rows, Mapping[str, float]], float | None]
+
+PREFIX = "hacking/"
+"""Prefix of a detector's name, in a row and in MLflow."""
+
+EPSILON = 1e-6
+MAX_RATIO = 1000.0
+"""Upper bound of a ratio: the standard deviation of equal rewards is 0."""
+MIN_KL_CHANGE = 0.5
+"""Smallest change of the KL, in nats per response, that counts: its estimate is that noisy."""
+
+
+@dataclass(frozen=True)
+class Detector:
+    """One detector: a signal and its threshold.
+
+    Attributes:
+        value: of the last of these rows, given the weights of the reward's components; None where the rows lack
+            what it needs.
+        threshold: it fires at this value and above.
+        calibration_max: the largest value in the calibration runs.
+        finding: what it means when it fires, after the number.
+    """
+
+    name: str
+    value: Signal
+    threshold: float
+    calibration_max: float
+    finding: str
+
+    def message(self, value: float) -> str:
+        """Format the value, its threshold and the finding."""
+        return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.calibration_max:g}): {self.finding}"
+
+
+def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
+    """Signals of the newest row, and each detector that fires in it and did not in the row before, with its value.
+
+    Args:
+        rows: one per update, from the first; those before the newest with the signals that this function gave for them.
+        weights: of the reward's components.
+    """
+    previous = rows[-2] if len(rows) > 1 else {}
+    signals, found = {}, []
+    for detector in DETECTORS:
+        value = detector.value(rows, weights)
+        if value is None:
+            continue
+        signals[PREFIX + detector.name] = value
+        if value >= detector.threshold > previous.get(PREFIX + detector.name, 0.0):
+            found.append((detector, value))
+    return signals, found
+
+
+def detectors_fired(rows: Rows) -> list[tuple[Detector, int, float]]:
+    """List each detector that fired in training, with its first update, from 1, and its largest value."""
+    found = []
+    for detector in DETECTORS:
+        values = [row.get(PREFIX + detector.name, 0.0) for row in rows]
+        first = next((update for update, value in enumerate(values, start=1) if value >= detector.threshold), None)
+        if first:
+            found.append((detector, first, max(values)))
+    return found
+
+
+def _ratio_change(name: str) -> Signal:
+    """Ratio of the newest to the first value, or its inverse where that is larger."""
+
+    def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
+        if name not in rows[-1]:
+            return None
+        return max(_ratio(rows[-1][name], rows[0][name]), _ratio(rows[0][name], rows[-1][name]))
+
+    return value
+
+
+def _shrink_ratio(name: str) -> Signal:
+    """Ratio of the first to the newest value."""
+
+    def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
+        return _ratio(rows[0][name], rows[-1][name]) if name in rows[-1] else None
+
+    return value
+
+
+def _ratio(numerator: float, denominator: float) -> float:
+    return min(max(numerator, EPSILON) / max(denominator, EPSILON), MAX_RATIO)
+
+
+def _increase(name: str) -> Signal:
+    """Difference of the newest and the first value."""
+    return lambda rows, _weights: rows[-1][name] - rows[0][name] if name in rows[-1] else None
+
+
+def _sustained(signal: Signal) -> Signal:
+    """The smaller of the last two updates' values, for signals that are noisy in a single update.
+
+    PPO on its way to shorter, finished sentences has one update of half the length among its neighbours; where few
+    responses earn a reward, an update in which none does has a standard deviation of 0.
+    """
+
+    def value(rows: Rows, weights: Mapping[str, float]) -> float | None:
+        latest, previous = signal(rows, weights), signal(rows[:-1], weights) if len(rows) > 1 else None
+        return latest if latest is None or previous is None else min(latest, previous)
+
+    return value
+
+
+def _component_loss(rows: Rows, weights: Mapping[str, float]) -> float | None:
+    """Largest loss of a component, as a fraction of the gain of the whole reward."""
+    if len(weights) < 2:
+        return None
+    gains = [weight * (rows[-1][f"reward/{name}"] - rows[0][f"reward/{name}"]) for name, weight in weights.items()]
+    gain = sum(gains)
+    return max(0.0, -min(gains)) / gain if gain > EPSILON else 0.0
+
+
+def _kl_jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
+    """Rise of the KL that lasts for two updates, in medians of its earlier changes.
+
+    No median counts as less than `MIN_KL_CHANGE`. Two updates, because a single token can make one estimate by k3, whose tail is
+    heavy, many times too large: GRPO under seed 2 has 6 nats in one update and under 1 in its neighbours.
+    """
+    values = [row["kl"] for row in rows if "kl" in row]
+    if "kl" not in rows[-1] or len(values) < 3:
+        return None
+    *before, second_last, last = values
+    changes = [abs(later - earlier) for earlier, later in itertools.pairwise(before)]
+    median_change = statistics.median(changes) if changes else 0.0
+    return max(0.0, (min(second_last, last) - before[-1]) / max(median_change, MIN_KL_CHANGE))
+
+
+DETECTORS = (
+    Detector(
+        "length_drift",
+        _sustained(_ratio_change("length")),
+        threshold=2.0,
+        calibration_max=1.83,
+        finding="responses are half or twice as long as SFT's; judges and reward models are swayed by length",
+    ),
+    Detector(
+        "repetition",
+        _increase("repetition"),
+        threshold=0.1,
+        calibration_max=0.01,
+        finding="responses repeat themselves; a repetition weight or a higher ppo.kl_coef stands against it",
+    ),
+    Detector(
+        "ngram_collapse",
+        _shrink_ratio("distinct_2"),
+        threshold=2.0,
+        calibration_max=1.07,
+        finding="responses to different prompts share their word pairs: the policy says the same to everybody",
+    ),
+    Detector(
+        "entropy_collapse",
+        _shrink_ratio("entropy"),
+        threshold=2.0,
+        calibration_max=1.37,
+        finding="the policy has become twice as sure of every token; it will hardly try anything else",
+    ),
+    Detector(
+        "reward_variance_collapse",
+        _sustained(_shrink_ratio("score_std")),
+        threshold=2.0,
+        calibration_max=1.65,
+        finding="all responses earn nearly the same, so there is little left to learn from but noise",
+    ),
+    Detector(
+        "component_tradeoff",
+        _component_loss,
+        threshold=0.5,
+        calibration_max=0.01,
+        finding="one component of the reward rises at the expense of another: lower its weight",
+    ),
+    Detector(
+        "truncation",
+        _increase("truncated_share"),
+        threshold=0.25,
+        calibration_max=0.14,
+        finding="more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens",
+    ),
+    Detector(
+        "ood_responses",
+        _increase("ood_share"),
+        threshold=0.25,
+        calibration_max=0.16,
+        finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
+    ),
+    Detector(
+        "kl_spike",
+        _kl_jump,
+        threshold=5.0,
+        calibration_max=3.92,
+        finding="the policy has moved away from SFT in one update as it did before in many; lower the learning rate",
+    ),
+)

@@ -1,0 +1,98 @@
+"""Runs of two stages that kill themselves, one after another: `python -m tests.support.killed_stage INPUTS FOLDER`.
+
+A run kills itself at one of its moments: the begin or the end of an optimiser step, half-way through one of the files
+of a checkpoint, or beside the writing of its mark. In the end one run goes on to the last step, and another, in
+FOLDER/STAGE/whole, is not interrupted at all. Each run is a fork of this process, which has imported everything and
+computed nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import peft.peft_model
+import torch
+from transformers import TrainerState
+
+from tasks import grpo
+from tasks.core import tracking
+from tasks.models import hf_training
+from tasks.models.hf_training import HistoryCallback
+from tests.support.tiny_stages import RUNS
+
+CHECKPOINT_MOMENTS = 8
+"""Weights, arguments, optimiser, scheduler, random states, trainer's state; before the mark, after the mark."""
+
+
+def watch(last: int) -> None:
+    """Kill the process at this moment."""
+    moments = itertools.count(1)
+
+    def moment() -> None:
+        if next(moments) == last:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def halved(write: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> None:
+            write(*arguments, **options)
+            path = next(Path(value) for value in arguments if isinstance(value, str | Path))
+            content = path.read_bytes()
+            path.write_bytes(content[: len(content) // 2])
+            moment()
+            path.write_bytes(content)
+
+        return call
+
+    def between(function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> None:
+            moment()
+            function(*arguments, **options)
+            moment()
+
+        return call
+
+    torch.save = halved(torch.save)
+    peft.peft_model.safe_save_file = halved(peft.peft_model.safe_save_file)
+    TrainerState.save_to_json = halved(TrainerState.save_to_json)
+    HistoryCallback.on_step_end = between(HistoryCallback.on_step_end)
+    HistoryCallback.on_save = between(HistoryCallback.on_save)
+
+
+def run(stage: str, inputs: Path, folder: Path, last: int | None) -> int:
+    """Its exit status."""
+    child = os.fork()
+    if child:
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if last:
+        watch(last)
+    (folder / "out").mkdir(parents=True, exist_ok=True)
+    with tracking.active_run(tracking.ActiveRun(stage, checkpoints=folder / "checkpoints")):
+        RUNS[stage](inputs, folder / "out")
+    os._exit(0)
+
+
+def main(inputs: Path, folder: Path) -> None:
+    hf_training.CHECKPOINT_STEPS, grpo.CHECKPOINT_UPDATES = 5, 1
+    draw = random.Random(0)
+    for stage, every in {"sft": 5, "grpo": 4}.items():
+        steps = 2 * every
+        checkpoint = steps + CHECKPOINT_MOMENTS
+        # Half-way through the second checkpoint, twice, so that each run gets one further; then between checkpoints.
+        moments = [checkpoint + steps + draw.randint(1, CHECKPOINT_MOMENTS - 1) for _ in range(2)]
+        for number, moment in enumerate([*moments, checkpoint + draw.randint(1, steps)], start=1):
+            assert run(stage, inputs, folder / stage, moment) == -signal.SIGKILL, f"it ended before moment {moment}"
+            newest = folder / stage / "checkpoints" / f"checkpoint-{number * every}"
+            assert (newest / hf_training.COMPLETE_MARKER).is_file(), f"run {number} did not go on from the one before"
+        assert run(stage, inputs, folder / stage, None) == 0
+        assert run(stage, inputs, folder / stage / "whole", None) == 0
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

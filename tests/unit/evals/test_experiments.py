@@ -1,0 +1,125 @@
+"""Summary over seeds: means and intervals by hand, collapsed and failed seeds."""
+
+from __future__ import annotations
+
+import csv
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tasks.core.errors import RLHFError, StageError, TrainingError
+from tasks.evals.experiments import (
+    SeedResult,
+    collapse_reason,
+    flat_metrics,
+    load_seed_result,
+    summarise_seeds,
+    write_summary,
+)
+
+
+def row(win_rate: float, kl: float = 3.0) -> dict[str, float]:
+    interval = {"win_rate": win_rate, "win_rate_low": win_rate - 0.1, "win_rate_high": win_rate + 0.1}
+    return interval | {"gain_gold": 2 * win_rate - 1, "gain_proxy": 1.0, "kl": kl, "length": 9.0}
+
+
+def trained(ppo: float, dpo: float = 0.6, degenerate: float = 0.0) -> SeedResult:
+    table = {"sft": row(0.5, 0.0), "ppo": row(ppo), "dpo": row(dpo)}
+    return SeedResult(table, {"ppo": degenerate, "dpo": 0.0}, {"ppo": ["repetition", "truncation"], "dpo": []})
+
+
+def summary_of(**results: SeedResult | RLHFError) -> dict[str, Any]:
+    return summarise_seeds({int(name[1:]): result for name, result in results.items()})
+
+
+def test_the_mean_and_its_interval_by_hand() -> None:
+    """0.6, 0.7, 0.8, 0.9: mean 0.75, s² = 0.05 / 3, s/√4 = 0.064550, t of 3 degrees of freedom is 3.182446."""
+    found = summary_of(s0=trained(0.6), s1=trained(0.7), s2=trained(0.8), s3=trained(0.9))
+    spread = found["policies"]["ppo"]["summary"]["win_rate"]
+    assert (spread["seeds"], spread["min"], spread["max"]) == (4, 0.6, 0.9)
+    assert spread["mean"] == 0.75
+    assert spread["low"] == pytest.approx(0.75 - 3.182446 * 0.0645497, abs=1e-6)
+    assert spread["high"] == pytest.approx(0.75 + 3.182446 * 0.0645497, abs=1e-6)
+    constant = found["policies"]["dpo"]["summary"]["win_rate"]
+    assert (constant["low"], constant["mean"], constant["high"]) == (0.6, 0.6, 0.6)
+    assert set(found["policies"]) == {"ppo", "dpo"}, "SFT has no seed of its own"
+    assert (found["collapsed"], found["failed"]) == ([], [])
+
+
+def test_one_seed_has_no_interval() -> None:
+    found = summary_of(s5=trained(0.6), s6=StageError("no space left on the disk"))
+    assert found["policies"]["ppo"]["summary"]["win_rate"] == {
+        "seeds": 1, "mean": 0.6, "low": None, "high": None, "min": 0.6, "max": 0.6,
+    }  # fmt: skip
+    assert "seeds.ppo.win_rate_low" not in flat_metrics(found)
+    assert flat_metrics(found)["seeds.ppo.win_rate_mean"] == 0.6
+
+
+@pytest.mark.parametrize(
+    ("high", "degenerate_count", "reason"),
+    [
+        (0.5, 0.0, None),
+        (0.4999, 0.0, "its win rate's whole interval, 30%–50%, lies below one half"),
+        (0.8, 1.0, "its last responses are all empty, all the same, or all without an end"),
+    ],
+)
+def test_what_counts_as_collapsed(high: float, degenerate: float, reason: str | None) -> None:
+    assert collapse_reason({"win_rate_low": 0.3, "win_rate_high": high}, degenerate) == reason
+
+
+def test_a_collapsed_seed_is_named_and_counts_in_the_mean() -> None:
+    found = summary_of(s0=trained(0.8), s1=trained(0.2), s2=trained(0.8, degenerate=2.0))
+    assert found["collapsed"] == [
+        "ppo, seed 1: its win rate's whole interval, 10%–30%, lies below one half",
+        "ppo, seed 2: its last responses are all empty, all the same, or all without an end",
+    ]
+    assert [bool(own["collapsed"]) for own in found["policies"]["ppo"]["seeds"].values()] == [False, True, True]
+    assert found["policies"]["ppo"]["summary"]["win_rate"]["mean"] == pytest.approx(0.6)
+    assert not any(own["collapsed"] for own in found["policies"]["dpo"]["seeds"].values())
+
+
+def test_a_failed_seed_is_named_and_is_in_no_mean() -> None:
+    found = summary_of(s0=trained(0.8), s1=TrainingError("loss not finite"), s2=StageError("disk is full"))
+    assert found["seeds"] == [0, 1, 2]
+    assert found["failed"] == ["seed 1: loss not finite", "seed 2: disk is full"]
+    assert found["collapsed"] == ["seed 1: its training failed"], "the disk says nothing of the seed"
+    assert list(found["policies"]["ppo"]["seeds"]) == ["0"]
+
+
+def test_what_the_stages_wrote_is_read(tmp_path: Path) -> None:
+    for name, content in {
+        "evaluate/policies": {"sft": row(0.5), "ppo": row(0.7), "dpo": row(0.6)},
+        "ppo/metrics": {"degenerate_count": 1.0, "kl": 3},
+        "dpo/metrics": {"pairs": 3},
+        "evaluate/findings": {"ppo": [{"detector": "kl_spike"}, {"detector": "kl_spike"}], "dpo": []},
+    }.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    found = load_seed_result(tmp_path)
+    assert found.degenerate_count == {"ppo": 1.0, "dpo": 0.0}
+    assert found.table["ppo"]["win_rate"] == 0.7
+    assert found.detectors == {"ppo": ["kl_spike"], "dpo": []}
+
+
+def test_a_row_per_policy_and_seed_and_a_plot_that_names_the_collapsed(tmp_path: Path) -> None:
+    results = {3: trained(0.8), 4: trained(0.2), 5: TrainingError("x")}
+    write_summary(tmp_path, results)
+    rows = list(csv.DictReader((tmp_path / "seeds.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(item["policy"], item["seed"], item["win_rate"]) for item in rows] == [
+        ("ppo", "3", "0.8"), ("ppo", "4", "0.2"), ("dpo", "3", "0.6"), ("dpo", "4", "0.6"),
+    ]  # fmt: skip
+    assert [item["detectors"] for item in rows] == ["repetition truncation"] * 2 + [""] * 2
+    assert json.loads((tmp_path / "seeds.json").read_text(encoding="utf-8")) == summarise_seeds(results)
+    plot = (tmp_path / "seeds.svg").read_text(encoding="utf-8")
+    assert "seed 4" in plot
+    assert "seed 3" not in plot
+    assert "win rate against SFT" in plot
+    write_summary(tmp_path, results)
+    assert (tmp_path / "seeds.svg").read_text(encoding="utf-8") == plot
+
+
+def test_nothing_to_show_is_no_error(tmp_path: Path) -> None:
+    write_summary(tmp_path, {0: TrainingError("x")})
+    assert (tmp_path / "seeds.csv").read_text(encoding="utf-8").startswith("policy,seed,win_rate")

@@ -1,0 +1,106 @@
+"""A policy as a plain folder, on a small model; without the project around: tests/pipeline/test_models.py."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+
+from tasks.core.errors import ConfigError, ModelError
+from tasks.models import export
+from tasks.models.export import ExportCheck, atomic_folder, export
+from tasks.models.loading import load_policy, load_reference
+from tests.conftest import tiny_model
+from tests.support.tiny_policy import write_parts
+
+IDS = torch.tensor([[5, 9, 3, 22, 11]])
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_parts(tmp_path_factory.mktemp("parts"))
+
+
+def exported(parts: Path, folder: Path, *, adapter: bool = False) -> ExportCheck:
+    folder.mkdir()
+    return export(parts, "ppo", folder, adapter=adapter, prompts=["ab", "a film is"], max_new_tokens=5, temperature=0.7)
+
+
+def policy(parts: Path) -> PeftModel:
+    return load_policy(parts / "base_model", parts / "sft", parts / "ppo")
+
+
+@torch.no_grad()
+def logits(model: torch.nn.Module) -> torch.Tensor:
+    return model(input_ids=IDS).logits
+
+
+def test_the_merged_model_computes_what_the_policy_does(parts: Path, tmp_path: Path) -> None:
+    measured = exported(parts, tmp_path / "out")
+    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
+    assert measured.dtype == "float32"
+    assert 0 <= measured.max_logit_difference < 1e-5 < 0.1 < measured.max_logit
+    reference = logits(load_reference(parts / "base_model", parts / "sft"))
+    assert (found - reference).abs().max() > 1e-2, "the policy's adapter is not in it"
+
+
+def test_no_bit_of_the_merged_weights_is_lost(parts: Path, tmp_path: Path) -> None:
+    exported(parts, tmp_path / "out")
+    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
+    wanted = policy(parts).merge_and_unload().state_dict()
+    assert found.keys() == wanted.keys()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_the_adapter_lies_on_the_merged_sft_model(parts: Path, tmp_path: Path) -> None:
+    exported(parts, tmp_path / "out", adapter=True)
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "base")
+    reference = logits(load_reference(parts / "base_model", parts / "sft"))
+    torch.testing.assert_close(logits(base), reference, rtol=0, atol=1e-5)
+    found = logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"))
+    torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
+
+
+def test_it_generates_as_it_was_trained(parts: Path, tmp_path: Path) -> None:
+    exported(parts, tmp_path / "out")
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (config["temperature"], config["max_new_tokens"], config["top_k"], config["do_sample"]) == (0.7, 5, 0, True)
+
+
+def test_an_export_that_computes_something_else_is_refused(
+    parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(export, "_load", lambda folder, adapter: tiny_model())
+    with pytest.raises(ModelError, match="logits differ from the policy's by up to"):
+        exported(parts, tmp_path / "out")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(ConfigError, match="is not empty"), atomic_folder(tmp_path):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
+
+
+def test_a_failed_export_leaves_nothing(tmp_path: Path) -> None:
+    def interrupted() -> None:
+        with atomic_folder(tmp_path / "out") as draft:
+            (draft / "half").write_text("half")
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        interrupted()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_empty_folder_is_filled(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with atomic_folder(tmp_path / "out") as draft:
+        (draft / "all").write_text("all")
+    assert (tmp_path / "out" / "all").read_text() == "all"
+    assert len(list(tmp_path.iterdir())) == 1

@@ -1,0 +1,303 @@
+"""Conversations token by token: whose they are, what they were sampled with, and what reads them afterwards."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from tests.unit.rl.test_trainer import PARAMS
+from torch import Tensor, nn
+
+from tasks.config.training import GenerationParams
+from tasks.core.rows import Prompt
+from tasks.rewards.composition import CompositeReward
+from tasks.rl.environments.base import Step
+from tasks.rl.multi_turn import MultiTurnRollout, MultiTurnSampler
+from tasks.rl.policy import Policy, model_inputs
+from tasks.rl.rollout import derive_generator
+from tasks.rl.trainer import PPOTrainer, PromptSet
+from tests.conftest import EOS, PAD, letter_tokenizer, tiny_model, tiny_policy
+
+SIGNS = "Ġabcdefghijklmnopqrstuvwxy:UĊB"
+"""All that a role needs; Ċ is the line end."""
+
+ROWS = [Prompt(id=letter, prompt=f"U: {letter}{letter}\nB:", answer=letter) for letter in "abcde"]
+TOKENIZER = letter_tokenizer(SIGNS)
+
+
+class Echo:
+    """Repeats the turn's first letter; it is over, and paid, once that lies before n."""
+
+    def __init__(self) -> None:
+        self.heard: list[str] = []
+
+    def reset(self, row: Prompt) -> str:
+        return row.prompt
+
+    def step(self, action: str) -> Step:
+        self.heard.append(action)
+        first = next((sign for sign in action if sign.isalpha() and sign.islower()), "y")
+        return Step(first * len(self.heard), float(first < "n"), done=first < "n")
+
+
+def answer(text: str) -> str:
+    """As a conversation writes it; these letters have no more signs than this tokenizer."""
+    return f"\nU: {text}\nB:"
+
+
+@pytest.fixture(autouse=True)
+def _short_roles(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tasks.rl.multi_turn.answered", answer)
+
+
+def multi_turn_sampler(
+    *, max_turns: int = 3, temperature: float = 1.0, tokens: int = 3, gamma: float = 0.5
+) -> MultiTurnSampler:
+    generation = GenerationParams(max_new_tokens=tokens, temperature=temperature)
+    return MultiTurnSampler(Echo, ROWS, TOKENIZER, generation, max_turns=max_turns, gamma=gamma)
+
+
+def moved_policy() -> Any:
+    policy = tiny_policy()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
+def conversations(
+    model: Any = None, chosen: Any = (0, 1, 2, 3, 4), samples: int = 2, **options: Any
+) -> MultiTurnRollout:
+    head = options.pop("value_head", None)
+    seed = options.pop("seed", 0)
+    generator = options.pop("generator", lambda turn: derive_generator(seed, turn))
+    return multi_turn_sampler(**options)(model or tiny_model(), chosen, samples, generator, value_head=head)
+
+
+def pieces(rollout: MultiTurnRollout, row: int) -> list[tuple[bool, list[int]]]:
+    """Runs of own and other tokens."""
+    runs: list[tuple[bool, list[int]]] = []
+    last = int(rollout.response_mask[row].nonzero().max())
+    for token, own in zip(
+        rollout.responses[row, : last + 1].tolist(), rollout.response_mask[row].tolist(), strict=False
+    ):
+        if not runs or runs[-1][0] != own:
+            runs.append((own, []))
+        runs[-1][1].append(token)
+    return runs
+
+
+def test_own_tokens_and_the_environments_take_turns_and_end_with_an_own_one() -> None:
+    rollout = conversations()
+    assert sorted(set(rollout.turns.tolist())) == [1, 2, 3], "the rows should end after different turns"
+    for row in range(10):
+        runs = pieces(rollout, row)
+        turns = [ids for own, ids in runs if own]
+        assert [own for own, _ in runs] == [place % 2 == 0 for place in range(2 * len(turns) - 1)]
+        assert len(turns) == rollout.turns[row]
+        environment = Echo()
+        steps = [environment.step(TOKENIZER.decode(ids, skip_special_tokens=True)) for ids in turns]
+        replies = [ids for own, ids in runs if not own]
+        assert replies == [TOKENIZER(answer(step.observation)).input_ids for step in steps[:-1]]
+        assert [step.done for step in steps[:-1]] == [False] * len(replies)
+        assert steps[-1].done or len(turns) == 3
+        assert rollout.rewards[row] == steps[-1].reward
+        assert rollout.has_eos[row] == all(ids[-1] == EOS for ids in turns)
+        assert all(len(ids) <= 3 and EOS not in ids[:-1] for ids in turns)
+
+
+def test_what_stands_where_nobody_counts_is_nothing() -> None:
+    rollout = conversations(value_head=nn.Linear(32, 1))
+    assert rollout.logprobs[~rollout.response_mask].eq(0).all()
+    assert rollout.values[~rollout.response_mask].eq(0).all()
+    assert rollout.logprobs[rollout.response_mask].lt(0).all()
+    assert rollout.response_mask.dtype is torch.bool
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_one_forward_pass_over_the_whole_conversation_gives_the_rollouts_log_probabilities(temperature: float) -> None:
+    model = moved_policy()
+    policy = Policy(model, temperature=temperature)
+    nn.init.normal_(policy.value_head.weight)
+    rollout = conversations(model, temperature=temperature, value_head=policy.value_head)
+    mask = rollout.response_mask
+    with torch.no_grad():
+        whole, values, _ = policy(rollout)  # reads of an Experience what a rollout has, too
+    assert (whole[mask] - rollout.logprobs[mask]).abs().max() <= 1e-4
+    assert (values[mask] - rollout.values[mask]).abs().max() <= 1e-4
+    for row in range(len(mask)):
+        length = int(mask[row].nonzero().max()) + 1
+        ids = torch.tensor([TOKENIZER(rollout.prompt_texts[row]).input_ids + rollout.responses[row, :length].tolist()])
+        with torch.no_grad():
+            logits = model(ids).logits[0, -length - 1 : -1] / temperature
+        fresh = torch.log_softmax(logits, -1).gather(1, ids[0, -length:].unsqueeze(1)).squeeze(1)
+        own = mask[row, :length]
+        torch.testing.assert_close(rollout.logprobs[row, :length][own], fresh[own], rtol=1e-4, atol=1e-4)
+
+
+def test_the_environments_tokens_are_read() -> None:
+    inputs = model_inputs(conversations())
+    rollout = conversations()
+    lengths = [int(row.nonzero().max()) + 1 for row in rollout.response_mask]
+    prompts = rollout.prompt_mask.sum(1).tolist()
+    width = rollout.responses.shape[1]
+    expected = [prompt + min(length, width - 1) for prompt, length in zip(prompts, lengths, strict=True)]
+    assert inputs["attention_mask"].sum(1).tolist() == expected
+
+
+def test_a_conversation_does_not_depend_on_how_long_others_last() -> None:
+    """Row 2 alone in its part of a batch that is as large as the whole is the row of the whole."""
+    whole = conversations(samples=1)
+    other = conversations(samples=1, chosen=(0, 1, 2, 3, 0))
+    for row in range(4):
+        assert whole.transcripts[row] == other.transcripts[row]
+    assert conversations(samples=1, seed=1).transcripts != whole.transcripts
+
+
+def test_people_read_both_sides_and_rewards_the_policys_words_alone() -> None:
+    rollout = conversations()
+    row = rollout.turns.tolist().index(2)
+    turns = [TOKENIZER.decode(ids, skip_special_tokens=True) for own, ids in pieces(rollout, row) if own]
+    environment = Echo()
+    first, second = (environment.step(turn) for turn in turns)
+    expected = turns[0] + answer(first.observation) + turns[1] + f"\nUser: {second.observation}"
+    assert rollout.display_texts(["ignored"] * 10)[row] == expected
+    assert rollout.texts(str)[row] == "\n".join(turn.strip() for turn in turns)
+    assert rollout.prompt_texts[row] == ROWS[row // 2].prompt
+
+
+def test_what_was_earned_is_a_component_and_turns_and_success_are_noticed() -> None:
+    rollout = conversations()
+    reward = CompositeReward({"short": lambda prompts, texts: [-1.0] * len(texts)}, {"environment": 2.0, "short": 0.5})
+    outcome = reward(rollout.prompt_texts, rollout.policy_texts, given=rollout.external_rewards)
+    assert torch.equal(outcome.components["environment"], rollout.rewards)
+    assert torch.equal(outcome.total, 2 * rollout.rewards - 0.5)
+    assert torch.equal(outcome.measures["success"], rollout.rewards)
+    assert torch.equal(outcome.measures["turns"], rollout.turns.float())
+
+
+# -- in the trainer --------------------------------------------------------------------------------------------
+
+
+def ppo(**changes: Any) -> PPOTrainer:
+    params = PARAMS.model_copy(update={"prompts_per_update": 4, "micro_batch_size": 8} | changes)
+    torch.manual_seed(0)
+    codec = PromptSet([row.prompt for row in ROWS], [[3]] * 5, lambda ids: str(TOKENIZER.decode(ids)), EOS, PAD)
+    reward = CompositeReward({}, {"environment": 1.0})
+    generation = GenerationParams(max_new_tokens=3, temperature=1.0)
+    policy = Policy(moved_policy(), temperature=1.0)
+    return PPOTrainer(policy, codec, reward, params, generation, seed=0, multi_turn=multi_turn_sampler())
+
+
+def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() -> None:
+    """λ = 1 and no KL penalty: the return of turn k of n is γ^(n − 1 − k) · score, whatever the values."""
+    trainer = ppo(action="turn", lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
+    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
+    experience, metrics = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
+    assert set(rollout.turns.tolist()) > {1}
+    for row, turns in enumerate(rollout.turns.tolist()):
+        expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
+        assert experience.returns[row, :turns].tolist() == pytest.approx(expected, abs=1e-6)
+        assert experience.action_mask[row].sum() == turns
+    assert metrics["turns"] == pytest.approx(rollout.turns.float().mean().item())
+    assert metrics["success"] == metrics["reward/environment"] == pytest.approx(rollout.rewards.mean().item())
+    assert metrics["length"] == pytest.approx(rollout.response_mask.sum(1).float().mean().item())
+
+
+@pytest.mark.parametrize("action", ["token", "response"])
+def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -> None:
+    trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
+    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
+    experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
+    for row, turns in enumerate(rollout.turns.tolist()):
+        own = experience.returns[row][experience.action_mask[row]]
+        assert own.tolist() == pytest.approx([outcome.total[row].item() * 0.5 ** (turns - 1)] * len(own), abs=1e-6)
+
+
+@pytest.mark.parametrize("action", ["token", "response"])
+def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None:
+    trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.5)
+    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
+    late = (rollout.turns > 1) & ~rollout.has_eos
+    assert late.any(), "a sample that shows nothing"
+    experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
+    expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.has_eos).float()
+    torch.testing.assert_close(experience.returns[:, 0], expected, rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("action", ["token", "turn", "response"])
+def test_the_first_step_starts_at_the_rollouts_policy(action: str) -> None:
+    trainer = ppo(action=action)
+    experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
+    metrics = trainer.updater.step(experience)
+    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
+
+
+@pytest.mark.parametrize("action", ["token", "turn"])
+def test_micro_batches_do_not_change_the_gradient(action: str) -> None:
+    gradients = []
+    for size in (8, 3):
+        trainer = ppo(action=action, micro_batch_size=size)
+        experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
+        trainer.updater.step(experience)
+        gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
+    for whole, split in zip(*gradients, strict=True):
+        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("action", ["token", "turn", "response"])
+def test_no_gradient_comes_from_the_environments_tokens(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its tokens as targets: junk in their log-probabilities and values changes nothing, and none flows back."""
+    seen: list[tuple[Tensor, Tensor]] = []
+    gradients = []
+    for junk in (None, 7.0, float("nan")):
+        trainer = ppo(action=action)
+        experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
+        mask = experience.response_mask
+        forward = trainer.policy.forward
+
+        def spoilt(piece: Any, forward: Any = forward, junk: Any = junk) -> tuple[Tensor, Tensor, Tensor]:
+            logprobs, values, entropy = forward(piece)
+            if junk is None:
+                logprobs.retain_grad()
+                values.retain_grad()
+                seen.append((logprobs, values))
+                return logprobs, values, entropy
+            off = ~piece.response_mask
+            return logprobs.masked_fill(off, junk), values.masked_fill(off, junk), entropy.masked_fill(off, junk)
+
+        monkeypatch.setattr(trainer.policy, "forward", spoilt)
+        metrics = trainer.updater.step(experience)
+        gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
+        if junk is None:
+            plain = metrics
+        assert metrics == plain
+    for logprobs, values in seen:
+        assert logprobs.grad is not None
+        assert logprobs.grad[~mask].eq(0).all()
+        assert values.grad is not None
+        assert values.grad[~mask].eq(0).all()
+        assert logprobs.grad[mask].ne(0).any()
+    for spoiled in gradients[1:]:
+        for one, other in zip(gradients[0], spoiled, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_two_runs_are_the_same_and_samples_hold_whole_conversations() -> None:
+    runs = []
+    for _ in range(2):
+        trainer = ppo(action="turn", updates=2)
+        trainer.train()
+        runs.append(
+            (
+                trainer.history,
+                trainer.samples,
+                [p.detach().clone() for p in trainer.policy.trainable_parameters().values()],
+            )
+        )
+    assert runs[0][:2] == runs[1][:2]
+    assert all(torch.equal(one, other) for one, other in zip(runs[0][2], runs[1][2], strict=True))
+    assert {"turns", "success", "reward/environment"} <= set(runs[0][0][-1])
+    assert all("\nUser: " in sample["response"] for sample in runs[0][1])
