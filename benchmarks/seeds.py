@@ -1,8 +1,8 @@
 """PPO under several seeds on the same SFT policy and reward model, with the number that collapse: `make bench-seeds`.
 
 Needs a finished pipeline (`rlhf run`): it takes the stages' functions, the parameters of params.yaml and the artifacts,
-and changes nothing but PPO's seed. What counts as collapsed: `tasks.evals.experiments.collapse_reason`. Unlike `rlhf run --seeds` it
-draws the curves of training, into infra/ppo_seeds.svg. Prints a line per seed and, last, one JSON line.
+and changes nothing but PPO's seed. What counts as collapsed: `tasks.evals.experiments.collapse_reason`. Unlike `rlhf
+run --seeds` it draws the curves of training, into infra/ppo_seeds.svg. Prints a line per seed and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ def run_seed(seed: int) -> dict[str, float]:
     ppo(params.ppo, params.lora, params.generation, params.reward, params.environment, seed, **upstream, out=ppo_out)
     evaluate(
         params.evaluate, params.generation, params.reward, params.environment, params.seed, **upstream,
-        gold_judge=ARTIFACTS / "gold_judge", ppo=ppo_out, grpo=disabled, dpo=disabled, overoptimisation=disabled, lm_eval=disabled, out=evaluate_out,
+        gold_judge=ARTIFACTS / "gold_judge", ppo=ppo_out, grpo=disabled, dpo=disabled, overoptimisation=disabled,
+        lm_eval=disabled, out=evaluate_out,
     )  # fmt: skip
     row = json.loads((evaluate_out / "metrics.json").read_text())["ppo"]
     last = json.loads((ppo_out / "metrics.json").read_text())

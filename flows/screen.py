@@ -122,7 +122,8 @@ def variants(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
 
 
 def seeds(report: dict[str, Any]) -> Table:
-    """Every policy under every seed, and their mean with its 95 % interval: see `tasks.evals.experiments.summarise_seeds`."""
+    """Every policy under every seed, and their mean with its 95 % interval: see
+    `tasks.evals.experiments.summarise_seeds`."""
     table = Table(title=f"Policies under {len(report['seeds'])} seeds, on held-out prompts", title_justify="left")
     table.add_column("policy")
     table.add_column("seed")

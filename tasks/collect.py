@@ -12,7 +12,8 @@ from pathlib import Path
 from tasks.config.data import CollectParams, SourceParams
 from tasks.core.rows import write_json, write_rows
 from tasks.data.pypi import sha256_of
-from tasks.data.sources import SourceRows, collect_source
+from tasks.data.sources import READERS, SourceRows, collect_source
+from tasks.rl.environments.service_bot import read_service_bot
 
 __all__ = ["collect"]
 
@@ -31,9 +32,10 @@ def collect(params: CollectParams, seed: int, *, out: Path) -> None:
         SourceError: a source cannot be reached, or is not what its checksum promises.
         DataError: a source is empty, or lacks a column.
     """
+    readers = {**READERS, "service_bot": read_service_bot}
     counts = {}
     for source in params.sources:
-        collected = collect_source(source, seed)
+        collected = collect_source(source, seed, readers)
         file = out / "rows" / f"{source.name}.jsonl"
         counts[source.name] = write_rows(file, collected.rows)
         write_json(out / "cards" / f"{source.name}.json", _data_card(source, collected, file))

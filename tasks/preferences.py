@@ -79,7 +79,7 @@ def _all_source_pairs(prepare: Path, params: PreferencesParams) -> list[Preferen
     Those that prepare held out stay unused: validation and test measure every run on the same drawn pairs.
     """
     path = prepare / "preferences" / "train.jsonl"
-    return read_rows(path, Preference) if params.source_pairs == "add" and _has_rows(path.parent, path.name) else []
+    return read_rows(path, Preference) if params.source_pairs == "prepend" and _has_rows(path.parent, path.name) else []
 
 
 def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[str]) -> list[Preference]:
@@ -133,9 +133,7 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
     groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
     groups |= {
-        f"{MARGIN_BUCKETS.clear_margin_margin:g}+": [
-            share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin_margin
-        ]
+        f"{MARGIN_BUCKETS.clear_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin]
     }
     groups |= {"all": [share for _, share in known]}
     return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]

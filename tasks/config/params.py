@@ -77,7 +77,8 @@ class Params(Section):
         rewarded = [name for name, rule in self.reward.rules.items() if rule.function == "sentiment"]
         if rewarded and self.evaluate.vader:
             raise ValueError(
-                f"evaluate.vader is true, but the reward's component {rewarded[0]} is VADER itself: set evaluate.vader to "
+                f"evaluate.vader is true, but the reward's component {rewarded[0]} is VADER itself: set "
+                "evaluate.vader to "
                 "false, for a judge must be one that training never saw"
             )
         gold = self.evaluate.gold_rule

@@ -48,7 +48,8 @@ def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
     functions = _functions(CUSTOM_DIR / f"{module}.py")
     if name not in functions:
         raise ValueError(
-            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; {did_you_mean(name, [*functions])}"
+            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; "
+            f"{did_you_mean(name, [*functions])}"
         )
     _check_arguments(function, functions[name].args, options)
 
@@ -179,7 +180,8 @@ class RewardParams(Section):
         for name in self.weights:
             if name not in {LEARNED, *EXTERNAL_COMPONENTS, *self.rules}:
                 raise ValueError(
-                    f"reward.weights.{name}: no such component; {did_you_mean(name, known)} A component of another name needs "
+                    f"reward.weights.{name}: no such component; {did_you_mean(name, known)} A component of another "
+                    "name needs "
                     f"an entry reward.rules.{name}"
                 )
         if taken := {LEARNED, *EXTERNAL_COMPONENTS} & set(self.rules):
@@ -248,6 +250,7 @@ def _check_weighted(key: str, names: Iterable[str], weights: dict[str, float]) -
     for name in names:
         if name not in weights:
             raise ValueError(
-                f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, sorted(weights))} Give it a weight (0: "
+                f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, sorted(weights))} Give it a "
+                "weight (0: "
                 "computed and reported alone), or remove it"
             )

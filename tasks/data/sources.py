@@ -1,4 +1,4 @@
-"""One small interface for everything rows can come from: `READERS[kind](source, seed)` returns a `SourceRows`.
+"""Readers of row sources, by kind: `READERS[kind](source, seed)` returns rows and their origin.
 
 A reader maps columns to the fields of the row type and keeps where each row came from. It does not judge rows: what
 cannot even be parsed travels on as raw text with the reason, and stage prepare puts it into quarantine.
@@ -21,9 +21,8 @@ from tasks.data.files import read_local
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.hub import read_hub, read_reasoning_gym
 from tasks.data.pypi import fetch
-from tasks.rl.environments.service_bot import read_service_bot
 
-__all__ = ["READERS", "SourceRows", "collect_source"]
+__all__ = ["READERS", "Reader", "SourceRows", "collect_source"]
 
 
 @dataclass(frozen=True)
@@ -39,14 +38,14 @@ class SourceRows:
     origin: dict[str, object] = field(default_factory=dict)
 
 
-def collect_source(source: SourceParams, seed: int) -> SourceRows:
+def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader]) -> SourceRows:
     """Read one source, at most `limit` rows of it, in the source's order.
 
     Raises:
         SourceError: it cannot be reached, or is not what its checksum promises.
         DataError: it is empty, or lacks a column.
     """
-    lines, origin = READERS[source.kind](source, seed)
+    lines, origin = readers[source.kind](source, seed)
     rows: list[dict[str, Any]] = []
     for file, line, content in lines:
         if source.limit is not None and len(rows) >= source.limit:
@@ -121,6 +120,7 @@ def _split_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
 
 
 ReaderResult = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
+Reader = Callable[[SourceParams, int], ReaderResult]
 
 
 def _film_reviews(source: SourceParams, seed: int) -> ReaderResult:
@@ -129,10 +129,9 @@ def _film_reviews(source: SourceParams, seed: int) -> ReaderResult:
     return rows, {"source": f"PyPI package {source.id} (sdist)", "file": sdist.name, "sha256": source.sha256}
 
 
-READERS: dict[str, Callable[[SourceParams, int], ReaderResult]] = {
+READERS: Mapping[str, Reader] = {
     "film_reviews": _film_reviews,
     "hub": read_hub,
     "local": read_local,
     "reasoning_gym": read_reasoning_gym,
-    "service_bot": read_service_bot,
 }

@@ -71,27 +71,28 @@ class MetricSpec:
 
 METRICS: Mapping[str, MetricSpec] = {
     "win_rate": MetricSpec(
-        "win rate against the champion", lambda ours, theirs: _pairwise_win(ours.gold, theirs.gold),
+        "win rate against the champion", lambda challenger, champion: _pairwise_win(challenger.gold, champion.gold),
         more_is_better=True, null_value=0.5, value_format=".1%", margin_format=".0%",
     ),
     "win_rate_vader": MetricSpec(
-        "VADER's win rate against the champion", lambda ours, theirs: _pairwise_win(_vader_score(challenger), _vader_score(champion)),
+        "VADER's win rate against the champion",
+        lambda challenger, champion: _pairwise_win(_vader_score(challenger), _vader_score(champion)),
         more_is_better=True, null_value=0.5, value_format=".1%", margin_format=".0%",
     ),
     "reward_gold": MetricSpec(
-        "gold reward less the champion's", lambda ours, theirs: ours.gold - theirs.gold, more_is_better=True
-    ),
+        "gold reward less the champion's", lambda challenger, champion: challenger.gold - champion.gold,
+    more_is_better=True ),
     "repetition": MetricSpec(
         "repetition less the champion's",
-        lambda ours, theirs: repetition_rate(ours.response) - repetition_rate(theirs.response), more_is_better=False,
-    ),
+        lambda challenger, champion: repetition_rate(challenger.response) - repetition_rate(champion.response),
+    more_is_better=False, ),
     "truncated_share": MetricSpec(
-        "share without end less the champion's", lambda ours, theirs: float(theirs.ended) - float(ours.ended),
-        more_is_better=False,
+        "share without end less the champion's", lambda challenger, champion: float(champion.ended) -
+        float(challenger.ended), more_is_better=False,
     ),
     "kl": MetricSpec(
-        "KL to SFT less the champion's, nats", lambda ours, theirs: ours.kl - theirs.kl, more_is_better=False
-    ),
+        "KL to SFT less the champion's, nats", lambda challenger, champion: challenger.kl - champion.kl,
+    more_is_better=False ),
 }  # fmt: skip
 """Key of `gate.margins` → metric; each KL is to the SFT policy that the policy was trained from."""
 

@@ -159,8 +159,8 @@ def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | 
 def summarise_seeds(results: Results) -> dict[str, Any]:
     """Summarise all seeds as JSON types.
 
-    `policies` gives each policy a `summary`, figure → `SeedSummary`, and its `seeds`, seed → figures with `detectors`, those
-    that fired, and `collapsed`, the reason or null; `collapsed` and `failed` hold a sentence for each.
+    `policies` gives each policy a `summary`, figure → `SeedSummary`, and its `seeds`, seed → figures with `detectors`,
+    those that fired, and `collapsed`, the reason or null; `collapsed` and `failed` hold a sentence for each.
 
     Means are over every evaluated seed, collapsed ones included: leaving those out would
     select seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
@@ -173,8 +173,8 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
     return {
         "seeds": list(results),
         "policies": {
-            policy: {"summary": _summarise_metrics(list(own.values())), "seeds": {str(seed): row for seed, row in own.items()}}
-            for policy, own in rows.items()
+            policy: {"summary": _summarise_metrics(list(own.values())), "seeds": {str(seed): row for seed, row in
+            own.items()}} for policy, own in rows.items()
         },
         "collapsed": [
             *(f"{policy}, seed {seed}: {row['collapsed']}" for policy, own in rows.items()

@@ -18,7 +18,7 @@ from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
 from tasks.evals.pairwise import PairJudge, Reply
 from tasks.models.loading import load_reference, load_tokenizer
-from tasks.rl.rollout import pad_left, position_ids
+from tasks.models.batching import pad_left, position_ids
 
 if TYPE_CHECKING:
     import openai
@@ -132,7 +132,8 @@ class EndpointJudge:
             for number, (key, request) in enumerate(missing.items()):
                 if tokens_used >= self._params.max_tokens:
                     raise ConfigError(
-                        f"{number} answers of the judge took {tokens_used} tokens, evaluate.llm_judge.max_tokens allows "
+                        f"{number} answers of the judge took {tokens_used} tokens, evaluate.llm_judge.max_tokens "
+                        "allows "
                         f"{self._params.max_tokens}; {len(missing) - number} are missing: run again to go on from "
                         "here, the answers are kept, or raise it"
                     )

@@ -158,7 +158,7 @@ def _top_examples(
 ) -> tuple[Example, ...]:
     pairs = [(own, reference[own.prompt_id]) for own in group]
     examples = [Example(value(own, other), other, own) for own, other in pairs]
-    kept = [example for example in report if sign * example.score_difference > TIE_TOLERANCE]
+    kept = [example for example in examples if sign * example.score_difference > TIE_TOLERANCE]
     return tuple(sorted(kept, key=lambda example: (-sign * example.score_difference, example.own.prompt_id))[:count])
 
 
@@ -375,7 +375,9 @@ def _hacking_summary(by_policy: Mapping[str, Sequence[HackingFinding]]) -> str:
     }
     if not fired:
         return f"None of {len(DETECTORS) + 1} detectors of reward hacking fired, neither in training nor at evaluation."
-    return f"Signs of reward hacking: {'; '.join(f'{DISPLAY_NAMES[policy]}: {join_and(own)}' for policy, own in fired.items())}."
+    return f"Signs of reward hacking: {
+        '; '.join(f'{DISPLAY_NAMES[policy]}: {join_and(own)}' for policy, own in fired.items())
+    }."
 
 
 def _figure_block(svg: str, title: str, note: str) -> dict[str, str]:

@@ -253,10 +253,11 @@ def _winner_sentence(table: Table, significance: Mapping[str, int], flagged: Col
     ]
     rate = f"preferred to SFT on {format_percent(row['win_rate'])}% of prompts"
     if first in flagged:
-        return f"{_display_name(first)} is not to be trusted: {rate}, but with signs of reward hacking. Read its samples first."
-    if not overlapping:
+        return f"{_display_name(first)} is not to be trusted: {rate}, but with signs of reward hacking. Read its samples
+    first." if not overlapping:
         return f"{_display_name(first)} is best: {rate}."
-    return f"{_display_name(first)} comes first: {rate}. {join_and(_display_names(overlapping))} may be as good: the intervals overlap."
+    return f"{_display_name(first)} comes first: {rate}. {join_and(_display_names(overlapping))} may be as good: the
+    intervals overlap."
 
 
 def _caution_sentence(table: Table) -> str:
@@ -267,7 +268,8 @@ def _caution_sentence(table: Table) -> str:
     inconsistent = [policy for policy, row in table.items() if row.get("judge_inconsistent", 0.0) > MAX_INCONSISTENT]
     if inconsistent:
         parts.append(
-            f"Do not rely on the LLM judge for {join_and(_display_names(inconsistent))}: on more than half of the prompts it preferred "
+            f"Do not rely on the LLM judge for {join_and(_display_names(inconsistent))}: on more than half of the "
+            "prompts it preferred "
             "another response once the two had changed places."
         )
     return " ".join(parts)
@@ -306,14 +308,16 @@ def _agreement_sentence(suspects: Sequence[str], missed: Sequence[str]) -> str:
     if suspects:
         verb = "is" if len(suspects) == 1 else "are"
         parts.append(
-            f"Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, {join_and(_display_names(suspects))} "
+            "Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, "
+            f"{join_and(_display_names(suspects))} "
             f"{verb} clearly better than SFT; the gold judge does not confirm it, or at most half of the gain. Suspect "
             "reward hacking, and read the samples."
         )
     if missed:
         verb = "is" if len(missed) == 1 else "are"
         parts.append(
-            f"{join_and(_display_names(missed))} {verb} clearly better by the gold judge, but not by the proxy reward, which PPO "
+            f"{join_and(_display_names(missed))} {verb} clearly better by the gold judge, but not by the proxy "
+            "reward, which PPO "
             "and GRPO maximise."
         )
     agree = "The proxy reward, which PPO and GRPO maximise, and the gold judge agree on which policies beat SFT."
@@ -370,9 +374,11 @@ def _describe_peak(method: str, fit: Mapping[str, Any], max_distance: float) -> 
     beta = fit["beta"]
     certain = beta["low"] > 0
     return (
-        f"{'Over-optimised' if certain else 'Perhaps over-optimised'}: by the gold judge, {DISPLAY_NAMES.get(method, method)} is "
+        f"{'Over-optimised' if certain else 'Perhaps over-optimised'}: by the gold judge, "
+        f"{DISPLAY_NAMES.get(method, method)} is "
         f"best at √KL {fit['peak']:.1f} and gets worse from there to {max_distance:.1f}, the farthest measured "
-        f"(β {_format_number(beta['mean'])}, 95% interval {_format_number(beta['low'])} to {_format_number(beta['high'])}"
+        f"(β {_format_number(beta['mean'])}, 95% interval {_format_number(beta['low'])} to "
+        f"{_format_number(beta['high'])}"
         f"{'' if certain else ', which holds 0'}; {format_percent(fit['peak_fraction'])}% of resamples peak within it)."
     )
 

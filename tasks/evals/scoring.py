@@ -215,7 +215,7 @@ def score_responses(
         if gold_reward is None
         else None
     )
-    proxy = reward(prompts, responses, given=external)
+    proxy = reward(prompts, responses, external=external)
     gold_scores = environment_rewards if gold_reward is None else torch.as_tensor(gold_reward(prompts, responses))
     if not torch.isfinite(gold_scores).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
@@ -236,7 +236,7 @@ def score_responses(
             gold=gold_scores[row].item(),
             vader=sentiment[row],
             correct=_answer_accuracy(answer, answer_pattern) if accuracy else None,
-            metrics={name: values[row].item() for name, values in proxy.measures.items()},
+            metrics={name: values[row].item() for name, values in proxy.metrics.items()},
             conversation=answer.conversation,
         )
         for row, answer in enumerate(answers)

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tasks.core.errors import ConfigError, ModelError
 from tasks.models.loading import ADAPTER_DIR, device, init_process, load_policy, load_reference, load_tokenizer
 
-__all__ = ["ADAPTER", "BASE_DIR", "ExportCheck", "atomic_folder", "export"]
+__all__ = ["ADAPTER_DIR", "BASE_DIR", "ExportCheck", "atomic_folder", "export"]
 
 BASE_DIR = "base"
 """Folder of an exported adapter's base model, beside the folder `adapter`."""
@@ -137,7 +137,8 @@ def _check_logits(expected: Sequence[Tensor], actual: Sequence[Tensor], dtype: t
     tolerance = TOLERANCE_EPS * torch.finfo(dtype).eps * max_logit
     if not max_logit_difference <= tolerance:
         raise ModelError(
-            f"the exported model's logits differ from the policy's by up to {max_logit_difference:.2g}, rounding explains "
+            f"the exported model's logits differ from the policy's by up to {max_logit_difference:.2g}, rounding "
+            "explains "
             f"{tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was written"
         )
     return ExportCheck(str(dtype).removeprefix("torch."), max_logit_difference, max_logit)

@@ -35,7 +35,8 @@ def freeze_for_onednn(model: nn.Module) -> None:
 
 
 def register_frozen_lora(config: LoraConfig) -> LoraConfig:
-    """Let PEFT put `FrozenLora` around the layers that `freeze_for_onednn` has changed, and its own layers around others."""
+    """Let PEFT put `FrozenLora` around the layers that `freeze_for_onednn` has changed, and its own layers around
+    others."""
     config._register_custom_module({FrozenLinear: FrozenLora})
     return config
 

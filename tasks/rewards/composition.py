@@ -16,7 +16,7 @@ from tasks.core import distributed
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.rows import Prompt
 from tasks.rewards.reward_model import RewardModel
-from tasks.rewards.rules import factory_of
+from tasks.rewards.rules import get_rule_factory
 from tasks.rewards.rules.base import Answers, Component, FaultTolerantRule, PerSampleRule, ScoresWithMetrics
 
 __all__ = [
@@ -300,7 +300,7 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
 
 def rule_component(name: str, options: RuleOptions, answers: Answers) -> Component:
     """The rule of a component; one that looks at single samples has its failures counted under the component's name."""
-    rule = factory_of(options.function)(options, answers)
+    rule = get_rule_factory(options.function)(options, answers)
     return FaultTolerantRule(name, rule.score, options.floor) if isinstance(rule, PerSampleRule) else rule
 
 
@@ -332,7 +332,8 @@ def _validate_scores(name: str, value: Sequence[float] | Tensor, prompts: list[s
         row = bad[0]
         raise TrainingError(
             f"reward component {name!r} is {tensor[row].item()} ({len(bad)} of {len(responses)} values not finite) for "
-            f"prompt {prompts[row][:MESSAGE_CHARACTERS]!r}, response {responses[row][:MESSAGE_CHARACTERS]!r}; a model that gives such a score "
+            f"prompt {prompts[row][:MESSAGE_CHARACTERS]!r}, response {responses[row][:MESSAGE_CHARACTERS]!r}; a "
+            "model that gives such a score "
             "has diverged (retrain it with a lower learning_rate), a rule has a bug"
         )
     return tensor

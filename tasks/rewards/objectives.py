@@ -219,7 +219,8 @@ def _check_objectives(rows: Sequence[Preference], known: Sequence[str], path: Pa
     missing = [name for name in known if not any(row.objective == name for row in rows)]
     if missing:
         raise DataError(
-            f"{path} has no pair about {', '.join(missing)}: collect some, raise the number of pairs in preferences, or "
+            f"{path} has no pair about {', '.join(missing)}: collect some, raise the number of pairs in preferences, "
+            "or "
             "remove it from reward_model.objectives"
         )
 
@@ -236,7 +237,7 @@ def _pair_metrics(
     margins = torch.tensor([float("nan") if row.margin is None else row.margin for row in pairs])
     table = accuracy_by_margin(differences, margins, ceiling) if pairs else []
     write_table(out / "accuracy_by_margin.csv", table, ACCURACY_COLUMNS)
-    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin_margin
+    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin
     return {
         "heldout_pairs": len(pairs),
         "accuracy": _fraction_true(differences > 0),

@@ -47,7 +47,8 @@ ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "worst": lambda scores, _: scores.amin(0),
     "uncertainty": lambda scores, coef: scores.mean(0) - coef * scores.var(0, correction=0),
 }
-"""`reward.ensemble_reduction` → scores of K members [K, B] as one [B] (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5)."""
+"""`reward.ensemble_reduction` → scores of K members [K, B] as one [B] (Coste et al. 2023, arXiv 2310.02743, equations 3
+to 5)."""
 
 
 def member_folder(reward_model: Path, number: int) -> Path:
@@ -230,7 +231,13 @@ class RewardModel:
             members = [EnsembleMember(scorer, _parse_heads(_read_normalisation(reward_model)))]
         else:
             members, formatter = _trained_members(base_model, sft, reward_model), add
-        return cls(members, ood_detector, combine=ensemble_reduction, uncertainty_coef=uncertainty_coef, text=formatter)
+        return cls(
+            members,
+            ood_detector,
+            ensemble_reduction=ensemble_reduction,
+            uncertainty_coef=uncertainty_coef,
+            formatter=formatter,
+        )
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: the members' scores, reduced."""

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tasks.core.errors import ModelError
 from tasks.models.loading import device
-from tasks.rl.rollout import position_ids
+from tasks.models.batching import position_ids
 
 __all__ = ["PretrainedScorer", "TextScorer", "encode"]
 

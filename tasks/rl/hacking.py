@@ -37,7 +37,8 @@ def check_finite(quantity: str, values: Tensor, prompts: Sequence[str], response
     rows = (~torch.isfinite(values.reshape(len(prompts), -1)).all(1)).nonzero().flatten().tolist()
     if rows:
         raise TrainingError(
-            f"{quantity} not finite for {len(rows)} of {len(prompts)} responses: {format_samples(rows, prompts, responses)}"
+            f"{quantity} not finite for {len(rows)} of {len(prompts)} responses: "
+            f"{format_samples(rows, prompts, responses)}"
         )
 
 
@@ -128,7 +129,8 @@ class Detector:
 
     def message(self, value: float) -> str:
         """Format the value, its threshold and the finding."""
-        return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.calibration_max:g}): {self.finding}"
+        return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.calibration_max:g}):
+        {self.finding}"
 
 
 def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
@@ -216,8 +218,8 @@ def _component_loss(rows: Rows, weights: Mapping[str, float]) -> float | None:
 def _kl_jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
     """Rise of the KL that lasts for two updates, in medians of its earlier changes.
 
-    No median counts as less than `MIN_KL_CHANGE`. Two updates, because a single token can make one estimate by k3, whose tail is
-    heavy, many times too large: GRPO under seed 2 has 6 nats in one update and under 1 in its neighbours.
+    No median counts as less than `MIN_KL_CHANGE`. Two updates, because a single token can make one estimate by k3,
+    whose tail is heavy, many times too large: GRPO under seed 2 has 6 nats in one update and under 1 in its neighbours.
     """
     values = [row["kl"] for row in rows if "kl" in row]
     if "kl" not in rows[-1] or len(values) < 3:

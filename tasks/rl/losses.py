@@ -222,8 +222,8 @@ def logprobs_from_logits(
 
     It is `logits[token] / temperature − logsumexp(logits / temperature)`, a row of the batch at a time, and its
     backward pass computes the softmax again instead of keeping it: all that it adds is one tensor of the logits' size,
-    their gradient (`log_softmax` and `gather` of torch peak at about five times that). With `inplace_backward` not even that:
-    the backward pass may then write the gradient over the logits, which nothing must read afterwards.
+    their gradient (`log_softmax` and `gather` of torch peak at about five times that). With `inplace_backward` not even
+    that: the backward pass may then write the gradient over the logits, which nothing must read afterwards.
     """
     result: Tensor = _Logprobs.apply(logits, tokens, temperature, inplace_backward)  # type: ignore[no-untyped-call]
     return result

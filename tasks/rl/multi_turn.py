@@ -24,7 +24,8 @@ from tasks.core.rows import Prompt
 from tasks.rl.advantages import turn_counts
 from tasks.rl.environments.base import Environment, final_user_turn, user_turn
 from tasks.rl.environments.kinds import ENVIRONMENTS
-from tasks.rl.rollout import Rollout, generate, pad_left
+from tasks.models.batching import pad_left
+from tasks.rl.rollout import Rollout, generate
 
 __all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "load_multi_turn_sampler"]
 

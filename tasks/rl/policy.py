@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
 from tasks.rl.masking import through_last_true
-from tasks.rl.rollout import Rollout, position_ids
+from tasks.models.batching import position_ids
+from tasks.rl.rollout import Rollout
 
 __all__ = ["Experience", "Policy", "model_inputs"]
 

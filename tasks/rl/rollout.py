@@ -3,7 +3,8 @@
 The loop differs from a general `generate` in what it leaves out: no top-k or top-p (what is sampled must be what is
 trained), prompts computed once and their cache shared by the samples of a prompt, the cache written in place, rows
 dropped from the batch once they end, and the log-probabilities of the sampled tokens kept from the very logits they
-were sampled from. On a CPU the weights are rearranged for small products, adapters added (`tasks.models.onednn_linear`).
+were sampled from. On a CPU the weights are rearranged for small products, adapters added
+(`tasks.models.onednn_linear`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tasks.core import distributed
+from tasks.models.batching import pad_left, position_ids
 from tasks.models.onednn_linear import merged_weights
 
 __all__ = [
@@ -25,8 +27,6 @@ __all__ = [
     "Rollout",
     "derive_generator",
     "generate",
-    "pad_left",
-    "position_ids",
 ]
 
 
@@ -142,22 +142,6 @@ def derive_generator(*parts: int) -> torch.Generator:
     return torch.Generator().manual_seed(value)
 
 
-def pad_left(prompts: Sequence[Sequence[int]], pad_token_id: int) -> tuple[Tensor, Tensor]:
-    """Prompts as [B, P] ids and their mask."""
-    width = max(len(prompt) for prompt in prompts)
-    ids = torch.full((len(prompts), width), pad_token_id, dtype=torch.long)
-    mask = torch.zeros((len(prompts), width), dtype=torch.bool)
-    for row, prompt in enumerate(prompts):
-        ids[row, width - len(prompt) :] = torch.tensor(prompt, dtype=torch.long)
-        mask[row, width - len(prompt) :] = True
-    return ids, mask
-
-
-def position_ids(mask: Tensor) -> Tensor:
-    """cumsum(mask) − mask: the first real token has position 0 whatever the padding before it."""
-    return mask.long().cumsum(-1) - mask.long()
-
-
 @torch.no_grad()
 def generate(
     model: Any,
@@ -184,10 +168,10 @@ def generate(
             row's sample does not depend on when the other rows end.
         value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
             anyway, so that values cost no forward pass of their own.
-        rank, world_size: these prompts are this one, from 0, of so many equal parts of a batch; their responses are those
-            that they would get in the whole.
-        active_rows, total_rows: these prompts are those rows, one sample each, of a part that has so many; the other rows take
-            no part in this call, and their numbers are drawn all the same.
+        rank, world_size: these prompts are this one, from 0, of so many equal parts of a batch; their responses are
+            those that they would get in the whole.
+        active_rows, total_rows: these prompts are those rows, one sample each, of a part that has so many; the other
+            rows take no part in this call, and their numbers are drawn all the same.
 
     Returns:
         The rollout, on the model's device; T is max_new_tokens, or less when every response ended earlier.

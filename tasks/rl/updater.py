@@ -124,7 +124,8 @@ class PPOUpdate:
         responses = self._texts(minibatch.responses, minibatch.response_mask)
         source = f"from {len(rows)} of {len(minibatch)} responses: {format_samples(rows, prompts, responses)}"
         raise TrainingError(
-            f"not finite: {non_finite}, {source if rows else 'from no single response'}; this step changed nothing; lower "
+            f"not finite: {non_finite}, {source if rows else 'from no single response'}; this step changed nothing; "
+            "lower "
             "ppo.learning_rate, or look at the rewards of these samples"
         )
 

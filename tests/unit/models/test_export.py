@@ -11,7 +11,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from tasks.core.errors import ConfigError, ModelError
-from tasks.models import export
+from tasks.models import export as export_module
 from tasks.models.export import ExportCheck, atomic_folder, export
 from tasks.models.loading import load_policy, load_reference
 from tests.conftest import tiny_model
@@ -75,7 +75,7 @@ def test_it_generates_as_it_was_trained(parts: Path, tmp_path: Path) -> None:
 def test_an_export_that_computes_something_else_is_refused(
     parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(export, "_load", lambda folder, adapter: tiny_model())
+    monkeypatch.setattr(export_module, "_load", lambda folder, adapter: tiny_model())
     with pytest.raises(ModelError, match="logits differ from the policy's by up to"):
         exported(parts, tmp_path / "out")
 

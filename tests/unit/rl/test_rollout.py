@@ -6,7 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from tasks.rl.rollout import Rollout, generate, pad_left, position_ids
+from tasks.models.batching import pad_left, position_ids
+from tasks.rl.rollout import Rollout, generate
 from tests.conftest import tiny_policy
 
 PAD, EOS = 0, 1
