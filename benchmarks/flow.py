@@ -24,17 +24,17 @@ BARE_STAGES = """
 import importlib, os
 from tasks.core import versioning
 from tasks.config.params import load_params
-from tasks.core.paths import artifacts, project_root
-from tasks.core.stage import stage_arguments, write_empty_outputs
+from tasks.core.paths import Artifacts, project_root, stage_dir
+from tasks.core.stage import stage_arguments, write_nothing
 params = load_params(project_root() / "params.yaml")
-for name in versioning.graph():
+for name, upstream in versioning.graph().items():
     if getattr(params, name) is None:
-        write_empty_outputs(name)
+        write_nothing(name)
         continue
     function = getattr(importlib.import_module(f"tasks.{name}"), name)
-    positional, folders = stage_arguments(function, name, params)
-    artifacts(name).mkdir(parents=True, exist_ok=True)
-    function(*positional, **folders)
+    artifacts = Artifacts(out=stage_dir(name), **{stage: stage_dir(stage) for stage in upstream})
+    artifacts.out.mkdir(parents=True, exist_ok=True)
+    function(*stage_arguments(function, name, params), artifacts)
 """
 
 

@@ -13,7 +13,7 @@ import sys
 from pathlib import Path
 
 from tasks.config.params import load_params
-from tasks.core.paths import DISABLED_MARKER
+from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.evals.experiments import collapse_reason
 from tasks.evals.report import read_table
 from tasks.evaluate import evaluate
@@ -38,11 +38,19 @@ def run_seed(seed: int) -> dict[str, float]:
     (disabled / "points.csv").touch()
     (disabled / "fits.json").write_text("{}")
     (disabled / "results.json").write_text("{}")
-    ppo(params.ppo, params.lora, params.generation, params.reward, params.environment, seed, **upstream, out=ppo_out)
+    ppo(
+        params.ppo,
+        params.lora,
+        params.generation,
+        params.reward,
+        params.environment,
+        seed,
+        Artifacts(**upstream, out=ppo_out),
+    )
     evaluate(
-        params.evaluate, params.generation, params.reward, params.environment, params.seed, **upstream,
+        params.evaluate, params.generation, params.reward, params.environment, params.seed, Artifacts(**upstream,
         gold_judge=ARTIFACTS / "gold_judge", ppo=ppo_out, grpo=disabled, dpo=disabled, overoptimisation=disabled,
-        lm_eval=disabled, out=evaluate_out,
+        lm_eval=disabled, out=evaluate_out),
     )  # fmt: skip
     row = json.loads((evaluate_out / "metrics.json").read_text())["ppo"]
     last = json.loads((ppo_out / "metrics.json").read_text())

@@ -6,10 +6,10 @@ Equal parameters give equal bytes.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 from tasks.config.training import BaseModelParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json
 from tasks.models.fetch import READERS, save_model, set_padding
 from tasks.models.loading import init_process
@@ -17,7 +17,7 @@ from tasks.models.loading import init_process
 __all__ = ["base_model"]
 
 
-def base_model(params: BaseModelParams, seed: int, *, out: Path) -> None:
+def base_model(params: BaseModelParams, seed: int, artifacts: Artifacts) -> None:
     """Fetch, convert or build the model and its tokenizer.
 
     Args:
@@ -33,11 +33,11 @@ def base_model(params: BaseModelParams, seed: int, *, out: Path) -> None:
     model, tokenizer, origin = READERS[params.kind](params, seed)
     set_padding(model, tokenizer, params.pad_token)
     tokenizer.padding_side = "right"
-    save_model(model.half(), tokenizer, out / "model")
+    save_model(model.half(), tokenizer, artifacts.out / "model")
     parameters = sum(weight.numel() for weight in model.parameters())
     counts = {"parameters": parameters, "vocabulary": len(tokenizer), "layers": model.config.num_hidden_layers}
     facts = {"licence": params.licence, "tokens": _tokens(tokenizer)}
-    write_json(out / "card.json", {"kind": params.kind, **origin, **facts, **counts})
+    write_json(artifacts.out / "card.json", {"kind": params.kind, **origin, **facts, **counts})
 
 
 def _tokens(tokenizer: Any) -> dict[str, str]:

@@ -10,6 +10,7 @@ import logging
 from pathlib import Path
 
 from tasks.config.data import CollectParams, SourceParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_rows
 from tasks.data.pypi import sha256_of
 from tasks.data.sources import READERS, SourceRows, collect_source
@@ -20,7 +21,7 @@ __all__ = ["collect"]
 logger = logging.getLogger(__name__)
 
 
-def collect(params: CollectParams, seed: int, *, out: Path) -> None:
+def collect(params: CollectParams, seed: int, artifacts: Artifacts) -> None:
     """Read every source and write its rows and card.
 
     Args:
@@ -36,11 +37,11 @@ def collect(params: CollectParams, seed: int, *, out: Path) -> None:
     counts = {}
     for source in params.sources:
         collected = collect_source(source, seed, readers)
-        file = out / "rows" / f"{source.name}.jsonl"
+        file = artifacts.out / "rows" / f"{source.name}.jsonl"
         counts[source.name] = write_rows(file, collected.rows)
-        write_json(out / "cards" / f"{source.name}.json", _data_card(source, collected, file))
+        write_json(artifacts.out / "cards" / f"{source.name}.json", _data_card(source, collected, file))
         logger.info("%s: %d rows of type %s", source.name, counts[source.name], source.row_type)
-    write_json(out / "metrics.json", {"rows": sum(counts.values()), "rows_of": counts})
+    write_json(artifacts.out / "metrics.json", {"rows": sum(counts.values()), "rows_of": counts})
 
 
 def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[str, object]:

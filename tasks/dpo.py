@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +11,7 @@ from peft import TaskType
 from trl import DPOConfig, DPOTrainer
 
 from tasks.config.training import DPOParams, LoraParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, write_history
 from tasks.models.loading import init_process, load_reference, load_tokenizer, lora_config, save_adapter
@@ -19,20 +19,18 @@ from tasks.models.loading import init_process, load_reference, load_tokenizer, l
 __all__ = ["dpo"]
 
 
-def dpo(
-    params: DPOParams, lora: LoraParams, policy_seed: int, *, base_model: Path, sft: Path, preferences: Path, out: Path
-) -> None:
+def dpo(params: DPOParams, lora: LoraParams, policy_seed: int, artifacts: Artifacts) -> None:
     """Train the policy with TRL's DPOTrainer, the SFT policy as reference.
 
     Pairs without a shared prompt get the start-of-text token as theirs. Writes adapter/, history.csv and metrics.json.
     """
     init_process()
-    tokenizer = load_tokenizer(base_model)
-    train = read_rows(preferences / "train.jsonl", Preference)[: params.max_pairs]
+    tokenizer = load_tokenizer(artifacts.base_model)
+    train = read_rows(artifacts.preferences / "train.jsonl", Preference)[: params.max_pairs]
     history = HistoryCallback("dpo")
     torch.manual_seed(policy_seed)
     trainer = DPOTrainer(
-        model=load_reference(base_model, sft),
+        model=load_reference(artifacts.base_model, artifacts.sft),
         peft_config=lora_config(lora, TaskType.CAUSAL_LM),
         args=DPOConfig(
             **trainer_arguments(
@@ -46,10 +44,10 @@ def dpo(
         callbacks=[history],
     )
     train_or_resume(trainer)
-    save_adapter(trainer.model, out)
-    write_history(out / "history.csv", history.rows)
+    save_adapter(trainer.model, artifacts.out)
+    write_history(artifacts.out / "history.csv", history.rows)
     metrics = {"pairs": len(train), **{key: value for key, value in history.rows[-1].items() if key != "step"}}
-    write_json(out / "metrics.json", metrics)
+    write_json(artifacts.out / "metrics.json", metrics)
 
 
 def _dataset(rows: Sequence[Preference], tokenizer: Any) -> Dataset:

@@ -15,6 +15,7 @@ from tasks.config.evaluation import EvaluateParams
 from tasks.config.reward import RewardParams
 from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core import tracking
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, write_json, write_rows, write_table
 from tasks.evals.compare import REFERENCE, WIN_RATE_KEYS, ScoredResponse, Table, compare_policies, headline, judges_of
 from tasks.evals.hacking_report import find_hacking, findings_to_dict
@@ -43,19 +44,7 @@ def evaluate(
     reward: RewardParams,
     environment: EnvironmentParams | None,
     seed: int,
-    *,
-    base_model: Path,
-    sft: Path,
-    reward_model: Path,
-    gold_judge: Path,
-    ppo: Path,
-    grpo: Path,
-    dpo: Path,
-    overoptimisation: Path,
-    lm_eval: Path,
-    prepare: Path,
-    collect: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Compare SFT and those of PPO, GRPO and DPO that are on, on held-out prompts.
 
@@ -76,57 +65,61 @@ def evaluate(
         TrainingError: a judge gives a score that is not finite.
     """
     init_process()
-    prompts = sample_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
-    trained: dict[str, Path] = {"ppo": ppo, "grpo": grpo, "dpo": dpo}
+    prompts = sample_prompts(artifacts.prepare / "prompts" / "test.jsonl", params.prompts, seed)
+    trained: dict[str, Path] = {"ppo": artifacts.ppo, "grpo": artifacts.grpo, "dpo": artifacts.dpo}
     policies = {name: folder for name, folder in trained.items() if not is_disabled(folder)}
     sampler = PolicySampler(
-        load_tokenizer(base_model),
+        load_tokenizer(artifacts.base_model),
         prompts,
         generation,
         batch_size=params.batch_size,
         seed=seed,
         environment=environment,
     )
-    responses = _sample_policies(sampler, policies, base_model, sft)
-    proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = None if environment else load_gold_reward(prompts, base_model, gold_judge, params.gold_rule)
+    responses = _sample_policies(sampler, policies, artifacts.base_model, artifacts.sft)
+    proxy = load_reward(reward, prompts, artifacts)
+    gold = (
+        None if environment else load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge, params.gold_rule)
+    )
     accuracy = params.gold_rule is None
     records = score_responses(
         responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy
     )
-    judgements = _judge_pairs(params, records, base_model)
+    judgements = _judge_pairs(params, records, artifacts.base_model)
     table = _build_table(params, records, judgements, seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
     findings = find_hacking(table, {name: [_numeric_row(row) for row in rows] for name, rows in histories.items()})
-    write_rows(out / "judgements.jsonl", judgements)
-    _write_tables(out, table, records, params.report_samples)
-    write_json(out / "findings.json", findings_to_dict(findings))
+    write_rows(artifacts.out / "judgements.jsonl", judgements)
+    _write_tables(artifacts.out, table, records, params.report_samples)
+    write_json(artifacts.out / "findings.json", findings_to_dict(findings))
     evidence = ReportData(
         table=table,
         records=records,
         findings=findings,
         histories=histories,
-        points=read_table(overoptimisation / "points.csv"),
-        fits=json.loads((overoptimisation / "fits.json").read_text(encoding="utf-8")),
-        benchmarks=json.loads((lm_eval / "results.json").read_text(encoding="utf-8")),
-        accuracy=read_table(reward_model / "accuracy_by_margin.csv"),
-        calibration=read_table(reward_model / "calibration.csv"),
+        points=read_table(artifacts.overoptimisation / "points.csv"),
+        fits=json.loads((artifacts.overoptimisation / "fits.json").read_text(encoding="utf-8")),
+        benchmarks=json.loads((artifacts.lm_eval / "results.json").read_text(encoding="utf-8")),
+        accuracy=read_table(artifacts.reward_model / "accuracy_by_margin.csv"),
+        calibration=read_table(artifacts.reward_model / "calibration.csv"),
         samples=params.report_samples,
         weights=reward.weights,
         composition=reward.composition,
-        has_gold_judge=not is_disabled(gold_judge),
+        has_gold_judge=not is_disabled(artifacts.gold_judge),
         gold_rule=None if params.gold_rule is None else params.gold_rule.function,
-        sources=collect_sources(base_model, collect),
+        sources=collect_sources(artifacts.base_model, artifacts.collect),
         provenance=_provenance(
             seed,
             (params, generation, reward, *([environment] if environment else [])),
-            {REFERENCE: sft} | policies | {"reward model": reward_model, "gold judge": gold_judge},
+            {REFERENCE: artifacts.sft}
+            | policies
+            | {"reward model": artifacts.reward_model, "gold judge": artifacts.gold_judge},
             prompts,
         ),
     )
-    (out / "report.html").write_text(render_report(evidence), encoding="utf-8", newline="\n")
-    write_json(out / "report.json", report_to_dict(evidence))
-    tracking.log_file(out / "report.html")
+    (artifacts.out / "report.html").write_text(render_report(evidence), encoding="utf-8", newline="\n")
+    write_json(artifacts.out / "report.json", report_to_dict(evidence))
+    tracking.log_file(artifacts.out / "report.html")
 
 
 def _sample_policies(

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from tasks.config.training import GoldJudgeParams, LoraParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
 from tasks.models.loading import add_lora, init_process, load_tokenizer, new_reward_model, save_adapter
@@ -22,9 +23,7 @@ from tasks.rewards.training import pair_trainer, regression_trainer
 __all__ = ["gold_judge"]
 
 
-def gold_judge(
-    params: GoldJudgeParams, lora: LoraParams, seed: int, *, base_model: Path, prepare: Path, out: Path
-) -> None:
+def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: Artifacts) -> None:
     """Fit a linear head on the base model to mean ratings by squared error, or to pairs by Bradley–Terry.
 
     The judge starts from the base model, not from the SFT model, and reads only the gold half of the rated texts or
@@ -33,17 +32,17 @@ def gold_judge(
     average, as they are and with their words shuffled; or accuracy on held-out pairs).
     """
     init_process()
-    tokenizer = load_tokenizer(base_model)
+    tokenizer = load_tokenizer(artifacts.base_model)
     history = HistoryCallback("gold_judge")
-    fresh = new_reward_model(base_model, None, seed=seed)
+    fresh = new_reward_model(artifacts.base_model, None, seed=seed)
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     scorer = TextScorer(model, tokenizer, max_length=params.max_length)
     train = _train_on_ratings if params.kind == "rating" else _train_on_pairs
-    metrics = train(params, model, tokenizer, scorer, seed, history, prepare)
-    save_adapter(model, out)
-    (out / NORMALISATION).write_text(json.dumps({"max_length": params.max_length}) + "\n", encoding="utf-8")
-    write_history(out / "history.csv", history.rows)
-    write_json(out / "metrics.json", metrics)
+    metrics = train(params, model, tokenizer, scorer, seed, history, artifacts.prepare)
+    save_adapter(model, artifacts.out)
+    (artifacts.out / NORMALISATION).write_text(json.dumps({"max_length": params.max_length}) + "\n", encoding="utf-8")
+    write_history(artifacts.out / "history.csv", history.rows)
+    write_json(artifacts.out / "metrics.json", metrics)
 
 
 def _train_on_ratings(

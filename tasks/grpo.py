@@ -6,7 +6,6 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,6 +20,7 @@ from tasks.config.reward import RewardParams
 from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams, GRPOParams, LoraParams
 from tasks.core import distributed, tracking
 from tasks.core.errors import TrainingError
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json, write_rows
 from tasks.models.hf_training import HistoryCallback, PolicySnapshots, train_or_resume, trainer_arguments, write_history
 from tasks.models.loading import init_process, load_reference, load_tokenizer, lora_config, save_adapter
@@ -55,12 +55,7 @@ def grpo(
     reward: RewardParams,
     environment: EnvironmentParams | None,
     policy_seed: int,
-    *,
-    base_model: Path,
-    sft: Path,
-    reward_model: Path,
-    prepare: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Train the policy with TRL's GRPOTrainer: advantages are rewards standardised within each prompt's group.
 
@@ -70,21 +65,21 @@ def grpo(
     samples.jsonl and metrics.json (the last update's figures).
     """
     init_process()
-    tokenizer = load_tokenizer(base_model)
-    prompts = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
-    composed = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
+    tokenizer = load_tokenizer(artifacts.base_model)
+    prompts = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
+    composed = load_reward(reward, prompts, artifacts)
     score = _RewardFunction(composed, params, tokenizer.eos_token_id, environment.gamma if environment else 1.0)
     rollouts: RolloutFunction | MultiTurnRolloutFunction = RolloutFunction(params, generation, tokenizer, policy_seed)
     if environment:
         conversations = load_multi_turn_sampler(environment, prompts, tokenizer, generation)
         rollouts = MultiTurnRolloutFunction(params, conversations, [row.prompt for row in prompts], policy_seed)
     history = HistoryCallback("grpo")
-    snapshots = PolicySnapshots(params.snapshot_every, out)
+    snapshots = PolicySnapshots(params.snapshot_every, artifacts.out)
     torch.manual_seed(policy_seed)
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="You are using 'rollout_func'")
         trainer = GRPOTrainer(
-            model=load_reference(base_model, sft),
+            model=load_reference(artifacts.base_model, artifacts.sft),
             peft_config=lora_config(lora, TaskType.CAUSAL_LM),
             reward_funcs=[score],
             args=_arguments(params, generation, policy_seed),
@@ -94,14 +89,14 @@ def grpo(
             rollout_func=rollouts,
         )
     train_or_resume(trainer)
-    save_adapter(trainer.model, out)
+    save_adapter(trainer.model, artifacts.out)
     snapshots.publish()
     logged = _logged_rollouts(trainer.state)
     rows = _update_rows(history.rows, logged, params.epochs * params.minibatches, composed.marginal_weights)
-    write_history(out / "history.csv", rows)
+    write_history(artifacts.out / "history.csv", rows)
     samples = [sample for entry in logged for sample in entry["samples"]]
-    write_rows(out / "samples.jsonl", ({name: sample[name] for name in SAMPLE_COLUMNS} for sample in samples))
-    write_json(out / "metrics.json", rows[-1])
+    write_rows(artifacts.out / "samples.jsonl", ({name: sample[name] for name in SAMPLE_COLUMNS} for sample in samples))
+    write_json(artifacts.out / "metrics.json", rows[-1])
 
 
 def _arguments(params: GRPOParams, generation: GenerationParams, seed: int) -> GRPOConfig:

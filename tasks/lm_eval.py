@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import gc
-from pathlib import Path
 
 from tasks.config.evaluation import LmEvalParams
-from tasks.core.paths import project_root
+from tasks.core.paths import Artifacts, project_root
 from tasks.core.rows import write_json
 from tasks.evals.compare import REFERENCE
 from tasks.evals.lm_harness import Scores, load_tasks, run_tasks
@@ -18,15 +17,7 @@ __all__ = ["lm_eval"]
 def lm_eval(
     params: LmEvalParams,
     seed: int,
-    *,
-    base_model: Path,
-    sft: Path,
-    ppo: Path,
-    grpo: Path,
-    dpo: Path,
-    prepare: Path,
-    preferences: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Measure SFT and those of PPO, GRPO and DPO that are on, in every task.
 
@@ -38,18 +29,26 @@ def lm_eval(
         SourceError: the data of a task cannot be read.
     """
     init_process()
-    tokenizer = load_tokenizer(base_model)
+    tokenizer = load_tokenizer(artifacts.base_model)
     policies = {
-        name: folder for name, folder in (("ppo", ppo), ("grpo", grpo), ("dpo", dpo)) if not is_disabled(folder)
+        name: folder
+        for name, folder in (("ppo", artifacts.ppo), ("grpo", artifacts.grpo), ("dpo", artifacts.dpo))
+        if not is_disabled(folder)
     }
-    data = (prepare / "demonstrations", preferences / "test.jsonl")
+    data = (artifacts.prepare / "demonstrations", artifacts.preferences / "test.jsonl")
     with load_tasks(params, project_root() / params.include, data, seed) as tasks:
-        results = {REFERENCE: run_tasks(load_reference(base_model, sft), tokenizer, tasks, params=params, seed=seed)}
+        results = {
+            REFERENCE: run_tasks(
+                load_reference(artifacts.base_model, artifacts.sft), tokenizer, tasks, params=params, seed=seed
+            )
+        }
         for name, folder in policies.items():
             gc.collect()  # the previous policy is in reference cycles
-            results[name] = run_tasks(load_policy(base_model, sft, folder), tokenizer, tasks, params=params, seed=seed)
-    write_json(out / "results.json", results)
-    write_json(out / "metrics.json", {name: _flatten(scores) for name, scores in results.items()})
+            results[name] = run_tasks(
+                load_policy(artifacts.base_model, artifacts.sft, folder), tokenizer, tasks, params=params, seed=seed
+            )
+    write_json(artifacts.out / "results.json", results)
+    write_json(artifacts.out / "metrics.json", {name: _flatten(scores) for name, scores in results.items()})
 
 
 def _flatten(scores: Scores) -> dict[str, float | None]:

@@ -9,6 +9,7 @@ from pathlib import Path
 from tasks.config.evaluation import OveroptimisationParams
 from tasks.config.reward import RewardParams
 from tasks.config.training import GenerationParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse
 from tasks.evals.overoptimisation import (
@@ -32,15 +33,7 @@ def overoptimisation(
     generation: GenerationParams,
     reward: RewardParams,
     seed: int,
-    *,
-    base_model: Path,
-    sft: Path,
-    reward_model: Path,
-    gold_judge: Path,
-    ppo: Path,
-    grpo: Path,
-    prepare: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Score every policy snapshot of PPO and GRPO, and best-of-n of SFT; fit the forms of Gao et al. 2022.
 
@@ -48,33 +41,38 @@ def overoptimisation(
     and metrics.json (the coefficients alone).
     """
     init_process()
-    prompts = sample_prompts(prepare / "prompts" / "test.jsonl", params.prompts, seed)
-    proxy = load_reward(reward, prompts, base_model=base_model, sft=sft, reward_model=reward_model)
-    gold = load_gold_reward(prompts, base_model, gold_judge)
+    prompts = sample_prompts(artifacts.prepare / "prompts" / "test.jsonl", params.prompts, seed)
+    proxy = load_reward(reward, prompts, artifacts)
+    gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge)
 
     def score(answers: list[SampledResponse]) -> list[ScoredResponse]:
         return score_responses(answers, proxy, gold, vader=False)
 
-    sampler = PolicySampler(load_tokenizer(base_model), prompts, generation, batch_size=params.batch_size, seed=seed)
+    sampler = PolicySampler(
+        load_tokenizer(artifacts.base_model), prompts, generation, batch_size=params.batch_size, seed=seed
+    )
     sft_answers = sampler.sample(
-        REFERENCE, load_reference(base_model, sft), samples_per_prompt=params.samples_per_prompt
+        REFERENCE, load_reference(artifacts.base_model, artifacts.sft), samples_per_prompt=params.samples_per_prompt
     )
     base = score_matrix(score(sft_answers), len(prompts))
     levels: dict[str, list[CurvePoint]] = {BEST_OF_N: best_of_n_points(base)}
-    for method, folder in (("ppo", ppo), ("grpo", grpo)):
+    for method, folder in (("ppo", artifacts.ppo), ("grpo", artifacts.grpo)):
         if not is_disabled(folder):
-            answers = _snapshot_answers(method, folder, sampler, params.samples_per_policy, base_model, sft)
+            answers = _snapshot_answers(
+                method, folder, sampler, params.samples_per_policy, artifacts.base_model, artifacts.sft
+            )
             levels[method] = [policy_point(method, update, score(own), base) for update, own in answers]
-    write_table(out / "points.csv", [to_row(level) for own in levels.values() for level in own])
+    write_table(artifacts.out / "points.csv", [to_row(level) for own in levels.values() for level in own])
     fitted = fit_all(levels, samples=params.bootstrap_samples, seed=seed)
     write_json(
-        out / "fits.json", {way: {by: found.to_dict() for by, found in own.items()} for way, own in fitted.items()}
+        artifacts.out / "fits.json",
+        {way: {by: found.to_dict() for by, found in own.items()} for way, own in fitted.items()},
     )
     metrics = {
         way: {f"{by}_{name}": value.mean for by, found in own.items() for name, value in found.coefficients().items()}
         for way, own in fitted.items()
     }
-    write_json(out / "metrics.json", metrics)
+    write_json(artifacts.out / "metrics.json", metrics)
 
 
 def _snapshot_answers(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
@@ -11,6 +10,7 @@ from tqdm import tqdm
 from tasks.config.reward import RewardParams
 from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams, PPOParams
 from tasks.core import distributed, tracking
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json, write_rows
 from tasks.models.hf_training import PolicySnapshots, write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
@@ -29,12 +29,7 @@ def ppo(
     reward: RewardParams,
     environment: EnvironmentParams | None,
     policy_seed: int,
-    *,
-    base_model: Path,
-    sft: Path,
-    reward_model: Path,
-    prepare: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Train the policy with the project's own PPO.
 
@@ -42,12 +37,12 @@ def ppo(
     samples.jsonl and metrics.json (the last update's figures).
     """
     init_process()
-    tokenizer = load_tokenizer(base_model)
-    rows = read_rows(prepare / "prompts" / "train.jsonl", Prompt)
+    tokenizer = load_tokenizer(artifacts.base_model)
+    rows = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
     prompts = [row.prompt for row in rows]
-    model = add_lora(load_reference(base_model, sft), lora, seed=policy_seed).eval()
+    model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
     progress = _Progress(params.updates)
-    snapshots = PolicySnapshots(params.snapshot_every, out)
+    snapshots = PolicySnapshots(params.snapshot_every, artifacts.out)
     trainer = PPOTrainer(
         Policy(model, temperature=generation.temperature),
         PromptSet(
@@ -57,7 +52,7 @@ def ppo(
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
         ),
-        load_reward(reward, rows, base_model=base_model, sft=sft, reward_model=reward_model),
+        load_reward(reward, rows, artifacts),
         params,
         generation,
         seed=policy_seed,
@@ -70,11 +65,11 @@ def ppo(
     )
     trainer.train()
     progress.close()
-    save_adapter(model, out)
+    save_adapter(model, artifacts.out)
     snapshots.publish()
-    write_history(out / "history.csv", trainer.history)
-    write_rows(out / "samples.jsonl", trainer.samples)
-    write_json(out / "metrics.json", trainer.history[-1])
+    write_history(artifacts.out / "history.csv", trainer.history)
+    write_rows(artifacts.out / "samples.jsonl", trainer.samples)
+    write_json(artifacts.out / "metrics.json", trainer.history[-1])
 
 
 class _Progress:

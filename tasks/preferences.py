@@ -18,6 +18,7 @@ import numpy as np
 
 from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters
 from tasks.data.rater_agreement import rater_agreement
@@ -29,7 +30,7 @@ __all__ = ["preferences"]
 COLUMNS = ("bucket", "pairs", "agreement")
 
 
-def preferences(params: PreferencesParams, seed: int, *, prepare: Path, out: Path) -> None:
+def preferences(params: PreferencesParams, seed: int, artifacts: Artifacts) -> None:
     """Draw, label and write the pairs of each split.
 
     Args:
@@ -43,21 +44,23 @@ def preferences(params: PreferencesParams, seed: int, *, prepare: Path, out: Pat
     """
     counts: Counter[str] = Counter()
     pairs: list[Pair] = []
-    if params.source_pairs == "only" and _has_rows(prepare / "preferences"):
-        rows = {split: _sample_source_pairs(prepare, split, params, seed) for split in SPLITS}
+    if params.source_pairs == "only" and _has_rows(artifacts.prepare / "preferences"):
+        rows = {split: _sample_source_pairs(artifacts.prepare, split, params, seed) for split in SPLITS}
     else:
-        pairs = _heldout_pairs(prepare, "test", params, seed)
+        pairs = _heldout_pairs(artifacts.prepare, "test", params, seed)
         rows = {
-            "train": [*_all_source_pairs(prepare, params), *_train(prepare, params, seed, counts)],
-            "validation": [label_by_all(pair) for pair in _heldout_pairs(prepare, "validation", params, seed)],
+            "train": [*_all_source_pairs(artifacts.prepare, params), *_train(artifacts.prepare, params, seed, counts)],
+            "validation": [
+                label_by_all(pair) for pair in _heldout_pairs(artifacts.prepare, "validation", params, seed)
+            ],
             "test": [label_by_all(pair) for pair in pairs],
         }
-    written = {split: write_rows(out / f"{split}.jsonl", rows[split]) for split in SPLITS}
+    written = {split: write_rows(artifacts.out / f"{split}.jsonl", rows[split]) for split in SPLITS}
     ceiling = _rater_ceiling(pairs, params, seed)
-    write_table(out / "ceiling.csv", ceiling, COLUMNS)
+    write_table(artifacts.out / "ceiling.csv", ceiling, COLUMNS)
     agreement = {str(row["bucket"]): row["agreement"] for row in ceiling if row["agreement"] != ""}
     labels = {"against_the_mean": 0, "ties_drawn_again": 0, "ties_given_up": 0} | dict(counts)
-    write_json(out / "metrics.json", {"pairs": written, "training_labels": labels, "raters_agree": agreement})
+    write_json(artifacts.out / "metrics.json", {"pairs": written, "training_labels": labels, "raters_agree": agreement})
 
 
 def _has_rows(folder: Path, name: str = "*.jsonl") -> bool:

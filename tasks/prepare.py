@@ -14,6 +14,7 @@ from pathlib import Path
 
 from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row, write_json, write_rows
 from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, full_texts, split_key
 from tasks.data.duplicates import near_duplicates
@@ -28,7 +29,7 @@ DROP_REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicat
 Splits = Mapping[Split, Sequence[Row]]
 
 
-def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> None:
+def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     """Clean and split everything that was collected.
 
     Args:
@@ -40,9 +41,9 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
     Raises:
         DataError: too many rows are malformed, or nothing is left to train on.
     """
-    cleaned = clean(collect)
-    write_rows(out / "quarantine.jsonl", cleaned.quarantine)
-    check_quarantine(cleaned, out / "quarantine.jsonl", params.max_quarantine_share)
+    cleaned = clean(artifacts.collect)
+    write_rows(artifacts.out / "quarantine.jsonl", cleaned.quarantine)
+    check_quarantine(cleaned, artifacts.out / "quarantine.jsonl", params.max_quarantine_share)
     rows = _drop_duplicates(filter_by_length(cleaned, params), cleaned, params.near_duplicate_threshold)
     if not rows:
         raise DataError(
@@ -58,15 +59,15 @@ def prepare(params: PrepareParams, seed: int, *, collect: Path, out: Path) -> No
     prompts = _prompts(splits, {"test": [*gold["test"], *gold_pairs["test"]]}, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
         raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
-    written = {f"ratings_{half}": _write(out / "ratings" / half, ratings[half]) for half in HALVES}
+    written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
-    written["demonstrations"] = _write(out / "demonstrations", demonstrations)
-    written["prompts"] = _write(out / "prompts", prompts)
-    written["preferences"] = _write(out / "preferences", _of_type(splits, Preference))
-    gold_written = _write(out / "preferences" / "gold", gold_pairs)
+    written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)
+    written["prompts"] = _write(artifacts.out / "prompts", prompts)
+    written["preferences"] = _write(artifacts.out / "preferences", _of_type(splits, Preference))
+    gold_written = _write(artifacts.out / "preferences" / "gold", gold_pairs)
     if params.gold_pair_share:
         written["preferences_gold"] = gold_written
-    _write_metrics(out, cleaned, len(rows), written)
+    _write_metrics(artifacts.out, cleaned, len(rows), written)
 
 
 def _drop_duplicates(rows: list[Row], cleaned: CleanResult, threshold: float) -> list[Row]:

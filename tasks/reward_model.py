@@ -15,6 +15,7 @@ from torch import Tensor
 
 from tasks.config.training import GenerationParams, LoraParams, RewardModelParams
 from tasks.core import tracking
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
 from tasks.models.loading import (
@@ -46,12 +47,7 @@ def reward_model(
     lora: LoraParams,
     generation: GenerationParams,
     seed: int,
-    *,
-    base_model: Path,
-    sft: Path,
-    prepare: Path,
-    preferences: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Train a reward model, or load a pretrained one; evaluate and normalise it.
 
@@ -67,17 +63,25 @@ def reward_model(
         SourceError: a backbone or pretrained model could not be fetched.
     """
     init_process()
-    shutil.rmtree(out / ADAPTER_DIR, ignore_errors=True)
-    data = load_objective(params, prepare, preferences)
-    samples = _sample_sft_responses(params, generation, seed, base_model, sft, prepare)
+    shutil.rmtree(artifacts.out / ADAPTER_DIR, ignore_errors=True)
+    data = load_objective(params, artifacts.prepare, artifacts.preferences)
+    samples = _sample_sft_responses(params, generation, seed, artifacts.base_model, artifacts.sft, artifacts.prepare)
     metrics: dict[str, float] = dict(data.dataset_sizes())
     if params.backbone:
-        fetch_backbone(params.backbone, seed, out)
+        fetch_backbone(params.backbone, seed, artifacts.out)
     scores: list[Tensor] = []
     for number in range(params.ensemble_size):
-        folder = member_folder(out, number)
+        folder = member_folder(artifacts.out, number)
         with tracking.prefixed(f"member_{number}") if number else nullcontext():
-            scorer, text = _train_member(params, lora, seed, data, *backbone_of(base_model, sft, out), folder, number)
+            scorer, text = _train_member(
+                params,
+                lora,
+                seed,
+                data,
+                *backbone_of(artifacts.base_model, artifacts.sft, artifacts.out),
+                folder,
+                number,
+            )
         member, states = EnsembleMember.fit(
             scorer, _texts(samples, text), data.weights,
             prompts=_prompts(samples), length_debias=params.length_debias,
@@ -88,12 +92,12 @@ def reward_model(
         scores.append(member.normalise(heldout))
         if number == 0:
             ood = _fit_ood(member, data, text)
-            ood.save(out / OOD_DETECTOR)
-            metrics |= _normalisation_metrics(member) | data.evaluate(heldout, out)
+            ood.save(artifacts.out / OOD_DETECTOR)
+            metrics |= _normalisation_metrics(member) | data.evaluate(heldout, artifacts.out)
             metrics |= _length_bias(member, heldout, data, text) | _ood_metrics(ood, states, heldout_states)
         del scorer, member
         gc.collect()  # a trained model is in reference cycles, and the next needs the memory
-    write_json(out / "metrics.json", metrics | _ensemble_metrics(data, torch.stack(scores)))
+    write_json(artifacts.out / "metrics.json", metrics | _ensemble_metrics(data, torch.stack(scores)))
 
 
 def _train_member(

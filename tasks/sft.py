@@ -10,6 +10,7 @@ from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
 from tasks.config.training import EnvironmentParams, LoraParams, SFTParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, without_printer, write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
@@ -23,10 +24,7 @@ def sft(
     lora: LoraParams,
     environment: EnvironmentParams | None,
     seed: int,
-    *,
-    base_model: Path,
-    prepare: Path,
-    out: Path,
+    artifacts: Artifacts,
 ) -> None:
     """Fine-tune with TRL's SFTTrainer on the responses of the demonstrations, the end token included.
 
@@ -34,15 +32,15 @@ def sft(
     Writes adapter/, history.csv, and metrics.json with the held-out loss (nats per response token) before and after.
     """
     init_process()
-    tokenizer = load_tokenizer(base_model)
+    tokenizer = load_tokenizer(artifacts.base_model)
     dialogue_tokenizer = tokenizer if environment else None
-    train = _dataset(prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogue_tokenizer)
+    train = _dataset(artifacts.prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogue_tokenizer)
     heldout = _dataset(
-        prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogue_tokenizer
+        artifacts.prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogue_tokenizer
     )
     history = HistoryCallback("sft")
     trainer = SFTTrainer(
-        model=add_lora(load_reference(base_model, None), lora, seed=seed),
+        model=add_lora(load_reference(artifacts.base_model, None), lora, seed=seed),
         args=SFTConfig(
             **trainer_arguments(
                 seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
@@ -59,15 +57,15 @@ def sft(
     before = without_printer(trainer).evaluate()["eval_loss"]
     train_or_resume(trainer)
     after = trainer.evaluate()["eval_loss"]
-    save_adapter(trainer.model, out)
-    write_history(out / "history.csv", history.rows)
+    save_adapter(trainer.model, artifacts.out)
+    write_history(artifacts.out / "history.csv", history.rows)
     metrics = {
         "examples": len(train),
         "heldout_loss_before": before,
         "heldout_loss": after,
         "heldout_perplexity": math.exp(after),
     }
-    write_json(out / "metrics.json", metrics)
+    write_json(artifacts.out / "metrics.json", metrics)
 
 
 def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:

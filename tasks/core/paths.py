@@ -5,9 +5,9 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from tasks.core.errors import ConfigError
+from tasks.core.errors import ConfigError, StageError
 
-__all__ = ["DISABLED_MARKER", "checkpoint_dir", "project_root", "stage_dir", "state_dir"]
+__all__ = ["DISABLED_MARKER", "Artifacts", "checkpoint_dir", "project_root", "stage_dir", "state_dir"]
 
 DISABLED_MARKER = "OFF"
 """Name of the only file in an output folder of a stage that is switched off."""
@@ -39,3 +39,24 @@ def state_dir() -> Path:
 def checkpoint_dir(stage: str, key: str) -> Path:
     """A stage's checkpoint folder for one key: outside DVC's outs, which DVC deletes before a run."""
     return state_dir() / "checkpoints" / stage / key
+
+
+class Artifacts:
+    """The folders that a stage works with: `artifacts.sft` is stage sft's, `artifacts.out` its own.
+
+    It knows only the stages that dvc.yaml names in the stage's deps, so a stage cannot read what DVC does not hash.
+    """
+
+    def __init__(self, *, out: Path, **read: Path) -> None:
+        self.out = out
+        self._read = read
+
+    def __getattr__(self, stage: str) -> Path:
+        if stage.startswith("_"):
+            raise AttributeError(stage)
+        try:
+            return self._read[stage]
+        except KeyError:
+            raise StageError(
+                f"this stage reads artifacts/{stage}: name what it reads there in its deps in dvc.yaml"
+            ) from None

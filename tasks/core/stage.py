@@ -20,7 +20,7 @@ from typing import Any
 from tasks.config.params import Params, load_params
 from tasks.core import recording, tracking, versioning
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.paths import DISABLED_MARKER, checkpoint_dir, project_root, stage_dir
+from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_nothing"]
 
@@ -74,17 +74,18 @@ def execute_stage(name: str, why: Sequence[str]) -> None:
         reads = versioning.inputs(name)
         _refuse_edited_code(name, reads)
         function = _function(name)
-        positional, folders = stage_arguments(function, name, params)
+        sections = stage_arguments(function, name, params)
+        upstream = {stage: stage_dir(stage) for stage in versioning.graph()[name]}
         folder = checkpoint_dir(name, reads.key)
         if int(os.environ.get("RANK", "0")) > 0:
-            _help(name, lambda out: function(*positional, **folders | {"out": out}), folder)
+            _help(name, lambda out: function(*sections, Artifacts(out=out, **upstream)), folder)
             return
         stage_dir(name).mkdir(parents=True, exist_ok=True)
         tags = {"rlhf.why": "; ".join(why), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
-        with recording.stage_run(name, reads, _loggable(function, positional), tags) as recorder:
+        with recording.stage_run(name, reads, _loggable(function, sections), tags) as recorder:
             with tracking.active_run(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
-                function(*positional, **folders)
+                function(*sections, Artifacts(out=stage_dir(name), **upstream))
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
             # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
             recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
@@ -94,24 +95,19 @@ def execute_stage(name: str, why: Sequence[str]) -> None:
     gc.collect()
 
 
-def stage_arguments(function: Callable[..., None], name: str, params: Params) -> tuple[list[Any], dict[str, Path]]:
-    """What to call a stage with: positional parameters are sections of params.yaml, keyword-only ones are folders.
-
-    `params` is the stage's own section, `out` its own folder; every other name is a section or an upstream stage.
+def stage_arguments(function: Callable[..., None], name: str, params: Params) -> list[Any]:
+    """Sections of params.yaml that a stage's signature names; `params` is the stage's own. `artifacts` is left out.
 
     Raises:
         StageError: the signature names a section that does not exist.
     """
-    positional, folders = [], {}
-    for argument in inspect.signature(function).parameters.values():
-        if argument.kind is argument.KEYWORD_ONLY:
-            folders[argument.name] = stage_dir(name if argument.name == "out" else argument.name)
-            continue
-        section = name if argument.name == "params" else argument.name
+    sections = []
+    for argument in list(inspect.signature(function).parameters)[:-1]:
+        section = name if argument == "params" else argument
         if section not in Params.model_fields:
             raise StageError(f"tasks/{name}.py: {name}() asks for {section!r}, which is no section of params.yaml")
-        positional.append(getattr(params, section))
-    return positional, folders
+        sections.append(getattr(params, section))
+    return sections
 
 
 def read_metrics(name: str) -> dict[str, float]:

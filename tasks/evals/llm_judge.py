@@ -17,8 +17,8 @@ from tasks.core.errors import ConfigError, ModelError, RLHFError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
 from tasks.evals.pairwise import PairJudge, Reply
-from tasks.models.loading import load_reference, load_tokenizer
 from tasks.models.batching import pad_left, position_ids
+from tasks.models.loading import load_reference, load_tokenizer
 
 if TYPE_CHECKING:
     import openai

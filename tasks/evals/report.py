@@ -375,9 +375,9 @@ def _hacking_summary(by_policy: Mapping[str, Sequence[HackingFinding]]) -> str:
     }
     if not fired:
         return f"None of {len(DETECTORS) + 1} detectors of reward hacking fired, neither in training nor at evaluation."
-    return f"Signs of reward hacking: {
-        '; '.join(f'{DISPLAY_NAMES[policy]}: {join_and(own)}' for policy, own in fired.items())
-    }."
+    parts = [f"{DISPLAY_NAMES[policy]}: {join_and(own)}" for policy, own in fired.items()]
+    parts = [f"{DISPLAY_NAMES[policy]}: {join_and(own)}" for policy, own in fired.items()]
+    return f"Signs of reward hacking: {'; '.join(parts)}."
 
 
 def _figure_block(svg: str, title: str, note: str) -> dict[str, str]:

@@ -253,11 +253,14 @@ def _winner_sentence(table: Table, significance: Mapping[str, int], flagged: Col
     ]
     rate = f"preferred to SFT on {format_percent(row['win_rate'])}% of prompts"
     if first in flagged:
-        return f"{_display_name(first)} is not to be trusted: {rate}, but with signs of reward hacking. Read its samples
-    first." if not overlapping:
+        return (
+            f"{_display_name(first)} is not to be trusted: {rate}, but with signs of reward hacking. "
+            "Read its samples first."
+        )
+    if not overlapping:
         return f"{_display_name(first)} is best: {rate}."
-    return f"{_display_name(first)} comes first: {rate}. {join_and(_display_names(overlapping))} may be as good: the
-    intervals overlap."
+    others = join_and(_display_names(overlapping))
+    return f"{_display_name(first)} comes first: {rate}. {others} may be as good: the intervals overlap."
 
 
 def _caution_sentence(table: Table) -> str:

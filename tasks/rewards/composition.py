@@ -5,7 +5,6 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -14,6 +13,7 @@ from tasks.config.reward import EXTERNAL_COMPONENTS, LEARNED, Normaliser, Priori
 from tasks.config.rules import RuleOptions
 from tasks.core import distributed
 from tasks.core.errors import ConfigError, TrainingError
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt
 from tasks.rewards.reward_model import RewardModel
 from tasks.rewards.rules import get_rule_factory
@@ -246,9 +246,7 @@ class CompositeReward:
         return standardise(values, *self._evaluation_stats[name])
 
 
-def load_reward(
-    params: RewardParams, prompts: Sequence[Prompt], *, base_model: Path, sft: Path, reward_model: Path
-) -> CompositeReward:
+def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Artifacts) -> CompositeReward:
     """Load the reward that the `reward` section describes; the reward model only if it has a weight.
 
     Raises:
@@ -258,9 +256,9 @@ def load_reward(
     learned = None
     if LEARNED in params.weights:
         learned = RewardModel.load(
-            base_model,
-            sft,
-            reward_model,
+            artifacts.base_model,
+            artifacts.sft,
+            artifacts.reward_model,
             ensemble_reduction=params.ensemble_reduction,
             uncertainty_coef=params.uncertainty_coef,
         )

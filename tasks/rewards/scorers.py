@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import ModelError
-from tasks.models.loading import device
 from tasks.models.batching import position_ids
+from tasks.models.loading import device
 
 __all__ = ["PretrainedScorer", "TextScorer", "encode"]
 

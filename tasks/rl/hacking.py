@@ -129,8 +129,8 @@ class Detector:
 
     def message(self, value: float) -> str:
         """Format the value, its threshold and the finding."""
-        return f"{self.name} {value:.2f} (threshold {self.threshold:g}, healthy up to {self.calibration_max:g}):
-        {self.finding}"
+        limits = f"threshold {self.threshold:g}, healthy up to {self.calibration_max:g}"
+        return f"{self.name} {value:.2f} ({limits}): {self.finding}"
 
 
 def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:

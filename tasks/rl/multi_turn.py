@@ -21,10 +21,10 @@ from torch.nn.utils.rnn import pad_sequence
 from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams
 from tasks.core import distributed
 from tasks.core.rows import Prompt
+from tasks.models.batching import pad_left
 from tasks.rl.advantages import turn_counts
 from tasks.rl.environments.base import Environment, final_user_turn, user_turn
 from tasks.rl.environments.kinds import ENVIRONMENTS
-from tasks.models.batching import pad_left
 from tasks.rl.rollout import Rollout, generate
 
 __all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "load_multi_turn_sampler"]

@@ -44,7 +44,12 @@ DOORS = {
 }
 
 # Written with tensors alone, so that they can be read beside the papers and tested without a model.
-PURE = ["actions", "advantages", "checks", "control", "kl", "losses", "masking", "shaping"]
+PURE = ["advantages", "hacking", "kl", "losses", "masking"]
+
+# Rooms from the lowest to the highest. A module imports from its own room and from lower ones.
+ROOMS = ["core", "config", "data", "runtime", "models", "rewards", "rl", "evals", "labelling", "stages", "flows"]
+# Stages never import what runs and records them.
+NOT_FOR_STAGES = "runtime"
 
 
 def name_of(module: Path) -> str:
@@ -61,14 +66,14 @@ def imports(module: Path) -> Iterator[str]:
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
 
 
-def layer(name: str) -> int | None:
-    """0 core, 1 the libraries of stages, 2 stages, 3 flows; None for what is not ours."""
+def room(name: str) -> str | None:
+    """The room of a dotted name; None for what is not ours."""
     parts = name.split(".")
     if parts[0] == "flows":
-        return 3
+        return "flows"
     if parts[0] != "tasks" or len(parts) == 1:
         return None
-    return {"core": 0, "rl": 1, "rewards": 1, "evals": 1, "data": 1, "labelling": 1}.get(parts[1], 2)
+    return parts[1] if parts[1] in ROOMS else "stages"
 
 
 def stage_function(stage: str) -> Any:
@@ -105,15 +110,21 @@ def test_a_stage_runs_by_its_own_name_when_called_alone(stage: str) -> None:
 
 
 @pytest.mark.parametrize("module", MODULES, ids=name_of)
-def test_imports_point_one_way(module: Path) -> None:
-    here = layer(name_of(module).replace("/", "."))
+def test_imports_point_to_lower_rooms(module: Path) -> None:
+    own = name_of(module).replace("/", ".")
+    here = room(own)
     for name in imports(module):
-        there = layer(name)
+        there = room(name)
         if here is None or there is None:
             continue
-        assert there <= here, f"{name_of(module)} imports {name}: only what lies below may be imported"
-        is_itself = name.startswith(name_of(module).replace("/", "."))
-        assert not (here == there == 2) or is_itself, f"{name_of(module)} imports {name}: stages exchange files"
+        assert ROOMS.index(there) <= ROOMS.index(here), f"{own} imports {name}, but {there} stands above {here}"
+        is_itself = name.startswith(own)
+        assert not (here == there == "stages") or is_itself, f"{own} imports {name}: stages exchange files"
+
+
+def test_every_folder_of_tasks_is_a_room() -> None:
+    folders = {path.name for path in (ROOT / "tasks").iterdir() if path.is_dir() and path.name != "__pycache__"}
+    assert folders == set(ROOMS) - {"stages", "flows"}
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -181,14 +192,24 @@ def test_the_walk_follows_every_kind_of_import_and_skips_what_never_runs(tmp_pat
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_the_signature_says_what_dvc_yaml_says(stage: str) -> None:
-    parameters = inspect.signature(stage_function(stage)).parameters.values()
-    folders = {item.name for item in parameters if item.kind is item.KEYWORD_ONLY}
-    sections = {stage if item.name == "params" else item.name for item in parameters if item.name not in folders}
-    entry = PIPELINE["stages"][stage]
-    assert set(entry["params"]) == sections
-    read = {dep.split("/")[1] for dep in entry["deps"] if dep.startswith("artifacts/")}
-    assert read == folders - {"out"}, "the folders that a stage is given and those that its deps name differ"
+def test_the_signature_names_the_sections_of_dvc_yaml(stage: str) -> None:
+    *sections, artifacts = inspect.signature(stage_function(stage)).parameters
+    assert artifacts == "artifacts"
+    assert set(PIPELINE["stages"][stage]["params"]) == {stage if name == "params" else name for name in sections}
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_reads_the_folders_that_dvc_yaml_names(stage: str) -> None:
+    """Whatever reads `artifacts.<stage>`, the stage's file or a library that it imports, counts."""
+    deps = PIPELINE["stages"][stage]["deps"]
+    read = {name for dep in deps if dep.endswith(".py") for name in artifacts_read(ROOT / dep)}
+    assert read == {dep.split("/")[1] for dep in deps if dep.startswith("artifacts/")}
+
+
+def artifacts_read(module: Path) -> set[str]:
+    """Stages whose folders the module takes from an `Artifacts`."""
+    nodes = [node for node in ast.walk(ast.parse(module.read_text("utf-8"))) if isinstance(node, ast.Attribute)]
+    return {node.attr for node in nodes if ast.unparse(node.value) == "artifacts"} - {"out"}
 
 
 def test_what_a_stage_reads_another_stage_writes() -> None:
@@ -223,12 +244,11 @@ def test_no_flow_lists_the_stages_a_second_time(module: Path) -> None:
 def test_a_stage_is_a_plain_function_of_parameters_and_paths(stage: str) -> None:
     signature = inspect.signature(stage_function(stage))
     assert signature.return_annotation == "None", "a stage returns nothing: it writes files"
-    for item in signature.parameters.values():
-        if item.kind is item.KEYWORD_ONLY:
-            assert item.annotation == "Path"
-        else:
-            section = item.annotation.removesuffix(" | None")
-            assert item.annotation == "int" or section.endswith("Params"), f"{stage}({item})"
+    *sections, artifacts = signature.parameters.values()
+    assert artifacts.annotation == "Artifacts"
+    for item in sections:
+        section = item.annotation.removesuffix(" | None")
+        assert item.annotation == "int" or section.endswith("Params"), f"{stage}({item})"
         assert item.default is item.empty, f"{stage}({item}): a default would be a parameter that DVC cannot see"
 
 

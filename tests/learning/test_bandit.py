@@ -19,6 +19,7 @@ from torch import Tensor
 from tasks.config.reward import RewardParams
 from tasks.config.rules import RULE_OPTIONS, RuleOptions
 from tasks.config.training import GenerationParams, GRPOParams, LoraParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, write_rows
 from tasks.grpo import grpo
 from tasks.models.loading import add_lora, load_policy, load_reference, save_adapter
@@ -214,7 +215,7 @@ def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
     lora = LoraParams(r=16, alpha=16, target_modules="all-linear", reward_model_modules="all-linear")
     out = tmp_path / "grpo"
     out.mkdir()
-    grpo(params, lora, generation, reward, None, 0, **folders, out=out)
+    grpo(params, lora, generation, reward, None, 0, Artifacts(**folders, out=out))
     ids = torch.tensor([letter_tokenizer(SIGNS)("ab").input_ids])
     with torch.no_grad():
         before, after = (

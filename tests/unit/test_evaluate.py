@@ -18,7 +18,7 @@ from tasks.config.rules import CodeRule
 from tasks.config.training import GenerationParams, LoraParams
 from tasks.core import tracking
 from tasks.core.errors import DataError
-from tasks.core.paths import DISABLED_MARKER
+from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Preference, Prompt, Rating, read_rows, write_json, write_rows
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.champion import METRICS, compare_with_champion
@@ -90,7 +90,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 def _run(world: dict[str, Path], out: Path, seed: int = 0, params: EvaluateParams = PARAMS) -> Path:
     out.mkdir()
-    evaluate(params, GENERATION, REWARD, None, seed, **world, out=out)
+    evaluate(params, GENERATION, REWARD, None, seed, Artifacts(**world, out=out))
     return out
 
 
@@ -303,7 +303,7 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     out = tmp_path / "out"
     out.mkdir()
     params = PARAMS.model_copy(update={"vader": False})
-    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, **nobody_rated, out=out)
+    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, Artifacts(**nobody_rated, out=out))
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
     assert not any("vader" in key for row in table.values() for key in row)
@@ -322,7 +322,9 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
     rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
     params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
-    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, **nobody_rated, out=tmp_path)
+    evaluate(
+        params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, Artifacts(**nobody_rated, out=tmp_path)
+    )
     records = read_rows(tmp_path / "responses.jsonl", ScoredResponse)
     first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
     assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
@@ -339,7 +341,7 @@ def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     reward = RewardParams(weights={"repetition": 1.0})
     with pytest.raises(DataError, match=r"gold_judge is off.*only 0 of 6 held-out prompts have a right answer"):
-        evaluate(PARAMS, GENERATION, reward, None, 0, **nobody_rated, out=tmp_path)
+        evaluate(PARAMS, GENERATION, reward, None, 0, Artifacts(**nobody_rated, out=tmp_path))
 
 
 def test_a_judge_of_pairs_joins_the_table(

@@ -16,7 +16,7 @@ import torch
 
 from tasks.config.evaluation import LmEvalParams
 from tasks.core.errors import ConfigError, SourceError
-from tasks.core.paths import DISABLED_MARKER
+from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Demonstration, Preference, read_rows
 from tasks.evals.lm_harness import load_tasks
 from tasks.lm_eval import lm_eval
@@ -74,7 +74,7 @@ def out(world: dict[str, Path], tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 
 def _run(world: dict[str, Path], out: Path, params: LmEvalParams = PARAMS) -> Path:
-    lm_eval(params, 0, **world, out=out)
+    lm_eval(params, 0, Artifacts(**world, out=out))
     return out
 
 

@@ -12,6 +12,7 @@ import pytest
 
 from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.data.rater_agreement import rater_agreement
 from tasks.preferences import preferences
@@ -39,7 +40,7 @@ def prepared(folder: Path, *, given: int = 0) -> dict[str, dict[str, Rating]]:
 
 def run(tmp_path: Path, params: PreferencesParams = PARAMS, seed: int = 0) -> dict[str, list[Preference]]:
     out = tmp_path / f"out{seed}"
-    preferences(params, seed, prepare=tmp_path, out=out)
+    preferences(params, seed, Artifacts(prepare=tmp_path, out=out))
     return {split: read_rows(out / f"{split}.jsonl", Preference) for split in SPLITS}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, read_rows
 from tasks.data.duplicates import shingles, similarity
 from tasks.prepare import prepare
@@ -55,7 +56,7 @@ def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
 def run(tmp_path: Path, rows: list[dict[str, Any]], row_type: str = "ratings", **changes: Any) -> tuple[Path, Any]:
     folder = collected(tmp_path / "collect", "mine", row_type, rows)
     out = tmp_path / "out"
-    prepare(PARAMS.model_copy(update=changes), 0, collect=folder, out=out)
+    prepare(PARAMS.model_copy(update=changes), 0, Artifacts(collect=folder, out=out))
     return out, json.loads((out / "metrics.json").read_text())
 
 
@@ -185,7 +186,7 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
         "ratings",
         [{**row, "id": f"rated{row['id']}"} for row in corpus(60, random.Random(6))],
     )
-    prepare(PARAMS, 0, collect=tmp_path / "collect", out=out)
+    prepare(PARAMS, 0, Artifacts(collect=tmp_path / "collect", out=out))
     assert not any("good" in row.response for row in read_rows(out / "demonstrations" / "train.jsonl", Demonstration))
 
 

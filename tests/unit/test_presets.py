@@ -10,6 +10,7 @@ import pytest
 
 from tasks.collect import collect
 from tasks.config.params import Params, load_params, load_preset, write_overrides
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, read_rows
 from tasks.preferences import preferences
 from tasks.prepare import prepare
@@ -34,8 +35,8 @@ def settled(preset: str, file: Path, folder: Path) -> Params:
 
 
 def prepared(params: Params, folder: Path) -> Path:
-    collect(params.collect, params.seed, out=folder / "collect")
-    prepare(params.prepare, params.seed, collect=folder / "collect", out=folder / "prepare")
+    collect(params.collect, params.seed, Artifacts(out=folder / "collect"))
+    prepare(params.prepare, params.seed, Artifacts(collect=folder / "collect", out=folder / "prepare"))
     return folder / "prepare"
 
 
@@ -53,7 +54,7 @@ def test_harmless_dialogues_feed_every_stage_that_learns_from_people(tmp_path: P
     rows = prepared(params, tmp_path)
     assert params.preferences
     assert params.gold_judge
-    preferences(params.preferences, params.seed, prepare=rows, out=tmp_path / "preferences")
+    preferences(params.preferences, params.seed, Artifacts(prepare=rows, out=tmp_path / "preferences"))
     train = read_rows(tmp_path / "preferences" / "train.jsonl", Preference)
     assert len(train) == params.preferences.train_pairs
     assert all(row.prompt.endswith("\n\nAssistant:") for row in train)

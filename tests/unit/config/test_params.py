@@ -34,7 +34,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         if getattr(params, stage) is None:
             continue
         function = getattr(importlib.import_module(f"tasks.{stage}"), stage)
-        arguments, _ = stage_arguments(function, stage, params)
+        arguments = stage_arguments(function, stage, params)
         kinds = [item.annotation for item in inspect.signature(function).parameters.values()]
         for argument, kind in zip(arguments, kinds, strict=False):
             assert argument is not None or kind.endswith(" | None"), f"{stage} reads a section that is off"

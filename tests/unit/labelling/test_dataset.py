@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tasks.config.data import PrepareParams
+from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, write_rows
 from tasks.labelling.dataset import Aggregate, Dataset, dataset
 from tasks.labelling.labels import Label, Question, pseudonym, pseudonyms
@@ -118,7 +119,7 @@ def test_prepare_keeps_equal_labels_of_different_people(tmp_path: Path) -> None:
         (tmp_path / "cards" / f"{name}.json").write_text(json.dumps({"type": kind}))
     params = PrepareParams(prompt_words=1, min_words=2, max_words=9, near_duplicate_threshold=1.0, validation_share=0,
                            test_share=0, gold_share=0, max_quarantine_share=0)  # fmt: skip
-    prepare(params, 0, collect=tmp_path, out=tmp_path / "out")
+    prepare(params, 0, Artifacts(collect=tmp_path, out=tmp_path / "out"))
     kept = (tmp_path / "out" / "preferences" / "train.jsonl").read_text().splitlines()
     assert {json.loads(line)["id"] for line in kept} == {row.id for row in rows}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["dropped"]["duplicate"] == 1
