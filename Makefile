@@ -47,7 +47,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
 
 # Write both lock files from what pyproject.toml allows today.
 lock: $(VENV)/.installed-dev
-	infra/lock.sh
+	scripts/lock.sh
 
 # PPO's speed and memory beside those of the last TRL that had PPO, in an environment of its own with the same versions.
 PEER := .rlhf/trl-1.12.0

@@ -2,7 +2,7 @@
 
 Needs a finished pipeline (`rlhf run`): it takes the stages' functions, the parameters of params.yaml and the artifacts,
 and changes nothing but PPO's seed. What counts as collapsed: `tasks.evals.experiments.collapse_reason`. Unlike `rlhf
-run --seeds` it draws the curves of training, into infra/ppo_seeds.svg. Prints a line per seed and, last, one JSON line.
+run --seeds` it draws the curves of training, into docs/ppo_seeds.svg. Prints a line per seed and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from tasks.ppo import ppo
 
 ROOT = Path(__file__).resolve().parents[1]
 ARTIFACTS, OUT = ROOT / "artifacts", ROOT / ".rlhf" / "bench-seeds"
-PLOT = ROOT / "infra" / "ppo_seeds.svg"
+PLOT = ROOT / "docs" / "ppo_seeds.svg"
 CURVES = {"reward": "Reward", "kl": "KL to the reference, nats per response", "entropy": "Entropy, nats per token"}
 
 

@@ -163,7 +163,7 @@ def test_the_mathematics_of_rl_imports_torch_alone(name: str) -> None:
 
 
 def test_dvc_yaml_lists_every_module_that_a_stage_imports() -> None:
-    script = [sys.executable, "infra/stage_deps.py"]
+    script = [sys.executable, "scripts/stage_deps.py"]
     done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
 
@@ -182,7 +182,7 @@ def test_the_walk_follows_every_kind_of_import_and_skips_what_never_runs(tmp_pat
     for name, text in files.items():
         (tmp_path / "tasks" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "tasks" / name).write_text(text)
-    spec = importlib.util.spec_from_file_location("stage_deps", ROOT / "infra" / "stage_deps.py")
+    spec = importlib.util.spec_from_file_location("stage_deps", ROOT / "scripts" / "stage_deps.py")
     assert spec
     assert spec.loader
     module = importlib.util.module_from_spec(spec)

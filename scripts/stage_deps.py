@@ -1,7 +1,7 @@
 """Keeps the Python files in dvc.yaml: each stage depends on every module of ours that it imports, near or far.
 
-    python infra/stage_deps.py            say where dvc.yaml differs, exit 1 if it does
-    python infra/stage_deps.py --write    rewrite the `tasks/….py` lines of each stage's deps; all other lines stay
+    python scripts/stage_deps.py            say where dvc.yaml differs, exit 1 if it does
+    python scripts/stage_deps.py --write    rewrite the `tasks/….py` lines of each stage's deps; all other lines stay
 
 Imports under `if TYPE_CHECKING` and `if __name__ == "__main__"` do not count: nothing that they name takes part in the
 stage's work. A package's `__init__.py` counts once it holds more than its docstring.
@@ -101,7 +101,7 @@ def main(write: bool) -> int:
             yaml.dump(document, file)
         return 0
     if differences:
-        print("The deps in dvc.yaml differ from the imports: run `python infra/stage_deps.py --write`")
+        print("The deps in dvc.yaml differ from the imports: run `python scripts/stage_deps.py --write`")
     return min(differences, 1)
 
 

@@ -1,6 +1,6 @@
 """Makes infra/presets/code.jsonl: small functions as prompts, their bodies as demonstrations, their tests as answers.
 
-    python infra/code_rows.py
+    python scripts/code_rows.py
 
 Prompts show no test. Expected values come from the formulas below, evaluated here; the demonstrations have to pass in
 the sandbox before anything is written. Every second value is tried by the tests that pay, the others by those held out.
@@ -16,7 +16,7 @@ from pathlib import Path
 from tasks.config.rules import CodeRule
 from tasks.rewards.code import code_reward
 
-FILE = Path(__file__).parent / "presets" / "code.jsonl"
+FILE = Path(__file__).resolve().parents[1] / "infra" / "presets" / "code.jsonl"
 
 NUMBERS = (-7, -1, 0, 1, 2, 5, 12, 40)
 LISTS = ([], [1], [3, 1, 2], [5, 5, -2, 9], [0, -4, 10, 7, 7])

@@ -1,4 +1,4 @@
-"""Draw README's plot of reward against KL from the last evaluation: `python infra/readme_plot.py`.
+"""Draw README's plot of reward against KL from the last evaluation: `python scripts/readme_plot.py`.
 
 The report's figures take their colours from the page; this one stands alone, so it brings them along, light and dark.
 """
@@ -14,7 +14,7 @@ from tasks.evals.plots import reward_against_kl
 ROOT = Path(__file__).resolve().parents[1]
 TABLE = ROOT / "artifacts" / "evaluate" / "policies.json"
 PAGE = ROOT / "tasks" / "evals" / "report.html.j2"
-PLOT = ROOT / "infra" / "reward_against_kl.svg"
+PLOT = ROOT / "docs" / "reward_against_kl.svg"
 
 
 def standalone(svg: str, css: str) -> str:
