@@ -12,8 +12,8 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
 
 from tasks.config.base import Positive, Section
+from tasks.config.custom import check_custom_rule, did_you_mean
 from tasks.config.data import AnswerPattern
-from tasks.config.reward import check_custom_rule, did_you_mean
 
 __all__ = [
     "GROUND_TRUTH_RULES",
