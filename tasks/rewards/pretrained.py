@@ -17,7 +17,6 @@ from tasks.core.rows import write_json
 from tasks.models.fetch import READERS, folder_origin, hub_folder, load_folder, save_model, set_padding
 from tasks.models.loading import ADAPTER_DIR, device, dtype
 from tasks.models.onednn_linear import freeze_for_onednn
-from tasks.rewards.reward_model import BACKBONE
 from tasks.rewards.scorers import PretrainedScorer
 
 __all__ = [
@@ -29,6 +28,7 @@ __all__ = [
     "load_pretrained_scorer",
 ]
 
+BACKBONE = f"{ADAPTER_DIR}/backbone"
 PRETRAINED_DIR = f"{ADAPTER_DIR}/scorer"
 CARD = "card.json"
 

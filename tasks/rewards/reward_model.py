@@ -16,11 +16,10 @@ from torch import Tensor
 from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
 from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.pretrained import PRETRAINED_DIR, load_pretrained_scorer
+from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
 from tasks.rewards.scorers import TextScorer, encode
 
 __all__ = [
-    "BACKBONE",
     "ENSEMBLE_REDUCTIONS",
     "NORMALISATION",
     "OOD_DETECTOR",
@@ -37,7 +36,6 @@ __all__ = [
 NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
 OOD_DETECTOR = f"{ADAPTER_DIR}/familiarity.safetensors"
 MEMBERS = f"{ADAPTER_DIR}/members"
-BACKBONE = f"{ADAPTER_DIR}/backbone"
 
 MIN_SPREAD = 1e-6
 """A standard deviation of raw values below this is rounding error of float32."""

@@ -17,8 +17,8 @@ from tasks.config.training import RewardModelParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.pretrained import PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.reward_model import BACKBONE, NORMALISATION, EnsembleMember, RewardModel, ScoreHead
+from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
+from tasks.rewards.reward_model import NORMALISATION, EnsembleMember, RewardModel, ScoreHead
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
