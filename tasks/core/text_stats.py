@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-__all__ = ["REPETITION_NGRAM", "distinct_n", "ngrams", "repetition_rate", "tokenize_words"]
+__all__ = ["REPETITION_NGRAM", "distinct_n", "ngrams", "repetition_rate", "tokenize_words", "word_count"]
 
 WORD_RE = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -24,6 +24,11 @@ def tokenize_words(text: str) -> list[str]:
     Scripts written without spaces (Chinese, Thai, …) give one word per run of letters: count tokens there instead.
     """
     return WORD_RE.findall(text.lower())
+
+
+def word_count(text: str) -> int:
+    """Count the words of the text, without punctuation."""
+    return len(tokenize_words(text))
 
 
 def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:

@@ -9,8 +9,7 @@ from pydantic import Field
 
 from tasks.core.errors import DataError
 from tasks.core.rows import Row
-from tasks.core.text_stats import distinct_n, repetition_rate
-from tasks.evals.report import word_count
+from tasks.core.text_stats import distinct_n, repetition_rate, word_count
 from tasks.evals.statistics import bootstrap_mean, mean_and_error, pairwise_wins
 
 __all__ = [

@@ -13,8 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
-from tasks.core.text_stats import tokenize_words
-from tasks.evals import hacking_report, plots, report
+from tasks.evals import hacking_report, plots
 from tasks.evals.compare import DIGITS, REFERENCE, WIN_RATE_KEYS, ScoredResponse, Table, score_std, win_rates_of
 from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.report_text import (
@@ -44,7 +43,6 @@ __all__ = [
     "render_report",
     "report_to_dict",
     "select_examples",
-    "word_count",
 ]
 
 
@@ -67,11 +65,6 @@ def load_template(
     )
     environment.filters |= filters
     return environment.get_template(name)
-
-
-def word_count(text: str) -> int:
-    """Count the words of the text, without punctuation."""
-    return len(tokenize_words(text))
 
 
 def length_counts(lengths: Sequence[int]) -> list[tuple[int, int]]:
@@ -343,9 +336,7 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
         "findings": hacking_report.findings_to_dict(data.findings),
         "policies": data.table,
         "fits": data.fits,
-        "examples": {
-            policy: report.examples_to_dict(own) for policy, own in report.select_examples(data.records).items()
-        },
+        "examples": {policy: examples_to_dict(own) for policy, own in select_examples(data.records).items()},
         "sources": [asdict(ingredient) for ingredient in data.sources],
         "provenance": dict(data.provenance),
     }
@@ -496,5 +487,5 @@ def _example_sections(data: ReportData) -> list[dict[str, Any]]:
                 for kind, (title, note) in EXAMPLE_KINDS.items()
             ],
         }
-        for policy, own in report.select_examples(data.records).items()
+        for policy, own in select_examples(data.records).items()
     ]

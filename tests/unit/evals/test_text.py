@@ -1,4 +1,5 @@
-from tasks.evals.report import length_counts, word_count
+from tasks.core.text_stats import word_count
+from tasks.evals.report import length_counts
 
 
 def test_word_count_leaves_punctuation_out() -> None:
