@@ -17,6 +17,7 @@ from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, write_json, write_rows, write_table
+from tasks.core.text_stats import word_count
 from tasks.evals.compare import REFERENCE, WIN_RATE_KEYS, ScoredResponse, Table, compare_policies, headline, judges_of
 from tasks.evals.hacking_report import find_hacking, findings_to_dict
 from tasks.evals.llm_judge import load_judge
@@ -28,7 +29,6 @@ from tasks.evals.report import (
     read_table,
     render_report,
     report_to_dict,
-    word_count,
 )
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer

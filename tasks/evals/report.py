@@ -13,6 +13,7 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
+from tasks.core.text_stats import word_count
 from tasks.evals import hacking_report, plots
 from tasks.evals.compare import DIGITS, REFERENCE, WIN_RATE_KEYS, ScoredResponse, Table, score_std, win_rates_of
 from tasks.evals.hacking_report import HackingFinding
@@ -130,7 +131,7 @@ def select_examples(records: Sequence[ScoredResponse], count: int = EXAMPLES_PER
 
 def examples_to_dict(examples: Examples) -> dict[str, list[dict[str, Any]]]:
     """Convert to JSON types."""
-    return {kind: [_example_to_dict(example) for example in group] for kind, group in vars(report).items()}
+    return {kind: [_example_to_dict(example) for example in group] for kind, group in vars(examples).items()}
 
 
 def _standardised_gain(
