@@ -1,4 +1,4 @@
-"""How an answer looks on the page: its buttons and words, and what the fields of its form mean."""
+"""Buttons of the labelling page, and the values of its form's fields."""
 
 from __future__ import annotations
 
@@ -9,21 +9,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from tasks.core.errors import DataError
-from tasks.labelling.answers import Answer, comment_flaw
-from tasks.labelling.tables import Choice
+from tasks.labelling.labels import Label
 
-__all__ = ["BUTTONS", "RATINGS", "Button", "new_token", "read_answer", "read_number", "read_token", "words"]
+__all__ = ["BUTTONS", "RATINGS", "Button", "label_text", "new_token", "read_label", "read_number", "read_token"]
 
 
 @dataclass(frozen=True)
 class Button:
-    """What a button sends, its key, and its words; `group` is the response that it favours."""
+    """A button: the value it sends, its key and text; `group` is the response that it favours."""
 
     value: str
     key: str
-    words: str
+    text: str
     group: str
-    choice: Choice
+    choice: str
     strength: int | None = None
 
 
@@ -42,38 +41,35 @@ BUTTONS = (
 RATINGS = {1: "very bad", 2: "bad", 3: "fair", 4: "good", 5: "very good"}
 
 
-def words(answer: Answer) -> str:
-    """The answer as its button says it."""
-    said = ((button.choice, button.strength, button.words) for button in BUTTONS)
-    exact = {(choice, strength): text for choice, strength, text in said}
-    return exact.get((answer.choice, answer.strength), f"{answer.choice.upper()} better")
+def label_text(label: Label) -> str:
+    """Return the text of the label's button."""
+    texts = {(button.choice, button.strength): button.text for button in BUTTONS}
+    return texts.get((label.choice, label.strength), f"{label.choice.upper()} better")
 
 
-def read_answer(fields: Mapping[str, str], *, swapped: bool) -> Answer:
-    """What the form says, in the order shown.
+def read_label(fields: Mapping[str, str], labeller: str) -> Label:
+    """Return the label in the form, in the order shown; the store refuses values that the page does not offer.
 
     Raises:
-        DataError: a field is missing or has a value that the page does not offer.
+        DataError: no button was pressed, or a rating is no number.
     """
     button = next((button for button in BUTTONS if button.value == fields.get("answer")), None)
     if button is None:
         raise DataError(f"answer: got {fields.get('answer', '')!r}; go back and choose one of the buttons")
-    comment = fields.get("comment", "").replace("\r\n", "\n").strip() or None
-    if flaw := comment_flaw(comment):
-        raise DataError(flaw)
-    return Answer(
+    return Label(
+        fields.get("question", ""),
+        labeller,
         button.choice,
         strength=button.strength,
         rating_a=read_number(fields, "rating_a") if fields.get("rating_a") else None,
         rating_b=read_number(fields, "rating_b") if fields.get("rating_b") else None,
-        comment=comment,
-        swapped=swapped,
+        comment=fields.get("comment", "").replace("\r\n", "\n").strip() or None,
         seconds=_seconds_since(fields.get("shown", "")),
     )
 
 
 def read_number(fields: Mapping[str, str], name: str) -> int:
-    """A field that holds a whole number."""
+    """Return a field that holds a whole number."""
     text = fields.get(name, "")
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise DataError(f"{name}: got {text!r}, expected a number")
@@ -81,12 +77,12 @@ def read_number(fields: Mapping[str, str], name: str) -> int:
 
 
 def new_token() -> str:
-    """The mark of one form that was shown."""
+    """Return an id for one form that is shown."""
     return str(uuid.uuid4())
 
 
 def read_token(fields: Mapping[str, str]) -> str:
-    """The form's mark."""
+    """Return the id of the form that was sent."""
     try:
         return str(uuid.UUID(fields.get("token", "")))
     except ValueError:
@@ -94,7 +90,7 @@ def read_token(fields: Mapping[str, str]) -> str:
 
 
 def _seconds_since(shown: str) -> float | None:
-    """None where the clock was set back, or the field is not ours: the answer is worth more than its time."""
+    """Return None where the clock was set back, or the field is not ours: the answer counts all the same."""
     try:
         seconds = time.time() - float(shown)
     except ValueError:
