@@ -181,7 +181,7 @@ def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(serv
     server.store.add_questions(list(_gold(10)))
     passwords = {name: server.password(name) for name in ("ann", "bob")}
     server.start()
-    pages = {name: signed_in(browser, server, name, word) for name, word in passwords.questions()}
+    pages = {name: signed_in(browser, server, name, word) for name, word in passwords.items()}
     accepted: list[tuple[str, str]] = []
     started = time.monotonic()
     for number in range(LABELS):
@@ -192,7 +192,7 @@ def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(serv
         accepted.append((name, click(pages[name], "123456789"[number % 9])))
     seconds = time.monotonic() - started
     events = server.label_tokens()
-    missing, twice = set(accepted) - set(events), [key for key, count in Counter(events).questions() if count > 1]
+    missing, twice = set(accepted) - set(events), [key for key, count in Counter(events).items() if count > 1]
     print(f"\n{LABELS} labels, {seconds:.1f} s, lost {len(missing)}, twice {len(twice)}")
     assert not missing
     assert sorted(events) == sorted(accepted), "an answer that no page counted as saved"
