@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from tasks.core.sections.judge import JudgeParams
     from tasks.labelling.ai_labels import AutoLabelResult, Cost
     from tasks.labelling.export import ExportResult
+    from tasks.labelling.formats import Format
     from tasks.labelling.labels import Label, Question
     from tasks.labelling.report import LabelSummary
     from tasks.labelling.store import LabelStore
@@ -41,13 +42,13 @@ CANDIDATES_PER_PAIR = 4
 EXTRA_PROMPTS = 4
 """Prompts beyond an eighth more than are needed, because some get one response from every policy."""
 
+_print = screen.console.print
+
 commands = typer.Typer(help="Let people compare responses, on a page of their own; Ctrl-C ends it.")
 
 Database = Annotated[
     str | None,
-    typer.Option(
-        envvar="RLHF_LABEL_DATABASE", help="URL of a PostgreSQL database; default: SQLite in .rlhf/labels.db."
-    ),
+    typer.Option(envvar="RLHF_LABEL_DATABASE", help="URL of a PostgreSQL database; default: .rlhf/labels.db."),
 ]
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere, so that others reach the page.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
@@ -73,7 +74,7 @@ def serve(context: typer.Context, host: Host = "127.0.0.1", port: Port = 8800, d
     config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
-    screen.console.print("ended; every answer that the page called saved is in the database")
+    _print("ended; every answer that the page called saved is in the database")
 
 
 @commands.command()
@@ -86,20 +87,16 @@ def add(name: Annotated[str, typer.Argument(help="Who labels.")], database: Data
     with closing(_open_store(database)) as store:
         is_new = store.add_labeller(name, hash_password(password))
     status = "can sign in" if is_new else "was known, and has a new password; the old one and its sessions have ended"
-    screen.console.print(f"{escape(name)} {status}")
-    screen.console.print(f"password: {password}", highlight=False)
+    _print(f"{escape(name)} {status}")
+    _print(f"password: {password}", highlight=False)
 
 
 @commands.command()
 def sample(
     pairs: Annotated[int, typer.Option(min=1, help="How many to choose.")],
     policies: Annotated[str, typer.Option("--from", help="Policies, as sft,ppo; default: all of the last run.")] = "",
-    by: Annotated[Literal["random", "disagreement"], typer.Option(help="At random, or where reward models differ.")] = (
-        "random"
-    ),
-    prompts: Annotated[Literal["train", "validation"], typer.Option(help="Whose prompts; never those of test.")] = (
-        "train"
-    ),
+    by: Annotated[Literal["random", "disagreement"], typer.Option(help="Or where reward models disagree.")] = "random",
+    prompts: Annotated[Literal["train", "validation"], typer.Option(help="Split of the prompts.")] = "train",
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs that two people label.")] = 0.0,
     gold: Annotated[Path | None, typer.Option(help="JSON Lines: questions with their answer, or preferences.")] = None,
     gold_margin: Annotated[float, typer.Option(help="A preference of at least this margin tests labellers.")] = 3.0,
@@ -120,7 +117,7 @@ def sample(
         added_tests = store.add_questions(tests)
     new, new_tests = added.new_questions, added_tests.new_questions
     line = f"{new} pairs to label added, {len(chosen) - new} were there already"
-    screen.console.print(line + (f"; {new_tests} of {len(tests)} questions with a known answer added" if tests else ""))
+    _print(line + (f"; {new_tests} of {len(tests)} questions with a known answer added" if tests else ""))
     _print_conflicts(added.conflicts + added_tests.conflicts)
 
 
@@ -128,10 +125,7 @@ def sample(
 def auto(
     judge: Annotated[str, typer.Option(help="As evaluate.judge: '{kind: endpoint, base_url: …, model: …}'.")],
     constitution: Annotated[Path, typer.Option(help="A text that says what is better: infra/constitutions/….md.")],
-    max_requests: Annotated[
-        int | None,
-        typer.Option(min=2, help="New requests of this run at most; a pair takes two. Default: the judge's, or 1000."),
-    ] = None,
+    max_requests: Annotated[int | None, typer.Option(min=2, help="At most, two a pair; default: the judge's.")] = None,
     rate: Annotated[float | None, typer.Option(min=0.01, help="Requests a minute at most.")] = None,
     database: Database = None,
 ) -> None:
@@ -159,30 +153,27 @@ def report(
     """Report label quality: agreement, accuracy on known answers, order bias; as tables and a page."""
     page = out and out.absolute()
     enter()
+    from tasks.labelling.labels import pseudonym
     from tasks.labelling.report import label_summary, report_page
 
     questions, labels = _read_labels(database)
-    summary = label_summary(questions, labels if names else _pseudonymised(labels))
+    if not names:
+        labels = [replace(label, labeller=pseudonym(label.labeller)) for label in labels]
+    summary = label_summary(questions, labels)
     if as_json:
         print(json.dumps(asdict(summary), indent=2, ensure_ascii=False))
         return
     _print_report(summary)
     page = page or state() / "labels.html"
     _write(page, report_page(summary))
-    screen.console.print(f"page: {page}")
+    _print(f"page: {page}")
 
 
 @commands.command()
 def export(
-    out: Annotated[
-        Path | None, typer.Option(help="Default: data/labels/preferences.jsonl, or .rlhf/labels.FORMAT.json.")
-    ] = None,
-    kind: Annotated[
-        Literal["rows", "argilla", "label-studio"], typer.Option("--format", help="Preferences, or another program's.")
-    ] = "rows",
-    aggregate: Annotated[
-        Literal["none", "majority", "dawid-skene"], typer.Option(help="Each label a row, or each question.")
-    ] = "none",
+    out: Annotated[Path | None, typer.Option(help="Default: data/labels/preferences.jsonl, or in .rlhf.")] = None,
+    kind: Annotated[Literal["rows", "argilla", "label-studio"], typer.Option("--format", help="Of the file.")] = "rows",
+    aggregate: Annotated[Literal["none", "majority", "dawid-skene"], typer.Option(help="One row a question.")] = "none",
     by: Annotated[Literal["all", "people", "models"], typer.Option(help="Whose labels.")] = "all",
     names: Names = False,
     announce: Annotated[bool, typer.Option(help="Start the retrain deployment where the data changed.")] = True,
@@ -217,11 +208,11 @@ def import_(
     enter()
     from tasks.labelling.formats import load
 
-    records = load(file, kind, warn=lambda text: screen.console.print(f"[yellow]{escape(text)}[/]"))
+    records = load(file, kind, warn=lambda text: _print(f"[yellow]{escape(text)}[/]"))
     with closing(_open_store(database)) as store:
         result = store.import_records(records)
     known = result.labels - result.new_labels
-    screen.console.print(
+    _print(
         f"{result.questions} questions, {result.new_questions} of them new; {result.labels} labels, "
         f"{result.new_labels} new" + (f", {known} known from before and skipped" if known else "")
     )
@@ -252,14 +243,12 @@ def _listen(host: str, port: int) -> socket.socket:
 def _print_banner(store: LabelStore, host: str, port: int) -> None:
     address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     (unlabelled, count), labellers = store.open_questions(), store.labellers()
-    screen.console.print(f"page       {address}   (Ctrl-C ends it)")
-    screen.console.print(f"database   {escape(store.address)}")
-    screen.console.print(
-        f"questions  {count}, of which {unlabelled} need labels" if count else f"questions  {NO_QUESTIONS}"
-    )
-    screen.console.print(f"labellers  {escape(', '.join(labellers)) or NO_LABELLERS}")
+    _print(f"page       {address}   (Ctrl-C ends it)")
+    _print(f"database   {escape(store.address)}")
+    _print(f"questions  {count}, of which {unlabelled} need labels" if count else f"questions  {NO_QUESTIONS}")
+    _print(f"labellers  {escape(', '.join(labellers)) or NO_LABELLERS}")
     if host not in LOOPBACK:
-        screen.console.print(f"[yellow]{EXPOSED_WARNING}[/]")
+        _print(f"[yellow]{EXPOSED_WARNING}[/]")
 
 
 def _select_pairs(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Question]:
@@ -303,28 +292,22 @@ def _judge_params(text: str) -> JudgeParams:
 
 def _print_auto_result(result: AutoLabelResult, cost: Cost) -> None:
     counts = ", ".join(f"{choice} {count}" for choice, count in sorted(result.choices.items())) or "none"
-    screen.console.print(f"labels: {counts}")
-    screen.console.print(
+    _print(f"labels: {counts}")
+    _print(
         f"of the skips, {result.contradictions} because the answer changed with the order, {result.unclear} unclear; "
         f"{result.first} of {result.clear} clear answers chose the response shown first"
     )
-    screen.console.print(f"{cost.requests} requests, {cost.tokens} tokens; other answers were known from before")
+    _print(f"{cost.requests} requests, {cost.tokens} tokens; other answers were known from before")
     if result.left:
-        screen.console.print(f"[yellow]{result.left} questions are left[/]: the budget is spent; run again to go on")
+        _print(f"[yellow]{result.left} questions are left[/]: the budget is spent; run again to go on")
 
 
 def _print_conflicts(count: int) -> None:
     if count:
-        screen.console.print(
+        _print(
             f"[yellow]{count} of them were there with another known answer, or wanting another number of labels[/], "
             "and keep theirs"
         )
-
-
-def _pseudonymised(labels: list[Label]) -> list[Label]:
-    from tasks.labelling.labels import pseudonym
-
-    return [replace(label, labeller=pseudonym(label.labeller)) for label in labels]
 
 
 def _print_report(summary: LabelSummary) -> None:
@@ -342,9 +325,9 @@ def _print_report(summary: LabelSummary) -> None:
     screen.show(table)
     both = "" if summary.alpha_all is None else f" (with models {format_number(summary.alpha_all)})"
     alpha, agreement = format_number(summary.alpha), format_proportion(summary.agreement)
-    screen.console.print(f"{summary.labels} labels, {summary.labelled} of {summary.questions} questions labelled")
-    screen.console.print(f"Krippendorff's alpha {alpha}{both}; two people agree {agreement}")
-    screen.console.print(f"the first shown is chosen {format_proportion(summary.first)}")
+    _print(f"{summary.labels} labels, {summary.labelled} of {summary.questions} questions labelled")
+    _print(f"Krippendorff's alpha {alpha}{both}; two people agree {agreement}")
+    _print(f"the first shown is chosen {format_proportion(summary.first)}")
 
 
 def _write(file: Path, text: str) -> None:
@@ -353,20 +336,16 @@ def _write(file: Path, text: str) -> None:
 
 
 def _write_format(
-    file: Path,
-    questions: list[Question],
-    labels: list[Label],
-    names: dict[str, str],
-    kind: Literal["argilla", "label-studio"],
+    file: Path, questions: list[Question], labels: list[Label], names: dict[str, str], kind: Format
 ) -> None:
     from tasks.labelling.formats import dump
     from tasks.labelling.formats.label_studio import CONFIG
 
     _write(file, dump(questions, labels, names, kind))
-    screen.console.print(f"{len(questions)} questions with {len(labels)} labels: {file}")
+    _print(f"{len(questions)} questions with {len(labels)} labels: {file}")
     if kind == "label-studio":
         _write(file.with_suffix(".xml"), CONFIG)
-        screen.console.print(f"labelling interface for the project's settings: {file.with_suffix('.xml')}")
+        _print(f"labelling interface for the project's settings: {file.with_suffix('.xml')}")
 
 
 def _write_preferences(file: Path, result: ExportResult) -> bool:
@@ -378,8 +357,8 @@ def _write_preferences(file: Path, result: ExportResult) -> bool:
     write_rows(file, result.rows)
     write_json(file.with_suffix(".card.json"), result.card)
     dropped = ", ".join(f"{reason} {count}" for reason, count in result.dropped.items()) or "nothing"
-    screen.console.print(f"{len(result.rows)} preferences of {result.card['labelled']} labelled questions: {file}")
-    screen.console.print(f"dropped: {dropped}; questions on which labellers differ: {result.card['disputed']}")
+    _print(f"{len(result.rows)} preferences of {result.card['labelled']} labelled questions: {file}")
+    _print(f"dropped: {dropped}; questions on which labellers differ: {result.card['disputed']}")
     return file.read_bytes() != before
 
 
@@ -394,6 +373,6 @@ def _trigger_retrain() -> None:
             raise ConfigError("no stage of dvc.yaml reads data/")
         announce_data(md5)
     except RLHFError as error:
-        screen.console.print(f"not announced: {error}; `rlhf retrain` trains with these labels")
+        _print(f"not announced: {error}; `rlhf retrain` trains with these labels")
         return
-    screen.console.print(f"announced data of md5 {md5}")
+    _print(f"announced data of md5 {md5}")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -21,7 +24,6 @@ from starlette.staticfiles import StaticFiles
 
 from tasks.core.errors import DataError
 from tasks.labelling import auth
-from tasks.labelling.forms import BUTTONS, RATINGS, label_text, new_token, read_label, read_number, read_token
 from tasks.labelling.labels import MAX_COMMENT_LENGTH, Label, flip, show_swapped
 from tasks.labelling.store import ConflictError, LabelStore
 
@@ -40,7 +42,34 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-Fields = Mapping[str, str]
+Fields: TypeAlias = Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Button:
+    """A button: the value it sends, its key and text; `group` is the response that it favours."""
+
+    value: str
+    key: str
+    text: str
+    group: str
+    choice: str
+    strength: int | None = None
+
+
+BUTTONS = (
+    Button("a3", "1", "A far better", "a", "a", 3),
+    Button("a2", "2", "A clearly better", "a", "a", 2),
+    Button("a1", "3", "A slightly better", "a", "a", 1),
+    Button("tie", "4", "Equally good", "none", "tie"),
+    Button("both_bad", "5", "Both bad", "none", "both_bad"),
+    Button("skip", "6", "Skip", "none", "skip"),
+    Button("b1", "7", "B slightly better", "b", "b", 1),
+    Button("b2", "8", "B clearly better", "b", "b", 2),
+    Button("b3", "9", "B far better", "b", "b", 3),
+)
+
+RATINGS = {1: "very bad", 2: "bad", 3: "fair", 4: "good", 5: "very good"}
 
 
 def create_app(store: LabelStore, secret: str) -> Starlette:
@@ -112,16 +141,16 @@ class Views:
 
     def answer(self, request: Request, fields: Fields) -> Response:
         """Save an answer, and show the next question."""
-        label = read_label(fields, self._signed_in(request))
+        label = _read_label(fields, self._signed_in(request))
         stored = flip(label) if show_swapped(label.question_id, label.labeller) else label
-        previous_event = read_number(fields, "previous_event")
-        self._store.save_label(stored, token=read_token(fields), previous_event=previous_event)
+        previous_event = _read_number(fields, "previous_event")
+        self._store.save_label(stored, token=_read_token(fields), previous_event=previous_event)
         return RedirectResponse("/", 303)
 
     def undo(self, request: Request, fields: Fields) -> Response:
         """Take an answer back, and show its question again."""
         name = self._signed_in(request)
-        self._store.undo(name, token=read_token(fields), event_id=read_number(fields, "event"))
+        self._store.undo(name, token=_read_token(fields), event_id=_read_number(fields, "event"))
         return RedirectResponse("/", 303)
 
     def help(self, request: Request) -> Response:
@@ -177,7 +206,7 @@ class Views:
         return self._page(request, "message", name, status, title=title, text=text, **state)
 
     def _page(self, request: Request, template: str, user: str | None, status: int = 200, /, **values: Any) -> Response:
-        values |= {"user": user, "csrf": auth.csrf(request), "new_token": new_token, "label_text": label_text}
+        values |= {"user": user, "csrf": auth.csrf(request), "new_token": _new_token, "label_text": _label_text}
         values |= {"buttons": BUTTONS, "ratings": RATINGS, "max_comment_length": MAX_COMMENT_LENGTH}
         return HTMLResponse(self._templates.get_template(f"{template}.html.j2").render(values), status, HEADERS)
 
@@ -202,4 +231,61 @@ def _describe_label(label: Label | None) -> str | None:
     """Return a label's text in the order in which its labeller's page shows the pair."""
     if label is None:
         return None
-    return label_text(flip(label) if show_swapped(label.question_id, label.labeller) else label)
+    return _label_text(flip(label) if show_swapped(label.question_id, label.labeller) else label)
+
+
+def _label_text(label: Label) -> str:
+    """Return the text of the label's button."""
+    texts = {(button.choice, button.strength): button.text for button in BUTTONS}
+    return texts.get((label.choice, label.strength), f"{label.choice.upper()} better")
+
+
+def _read_label(fields: Fields, labeller: str) -> Label:
+    """Return the label in the form, in the order shown; the store refuses values that the page does not offer.
+
+    Raises:
+        DataError: no button was pressed, or a rating is no number.
+    """
+    button = next((button for button in BUTTONS if button.value == fields.get("answer")), None)
+    if button is None:
+        raise DataError(f"answer: got {fields.get('answer', '')!r}; go back and choose one of the buttons")
+    return Label(
+        fields.get("question", ""),
+        labeller,
+        button.choice,
+        strength=button.strength,
+        rating_a=_read_number(fields, "rating_a") if fields.get("rating_a") else None,
+        rating_b=_read_number(fields, "rating_b") if fields.get("rating_b") else None,
+        comment=fields.get("comment", "").replace("\r\n", "\n").strip() or None,
+        seconds=_seconds_since(fields.get("shown", "")),
+    )
+
+
+def _read_number(fields: Fields, name: str) -> int:
+    """Return a field that holds a whole number."""
+    text = fields.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise DataError(f"{name}: got {text!r}, expected a number")
+    return int(text)
+
+
+def _new_token() -> str:
+    """Return an id for one form that is shown."""
+    return str(uuid.uuid4())
+
+
+def _read_token(fields: Fields) -> str:
+    """Return the id of the form that was sent."""
+    try:
+        return str(uuid.UUID(fields.get("token", "")))
+    except ValueError:
+        raise DataError(f"token: got {fields.get('token')!r}, which this page has not made") from None
+
+
+def _seconds_since(shown: str) -> float | None:
+    """Return None where the clock was set back, or the field is not ours: the answer counts all the same."""
+    try:
+        seconds = time.time() - float(shown)
+    except ValueError:
+        return None
+    return round(seconds, 3) if math.isfinite(seconds) and 0 <= seconds < 86400 else None

@@ -11,16 +11,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Select, and_, func, select
 
-from tasks.labelling.database import (
-    EVENT,
-    IS_CURRENT,
-    QUESTION,
-    count_rows,
-    find_event,
-    in_order,
-    questions_table,
-    to_question,
-)
+from tasks.labelling import database as db
 from tasks.labelling.labels import MODEL_PREFIX, Question
 
 __all__ = ["Leases", "Progress", "choose_question", "needs_labels", "progress"]
@@ -80,23 +71,23 @@ def choose_question(connection: Connection, leases: Leases, labeller: str) -> Qu
     if leased := _leased_question(connection, leases, labeller):
         return leased
     rng = random.Random(
-        f"{labeller}\0{count_rows(connection, select(EVENT.event_id).where(EVENT.labeller == labeller))}"
+        f"{labeller}\0{db.count_rows(connection, select(db.EVENT.event_id).where(db.EVENT.labeller == labeller))}"
     )
-    gold = [to_question(row) for row in connection.execute(_gold_for(labeller))]
+    gold = [db.to_question(row) for row in connection.execute(_gold_for(labeller))]
     ordinary = _first_available(connection, leases, labeller)
     if not gold or not ordinary:
         return rng.choice(gold) if gold else ordinary
-    left = count_rows(connection, _open_for(labeller))
+    left = db.count_rows(connection, _open_for(labeller))
     share = max(len(gold) / (len(gold) + left), GOLD_SHARE)
     return rng.choice(gold) if rng.random() < share else ordinary
 
 
 def progress(connection: Connection, leases: Leases, labeller: str) -> Progress:
     """Return how far the labeller is."""
-    done = count_rows(connection, select(EVENT.event_id).where(IS_CURRENT, EVENT.labeller == labeller))
-    left = sum(count_rows(connection, statement(labeller)) for statement in (_open_for, _gold_for))
+    done = db.count_rows(connection, select(db.EVENT.event_id).where(db.IS_CURRENT, db.EVENT.labeller == labeller))
+    left = sum(db.count_rows(connection, statement(labeller)) for statement in (_open_for, _gold_for))
     others = leases.held_by_others(labeller)
-    leased = connection.execute(_open_for(labeller).where(QUESTION.id.in_(others)))
+    leased = connection.execute(_open_for(labeller).where(db.QUESTION.id.in_(others)))
     return Progress(done, left, sum(row.labels + others[row.id] >= row.labels_wanted for row in leased))
 
 
@@ -106,11 +97,18 @@ def needs_labels() -> Select[Any]:
     Labels are counted once, in a subquery that is joined: that is as fast with twenty thousand questions as with two
     hundred, also where the database has no statistics of its tables yet.
     """
-    counts = and_(IS_CURRENT, EVENT.choice != "skip", ~EVENT.labeller.startswith(MODEL_PREFIX, autoescape=True))
-    have = select(EVENT.question_id, func.count().label("labels")).where(counts).group_by(EVENT.question_id).subquery()
+    counts = and_(
+        db.IS_CURRENT, db.EVENT.choice != "skip", ~db.EVENT.labeller.startswith(MODEL_PREFIX, autoescape=True)
+    )
+    have = (
+        select(db.EVENT.question_id, func.count().label("labels"))
+        .where(counts)
+        .group_by(db.EVENT.question_id)
+        .subquery()
+    )
     number = func.coalesce(have.c.labels, 0)
-    questions = select(questions_table, number.label("labels")).outerjoin(have, have.c.question_id == QUESTION.id)
-    return in_order(questions.where(QUESTION.gold.is_(None), number < QUESTION.labels_wanted))
+    questions = select(db.questions, number.label("labels")).outerjoin(have, have.c.question_id == db.QUESTION.id)
+    return db.in_order(questions.where(db.QUESTION.gold.is_(None), number < db.QUESTION.labels_wanted))
 
 
 def _open_for(labeller: str) -> Select[Any]:
@@ -118,20 +116,20 @@ def _open_for(labeller: str) -> Select[Any]:
 
 
 def _gold_for(labeller: str) -> Select[Any]:
-    return select(questions_table).where(QUESTION.gold.is_not(None), _unanswered(labeller)).order_by(QUESTION.id)
+    return select(db.questions).where(db.QUESTION.gold.is_not(None), _unanswered(labeller)).order_by(db.QUESTION.id)
 
 
 def _unanswered(labeller: str) -> ColumnElement[bool]:
-    return QUESTION.id.not_in(select(EVENT.question_id).where(IS_CURRENT, EVENT.labeller == labeller))
+    return db.QUESTION.id.not_in(select(db.EVENT.question_id).where(db.IS_CURRENT, db.EVENT.labeller == labeller))
 
 
 def _leased_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:
     leased = leases.held_by(labeller)
     if leased is None:
         return None
-    last = find_event(connection, question_id=leased, labeller=labeller)
-    row = connection.execute(select(questions_table).where(QUESTION.id == leased)).first()
-    return to_question(row) if row and (last is None or last.kind != "label") else None
+    last = db.find_event(connection, question_id=leased, labeller=labeller)
+    row = connection.execute(select(db.questions).where(db.QUESTION.id == leased)).first()
+    return db.to_question(row) if row and (last is None or last.kind != "label") else None
 
 
 def _first_available(connection: Connection, leases: Leases, labeller: str) -> Question | None:
@@ -139,4 +137,4 @@ def _first_available(connection: Connection, leases: Leases, labeller: str) -> Q
     # Each screen takes one place of one question, so of one row more than there are screens one is free.
     rows = connection.execute(_open_for(labeller).limit(others.total() + 1))
     free = (row for row in rows if row.labels + others[row.id] < row.labels_wanted)
-    return next((to_question(row) for row in free), None)
+    return next((db.to_question(row) for row in free), None)

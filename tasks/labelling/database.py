@@ -31,14 +31,14 @@ __all__ = [
     "connect",
     "count_rows",
     "database_url",
-    "events_table",
+    "events",
     "find_event",
     "in_order",
-    "labellers_table",
+    "labellers",
     "metadata",
     "migrate",
     "migrations",
-    "questions_table",
+    "questions",
     "redact_url",
     "to_label",
     "to_question",
@@ -57,7 +57,7 @@ def _created_at() -> Column[datetime]:
     return Column("created_at", sa.DateTime(timezone=True), nullable=False, default=lambda: datetime.now(UTC))
 
 
-questions_table = Table(
+questions = Table(
     "questions",
     metadata,
     Column("id", String(64), primary_key=True),
@@ -70,7 +70,7 @@ questions_table = Table(
 )
 """The fields of `labels.Question`."""
 
-labellers_table = Table(
+labellers = Table(
     "labellers",
     metadata,
     Column("name", String(MAX_NAME_LENGTH), primary_key=True, doc="For a model: `model:` and its name."),
@@ -78,7 +78,7 @@ labellers_table = Table(
     _created_at(),
 )
 
-events_table = Table(
+events = Table(
     "events",
     metadata,
     Column("event_id", Integer, primary_key=True, autoincrement=True),
@@ -99,9 +99,9 @@ events_table = Table(
 )
 """The fields of `labels.Label`, or their undoing; `previous_event` makes a second vote on the same state impossible."""
 
-EVENT, QUESTION = events_table.c, questions_table.c
+EVENT, QUESTION = events.c, questions.c
 
-_each = events_table.alias()
+_each = events.alias()
 _last_ids = sa.select(sa.func.max(_each.c.event_id)).group_by(_each.c.question_id, _each.c.labeller)
 
 IS_CURRENT = sa.and_(EVENT.kind == "label", EVENT.event_id.in_(_last_ids))
@@ -195,7 +195,7 @@ def in_order(statement: Select[Any]) -> Select[Any]:
 
 def find_event(connection: Connection, **values: object) -> Row[Any] | None:
     """Return the last event with these values."""
-    found = sa.select(events_table).filter_by(**values).order_by(EVENT.event_id.desc()).limit(1)
+    found = sa.select(events).filter_by(**values).order_by(EVENT.event_id.desc()).limit(1)
     return connection.execute(found).first()
 
 

@@ -22,22 +22,8 @@ from sqlalchemy import ColumnElement, Connection, Row, Select, insert, select, u
 from sqlalchemy.exc import IntegrityError
 
 from tasks.core.errors import DataError, SourceError
+from tasks.labelling import database as db
 from tasks.labelling.assignment import Leases, Progress, choose_question, needs_labels, progress
-from tasks.labelling.database import (
-    EVENT,
-    IS_CURRENT,
-    QUESTION,
-    connect,
-    count_rows,
-    events_table,
-    find_event,
-    in_order,
-    labellers_table,
-    questions_table,
-    redact_url,
-    to_label,
-    to_question,
-)
 from tasks.labelling.labels import (
     FLIPPED,
     MAX_NAME_LENGTH,
@@ -117,10 +103,10 @@ class LabelStore:
         Raises:
             ConfigError, SourceError, DataError: as `tasks.labelling.database.connect`.
         """
-        self._engine = connect(url)
+        self._engine = db.connect(url)
         self._writer = self._engine.execution_options(writes=True)
         self._leases = Leases(lease_seconds)
-        self.address = redact_url(url)
+        self.address = db.redact_url(url)
 
     def close(self) -> None:
         """Close its connections."""
@@ -137,7 +123,7 @@ class LabelStore:
         def work(connection: Connection) -> bool:
             is_new = _add_labeller(connection, name)
             if password_hash:
-                own = update(labellers_table).where(labellers_table.c.name == name)
+                own = update(db.labellers).where(db.labellers.c.name == name)
                 connection.execute(own.values(password_hash=password_hash))
             return is_new
 
@@ -145,13 +131,13 @@ class LabelStore:
 
     def password_hash(self, labeller: str) -> str | None:
         """Return the hash of a labeller's password; None for a model, and for somebody unknown."""
-        rows = self._rows(select(labellers_table).where(labellers_table.c.name == labeller))
+        rows = self._rows(select(db.labellers).where(db.labellers.c.name == labeller))
         return rows[0].password_hash if rows else None
 
     def labellers(self) -> list[str]:
         """Return the names of those who can sign in."""
-        able = select(labellers_table).where(labellers_table.c.password_hash.is_not(None))
-        return [row.name for row in self._rows(able.order_by(labellers_table.c.name))]
+        able = select(db.labellers).where(db.labellers.c.password_hash.is_not(None))
+        return [row.name for row in self._rows(able.order_by(db.labellers.c.name))]
 
     def add_questions(self, questions: Sequence[Question]) -> ImportResult:
         """Add the questions whose id is new, all or none.
@@ -175,23 +161,23 @@ class LabelStore:
 
     def questions(self) -> list[Question]:
         """Return all questions in the order in which they are shown."""
-        return [to_question(row) for row in self._rows(in_order(select(questions_table)))]
+        return [db.to_question(row) for row in self._rows(db.in_order(select(db.questions)))]
 
     def current_labels(self) -> list[Label]:
         """Return each labeller's last label of each question unless it is undone, by question and labeller."""
-        current = select(events_table).where(IS_CURRENT)
-        return [to_label(row) for row in self._rows(current.order_by(EVENT.question_id, EVENT.labeller))]
+        current = select(db.events).where(db.IS_CURRENT)
+        return [db.to_label(row) for row in self._rows(current.order_by(db.EVENT.question_id, db.EVENT.labeller))]
 
     def recorded_labels(self, labeller: str) -> list[Label]:
         """Return every label that the labeller ever gave, those that they undid or changed too."""
-        recorded = select(events_table).filter_by(kind="label", labeller=labeller)
-        return [to_label(row) for row in self._rows(recorded)]
+        recorded = select(db.events).filter_by(kind="label", labeller=labeller)
+        return [db.to_label(row) for row in self._rows(recorded)]
 
     def last_label(self, labeller: str) -> Label | None:
         """Return the newest of the labeller's current labels."""
-        own = select(events_table).where(IS_CURRENT, EVENT.labeller == labeller)
-        rows = self._rows(own.order_by(EVENT.event_id.desc()).limit(1))
-        return to_label(rows[0]) if rows else None
+        own = select(db.events).where(db.IS_CURRENT, db.EVENT.labeller == labeller)
+        rows = self._rows(own.order_by(db.EVENT.event_id.desc()).limit(1))
+        return db.to_label(rows[0]) if rows else None
 
     def next_task(self, labeller: str) -> LabelTask | None:
         """Return what to ask next: first what is on the labeller's screen already, then by priority, gold mixed in.
@@ -203,10 +189,10 @@ class LabelStore:
             if question is None:
                 return None
             self._leases.acquire(labeller, question.id)
-            last = find_event(connection, question_id=question.id, labeller=labeller)
-            undone = find_event(connection, event_id=last.previous_event) if last else None
+            last = db.find_event(connection, question_id=question.id, labeller=labeller)
+            undone = db.find_event(connection, event_id=last.previous_event) if last else None
             swapped = show_swapped(question.id, labeller)
-            return LabelTask(question, swapped, last.event_id if last else 0, to_label(undone) if undone else None)
+            return LabelTask(question, swapped, last.event_id if last else 0, db.to_label(undone) if undone else None)
 
     def save_label(self, label: Label, *, token: str | None = None, previous_event: int | None = None) -> SaveResult:
         """Save a label; the same one sent twice counts once.
@@ -234,7 +220,7 @@ class LabelStore:
             ConflictError: the label is not current any more.
             DataError: the labeller has given no such label.
         """
-        rows = self._rows(select(events_table).filter_by(event_id=event_id, labeller=labeller, kind="label"))
+        rows = self._rows(select(db.events).filter_by(event_id=event_id, labeller=labeller, kind="label"))
         if not rows:
             raise DataError(f"{labeller} has given no answer of number {event_id}")
         question_id, swapped = rows[0].question_id, rows[0].swapped
@@ -253,7 +239,7 @@ class LabelStore:
     def open_questions(self) -> tuple[int, int]:
         """Return how many questions need labels, gold left out, and how many there are, with gold."""
         with self._engine.connect() as connection:
-            return count_rows(connection, needs_labels()), count_rows(connection, select(QUESTION.id))
+            return db.count_rows(connection, needs_labels()), db.count_rows(connection, select(db.QUESTION.id))
 
     def _rows(self, statement: Select[Any]) -> Sequence[Row[Any]]:
         with self._engine.connect() as connection:
@@ -286,25 +272,25 @@ def _save(connection: Connection, event: Event) -> SaveResult:
         ConflictError: another click was faster.
     """
     question_id, labeller = event["question_id"], event["labeller"]
-    if not _exists(connection, QUESTION.id == question_id):
+    if not _exists(connection, db.QUESTION.id == question_id):
         raise DataError(f"no question {question_id!r} is in the database")
-    last = find_event(connection, question_id=question_id, labeller=labeller)
-    sent = find_event(connection, token=event["token"])
+    last = db.find_event(connection, question_id=question_id, labeller=labeller)
+    sent = db.find_event(connection, token=event["token"])
     if event["previous_event"] is None:
         _add_labeller(connection, labeller)
         event = event | {"previous_event": last.event_id if last else 0}
         repeated = last if last and _equal(last, event, ("kind", *LABEL_VALUE)) else sent
         if repeated:
             return SaveResult(repeated.event_id, duplicate=True)
-    elif not _exists(connection, labellers_table.c.name == labeller):
+    elif not _exists(connection, db.labellers.c.name == labeller):
         raise DataError(f"no labeller {labeller!r} is in the database")
     if sent is None and (last.event_id if last else 0) == event["previous_event"]:
-        inserted = connection.execute(insert(events_table).values(event)).inserted_primary_key
+        inserted = connection.execute(insert(db.events).values(event)).inserted_primary_key
         return SaveResult(inserted[0] if inserted else 0, duplicate=False)
     if sent is None or not _equal(sent, event, CLICK):
         raise ConflictError(
             f"{labeller} has answered {question_id} in the meantime; nothing was changed",
-            to_label(last) if last and last.kind == "label" else None,
+            db.to_label(last) if last and last.kind == "label" else None,
         )
     return SaveResult(sent.event_id, duplicate=True)
 
@@ -314,18 +300,22 @@ def _equal(row: Row[Any], event: Event, names: Sequence[str]) -> bool:
 
 
 def _import_records(connection: Connection, records: Sequence[tuple[Question, Sequence[Label]]]) -> ImportResult:
-    known = {row.id: to_question(row) for row in connection.execute(select(questions_table))}
+    known = {row.id: db.to_question(row) for row in connection.execute(select(db.questions))}
     new: dict[str, Question] = {}
     conflicts = 0
     for question, _ in records:
         if question.id in known:
             conflicts += _conflicts(question, known[question.id])
+        elif reason := question_error(question):
+            raise DataError(
+                f"question {question.id}, {question.prompt[:40]!r}: {reason}; nothing was added: leave it out, or let "
+                "the policies write other responses with --seed"
+            )
         else:
-            _check_question(question)
             new.setdefault(question.id, question)
     if new:
-        connection.execute(insert(questions_table), [vars(question) for question in new.values()])
-    names = {pseudonym(name): name for name in connection.scalars(select(labellers_table.c.name))}
+        connection.execute(insert(db.questions), [vars(question) for question in new.values()])
+    names = {pseudonym(name): name for name in connection.scalars(select(db.labellers.c.name))}
     stored = known | new
     labels = new_labels = 0
     for question, own in records:
@@ -340,7 +330,7 @@ def _import_records(connection: Connection, records: Sequence[tuple[Question, Se
 def _import_label(connection: Connection, label: Label) -> bool:
     event = _label_event(label)
     names = ("question_id", "labeller", "kind", *LABEL_VALUE)
-    if _exists(connection, *(EVENT[name] == event[name] for name in names)):
+    if _exists(connection, *(db.EVENT[name] == event[name] for name in names)):
         return False
     return not _save(connection, event | {"previous_event": None}).duplicate
 
@@ -358,18 +348,10 @@ def _conflicts(question: Question, known: Question) -> bool:
     return (gold, question.labels_wanted) != (known.gold, known.labels_wanted)
 
 
-def _check_question(question: Question) -> None:
-    if reason := question_error(question):
-        raise DataError(
-            f"question {question.id}, {question.prompt[:40]!r}: {reason}; nothing was added: leave it out, or let the "
-            "policies write other responses with --seed"
-        )
-
-
 def _add_labeller(connection: Connection, name: str) -> bool:
-    if _exists(connection, labellers_table.c.name == name):
+    if _exists(connection, db.labellers.c.name == name):
         return False
-    connection.execute(insert(labellers_table).values(name=name))
+    connection.execute(insert(db.labellers).values(name=name))
     return True
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 from sqlalchemy import create_engine, select
 
-from tasks.labelling.database import events_table
+from tasks.labelling import database
 from tasks.labelling.labels import Question
 from tasks.labelling.store import LabelStore
 from tests.pipeline.conftest import PATIENCE
@@ -112,7 +112,7 @@ class Server:
         """Labeller and token of every label, none of them undone."""
         engine = create_engine(self.url)
         with engine.connect() as connection:
-            rows = connection.execute(select(events_table.c.labeller, events_table.c.token)).all()
+            rows = connection.execute(select(database.events.c.labeller, database.events.c.token)).all()
         engine.dispose()
         return [(row.labeller, row.token) for row in rows]
 

@@ -10,9 +10,9 @@ import pytest
 from sqlalchemy import insert
 from starlette.testclient import TestClient
 
+from tasks.labelling import database
 from tasks.labelling.app import create_app
 from tasks.labelling.auth import hash_password, load_secret, new_password, verify
-from tasks.labelling.database import connect, events_table
 from tasks.labelling.labels import Label, show_swapped
 from tasks.labelling.store import LabelStore
 from tests.support.labels import make_question, token
@@ -152,10 +152,10 @@ def test_undo_shows_the_question_with_its_answer(store: LabelStore, client: Test
 
 def test_a_comment_longer_than_the_form_takes_can_be_read(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one")])
-    engine = connect(store.address)
+    engine = database.connect(store.address)
     event = {"token": token(), "question_id": "one", "labeller": "ann", "previous_event": 0, "kind": "label"}
     with engine.begin() as connection:
-        connection.execute(insert(events_table), event | {"choice": "tie", "comment": "x" * 6000})
+        connection.execute(insert(database.events), event | {"choice": "tie", "comment": "x" * 6000})
     engine.dispose()
     assert "Saved: <b>Equally good</b>" in sign_in(client), "the page must show whatever is in the database"
 

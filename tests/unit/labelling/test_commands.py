@@ -20,8 +20,7 @@ from tasks.core.schema import Preference, Prompt, read_rows, write_rows
 from tasks.core.sections.collect import SourceParams
 from tasks.data.sources import collect_source
 from tasks.evals.pairwise import Reply
-from tasks.labelling import ai_labels, report
-from tasks.labelling.database import events_table
+from tasks.labelling import ai_labels, database, report
 from tasks.labelling.labels import Label, Question
 from tasks.labelling.report import LabelSummary
 from tasks.labelling.store import LabelStore
@@ -226,7 +225,7 @@ def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeyp
         engine = create_engine(address, connect_args={"timeout": 0})
         event = {"token": token(), "question_id": "one", "labeller": "ann", "previous_event": 0, "kind": "label"}
         with engine.begin() as connection:
-            connection.execute(insert(events_table), event | {"choice": "a"})
+            connection.execute(insert(database.events), event | {"choice": "a"})
         engine.dispose()
         return computed(questions, labels)
 

@@ -14,7 +14,7 @@ from sqlalchemy import Connection, create_engine, insert, text
 from sqlalchemy.exc import DBAPIError
 
 from tasks.core.errors import DataError, SourceError
-from tasks.labelling.database import labellers_table
+from tasks.labelling import database
 from tasks.labelling.labels import Label
 from tasks.labelling.store import ConflictError, LabelStore, SaveResult
 from tests.support.labels import make_question, pair, token
@@ -311,7 +311,7 @@ def test_what_another_connection_wrote_is_looked_at_again_and_then_an_error(stor
 
     def work(connection: Connection) -> None:
         attempts.append(1)
-        connection.execute(insert(labellers_table), twice)
+        connection.execute(insert(database.labellers), twice)
 
     with pytest.raises(SourceError, match=r"has changed meanwhile.*: run again"):
         store._write(work)
