@@ -6,13 +6,15 @@ Equal parameters give equal bytes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.config.training import BaseModelParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json
 from tasks.models.fetch import READERS, save_model, set_padding
 from tasks.models.loading import init_process
+
+if TYPE_CHECKING:
+    from tasks.config.training import BaseModelParams
 
 __all__ = ["base_model"]
 

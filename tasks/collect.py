@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.data import CollectParams, SourceParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_rows
 from tasks.data.pypi import sha256_of
 from tasks.data.sources import READERS, SourceRows, collect_source
 from tasks.rl.environments.service_bot import read_service_bot
+
+if TYPE_CHECKING:
+    from tasks.config.data import CollectParams, SourceParams
 
 __all__ = ["collect"]
 

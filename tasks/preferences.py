@@ -13,10 +13,10 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
@@ -24,6 +24,9 @@ from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters
 from tasks.data.rater_agreement import rater_agreement
 from tasks.data.splitting import SPLITS, Split
 from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
+
+if TYPE_CHECKING:
+    from tasks.config.data import PreferencesParams
 
 __all__ = ["preferences"]
 

@@ -11,14 +11,17 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row, write_json, write_rows
 from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, full_texts, split_key
 from tasks.data.duplicates import near_duplicates
 from tasks.data.splitting import HALVES, SPLITS, Half, Split, hash_uniform, in_stable_order, rater_half, split_of
+
+if TYPE_CHECKING:
+    from tasks.config.data import PrepareParams
 
 __all__ = ["prepare"]
 

@@ -16,18 +16,21 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
 from sqlalchemy import or_, select
 from sqlalchemy.orm import Session
 
-from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError
 from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
 from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
 from tasks.labelling.labels import LONGEST_NAME, Label, Question, add_label, questions
 from tasks.labelling.queries import MODEL
 from tasks.labelling.tables import Event
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import JudgeParams
 
 __all__ = ["Budget", "Constitution", "Cost", "CountingBook", "Labelled", "combined", "judge_of", "label_by_model"]
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.training import GenerationParams
 from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt, read_rows
 from tasks.evals.writing import Sampler, policy_stages
 from tasks.labelling.pairs import Scores, Written
 from tasks.rewards.reward_model import RewardModel, member_folder
+
+if TYPE_CHECKING:
+    from tasks.config.training import GenerationParams
 
 __all__ = ["check_policies", "ensemble", "prompts", "written"]
 

@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -19,10 +19,12 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.config.training import BaseModelParams
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.data.pypi import fetch
+
+if TYPE_CHECKING:
+    from tasks.config.training import BaseModelParams
 
 __all__ = [
     "READERS",

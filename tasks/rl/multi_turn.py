@@ -12,13 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams
+from tasks.config.base import ENVIRONMENT
 from tasks.core import distributed
 from tasks.core.rows import Prompt
 from tasks.models.batching import pad_left
@@ -26,6 +26,9 @@ from tasks.rl.advantages import turn_counts
 from tasks.rl.environments.base import Environment, final_user_turn, user_turn
 from tasks.rl.environments.kinds import ENVIRONMENTS
 from tasks.rl.rollout import Rollout, generate
+
+if TYPE_CHECKING:
+    from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "load_multi_turn_sampler"]
 
