@@ -1,7 +1,7 @@
-"""Rule-based rewards: plain functions of the text. Nothing is learned, but each can be gamed.
+"""Rewards that are functions of the text, each with a docstring that says how it can be gamed.
 
-The docstring of each rule describes how a policy could game it, and what prevents that. All of
-them see the response without its end token.
+All of them see the response without its end token. A new rule is an entry in `RULES` and, with its options, one in
+`tasks.config.rules.RULE_OPTIONS`.
 """
 
 from __future__ import annotations
