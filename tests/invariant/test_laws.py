@@ -169,7 +169,7 @@ def test_every_library_that_is_imported_is_declared() -> None:
 @pytest.mark.parametrize("name", PURE)
 def test_the_mathematics_of_rl_imports_torch_alone(name: str) -> None:
     ours = ("tasks.rl", "tasks.core.errors", "tasks.core.text_stats")
-    allowed = ("torch", *ours, "__future__", "collections", "dataclasses", "math", "typing")
+    allowed = ("torch", *ours, "__future__", "collections", "dataclasses", "itertools", "math", "typing")
     for used in imports(ROOT / "tasks" / "rl" / f"{name}.py"):
         assert any(f"{used}.".startswith(f"{known}.") for known in allowed), f"tasks/rl/{name}.py imports {used}"
 
@@ -323,4 +323,5 @@ def test_a_module_and_its_functions_can_be_held_in_mind(module: Path) -> None:
 @pytest.mark.parametrize("package", sorted({module.parent for module in MODULES}), ids=name_of)
 def test_every_package_says_what_lives_there(package: Path) -> None:
     docstring = ast.get_docstring(ast.parse((package / "__init__.py").read_text(encoding="utf-8"))) or ""
-    assert len(docstring.splitlines()) >= 3, "what is here, what it may import, and what may be touched"
+    is_a_room = package.parent in (ROOT, ROOT / "tasks")
+    assert len(docstring.splitlines()) >= (3 if is_a_room else 1), "what is here, and what may be touched"
