@@ -38,8 +38,7 @@ def preferences(params: PreferencesParams, seed: int, artifacts: Artifacts) -> N
     Args:
         params: how many pairs, how far apart, how many raters per label.
         seed: decides the pairs and the raters.
-        prepare: what stage prepare wrote.
-        out: receives the pairs, the ceiling and the counts.
+        artifacts: stage prepare's rows are read; `out` receives the pairs, the ceiling and the counts.
 
     Raises:
         DataError: fewer pairs can be made than params ask for; it says how many.

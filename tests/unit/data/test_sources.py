@@ -17,13 +17,6 @@ from tasks.core.rows import Demonstration, Preference
 from tasks.data.sources import SourceRows, collect_source
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dvc.yaml").touch()
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    return tmp_path
-
-
 def collected(root: Path, content: list[Any], **more: Any) -> SourceRows:
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return collect_source(SourceParams(name="mine", kind="local", id="a.jsonl", **more), 0)
