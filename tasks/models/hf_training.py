@@ -109,6 +109,7 @@ def train_or_resume(trainer: Trainer) -> None:
 
 
 def _newest_checkpoint() -> Path | None:
+    """The newest complete checkpoint; transformers' get_last_checkpoint gives one that a kill cut short as well."""
     folder = tracking.checkpoint_dir()
     complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")] if folder else []
     return max(complete, key=_step, default=None)
