@@ -179,7 +179,7 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the second of three members: the first repeats what is behind its last checkpoint."""
-    monkeypatch.setitem(RUNS, "reward_model", lambda of, out: run_reward_model(of, out, members=3))
+    monkeypatch.setitem(RUNS, "reward_model", lambda of, out: run_reward_model(of, out, ensemble_size=3))
     run("reward_model", inputs, tmp_path / "whole")
     models: list[Any] = []
 
