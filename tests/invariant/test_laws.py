@@ -169,7 +169,8 @@ def test_every_library_that_is_imported_is_declared() -> None:
 @pytest.mark.parametrize("name", PURE)
 def test_the_mathematics_of_rl_imports_torch_alone(name: str) -> None:
     ours = ("tasks.rl", "tasks.core.errors", "tasks.core.text_stats")
-    allowed = ("torch", *ours, "__future__", "collections", "dataclasses", "itertools", "math", "typing")
+    standard = ("__future__", "collections", "dataclasses", "itertools", "math", "statistics", "typing")
+    allowed = ("torch", *ours, *standard)
     for used in imports(ROOT / "tasks" / "rl" / f"{name}.py"):
         assert any(f"{used}.".startswith(f"{known}.") for known in allowed), f"tasks/rl/{name}.py imports {used}"
 
