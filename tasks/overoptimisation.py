@@ -5,10 +5,8 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.evaluation import OveroptimisationParams
-from tasks.config.reward import RewardParams
-from tasks.config.training import GenerationParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse
@@ -24,6 +22,11 @@ from tasks.evals.overoptimisation import (
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import OveroptimisationParams
+    from tasks.config.reward import RewardParams
+    from tasks.config.training import GenerationParams
 
 __all__ = ["overoptimisation"]
 

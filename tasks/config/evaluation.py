@@ -1,4 +1,4 @@
-"""Settings of the LLM judge of pairs."""
+"""Sections of the evaluation: LLM judge, gate, benchmarks and the over-optimisation curve."""
 
 from __future__ import annotations
 
@@ -6,18 +6,10 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import Fraction, Positive, Section
-from tasks.config.data import AnswerPattern
+from tasks.config.base import AnswerPattern, Fraction, Positive, Section
 from tasks.config.rules import Rule
 
-__all__ = [
-    "EvaluateParams",
-    "GateParams",
-    "JudgeParams",
-    "LmEvalParams",
-    "Metric",
-    "OveroptimisationParams",
-]
+__all__ = ["EvaluateParams", "GateParams", "JudgeParams", "LmEvalParams", "Metric", "OveroptimisationParams"]
 
 
 class JudgeParams(Section):
@@ -70,7 +62,6 @@ class EvaluateParams(Section):
         description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
         "regular expression with one group (GSM8K: `#### (\\-?[0-9\\.\\,]+)`); null: it is the whole response.",
     )
-
     gold_rule: Rule | None = Field(
         None,
         description="Where neither people's ratings nor the right answer as a text can judge: a rule that does; one "

@@ -11,10 +11,8 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core.origin import Finding
 from tasks.core.rows import Prompt, read_rows
 from tasks.core.text_stats import repetition_rate
@@ -22,6 +20,10 @@ from tasks.evals.compare import ScoredResponse
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, vader_scores
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 from tasks.models.loading import init_process, load_policy, load_tokenizer
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import EvaluateParams
+    from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = [
     "METRICS",

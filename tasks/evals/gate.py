@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
 from tasks.core.origin import Finding
 from tasks.evals.champion import noninferiority_rule
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import GateParams
 
 __all__ = ["BASE_STAGES", "Decision", "decide", "select_candidate"]
 
