@@ -22,10 +22,10 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BARE = """
 import importlib, os
-from tasks.core import versioning
+from tasks.runtime import versioning
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.core.stage import stage_arguments, write_nothing
+from tasks.runtime.stage_runner import stage_arguments, write_nothing
 params = load_params(project_root() / "params.yaml")
 for name in versioning.graph():
     if getattr(params, name) is None:

@@ -20,7 +20,7 @@ from flows import screen
 from flows.children import bring_up_to_date_in_child, log_of
 from flows.services import DEVICE_LIMIT
 from flows.work import Outcome, bring_up_to_date
-from tasks.core import versioning
+from tasks.runtime import versioning
 
 __all__ = ["stage"]
 

@@ -95,7 +95,7 @@ def retrain(
 def announce() -> None:
     """Tell the standing Prefect server that data/ has a new version: it starts the deployment rlhf-retrain/retrain."""
     enter_served()
-    from tasks.core import versioning
+    from tasks.runtime import versioning
 
     md5 = versioning.data_version()
     if md5 is None:
@@ -138,7 +138,7 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, 
 def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False) -> None:
     """Which stages would run, and which parameter or file made it so."""
     enter()
-    from tasks.core import versioning
+    from tasks.runtime import versioning
 
     waiting = versioning.pending()
     if as_json:
@@ -162,7 +162,7 @@ def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Look at curves, samples and models in MLflow; stop it with Ctrl-C."""
     enter()
     from flows import services
-    from tasks.core import mlflow_store
+    from tasks.runtime import mlflow_store
 
     if standing := services.running().get("mlflow"):
         screen.console.print(f"MLflow is up at {standing.address}")
@@ -239,7 +239,7 @@ def _prefect() -> Iterator[dict[str, str]]:
         if server.address:
             screen.server_starts()
         import flows.pipeline  # noqa: F401
-        from tasks.core import recording
+        from tasks.runtime import recording
 
         _calm_prefect()
         recording.prepare()

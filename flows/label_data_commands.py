@@ -337,7 +337,7 @@ def _write_dataset(file: Path, made: Dataset) -> bool:
 def _announce() -> None:
     """Tell Prefect; without a server the file is as good, so that is no error."""
     from flows.events import announce_data
-    from tasks.core import versioning
+    from tasks.runtime import versioning
 
     try:
         md5 = versioning.data_version()

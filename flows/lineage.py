@@ -8,9 +8,9 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows import screen
-from tasks.core import recording
-from tasks.core.origin import origin_of
-from tasks.core.registry import Version
+from tasks.runtime import recording
+from tasks.runtime.provenance import origin_of
+from tasks.runtime.registry import Version
 
 __all__ = ["describe", "print_lineage"]
 

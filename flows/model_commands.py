@@ -23,8 +23,8 @@ from tasks.core.errors import ConfigError
 from tasks.core.paths import artifacts, project_root
 
 if TYPE_CHECKING:
-    from tasks.core.registry import Version
     from tasks.evals.writing import Writer, Written
+    from tasks.runtime.registry import Version
 
 __all__ = ["commands"]
 
@@ -49,7 +49,7 @@ ChatTemplate = Annotated[bool, typer.Option(help="Show prompts as a user's messa
 def models(as_json: AsJson = False) -> None:
     """List the registered policies."""
     enter_served()
-    from tasks.core import registry
+    from tasks.runtime import registry
 
     known = registry.versions()
     if as_json:
@@ -65,7 +65,7 @@ def models(as_json: AsJson = False) -> None:
 def promote(model: Model = "challenger", why: Why = "") -> None:
     """Make a version the champion; one that was refused or rolled back needs --why."""
     enter_served()
-    from tasks.core import registry
+    from tasks.runtime import registry
 
     version = registry.find(model)
     objection = version.withdrawn or (None if version.accepted else f"the gate refused it: {version.tags['reasons']}")
@@ -79,7 +79,7 @@ def promote(model: Model = "challenger", why: Why = "") -> None:
 def rollback(why: Why = "") -> None:
     """Put the champion before this one in use again."""
     enter_served()
-    from tasks.core import registry
+    from tasks.runtime import registry
 
     gone, back = registry.roll_back(by=_user(), why=why.strip())
     screen.console.print(
@@ -93,7 +93,7 @@ def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
     """What a version was made from: data, code, parameters, stages, and the decision about it."""
     enter_served()
     from flows.lineage import describe, print_lineage
-    from tasks.core import registry
+    from tasks.runtime import registry
 
     version = registry.find(model)
     if as_json:
@@ -108,7 +108,7 @@ def reproduce(model: Model = "champion") -> None:
     enter_served()
     from flows.reproduce import reproduce as compute
     from flows.reproduce import same_libraries
-    from tasks.core import registry
+    from tasks.runtime import registry
 
     version = registry.find(model)
     with interruptible("it begins anew, and this project is as it was"):
@@ -180,17 +180,18 @@ def export(
     """Write a version as a folder that transformers loads without this project, with a model card."""
     folder = folder.absolute()
     enter_served()
-    from tasks.core import registry
+    from tasks.runtime import registry
 
     version = registry.find(model)
-    from tasks.core import exporting, origin, versioning
+    from tasks.core import exporting
     from tasks.core.schema import Prompt, read_rows
     from tasks.evals import card
+    from tasks.runtime import provenance, versioning
 
-    made_from = origin.origin_of(version)
+    made_from = provenance.origin_of(version)
     generation = made_from.parameters["generation"]
     with _temporary() as parts, exporting.empty_folder(folder) as draft:
-        origin.restore(version, parts)
+        provenance.restore(version, parts)
         prompts = parts / "prompts"
         versioning.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
         exported = exporting.export(
@@ -252,7 +253,7 @@ def _summary(version: Version) -> dict[str, Any]:
 
 
 def _plain_tags(version: Version) -> dict[str, str]:
-    from tasks.core.origin import ORIGIN
+    from tasks.runtime.provenance import ORIGIN
 
     return {key: value for key, value in version.tags.items() if key not in (ORIGIN, "weights")}
 
@@ -278,9 +279,9 @@ def _writer(
 
 def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
-    from tasks.core import origin, registry
     from tasks.core.params import load_params
     from tasks.evals.writing import stages_that_write
+    from tasks.runtime import provenance, registry
 
     here = artifacts("evaluate").parent
     stages = stages_that_write(here)
@@ -290,8 +291,8 @@ def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
         version = registry.find(model)
     except ConfigError as error:
         raise ConfigError(f"{error}; stages here whose model writes: {', '.join(stages) or 'none'}") from None
-    origin.restore(version, folder)
-    return version.policy, folder, origin.origin_of(version).parameters["generation"]
+    provenance.restore(version, folder)
+    return version.policy, folder, provenance.origin_of(version).parameters["generation"]
 
 
 def _print(written: Written, chat_template: bool) -> None:

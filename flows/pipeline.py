@@ -17,8 +17,8 @@ from flows.bridge import stage
 from flows.children import stop_children
 from flows.devices import gpus
 from flows.work import Outcome
-from tasks.core import recording, versioning
 from tasks.core.errors import ConfigError, StageError
+from tasks.runtime import recording, versioning
 
 __all__ = ["pipeline", "plan"]
 

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from flows import offspring
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.stage import execute_stage
+from tasks.runtime.stage_runner import execute_stage
 
 __all__ = ["execute_in_ranks"]
 

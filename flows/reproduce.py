@@ -13,11 +13,11 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flows.worktrees import git, run, standing_in, worktree
-from tasks.core import versioning
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.origin import Origin, origin_of
 from tasks.core.paths import state
-from tasks.core.registry import Version
+from tasks.runtime import versioning
+from tasks.runtime.provenance import Origin, origin_of
+from tasks.runtime.registry import Version
 
 __all__ = ["Remade", "reproduce", "same_libraries"]
 

@@ -20,7 +20,6 @@ from prefect.utilities.timeout import timeout as time_limit
 from flows import screen, workspace
 from flows.pipeline import pipeline
 from flows.work import Outcome
-from tasks.core import origin, recording, registry, versioning
 from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import artifacts, project_root
@@ -28,6 +27,7 @@ from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.findings import Finding
 from tasks.evals.gate import PARTS, Decision, candidate, decide
 from tasks.evals.statistics import Interval
+from tasks.runtime import provenance, recording, registry, versioning
 
 __all__ = ["Approval", "Passed", "gate", "promote", "retrain"]
 
@@ -160,7 +160,7 @@ def _duel(policy: str, params: Params, metrics: Collection[str], champion: regis
     from tasks.evals.duel import duel  # with torch, which takes seconds
 
     with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
-        origin.restore(champion, Path(folder))
+        provenance.restore(champion, Path(folder))
         return duel(
             policy,
             params.evaluate,
@@ -195,7 +195,7 @@ def _refusal(decision: Decision, hours: float) -> str | None:
 
 def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
     compared = {policy: row for policy, row in table.items() if policy in (REFERENCE, decision.policy)}
-    made_from = origin.collect(flow_run, compared, decision.findings)
+    made_from = provenance.collect(flow_run, compared, decision.findings)
     figures = {key: str(value) for key, value in table[decision.policy].items() if key in ("win_rate", "kl")}
     return {
         **figures,
@@ -203,7 +203,7 @@ def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
         "reasons": "; ".join(decision.reasons),
         "git.commit": made_from.commit,
         "data.md5": versioning.data_version() or "",
-        origin.ORIGIN: made_from.model_dump_json(),
+        provenance.ORIGIN: made_from.model_dump_json(),
     }
 
 

@@ -13,11 +13,11 @@ from typing import Any
 from flows import screen
 from flows.pipeline import pipeline, plan
 from flows.variants import begin, run_variant
-from tasks.core import recording
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import artifacts, project_root
 from tasks.evals.seeds import Trained, metrics, read, report, write
+from tasks.runtime import recording
 
 __all__ = ["seeds"]
 

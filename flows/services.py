@@ -26,9 +26,9 @@ from filelock import FileLock
 from flows import screen
 from flows.devices import gpus
 from flows.server import answers
-from tasks.core import mlflow_store, recording
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state
+from tasks.runtime import mlflow_store, recording
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient

@@ -16,10 +16,10 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from flows.worktrees import git, run, standing_in, worktree
-from tasks.core import mlflow_store, recording, versioning
 from tasks.core.errors import StageError
 from tasks.core.params import load_params
 from tasks.core.paths import project_root, state
+from tasks.runtime import mlflow_store, recording, versioning
 
 __all__ = ["begin", "run_variant"]
 

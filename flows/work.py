@@ -7,8 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from flows.ranks import execute_in_ranks
-from tasks.core import reproduction, versioning
-from tasks.core.stage import execute_stage, read_metrics
+from tasks.runtime import dvc_reproduce, versioning
+from tasks.runtime.stage_runner import execute_stage, read_metrics
 
 __all__ = ["Outcome", "bring_up_to_date"]
 
@@ -18,7 +18,7 @@ class Outcome:
     """What became of a stage. `key` is DVC's hash of all that it read."""
 
     stage: str
-    result: reproduction.Result
+    result: dvc_reproduce.Result
     key: str
     reasons: tuple[str, ...]
     seconds: float
@@ -62,6 +62,6 @@ def bring_up_to_date(
         else:
             execute_stage(name, reasons)
 
-    result = reproduction.reproduce(name, job, force=force, pull=pull, on_wait=on_wait)
+    result = dvc_reproduce.reproduce(name, job, force=force, pull=pull, on_wait=on_wait)
     key = versioning.stage_key(name) or ""
     return Outcome(name, result, key, reasons, time.monotonic() - started, read_metrics(name))

@@ -46,6 +46,6 @@ def _tokens(tokenizer: Any) -> dict[str, str]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("base_model")

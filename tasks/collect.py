@@ -60,6 +60,6 @@ def _card(source: SourceParams, collected: Collected, file: Path) -> dict[str, o
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("collect")

@@ -78,6 +78,6 @@ def _on_the_way(
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("overoptimisation")

@@ -195,6 +195,6 @@ def _reasons(cleaned: Cleaned) -> str:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("prepare")

@@ -206,6 +206,6 @@ def _of_the_ensemble(lesson: Lesson, scores: Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("reward_model")

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import Any
 
 from tasks.core.exporting import Exported
-from tasks.core.origin import Origin
-from tasks.core.registry import Version
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
 from tasks.evals.templates import template
 from tasks.evals.verdict import NAMES
+from tasks.runtime.provenance import Origin
+from tasks.runtime.registry import Version
 
 __all__ = ["Card", "render"]
 

@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tasks.core.errors import ConfigError
-from tasks.core.origin import Finding
 from tasks.core.sections.gate import GateParams
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.findings import Finding as Sign
 from tasks.evals.noninferiority import no_worse
 from tasks.evals.statistics import Interval
+from tasks.runtime.provenance import Finding
 
 __all__ = ["PARTS", "Decision", "candidate", "decide"]
 

@@ -12,9 +12,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
-from tasks.core.origin import Finding
 from tasks.core.words import repeated_share
 from tasks.evals.statistics import Interval, bootstrap_mean, wins
+from tasks.runtime.provenance import Finding
 
 __all__ = ["METRICS", "Comparison", "Scored", "compared", "no_worse"]
 

@@ -28,15 +28,15 @@ STAGES = list(PIPELINE["stages"])
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 # What a stage imports is an input of its key: a change of these must never run a stage again.
-DVC = {f"tasks/core/{name}.py" for name in ("dvc_project", "reasons", "reproduction", "versioning")}
-RECORDING = {f"tasks/core/{name}.py" for name in ("deeds", "mlflow_store", "recording")}
-RUNNERS = {"tasks/core/stage.py"} | DVC | RECORDING
+DVC = {f"tasks/runtime/{name}.py" for name in ("dvc_project", "dvc_reproduce", "reasons", "versioning")}
+RECORDING = {f"tasks/runtime/{name}.py" for name in ("deeds", "mlflow_store", "recording")}
+RUNNERS = {"tasks/runtime/stage_runner.py"} | DVC | RECORDING
 
 DOORS = {
     "prefect": {
         f"flows/{name}.py" for name in ("bridge", "events", "pipeline", "retrain", "schedule", "server", "services")
     },
-    "mlflow": RECORDING | {"tasks/core/registry.py"},
+    "mlflow": RECORDING | {"tasks/runtime/registry.py"},
     "dvc": DVC,
     "ruamel": {"tasks/core/params.py"},
     "openai": {"tasks/evals/judges.py"},
@@ -68,7 +68,7 @@ def layer(name: str) -> int | None:
         return 3
     if parts[0] != "tasks" or len(parts) == 1:
         return None
-    return {"core": 0, "rl": 1, "rewards": 1, "evals": 1, "data": 1, "labelling": 1}.get(parts[1], 2)
+    return {"core": 0, "runtime": 1, "rl": 1, "rewards": 1, "evals": 1, "data": 1, "labelling": 1}.get(parts[1], 2)
 
 
 def stage_function(stage: str) -> Any:
@@ -97,7 +97,7 @@ def test_a_stage_has_one_name_everywhere(stage: str) -> None:
 def test_a_stage_runs_by_its_own_name_when_called_alone(stage: str) -> None:
     last = ast.parse((ROOT / "tasks" / f"{stage}.py").read_text(encoding="utf-8")).body[-1]
     assert ast.unparse(last) == (
-        f"if __name__ == '__main__':\n    from tasks.core.stage import run_stage\n    run_stage('{stage}')"
+        f"if __name__ == '__main__':\n    from tasks.runtime.stage_runner import run_stage\n    run_stage('{stage}')"
     ), f"tasks/{stage}.py must end by running itself, with the import inside: it is no input of the stage"
 
 

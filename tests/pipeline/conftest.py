@@ -86,7 +86,7 @@ def {name}({signature}):
     trace.close()
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
     run_stage("{name}")
 """
 

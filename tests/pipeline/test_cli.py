@@ -96,7 +96,7 @@ def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC 3.67 with pygtrie 2.6
 def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
-    from tasks.core import versioning
+    from tasks.runtime import versioning
 
     assert project_root() == ROOT
     graph = versioning.graph()

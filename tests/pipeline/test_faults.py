@@ -123,7 +123,7 @@ def trace(project: Project) -> str:
 DELIVER = """
 import os
 os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{port}"
-from tasks.core import recording
+from tasks.runtime import recording
 recording.prepare()
 """
 

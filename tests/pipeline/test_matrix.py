@@ -18,7 +18,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from tasks.core.reasons import reasons
+from tasks.runtime.reasons import reasons
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project

@@ -10,7 +10,7 @@ import pytest
 
 from tasks.core.errors import ConfigError
 from tasks.core.params import Params, apply_changes, load_params, parse_override, preset_changes
-from tasks.core.stage import stage_arguments
+from tasks.runtime.stage_runner import stage_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))

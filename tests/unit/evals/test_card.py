@@ -9,9 +9,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from tasks.core.exporting import Exported
-from tasks.core.origin import Origin
-from tasks.core.registry import Version
 from tasks.evals.card import METHODS, Card, render
+from tasks.runtime.provenance import Origin
+from tasks.runtime.registry import Version
 
 ROW = {
     "n": 208, "reward_proxy": 0.9, "reward_gold": 1.2, "kl": 3.335, "kl_stderr": 0.165, "length": 7.0,

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 
 from flows.reproduce import reproduce
-from tasks.core import origin
 from tasks.core.errors import StageError
-from tasks.core.origin import ORIGIN, Origin, StageOrigin, origin_of
-from tasks.core.registry import Version
+from tasks.runtime import provenance
+from tasks.runtime.provenance import ORIGIN, Origin, StageOrigin, origin_of
+from tasks.runtime.registry import Version
 
 ORIGINS = {
     "params": "seed: 0\n",
@@ -66,17 +66,17 @@ def test_an_older_version_has_none() -> None:
 
 @pytest.mark.parametrize("name", ["tasks/a.py", "dvc.yaml", "tasks/new.py", "data/new.jsonl"])
 def test_changed_code_and_data_are_named(project: Path, name: str) -> None:
-    assert origin._uncommitted() == ()
+    assert provenance._uncommitted() == ()
     (project / name).parent.mkdir(exist_ok=True)
     (project / name).write_text("second\n")
-    (changed,) = origin._uncommitted()
+    (changed,) = provenance._uncommitted()
     assert name.startswith(changed), "a new folder is named as a whole"
 
 
 def test_parameters_and_prose_may_be_as_they_like(project: Path) -> None:
     for name in ("params.yaml", "README.md"):
         (project / name).write_text("second\n")
-    assert origin._uncommitted() == ()
+    assert provenance._uncommitted() == ()
 
 
 @pytest.mark.parametrize(

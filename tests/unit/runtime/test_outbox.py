@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tasks.core import outbox as module
-from tasks.core.outbox import Outbox, deliver_left
+from tasks.runtime import outbox as module
+from tasks.runtime.outbox import Outbox, deliver_left
 
 
 class Server:

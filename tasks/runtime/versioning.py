@@ -1,6 +1,6 @@
 """What DVC knows: the graph of stages, their keys and files, what changed, and the data in its cache and remote.
 
-Running a stage is in `tasks.core.reproduction`.
+Running a stage is in `tasks.runtime.dvc_reproduce`.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from dvc_data.hashfile.hash_info import HashInfo
 from dvc_objects.errors import ObjectFormatError
 from dvc_objects.fs import localfs
 
-from tasks.core.dvc_project import dvc_errors, key_of, load_stage, open_repo, remote_errors
 from tasks.core.errors import StageError
-from tasks.core.reasons import changed_inputs, reasons
+from tasks.runtime.dvc_project import dvc_errors, key_of, load_stage, open_repo, remote_errors
+from tasks.runtime.reasons import changed_inputs, reasons
 
 __all__ = [
     "Inputs",

@@ -17,10 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tasks.core import recording, tracking, versioning
+from tasks.core import tracking
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import OFF, artifacts, checkpoints, project_root
+from tasks.runtime import recording, versioning
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_nothing"]
 

@@ -20,14 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.deeds import KEY_TAG, STAGE_TAG, Deeds
 from tasks.core.errors import ConfigError, StageError
-from tasks.core.mlflow_store import EXPERIMENT_VARIABLE, is_away, open_store, store_uri
-from tasks.core.outbox import Outbox, deliver_left
 from tasks.core.paths import project_root, state
+from tasks.runtime.deeds import KEY_TAG, STAGE_TAG, Deeds
+from tasks.runtime.mlflow_store import EXPERIMENT_VARIABLE, is_away, open_store, store_uri
+from tasks.runtime.outbox import Outbox, deliver_left
 
 if TYPE_CHECKING:
-    from tasks.core.versioning import Inputs
+    from tasks.runtime.versioning import Inputs
 
 __all__ = [
     "SWEEP_VARIABLE",

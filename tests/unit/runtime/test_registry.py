@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tasks.core import mlflow_store, registry
 from tasks.core.errors import ConfigError
+from tasks.runtime import mlflow_store, registry
 
 
 @pytest.fixture(scope="module")

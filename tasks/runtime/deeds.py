@@ -1,4 +1,4 @@
-"""What is said of a run of MLflow, done to it. Each deed may be done twice without harm: see `tasks.core.outbox`."""
+"""What is said of a run of MLflow, done to it. Each deed may be done twice without harm: see `tasks.runtime.outbox`."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.core.errors import StageError
-from tasks.core.mlflow_store import open_store, store_uri
+from tasks.runtime.mlflow_store import open_store, store_uri
 
 __all__ = ["KEY_TAG", "STAGE_TAG", "Deeds"]
 

@@ -1,6 +1,6 @@
 """MLflow's model registry: which policy is the champion, and where each version came from.
 
-The weights stay with DVC: a version names them by their md5, and `tasks.core.versioning.restore` brings them back.
+The weights stay with DVC: a version names them by their md5, and `tasks.runtime.versioning.restore` brings them back.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from tasks.core.errors import ConfigError
-from tasks.core.mlflow_store import open_store
+from tasks.runtime.mlflow_store import open_store
 
 __all__ = [
     "CHALLENGER",

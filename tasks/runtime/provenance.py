@@ -15,11 +15,11 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 from pydantic.dataclasses import dataclass
 
-from tasks.core import recording, versioning
 from tasks.core.errors import StageError
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.core.registry import Version
+from tasks.runtime import recording, versioning
+from tasks.runtime.registry import Version
 
 __all__ = ["ORIGIN", "Finding", "Origin", "StageOrigin", "collect", "origin_of", "restore"]
 

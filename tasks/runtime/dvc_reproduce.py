@@ -25,9 +25,9 @@ from dvc.lock import LockError
 from dvc.repo import Repo
 from dvc_data.hashfile import load
 
-from tasks.core.dvc_project import cause, causes, load_stage, quiet_logger, remote_error
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
+from tasks.runtime.dvc_project import cause, causes, load_stage, quiet_logger, remote_error
 
 __all__ = ["Result", "reproduce"]
 
