@@ -25,11 +25,11 @@ import importlib, os
 from tasks.runtime import versioning
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.runtime.stage_runner import stage_arguments, write_nothing
+from tasks.runtime.stage_runner import stage_arguments, write_empty_outputs
 params = load_params(project_root() / "params.yaml")
 for name in versioning.graph():
     if getattr(params, name) is None:
-        write_nothing(name)
+        write_empty_outputs(name)
         continue
     function = getattr(importlib.import_module(f"tasks.{name}"), name)
     positional, folders = stage_arguments(function, name, params)

@@ -10,7 +10,7 @@ from tasks.core.exporting import Exported
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
 from tasks.evals.templates import template
 from tasks.evals.verdict import NAMES
-from tasks.runtime.provenance import Origin
+from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version
 
 __all__ = ["Card", "render"]
@@ -38,7 +38,7 @@ class Card:
     """
 
     version: Version
-    origin: Origin
+    origin: Provenance
     exported: Exported
     adapter: bool
 
@@ -55,9 +55,9 @@ def render(card: Card) -> str:
         licence=_licence(origin),
         name=NAMES[policy],
         method=method,
-        reference=origin.figures[REFERENCE],
-        row=origin.figures[policy],
-        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.figures[policy]}).items()},
+        reference=origin.metrics[REFERENCE],
+        row=origin.metrics[policy],
+        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.metrics[policy]}).items()},
         parameters=[
             line
             for section in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed")
@@ -81,12 +81,12 @@ def _front_matter(card: Card) -> list[str]:
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
 
 
-def _licence(origin: Origin) -> str:
+def _licence(origin: Provenance) -> str:
     """The base model's, as the hub writes it."""
     return str(origin.base_model.get("licence") or "unknown").lower()
 
 
-def _flat(section: str, origin: Origin) -> list[tuple[str, str]]:
+def _flat(section: str, origin: Provenance) -> list[tuple[str, str]]:
     value = origin.parameters[section]
     items = value.items() if isinstance(value, dict) else [(None, value)]
     return [(f"{section}.{key}" if key else section, json.dumps(inner, ensure_ascii=False)) for key, inner in items]

@@ -11,7 +11,7 @@ from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.findings import Finding as Sign
 from tasks.evals.noninferiority import no_worse
 from tasks.evals.statistics import Interval
-from tasks.runtime.provenance import Finding
+from tasks.runtime.provenance import RuleResult
 
 __all__ = ["PARTS", "Decision", "candidate", "decide"]
 
@@ -24,18 +24,18 @@ class Decision:
     """What the gate says of a policy."""
 
     policy: str
-    findings: tuple[Finding, ...]
+    findings: tuple[RuleResult, ...]
 
     @property
     def accepted(self) -> bool:
         """Every rule holds."""
-        return all(finding.holds for finding in self.findings)
+        return all(finding.passed for finding in self.findings)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """The rules that do not hold; all of them where the policy is accepted."""
-        shown = [finding for finding in self.findings if self.accepted or not finding.holds]
-        return tuple(f"{finding.rule}: {finding.found}, asked {finding.asked}" for finding in shown)
+        shown = [finding for finding in self.findings if self.accepted or not finding.passed]
+        return tuple(f"{finding.rule}: {finding.measured}, asked {finding.required}" for finding in shown)
 
 
 def candidate(table: Table, params: GateParams) -> str:
@@ -73,13 +73,13 @@ def decide(
     """
     row = table[policy]
     findings = [
-        Finding(
+        RuleResult(
             "win rate against SFT, lower end",
             f"{row['win_rate_low']:.1%}",
             f"above {params.min_win_rate:.0%}",
             row["win_rate_low"] > params.min_win_rate,
         ),
-        Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
+        RuleResult("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
         _no_hacking(signs, params.allowed_findings),
     ]
     if against_champion is not None:
@@ -87,8 +87,8 @@ def decide(
     return Decision(policy, tuple(findings))
 
 
-def _no_hacking(signs: Sequence[Sign], allowed: Sequence[str]) -> Finding:
+def _no_hacking(signs: Sequence[Sign], allowed: Sequence[str]) -> RuleResult:
     found = ", ".join(f"{sign.detector} ({sign.where})" for sign in signs)
     asked = f"none but {', '.join(allowed)}" if allowed else "none"
     holds = all(sign.detector in allowed for sign in signs)
-    return Finding("signs of reward hacking", found or "none", asked, holds)
+    return RuleResult("signs of reward hacking", found or "none", asked, holds)

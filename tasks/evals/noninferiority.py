@@ -14,7 +14,7 @@ from typing import Protocol
 
 from tasks.core.words import repeated_share
 from tasks.evals.statistics import Interval, bootstrap_mean, wins
-from tasks.runtime.provenance import Finding
+from tasks.runtime.provenance import RuleResult
 
 __all__ = ["METRICS", "Comparison", "Scored", "compared", "no_worse"]
 
@@ -95,7 +95,7 @@ def compared(metric: str, ours: Sequence[Scored], theirs: Sequence[Scored], *, s
     return bootstrap_mean(values, samples=samples, seed=seed)
 
 
-def no_worse(metric: str, interval: Interval, margin: float) -> Finding:
+def no_worse(metric: str, interval: Interval, margin: float) -> RuleResult:
     """The rule that the bad end of the interval is at most the margin worse than even."""
     comparison = METRICS[metric]
     if comparison.more_is_better:
@@ -104,7 +104,7 @@ def no_worse(metric: str, interval: Interval, margin: float) -> Finding:
     else:
         end, word, bound, sign = interval.high, "upper", comparison.even + margin, "at most"
         holds = end <= bound
-    return Finding(
+    return RuleResult(
         f"{comparison.name}, {word} end",
         format(end, comparison.form),
         f"{sign} {format(bound, comparison.margin_form)}",

@@ -19,18 +19,18 @@ from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 
 __all__ = [
-    "cause",
-    "causes",
+    "describe_error",
     "dvc_errors",
-    "key_of",
+    "error_chain",
     "load_stage",
     "open_repo",
     "quiet_logger",
     "remote_error",
     "remote_errors",
+    "run_cache_key",
 ]
 
-_FULL = 2**20  # free bytes below which a disk counts as full: DVC's own message may blame something else
+MIN_FREE_BYTES = 2**20  # free bytes below which a disk counts as full: DVC's own message may blame something else
 
 
 def open_repo() -> Repo:
@@ -52,7 +52,7 @@ def load_stage(repo: Any, name: str) -> Any:
         raise StageError(f"dvc.yaml has no stage {name!r}; its stages are {known}") from error
 
 
-def key_of(stage: Any) -> str | None:
+def run_cache_key(stage: Any) -> str | None:
     """The hash of everything that a loaded stage reads, as the run-cache has it; None while an input does not exist."""
     private: Any = dvc.stage.cache
     try:
@@ -71,7 +71,7 @@ def dvc_errors(where: str) -> Iterator[None]:
     try:
         yield
     except DvcException as error:
-        raise StageError(f"{where}: {cause(error)}") from error
+        raise StageError(f"{where}: {describe_error(error)}") from error
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def remote_error(what: str, error: Exception) -> StageError:
     return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
 
 
-def causes(error: BaseException) -> Iterator[BaseException]:
+def error_chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what it came from, the origin last."""
     current: BaseException | None = error
     while current is not None:
@@ -100,11 +100,11 @@ def causes(error: BaseException) -> Iterator[BaseException]:
         current = current.__cause__
 
 
-def cause(error: BaseException) -> str:
+def describe_error(error: BaseException) -> str:
     """The origin of an error of DVC, in words that say what to do."""
-    last = list(causes(error))[-1]
+    last = list(error_chain(error))[-1]
     full = isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or shutil.disk_usage(project_root()).free < _FULL:
+    if full or shutil.disk_usage(project_root()).free < MIN_FREE_BYTES:
         return "no space left on the disk for its outputs, so none were recorded: free some, then run again"
     if isinstance(last, FileNotFoundError) and last.filename:
         return f"{last.filename} does not exist; if the DVC remote has it, `rlhf run --pull` fetches it"
@@ -120,9 +120,9 @@ def quiet_logger() -> None:
     for name in ("dvc", "dvc_data", "dvc_objects"):
         logging.getLogger(name).propagate = False
         logging.getLogger(name).setLevel(logging.WARNING)
-    logging.getLogger("dvc.output").addFilter(_is_news)
+    logging.getLogger("dvc.output").addFilter(_hide_empty_output_warning)
 
 
-def _is_news(record: logging.LogRecord) -> bool:
+def _hide_empty_output_warning(record: logging.LogRecord) -> bool:
     """An output may well be empty: no row was malformed, or the stage is off."""
     return not record.getMessage().endswith("is empty.")

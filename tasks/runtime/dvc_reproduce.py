@@ -27,7 +27,7 @@ from dvc_data.hashfile import load
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
-from tasks.runtime.dvc_project import cause, causes, load_stage, quiet_logger, remote_error
+from tasks.runtime.dvc_project import describe_error, error_chain, load_stage, quiet_logger, remote_error
 
 __all__ = ["Result", "reproduce"]
 
@@ -55,15 +55,15 @@ def reproduce(
     Raises:
         StageError: DVC refuses; or whatever `job` raises, unchanged, in which case dvc.lock is left alone.
     """
-    call = _Call(job)
-    _replace_runner()
+    call = _RecordedCall(job)
+    _patch_dvc()
     token = _job.set(call)
     try:
-        done = _when_free(lambda: _reproduce(name, call, force, pull), on_wait)
+        done = _retry_while_locked(lambda: _reproduce(name, call, force, pull), on_wait)
     except DvcException as error:
         if call.error is not None:
             raise call.error from call.error.__cause__
-        raise StageError(f"{name}: {cause(error)}") from error
+        raise StageError(f"{name}: {describe_error(error)}") from error
     except Exception as error:
         if call.error is not None or not pull:
             raise
@@ -75,7 +75,7 @@ def reproduce(
     return "restored" if done else "unchanged"
 
 
-class _Call:
+class _RecordedCall:
     """A job that remembers whether it was called and what it raised."""
 
     def __init__(self, job: Job) -> None:
@@ -92,21 +92,21 @@ class _Call:
             raise
 
 
-def _reproduce(name: str, call: _Call, force: bool, pull: bool) -> list[Any]:
+def _reproduce(name: str, call: _RecordedCall, force: bool, pull: bool) -> list[Any]:
     repo = Repo(str(project_root()), _wait_for_lock=True)
     with repo:
         done = list(repo.reproduce([name], single_item=True, force=force, pull=pull))
-        if done and not call.called and _remove_broken(load_stage(repo, name)):
+        if done and not call.called and _drop_corrupt_cache(load_stage(repo, name)):
             done = list(repo.reproduce([name], single_item=True, pull=pull))
         return done
 
 
-def _remove_broken(stage: Any) -> bool:
+def _drop_corrupt_cache(stage: Any) -> bool:
     """Whether what was restored came from cached files that are not what their names say; they and it are gone then.
 
     DVC trusts a cached file that is write-protected. Half of one is left by a full disk, or by a copy that broke off.
     """
-    broken = {path for out in stage.outs if out.use_cache for path in _cached(out) if _md5(path) != _name(path)}
+    broken = {path for out in stage.outs if out.use_cache for path in _cached(out) if _md5(path) != _expected_md5(path)}
     for path in broken:
         path.chmod(0o644)
         path.unlink()
@@ -121,7 +121,7 @@ def _cached(out: Any) -> list[Path]:
     return [Path(out.cache.oid_to_path(info.value)) for info in (out.hash_info, *parts)]
 
 
-def _name(path: Path) -> str:
+def _expected_md5(path: Path) -> str:
     return (path.parent.name + path.name).removesuffix(".dir")
 
 
@@ -130,14 +130,14 @@ def _md5(path: Path) -> str:
         return hashlib.file_digest(file, "md5").hexdigest()
 
 
-def _when_free(attempt: Callable[[], list[Any]], on_wait: Callable[[str], None] | None) -> list[Any]:
+def _retry_while_locked(attempt: Callable[[], list[Any]], on_wait: Callable[[str], None] | None) -> list[Any]:
     """Try again while another process works on the same files: DVC itself waits for its repository lock only."""
     told = False
     while True:
         try:
             return attempt()
         except DvcException as error:
-            blocked = next((part for part in causes(error) if isinstance(part, LockError)), None)
+            blocked = next((part for part in error_chain(error) if isinstance(part, LockError)), None)
             if blocked is None:
                 raise
             if on_wait and not told:
@@ -146,38 +146,38 @@ def _when_free(attempt: Callable[[], list[Any]], on_wait: Callable[[str], None] 
             time.sleep(LOCK_POLL_SECONDS)
 
 
-_spawn = getattr(dvc.stage.run, "cmd_run", None)
+_original_cmd_run = getattr(dvc.stage.run, "cmd_run", None)
 
 
 def _run_job(stage: Any, dry: bool = False, run_env: dict[str, str] | None = None) -> None:
     """Stands for `dvc.stage.run.cmd_run`: calls the job of this context if there is one, else spawns as DVC does."""
     job = _job.get()
     if job is None or dry:
-        _spawn(stage, dry=dry, run_env=run_env)  # type: ignore[misc]
+        _original_cmd_run(stage, dry=dry, run_env=run_env)  # type: ignore[misc]
     else:
         job()
 
 
-_modify = getattr(dvc.dvcfile, "modify_yaml", None)
+_original_modify_yaml = getattr(dvc.dvcfile, "modify_yaml", None)
 
 
 @contextmanager
-def _modify_whole(path: str, fs: Any = None) -> Iterator[Any]:
+def _atomic_modify_yaml(path: str, fs: Any = None) -> Iterator[Any]:
     """Stands for `dvc.dvcfile.modify_yaml`, which a signal or a full disk could leave with half of dvc.lock written."""
     draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
     try:
         if Path(path).exists():
             shutil.copy2(path, draft)
-        with _modify(draft, fs=fs) as content:  # type: ignore[misc]
+        with _original_modify_yaml(draft, fs=fs) as content:  # type: ignore[misc]
             yield content
         draft.replace(path)
     finally:
         draft.unlink(missing_ok=True)
 
 
-def _replace_runner() -> None:
-    if _spawn is None or _modify is None:
+def _patch_dvc() -> None:
+    if _original_cmd_run is None or _original_modify_yaml is None:
         raise StageError("dvc.stage.run.cmd_run is gone in this version of DVC; install dvc>=3.67,<4 as pinned")
     dvc.stage.run.cmd_run = _run_job
-    dvc.dvcfile.modify_yaml = _modify_whole
+    dvc.dvcfile.modify_yaml = _atomic_modify_yaml
     quiet_logger()

@@ -17,14 +17,14 @@ from tasks.core.paths import project_root, state
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["EXPERIMENT_VARIABLE", "is_away", "open_store", "server_command", "store_uri"]
+__all__ = ["EXPERIMENT_ID_VAR", "is_unavailable", "open_store", "server_command", "store_uri"]
 
 EXPERIMENT = "rlhf"
 
-EXPERIMENT_VARIABLE = "RLHF_EXPERIMENT_ID"
+EXPERIMENT_ID_VAR = "RLHF_EXPERIMENT_ID"
 """How a flow tells its stages the experiment's id, since the server may be away when they begin."""
 
-_ENVIRONMENT = {
+MLFLOW_ENV = {
     "DO_NOT_TRACK": "true",
     "GIT_PYTHON_REFRESH": "quiet",
     "MLFLOW_DISABLE_TELEMETRY": "true",
@@ -49,7 +49,7 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", store_uri()]
     command += ["--artifacts-destination", str(project_root() / "mlartifacts")]
     command += ["--host", "127.0.0.1", "--port", str(port), "--workers", "1"]
-    return command, {**os.environ, **_ENVIRONMENT, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return command, {**os.environ, **MLFLOW_ENV, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
 
 
 def open_store() -> tuple[MlflowClient, str]:
@@ -58,7 +58,7 @@ def open_store() -> tuple[MlflowClient, str]:
     Raises:
         ConfigError: the store cannot be opened.
     """
-    for variable, value in _ENVIRONMENT.items():
+    for variable, value in MLFLOW_ENV.items():
         os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
@@ -69,7 +69,7 @@ def open_store() -> tuple[MlflowClient, str]:
     uri = store_uri()
     # Files of a run are found by `runs:/…`, which MLflow resolves against its global URI.
     set_tracking_uri(uri)
-    if known := os.environ.get(EXPERIMENT_VARIABLE):  # the flow has opened it, and the server may be away by now
+    if known := os.environ.get(EXPERIMENT_ID_VAR):  # the flow has opened it, and the server may be away by now
         return MlflowClient(uri), known
     state().mkdir(exist_ok=True)
     try:
@@ -86,7 +86,7 @@ def open_store() -> tuple[MlflowClient, str]:
         raise ConfigError(f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI: {error}") from error
 
 
-def is_away(error: Exception) -> bool:
+def is_unavailable(error: Exception) -> bool:
     """A server that does not answer, or says that it cannot now; an error in a local store is one."""
     from mlflow.exceptions import MlflowException
 

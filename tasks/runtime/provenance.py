@@ -1,4 +1,4 @@
-"""What a registered policy was made from: code, parameters, data and every stage's outputs, kept with the version.
+"""Provenance of a registered policy: the code, parameters, data and stage outputs that made it.
 
 It is one tag of the version, so that it needs no file store. MLflow takes 100,000 characters in a tag (65,535 bytes in
 a MySQL store); the default pipeline needs 12,000.
@@ -21,26 +21,34 @@ from tasks.core.paths import artifacts, project_root
 from tasks.runtime import recording, versioning
 from tasks.runtime.registry import Version
 
-__all__ = ["ORIGIN", "Finding", "Origin", "StageOrigin", "collect", "origin_of", "restore"]
+__all__ = [
+    "PROVENANCE_TAG",
+    "Provenance",
+    "RuleResult",
+    "StageRecord",
+    "collect_provenance",
+    "provenance_of",
+    "restore_weights",
+]
 
-ORIGIN = "origin"
+PROVENANCE_TAG = "provenance"
 
-READ = ("data", "data.dvc", "dvc.yaml", "flows", "infra/presets", "requirements.lock", "tasks")
-"""What decides about results and is kept by git; params.yaml is not among it, since its text is part of the origin."""
+TRACKED_PATHS = ("data", "data.dvc", "dvc.yaml", "flows", "infra/presets", "requirements.lock", "tasks")
+"""What decides about results and is kept by git; the text of params.yaml is part of the provenance itself."""
 
-SHOWN = 20  # changed files that are named; one is enough to know that the commit is not all
+MAX_LISTED_FILES = 20  # changed files that are named; one is enough to know that the commit is not all
 
 SOURCE_KEYS = ("name", "kind", "source", "licence", "rows", "sha256_of_rows")
 
 
-class _Part(BaseModel):
+class _Frozen(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-class StageOrigin(_Part):
-    """A stage as it was: DVC's key of what it read, the MLflow run that computed it, and its outputs' md5s.
+class StageRecord(_Frozen):
+    """A stage when the version was registered: its DVC key, its MLflow run and its outputs' md5s.
 
-    `run` is empty where the store knows no such run.
+    `run` is empty where the store knows no run that computed it.
     """
 
     key: str
@@ -49,16 +57,16 @@ class StageOrigin(_Part):
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
-class Finding:
-    """One rule of the gate: what was measured, what was asked, and whether it holds."""
+class RuleResult:
+    """The result of one rule of the gate: what was measured, what was required, and whether it passed."""
 
     rule: str
-    found: str
-    asked: str
-    holds: bool
+    measured: str
+    required: str
+    passed: bool
 
 
-class Origin(_Part):
+class Provenance(_Frozen):
     """Everything that is needed to explain a version, and to make it again.
 
     Attributes:
@@ -69,8 +77,8 @@ class Origin(_Part):
         pipeline_run: MLflow's id.
         base_model: the card of the base model.
         sources: what each data card says of a source.
-        figures: the evaluation's rows of the policy and of what it is compared with.
-        findings: what the gate found.
+        metrics: the evaluation's rows of the policy and of what it is compared with.
+        rule_results: of the gate.
     """
 
     params: str
@@ -78,11 +86,11 @@ class Origin(_Part):
     commit: str
     uncommitted: tuple[str, ...]
     pipeline_run: str
-    stages: dict[str, StageOrigin]
+    stages: dict[str, StageRecord]
     base_model: dict[str, Any]
     sources: list[dict[str, Any]]
-    figures: dict[str, dict[str, float]]
-    findings: tuple[Finding, ...]
+    metrics: dict[str, dict[str, float]]
+    rule_results: tuple[RuleResult, ...]
 
     def md5_of(self, path: str) -> str:
         """The md5 of an output, by its path as in dvc.yaml.
@@ -96,49 +104,49 @@ class Origin(_Part):
         raise StageError(f"no stage wrote {path} when this version was made")
 
 
-def collect(flow_run: str, figures: Mapping[str, Mapping[str, float]], findings: tuple[Finding, ...]) -> Origin:
-    """The origin of what lies in artifacts now, which this flow run has brought up to date.
+def collect_provenance(
+    flow_run: str, metrics: Mapping[str, Mapping[str, float]], rule_results: tuple[RuleResult, ...]
+) -> Provenance:
+    """Collect the provenance of what lies in artifacts now, which this flow run has brought up to date.
 
     Raises:
         StageError: MLflow does not know the flow's run.
     """
     run, tags = recording.pipeline_tags(flow_run)
     stages = {
-        name: StageOrigin(
+        name: StageRecord(
             key=tags.get(f"{name}.key", ""), run=tags.get(f"{name}.run", ""), outputs=versioning.output_digests(name)
         )
         for name in versioning.graph()
     }
-    cards = [_card(path) for path in sorted((artifacts("collect") / "cards").glob("*.json"))]
+    cards = [_read_card(path) for path in sorted((artifacts("collect") / "cards").glob("*.json"))]
     params = project_root() / "params.yaml"
-    return Origin(
+    return Provenance(
         params=params.read_text(encoding="utf-8"),
         parameters=load_params(params).model_dump(mode="json"),
         commit=recording.git_commit(),
         uncommitted=_uncommitted(),
         pipeline_run=run,
         stages=stages,
-        base_model=_card(artifacts("base_model") / "card.json"),
+        base_model=_read_card(artifacts("base_model") / "card.json"),
         sources=[{key: card[key] for key in SOURCE_KEYS if key in card} for card in cards],
-        figures={policy: dict(row) for policy, row in figures.items()},
-        findings=findings,
+        metrics={policy: dict(row) for policy, row in metrics.items()},
+        rule_results=rule_results,
     )
 
 
-def origin_of(version: Version) -> Origin:
-    """What was kept when the version was registered.
+def provenance_of(version: Version) -> Provenance:
+    """Read the provenance that was kept when the version was registered.
 
     Raises:
-        StageError: nothing was: it is older than this record.
+        StageError: the version has none.
     """
-    if ORIGIN not in version.tags:
-        raise StageError(
-            f"version {version.number} has no record of its origin, only tags; `rlhf retrain` registers with one"
-        )
-    return Origin.model_validate_json(version.tags[ORIGIN])
+    if PROVENANCE_TAG not in version.tags:
+        raise StageError(f"version {version.number} has no provenance, only tags; `rlhf retrain` registers with one")
+    return Provenance.model_validate_json(version.tags[PROVENANCE_TAG])
 
 
-def restore(version: Version, folder: Path) -> None:
+def restore_weights(version: Version, folder: Path) -> None:
     """Write the version's weights into the folder, laid out as in artifacts.
 
     Raises:
@@ -148,12 +156,12 @@ def restore(version: Version, folder: Path) -> None:
         versioning.restore(md5, folder / path)
 
 
-def _card(path: Path) -> dict[str, Any]:
+def _read_card(path: Path) -> dict[str, Any]:
     card: dict[str, Any] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
     return card
 
 
 def _uncommitted() -> tuple[str, ...]:
-    command = ["git", "status", "--porcelain", "--no-renames", "--", *READ]
+    command = ["git", "status", "--porcelain", "--no-renames", "--", *TRACKED_PATHS]
     done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
-    return tuple(line[3:] for line in done.stdout.splitlines()[:SHOWN])
+    return tuple(line[3:] for line in done.stdout.splitlines()[:MAX_LISTED_FILES])

@@ -6,10 +6,10 @@ from typing import Any
 
 from dvc.dependency.param import ParamsDependency
 
-__all__ = ["changed_inputs", "reasons"]
+__all__ = ["changed_inputs", "why_stale"]
 
 _SHOWN, _SHOWN_HASH = 60, 8  # characters of a value, and of a file's md5
-_WORDS = {
+STATUS_TEXT = {
     "modified": "changed",
     "deleted": "is missing",
     "new": "is a new input",
@@ -17,13 +17,13 @@ _WORDS = {
 }
 
 
-def reasons(stage: Any) -> list[str]:
+def why_stale(stage: Any) -> list[str]:
     """Why the stage, as DVC has loaded it, is not up to date, one reason a line; empty if it is."""
     why = changed_inputs(stage)
     if _never_ran(stage):
         return why
     for out in stage.outs:
-        why += [f"its output {path} {_WORDS.get(state, state)}" for path, state in out.status().items()]
+        why += [f"its output {path} {STATUS_TEXT.get(state, state)}" for path, state in out.status().items()]
     return why
 
 
@@ -47,7 +47,7 @@ def _changed_file(dep: Any) -> list[str]:
     return [
         f"{path} changed: {dep.hash_info.value[:_SHOWN_HASH]} → {dep.get_hash().value[:_SHOWN_HASH]}"
         if state == "modified"
-        else f"{path} {_WORDS.get(state, state)}"
+        else f"{path} {STATUS_TEXT.get(state, state)}"
         for path, state in dep.workspace_status().items()
     ]
 
@@ -59,19 +59,19 @@ def _changed_params(dep: Any) -> list[str]:
         if section not in before:
             why.append(f"{section} is a new parameter")
         else:
-            why += _differences(section, before[section], now.get(section))
+            why += _diff_values(section, before[section], now.get(section))
     return why
 
 
-def _differences(key: str, before: Any, now: Any) -> list[str]:
+def _diff_values(key: str, before: Any, now: Any) -> list[str]:
     if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
         before, now = dict(enumerate(before)), dict(enumerate(now))
     if isinstance(before, dict) and isinstance(now, dict):
         names = [*before, *(name for name in now if name not in before)]
-        return [line for name in names for line in _differences(f"{key}.{name}", before.get(name), now.get(name))]
-    return [] if before == now else [f"{key}: {_brief(before)} → {_brief(now)}"]
+        return [line for name in names for line in _diff_values(f"{key}.{name}", before.get(name), now.get(name))]
+    return [] if before == now else [f"{key}: {_shorten(before)} → {_shorten(now)}"]
 
 
-def _brief(value: Any) -> str:
+def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 1]}…"

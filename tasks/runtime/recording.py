@@ -23,23 +23,23 @@ from typing import TYPE_CHECKING, Any
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state
 from tasks.runtime.deeds import KEY_TAG, STAGE_TAG, Deeds
-from tasks.runtime.mlflow_store import EXPERIMENT_VARIABLE, is_away, open_store, store_uri
+from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, is_unavailable, open_store, store_uri
 from tasks.runtime.outbox import Outbox, deliver_left
 
 if TYPE_CHECKING:
     from tasks.runtime.versioning import Inputs
 
 __all__ = [
-    "SWEEP_VARIABLE",
-    "WEIGHTS",
+    "SWEEP_VAR",
+    "WEIGHT_DIRS",
     "PipelineRun",
     "StageRun",
-    "flow_environment",
+    "connect",
+    "export_run_ids",
     "git_commit",
-    "measure_pipeline",
+    "log_pipeline_metrics",
     "pipeline_run",
     "pipeline_tags",
-    "prepare",
     "stage_run",
     "tag_pipeline",
 ]
@@ -51,10 +51,10 @@ OUTBOX = "outbox"
 # How a flow tells the stages it runs, in this process or in a child, which runs they belong to.
 PIPELINE_VARIABLE, FLOW_VARIABLE = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
 
-SWEEP_VARIABLE = "RLHF_SWEEP"
+SWEEP_VAR = "RLHF_SWEEP"
 """How a sweep tells its pipeline runs what they belong to: a JSON object with `sweep` and `variant`."""
 
-WEIGHTS = ("adapter", "model")
+WEIGHT_DIRS = ("adapter", "model")
 """Names of the folders of weights among a stage's outputs."""
 
 # mlflow.utils.validation: a tag not much longer, and no such characters in the name of a metric or parameter.
@@ -62,7 +62,7 @@ TAG_LENGTH = 5000
 FORBIDDEN = re.compile(r"[^\w\-. /:]")
 
 
-def prepare() -> None:
+def connect() -> None:
     """Import MLflow and open its store, which takes seconds: to be called while there is something else to wait for.
 
     What runs could not say while the server was away is said now.
@@ -77,7 +77,7 @@ def prepare() -> None:
 @contextmanager
 def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator[PipelineRun]:
     """The parent run of everything that one flow executes."""
-    swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VARIABLE, "{}")).items()}
+    swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VAR, "{}")).items()}
     tags = {**_source("pipeline"), FLOW_TAG: flow_run_id, **swept}
     pipeline = PipelineRun(_new_outbox())
     try:
@@ -90,12 +90,12 @@ def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator
 
 
 @contextmanager
-def flow_environment(pipeline: PipelineRun, flow_run_id: str) -> Iterator[None]:
+def export_run_ids(pipeline: PipelineRun, flow_run_id: str) -> Iterator[None]:
     """While this lasts, stages that run here or in a child become children of the pipeline run."""
     told = {
         PIPELINE_VARIABLE: pipeline.run_id,
         FLOW_VARIABLE: flow_run_id,
-        EXPERIMENT_VARIABLE: pipeline.experiment,
+        EXPERIMENT_ID_VAR: pipeline.experiment,
     }
     os.environ.update(told)
     try:
@@ -113,7 +113,7 @@ def tag_pipeline(flow_run_id: str, tags: Mapping[str, str]) -> None:
             client.set_tag(run.info.run_id, key, value[:TAG_LENGTH])
 
 
-def measure_pipeline(flow_run_id: str, metrics: Mapping[str, float]) -> None:
+def log_pipeline_metrics(flow_run_id: str, metrics: Mapping[str, float]) -> None:
     """Add final numbers to a pipeline run that has ended."""
     from mlflow.entities import Metric
 
@@ -169,7 +169,7 @@ class _Run:
     def __init__(self, outbox: Path) -> None:
         self._deeds = Deeds(outbox.stem)
         self.experiment = self._deeds.experiment
-        self.outbox = Outbox(outbox, self._deeds.do, is_away, _warn)
+        self.outbox = Outbox(outbox, self._deeds.do, is_unavailable, _warn)
 
     @property
     def run_id(self) -> str:
@@ -210,7 +210,7 @@ class _Run:
 class PipelineRun(_Run):
     """The parent run: one row that compares whole pipelines."""
 
-    def log_stage(self, name: str, key: str, result: str, why: str, metrics: Mapping[str, float]) -> None:
+    def log_stage(self, name: str, key: str, result: str, reason: str, metrics: Mapping[str, float]) -> None:
         """Copy a stage's final metrics as `<stage>.<metric>`, and say which run they come from.
 
         The numbers are those on disk, which DVC has verified to be the stage's; a cached stage has no run of its own
@@ -219,7 +219,7 @@ class PipelineRun(_Run):
         self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
         self.tag(f"{name}.key", key)
         self.tag(f"{name}.result", result)
-        self.tag(f"{name}.why", why)
+        self.tag(f"{name}.why", reason)
         self.outbox.put("origin", name=name, key=key)
 
 
@@ -246,7 +246,7 @@ class StageRun(_Run):
         """Record each output's md5, and a model reference for a folder of weights: the bytes stay with DVC."""
         for path, md5 in digests.items():
             self.tag(f"output.{Path(path).name}", md5)
-            if Path(path).name in WEIGHTS:
+            if Path(path).name in WEIGHT_DIRS:
                 self.outbox.put("model", path=path, md5=md5)
 
 

@@ -1,6 +1,6 @@
 """MLflow's model registry: which policy is the champion, and where each version came from.
 
-The weights stay with DVC: a version names them by their md5, and `tasks.runtime.versioning.restore` brings them back.
+The weights stay with DVC: a version names them by their md5, and `tasks.runtime.dvc_repo.restore` brings them back.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = [
     "Version",
     "champion",
     "find",
-    "refuse",
+    "mark_refused",
     "register",
     "roll_back",
     "set_champion",
@@ -31,11 +31,12 @@ __all__ = [
 MODEL = "rlhf-policy"
 CHAMPION, CHALLENGER = "champion", "challenger"
 
-BEFORE = "champion.before"
+FORMER_CHAMPIONS_TAG = "former_champions"
 """The model's tag with the numbers of the champions before this one, the latest last; a rollback takes that away."""
 
 PROMOTED, WITHDRAWN = "promoted", "withdrawn"
-"""A decision is three tags of a version: `promoted.by`, `promoted.at` and `promoted.why`."""
+DECISION_FIELDS = ("by", "at", "reason")
+"""A decision is three tags of a version: `promoted.by`, `promoted.at` and `promoted.reason`."""
 
 
 @dataclass(frozen=True)
@@ -55,12 +56,12 @@ class Version:
         return self.tags.get("accepted") == str(True)
 
     @property
-    def withdrawn(self) -> str | None:
-        """Who rolled it back, when and why; None where nobody did since it was promoted last."""
+    def withdrawal(self) -> str | None:
+        """Who rolled it back, when and for what reason; None where nobody did since it was promoted last."""
         if f"{WITHDRAWN}.by" not in self.tags:
             return None
-        by, at, why = (self.tags[f"{WITHDRAWN}.{word}"] for word in ("by", "at", "why"))
-        return f"{by} rolled it back at {at}" + (f": {why}" if why else "")
+        by, at, reason = (self.tags[f"{WITHDRAWN}.{field}"] for field in DECISION_FIELDS)
+        return f"{by} rolled it back at {at}" + (f": {reason}" if reason else "")
 
 
 def versions() -> list[Version]:
@@ -105,7 +106,7 @@ def champion() -> Version | None:
 
 
 def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -> Version:
-    """A new version, which becomes the challenger; the one that has these weights already, if there is one."""
+    """Register a version as the challenger; the one that has these weights already, if there is one."""
     from mlflow.exceptions import MlflowException
 
     client, experiment = open_store()
@@ -119,22 +120,22 @@ def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -
         model = models[0] if models else client.create_logged_model(experiment, policy, tags={"dvc.md5": md5})
         if not models:
             client.finalize_logged_model(model.model_id, "READY")
-        made = client.create_model_version(
+        created = client.create_model_version(
             MODEL, f"models:/{model.model_id}", run_id=model.source_run_id, model_id=model.model_id
         )
-        number = str(made.version)
+        number = str(created.version)
     _tag(number, {"policy": policy, "weights": text, **tags})
     client.set_registered_model_alias(MODEL, CHALLENGER, number)
     return find(number)
 
 
-def refuse(version: Version, reason: str) -> None:
-    """A version that the gate had accepted is refused for this reason."""
+def mark_refused(version: Version, reason: str) -> None:
+    """Mark a version that the gate had accepted as refused for this reason."""
     _tag(version.number, {"accepted": str(False), "reasons": reason})
 
 
-def set_champion(version: Version, *, by: str, why: str = "") -> None:
-    """From now on this is the policy in use; it is no challenger any more, and its rollback is forgotten.
+def set_champion(version: Version, *, by: str, reason: str = "") -> None:
+    """Make this the policy in use; it is no challenger any more, and an earlier withdrawal of it is removed.
 
     Raises:
         ConfigError: it is the champion already.
@@ -144,39 +145,39 @@ def set_champion(version: Version, *, by: str, why: str = "") -> None:
     if former and former.number == version.number:
         raise ConfigError(f"version {version.number} is the champion already")
     if former:
-        _set_before([*_before(), former.number])
-    _tag(version.number, _decision(PROMOTED, by, why))
-    _put_in_use(version)
+        _set_former_champions([*_former_champions(), former.number])
+    _tag(version.number, _decision(PROMOTED, by, reason))
+    _set_champion_alias(version)
     if CHALLENGER in version.aliases:
         client.delete_registered_model_alias(MODEL, CHALLENGER)
 
 
-def roll_back(*, by: str, why: str = "") -> tuple[Version, Version]:
-    """The champion before is the policy in use again; the version that was withdrawn, and the one in use now.
+def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
+    """Put the former champion in use again; returns the version that was withdrawn and the one in use now.
 
     Raises:
         ConfigError: there is no champion, or none was before it.
     """
     known = {version.number: version for version in versions()}
-    gone = next((version for version in known.values() if CHAMPION in version.aliases), None)
-    if gone is None:
+    withdrawn = next((version for version in known.values() if CHAMPION in version.aliases), None)
+    if withdrawn is None:
         raise ConfigError("there is no champion: `rlhf models` lists what is registered, `rlhf promote` promotes")
-    before = [number for number in _before() if number in known]  # others were deleted in MLflow
-    while before and before[-1] == gone.number:  # a promotion was cut off
-        before.pop()
-    if not before:
-        raise ConfigError(f"no champion was before version {gone.number}, so there is nothing to roll back to")
-    back = known[before[-1]]
-    _tag(gone.number, _decision(WITHDRAWN, by, why))
-    _put_in_use(back)
-    _set_before(before[:-1])
-    return gone, back
+    former = [number for number in _former_champions() if number in known]  # others were deleted in MLflow
+    while former and former[-1] == withdrawn.number:  # a promotion was cut off
+        former.pop()
+    if not former:
+        raise ConfigError(f"no champion was before version {withdrawn.number}, so there is nothing to roll back to")
+    restored = known[former[-1]]
+    _tag(withdrawn.number, _decision(WITHDRAWN, by, reason))
+    _set_champion_alias(restored)
+    _set_former_champions(former[:-1])
+    return withdrawn, restored
 
 
-def _put_in_use(version: Version) -> None:
+def _set_champion_alias(version: Version) -> None:
     client, _ = open_store()
     client.set_registered_model_alias(MODEL, CHAMPION, str(version.number))
-    for key in (f"{WITHDRAWN}.{word}" for word in ("by", "at", "why")):
+    for key in (f"{WITHDRAWN}.{field}" for field in DECISION_FIELDS):
         if key in version.tags:
             client.delete_model_version_tag(MODEL, str(version.number), key)
 
@@ -187,17 +188,17 @@ def _tag(number: int | str, tags: Mapping[str, str]) -> None:
         client.set_model_version_tag(MODEL, str(number), key, value)
 
 
-def _decision(verb: str, by: str, why: str) -> dict[str, str]:
+def _decision(verb: str, by: str, reason: str) -> dict[str, str]:
     now = datetime.now(UTC).isoformat(timespec="seconds")
-    return {f"{verb}.by": by, f"{verb}.at": now, f"{verb}.why": why}
+    return {f"{verb}.by": by, f"{verb}.at": now, f"{verb}.reason": reason}
 
 
-def _before() -> list[int]:
+def _former_champions() -> list[int]:
     client, _ = open_store()
-    numbers: list[int] = json.loads(client.get_registered_model(MODEL).tags.get(BEFORE, "[]"))
+    numbers: list[int] = json.loads(client.get_registered_model(MODEL).tags.get(FORMER_CHAMPIONS_TAG, "[]"))
     return numbers
 
 
-def _set_before(numbers: list[int]) -> None:
+def _set_former_champions(numbers: list[int]) -> None:
     client, _ = open_store()
-    client.set_registered_model_tag(MODEL, BEFORE, json.dumps(numbers))
+    client.set_registered_model_tag(MODEL, FORMER_CHAMPIONS_TAG, json.dumps(numbers))

@@ -23,19 +23,19 @@ from tasks.core.params import Params, load_params
 from tasks.core.paths import OFF, artifacts, checkpoints, project_root
 from tasks.runtime import recording, versioning
 
-__all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_nothing"]
+__all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
 
 # No library may call home, and forked data loaders must not deadlock in the tokenizers' thread pool.
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
 
 
-def _state_of(path: Path) -> tuple[int, int, int]:
+def _file_state(path: Path) -> tuple[int, int, int]:
     """Changes when the file is edited, whatever the clock says."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size, found.st_ino
 
 
-_AT_IMPORT = {path: _state_of(path) for path in Path(__file__).resolve().parents[1].rglob("*.py")}
+CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resolve().parents[1].rglob("*.py")}
 
 
 def run_stage(name: str) -> None:
@@ -50,7 +50,7 @@ def run_stage(name: str) -> None:
         sys.exit(130)
 
 
-def execute_stage(name: str, why: Sequence[str]) -> None:
+def execute_stage(name: str, reasons: Sequence[str]) -> None:
     """Run a stage in this process, as one recorded run.
 
     Where torchrun or accelerate has started several processes for it, rank 0 records and writes; the others only help.
@@ -70,26 +70,26 @@ def execute_stage(name: str, why: Sequence[str]) -> None:
     with contextlib.chdir(root), _disk_errors(name):
         params = load_params(root / "params.yaml")
         if getattr(params, name, None) is None:
-            write_nothing(name)
+            write_empty_outputs(name)
             return
-        reads = versioning.inputs(name)
-        _refuse_edited_code(name, reads)
-        function = _function(name)
+        inputs = versioning.inputs(name)
+        _check_code_unchanged(name, inputs)
+        function = _load_stage_function(name)
         positional, folders = stage_arguments(function, name, params)
-        folder = checkpoints(name, reads.key)
+        folder = checkpoints(name, inputs.key)
         if int(os.environ.get("RANK", "0")) > 0:
-            _help(name, lambda out: function(*positional, **folders | {"out": out}), folder)
+            _run_as_helper_rank(name, lambda out: function(*positional, **folders | {"out": out}), folder)
             return
         artifacts(name).mkdir(parents=True, exist_ok=True)
-        tags = {"rlhf.why": "; ".join(why), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
-        with recording.stage_run(name, reads, _loggable(function, positional), tags) as recorder:
+        tags = {"rlhf.why": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
+        with recording.stage_run(name, inputs, _flat_params(function, positional), tags) as recorder:
             with tracking.active(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
                 function(*positional, **folders)
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
             # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
             recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
-            _refuse_changed_inputs(name, reads)
+            _check_inputs_unchanged(name, inputs)
             recorder.log_outputs(versioning.output_digests(name))
         shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
@@ -127,7 +127,7 @@ def read_metrics(name: str) -> dict[str, float]:
     return flat
 
 
-def _help(name: str, work: Callable[[Path], None], folder: Path) -> None:
+def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -> None:
     """Do a rank's share: what it writes is thrown away, what it says is not recorded."""
     with (
         tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out,
@@ -136,7 +136,7 @@ def _help(name: str, work: Callable[[Path], None], folder: Path) -> None:
         work(Path(out))
 
 
-def write_nothing(name: str) -> None:
+def write_empty_outputs(name: str) -> None:
     """The outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
     for path in versioning.outputs(name):
         folder = path if not path.suffix else path.parent
@@ -146,7 +146,7 @@ def write_nothing(name: str) -> None:
     print(f"{name} is off: its section in params.yaml is null")
 
 
-def _function(name: str) -> Callable[..., None]:
+def _load_stage_function(name: str) -> Callable[..., None]:
     path = project_root() / "tasks" / f"{name}.py"
     if not path.is_file():
         raise StageError(f"there is no stage {name!r}: {path} does not exist")
@@ -157,7 +157,7 @@ def _function(name: str) -> Callable[..., None]:
     return function
 
 
-def _loggable(function: Callable[..., None], positional: list[Any]) -> dict[str, object]:
+def _flat_params(function: Callable[..., None], positional: list[Any]) -> dict[str, object]:
     values: dict[str, object] = {}
     for name, value in zip(inspect.signature(function).parameters, positional, strict=False):
         plain = value.model_dump() if hasattr(value, "model_dump") else value
@@ -174,14 +174,14 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
     return flat
 
 
-def _refuse_edited_code(name: str, reads: versioning.Inputs) -> None:
+def _check_code_unchanged(name: str, reads: versioning.Inputs) -> None:
     """The code in memory may be older than the files that DVC has hashed, and would be recorded under their hash."""
     for path in reads.code:
-        if _AT_IMPORT.get(path.resolve()) != _state_of(path):
+        if CODE_STATE_AT_IMPORT.get(path.resolve()) != _file_state(path):
             raise StageError(f"{path} was edited after this run began, so {name} would run its old version: run again")
 
 
-def _refuse_changed_inputs(name: str, before: versioning.Inputs) -> None:
+def _check_inputs_unchanged(name: str, before: versioning.Inputs) -> None:
     """DVC hashes inputs again when the stage is done, and would record these outputs as made from the new ones."""
     if versioning.stage_key(name) != before.key:
         raise StageError(

@@ -18,29 +18,29 @@ from dvc_objects.errors import ObjectFormatError
 from dvc_objects.fs import localfs
 
 from tasks.core.errors import StageError
-from tasks.runtime.dvc_project import dvc_errors, key_of, load_stage, open_repo, remote_errors
-from tasks.runtime.reasons import changed_inputs, reasons
+from tasks.runtime.dvc_project import dvc_errors, load_stage, open_repo, remote_errors, run_cache_key
+from tasks.runtime.reasons import changed_inputs, why_stale
 
 __all__ = [
     "Inputs",
-    "Pending",
+    "StaleStage",
     "changes",
     "check_remote",
-    "data_version",
+    "data_md5",
     "graph",
     "inputs",
+    "is_distributable",
     "needs_device",
     "output_digests",
     "outputs",
-    "pending",
     "pull_data",
     "push",
     "restore",
-    "separate_cache",
-    "share_cache",
     "stage_key",
+    "stale_stages",
     "status",
-    "takes_ranks",
+    "use_own_cache",
+    "use_shared_cache",
 ]
 
 DATA = "data"
@@ -61,7 +61,7 @@ class Inputs:
 
 
 @dataclass(frozen=True)
-class Pending:
+class StaleStage:
     """Why a stage is not up to date. `recorded`: DVC's run-cache knows the result, so it will not be computed again."""
 
     stage: str
@@ -95,7 +95,7 @@ def _ordered(edges: Any) -> dict[str, tuple[str, ...]]:
 def stage_key(name: str) -> str | None:
     """The hash of everything the stage reads, as the run-cache has it; None while an input does not exist yet."""
     with dvc_errors(name):
-        return key_of(load_stage(open_repo(), name))
+        return run_cache_key(load_stage(open_repo(), name))
 
 
 def inputs(name: str) -> Inputs:
@@ -107,17 +107,17 @@ def inputs(name: str) -> Inputs:
     with dvc_errors(name):
         stage = load_stage(open_repo(), name)
         stage.save_deps()
-        key = key_of(stage)
+        key = run_cache_key(stage)
         if key is None:
             raise StageError(f"{name}: DVC cannot identify its inputs; run `dvc status {name}`")
         files = [dep for dep in stage.deps if not isinstance(dep, ParamsDependency)]
-        made = [out.fs_path for other in stage.repo.index.stages for out in other.outs]
-        written = [dep for dep in files if any(dep.fs.isin_or_eq(dep.fs_path, out) for out in made)]
+        produced = [out.fs_path for other in stage.repo.index.stages for out in other.outs]
+        written = [dep for dep in files if any(dep.fs.isin_or_eq(dep.fs_path, out) for out in produced)]
         data = {str(dep): dep.hash_info.value for dep in written}
         return Inputs(key, data, tuple(Path(dep.fs_path) for dep in files if dep.fs_path.endswith(".py")))
 
 
-def data_version() -> str | None:
+def data_md5() -> str | None:
     """The md5 of the folder `data`, as DVC hashes it; None where no stage reads one."""
     with dvc_errors("data"):
         deps = (dep for stage in open_repo().index.stages for dep in stage.deps if str(dep) == DATA)
@@ -130,7 +130,7 @@ def needs_device(name: str) -> bool:
     return _meta(name, "device")
 
 
-def takes_ranks(name: str) -> bool:
+def is_distributable(name: str) -> bool:
     """Whether several processes can share the stage's work: `meta: {ranks: true}` in dvc.yaml, not in its key."""
     return _meta(name, "ranks")
 
@@ -156,21 +156,21 @@ def changes(name: str) -> list[str]:
 def status(name: str) -> list[str]:
     """Why the stage would not be skipped, one reason a line; empty if it is up to date by itself."""
     with dvc_errors(name):
-        return reasons(load_stage(open_repo(), name))
+        return why_stale(load_stage(open_repo(), name))
 
 
-def pending() -> list[Pending]:
+def stale_stages() -> list[StaleStage]:
     """The stages that are not up to date, in order; a stage after one that has to run is among them."""
     with dvc_errors("dvc.yaml"):
         index = open_repo().index  # one reading of dvc.lock for all stages
         stages = {stage.addressing: stage for stage in index.stages}
-        waiting: dict[str, Pending] = {}
+        waiting: dict[str, StaleStage] = {}
         for name, needs in _ordered(index.graph).items():
             stage = stages[name]
-            why = reasons(stage) + [f"reads what {need} will write" for need in needs if need in waiting]
+            why = why_stale(stage) + [f"reads what {need} will write" for need in needs if need in waiting]
             uncertain = [need for need in needs if need in waiting and not waiting[need].recorded]
             if why:
-                waiting[name] = Pending(name, tuple(why), not uncertain and _recorded(stage))
+                waiting[name] = StaleStage(name, tuple(why), not uncertain and _in_run_cache(stage))
         return list(waiting.values())
 
 
@@ -232,7 +232,7 @@ def restore(md5: str, path: Path) -> None:
         checkout(str(path), localfs, found, cache, force=True, quiet=True)
 
 
-def share_cache(folder: Path) -> None:
+def use_shared_cache(folder: Path) -> None:
     """Let another working copy of this project use this one's cache."""
     with dvc_errors(str(folder)):
         cache = str(open_repo().cache.local_cache_dir)
@@ -240,14 +240,14 @@ def share_cache(folder: Path) -> None:
             config["cache"]["dir"] = cache
 
 
-def separate_cache(folder: Path) -> None:
+def use_own_cache(folder: Path) -> None:
     """Give another working copy of this project a cache of its own, whatever its settings say."""
     with dvc_errors(str(folder)), Repo(str(folder)).config.edit("local") as config:
         config["cache"]["dir"] = str(folder / ".dvc" / "cache")
 
 
-def _recorded(stage: Any) -> bool:
-    if key_of(stage) is None:
+def _in_run_cache(stage: Any) -> bool:
+    if run_cache_key(stage) is None:
         return False
     entry = stage.repo.stage_cache._load(stage)
     return bool(entry) and bool(stage.repo.stage_cache._create_stage(entry, wdir=stage.wdir).outs_cached())

@@ -124,7 +124,7 @@ DELIVER = """
 import os
 os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{port}"
 from tasks.runtime import recording
-recording.prepare()
+recording.connect()
 """
 
 READ = """

@@ -18,7 +18,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from tasks.runtime.reasons import reasons
+from tasks.runtime.reasons import why_stale
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -80,7 +80,7 @@ def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory
 
 def direct() -> dict[str, tuple[str, ...]]:
     """The stages of which an input of their own has changed, with the reasons."""
-    own = {stage.name: tuple(reasons(stage)) for stage in Repo(".").index.stages if not stage.is_data_source}
+    own = {stage.name: tuple(why_stale(stage)) for stage in Repo(".").index.stages if not stage.is_data_source}
     return {stage: why for stage, why in own.items() if why}
 
 

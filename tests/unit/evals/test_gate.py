@@ -69,7 +69,7 @@ def test_every_rule_must_hold(
     signs = [Finding(name, "evaluation", "") for name in detectors]
     decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, signs=signs, against_champion=intervals)
     assert decision.accepted is not bool(failing)
-    assert [finding.rule.split(",")[0] for finding in decision.findings if not finding.holds] == failing
+    assert [finding.rule.split(",")[0] for finding in decision.findings if not finding.passed] == failing
     assert len(decision.reasons) == (len(failing) or len(decision.findings))
 
 

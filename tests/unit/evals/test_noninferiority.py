@@ -78,14 +78,14 @@ def test_answers_are_paired(judged: Make) -> None:
 def test_the_bad_end_of_the_interval_decides(
     metric: str, interval: tuple[float, float, float], margin: float, holds: bool
 ) -> None:
-    assert no_worse(metric, Interval(*interval), margin).holds is holds
+    assert no_worse(metric, Interval(*interval), margin).passed is holds
 
 
 def test_a_rule_says_which_end_and_which_bound() -> None:
     finding = no_worse("kl", Interval(0.4, 0.1, 0.75), 0.5)
-    assert (finding.rule, finding.found, finding.asked) == (
+    assert (finding.rule, finding.measured, finding.required) == (
         "KL to SFT less the champion's, nats, upper end",
         "+0.750",
         "at most +0.5",
     )
-    assert no_worse("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).asked == "at least -0.1"
+    assert no_worse("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).required == "at least -0.1"

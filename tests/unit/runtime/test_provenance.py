@@ -1,4 +1,4 @@
-"""What is recorded of a version's origin."""
+"""Provenance of a registered version."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from flows.reproduce import reproduce
 from tasks.core.errors import StageError
 from tasks.runtime import provenance
-from tasks.runtime.provenance import ORIGIN, Origin, StageOrigin, origin_of
+from tasks.runtime.provenance import PROVENANCE_TAG, Provenance, StageRecord, provenance_of
 from tasks.runtime.registry import Version
 
 ORIGINS = {
@@ -20,11 +20,11 @@ ORIGINS = {
     "commit": "1234",
     "uncommitted": (),
     "pipeline_run": "r",
-    "stages": {"sft": StageOrigin(key="k", run="", outputs={"artifacts/sft/adapter": "m.dir"})},
+    "stages": {"sft": StageRecord(key="k", run="", outputs={"artifacts/sft/adapter": "m.dir"})},
     "base_model": {},
     "sources": [],
-    "figures": {},
-    "findings": (),
+    "metrics": {},
+    "rule_results": (),
 }
 
 
@@ -33,7 +33,7 @@ def version(tags: dict[str, str]) -> Version:
 
 
 def made(**changes: object) -> Version:
-    return version({ORIGIN: Origin.model_validate(ORIGINS | changes).model_dump_json()})
+    return version({PROVENANCE_TAG: Provenance.model_validate(ORIGINS | changes).model_dump_json()})
 
 
 @pytest.fixture
@@ -49,19 +49,19 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_it_comes_back_as_it_was() -> None:
-    assert origin_of(made()) == Origin.model_validate(ORIGINS)
+    assert provenance_of(made()) == Provenance.model_validate(ORIGINS)
 
 
 def test_the_md5_of_an_output_is_found_by_its_path() -> None:
-    found = origin_of(made())
+    found = provenance_of(made())
     assert found.md5_of("artifacts/sft/adapter") == "m.dir"
     with pytest.raises(StageError, match=r"no stage wrote artifacts/sft/history\.csv"):
         found.md5_of("artifacts/sft/history.csv")
 
 
 def test_an_older_version_has_none() -> None:
-    with pytest.raises(StageError, match="version 4 has no record of its origin"):
-        origin_of(version({}))
+    with pytest.raises(StageError, match="version 4 has no provenance"):
+        provenance_of(version({}))
 
 
 @pytest.mark.parametrize("name", ["tasks/a.py", "dvc.yaml", "tasks/new.py", "data/new.jsonl"])

@@ -41,7 +41,7 @@ def promote(*numbers: int) -> None:
 
 
 def rolled_back() -> int | None:
-    registry.roll_back(by="bob", why="it swears")
+    registry.roll_back(by="bob", reason="it swears")
     return champion()
 
 
@@ -85,7 +85,7 @@ def test_rollback_walks_back_and_ends(three: None) -> None:
 def test_a_version_that_was_champion_twice_is_walked_over_twice(three: None) -> None:
     promote(1, 2, 1)
     assert [rolled_back(), rolled_back()] == [2, 1]
-    assert registry.find("1").withdrawn is None, "it is in use again"
+    assert registry.find("1").withdrawal is None, "it is in use again"
 
 
 def test_a_champion_named_in_mlflow_itself_is_known_too(three: None) -> None:
@@ -104,7 +104,7 @@ def test_versions_that_were_deleted_are_skipped(three: None) -> None:
 def test_a_promotion_that_broke_off_is_no_champion_before(three: None, monkeypatch: pytest.MonkeyPatch) -> None:
     promote(1, 2)
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "_put_in_use", interrupted)
+        patch.setattr(registry, "_set_champion_alias", interrupted)
         with pytest.raises(KeyboardInterrupt):
             promote(3)
     assert champion() == 2
@@ -119,14 +119,14 @@ def test_decisions_are_recorded(three: None) -> None:
     promote(1, 2)
     assert registry.find("2").tags["promoted.by"] == "ann"
     assert registry.find("2").tags["promoted.at"].endswith("+00:00")
-    gone, back = registry.roll_back(by="bob", why="it swears")
+    gone, back = registry.roll_back(by="bob", reason="it swears")
     assert (gone.number, back.number) == (2, 1)
-    withdrawn = registry.find("2").withdrawn
+    withdrawn = registry.find("2").withdrawal
     assert withdrawn
     assert withdrawn.startswith("bob rolled it back at ")
     assert withdrawn.endswith(": it swears")
     promote(2)
-    assert registry.find("2").withdrawn is None
+    assert registry.find("2").withdrawal is None
 
 
 def test_promoting_an_old_version_leaves_the_challenger(three: None) -> None:
@@ -146,6 +146,6 @@ def test_the_champion_is_not_promoted_again(three: None) -> None:
 
 
 def test_a_refusal_after_the_gate_counts(three: None) -> None:
-    registry.refuse(registry.find("3"), "a person refused it: it brags")
+    registry.mark_refused(registry.find("3"), "a person refused it: it brags")
     assert not registry.find("3").accepted
     assert registry.find("3").tags["reasons"] == "a person refused it: it brags"
