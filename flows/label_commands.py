@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from flows import screen
-from flows.commandline import enter
+from flows.cli import console as screen
+from flows.cli.console import enter_project as enter
 from tasks.core.errors import ConfigError
 from tasks.core.paths import state
 

@@ -13,8 +13,10 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import screen
-from flows.commandline import enter, enter_served, interruptible
+from flows.cli import console as screen
+from flows.cli.console import enter_project as enter
+from flows.cli.console import enter_project_with_services as enter_served
+from flows.cli.console import handle_interrupt as interruptible
 from flows.label_commands import Database
 from tasks.core.errors import ConfigError, RLHFError, SourceError
 from tasks.core.paths import artifacts, project_root, state
@@ -300,7 +302,7 @@ def _print_report(found: Report) -> None:
             row.name, str(row.labels), str(row.skips), share(row.gold), figure(row.quality), share(row.first),
             figure(row.seconds),
         )  # fmt: skip
-    screen.show(table)
+    screen.print_table(table)
     both = "" if found.alpha_all is None else f" (with models {figure(found.alpha_all)})"
     screen.console.print(f"{found.labels} labels, {found.labelled} of {found.questions} questions labelled")
     screen.console.print(f"Krippendorff's alpha {figure(found.alpha)}{both}; two people agree {share(found.agreement)}")
@@ -336,14 +338,14 @@ def _write_dataset(file: Path, made: Dataset) -> bool:
 
 def _announce() -> None:
     """Tell Prefect; without a server the file is as good, so that is no error."""
-    from flows.events import announce_data
+    from flows.retrain import emit_data_event
     from tasks.runtime import versioning
 
     try:
-        md5 = versioning.data_version()
+        md5 = versioning.data_md5()
         if md5 is None:
             raise ConfigError("no stage of dvc.yaml reads data/")
-        announce_data(md5)
+        emit_data_event(md5)
     except RLHFError as error:
         screen.console.print(f"not announced: {error}; `rlhf retrain` trains with these labels")
         return

@@ -1,18 +1,15 @@
 """The pipeline at set times: `rlhf schedule` serves it as a Prefect deployment until it is stopped.
 
-Each run is a process of its own that imports the code anew, so that it does what `rlhf run` would do at that moment.
+Each run is a process of its own that imports the code anew, so it does what `rlhf run` would do at that moment.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import logging
 import os
-import re
 import signal
-import socket
 import threading
 import traceback
 from collections.abc import Iterator
@@ -40,21 +37,21 @@ from prefect.schedules import Cron, Schedule
 from prefect.settings import PREFECT_API_URL
 from rich.markup import escape
 
-from flows import screen
+from flows.cli import console
 from flows.pipeline import pipeline
-from flows.server import temporary_server
+from flows.services import deployment_name, temporary_server
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import state as state_folder
 
-__all__ = ["deployment_name", "firings", "scheduled", "serve"]
+__all__ = ["next_fire_times", "scheduled_pipeline", "serve"]
 
-SHOWN_FIRINGS = 3
+SHOWN_TIMES = 3
 POLL_SECONDS = 5
 
 # A run gets 30 s of these from Prefect to report and leave, then it is killed.
 STOP_SECONDS = 45
 
-# A run writes Prefect's records to the server and our lines to the terminal; nothing is told to Prefect's makers.
+# A run writes Prefect's records to the server and our lines to the terminal; no telemetry.
 ENVIRONMENT = {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
 
 
@@ -67,28 +64,28 @@ def serve(root: Path, cron: str, timezone: str) -> None:
         ConfigError: the expression or the time zone is wrong, or never comes true.
         StageError: this project is being served already, or the Prefect server does not answer.
     """
-    firings(cron, timezone, count=1)
-    _take_signals()
+    next_fire_times(cron, timezone, count=1)
+    _forward_sigint()
     os.environ.update(ENVIRONMENT)
     os.chdir(root)
     try:
-        with _only_one(), temporary_server(scheduler=True) as server:
+        with _exclusive(), temporary_server(scheduler=True) as server:
             if server.address:
-                screen.server_starts()
-            _calm_prefect()
+                console.print_server_start()
+            _shorten_prefect_errors()
             server.wait()
-            due = firings(cron, timezone, count=SHOWN_FIRINGS)
-            screen.console.print(f"next runs: {', '.join(format(time, '%Y-%m-%d %H:%M:%S %Z') for time in due)}")
+            times = next_fire_times(cron, timezone, count=SHOWN_TIMES)
+            console.console.print(f"next runs: {', '.join(format(time, '%Y-%m-%d %H:%M:%S %Z') for time in times)}")
             asyncio.run(_serve(deployment_name(root), Cron(cron, timezone=timezone)))
     except (KeyboardInterrupt, asyncio.CancelledError):
         pass
     except httpx.HTTPError as error:
         raise StageError(f"the Prefect server at {PREFECT_API_URL.value()} does not answer: {error}") from error
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    screen.console.print("stopped: nothing more will run")
+    console.console.print("stopped: nothing more will run")
 
 
-def firings(cron: str, timezone: str, *, count: int) -> list[datetime]:
+def next_fire_times(cron: str, timezone: str, *, count: int) -> list[datetime]:
     """The next times at which Prefect's scheduler will start a run.
 
     Raises:
@@ -109,25 +106,19 @@ def firings(cron: str, timezone: str, *, count: int) -> list[datetime]:
         ) from error
 
 
-def deployment_name(root: Path) -> str:
-    """A name that two project folders share on no Prefect server, be they on one machine or on two."""
-    place = hashlib.sha256(f"{socket.gethostname()}:{root}".encode()).hexdigest()
-    return re.sub(r"[^\w-]", "-", root.name) + "-" + place[:8]
-
-
 async def _serve(name: str, schedule: Schedule) -> None:
     runner = _Runner(name=name, limit=1, query_seconds=POLL_SECONDS, prefetch_seconds=0)
-    deployment = await scheduled.ato_deployment(name, schedule=schedule)
-    deployment.entrypoint = f"{__name__}.scheduled"
-    await _forget_missed(await runner.aadd_deployment(deployment))
-    screen.console.print(f"serving deployment {scheduled.name}/{name}; stop it with Ctrl-C")
+    deployment = await scheduled_pipeline.ato_deployment(name, schedule=schedule)
+    deployment.entrypoint = f"{__name__}.scheduled_pipeline"
+    await _delete_missed_runs(await runner.aadd_deployment(deployment))
+    console.console.print(f"serving deployment {scheduled_pipeline.name}/{name}; stop it with Ctrl-C")
     try:
         await runner.start()
     finally:
         await runner.cancel_all()
 
 
-async def _forget_missed(deployment: UUID) -> None:
+async def _delete_missed_runs(deployment: UUID) -> None:
     """Prefect keeps runs that fell due while nobody served them, and would start them all now."""
     missed = FlowRunFilter(
         deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
@@ -144,7 +135,7 @@ class _Runner(Runner):
     """Prefect's own does not always end the run that it has started: not at SIGTERM, not when its server is gone."""
 
     def handle_sigterm(self, *_: Any, **__: Any) -> None:
-        screen.console.print("stopping …")
+        console.console.print("stopping …")
         self.execute_in_background(self._stop_all)
 
     async def cancel_all(self) -> None:
@@ -165,24 +156,24 @@ class _Runner(Runner):
             task.cancel()
 
 
-def _run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    screen.console.print(f"[bold]{datetime.now():%Y-%m-%d %H:%M:%S}[/] scheduled run {escape(flow_run.name)}")
+def _on_running(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+    console.console.print(f"[bold]{datetime.now():%Y-%m-%d %H:%M:%S}[/] scheduled run {escape(flow_run.name)}")
 
 
-def _run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
+def _on_failure(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
     error = state.result(raise_on_failure=False)
     if isinstance(error, RLHFError):
-        screen.failed(error)
+        console.print_error(error)
     else:
         traceback.print_exception(error)
 
 
 # What a deployment of `rlhf schedule` runs: the pipeline, and what only a terminal needs.
-scheduled = pipeline.with_options(on_running=[_run_begins], on_failure=[_run_fails])
+scheduled_pipeline = pipeline.with_options(on_running=[_on_running], on_failure=[_on_failure])
 
 
 @contextmanager
-def _only_one() -> Iterator[None]:
+def _exclusive() -> Iterator[None]:
     folder = state_folder()
     folder.mkdir(exist_ok=True)
     try:
@@ -192,7 +183,7 @@ def _only_one() -> Iterator[None]:
         raise StageError("another `rlhf schedule` serves this project; stop that one first") from error
 
 
-def _take_signals() -> None:
+def _forward_sigint() -> None:
     """Make Ctrl-C a SIGTERM to this process alone.
 
     A terminal sends Ctrl-C to every process of the group; blocked here, it stays blocked in the runs that are started
@@ -211,7 +202,7 @@ def _take_signals() -> None:
     threading.Thread(target=forward, daemon=True).start()
 
 
-def _calm_prefect() -> None:
+def _shorten_prefect_errors() -> None:
     """In this process, what goes wrong with the server or with starting a run is still to be seen, each in a line."""
 
     def shorten(record: logging.LogRecord) -> bool:

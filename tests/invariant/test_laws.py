@@ -33,9 +33,7 @@ RECORDING = {f"tasks/runtime/{name}.py" for name in ("deeds", "mlflow_store", "r
 RUNNERS = {"tasks/runtime/stage_runner.py"} | DVC | RECORDING
 
 DOORS = {
-    "prefect": {
-        f"flows/{name}.py" for name in ("bridge", "events", "pipeline", "retrain", "schedule", "server", "services")
-    },
+    "prefect": {f"flows/{name}.py" for name in ("pipeline", "retrain", "schedule", "services")},
     "mlflow": RECORDING | {"tasks/runtime/registry.py"},
     "dvc": DVC,
     "ruamel": {"tasks/core/params.py"},
@@ -209,7 +207,7 @@ def test_what_scores_reads_the_folder_of_users_rewards() -> None:
     assert "__pycache__/" in (ROOT / ".dvcignore").read_text().split(), "else running a stage would change the folder"
 
 
-@pytest.mark.parametrize("module", sorted(ROOT.glob("flows/*.py")), ids=name_of)
+@pytest.mark.parametrize("module", sorted(ROOT.glob("flows/**/*.py")), ids=name_of)
 def test_no_flow_lists_the_stages_a_second_time(module: Path) -> None:
     strings = [node.value for node in ast.walk(ast.parse(module.read_text("utf-8"))) if isinstance(node, ast.Constant)]
     named = {text for text in strings if isinstance(text, str) and text in STAGES}

@@ -156,8 +156,10 @@ def read(project: Project, port: int) -> dict[str, dict[str, Any]]:
 def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None:
     """The stage that runs is finished and kept; the run then ends as failed, and the next one goes on from there."""
     port = free_port()
-    command = [sys.executable, "-m", "flows.server", str(port)]
-    server = subprocess.Popen(command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE)
+    command = [sys.executable, "-m", "flows.services", str(port)]
+    server = subprocess.Popen(
+        command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"))
         environment = project.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}

@@ -16,7 +16,8 @@ from ruamel.yaml import YAML
 
 from flows.pipeline import pipeline
 from flows.retrain import retrain
-from flows.schedule import deployment_name, firings
+from flows.schedule import next_fire_times
+from flows.services import deployment_name
 from tasks.core.errors import ConfigError
 from tests.pipeline.conftest import PATIENCE, query
 
@@ -116,11 +117,11 @@ def test_a_wrong_time_is_one_message(fresh: Project, words: list[str], message: 
 
 def test_an_error_of_a_time_shows_how_to_write_it() -> None:
     with pytest.raises(ConfigError, match=r"'0 2 \* \* \*' is 2 o'clock every night"):
-        firings("nope", "UTC", count=1)
+        next_fire_times("nope", "UTC", count=1)
 
 
 def test_times_are_those_of_the_time_zone() -> None:
-    times = firings("30 2 * * *", "Asia/Kolkata", count=2)
+    times = next_fire_times("30 2 * * *", "Asia/Kolkata", count=2)
     assert [(time.hour, time.minute, str(time.utcoffset())) for time in times] == [(2, 30, "5:30:00")] * 2
     assert (times[1] - times[0]).total_seconds() == 24 * 3600
 
@@ -148,4 +149,4 @@ def test_prefect_yaml_deploys_the_flows(name: str, flow: Any, entrypoint: str) -
     assert flow.validate_parameters(found["parameters"]) == found["parameters"]
     assert found["concurrency_limit"]["limit"] == 1
     for schedule in found.get("schedules", []):
-        assert firings(schedule["cron"], schedule["timezone"], count=1)
+        assert next_fire_times(schedule["cron"], schedule["timezone"], count=1)

@@ -10,7 +10,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
 
-from flows import cli
+from flows.cli.main import app
 from tasks.core.params import apply_changes, parse_override, preset_changes
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -28,7 +28,7 @@ def test_there_are_commands_and_snippets_to_test() -> None:
 @pytest.mark.parametrize("line", COMMANDS)
 def test_a_command_is_understood(line: str, params_yaml: Path) -> None:
     name, *words = shlex.split(line, comments=True)
-    command = get_command(cli.commands)
+    command = get_command(app)
     while words and words[0] in (known := getattr(command, "commands", {})):
         name = words.pop(0)
         command = known[name]

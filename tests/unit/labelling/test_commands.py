@@ -14,7 +14,8 @@ from sqlalchemy import create_engine, insert
 from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from flows import label_data_commands, screen
+from flows import label_data_commands
+from flows.cli import console as screen
 from flows.label_data_commands import _session
 from tasks.core.errors import ConfigError, DataError, SourceError
 from tasks.core.schema import Preference, Prompt, read_rows, write_rows

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from flows.reproduce import reproduce
+from flows.experiments import reproduce
 from tasks.core.errors import StageError
 from tasks.runtime import provenance
 from tasks.runtime.provenance import PROVENANCE_TAG, Provenance, StageRecord, provenance_of

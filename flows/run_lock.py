@@ -11,29 +11,29 @@ from filelock import FileLock, Timeout
 
 from tasks.core.paths import state
 
-__all__ = ["alone"]
+__all__ = ["project_lock"]
 
 
 @contextmanager
-def alone(on_wait: Callable[[str], None]) -> Iterator[None]:
+def project_lock(on_wait: Callable[[str], None]) -> Iterator[None]:
     """Wait until no other run of this project is going on, and keep others waiting; within it, a second call passes.
 
     The lock is the operating system's: it goes with the process that holds it, however that ends.
 
     Args:
-        on_wait: told once whom it waits for.
+        on_wait: called once with the holder's process id, before the wait.
     """
     folder = state()
     folder.mkdir(exist_ok=True)
-    holder = folder / "run.txt"
+    holder_file = folder / "run.txt"
     lock = FileLock(folder / "run.lock", is_singleton=True, thread_local=False)
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        on_wait(holder.read_text(encoding="utf-8") if holder.exists() else "")
+        on_wait(holder_file.read_text(encoding="utf-8") if holder_file.exists() else "")
         lock.acquire()
     try:
-        holder.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}", encoding="utf-8")
+        holder_file.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}", encoding="utf-8")
         yield
     finally:
         lock.release()

@@ -203,7 +203,7 @@ def first_keys(finished: tuple[Project, str]) -> dict[str, str]:
         ("tasks/shared.py", "a", "b", set(NAMES)),
         ("requirements.lock", "1", "2", {"sft"}),
         ("params.yaml", "# Every", "# every", set()),
-        ("flows/bridge.py", '"""One', '"""one', set()),
+        ("flows/pipeline.py", '"""The', '"""the', set()),
         ("tasks/core/tracking.py", '"""What', '"""what', set()),
     ],
 )
@@ -229,8 +229,8 @@ def test_an_error_of_dvc_is_one_message(project: Project) -> None:
 def test_a_fully_cached_flow_imports_no_model_library(project: Project) -> None:
     code = (
         "import sys; sys.argv = ['rlhf', 'run']\n"
-        "from flows import cli\n"
-        "try: cli.app()\n"
+        "from flows.cli.main import main\n"
+        "try: main()\n"
         "except SystemExit: pass\n"
         "print('HEAVY', [name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
     )

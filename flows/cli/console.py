@@ -1,56 +1,39 @@
-"""What a person sees: one line per stage, the comparison of the policies, and errors."""
+"""What the commands print: one line per stage, tables, and errors; entering the project, and Ctrl-C."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import typer
 from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from tasks.core.errors import StageError
-from tasks.core.paths import artifacts
+from tasks.core.errors import ConfigError, StageError
+from tasks.core.paths import artifacts, project_root
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
-    from flows.work import Outcome
+    from flows.executor import Outcome
 
 __all__ = [
-    "approval_waits",
-    "collapsed",
-    "comparison",
-    "console",
-    "device_waits",
-    "errors",
-    "failed",
-    "gate_ends",
-    "markdown",
-    "push_waits",
-    "pushed",
-    "read_findings",
-    "read_policies",
-    "run_waits",
-    "seeds",
-    "server_starts",
-    "show",
-    "stage_begins",
-    "stage_ends",
-    "stage_waits",
-    "tail",
-    "variant_begins",
-    "variants",
-]
+    "console", "enter_project", "enter_project_with_services", "error_console", "handle_interrupt", "policies_table",
+    "print_approval_pending", "print_collapsed", "print_device_waiting", "print_error", "print_gate_decision",
+    "print_push_done", "print_push_failed", "print_run_waiting", "print_server_start", "print_stage_end",
+    "print_stage_start", "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies",
+    "seeds_table", "summary_markdown", "variants_table",
+]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
-errors = Console(stderr=True, highlight=False, soft_wrap=True)
+error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-WORDS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
+RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
 SHOWN_REASONS = 3
-SHOWN_LINES = 15
 SHORT_HASH = 8
 """Characters of a hash that a person looks at; JSON has all."""
 NAME_WIDTH = 16
@@ -74,54 +57,90 @@ SEED_COLUMNS = {
 }
 
 
-def failed(error: Exception) -> None:
-    """An error that the user can cure."""
-    errors.print(f"[bold red]error:[/] {escape(str(error))}")
+def enter_project() -> Path:
+    """Change to the project's root, because DVC names stages relative to the working directory.
+
+    Raises:
+        ConfigError: there is no project here, or this code belongs to another one.
+    """
+    root = project_root()
+    installed = Path(__file__).resolve().parents[2]
+    if installed != root:
+        raise ConfigError(
+            f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli` here, "
+            "or install the package here"
+        )
+    os.chdir(root)
+    return root
 
 
-def server_starts() -> None:
-    """A server of our own is started for this command."""
+def enter_project_with_services() -> Path:
+    """As `enter_project`, and report to what `rlhf up` has started, if it is up."""
+    root = enter_project()
+    from flows.services import use_services
+
+    use_services()
+    return root
+
+
+@contextmanager
+def handle_interrupt(hint: str) -> Iterator[None]:
+    """Turn Ctrl-C into one message and the shell's exit status for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        error_console.print(f"[yellow]interrupted.[/] Run again: {hint}.")
+        raise typer.Exit(130) from None
+
+
+def print_error(error: Exception) -> None:
+    """Print an error that the user can cure."""
+    error_console.print(f"[bold red]error:[/] {escape(str(error))}")
+
+
+def print_server_start() -> None:
+    """Print that a temporary server is started for this command."""
     console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
 
 
-def stage_begins(name: str, reasons: Sequence[str], log: Path | None = None) -> None:
-    """A stage starts to compute; `log` is where its own output goes, if not here."""
-    console.print(f"[bold]▸ {name:<{NAME_WIDTH}}[/] running   [dim]{_brief(reasons)}[/]")
+def print_stage_start(name: str, reasons: Sequence[str], log: Path | None = None) -> None:
+    """Print that a stage starts to compute; `log` is where its own output goes, if not here."""
+    console.print(f"[bold]▸ {name:<{NAME_WIDTH}}[/] running   [dim]{_shorten(reasons)}[/]")
     if log:
         console.print(f"[dim]  {escape(str(log))}[/]")
 
 
-def stage_waits(blocker: str) -> None:
-    """A stage waits for another process."""
+def print_stage_waiting(blocker: str) -> None:
+    """Print that a stage waits for another process."""
     console.print(f"[yellow]  waiting for another run of this project[/] [dim]{escape(blocker)}[/]")
 
 
-def run_waits(holder: str) -> None:
-    """A run waits for another one of this project."""
+def print_run_waiting(holder: str) -> None:
+    """Print that a run waits for another one of this project."""
     console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
 
 
-def variant_begins(number: int, count: int, variant: Sequence[str]) -> None:
-    """A sweep starts its next variant."""
+def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None:
+    """Print that the next variant starts."""
     console.print(f"[bold]variant {number} of {count}:[/] {escape(' '.join(variant))}")
 
 
-def variants(found: dict[str, dict[str, dict[str, Any]]]) -> Table:
+def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """Every policy of every variant, a row each."""
     table = Table(title="Variants on held-out prompts", title_justify="left")
     table.add_column("variant")
     table.add_column("policy")
-    found = {variant: _compared(policies) for variant, policies in found.items()}
-    columns = _columns([figures for policies in found.values() for figures in policies.values()])
+    results = {variant: _without_self_win_rate(policies) for variant, policies in results.items()}
+    columns = _columns([figures for policies in results.values() for figures in policies.values()])
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
-    for variant, policies in found.items():
+    for variant, policies in results.items():
         for name, figures in policies.items():
             table.add_row(variant, name, *_cells(figures, columns))
     return table
 
 
-def seeds(report: dict[str, Any]) -> Table:
+def seeds_table(report: dict[str, Any]) -> Table:
     """Every policy under every seed, and their mean with its 95 % interval: see `tasks.evals.seeds.report`."""
     table = Table(title=f"Policies under {len(report['seeds'])} seeds, on held-out prompts", title_justify="left")
     table.add_column("policy")
@@ -142,68 +161,64 @@ def seeds(report: dict[str, Any]) -> Table:
     return table
 
 
-def collapsed(sentences: Sequence[str]) -> None:
-    """Seeds that came to nothing."""
+def print_collapsed(sentences: Sequence[str]) -> None:
+    """Print the seeds under which training collapsed."""
     for sentence in sentences:
         console.print(f"[red]collapsed:[/] {escape(sentence)}")
 
 
-def approval_waits(policy: str, hours: float) -> None:
-    """A person is asked."""
+def print_approval_pending(policy: str, hours: float) -> None:
+    """Print that the run waits for a person's approval."""
     console.print(f"[yellow]{policy} waits up to {hours:g} hours for approval in Prefect's page of this run[/]")
 
 
-def gate_ends(policy: str, verdict: str, reasons: Sequence[str]) -> None:
-    """What the gate decided, and why."""
+def print_gate_decision(policy: str, verdict: str, reasons: Sequence[str]) -> None:
+    """Print what the gate decided, and why."""
     colour = {"promoted": "green", "refused": "red"}.get(verdict, "dim")
     console.print(f"[bold]gate[/] {policy}: [{colour}]{verdict}[/]")
     for reason in reasons:
         console.print(f"  {escape(reason)}")
 
 
-def push_waits(error: Exception) -> None:
-    """A stage's results could not be sent yet."""
-    errors.print(f"[yellow]warning:[/] not sent to the DVC remote, tried again at the end: {escape(str(error))}")
+def print_push_failed(error: Exception) -> None:
+    """Print that a stage's results could not be sent yet."""
+    error_console.print(f"[yellow]warning:[/] not sent to the DVC remote, tried again at the end: {escape(str(error))}")
 
 
-def pushed(files: int) -> None:
-    """All results are at the DVC remote."""
+def print_push_done(files: int) -> None:
+    """Print that all results are at the DVC remote."""
     console.print(f"[dim]the DVC remote has everything; {files} files were new[/]")
 
 
-def device_waits() -> None:
-    """A stage waits until another run has done its computing."""
+def print_device_waiting() -> None:
+    """Print that a stage waits until another run has done its computing."""
     console.print("[yellow]  waiting for the device: another run computes on it[/]")
 
 
-def show(table: Table) -> None:
-    """Print a table without frames; a cell too wide for the terminal goes on below, for half an id is of no use."""
+def print_table(table: Table) -> None:
+    """Print a table without frames; a cell too wide for the terminal is folded, never cut."""
     table.box, table.show_edge, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, False, True
     for column in table.columns:
         column.overflow = "fold"
     console.print(table)
 
 
-def stage_ends(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:
-    """A stage is up to date."""
-    why = "" if result == "executed" else _brief(reasons)
+def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:
+    """Print that a stage is up to date."""
+    why = "" if result == "executed" else _shorten(reasons)
     padding = " " * (9 - len({"executed": "ran", "unchanged": "cached"}.get(result, result)))
-    console.print(f"[green]✓[/] {name:<{NAME_WIDTH}} {WORDS[result]}{padding}{seconds:7.1f} s  [dim]{why}[/]".rstrip())
-
-
-def tail(log: Path) -> str:
-    """Where a process wrote what it had to say, and the end of that, for an error message."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"see {log}", *lines[-SHOWN_LINES:]])
+    console.print(
+        f"[green]✓[/] {name:<{NAME_WIDTH}} {RESULT_LABELS[result]}{padding}{seconds:7.1f} s  [dim]{why}[/]".rstrip()
+    )
 
 
 def read_policies() -> dict[str, dict[str, Any]]:
-    """Policy → its figures, as the evaluation wrote them.
+    """Policy → its metrics, as the evaluation wrote them.
 
     Raises:
         StageError: there is no evaluation yet.
     """
-    policies: dict[str, dict[str, Any]] = _evaluated("policies.json")
+    policies: dict[str, dict[str, Any]] = _read_evaluation("policies.json")
     return policies
 
 
@@ -213,22 +228,22 @@ def read_findings() -> dict[str, list[dict[str, str]]]:
     Raises:
         StageError: there is no evaluation yet.
     """
-    findings: dict[str, list[dict[str, str]]] = _evaluated("findings.json")
+    findings: dict[str, list[dict[str, str]]] = _read_evaluation("findings.json")
     return findings
 
 
-def _evaluated(name: str) -> Any:
+def _read_evaluation(name: str) -> Any:
     path = artifacts("evaluate") / name
     if not path.is_file():
         raise StageError(f"{path} does not exist: no evaluation has finished yet; run `rlhf run`")
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def comparison(policies: dict[str, dict[str, Any]]) -> Table:
+def policies_table(policies: dict[str, dict[str, Any]]) -> Table:
     """The policies side by side; the win rate with its 95 % interval."""
     table = Table(title="Policies on held-out prompts", title_justify="left")
     table.add_column("policy")
-    policies = _compared(policies)
+    policies = _without_self_win_rate(policies)
     columns = _columns(list(policies.values()))
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
@@ -237,12 +252,12 @@ def comparison(policies: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def markdown(outcomes: Sequence[Outcome]) -> str:
+def summary_markdown(outcomes: Sequence[Outcome]) -> str:
     """Stages, and policies where they are evaluated, as Markdown tables."""
     lines = ["| stage | result | seconds | why |", "|---|---|---:|---|"]
-    lines += [f"| {item.stage} | {item.result} | {item.seconds:.1f} | {item.why} |" for item in outcomes]
+    lines += [f"| {item.stage} | {item.result} | {item.seconds:.1f} | {item.reason} |" for item in outcomes]
     if any(item.stage == "evaluate" for item in outcomes):
-        policies = _compared(read_policies())
+        policies = _without_self_win_rate(read_policies())
         columns = _columns(list(policies.values()))
         headings = [heading for heading, _ in columns.values()]
         lines += ["", f"| policy | {' | '.join(headings)} |", f"|---|{'---:|' * len(headings)}"]
@@ -250,7 +265,7 @@ def markdown(outcomes: Sequence[Outcome]) -> str:
     return "\n".join(lines)
 
 
-def _compared(policies: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _without_self_win_rate(policies: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """The figures without the win rates of the policy that all are compared with against itself."""
     from tasks.evals.compare import REFERENCE  # slow to import
 
@@ -286,7 +301,7 @@ def _range_cell(spread: dict[str, Any] | None, form: str) -> str:
     return "–" if spread is None else f"{format(spread['min'], form)} to {format(spread['max'], form)}"
 
 
-def _brief(reasons: Sequence[str]) -> str:
+def _shorten(reasons: Sequence[str]) -> str:
     shown = "; ".join(reasons[:SHOWN_REASONS])
     rest = len(reasons) - SHOWN_REASONS
     return escape(shown + (f"; and {rest} more" if rest > 0 else ""))
