@@ -22,12 +22,12 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BARE = """
 import importlib, os
-from tasks.runtime import versioning
+from tasks.runtime import dvc_stages
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
 from tasks.runtime.stage_runner import stage_arguments, write_empty_outputs
 params = load_params(project_root() / "params.yaml")
-for name in versioning.graph():
+for name in dvc_stages.graph():
     if getattr(params, name) is None:
         write_empty_outputs(name)
         continue

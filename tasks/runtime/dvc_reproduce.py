@@ -27,7 +27,7 @@ from dvc_data.hashfile import load
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
-from tasks.runtime.dvc_project import describe_error, error_chain, load_stage, quiet_logger, remote_error
+from tasks.runtime.dvc_repo import describe_error, error_chain, load_stage, quiet_logger, remote_error
 
 __all__ = ["Result", "reproduce"]
 

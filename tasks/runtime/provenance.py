@@ -18,7 +18,7 @@ from pydantic.dataclasses import dataclass
 from tasks.core.errors import StageError
 from tasks.core.params import load_params
 from tasks.core.paths import artifacts, project_root
-from tasks.runtime import recording, versioning
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 from tasks.runtime.registry import Version
 
 __all__ = [
@@ -112,19 +112,19 @@ def collect_provenance(
     Raises:
         StageError: MLflow does not know the flow's run.
     """
-    run, tags = recording.pipeline_tags(flow_run)
+    run, tags = mlflow_runs.pipeline_tags(flow_run)
     stages = {
         name: StageRecord(
-            key=tags.get(f"{name}.key", ""), run=tags.get(f"{name}.run", ""), outputs=versioning.output_digests(name)
+            key=tags.get(f"{name}.key", ""), run=tags.get(f"{name}.run", ""), outputs=dvc_stages.output_digests(name)
         )
-        for name in versioning.graph()
+        for name in dvc_stages.graph()
     }
     cards = [_read_card(path) for path in sorted((artifacts("collect") / "cards").glob("*.json"))]
     params = project_root() / "params.yaml"
     return Provenance(
         params=params.read_text(encoding="utf-8"),
         parameters=load_params(params).model_dump(mode="json"),
-        commit=recording.git_commit(),
+        commit=mlflow_runs.git_commit(),
         uncommitted=_uncommitted(),
         pipeline_run=run,
         stages=stages,
@@ -153,7 +153,7 @@ def restore_weights(version: Version, folder: Path) -> None:
         StageError: neither the DVC cache nor a remote has them.
     """
     for path, md5 in version.weights.items():
-        versioning.restore(md5, folder / path)
+        dvc_repo.restore(md5, folder / path)
 
 
 def _read_card(path: Path) -> dict[str, Any]:

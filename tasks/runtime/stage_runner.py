@@ -21,7 +21,7 @@ from tasks.core import tracking
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.params import Params, load_params
 from tasks.core.paths import OFF, artifacts, checkpoints, project_root
-from tasks.runtime import recording, versioning
+from tasks.runtime import dvc_stages, mlflow_runs
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
 
@@ -41,7 +41,7 @@ CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resol
 def run_stage(name: str) -> None:
     """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
     try:
-        execute_stage(name, versioning.changes(name))
+        execute_stage(name, dvc_stages.changes(name))
     except RLHFError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
@@ -72,7 +72,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
         if getattr(params, name, None) is None:
             write_empty_outputs(name)
             return
-        inputs = versioning.inputs(name)
+        inputs = dvc_stages.inputs(name)
         _check_code_unchanged(name, inputs)
         function = _load_stage_function(name)
         positional, folders = stage_arguments(function, name, params)
@@ -82,7 +82,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
             return
         artifacts(name).mkdir(parents=True, exist_ok=True)
         tags = {"rlhf.why": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
-        with recording.stage_run(name, inputs, _flat_params(function, positional), tags) as recorder:
+        with mlflow_runs.stage_run(name, inputs, _flat_params(function, positional), tags) as recorder:
             with tracking.active(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
                 function(*positional, **folders)
@@ -90,7 +90,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
             # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
             recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
             _check_inputs_unchanged(name, inputs)
-            recorder.log_outputs(versioning.output_digests(name))
+            recorder.log_outputs(dvc_stages.output_digests(name))
         shutil.rmtree(folder, ignore_errors=True)
     gc.collect()
 
@@ -138,7 +138,7 @@ def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -
 
 def write_empty_outputs(name: str) -> None:
     """The outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
-    for path in versioning.outputs(name):
+    for path in dvc_stages.outputs(name):
         folder = path if not path.suffix else path.parent
         folder.mkdir(parents=True, exist_ok=True)
         file = path if path.suffix else path / OFF
@@ -174,16 +174,16 @@ def _flat(value: object, prefix: str) -> dict[str, object]:
     return flat
 
 
-def _check_code_unchanged(name: str, reads: versioning.Inputs) -> None:
+def _check_code_unchanged(name: str, reads: dvc_stages.Inputs) -> None:
     """The code in memory may be older than the files that DVC has hashed, and would be recorded under their hash."""
     for path in reads.code:
         if CODE_STATE_AT_IMPORT.get(path.resolve()) != _file_state(path):
             raise StageError(f"{path} was edited after this run began, so {name} would run its old version: run again")
 
 
-def _check_inputs_unchanged(name: str, before: versioning.Inputs) -> None:
+def _check_inputs_unchanged(name: str, before: dvc_stages.Inputs) -> None:
     """DVC hashes inputs again when the stage is done, and would record these outputs as made from the new ones."""
-    if versioning.stage_key(name) != before.key:
+    if dvc_stages.stage_key(name) != before.key:
         raise StageError(
             f"parameters, code or data of {name} changed while it ran, so its outputs belong to neither version and "
             "were not recorded: run again"

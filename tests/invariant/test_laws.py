@@ -28,13 +28,13 @@ STAGES = list(PIPELINE["stages"])
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 # What a stage imports is an input of its key: a change of these must never run a stage again.
-DVC = {f"tasks/runtime/{name}.py" for name in ("dvc_project", "dvc_reproduce", "reasons", "versioning")}
-RECORDING = {f"tasks/runtime/{name}.py" for name in ("deeds", "mlflow_store", "recording")}
-RUNNERS = {"tasks/runtime/stage_runner.py"} | DVC | RECORDING
+DVC = {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_reproduce", "dvc_stages")}
+MLFLOW = {f"tasks/runtime/{name}.py" for name in ("mlflow_runs", "mlflow_store", "registry")}
+RUNNERS = {module.relative_to(ROOT).as_posix() for module in (ROOT / "tasks" / "runtime").glob("*.py")}
 
 DOORS = {
     "prefect": {f"flows/{name}.py" for name in ("pipeline", "retrain", "schedule", "services")},
-    "mlflow": RECORDING | {"tasks/runtime/registry.py"},
+    "mlflow": MLFLOW,
     "dvc": DVC,
     "ruamel": {"tasks/core/params.py"},
     "openai": {"tasks/evals/judges.py"},
