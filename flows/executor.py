@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from flows import processes
 from tasks.core.paths import state
-from tasks.runtime import dvc_reproduce, versioning
+from tasks.runtime import dvc_reproduce, dvc_stages
 from tasks.runtime.stage_runner import execute_stage, read_metrics
 
 __all__ = ["Execution", "Outcome", "ensure_stage", "stage_log_path", "visible_gpus"]
@@ -92,16 +92,16 @@ def ensure_stage(
     started = time.monotonic()
 
     def work() -> None:
-        needs_device = versioning.needs_device(name)
-        ranks = execution.ranks if execution.ranks > 1 and versioning.is_distributable(name) else 1
+        needs_device = dvc_stages.needs_device(name)
+        ranks = execution.ranks if execution.ranks > 1 and dvc_stages.is_distributable(name) else 1
         with _released(_dvc_lock):
             on_start(reasons, needs_device)
             _execute(name, reasons, execution, ranks)
 
     with _dvc_lock:
-        reasons = tuple(versioning.status(name) or (["forced"] if force else []))
+        reasons = tuple(dvc_stages.status(name) or (["forced"] if force else []))
         result = dvc_reproduce.reproduce(name, work, force=force, pull=pull, on_wait=on_wait)
-        key = versioning.stage_key(name) or ""
+        key = dvc_stages.stage_key(name) or ""
     return Outcome(name, result, key, reasons, time.monotonic() - started, read_metrics(name))
 
 

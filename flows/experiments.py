@@ -27,7 +27,7 @@ from tasks.core.paths import artifacts, project_root, state
 from tasks.evals import seeds as seed_results
 from tasks.evals import variants as variant_results
 from tasks.evals.seeds import Trained
-from tasks.runtime import mlflow_store, recording, versioning
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, mlflow_store
 from tasks.runtime.provenance import Provenance, provenance_of
 from tasks.runtime.registry import Version
 
@@ -180,8 +180,8 @@ def _cli_args(stages: Sequence[str], options: Mapping[str, Any]) -> list[str]:
 def _log_summary(flow_run: str, tags: Mapping[str, str], summary: Mapping[str, Any]) -> None:
     """Add the summary to the project's own pipeline run in MLflow."""
     bad = {f"seeds.{key}": "; ".join(summary[key]) for key in ("collapsed", "failed") if summary[key]}
-    recording.tag_pipeline(flow_run, {**tags, **bad})
-    recording.log_pipeline_metrics(flow_run, seed_results.metrics(summary))
+    mlflow_runs.tag_pipeline(flow_run, {**tags, **bad})
+    mlflow_runs.log_pipeline_metrics(flow_run, seed_results.metrics(summary))
 
 
 # -- variants in worktrees -------------------------------------------------------------------------------------
@@ -193,7 +193,7 @@ def _new_series_folder(kind: str) -> Path:
     Raises:
         StageError: there is no git commit to start from.
     """
-    if not recording.git_commit():
+    if not mlflow_runs.git_commit():
         raise StageError("variants need a git commit to start from: commit the project first")
     folder = state() / kind / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
     folder.mkdir(parents=True)
@@ -216,7 +216,7 @@ def _run_with_overrides(
         RLHFError: what ended the run, or a setting is not valid.
     """
     tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
-    own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), recording.SWEEP_VAR: tags}
+    own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_runs.SWEEP_VAR: tags}
     with _working_copy(folder / "worktree") as tree:
         flags = [flag for setting in settings for flag in ("-S", setting)]
         run_rlhf(tree, [*args, *flags], {**os.environ, **(environment or {}), **own})
@@ -236,10 +236,10 @@ def _working_copy(folder: Path) -> Iterator[Path]:
                 shutil.copy2(root / name, target)
             else:
                 target.unlink(missing_ok=True)
-        versioning.use_shared_cache(folder)
+        dvc_repo.use_shared_cache(folder)
         load_params(folder / "params.yaml")
         with as_project_root(folder):
-            versioning.pull_data()
+            dvc_repo.pull_data()
         yield folder
 
 
@@ -310,10 +310,10 @@ def _check_reproducible(version: Version, origin: Provenance) -> None:
 
 def _fetch_data(tree: Path) -> None:
     """What `dvc add` tracks comes from this project's cache or remote; from then on the cache is an empty one."""
-    versioning.use_shared_cache(tree)
+    dvc_repo.use_shared_cache(tree)
     with as_project_root(tree):
-        versioning.pull_data()
-    versioning.use_own_cache(tree)
+        dvc_repo.pull_data()
+    dvc_repo.use_own_cache(tree)
 
 
 def _weights(tree: Path, version: Version) -> dict[str, str]:
@@ -321,5 +321,5 @@ def _weights(tree: Path, version: Version) -> dict[str, str]:
         return {
             f"{stage}/{Path(path).name}": md5
             for stage in {path.partition("/")[0] for path in version.weights}
-            for path, md5 in versioning.output_digests(stage).items()
+            for path, md5 in dvc_stages.output_digests(stage).items()
         }

@@ -339,10 +339,10 @@ def _write_dataset(file: Path, made: Dataset) -> bool:
 def _announce() -> None:
     """Tell Prefect; without a server the file is as good, so that is no error."""
     from flows.retrain import emit_data_event
-    from tasks.runtime import versioning
+    from tasks.runtime import dvc_repo
 
     try:
-        md5 = versioning.data_md5()
+        md5 = dvc_repo.data_md5()
         if md5 is None:
             raise ConfigError("no stage of dvc.yaml reads data/")
         emit_data_event(md5)

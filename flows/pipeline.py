@@ -31,7 +31,7 @@ from flows.processes import children_terminated
 from flows.run_lock import project_lock
 from flows.services import DEVICE_LIMIT
 from tasks.core.errors import ConfigError, StageError
-from tasks.runtime import recording, versioning
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 
 __all__ = ["pipeline", "resolve_plan", "stage"]
 
@@ -153,9 +153,9 @@ def pipeline(
     with project_lock(console.print_run_waiting):
         plan = resolve_plan(stages)
         if pull:
-            versioning.check_remote()
-            versioning.pull_data()
-        with recording.pipeline_run(run_id, parameters) as record, recording.export_run_ids(record, run_id):
+            dvc_repo.check_remote()
+            dvc_repo.pull_data()
+        with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
             if parallel or timeout:
                 execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
                 results = _run_concurrently(plan, options, execution, parallel or 1)
@@ -170,7 +170,7 @@ def pipeline(
                 console.summary_markdown(outcomes), key="rlhf-pipeline", description="Stages and policies"
             )
         if push:
-            console.print_push_done(versioning.push())
+            console.print_push_done(dvc_repo.push())
     return outcomes
 
 
@@ -180,7 +180,7 @@ def resolve_plan(stages: list[str] | None) -> Plan:
     Raises:
         StageError: dvc.yaml has no stage of that name.
     """
-    needs = versioning.graph()
+    needs = dvc_stages.graph()
     if unknown := [name for name in stages or [] if name not in needs]:
         raise StageError(f"no stage {unknown[0]!r} in dvc.yaml; its stages are {', '.join(needs)}")
     plan = set(stages or needs)
@@ -193,7 +193,7 @@ def resolve_plan(stages: list[str] | None) -> Plan:
 def _push_outputs(name: str) -> None:
     """Send a stage's results; a remote that does not answer is no reason to stop: all is sent once more at the end."""
     try:
-        versioning.push(name)
+        dvc_repo.push(name)
     except StageError as error:
         console.print_push_failed(error)
 

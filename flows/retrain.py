@@ -33,7 +33,7 @@ from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.findings import Finding
 from tasks.evals.gate import PARTS, Decision, candidate, decide
 from tasks.evals.statistics import Interval
-from tasks.runtime import provenance, recording, registry, versioning
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, provenance, registry
 
 __all__ = ["Approval", "GateResult", "emit_data_event", "gate", "promote", "retrain"]
 
@@ -82,7 +82,7 @@ def retrain(
     """
     with project_lock(console.print_run_waiting):
         if pull:
-            versioning.pull_data()
+            dvc_repo.pull_data()
         _check_data_version(data_md5)
         run: State[Any] = pipeline(
             pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
@@ -170,7 +170,7 @@ def emit_data_event(md5: str) -> None:
 
 
 def _check_data_version(expected: str | None) -> None:
-    actual = versioning.data_md5()
+    actual = dvc_repo.data_md5()
     if expected and expected != actual:
         raise DataError(
             f"this run is for data of md5 {expected}, but data/ here is {actual}: bring that version here (git pull, "
@@ -183,8 +183,8 @@ def _weights(policy: str) -> dict[str, str]:
     return {
         f"{stage}/{Path(path).name}": md5
         for stage in (*PARTS, policy)
-        for path, md5 in versioning.output_digests(stage).items()
-        if Path(path).name in recording.WEIGHT_DIRS
+        for path, md5 in dvc_stages.output_digests(stage).items()
+        if Path(path).name in mlflow_runs.WEIGHT_DIRS
     }
 
 
@@ -236,7 +236,7 @@ def _version_tags(flow_run: str, table: Table, decision: Decision) -> dict[str, 
         "accepted": str(decision.accepted),
         "reasons": "; ".join(decision.reasons),
         "git.commit": made_from.commit,
-        "data.md5": versioning.data_md5() or "",
+        "data.md5": dvc_repo.data_md5() or "",
         provenance.PROVENANCE_TAG: made_from.model_dump_json(),
     }
 
@@ -245,7 +245,7 @@ def _report_decision(flow_run: str, decision: Decision, verdict: str, reasons: t
     """Report the decision at the terminal, in MLflow and in Prefect; the same in a line."""
     console.print_gate_decision(decision.policy, verdict, reasons)
     tags = {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
-    recording.tag_pipeline(flow_run, tags)
+    mlflow_runs.tag_pipeline(flow_run, tags)
     lines = [f"## {decision.policy}: {verdict}", "", *(f"- {reason}" for reason in reasons), ""]
     lines += ["| rule | measured | required | passed |", "|---|---|---|---|"] if decision.findings else []
     lines += [

@@ -36,8 +36,8 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 __all__ = [
-    "DEVICE_LIMIT", "POOL", "Service", "TemporaryServer", "deployment_name", "running_services", "start", "stop",
-    "temporary_server", "use_services",
+    "DEVICE_LIMIT", "POOL", "Service", "TemporaryServer", "deployment_name", "log_path", "prefect_client",
+    "running_services", "start", "stop", "temporary_server", "use_services",
 ]  # fmt: skip
 
 HOST = "127.0.0.1"
@@ -87,14 +87,14 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
         ConfigError: a port is taken by another program, or the environment names an MLflow server already.
         StageError: a service ended, or did not answer in time.
     """
-    from tasks.runtime import mlflow_store, recording
+    from tasks.runtime import mlflow_runs, mlflow_store
 
     if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         raise ConfigError("MLFLOW_TRACKING_URI names an MLflow server; unset it: `rlhf up` starts the project's own")
     with _services_lock():
         _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, _prefect_command(prefect_port))
         if "mlflow" not in running_services():
-            recording.connect()  # an experiment made through a server could not be used without it
+            mlflow_runs.connect()  # an experiment made through a server could not be used without it
         command, environment = mlflow_store.server_command(mlflow_port)
         _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment)
         services = running_services()
@@ -107,7 +107,7 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
         _wait(services["mlflow"], lambda: _is_healthy(f"{store}/health"))
         worker = running_services().get("worker")
         if worker is None:
-            raise StageError(f"the worker ended while it started: {processes.tail(_log('worker'))}")
+            raise StageError(f"the worker ended while it started: {processes.tail(log_path('worker'))}")
         _wait(worker, lambda: _has_worker(api))
         return running_services()
 
@@ -174,7 +174,7 @@ def _start(name: str, address: str, port: int | None, command: list[str], variab
             f"port {port} for {name} is taken by another program; stop that, or choose another: "
             f"`rlhf up --{name}-port {port + 1}`"
         )
-    with _log(name).open("ab") as log:
+    with log_path(name).open("ab") as log:
         process = subprocess.Popen(
             command,
             cwd=project_root(),
@@ -197,7 +197,7 @@ def _deploy(variables: Mapping[str, str]) -> None:
 
     from flows.executor import visible_gpus
 
-    with _client(variables["PREFECT_API_URL"]) as client:
+    with prefect_client(variables["PREFECT_API_URL"]) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", concurrency_limit=1), overwrite=True)
         try:
             client.read_global_concurrency_limit_by_name(DEVICE_LIMIT)
@@ -211,12 +211,13 @@ def _deploy(variables: Mapping[str, str]) -> None:
 
 
 def _has_worker(api: str) -> bool:
-    with _client(api) as client:
+    with prefect_client(api) as client:
         return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(POOL))
 
 
 @contextmanager
-def _client(api: str) -> Iterator[SyncPrefectClient]:
+def prefect_client(api: str) -> Iterator[SyncPrefectClient]:
+    """A client of the Prefect server at that address."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -228,9 +229,9 @@ def _wait(service: Service, is_ready: Callable[[], bool]) -> None:
     deadline = time.monotonic() + START_SECONDS
     while not is_ready():
         if service.process() is None:
-            raise StageError(f"{service.name} ended while it started: {processes.tail(_log(service.name))}")
+            raise StageError(f"{service.name} ended while it started: {processes.tail(log_path(service.name))}")
         if time.monotonic() > deadline:
-            printed = processes.tail(_log(service.name))
+            printed = processes.tail(log_path(service.name))
             raise StageError(f"{service.name} does not answer after {START_SECONDS:.0f} s: {printed}")
         time.sleep(POLL_SECONDS)
 
@@ -270,7 +271,8 @@ def _state_file() -> Path:
     return _folder() / "services.json"
 
 
-def _log(name: str) -> Path:
+def log_path(name: str) -> Path:
+    """The file for what a service prints."""
     return _folder() / f"{name}.log"
 
 
@@ -302,15 +304,12 @@ class TemporaryServer:
 
 
 @contextmanager
-def temporary_server(*, scheduler: bool = False) -> Iterator[TemporaryServer]:
+def temporary_server() -> Iterator[TemporaryServer]:
     """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it.
 
     Prefect can start one itself, but then it begins late, dies of the same Ctrl-C as the flow before the flow can
     report to it, and stays behind if the flow is killed. This one starts while other libraries are imported, in a
     session of its own, and ends with this process, however that ends.
-
-    Args:
-        scheduler: it also starts the runs of scheduled deployments; otherwise it only records.
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -322,7 +321,7 @@ def temporary_server(*, scheduler: bool = False) -> Iterator[TemporaryServer]:
         probe.bind((HOST, 0))
         port = int(probe.getsockname()[1])
     address = f"http://{HOST}:{port}/api"
-    process = processes.spawn(["-m", "flows.services", str(port), *(["scheduler"] if scheduler else [])])
+    process = processes.spawn(["-m", "flows.services", str(port)])
     assert process.stdin
     # Registered before Prefect's own exit handlers, so called after them: they still send logs and events. Nobody waits
     # for the server to end: it writes what it has received, and leaves.
@@ -331,7 +330,7 @@ def temporary_server(*, scheduler: bool = False) -> Iterator[TemporaryServer]:
         yield TemporaryServer(address, process)
 
 
-def _serve(port: int, *, scheduler: bool = False) -> None:
+def _serve(port: int) -> None:
     """Serve Prefect's API on loopback until the parent is gone."""
     for variable, value in TEMPORARY.items():
         os.environ.setdefault(variable, value)
@@ -339,12 +338,11 @@ def _serve(port: int, *, scheduler: bool = False) -> None:
     from prefect.server.api.server import create_app
 
     processes.die_with_parent()
-    # Prefect's scheduler does not run in what it calls an ephemeral server.
-    app = create_app(ephemeral=not scheduler, final=True)
+    app = create_app(ephemeral=True, final=True)
     config = uvicorn.Config(app, host=HOST, port=port, log_level="critical", lifespan="on")
     with contextlib.suppress(KeyboardInterrupt):
         uvicorn.Server(config).run()
 
 
 if __name__ == "__main__":
-    _serve(int(sys.argv[1]), scheduler="scheduler" in sys.argv[2:])
+    _serve(int(sys.argv[1]))

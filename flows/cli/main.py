@@ -125,9 +125,9 @@ def announce() -> None:
 
 def trigger_retrain() -> None:
     """Emit the event of the current data, and print its md5."""
-    from tasks.runtime import versioning
+    from tasks.runtime import dvc_repo
 
-    md5 = versioning.data_md5()
+    md5 = dvc_repo.data_md5()
     if md5 is None:
         raise ConfigError("there is no folder data/ that a stage of dvc.yaml reads")
     from flows.retrain import emit_data_event
@@ -168,9 +168,9 @@ def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, 
 def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False) -> None:
     """List the stages that would run, and which parameter or file made it so."""
     enter_project()
-    from tasks.runtime import versioning
+    from tasks.runtime import dvc_stages
 
-    pending = versioning.stale_stages()
+    pending = dvc_stages.stale_stages()
     if as_json:
         actions = [("restore" if item.recorded else "run", item) for item in pending]
         rows = [{"stage": item.stage, "action": action, "reasons": item.reasons} for action, item in actions]
@@ -234,10 +234,10 @@ def schedule(
     timezone: Annotated[str, typer.Option(help="Where that is the time, like Europe/Vienna.")] = "UTC",
 ) -> None:
     """Run the pipeline at set times, for as long as this command runs; stop it with Ctrl-C."""
-    root = enter_project()
+    enter_project()
     from flows.schedule import serve
 
-    serve(root, cron, timezone)
+    serve(cron, timezone, console.print)
 
 
 def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environment: dict[str, str]) -> None:
@@ -268,10 +268,10 @@ def _prefect_server() -> Iterator[dict[str, str]]:
         if server.address:
             print_server_start()
         import flows.pipeline  # noqa: F401
-        from tasks.runtime import recording
+        from tasks.runtime import mlflow_runs
 
         _silence_prefect_console()
-        recording.connect()
+        mlflow_runs.connect()
         server.wait()
         yield {"PREFECT_API_URL": server.address} if server.address else {}
 

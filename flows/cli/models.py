@@ -191,14 +191,14 @@ def export(
     from tasks.core import exporting
     from tasks.core.schema import Prompt, read_rows
     from tasks.evals import card
-    from tasks.runtime import provenance, versioning
+    from tasks.runtime import dvc_repo, provenance
 
     made_from = provenance.provenance_of(version)
     generation = made_from.parameters["generation"]
     with _temporary_folder() as parts, exporting.empty_folder(folder) as draft:
         provenance.restore_weights(version, parts)
         prompts = parts / "prompts"
-        versioning.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
+        dvc_repo.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
         exported = exporting.export(
             parts,
             version.policy,
@@ -311,7 +311,7 @@ def _print_lineage(version: Version) -> None:
 
 
 def _stages_table(stages: Mapping[str, StageRecord]) -> Table:
-    from tasks.runtime.recording import WEIGHT_DIRS
+    from tasks.runtime.mlflow_runs import WEIGHT_DIRS
 
     table = Table(title="Stages", title_justify="left")
     for column in ("stage", "DVC key", "MLflow run", "weights"):

@@ -100,10 +100,10 @@ def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC 3.67 with pygtrie 2.6
 def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
-    from tasks.runtime import versioning
+    from tasks.runtime import dvc_stages
 
     assert project_root() == ROOT
-    graph = versioning.graph()
+    graph = dvc_stages.graph()
     assert set(graph["dpo"]) == {"base_model", "sft", "preferences"}
     assert set(graph["sft"]) == {"base_model", "prepare"}
     names = list(graph)
@@ -111,7 +111,7 @@ def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
 
 
 def test_the_private_parts_of_dvc_are_where_we_take_them_from() -> None:
-    """If one is gone, DVC has changed: look at reproduction.py and dvc_project.py before loosening the pin."""
+    """If one is gone, DVC has changed: look at dvc_reproduce.py and dvc_repo.py before loosening the pin."""
     import inspect
 
     import dvc.stage.cache

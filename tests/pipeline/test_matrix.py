@@ -18,7 +18,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from tasks.runtime.reasons import why_stale
+from tasks.runtime.dvc_stages import why_stale
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -71,7 +71,7 @@ def row(what: str, stages: set[str]) -> str:
 
 @pytest.fixture(scope="module")
 def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A copy of the finished tiny project, in which `versioning` works."""
+    """A copy of the finished tiny project, in which `dvc_stages` works."""
     project = tiny[0].copy(tmp_path_factory.mktemp("matrix") / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.root)

@@ -115,7 +115,7 @@ def test_touched_code_runs_its_stage_and_what_really_changed_after_it(project: P
 
 
 def test_a_change_of_flows_or_of_recording_runs_nothing(project: Project) -> None:
-    for name in ("flows/pipeline.py", "tasks/runtime/recording.py", "tasks/runtime/stage_runner.py"):
+    for name in ("flows/pipeline.py", "tasks/runtime/mlflow_runs.py", "tasks/runtime/stage_runner.py"):
         with (project.root / name).open("a") as file:
             file.write("# touched\n")
     assert results(project.rlhf("run")) == dict.fromkeys(NAMES, "cached")
@@ -184,7 +184,7 @@ def test_inputs_that_change_during_a_run_are_not_recorded(project: Project) -> N
 
 
 def keys(project: Project) -> dict[str, str]:
-    code = "import json, tasks.runtime.versioning as v; print(json.dumps({n: v.stage_key(n) for n in v.graph()}))"
+    code = "import json, tasks.runtime.dvc_stages as v; print(json.dumps({n: v.stage_key(n) for n in v.graph()}))"
     found: dict[str, str] = json.loads(project.command(sys.executable, "-c", code))
     return found
 
