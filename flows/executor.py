@@ -98,6 +98,8 @@ def ensure_stage(
             on_start(reasons, needs_device)
             _execute(name, reasons, execution, ranks)
 
+    with _child_lock(name):
+        pass  # a child of a killed run needs a moment to end, and may still write
     with _dvc_lock:
         reasons = tuple(dvc_stages.status(name) or (["forced"] if force else []))
         result = dvc_reproduce.reproduce(name, work, force=force, pull=pull, on_wait=on_wait)
@@ -131,8 +133,7 @@ def _released(lock: threading.Lock) -> Iterator[None]:
 
 def _execute(name: str, reasons: Sequence[str], execution: Execution, ranks: int) -> None:
     if not execution.own_process and ranks == 1:
-        with _stage_lock(name):
-            execute_stage(name, reasons)
+        execute_stage(name, reasons)
         return
     args = ["-m", "flows.executor", name, f"--ranks={ranks}", *(f"--reason={reason}" for reason in reasons)]
     device = {} if execution.device is None else {"CUDA_VISIBLE_DEVICES": execution.device}
@@ -140,12 +141,10 @@ def _execute(name: str, reasons: Sequence[str], execution: Execution, ranks: int
     processes.run_python(args, name, environment=os.environ | device, log=log, timeout=execution.timeout)
 
 
-@contextmanager
-def _stage_lock(name: str) -> Iterator[None]:
-    """Wait for a child of a killed run, which needs a moment to end and may still write."""
+def _child_lock(name: str) -> FileLock:
+    """The lock that a child holds as long as it works on the stage."""
     stage_log_path(name).parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(stage_log_path(name).with_suffix(".lock")):
-        yield
+    return FileLock(stage_log_path(name).with_suffix(".lock"))
 
 
 def _launch_ranks(name: str, count: int) -> None:
@@ -187,7 +186,7 @@ def _main() -> None:
             signal.signal(signal.SIGTERM, signal.default_int_handler)  # how the launcher ends the ranks that are left
             execute_stage(args.name, args.reason)
             return
-        with _stage_lock(args.name):
+        with _child_lock(args.name):
             if args.ranks > 1:
                 _launch_ranks(args.name, args.ranks)
             else:

@@ -127,9 +127,7 @@ def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None
 
 def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """Every policy of every variant, a row each."""
-    table = Table(title="Variants on held-out prompts", title_justify="left")
-    table.add_column("variant")
-    table.add_column("policy")
+    table = Table("variant", "policy", title="Variants on held-out prompts", title_justify="left")
     results = {variant: _without_self_win_rate(policies) for variant, policies in results.items()}
     columns = _columns([figures for policies in results.values() for figures in policies.values()])
     for heading, _ in columns.values():
@@ -142,9 +140,8 @@ def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
 
 def seeds_table(report: dict[str, Any]) -> Table:
     """Every policy under every seed, and their mean with its 95 % interval: see `tasks.evals.seeds.report`."""
-    table = Table(title=f"Policies under {len(report['seeds'])} seeds, on held-out prompts", title_justify="left")
-    table.add_column("policy")
-    table.add_column("seed")
+    title = f"Policies under {len(report['seeds'])} seeds, on held-out prompts"
+    table = Table("policy", "seed", title=title, title_justify="left")
     for heading, _ in SEED_COLUMNS.values():
         table.add_column(heading, justify="right")
     table.add_column("signs of hacking")
@@ -241,8 +238,7 @@ def _read_evaluation(name: str) -> Any:
 
 def policies_table(policies: dict[str, dict[str, Any]]) -> Table:
     """The policies side by side; the win rate with its 95 % interval."""
-    table = Table(title="Policies on held-out prompts", title_justify="left")
-    table.add_column("policy")
+    table = Table("policy", title="Policies on held-out prompts", title_justify="left")
     policies = _without_self_win_rate(policies)
     columns = _columns(list(policies.values()))
     for heading, _ in columns.values():

@@ -179,9 +179,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
     if not pending:
         console.print("Everything is up to date: `rlhf run` would compute nothing.")
         return
-    table = Table()
-    for column in ("stage", "would", "why"):
-        table.add_column(column)
+    table = Table("stage", "would", "why")
     for item in pending:
         table.add_row(item.stage, "be restored" if item.recorded else "run", escape("\n".join(item.reasons)))
     print_table(table)

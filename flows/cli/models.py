@@ -6,11 +6,11 @@ import json
 import os
 import re
 import sys
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -20,11 +20,13 @@ from rich.table import Table
 from flows.cli.console import SHORT_HASH, console, enter_project_with_services, handle_interrupt, print_table
 from tasks.core.errors import ConfigError
 from tasks.core.paths import artifacts, project_root
+from tasks.runtime import registry
+from tasks.runtime.mlflow_runs import WEIGHT_DIRS
+from tasks.runtime.registry import Version
 
 if TYPE_CHECKING:
     from tasks.evals.writing import Writer, Written
     from tasks.runtime.provenance import StageRecord
-    from tasks.runtime.registry import Version
 
 __all__ = ["app", "lineage_dict"]
 
@@ -49,11 +51,15 @@ ChatTemplate = Annotated[bool, typer.Option(help="Show prompts as a user's messa
 def models(as_json: AsJson = False) -> None:
     """List the registered policies."""
     enter_project_with_services()
-    from tasks.runtime import registry
-
     known = registry.versions()
     if as_json:
-        rows = [{"version": item.number, **_summary(item), "tags": _public_tags(item)} for item in known]
+        from tasks.runtime.provenance import PROVENANCE_TAG
+
+        hidden = (PROVENANCE_TAG, "weights")
+        shown = [{key: value for key, value in item.tags.items() if key not in hidden} for item in known]
+        rows = [
+            {"version": item.number, **_summary(item), "tags": tags} for item, tags in zip(known, shown, strict=True)
+        ]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif known:
         print_table(_models_table(known))
@@ -65,8 +71,6 @@ def models(as_json: AsJson = False) -> None:
 def promote(model: Model = "challenger", reason: Reason = "") -> None:
     """Make a version the champion; one that was refused or rolled back needs --reason."""
     enter_project_with_services()
-    from tasks.runtime import registry
-
     version = registry.find(model)
     objection = version.withdrawal or (None if version.accepted else f"the gate refused it: {version.tags['reasons']}")
     if objection and not reason.strip():
@@ -79,8 +83,6 @@ def promote(model: Model = "challenger", reason: Reason = "") -> None:
 def rollback(reason: Reason = "") -> None:
     """Put the champion before this one in use again."""
     enter_project_with_services()
-    from tasks.runtime import registry
-
     withdrawn, restored = registry.roll_back(by=_user(), reason=reason.strip())
     console.print(
         f"version {restored.number} ({restored.policy}) is the champion again; "
@@ -90,10 +92,8 @@ def rollback(reason: Reason = "") -> None:
 
 @app.command()
 def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
-    """What a version was made from: data, code, parameters, stages, and the decision about it."""
+    """Show what a version was made from: data, code, parameters, stages, and the decision about it."""
     enter_project_with_services()
-    from tasks.runtime import registry
-
     version = registry.find(model)
     if as_json:
         print(json.dumps(lineage_dict(version), indent=2, ensure_ascii=False))
@@ -107,14 +107,12 @@ def reproduce(model: Model = "champion") -> None:
     enter_project_with_services()
     from flows.experiments import reproduce as compute
     from flows.experiments import same_lock_file
-    from tasks.runtime import registry
 
     version = registry.find(model)
     with handle_interrupt("it begins anew, and this project is as it was"):
         results = compute(version)
-    table = Table(title=f"Version {version.number} ({version.policy})", title_justify="left")
-    for column in ("weights", "registered", "reproduced", "equal"):
-        table.add_column(column)
+    title = f"Version {version.number} ({version.policy})"
+    table = Table("weights", "registered", "reproduced", "equal", title=title, title_justify="left")
     for item in results:
         table.add_row(item.path, item.registered, item.reproduced, "[green]yes[/]" if item.equal else "[red]no[/]")
     print_table(table)
@@ -141,7 +139,7 @@ def generate(
     chat_template: ChatTemplate = False,
     as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
 ) -> None:
-    """Let a policy go on from the beginnings of texts."""
+    """Sample a policy's responses to prompts."""
     enter_project_with_services()
     prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
@@ -165,7 +163,7 @@ def chat(
     seed: Seed = 0,
     chat_template: ChatTemplate = False,
 ) -> None:
-    """Type beginnings of texts, each on its own (no conversation), and read how a policy goes on; Ctrl-D ends."""
+    """Type prompts, each on its own (no conversation), and read a policy's responses; Ctrl-D ends."""
     enter_project_with_services()
     with (
         handle_interrupt("nothing is kept"),
@@ -185,8 +183,6 @@ def export(
     """Write a version as a folder that transformers loads without this project, with a model card."""
     folder = folder.absolute()
     enter_project_with_services()
-    from tasks.runtime import registry
-
     version = registry.find(model)
     from tasks.core import exporting
     from tasks.core.schema import Prompt, read_rows
@@ -195,7 +191,8 @@ def export(
 
     made_from = provenance.provenance_of(version)
     generation = made_from.parameters["generation"]
-    with _temporary_folder() as parts, exporting.empty_folder(folder) as draft:
+    with TemporaryDirectory(prefix="rlhf-model-") as temporary, exporting.empty_folder(folder) as draft:
+        parts = Path(temporary)
         provenance.restore_weights(version, parts)
         prompts = parts / "prompts"
         dvc_repo.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
@@ -221,19 +218,8 @@ def _user() -> str:
 
 
 def _models_table(known: list[Version]) -> Table:
-    table = Table(title="Registered policies", title_justify="left")
-    columns = (
-        "version",
-        "in use",
-        "policy",
-        "win rate v. SFT",
-        "KL to SFT (nats)",
-        "gate",
-        "commit",
-        "registered (UTC)",
-    )
-    for column in columns:
-        table.add_column(column)
+    headings = ["version", "in use", "policy", "win rate v. SFT", "KL to SFT (nats)", "gate", "commit"]
+    table = Table(*headings, "registered (UTC)", title="Registered policies", title_justify="left")
     for item in known:
         row = _summary(item)
         rate, kl = f"{row['win_rate']:.0%}", f"{row['kl']:z.2f}"
@@ -256,7 +242,7 @@ def _summary(version: Version) -> dict[str, Any]:
 
 
 def lineage_dict(version: Version) -> dict[str, Any]:
-    """Everything that is known of it.
+    """The lineage of a version as one JSON object.
 
     Raises:
         StageError: the version has no provenance.
@@ -282,7 +268,7 @@ def _gate_decision(version: Version) -> dict[str, Any]:
 
 
 def _print_lineage(version: Version) -> None:
-    """What led to this version, as a person reads it.
+    """Print what led to this version.
 
     Raises:
         StageError: the version has no provenance.
@@ -291,9 +277,9 @@ def _print_lineage(version: Version) -> None:
 
     origin = provenance_of(version)
     changed = f" with changes that were not committed: {', '.join(origin.uncommitted)}" if origin.uncommitted else ""
-    base = origin.base_model
+    base, when = origin.base_model, f"{version.registered:%Y-%m-%d %H:%M}"
     facts = {
-        "version": f"{version.number} {' '.join(version.aliases)} ({version.policy}, {_format_time(version)})",
+        "version": f"{version.number} {' '.join(version.aliases)} ({version.policy}, {when} UTC)",
         "git commit": (origin.commit or "none") + changed,
         "data/": version.tags["data.md5"] or "none",
         **{f"source {item['name']}": f"{item['source']}, {item['rows']} rows" for item in origin.sources},
@@ -311,26 +297,12 @@ def _print_lineage(version: Version) -> None:
 
 
 def _stages_table(stages: Mapping[str, StageRecord]) -> Table:
-    from tasks.runtime.mlflow_runs import WEIGHT_DIRS
-
-    table = Table(title="Stages", title_justify="left")
-    for column in ("stage", "DVC key", "MLflow run", "weights"):
-        table.add_column(column)
+    table = Table("stage", "DVC key", "MLflow run", "weights", title="Stages", title_justify="left")
     for name, stage in stages.items():
         weights = [md5 for path, md5 in stage.outputs.items() if path.rpartition("/")[2] in WEIGHT_DIRS]
         run = stage.run or "none in this store"  # up to date without ever having run here
         table.add_row(name, stage.key[:SHORT_HASH], run, " ".join(weights))
     return table
-
-
-def _format_time(version: Version) -> str:
-    return f"{version.registered:%Y-%m-%d %H:%M} UTC"
-
-
-def _public_tags(version: Version) -> dict[str, str]:
-    from tasks.runtime.provenance import PROVENANCE_TAG
-
-    return {key: value for key, value in version.tags.items() if key not in (PROVENANCE_TAG, "weights")}
 
 
 @contextmanager
@@ -340,8 +312,8 @@ def _open_sampler(
     """The policy of that name, its weights in a folder that lasts as long as this."""
     from tasks.evals.writing import Writer
 
-    with _temporary_folder() as folder:
-        policy, parts, trained = _resolve_model(model, folder)
+    with TemporaryDirectory(prefix="rlhf-model-") as folder:
+        policy, parts, trained = _resolve_model(model, Path(folder))
         yield Writer(
             parts,
             policy,
@@ -356,7 +328,7 @@ def _resolve_model(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]
     """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
     from tasks.core.params import load_params
     from tasks.evals.writing import stages_that_write
-    from tasks.runtime import provenance, registry
+    from tasks.runtime import provenance
 
     here = artifacts("evaluate").parent
     stages = stages_that_write(here)
@@ -371,16 +343,10 @@ def _resolve_model(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]
 
 
 def _print_sample(written: Written, chat_template: bool) -> None:
-    """What it wrote, without signs that would steer the terminal."""
+    """Print a response, without characters that would steer the terminal."""
     text = CONTROL_CHARACTERS.sub("\ufffd", written.response)
     console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")
     console.print(escape(text))
-
-
-@contextmanager
-def _temporary_folder() -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="rlhf-model-") as folder:
-        yield Path(folder)
 
 
 def _read_prompt() -> str | None:
