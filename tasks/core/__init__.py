@@ -1,1 +1,1 @@
-"""What every stage stands on: parameters, row schemas, errors, models, tracking, versioning."""
+"""What every stage stands on: parameters, row schemas, errors, models and tracking."""

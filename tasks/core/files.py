@@ -1,4 +1,4 @@
-"""The one way to write figures and tables: equal content is equal bytes, on every machine."""
+"""Writing JSON and CSV so that equal content is equal bytes on every machine, and flattening nested values."""
 
 from __future__ import annotations
 
@@ -7,7 +7,17 @@ import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-__all__ = ["write_json", "write_table"]
+__all__ = ["flatten", "write_json", "write_table"]
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, object]:
+    """Flatten nested mappings: `{"a": {"b": 1}}` becomes `{"a.b": 1}`, each key after the prefix if there is one."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, object] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

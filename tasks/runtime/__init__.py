@@ -1,1 +1,4 @@
-"""Running stages under DVC and recording them in MLflow: nothing here is an input of a stage."""
+"""Runs stages under DVC and records them in MLflow.
+
+No stage imports this package before it runs itself: a change here makes no stage run again.
+"""

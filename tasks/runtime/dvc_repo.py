@@ -24,7 +24,6 @@ from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 
 __all__ = [
-    "_remote_errors",
     "check_remote",
     "data_md5",
     "describe_error",
@@ -116,7 +115,7 @@ def quiet_logger() -> None:
     """Let DVC print warnings and errors only, and those once.
 
     It installs its own handlers when imported: what also reached the root logger would be printed twice, and what it
-    tells a person at its own command line (INFO) is not for ours.
+    shows at its own command line (INFO) is not for ours.
     """
     for name in ("dvc", "dvc_data", "dvc_objects"):
         logging.getLogger(name).propagate = False
@@ -174,16 +173,16 @@ def restore(md5: str, path: Path) -> None:
     """
     with dvc_errors(str(path)):
         repo = open_repo()
-        cache, wanted = repo.cache.local, HashInfo("md5", md5)
+        cache, digest = repo.cache.local, HashInfo("md5", md5)
         try:
-            found = load(cache, wanted)
-            parts = [info.value for _, _, info in found] if wanted.isdir else [md5]
+            found = load(cache, digest)
+            parts = [info.value for _, _, info in found] if digest.isdir else [md5]
             if not all(cache.exists(part) for part in parts):
                 raise FileNotFoundError(md5)
         except (FileNotFoundError, ObjectFormatError):
             try:
-                repo.cloud.pull([wanted])
-                found = load(cache, wanted)
+                repo.cloud.pull([digest])
+                found = load(cache, digest)
             except Exception as error:
                 raise StageError(f"neither the DVC cache nor a DVC remote has {md5}, wanted for {path}") from error
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -44,7 +44,7 @@ def reproduce(
 ) -> Result:
     """Bring one stage up to date by calling `job`, unless DVC finds that it is, or restores it from its run-cache.
 
-    Another process that holds the stage or its inputs is waited for; `on_wait` is told once.
+    Another process that holds the stage or its inputs is waited for; `on_wait` is called once.
 
     Args:
         name: the stage in dvc.yaml.
@@ -132,7 +132,7 @@ def _md5(path: Path) -> str:
 
 def _retry_while_locked(attempt: Callable[[], list[Any]], on_wait: Callable[[str], None] | None) -> list[Any]:
     """Try again while another process works on the same files: DVC itself waits for its repository lock only."""
-    told = False
+    notified = False
     while True:
         try:
             return attempt()
@@ -140,9 +140,9 @@ def _retry_while_locked(attempt: Callable[[], list[Any]], on_wait: Callable[[str
             blocked = next((part for part in error_chain(error) if isinstance(part, LockError)), None)
             if blocked is None:
                 raise
-            if on_wait and not told:
+            if on_wait and not notified:
                 on_wait(str(blocked).partition("\n\n")[0])
-            told = True
+            notified = True
             time.sleep(LOCK_POLL_SECONDS)
 
 

@@ -19,8 +19,6 @@ from tasks.runtime.dvc_repo import dvc_errors, load_stage, open_repo
 __all__ = [
     "Inputs",
     "StaleStage",
-    "_changed_inputs",
-    "_run_cache_key",
     "changes",
     "graph",
     "inputs",
@@ -58,11 +56,11 @@ class Inputs:
 
 @dataclass(frozen=True)
 class StaleStage:
-    """Why a stage is not up to date. `recorded`: DVC's run-cache knows the result, so it will not be computed again."""
+    """Why a stage is not up to date, and whether DVC's run-cache has its result, so that it is not computed again."""
 
     stage: str
     reasons: tuple[str, ...]
-    recorded: bool
+    in_run_cache: bool
 
 
 def graph() -> dict[str, tuple[str, ...]]:
@@ -143,7 +141,7 @@ def stale_stages() -> list[StaleStage]:
         for name, needs in _order(index.graph).items():
             stage = stages[name]
             why = why_stale(stage) + [f"reads what {need} will write" for need in needs if need in waiting]
-            uncertain = [need for need in needs if need in waiting and not waiting[need].recorded]
+            uncertain = [need for need in needs if need in waiting and not waiting[need].in_run_cache]
             if why:
                 waiting[name] = StaleStage(name, tuple(why), not uncertain and _in_run_cache(stage))
         return list(waiting.values())
@@ -151,9 +149,9 @@ def stale_stages() -> list[StaleStage]:
 
 def _run_cache_key(stage: Any) -> str | None:
     """The hash of everything that a loaded stage reads, as the run-cache has it; None while an input does not exist."""
-    private: Any = dvc.stage.cache
+    stage_cache: Any = dvc.stage.cache
     try:
-        can_hash, get_hash = private._can_hash, private._get_stage_hash
+        can_hash, get_hash = stage_cache._can_hash, stage_cache._get_stage_hash
     except AttributeError as error:
         raise StageError("the stage hash moved in this version of DVC; install dvc>=3.67,<4 as pinned") from error
     if not all(dep.exists for dep in stage.deps):

@@ -145,7 +145,8 @@ class OpenRun(QueuedRun):
         """Create the run in the store."""
         if not self._find():
             tags = {**_cut(tags), QUEUE_ID_TAG: self._queue_id}
-            self.client.create_run(self.experiment, start_time=self.time, run_name=name, tags=tags)
+            run = self.client.create_run(self.experiment, start_time=self.time, run_name=name, tags=tags)
+            self._id = str(run.info.run_id)
 
     @queued
     def log_params(self, parameters: Mapping[str, object]) -> None:
@@ -164,8 +165,9 @@ class OpenRun(QueuedRun):
     @queued
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags, by which runs can be searched; the end of a long value is cut off."""
-        for key, value in _cut(tags).items():
-            self.client.set_tag(self.run_id, key, value)
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in _cut(tags).items()])
 
     def end(self, status: str, error: str | None = None) -> None:
         """End the run; what could not be written so far is written now if the server is back."""
@@ -216,17 +218,19 @@ class StageRun(OpenRun):
     def log_samples(self, name: str, rows: Sequence[Mapping[str, object]], step: int | None) -> None:
         """Append rows to the table `<name>.json`, the step in the first column; those of the same step are replaced.
 
-        MLflow's own `log_table` reads the table back from the server each time, and only appends.
+        MLflow's own `log_table` only appends, and reads the table back from the server each time.
         """
         if not rows:
             return
-        kept = [row for row in self._tables.get(name, []) if row.get("step") != step]
+        if name not in self._tables:
+            files = [{"path": f"{table}.json", "type": "table"} for table in [*self._tables, name]]
+            self.tag({TABLES_TAG: json.dumps(files)})
+        table = [row for row in self._tables.get(name, []) if row.get("step") != step]
         numbered = [{**({} if step is None else {"step": step}), **row} for row in rows]
-        table = [*kept, *({key: _table_cell(value) for key, value in row.items()} for row in numbered)]
+        table += [{key: _table_cell(value) for key, value in row.items()} for row in numbered]
         self._tables[name] = table
         columns = list(dict.fromkeys(key for row in table for key in row))
         self._log_table(name, columns, [[row.get(column) for column in columns] for row in table])
-        self.tag({TABLES_TAG: json.dumps([{"path": f"{table}.json", "type": "table"} for table in self._tables])})
 
     @queued
     def _log_table(self, name: str, columns: list[str], data: list[list[Any]]) -> None:

@@ -1,4 +1,4 @@
-"""Running one stage: its parameters and folders by its signature, its recording, and its checkpoints."""
+"""Runs one stage with the parameters and folders that its signature names, as one recorded run."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from tasks.core import tracking
 from tasks.core.errors import RLHFError, StageError
+from tasks.core.files import flatten
 from tasks.core.params import Params, load_params
 from tasks.core.paths import OFF, artifacts, checkpoints, project_root
 from tasks.runtime import dvc_stages, mlflow_runs
@@ -30,7 +31,7 @@ ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
-    """Changes when the file is edited, whatever the clock says."""
+    """What changes when the file is edited, whatever the clock says."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size, found.st_ino
 
@@ -57,7 +58,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
 
     Args:
         name: the stage in dvc.yaml.
-        why: what made it run, for the record.
+        reasons: what made it run, for the record.
 
     Raises:
         ConfigError: params.yaml is not valid.
@@ -81,7 +82,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
             _run_as_helper_rank(name, lambda out: function(*positional, **folders | {"out": out}), folder)
             return
         artifacts(name).mkdir(parents=True, exist_ok=True)
-        tags = {"rlhf.why": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
+        tags = {"rlhf.reasons": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
         with mlflow_runs.stage_run(name, inputs, _flat_params(function, positional), tags) as recorder:
             with tracking.active(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
@@ -96,7 +97,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
 
 
 def stage_arguments(function: Callable[..., None], name: str, params: Params) -> tuple[list[Any], dict[str, Path]]:
-    """What to call a stage with: positional parameters are sections of params.yaml, keyword-only ones are folders.
+    """The arguments of a stage: positional parameters are sections of params.yaml, keyword-only ones are folders.
 
     `params` is the stage's own section, `out` its own folder; every other name is a section or an upstream stage.
 
@@ -120,15 +121,12 @@ def read_metrics(name: str) -> dict[str, float]:
     path = artifacts(name) / "metrics.json"
     if not path.is_file():
         return {}
-    flat: dict[str, float] = {}
-    for key, value in json.loads(path.read_text(encoding="utf-8")).items():
-        inner = {f"{key}.{part}": number for part, number in value.items()} if isinstance(value, dict) else {key: value}
-        flat |= {part: float(number) for part, number in inner.items() if isinstance(number, int | float)}
-    return flat
+    metrics = flatten(json.loads(path.read_text(encoding="utf-8")))
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
 
 
 def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -> None:
-    """Do a rank's share: what it writes is thrown away, what it says is not recorded."""
+    """Run the stage as a rank that helps rank 0: what it writes is thrown away, and nothing is recorded."""
     with (
         tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out,
         tracking.active(tracking.ActiveRun(name, None, folder)),
@@ -137,7 +135,7 @@ def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -
 
 
 def write_empty_outputs(name: str) -> None:
-    """The outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
+    """Write the outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
     for path in dvc_stages.outputs(name):
         folder = path if not path.suffix else path.parent
         folder.mkdir(parents=True, exist_ok=True)
@@ -161,28 +159,19 @@ def _flat_params(function: Callable[..., None], positional: list[Any]) -> dict[s
     values: dict[str, object] = {}
     for name, value in zip(inspect.signature(function).parameters, positional, strict=False):
         plain = value.model_dump() if hasattr(value, "model_dump") else value
-        values |= _flat(plain, "" if name == "params" else name)
+        values |= flatten(plain, "" if name == "params" else name)
     return values
 
 
-def _flat(value: object, prefix: str) -> dict[str, object]:
-    if not isinstance(value, Mapping):
-        return {prefix: value}
-    flat: dict[str, object] = {}
-    for key, inner in value.items():
-        flat |= _flat(inner, f"{prefix}.{key}" if prefix else str(key))
-    return flat
-
-
-def _check_code_unchanged(name: str, reads: dvc_stages.Inputs) -> None:
-    """The code in memory may be older than the files that DVC has hashed, and would be recorded under their hash."""
-    for path in reads.code:
+def _check_code_unchanged(name: str, inputs: dvc_stages.Inputs) -> None:
+    """Refuse code in memory that is older than the files that DVC has hashed: it would be recorded under their hash."""
+    for path in inputs.code:
         if CODE_STATE_AT_IMPORT.get(path.resolve()) != _file_state(path):
             raise StageError(f"{path} was edited after this run began, so {name} would run its old version: run again")
 
 
 def _check_inputs_unchanged(name: str, before: dvc_stages.Inputs) -> None:
-    """DVC hashes inputs again when the stage is done, and would record these outputs as made from the new ones."""
+    """Refuse inputs that changed meanwhile: DVC would record the outputs as made from the new ones."""
     if dvc_stages.stage_key(name) != before.key:
         raise StageError(
             f"parameters, code or data of {name} changed while it ran, so its outputs belong to neither version and "
