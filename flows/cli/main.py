@@ -172,7 +172,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
 
     pending = dvc_stages.stale_stages()
     if as_json:
-        actions = [("restore" if item.recorded else "run", item) for item in pending]
+        actions = [("restore" if item.in_run_cache else "run", item) for item in pending]
         rows = [{"stage": item.stage, "action": action, "reasons": item.reasons} for action, item in actions]
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -181,7 +181,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
         return
     table = Table("stage", "would", "why")
     for item in pending:
-        table.add_row(item.stage, "be restored" if item.recorded else "run", escape("\n".join(item.reasons)))
+        table.add_row(item.stage, "be restored" if item.in_run_cache else "run", escape("\n".join(item.reasons)))
     print_table(table)
 
 
