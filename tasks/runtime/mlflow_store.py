@@ -22,7 +22,7 @@ __all__ = ["EXPERIMENT_ID_VAR", "is_unavailable", "open_store", "server_command"
 EXPERIMENT = "rlhf"
 
 EXPERIMENT_ID_VAR = "RLHF_EXPERIMENT_ID"
-"""How a flow tells its stages the experiment's id, since the server may be away when they begin."""
+"""The experiment that a flow passes to its stages, since the server may be away when they begin."""
 
 MLFLOW_ENV = {
     "DO_NOT_TRACK": "true",

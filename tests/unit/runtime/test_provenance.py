@@ -80,13 +80,13 @@ def test_parameters_and_prose_may_be_as_they_like(project: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "said"),
+    ("changes", "message"),
     [
         ({"uncommitted": ["tasks/a.py"]}, r"changes that were not committed \(tasks/a.py\)"),
         ({"commit": ""}, "git had no commit"),
         ({"commit": "0" * 40}, "commit 0{40}, which is not here: `git fetch`"),
     ],
 )
-def test_what_cannot_be_made_again_is_refused(project: Path, changes: dict[str, object], said: str) -> None:
-    with pytest.raises(StageError, match=said):
+def test_what_cannot_be_made_again_is_refused(project: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(StageError, match=message):
         reproduce(made(**changes))
