@@ -6,9 +6,9 @@ DVC decides whether a stage runs; Prefect shows what happened to it and why.
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from graphlib import TopologicalSorter
 from http import HTTPStatus
@@ -41,6 +41,9 @@ PREFECT_CONCURRENCY_LOGGER = "prefect._internal.concurrency"
 
 Plan = Mapping[str, tuple[str, ...]]
 """Stage → the stages that it needs."""
+
+Bind = Callable[[str, Execution], tuple[Task[..., State[Outcome]], dict[str, Any]]]
+"""The task of a stage, and its arguments."""
 
 
 @task(cache_policy=NO_CACHE)
@@ -98,22 +101,6 @@ def _hide_slot_errors(record: logging.LogRecord) -> bool:
     return "ConcurrencySlotAcquisition" not in record.getMessage()
 
 
-@dataclass(frozen=True)
-class _TaskOptions:
-    """How each stage's task is called; see `pipeline` for the fields."""
-
-    stages: list[str] | None
-    force: bool
-    pull: bool
-    retries: int
-
-    def task(self, name: str) -> Task[..., State[Outcome]]:
-        return stage.with_options(name=name, task_run_name=name, retries=self.retries)
-
-    def arguments(self, name: str) -> dict[str, Any]:
-        return {"force": self.force and (not self.stages or name in self.stages), "pull": self.pull}
-
-
 @flow(name="rlhf")
 def pipeline(
     stages: list[str] | None = None,
@@ -148,19 +135,19 @@ def pipeline(
     run_id = str(flow_run.id)
     parameters: dict[str, object] = {"stages": stages or "all", "force": force, "pull": pull, "push": push}
     parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}
-    options = _TaskOptions(stages, force, pull, retries)
     outcomes = []
     with project_lock(console.print_run_waiting):
         plan = resolve_plan(stages)
+        bind = partial(_bind, forced=set(stages or plan) if force else set(), pull=pull, retries=retries)
         if pull:
             dvc_repo.check_remote()
             dvc_repo.pull_data()
         with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
             if parallel or timeout:
                 execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
-                results = _run_concurrently(plan, options, execution, parallel or 1)
+                results = _run_concurrently(plan, bind, execution, parallel or 1)
             else:
-                results = _run_sequentially(plan, options, Execution(ranks=ranks))
+                results = _run_sequentially(plan, bind, Execution(ranks=ranks))
             for outcome in results:
                 record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics)
                 outcomes.append(outcome)
@@ -190,6 +177,13 @@ def resolve_plan(stages: list[str] | None) -> Plan:
     return {name: needs[name] for name in needs if name in plan}
 
 
+def _bind(
+    name: str, execution: Execution, *, forced: Container[str], pull: bool, retries: int
+) -> tuple[Task[..., State[Outcome]], dict[str, Any]]:
+    stage_task = stage.with_options(name=name, task_run_name=name, retries=retries)
+    return stage_task, {"name": name, "execution": execution, "force": name in forced, "pull": pull}
+
+
 def _push_outputs(name: str) -> None:
     """Send a stage's results; a remote that does not answer is no reason to stop: all is sent once more at the end."""
     try:
@@ -198,13 +192,14 @@ def _push_outputs(name: str) -> None:
         console.print_push_failed(error)
 
 
-def _run_sequentially(plan: Plan, options: _TaskOptions, execution: Execution) -> Iterator[Outcome]:
+def _run_sequentially(plan: Plan, bind: Bind, execution: Execution) -> Iterator[Outcome]:
     for name in plan:
-        state: State[Any] = options.task(name)(name, execution, **options.arguments(name), return_state=True)
+        stage_task, arguments = bind(name, execution)
+        state: State[Any] = stage_task(**arguments, return_state=True)
         yield state.result()
 
 
-def _run_concurrently(plan: Plan, options: _TaskOptions, execution: Execution, limit: int) -> Iterator[Outcome]:
+def _run_concurrently(plan: Plan, bind: Bind, execution: Execution, limit: int) -> Iterator[Outcome]:
     """Start each stage as soon as what it needs is done; after a failure finish what is running, but start no more.
 
     Prefect's `wait_for` would start other branches after a failure, and waiting tasks would fill its task runner.
@@ -219,8 +214,8 @@ def _run_concurrently(plan: Plan, options: _TaskOptions, execution: Execution, l
         while running or (ready and not failed):
             while ready and free_devices and not failed:
                 name, device = ready.pop(0), free_devices.pop(0)
-                own = replace(execution, device=device)
-                running[options.task(name).submit(name, own, **options.arguments(name))] = name, device
+                stage_task, arguments = bind(name, replace(execution, device=device))
+                running[stage_task.submit(**arguments)] = name, device
             future = next(as_completed(list(running)))
             name, device = running.pop(future)
             free_devices.append(device)

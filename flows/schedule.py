@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import signal
-import socket
 import time
 from collections.abc import Callable
 from datetime import datetime
@@ -43,7 +42,7 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
     signal.signal(signal.SIGINT, _interrupt)
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        running = services.start(_free_port(), _free_port(), log)
+        running = services.start(services.free_port(), services.free_port(), log)
         _set_schedule(running["prefect"].address, [(CronSchedule(cron=cron, timezone=timezone), True)])
         times = next_fire_times(cron, timezone, count=SHOWN_TIMES)
         log(f"next runs: {', '.join(format(time, '%Y-%m-%d %H:%M:%S %Z') for time in times)}")
@@ -100,9 +99,3 @@ def _set_schedule(api: str, schedules: list[tuple[SCHEDULE_TYPES, bool]]) -> Non
             client.delete_deployment_schedule(deployment.id, old.id)
         if schedules:
             client.create_deployment_schedules(deployment.id, schedules)
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind((services.HOST, 0))
-        return int(probe.getsockname()[1])

@@ -36,7 +36,7 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 __all__ = [
-    "DEVICE_LIMIT", "POOL", "Service", "TemporaryServer", "deployment_name", "log_path", "prefect_client",
+    "DEVICE_LIMIT", "POOL", "Service", "TemporaryServer", "deployment_name", "free_port", "log_path", "prefect_client",
     "running_services", "start", "stop", "temporary_server", "use_services",
 ]  # fmt: skip
 
@@ -178,7 +178,7 @@ def _start(name: str, address: str, port: int | None, command: list[str], variab
         process = subprocess.Popen(
             command,
             cwd=project_root(),
-            env=_environment(variables),
+            env=_environment(variables or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -226,14 +226,19 @@ def prefect_client(api: str) -> Iterator[SyncPrefectClient]:
 
 
 def _wait(service: Service, is_ready: Callable[[], bool]) -> None:
+    if not _wait_until_ready(is_ready, lambda: service.process() is not None):
+        ended = "does not answer" if service.process() else "ended while it started"
+        raise StageError(f"{service.name} {ended}: {processes.tail(log_path(service.name))}")
+
+
+def _wait_until_ready(is_ready: Callable[[], bool], is_alive: Callable[[], bool]) -> bool:
+    """Wait until a process that starts is ready; False if it ends, or is not ready in time."""
     deadline = time.monotonic() + START_SECONDS
     while not is_ready():
-        if service.process() is None:
-            raise StageError(f"{service.name} ended while it started: {processes.tail(log_path(service.name))}")
-        if time.monotonic() > deadline:
-            printed = processes.tail(log_path(service.name))
-            raise StageError(f"{service.name} does not answer after {START_SECONDS:.0f} s: {printed}")
+        if not is_alive() or time.monotonic() > deadline:
+            return False
         time.sleep(POLL_SECONDS)
+    return True
 
 
 def _is_healthy(url: str) -> bool:
@@ -242,6 +247,13 @@ def _is_healthy(url: str) -> bool:
             return bool(response.status == 200)
     except (urllib.error.URLError, TimeoutError, ConnectionError):
         return False
+
+
+def free_port() -> int:
+    """A port of loopback on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
 def _port_in_use(port: int) -> bool:
@@ -279,11 +291,12 @@ def log_path(name: str) -> Path:
 # -- a temporary Prefect server --------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True)
 class TemporaryServer:
-    """The server process; `address` is None where a standing server is configured instead."""
+    """The server process; both are None where a standing server is configured instead."""
 
-    def __init__(self, address: str | None, process: subprocess.Popen[bytes] | None) -> None:
-        self.address, self._process = address, process
+    address: str | None = None
+    process: subprocess.Popen[bytes] | None = None
 
     def wait(self) -> None:
         """Return as soon as the server answers.
@@ -291,16 +304,13 @@ class TemporaryServer:
         Raises:
             StageError: it ended, or did not answer in time.
         """
-        if self.address is None or self._process is None:
-            return
-        deadline = time.monotonic() + START_SECONDS
-        while not _is_healthy(f"{self.address}/health"):
-            if self._process.poll() is not None or time.monotonic() > deadline:
-                raise StageError(
-                    "the temporary Prefect server did not start; run `prefect server start` in another terminal to see "
-                    "why, or set PREFECT_API_URL to a server that runs"
-                )
-            time.sleep(POLL_SECONDS)
+        server = self.process
+        health = f"{self.address}/health"
+        if server and not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):
+            raise StageError(
+                "the temporary Prefect server did not start; run `prefect server start` in another terminal to see "
+                "why, or set PREFECT_API_URL to a server that runs"
+            )
 
 
 @contextmanager
@@ -315,11 +325,9 @@ def temporary_server() -> Iterator[TemporaryServer]:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if PREFECT_API_URL.value():
-        yield TemporaryServer(None, None)
+        yield TemporaryServer()
         return
-    with socket.socket() as probe:
-        probe.bind((HOST, 0))
-        port = int(probe.getsockname()[1])
+    port = free_port()
     address = f"http://{HOST}:{port}/api"
     process = processes.spawn(["-m", "flows.services", str(port)])
     assert process.stdin
