@@ -115,17 +115,36 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
 def stop() -> list[str]:
     """End the services and whatever runs they started, by their process ids; the names of those that were running.
 
-    A run that is going on keeps its checkpoint, and the next run goes on from it.
+    A run that is going on is cancelled; it keeps its checkpoint, and the next run goes on from it.
     """
     with _services_lock():
         ended = []
         services = running_services()
+        if "worker" in services and "prefect" in services:
+            _cancel_runs(services["prefect"].address)
         for name in ("worker", "mlflow", "prefect"):  # the worker still reports to the server how its run ended
             if (service := services.get(name)) and (process := service.process()):
                 processes.terminate_tree(process, STOP_SECONDS)
                 ended.append(name)
         _write_state({})
         return ended
+
+
+def _cancel_runs(api: str) -> None:
+    """Let the worker end its runs, which then record that: a worker that is terminated would only kill them."""
+    import httpx
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+    from prefect.states import Cancelling
+
+    states = {"type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}
+    active = FlowRunFilter.model_validate({"state": states})
+    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
+    deadline = time.monotonic() + STOP_SECONDS
+    with contextlib.suppress(httpx.HTTPError), prefect_client(api) as client:
+        for run in client.read_flow_runs(flow_run_filter=active, work_pool_filter=pool):
+            client.set_flow_run_state(run.id, Cancelling())
+        while client.read_flow_runs(flow_run_filter=active, work_pool_filter=pool) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
 
 
 def running_services() -> dict[str, Service]:
