@@ -111,11 +111,6 @@ def retrain(
         flow(pull=pull, push=push, approval_hours=approval_hours)
 
 
-@data.callback()
-def _data() -> None:
-    """Keep `announce` a command of its own name, as the only one of its group."""
-
-
 @data.command()
 def announce() -> None:
     """Announce a new version of data/ to the standing Prefect server, which starts rlhf-retrain/retrain."""
