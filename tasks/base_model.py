@@ -44,6 +44,6 @@ def base_model(params: BaseModelParams, seed: int, artifacts: Artifacts) -> None
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("base_model")

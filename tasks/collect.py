@@ -64,6 +64,6 @@ def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("collect")

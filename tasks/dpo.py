@@ -60,6 +60,6 @@ def _dataset(rows: Sequence[Preference], tokenizer: Any) -> Dataset:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("dpo")

@@ -98,6 +98,6 @@ def _train_on_pairs(
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("gold_judge")

@@ -341,6 +341,6 @@ def _update_rows(
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("grpo")

@@ -59,6 +59,6 @@ def _flatten(scores: Scores) -> dict[str, float | None]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("lm_eval")

@@ -89,6 +89,6 @@ def _snapshot_answers(
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("overoptimisation")

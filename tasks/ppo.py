@@ -96,6 +96,6 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("ppo")

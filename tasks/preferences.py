@@ -148,6 +148,6 @@ def _row(bucket: str, shares: Sequence[float]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("preferences")

@@ -194,6 +194,6 @@ def _drop_summary(cleaned: CleanResult) -> str:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("prepare")

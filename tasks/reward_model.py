@@ -211,6 +211,6 @@ def _ensemble_metrics(data: Objective, scores: Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("reward_model")

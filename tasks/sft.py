@@ -79,6 +79,6 @@ def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("sft")

@@ -13,13 +13,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
-from tasks.core.origin import Finding
 from tasks.core.rows import Prompt, read_rows
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.compare import ScoredResponse
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, vader_scores
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 from tasks.models.loading import init_process, load_policy, load_tokenizer
+from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import EvaluateParams
@@ -116,7 +116,7 @@ def paired_interval(
     return bootstrap_mean(values, samples=samples, seed=seed)
 
 
-def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Finding:
+def noninferiority_rule(metric: str, interval: Interval, margin: float) -> RuleResult:
     """Check that the unfavourable end of the interval is within the margin of the null value."""
     spec = METRICS[metric]
     if spec.more_is_better:
@@ -125,7 +125,7 @@ def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Findi
     else:
         end, side, bound, relation = interval.high, "upper", spec.null_value + margin, "at most"
         passed = end <= bound
-    return Finding(
+    return RuleResult(
         f"{spec.name}, {side} end",
         format(end, spec.value_format),
         f"{relation} {format(bound, spec.margin_format)}",

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import ConfigError
-from tasks.core.origin import Finding
 from tasks.evals.champion import noninferiority_rule
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
+from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
@@ -27,18 +27,18 @@ class Decision:
     """Decision of the gate about a policy."""
 
     policy: str
-    rule_results: tuple[Finding, ...]
+    rule_results: tuple[RuleResult, ...]
 
     @property
     def accepted(self) -> bool:
         """Whether every rule passed."""
-        return all(result.holds for result in self.rule_results)
+        return all(result.passed for result in self.rule_results)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Rules that failed; all rules if the policy is accepted."""
-        shown = [result for result in self.rule_results if self.accepted or not result.holds]
-        return tuple(f"{result.rule}: {result.found}, asked {result.asked}" for result in shown)
+        shown = [result for result in self.rule_results if self.accepted or not result.passed]
+        return tuple(f"{result.rule}: {result.measured}, required {result.required}" for result in shown)
 
 
 def select_candidate(table: Table, params: GateParams) -> str:
@@ -76,13 +76,13 @@ def decide(
     """
     row = table[policy]
     rule_results = [
-        Finding(
+        RuleResult(
             "win rate against SFT, lower end",
             f"{row['win_rate_low']:.1%}",
             f"above {params.min_win_rate:.0%}",
             row["win_rate_low"] > params.min_win_rate,
         ),
-        Finding("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
+        RuleResult("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
         _check_hacking(findings, params.allowed_detectors),
     ]
     if against_champion is not None:
@@ -92,8 +92,8 @@ def decide(
     return Decision(policy, tuple(rule_results))
 
 
-def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> Finding:
+def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> RuleResult:
     detectors = ", ".join(f"{finding.detector} ({finding.phase})" for finding in findings)
     required = f"none but {', '.join(allowed)}" if allowed else "none"
     passed = all(finding.detector in allowed for finding in findings)
-    return Finding("signs of reward hacking", detectors or "none", required, passed)
+    return RuleResult("signs of reward hacking", detectors or "none", required, passed)

@@ -6,12 +6,12 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core.origin import Origin
-from tasks.core.registry import Version
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
 from tasks.evals.report import load_template
 from tasks.evals.report_text import DISPLAY_NAMES
 from tasks.models.export import ExportCheck
+from tasks.runtime.provenance import Provenance
+from tasks.runtime.registry import Version
 
 __all__ = ["ModelCard", "render_model_card"]
 
@@ -38,7 +38,7 @@ class ModelCard:
     """
 
     version: Version
-    origin: Origin
+    origin: Provenance
     exported: ExportCheck
     adapter: bool
 
@@ -55,9 +55,9 @@ def render_model_card(card: ModelCard) -> str:
         licence=_licence(origin),
         name=DISPLAY_NAMES[policy],
         method=method,
-        reference=origin.figures[REFERENCE],
-        row=origin.figures[policy],
-        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.figures[policy]}).items()},
+        reference=origin.metrics[REFERENCE],
+        row=origin.metrics[policy],
+        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.metrics[policy]}).items()},
         parameters=[
             line
             for section in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed")
@@ -81,12 +81,12 @@ def _front_matter(card: ModelCard) -> list[str]:
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
 
 
-def _licence(origin: Origin) -> str:
+def _licence(origin: Provenance) -> str:
     """Licence of the base model in the hub's spelling."""
     return str(origin.base_model.get("licence") or "unknown").lower()
 
 
-def _flatten(section: str, origin: Origin) -> list[tuple[str, str]]:
+def _flatten(section: str, origin: Provenance) -> list[tuple[str, str]]:
     value = origin.parameters[section]
     items = value.items() if isinstance(value, dict) else [(None, value)]
     return [(f"{section}.{key}" if key else section, json.dumps(inner, ensure_ascii=False)) for key, inner in items]

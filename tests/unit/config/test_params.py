@@ -14,8 +14,8 @@ from tasks.config.base import Section
 from tasks.config.params import RENAMED, Params, load_params, load_preset, parse_override, write_overrides
 from tasks.config.rules import RULE_OPTIONS, CodeRule
 from tasks.core.errors import ConfigError
-from tasks.core.stage import stage_arguments
 from tasks.rl.hacking import DETECTORS
+from tasks.runtime.stage_runner import stage_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))

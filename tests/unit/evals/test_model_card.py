@@ -8,10 +8,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tasks.core.origin import Origin
-from tasks.core.registry import Version
 from tasks.evals.model_card import METHODS, ModelCard, render_model_card
 from tasks.models.export import ExportCheck
+from tasks.runtime.provenance import Origin
+from tasks.runtime.registry import Version
 
 ROW = {
     "n": 208, "reward_proxy": 0.9, "reward_gold": 1.2, "kl": 3.335, "kl_stderr": 0.165, "length": 7.0,
