@@ -22,14 +22,14 @@ ROOT = Path(__file__).resolve().parents[1]
 
 BARE_STAGES = """
 import importlib, os
-from tasks.core import versioning
+from tasks.runtime import dvc_stages
 from tasks.config.params import load_params
 from tasks.core.paths import Artifacts, project_root, stage_dir
-from tasks.runtime.stage_runner import stage_arguments, write_nothing
+from tasks.runtime.stage_runner import stage_arguments, write_empty_outputs
 params = load_params(project_root() / "params.yaml")
-for name, upstream in versioning.graph().items():
+for name, upstream in dvc_stages.graph().items():
     if getattr(params, name) is None:
-        write_nothing(name)
+        write_empty_outputs(name)
         continue
     function = getattr(importlib.import_module(f"tasks.{name}"), name)
     artifacts = Artifacts(out=stage_dir(name), **{stage: stage_dir(stage) for stage in upstream})

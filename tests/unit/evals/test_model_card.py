@@ -47,7 +47,7 @@ def card(*, adapter: bool = False, policy: str = "ppo", without: tuple[str, ...]
         "reasons": "it is good",
         "promoted.by": "ann",
         "promoted.at": "noon",
-        "promoted.why": "",
+        "promoted.reason": "",
     }
     version = Version(4, policy, {}, known | tags, ("champion",), WHEN)
     whole = origin()
@@ -108,10 +108,10 @@ def test_data_with_licences_and_no_broken_table() -> None:
 def test_the_decision_and_who_made_it() -> None:
     assert "The gate accepted it: it is good." in card()
     assert "Promoted by ann at noon." in card()
-    text = card(**{"accepted": "False", "promoted.why": "we need one"})
+    text = card(**{"accepted": "False", "promoted.reason": "we need one"})
     assert "The gate refused it: it is good." in text
     assert "Promoted by ann at noon: we need one." in text
-    withdrawn = card(**{"withdrawn.by": "bob", "withdrawn.at": "two", "withdrawn.why": "it swears"})
+    withdrawn = card(**{"withdrawn.by": "bob", "withdrawn.at": "two", "withdrawn.reason": "it swears"})
     assert "Withdrawn: bob rolled it back at two: it swears." in withdrawn
 
 

@@ -14,7 +14,7 @@ import pytest
 from sqlalchemy import create_engine, insert
 from typer.testing import CliRunner
 
-from flows import cli_labels, screen
+from flows.cli import console, labels
 from tasks.config.data import SourceParams
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, read_rows, write_rows
@@ -49,16 +49,16 @@ def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(cli_labels, "enter", lambda: tmp_path)
-    monkeypatch.setattr(cli_labels, "enter_served", lambda: tmp_path)
-    monkeypatch.setattr(cli_labels, "_trigger_retrain", lambda: screen.console.print("it would be announced"))
+    monkeypatch.setattr(labels, "enter", lambda: tmp_path)
+    monkeypatch.setattr(labels, "enter_served", lambda: tmp_path)
+    monkeypatch.setattr(labels, "_trigger_retrain", lambda: console.console.print("it would be announced"))
     return tmp_path
 
 
 @pytest.fixture
 def rlhf(project: Path) -> Run:
     def run(*words: str) -> str:
-        done = CliRunner().invoke(cli_labels.commands, list(words), env={"COLUMNS": "200"})
+        done = CliRunner().invoke(labels.app, list(words), env={"COLUMNS": "200"})
         if done.exception and not isinstance(done.exception, SystemExit):
             raise done.exception
         assert done.exit_code == 0, done.output
@@ -254,6 +254,6 @@ def test_without_a_server_the_announcement_says_so(
     monkeypatch.chdir(ROOT)
     if "PREFECT_API_URL" in os.environ:
         pytest.skip("a server is configured here")
-    cli_labels._trigger_retrain()
+    labels._trigger_retrain()
     output = capsys.readouterr().out
     assert output.startswith("not announced: no Prefect server that could start a run")
