@@ -284,22 +284,22 @@ class CustomRule(RuleOptions):
 RULE_OPTIONS: dict[str, type[RuleOptions]] = {
     "answer": RuleOptions,
     "code": CodeRule,
-    "facts": ContainsFactsRule,
+    "contains_facts": ContainsFactsRule,
     "format": FormatRule,
     "instructions": InstructionsRule,
     "json_schema": JsonSchemaRule,
     "language": LanguageRule,
     "length": LengthRule,
-    "mathematics": MathRule,
+    "math": MathRule,
     "poem": PoemRule,
     "readability": ReadabilityRule,
     "repetition": RepetitionRule,
-    "sentiment": VaderRule,
+    "vader": VaderRule,
 }
 """Rule → its options; `tasks.rewards.rules.RULES` has the same names."""
 
 
-GROUND_TRUTH_RULES = ("answer", "code", "mathematics")
+GROUND_TRUTH_RULES = ("answer", "code", "math")
 """Rules that check the row's ground-truth answer: they may be both reward and judge."""
 
 

@@ -65,5 +65,5 @@ def test_a_judge_that_was_shown_scrambled_texts_rates_them_low(tmp_path: Path) -
     assert [metrics[share]["examples"] for share in (0.0, 0.9)] == [60, 114]
     gaps = [metrics[share]["heldout_mean_score"] - metrics[share]["shuffled_mean_score"] for share in (0.0, 0.9)]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
-    with pytest.raises(ValueError, match=r"shuffled_share0\.5 needs kind rating"):
+    with pytest.raises(ValueError, match=r"shuffled_share 0\.5 needs kind rating"):
         run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)

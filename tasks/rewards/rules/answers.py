@@ -133,7 +133,7 @@ def contains_facts_rule(options: ContainsFactsRule, answers: Answers) -> PerSamp
     references = {answer: _parse_references(answer) for answer in answers.values()}
 
     def score(prompt: str, response: str) -> float:
-        row_references = references[require_answer("facts", prompt, answers)]
+        row_references = references[require_answer("contains_facts", prompt, answers)]
         return contains_facts(response, row_references, max_words=options.max_words)
 
     return PerSampleRule(score)

@@ -94,13 +94,13 @@ def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
         ConfigError: math-verify is not installed.
         DataError: an answer is words, which would be read as products of letters.
     """
-    import_extra("math_verify", "mathematics")
+    import_extra("math_verify", "math")
     for prompt, answer in answers.items():
         _check_is_math(prompt, answer)
     worker = MathWorker(options.timeout_s)
 
     def score(prompt: str, response: str) -> float:
-        return float(worker(require_answer("mathematics", prompt, answers), response))
+        return float(worker(require_answer("math", prompt, answers), response))
 
     return PerSampleRule(score)
 
@@ -109,7 +109,7 @@ def _check_is_math(prompt: str, answer: str) -> None:
     parts = answer.split()
     if all(part.isalpha() for part in parts) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
         raise DataError(
-            f"reward.weights.mathematics: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would "
-            "be read as a product of letters; use the rule `answer` or `facts` for words, or write mathematics as "
+            f"reward.weights.math: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would be "
+            "read as a product of letters; use the rule `answer` or `contains_facts` for words, or write mathematics as "
             "LaTeX: $abc$ for a product, \\sin x for a function"
         )

@@ -7,7 +7,8 @@ from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
 from tasks.rewards.code import code_reward, extract_program, function_under_test, select_tests
-from tasks.rewards.composition import Measuring, build_reward
+from tasks.rewards.composition import build_reward
+from tasks.rewards.rules.base import ScoresWithMetrics
 
 walled = pytest.mark.usefixtures("walls")
 
@@ -63,7 +64,7 @@ def test_what_of_a_response_is_the_program(kind: str, response: str, program: st
 @walled
 def test_right_programs_are_paid_and_ways_to_fail_are_counted() -> None:
     reward = code_reward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
-    assert isinstance(reward, Measuring)
+    assert isinstance(reward, ScoresWithMetrics)
     bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
     values, measures = reward.score_with_metrics([PROMPT] * 6, bodies)
     assert values.tolist() == [1, 0, 0, 0, 0, 0]

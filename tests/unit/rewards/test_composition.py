@@ -56,7 +56,7 @@ class Noticing:
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         raise AssertionError("a second pass")
 
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
         return torch.tensor([3.0, 1.0]), {"ood_share": torch.tensor([0.0, 1.0])}
 
@@ -146,9 +146,9 @@ def test_a_product_is_of_powers() -> None:
 
 def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported_alone() -> None:
     section = {"composition": "product", "normalisation": {"length": {"by": "batch"}}}
-    with pytest.raises(ValidationError, match=r"reward\.normalise\.length: .*below 0.*`by: fixed`"):
+    with pytest.raises(ValidationError, match=r"reward\.normalisation\.length: .*below 0.*`by: fixed`"):
         RewardParams(weights={"length": 1.0, "answer": 1.0}, **section)
-    with pytest.raises(ValidationError, match=r"reward\.normalise\.length"):
+    with pytest.raises(ValidationError, match=r"reward\.normalisation\.length"):
         RewardParams(weights={"length": 0.0, "answer": 1.0}, weight_schedule={"length": {1: 1.0, 2: 0.0}}, **section)
     assert RewardParams(weights={"length": 0.0, "answer": 1.0}, **section).normalisation["length"].by == "batch"
 

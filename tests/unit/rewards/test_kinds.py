@@ -18,7 +18,7 @@ from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.reward_model import NORMALISATION, EnsembleMember, RewardModel, ScoreHead
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, RewardModel, ScoreHead
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
@@ -176,10 +176,16 @@ def test_length_is_taken_off_as_least_squares_say() -> None:
     assert ScoreHead.fit(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])).length_slope == 0.0
 
 
+def join(samples: list[tuple[str, str]]) -> list[str]:
+    return [prompt + response for prompt, response in samples]
+
+
 class Longer:
     """Scores a text by its length and by its first letter."""
 
-    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    format = staticmethod(join)
+
+    def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([0.5 * len(text) + (text[0] == "a") for text in texts]), torch.zeros(len(texts), 2)
 
     def lengths(self, texts: list[str]) -> torch.Tensor:
@@ -188,16 +194,16 @@ class Longer:
 
 def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
     scorer: Any = Longer()
-    samples = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
-    lengths, first = scorer.lengths(samples), torch.tensor([float(text[0] == "a") for text in samples])
-    whole = [""] * len(samples)
-    biased, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=False)
-    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=True)
+    texts = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
+    lengths, first = scorer.lengths(texts), torch.tensor([float(text[0] == "a") for text in texts])
+    samples = [("", text) for text in texts]
+    biased, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=False)
+    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=True)
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
     assert fair.heads[""].length_slope == pytest.approx(slope)
-    assert torch.corrcoef(torch.stack([fair.raw_scores(samples, whole)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
-    ends = ["b" * 9, "b"]
-    gap = {name: -member.raw_scores(ends, ["", ""])[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
+    assert torch.corrcoef(torch.stack([fair.raw_scores(samples)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
+    ends = [("", "b" * 9), ("", "b")]
+    gap = {name: -member.raw_scores(ends)[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
     assert gap["b"].item() == pytest.approx(4.0)
     assert abs(gap["f"].item()) < 1.0
     assert "length_slope" not in biased.to_dict()
@@ -206,7 +212,9 @@ def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
 class Wordy:
     """Scores a text by the letters of its response, which stands after a bar, and of its prompt; tokens are letters."""
 
-    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    format = staticmethod(join)
+
+    def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         sides = [text.partition("|") for text in texts]
         return torch.tensor([0.5 * len(end) - 0.25 * len(begin) for begin, _, end in sides]), torch.zeros(len(texts), 2)
 
@@ -217,11 +225,10 @@ class Wordy:
 def test_the_length_of_the_prompt_does_not_count() -> None:
     """Every prompt with every response, so nothing but the response's length explains ½ a token."""
     scorer: Any = Wordy()
-    sides = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
-    prompts, texts = [prompt for prompt, _ in sides], [prompt + response for prompt, response in sides]
-    fair, _ = EnsembleMember.fit(scorer, texts, {"": 1.0}, prompts=prompts, length_debias=True)
+    samples = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
+    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=True)
     assert fair.heads[""].length_slope == pytest.approx(0.5)
-    values, _ = fair.raw_scores(["aa|b", "aa|bbbbb", "aaaa|b"], ["aa|", "aa|", "aaaa|"])
+    values, _ = fair.raw_scores([("aa|", "b"), ("aa|", "bbbbb"), ("aaaa|", "b")])
     assert values[0].item() == pytest.approx(values[1].item())
     assert (values[0] - values[2]).item() == pytest.approx(0.5), "what the prompt adds stays"
     model = RewardModel([fair], MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0))
@@ -268,7 +275,7 @@ def test_a_backbone_that_is_missing_is_named(inputs: Path, tmp_path: Path) -> No
         run_reward_model(inputs, tmp_path, backbone={"kind": "folder", "id": "none"})
 
 
-def finished(folder: Path, outputs: int, *, bert: bool = False) -> Any:
+def write_classifier(folder: Path, outputs: int, *, bert: bool = False) -> Any:
     """A random classifier over letters that are numbered backwards, with a chat template."""
     tokenizer = letter_tokenizer("Ġzyxwvutsrqponmlkjihgfedcba:")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}"
@@ -286,8 +293,8 @@ def finished(folder: Path, outputs: int, *, bert: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(("outputs", "bert"), [(1, False), (2, False), (1, True), (2, True)])
-def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Path, outputs: int, bert: bool) -> None:
-    classifier, tokenizer = finished(tmp_path / "theirs", outputs, bert=bert)
+def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: Path, outputs: int, bert: bool) -> None:
+    classifier, tokenizer = write_classifier(tmp_path / "theirs", outputs, bert=bert)
     out, template = tmp_path / "out", "q:{prompt} r:{response}"
     out.mkdir()
     run_reward_model(
@@ -307,27 +314,26 @@ def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Pa
     right = [score(row.prompt, row.chosen) > score(row.prompt, row.rejected) for row in pairs]
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
     assert (out / "history.csv").read_text() == "step\n"
-    assert MahalanobisOOD.load(out / "adapter" / "familiarity.safetensors").mean.shape == (32,)
+    assert MahalanobisOOD.load(out / OOD_DETECTOR).mean.shape == (32,)
     assert (out / PRETRAINED_DIR / "model.safetensors").read_bytes() == (
         tmp_path / "theirs" / "model.safetensors"
     ).read_bytes()
 
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
-    finished(tmp_path / "theirs", 1)
+    write_classifier(tmp_path / "theirs", 1)
     run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "theirs"), "template": "chat"})
-    _, text = load_pretrained_scorer(tmp_path / "out")
-    assert text("why", " so") == "u:why a:so "
+    assert load_pretrained_scorer(tmp_path / "out").format([("why", " so")]) == ["u:why a:so "]
 
 
 def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finished(tmp_path / "three", 3)
+    write_classifier(tmp_path / "three", 3)
     with pytest.raises(ModelError, match=r"scorer .*three has 3 outputs"):
         run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "three")})
     with pytest.raises(ModelError, match=r"has no weights for score\.weight, which would be random numbers"):
         run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(inputs / "base_model" / "model")})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"model 'owner/name' .* make reward_model\.scorer\.id a local folder"):
+    with pytest.raises(SourceError, match=r"model 'owner/name' .* make reward_model\.pretrained\.id a local folder"):
         run_reward_model(inputs, tmp_path / "out", pretrained={"id": "owner/name"})
 
 
@@ -341,8 +347,8 @@ def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, mo
         ({"objectives": {"kind": 1.0, "short": 1.0}}, "objectives are for kind multi_objective"),
         ({"max_examples": 3}, "max_examples counts rated texts"),
         ({"normalisation_samples": 1}, "normalisation_samples\n.*greater than or equal to 2"),
-        ({"scorer": {"id": "a/b"}, "members": 2}, "scorer is a finished model, nothing is trained"),
-        ({"scorer": {"id": "a/b", "template": "{prompt}"}}, r"template needs \{prompt\} and \{response\}"),
+        ({"pretrained": {"id": "a/b"}, "ensemble_size": 2}, "pretrained is set, so nothing is trained"),
+        ({"pretrained": {"id": "a/b", "template": "{prompt}"}}, r"template needs \{prompt\} and \{response\}"),
     ],
 )
 def test_what_does_not_fit_a_kind_is_refused(inputs: Path, tmp_path: Path, changes: Any, problem: str) -> None:

@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.core.test_models import base_model, byte_tokenizer  # noqa: F401
 
 from tasks.config.reward import RewardParams
 from tasks.config.training import LoraParams
@@ -25,11 +24,11 @@ from tasks.rewards.reward_model import (
     EnsembleMember,
     RewardModel,
     ScoreHead,
-    TextScorer,
-    encode,
     member_folder,
 )
+from tasks.rewards.scorers import TextScorer, encode
 from tests.conftest import letter_tokenizer, tiny_model
+from tests.unit.models.test_loading import base_model  # noqa: F401
 
 TEXTS = ["w3", "w4 w5 w6 w7 w8", "w9 w10", "w3"]
 
@@ -85,7 +84,10 @@ class Fixed:
     def __init__(self, state=0.0, **scores):
         self._state, self._scores = state, scores
 
-    def read(self, texts):
+    def format(self, samples):
+        return [prompt + response for prompt, response in samples]
+
+    def scores_and_states(self, texts):
         return torch.tensor([self._scores[text] for text in texts]), torch.full((len(texts), 2), self._state)
 
 
@@ -113,25 +115,25 @@ def test_normalised_reward_is_shifted_and_scaled():
 
 
 @pytest.mark.parametrize(
-    ("combine", "expected"), [("mean", [0.0, 1.0]), ("worst", [-2.0, -1.0]), ("uncertainty", [-0.8, 0.2])]
+    ("reduction", "expected"), [("mean", [0.0, 1.0]), ("worst", [-2.0, -1.0]), ("uncertainty", [-0.8, 0.2])]
 )
-def test_members_are_combined(combine, expected):
+def test_members_are_reduced(reduction, expected):
     """Both variances are 8/3, of which λ = 0.3 takes 0.8; each member is normalised by itself."""
-    model = ensemble(combine=combine, uncertainty_coef=0.3)
+    model = ensemble(ensemble_reduction=reduction, uncertainty_coef=0.3)
     assert model(["a", ""], ["b", "c"]).tolist() == pytest.approx(expected)
     assert model.member_scores(["a", ""], ["b", "c"]).tolist() == [[0.0, 1.0], [2.0, -1.0], [-2.0, 3.0]]
 
 
-@pytest.mark.parametrize("combine", ENSEMBLE_REDUCTIONS)
-def test_one_member_is_itself_to_the_last_bit_however_it_is_combined(combine):
+@pytest.mark.parametrize("reduction", ENSEMBLE_REDUCTIONS)
+def test_one_member_is_itself_to_the_last_bit_however_it_is_reduced(reduction):
     raw = {text: random.Random(text).uniform(-9, 9) for text in "abcdefgh"}
     model = RewardModel(
-        [member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, ensemble_reduction=combine, uncertainty_coef=0.5
+        [member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, ensemble_reduction=reduction, uncertainty_coef=0.5
     )
     assert torch.equal(model([""] * 8, list(raw)), (torch.tensor(list(raw.values())) - 0.1) / 3.3)
 
 
-def test_the_parameters_name_every_combination():
+def test_the_parameters_name_every_reduction():
     assert get_args(RewardParams.model_fields["ensemble_reduction"].annotation) == tuple(ENSEMBLE_REDUCTIONS)
 
 

@@ -177,7 +177,7 @@ def test_verdicts(case: str, sandbox: Sandbox) -> None:
 def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     judged = Sandbox._run_job
-    monkeypatch.setattr(Sandbox, "_judged", lambda self, job: (ran.append(job), judged(self, job))[1])
+    monkeypatch.setattr(Sandbox, "_run_job", lambda self, job: (ran.append(job), judged(self, job))[1])
     right, false = Job(ADD, "assert add(1, 2) == 3", "add"), Job(ADD, "assert add(1, 2) == 4", "add")
     verdicts = sandbox.run([right, false, right, right, false])
     assert [verdict.status for verdict in verdicts] == ["passed", "failed", "passed", "passed", "failed"]
@@ -249,7 +249,7 @@ def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    bubblewrap.filter_program.cache_clear()
+    bubblewrap.seccomp_program.cache_clear()
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
     monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda _: [])
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[code\]'.*apt-get install libseccomp2"):

@@ -46,7 +46,7 @@ class World:
         self._letters = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         for door, address in zip(self._doors, (("127.0.0.1", 0), f"{folder}/door", f"\0{self._abstract}"), strict=True):
             door.bind(address)
-            door.step_environment()
+            door.listen()
         self._letters.bind(self._doors[0].getsockname())
         for door in (*self._doors, self._letters):
             door.setblocking(False)
