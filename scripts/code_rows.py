@@ -78,8 +78,8 @@ def main() -> None:
     wrong = []
     for held_out in (False, True):
         options = CodeRule(program="completion", held_out=held_out)
-        verdicts = code_reward(options, {row["prompt"]: row["answer"] for row in made}).verdicts(prompts, responses)
-        wrong += [row["id"] for row, verdict in zip(made, verdicts, strict=True) if verdict.status != "passed"]
+        results = code_reward(options, {row["prompt"]: row["answer"] for row in made}).results(prompts, responses)
+        wrong += [row["id"] for row, result in zip(made, results, strict=True) if result.status != "passed"]
     if wrong:
         sys.exit(f"these demonstrations do not pass their own tests: {', '.join(wrong)}")
     FILE.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8", newline="\n")

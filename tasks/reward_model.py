@@ -35,11 +35,7 @@ __all__ = ["reward_model"]
 
 
 def reward_model(
-    params: RewardModelParams,
-    lora: LoraParams,
-    generation: GenerationParams,
-    seed: int,
-    artifacts: Artifacts,
+    params: RewardModelParams, lora: LoraParams, generation: GenerationParams, seed: int, artifacts: Artifacts
 ) -> None:
     """Train a reward model, or load a pretrained one; normalise and evaluate it.
 

@@ -13,13 +13,7 @@ from tasks.config.custom import did_you_mean
 from tasks.config.rules import RULE_OPTIONS, Rule
 from tasks.config.training import ENVIRONMENT
 
-__all__ = [
-    "EXTERNAL_COMPONENTS",
-    "LEARNED",
-    "Normaliser",
-    "Priority",
-    "RewardParams",
-]
+__all__ = ["EXTERNAL_COMPONENTS", "LEARNED", "Normaliser", "Priority", "RewardParams"]
 
 LEARNED = "learned"
 """The component that the trained reward model computes."""

@@ -17,8 +17,7 @@ from torch import Tensor
 
 from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
-from tasks.rewards.sandbox.sandbox import Job, Sandbox
-from tasks.rewards.sandbox.verdict import SandboxResult, Status
+from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
 
 __all__ = ["CodeReward", "code_reward", "extract_program", "function_under_test", "select_tests"]
 
@@ -48,7 +47,7 @@ class CodeReward:
 
     Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
-    the function returned. The verdict itself is out of the program's reach. Against that: tests with many values that
+    the function returned. The result itself is out of the program's reach. Against that: tests with many values that
     the prompt does not show, `held_out` tests at evaluation, a second component for length (a table of cases is long),
     and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy probes the sandbox.
     """
@@ -67,18 +66,14 @@ class CodeReward:
         Raises:
             DataError: a prompt has no tests, or tests that cannot judge any program.
         """
-        verdicts = self.verdicts(prompts, responses)
-        failures = {
-            f"failures/{status}": torch.tensor([float(verdict.status is status) for verdict in verdicts])
-            for status in Status
-            if status is not Status.PASSED
-        }
-        return torch.tensor([float(verdict.status is Status.PASSED) for verdict in verdicts]), failures
+        results = self.results(prompts, responses)
+        shares = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
+        passed = shares.pop(Status.PASSED)
+        return passed, {f"failures/{status}": values for status, values in shares.items()}
 
-    def verdicts(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
+    def results(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
         """Results of all responses [B], with reasons."""
-        pairs = zip(prompts, responses, strict=True)
-        jobs = [self._job(prompt, response) for prompt, response in pairs]
+        jobs = [self._job(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         found = iter(self._sandbox.run([job for job in jobs if job is not None]))
         return [_NO_PROGRAM if job is None else next(found) for job in jobs]
 

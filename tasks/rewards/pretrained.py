@@ -18,13 +18,7 @@ from tasks.models.loading import ADAPTER_DIR, device, dtype
 from tasks.models.onednn_linear import freeze_for_onednn
 from tasks.rewards.scorers import Formatter, PretrainedScorer
 
-__all__ = [
-    "CARD",
-    "PRETRAINED_DIR",
-    "fetch_backbone",
-    "fetch_pretrained_scorer",
-    "load_pretrained_scorer",
-]
+__all__ = ["CARD", "PRETRAINED_DIR", "fetch_backbone", "fetch_pretrained_scorer", "load_pretrained_scorer"]
 
 BACKBONE = f"{ADAPTER_DIR}/backbone"
 PRETRAINED_DIR = f"{ADAPTER_DIR}/scorer"
@@ -46,11 +40,7 @@ def load_pretrained_scorer(reward_model: Path) -> PretrainedScorer:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     formatter = _chat_formatter(tokenizer) if card["chat"] else _template_formatter(card["template"])
     return PretrainedScorer(
-        model,
-        tokenizer,
-        max_length=card["max_length"],
-        add_special_tokens=not card["chat"],
-        formatter=formatter,
+        model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"], formatter=formatter
     )
 
 

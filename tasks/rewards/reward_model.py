@@ -85,7 +85,7 @@ class ScoreHead:
         if len(raw) < 2 or residuals.std() < MIN_SPREAD:
             raise TrainingError(
                 f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
-                "raise reward_model.normalisation_samples or learning_rate, or choose another scorer"
+                "raise reward_model.normalisation_samples or learning_rate, or choose another reward_model.pretrained"
             )
         return cls(residuals.mean().item(), residuals.std().item(), slope, weight)
 
@@ -93,12 +93,8 @@ class ScoreHead:
         """Raw values [N] less the effect of their length."""
         return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
 
-    def normalise(self, debiased: Tensor) -> Tensor:
-        """(x − μ) / σ."""
-        return (debiased - self.mean) / self.std
-
     def to_dict(self) -> dict[str, float]:
-        """As normalisation.json says it."""
+        """Its part of normalisation.json."""
         slope = {"length_slope": self.length_slope} if self.length_slope else {}
         return {"mean": self.mean, "std": self.std, **slope}
 
@@ -117,7 +113,7 @@ class EnsembleMember:
         """Fit the normalisation of the heads on these responses of the SFT policy; also return the states."""
         raw, states = scorer.scores_and_states(scorer.format(samples))
         lengths = _response_lengths(scorer, samples) if length_debias else None
-        columns = zip(weights.items(), _columns(raw), strict=True)
+        columns = zip(weights.items(), raw.reshape(len(raw), -1).unbind(1), strict=True)
         heads = {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}
         return cls(scorer, heads), states
 
@@ -125,18 +121,18 @@ class EnsembleMember:
         """Raw values [N, K] of the heads, debiased for length, and their input states [N, d]."""
         raw, states = self.scorer.scores_and_states(self.scorer.format(samples))
         lengths = _response_lengths(self.scorer, samples) if self._has_length_slope else None
-        columns = zip(self.heads.values(), _columns(raw), strict=True)
+        columns = zip(self.heads.values(), raw.reshape(len(raw), -1).unbind(1), strict=True)
         return torch.stack([head.debias(values, lengths) for head, values in columns], dim=1), states
 
     def normalise(self, values: Tensor) -> Tensor:
-        """[N, K] of `raw_scores` → [N, K], in standard deviations of each head's values on SFT responses."""
+        """[N, K] of `raw_scores` → (x − μ) / σ, [N, K]: in standard deviations of each head over SFT responses."""
         columns = zip(self.heads.values(), values.unbind(1), strict=True)
-        return torch.stack([head.normalise(head_values) for head, head_values in columns], dim=1)
+        return torch.stack([(column - head.mean) / head.std for head, column in columns], dim=1)
 
     def score(self, normalised: Tensor) -> Tensor:
         """[N, K] → [N], Σ weight · head."""
         columns = zip(self.heads.values(), normalised.unbind(1), strict=True)
-        return reduce(add, (head.weight * head_values for head, head_values in columns))
+        return reduce(add, (head.weight * column for head, column in columns))
 
     def normalisation_metrics(self) -> dict[str, float]:
         """Mean and standard deviation of each head's raw value, and the length slope where it was removed."""
@@ -166,7 +162,7 @@ class EnsembleMember:
         return values[:, 0] if len(self.heads) == 1 else self.score(self.normalise(values))
 
     def to_dict(self) -> dict[str, object]:
-        """As normalisation.json says it."""
+        """Content of normalisation.json."""
         if "" in self.heads:
             return dict(self.heads[""].to_dict())
         return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
@@ -181,10 +177,6 @@ def _response_lengths(scorer: TextScorer, samples: Sequence[PromptResponse]) -> 
     return scorer.lengths(scorer.format(samples)) - scorer.lengths(prompts) + scorer.lengths([""])
 
 
-def _columns(raw: Tensor) -> tuple[Tensor, ...]:
-    return (raw,) if raw.dim() == 1 else raw.unbind(1)
-
-
 def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
     """Read what `EnsembleMember.to_dict` wrote."""
     alone = {name: value for name, value in normalisation.items() if name != "max_length"}
@@ -192,28 +184,21 @@ def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
     return {name: ScoreHead(**row) for name, row in rows.items()}
 
 
+@dataclass(frozen=True)
 class RewardModel:
-    """One model, or an ensemble whose members differ in their seed alone, on one backbone."""
+    """One model, or an ensemble whose members differ in their seed alone, on one backbone.
 
-    def __init__(
-        self,
-        members: Sequence[EnsembleMember],
-        ood_detector: MahalanobisOOD,
-        *,
-        ensemble_reduction: str = "mean",
-        uncertainty_coef: float = 0.0,
-    ) -> None:
-        """Combine the members into one reward.
+    Attributes:
+        members: one, or several.
+        ood_detector: of the first member's states.
+        ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
+        uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
+    """
 
-        Args:
-            ood_detector: of the first member's states.
-            ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
-            uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
-        """
-        self._members = members
-        self._ood_detector = ood_detector
-        self._reduce = ENSEMBLE_REDUCTIONS[ensemble_reduction]
-        self._uncertainty_coef = uncertainty_coef
+    members: Sequence[EnsembleMember]
+    ood_detector: MahalanobisOOD
+    ensemble_reduction: str = "mean"
+    uncertainty_coef: float = 0.0
 
     @classmethod
     def load(
@@ -236,7 +221,7 @@ class RewardModel:
             members = [EnsembleMember(load_pretrained_scorer(reward_model), heads)]
         else:
             members = _trained_members(base_model, sft, reward_model)
-        return cls(members, ood_detector, ensemble_reduction=ensemble_reduction, uncertainty_coef=uncertainty_coef)
+        return cls(members, ood_detector, ensemble_reduction, uncertainty_coef)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: the members' scores, reduced."""
@@ -244,28 +229,35 @@ class RewardModel:
 
     def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
-        samples = list(zip(prompts, responses, strict=True))
-        return torch.stack([member.score(member.normalise(member.raw_scores(samples)[0])) for member in self._members])
+        return self._scores(self._outputs(prompts, responses)[0])
 
     def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B], and metrics of the same forward pass.
 
-        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there
-        are several objectives, is the members' mean of that head; `disagreement` [B], where there are several members,
-        their standard deviation.
+        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there are several
+        objectives, is the members' mean of that head; `disagreement` [B], where there are several members, their
+        standard deviation.
         """
-        samples = list(zip(prompts, responses, strict=True))
-        outputs = [member.raw_scores(samples) for member in self._members]
-        heads = [member.normalise(values) for member, (values, _) in zip(self._members, outputs, strict=True)]
-        scores = torch.stack([member.score(values) for member, values in zip(self._members, heads, strict=True)])
-        metrics = {"ood_share": self._ood_detector.is_ood(outputs[0][1])}
-        if len(self._members[0].heads) > 1:
+        heads, states = self._outputs(prompts, responses)
+        scores = self._scores(heads)
+        metrics = {"ood_share": self.ood_detector.is_ood(states)}
+        names = list(self.members[0].heads)
+        if len(names) > 1:
             columns = torch.stack(heads).mean(0).unbind(1)
-            names = [f"objective/{name}" for name in self._members[0].heads]
-            metrics |= dict(zip(names, columns, strict=True))
-        if len(outputs) > 1:
+            metrics |= {f"objective/{name}": values for name, values in zip(names, columns, strict=True)}
+        if len(scores) > 1:
             metrics["disagreement"] = scores.std(0, correction=0)
-        return self._reduce(scores, self._uncertainty_coef), metrics
+        return ENSEMBLE_REDUCTIONS[self.ensemble_reduction](scores, self.uncertainty_coef), metrics
+
+    def _outputs(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[Tensor], Tensor]:
+        """Normalised heads of each member, K × [B, heads], and the first member's states."""
+        samples = list(zip(prompts, responses, strict=True))
+        outputs = [member.raw_scores(samples) for member in self.members]
+        heads = [member.normalise(values) for member, (values, _) in zip(self.members, outputs, strict=True)]
+        return heads, outputs[0][1]
+
+    def _scores(self, heads: Sequence[Tensor]) -> Tensor:
+        return torch.stack([member.score(values) for member, values in zip(self.members, heads, strict=True)])
 
 
 def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -111,38 +111,14 @@ def regression_trainer(
     *,
     seed: int,
     callbacks: list[TrainerCallback],
+    binary: bool = False,
 ) -> Trainer:
-    """Fit one head to the targets of the texts by squared error."""
-    model.config.problem_type = "regression"
-    return _text_trainer(config, model, tokenizer, data, data.targets["train"], seed, callbacks)
-
-
-def classification_trainer(
-    config: TrainingConfig,
-    model: PeftModel,
-    tokenizer: Any,
-    data: TrainingData,
-    *,
-    seed: int,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
-    """Fit one head to the log-odds that a text's target is 1, by cross-entropy."""
+    """Fit one head to the targets of the texts by squared error, or its log-odds to binary ones by cross-entropy."""
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
-    model.config.problem_type = "multi_label_classification"
-    return _text_trainer(config, model, tokenizer, data, [[label] for label in data.targets["train"]], seed, callbacks)
-
-
-def _text_trainer(
-    config: TrainingConfig,
-    model: PeftModel,
-    tokenizer: Any,
-    data: TrainingData,
-    labels: Sequence[object],
-    seed: int,
-    callbacks: list[TrainerCallback],
-) -> Trainer:
+    model.config.problem_type = "multi_label_classification" if binary else "regression"
     texts = [encode(tokenizer, text, config.max_length) for text in data.texts["train"]]
-    rows = [{"input_ids": ids, "labels": label} for ids, label in zip(texts, labels, strict=True)]
+    targets = [[target] if binary else target for target in data.targets["train"]]
+    rows = [{"input_ids": ids, "labels": target} for ids, target in zip(texts, targets, strict=True)]
     return Trainer(
         model=model,
         args=TrainingArguments(
@@ -153,6 +129,9 @@ def _text_trainer(
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=callbacks,
     )
+
+
+classification_trainer = partial(regression_trainer, binary=True)
 
 
 def _common_arguments(config: TrainingConfig, seed: int) -> dict[str, Any]:

@@ -21,7 +21,7 @@ MAPPED = "assert all(map(lambda x: answer(x) == 18 * x + 17, range(9)))"
 
 @dataclass(frozen=True)
 class Attack:
-    """`statuses` are the verdicts that may follow; none of them is `passed`."""
+    """`statuses` are the results that may follow; none of them is `passed`."""
 
     name: str
     program: str

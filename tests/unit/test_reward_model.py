@@ -78,7 +78,7 @@ def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble
 def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(inputs: Path, alone: Path) -> None:
     detector = MahalanobisOOD.load(alone / OOD_DETECTOR)
     model = RewardModel.load(inputs / "base_model", inputs / "sft", alone)
-    scorer = model._members[0].scorer
+    scorer = model.members[0].scorer
 
     def states(part: str) -> torch.Tensor:
         pairs = read_rows(inputs / "preferences" / f"{part}.jsonl", Preference)

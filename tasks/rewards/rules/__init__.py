@@ -1,7 +1,6 @@
-"""Rule-based rewards: plain functions of the text. Nothing is learned, but each can be gamed.
+"""Rule-based rewards: plain functions of the text, without its end token.
 
-The docstring of each rule describes how a policy could game it, and what prevents that. All of
-them see the response without its end token.
+The docstring of each rule says how a policy could game it, and what prevents that.
 """
 
 from __future__ import annotations
@@ -35,9 +34,9 @@ RULES: Mapping[str, RuleFactory] = {
     "repetition": response_rule(repetition),
     "vader": vader_rule,
 }
-"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.OPTIONS`.
+"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`.
 
-A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch (see `kinds`).
+A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch.
 """
 
 

@@ -157,7 +157,7 @@ def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(
     assert list(measures) == ["ood_share", "objective/short", "objective/kind"]
     torch.testing.assert_close(value, 0.25 * measures["objective/short"] + 0.75 * measures["objective/kind"])
     facts = json.loads((several / NORMALISATION).read_text())["objectives"]
-    raw = model._members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    raw = model.members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
     for column, name in enumerate(OBJECTIVES):
         expected = (raw[:, column] - facts[name]["mean"]) / facts[name]["std"]
         torch.testing.assert_close(measures[f"objective/{name}"], expected)
@@ -249,7 +249,7 @@ def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Pat
     assert found["length_correlation"] != found["length_correlation_before"]
     model = load(inputs, tmp_path)
     texts = ["abx", "abcdefgx", "cy"]
-    scorer = model._members[0].scorer
+    scorer = model.members[0].scorer
     lengths = torch.tensor([4.0, 9.0, 3.0])
     expected = (scorer(texts) - facts["length_slope"] * lengths - facts["mean"]) / facts["std"]
     torch.testing.assert_close(model([""] * 3, texts), expected)
@@ -266,7 +266,7 @@ def test_a_backbone_of_its_own_with_its_own_tokenizer(inputs: Path, tmp_path: Pa
     assert json.loads((out / BACKBONE / "card.json").read_text())["source"] == "local folder other"
     folder.rename(tmp_path / "moved")  # the stage's own copy is all that is needed
     model = load(inputs, out)
-    assert model._members[1].scorer._tokenizer("abc").input_ids == tokenizer("abc").input_ids
+    assert model.members[1].scorer._tokenizer("abc").input_ids == tokenizer("abc").input_ids
     assert accuracy(inputs, out) > 0.9
 
 

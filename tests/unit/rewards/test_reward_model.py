@@ -199,7 +199,7 @@ def test_members_over_one_trunk_are_those_loaded_alone(world):
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
     assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
     assert torch.equal(model(PROMPTS, RESPONSES), together.mean(0))
-    assert not any(weight.requires_grad for weight in model._members[0].scorer._model.parameters())
+    assert not any(weight.requires_grad for weight in model.members[0].scorer._model.parameters())
 
 
 def test_every_member_has_its_own_head_and_the_fast_layers(world):

@@ -1,4 +1,4 @@
-"""What honest programs and their tests get: the codec both ways, each verdict, and errors that say what to do."""
+"""What honest programs and their tests get: the codec both ways, each result, and errors that say what to do."""
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
 
@@ -19,9 +19,8 @@ from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError, DataError
 from tasks.rewards.sandbox import bubblewrap
 from tasks.rewards.sandbox.inside import codec
-from tasks.rewards.sandbox.sandbox import Job, Sandbox
+from tasks.rewards.sandbox.sandbox import Job, Sandbox, Status
 from tasks.rewards.sandbox.seccomp import ALLOWED
-from tasks.rewards.sandbox.verdict import Status
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
@@ -167,10 +166,10 @@ CASES = {
 
 @walled
 @pytest.mark.parametrize("case", CASES)
-def test_verdicts(case: str, sandbox: Sandbox) -> None:
+def test_results(case: str, sandbox: Sandbox) -> None:
     program, tests, status = CASES[case]
-    (verdict,) = sandbox.run([Job(program, tests, "add")])
-    assert (verdict.status, case) == (status, case), verdict.reason
+    (result,) = sandbox.run([Job(program, tests, "add")])
+    assert (result.status, case) == (status, case), result.reason
 
 
 @walled
@@ -179,8 +178,8 @@ def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monk
     judged = Sandbox._run_job
     monkeypatch.setattr(Sandbox, "_run_job", lambda self, job: (ran.append(job), judged(self, job))[1])
     right, false = Job(ADD, "assert add(1, 2) == 3", "add"), Job(ADD, "assert add(1, 2) == 4", "add")
-    verdicts = sandbox.run([right, false, right, right, false])
-    assert [verdict.status for verdict in verdicts] == ["passed", "failed", "passed", "passed", "failed"]
+    results = sandbox.run([right, false, right, right, false])
+    assert [result.status for result in results] == ["passed", "failed", "passed", "passed", "failed"]
     assert len(ran) == 2
 
 
@@ -192,7 +191,7 @@ def test_in_place_functions_where_the_tests_want_them() -> None:
         "def f(a, b, c):\n    sorted(a)": Status.FAILED,
     }
     tests = "a, b, c = [2, 1], {}, {3}\nassert f(a, b, c) is None\nassert (a, b, c) == ([1, 2], {'k': 1}, set())"
-    assert [verdict.status for verdict in sandbox.run([Job(program, tests, "f") for program in programs])] == [
+    assert [result.status for result in sandbox.run([Job(program, tests, "f") for program in programs])] == [
         *programs.values()
     ]
 
@@ -221,8 +220,8 @@ def test_tests_that_cannot_judge_are_an_error_and_no_verdict(tests: str, problem
 
 @walled
 def test_calls_with_what_is_no_plain_data_are_refused(sandbox: Sandbox) -> None:
-    (verdict,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
-    assert (verdict.status, verdict.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
+    (result,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
+    assert (result.status, result.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
 
 
 def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,8 +263,8 @@ def test_without_walls_there_are_still_limits() -> None:
         "def add(a, b): return len([0] * 10**9)": Status.MEMORY,
         "import os\ndef add(a, b): return os.environ.get('PATH')": Status.FAILED,
     }
-    verdicts = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
-    assert [verdict.status for verdict in verdicts] == [*programs.values()]
+    results = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
+    assert [result.status for result in results] == [*programs.values()]
 
 
 @walled

@@ -16,8 +16,7 @@ import psutil
 import pytest
 
 from tasks.config.rules import CodeRule
-from tasks.rewards.sandbox.sandbox import Job, Sandbox
-from tasks.rewards.sandbox.verdict import SandboxResult, Status
+from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
 from tests.support.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
 from tests.unit.rewards.conftest import sandbox_or_skip
 
@@ -119,7 +118,7 @@ def sandbox() -> Sandbox:
 
 @pytest.fixture(scope="module")
 def hungry(sandbox: Sandbox, world: World) -> dict[Attack, SandboxResult]:
-    """Verdicts on programs that would take for ever, all at once: each waits for its limit, not for the others'."""
+    """Results of programs that would take for ever, all at once: each waits for its limit, not for the others'."""
     limits = LIMITS | {"wall_seconds": 4, "workers": len(HUNGRY)}
     return dict(zip(HUNGRY, Sandbox(CodeRule(**limits)).run([_job(attack, world) for attack in HUNGRY]), strict=True))
 
@@ -128,21 +127,21 @@ def _job(attack: Attack, world: World) -> Job:
     return Job(world.fill_placeholders(attack.program), attack.tests, "answer")
 
 
-def _check(attack: Attack, verdict: SandboxResult, world: World, record_property: Recorder) -> None:
+def _check(attack: Attack, result: SandboxResult, world: World, record_property: Recorder) -> None:
     harm = world.harm()
-    won = ", ".join(["the reward"] * (verdict.status is Status.PASSED) + [harm] * bool(harm))
-    happened = f"{verdict.status}: {verdict.reason}" if verdict.reason else str(verdict.status)
+    won = ", ".join(["the reward"] * (result.status is Status.PASSED) + [harm] * bool(harm))
+    happened = f"{result.status}: {result.reason}" if result.reason else str(result.status)
     record_property("attack", (attack.name, happened, won))
     assert not won, f"{attack.name} got {won}"
-    assert verdict.status in attack.statuses, happened
+    assert result.status in attack.statuses, happened
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
 def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, world: World, record_property: Recorder) -> None:
     if attack.name.startswith(("system call", "32-bit")) and platform.machine() != "x86_64":
         pytest.skip("numbers of x86-64")
-    (verdict,) = sandbox.run([_job(attack, world)])
-    _check(attack, verdict, world, record_property)
+    (result,) = sandbox.run([_job(attack, world)])
+    _check(attack, result, world, record_property)
 
 
 @pytest.mark.parametrize("attack", HUNGRY, ids=lambda attack: attack.name)
@@ -160,12 +159,12 @@ def test_without_walls_the_same_attack_succeeds(name: str, tmp_path: Path) -> No
     (attack,) = (attack for attack in ATTACKS if attack.name == name)
     with ExitStack() as stack:
         world = World(tmp_path, stack)
-        (verdict,) = unwalled.run([_job(attack, world)])
-        assert verdict.status is Status.PASSED
+        (result,) = unwalled.run([_job(attack, world)])
+        assert result.status is Status.PASSED
         assert bool(world.harm()) == name.startswith(("network", "write"))
 
 
 def test_a_program_finds_nothing_of_the_one_before(sandbox: Sandbox) -> None:
     program = "import os\ndef answer():\n    found = os.listdir()\n    open('mine', 'w')\n    return found"
     jobs = [Job(program, f"assert answer() == []\n# {number}", "answer") for number in range(4)]
-    assert [verdict.status for verdict in sandbox.run(jobs)] == [Status.PASSED] * 4
+    assert [result.status for result in sandbox.run(jobs)] == [Status.PASSED] * 4
