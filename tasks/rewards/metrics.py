@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -123,15 +123,12 @@ def accuracy_by_margin(
         ceiling: bucket → agreement of single raters with the others; missing buckets stay empty.
     """
     names = [None if math.isnan(margin) else margin_bucket(margin) for margin in margins.tolist()]
-    return [_bucket_row(bucket, score_differences, names, ceiling) for bucket in MARGIN_BUCKETS.names() if names]
-
-
-def _bucket_row(
-    bucket: str, score_differences: Tensor, names: Sequence[str | None], ceiling: Mapping[str, float]
-) -> dict[str, Any]:
-    hits = score_differences[torch.tensor([name == bucket for name in names])] > 0
-    accuracy = fraction_true(hits) if len(hits) else ""
-    return {"bucket": bucket, "pairs": len(hits), "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")}
+    rows = []
+    for bucket in MARGIN_BUCKETS.names() if names else ():
+        hits = score_differences[torch.tensor([name == bucket for name in names])] > 0
+        accuracy = fraction_true(hits) if len(hits) else ""
+        rows.append({"bucket": bucket, "pairs": len(hits), "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
+    return rows
 
 
 def calibration_table(score_differences: Tensor, bins: int = 10) -> tuple[list[dict[str, Any]], float]:

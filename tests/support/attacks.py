@@ -1,7 +1,7 @@
-"""Programs that want to be paid without computing, or want more than that.
+"""Attacks on the sandbox: programs that try to pass tests without computing, or to reach something outside.
 
 Each passes its tests only if it succeeds. A wrong `answer` succeeds if tests of 18x + 17 pass; one that reaches for
-something returns True once it has it. @NAME@ stands for something of the world outside, see `World` in the tests.
+something returns True once it has it. @NAME@ stands for something outside the sandbox, see `Outside` in the tests.
 """
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from textwrap import dedent, indent
 
-__all__ = ["ATTACKS", "HUNGRY", "UNWALLED", "Attack"]
+__all__ = ["ATTACKS", "ENDLESS", "UNISOLATED", "Attack"]
 
 FORMULA = "assert answer(3) == 71\nassert answer(10) == 197"
 REACHED = "assert answer() is True"
@@ -222,7 +222,7 @@ def answer(x): return 0
 
 
 def puppet(name: str, act: str, *statuses: str) -> Attack:
-    """Takes over the runner's own loop, so that it says on the channel (descriptor 4) what it likes, with true tickets."""
+    """Takes over the runner's own loop, so that it sends what it likes on the channel (descriptor 4), with true tickets."""
     return Attack(name, PUPPET.format(act=act), FORMULA, statuses)
 
 
@@ -326,7 +326,7 @@ VERDICT = (
     returning("memory by mmap", "import mmap", "len(mmap.mmap(-1, 1 << 33))", "error", "memory"),
 )  # fmt: skip
 
-HUNGRY = (
+ENDLESS = (
     wrong("infinite loop", "def answer(x):\n    while True: pass", "timeout"),
     wrong("infinite loop while loading", "while True: pass", "timeout"),
     wrong("infinite loop in C", "def answer(x): return sum(iter(int, 1))", "timeout"),
@@ -359,8 +359,8 @@ HUNGRY = (
 
 ATTACKS = (*NETWORK, *FILES, *PROCESSES, *VERDICT)
 
-UNWALLED = (
+UNISOLATED = (
     "network: TCP", "network: Unix socket", "network: abstract Unix socket", "read /etc/passwd", "read the repository",
     "read a file by its path", "write a file outside scratch", "fork", "os.system", "read memory by /proc/self/mem",
 )  # fmt: skip
-"""Attacks that succeed where nothing but limits stands against them: the suite would notice a wall that is missing."""
+"""Attacks that succeed under resource limits alone: the suite would notice missing isolation."""

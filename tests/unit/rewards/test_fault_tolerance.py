@@ -1,4 +1,4 @@
-"""One failure is counted and told once; a rule that fails on most of a batch is a bug."""
+"""Failures of a rule are counted and reported once; a rule that fails on most of a batch is an error."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What honest programs and their tests get: the codec both ways, each result, and errors that say what to do."""
+"""Sandbox: the codec both ways, each result of honest programs, and error messages."""
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
 
@@ -23,7 +23,7 @@ from tasks.rewards.sandbox.sandbox import Job, Sandbox, Status
 from tasks.rewards.sandbox.seccomp import ALLOWED
 from tests.unit.rewards.conftest import sandbox_or_skip
 
-walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
 VALUES = [
     None, True, False, 0, -1, 2**200, -(2**200), 0.0, -0.0, 0.1, 1e308, math.inf, -math.inf, 1 + 2j, complex(-0.0, math.inf),
@@ -164,7 +164,7 @@ CASES = {
 }  # fmt: skip
 
 
-@walled
+@needs_bubblewrap
 @pytest.mark.parametrize("case", CASES)
 def test_results(case: str, sandbox: Sandbox) -> None:
     program, tests, status = CASES[case]
@@ -172,7 +172,7 @@ def test_results(case: str, sandbox: Sandbox) -> None:
     assert (result.status, case) == (status, case), result.reason
 
 
-@walled
+@needs_bubblewrap
 def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     judged = Sandbox._run_job
@@ -183,7 +183,7 @@ def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monk
     assert len(ran) == 2
 
 
-@walled
+@needs_bubblewrap
 def test_in_place_functions_where_the_tests_want_them() -> None:
     sandbox = Sandbox(CodeRule(in_place=True, cpu_seconds=1))
     programs = {
@@ -196,14 +196,14 @@ def test_in_place_functions_where_the_tests_want_them() -> None:
     ]
 
 
-@walled
+@needs_bubblewrap
 def test_helpers_come_from_the_preamble_and_not_from_the_program(sandbox: Sandbox) -> None:
     program = "def twice(x): return 0\ndef half(x): return 0"
     job = Job(program, "assert twice(half(4)) == 4", "half", "def twice(x): return 2 * x\ndef half(x): pass")
     assert sandbox.run([job])[0].status is Status.FAILED
 
 
-@walled
+@needs_bubblewrap
 @pytest.mark.parametrize(
     ("tests", "problem"),
     [
@@ -218,7 +218,7 @@ def test_tests_that_cannot_judge_are_an_error_and_no_verdict(tests: str, problem
         sandbox.run([Job(ADD, tests, "add")])
 
 
-@walled
+@needs_bubblewrap
 def test_calls_with_what_is_no_plain_data_are_refused(sandbox: Sandbox) -> None:
     (result,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
     assert (result.status, result.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
@@ -239,10 +239,12 @@ def test_where_bubblewrap_does_not_work_it_says_why(monkeypatch: pytest.MonkeyPa
         Sandbox(CodeRule())
 
 
-@walled
-def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    walls = bubblewrap._bwrap_args
-    monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
+@needs_bubblewrap
+def test_isolation_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bwrap_args = bubblewrap._bwrap_args
+    monkeypatch.setattr(
+        bubblewrap, "_bwrap_args", lambda scratch: [*bwrap_args(scratch)[:-2], "--ro-bind", "/etc", "/etc"]
+    )
     with pytest.raises(ConfigError, match="the sandbox does not hold on this machine: failed"):
         Sandbox(CodeRule())
 
@@ -255,7 +257,7 @@ def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
         Sandbox(CodeRule())
 
 
-def test_without_walls_there_are_still_limits() -> None:
+def test_without_isolation_there_are_still_limits() -> None:
     sandbox = Sandbox(CodeRule(isolation="unsafe_no_isolation", cpu_seconds=1, memory_mb=128, workers=4))
     programs = {
         ADD: Status.PASSED,
@@ -267,7 +269,7 @@ def test_without_walls_there_are_still_limits() -> None:
     assert [result.status for result in results] == [*programs.values()]
 
 
-@walled
+@needs_bubblewrap
 def test_sets_have_the_same_order_in_every_run(sandbox: Sandbox) -> None:
     words = [sys.executable, "-c", "print(hash('ab'))"]
     expected = subprocess.run(words, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True).stdout
@@ -293,7 +295,7 @@ def test_the_filter_lets_no_process_start() -> None:
 
 
 def test_the_programs_side_imports_little() -> None:
-    """Every import is paid once per program; json alone would double the start."""
+    """Every program pays for each import; json alone would double the start."""
     allowed = {
         "__future__",
         "collections.abc",

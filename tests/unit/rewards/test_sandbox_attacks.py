@@ -1,4 +1,4 @@
-"""Programs that do anything to be paid: none may pass, none may reach or leave anything outside."""
+"""Attacks on the sandbox: none may pass its tests, reach anything outside, or leave anything behind."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ import pytest
 
 from tasks.config.rules import CodeRule
 from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
-from tests.support.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
+from tests.support.attacks import ATTACKS, ENDLESS, UNISOLATED, Attack
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
 ROOT = Path(__file__).resolve().parents[3]
-SECRET = "the-secret-of-the-world-outside"
+SECRET = "the-secret-outside"
 
 # One number of the command line that no other process on this machine has: what carries it is ours.
 ANSWER_KB = 1000 + os.getpid() % 10_000
@@ -34,7 +34,7 @@ LIMITS = {"cpu_seconds": 1, "wall_seconds": 20, "memory_mb": 200, "answer_kb": A
 Recorder = Callable[[str, object], None]
 
 
-class World:
+class Outside:
     """What a program could reach or harm: files, sockets, the environment, other processes."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -106,9 +106,9 @@ def environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
     with ExitStack() as stack:
-        yield World(tmp_path_factory.mktemp("world"), stack)
+        yield Outside(tmp_path_factory.mktemp("outside"), stack)
 
 
 @pytest.fixture(scope="module")
@@ -117,18 +117,20 @@ def sandbox() -> Sandbox:
 
 
 @pytest.fixture(scope="module")
-def hungry(sandbox: Sandbox, world: World) -> dict[Attack, SandboxResult]:
-    """Results of programs that would take for ever, all at once: each waits for its limit, not for the others'."""
-    limits = LIMITS | {"wall_seconds": 4, "workers": len(HUNGRY)}
-    return dict(zip(HUNGRY, Sandbox(CodeRule(**limits)).run([_job(attack, world) for attack in HUNGRY]), strict=True))
+def endless(sandbox: Sandbox, outside: Outside) -> dict[Attack, SandboxResult]:
+    """Results of endless programs, all at once: each waits for its limit, not for the others'."""
+    limits = LIMITS | {"wall_seconds": 4, "workers": len(ENDLESS)}
+    return dict(
+        zip(ENDLESS, Sandbox(CodeRule(**limits)).run([_job(attack, outside) for attack in ENDLESS]), strict=True)
+    )
 
 
-def _job(attack: Attack, world: World) -> Job:
-    return Job(world.fill_placeholders(attack.program), attack.tests, "answer")
+def _job(attack: Attack, outside: Outside) -> Job:
+    return Job(outside.fill_placeholders(attack.program), attack.tests, "answer")
 
 
-def _check(attack: Attack, result: SandboxResult, world: World, record_property: Recorder) -> None:
-    harm = world.harm()
+def _check(attack: Attack, result: SandboxResult, outside: Outside, record_property: Recorder) -> None:
+    harm = outside.harm()
     won = ", ".join(["the reward"] * (result.status is Status.PASSED) + [harm] * bool(harm))
     happened = f"{result.status}: {result.reason}" if result.reason else str(result.status)
     record_property("attack", (attack.name, happened, won))
@@ -137,31 +139,31 @@ def _check(attack: Attack, result: SandboxResult, world: World, record_property:
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, world: World, record_property: Recorder) -> None:
+def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, outside: Outside, record_property: Recorder) -> None:
     if attack.name.startswith(("system call", "32-bit")) and platform.machine() != "x86_64":
         pytest.skip("numbers of x86-64")
-    (result,) = sandbox.run([_job(attack, world)])
-    _check(attack, result, world, record_property)
+    (result,) = sandbox.run([_job(attack, outside)])
+    _check(attack, result, outside, record_property)
 
 
-@pytest.mark.parametrize("attack", HUNGRY, ids=lambda attack: attack.name)
-def test_what_takes_for_ever_is_ended(
-    attack: Attack, hungry: dict[Attack, SandboxResult], world: World, record_property: Recorder
+@pytest.mark.parametrize("attack", ENDLESS, ids=lambda attack: attack.name)
+def test_endless_programs_are_ended(
+    attack: Attack, endless: dict[Attack, SandboxResult], outside: Outside, record_property: Recorder
 ) -> None:
     patient = replace(attack, statuses=(*attack.statuses, "timeout"))  # on a busy machine that limit may come first
-    _check(patient, hungry[attack], world, record_property)
+    _check(patient, endless[attack], outside, record_property)
 
 
-@pytest.mark.parametrize("name", UNWALLED)
-def test_without_walls_the_same_attack_succeeds(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", UNISOLATED)
+def test_without_isolation_the_same_attack_succeeds(name: str, tmp_path: Path) -> None:
     """The control: what the suite calls harmless would be seen if it were not."""
-    unwalled = Sandbox(CodeRule(**LIMITS, isolation="unsafe_no_isolation"))
+    unisolated = Sandbox(CodeRule(**LIMITS, isolation="unsafe_no_isolation"))
     (attack,) = (attack for attack in ATTACKS if attack.name == name)
     with ExitStack() as stack:
-        world = World(tmp_path, stack)
-        (result,) = unwalled.run([_job(attack, world)])
+        outside = Outside(tmp_path, stack)
+        (result,) = unisolated.run([_job(attack, outside)])
         assert result.status is Status.PASSED
-        assert bool(world.harm()) == name.startswith(("network", "write"))
+        assert bool(outside.harm()) == name.startswith(("network", "write"))
 
 
 def test_a_program_finds_nothing_of_the_one_before(sandbox: Sandbox) -> None:

@@ -1,4 +1,4 @@
-"""Every kind learns what there is to learn, comes back from its files as measured, and refuses what it cannot."""
+"""Each kind of reward model: it learns, loads with the metrics it was measured with, and refuses unfit data."""
 
 from __future__ import annotations
 
@@ -153,14 +153,14 @@ def test_objectives_are_learned_each_by_its_own_head(inputs: Path, several: Path
 def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(inputs: Path, several: Path) -> None:
     model = load(inputs, several)
     prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
-    value, measures = model.score_with_metrics(prompts, responses)
-    assert list(measures) == ["ood_share", "objective/short", "objective/kind"]
-    torch.testing.assert_close(value, 0.25 * measures["objective/short"] + 0.75 * measures["objective/kind"])
-    facts = json.loads((several / NORMALISATION).read_text())["objectives"]
+    value, metrics = model.score_with_metrics(prompts, responses)
+    assert list(metrics) == ["ood_share", "objective/short", "objective/kind"]
+    torch.testing.assert_close(value, 0.25 * metrics["objective/short"] + 0.75 * metrics["objective/kind"])
+    normalisation = json.loads((several / NORMALISATION).read_text())["objectives"]
     raw = model.members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
     for column, name in enumerate(OBJECTIVES):
-        expected = (raw[:, column] - facts[name]["mean"]) / facts[name]["std"]
-        torch.testing.assert_close(measures[f"objective/{name}"], expected)
+        expected = (raw[:, column] - normalisation[name]["mean"]) / normalisation[name]["std"]
+        torch.testing.assert_close(metrics[f"objective/{name}"], expected)
     assert torch.equal(model.member_scores(prompts, responses)[0], value)
 
 
@@ -244,18 +244,18 @@ def test_a_raw_reward_that_does_not_vary_cannot_be_normalised(raw: list[float]) 
 
 def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Path) -> None:
     run_reward_model(inputs, tmp_path, **LEARN, length_debias=True)
-    found, facts = figures(tmp_path), json.loads((tmp_path / NORMALISATION).read_text())
-    assert found["length_slope"] == facts["length_slope"] != 0
+    found, normalisation = figures(tmp_path), json.loads((tmp_path / NORMALISATION).read_text())
+    assert found["length_slope"] == normalisation["length_slope"] != 0
     assert found["length_correlation"] != found["length_correlation_before"]
     model = load(inputs, tmp_path)
     texts = ["abx", "abcdefgx", "cy"]
     scorer = model.members[0].scorer
     lengths = torch.tensor([4.0, 9.0, 3.0])
-    expected = (scorer(texts) - facts["length_slope"] * lengths - facts["mean"]) / facts["std"]
+    expected = (scorer(texts) - normalisation["length_slope"] * lengths - normalisation["mean"]) / normalisation["std"]
     torch.testing.assert_close(model([""] * 3, texts), expected)
 
 
-def test_a_backbone_of_its_own_with_its_own_tokenizer(inputs: Path, tmp_path: Path) -> None:
+def test_another_backbone_has_its_own_tokenizer(inputs: Path, tmp_path: Path) -> None:
     """Letters have other numbers there, so with the policy's tokenizer every score would be another one."""
     folder, tokenizer = tmp_path / "other", letter_tokenizer("Ġzyxwvutsrqponmlkjihgfedcba")
     tiny_model(seed=5).save_pretrained(folder)
@@ -300,7 +300,7 @@ def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: 
     run_reward_model(
         inputs, out, normalisation_samples=16, pretrained={"id": str(tmp_path / "theirs"), "template": template}
     )
-    facts, found = json.loads((out / NORMALISATION).read_text()), figures(out)
+    normalisation, found = json.loads((out / NORMALISATION).read_text()), figures(out)
 
     def score(prompt: str, response: str) -> float:
         with torch.no_grad():
@@ -308,7 +308,7 @@ def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: 
         return (logits[0] if outputs == 1 else logits[1] - logits[0]).item()
 
     responses = ["bc{prompt}", "d", "efghijk"]
-    expected = [(score("a", response) - facts["mean"]) / facts["std"] for response in responses]
+    expected = [(score("a", response) - normalisation["mean"]) / normalisation["std"] for response in responses]
     assert load(inputs, out)(["a"] * 3, responses).tolist() == pytest.approx(expected, abs=1e-4)
     pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
     right = [score(row.prompt, row.chosen) > score(row.prompt, row.rejected) for row in pairs]
