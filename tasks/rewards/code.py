@@ -19,7 +19,7 @@ from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
 from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
 
-__all__ = ["CodeReward", "code_reward", "extract_program", "function_under_test", "select_tests"]
+__all__ = ["CodeReward", "extract_program", "function_under_test", "select_tests"]
 
 # A block of any language opens: else the end of one in another language would be read as the program's beginning.
 _FENCE_RE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
@@ -29,15 +29,6 @@ _HELD_OUT_RE = re.compile(r"^#\s*held out\s*$", re.MULTILINE)
 _DEF_RE = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
 
 _NO_PROGRAM = SandboxResult(Status.REFUSED, "the response holds no program")
-
-
-def code_reward(options: CodeRule, answers: Mapping[str, str]) -> CodeReward:
-    """Build the component `code`; tests the sandbox once, before training.
-
-    Raises:
-        ConfigError: the sandbox cannot be built, or does not hold, on this machine.
-    """
-    return CodeReward(Sandbox(options), options, answers)
 
 
 class CodeReward:
@@ -52,9 +43,13 @@ class CodeReward:
     and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy probes the sandbox.
     """
 
-    def __init__(self, sandbox: Sandbox, options: CodeRule, answers: Mapping[str, str]) -> None:
-        """`answers` maps a prompt to its tests."""
-        self._sandbox, self._options, self._answers = sandbox, options, answers
+    def __init__(self, options: CodeRule, answers: Mapping[str, str]) -> None:
+        """Test the sandbox once, before training; `answers` maps a prompt to its tests.
+
+        Raises:
+            ConfigError: the sandbox cannot be built, or does not hold, on this machine.
+        """
+        self._sandbox, self._options, self._answers = Sandbox(options), options, answers
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Values of `score_with_metrics` alone."""
@@ -133,6 +128,6 @@ def _prompt_preamble(prompt: str) -> str:
     text = f"{prompt}\n    pass\n"
     try:
         compile(text, "prompt.py", "exec", dont_inherit=True)
+        return text
     except (SyntaxError, ValueError):
         return ""
-    return text

@@ -127,7 +127,7 @@ FILES = (
 
 PROCESSES = (
     reach("fork bomb", "while True:\n    os.fork()"),
-    reach("fork", "return os.fork() >= 0"),
+    reach("fork", "if os.fork() == 0:\n    os._exit(0)\nreturn True"),
     reach(
         "background daemon", "if os.fork() == 0:\n    os.setsid()\n    import time\n    time.sleep(1000)\nreturn True"
     ),

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tasks.rewards.code import code_reward
+from tasks.rewards.code import CodeReward
 from tasks.rewards.rules.answers import answer_rule, contains_facts_rule
 from tasks.rewards.rules.base import RuleFactory, response_rule
 from tasks.rewards.rules.custom import custom_rule
@@ -21,7 +21,7 @@ __all__ = ["RULES", "get_rule_factory"]
 
 RULES: Mapping[str, RuleFactory] = {
     "answer": answer_rule,
-    "code": code_reward,
+    "code": CodeReward,
     "contains_facts": contains_facts_rule,
     "format": response_rule(matches_pattern, "pattern", "match"),
     "instructions": instructions_rule,

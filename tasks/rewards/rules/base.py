@@ -92,7 +92,7 @@ MESSAGE_CHARACTERS = 200
 
 
 class FaultTolerantRule:
-    """A rule over a batch; where it raises or is not finite, the sample gets the floor and is counted.
+    """Applies a rule to a batch; where it raises or is not finite, the sample gets the floor and is counted.
 
     One failure in a week's run must not end it, and must not stay unnoticed: the first one is printed. An error of the
     project's own (no right answer is known, say) is the configuration's, and stays an error.

@@ -6,7 +6,7 @@ from tasks.config.reward import RewardParams
 from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
-from tasks.rewards.code import code_reward, extract_program, function_under_test, select_tests
+from tasks.rewards.code import CodeReward, extract_program, function_under_test, select_tests
 from tasks.rewards.composition import build_reward
 from tasks.rewards.rules.base import ScoresWithMetrics
 
@@ -63,7 +63,7 @@ def test_what_of_a_response_is_the_program(kind: str, response: str, program: st
 
 @needs_bubblewrap
 def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
-    reward = code_reward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
+    reward = CodeReward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
     assert isinstance(reward, ScoresWithMetrics)
     bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
     values, measures = reward.score_with_metrics([PROMPT] * 6, bodies)
@@ -81,7 +81,7 @@ def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
 @needs_bubblewrap
 def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
     prompt = "def poly(c, x):\n    return c[0] + c[1] * x\n\ndef root(c):\n"
-    reward = code_reward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
+    reward = CodeReward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
     responses = ["    return -c[0] / c[1]", "    return 0\n\ndef poly(c, x):\n    return 0"]
     assert reward([prompt] * 2, responses).tolist() == [1, 0]
 
@@ -90,7 +90,7 @@ def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
 def test_a_program_that_knows_the_training_tests_fails_the_held_out_ones() -> None:
     answers = {PROMPT: "assert add_3(1) == 4\n# held out\nassert add_3(-3) == 0"}
     responses = ["    return x + 3", "    return 4", "    return 0"]
-    training, heldout = (code_reward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
+    training, heldout = (CodeReward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
     assert training([PROMPT] * 3, responses).tolist() == [1, 1, 0]
     assert heldout([PROMPT] * 3, responses).tolist() == [1, 0, 1]
 
@@ -101,7 +101,7 @@ def test_rows_without_held_out_tests_have_one_set() -> None:
 
 @needs_bubblewrap
 def test_a_prompt_without_tests_is_an_error() -> None:
-    reward = code_reward(CodeRule(), {PROMPT: TESTS})
+    reward = CodeReward(CodeRule(), {PROMPT: TESTS})
     with pytest.raises(DataError, match=r"the rule 'code': no tests are known for the prompt 'other'.*`answer`"):
         reward(["other"], ["x"])
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tasks.config.rules import CodeRule
-from tasks.rewards.code import CodeReward, code_reward, function_under_test
+from tasks.rewards.code import CodeReward, function_under_test
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = [
@@ -33,7 +33,7 @@ def problems() -> list[dict[str, Any]]:
 def reward(problems: list[dict[str, Any]]) -> CodeReward:
     options = CodeRule(program="completion", wall_seconds=60)
     sandbox_or_skip(options)
-    return code_reward(options, {row["prompt"]: row["test"] for row in problems})
+    return CodeReward(options, {row["prompt"]: row["test"] for row in problems})
 
 
 def test_the_function_under_test_is_the_last_of_the_prompt(problems: list[dict[str, Any]]) -> None:
