@@ -28,9 +28,9 @@ def sandbox_runner(options: CodeRule) -> Callable[[list[str]], None]:
     sandbox = Sandbox(options)
 
     def run(programs: list[str]) -> None:
-        verdicts = sandbox.run([Job(program, TESTS, "median") for program in programs])
-        if any(verdict.status != "passed" for verdict in verdicts):
-            sys.exit(f"a right program did not pass: {verdicts}")
+        results = sandbox.run([Job(program, TESTS, "median") for program in programs])
+        if any(result.status != "passed" for result in results):
+            sys.exit(f"a right program did not pass: {results}")
 
     return run
 

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tasks.config.rules import CodeRule
-from tasks.rewards.code import code_reward
+from tasks.rewards.code import CodeReward
 
 FILE = Path(__file__).resolve().parents[1] / "infra" / "presets" / "code.jsonl"
 
@@ -78,8 +78,8 @@ def main() -> None:
     wrong = []
     for held_out in (False, True):
         options = CodeRule(program="completion", held_out=held_out)
-        verdicts = code_reward(options, {row["prompt"]: row["answer"] for row in made}).verdicts(prompts, responses)
-        wrong += [row["id"] for row, verdict in zip(made, verdicts, strict=True) if verdict.status != "passed"]
+        results = CodeReward(options, {row["prompt"]: row["answer"] for row in made}).results(prompts, responses)
+        wrong += [row["id"] for row, result in zip(made, results, strict=True) if result.status != "passed"]
     if wrong:
         sys.exit(f"these demonstrations do not pass their own tests: {', '.join(wrong)}")
     FILE.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in made), encoding="utf-8", newline="\n")

@@ -6,7 +6,7 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -14,10 +14,11 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
 from tasks.models.loading import add_lora, init_process, load_tokenizer, new_reward_model, save_adapter
-from tasks.rewards.metrics import rating_metrics
+from tasks.rewards.metrics import fraction_true, rating_metrics
 from tasks.rewards.reward_model import NORMALISATION
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import pair_trainer, regression_trainer
+from tasks.rewards.training_data import TrainingData
 
 if TYPE_CHECKING:
     from tasks.config.training import GoldJudgeParams, LoraParams
@@ -34,67 +35,64 @@ def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: 
     average, as they are and with their words shuffled; or accuracy on held-out pairs).
     """
     init_process()
+    rating = params.kind == "rating"
+    data = (_load_ratings if rating else _load_pairs)(params, seed, artifacts.prepare)
     tokenizer = load_tokenizer(artifacts.base_model)
     history = HistoryCallback("gold_judge")
     fresh = new_reward_model(artifacts.base_model, None, seed=seed)
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
+    make_trainer = regression_trainer if rating else pair_trainer
+    train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
     scorer = TextScorer(model, tokenizer, max_length=params.max_length)
-    train = _train_on_ratings if params.kind == "rating" else _train_on_pairs
-    metrics = train(params, model, tokenizer, scorer, seed, history, artifacts.prepare)
+    metrics = _evaluate_ratings(scorer, data, seed) if rating else _evaluate_pairs(scorer, data)
     save_adapter(model, artifacts.out)
     (artifacts.out / NORMALISATION).write_text(json.dumps({"max_length": params.max_length}) + "\n", encoding="utf-8")
     write_history(artifacts.out / "history.csv", history.rows)
     write_json(artifacts.out / "metrics.json", metrics)
 
 
-def _train_on_ratings(
-    params: GoldJudgeParams,
-    model: Any,
-    tokenizer: Any,
-    scorer: TextScorer,
-    seed: int,
-    history: HistoryCallback,
-    prepare: Path,
-) -> dict[str, float]:
+def _load_ratings(params: GoldJudgeParams, seed: int, prepare: Path) -> TrainingData:
+    """The gold half of the rated texts; some training texts again with shuffled words and the lowest rating."""
     train, test = (read_rows(prepare / "ratings" / "gold" / f"{split}.jsonl", Rating) for split in ("train", "test"))
     train = train[: params.max_examples]
     texts, means = [row.text for row in train], [row.mean for row in train]
     shuffled = shuffle_words(texts[: round(params.shuffled_share * len(texts))], seed)
-    texts, means = texts + shuffled, means + [min(means)] * len(shuffled)
-    train_or_resume(regression_trainer(params, model, tokenizer, texts, means, seed=seed, callbacks=[history]))
-    heldout = [row.text for row in test]
+    return TrainingData(
+        texts={"train": texts + shuffled, "test": [row.text for row in test]},
+        targets={"train": means + [min(means)] * len(shuffled), "test": [row.mean for row in test]},
+    )
+
+
+def _load_pairs(params: GoldJudgeParams, seed: int, prepare: Path) -> TrainingData:
+    folder = prepare / "preferences" / "gold"
+    train, test = (read_rows(folder / f"{split}.jsonl", Preference) for split in ("train", "test"))
+    return TrainingData({"train": train[: params.max_examples], "test": test})
+
+
+def _evaluate_ratings(scorer: TextScorer, data: TrainingData, seed: int) -> dict[str, float]:
+    heldout = data.texts["test"]
     scores = scorer(heldout)
     return {
-        "examples": len(texts),
-        **rating_metrics(scores, torch.tensor([row.mean for row in test])),
+        "examples": len(data.texts["train"]),
+        **rating_metrics(scores, torch.tensor(data.targets["test"])),
         "heldout_mean_score": scores.mean().item(),
         "shuffled_mean_score": scorer(shuffle_words(heldout, seed)).mean().item(),
     }
+
+
+def _evaluate_pairs(scorer: TextScorer, data: TrainingData) -> dict[str, float]:
+    train, test = data.pairs["train"], data.pairs["test"]
+    chosen = scorer([row.prompt + row.chosen for row in test])
+    rejected = scorer([row.prompt + row.rejected for row in test])
+    return {
+        "pairs": len(train), "heldout_pairs": len(test), "heldout_accuracy": fraction_true(chosen > rejected)
+    }  # fmt: skip
 
 
 def shuffle_words(texts: Sequence[str], seed: int) -> list[str]:
     """Shuffle the words of each text."""
     rng = random.Random(seed)
     return [" ".join(rng.sample(words, len(words))) for words in map(str.split, texts)]
-
-
-def _train_on_pairs(
-    params: GoldJudgeParams,
-    model: Any,
-    tokenizer: Any,
-    scorer: TextScorer,
-    seed: int,
-    history: HistoryCallback,
-    prepare: Path,
-) -> dict[str, float]:
-    folder = prepare / "preferences" / "gold"
-    train, test = (read_rows(folder / f"{split}.jsonl", Preference) for split in ("train", "test"))
-    train = train[: params.max_examples]
-    train_or_resume(pair_trainer(params, model, tokenizer, train, seed=seed, callbacks=[history]))
-    chosen = scorer([row.prompt + row.chosen for row in test])
-    rejected = scorer([row.prompt + row.rejected for row in test])
-    accuracy = (chosen > rejected).float().mean().item()
-    return {"pairs": len(train), "heldout_pairs": len(test), "heldout_accuracy": accuracy}
 
 
 if __name__ == "__main__":

@@ -147,7 +147,7 @@ class RewardParams(Section):
         running = [name for name, rule in self.rules.items() if rule.function == "code"]
         if len(running) > 1:
             raise ValueError(
-                f"reward.rules: {' and '.join(sorted(running))} are both of the function code, whose measures "
+                f"reward.rules: {' and '.join(sorted(running))} are both of the function code, whose metrics "
                 "(failures/<status>) have one name each; keep one, and let evaluate.gold_rule be the other"
             )
         return self

@@ -17,13 +17,12 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import DataError
-from tasks.rewards.sandbox.sandbox import Job, Sandbox
-from tasks.rewards.sandbox.verdict import SandboxResult, Status
+from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
 
 if TYPE_CHECKING:
     from tasks.config.rules import CodeRule
 
-__all__ = ["CodeReward", "code_reward", "extract_program", "function_under_test", "select_tests"]
+__all__ = ["CodeReward", "extract_program", "function_under_test", "select_tests"]
 
 # A block of any language opens: else the end of one in another language would be read as the program's beginning.
 _FENCE_RE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
@@ -35,15 +34,6 @@ _DEF_RE = re.compile(r"^(?:async\s+)?def\s+(\w+)\s*\(", re.MULTILINE)
 _NO_PROGRAM = SandboxResult(Status.REFUSED, "the response holds no program")
 
 
-def code_reward(options: CodeRule, answers: Mapping[str, str]) -> CodeReward:
-    """Build the component `code`; tests the sandbox once, before training.
-
-    Raises:
-        ConfigError: the sandbox cannot be built, or does not hold, on this machine.
-    """
-    return CodeReward(Sandbox(options), options, answers)
-
-
 class CodeReward:
     """1 if the response's program passes all tests of its prompt, else 0; the way to fail is a metric only.
 
@@ -51,14 +41,18 @@ class CodeReward:
 
     Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
-    the function returned. The verdict itself is out of the program's reach. Against that: tests with many values that
+    the function returned. The result itself is out of the program's reach. Against that: tests with many values that
     the prompt does not show, `held_out` tests at evaluation, a second component for length (a table of cases is long),
     and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy probes the sandbox.
     """
 
-    def __init__(self, sandbox: Sandbox, options: CodeRule, answers: Mapping[str, str]) -> None:
-        """`answers` maps a prompt to its tests."""
-        self._sandbox, self._options, self._answers = sandbox, options, answers
+    def __init__(self, options: CodeRule, answers: Mapping[str, str]) -> None:
+        """Test the sandbox once, before training; `answers` maps a prompt to its tests.
+
+        Raises:
+            ConfigError: the sandbox cannot be built, or does not hold, on this machine.
+        """
+        self._sandbox, self._options, self._answers = Sandbox(options), options, answers
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         """Values of `score_with_metrics` alone."""
@@ -70,18 +64,14 @@ class CodeReward:
         Raises:
             DataError: a prompt has no tests, or tests that cannot judge any program.
         """
-        verdicts = self.verdicts(prompts, responses)
-        failures = {
-            f"failures/{status}": torch.tensor([float(verdict.status is status) for verdict in verdicts])
-            for status in Status
-            if status is not Status.PASSED
-        }
-        return torch.tensor([float(verdict.status is Status.PASSED) for verdict in verdicts]), failures
+        results = self.results(prompts, responses)
+        shares = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
+        passed = shares.pop(Status.PASSED)
+        return passed, {f"failures/{status}": values for status, values in shares.items()}
 
-    def verdicts(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
+    def results(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
         """Results of all responses [B], with reasons."""
-        pairs = zip(prompts, responses, strict=True)
-        jobs = [self._job(prompt, response) for prompt, response in pairs]
+        jobs = [self._job(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
         found = iter(self._sandbox.run([job for job in jobs if job is not None]))
         return [_NO_PROGRAM if job is None else next(found) for job in jobs]
 
@@ -141,6 +131,6 @@ def _prompt_preamble(prompt: str) -> str:
     text = f"{prompt}\n    pass\n"
     try:
         compile(text, "prompt.py", "exec", dont_inherit=True)
+        return text
     except (SyntaxError, ValueError):
         return ""
-    return text

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +18,14 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt
 from tasks.rewards.reward_model import RewardModel
 from tasks.rewards.rules import get_rule_factory
-from tasks.rewards.rules.base import Answers, Component, FaultTolerantRule, PerSampleRule, ScoresWithMetrics
+from tasks.rewards.rules.base import (
+    MESSAGE_CHARACTERS,
+    Answers,
+    Component,
+    FaultTolerantRule,
+    PerSampleRule,
+    ScoresWithMetrics,
+)
 
 if TYPE_CHECKING:
     from tasks.config.reward import Normaliser, Priority, RewardParams
@@ -108,17 +115,7 @@ def standardise(values: Tensor, mean: float, std: float) -> Tensor:
 
 def interpolate_weight(points: Mapping[int, float], update: int) -> float:
     """The weight in an update, linear between the points and flat before the first and after the last."""
-    updates = list(points)
-    index = bisect(updates, update)
-    if index in (0, len(updates)):
-        return points[updates[max(0, index - 1)]]
-    earlier, later = updates[index - 1], updates[index]
-    fraction = (update - earlier) / (later - earlier)
-    return points[earlier] + fraction * (points[later] - points[earlier])
-
-
-MESSAGE_CHARACTERS = 200
-"""Characters of a text that an error message shows."""
+    return float(np.interp(update, list(points), list(points.values())))
 
 
 @dataclass(frozen=True)
@@ -142,58 +139,42 @@ class RewardBatch:
         return RewardBatch(distributed.all_gather(self.total), components, metrics)
 
 
+@dataclass
 class CompositeReward:
-    """Weighted components; one of weight 0 is computed and reported."""
+    """Weighted components; one of weight 0 is computed and reported. The fields are those of the `reward` section.
 
-    def __init__(
-        self,
-        components: Mapping[str, Component],
-        weights: Mapping[str, float],
-        *,
-        composition: str = "sum",
-        priorities: Sequence[Priority] = (),
-        gates: Mapping[str, float] | None = None,
-        floor: float = 0.0,
-        scales: Mapping[str, Normaliser] | None = None,
-        weight_schedule: Mapping[str, Mapping[int, float]] | None = None,
-    ) -> None:
-        """Pair each weight with its component; the other arguments are those of the `reward` section.
+    Raises:
+        ConfigError: there is no weight, or a weight names no component, or a component has no weight.
+    """
 
-        Raises:
-            ConfigError: there is no weight, or a weight names no component, or a component has no weight.
-        """
-        if not weights or set(components) != set(weights) - EXTERNAL_COMPONENTS:
+    components: Mapping[str, Component]
+    weights: Weights
+    composition: str = "sum"
+    priorities: Sequence[Priority] = ()
+    gates: Mapping[str, float] = field(default_factory=dict)
+    floor: float = 0.0
+    scales: Mapping[str, Normaliser] = field(default_factory=dict)
+    weight_schedule: Mapping[str, Mapping[int, float]] = field(default_factory=dict)
+    _evaluation_stats: dict[str, tuple[float, float]] = field(default_factory=dict, init=False)
+
+    def __post_init__(self) -> None:
+        if not self.weights or set(self.components) != set(self.weights) - EXTERNAL_COMPONENTS:
             raise ConfigError(
-                f"reward.weights must name each component once: components {sorted(components)}, "
-                f"weights {sorted(weights)}"
+                f"reward.weights must name each component once: components {sorted(self.components)}, "
+                f"weights {sorted(self.weights)}"
             )
-        self._components = dict(components)
-        self._weights = dict(weights)
-        self._composition = composition
-        self._priorities = [(rank.component, rank.threshold) for rank in priorities]
-        self._gates, self._floor = dict(gates or {}), floor
-        self._scales, self._weight_schedule = dict(scales or {}), dict(weight_schedule or {})
-        self._evaluation_stats: dict[str, tuple[float, float]] = {}
-
-    @property
-    def weights(self) -> Mapping[str, float]:
-        """Component → weight, at the end of its schedule."""
-        return self._weights
 
     def weights_at(self, update: int | None) -> Mapping[str, float]:
-        """Component → weight in an update, from 1; None: `weights`."""
-        if update is None:
-            return self._weights
-        return self._weights | {
-            name: interpolate_weight(points, update) for name, points in self._weight_schedule.items()
-        }
+        """Component → weight in an update, from 1; None: `weights`, which are those at the end of the schedule."""
+        schedule = self.weight_schedule if update is not None else {}
+        return {**self.weights, **{name: interpolate_weight(points, update or 0) for name, points in schedule.items()}}
 
     def marginal_weights(self, update: int) -> Mapping[str, float]:
         """Marginal weight of each raw component in the total; empty where it is not constant."""
-        if self._composition != "sum" or any(scale.by == "batch" for scale in self._scales.values()):
+        if self.composition != "sum" or any(scale.by == "batch" for scale in self.scales.values()):
             return {}
         return {
-            name: weight / (self._scales[name].std if name in self._scales else 1.0)
+            name: weight / (self.scales[name].std if name in self.scales else 1.0)
             for name, weight in self.weights_at(update).items()
         }
 
@@ -218,36 +199,38 @@ class CompositeReward:
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
         values: dict[str, Tensor] = {}
         metrics: dict[str, Tensor] = {}
-        components = self._components | dict(external or {})
-        for name in self._weights:
-            value, component_metrics = _call_component(components[name], prompts, responses)
-            values[name] = _validate_scores(name, value, prompts, responses)
-            metrics |= component_metrics
+        components = {**self.components, **(external or {})}
+        for name in self.weights:
+            values[name], own_metrics = _call_component(name, components[name], prompts, responses)
+            metrics |= own_metrics
         return RewardBatch(self._total(values, update), values, metrics)
 
     def _total(self, values: Mapping[str, Tensor], update: int | None) -> Tensor:
         """Total [B] of the component values."""
         scaled = {name: self._normalise(name, value, update) for name, value in values.items()}
         weights = self.weights_at(update)
-        if self._composition == "product":
+        if self.composition == "product":
             total = product(scaled, weights)
-        elif self._composition == "lexicographic":
-            total = lexicographic(scaled, weights, values, self._priorities)
+        elif self.composition == "lexicographic":
+            thresholds = [(rank.component, rank.threshold) for rank in self.priorities]
+            total = lexicographic(scaled, weights, values, thresholds)
         else:
             total = weighted_sum(scaled, weights)
-        return apply_gates(total, values, self._gates, self._floor)
+        return apply_gates(total, values, self.gates, self.floor)
 
     def _normalise(self, name: str, values: Tensor, update: int | None) -> Tensor:
-        if name not in self._scales:
+        scale = self.scales.get(name)
+        if scale is None:
             return values
-        scale = self._scales[name]
         if scale.by == "fixed":
             return standardise(values, scale.mean, scale.std)
-        if update is not None:
-            return standardise(values, *_mean_and_std(values))
-        if name not in self._evaluation_stats:
-            self._evaluation_stats[name] = _mean_and_std(values)
-        return standardise(values, *self._evaluation_stats[name])
+        if update is None and name in self._evaluation_stats:
+            return standardise(values, *self._evaluation_stats[name])
+        gathered = distributed.all_gather(values)
+        stats = gathered.mean().item(), gathered.std(correction=0).item()
+        if update is None:
+            self._evaluation_stats[name] = stats
+        return standardise(values, *stats)
 
 
 def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Artifacts) -> CompositeReward:
@@ -260,12 +243,9 @@ def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Arti
     learned = None
     if LEARNED in params.weights:
         learned = RewardModel.load(
-            artifacts.base_model,
-            artifacts.sft,
-            artifacts.reward_model,
-            ensemble_reduction=params.ensemble_reduction,
-            uncertainty_coef=params.uncertainty_coef,
-        )
+            artifacts.base_model, artifacts.sft, artifacts.reward_model,
+            ensemble_reduction=params.ensemble_reduction, uncertainty_coef=params.uncertainty_coef,
+        )  # fmt: skip
     return build_reward(params, prompts, learned)
 
 
@@ -289,15 +269,9 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
         if name != LEARNED and name not in EXTERNAL_COMPONENTS
     }
     return CompositeReward(
-        components,
-        params.weights,
-        composition=params.composition,
-        priorities=params.priorities,
-        gates=params.gates,
-        floor=params.floor,
-        scales=params.normalisation,
-        weight_schedule=params.weight_schedule,
-    )
+        components, params.weights, params.composition, params.priorities, params.gates, params.floor,
+        scales=params.normalisation, weight_schedule=params.weight_schedule,
+    )  # fmt: skip
 
 
 def rule_component(name: str, options: RuleOptions, answers: Answers) -> Component:
@@ -306,23 +280,15 @@ def rule_component(name: str, options: RuleOptions, answers: Answers) -> Compone
     return FaultTolerantRule(name, rule.score, options.floor) if isinstance(rule, PerSampleRule) else rule
 
 
-def _mean_and_std(values: Tensor) -> tuple[float, float]:
-    """Mean and standard deviation over the responses of all ranks."""
-    gathered = distributed.all_gather(values)
-    return gathered.mean().item(), gathered.std(correction=0).item()
-
-
 def _call_component(
-    component: Component, prompts: list[str], responses: list[str]
-) -> tuple[Sequence[float] | Tensor, dict[str, Tensor]]:
-    """Call a component: its values and its metrics."""
+    name: str, component: Component, prompts: list[str], responses: list[str]
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Values of a component, [B] float32 on the CPU, and its metrics."""
+    value: Sequence[float] | Tensor
     if isinstance(component, ScoresWithMetrics):
-        return component.score_with_metrics(prompts, responses)
-    return component(prompts, responses), {}
-
-
-def _validate_scores(name: str, value: Sequence[float] | Tensor, prompts: list[str], responses: list[str]) -> Tensor:
-    """Validate a component's values: [B] float32 on the CPU."""
+        value, metrics = component.score_with_metrics(prompts, responses)
+    else:
+        value, metrics = component(prompts, responses), {}
     tensor = torch.as_tensor(value, dtype=torch.float32).detach().cpu()
     if tensor.shape != (len(responses),):
         raise TrainingError(
@@ -334,8 +300,7 @@ def _validate_scores(name: str, value: Sequence[float] | Tensor, prompts: list[s
         row = bad[0]
         raise TrainingError(
             f"reward component {name!r} is {tensor[row].item()} ({len(bad)} of {len(responses)} values not finite) for "
-            f"prompt {prompts[row][:MESSAGE_CHARACTERS]!r}, response {responses[row][:MESSAGE_CHARACTERS]!r}; a "
-            "model that gives such a score "
-            "has diverged (retrain it with a lower learning_rate), a rule has a bug"
+            f"prompt {prompts[row][:MESSAGE_CHARACTERS]!r}, response {responses[row][:MESSAGE_CHARACTERS]!r}; a model "
+            "that gives such a score has diverged (retrain it with a lower learning_rate), a rule has a bug"
         )
-    return tensor
+    return tensor, metrics

@@ -1,7 +1,9 @@
-"""Metrics of scores against human ratings or labels of single texts: correlation, error, AUC."""
+"""Metrics of scores against human preferences, ratings and labels: accuracy, correlation, AUC, calibration."""
 
 from __future__ import annotations
 
+import math
+from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +17,14 @@ __all__ = [
     "calibration_table",
     "classification_metrics",
     "correlation",
+    "fraction_true",
     "margin_bucket",
+    "pair_metrics",
     "rank_correlation",
     "rating_metrics",
 ]
+
+# scipy.stats and sklearn.metrics take about a second to import, so they are imported where they are used.
 
 
 def rating_metrics(scores: Tensor, ratings: Tensor) -> dict[str, float]:
@@ -40,31 +46,51 @@ def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
     }
 
 
+def pair_metrics(score_differences: Tensor, margins: Tensor) -> dict[str, float]:
+    """Accuracy on preference pairs, of all and of those with a clear margin; 0 without pairs.
+
+    Args:
+        score_differences: [N] score of the chosen minus score of the rejected text.
+        margins: [N] difference of mean ratings in points; NaN where unknown.
+    """
+    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin
+    return {
+        "heldout_pairs": len(margins),
+        "accuracy": fraction_true(score_differences > 0),
+        "accuracy_margin_1": fraction_true(score_differences[clear] > 0),
+        "pairs_margin_1": int(clear.sum()),
+    }
+
+
+def fraction_true(values: Tensor) -> float:
+    """Fraction of the values [N] that are true; 0 of none."""
+    return values.float().mean().item() if values.numel() else 0.0
+
+
 def correlation(x: Tensor, y: Tensor) -> float:
-    """Pearson correlation."""
-    return torch.corrcoef(torch.stack([x, y]))[0, 1].item()
+    """Pearson correlation; NaN where one of the two does not vary."""
+    from scipy.stats import pearsonr
+
+    return float(pearsonr(x.double(), y.double()).statistic) if _vary(x, y) else math.nan
 
 
 def rank_correlation(x: Tensor, y: Tensor) -> float:
-    """Spearman rank correlation: Pearson correlation of the ranks; ties share their mean rank."""
-    return correlation(_ranks(x), _ranks(y))
+    """Spearman rank correlation; ties share their mean rank; NaN where one of the two does not vary."""
+    from scipy.stats import spearmanr
+
+    return float(spearmanr(x, y).statistic) if _vary(x, y) else math.nan
 
 
 def area_under_curve(scores: Tensor, labels: Tensor) -> float:
-    """Probability that a positive scores above a negative, ties counting ½; NaN where all labels are equal.
+    """Probability that a positive scores above a negative, ties counting ½; NaN where all labels are equal."""
+    from sklearn.metrics import roc_auc_score
 
-    From the rank sum of the positives: (Σ ranks − n₁(n₁ + 1)/2) / (n₁·n₀) (Mann & Whitney 1947).
-    """
-    ranks, positive = _ranks(scores), labels.bool()
-    count = int(positive.sum())
-    pairs = count * (len(positive) - count)
-    return ((ranks[positive].sum() - count * (count + 1) / 2) / pairs).item() if pairs else float("nan")
+    return float(roc_auc_score(labels, scores)) if _vary(labels) else math.nan
 
 
-def _ranks(values: Tensor) -> Tensor:
-    from scipy.stats import rankdata  # slow to import
-
-    return torch.from_numpy(rankdata(values.double().numpy()))
+def _vary(*columns: Tensor) -> bool:
+    """Whether all vary; the libraries warn or raise where one does not."""
+    return all(len(column) > 1 and bool((column != column[0]).any()) for column in columns)
 
 
 class _MarginBuckets(NamedTuple):
@@ -83,27 +109,25 @@ MARGIN_BUCKETS = _MarginBuckets()
 
 def margin_bucket(margin: float) -> str:
     """Name of the bucket of an absolute margin; the lower edge belongs to the bucket."""
-    index = sum(abs(margin) >= edge for edge in MARGIN_BUCKETS.edges) - 1
-    return MARGIN_BUCKETS.names()[index]
+    return MARGIN_BUCKETS.names()[bisect_right(MARGIN_BUCKETS.edges, abs(margin)) - 1]
 
 
 def accuracy_by_margin(
     score_differences: Tensor, margins: Tensor, ceiling: Mapping[str, float]
 ) -> list[dict[str, Any]]:
-    """One row per bucket: number of pairs, accuracy of the model, and agreement among raters.
+    """One row per bucket: number of pairs, accuracy of the model, and agreement among raters; none without pairs.
 
     Args:
         score_differences: [N] score of the chosen minus score of the rejected text.
         margins: [N] difference of mean ratings in points; NaN where unknown, and such pairs are in no bucket.
         ceiling: bucket → agreement of single raters with the others; missing buckets stay empty.
     """
-    names = [None if torch.isnan(margin) else margin_bucket(float(margin)) for margin in margins]
+    names = [None if math.isnan(margin) else margin_bucket(margin) for margin in margins.tolist()]
     rows = []
-    for bucket in MARGIN_BUCKETS.names():
-        in_bucket = torch.tensor([name == bucket for name in names], dtype=torch.bool)
-        count = int(in_bucket.sum())
-        accuracy = (score_differences[in_bucket] > 0).float().mean().item() if count else ""
-        rows.append({"bucket": bucket, "pairs": count, "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
+    for bucket in MARGIN_BUCKETS.names() if names else ():
+        hits = score_differences[torch.tensor([name == bucket for name in names])] > 0
+        accuracy = fraction_true(hits) if len(hits) else ""
+        rows.append({"bucket": bucket, "pairs": len(hits), "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
     return rows
 
 
@@ -111,17 +135,19 @@ def calibration_table(score_differences: Tensor, bins: int = 10) -> tuple[list[d
     """Predicted against observed probability, and the expected calibration error (Guo et al. 2017, equation 3).
 
     Each pair is oriented so that the predicted probability is at least ½: it is
-    max(σ(gap), σ(−gap)), and the observation is whether people agree. Bins are equally wide between ½ and 1.
+    max(σ(gap), σ(−gap)), and the observation is whether people agree. Bins are equally wide between ½ and 1, their
+    lower edge included. (scikit-learn's calibration_curve includes the upper edge and gives no counts.)
     """
-    stated = torch.sigmoid(score_differences.abs().double())
-    agreed = (score_differences > 0).double()
-    index = ((stated - 0.5) * 2 * bins).long().clamp(0, bins - 1)
-    rows, error = [], 0.0
-    for number in range(bins):
-        in_bin = index == number
-        count = int(in_bin.sum())
-        if count:
-            predicted, observed = stated[in_bin].mean().item(), agreed[in_bin].mean().item()
-            rows.append({"predicted": predicted, "observed": observed, "count": count})
-            error += count / len(score_differences) * abs(predicted - observed)
-    return rows, error
+    from scipy.stats import binned_statistic
+
+    predicted = torch.sigmoid(score_differences.abs().double())
+    observed = (score_differences > 0).double()
+    means, _, numbers = binned_statistic(predicted, [predicted, observed], "mean", bins, range=(0.5, 1))
+    counts = torch.bincount(torch.from_numpy(numbers), minlength=bins + 2)[1 : bins + 1]
+    rows = [
+        {"predicted": float(stated), "observed": float(agreed), "count": int(count)}
+        for stated, agreed, count in zip(*means, counts, strict=True)
+        if count
+    ]
+    gaps = (row["count"] * abs(row["predicted"] - row["observed"]) for row in rows)
+    return rows, sum(gaps) / len(score_differences)

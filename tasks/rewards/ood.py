@@ -7,6 +7,7 @@ unlike the training data: its score is an extrapolation.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +16,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
+from tasks.rewards.scorers import PromptResponse, TextScorer
 
-__all__ = ["QUANTILE", "MahalanobisOOD"]
+__all__ = ["FIT_TEXTS", "QUANTILE", "MahalanobisOOD", "fit_ood_detector"]
+
+FIT_TEXTS = 512
+"""Training texts that the detector is fitted on. A hundred find nearly what all 1,600 find: all made-up nonsense, four
+fifths of shuffled sentences, and 34 instead of 30 % of SFT's responses, most of them cut short."""
 
 QUANTILE = 0.99
 """Fraction of held-out texts that count as in-distribution."""
@@ -66,6 +72,14 @@ class MahalanobisOOD:
         """1 for each state beyond the threshold, 0 for the others, [N, d] → [N]."""
         return (self.distances(states) > self.threshold).float()
 
+    def metrics(self, *, sft: Tensor, heldout: Tensor) -> dict[str, float]:
+        """The threshold, and the shares beyond it of states of SFT responses and of held-out human texts."""
+        return {
+            "ood_threshold": self.threshold,
+            "ood_share_sft": self.is_ood(sft).mean().item(),
+            "ood_share_heldout": self.is_ood(heldout).mean().item(),
+        }
+
     def save(self, path: Path) -> None:
         """Write it to a safetensors file."""
         threshold = torch.tensor(self.threshold)
@@ -82,3 +96,11 @@ class MahalanobisOOD:
             raise ModelError(f"{path} does not exist: run the stage reward_model")
         tensors = load_file(path)
         return cls(tensors["mean"], tensors["whitening"], tensors["threshold"].item())
+
+
+def fit_ood_detector(
+    scorer: TextScorer, training: Sequence[PromptResponse], validation: Sequence[PromptResponse]
+) -> MahalanobisOOD:
+    """Fit to training texts, each counted once; the threshold is set on validation texts."""
+    texts = (list(dict.fromkeys(scorer.format(samples))) for samples in (training, validation))
+    return MahalanobisOOD.fit(*(scorer.scores_and_states(unique)[1] for unique in texts))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,30 +16,20 @@ from tasks.core.rows import write_json
 from tasks.models.fetch import READERS, folder_origin, hub_folder, load_folder, save_model, set_padding
 from tasks.models.loading import ADAPTER_DIR, device, dtype
 from tasks.models.onednn_linear import freeze_for_onednn
-from tasks.rewards.scorers import PretrainedScorer
+from tasks.rewards.scorers import Formatter, PretrainedScorer
 
 if TYPE_CHECKING:
     from tasks.config.training import BaseModelParams, PretrainedRewardParams
 
-__all__ = [
-    "CARD",
-    "PRETRAINED_DIR",
-    "Formatter",
-    "fetch_backbone",
-    "fetch_pretrained_scorer",
-    "load_pretrained_scorer",
-]
+__all__ = ["CARD", "PRETRAINED_DIR", "fetch_backbone", "fetch_pretrained_scorer", "load_pretrained_scorer"]
 
 BACKBONE = f"{ADAPTER_DIR}/backbone"
 PRETRAINED_DIR = f"{ADAPTER_DIR}/scorer"
 CARD = "card.json"
 
-Formatter = Callable[[str, str], str]
-"""(prompt, response) → the text that the model reads."""
 
-
-def load_pretrained_scorer(reward_model: Path) -> tuple[PretrainedScorer, Formatter]:
-    """Load the scorer, frozen and in evaluation mode, and the formatter of its texts.
+def load_pretrained_scorer(reward_model: Path) -> PretrainedScorer:
+    """Load the scorer, frozen and in evaluation mode.
 
     Raises:
         ModelError: the folder is incomplete.
@@ -52,8 +41,10 @@ def load_pretrained_scorer(reward_model: Path) -> tuple[PretrainedScorer, Format
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
     freeze_for_onednn(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    scorer = PretrainedScorer(model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"])
-    return scorer, _chat_formatter(tokenizer) if card["chat"] else _template_formatter(card["template"])
+    formatter = _chat_formatter(tokenizer) if card["chat"] else _template_formatter(card["template"])
+    return PretrainedScorer(
+        model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"], formatter=formatter
+    )
 
 
 def _template_formatter(template: str) -> Formatter:

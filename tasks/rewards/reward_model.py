@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
 from pathlib import Path
@@ -15,9 +15,10 @@ from torch import Tensor
 
 from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
+from tasks.rewards.metrics import correlation
 from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.scorers import TextScorer, encode
+from tasks.rewards.scorers import PromptResponse, TextScorer
 
 __all__ = [
     "ENSEMBLE_REDUCTIONS",
@@ -27,14 +28,12 @@ __all__ = [
     "GoldJudge",
     "RewardModel",
     "ScoreHead",
-    "TextScorer",
     "backbone_of",
-    "encode",
     "member_folder",
 ]
 
 NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
-OOD_DETECTOR = f"{ADAPTER_DIR}/familiarity.safetensors"
+OOD_DETECTOR = f"{ADAPTER_DIR}/ood.safetensors"
 MEMBERS = f"{ADAPTER_DIR}/members"
 
 MIN_SPREAD = 1e-6
@@ -86,7 +85,7 @@ class ScoreHead:
         if len(raw) < 2 or residuals.std() < MIN_SPREAD:
             raise TrainingError(
                 f"the raw reward does not vary over the {len(raw)} responses of the SFT policy that normalise it; "
-                "raise reward_model.normalisation_samples or learning_rate, or choose another scorer"
+                "raise reward_model.normalisation_samples or learning_rate, or choose another reward_model.pretrained"
             )
         return cls(residuals.mean().item(), residuals.std().item(), slope, weight)
 
@@ -94,12 +93,8 @@ class ScoreHead:
         """Raw values [N] less the effect of their length."""
         return raw if lengths is None or not self.length_slope else raw - self.length_slope * lengths
 
-    def normalise(self, debiased: Tensor) -> Tensor:
-        """(x − μ) / σ."""
-        return (debiased - self.mean) / self.std
-
     def to_dict(self) -> dict[str, float]:
-        """As normalisation.json says it."""
+        """Its part of normalisation.json."""
         slope = {"length_slope": self.length_slope} if self.length_slope else {}
         return {"mean": self.mean, "std": self.std, **slope}
 
@@ -113,100 +108,97 @@ class EnsembleMember:
 
     @classmethod
     def fit(
-        cls,
-        scorer: TextScorer,
-        samples: Sequence[str],
-        weights: Mapping[str, float],
-        *,
-        prompts: Sequence[str],
-        length_debias: bool,
+        cls, scorer: TextScorer, samples: Sequence[PromptResponse], weights: Mapping[str, float], *, length_debias: bool
     ) -> tuple[EnsembleMember, Tensor]:
-        """Fit the normalisation of the heads on these responses of the SFT policy; also return the states.
+        """Fit the normalisation of the heads on these responses of the SFT policy; also return the states."""
+        raw, states = scorer.scores_and_states(scorer.format(samples))
+        lengths = _response_lengths(scorer, samples) if length_debias else None
+        columns = zip(weights.items(), raw.reshape(len(raw), -1).unbind(1), strict=True)
+        heads = {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}
+        return cls(scorer, heads), states
 
-        Args:
-            samples: the texts that it reads.
-            prompts: one per text; their length does not count.
-        """
-        raw, states = scorer.scores_and_states(samples)
-        lengths = _response_lengths(scorer, samples, prompts) if length_debias else None
-        columns = zip(weights.items(), _columns(raw), strict=True)
-        return cls(
-            scorer, {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}
-        ), states
-
-    def raw_scores(self, texts: Sequence[str], prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Raw values [N, K] of the heads, debiased for length, and their input states [N, d].
-
-        Args:
-            texts: whole inputs.
-            prompts: one per text, empty where the whole text counts.
-        """
-        raw, states = self.scorer.scores_and_states(texts)
-        has_length_slope = any(head.length_slope for head in self.heads.values())
-        lengths = _response_lengths(self.scorer, texts, prompts) if has_length_slope else None
-        columns = zip(self.heads.values(), _columns(raw), strict=True)
+    def raw_scores(self, samples: Sequence[PromptResponse]) -> tuple[Tensor, Tensor]:
+        """Raw values [N, K] of the heads, debiased for length, and their input states [N, d]."""
+        raw, states = self.scorer.scores_and_states(self.scorer.format(samples))
+        lengths = _response_lengths(self.scorer, samples) if self._has_length_slope else None
+        columns = zip(self.heads.values(), raw.reshape(len(raw), -1).unbind(1), strict=True)
         return torch.stack([head.debias(values, lengths) for head, values in columns], dim=1), states
 
     def normalise(self, values: Tensor) -> Tensor:
-        """[N, K] of `read` → [N, K], each head in standard deviations of its values on responses of the SFT policy."""
+        """[N, K] of `raw_scores` → (x − μ) / σ, [N, K]: in standard deviations of each head over SFT responses."""
         columns = zip(self.heads.values(), values.unbind(1), strict=True)
-        return torch.stack([head.normalise(head_values) for head, head_values in columns], dim=1)
+        return torch.stack([(column - head.mean) / head.std for head, column in columns], dim=1)
 
     def score(self, normalised: Tensor) -> Tensor:
         """[N, K] → [N], Σ weight · head."""
         columns = zip(self.heads.values(), normalised.unbind(1), strict=True)
-        return reduce(add, (head.weight * head_values for head, head_values in columns))
+        return reduce(add, (head.weight * column for head, column in columns))
+
+    def normalisation_metrics(self) -> dict[str, float]:
+        """Mean and standard deviation of each head's raw value, and the length slope where it was removed."""
+        metrics: dict[str, float] = {}
+        for name, head in self.heads.items():
+            for key, value in head.to_dict().items():
+                metric = f"raw_{key}" if key in ("mean", "std") else key
+                metrics[f"{metric}/{name}" if name else metric] = value
+        return metrics
+
+    def length_bias(self, samples: Sequence[PromptResponse], values: Tensor) -> dict[str, float]:
+        """Correlation of raw values [N, K] and numbers of tokens, also before length debiasing."""
+        lengths = self.scorer.lengths(self.scorer.format(samples), untruncated=True)
+        metrics = {"length_correlation": correlation(self._raw_score(values), lengths)}
+        if self._has_length_slope:
+            biased = replace(self, heads={name: replace(head, length_slope=0.0) for name, head in self.heads.items()})
+            raw = biased.raw_scores(samples)[0]
+            metrics["length_correlation_before"] = correlation(biased._raw_score(raw), lengths)
+        return metrics
+
+    @property
+    def _has_length_slope(self) -> bool:
+        return any(head.length_slope for head in self.heads.values())
+
+    def _raw_score(self, values: Tensor) -> Tensor:
+        """[N, K] → [N]: the raw value of a head that is alone, else the score."""
+        return values[:, 0] if len(self.heads) == 1 else self.score(self.normalise(values))
 
     def to_dict(self) -> dict[str, object]:
-        """As normalisation.json says it."""
+        """Content of normalisation.json."""
         if "" in self.heads:
             return dict(self.heads[""].to_dict())
         return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
 
 
-def _response_lengths(scorer: TextScorer, texts: Sequence[str], prompts: Sequence[str]) -> Tensor:
-    """Number of response tokens of each text [N], with the template's own, which are the same for all.
+def _response_lengths(scorer: TextScorer, samples: Sequence[PromptResponse]) -> Tensor:
+    """Number of response tokens of each sample [N], with the template's own, which are the same for all.
 
     Without the prompt's: the policy chooses the response's length alone.
     """
-    return scorer.lengths(texts) - scorer.lengths(prompts) + scorer.lengths([""])
+    prompts = [prompt for prompt, _ in samples]
+    return scorer.lengths(scorer.format(samples)) - scorer.lengths(prompts) + scorer.lengths([""])
 
 
-def _columns(raw: Tensor) -> tuple[Tensor, ...]:
-    return (raw,) if raw.dim() == 1 else raw.unbind(1)
-
-
-def _parse_heads(facts: Mapping[str, Any]) -> dict[str, ScoreHead]:
+def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
     """Read what `EnsembleMember.to_dict` wrote."""
-    rows = facts.get("objectives") or {"": {name: value for name, value in facts.items() if name != "max_length"}}
+    alone = {name: value for name, value in normalisation.items() if name != "max_length"}
+    rows = normalisation.get("objectives") or {"": alone}
     return {name: ScoreHead(**row) for name, row in rows.items()}
 
 
+@dataclass(frozen=True)
 class RewardModel:
-    """One model, or an ensemble whose members differ in their seed alone, on one backbone."""
+    """One model, or an ensemble whose members differ in their seed alone, on one backbone.
 
-    def __init__(
-        self,
-        members: Sequence[EnsembleMember],
-        ood_detector: MahalanobisOOD,
-        *,
-        ensemble_reduction: str = "mean",
-        uncertainty_coef: float = 0.0,
-        formatter: Callable[[str, str], str] = add,
-    ) -> None:
-        """Combine the members into one reward.
+    Attributes:
+        members: one, or several.
+        ood_detector: of the first member's states.
+        ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
+        uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
+    """
 
-        Args:
-            ood_detector: of the first member's states.
-            ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
-            uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
-            formatter: of a prompt and a response, the text that members read.
-        """
-        self._members = members
-        self._ood_detector = ood_detector
-        self._reduce = ENSEMBLE_REDUCTIONS[ensemble_reduction]
-        self._uncertainty_coef = uncertainty_coef
-        self._formatter = formatter
+    members: Sequence[EnsembleMember]
+    ood_detector: MahalanobisOOD
+    ensemble_reduction: str = "mean"
+    uncertainty_coef: float = 0.0
 
     @classmethod
     def load(
@@ -225,17 +217,11 @@ class RewardModel:
         """
         ood_detector = MahalanobisOOD.load(reward_model / OOD_DETECTOR)
         if (reward_model / PRETRAINED_DIR).is_dir():
-            scorer, formatter = load_pretrained_scorer(reward_model)
-            members = [EnsembleMember(scorer, _parse_heads(_read_normalisation(reward_model)))]
+            heads = _parse_heads(_read_normalisation(reward_model))
+            members = [EnsembleMember(load_pretrained_scorer(reward_model), heads)]
         else:
-            members, formatter = _trained_members(base_model, sft, reward_model), add
-        return cls(
-            members,
-            ood_detector,
-            ensemble_reduction=ensemble_reduction,
-            uncertainty_coef=uncertainty_coef,
-            formatter=formatter,
-        )
+            members = _trained_members(base_model, sft, reward_model)
+        return cls(members, ood_detector, ensemble_reduction, uncertainty_coef)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: the members' scores, reduced."""
@@ -243,33 +229,35 @@ class RewardModel:
 
     def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
-        texts = self._texts(prompts, responses)
-        return torch.stack(
-            [member.score(member.normalise(member.raw_scores(texts, prompts)[0])) for member in self._members]
-        )
+        return self._scores(self._outputs(prompts, responses)[0])
 
     def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """Rewards [B], and metrics of the same forward pass.
 
-        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there
-        are several objectives, is the members' mean of that head; `disagreement` [B], where there are several members,
-        their standard deviation.
+        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there are several
+        objectives, is the members' mean of that head; `disagreement` [B], where there are several members, their
+        standard deviation.
         """
-        texts = self._texts(prompts, responses)
-        outputs = [member.raw_scores(texts, prompts) for member in self._members]
-        heads = [member.normalise(values) for member, (values, _) in zip(self._members, outputs, strict=True)]
-        scores = torch.stack([member.score(values) for member, values in zip(self._members, heads, strict=True)])
-        metrics = {"ood_share": self._ood_detector.is_ood(outputs[0][1])}
-        if len(self._members[0].heads) > 1:
+        heads, states = self._outputs(prompts, responses)
+        scores = self._scores(heads)
+        metrics = {"ood_share": self.ood_detector.is_ood(states)}
+        names = list(self.members[0].heads)
+        if len(names) > 1:
             columns = torch.stack(heads).mean(0).unbind(1)
-            names = [f"objective/{name}" for name in self._members[0].heads]
-            metrics |= dict(zip(names, columns, strict=True))
-        if len(outputs) > 1:
+            metrics |= {f"objective/{name}": values for name, values in zip(names, columns, strict=True)}
+        if len(scores) > 1:
             metrics["disagreement"] = scores.std(0, correction=0)
-        return self._reduce(scores, self._uncertainty_coef), metrics
+        return ENSEMBLE_REDUCTIONS[self.ensemble_reduction](scores, self.uncertainty_coef), metrics
 
-    def _texts(self, prompts: Sequence[str], responses: Sequence[str]) -> list[str]:
-        return [self._formatter(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+    def _outputs(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[Tensor], Tensor]:
+        """Normalised heads of each member, K × [B, heads], and the first member's states."""
+        samples = list(zip(prompts, responses, strict=True))
+        outputs = [member.raw_scores(samples) for member in self.members]
+        heads = [member.normalise(values) for member, (values, _) in zip(self.members, outputs, strict=True)]
+        return heads, outputs[0][1]
+
+    def _scores(self, heads: Sequence[Tensor]) -> Tensor:
+        return torch.stack([member.score(values) for member, values in zip(self.members, heads, strict=True)])
 
 
 def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
@@ -282,19 +270,19 @@ def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[En
     """Load every member, on one backbone."""
     count = 1 + len(list((reward_model / MEMBERS).glob("*")))
     folders = [member_folder(reward_model, number) for number in range(count)]
-    facts = [_read_normalisation(folder) for folder in folders]
+    normalisations = [_read_normalisation(folder) for folder in folders]
     base, sft_adapter = backbone_of(base_model, sft, reward_model)
-    model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(facts[0])))
+    model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(normalisations[0])))
     tokenizer = load_tokenizer(base)
     names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
     for name, folder in zip(names[1:], folders[1:], strict=True):
         add_adapter(model, name, folder)
     return [
         EnsembleMember(
-            TextScorer(model, tokenizer, max_length=member_facts["max_length"], adapter=name),
-            _parse_heads(member_facts),
+            TextScorer(model, tokenizer, max_length=normalisation["max_length"], adapter=name),
+            _parse_heads(normalisation),
         )
-        for name, member_facts in zip(names, facts, strict=True)
+        for name, normalisation in zip(names, normalisations, strict=True)
     ]
 
 
@@ -324,5 +312,5 @@ def _read_normalisation(folder: Path) -> dict[str, Any]:
     path = folder / NORMALISATION
     if not path.is_file():
         raise ModelError(f"{path} does not exist: run the stage that writes it")
-    facts: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-    return facts
+    normalisation: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    return normalisation

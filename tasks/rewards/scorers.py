@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from operator import add
 from typing import Any
 
 import torch
@@ -13,7 +14,13 @@ from tasks.core.errors import ModelError
 from tasks.models.batching import pad_ids, position_ids
 from tasks.models.loading import device
 
-__all__ = ["PretrainedScorer", "TextScorer", "encode"]
+__all__ = ["Formatter", "PretrainedScorer", "PromptResponse", "TextScorer", "encode"]
+
+PromptResponse = tuple[str, str]
+"""A prompt, empty where the text is whole, and a response."""
+
+Formatter = Callable[[str, str], str]
+"""(prompt, response) → the text that a model reads."""
 
 
 def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
@@ -26,14 +33,19 @@ class TextScorer:
     """Scores texts by the linear head at each text's end token."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, *, max_length: int, batch_size: int = 32, adapter: str | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        *,
+        max_length: int,
+        batch_size: int = 32,
+        adapter: str | None = None,
+        formatter: Formatter = add,
     ) -> None:
         """Pair a model with its tokenizer; `adapter` is the one that is switched on, where the model has several."""
-        self._model = model
-        self._tokenizer = tokenizer
-        self._max_length = max_length
-        self._batch_size = batch_size
-        self._adapter = adapter
+        self._model, self._tokenizer = model, tokenizer
+        self._max_length, self._batch_size = max_length, batch_size
+        self._adapter, self._formatter = adapter, formatter
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Raw scores, [len(texts)] float32 on the CPU; [len(texts), K] of a model with K heads."""
@@ -59,6 +71,10 @@ class TextScorer:
         scores, states = (torch.cat(parts)[rows] for parts in zip(*outputs, strict=True))
         return scores, states
 
+    def format(self, samples: Sequence[PromptResponse]) -> list[str]:
+        """The text of each sample as the model reads it."""
+        return [self._formatter(prompt, response) for prompt, response in samples]
+
     def lengths(self, texts: Sequence[str], *, untruncated: bool = False) -> Tensor:
         """Number of tokens of each text after truncation, or untruncated and without the end token; [N] float32."""
         if untruncated:
@@ -83,7 +99,9 @@ class TextScorer:
 class PretrainedScorer(TextScorer):
     """A pretrained sequence classifier with its own tokenisation, pooling and head."""
 
-    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool) -> None:
+    def __init__(
+        self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool, formatter: Formatter
+    ) -> None:
         """Pair a model with its tokenizer.
 
         Args:
@@ -95,7 +113,8 @@ class PretrainedScorer(TextScorer):
         """
         padding = model.config.get_text_config().pad_token_id
         # Such a model takes the last token of a batch as the end of the text, so only single ones are read rightly.
-        super().__init__(model, tokenizer, max_length=max_length, batch_size=1 if padding is None else 32)
+        batch_size = 1 if padding is None else 32
+        super().__init__(model, tokenizer, max_length=max_length, batch_size=batch_size, formatter=formatter)
         self._padding = padding or 0
         self._add_special_tokens = add_special_tokens
         self._head = _last_layer(model)

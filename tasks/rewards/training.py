@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -15,8 +15,9 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 from tasks.core.rows import Preference
 from tasks.models.hf_training import trainer_arguments
 from tasks.rewards.scorers import encode
+from tasks.rewards.training_data import TrainingData
 
-__all__ = ["TrainingConfig", "pair_trainer", "regression_trainer"]
+__all__ = ["TrainingConfig", "classification_trainer", "pair_trainer", "regression_trainer"]
 
 
 class TrainingConfig(Protocol):
@@ -36,52 +37,45 @@ def pair_trainer(
     config: TrainingConfig,
     model: PeftModel,
     tokenizer: Any,
-    rows: Sequence[Preference],
+    data: TrainingData,
     *,
     seed: int,
     callbacks: list[TrainerCallback],
-    margin_scale: float | None = None,
-    objectives: Sequence[str] = (),
 ) -> RewardTrainer:
     """Bradley–Terry: P(chosen ≻ rejected) = σ(r(chosen) − r(rejected)).
 
-    Args:
-        margin_scale: log-odds per point of a pair's margin, taken off the difference; None: no margins.
-        objectives: of the heads; a pair trains the head of its objective. Without them there is one head.
+    A pair's margin, times `data.margin_scale`, is taken off the difference. Where there are several objectives, a pair
+    trains the head of its own.
     """
     trainer_class, collator = RewardTrainer, None
-    if objectives:
+    if data.objectives:
         # TRL refuses a model with several labels; the configuration shows one, and the layer keeps all.
         model.config.num_labels = 1
         trainer_class, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
-    data = [_encode_pair(row, tokenizer, config.max_length, margin_scale, objectives) for row in rows]
+    rows = [_encode_pair(row, tokenizer, config.max_length, data) for row in data.pairs["train"]]
     return trainer_class(
         model=model,
         args=RewardConfig(
             **_common_arguments(config, seed),
             max_length=config.max_length,
-            # Batches of similar length waste less on padding; by default TRL would drop the column `length`.
-            train_sampling_strategy="group_by_length",
-            remove_unused_columns=False,
+            remove_unused_columns=False,  # TRL would drop the column `length`
         ),
         data_collator=collator,
-        train_dataset=Dataset.from_list(data),
+        train_dataset=Dataset.from_list(rows),
         processing_class=tokenizer,
         callbacks=callbacks,
     )
 
 
-def _encode_pair(
-    row: Preference, tokenizer: Any, max_length: int, margin_scale: float | None, objectives: Sequence[str]
-) -> dict[str, Any]:
+def _encode_pair(row: Preference, tokenizer: Any, max_length: int, data: TrainingData) -> dict[str, Any]:
     chosen = encode(tokenizer, row.prompt + row.chosen, max_length)
     rejected = encode(tokenizer, row.prompt + row.rejected, max_length)
     pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
-    if margin_scale is not None:
+    if data.margin_scale is not None:
         # Without a margin, or with one that contradicts the label, the margin is 0.
-        pair["margin"] = margin_scale * max(row.margin or 0.0, 0.0)
-    if objectives:
-        pair["objective"] = objectives.index(str(row.objective))
+        pair["margin"] = data.margin_scale * max(row.margin or 0.0, 0.0)
+    if data.objectives:
+        pair["objective"] = data.objectives.index(str(row.objective))
     return pair
 
 
@@ -113,41 +107,35 @@ def regression_trainer(
     config: TrainingConfig,
     model: PeftModel,
     tokenizer: Any,
-    texts: Sequence[str],
-    targets: Sequence[float],
+    data: TrainingData,
     *,
     seed: int,
     callbacks: list[TrainerCallback],
     binary: bool = False,
 ) -> Trainer:
-    """Trainer of one head on a target for each text, by squared error.
-
-    Args:
-        targets: one per text.
-        binary: whether they are 1 and 0, and the head is fitted to the log-odds of 1 by cross-entropy.
-    """
+    """Fit one head to the targets of the texts by squared error, or its log-odds to binary ones by cross-entropy."""
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
     model.config.problem_type = "multi_label_classification" if binary else "regression"
-    rows = zip(texts, targets, strict=True)
+    texts = [encode(tokenizer, text, config.max_length) for text in data.texts["train"]]
+    targets = [[target] if binary else target for target in data.targets["train"]]
+    rows = [{"input_ids": ids, "labels": target} for ids, target in zip(texts, targets, strict=True)]
     return Trainer(
         model=model,
         args=TrainingArguments(
             **_common_arguments(config, seed),
-            train_sampling_strategy="group_by_length",
             average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
         ),
-        train_dataset=Dataset.from_list(
-            [
-                {"input_ids": encode(tokenizer, text, config.max_length), "labels": [target] if binary else target}
-                for text, target in rows
-            ]
-        ),
+        train_dataset=Dataset.from_list(rows),
         data_collator=DataCollatorWithPadding(tokenizer),
         callbacks=callbacks,
     )
 
 
+classification_trainer = partial(regression_trainer, binary=True)
+
+
 def _common_arguments(config: TrainingConfig, seed: int) -> dict[str, Any]:
-    return trainer_arguments(
+    arguments = trainer_arguments(
         seed=seed, batch_size=config.batch_size, learning_rate=config.learning_rate, epochs=config.epochs
     )
+    return arguments | {"train_sampling_strategy": "group_by_length"}  # batches of similar length pad less

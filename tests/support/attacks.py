@@ -1,7 +1,7 @@
-"""Programs that want to be paid without computing, or want more than that.
+"""Attacks on the sandbox: programs that try to pass tests without computing, or to reach something outside.
 
 Each passes its tests only if it succeeds. A wrong `answer` succeeds if tests of 18x + 17 pass; one that reaches for
-something returns True once it has it. @NAME@ stands for something of the world outside, see `World` in the tests.
+something returns True once it has it. @NAME@ stands for something outside the sandbox, see `Outside` in the tests.
 """
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
@@ -11,7 +11,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from textwrap import dedent, indent
 
-__all__ = ["ATTACKS", "HUNGRY", "UNWALLED", "Attack"]
+__all__ = ["ATTACKS", "ENDLESS", "UNISOLATED", "Attack"]
 
 FORMULA = "assert answer(3) == 71\nassert answer(10) == 197"
 REACHED = "assert answer() is True"
@@ -21,7 +21,7 @@ MAPPED = "assert all(map(lambda x: answer(x) == 18 * x + 17, range(9)))"
 
 @dataclass(frozen=True)
 class Attack:
-    """`statuses` are the verdicts that may follow; none of them is `passed`."""
+    """`statuses` are the results that may follow; none of them is `passed`."""
 
     name: str
     program: str
@@ -100,7 +100,7 @@ FILES = (
     reach("delete a file outside scratch", "os.unlink('@FOLDER@/secret.txt')\nreturn True"),
     reach(
         "overwrite the runner",
-        "import tasks.rewards.sandbox.inside.codec as wire\nopen(wire.__file__, 'a').write('x')\nreturn True",
+        "import tasks.rewards.sandbox.inside.codec as codec\nopen(codec.__file__, 'a').write('x')\nreturn True",
     ),
     reach("write sitecustomize", "open(os.path.dirname(os.__file__) + '/sitecustomize.py', 'w').write('x')\nreturn True"),
     reach(
@@ -127,7 +127,7 @@ FILES = (
 
 PROCESSES = (
     reach("fork bomb", "while True:\n    os.fork()"),
-    reach("fork", "return os.fork() >= 0"),
+    reach("fork", "if os.fork() == 0:\n    os._exit(0)\nreturn True"),
     reach(
         "background daemon", "if os.fork() == 0:\n    os.setsid()\n    import time\n    time.sleep(1000)\nreturn True"
     ),
@@ -183,11 +183,11 @@ PROCESSES = (
 
 FORGE = """
 import os
-from tasks.rewards.sandbox.inside import wire
+from tasks.rewards.sandbox.inside import codec
 for word in (("passed", "", 9), ("loaded", None), ("returned", (71, [])), "passed"):
     for fd in range(3, 64):
         try:
-            wire.write_frame(fd, wire.encode(word, 999))
+            codec.write_frame(fd, codec.encode(word, 999))
         except OSError:
             pass
 def answer(x): return 0
@@ -209,20 +209,20 @@ def answer():
 
 PUPPET = """
 import os
-from tasks.rewards.sandbox.inside import wire
-real = wire.read_frame
+from tasks.rewards.sandbox.inside import codec
+real = codec.read_frame
 def puppet(channel, limit):
     text = real(channel, limit)
-    ticket = wire.decode(text)[0]
+    ticket = codec.decode(text)[0]
     {act}
     return text
-wire.read_frame = puppet
+codec.read_frame = puppet
 def answer(x): return 0
 """
 
 
 def puppet(name: str, act: str, *statuses: str) -> Attack:
-    """Takes over the runner's own loop, so that it says on the channel (descriptor 4) what it likes, with true tickets."""
+    """Takes over the runner's own loop, so that it sends what it likes on the channel (descriptor 4), with true tickets."""
     return Attack(name, PUPPET.format(act=act), FORMULA, statuses)
 
 
@@ -248,14 +248,14 @@ VERDICT = (
     ),
     wrong("close every descriptor", "import os\nos.closerange(0, 64)\ndef answer(x): return 0", "error", "refused"),
     wrong("answer ahead", FORGE.replace("range(3, 64)", "(4,)"), "refused"),
-    puppet("answer twice", "wire.write_frame(4, wire.encode((ticket, 'returned', (18 * wire.decode(text)[2][0] + 17, [])), 999))", "refused"),
-    puppet("answer with another ticket", "wire.write_frame(4, wire.encode(('0' * 16, 'returned', (71, [])), 999))", "refused"),
-    puppet("answer with a verdict", "wire.write_frame(4, wire.encode((ticket, 'passed', None), 999))", "refused"),
-    puppet("answer with no value", "wire.write_frame(4, b'l99:n')", "refused"),
-    puppet("answer with unhashable keys", "wire.write_frame(4, b'm1:l0:n')", "refused"),
+    puppet("answer twice", "codec.write_frame(4, codec.encode((ticket, 'returned', (18 * codec.decode(text)[2][0] + 17, [])), 999))", "refused"),
+    puppet("answer with another ticket", "codec.write_frame(4, codec.encode(('0' * 16, 'returned', (71, [])), 999))", "refused"),
+    puppet("answer with a verdict", "codec.write_frame(4, codec.encode((ticket, 'passed', None), 999))", "refused"),
+    puppet("answer with no value", "codec.write_frame(4, b'l99:n')", "refused"),
+    puppet("answer with unhashable keys", "codec.write_frame(4, b'm1:l0:n')", "refused"),
     puppet("announce four gigabytes", "os.write(4, b'\\xff' * 4)", "output_limit"),
-    puppet("answer nested deeply", "wire.write_frame(4, b'l1:' * 50_000 + b'n')", "refused"),
-    puppet("name an exception by a sentence", "wire.write_frame(4, wire.encode((ticket, 'raised', 'passed; ' * 9), 999))", "refused", "error"),
+    puppet("answer nested deeply", "codec.write_frame(4, b'l1:' * 50_000 + b'n')", "refused"),
+    puppet("name an exception by a sentence", "codec.write_frame(4, codec.encode((ticket, 'raised', 'passed; ' * 9), 999))", "refused", "error"),
     returning(
         "patched builtins",
         """
@@ -269,7 +269,7 @@ VERDICT = (
     returning("patched import", "import builtins\nbuiltins.__import__ = lambda *_: None", "0"),
     returning("import hook", "import sys\nsys.meta_path.insert(0, object())\nsys.path_hooks.clear()", "0"),
     returning("replaced modules", "import sys\nsys.modules['builtins'] = sys.modules['operator'] = sys", "0"),
-    returning("patched codec", "from tasks.rewards.sandbox.inside import wire\nwire.encode = lambda *_: b't'", "0", "refused"),
+    returning("patched codec", "from tasks.rewards.sandbox.inside import codec\ncodec.encode = lambda *_: b't'", "0", "refused"),
     returning(
         "patched __main__",
         "import sys\nfor m in list(sys.modules.values()):\n    vars(m).update(passed=True, verdict='passed', end=print)",
@@ -326,7 +326,7 @@ VERDICT = (
     returning("memory by mmap", "import mmap", "len(mmap.mmap(-1, 1 << 33))", "error", "memory"),
 )  # fmt: skip
 
-HUNGRY = (
+ENDLESS = (
     wrong("infinite loop", "def answer(x):\n    while True: pass", "timeout"),
     wrong("infinite loop while loading", "while True: pass", "timeout"),
     wrong("infinite loop in C", "def answer(x): return sum(iter(int, 1))", "timeout"),
@@ -359,8 +359,8 @@ HUNGRY = (
 
 ATTACKS = (*NETWORK, *FILES, *PROCESSES, *VERDICT)
 
-UNWALLED = (
+UNISOLATED = (
     "network: TCP", "network: Unix socket", "network: abstract Unix socket", "read /etc/passwd", "read the repository",
     "read a file by its path", "write a file outside scratch", "fork", "os.system", "read memory by /proc/self/mem",
 )  # fmt: skip
-"""Attacks that succeed where nothing but limits stands against them: the suite would notice a wall that is missing."""
+"""Attacks that succeed under resource limits alone: the suite would notice missing isolation."""

@@ -34,7 +34,7 @@ from tests.conftest import letter_tokenizer
 from tests.support.chat_server import longer, serving
 from tests.support.tiny_stages import run_reward_model, write_inputs
 from tests.unit.rewards.conftest import sandbox_or_skip
-from tests.unit.rewards.test_kinds import finished
+from tests.unit.rewards.test_objectives import write_classifier
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 PARAMS = EvaluateParams(prompts=6, batch_size=4, bootstrap_samples=40, report_samples=2, vader=True, llm_judge=None)
@@ -251,7 +251,7 @@ def test_every_kind_of_reward_model_is_reported(
 ) -> None:
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    finished(tmp_path / "theirs", 1)
+    write_classifier(tmp_path / "theirs", 1)
     write_inputs(tmp_path)
     for name in ("base_model", "sft"):
         shutil.rmtree(tmp_path / name)

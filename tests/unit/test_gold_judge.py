@@ -14,7 +14,7 @@ from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.gold_judge import shuffle_words
 from tasks.rewards.reward_model import GoldJudge
 from tests.support.tiny_stages import run_gold_judge, write_inputs
-from tests.unit.rewards.test_kinds import PAIRS, pair
+from tests.unit.rewards.test_objectives import PAIRS, pair
 
 
 def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None:
@@ -39,7 +39,7 @@ def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None
         run_gold_judge(tmp_path, out, kind="preference")
 
 
-def test_scrambled_texts_keep_their_words_and_lose_their_order() -> None:
+def test_shuffled_texts_keep_their_words_and_lose_their_order() -> None:
     texts = ["one two three four five six seven", "eight nine ten"]
     found = shuffle_words(texts, seed=0)
     assert found == shuffle_words(texts, seed=0) != shuffle_words(texts, seed=1)
@@ -47,8 +47,8 @@ def test_scrambled_texts_keep_their_words_and_lose_their_order() -> None:
     assert [sorted(text.split()) for text in found] == [sorted(text.split()) for text in texts]
 
 
-def test_a_judge_that_was_shown_scrambled_texts_rates_them_low(tmp_path: Path) -> None:
-    """Ratings of 1 and 5 by chance, of letters in the order of the alphabet: none of them says what a heap is worth."""
+def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> None:
+    """Texts of letters in alphabetical order, rated 1 or 5 at random: no rating is about word order."""
     write_inputs(tmp_path)
     gold, draw = tmp_path / "prepare" / "ratings" / "gold", random.Random(0)
     for split in ("train", "test"):
@@ -65,5 +65,5 @@ def test_a_judge_that_was_shown_scrambled_texts_rates_them_low(tmp_path: Path) -
     assert [metrics[share]["examples"] for share in (0.0, 0.9)] == [60, 114]
     gaps = [metrics[share]["heldout_mean_score"] - metrics[share]["shuffled_mean_score"] for share in (0.0, 0.9)]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
-    with pytest.raises(ValueError, match=r"shuffled_share0\.5 needs kind rating"):
+    with pytest.raises(ValueError, match=r"shuffled_share 0\.5 needs kind rating"):
         run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)

@@ -76,21 +76,21 @@ def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble
 
 
 def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(inputs: Path, alone: Path) -> None:
-    familiarity = MahalanobisOOD.load(alone / OOD_DETECTOR)
+    detector = MahalanobisOOD.load(alone / OOD_DETECTOR)
     model = RewardModel.load(inputs / "base_model", inputs / "sft", alone)
-    scorer = model._members[0].scorer
+    scorer = model.members[0].scorer
 
     def states(part: str) -> torch.Tensor:
         pairs = read_rows(inputs / "preferences" / f"{part}.jsonl", Preference)
         texts = {row.prompt + text for row in pairs for text in (row.chosen, row.rejected)}
         return scorer.scores_and_states(sorted(texts))[1]
 
-    torch.testing.assert_close(familiarity.mean, states("train").mean(0), rtol=1e-4, atol=1e-5)
-    ordered = familiarity.distances(states("validation")).sort().values
+    torch.testing.assert_close(detector.mean, states("train").mean(0), rtol=1e-4, atol=1e-5)
+    ordered = detector.distances(states("validation")).sort().values
     place = 0.99 * (len(ordered) - 1)
     low, high = ordered[int(place)].item(), ordered[int(place) + 1].item()
-    assert familiarity.threshold == pytest.approx(low + (place - int(place)) * (high - low), rel=1e-4)
+    assert detector.threshold == pytest.approx(low + (place - int(place)) * (high - low), rel=1e-4)
     found = figures(alone)
-    assert found["familiar_distance"] == familiarity.threshold
-    assert found["ood_share_heldout"] == pytest.approx(familiarity.is_ood(states("test")).mean().item(), abs=0.05)
+    assert found["ood_threshold"] == detector.threshold
+    assert found["ood_share_heldout"] == pytest.approx(detector.is_ood(states("test")).mean().item(), abs=0.05)
     assert 0 <= found["ood_share_sft"] <= 1

@@ -1,14 +1,13 @@
-"""Rewards that are functions of the text, each with a docstring that says how it can be gamed.
+"""Rule-based rewards: plain functions of the text, without its end token.
 
-All of them see the response without its end token. A new rule is an entry in `RULES` and, with its options, one in
-`tasks.config.rules.RULE_OPTIONS`.
+The docstring of each rule says how a policy could game it, and what prevents that.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 
-from tasks.rewards.code import code_reward
+from tasks.rewards.code import CodeReward
 from tasks.rewards.rules.answers import answer_rule, contains_facts_rule
 from tasks.rewards.rules.base import RuleFactory, response_rule
 from tasks.rewards.rules.custom import custom_rule
@@ -22,7 +21,7 @@ __all__ = ["RULES", "get_rule_factory"]
 
 RULES: Mapping[str, RuleFactory] = {
     "answer": answer_rule,
-    "code": code_reward,
+    "code": CodeReward,
     "contains_facts": contains_facts_rule,
     "format": response_rule(matches_pattern, "pattern", "match"),
     "instructions": instructions_rule,
@@ -35,9 +34,9 @@ RULES: Mapping[str, RuleFactory] = {
     "repetition": response_rule(repetition),
     "vader": vader_rule,
 }
-"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.OPTIONS`.
+"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`.
 
-A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch (see `kinds`).
+A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch.
 """
 
 

@@ -92,7 +92,7 @@ MESSAGE_CHARACTERS = 200
 
 
 class FaultTolerantRule:
-    """A rule over a batch; where it raises or is not finite, the sample gets the floor and is counted.
+    """Applies a rule to a batch; where it raises or is not finite, the sample gets the floor and is counted.
 
     One failure in a week's run must not end it, and must not stay unnoticed: the first one is printed. An error of the
     project's own (no right answer is known, say) is the configuration's, and stays an error.
@@ -108,17 +108,13 @@ class FaultTolerantRule:
         Raises:
             TrainingError: it fails on more than half of a batch of at least `MIN_BATCH`.
         """
-        values: list[float] = []
-        failures: list[str] = []
-        failed = torch.zeros(len(responses))
-        for row, (prompt, response) in enumerate(zip(prompts, responses, strict=True)):
-            value, problem = self._safe_score(prompt, response)
-            values.append(value)
-            if problem:
-                failed[row] = 1.0
-                failures.append(
-                    f"prompt {prompt[:MESSAGE_CHARACTERS]!r}, response {response[:MESSAGE_CHARACTERS]!r}: {problem}"
-                )
+        samples = list(zip(prompts, responses, strict=True))
+        scored = [self._safe_score(prompt, response) for prompt, response in samples]
+        failures = [
+            f"prompt {prompt[:MESSAGE_CHARACTERS]!r}, response {response[:MESSAGE_CHARACTERS]!r}: {problem}"
+            for (prompt, response), (_, problem) in zip(samples, scored, strict=True)
+            if problem
+        ]
         if len(responses) >= MIN_BATCH and len(failures) > len(responses) / 2:
             raise TrainingError(
                 f"reward component {self._name!r} fails on {len(failures)} of {len(responses)} responses, which is a "
@@ -131,7 +127,8 @@ class FaultTolerantRule:
                 f"failures are counted in {FAILURES}{self._name}",
                 file=sys.stderr,
             )
-        return torch.tensor(values, dtype=torch.float32), {f"{FAILURES}{self._name}": failed}
+        failed = torch.tensor([float(bool(problem)) for _, problem in scored])
+        return torch.tensor([value for value, _ in scored], dtype=torch.float32), {f"{FAILURES}{self._name}": failed}
 
     def _safe_score(self, prompt: str, response: str) -> tuple[float, str]:
         """Value, and the failure, if any."""

@@ -111,7 +111,7 @@ def _check_is_math(prompt: str, answer: str) -> None:
     parts = answer.split()
     if all(part.isalpha() for part in parts) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
         raise DataError(
-            f"reward.weights.mathematics: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would "
-            "be read as a product of letters; use the rule `answer` or `facts` for words, or write mathematics as "
-            "LaTeX: $abc$ for a product, \\sin x for a function"
+            f"reward.weights.math: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would be "
+            "read as a product of letters; use the rule `answer` or `contains_facts` for words, or write mathematics "
+            "as LaTeX: $abc$ for a product, \\sin x for a function"
         )

@@ -45,7 +45,7 @@ def length(response: str, *, target: int, tolerance: int) -> float:
 def repetition(response: str) -> float:
     """Minus the share of word pairs that already occurred in the response, in (−1, 0].
 
-    Why pairs: `REPEATED_NGRAM`. A response of up to two words has no two pairs and gets 0; so does an empty one.
+    Why pairs: `REPETITION_NGRAM`. A response of up to two words has no two pairs and gets 0; so does an empty one.
 
     Gamed by: very short responses, signs instead of words, and paraphrases of the same thing, which no n-gram
     sees. Against that: a length weight, the learned component (people dislike a sentence that goes nowhere) and the
@@ -56,8 +56,7 @@ def repetition(response: str) -> float:
 
 def count_sentences(text: str) -> int:
     """Count sentences: end marks before white space or the end, and a last piece without one."""
-    pieces = SENTENCE_END.split(text)
-    return sum(bool(tokenize_words(piece)) for piece in pieces)
+    return sum(bool(tokenize_words(piece)) for piece in SENTENCE_END.split(text))
 
 
 def count_syllables(word: str) -> int:
@@ -68,11 +67,8 @@ def count_syllables(word: str) -> int:
 
 def reading_ease(text: str) -> float:
     """206.835 − 1.015 · words per sentence − 84.6 · syllables per word (Flesch 1948, J. Appl. Psychology 32, 221)."""
-    text_words = tokenize_words(text)
-    per_sentence, per_word = (
-        len(text_words) / count_sentences(text),
-        sum(map(count_syllables, text_words)) / len(text_words),
-    )
+    words = tokenize_words(text)
+    per_sentence, per_word = len(words) / count_sentences(text), sum(map(count_syllables, words)) / len(words)
     return 206.835 - 1.015 * per_sentence - 84.6 * per_word
 
 

@@ -33,29 +33,16 @@ _BOOTSTRAP = "import sys; sys.path.insert(0, sys.argv[1]); from {module} import 
 def command(module: ModuleType, options: CodeRule, *arguments: str) -> list[str]:
     """Command that starts a module of `inside` under the limits and the isolation of the options."""
     isolated = options.isolation == "bubblewrap"
-    limits = (
-        options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10,
-    )  # fmt: skip
-    # No site (-S, -s), no folder of the caller's on the path (-P), no byte code written (-B).
-    python = [
-        _sandbox_path(_interpreter()) if isolated else str(_interpreter()),
-        "-S",
-        "-s",
-        "-P",
-        "-B",
-        "-c",
-        _BOOTSTRAP.format(module=module.__name__),
-    ]
+    limits = options.cpu_seconds, options.memory_mb << 20, options.scratch_mb << 20, options.answer_kb << 10
+    bwrap = _bwrap_args(options.scratch_mb << 20) if isolated else []
+    python = _sandbox_path(_interpreter()) if isolated else str(_interpreter())
     package_root = _PACKAGE_DIR if isolated else str(Path(inside.__file__).parents[4])
     instructions = seccomp_program().hex() if isolated else ""
     return [
-        *(_bwrap_args(options.scratch_mb << 20) if isolated else ()),
-        *python,
-        package_root,
-        *map(str, limits),
-        instructions,
-        *arguments,
-    ]
+        # No site (-S, -s), no folder of the caller's on the path (-P), no byte code written (-B).
+        *bwrap, python, "-S", "-s", "-P", "-B", "-c", _BOOTSTRAP.format(module=module.__name__),
+        package_root, *map(str, limits), instructions, *arguments,
+    ]  # fmt: skip
 
 
 def _bwrap_args(scratch: int) -> list[str]:
@@ -89,7 +76,8 @@ def _mounts() -> tuple[tuple[str, ...], ...]:
     for folder in (prefix / "lib", prefix / "lib64"):
         if folder.is_dir() and str(prefix) != _SYSTEM:
             mounts.append(("--ro-bind", str(folder), _sandbox_path(folder)))
-    for packages in {sysconfig.get_path(name, vars=_base_paths()) for name in ("purelib", "platlib")}:
+    base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # outside any virtual environment
+    for packages in {sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")}:
         if Path(packages).is_dir():
             path = _sandbox_path(Path(packages))
             mounts += [("--tmpfs", path), ("--remount-ro", path)]
@@ -109,11 +97,6 @@ def _sandbox_path(path: Path) -> str:
     if str(prefix) == _SYSTEM:
         return str(path)
     return str(_PYTHON / path.resolve().relative_to(prefix))
-
-
-def _base_paths() -> dict[str, str]:
-    """Installation paths of the base interpreter, outside any virtual environment."""
-    return {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}
 
 
 @lru_cache(maxsize=1)

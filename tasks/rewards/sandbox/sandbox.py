@@ -12,20 +12,20 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
+from enum import StrEnum
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
 
 from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.rewards.sandbox.bubblewrap import ENVIRONMENT, command
 from tasks.rewards.sandbox.inside import codec, run_program, run_tests
-from tasks.rewards.sandbox.verdict import SandboxResult, Status
 
 if TYPE_CHECKING:
     from tasks.config.rules import CodeRule
 
-__all__ = ["Job", "Sandbox"]
+__all__ = ["Job", "Sandbox", "SandboxResult", "Status"]
 
-_MAX_MESSAGE_BYTES = 65536  # bytes of a verdict, and of a sandbox's error message
+_MAX_MESSAGE_BYTES = 65536  # bytes of a result, and of a sandbox's error message
 _EXIT_GRACE_SECONDS = 5.0  # seconds for a process that is known to be ending
 
 # Exit codes of a process killed by SIGKILL (the hard limit) or SIGXCPU (the soft one), also by way of bubblewrap.
@@ -43,6 +43,30 @@ def reached():
         found.append(name)
     return found
 """
+
+
+class Status(StrEnum):
+    """Outcome of a program."""
+
+    PASSED = "passed"
+    FAILED = "failed"
+    """A test did not hold."""
+    ERROR = "error"
+    """The program could not be loaded, lacks the function, raised something, or ended."""
+    TIMEOUT = "timeout"
+    MEMORY = "memory"
+    OUTPUT_LIMIT = "output_limit"
+    """It printed too much, or a result is too large."""
+    REFUSED = "refused"
+    """There is no program, a result is no plain data, or the program does not keep to calls and answers."""
+
+
+@dataclass(frozen=True)
+class SandboxResult:
+    """Status, and a reason for people; programs can influence the reason, so no code may depend on it."""
+
+    status: Status
+    reason: str = ""
 
 
 @dataclass(frozen=True)
@@ -81,13 +105,13 @@ class Sandbox:
         """
         unique = list(dict.fromkeys(jobs))
         with ThreadPoolExecutor(self._workers) as pool:
-            verdicts = dict(zip(unique, pool.map(self._run_job, unique), strict=True))
-        return [verdicts[job] for job in jobs]
+            results = dict(zip(unique, pool.map(self._run_job, unique), strict=True))
+        return [results[job] for job in jobs]
 
     def _probe(self) -> None:
         """Run a program that tries forbidden operations and reports those that worked."""
         try:
-            (verdict,) = self.run([Job(PROBE, "assert reached() == []", "reached")])
+            (result,) = self.run([Job(PROBE, "assert reached() == []", "reached")])
         except TrainingError as error:
             raise ConfigError(
                 f"the sandbox does not work on this machine: {error}. bubblewrap needs user namespaces: `sysctl "
@@ -95,14 +119,14 @@ class Sandbox:
                 "=0; in Docker --security-opt seccomp=unconfined, in Kubernetes an unconfined seccomp profile. Or set "
                 "isolation: unsafe_no_isolation"
             ) from error
-        if verdict.status is not Status.PASSED:
+        if result.status is not Status.PASSED:
             raise ConfigError(
-                f"the sandbox does not hold on this machine: {verdict.status} {verdict.reason}; do not use it"
+                f"the sandbox does not hold on this machine: {result.status} {result.reason}; do not use it"
             )
 
     def _run_job(self, job: Job) -> SandboxResult:
         with ExitStack() as stack:
-            return _SandboxRun(job, self._options, stack).verdict()
+            return _SandboxRun(job, self._options, stack).result()
 
 
 class _SandboxRun:
@@ -113,43 +137,45 @@ class _SandboxRun:
         self._deadline = time.monotonic() + options.wall_seconds
         self._output_bytes, self._captured_output = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        request_pipe, answer_pipe, self._verdicts, self._output = (_Pipe(stack) for _ in range(4))
+        request_pipe, answer_pipe, self._results, self._output = (_Pipe(stack) for _ in range(4))
         self._program = self._start_process(run_program, request_pipe.read, answer_pipe.write, self._output.write)
         channel = (request_pipe.write.fileno(), answer_pipe.read.fileno())
-        self._tests = self._start_process(run_tests, self._job_file(), self._verdicts.write, subprocess.PIPE, channel)
+        self._tests = self._start_process(run_tests, self._job_file(), self._results.write, subprocess.PIPE, channel)
         for file in (request_pipe.write, request_pipe.read, answer_pipe.write, answer_pipe.read):
             file.close()
-        for pipe in (self._verdicts, self._output):
+        for pipe in (self._results, self._output):
             pipe.write.close()
         os.set_blocking(self._output.read.fileno(), False)
 
-    def verdict(self) -> SandboxResult:
-        """Wait for the verdict.
+    def result(self) -> SandboxResult:
+        """Wait for the result.
 
         Raises:
             DataError: the tests cannot be run, whatever the program is.
             TrainingError: a sandbox did not start.
         """
-        verdict = self._wait_for_verdict()
+        result = self._wait_for_result()
         self._read_output()
-        if self._output_bytes > self._options.output_kb << 10:
+        if self._printed_too_much:
             return SandboxResult(Status.OUTPUT_LIMIT, f"more than {self._options.output_kb} KB printed")
-        return verdict or SandboxResult(Status.TIMEOUT, f"no verdict within {self._options.wall_seconds:g} s")
+        return result or SandboxResult(Status.TIMEOUT, f"no result within {self._options.wall_seconds:g} s")
 
-    def _wait_for_verdict(self) -> SandboxResult | None:
-        """Wait for the verdict of the tests; None where the time or output limit is reached before."""
+    def _wait_for_result(self) -> SandboxResult | None:
+        """Wait for the result of the tests; None where the time or output limit is reached before."""
         poll = select.poll()
-        poll.register(self._verdicts.read, select.POLLIN)
+        poll.register(self._results.read, select.POLLIN)
         poll.register(self._output.read, select.POLLIN)
-        while (
-            remaining := self._deadline - time.monotonic()
-        ) > 0 and self._output_bytes <= self._options.output_kb << 10:
+        while (remaining := self._deadline - time.monotonic()) > 0 and not self._printed_too_much:
             ready = {descriptor for descriptor, _ in poll.poll(remaining * 1000)}
-            if self._verdicts.read.fileno() in ready:
-                return self._read_verdict()
+            if self._results.read.fileno() in ready:
+                return self._read_result()
             if ready and not self._read_output():
                 poll.unregister(self._output.read)
         return None
+
+    @property
+    def _printed_too_much(self) -> bool:
+        return self._output_bytes > self._options.output_kb << 10
 
     def _read_output(self) -> bool:
         """Count printed bytes and keep the first ones; return whether more can come."""
@@ -160,10 +186,10 @@ class _SandboxRun:
             return False
         return True
 
-    def _read_verdict(self) -> SandboxResult:
-        text = codec.read_frame(self._verdicts.read.fileno(), _MAX_MESSAGE_BYTES)
+    def _read_result(self) -> SandboxResult:
+        text = codec.read_frame(self._results.read.fileno(), _MAX_MESSAGE_BYTES)
         if text is None:
-            return self._verdict_from_tests_exit()
+            return self._result_from_tests_exit()
         message: Any = codec.decode(text)
         status, reason, _ = message
         if status == "broken":
@@ -173,10 +199,10 @@ class _SandboxRun:
             raise DataError(
                 f"the tests of {self._job.name} cannot judge any program: {reason}; got {self._job.tests[:200]!r}"
             )
-        return self._verdict_from_exit() if status == "died" else SandboxResult(Status(status), reason)
+        return self._result_from_exit() if status == "died" else SandboxResult(Status(status), reason)
 
-    def _verdict_from_exit(self) -> SandboxResult:
-        """Derive the verdict from the exit status of the program's process."""
+    def _result_from_exit(self) -> SandboxResult:
+        """Derive the result from the exit status of the program's process."""
         try:
             code = self._program.wait(_EXIT_GRACE_SECONDS)
         except subprocess.TimeoutExpired:
@@ -189,13 +215,12 @@ class _SandboxRun:
             return SandboxResult(Status.ERROR, f"signal {-code if code < 0 else code - 128} ended the program")
         return SandboxResult(Status.ERROR, f"the program ended its process with status {code}")
 
-    def _verdict_from_tests_exit(self) -> SandboxResult:
-        """Derive the verdict from the exit status of the tests' process, which gave none."""
+    def _result_from_tests_exit(self) -> SandboxResult:
+        """Derive the result from the exit status of the tests' process, which gave none."""
         _, stderr = self._tests.communicate(timeout=_EXIT_GRACE_SECONDS)
         if stderr:
-            raise TrainingError(
-                f"a sandbox did not start: {stderr.decode(errors='replace').strip()[:_MAX_MESSAGE_BYTES]}"
-            )
+            message = stderr.decode(errors="replace").strip()[:_MAX_MESSAGE_BYTES]
+            raise TrainingError(f"a sandbox did not start: {message}")
         if self._tests.returncode in _OUT_OF_CPU:
             return SandboxResult(Status.TIMEOUT, f"the tests took more than {self._options.cpu_seconds} s of CPU time")
         return SandboxResult(Status.ERROR, f"the tests' process ended with status {self._tests.returncode}")

@@ -1,4 +1,4 @@
-"""The sandbox, or no test."""
+"""Fixture of tests that need the sandbox."""
 
 from __future__ import annotations
 
@@ -20,6 +20,6 @@ def sandbox_or_skip(options: CodeRule) -> Sandbox:
 
 
 @pytest.fixture
-def walls() -> None:
-    """For tests that run programs behind them."""
+def sandboxed() -> None:
+    """For tests that run programs in the sandbox."""
     sandbox_or_skip(CodeRule())

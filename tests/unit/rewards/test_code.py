@@ -6,10 +6,11 @@ from tasks.config.reward import RewardParams
 from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
-from tasks.rewards.code import code_reward, extract_program, function_under_test, select_tests
-from tasks.rewards.composition import Measuring, build_reward
+from tasks.rewards.code import CodeReward, extract_program, function_under_test, select_tests
+from tasks.rewards.composition import build_reward
+from tasks.rewards.rules.base import ScoresWithMetrics
 
-walled = pytest.mark.usefixtures("walls")
+needs_bubblewrap = pytest.mark.usefixtures("sandboxed")
 
 PROMPT = 'def add_3(x):\n    """Return x plus 3."""\n'
 TESTS = "assert add_3(1) == 4\nassert add_3(-3) == 0"
@@ -60,10 +61,10 @@ def test_what_of_a_response_is_the_program(kind: str, response: str, program: st
     assert extract_program(CodeRule(program=kind), "def f():\n", response, "f") == program  # type: ignore[arg-type]
 
 
-@walled
-def test_right_programs_are_paid_and_ways_to_fail_are_counted() -> None:
-    reward = code_reward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
-    assert isinstance(reward, Measuring)
+@needs_bubblewrap
+def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
+    reward = CodeReward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
+    assert isinstance(reward, ScoresWithMetrics)
     bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
     values, measures = reward.score_with_metrics([PROMPT] * 6, bodies)
     assert values.tolist() == [1, 0, 0, 0, 0, 0]
@@ -77,35 +78,35 @@ def test_right_programs_are_paid_and_ways_to_fail_are_counted() -> None:
     }
 
 
-@walled
+@needs_bubblewrap
 def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
     prompt = "def poly(c, x):\n    return c[0] + c[1] * x\n\ndef root(c):\n"
-    reward = code_reward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
+    reward = CodeReward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
     responses = ["    return -c[0] / c[1]", "    return 0\n\ndef poly(c, x):\n    return 0"]
     assert reward([prompt] * 2, responses).tolist() == [1, 0]
 
 
-@walled
-def test_a_program_that_knows_the_paid_tests_fails_the_held_out_ones() -> None:
+@needs_bubblewrap
+def test_a_program_that_knows_the_training_tests_fails_the_held_out_ones() -> None:
     answers = {PROMPT: "assert add_3(1) == 4\n# held out\nassert add_3(-3) == 0"}
     responses = ["    return x + 3", "    return 4", "    return 0"]
-    paid, judged = (code_reward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
-    assert paid([PROMPT] * 3, responses).tolist() == [1, 1, 0]
-    assert judged([PROMPT] * 3, responses).tolist() == [1, 0, 1]
+    training, heldout = (CodeReward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
+    assert training([PROMPT] * 3, responses).tolist() == [1, 1, 0]
+    assert heldout([PROMPT] * 3, responses).tolist() == [1, 0, 1]
 
 
 def test_rows_without_held_out_tests_have_one_set() -> None:
     assert select_tests(CodeRule(held_out=True), TESTS) == select_tests(CodeRule(), TESTS) == TESTS
 
 
-@walled
+@needs_bubblewrap
 def test_a_prompt_without_tests_is_an_error() -> None:
-    reward = code_reward(CodeRule(), {PROMPT: TESTS})
+    reward = CodeReward(CodeRule(), {PROMPT: TESTS})
     with pytest.raises(DataError, match=r"the rule 'code': no tests are known for the prompt 'other'.*`answer`"):
         reward(["other"], ["x"])
 
 
-@walled
+@needs_bubblewrap
 def test_the_composed_reward_reports_how_programs_failed() -> None:
     rows = [Prompt(id="1", prompt=PROMPT, answer=TESTS)]
     params = RewardParams(weights={"code": 2.0}, rules={"code": {"program": "completion"}})

@@ -48,26 +48,26 @@ def test_components_see_prompts_and_responses_apart() -> None:
     assert seen == [(PROMPTS, RESPONSES)]
 
 
-class Noticing:
-    """A component that measures in the pass that scores."""
+class WithMetrics:
+    """A component that returns metrics from its scoring pass."""
 
     calls = 0
 
     def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
         raise AssertionError("a second pass")
 
-    def measured(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
+    def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
         return torch.tensor([3.0, 1.0]), {"ood_share": torch.tensor([0.0, 1.0])}
 
 
-def test_what_components_measure_is_reported_and_never_paid() -> None:
-    noticing = Noticing()
-    outcome = CompositeReward({"a": noticing, "b": _constant(1.0, 1.0)}, {"a": 2.0, "b": 1.0})(PROMPTS, RESPONSES)
+def test_metrics_of_components_are_reported_and_never_rewarded() -> None:
+    component = WithMetrics()
+    outcome = CompositeReward({"a": component, "b": _constant(1.0, 1.0)}, {"a": 2.0, "b": 1.0})(PROMPTS, RESPONSES)
     assert outcome.total.tolist() == [7.0, 3.0]
     assert {name: values.tolist() for name, values in outcome.metrics.items()} == {"ood_share": [0.0, 1.0]}
     assert outcome.gather().metrics == outcome.metrics
-    assert noticing.calls == 1
+    assert component.calls == 1
     assert CompositeReward({"b": _constant(1.0, 1.0)}, {"b": 1.0})(PROMPTS, RESPONSES).metrics == {}
 
 
@@ -136,8 +136,8 @@ VALUES = {"a": _constant(0.25, 1.0), "b": _constant(0.5, 0.0)}
 def test_a_product_is_of_powers() -> None:
     reward = CompositeReward(VALUES, {"a": 0.5, "b": 2.0}, composition="product")
     assert reward(PROMPTS, RESPONSES).total.tolist() == [0.125, 0.0]  # ¼^½ · ½², 1 · 0²
-    unpaid = CompositeReward(VALUES, {"a": 1.0, "b": 0.0}, composition="product")
-    assert unpaid(PROMPTS, RESPONSES).total.tolist() == [0.25, 1.0], "a weight of 0 reports alone"
+    unweighted = CompositeReward(VALUES, {"a": 1.0, "b": 0.0}, composition="product")
+    assert unweighted(PROMPTS, RESPONSES).total.tolist() == [0.25, 1.0], "a weight of 0 reports alone"
     cost = {"a": _constant(0.25, 1.0), "b": _constant(-0.5, 7.0)}
     reported = CompositeReward(cost, {"a": 1.0, "b": 0.0}, composition="product")(PROMPTS, RESPONSES)
     assert reported.total.tolist() == [0.25, 1.0], "whatever its values are"
@@ -146,9 +146,9 @@ def test_a_product_is_of_powers() -> None:
 
 def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported_alone() -> None:
     section = {"composition": "product", "normalisation": {"length": {"by": "batch"}}}
-    with pytest.raises(ValidationError, match=r"reward\.normalise\.length: .*below 0.*`by: fixed`"):
+    with pytest.raises(ValidationError, match=r"reward\.normalisation\.length: .*below 0.*`by: fixed`"):
         RewardParams(weights={"length": 1.0, "answer": 1.0}, **section)
-    with pytest.raises(ValidationError, match=r"reward\.normalise\.length"):
+    with pytest.raises(ValidationError, match=r"reward\.normalisation\.length"):
         RewardParams(weights={"length": 0.0, "answer": 1.0}, weight_schedule={"length": {1: 1.0, 2: 0.0}}, **section)
     assert RewardParams(weights={"length": 0.0, "answer": 1.0}, **section).normalisation["length"].by == "batch"
 
@@ -164,14 +164,14 @@ def test_code_has_no_floor() -> None:
         RewardParams(weights={"code": 1.0}, rules={"code": {"floor": -1.0}})
 
 
-def test_a_product_of_what_is_no_share_is_refused_and_a_scale_cures_it() -> None:
+def test_a_product_needs_values_between_0_and_1_which_a_scale_can_give() -> None:
     below = {"a": _constant(1.0, 1.0), "b": _constant(-0.5, 0.0)}
     with pytest.raises(TrainingError, match=r"'b' is -0\.5, and reward\.composition: product needs values in \[0, 1\]"):
         CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product")(PROMPTS, RESPONSES)
     scales = {"b": Normaliser(mean=-1.0, std=1.0)}
-    cured = CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product", scales=scales)(PROMPTS, RESPONSES)
-    assert cured.total.tolist() == [0.5, 1.0]
-    assert cured.components["b"].tolist() == [-0.5, 0.0], "components are reported as they are"
+    rescaled = CompositeReward(below, {"a": 1.0, "b": 1.0}, composition="product", scales=scales)(PROMPTS, RESPONSES)
+    assert rescaled.total.tolist() == [0.5, 1.0]
+    assert rescaled.components["b"].tolist() == [-0.5, 0.0], "components are reported as they are"
 
 
 def test_what_comes_later_counts_only_where_what_comes_before_reaches_its_threshold() -> None:
@@ -212,12 +212,12 @@ def test_a_curriculum_is_linear_between_its_points_and_flat_outside(update: int,
     )  # fmt: skip
     assert reward(PROMPTS, RESPONSES, update).total.tolist() == [weight, 2 * weight]
     assert reward.weights_at(update) == {"a": weight, "b": 5.0}
-    assert reward.marginal_weights(update) == {"a": weight, "b": 0.5}, "what one more as it is reported is worth"
+    assert reward.marginal_weights(update) == {"a": weight, "b": 0.5}, "what one unit of the reported value adds"
     assert reward(PROMPTS, RESPONSES).total.tolist() == [1.0, 2.0], "outside training: where it ends"
     assert reward.weights == {"a": 1.0, "b": 5.0}
 
 
-def test_where_no_component_has_one_price_no_dominance_is_claimed() -> None:
+def test_a_product_has_no_marginal_weights() -> None:
     assert CompositeReward(VALUES, {"a": 1.0, "b": 1.0}, composition="product").marginal_weights(1) == {}
 
 

@@ -1,4 +1,4 @@
-"""One failure is counted and told once; a rule that fails on most of a batch is a bug."""
+"""Failures of a rule are counted and reported once; a rule that fails on most of a batch is an error."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def test_a_missing_answer_is_no_accident_of_a_sample() -> None:
     reward = build_reward(
         RewardParams(weights={"contains_facts": 1.0}), [Prompt(id="a", prompt="Who?", answer="Ada")], None
     )
-    with pytest.raises(DataError, match=r"reward\.weights\.facts: no right answer is known for the prompt 'Where\?'"):
+    with pytest.raises(
+        DataError, match=r"reward\.weights\.contains_facts: no right answer is known for the prompt 'Where\?'"
+    ):
         reward(["Where?"], ["Here"])
 
 

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from tasks.config.rules import CodeRule
-from tasks.rewards.code import CodeReward, code_reward, function_under_test
+from tasks.rewards.code import CodeReward, function_under_test
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = [
@@ -33,7 +33,7 @@ def problems() -> list[dict[str, Any]]:
 def reward(problems: list[dict[str, Any]]) -> CodeReward:
     options = CodeRule(program="completion", wall_seconds=60)
     sandbox_or_skip(options)
-    return code_reward(options, {row["prompt"]: row["test"] for row in problems})
+    return CodeReward(options, {row["prompt"]: row["test"] for row in problems})
 
 
 def test_the_function_under_test_is_the_last_of_the_prompt(problems: list[dict[str, Any]]) -> None:
@@ -43,9 +43,9 @@ def test_the_function_under_test_is_the_last_of_the_prompt(problems: list[dict[s
 
 
 def test_every_reference_solution_passes(problems: list[dict[str, Any]], reward: CodeReward) -> None:
-    verdicts = reward.verdicts([row["prompt"] for row in problems], [row["canonical_solution"] for row in problems])
+    results = reward.results([row["prompt"] for row in problems], [row["canonical_solution"] for row in problems])
     failed = {
-        row["task_id"]: verdict for row, verdict in zip(problems, verdicts, strict=True) if verdict.status != "passed"
+        row["task_id"]: result for row, result in zip(problems, results, strict=True) if result.status != "passed"
     }
     assert failed == {}
 
@@ -54,7 +54,7 @@ def test_no_solution_passes_that_computes_nothing(problems: list[dict[str, Any]]
     bodies = ["    return None\n", "    raise StopIteration\n"]
     prompts = [row["prompt"] for row in problems]
     passed = {
-        body: [v.status for v in reward.verdicts(prompts, [body] * len(prompts))].count("passed") for body in bodies
+        body: [v.status for v in reward.results(prompts, [body] * len(prompts))].count("passed") for body in bodies
     }
     assert passed == dict.fromkeys(bodies, 0)
 
@@ -64,8 +64,8 @@ def test_changed_solutions_mostly_fail(
 ) -> None:
     """What survives are changes that keep the meaning, or that HumanEval's own tests do not see."""
     pairs = [(row["prompt"], body) for row in problems for body in mutants(row)]
-    verdicts = reward.verdicts([prompt for prompt, _ in pairs], [body for _, body in pairs])
-    killed = sum(verdict.status != "passed" for verdict in verdicts)
+    results = reward.results([prompt for prompt, _ in pairs], [body for _, body in pairs])
+    killed = sum(result.status != "passed" for result in results)
     with capsys.disabled():
         print(f"\n{killed} of {len(pairs)} changed solutions killed ({killed / len(pairs):.1%})")
     assert len(pairs) > 400

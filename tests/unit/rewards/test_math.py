@@ -70,7 +70,9 @@ def test_a_right_answer_that_is_no_mathematics_is_a_failure_of_the_sample(equal:
 @pytest.mark.parametrize("answer", ["Paris", " yes ", "no solution", "sin x", "abc"])
 def test_words_as_right_answers_are_refused_at_the_start(answer: str) -> None:
     """They would be read as products of letters, in which Paris equals Pairs."""
-    with pytest.raises(DataError, match=rf"`answer` {answer!r} of the prompt 'Where\?' is words.*`answer` or `facts`"):
+    with pytest.raises(
+        DataError, match=rf"`answer` {answer!r} of the prompt 'Where\?' is words.*`answer` or `contains_facts`"
+    ):
         math_rule(MathRule(function="math"), {"Six?": "6", "Where?": answer})
 
 
@@ -89,10 +91,10 @@ def test_what_cannot_be_compared_is_a_failure_and_the_next_sample_is_not() -> No
             ["5", "5"], ["$9^{9^{9^{9^{9}}}} - 9^{9^{9^{9}}}$ is $\\frac{10}{2}$", "5"]
         )
         assert values.tolist()[1] == 1.0
-        assert measures["failures/mathematics"].tolist()[1] == 0.0
+        assert measures["failures/math"].tolist()[1] == 0.0
         process._timeout_s = 0.1
         os.kill(process._ensure_running().pid, signal.SIGSTOP)
-        assert rule.score_with_metrics(["5"], ["5"])[1]["failures/mathematics"].tolist() == [1.0]
+        assert rule.score_with_metrics(["5"], ["5"])[1]["failures/math"].tolist() == [1.0]
         process._timeout_s = 20.0
         assert rule.score_with_metrics(["5"], ["5"])[0].tolist() == [1.0], "another process answers"
     finally:

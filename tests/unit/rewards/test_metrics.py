@@ -1,4 +1,4 @@
-"""Correlation, ranks and the area under the curve, by hand and by independent implementations."""
+"""Metrics of scores against ratings, labels and pairs, worked by hand."""
 
 from __future__ import annotations
 
@@ -6,13 +6,14 @@ import math
 
 import pytest
 import torch
-from scipy.stats import spearmanr
-from sklearn.metrics import roc_auc_score
 
 from tasks.rewards.metrics import (
+    accuracy_by_margin,
     area_under_curve,
+    calibration_table,
     classification_metrics,
     correlation,
+    margin_bucket,
     rank_correlation,
     rating_metrics,
 )
@@ -22,19 +23,60 @@ RATINGS = torch.tensor([1.0, -2.0, 0.5, 1.5, 2.0])
 GOOD = torch.tensor([1.0, 0.0, 0.0, 1.0, 1.0])
 
 
-def test_figures_of_ratings_by_hand():
+def test_metrics_of_ratings_by_hand():
     """Errors 1, 1, 0, 1, 1."""
     found = rating_metrics(SCORES, RATINGS)
     assert found["heldout_texts"] == 5
     assert found["heldout_mean_absolute_error"] == pytest.approx(0.8)
     assert correlation(torch.tensor([1.0, 2.0, 3.0]), torch.tensor([2.0, 4.0, 6.0])) == pytest.approx(1.0)
-    assert rank_correlation(SCORES, RATINGS) == pytest.approx(spearmanr(SCORES, RATINGS).statistic)
 
 
-def test_figures_of_classes_by_hand():
+def test_correlation_of_ranks_by_hand():
+    """Ranks (4, 1, 2½, 2½, 5) and (3, 1, 2, 4, 5): less their mean 3, Σxy = 8, Σx² = 9½, Σy² = 10."""
+    assert rank_correlation(SCORES, RATINGS) == pytest.approx(8 / 95**0.5)
+
+
+@pytest.mark.parametrize("metric", [correlation, rank_correlation])
+@pytest.mark.parametrize("column", [torch.ones(5), torch.tensor([1.0])])
+def test_what_does_not_vary_has_no_correlation(metric, column):
+    assert math.isnan(metric(column, RATINGS[: len(column)]))
+    assert math.isnan(metric(RATINGS[: len(column)], column))
+
+
+def test_metrics_of_classes_by_hand():
     """Good: 2, 0.5, 3; others: −1, 0.5. Of the six comparisons five are right and one is a tie: 5.5/6."""
-    assert area_under_curve(SCORES, GOOD) == pytest.approx(5.5 / 6) == roc_auc_score(GOOD, SCORES)
+    assert area_under_curve(SCORES, GOOD) == pytest.approx(5.5 / 6)
     found = classification_metrics(SCORES, GOOD)
     assert found["heldout_accuracy"] == pytest.approx(4 / 5), "0.5 is taken for good, and one of the two is not"
     assert found["heldout_good_share"] == pytest.approx(3 / 5)
     assert math.isnan(area_under_curve(SCORES, torch.ones(5)))
+
+
+@pytest.mark.parametrize(
+    ("margin", "bucket"), [(0.0, "0-0.5"), (-0.49, "0-0.5"), (0.5, "0.5-1"), (1.0, "1-2"), (-2.5, "2-3"), (7.0, "3+")]
+)
+def test_a_lower_edge_belongs_to_its_bucket(margin, bucket):
+    assert margin_bucket(margin) == bucket
+
+
+def test_accuracy_counts_positive_gaps_in_each_bucket():
+    gaps = torch.tensor([1.0, -1.0, 2.0, 3.0, 0.0])
+    margins = torch.tensor([1.5, 1.2, 3.5, float("nan"), 0.1])
+    rows = {row["bucket"]: row for row in accuracy_by_margin(gaps, margins, {"1-2": 0.8})}
+    assert rows["1-2"] == {"bucket": "1-2", "pairs": 2, "accuracy": 0.5, "ceiling": 0.8}
+    assert rows["3+"]["accuracy"] == 1.0
+    assert rows["0-0.5"]["accuracy"] == 0.0, "a gap of 0 orders nothing, so it is no agreement"
+    assert rows["2-3"] == {"bucket": "2-3", "pairs": 0, "accuracy": "", "ceiling": ""}
+    assert sum(row["pairs"] for row in rows.values()) == 4, "an unknown margin is in no bucket"
+
+
+def test_expected_calibration_error_by_hand():
+    """Stated 0.75 four times and 0.95 twice; people agreed 3 of 4 and 1 of 2: 4/6·0 + 2/6·|0.95 − 0.5| = 0.15."""
+    low, high = math.log(0.75 / 0.25), math.log(0.95 / 0.05)
+    gaps = torch.tensor([low, low, low, -low, high, -high])
+    table, error = calibration_table(gaps)
+    assert error == pytest.approx(0.15, abs=1e-6)
+    assert [(round(row["predicted"], 6), row["observed"], row["count"]) for row in table] == [
+        (0.75, 0.75, 4),
+        (0.95, 0.5, 2),
+    ]

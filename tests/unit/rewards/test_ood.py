@@ -41,8 +41,8 @@ def test_one_in_a_hundred_held_out_texts_is_unfamiliar_and_what_lies_elsewhere_i
 
 def test_it_is_kept_in_a_file(tmp_path: Path) -> None:
     fitted = MahalanobisOOD.fit(states(100, 1), states(100, 2))
-    fitted.save(tmp_path / "familiarity.safetensors")
-    again = MahalanobisOOD.load(tmp_path / "familiarity.safetensors")
+    fitted.save(tmp_path / "ood.safetensors")
+    again = MahalanobisOOD.load(tmp_path / "ood.safetensors")
     assert torch.equal(again.distances(states(9, 3)), fitted.distances(states(9, 3)))
     assert again.threshold == pytest.approx(fitted.threshold, rel=1e-6)
     with pytest.raises(ModelError, match=r"other\.safetensors does not exist: run the stage reward_model"):

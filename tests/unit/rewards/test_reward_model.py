@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.unit.core.test_models import base_model, byte_tokenizer  # noqa: F401
 
 from tasks.config.reward import RewardParams
 from tasks.config.training import LoraParams
@@ -25,11 +24,11 @@ from tasks.rewards.reward_model import (
     EnsembleMember,
     RewardModel,
     ScoreHead,
-    TextScorer,
-    encode,
     member_folder,
 )
+from tasks.rewards.scorers import TextScorer, encode
 from tests.conftest import letter_tokenizer, tiny_model
+from tests.unit.models.test_loading import base_model  # noqa: F401
 
 TEXTS = ["w3", "w4 w5 w6 w7 w8", "w9 w10", "w3"]
 
@@ -85,12 +84,15 @@ class Fixed:
     def __init__(self, state=0.0, **scores):
         self._state, self._scores = state, scores
 
-    def read(self, texts):
+    def format(self, samples):
+        return [prompt + response for prompt, response in samples]
+
+    def scores_and_states(self, texts):
         return torch.tensor([self._scores[text] for text in texts]), torch.full((len(texts), 2), self._state)
 
 
-KNOWN = MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0)
-STRANGE = MahalanobisOOD(torch.ones(2), torch.eye(2), 1.0)
+IN_DISTRIBUTION = MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0)
+OUT_OF_DISTRIBUTION = MahalanobisOOD(torch.ones(2), torch.eye(2), 1.0)
 
 
 def member(scorer, **head):
@@ -104,43 +106,43 @@ def ensemble(**options):
         member(Fixed(ab=2.0, c=-1.0), mean=0.0, std=1.0),
         member(Fixed(state=9.0, ab=-4.0, c=6.0), mean=0.0, std=2.0),
     ]
-    return RewardModel(members, KNOWN, **options)
+    return RewardModel(members, IN_DISTRIBUTION, **options)
 
 
 def test_normalised_reward_is_shifted_and_scaled():
-    model = RewardModel([member(Fixed(a=3.0, bc=5.0), mean=3.0, std=4.0)], KNOWN)
+    model = RewardModel([member(Fixed(a=3.0, bc=5.0), mean=3.0, std=4.0)], IN_DISTRIBUTION)
     assert model(["", "b"], ["a", "c"]).tolist() == [0.0, 0.5]
 
 
 @pytest.mark.parametrize(
-    ("combine", "expected"), [("mean", [0.0, 1.0]), ("worst", [-2.0, -1.0]), ("uncertainty", [-0.8, 0.2])]
+    ("reduction", "expected"), [("mean", [0.0, 1.0]), ("worst", [-2.0, -1.0]), ("uncertainty", [-0.8, 0.2])]
 )
-def test_members_are_combined(combine, expected):
+def test_members_are_reduced(reduction, expected):
     """Both variances are 8/3, of which λ = 0.3 takes 0.8; each member is normalised by itself."""
-    model = ensemble(combine=combine, uncertainty_coef=0.3)
+    model = ensemble(ensemble_reduction=reduction, uncertainty_coef=0.3)
     assert model(["a", ""], ["b", "c"]).tolist() == pytest.approx(expected)
     assert model.member_scores(["a", ""], ["b", "c"]).tolist() == [[0.0, 1.0], [2.0, -1.0], [-2.0, 3.0]]
 
 
-@pytest.mark.parametrize("combine", ENSEMBLE_REDUCTIONS)
-def test_one_member_is_itself_to_the_last_bit_however_it_is_combined(combine):
+@pytest.mark.parametrize("reduction", ENSEMBLE_REDUCTIONS)
+def test_one_member_is_itself_to_the_last_bit_however_it_is_reduced(reduction):
     raw = {text: random.Random(text).uniform(-9, 9) for text in "abcdefgh"}
     model = RewardModel(
-        [member(Fixed(**raw), mean=0.1, std=3.3)], KNOWN, ensemble_reduction=combine, uncertainty_coef=0.5
+        [member(Fixed(**raw), mean=0.1, std=3.3)], IN_DISTRIBUTION, ensemble_reduction=reduction, uncertainty_coef=0.5
     )
     assert torch.equal(model([""] * 8, list(raw)), (torch.tensor(list(raw.values())) - 0.1) / 3.3)
 
 
-def test_the_parameters_name_every_combination():
+def test_the_parameters_name_every_reduction():
     assert get_args(RewardParams.model_fields["ensemble_reduction"].annotation) == tuple(ENSEMBLE_REDUCTIONS)
 
 
-def test_a_pass_also_measures():
-    value, measures = ensemble().score_with_metrics(["a", ""], ["b", "c"])
+def test_metrics_come_from_the_same_pass():
+    value, metrics = ensemble().score_with_metrics(["a", ""], ["b", "c"])
     assert value.tolist() == [0.0, 1.0]
-    assert measures["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
-    assert measures["ood_share"].tolist() == [0.0, 0.0], "what is familiar is the first member's to say"
-    alone = RewardModel([member(Fixed(a=3.0), mean=3.0, std=4.0)], STRANGE)
+    assert metrics["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
+    assert metrics["ood_share"].tolist() == [0.0, 0.0], "the OOD detector is the first member's"
+    alone = RewardModel([member(Fixed(a=3.0), mean=3.0, std=4.0)], OUT_OF_DISTRIBUTION)
     assert {name: own.tolist() for name, own in alone.score_with_metrics([""], ["a"])[1].items()} == {
         "ood_share": [1.0]
     }
@@ -158,12 +160,12 @@ def write_member(of, number):
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
     folder = member_folder(of / "reward_model", number)
     save_adapter(model, folder)
-    facts = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
-    (folder / NORMALISATION).write_text(json.dumps(facts))
+    normalisation = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
+    (folder / NORMALISATION).write_text(json.dumps(normalisation))
 
 
 @pytest.fixture
-def world(tmp_path):
+def artifacts(tmp_path):
     """A base model, an SFT adapter that changes it, and a reward model of three members."""
     tiny_model().save_pretrained(tmp_path / "base_model" / "model")
     letter_tokenizer().save_pretrained(tmp_path / "base_model" / "model")
@@ -182,54 +184,54 @@ PROMPTS = ["a film", "the end", "so", "is it"]
 RESPONSES = [" so so", " is near", "", " good good good good"]
 
 
-def test_members_over_one_trunk_are_those_loaded_alone(world):
+def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
     """In any order, again and again: switching changes nothing and makes nothing trainable."""
-    model = RewardModel.load(world / "base_model", world / "sft", world / "reward_model")
+    model = RewardModel.load(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
     together = model.member_scores(PROMPTS, RESPONSES)
     assert together.shape == (3, 4)
     for number in range(3):
-        folder = member_folder(world / "reward_model", number)
+        folder = member_folder(artifacts / "reward_model", number)
         scorer = TextScorer(
-            load_reward_model(world / "base_model", world / "sft", folder), letter_tokenizer(), max_length=32
+            load_reward_model(artifacts / "base_model", artifacts / "sft", folder), letter_tokenizer(), max_length=32
         )
         raw = scorer([prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
     assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
     assert torch.equal(model(PROMPTS, RESPONSES), together.mean(0))
-    assert not any(weight.requires_grad for weight in model._members[0].scorer._model.parameters())
+    assert not any(weight.requires_grad for weight in model.members[0].scorer._model.parameters())
 
 
-def test_every_member_has_its_own_head_and_the_fast_layers(world):
-    scorer = load_reward_model(world / "base_model", world / "sft", world / "reward_model")
-    add_adapter(scorer, "second", member_folder(world / "reward_model", 1))
+def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
+    scorer = load_reward_model(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+    add_adapter(scorer, "second", member_folder(artifacts / "reward_model", 1))
     layers = [module for module in scorer.modules() if isinstance(module, FrozenLora)]
     assert len(layers) == 14
     scorer.set_adapter("second", inference_mode=True)
     assert all(layer._is_simple_adapter() and set(layer.lora_A) == {"default", "second"} for layer in layers)
-    file = member_folder(world / "reward_model", 1) / "adapter" / "adapter_model.safetensors"
+    file = member_folder(artifacts / "reward_model", 1) / "adapter" / "adapter_model.safetensors"
     (head,) = (value for name, value in load_file(file).items() if "score" in name)
     assert torch.equal(scorer.score.weight, head)
 
 
-def test_one_member_loads_without_a_folder_of_members(world):
+def test_one_member_loads_without_a_folder_of_members(artifacts):
     for number in (2, 1):
-        for path in sorted(member_folder(world / "reward_model", number).rglob("*"), reverse=True):
+        for path in sorted(member_folder(artifacts / "reward_model", number).rglob("*"), reverse=True):
             path.rmdir() if path.is_dir() else path.unlink()
-        member_folder(world / "reward_model", number).rmdir()
-    (world / "reward_model" / MEMBERS).rmdir()
+        member_folder(artifacts / "reward_model", number).rmdir()
+    (artifacts / "reward_model" / MEMBERS).rmdir()
     model = RewardModel.load(
-        world / "base_model", world / "sft", world / "reward_model", ensemble_reduction="uncertainty"
+        artifacts / "base_model", artifacts / "sft", artifacts / "reward_model", ensemble_reduction="uncertainty"
     )
-    value, measures = model.score_with_metrics(PROMPTS, RESPONSES)
+    value, metrics = model.score_with_metrics(PROMPTS, RESPONSES)
     assert torch.equal(value, model.member_scores(PROMPTS, RESPONSES)[0])
-    assert list(measures) == ["ood_share"]
+    assert list(metrics) == ["ood_share"]
 
 
-def test_a_member_that_lacks_a_file_is_named(world):
-    (member_folder(world / "reward_model", 2) / NORMALISATION).unlink()
+def test_a_member_that_lacks_a_file_is_named(artifacts):
+    (member_folder(artifacts / "reward_model", 2) / NORMALISATION).unlink()
     with pytest.raises(ModelError, match=r"members/2/adapter/normalisation\.json does not exist"):
-        RewardModel.load(world / "base_model", world / "sft", world / "reward_model")
+        RewardModel.load(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
 
 
 def sentences(count, seed, words):
@@ -241,9 +243,9 @@ def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer)
     """States of a (random) model for sentences of five words, for other words at random, and for one word repeated."""
     reader = TextScorer(scorer, Words(), max_length=32)
     training, heldout, unseen = (reader.scores_and_states(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
-    familiarity = MahalanobisOOD.fit(training, heldout)
-    assert familiarity.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
+    detector = MahalanobisOOD.fit(training, heldout)
+    assert detector.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
     gibberish = sentences(60, 4, range(12, 32))
     repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
-    assert familiarity.is_ood(reader.scores_and_states(gibberish)[1]).mean() > 0.8
-    assert familiarity.is_ood(reader.scores_and_states(repeated)[1]).mean() > 0.8
+    assert detector.is_ood(reader.scores_and_states(gibberish)[1]).mean() > 0.8
+    assert detector.is_ood(reader.scores_and_states(repeated)[1]).mean() > 0.8

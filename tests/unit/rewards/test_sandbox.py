@@ -1,4 +1,4 @@
-"""What honest programs and their tests get: the codec both ways, each verdict, and errors that say what to do."""
+"""Sandbox: the codec both ways, each result of honest programs, and error messages."""
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
 
@@ -19,12 +19,11 @@ from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError, DataError
 from tasks.rewards.sandbox import bubblewrap
 from tasks.rewards.sandbox.inside import codec
-from tasks.rewards.sandbox.sandbox import Job, Sandbox
+from tasks.rewards.sandbox.sandbox import Job, Sandbox, Status
 from tasks.rewards.sandbox.seccomp import ALLOWED
-from tasks.rewards.sandbox.verdict import Status
 from tests.unit.rewards.conftest import sandbox_or_skip
 
-walled = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
+needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
 VALUES = [
     None, True, False, 0, -1, 2**200, -(2**200), 0.0, -0.0, 0.1, 1e308, math.inf, -math.inf, 1 + 2j, complex(-0.0, math.inf),
@@ -165,26 +164,26 @@ CASES = {
 }  # fmt: skip
 
 
-@walled
+@needs_bubblewrap
 @pytest.mark.parametrize("case", CASES)
-def test_verdicts(case: str, sandbox: Sandbox) -> None:
+def test_results(case: str, sandbox: Sandbox) -> None:
     program, tests, status = CASES[case]
-    (verdict,) = sandbox.run([Job(program, tests, "add")])
-    assert (verdict.status, case) == (status, case), verdict.reason
+    (result,) = sandbox.run([Job(program, tests, "add")])
+    assert (result.status, case) == (status, case), result.reason
 
 
-@walled
+@needs_bubblewrap
 def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     ran = []
     judged = Sandbox._run_job
-    monkeypatch.setattr(Sandbox, "_judged", lambda self, job: (ran.append(job), judged(self, job))[1])
+    monkeypatch.setattr(Sandbox, "_run_job", lambda self, job: (ran.append(job), judged(self, job))[1])
     right, false = Job(ADD, "assert add(1, 2) == 3", "add"), Job(ADD, "assert add(1, 2) == 4", "add")
-    verdicts = sandbox.run([right, false, right, right, false])
-    assert [verdict.status for verdict in verdicts] == ["passed", "failed", "passed", "passed", "failed"]
+    results = sandbox.run([right, false, right, right, false])
+    assert [result.status for result in results] == ["passed", "failed", "passed", "passed", "failed"]
     assert len(ran) == 2
 
 
-@walled
+@needs_bubblewrap
 def test_in_place_functions_where_the_tests_want_them() -> None:
     sandbox = Sandbox(CodeRule(in_place=True, cpu_seconds=1))
     programs = {
@@ -192,19 +191,19 @@ def test_in_place_functions_where_the_tests_want_them() -> None:
         "def f(a, b, c):\n    sorted(a)": Status.FAILED,
     }
     tests = "a, b, c = [2, 1], {}, {3}\nassert f(a, b, c) is None\nassert (a, b, c) == ([1, 2], {'k': 1}, set())"
-    assert [verdict.status for verdict in sandbox.run([Job(program, tests, "f") for program in programs])] == [
+    assert [result.status for result in sandbox.run([Job(program, tests, "f") for program in programs])] == [
         *programs.values()
     ]
 
 
-@walled
+@needs_bubblewrap
 def test_helpers_come_from_the_preamble_and_not_from_the_program(sandbox: Sandbox) -> None:
     program = "def twice(x): return 0\ndef half(x): return 0"
     job = Job(program, "assert twice(half(4)) == 4", "half", "def twice(x): return 2 * x\ndef half(x): pass")
     assert sandbox.run([job])[0].status is Status.FAILED
 
 
-@walled
+@needs_bubblewrap
 @pytest.mark.parametrize(
     ("tests", "problem"),
     [
@@ -219,10 +218,10 @@ def test_tests_that_cannot_judge_are_an_error_and_no_verdict(tests: str, problem
         sandbox.run([Job(ADD, tests, "add")])
 
 
-@walled
+@needs_bubblewrap
 def test_calls_with_what_is_no_plain_data_are_refused(sandbox: Sandbox) -> None:
-    (verdict,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
-    assert (verdict.status, verdict.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
+    (result,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
+    assert (result.status, result.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
 
 
 def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -240,23 +239,25 @@ def test_where_bubblewrap_does_not_work_it_says_why(monkeypatch: pytest.MonkeyPa
         Sandbox(CodeRule())
 
 
-@walled
-def test_a_wall_that_does_not_hold_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    walls = bubblewrap._bwrap_args
-    monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda scratch: [*walls(scratch)[:-2], "--ro-bind", "/etc", "/etc"])
+@needs_bubblewrap
+def test_isolation_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    bwrap_args = bubblewrap._bwrap_args
+    monkeypatch.setattr(
+        bubblewrap, "_bwrap_args", lambda scratch: [*bwrap_args(scratch)[:-2], "--ro-bind", "/etc", "/etc"]
+    )
     with pytest.raises(ConfigError, match="the sandbox does not hold on this machine: failed"):
         Sandbox(CodeRule())
 
 
 def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    bubblewrap.filter_program.cache_clear()
+    bubblewrap.seccomp_program.cache_clear()
     monkeypatch.setitem(sys.modules, "pyseccomp", None)
     monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda _: [])
     with pytest.raises(ConfigError, match=r"pip install -e '\.\[code\]'.*apt-get install libseccomp2"):
         Sandbox(CodeRule())
 
 
-def test_without_walls_there_are_still_limits() -> None:
+def test_without_isolation_there_are_still_limits() -> None:
     sandbox = Sandbox(CodeRule(isolation="unsafe_no_isolation", cpu_seconds=1, memory_mb=128, workers=4))
     programs = {
         ADD: Status.PASSED,
@@ -264,11 +265,11 @@ def test_without_walls_there_are_still_limits() -> None:
         "def add(a, b): return len([0] * 10**9)": Status.MEMORY,
         "import os\ndef add(a, b): return os.environ.get('PATH')": Status.FAILED,
     }
-    verdicts = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
-    assert [verdict.status for verdict in verdicts] == [*programs.values()]
+    results = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
+    assert [result.status for result in results] == [*programs.values()]
 
 
-@walled
+@needs_bubblewrap
 def test_sets_have_the_same_order_in_every_run(sandbox: Sandbox) -> None:
     words = [sys.executable, "-c", "print(hash('ab'))"]
     expected = subprocess.run(words, env={"PYTHONHASHSEED": "0"}, capture_output=True, text=True, check=True).stdout
@@ -294,7 +295,7 @@ def test_the_filter_lets_no_process_start() -> None:
 
 
 def test_the_programs_side_imports_little() -> None:
-    """Every import is paid once per program; json alone would double the start."""
+    """Every program pays for each import; json alone would double the start."""
     allowed = {
         "__future__",
         "collections.abc",

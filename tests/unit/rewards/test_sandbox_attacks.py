@@ -1,4 +1,4 @@
-"""Programs that do anything to be paid: none may pass, none may reach or leave anything outside."""
+"""Attacks on the sandbox: none may pass its tests, reach anything outside, or leave anything behind."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ import psutil
 import pytest
 
 from tasks.config.rules import CodeRule
-from tasks.rewards.sandbox.sandbox import Job, Sandbox
-from tasks.rewards.sandbox.verdict import SandboxResult, Status
-from tests.support.attacks import ATTACKS, HUNGRY, UNWALLED, Attack
+from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
+from tests.support.attacks import ATTACKS, ENDLESS, UNISOLATED, Attack
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
 ROOT = Path(__file__).resolve().parents[3]
-SECRET = "the-secret-of-the-world-outside"
+SECRET = "the-secret-outside"
 
 # One number of the command line that no other process on this machine has: what carries it is ours.
 ANSWER_KB = 1000 + os.getpid() % 10_000
@@ -35,7 +34,7 @@ LIMITS = {"cpu_seconds": 1, "wall_seconds": 20, "memory_mb": 200, "answer_kb": A
 Recorder = Callable[[str, object], None]
 
 
-class World:
+class Outside:
     """What a program could reach or harm: files, sockets, the environment, other processes."""
 
     def __init__(self, folder: Path, stack: ExitStack) -> None:
@@ -46,7 +45,7 @@ class World:
         self._letters = stack.enter_context(socket.socket(socket.AF_INET, socket.SOCK_DGRAM))
         for door, address in zip(self._doors, (("127.0.0.1", 0), f"{folder}/door", f"\0{self._abstract}"), strict=True):
             door.bind(address)
-            door.step_environment()
+            door.listen()
         self._letters.bind(self._doors[0].getsockname())
         for door in (*self._doors, self._letters):
             door.setblocking(False)
@@ -107,9 +106,9 @@ def environment() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def world(tmp_path_factory: pytest.TempPathFactory) -> Iterator[World]:
+def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
     with ExitStack() as stack:
-        yield World(tmp_path_factory.mktemp("world"), stack)
+        yield Outside(tmp_path_factory.mktemp("outside"), stack)
 
 
 @pytest.fixture(scope="module")
@@ -118,54 +117,56 @@ def sandbox() -> Sandbox:
 
 
 @pytest.fixture(scope="module")
-def hungry(sandbox: Sandbox, world: World) -> dict[Attack, SandboxResult]:
-    """Verdicts on programs that would take for ever, all at once: each waits for its limit, not for the others'."""
-    limits = LIMITS | {"wall_seconds": 4, "workers": len(HUNGRY)}
-    return dict(zip(HUNGRY, Sandbox(CodeRule(**limits)).run([_job(attack, world) for attack in HUNGRY]), strict=True))
+def endless(sandbox: Sandbox, outside: Outside) -> dict[Attack, SandboxResult]:
+    """Results of endless programs, all at once: each waits for its limit, not for the others'."""
+    limits = LIMITS | {"wall_seconds": 4, "workers": len(ENDLESS)}
+    return dict(
+        zip(ENDLESS, Sandbox(CodeRule(**limits)).run([_job(attack, outside) for attack in ENDLESS]), strict=True)
+    )
 
 
-def _job(attack: Attack, world: World) -> Job:
-    return Job(world.fill_placeholders(attack.program), attack.tests, "answer")
+def _job(attack: Attack, outside: Outside) -> Job:
+    return Job(outside.fill_placeholders(attack.program), attack.tests, "answer")
 
 
-def _check(attack: Attack, verdict: SandboxResult, world: World, record_property: Recorder) -> None:
-    harm = world.harm()
-    won = ", ".join(["the reward"] * (verdict.status is Status.PASSED) + [harm] * bool(harm))
-    happened = f"{verdict.status}: {verdict.reason}" if verdict.reason else str(verdict.status)
+def _check(attack: Attack, result: SandboxResult, outside: Outside, record_property: Recorder) -> None:
+    harm = outside.harm()
+    won = ", ".join(["the reward"] * (result.status is Status.PASSED) + [harm] * bool(harm))
+    happened = f"{result.status}: {result.reason}" if result.reason else str(result.status)
     record_property("attack", (attack.name, happened, won))
     assert not won, f"{attack.name} got {won}"
-    assert verdict.status in attack.statuses, happened
+    assert result.status in attack.statuses, happened
 
 
 @pytest.mark.parametrize("attack", ATTACKS, ids=lambda attack: attack.name)
-def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, world: World, record_property: Recorder) -> None:
+def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, outside: Outside, record_property: Recorder) -> None:
     if attack.name.startswith(("system call", "32-bit")) and platform.machine() != "x86_64":
         pytest.skip("numbers of x86-64")
-    (verdict,) = sandbox.run([_job(attack, world)])
-    _check(attack, verdict, world, record_property)
+    (result,) = sandbox.run([_job(attack, outside)])
+    _check(attack, result, outside, record_property)
 
 
-@pytest.mark.parametrize("attack", HUNGRY, ids=lambda attack: attack.name)
-def test_what_takes_for_ever_is_ended(
-    attack: Attack, hungry: dict[Attack, SandboxResult], world: World, record_property: Recorder
+@pytest.mark.parametrize("attack", ENDLESS, ids=lambda attack: attack.name)
+def test_endless_programs_are_ended(
+    attack: Attack, endless: dict[Attack, SandboxResult], outside: Outside, record_property: Recorder
 ) -> None:
     patient = replace(attack, statuses=(*attack.statuses, "timeout"))  # on a busy machine that limit may come first
-    _check(patient, hungry[attack], world, record_property)
+    _check(patient, endless[attack], outside, record_property)
 
 
-@pytest.mark.parametrize("name", UNWALLED)
-def test_without_walls_the_same_attack_succeeds(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", UNISOLATED)
+def test_without_isolation_the_same_attack_succeeds(name: str, tmp_path: Path) -> None:
     """The control: what the suite calls harmless would be seen if it were not."""
-    unwalled = Sandbox(CodeRule(**LIMITS, isolation="unsafe_no_isolation"))
+    unisolated = Sandbox(CodeRule(**LIMITS, isolation="unsafe_no_isolation"))
     (attack,) = (attack for attack in ATTACKS if attack.name == name)
     with ExitStack() as stack:
-        world = World(tmp_path, stack)
-        (verdict,) = unwalled.run([_job(attack, world)])
-        assert verdict.status is Status.PASSED
-        assert bool(world.harm()) == name.startswith(("network", "write"))
+        outside = Outside(tmp_path, stack)
+        (result,) = unisolated.run([_job(attack, outside)])
+        assert result.status is Status.PASSED
+        assert bool(outside.harm()) == name.startswith(("network", "write"))
 
 
 def test_a_program_finds_nothing_of_the_one_before(sandbox: Sandbox) -> None:
     program = "import os\ndef answer():\n    found = os.listdir()\n    open('mine', 'w')\n    return found"
     jobs = [Job(program, f"assert answer() == []\n# {number}", "answer") for number in range(4)]
-    assert [verdict.status for verdict in sandbox.run(jobs)] == [Status.PASSED] * 4
+    assert [result.status for result in sandbox.run(jobs)] == [Status.PASSED] * 4

@@ -74,7 +74,7 @@ def test_a_language_is_distinguished_from_others() -> None:
     assert score("language", english) > 0.9
     assert score("language", german) < 0.1
     assert score("language", german, language="de") > 0.9
-    assert score("language", " The the") == 0.0, "nothing can be told from two words"
+    assert score("language", " The the") == 0.0, "two words are too few"
     assert score("language", "") == 0.0
 
 

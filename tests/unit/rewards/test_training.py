@@ -13,12 +13,13 @@ from tasks.core.rows import Preference
 from tasks.models.hf_training import HistoryCallback, train_or_resume
 from tasks.models.loading import add_lora, init_process, new_reward_model
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import pair_trainer, regression_trainer
+from tasks.rewards.training import classification_trainer, pair_trainer, regression_trainer
+from tasks.rewards.training_data import TrainingData
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import LORA
 
 
-class Recipe:
+class Config:
     """All rows in one batch, one step."""
 
     epochs, batch_size, learning_rate, max_length = 1, 3, 0.01, 32
@@ -47,10 +48,10 @@ def scores(base: Path, texts: list[str], heads: int = 1) -> torch.Tensor:
     return TextScorer(fresh(base, heads), letter_tokenizer(), max_length=32)(texts)
 
 
-def first_loss(make: Any, base: Path, *args: Any, heads: int = 1, **kwargs: Any) -> float:
+def first_loss(make: Any, base: Path, data: TrainingData) -> float:
     init_process()
     history = HistoryCallback("test")
-    trainer = make(Recipe, fresh(base, heads), letter_tokenizer(), *args, seed=0, callbacks=[history], **kwargs)
+    trainer = make(Config, fresh(base, len(data.weights)), letter_tokenizer(), data, seed=0, callbacks=[history])
     train_or_resume(trainer)
     return history.rows[0]["loss"]
 
@@ -69,7 +70,9 @@ def test_a_margin_is_taken_off_the_gap_where_it_is_known_and_agrees(base, scale,
     values = scores(base, sides()).tolist()
     gaps = [values[i] - values[i + 3] for i in range(3)]
     expected = sum(log_loss(gap - margin) for gap, margin in zip(gaps, margins, strict=True)) / 3
-    assert first_loss(pair_trainer, base, ROWS, margin_scale=scale) == pytest.approx(expected, rel=1e-4)
+    assert first_loss(pair_trainer, base, TrainingData({"train": ROWS}, margin_scale=scale)) == pytest.approx(
+        expected, rel=1e-4
+    )
 
 
 def test_a_pair_trains_the_head_that_it_is_about(base):
@@ -78,21 +81,24 @@ def test_a_pair_trains_the_head_that_it_is_about(base):
     assert values.shape == (6, 2)
     gaps = (values[:3] - values[3:]).tolist()
     expected = (log_loss(gaps[0][1]) + log_loss(gaps[1][0]) + log_loss(gaps[2][1])) / 3
-    found = first_loss(pair_trainer, base, ROWS, heads=2, objectives=["short", "kind"])
-    assert found == pytest.approx(expected, rel=1e-4)
+    data = TrainingData({"train": ROWS}, weights={"short": 0.5, "kind": 0.5})
+    assert first_loss(pair_trainer, base, data) == pytest.approx(expected, rel=1e-4)
 
 
 TEXTS = ["abc", "de", "fghij"]
 
 
+def rated(targets: list[float]) -> TrainingData:
+    return TrainingData(texts={"train": TEXTS}, targets={"train": targets})
+
+
 def test_ratings_are_fitted_by_squared_error(base):
     values = scores(base, TEXTS).tolist()
     expected = sum((value - target) ** 2 for value, target in zip(values, [1.0, -2.0, 0.5], strict=True)) / 3
-    assert first_loss(regression_trainer, base, TEXTS, [1.0, -2.0, 0.5]) == pytest.approx(expected, rel=1e-4)
+    assert first_loss(regression_trainer, base, rated([1.0, -2.0, 0.5])) == pytest.approx(expected, rel=1e-4)
 
 
 def test_classes_are_fitted_by_cross_entropy_of_log_odds(base):
     values = scores(base, TEXTS).tolist()
     expected = (log_loss(values[0]) + log_loss(-values[1]) + log_loss(values[2])) / 3
-    found = first_loss(regression_trainer, base, TEXTS, [1.0, 0.0, 1.0], classes=True)
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert first_loss(classification_trainer, base, rated([1.0, 0.0, 1.0])) == pytest.approx(expected, rel=1e-4)

@@ -1,7 +1,7 @@
-"""Test process: run the tests against a proxy of the program's function, and report the verdict.
+"""Test process: run the tests against a proxy of the program's function, and report the result.
 
-The verdict leaves by a pipe that exists in this process alone. Anything that is wrong with the channel ends the
-process with its verdict on the spot, so that no `except` in the tests can swallow it.
+The result leaves by a pipe that exists in this process alone. Anything that is wrong with the channel ends the
+process with its result on the spot, so that no `except` in the tests can swallow it.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class ProgramError(RuntimeError):
 
 
 def main() -> None:
-    """Arguments: as those of `serve`, and the two ends of the channel."""
+    """Arguments: as those of run_program, and the two ends of the channel."""
     cpu_seconds, memory, file_size, answer_size = map(int, sys.argv[2:6])
     instructions = bytes.fromhex(sys.argv[6])
-    job, verdicts = take_stdio()
-    channel = Channel(int(sys.argv[7]), int(sys.argv[8]), verdicts, answer_size)
+    job, results = take_stdio()
+    channel = Channel(int(sys.argv[7]), int(sys.argv[8]), results, answer_size)
     confine(cpu_seconds, memory, file_size, instructions)
     text = codec.read_frame(job, _MAX_MESSAGE)
     spec: Any = codec.decode(text or b"")
@@ -47,18 +47,18 @@ def main() -> None:
 
 
 class Channel:
-    """Channel to the program's process, and the pipe of the verdict."""
+    """Channel to the program's process, and the pipe of the result."""
 
-    def __init__(self, requests: int, answers: int, verdicts: int, answer_size: int) -> None:
+    def __init__(self, requests: int, answers: int, results: int, answer_size: int) -> None:
         """The two ends that lead to the program, and the one that leads out."""
-        self._requests, self._answers, self._verdicts, self._limit = requests, answers, verdicts, answer_size
+        self._requests, self._answers, self._results, self._limit = requests, answers, results, answer_size
         self._ready = False
         self.calls = 0
         self.raised: str | None = None
 
     def end(self, status: str, reason: str) -> NoReturn:
-        """Write the verdict and end this process."""
-        codec.write_frame(self._verdicts, codec.encode((status, reason[:300], self.calls), 1 << 12))
+        """Write the result and end this process."""
+        codec.write_frame(self._results, codec.encode((status, reason[:300], self.calls), 1 << 12))
         os._exit(0)
 
     def load(self, program: str, name: str) -> None:
@@ -68,7 +68,7 @@ class Channel:
         if kind == "missing":
             self.end("error", f"the program defines no function {name}")
         if kind != "loaded":
-            self.end(*_exception_verdict(detail, "while the program was loaded"))
+            self.end(*_exception_result(detail, "while the program was loaded"))
 
     def call(self, arguments: tuple[Any, ...], keywords: dict[str, Any], in_place: bool) -> Any:
         """Call the program's function; return its result as plain data, or raise its exception."""
@@ -178,7 +178,7 @@ def _report_failure(channel: Channel, error: BaseException) -> NoReturn:
     if isinstance(error, MemoryError):
         channel.end("memory", "MemoryError in the tests")
     if channel.raised is not None and kind in (channel.raised, ProgramError.__name__):
-        channel.end(*_exception_verdict(channel.raised, f"in call {channel.calls}"))
+        channel.end(*_exception_result(channel.raised, f"in call {channel.calls}"))
     channel.end("failed", f"{kind} after call {channel.calls}")
 
 
@@ -190,7 +190,7 @@ def _make_candidate(channel: Channel, name: str, in_place: bool) -> Callable[...
     return candidate
 
 
-def _exception_verdict(name: object, where: str) -> tuple[str, str]:
+def _exception_result(name: object, where: str) -> tuple[str, str]:
     clean_name = _sanitise(name)
     return ("memory" if clean_name == "MemoryError" else "error"), f"{clean_name} {where}"
 

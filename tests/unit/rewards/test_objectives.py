@@ -1,4 +1,4 @@
-"""Every kind learns what there is to learn, comes back from its files as measured, and refuses what it cannot."""
+"""Each kind of reward model: it learns, loads with the metrics it was measured with, and refuses unfit data."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.reward_model import NORMALISATION, EnsembleMember, RewardModel, ScoreHead
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, RewardModel, ScoreHead
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
@@ -153,14 +153,14 @@ def test_objectives_are_learned_each_by_its_own_head(inputs: Path, several: Path
 def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(inputs: Path, several: Path) -> None:
     model = load(inputs, several)
     prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
-    value, measures = model.score_with_metrics(prompts, responses)
-    assert list(measures) == ["ood_share", "objective/short", "objective/kind"]
-    torch.testing.assert_close(value, 0.25 * measures["objective/short"] + 0.75 * measures["objective/kind"])
-    facts = json.loads((several / NORMALISATION).read_text())["objectives"]
-    raw = model._members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+    value, metrics = model.score_with_metrics(prompts, responses)
+    assert list(metrics) == ["ood_share", "objective/short", "objective/kind"]
+    torch.testing.assert_close(value, 0.25 * metrics["objective/short"] + 0.75 * metrics["objective/kind"])
+    normalisation = json.loads((several / NORMALISATION).read_text())["objectives"]
+    raw = model.members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
     for column, name in enumerate(OBJECTIVES):
-        expected = (raw[:, column] - facts[name]["mean"]) / facts[name]["std"]
-        torch.testing.assert_close(measures[f"objective/{name}"], expected)
+        expected = (raw[:, column] - normalisation[name]["mean"]) / normalisation[name]["std"]
+        torch.testing.assert_close(metrics[f"objective/{name}"], expected)
     assert torch.equal(model.member_scores(prompts, responses)[0], value)
 
 
@@ -176,10 +176,16 @@ def test_length_is_taken_off_as_least_squares_say() -> None:
     assert ScoreHead.fit(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])).length_slope == 0.0
 
 
+def join(samples: list[tuple[str, str]]) -> list[str]:
+    return [prompt + response for prompt, response in samples]
+
+
 class Longer:
     """Scores a text by its length and by its first letter."""
 
-    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    format = staticmethod(join)
+
+    def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         return torch.tensor([0.5 * len(text) + (text[0] == "a") for text in texts]), torch.zeros(len(texts), 2)
 
     def lengths(self, texts: list[str]) -> torch.Tensor:
@@ -188,16 +194,16 @@ class Longer:
 
 def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
     scorer: Any = Longer()
-    samples = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
-    lengths, first = scorer.lengths(samples), torch.tensor([float(text[0] == "a") for text in samples])
-    whole = [""] * len(samples)
-    biased, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=False)
-    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, prompts=whole, length_debias=True)
+    texts = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
+    lengths, first = scorer.lengths(texts), torch.tensor([float(text[0] == "a") for text in texts])
+    samples = [("", text) for text in texts]
+    biased, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=False)
+    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=True)
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
     assert fair.heads[""].length_slope == pytest.approx(slope)
-    assert torch.corrcoef(torch.stack([fair.raw_scores(samples, whole)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
-    ends = ["b" * 9, "b"]
-    gap = {name: -member.raw_scores(ends, ["", ""])[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
+    assert torch.corrcoef(torch.stack([fair.raw_scores(samples)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
+    ends = [("", "b" * 9), ("", "b")]
+    gap = {name: -member.raw_scores(ends)[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
     assert gap["b"].item() == pytest.approx(4.0)
     assert abs(gap["f"].item()) < 1.0
     assert "length_slope" not in biased.to_dict()
@@ -206,7 +212,9 @@ def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
 class Wordy:
     """Scores a text by the letters of its response, which stands after a bar, and of its prompt; tokens are letters."""
 
-    def read(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
+    format = staticmethod(join)
+
+    def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
         sides = [text.partition("|") for text in texts]
         return torch.tensor([0.5 * len(end) - 0.25 * len(begin) for begin, _, end in sides]), torch.zeros(len(texts), 2)
 
@@ -217,11 +225,10 @@ class Wordy:
 def test_the_length_of_the_prompt_does_not_count() -> None:
     """Every prompt with every response, so nothing but the response's length explains ½ a token."""
     scorer: Any = Wordy()
-    sides = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
-    prompts, texts = [prompt for prompt, _ in sides], [prompt + response for prompt, response in sides]
-    fair, _ = EnsembleMember.fit(scorer, texts, {"": 1.0}, prompts=prompts, length_debias=True)
+    samples = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
+    fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=True)
     assert fair.heads[""].length_slope == pytest.approx(0.5)
-    values, _ = fair.raw_scores(["aa|b", "aa|bbbbb", "aaaa|b"], ["aa|", "aa|", "aaaa|"])
+    values, _ = fair.raw_scores([("aa|", "b"), ("aa|", "bbbbb"), ("aaaa|", "b")])
     assert values[0].item() == pytest.approx(values[1].item())
     assert (values[0] - values[2]).item() == pytest.approx(0.5), "what the prompt adds stays"
     model = RewardModel([fair], MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0))
@@ -237,18 +244,18 @@ def test_a_raw_reward_that_does_not_vary_cannot_be_normalised(raw: list[float]) 
 
 def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Path) -> None:
     run_reward_model(inputs, tmp_path, **LEARN, length_debias=True)
-    found, facts = figures(tmp_path), json.loads((tmp_path / NORMALISATION).read_text())
-    assert found["length_slope"] == facts["length_slope"] != 0
+    found, normalisation = figures(tmp_path), json.loads((tmp_path / NORMALISATION).read_text())
+    assert found["length_slope"] == normalisation["length_slope"] != 0
     assert found["length_correlation"] != found["length_correlation_before"]
     model = load(inputs, tmp_path)
     texts = ["abx", "abcdefgx", "cy"]
-    scorer = model._members[0].scorer
+    scorer = model.members[0].scorer
     lengths = torch.tensor([4.0, 9.0, 3.0])
-    expected = (scorer(texts) - facts["length_slope"] * lengths - facts["mean"]) / facts["std"]
+    expected = (scorer(texts) - normalisation["length_slope"] * lengths - normalisation["mean"]) / normalisation["std"]
     torch.testing.assert_close(model([""] * 3, texts), expected)
 
 
-def test_a_backbone_of_its_own_with_its_own_tokenizer(inputs: Path, tmp_path: Path) -> None:
+def test_another_backbone_has_its_own_tokenizer(inputs: Path, tmp_path: Path) -> None:
     """Letters have other numbers there, so with the policy's tokenizer every score would be another one."""
     folder, tokenizer = tmp_path / "other", letter_tokenizer("Ġzyxwvutsrqponmlkjihgfedcba")
     tiny_model(seed=5).save_pretrained(folder)
@@ -259,7 +266,7 @@ def test_a_backbone_of_its_own_with_its_own_tokenizer(inputs: Path, tmp_path: Pa
     assert json.loads((out / BACKBONE / "card.json").read_text())["source"] == "local folder other"
     folder.rename(tmp_path / "moved")  # the stage's own copy is all that is needed
     model = load(inputs, out)
-    assert model._members[1].scorer._tokenizer("abc").input_ids == tokenizer("abc").input_ids
+    assert model.members[1].scorer._tokenizer("abc").input_ids == tokenizer("abc").input_ids
     assert accuracy(inputs, out) > 0.9
 
 
@@ -268,7 +275,7 @@ def test_a_backbone_that_is_missing_is_named(inputs: Path, tmp_path: Path) -> No
         run_reward_model(inputs, tmp_path, backbone={"kind": "folder", "id": "none"})
 
 
-def finished(folder: Path, outputs: int, *, bert: bool = False) -> Any:
+def write_classifier(folder: Path, outputs: int, *, bert: bool = False) -> Any:
     """A random classifier over letters that are numbered backwards, with a chat template."""
     tokenizer = letter_tokenizer("Ġzyxwvutsrqponmlkjihgfedcba:")
     tokenizer.chat_template = "{% for m in messages %}{{ m.role[0] }}:{{ m.content }} {% endfor %}"
@@ -286,14 +293,14 @@ def finished(folder: Path, outputs: int, *, bert: bool = False) -> Any:
 
 
 @pytest.mark.parametrize(("outputs", "bert"), [(1, False), (2, False), (1, True), (2, True)])
-def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Path, outputs: int, bert: bool) -> None:
-    classifier, tokenizer = finished(tmp_path / "theirs", outputs, bert=bert)
+def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: Path, outputs: int, bert: bool) -> None:
+    classifier, tokenizer = write_classifier(tmp_path / "theirs", outputs, bert=bert)
     out, template = tmp_path / "out", "q:{prompt} r:{response}"
     out.mkdir()
     run_reward_model(
         inputs, out, normalisation_samples=16, pretrained={"id": str(tmp_path / "theirs"), "template": template}
     )
-    facts, found = json.loads((out / NORMALISATION).read_text()), figures(out)
+    normalisation, found = json.loads((out / NORMALISATION).read_text()), figures(out)
 
     def score(prompt: str, response: str) -> float:
         with torch.no_grad():
@@ -301,33 +308,32 @@ def test_a_finished_model_scores_as_transformers_does(inputs: Path, tmp_path: Pa
         return (logits[0] if outputs == 1 else logits[1] - logits[0]).item()
 
     responses = ["bc{prompt}", "d", "efghijk"]
-    expected = [(score("a", response) - facts["mean"]) / facts["std"] for response in responses]
+    expected = [(score("a", response) - normalisation["mean"]) / normalisation["std"] for response in responses]
     assert load(inputs, out)(["a"] * 3, responses).tolist() == pytest.approx(expected, abs=1e-4)
     pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
     right = [score(row.prompt, row.chosen) > score(row.prompt, row.rejected) for row in pairs]
     assert found["accuracy"] == pytest.approx(sum(right) / len(right))
     assert (out / "history.csv").read_text() == "step\n"
-    assert MahalanobisOOD.load(out / "adapter" / "familiarity.safetensors").mean.shape == (32,)
+    assert MahalanobisOOD.load(out / OOD_DETECTOR).mean.shape == (32,)
     assert (out / PRETRAINED_DIR / "model.safetensors").read_bytes() == (
         tmp_path / "theirs" / "model.safetensors"
     ).read_bytes()
 
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
-    finished(tmp_path / "theirs", 1)
+    write_classifier(tmp_path / "theirs", 1)
     run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "theirs"), "template": "chat"})
-    _, text = load_pretrained_scorer(tmp_path / "out")
-    assert text("why", " so") == "u:why a:so "
+    assert load_pretrained_scorer(tmp_path / "out").format([("why", " so")]) == ["u:why a:so "]
 
 
 def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    finished(tmp_path / "three", 3)
+    write_classifier(tmp_path / "three", 3)
     with pytest.raises(ModelError, match=r"scorer .*three has 3 outputs"):
         run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "three")})
     with pytest.raises(ModelError, match=r"has no weights for score\.weight, which would be random numbers"):
         run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(inputs / "base_model" / "model")})
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(SourceError, match=r"model 'owner/name' .* make reward_model\.scorer\.id a local folder"):
+    with pytest.raises(SourceError, match=r"model 'owner/name' .* make reward_model\.pretrained\.id a local folder"):
         run_reward_model(inputs, tmp_path / "out", pretrained={"id": "owner/name"})
 
 
@@ -341,8 +347,8 @@ def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, mo
         ({"objectives": {"kind": 1.0, "short": 1.0}}, "objectives are for kind multi_objective"),
         ({"max_examples": 3}, "max_examples counts rated texts"),
         ({"normalisation_samples": 1}, "normalisation_samples\n.*greater than or equal to 2"),
-        ({"scorer": {"id": "a/b"}, "members": 2}, "scorer is a finished model, nothing is trained"),
-        ({"scorer": {"id": "a/b", "template": "{prompt}"}}, r"template needs \{prompt\} and \{response\}"),
+        ({"pretrained": {"id": "a/b"}, "ensemble_size": 2}, "pretrained is set, so nothing is trained"),
+        ({"pretrained": {"id": "a/b", "template": "{prompt}"}}, r"template needs \{prompt\} and \{response\}"),
     ],
 )
 def test_what_does_not_fit_a_kind_is_refused(inputs: Path, tmp_path: Path, changes: Any, problem: str) -> None:
