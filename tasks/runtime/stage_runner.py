@@ -20,7 +20,7 @@ from typing import Any
 from tasks.config.params import Params, load_params
 from tasks.core import tracking
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.paths import DISABLED_MARKER, checkpoint_dir, project_root, stage_dir
+from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
 from tasks.core.rows import flatten
 from tasks.runtime import dvc_stages, mlflow_runs
 
@@ -76,17 +76,18 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
         inputs = dvc_stages.inputs(name)
         _check_code_unchanged(name, inputs)
         function = _load_stage_function(name)
-        positional, folders = stage_arguments(function, name, params)
+        sections = stage_arguments(function, name, params)
+        upstream = {stage: stage_dir(stage) for stage in dvc_stages.graph()[name]}
         folder = checkpoint_dir(name, inputs.key)
         if int(os.environ.get("RANK", "0")) > 0:
-            _run_as_helper_rank(name, lambda out: function(*positional, **folders | {"out": out}), folder)
+            _run_as_helper_rank(name, lambda out: function(*sections, Artifacts(out=out, **upstream)), folder)
             return
         stage_dir(name).mkdir(parents=True, exist_ok=True)
         tags = {"rlhf.reasons": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
-        with mlflow_runs.stage_run(name, inputs, _flat_params(function, positional), tags) as recorder:
+        with mlflow_runs.stage_run(name, inputs, _flat_params(function, sections), tags) as recorder:
             with tracking.active_run(tracking.ActiveRun(name, recorder, folder)):
                 started = time.monotonic()
-                function(*positional, **folders)
+                function(*sections, Artifacts(out=stage_dir(name), **upstream))
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
             # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
             recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
@@ -96,24 +97,21 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
     gc.collect()
 
 
-def stage_arguments(function: Callable[..., None], name: str, params: Params) -> tuple[list[Any], dict[str, Path]]:
-    """The arguments of a stage: positional parameters are sections of params.yaml, keyword-only ones are folders.
+def stage_arguments(function: Callable[..., None], name: str, params: Params) -> list[Any]:
+    """The sections of params.yaml that a stage's signature names, in its order; `params` is the stage's own.
 
-    `params` is the stage's own section, `out` its own folder; every other name is a section or an upstream stage.
+    The last argument, `artifacts`, is left out.
 
     Raises:
         StageError: the signature names a section that does not exist.
     """
-    positional, folders = [], {}
-    for argument in inspect.signature(function).parameters.values():
-        if argument.kind is argument.KEYWORD_ONLY:
-            folders[argument.name] = stage_dir(name if argument.name == "out" else argument.name)
-            continue
-        section = name if argument.name == "params" else argument.name
+    sections = []
+    for argument in list(inspect.signature(function).parameters)[:-1]:
+        section = name if argument == "params" else argument
         if section not in Params.model_fields:
             raise StageError(f"tasks/{name}.py: {name}() asks for {section!r}, which is no section of params.yaml")
-        positional.append(getattr(params, section))
-    return positional, folders
+        sections.append(getattr(params, section))
+    return sections
 
 
 def read_metrics(name: str) -> dict[str, float]:

@@ -49,8 +49,8 @@ def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(labels, "enter", lambda: tmp_path)
-    monkeypatch.setattr(labels, "enter_served", lambda: tmp_path)
+    monkeypatch.setattr(labels, "enter_project", lambda: tmp_path)
+    monkeypatch.setattr(labels, "enter_project_with_services", lambda: tmp_path)
     monkeypatch.setattr(labels, "_trigger_retrain", lambda: console.console.print("it would be announced"))
     return tmp_path
 
