@@ -27,12 +27,23 @@ __all__ = [
     "Prompt",
     "Rating",
     "Row",
+    "flatten",
     "format_validation_error",
     "read_rows",
     "write_json",
     "write_rows",
     "write_table",
 ]
+
+
+def flatten(value: object, prefix: str = "") -> dict[str, Any]:
+    """Flatten nested mappings: `{"a": {"b": 1}}` becomes `{"a.b": 1}`, each key after the prefix if there is one."""
+    if not isinstance(value, Mapping):
+        return {prefix: value}
+    flat: dict[str, Any] = {}
+    for key, inner in value.items():
+        flat |= flatten(inner, f"{prefix}.{key}" if prefix else str(key))
+    return flat
 
 
 def write_json(path: Path, content: Mapping[str, object]) -> None:

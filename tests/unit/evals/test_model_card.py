@@ -30,7 +30,7 @@ def origin(**changes: Any) -> Origin:
         {"name": "a", "source": "pipes | here", "licence": "MIT", "rows": 5, "sha256_of_rows": "f" * 64},
         {"name": "b", "source": "file", "licence": "", "rows": 6, "sha256_of_rows": "e" * 64},
     ]
-    findings = [{"rule": "KL to SFT", "measured": "3.33 nats", "required": "at most 10 nats", "passed": True}]
+    findings = [{"rule": "KL to SFT", "found": "3.33 nats", "asked": "at most 10 nats", "holds": True}]
     fields: dict[str, Any] = {
         "params": "seed: 3\n", "parameters": parameters, "commit": "c0ffee", "uncommitted": (), "pipeline_run": "r",
         "stages": {"ppo": {"key": "k" * 64, "run": "", "outputs": {"artifacts/ppo/adapter": "m5.dir"}}},

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 from tasks.evals import plots
-from tasks.evals.compare import Table
+from tasks.evals.compare import ScoredResponse, Table
 
 KEYS = ("win_rate", "win_rate_vader", "win_rate_proxy")
 
@@ -122,3 +122,9 @@ def test_a_policy_that_did_not_move_is_drawn_too() -> None:
 def test_many_lengths_share_bars() -> None:
     paths = plots.lengths({"sft": [(length, 1) for length in range(1, 2001)]}).count("var(--sft)")
     assert paths <= plots.MAX_BARS + 1
+
+
+def test_length_counts_have_no_gaps(judged: Callable[..., ScoredResponse]) -> None:
+    texts = {"sft": (" a , b c", " a .", " a b c"), "ppo": ("",)}
+    records = [judged(policy, str(n), response=text) for policy, own in texts.items() for n, text in enumerate(own)]
+    assert plots.length_counts(records) == {"sft": [(1, 1), (2, 0), (3, 2)], "ppo": [(0, 1)]}
