@@ -15,7 +15,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows import label_commands, label_data_commands, model_commands, screen, worktrees
+from flows import cli_labels, model_commands, screen, worktrees
 from flows.commandline import enter, enter_served, interruptible
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import stage_dir
@@ -24,8 +24,7 @@ __all__ = ["app"]
 
 commands = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
 commands.add_typer(model_commands.commands)
-label_commands.commands.add_typer(label_data_commands.commands)
-commands.add_typer(label_commands.commands, name="label")
+commands.add_typer(cli_labels.commands, name="label")
 
 
 def app() -> None:

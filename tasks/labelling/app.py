@@ -1,12 +1,15 @@
-"""The labelling page: one question at a time, as plain forms that work without a script; a script makes it quick."""
+"""Labelling page: one question at a time, as plain forms that work without a script; a script makes it quick."""
 
 from __future__ import annotations
 
+import math
 import time
+import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
@@ -20,17 +23,15 @@ from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
 from tasks.core.errors import DataError
-from tasks.labelling import sessions
-from tasks.labelling.answers import LONGEST_COMMENT, ConflictError, answer_of, as_shown, is_swapped
-from tasks.labelling.forms import BUTTONS, RATINGS, new_token, read_answer, read_number, read_token, words
-from tasks.labelling.store import LabelStore
-from tasks.labelling.tables import Event
+from tasks.labelling import auth
+from tasks.labelling.labels import MAX_COMMENT_LENGTH, Label, flip, show_swapped
+from tasks.labelling.store import ConflictError, LabelStore
 
-__all__ = ["application"]
+__all__ = ["create_app"]
 
 FOLDER = Path(__file__).parent
 
-LARGEST_FORM = 100_000
+MAX_FORM_BYTES = 100_000
 SESSION_SECONDS = 14 * 24 * 3600
 
 HEADERS = {
@@ -41,11 +42,38 @@ HEADERS = {
     "X-Content-Type-Options": "nosniff",
 }
 
-Fields = Mapping[str, str]
+Fields: TypeAlias = Mapping[str, str]
 
 
-def application(store: LabelStore, secret: str) -> Starlette:
-    """The web application over a store, which it closes at its end.
+@dataclass(frozen=True)
+class Button:
+    """A button: the value it sends, its key and text; `group` is the response that it favours."""
+
+    value: str
+    key: str
+    text: str
+    group: str
+    choice: str
+    strength: int | None = None
+
+
+BUTTONS = (
+    Button("a3", "1", "A far better", "a", "a", 3),
+    Button("a2", "2", "A clearly better", "a", "a", 2),
+    Button("a1", "3", "A slightly better", "a", "a", 1),
+    Button("tie", "4", "Equally good", "none", "tie"),
+    Button("both_bad", "5", "Both bad", "none", "both_bad"),
+    Button("skip", "6", "Skip", "none", "skip"),
+    Button("b1", "7", "B slightly better", "b", "b", 1),
+    Button("b2", "8", "B clearly better", "b", "b", 2),
+    Button("b3", "9", "B far better", "b", "b", 3),
+)
+
+RATINGS = {1: "very bad", 2: "bad", 3: "fair", 4: "good", 5: "very good"}
+
+
+def create_app(store: LabelStore, secret: str) -> Starlette:
+    """Create the web application over a store, which it closes at its end.
 
     Args:
         secret: what session cookies are signed with.
@@ -56,34 +84,34 @@ def application(store: LabelStore, secret: str) -> Starlette:
         yield
         store.close()
 
-    pages = Pages(store)
+    views = Views(store)
     routes = [
-        Route("/", pages.question),
-        Route("/help", pages.help),
-        Route("/sign-in", pages.sign_in_page),
-        Route("/sign-in", _form(pages.sign_in), methods=["POST"]),
-        Route("/sign-out", _form(pages.sign_out), methods=["POST"]),
-        Route("/answer", _form(pages.answer), methods=["POST"]),
-        Route("/undo", _form(pages.undo), methods=["POST"]),
+        Route("/", views.question),
+        Route("/help", views.help),
+        Route("/sign-in", views.sign_in_page),
+        Route("/sign-in", _form_route(views.sign_in), methods=["POST"]),
+        Route("/sign-out", _form_route(views.sign_out), methods=["POST"]),
+        Route("/answer", _form_route(views.answer), methods=["POST"]),
+        Route("/undo", _form_route(views.undo), methods=["POST"]),
         Mount("/static", StaticFiles(directory=FOLDER / "static")),
     ]
     cookies = Middleware(
-        SessionMiddleware,
-        secret_key=secret,
-        session_cookie="rlhf_label",
-        max_age=SESSION_SECONDS,
-        same_site="lax",
+        SessionMiddleware, secret_key=secret, session_cookie="rlhf_label", max_age=SESSION_SECONDS, same_site="lax"
     )
     return Starlette(
         routes=routes,
         middleware=[cookies],
-        exception_handlers={HTTPException: pages.refused, ConflictError: pages.too_late, DataError: pages.wrong},
+        exception_handlers={
+            HTTPException: views.http_error,
+            ConflictError: views.conflict,
+            DataError: views.bad_request,
+        },
         lifespan=lifespan,
     )
 
 
-class Pages:
-    """What is shown at each address, and what a form does."""
+class Views:
+    """The page at each address, and the action of each form."""
 
     def __init__(self, store: LabelStore) -> None:
         self._store = store
@@ -96,46 +124,47 @@ class Pages:
         )
 
     def question(self, request: Request) -> Response:
-        """The next pair, or why there is none."""
-        name = sessions.person(request, self._store)
+        """Show the next question, or why there is none."""
+        name = auth.current_user(request, self._store)
         if name is None:
             return RedirectResponse("/sign-in", 303)
-        task = self._store.next_item(name)
+        task = self._store.next_task(name)
         state = self._state(name)
         if task is None:
-            _, items = self._store.open_items()
-            return self._page(request, "nothing", name, items=items, **state)
-        pair = [task.item.response_a, task.item.response_b]
+            _, questions = self._store.open_questions()
+            return self._page(request, "nothing", name, questions=questions, **state)
+        pair = [task.question.response_a, task.question.response_b]
         responses = dict(zip("AB", pair[::-1] if task.swapped else pair, strict=True))
-        undone = as_shown(task.previous, task.swapped) if task.previous else None
+        undone = flip(task.undone) if task.undone and task.swapped else task.undone
         state |= {"task": task, "responses": responses, "undone": undone}
         return self._page(request, "question", name, now=f"{time.time():.3f}", **state)
 
     def answer(self, request: Request, fields: Fields) -> Response:
-        """Keep an answer, and show the next question."""
-        name = self._signed_in(request)
-        item = fields.get("item", "")
-        answer = read_answer(fields, swapped=is_swapped(item, name)).turned()
-        self._store.record(name, item, read_token(fields), read_number(fields, "after"), answer)
+        """Save an answer, and show the next question."""
+        label = _read_label(fields, self._signed_in(request))
+        stored = flip(label) if show_swapped(label.question_id, label.labeller) else label
+        previous_event = _read_number(fields, "previous_event")
+        self._store.save_label(stored, token=_read_token(fields), previous_event=previous_event)
         return RedirectResponse("/", 303)
 
     def undo(self, request: Request, fields: Fields) -> Response:
         """Take an answer back, and show its question again."""
-        self._store.undo(self._signed_in(request), read_token(fields), read_number(fields, "event"))
+        name = self._signed_in(request)
+        self._store.undo(name, token=_read_token(fields), event_id=_read_number(fields, "event"))
         return RedirectResponse("/", 303)
 
     def help(self, request: Request) -> Response:
-        """What the buttons and keys mean."""
-        return self._page(request, "help", sessions.person(request, self._store))
+        """Explain the buttons and keys."""
+        return self._page(request, "help", auth.current_user(request, self._store))
 
     def sign_in_page(self, request: Request) -> Response:
-        """Name and password."""
+        """Ask for name and password."""
         return self._page(request, "sign_in", None, wrong=False, name="")
 
     def sign_in(self, request: Request, fields: Fields) -> Response:
         """Begin a session, or ask again."""
         name = fields.get("name", "").strip()
-        if sessions.sign_in(request, self._store, name, fields.get("password", "").strip()):
+        if auth.sign_in(request, self._store, name, fields.get("password", "").strip()):
             return RedirectResponse("/", 303)
         return self._page(request, "sign_in", None, 401, wrong=True, name=name)
 
@@ -144,63 +173,119 @@ class Pages:
         request.session.clear()
         return RedirectResponse("/sign-in", 303)
 
-    def refused(self, request: Request, error: Exception) -> Response:
-        """No such page, no session, or no form of ours."""
+    def http_error(self, request: Request, error: Exception) -> Response:
+        """Show that there is no such page, no session, or that the form is not of this session."""
         assert isinstance(error, HTTPException)
         return self._message(request, error.status_code, "This did not work", error.detail)
 
-    def wrong(self, request: Request, error: Exception) -> Response:
-        """A form that our page would not have sent."""
+    def bad_request(self, request: Request, error: Exception) -> Response:
+        """Show what is wrong with a form that our page would not have sent."""
         return self._message(request, 400, "This did not work", f"{error}. Nothing was saved.")
 
-    def too_late(self, request: Request, error: Exception) -> Response:
-        """What stands, and that it was not changed."""
+    def conflict(self, request: Request, error: Exception) -> Response:
+        """Show the current label, and that it was not changed."""
         assert isinstance(error, ConflictError)
-        stands = _said(error.standing)
-        what = f"What stands is: {stands}." if stands else "You have taken that answer back, and it stays taken back."
-        said = f"Perhaps in another window, or by two quick clicks. {what} This click changed nothing."
-        return self._message(request, 409, "You have answered this already", said)
+        current = _describe_label(error.standing)
+        what = f"Your saved answer is: {current}." if current else "You have taken that answer back, and it stays so."
+        text = f"Perhaps in another window, or by two quick clicks. {what} This click changed nothing."
+        return self._message(request, 409, "You have answered this already", text)
 
     def _signed_in(self, request: Request) -> str:
-        name = sessions.person(request, self._store)
+        name = auth.current_user(request, self._store)
         if name is None:
             raise HTTPException(403, "You are signed out, so this click was not saved. Sign in and give it again.")
         return name
 
     def _state(self, name: str) -> dict[str, Any]:
         last = self._store.last_label(name)
-        return {"last": last, "last_words": _said(last), "progress": self._store.progress(name)}
+        return {"last": last, "last_text": _describe_label(last), "progress": self._store.progress(name)}
 
     def _message(self, request: Request, status: int, title: str, text: str) -> Response:
-        name = sessions.person(request, self._store)
-        state = self._state(name) if name else {"last": None, "last_words": None, "progress": None}
+        name = auth.current_user(request, self._store)
+        state = self._state(name) if name else {"last": None, "last_text": None, "progress": None}
         return self._page(request, "message", name, status, title=title, text=text, **state)
 
-    def _page(
-        self, request: Request, template: str, person: str | None, status: int = 200, /, **values: Any
-    ) -> Response:
-        values |= {"person": person, "csrf": sessions.csrf(request), "new_token": new_token}
-        values |= {"buttons": BUTTONS, "ratings": RATINGS, "longest": LONGEST_COMMENT, "words": words}
+    def _page(self, request: Request, template: str, user: str | None, status: int = 200, /, **values: Any) -> Response:
+        values |= {"user": user, "csrf": auth.csrf(request), "new_token": _new_token, "label_text": _label_text}
+        values |= {"buttons": BUTTONS, "ratings": RATINGS, "max_comment_length": MAX_COMMENT_LENGTH}
         return HTMLResponse(self._templates.get_template(f"{template}.html.j2").render(values), status, HEADERS)
 
 
-def _form(function: Callable[[Request, Fields], Response]) -> Callable[[Request], Awaitable[Response]]:
-    """A route for a form of ours, whose work with the database does not hold up other requests."""
+def _form_route(function: Callable[[Request, Fields], Response]) -> Callable[[Request], Awaitable[Response]]:
+    """Return a route for a form of ours, whose work with the database does not hold up other requests."""
 
     async def endpoint(request: Request) -> Response:
         length = request.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > LARGEST_FORM:
-            raise HTTPException(413, f"This form is too large: {LARGEST_FORM} bytes at most.")
+        if not length.isdigit() or int(length) > MAX_FORM_BYTES:
+            raise HTTPException(413, f"This form is too large: {MAX_FORM_BYTES} bytes at most.")
         form = await request.form(max_files=0)
         fields = {name: value for name, value in form.items() if isinstance(value, str)}
-        if not sessions.is_ours(request, fields.get("csrf", "")):
+        if not auth.csrf_valid(request, fields.get("csrf", "")):
             raise HTTPException(403, "The page was too old to be sent, so this click was not saved. Give it again.")
         return await run_in_threadpool(function, request, fields)
 
     return endpoint
 
 
-def _said(event: Event | None) -> str | None:
-    """An answer in the order in which its labeller's page shows the pair."""
-    answer = answer_of(event) if event else None
-    return words(as_shown(answer, is_swapped(event.item_id, event.labeller))) if event and answer else None
+def _describe_label(label: Label | None) -> str | None:
+    """Return a label's text in the order in which its labeller's page shows the pair."""
+    if label is None:
+        return None
+    return _label_text(flip(label) if show_swapped(label.question_id, label.labeller) else label)
+
+
+def _label_text(label: Label) -> str:
+    """Return the text of the label's button."""
+    texts = {(button.choice, button.strength): button.text for button in BUTTONS}
+    return texts.get((label.choice, label.strength), f"{label.choice.upper()} better")
+
+
+def _read_label(fields: Fields, labeller: str) -> Label:
+    """Return the label in the form, in the order shown; the store refuses values that the page does not offer.
+
+    Raises:
+        DataError: no button was pressed, or a rating is no number.
+    """
+    button = next((button for button in BUTTONS if button.value == fields.get("answer")), None)
+    if button is None:
+        raise DataError(f"answer: got {fields.get('answer', '')!r}; go back and choose one of the buttons")
+    return Label(
+        fields.get("question", ""),
+        labeller,
+        button.choice,
+        strength=button.strength,
+        rating_a=_read_number(fields, "rating_a") if fields.get("rating_a") else None,
+        rating_b=_read_number(fields, "rating_b") if fields.get("rating_b") else None,
+        comment=fields.get("comment", "").replace("\r\n", "\n").strip() or None,
+        seconds=_seconds_since(fields.get("shown", "")),
+    )
+
+
+def _read_number(fields: Fields, name: str) -> int:
+    """Return a field that holds a whole number."""
+    text = fields.get(name, "")
+    if not (text.isascii() and text.isdigit() and len(text) < 10):
+        raise DataError(f"{name}: got {text!r}, expected a number")
+    return int(text)
+
+
+def _new_token() -> str:
+    """Return an id for one form that is shown."""
+    return str(uuid.uuid4())
+
+
+def _read_token(fields: Fields) -> str:
+    """Return the id of the form that was sent."""
+    try:
+        return str(uuid.UUID(fields.get("token", "")))
+    except ValueError:
+        raise DataError(f"token: got {fields.get('token')!r}, which this page has not made") from None
+
+
+def _seconds_since(shown: str) -> float | None:
+    """Return None where the clock was set back, or the field is not ours: the answer counts all the same."""
+    try:
+        seconds = time.time() - float(shown)
+    except ValueError:
+        return None
+    return round(seconds, 3) if math.isfinite(seconds) and 0 <= seconds < 86400 else None

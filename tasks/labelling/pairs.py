@@ -1,4 +1,4 @@
-"""Which pairs of responses to ask people about."""
+"""Pairs of responses to label: written by the last run's policies, chosen at random or where reward models disagree."""
 
 from __future__ import annotations
 
@@ -14,20 +14,43 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from tasks.config.training import GenerationParams
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.rows import Preference, format_validation_error
+from tasks.core.rows import Preference, Prompt, format_validation_error, read_rows
 from tasks.data.splitting import hash_uniform
-from tasks.labelling.labels import Question, question_flaw, question_id
-from tasks.labelling.tables import OPINIONS
+from tasks.evals.writing import Sampler, policy_stages
+from tasks.labelling.labels import VALUED_CHOICES, Question, question_error, question_id
+from tasks.rewards.reward_model import RewardModel, member_folder
 
-__all__ = ["Pool", "Written", "asked_twice", "at_random", "by_disagreement", "gold_questions", "paired", "variance"]
+__all__ = [
+    "PairPool",
+    "PolicyResponse",
+    "at_random",
+    "by_disagreement",
+    "check_policies",
+    "gold_questions",
+    "load_ensemble_scores",
+    "make_pairs",
+    "preference_variance",
+    "sample_prompts",
+    "sample_responses",
+    "with_overlap",
+]
+
+SAMPLES = 2
+"""Of each policy to each prompt, so that one policy alone makes a pair."""
+
+ONE_MEMBER = (
+    "--by disagreement needs a reward model with at least two members: `rlhf run reward_model -S "
+    "reward_model.ensemble_size=3`, or sample --by random"
+)
 
 Scores = Callable[[Sequence[str], Sequence[str]], Tensor]
-"""(prompts, responses) → [K, B], as `tasks.rewards.reward_model.RewardModel.members`."""
+"""(prompts, responses) → [K, B], as `tasks.rewards.reward_model.RewardModel.member_scores`."""
 
 
 @dataclass(frozen=True)
-class Written:
+class PolicyResponse:
     """A response and the policy that wrote it."""
 
     policy: str
@@ -35,74 +58,120 @@ class Written:
 
 
 @dataclass(frozen=True)
-class Pool:
-    """Pairs that could be asked, prompt by prompt, and how many prompts gave none, their responses being all alike."""
+class PairPool:
+    """Pairs to choose from, prompt by prompt; `skipped_prompts` had one response from everybody, so no pair."""
 
     pairs: list[Question]
-    alike: int
+    skipped_prompts: int
 
 
-def paired(written: Mapping[str, Sequence[Written]], count: int, *, seed: int) -> Pool:
-    """Up to `count` random pairs of different, non-empty responses: one of each prompt, then a second one of each, ….
+def check_policies(policies: Sequence[str], artifacts: Path) -> list[str]:
+    """Return the policies, or all that the last run left where none are named.
+
+    Raises:
+        ConfigError: one is not there.
+    """
+    found = policy_stages(artifacts)
+    if missing := [policy for policy in policies if policy not in found]:
+        raise ConfigError(
+            f"--from: no policy {', '.join(missing)} in {artifacts}; there are: {', '.join(found) or 'none'}"
+        )
+    if not found:
+        raise ConfigError(f"no policy in {artifacts} to sample from: `rlhf run` first")
+    return list(policies) or found
+
+
+def sample_prompts(artifacts: Path, split: str, count: int, *, seed: int) -> list[str]:
+    """Return up to so many prompts of the split, in an order that the seed fixes."""
+    rows = read_rows(artifacts / "prepare" / "prompts" / f"{split}.jsonl", Prompt)
+    random.Random(f"{seed}/{split}/ask").shuffle(rows)
+    return [row.prompt for row in rows[:count]]
+
+
+def sample_responses(
+    policies: Sequence[str], prompts: Sequence[str], generation: GenerationParams, artifacts: Path, *, seed: int
+) -> dict[str, list[PolicyResponse]]:
+    """Map each prompt to the policies' responses; one policy at a time is in memory."""
+    responses: dict[str, list[PolicyResponse]] = {prompt: [] for prompt in prompts}
+    for policy in policies:
+        writer = Sampler(
+            artifacts, policy, max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=seed
+        )
+        for item in writer.sample(prompts, SAMPLES):
+            responses[item.prompt].append(PolicyResponse(policy, item.response))
+    return responses
+
+
+def load_ensemble_scores(artifacts: Path) -> Scores:
+    """Load the reward model, for each member's rewards.
+
+    Raises:
+        ConfigError: there are not several members.
+    """
+    stage = artifacts / "reward_model"
+    if not member_folder(stage, 1).is_dir():
+        raise ConfigError(ONE_MEMBER)
+    return RewardModel.load(artifacts / "base_model", artifacts / "sft", stage).member_scores
+
+
+def make_pairs(responses: Mapping[str, Sequence[PolicyResponse]], count: int, *, seed: int) -> PairPool:
+    """Make up to `count` random pairs of different, non-empty responses: one of each prompt, then a second one, ….
 
     The pairs of a prompt depend on the seed, the prompt and the responses to it alone. Which of two stands first is
     random too.
     """
-    drawn = [
-        _drawn(prompt, responses, random.Random(f"{seed}/{prompt}/pairs")) for prompt, responses in written.items()
+    shuffled = [
+        _shuffled_pairs(prompt, own, random.Random(f"{seed}/{prompt}/pairs")) for prompt, own in responses.items()
     ]
-    rounds = [pair for round_ in zip_longest(*drawn) for pair in round_ if pair is not None]
-    return Pool(rounds[:count], sum(not pairs for pairs in drawn))
+    rounds = [pair for round_ in zip_longest(*shuffled) for pair in round_ if pair is not None]
+    return PairPool(rounds[:count], sum(not pairs for pairs in shuffled))
 
 
-def _drawn(prompt: str, responses: Sequence[Written], rng: random.Random) -> list[Question]:
-    """All pairs of one prompt, in random order."""
+def _shuffled_pairs(prompt: str, responses: Sequence[PolicyResponse], rng: random.Random) -> list[Question]:
+    """Return all pairs of one prompt, in random order."""
     different = {item.response.strip(): item for item in responses if item.response.strip()}
     possible = list(combinations(different.values(), 2))
     return [_question(prompt, *rng.sample(pair, 2)) for pair in rng.sample(possible, len(possible))]
 
 
-def _question(prompt: str, one: Written, other: Written) -> Question:
+def _question(prompt: str, one: PolicyResponse, other: PolicyResponse) -> Question:
     name = question_id(prompt, one.response, other.response)
     return Question(name, prompt, one.response, other.response, one.policy, other.policy, "random")
 
 
-def at_random(pool: Pool, count: int) -> list[Question]:
-    """So many pairs of the pool, which are random already.
+def at_random(pool: PairPool, count: int) -> list[Question]:
+    """Return so many pairs of the pool, which are random already.
 
     Raises:
         DataError: it holds fewer.
     """
-    _check(pool, count)
+    _check_count(pool, count)
     return pool.pairs[:count]
 
 
-def by_disagreement(pool: Pool, count: int, scores: Scores) -> list[Question]:
-    """The pairs whose preference the members of an ensemble disagree on most; see `variance`.
+def by_disagreement(pool: PairPool, count: int, scores: Scores) -> list[Question]:
+    """Return the pairs on whose preference the members of an ensemble disagree most; see `preference_variance`.
 
     Raises:
         ConfigError: there is one member, which agrees with itself.
         DataError: the pool holds fewer pairs.
     """
-    _check(pool, count)
+    _check_count(pool, count)
     prompts = [pair.prompt for pair in pool.pairs]
     one, other = (
         scores(prompts, [getattr(pair, side) for pair in pool.pairs]) for side in ("response_a", "response_b")
     )
     if len(one) < 2:
-        raise ConfigError(
-            "--by disagreement needs a reward model with at least two members, and there is one: "
-            "`rlhf run reward_model -S reward_model.members=3`, or ask --by random"
-        )
+        raise ConfigError(f"{ONE_MEMBER} (there is one)")
     disputed = [
         replace(pair, reason="disagreement", priority=round(value, 6))
-        for pair, value in zip(pool.pairs, variance(one, other).tolist(), strict=True)
+        for pair, value in zip(pool.pairs, preference_variance(one, other).tolist(), strict=True)
     ]
     return sorted(disputed, key=lambda pair: (-pair.priority, pair.id))[:count]
 
 
-def variance(one: Tensor, other: Tensor) -> Tensor:
-    """Variance over members of σ(r_a − r_b), the probability by each that a is preferred: rewards [K, B] → [B].
+def preference_variance(one: Tensor, other: Tensor) -> Tensor:
+    """Return the members' variance of σ(r_a − r_b), the probability that a is preferred: rewards [K, B] → [B].
 
     Sources: Christiano et al. 2017, arXiv 1706.03741, section 2.2.4 (ask where an ensemble's predictions vary most);
     Gleave and Irving 2022, arXiv 2203.07472 (that this helps only as far as members err independently).
@@ -110,13 +179,13 @@ def variance(one: Tensor, other: Tensor) -> Tensor:
     return torch.sigmoid(one - other).var(0, correction=0)
 
 
-def asked_twice(pairs: Sequence[Question], share: float, *, seed: int) -> list[Question]:
+def with_overlap(pairs: Sequence[Question], share: float, *, seed: int) -> list[Question]:
     """Let two people label about this share of the pairs; which ones depends on each pair and the seed alone."""
     return [replace(pair, labels_wanted=2) if hash_uniform(pair.id, seed, "twice") < share else pair for pair in pairs]
 
 
 def gold_questions(path: Path, *, min_margin: float, count: int) -> list[Question]:
-    """Questions whose answer is known, from a file of JSON Lines, those of the largest margin first.
+    """Read questions whose answer is known from a file of JSON Lines, those of the largest margin first.
 
     A line is `{prompt, response_a, response_b, gold}`, or a preference: it is a question where its margin is at least
     `min_margin`, and which side stands first depends on its texts.
@@ -129,52 +198,55 @@ def gold_questions(path: Path, *, min_margin: float, count: int) -> list[Questio
             f"{path} does not exist: --gold names a file of questions with their answers, or of preferences"
         )
     lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)  # a text may hold other line ends
-    found = [_gold(json_line, f"{path}:{number}") for number, json_line in lines if json_line.strip()]
+    found = [_read_gold(line, f"{path}:{number}") for number, line in lines if line.strip()]
     clear = sorted((pair for pair in found if pair[0] >= min_margin), key=lambda pair: (-pair[0], pair[1].id))
     if not clear:
         raise DataError(f"{path}: no line of {len(found)} has a margin of {min_margin:g} or more; lower --gold-margin")
     return [question for _, question in clear[:count]]
 
 
-def _gold(line: str, where: str) -> tuple[float, Question]:
-    margin, question = _read_gold(line, where)
-    if reason := question_flaw(question):
-        raise DataError(f"{where}: {reason}")
-    return margin, question
-
-
 def _read_gold(line: str, where: str) -> tuple[float, Question]:
+    """Return a question with a known answer and its margin, infinite where the file states the answer itself."""
     try:
         content: dict[str, Any] = json.loads(line)
         if "gold" in content:
-            return float("inf"), _written_gold(content)
-        row = Preference.model_validate(content)
+            margin, question = float("inf"), _stated_gold(content)
+        else:
+            row = Preference.model_validate(content)
+            margin, question = float("-inf") if row.margin is None else row.margin, _preference_gold(row)
     except ValidationError as error:
         raise DataError(
             f"{where}: neither a question with its `gold` answer nor a preference: {format_validation_error(error)}"
         ) from None
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"{where}: not a question with its answer: {error}") from None
-    name = question_id(row.prompt, row.chosen, row.rejected)
-    first = int(name[-1], 16) % 2 == 0
-    sides = (row.chosen, row.rejected) if first else (row.rejected, row.chosen)
-    gold = "a" if first else "b"
-    margin = row.margin if row.margin is not None else float("-inf")
-    return margin, Question(name, row.prompt, *sides, "unknown", "unknown", "gold", gold)
+    if reason := question_error(question):
+        raise DataError(f"{where}: {reason}")
+    return margin, question
 
 
-def _written_gold(content: Mapping[str, Any]) -> Question:
+def _stated_gold(content: Mapping[str, Any]) -> Question:
     prompt, one, other, gold = (str(content[key]) for key in ("prompt", "response_a", "response_b", "gold"))
-    if gold not in OPINIONS:
+    if gold not in VALUED_CHOICES:
         raise ValueError(f"gold is {gold!r}, and should be a, b, tie or both_bad")
     if one == other:
         raise ValueError("response_a and response_b are the same text")
+    return _gold_question(prompt, one, other, gold)
+
+
+def _preference_gold(row: Preference) -> Question:
+    if int(question_id(row.prompt, row.chosen, row.rejected)[-1], 16) % 2 == 0:
+        return _gold_question(row.prompt, row.chosen, row.rejected, "a")
+    return _gold_question(row.prompt, row.rejected, row.chosen, "b")
+
+
+def _gold_question(prompt: str, one: str, other: str, gold: str) -> Question:
     return Question(question_id(prompt, one, other), prompt, one, other, "unknown", "unknown", "gold", gold)
 
 
-def _check(pool: Pool, count: int) -> None:
+def _check_count(pool: PairPool, count: int) -> None:
     if len(pool.pairs) < count:
         raise DataError(
-            f"there are {len(pool.pairs)} pairs to choose from, not {count} ({pool.alike} prompts had one response "
-            "that is not empty): ask for fewer with --pairs, or for responses of more policies with --from"
+            f"there are {len(pool.pairs)} pairs to choose from, not {count} ({pool.skipped_prompts} prompts had one "
+            "response that is not empty): ask for fewer with --pairs, or for responses of more policies with --from"
         )

@@ -1,39 +1,97 @@
-"""All operations on the labelling database: what is asked of whom next, and what they answered.
+"""The repository of questions and labels, which the labelling page and the commands share.
 
-An item is open for a labeller who has not answered it, while fewer than `labels_wanted` people have; a gold item is
-open for everybody. A skip is an answer, so the item does not come back to the one who skipped it, but it does not count
-for `labels_wanted`, so somebody else is asked. Labels of models (`model:…`) do not count either: people are asked all
-the same.
+A question is open for a labeller who has not answered it, while fewer than `labels_wanted` people have; a gold question
+is open for everybody. A skip is an answer, so the question does not come back to the one who skipped it, but it does
+not count for `labels_wanted`, so somebody else is asked. Labels of models (`model:…`) do not count either: people are
+asked all the same.
 
-An item that is on a labeller's screen is leased to them, so that nobody else is handed it needlessly. Leases are in the
-memory of this process and end by themselves: after a crash two people may be asked the same, and no item is lost.
+A question that is on a labeller's screen is leased to them, so that nobody else is handed it needlessly. Leases are in
+the memory of this process and end by themselves: after a crash two people may be asked the same, and no question is
+lost.
 """
 
 from __future__ import annotations
 
-import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias, TypeVar
+from uuid import uuid4
 
-from sqlalchemy import Select, func, select
+from sqlalchemy import ColumnElement, Connection, Row, Select, insert, select, update
 from sqlalchemy.exc import IntegrityError
-from sqlalchemy.orm import Session, sessionmaker
 
-from tasks.core.errors import DataError
-from tasks.labelling.answers import Answer, ConflictError, Progress, Recorded, Task, answer_of, is_swapped
-from tasks.labelling.database import connect, shown
-from tasks.labelling.leases import Leases
-from tasks.labelling.queries import MODEL, STANDS, count_of, gold_for, last_event, open_for, wanting
-from tasks.labelling.tables import Event, Item, Labeller
+from tasks.core.errors import DataError, SourceError
+from tasks.labelling import database as db
+from tasks.labelling.assignment import Leases, Progress, choose_question, needs_labels, progress
+from tasks.labelling.labels import (
+    FLIPPED,
+    MAX_NAME_LENGTH,
+    MODEL_PREFIX,
+    Label,
+    Question,
+    flip,
+    label_error,
+    pseudonym,
+    question_error,
+    show_swapped,
+)
 
-__all__ = ["LabelStore"]
+__all__ = ["ConflictError", "ImportResult", "LabelStore", "LabelTask", "SaveResult"]
 
 LEASE_SECONDS = 900.0
 
-GOLD_SHARE = 0.1
-"""At least so many of the items that a labeller is shown are gold, until they have seen all gold ones."""
-
 NAME = re.compile(r"\w(?:[\w .@+-]{0,62}[\w.])?")
+
+LABEL_VALUE = ("choice", "strength", "rating_a", "rating_b", "comment")
+"""What makes two labels of a question the same: not the time they took, nor the order shown."""
+
+CLICK = ("question_id", "labeller", "previous_event", "kind", *LABEL_VALUE)
+"""What makes two clicks the same."""
+
+Event: TypeAlias = dict[str, Any]
+Result = TypeVar("Result")
+
+
+class ConflictError(DataError):
+    """The click was made on a state that has changed; `standing` is the labeller's current label of the question."""
+
+    def __init__(self, message: str, standing: Label | None) -> None:
+        super().__init__(message)
+        self.standing = standing
+
+
+@dataclass(frozen=True)
+class LabelTask:
+    """A question for one labeller. `previous_event` goes back with the answer; `undone` is a label they took back."""
+
+    question: Question
+    swapped: bool
+    previous_event: int
+    undone: Label | None
+
+
+@dataclass(frozen=True)
+class SaveResult:
+    """A label or undoing that is in the database. `duplicate`: it was there already, and was not added again."""
+
+    event_id: int
+    duplicate: bool
+
+
+@dataclass(frozen=True)
+class ImportResult:
+    """How many questions and labels there were, and how many of them were new.
+
+    `conflicts`: known questions with another gold choice, or wanting another number of labels; they stay as they are,
+    because people may have been asked already.
+    """
+
+    questions: int
+    new_questions: int
+    labels: int = 0
+    new_labels: int = 0
+    conflicts: int = 0
 
 
 class LabelStore:
@@ -45,218 +103,268 @@ class LabelStore:
         Raises:
             ConfigError, SourceError, DataError: as `tasks.labelling.database.connect`.
         """
-        self._engine = connect(url)
-        self.address = shown(url)
-        self._read = sessionmaker(self._engine, expire_on_commit=False)
-        self._write = sessionmaker(self._engine.execution_options(writes=True), expire_on_commit=False)
+        self._engine = db.connect(url)
+        self._writer = self._engine.execution_options(writes=True)
         self._leases = Leases(lease_seconds)
+        self.address = db.redact_url(url)
 
     def close(self) -> None:
         """Close its connections."""
         self._engine.dispose()
 
-    def add_items(self, items: Sequence[Item]) -> int:
-        """Add those whose id is new, all or none; how many that were.
-
-        Raises:
-            DataError: an id stands for another pair already.
-        """
-        with self._write.begin() as session:
-            return sum(_add_item(session, item) for item in items)
-
     def add_labeller(self, name: str, password_hash: str | None = None) -> bool:
-        """Add a labeller, or give a known one this password; whether they are new.
+        """Add a labeller, or give a known one this password; return whether they are new.
 
         Raises:
             DataError: no name for a labeller.
         """
         _check_name(name, password_hash)
-        with self._write.begin() as session:
-            known = session.get(Labeller, name)
-            if known is None:
-                session.add(Labeller(name=name, password_hash=password_hash))
-            elif password_hash:
-                known.password_hash = password_hash
-            return known is None
 
-    def labeller(self, name: str) -> Labeller | None:
-        """By name."""
-        with self._read() as session:
-            return session.get(Labeller, name)
+        def work(connection: Connection) -> bool:
+            is_new = _add_labeller(connection, name)
+            if password_hash:
+                own = update(db.labellers).where(db.labellers.c.name == name)
+                connection.execute(own.values(password_hash=password_hash))
+            return is_new
+
+        return self._write(work)
+
+    def password_hash(self, labeller: str) -> str | None:
+        """Return the hash of a labeller's password; None for a model, and for somebody unknown."""
+        rows = self._rows(select(db.labellers).where(db.labellers.c.name == labeller))
+        return rows[0].password_hash if rows else None
 
     def labellers(self) -> list[str]:
-        """The names of those who can sign in."""
-        with self._read() as session:
-            able = select(Labeller.name).where(Labeller.password_hash.is_not(None)).order_by(Labeller.name)
-            return list(session.scalars(able))
+        """Return the names of those who can sign in."""
+        able = select(db.labellers).where(db.labellers.c.password_hash.is_not(None))
+        return [row.name for row in self._rows(able.order_by(db.labellers.c.name))]
 
-    def items(self) -> list[Item]:
-        """All, in the order in which they were added."""
-        with self._read() as session:
-            return list(session.scalars(select(Item).order_by(Item.created_at, Item.id)))
+    def add_questions(self, questions: Sequence[Question]) -> ImportResult:
+        """Add the questions whose id is new, all or none.
 
-    def next_item(self, labeller: str) -> Task | None:
-        """What to ask the labeller next: first what is on their screen already, then by priority, gold mixed in.
-
-        None: nothing is open for them, or all of it is on others' screens (`Progress.elsewhere`).
+        Raises:
+            DataError: a question cannot be kept, or its id belongs to other texts; nothing was added.
         """
-        with self._leases.lock, self._read() as session:
-            item = self._on_screen(session, labeller) or self._choose(session, labeller)
-            if item is None:
+        return self.import_records([(question, ()) for question in questions])
+
+    def import_records(self, records: Sequence[tuple[Question, Sequence[Label]]]) -> ImportResult:
+        """Add questions and their labels where they are new, all or none.
+
+        A label is known where its labeller has recorded just that for the question before, also if they changed their
+        mind or took it back since: an older file does not bring old opinions back. A pseudonym of a labeller who is
+        known here by name becomes that name. Labels of a question that is stored the other way round are flipped.
+
+        Raises:
+            DataError: a question or label cannot be kept, or an id belongs to other texts; nothing was added.
+        """
+        return self._write(lambda connection: _import_records(connection, records))
+
+    def questions(self) -> list[Question]:
+        """Return all questions in the order in which they are shown."""
+        return [db.to_question(row) for row in self._rows(db.in_order(select(db.questions)))]
+
+    def current_labels(self) -> list[Label]:
+        """Return each labeller's last label of each question unless it is undone, by question and labeller."""
+        current = select(db.events).where(db.IS_CURRENT)
+        return [db.to_label(row) for row in self._rows(current.order_by(db.EVENT.question_id, db.EVENT.labeller))]
+
+    def recorded_labels(self, labeller: str) -> list[Label]:
+        """Return every label that the labeller ever gave, those that they undid or changed too."""
+        recorded = select(db.events).filter_by(kind="label", labeller=labeller)
+        return [db.to_label(row) for row in self._rows(recorded)]
+
+    def last_label(self, labeller: str) -> Label | None:
+        """Return the newest of the labeller's current labels."""
+        own = select(db.events).where(db.IS_CURRENT, db.EVENT.labeller == labeller)
+        rows = self._rows(own.order_by(db.EVENT.event_id.desc()).limit(1))
+        return db.to_label(rows[0]) if rows else None
+
+    def next_task(self, labeller: str) -> LabelTask | None:
+        """Return what to ask next: first what is on the labeller's screen already, then by priority, gold mixed in.
+
+        None: nothing is open for them, or all of it is on others' screens (`Progress.leased_to_others`).
+        """
+        with self._leases.lock, self._engine.connect() as connection:
+            question = choose_question(connection, self._leases, labeller)
+            if question is None:
                 return None
-            self._leases.take(labeller, item.id)
-            return _task(session, item, labeller)
+            self._leases.acquire(labeller, question.id)
+            last = db.find_event(connection, question_id=question.id, labeller=labeller)
+            undone = db.find_event(connection, event_id=last.previous_event) if last else None
+            swapped = show_swapped(question.id, labeller)
+            return LabelTask(question, swapped, last.event_id if last else 0, db.to_label(undone) if undone else None)
 
-    def record(self, labeller: str, item_id: str, token: str, after: int, answer: Answer) -> Recorded:
-        """Add an answer, in the stored order of the item; the same one sent twice counts once.
+    def save_label(self, label: Label, *, token: str | None = None, previous_event: int | None = None) -> SaveResult:
+        """Save a label; the same one sent twice counts once.
 
-        An answer that `labels_wanted` does not ask for any more is kept: whoever was asked is not turned away.
+        An answer that `labels_wanted` does not ask for any more is kept: nobody is asked in vain.
 
         Args:
-            token: made by the page that asked.
-            after: of the Task that was asked.
+            token: made by the page that asked, or by a model's run.
+            previous_event: of the LabelTask. None where no page asked: the label follows the labeller's last event, if
+                it differs from that, and a labeller who is not known yet is added.
 
         Raises:
-            ConflictError: the labeller has answered the item in the meantime, elsewhere or otherwise.
-            DataError: no such item or labeller.
+            ConflictError: the labeller has answered the question in the meantime, elsewhere or otherwise.
+            DataError: it is no label, or there is no such question or labeller.
         """
-        says = {name: getattr(answer, name) for name in Answer.__dataclass_fields__}
-        event = Event(token=token, item_id=item_id, labeller=labeller, after=after, kind="label", **says)
-        recorded = self._add(event)
-        self._leases.release(labeller, item_id)
-        return recorded
+        event = _label_event(label, token) | {"previous_event": previous_event}
+        result = self._write(lambda connection: _save(connection, event))
+        self._leases.release(label.labeller, label.question_id)
+        return result
 
-    def undo(self, labeller: str, token: str, event_id: int) -> Recorded:
-        """Take an answer back and put its item on the labeller's screen again; the same one sent twice counts once.
+    def undo(self, labeller: str, *, token: str, event_id: int) -> SaveResult:
+        """Take a label back and put its question on the labeller's screen again; sent twice, it counts once.
 
         Raises:
-            ConflictError: the answer does not stand any more.
-            DataError: the labeller has given no such answer.
+            ConflictError: the label is not current any more.
+            DataError: the labeller has given no such label.
         """
-        with self._read() as session:
-            undone = session.get(Event, event_id)
-        if undone is None or undone.labeller != labeller or undone.kind != "label":
+        rows = self._rows(select(db.events).filter_by(event_id=event_id, labeller=labeller, kind="label"))
+        if not rows:
             raise DataError(f"{labeller} has given no answer of number {event_id}")
-        event = Event(token=token, item_id=undone.item_id, labeller=labeller, after=event_id, kind="undo")
-        event.swapped = undone.swapped
-        recorded = self._add(event)
-        if not recorded.repeated:
-            self._leases.take(labeller, undone.item_id)
-        return recorded
-
-    def last_label(self, labeller: str) -> Event | None:
-        """The answer that the labeller gave last, of those that stand."""
-        with self._read() as session:
-            mine = select(Event).where(STANDS, Event.labeller == labeller).order_by(Event.id.desc()).limit(1)
-            return session.scalar(mine)
-
-    def current_labels(self) -> list[Event]:
-        """The last event of each labeller on each item, where that is a label: what they think now; skips too."""
-        with self._read() as session:
-            return list(session.scalars(select(Event).where(STANDS).order_by(Event.id)))
+        question_id, swapped = rows[0].question_id, rows[0].swapped
+        event: Event = {"kind": "undo", "token": token, "previous_event": event_id, "swapped": swapped}
+        event |= {"question_id": question_id, "labeller": labeller}
+        result = self._write(lambda connection: _save(connection, event))
+        if not result.duplicate:
+            self._leases.acquire(labeller, question_id)
+        return result
 
     def progress(self, labeller: str) -> Progress:
-        """How far the labeller is."""
-        done = select(func.count()).select_from(Event).where(STANDS, Event.labeller == labeller)
-        with self._read() as session:
-            left = sum(_number(session, count_of(statement(labeller))) for statement in (open_for, gold_for))
-            others = self._leases.of_others(labeller)
-            leased = session.execute(open_for(labeller).where(Item.id.in_(others)))
-            elsewhere = sum(number + others[item.id] >= item.labels_wanted for item, number in leased)
-            return Progress(done=_number(session, done), left=left, elsewhere=elsewhere)
+        """Return how far the labeller is."""
+        with self._engine.connect() as connection:
+            return progress(connection, self._leases, labeller)
 
-    def open_items(self) -> tuple[int, int]:
-        """How many items want labels still, gold left out, and how many there are, with gold."""
-        with self._read() as session:
-            return _number(session, count_of(wanting())), _number(session, count_of(select(Item.id)))
+    def open_questions(self) -> tuple[int, int]:
+        """Return how many questions need labels, gold left out, and how many there are, with gold."""
+        with self._engine.connect() as connection:
+            return db.count_rows(connection, needs_labels()), db.count_rows(connection, select(db.QUESTION.id))
 
-    def _on_screen(self, session: Session, labeller: str) -> Item | None:
-        own = self._leases.own(labeller)
-        last = session.scalar(last_event(own, labeller)) if own else None
-        return session.get(Item, own) if own and (last is None or last.kind != "label") else None
+    def _rows(self, statement: Select[Any]) -> Sequence[Row[Any]]:
+        with self._engine.connect() as connection:
+            return connection.execute(statement).all()
 
-    def _choose(self, session: Session, labeller: str) -> Item | None:
-        """Gold at random places, the same ones if it is asked again: chance depends on the labeller's events alone."""
-        events = _number(session, select(func.count()).select_from(Event).where(Event.labeller == labeller))
-        chance = random.Random(f"{labeller}\0{events}")
-        gold = list(session.scalars(gold_for(labeller)))
-        ordinary = self._first_free(session, labeller)
-        if not gold or not ordinary:
-            return chance.choice(gold) if gold else ordinary
-        left = _number(session, count_of(open_for(labeller)))
-        share = max(len(gold) / (len(gold) + left), GOLD_SHARE)
-        return chance.choice(gold) if chance.random() < share else ordinary
-
-    def _first_free(self, session: Session, labeller: str) -> Item | None:
-        others = self._leases.of_others(labeller)
-        # Each screen takes one place of one item, so of one row more than there are screens one is free.
-        rows = session.execute(open_for(labeller).limit(others.total() + 1))
-        return next((item for item, number in rows if number + others[item.id] < item.labels_wanted), None)
-
-    def _add(self, event: Event) -> Recorded:
+    def _write(self, work: Callable[[Connection], Result], attempts: int = 2) -> Result:
         try:
-            with self._write.begin() as session:
-                repeated = _already_there(session, event)
-                if repeated is None:
-                    session.add(event)
-        except IntegrityError:  # another connection has added it, or another answer, between our look and our writing
-            with self._read() as session:
-                repeated = _already_there(session, event)
-                if repeated is None:
-                    raise
-        return Recorded(repeated or event, repeated is not None)
+            with self._writer.begin() as connection:
+                return work(connection)
+        except IntegrityError:  # another connection wrote between our look and our writing, as can be in PostgreSQL
+            if attempts > 1:
+                return self._write(work, attempts - 1)
+            raise SourceError(
+                "the labelling database has changed meanwhile, by a click or another command; what was stored before "
+                "is kept: run again"
+            ) from None
 
 
-def _already_there(session: Session, event: Event) -> Event | None:
-    """The event that this one repeats.
+def _label_event(label: Label, token: str | None = None) -> Event:
+    if reason := label_error(label):
+        raise DataError(reason)
+    content = {name: value for name, value in vars(label).items() if name != "event_id"}
+    return content | {"comment": label.comment or None, "kind": "label", "token": token or str(uuid4())}
+
+
+def _save(connection: Connection, event: Event) -> SaveResult:
+    """Add the event unless it is there.
 
     Raises:
         ConflictError: another click was faster.
     """
-    if session.get(Item, event.item_id) is None or session.get(Labeller, event.labeller) is None:
-        raise DataError(f"no item {event.item_id!r}, or no labeller {event.labeller!r}, is in the database")
-    last = session.scalar(last_event(event.item_id, event.labeller))
-    sent = session.scalar(select(Event).where(Event.token == event.token))
-    if sent is None and (last.id if last else 0) == event.after:
-        return None
-    if sent is None or _says(sent) != _says(event):
-        session.expunge_all()  # what stands is read after the transaction, too
-        raise ConflictError(f"{event.labeller} has answered {event.item_id} in the meantime; nothing was changed", last)
-    return sent
+    question_id, labeller = event["question_id"], event["labeller"]
+    if not _exists(connection, db.QUESTION.id == question_id):
+        raise DataError(f"no question {question_id!r} is in the database")
+    last = db.find_event(connection, question_id=question_id, labeller=labeller)
+    sent = db.find_event(connection, token=event["token"])
+    if event["previous_event"] is None:
+        _add_labeller(connection, labeller)
+        event = event | {"previous_event": last.event_id if last else 0}
+        repeated = last if last and _equal(last, event, ("kind", *LABEL_VALUE)) else sent
+        if repeated:
+            return SaveResult(repeated.event_id, duplicate=True)
+    elif not _exists(connection, db.labellers.c.name == labeller):
+        raise DataError(f"no labeller {labeller!r} is in the database")
+    if sent is None and (last.event_id if last else 0) == event["previous_event"]:
+        inserted = connection.execute(insert(db.events).values(event)).inserted_primary_key
+        return SaveResult(inserted[0] if inserted else 0, duplicate=False)
+    if sent is None or not _equal(sent, event, CLICK):
+        raise ConflictError(
+            f"{labeller} has answered {question_id} in the meantime; nothing was changed",
+            db.to_label(last) if last and last.kind == "label" else None,
+        )
+    return SaveResult(sent.event_id, duplicate=True)
 
 
-def _says(event: Event) -> tuple[object, ...]:
-    """What makes two clicks the same; the time that they took does not."""
-    answer = (event.choice, event.strength, event.rating_a, event.rating_b, event.comment)
-    return event.item_id, event.labeller, event.after, event.kind, *answer
+def _equal(row: Row[Any], event: Event, names: Sequence[str]) -> bool:
+    return all(getattr(row, name) == event.get(name) for name in names)
 
 
-def _add_item(session: Session, item: Item) -> bool:
-    known = session.get(Item, item.id)
-    if known is None:
-        session.add(item)
-        return True
-    texts = ("prompt", "response_a", "response_b")
-    if any(getattr(known, name) != getattr(item, name) for name in texts):
-        raise DataError(f"item {item.id!r} is in the database with other texts; give the new pair an id of its own")
-    return False
+def _import_records(connection: Connection, records: Sequence[tuple[Question, Sequence[Label]]]) -> ImportResult:
+    known = {row.id: db.to_question(row) for row in connection.execute(select(db.questions))}
+    new: dict[str, Question] = {}
+    conflicts = 0
+    for question, _ in records:
+        if question.id in known:
+            conflicts += _conflicts(question, known[question.id])
+        elif reason := question_error(question):
+            raise DataError(
+                f"question {question.id}, {question.prompt[:40]!r}: {reason}; nothing was added: leave it out, or let "
+                "the policies write other responses with --seed"
+            )
+        else:
+            new.setdefault(question.id, question)
+    if new:
+        connection.execute(insert(db.questions), [vars(question) for question in new.values()])
+    names = {pseudonym(name): name for name in connection.scalars(select(db.labellers.c.name))}
+    stored = known | new
+    labels = new_labels = 0
+    for question, own in records:
+        for label in own:
+            named = replace(label, labeller=names.get(label.labeller, label.labeller))
+            same_order = stored[question.id].response_a == question.response_a
+            new_labels += _import_label(connection, named if same_order else flip(named))
+            labels += 1
+    return ImportResult(len(records), len(new), labels, new_labels, conflicts)
 
 
-def _task(session: Session, item: Item, labeller: str) -> Task:
-    last = session.scalar(last_event(item.id, labeller))
-    undone = session.get(Event, last.after) if last else None
-    return Task(item, is_swapped(item.id, labeller), last.id if last else 0, answer_of(undone) if undone else None)
+def _import_label(connection: Connection, label: Label) -> bool:
+    event = _label_event(label)
+    names = ("question_id", "labeller", "kind", *LABEL_VALUE)
+    if _exists(connection, *(db.EVENT[name] == event[name] for name in names)):
+        return False
+    return not _save(connection, event | {"previous_event": None}).duplicate
+
+
+def _conflicts(question: Question, known: Question) -> bool:
+    """Return whether a known question has another gold choice, or wants another number of labels.
+
+    Raises:
+        DataError: the known question has other texts.
+    """
+    sides, known_sides = ((item.response_a, item.response_b) for item in (question, known))
+    if question.prompt != known.prompt or sorted(sides) != sorted(known_sides):
+        raise DataError(f"question {question.id!r} is in the database with other texts; give the new one its own id")
+    gold = question.gold if sides == known_sides else FLIPPED.get(question.gold or "", question.gold)
+    return (gold, question.labels_wanted) != (known.gold, known.labels_wanted)
+
+
+def _add_labeller(connection: Connection, name: str) -> bool:
+    if _exists(connection, db.labellers.c.name == name):
+        return False
+    connection.execute(insert(db.labellers).values(name=name))
+    return True
+
+
+def _exists(connection: Connection, *where: ColumnElement[bool]) -> bool:
+    return connection.execute(select(1).where(*where).limit(1)).first() is not None
 
 
 def _check_name(name: str, password_hash: str | None) -> None:
-    person = name.removeprefix(MODEL)
+    person = name.removeprefix(MODEL_PREFIX)
     is_model = person != name
-    if len(name) > 64 or (not is_model and not NAME.fullmatch(name)) or (is_model and (password_hash or not person)):
+    valid = bool(person) and not password_hash if is_model else NAME.fullmatch(name)
+    if len(name) > MAX_NAME_LENGTH or not valid:
         raise DataError(
-            f"{name!r} is no name for a labeller: write 1 to 64 letters, digits, spaces and . @ + - _, the first a "
-            f"letter or digit; names that begin with {MODEL} are models', and have no password"
+            f"{name!r} is no name for a labeller: write 1 to {MAX_NAME_LENGTH} letters, digits, spaces and . @ + - _, "
+            f"the first a letter or digit; names that begin with {MODEL_PREFIX} are models', and have no password"
         )
-
-
-def _number(session: Session, statement: Select[tuple[int]]) -> int:
-    return session.scalar(statement) or 0

@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from sqlalchemy import create_engine, select
 
+from tasks.labelling import database
+from tasks.labelling.labels import Question
 from tasks.labelling.store import LabelStore
-from tasks.labelling.tables import Item
 from tests.pipeline.conftest import PATIENCE
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -75,23 +77,23 @@ class Server:
     def __init__(self, folder: Path) -> None:
         self.url = f"sqlite:///{folder / 'labels.db'}"
         self.store = LabelStore(self.url)
-        self.port, self.process, self.said = 0, None, folder / "said"
+        self.port, self.process, self.log = 0, None, folder / "log"
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", "label", *words, "--database", self.url]
 
     def start(self) -> None:
         command = self.command("--port", str(self.port))
-        with self.said.open("w") as said:
-            self.process = subprocess.Popen(command, cwd=ROOT, stdout=said, stderr=subprocess.STDOUT)
+        with self.log.open("w") as log:
+            self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
         give_up = time.monotonic() + 60
         while not self.answers():
-            assert self.process.poll() is None, self.said.read_text()
-            assert time.monotonic() < give_up, f"nobody answers: {self.said.read_text()}"
+            assert self.process.poll() is None, self.log.read_text()
+            assert time.monotonic() < give_up, f"nobody answers: {self.log.read_text()}"
             time.sleep(0.1)
 
     def answers(self) -> bool:
-        if not (found := re.search(r"http://127\.0\.0\.1:(\d+)\s", self.said.read_text())):
+        if not (found := re.search(r"http://127\.0\.0\.1:(\d+)\s", self.log.read_text())):
             return False
         self.port = int(found[1])
         self.address = f"http://127.0.0.1:{self.port}"
@@ -104,7 +106,15 @@ class Server:
     def end(self, sign: signal.Signals) -> tuple[int, str]:
         assert self.process
         self.process.send_signal(sign)
-        return self.process.wait(timeout=PATIENCE), self.said.read_text()
+        return self.process.wait(timeout=PATIENCE), self.log.read_text()
+
+    def label_tokens(self) -> list[tuple[str, str]]:
+        """Labeller and token of every label, none of them undone."""
+        engine = create_engine(self.url)
+        with engine.connect() as connection:
+            rows = connection.execute(select(database.events.c.labeller, database.events.c.token)).all()
+        engine.dispose()
+        return [(row.labeller, row.token) for row in rows]
 
     def password(self, name: str) -> str:
         done = subprocess.run(self.command("add", name), cwd=ROOT, capture_output=True, text=True, check=True)
@@ -128,11 +138,11 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-def items(count: int, **values: Any) -> list[Item]:
+def questions(count: int, **values: Any) -> list[Question]:
     prompt = "Explain in two sentences why the sky is blue, for somebody of ten years."
     texts = [f"{LONG}\n\nAnd a second paragraph, number {{}}.", "Because blue light is scattered more. ({})"]
     return [
-        Item(
+        Question(
             id=f"item{number:04}", prompt=f"{prompt} ({number})", response_a=texts[0].format(number),
             response_b=texts[1].format(number), policy_a="sft", policy_b="ppo", reason="random", **values,
         )
@@ -167,8 +177,8 @@ def wait_gone(page: Any, token: str) -> None:
 
 
 def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(server: Server, browser: Any) -> None:
-    server.store.add_items(items(LABELS - 20))
-    server.store.add_items(list(_gold(10)))
+    server.store.add_questions(questions(LABELS - 20))
+    server.store.add_questions(list(_gold(10)))
     passwords = {name: server.password(name) for name in ("ann", "bob")}
     server.start()
     pages = {name: signed_in(browser, server, name, word) for name, word in passwords.items()}
@@ -181,12 +191,12 @@ def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(serv
             continue
         accepted.append((name, click(pages[name], "123456789"[number % 9])))
     seconds = time.monotonic() - started
-    events = [(label.labeller, label.token) for label in server.store.current_labels()]
+    events = server.label_tokens()
     missing, twice = set(accepted) - set(events), [key for key, count in Counter(events).items() if count > 1]
     print(f"\n{LABELS} labels, {seconds:.1f} s, lost {len(missing)}, twice {len(twice)}")
     assert not missing
     assert sorted(events) == sorted(accepted), "an answer that no page counted as saved"
-    pairs = Counter((label.item_id, label.labeller) for label in server.store.current_labels())
+    pairs = Counter((label.question_id, label.labeller) for label in server.store.current_labels())
     assert max(pairs.values()) == 1
 
 
@@ -202,14 +212,14 @@ def _click_while_it_dies(server: Server, page: Any) -> str:
     return token
 
 
-def _gold(count: int) -> Iterator[Item]:
+def _gold(count: int) -> Iterator[Question]:
     for number in range(count):
         texts = {"prompt": f"Two and {number}?", "response_a": str(number + 2), "response_b": "I do not know."}
-        yield Item(id=f"test{number}", **texts, policy_a="x", policy_b="x", gold="a", reason="gold")
+        yield Question(id=f"test{number}", **texts, policy_a="x", policy_b="x", gold="a", reason="gold")
 
 
 def test_undo_rating_comment_and_help_by_keyboard(server: Server, browser: Any) -> None:
-    server.store.add_items(items(3))
+    server.store.add_questions(questions(3))
     server.store.add_labeller("ann")
     word = server.password("ann")
     server.start()
@@ -235,7 +245,7 @@ def test_undo_rating_comment_and_help_by_keyboard(server: Server, browser: Any) 
     assert page.locator("input[name=rating_a]:checked").get_attribute("value") == "4"
     click(page, "1")
     (again,) = server.store.current_labels()
-    assert (again.item_id, again.choice, again.strength, again.comment) == (label.item_id, first, 3, "123 ?")
+    assert (again.question_id, again.choice, again.strength, again.comment) == (label.question_id, first, 3, "123 ?")
 
     page.locator("input[name=rating_b][value='2']").focus()
     page.keyboard.press("Enter")
@@ -248,7 +258,7 @@ def test_undo_rating_comment_and_help_by_keyboard(server: Server, browser: Any) 
 
 
 def test_without_a_script_the_forms_do_the_same(server: Server, browser: Any) -> None:
-    server.store.add_items(items(2))
+    server.store.add_questions(questions(2))
     word = server.password("ann")
     server.start()
     page = signed_in(browser, server, "ann", word, java_script_enabled=False)
@@ -269,7 +279,7 @@ def test_without_a_script_the_forms_do_the_same(server: Server, browser: Any) ->
 def test_everybody_can_read_and_reach_it(
     server: Server, browser: Any, scheme: str, width: int, height: int, tmp_path: Path
 ) -> None:
-    server.store.add_items(items(3))
+    server.store.add_questions(questions(3))
     word = server.password("ann")
     server.start()
     phone = {"is_mobile": True, "has_touch": True} if width < 500 else {}
@@ -315,19 +325,19 @@ def _tab_order(page: Any) -> list[str]:
     return names
 
 
-def test_it_ends_cleanly_and_says_what_it_serves(server: Server) -> None:
+def test_it_ends_cleanly_and_lists_what_it_serves(server: Server) -> None:
     server.start()
-    status, said = server.end(signal.SIGINT)
-    assert status == 0, said
-    assert "none yet: `rlhf label ask` chooses pairs to compare" in said
-    assert "none yet: `rlhf label add NAME` adds one, and prints a password" in said
-    assert "every answer that the page said was saved is in the database" in said
-    assert "Traceback" not in said
-    server.store.add_items(items(2))
+    status, output = server.end(signal.SIGINT)
+    assert status == 0, output
+    assert "none yet: `rlhf label sample` chooses pairs to compare" in output
+    assert "none yet: `rlhf label add NAME` adds one, and prints a password" in output
+    assert "every answer that the page called saved is in the database" in output
+    assert "Traceback" not in output
+    server.store.add_questions(questions(2))
     server.password("ann")
     server.start()
-    status, said = server.end(signal.SIGTERM)
+    status, output = server.end(signal.SIGTERM)
     assert status in (0, -signal.SIGTERM)
-    assert "2, of which 2 want labels" in said
-    assert "labellers  ann" in said
-    assert "Traceback" not in said
+    assert "2, of which 2 need labels" in output
+    assert "labellers  ann" in output
+    assert "Traceback" not in output

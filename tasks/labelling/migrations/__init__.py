@@ -1,0 +1,1 @@
+"""Alembic revisions of the labelling database; `database.migrate` runs them."""

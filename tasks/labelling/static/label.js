@@ -37,7 +37,7 @@ function show({ address, text }) {
   document.getElementById("page").replaceWith(document.adoptNode(page));
   document.title = next.title;
   const main = part("main");
-  live.textContent = main.dataset.said || "";
+  live.textContent = main.dataset.announce || "";
   window.scrollTo(0, 0);
   main.focus({ preventScroll: true });
 }

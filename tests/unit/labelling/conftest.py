@@ -12,23 +12,12 @@ from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
-from sqlalchemy.orm import Session
 
 from tasks.labelling.store import LabelStore
-from tasks.labelling.tables import Base, Item
+from tests.support.labels import memory_store
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
-
-
-def make_item(name: str, **values: object) -> Item:
-    """A pair whose texts say which they are."""
-    texts = {"prompt": f"prompt {name}", "response_a": f"first {name}", "response_b": f"second {name}"}
-    return Item(**{"id": name, **texts, "policy_a": "sft", "policy_b": "ppo", "reason": "random", **values})
-
-
-def token() -> str:
-    return str(uuid.uuid4())
 
 
 @pytest.fixture(scope="session")
@@ -88,19 +77,8 @@ def open_store(url: str) -> Iterator[Callable[..., LabelStore]]:
 
 
 @pytest.fixture
-def store(open_store: Callable[..., LabelStore]) -> LabelStore:
-    """With labellers ann and bob."""
-    store = open_store()
-    for name in ("ann", "bob"):
-        store.add_labeller(name, "hash")
-    return store
-
-
-@pytest.fixture
-def session() -> Iterator[Session]:
-    """Of a database in memory."""
-    engine = create_engine("sqlite://")
-    Base.metadata.create_all(engine)
-    with Session(engine) as session:
-        yield session
-    engine.dispose()
+def store() -> Iterator[LabelStore]:
+    """An empty store in memory."""
+    store = memory_store()
+    yield store
+    store.close()

@@ -1,4 +1,4 @@
-"""The labelling page's forms: who may send them, what they keep, and what a labeller is told."""
+"""The labelling page's forms: who may send them, what they keep, and what a labeller sees."""
 
 from __future__ import annotations
 
@@ -7,17 +7,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from sqlalchemy.orm import Session
+from sqlalchemy import insert
 from starlette.testclient import TestClient
 
-from tasks.labelling import sessions
-from tasks.labelling.answers import is_swapped
-from tasks.labelling.app import application
-from tasks.labelling.database import connect
-from tasks.labelling.labels import Label, add_label
-from tasks.labelling.passwords import fits, hashed, new_password
+from tasks.labelling import database
+from tasks.labelling.app import create_app
+from tasks.labelling.auth import hash_password, load_secret, new_password, verify
+from tasks.labelling.labels import Label, show_swapped
 from tasks.labelling.store import LabelStore
-from tests.unit.labelling.conftest import make_item
+from tests.support.labels import make_question, token
 
 PASSWORD = new_password()
 
@@ -25,13 +23,13 @@ PASSWORD = new_password()
 @pytest.fixture
 def store(tmp_path: Path) -> LabelStore:
     store = LabelStore(f"sqlite:///{tmp_path / 'labels.db'}")
-    store.add_labeller("ann", hashed(PASSWORD))
+    store.add_labeller("ann", hash_password(PASSWORD))
     return store
 
 
 @pytest.fixture
 def client(store: LabelStore) -> Iterator[TestClient]:
-    with TestClient(application(store, "secret")) as client:
+    with TestClient(create_app(store, "secret")) as client:
         yield client
 
 
@@ -48,10 +46,10 @@ def sign_in(client: TestClient, password: str = PASSWORD, name: str = "ann") -> 
 
 
 def test_only_who_signs_in_sees_a_question(store: LabelStore, client: TestClient) -> None:
-    store.add_items([make_item("one")])
+    store.add_questions([make_question("one")])
     assert client.get("/").url.path == "/sign-in"
-    assert "do not fit together" in sign_in(client, "wrong")
-    assert "do not fit together" in sign_in(client, PASSWORD, "eve")
+    assert "Wrong name or password" in sign_in(client, "wrong")
+    assert "Wrong name or password" in sign_in(client, PASSWORD, "eve")
     page = sign_in(client)
     assert "prompt one" in page
     assert PASSWORD not in page
@@ -59,15 +57,15 @@ def test_only_who_signs_in_sees_a_question(store: LabelStore, client: TestClient
 
 def test_a_model_cannot_sign_in(store: LabelStore, client: TestClient) -> None:
     store.add_labeller("model:judge")
-    assert "do not fit together" in sign_in(client, "", "model:judge")
+    assert "Wrong name or password" in sign_in(client, "", "model:judge")
 
 
 def test_a_new_password_ends_the_session_and_a_forged_cookie_is_none(store: LabelStore, client: TestClient) -> None:
     sign_in(client)
     assert client.get("/").url.path == "/"
-    store.add_labeller("ann", hashed("another"))
+    store.add_labeller("ann", hash_password("another"))
     assert client.get("/").url.path == "/sign-in"
-    cookie = TestClient(application(store, "another secret"))
+    cookie = TestClient(create_app(store, "another secret"))
     sign_in(cookie, "another")
     client.cookies.set("rlhf_label", cookie.cookies["rlhf_label"])
     assert client.get("/").url.path == "/sign-in"
@@ -79,11 +77,11 @@ def test_signing_out_ends_the_session(client: TestClient) -> None:
     assert client.get("/").url.path == "/sign-in"
 
 
-@pytest.mark.parametrize("word", ["", "wrong"])
-def test_a_form_of_another_site_changes_nothing(store: LabelStore, client: TestClient, word: str) -> None:
-    store.add_items([make_item("one")])
+@pytest.mark.parametrize("csrf", ["", "wrong"])
+def test_a_form_of_another_site_changes_nothing(store: LabelStore, client: TestClient, csrf: str) -> None:
+    store.add_questions([make_question("one")])
     form = fields(sign_in(client), "/answer")
-    reply = client.post("/answer", data={**form, "csrf": word, "answer": "a1"})
+    reply = client.post("/answer", data={**form, "csrf": csrf, "answer": "a1"})
     assert reply.status_code == 403
     assert "not saved" in reply.text
     assert store.current_labels() == []
@@ -96,7 +94,7 @@ def test_the_cookie_is_kept_from_scripts_and_other_sites(client: TestClient) -> 
 
 
 def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestClient) -> None:
-    store.add_items([make_item(f"item{number}") for number in range(8)])
+    store.add_questions([make_question(f"item{number}") for number in range(8)])
     page = sign_in(client)
     for _ in range(8):
         first_shown = re.search(r'class="response a".*?class="text">(\w+)', page, re.DOTALL)
@@ -108,7 +106,7 @@ def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestCl
         label = store.last_label("ann")
         assert label
         stored = {"first": "a", "second": "b"}[first_shown[1]]
-        assert (label.item_id, label.choice, label.swapped) == (form["item"], stored, stored == "b")
+        assert (label.question_id, label.choice, label.swapped) == (form["question"], stored, stored == "b")
         assert (label.strength, label.comment) == (2, "so\nbe it")
         assert (label.rating_a, label.rating_b) == ((5, None) if stored == "a" else (None, 5))
         assert "Saved: <b>A clearly better</b>" in page
@@ -118,7 +116,7 @@ def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestCl
 
 
 def test_the_same_form_twice_counts_once_and_goes_on(store: LabelStore, client: TestClient) -> None:
-    store.add_items([make_item("one"), make_item("two", priority=-1)])
+    store.add_questions([make_question("one"), make_question("two", priority=-1)])
     form = fields(sign_in(client), "/answer") | {"answer": "tie"}
     pages = [client.post("/answer", data=form) for _ in range(2)]
     assert [page.status_code for page in pages] == [200, 200]
@@ -127,19 +125,19 @@ def test_the_same_form_twice_counts_once_and_goes_on(store: LabelStore, client: 
 
 
 def test_a_second_answer_is_refused_kindly_with_what_stands(store: LabelStore, client: TestClient) -> None:
-    store.add_items([make_item("one")])
+    store.add_questions([make_question("one")])
     page = sign_in(client)
     other = fields(client.get("/").text, "/answer")
     client.post("/answer", data=fields(page, "/answer") | {"answer": "b3"})
     reply = client.post("/answer", data=other | {"answer": "a1"})
     assert reply.status_code == 409
     assert "You have answered this already" in reply.text
-    assert "What stands is: B far better." in reply.text
+    assert "Your saved answer is: B far better." in reply.text
     assert len(store.current_labels()) == 1
 
 
-def test_undo_shows_the_question_with_what_was_said(store: LabelStore, client: TestClient) -> None:
-    store.add_items([make_item("one"), make_item("two", priority=-1)])
+def test_undo_shows_the_question_with_its_answer(store: LabelStore, client: TestClient) -> None:
+    store.add_questions([make_question("one"), make_question("two", priority=-1)])
     form = fields(sign_in(client), "/answer") | {"answer": "b1", "rating_b": "2", "comment": "a < b"}
     page = client.post("/answer", data=form).text
     undo = fields(page, "/undo")
@@ -152,23 +150,20 @@ def test_undo_shows_the_question_with_what_was_said(store: LabelStore, client: T
     assert store.current_labels() == []
 
 
-def keep(store: LabelStore, label: Label) -> None:
-    """As an import does."""
-    with Session(connect(store.address)) as session:
-        add_label(session, label)
-        session.commit()
-
-
 def test_a_comment_longer_than_the_form_takes_can_be_read(store: LabelStore, client: TestClient) -> None:
-    store.add_items([make_item("one")])
-    keep(store, Label("one", "ann", "tie", comment="x" * 6000))
+    store.add_questions([make_question("one")])
+    engine = database.connect(store.address)
+    event = {"token": token(), "question_id": "one", "labeller": "ann", "previous_event": 0, "kind": "label"}
+    with engine.begin() as connection:
+        connection.execute(insert(database.events), event | {"choice": "tie", "comment": "x" * 6000})
+    engine.dispose()
     assert "Saved: <b>Equally good</b>" in sign_in(client), "the page must show whatever is in the database"
 
 
 def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: LabelStore, client: TestClient) -> None:
-    item = next(name for name in map(str, range(20)) if is_swapped(name, "ann"))
-    store.add_items([make_item(item)])
-    keep(store, Label(item, "ann", "a", 3, rating_a=5, rating_b=1))
+    item = next(name for name in map(str, range(20)) if show_swapped(name, "ann"))
+    store.add_questions([make_question(item)])
+    store.save_label(Label(item, "ann", "a", 3, rating_a=5, rating_b=1))
     page = sign_in(client)
     assert "Saved: <b>B far better</b>" in page, "the page shows response_b first, as A"
     page = client.post("/undo", data=fields(page, "/undo")).text
@@ -184,9 +179,9 @@ def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: Labe
     [
         {"answer": "best"},
         {"answer": "a1", "rating_a": "9"},
-        {"answer": "a1", "after": "x"},
+        {"answer": "a1", "previous_event": "x"},
         {"answer": "a1", "token": "x"},
-        {"answer": "a1", "item": "none"},
+        {"answer": "a1", "question": "none"},
         {"answer": "a1", "comment": "x" * 5001},
         {"answer": "a1", "comment": "x\0y"},
     ],
@@ -194,7 +189,7 @@ def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: Labe
 def test_a_form_that_the_page_would_not_send_is_one_message(
     store: LabelStore, client: TestClient, change: dict[str, str]
 ) -> None:
-    store.add_items([make_item("one")])
+    store.add_questions([make_question("one")])
     form = fields(sign_in(client), "/answer")
     reply = client.post("/answer", data=form | change)
     assert reply.status_code == 400
@@ -210,7 +205,7 @@ def test_a_form_without_end_is_not_read(client: TestClient) -> None:
 
 def test_texts_stay_texts_and_gold_stays_hidden(store: LabelStore, client: TestClient) -> None:
     texts = {"prompt": "<script>x</script>", "response_a": "  two\n\n  lines ", "response_b": " "}
-    store.add_items([make_item("one", **texts, gold="a", reason="gold", policy_a="teacher")])
+    store.add_questions([make_question("one", **texts, gold="a", reason="gold", policy_a="teacher")])
     page = sign_in(client)
     assert "&lt;script&gt;x&lt;/script&gt;" in page
     assert "  two\n\n  lines </div>" in page
@@ -218,11 +213,11 @@ def test_texts_stay_texts_and_gold_stays_hidden(store: LabelStore, client: TestC
     assert not re.search("gold|teacher", page)
 
 
-def test_with_nothing_to_ask_it_says_what_to_do(store: LabelStore, client: TestClient) -> None:
-    assert "rlhf label ask" in sign_in(client)
-    store.add_items([make_item("one")])
+def test_with_nothing_to_ask_the_page_explains_what_to_do(store: LabelStore, client: TestClient) -> None:
+    assert "rlhf label sample" in sign_in(client)
+    store.add_questions([make_question("one")])
     store.add_labeller("bob", "hash")
-    assert store.next_item("bob")
+    assert store.next_task("bob")
     page = client.get("/").text
     assert "Others have the rest on their screens" in page
     assert "1 more pair waits" in page
@@ -239,8 +234,8 @@ def test_pages_bring_everything_along(client: TestClient) -> None:
 
 def test_the_secret_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
     path = tmp_path / "secret"
-    first = sessions.secret(path)
-    assert sessions.secret(path) == first
+    first = load_secret(path)
+    assert load_secret(path) == first
     assert len(first) == 64
     assert path.stat().st_mode & 0o077 == 0
     assert [item.name for item in tmp_path.iterdir()] == ["secret"]
@@ -248,8 +243,8 @@ def test_the_secret_is_made_once_and_is_its_owners(tmp_path: Path) -> None:
 
 def test_passwords() -> None:
     assert re.fullmatch(r"([a-z2-9]{4}-){3}[a-z2-9]{4}", PASSWORD)
-    kept = hashed(PASSWORD)
+    kept = hash_password(PASSWORD)
     assert kept.startswith("$argon2id$")
-    assert fits(PASSWORD, kept)
-    assert not fits(f"{PASSWORD}x", kept)
-    assert not fits(PASSWORD, None)
+    assert verify(PASSWORD, kept)
+    assert not verify(f"{PASSWORD}x", kept)
+    assert not verify(PASSWORD, None)

@@ -6,29 +6,27 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import ClassVar
 
 import pytest
 from sqlalchemy import create_engine, insert
-from sqlalchemy.orm import Session
 from typer.testing import CliRunner
 
-from flows import label_data_commands, screen
-from flows.label_data_commands import _session
+from flows import cli_labels, screen
 from tasks.config.data import SourceParams
-from tasks.core.errors import ConfigError, DataError, SourceError
+from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, read_rows, write_rows
-from tasks.data.sources import collect_source
+from tasks.data.sources import READERS, collect_source
 from tasks.evals.pairwise import Reply
-from tasks.labelling import feedback, report
-from tasks.labelling.labels import Label, Question, add_label, current_labels, questions
-from tasks.labelling.report import Report
+from tasks.labelling import ai_labels, database, report
+from tasks.labelling.labels import Label, Question
+from tasks.labelling.report import LabelSummary
 from tasks.labelling.store import LabelStore
-from tasks.labelling.tables import Event, Labeller
 from tests.support.chat_server import longer, serving
+from tests.support.labels import make_question, token
 from tests.support.tiny_policy import write_parts
-from tests.unit.labelling.conftest import make_item, token
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["a", "ab", "abc", "b", "ba"]
@@ -51,16 +49,16 @@ def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
-    monkeypatch.setattr(label_data_commands, "enter", lambda: tmp_path)
-    monkeypatch.setattr(label_data_commands, "enter_served", lambda: tmp_path)
-    monkeypatch.setattr(label_data_commands, "_announce", lambda: screen.console.print("it would be announced"))
+    monkeypatch.setattr(cli_labels, "enter", lambda: tmp_path)
+    monkeypatch.setattr(cli_labels, "enter_served", lambda: tmp_path)
+    monkeypatch.setattr(cli_labels, "_trigger_retrain", lambda: screen.console.print("it would be announced"))
     return tmp_path
 
 
 @pytest.fixture
 def rlhf(project: Path) -> Run:
     def run(*words: str) -> str:
-        done = CliRunner().invoke(label_data_commands.commands, list(words), env={"COLUMNS": "200"})
+        done = CliRunner().invoke(cli_labels.commands, list(words), env={"COLUMNS": "200"})
         if done.exception and not isinstance(done.exception, SystemExit):
             raise done.exception
         assert done.exit_code == 0, done.output
@@ -69,60 +67,59 @@ def rlhf(project: Path) -> Run:
     return run
 
 
-def opened(project: Path) -> Session:
-    return Session(create_engine(f"sqlite:///{project / '.rlhf' / 'labels.db'}"))
+def opened(project: Path) -> closing[LabelStore]:
+    return closing(LabelStore(f"sqlite:///{project / '.rlhf' / 'labels.db'}"))
 
 
-def test_pairs_of_policies_are_asked_once(rlhf: Run, project: Path) -> None:
-    assert "4 pairs to label added, 0 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
-    assert "0 pairs to label added, 4 were there already" in rlhf("ask", "--pairs", "4", "--twice", "1")
-    assert "4 of them were there with another known answer, or wanting another number" in rlhf("ask", "--pairs", "4")
-    with opened(project) as session:
-        asked = questions(session)
+def test_pairs_of_policies_are_added_once(rlhf: Run, project: Path) -> None:
+    assert "4 pairs to label added, 0 were there already" in rlhf("sample", "--pairs", "4", "--overlap", "1")
+    assert "0 pairs to label added, 4 were there already" in rlhf("sample", "--pairs", "4", "--overlap", "1")
+    assert "4 of them were there with another known answer, or wanting another number" in rlhf("sample", "--pairs", "4")
+    with opened(project) as store:
+        asked = store.questions()
     assert len({item.prompt for item in asked}) == 4, "a prompt came twice while others waited"
     assert {item.prompt for item in asked} <= set(PROMPTS)
     assert {policy for item in asked for policy in (item.policy_a, item.policy_b)} <= {"sft", "ppo"}
     assert all(item.response_a.strip() != item.response_b.strip() for item in asked)
     assert {item.labels_wanted for item in asked} == {2}
-    rlhf("ask", "--pairs", "2", "--from", "ppo", "--seed", "1")
-    with opened(project) as session:
-        new = [item for item in questions(session) if item not in asked]
+    rlhf("sample", "--pairs", "2", "--from", "ppo", "--seed", "1")
+    with opened(project) as store:
+        new = [item for item in store.questions() if item not in asked]
     assert {policy for item in new for policy in (item.policy_a, item.policy_b)} == {"ppo"}
 
 
-def test_what_cannot_be_asked_is_one_message(rlhf: Run, project: Path) -> None:
+def test_what_cannot_be_sampled_is_one_message(rlhf: Run, project: Path) -> None:
     with pytest.raises(ConfigError, match=r"--from: no policy dpo in .*; there are: ppo, sft"):
-        rlhf("ask", "--pairs", "1", "--from", "ppo,dpo")
-    with pytest.raises(ConfigError, match=r"at least two members: .*reward_model\.members=3"):
-        rlhf("ask", "--pairs", "1", "--by", "disagreement")
+        rlhf("sample", "--pairs", "1", "--from", "ppo,dpo")
+    with pytest.raises(ConfigError, match=r"at least two members: .*reward_model\.ensemble_size=3"):
+        rlhf("sample", "--pairs", "1", "--by", "disagreement")
     with pytest.raises(DataError, match="pairs to choose from, not 1000"):
-        rlhf("ask", "--pairs", "1000")
+        rlhf("sample", "--pairs", "1000")
     assert not (project / ".rlhf" / "labels.db").exists()
 
 
 def label(project: Path, **choices: str) -> None:
-    with opened(project) as session:
-        for item in questions(session):
+    with opened(project) as store:
+        for item in store.questions():
             for labeller, choice in choices.items():
-                add_label(session, Label(item.id, labeller, choice))
-        session.commit()
+                store.save_label(Label(item.id, labeller, choice))
 
 
 def test_labels_become_a_source_of_preferences(rlhf: Run, project: Path) -> None:
-    rlhf("ask", "--pairs", "4")
+    rlhf("sample", "--pairs", "4")
     label(project, ann="a", bob="b")
     out = project / "data" / "labels" / "preferences.jsonl"
-    said = rlhf("export")
-    assert "8 preferences of 4 labelled questions" in said
-    assert "questions on which labellers differ: 4" in said
-    assert "it would be announced" in said
+    output = rlhf("export")
+    assert "8 preferences of 4 labelled questions" in output
+    assert "questions on which labellers differ: 4" in output
+    assert "it would be announced" in output
     first = out.read_bytes()
     assert "announced" not in rlhf("export"), "nothing changed"
     assert out.read_bytes() == first
     card = json.loads((out.parent / "preferences.card.json").read_text())
     assert (card["rows"], card["labels"]) == (8, {"people": 8, "models": 0})
     source = SourceParams(name="labels", kind="local", row_type="preferences", id="data/labels/preferences.jsonl")
-    collected = collect_source(source, 0).rows
+    collected = collect_source(source, 0, READERS).rows
     rows = [Preference.model_validate(row["row"]) for row in collected]
     assert [row.labelled_by for row in rows] == [row.labelled_by for row in read_rows(out, Preference)]
     assert "announced" not in rlhf("export", "--no-announce", "--aggregate", "majority", "--by", "people")
@@ -130,7 +127,7 @@ def test_labels_become_a_source_of_preferences(rlhf: Run, project: Path) -> None
 
 
 def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
-    rlhf("ask", "--pairs", "3")
+    rlhf("sample", "--pairs", "3")
     label(project, ann="a")
     assert "3 questions with 3 labels" in rlhf("export", "--format", "label-studio", "--names")
     assert (project / ".rlhf" / "labels.label-studio.xml").is_file()
@@ -140,8 +137,8 @@ def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
         "import", str(file), "--format", "label-studio"
     )
     elsewhere = f"sqlite:///{project / 'other.db'}"
-    said = rlhf("import", str(file), "--format", "label-studio", "--database", elsewhere)
-    assert "3 questions, 3 of them new; 3 labels, 3 new" in said
+    output = rlhf("import", str(file), "--format", "label-studio", "--database", elsewhere)
+    assert "3 questions, 3 of them new; 3 labels, 3 new" in output
     rlhf("export", "--format", "label-studio", "--names", "--database", elsewhere)
     assert file.read_bytes() == before
     file.write_bytes(before.replace(b'"left"', b'"up"', 1))
@@ -151,39 +148,39 @@ def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
 
 
 def test_a_model_labels_and_the_report_shows_it(rlhf: Run, project: Path) -> None:
-    rlhf("ask", "--pairs", "3")
+    rlhf("sample", "--pairs", "3")
     label(project, ann="a")
     constitution = project / "c.md"
     constitution.write_text("Be long.")
     with serving(longer) as chat:
         judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong}}"
-        words = ("ai", "--judge", judge, "--constitution", str(constitution), "--rate", "1000000")
-        said = rlhf(*words, "--max-requests", "4")
-        assert "4 requests, 400 tokens" in said
-        assert "1 questions are left: the budget is spent" in said
+        words = ("auto", "--judge", judge, "--constitution", str(constitution), "--rate", "1000000")
+        output = rlhf(*words, "--max-requests", "4")
+        assert "4 requests, 400 tokens" in output
+        assert "1 questions are left: the budget is spent" in output
         assert "2 requests, 200 tokens" in rlhf(*words)
         assert len(chat.asked) == 6
-    with opened(project) as session:
-        assert sum(label.labeller == "model:strong" for label in current_labels(session)) == 3
-    said = rlhf("report")
-    assert "model:strong" in said
-    assert "ann" not in said
+    with opened(project) as store:
+        assert sum(label.labeller == "model:strong" for label in store.current_labels()) == 3
+    output = rlhf("report")
+    assert "model:strong" in output
+    assert "ann" not in output
     assert "model:strong" in (project / ".rlhf" / "labels.html").read_text()
     assert json.loads(rlhf("report", "--json", "--names"))["labellers"][0]["name"] == "ann"
     with pytest.raises(ConfigError, match="--judge: "):
-        rlhf("ai", "--judge", "{kind: endpoint}", "--constitution", str(constitution))
+        rlhf("auto", "--judge", "{kind: endpoint}", "--constitution", str(constitution))
     with pytest.raises(ConfigError, match="--judge: rubric has no meaning here"):
-        rlhf("ai", "--judge", judge.replace("}", ", rubric: shorter}"), "--constitution", str(constitution))
+        rlhf("auto", "--judge", judge.replace("}", ", rubric: shorter}"), "--constitution", str(constitution))
     with pytest.raises(ConfigError, match=r"--judge: .* expected, got 'x'"):
-        rlhf("ai", "--judge", "x", "--constitution", str(constitution))
+        rlhf("auto", "--judge", "x", "--constitution", str(constitution))
 
 
 def test_the_budget_may_stand_in_the_judge(rlhf: Run, project: Path) -> None:
-    rlhf("ask", "--pairs", "3")
+    rlhf("sample", "--pairs", "3")
     (project / "c.md").write_text("Be long.")
     with serving(longer) as chat:
         judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong, max_requests: 2}}"
-        words = ("ai", "--judge", judge, "--constitution", str(project / "c.md"))
+        words = ("auto", "--judge", judge, "--constitution", str(project / "c.md"))
         assert "2 questions are left: the budget is spent" in rlhf(*words)
         assert "2 requests" in rlhf(*words, "--max-requests", "3"), "the command line has the last word"
         assert len(chat.asked) == 4
@@ -204,13 +201,13 @@ class Letters:
 def test_the_base_model_has_a_budget_and_is_known_by_its_weights(
     rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(feedback, "LocalJudge", Letters)
-    rlhf("ask", "--pairs", "3")
+    monkeypatch.setattr(ai_labels, "LocalJudge", Letters)
+    rlhf("sample", "--pairs", "3")
     (project / "c.md").write_text("Be long.")
-    words = ("ai", "--judge", "{kind: local}", "--constitution", str(project / "c.md"))
-    said = rlhf(*words, "--max-requests", "4")
-    assert "4 requests, 36 tokens" in said
-    assert "1 questions are left: the budget is spent" in said
+    words = ("auto", "--judge", "{kind: local}", "--constitution", str(project / "c.md"))
+    output = rlhf(*words, "--max-requests", "4")
+    assert "4 requests, 36 tokens" in output
+    assert "1 questions are left: the budget is spent" in output
     assert "2 requests, " in rlhf(*words)
     assert "0 requests, " in rlhf(*words)
     (project / "artifacts" / "base_model" / "model" / "generation_config.json").write_text('{"do_sample": true}')
@@ -221,19 +218,19 @@ def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeyp
     """Of a database elsewhere, in a project that has nothing in .rlhf yet."""
     address = f"sqlite:///{project / 'other.db'}"
     store = LabelStore(address)
-    store.add_items([make_item("one")])
+    store.add_questions([make_question("one")])
     store.add_labeller("ann", "hash")
 
-    def figures(asked: list[Question], labels: list[Label]) -> Report:
+    def summary(questions: list[Question], labels: list[Label]) -> LabelSummary:
         engine = create_engine(address, connect_args={"timeout": 0})
+        event = {"token": token(), "question_id": "one", "labeller": "ann", "previous_event": 0, "kind": "label"}
         with engine.begin() as connection:
-            connection.execute(insert(Event), {"token": token(), "item_id": "one", "labeller": "ann", "after": 0,
-                                               "kind": "label", "choice": "a"})  # fmt: skip
+            connection.execute(insert(database.events), event | {"choice": "a"})
         engine.dispose()
-        return figured(asked, labels)
+        return computed(questions, labels)
 
-    figured = report.report
-    monkeypatch.setattr(report, "report", figures)
+    computed = report.label_summary
+    monkeypatch.setattr(report, "label_summary", summary)
     assert not (project / ".rlhf").exists()
     assert "0 labels, 0 of 1 questions labelled" in rlhf("report", "--database", address)
     assert (project / ".rlhf" / "labels.html").is_file()
@@ -241,19 +238,12 @@ def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeyp
     store.close()
 
 
-def test_who_is_slower_than_a_click_is_told_to_run_again(project: Path) -> None:
-    address = f"sqlite:///{project / 'other.db'}"
-    twice = [{"name": "ann"}, {"name": "ann"}]
-    with pytest.raises(SourceError, match=r"has changed meanwhile.*: run again"), _session(address) as session:
-        session.execute(insert(Labeller), twice)
-
-
-def test_what_an_import_cannot_tell_apart_is_said(rlhf: Run, project: Path) -> None:
+def test_an_import_warns_of_responses_without_a_status(rlhf: Run, project: Path) -> None:
     fields = {"prompt": "p", "response_a": "x", "response_b": "y"}
     response = {"value": "a", "user_id": "00000000-0000-4000-8000-000000000001"}
     file = project / "theirs.json"
     file.write_text(json.dumps([{"fields": fields, "responses": {"preference": [response]}}]))
-    assert "drafts and discarded answers cannot be told" in rlhf("import", str(file), "--format", "argilla")
+    assert "drafts and discarded answers cannot be distinguished" in rlhf("import", str(file), "--format", "argilla")
 
 
 @pytest.mark.slow
@@ -264,6 +254,6 @@ def test_without_a_server_the_announcement_says_so(
     monkeypatch.chdir(ROOT)
     if "PREFECT_API_URL" in os.environ:
         pytest.skip("a server is configured here")
-    label_data_commands._announce()
-    said = capsys.readouterr().out
-    assert said.startswith("not announced: no Prefect server that could start a run")
+    cli_labels._trigger_retrain()
+    output = capsys.readouterr().out
+    assert output.startswith("not announced: no Prefect server that could start a run")

@@ -7,17 +7,15 @@ from collections.abc import Callable
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from alembic.script import ScriptDirectory
 from sqlalchemy import create_engine, text
 
 from tasks.core.errors import ConfigError, DataError, SourceError
-from tasks.labelling.answers import Answer
-from tasks.labelling.database import alembic_config, connect, migrate, shown
+from tasks.labelling.database import connect, metadata, migrate, migrations, redact_url
+from tasks.labelling.labels import Label
 from tasks.labelling.store import LabelStore
-from tasks.labelling.tables import Base
-from tests.unit.labelling.conftest import make_item, token
+from tests.support.labels import make_question
 
-REVISIONS = [script.revision for script in ScriptDirectory.from_config(alembic_config()).walk_revisions()]
+REVISIONS = [script.revision for script in migrations().walk_revisions()]
 
 
 @pytest.mark.parametrize("revision", [None, *REVISIONS])
@@ -30,7 +28,7 @@ def test_from_every_revision_it_comes_to_the_tables_of_the_code(url: str, revisi
         engine.dispose()
     engine = connect(url)
     with engine.begin() as connection:
-        assert compare_metadata(MigrationContext.configure(connection), Base.metadata) == []
+        assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         assert MigrationContext.configure(connection).get_current_revision() == REVISIONS[0]
     engine.dispose()
 
@@ -42,8 +40,8 @@ def test_labels_outlive_a_migration(url: str) -> None:
         connection.execute(text("insert into labellers values ('ann', 'hash', '2026-01-01 00:00:00+00:00')"))
     engine.dispose()
     store = LabelStore(url)
-    store.add_items([make_item("one")])
-    store.record("ann", "one", token(), 0, Answer("a"))
+    store.add_questions([make_question("one")])
+    store.save_label(Label("one", "ann", "a"))
     store.close()
     store = LabelStore(url)
     assert [label.choice for label in store.current_labels()] == ["a"]
@@ -73,8 +71,8 @@ def test_sqlite_is_set_to_lose_nothing(tmp_path: object) -> None:
 
 def test_the_password_is_never_shown() -> None:
     for url in ("postgresql://ann:word@host/labels", "postgresql://ann@host/labels?password=word"):
-        assert "word" not in shown(url)
-        assert "host/labels" in shown(url)
+        assert "word" not in redact_url(url)
+        assert "host/labels" in redact_url(url)
     with pytest.raises(SourceError, match="cannot open the labelling database") as caught:
         connect("postgresql://ann:sesame@127.0.0.1:1/labels")
     assert "sesame" not in str(caught.value)

@@ -1,4 +1,4 @@
-"""Which pairs are asked for: deterministic, never two alike, and where an ensemble differs most."""
+"""Pairs to label: deterministic, never two alike, and where an ensemble disagrees most."""
 
 from __future__ import annotations
 
@@ -12,54 +12,60 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.rows import Preference, write_rows
+from tasks.core.rows import Preference, Prompt, write_rows
 from tasks.labelling.labels import question_id
 from tasks.labelling.pairs import (
-    Written,
-    asked_twice,
+    PolicyResponse,
     at_random,
     by_disagreement,
+    check_policies,
     gold_questions,
-    paired,
-    variance,
+    load_ensemble_scores,
+    make_pairs,
+    preference_variance,
+    sample_prompts,
+    sample_responses,
+    with_overlap,
 )
+from tests.support.tiny_policy import write_parts
+from tests.support.tiny_stages import GENERATION, run_reward_model, write_inputs
 
-WRITTEN = {
-    "one": [Written("sft", " x"), Written("sft", " y"), Written("ppo", " z")],
-    "alike": [Written("sft", " x"), Written("ppo", " x "), Written("ppo", "  ")],
-    "two": [Written("sft", " x"), Written("ppo", " y")],
+RESPONSES = {
+    "one": [PolicyResponse("sft", " x"), PolicyResponse("sft", " y"), PolicyResponse("ppo", " z")],
+    "alike": [PolicyResponse("sft", " x"), PolicyResponse("ppo", " x "), PolicyResponse("ppo", "  ")],
+    "two": [PolicyResponse("sft", " x"), PolicyResponse("ppo", " y")],
 }
 
 
 def test_pairs_come_prompt_by_prompt_and_never_two_alike() -> None:
-    pool = paired(WRITTEN, 10, seed=0)
+    pool = make_pairs(RESPONSES, 10, seed=0)
     assert [pair.prompt for pair in pool.pairs] == ["one", "two", "one", "one"]
-    assert pool.alike == 1
+    assert pool.skipped_prompts == 1
     assert len({pair.id for pair in pool.pairs}) == 4
     for pair in pool.pairs:
         assert pair.response_a != pair.response_b
-        assert Written(pair.policy_a, pair.response_a) in WRITTEN[pair.prompt]
-        assert Written(pair.policy_b, pair.response_b) in WRITTEN[pair.prompt]
-    assert paired(WRITTEN, 10, seed=0) == pool
-    assert at_random(pool, 2) == pool.pairs[:2] == paired(WRITTEN, 2, seed=0).pairs
+        assert PolicyResponse(pair.policy_a, pair.response_a) in RESPONSES[pair.prompt]
+        assert PolicyResponse(pair.policy_b, pair.response_b) in RESPONSES[pair.prompt]
+    assert make_pairs(RESPONSES, 10, seed=0) == pool
+    assert at_random(pool, 2) == pool.pairs[:2] == make_pairs(RESPONSES, 2, seed=0).pairs
 
 
 def test_the_side_that_stands_first_is_random() -> None:
-    written = {str(number): WRITTEN["two"] for number in range(40)}
-    first = [pair.policy_a for pair in paired(written, 40, seed=0).pairs]
+    written = {str(number): RESPONSES["two"] for number in range(40)}
+    first = [pair.policy_a for pair in make_pairs(written, 40, seed=0).pairs]
     assert 10 < first.count("sft") < 30
 
 
 def test_too_few_pairs_are_an_error_that_says_why() -> None:
     with pytest.raises(DataError, match=r"there are 4 pairs to choose from, not 5 \(1 prompts had one response"):
-        at_random(paired(WRITTEN, 10, seed=0), 5)
+        at_random(make_pairs(RESPONSES, 10, seed=0), 5)
 
 
 def test_the_variance_of_what_members_prefer_by_hand() -> None:
     """Two members: σ(ln 3) = ¾ and σ(−ln 3) = ¼, so the variance is (¼)² = 1/16; agreeing members have none."""
     one = torch.tensor([[math.log(3), 2.0], [0.0, 5.0]])
     other = torch.tensor([[0.0, 0.0], [math.log(3), 3.0]])
-    assert variance(one, other).tolist() == pytest.approx([1 / 16, 0.0])
+    assert preference_variance(one, other).tolist() == pytest.approx([1 / 16, 0.0])
 
 
 def test_disagreement_takes_the_pairs_that_members_dispute_most() -> None:
@@ -68,7 +74,7 @@ def test_disagreement_takes_the_pairs_that_members_dispute_most() -> None:
         value = torch.tensor([float("xyz".index(text.strip())) for text in responses])
         return torch.stack([value, torch.where(value == 2, -value, value)])
 
-    pool = paired(WRITTEN, 10, seed=0)
+    pool = make_pairs(RESPONSES, 10, seed=0)
     chosen = by_disagreement(pool, 2, scores)
     assert all(" z" in (pair.response_a, pair.response_b) for pair in chosen)
     assert [pair.reason for pair in chosen] == ["disagreement"] * 2
@@ -76,17 +82,17 @@ def test_disagreement_takes_the_pairs_that_members_dispute_most() -> None:
     s = lambda x: 1 / (1 + math.exp(-x))  # noqa: E731
     expected = sorted((((s(2) - s(-2)) / 2) ** 2, ((s(1) - s(-3)) / 2) ** 2), reverse=True)
     assert [pair.priority for pair in chosen] == pytest.approx(expected, abs=1e-6)
-    with pytest.raises(ConfigError, match=r"at least two members, and there is one: .*reward_model\.members=3"):
+    with pytest.raises(ConfigError, match=r"at least two members: .*reward_model\.ensemble_size=3"):
         by_disagreement(pool, 2, lambda prompts, responses: scores(prompts, responses)[:1])
 
 
-def test_about_the_share_is_asked_twice_and_always_the_same() -> None:
-    written = {str(number): WRITTEN["two"] for number in range(200)}
-    pairs = paired(written, 200, seed=0).pairs
-    twice = asked_twice(pairs, 0.25, seed=0)
+def test_about_the_share_overlaps_and_always_the_same() -> None:
+    written = {str(number): RESPONSES["two"] for number in range(200)}
+    pairs = make_pairs(written, 200, seed=0).pairs
+    twice = with_overlap(pairs, 0.25, seed=0)
     assert 30 < sum(pair.labels_wanted == 2 for pair in twice) < 70
-    assert asked_twice(pairs[::-1], 0.25, seed=0) == twice[::-1]
-    assert asked_twice(pairs, 0.0, seed=0) == pairs
+    assert with_overlap(pairs[::-1], 0.25, seed=0) == twice[::-1]
+    assert with_overlap(pairs, 0.0, seed=0) == pairs
 
 
 def test_gold_questions_are_answered_preferences_of_a_large_margin(tmp_path: Path) -> None:
@@ -124,3 +130,43 @@ def test_gold_questions_can_be_written_down(tmp_path: Path) -> None:
         gold_questions(path, min_margin=3.0, count=5)
     with pytest.raises(DataError, match="does not exist"):
         gold_questions(tmp_path / "none", min_margin=3.0, count=5)
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    rows = [Prompt(id=str(number), prompt=text) for number, text in enumerate("abcdefgh")]
+    write_rows(folder / "prepare" / "prompts" / "train.jsonl", rows)
+    return write_parts(folder)
+
+
+def test_every_policy_is_sampled_twice_for_each_prompt_and_the_same_again(parts: Path) -> None:
+    asked = sample_prompts(parts, "train", 5, seed=0)
+    assert asked != sample_prompts(parts, "train", 5, seed=1)
+    assert len(set(asked)) == 5
+    found = sample_responses(["sft", "ppo"], asked, GENERATION, parts, seed=0)
+    assert list(found) == asked
+    assert all([item.policy for item in own] == ["sft", "sft", "ppo", "ppo"] for own in found.values())
+    assert found == sample_responses(["sft", "ppo"], asked, GENERATION, parts, seed=0)
+
+
+def test_a_run_that_left_no_policy_is_an_error(parts: Path, tmp_path: Path) -> None:
+    assert check_policies([], parts) == ["ppo", "sft"]
+    assert check_policies(["sft"], parts) == ["sft"]
+    with pytest.raises(ConfigError, match=r"no policy in .* to sample from: `rlhf run` first"):
+        check_policies([], tmp_path)
+
+
+@pytest.mark.slow
+def test_pairs_are_chosen_where_a_trained_ensemble_disagrees_most(tmp_path: Path) -> None:
+    write_inputs(tmp_path)
+    run_reward_model(tmp_path, tmp_path / "reward_model", members=2)
+    scores = load_ensemble_scores(tmp_path)
+    found = sample_responses(["sft"], sample_prompts(tmp_path, "train", 4, seed=0), GENERATION, tmp_path, seed=0)
+    pool = make_pairs(found, 20, seed=0)
+    chosen = by_disagreement(pool, 2, scores)
+    texts = [[pair.prompt, pair.response_a, pair.response_b] for pair in pool.pairs]
+    asked, first, second = (list(column) for column in zip(*texts, strict=True))
+    doubt = preference_variance(scores(asked, first), scores(asked, second)).tolist()
+    assert [pair.priority for pair in chosen] == pytest.approx(sorted(doubt, reverse=True)[:2], abs=1e-6)
+    assert doubt != pytest.approx([doubt[0]] * len(doubt))

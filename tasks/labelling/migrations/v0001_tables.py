@@ -1,4 +1,4 @@
-"""Items, labellers and events."""
+"""Create the tables, and triggers by which the database itself refuses to change or delete an event."""
 
 from __future__ import annotations
 
@@ -10,17 +10,26 @@ down_revision = None
 branch_labels = None
 depends_on = None
 
+SQLITE_TRIGGER = """
+CREATE TRIGGER events_no_{name} BEFORE {name} ON events
+BEGIN SELECT RAISE(ABORT, 'events are only ever added'); END
+"""
+
+POSTGRESQL_FUNCTION = """
+CREATE FUNCTION events_only_added() RETURNS trigger LANGUAGE plpgsql AS
+$$ BEGIN RAISE EXCEPTION 'events are only ever added'; END $$
+"""
+
+POSTGRESQL_TRIGGER = """
+CREATE TRIGGER events_only_added BEFORE UPDATE OR DELETE OR TRUNCATE ON events
+FOR EACH STATEMENT EXECUTE FUNCTION events_only_added()
+"""
+
 
 def upgrade() -> None:
-    """Make the tables."""
-    _items()
-    _labellers()
-    _events()
-
-
-def _items() -> None:
+    """Create everything in an empty database."""
     op.create_table(
-        "items",
+        "questions",
         sa.Column("id", sa.String(64), primary_key=True),
         sa.Column("prompt", sa.Text(), nullable=False),
         sa.Column("response_a", sa.Text(), nullable=False),
@@ -33,25 +42,19 @@ def _items() -> None:
         sa.Column("labels_wanted", sa.Integer(), nullable=False),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     )
-
-
-def _labellers() -> None:
     op.create_table(
         "labellers",
         sa.Column("name", sa.String(64), primary_key=True),
         sa.Column("password_hash", sa.String(256)),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
     )
-
-
-def _events() -> None:
     op.create_table(
         "events",
-        sa.Column("id", sa.Integer(), primary_key=True, autoincrement=True),
+        sa.Column("event_id", sa.Integer(), primary_key=True, autoincrement=True),
         sa.Column("token", sa.String(36), nullable=False, unique=True),
-        sa.Column("item_id", sa.String(64), sa.ForeignKey("items.id"), nullable=False),
-        sa.Column("labeller", sa.String(64), sa.ForeignKey("labellers.name"), nullable=False),
-        sa.Column("after", sa.Integer(), nullable=False),
+        sa.Column("question_id", sa.String(64), sa.ForeignKey("questions.id"), nullable=False, index=True),
+        sa.Column("labeller", sa.String(64), sa.ForeignKey("labellers.name"), nullable=False, index=True),
+        sa.Column("previous_event", sa.Integer(), nullable=False),
         sa.Column("kind", sa.String(8), nullable=False),
         sa.Column("choice", sa.String(8)),
         sa.Column("strength", sa.Integer()),
@@ -61,9 +64,13 @@ def _events() -> None:
         sa.Column("swapped", sa.Boolean(), nullable=False),
         sa.Column("seconds", sa.Float()),
         sa.Column("created_at", sa.DateTime(timezone=True), nullable=False),
-        sa.UniqueConstraint("item_id", "labeller", "after"),
+        sa.UniqueConstraint("question_id", "labeller", "previous_event"),
         sa.CheckConstraint("kind in ('label', 'undo')"),
         sa.CheckConstraint("(kind = 'label') = (choice is not null)"),
     )
-    op.create_index("ix_events_item_id", "events", ["item_id"])
-    op.create_index("ix_events_labeller", "events", ["labeller"])
+    if op.get_bind().dialect.name == "sqlite":
+        for name in ("update", "delete"):
+            op.execute(SQLITE_TRIGGER.format(name=name))
+    else:
+        op.execute(POSTGRESQL_FUNCTION)
+        op.execute(POSTGRESQL_TRIGGER)

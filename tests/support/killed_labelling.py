@@ -5,25 +5,17 @@ from __future__ import annotations
 import sys
 from pathlib import Path
 
-from sqlalchemy import create_engine
-from sqlalchemy.orm import Session
-
 from tasks.config.evaluation import JudgeParams
 from tasks.evals.llm_judge import EndpointJudge
-from tasks.labelling.feedback import Budget, Constitution, CountingBook, label_by_model
+from tasks.labelling.ai_labels import Budget, Constitution, CountingCache, auto_label
+from tasks.labelling.store import LabelStore
 
 
 def main(database: str, base_url: str, folder: Path) -> None:
     params = JudgeParams(kind="endpoint", model="strong", base_url=base_url, prompts=1)
-    book = CountingBook(folder / "answers.jsonl")
-    with Session(create_engine(database)) as session:
-        label_by_model(
-            session,
-            EndpointJudge(params, book),
-            Constitution("Be kind.", "kind"),
-            cost=book.cost,
-            budget=Budget(1000, 10**6),
-        )
+    cache = CountingCache(folder / "answers.jsonl")
+    judge, constitution = EndpointJudge(params, cache), Constitution("Be kind.", "kind")
+    auto_label(LabelStore(database), judge, constitution, cost=cache.cost, budget=Budget(1000, 10**6))
 
 
 if __name__ == "__main__":

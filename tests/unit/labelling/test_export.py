@@ -11,29 +11,29 @@ import pytest
 from tasks.config.data import PrepareParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, write_rows
-from tasks.labelling.dataset import Aggregate, Dataset, dataset
+from tasks.labelling.export import Aggregate, ExportResult, export_preferences
 from tasks.labelling.labels import Label, Question, pseudonym, pseudonyms
 from tasks.prepare import prepare
-from tests.unit.labelling.made import pair, said
+from tests.support.labels import labels_of, pair
 
 AGREED, SPLIT, ALIKE, GOLD, OPEN = pair(1), pair(2), pair(3), pair(4, gold="a"), pair(5)
 QUESTIONS = [AGREED, SPLIT, ALIKE, GOLD, OPEN]
 LABELS = [
-    *said(AGREED, ann="a 2", bob="a 3", eve="b 1"),
-    *said(SPLIT, ann="b", bob="a"),
-    *said(ALIKE, ann="tie", bob="both_bad", eve="skip"),
-    *said(GOLD, ann="a", bob="b"),
+    *labels_of(AGREED, ann="a 2", bob="a 3", eve="b 1"),
+    *labels_of(SPLIT, ann="b", bob="a"),
+    *labels_of(ALIKE, ann="tie", bob="both_bad", eve="skip"),
+    *labels_of(GOLD, ann="a", bob="b"),
 ]
 
 
-def made(labels: list[Label], aggregate: Aggregate, asked: list[Question] = QUESTIONS) -> Dataset:
-    return dataset(asked, labels, aggregate=aggregate, names=pseudonyms(labels))
+def exported(labels: list[Label], aggregate: Aggregate, asked: list[Question] = QUESTIONS) -> ExportResult:
+    return export_preferences(asked, labels, aggregate=aggregate, names=pseudonyms(labels))
 
 
-def test_every_label_is_a_row_that_says_who_gave_it() -> None:
-    found = made(LABELS, "none")
-    assert found.left_out == {"both_bad": 1, "gold": 2, "skip": 1, "tie": 1}
-    assert len(found.rows) + sum(found.left_out.values()) == len(LABELS)
+def test_every_label_is_a_row_that_names_its_labeller() -> None:
+    found = exported(LABELS, "none")
+    assert found.dropped == {"both_bad": 1, "gold": 2, "skip": 1, "tie": 1}
+    assert len(found.rows) + sum(found.dropped.values()) == len(LABELS)
     assert [row.id for row in found.rows] == sorted(row.id for row in found.rows)
     rows = {(row.prompt, (row.labelled_by or ("",))[0]): row for row in found.rows}
     ann, eve = rows["prompt 1", pseudonym("ann")], rows["prompt 1", pseudonym("eve")]
@@ -46,30 +46,30 @@ def test_every_label_is_a_row_that_says_who_gave_it() -> None:
 
 def test_the_majority_carries_its_share_and_mean_strength() -> None:
     """Strengths toward a: 2, 3 and −1, so 4/3 on average."""
-    found = made(LABELS, "majority")
+    found = exported(LABELS, "majority")
     (row,) = found.rows
     assert (row.id, row.chosen) == (AGREED.id, AGREED.response_a)
     assert (row.confidence, row.margin) == (pytest.approx(2 / 3, abs=1e-6), pytest.approx(4 / 3, abs=1e-6))
     assert row.labelled_by == tuple(sorted(map(pseudonym, ("ann", "bob", "eve"))))
-    assert found.left_out == {"gold": 2, "no_majority": 2, "skip": 1}
-    (other,) = made(said(OPEN, ann="b 2", bob="b 1", eve="tie"), "majority").rows
+    assert found.dropped == {"gold": 2, "no_majority": 2, "skip": 1}
+    (other,) = exported(labels_of(OPEN, ann="b 2", bob="b 1", eve="tie"), "majority").rows
     assert (other.chosen, other.margin) == (OPEN.response_b, 1.0), "strengths 2, 1 and a tie's 0 toward b"
 
 
-def test_a_label_without_strength_leaves_the_others_their_margin() -> None:
-    """Strengths 3 and 1 toward a, a tie's 0, and a model that does not say: 4/3."""
-    labels = [*said(OPEN, ann="a 3", bob="a 1", eve="tie"), Label(OPEN.id, "model:m", "a")]
-    (row,) = made(labels, "majority").rows
+def test_a_label_without_strength_does_not_change_the_margin() -> None:
+    """Strengths 3 and 1 toward a, a tie's 0, and a model without strength: 4/3."""
+    labels = [*labels_of(OPEN, ann="a 3", bob="a 1", eve="tie"), Label(OPEN.id, "model:m", "a")]
+    (row,) = exported(labels, "majority").rows
     assert row.margin == pytest.approx(4 / 3, abs=1e-6)
-    (row,) = made(said(OPEN, ann="a", bob="a", eve="tie"), "majority").rows
-    assert row.margin is None, "a tie alone says nothing about how much better a is"
+    (row,) = exported(labels_of(OPEN, ann="a", bob="a", eve="tie"), "majority").rows
+    assert row.margin is None, "a tie alone gives no strength"
 
 
 @pytest.mark.parametrize("aggregate", ["none", "majority"])
-def test_a_pair_with_an_empty_response_is_left_out_and_counted(aggregate: Aggregate) -> None:
+def test_a_pair_with_an_empty_response_is_dropped_and_counted(aggregate: Aggregate) -> None:
     empty = replace(pair(6), response_b="")
-    found = made(said(empty, ann="a"), aggregate, [empty])
-    assert (found.rows, found.left_out) == ([], {"empty_response": 1})
+    found = exported(labels_of(empty, ann="a"), aggregate, [empty])
+    assert (found.rows, found.dropped) == ([], {"empty_response": 1})
 
 
 def test_dawid_skene_trusts_the_labeller_who_is_right_elsewhere() -> None:
@@ -78,10 +78,10 @@ def test_dawid_skene_trusts_the_labeller_who_is_right_elsewhere() -> None:
     labels = [
         label
         for number, item in enumerate(asked[:20])
-        for label in said(item, ann="ab"[number % 2], bob="ab"[number % 2], eve="ab"[number // 2 % 2])
+        for label in labels_of(item, ann="ab"[number % 2], bob="ab"[number % 2], eve="ab"[number // 2 % 2])
     ]
-    labels += said(asked[20], ann="b", eve="a")
-    found = made(labels, "dawid-skene", asked)
+    labels += labels_of(asked[20], ann="b", eve="a")
+    found = exported(labels, "dawid-skene", asked)
     (row,) = (row for row in found.rows if row.prompt == "prompt 20")
     assert row.chosen == asked[20].response_b
     assert (row.confidence or 0) > 0.9
@@ -90,7 +90,7 @@ def test_dawid_skene_trusts_the_labeller_who_is_right_elsewhere() -> None:
 
 def test_equal_labels_are_equal_bytes_in_whichever_order_they_came(tmp_path: Path) -> None:
     for number, labels in enumerate((LABELS, LABELS[::-1])):
-        found = made(labels, "majority")
+        found = exported(labels, "majority")
         write_rows(tmp_path / f"{number}.jsonl", found.rows)
         (tmp_path / f"{number}.json").write_text(json.dumps(found.card))
     assert (tmp_path / "0.jsonl").read_bytes() == (tmp_path / "1.jsonl").read_bytes()
@@ -98,16 +98,18 @@ def test_equal_labels_are_equal_bytes_in_whichever_order_they_came(tmp_path: Pat
 
 
 def test_names_stand_in_no_row_unless_asked_for() -> None:
-    found = made(LABELS, "none")
+    found = exported(LABELS, "none")
     text = json.dumps([row.model_dump() for row in found.rows] + [found.card])
     assert not any(name in text for name in ("ann", "bob", "eve"))
-    named = dataset(QUESTIONS, LABELS, aggregate="none", names={name: name for name in ("ann", "bob", "eve")})
+    named = export_preferences(
+        QUESTIONS, LABELS, aggregate="none", names={name: name for name in ("ann", "bob", "eve")}
+    )
     assert {row.labelled_by for row in named.rows} == {("ann",), ("bob",), ("eve",)}
 
 
 def test_prepare_keeps_equal_labels_of_different_people(tmp_path: Path) -> None:
     """And a preference does not hide the right answer of its prompt."""
-    rows = made(LABELS, "none").rows
+    rows = exported(LABELS, "none").rows
     for name, kind, own in (
         ("labels", "preferences", [*rows, rows[0].model_copy(update={"id": "again"})]),
         ("asked", "prompts", [{"id": "asked-1", "prompt": "prompt 1", "answer": "7"}]),

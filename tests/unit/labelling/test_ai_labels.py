@@ -8,27 +8,25 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
-from sqlalchemy import create_engine
-from sqlalchemy.orm import Session
 
 from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError, SourceError
 from tasks.evals.llm_judge import EndpointJudge
-from tasks.labelling.feedback import (
+from tasks.labelling.ai_labels import (
+    AutoLabelResult,
     Budget,
     Constitution,
-    CountingBook,
-    Labelled,
-    combined,
-    label_by_model,
+    CountingCache,
+    auto_label,
+    combine_orders,
 )
-from tasks.labelling.labels import add_label, add_questions, current_labels
-from tasks.labelling.tables import Base
+from tasks.labelling.store import LabelStore
 from tests.support.chat_server import TOKENS, Chat, longer, serving, shown
-from tests.unit.labelling.made import pair
+from tests.support.labels import memory_store, pair
 
 ROOT = Path(__file__).resolve().parents[3]
 ASKED = [pair(number) for number in range(4)]
@@ -42,69 +40,63 @@ def chat() -> Iterator[Chat]:
 
 
 def run(
-    session: Session,
+    store: LabelStore,
     chat: Chat,
     folder: Path,
     constitution: Constitution = KIND,
     model: str = "strong",
     **budget: float,
-) -> tuple[Labelled, CountingBook]:
+) -> tuple[AutoLabelResult, CountingCache]:
     params = JudgeParams(kind="endpoint", model=model, base_url=chat.url, prompts=1)
-    book = CountingBook(folder / "answers.jsonl")
+    cache = CountingCache(folder / "answers.jsonl")
     limits = Budget(**({"max_requests": 1000, "max_tokens": 10**6} | budget))  # type: ignore[arg-type]
-    return label_by_model(session, EndpointJudge(params, book), constitution, cost=book.cost, budget=limits), book
+    return auto_label(store, EndpointJudge(params, cache), constitution, cost=cache.cost, budget=limits), cache
 
 
-def test_both_orders_are_asked_and_the_label_is_of_the_model(session: Session, chat: Chat, tmp_path: Path) -> None:
-    add_questions(session, ASKED)
-    done, book = run(session, chat, tmp_path)
+def test_both_orders_are_asked_and_the_label_is_of_the_model(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
+    store.add_questions(ASKED)
+    done, cache = run(store, chat, tmp_path)
     assert done.choices == {"a": 4}
     assert (done.first, done.clear, done.left) == (4, 8, 0)
-    assert (book.cost.requests, book.cost.tokens) == (8, 8 * TOKENS)
+    assert (cache.cost.requests, cache.cost.tokens) == (8, 8 * TOKENS)
     asked = [shown(text) for text in chat.questions()]
     assert {texts[::-1] for texts in asked} == set(asked)
     assert all(text.startswith("Be kind.\n") for text in chat.questions())
-    labels = current_labels(session)
+    labels = store.current_labels()
     assert {(label.labeller, label.choice, label.comment) for label in labels} == {
         ("model:strong", "a", "constitution kind")
     }
-    assert run(session, chat, tmp_path)[0].choices == {}, "everything was labelled"
+    assert run(store, chat, tmp_path)[0].choices == {}, "everything was labelled"
     assert len(chat.asked) == 8
 
 
 def test_another_constitution_labels_anew_and_an_answer_that_was_kept_costs_nothing(
-    session: Session, chat: Chat, tmp_path: Path
+    store: LabelStore, chat: Chat, tmp_path: Path
 ) -> None:
-    add_questions(session, ASKED)
-    run(session, chat, tmp_path)
+    store.add_questions(ASKED)
+    run(store, chat, tmp_path)
     chat.say = lambda text: "B" if longer(text) == "A" else "A"
-    done, _ = run(session, chat, tmp_path, BRIEF)
+    done, _ = run(store, chat, tmp_path, BRIEF)
     assert done.choices == {"b": 4}
-    assert {label.choice for label in current_labels(session)} == {"b"}
-    engine = create_engine("sqlite://")
-    Base.metadata.create_all(engine)
-    with Session(engine) as other:
-        add_questions(other, ASKED)
-        again, book = run(other, chat, tmp_path)
-        assert (again.choices, book.cost.requests) == ({"a": 4}, 0)
+    assert {label.choice for label in store.current_labels()} == {"b"}
+    with closing(memory_store(*ASKED)) as other:
+        again, cache = run(other, chat, tmp_path)
+        assert (again.choices, cache.cost.requests) == ({"a": 4}, 0)
 
 
-def test_imported_labels_of_the_model_are_not_asked_for_again(session: Session, chat: Chat, tmp_path: Path) -> None:
+def test_imported_labels_of_the_model_are_not_asked_for_again(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
     """Ties and skips, too; a label of another constitution or of an unknown one is none."""
     chat.say = lambda text: "A" if "prompt 0" in text else longer(text)
-    add_questions(session, ASKED)
-    run(session, chat, tmp_path)
-    engine = create_engine("sqlite://")
-    Base.metadata.create_all(engine)
-    with Session(engine) as other:
-        add_questions(other, ASKED)
-        for label in current_labels(session):
-            add_label(other, label)
+    store.add_questions(ASKED)
+    run(store, chat, tmp_path)
+    with closing(memory_store(*ASKED)) as other:
+        for label in store.current_labels():
+            other.save_label(label)
         for _ in range(2):
-            done, book = run(other, chat, tmp_path / "elsewhere")
-            assert (done.choices, book.cost.requests) == ({}, 0)
-        _, book = run(other, chat, tmp_path / "elsewhere", BRIEF)
-        assert book.cost.requests == 8
+            done, cache = run(other, chat, tmp_path / "elsewhere")
+            assert (done.choices, cache.cost.requests) == ({}, 0)
+        _, cache = run(other, chat, tmp_path / "elsewhere", BRIEF)
+        assert cache.cost.requests == 8
 
 
 @pytest.mark.parametrize(
@@ -119,33 +111,33 @@ def test_imported_labels_of_the_model_are_not_asked_for_again(session: Session, 
     ],
 )
 def test_answers_in_both_orders_make_one_label(one: str, other: str, choice: tuple[str, str | None]) -> None:
-    assert combined(one, other) == choice  # type: ignore[arg-type]
+    assert combine_orders(one, other) == choice  # type: ignore[arg-type]
 
 
 def test_contradictions_and_unclear_answers_are_skips_that_are_counted(
-    session: Session, chat: Chat, tmp_path: Path
+    store: LabelStore, chat: Chat, tmp_path: Path
 ) -> None:
-    add_questions(session, ASKED)
+    store.add_questions(ASKED)
     chat.say = lambda text: "who knows" if "prompt 0" in text else "A"
-    done, _ = run(session, chat, tmp_path)
+    done, _ = run(store, chat, tmp_path)
     assert (done.choices, done.contradictions, done.unclear) == ({"skip": 4}, 3, 1)
     assert (done.first, done.clear) == (6, 6)
-    comments = sorted(label.comment or "" for label in current_labels(session))
+    comments = sorted(label.comment or "" for label in store.current_labels())
     assert comments[0] == "constitution kind; an answer is unclear"
     assert comments[1:] == ["constitution kind; the answer changes with the order of the two responses"] * 3
 
 
-def test_a_run_stops_at_its_budget_and_the_next_goes_on(session: Session, chat: Chat, tmp_path: Path) -> None:
-    add_questions(session, ASKED)
-    done, book = run(session, chat, tmp_path, max_requests=5)
-    assert (book.cost.requests, done.choices, done.left) == (4, {"a": 2}, 2)
-    done, book = run(session, chat, tmp_path, max_tokens=TOKENS)
-    assert (book.cost.requests, done.choices, done.left) == (2, {"a": 1}, 1)
-    done, book = run(session, chat, tmp_path)
-    assert (book.cost.requests, done.left, len(chat.asked)) == (2, 0, 8)
+def test_a_run_stops_at_its_budget_and_the_next_goes_on(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
+    store.add_questions(ASKED)
+    done, cache = run(store, chat, tmp_path, max_requests=5)
+    assert (cache.cost.requests, done.choices, done.left) == (4, {"a": 2}, 2)
+    done, cache = run(store, chat, tmp_path, max_tokens=TOKENS)
+    assert (cache.cost.requests, done.choices, done.left) == (2, {"a": 1}, 1)
+    done, cache = run(store, chat, tmp_path)
+    assert (cache.cost.requests, done.left, len(chat.asked)) == (2, 0, 8)
 
 
-def test_requests_keep_their_pace_and_kept_answers_do_not_wait(session: Session, chat: Chat, tmp_path: Path) -> None:
+def test_requests_keep_their_pace_and_kept_answers_do_not_wait(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
     """A clock that only sleeping moves: 30 a minute are two seconds apart; the first has no one before it."""
     now, waits = 0.0, list[float]()
 
@@ -156,30 +148,29 @@ def test_requests_keep_their_pace_and_kept_answers_do_not_wait(session: Session,
 
     params = JudgeParams(kind="endpoint", model="strong", base_url=chat.url, prompts=1)
 
-    def paced(clock: Callable[[], float]) -> None:
-        book = CountingBook(tmp_path / "answers.jsonl")
-        judge, budget = EndpointJudge(params, book), Budget(1000, 10**6, per_minute=30)
-        label_by_model(session, judge, KIND, cost=book.cost, budget=budget, clock=clock, sleep=sleep)
+    def paced(store: LabelStore, clock: Callable[[], float]) -> None:
+        cache = CountingCache(tmp_path / "answers.jsonl")
+        judge, budget = EndpointJudge(params, cache), Budget(1000, 10**6, per_minute=30)
+        auto_label(store, judge, KIND, cost=cache.cost, budget=budget, clock=clock, sleep=sleep)
 
-    add_questions(session, ASKED[:2])
-    paced(lambda: now)
+    store.add_questions(ASKED[:2])
+    paced(store, lambda: now)
     assert waits == [0.0, 2.0, 2.0, 2.0]
     waits.clear()
-    session.execute(Base.metadata.tables["events"].delete())
-    paced(lambda: now)
+    with closing(memory_store(*ASKED[:2])) as other:
+        paced(other, lambda: now)
     assert waits == [0.0] * 4
 
 
-def test_after_a_failure_only_the_rest_is_asked(session: Session, chat: Chat, tmp_path: Path) -> None:
-    add_questions(session, ASKED)
+def test_after_a_failure_only_the_rest_is_asked(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
+    store.add_questions(ASKED)
     chat.fails_after = 3
     with pytest.raises(SourceError, match="HTTP 500"):
-        run(session, chat, tmp_path)
-    session.rollback()
-    assert len(current_labels(session)) == 1
+        run(store, chat, tmp_path)
+    assert len(store.current_labels()) == 1
     chat.fails_after = None
-    run(session, chat, tmp_path)
-    assert len(current_labels(session)) == 4
+    run(store, chat, tmp_path)
+    assert len(store.current_labels()) == 4
     assert len(chat.asked) == len(set(chat.questions())) == 8
 
 
@@ -187,12 +178,9 @@ def test_after_a_failure_only_the_rest_is_asked(session: Session, chat: Chat, tm
 def test_a_killed_run_goes_on_without_asking_again(chat: Chat, tmp_path: Path) -> None:
     """SIGKILL while the sixth question waits for its answer: five answers are kept, two labels are stored."""
     database = f"sqlite:///{tmp_path / 'labels.db'}"
-    engine = create_engine(database)
-    Base.metadata.create_all(engine)
-    with Session(engine) as session:
-        add_questions(session, ASKED)
-        session.commit()
-    command = [sys.executable, "-m", "tests.unit.labelling.labelling_child", database, chat.url, str(tmp_path)]
+    store = LabelStore(database)
+    store.add_questions(ASKED)
+    command = [sys.executable, "-m", "tests.support.killed_labelling", database, chat.url, str(tmp_path)]
     child = subprocess.Popen(command, cwd=ROOT)
 
     def deadly(question: str) -> str:
@@ -203,14 +191,13 @@ def test_a_killed_run_goes_on_without_asking_again(chat: Chat, tmp_path: Path) -
 
     chat.say = deadly
     assert child.wait() == -signal.SIGKILL
-    with Session(engine) as session:
-        assert len(current_labels(session)) == 2
-        chat.say = longer
-        done, book = run(session, chat, tmp_path)
-        assert len(current_labels(session)) == 4
-    assert (done.choices, book.cost.requests) == ({"a": 2}, 3)
+    assert len(store.current_labels()) == 2
+    chat.say = longer
+    done, cache = run(store, chat, tmp_path)
+    assert len(store.current_labels()) == 4
+    assert (done.choices, cache.cost.requests) == ({"a": 2}, 3)
     assert len(chat.asked) == 9, "only the question that waited was asked a second time"
-    engine.dispose()
+    store.close()
 
 
 def test_a_constitution_is_known_by_its_text(tmp_path: Path) -> None:
@@ -231,6 +218,6 @@ def test_the_shipped_constitutions_are_short_lists_of_principles() -> None:
         assert len(text.split()) < 200
 
 
-def test_a_name_too_long_for_a_labeller_is_an_error(session: Session, chat: Chat, tmp_path: Path) -> None:
+def test_a_name_too_long_for_a_labeller_is_an_error(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="longer than a labeller's name may be"):
-        run(session, chat, tmp_path, model="m" * 60)
+        run(store, chat, tmp_path, model="m" * 60)

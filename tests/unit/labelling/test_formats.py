@@ -1,4 +1,4 @@
-"""Argilla's and Label Studio's formats: what goes out comes back, once, and what is malformed changes nothing."""
+"""Argilla's and Label Studio's formats: what is exported comes back, once; what is malformed changes nothing."""
 
 from __future__ import annotations
 
@@ -6,30 +6,19 @@ import json
 import math
 import re
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, select
-from sqlalchemy.orm import Session
 
 from tasks.core.errors import DataError
-from tasks.labelling.foreign import FORMATS, Format, Imported, read, store, text_of
-from tasks.labelling.label_studio import CONFIG
-from tasks.labelling.labels import (
-    Label,
-    Question,
-    add_label,
-    add_questions,
-    current_labels,
-    mirrored,
-    pseudonym,
-    pseudonyms,
-    questions,
-)
-from tasks.labelling.tables import Base, Event, Labeller
-from tests.unit.labelling.made import pair
+from tasks.labelling.formats import FORMATS, Format, dump, load
+from tasks.labelling.formats.label_studio import CONFIG
+from tasks.labelling.labels import Label, Question, flip, pseudonym, pseudonyms
+from tasks.labelling.store import ImportResult, LabelStore
+from tests.support.labels import memory_store, pair, token
 
 KINDS: tuple[Format, ...] = ("argilla", "label-studio")
 ASKED = [pair(1, labels_wanted=3), pair(2, gold="tie"), replace(pair(3, priority=0.25), reason="disagreement")]
@@ -44,106 +33,109 @@ LABELS = [
 
 
 def ordered(labels: list[Label]) -> list[Label]:
-    return sorted(labels, key=lambda label: (label.item, label.labeller))
+    return sorted(labels, key=lambda label: (label.question_id, label.labeller))
 
 
-def fill(session: Session, labels: list[Label]) -> None:
-    add_questions(session, ASKED)
-    for label in labels:
-        add_label(session, label)
+def fill(store: LabelStore) -> None:
+    store.add_questions(ASKED)
+    for label in LABELS:
+        store.save_label(label)
 
 
 def exported(folder: Path, kind: Format, names: dict[str, str], labels: list[Label] = LABELS) -> Path:
     path = folder / "labels.json"
-    path.write_text(text_of(ASKED, labels, names, kind), encoding="utf-8")
+    path.write_text(dump(ASKED, labels, names, kind), encoding="utf-8")
     return path
 
 
-def fresh() -> Session:
-    engine = create_engine("sqlite://")
-    Base.metadata.create_all(engine)
-    return Session(engine)
+@pytest.fixture
+def other() -> Iterator[LabelStore]:
+    """Another empty store."""
+    store = memory_store()
+    yield store
+    store.close()
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, session: Session, kind: Format) -> None:
-    found = read(exported(tmp_path, kind, {label.labeller: label.labeller for label in LABELS}), kind)
-    assert store(session, found) == Imported(3, 3, 6, 6)
-    assert ordered(current_labels(session)) == ordered(LABELS)
-    assert {item.id: item for item in questions(session)} == {item.id: item for item in ASKED}
-    assert store(session, found) == Imported(3, 0, 6, 0)
+def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, store: LabelStore, kind: Format) -> None:
+    found = load(exported(tmp_path, kind, {label.labeller: label.labeller for label in LABELS}), kind)
+    assert store.import_records(found) == ImportResult(3, 3, 6, 6)
+    assert ordered(store.current_labels()) == ordered(LABELS)
+    assert {item.id: item for item in store.questions()} == {item.id: item for item in ASKED}
+    assert store.import_records(found) == ImportResult(3, 0, 6, 0)
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_pseudonyms_find_their_person_where_the_person_is_known(tmp_path: Path, session: Session, kind: Format) -> None:
+def test_pseudonyms_find_their_person_where_the_person_is_known(
+    tmp_path: Path, store: LabelStore, other: LabelStore, kind: Format
+) -> None:
     path = exported(tmp_path, kind, pseudonyms(LABELS))
     assert not re.search(r"\bann\b", path.read_text())
-    fill(session, LABELS)
-    assert store(session, read(path, kind)).new_labels == 0, "labels of this very database came twice"
-    with fresh() as other:
-        other.add(Labeller(name="ann"))
-        store(other, read(path, kind))
-        assert {label.labeller for label in current_labels(other)} == {"ann", pseudonym("bob"), "model:m-1"}
+    fill(store)
+    assert store.import_records(load(path, kind)).new_labels == 0, "labels of this very database came twice"
+    other.add_labeller("ann")
+    other.import_records(load(path, kind))
+    assert {label.labeller for label in other.current_labels()} == {"ann", pseudonym("bob"), "model:m-1"}
 
 
-def moved(kind: Format, folder: Path, source: Session, target: Session) -> Imported:
+def moved(kind: Format, folder: Path, source: LabelStore, target: LabelStore) -> ImportResult:
     """All that one database holds, by way of a file, to another."""
-    labels, path = current_labels(source), folder / "moved.json"
-    path.write_text(text_of(questions(source), labels, pseudonyms(labels), kind), encoding="utf-8")
-    return store(target, read(path, kind))
+    labels, path = source.current_labels(), folder / "moved.json"
+    path.write_text(dump(source.questions(), labels, pseudonyms(labels), kind), encoding="utf-8")
+    return target.import_records(load(path, kind))
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_there_and_back_again_nobody_votes_twice(tmp_path: Path, session: Session, kind: Format) -> None:
-    fill(session, LABELS)
-    with fresh() as other:
-        assert moved(kind, tmp_path, session, other).new_labels == 6
-        assert moved(kind, tmp_path, other, session).new_labels == 0
-        assert moved(kind, tmp_path, session, other).new_labels == 0
-    assert {label.labeller for label in current_labels(session)} == {"ann", "bob", "model:m-1"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_who_joins_under_their_name_later_does_not_get_a_second_vote(
-    tmp_path: Path, session: Session, kind: Format
+def test_there_and_back_again_nobody_votes_twice(
+    tmp_path: Path, store: LabelStore, other: LabelStore, kind: Format
 ) -> None:
-    fill(session, LABELS)
-    with fresh() as other:
-        moved(kind, tmp_path, session, other)
-        other.add(Labeller(name="ann"))
-        assert moved(kind, tmp_path, session, other).new_labels == 0
+    fill(store)
+    assert moved(kind, tmp_path, store, other).new_labels == 6
+    assert moved(kind, tmp_path, other, store).new_labels == 0
+    assert moved(kind, tmp_path, store, other).new_labels == 0
+    assert {label.labeller for label in store.current_labels()} == {"ann", "bob", "model:m-1"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_an_older_file_does_not_bring_old_opinions_back(tmp_path: Path, session: Session, kind: Format) -> None:
-    fill(session, LABELS)
-    with fresh() as other:
-        moved(kind, tmp_path, session, other)
-        changed, undone = (label for label in current_labels(session) if label.labeller == "ann")
-        add_label(session, replace(changed, choice="tie", strength=None))
-        last = session.scalars(select(Event).where(Event.item_id == undone.item, Event.labeller == "ann")).one()
-        session.add(Event(token="undo", item_id=undone.item, labeller="ann", after=last.id, kind="undo"))
-        now = current_labels(session)
-        assert moved(kind, tmp_path, other, session) == Imported(3, 0, 6, 0)
-        assert current_labels(session) == now
+def test_a_labeller_who_joins_by_name_later_does_not_get_a_second_vote(
+    tmp_path: Path, store: LabelStore, other: LabelStore, kind: Format
+) -> None:
+    fill(store)
+    moved(kind, tmp_path, store, other)
+    other.add_labeller("ann")
+    assert moved(kind, tmp_path, store, other).new_labels == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_older_file_does_not_bring_old_opinions_back(
+    tmp_path: Path, store: LabelStore, other: LabelStore, kind: Format
+) -> None:
+    fill(store)
+    moved(kind, tmp_path, store, other)
+    changed, undone = (label for label in store.current_labels() if label.labeller == "ann")
+    store.save_label(replace(changed, choice="tie", strength=None))
+    store.undo("ann", token=token(), event_id=undone.event_id)
+    now = store.current_labels()
+    assert moved(kind, tmp_path, other, store) == ImportResult(3, 0, 6, 0)
+    assert store.current_labels() == now
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pair_that_is_known_the_other_way_round_keeps_its_meaning(
-    tmp_path: Path, session: Session, kind: Format
+    tmp_path: Path, store: LabelStore, kind: Format
 ) -> None:
     item = pair(1)
     turned = replace(item, response_a=item.response_b, response_b=item.response_a)
     assert turned.id == item.id
-    add_questions(session, [turned])
-    store(session, read(exported(tmp_path, kind, {"ann": "ann"}, LABELS[:1]), kind))
-    assert current_labels(session) == [mirrored(LABELS[0])]
+    store.add_questions([turned])
+    store.import_records(load(exported(tmp_path, kind, {"ann": "ann"}, LABELS[:1]), kind))
+    assert store.current_labels() == [flip(LABELS[0])]
 
 
-def test_label_studio_keeps_the_time_that_a_label_took(tmp_path: Path, session: Session) -> None:
+def test_label_studio_keeps_the_time_that_a_label_took(tmp_path: Path, store: LabelStore) -> None:
     label = replace(LABELS[0], seconds=12.5)
-    store(session, read(exported(tmp_path, "label-studio", {"ann": "ann"}, [label]), "label-studio"))
-    assert current_labels(session) == [label]
+    store.import_records(load(exported(tmp_path, "label-studio", {"ann": "ann"}, [label]), "label-studio"))
+    assert store.current_labels() == [label]
 
 
 def task(**values: Any) -> dict[str, Any]:
@@ -167,16 +159,16 @@ def record(*responses: dict[str, Any]) -> dict[str, Any]:
 USER = "00000000-0000-4000-8000-000000000001"
 
 
-def test_foreign_labellers_get_a_name_that_says_whence(tmp_path: Path, session: Session) -> None:
+def test_other_programs_labellers_get_a_name_with_its_origin(tmp_path: Path, store: LabelStore) -> None:
     path = tmp_path / "theirs.json"
     path.write_text(json.dumps([task()]))
-    store(session, read(path, "label-studio"))
+    store.import_records(load(path, "label-studio"))
     path.write_text(json.dumps([record({"value": "b", "user_id": USER})]))
-    store(session, read(path, "argilla"))
-    assert [(label.labeller, label.choice) for label in current_labels(session)] == [
+    store.import_records(load(path, "argilla"))
+    assert [(label.labeller, label.choice) for label in store.current_labels()] == [
         (f"argilla:{USER}", "b"), ("label-studio:3", "b"),
     ]  # fmt: skip
-    assert len(questions(session)) == 1, "the same texts are the same question"
+    assert len(store.questions()) == 1, "the same texts are the same question"
     annotation = FORMATS["label-studio"][0](pair(1), [Label(pair(1).id, "label-studio:3", "b")])["annotations"][0]
     assert annotation["completed_by"] == 3
     response = FORMATS["argilla"][0](pair(1), [Label(pair(1).id, f"argilla:{USER}", "b")])["responses"]["preference"][0]
@@ -188,7 +180,7 @@ def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> No
     path = tmp_path / "theirs.jsonl"
     responses = [{"value": "a", "user_id": USER, "status": "draft"}, {"value": None, "user_id": other}]
     path.write_text(json.dumps(record(*responses)) + "\n")
-    ((_, labels),) = read(path, "argilla")
+    ((_, labels),) = load(path, "argilla")
     assert [(label.labeller, label.choice) for label in labels] == [(f"argilla:{other}", "skip")]
 
 
@@ -218,7 +210,7 @@ FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", RATED, "rating_a: a number expected, got 'inf'"),
     ("argilla", record() | {"fields": record()["fields"] | {"prompt": "\0"}}, "prompt: holds a NUL character"),
     ("argilla", record() | {"metadata": {"policy_b": "x" * 65}}, "policy_b: 65 characters, at most 64 are kept"),
-    ("argilla", record() | {"metadata": {"ours": "0"}}, "its id does not fit its texts"),
+    ("argilla", record() | {"metadata": {"question_id": "0"}}, "its id does not fit its texts"),
     ("label-studio", task() | {"data": {"prompt": "p", "answer1": "x", "answer2": ""}}, "a response is empty"),
     ("label-studio", task(completed_by=None), "completed_by: a number or an object"),
     ("label-studio", task(result=[]), "result: either a side or one of tie and both_bad expected"),
@@ -237,7 +229,7 @@ def test_a_malformed_record_is_reported_with_its_line_and_nothing_is_read(
     records = [json.dumps(item) for item in (GOOD[kind], bad)]
     path.write_text("\n\n".join(records) if lines else "[" + ",\n\n".join(records) + "]")
     with pytest.raises(DataError, match=r"1 of 2 records are malformed; nothing was imported:") as caught:
-        read(path, kind)
+        load(path, kind)
     assert "theirs.json:3: " in str(caught.value)
     assert reason in str(caught.value)
 
@@ -248,74 +240,74 @@ def test_a_file_that_was_cut_is_no_file(tmp_path: Path, kind: Format, cut: str, 
     path = tmp_path / "theirs.json"
     path.write_text(cut)
     with pytest.raises(DataError, match="nothing was imported") as caught:
-        read(path, kind)
+        load(path, kind)
     assert reason in str(caught.value)
     with pytest.raises(DataError, match="does not exist"):
-        read(tmp_path / "none.json", kind)
+        load(tmp_path / "none.json", kind)
 
 
 def test_a_test_question_may_have_an_empty_response(tmp_path: Path) -> None:
     path = tmp_path / "theirs.json"
     data = {"prompt": "p", "answer1": "x", "answer2": "", "gold": "a"}
     path.write_text(json.dumps([task() | {"data": data}]))
-    assert read(path, "label-studio")[0][0].gold == "a"
+    assert load(path, "label-studio")[0][0].gold == "a"
 
 
-def test_a_question_that_is_known_keeps_what_it_had_and_that_is_counted(tmp_path: Path, session: Session) -> None:
+def test_a_question_that_is_known_keeps_what_it_had_and_that_is_counted(tmp_path: Path, store: LabelStore) -> None:
     """The second is stored the other way round, where the known answer a means b; the third is as it was."""
     stored = [pair(1), pair(2, gold="b"), pair(3)]
     turned = replace(stored[1], response_a=stored[1].response_b, response_b=stored[1].response_a)
-    add_questions(session, [stored[0], turned, stored[2]])
+    store.add_questions([stored[0], turned, stored[2]])
     path = tmp_path / "questions.json"
     for other, kept in (([pair(1, gold="a"), pair(2, gold="a"), pair(3)], 1), ([pair(1, labels_wanted=2), pair(2)], 2)):
-        path.write_text(text_of(other, [], {}, "argilla"))
-        assert store(session, read(path, "argilla")) == Imported(len(other), 0, 0, 0, kept)
-    assert {item.id: item for item in questions(session)} == {item.id: item for item in (pair(1), turned, pair(3))}
+        path.write_text(dump(other, [], {}, "argilla"))
+        assert store.import_records(load(path, "argilla")) == ImportResult(len(other), 0, 0, 0, kept)
+    assert {item.id: item for item in store.questions()} == {item.id: item for item in (pair(1), turned, pair(3))}
 
 
 def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
     path = tmp_path / "theirs.jsonl"
     odd = record() | {"fields": {"prompt": "p\u2029q", "response_a": "x\u2028y", "response_b": "z\x85"}}
     path.write_text("\r\n".join(json.dumps(line, ensure_ascii=False) for line in (odd, record())))
-    assert [question.prompt for question, _ in read(path, "argilla")] == ["p\u2029q", "p"]
+    assert [question.prompt for question, _ in load(path, "argilla")] == ["p\u2029q", "p"]
 
 
 def test_responses_without_a_status_are_a_warning(tmp_path: Path) -> None:
     """As Argilla's own writer leaves them, be they drafts or not."""
-    path, said = tmp_path / "theirs.json", list[str]()
+    path, warnings = tmp_path / "theirs.json", list[str]()
     path.write_text(json.dumps([record({"value": "a", "user_id": USER, "status": "submitted"})]))
-    read(path, "argilla", warn=said.append)
-    assert said == []
+    load(path, "argilla", warn=warnings.append)
+    assert warnings == []
     path.write_text(json.dumps([record({"value": "a", "user_id": USER}), record()]))
-    read(path, "argilla", warn=said.append)
-    (warning,) = said
+    load(path, "argilla", warn=warnings.append)
+    (warning,) = warnings
     assert warning.startswith("1 of 2 records have responses without a status: drafts and discarded answers cannot be")
 
 
-def test_label_studio_is_told_of_people_it_can_know_and_gives_all_names_back() -> None:
+def test_label_studio_names_only_people_it_can_know_and_gives_all_names_back() -> None:
     names = ["ann", "ann@here.org", "label-studio:7", f"argilla:{USER}", "a/b"]
     labels = [Label(pair(1).id, name, "skip") for name in names]
-    write, parse = FORMATS["label-studio"]
-    written = write(pair(1), labels)
+    to_record, from_record = FORMATS["label-studio"]
+    written = to_record(pair(1), labels)
     known = [annotation.get("completed_by") for annotation in written["annotations"]]
     assert known == [None, {"email": "ann@here.org"}, 7, None, None], "it refuses an e-mail address it does not know"
     for annotation in written["annotations"]:
         annotation["completed_by"] = 1  # whoever uploaded the file
-    assert parse(written)[1] == labels
+    assert from_record(written)[1] == labels
 
 
 def test_an_annotation_that_began_as_a_prediction_is_a_persons() -> None:
-    write, parse = FORMATS["label-studio"]
-    written = write(pair(1), [Label(pair(1).id, "model:m", "a")])
+    to_record, from_record = FORMATS["label-studio"]
+    written = to_record(pair(1), [Label(pair(1).id, "model:m", "a")])
     written["annotations"] = [{"completed_by": 4, "result": written["predictions"][0]["result"]}]
-    assert [label.labeller for label in parse(written)[1]] == ["label-studio:4", "model:m"]
+    assert [label.labeller for label in from_record(written)[1]] == ["label-studio:4", "model:m"]
 
 
 def test_each_name_in_a_task_is_one_of_the_interface() -> None:
     root = ElementTree.fromstring(CONFIG)
     names = {element.get("name"): element for element in root.iter() if element.get("name")}
-    write, _ = FORMATS["label-studio"]
-    written = write(ASKED[0], [replace(LABELS[0], labeller="ann"), replace(LABELS[4], labeller="bob")])
+    to_record, _ = FORMATS["label-studio"]
+    written = to_record(ASKED[0], [replace(LABELS[0], labeller="ann"), replace(LABELS[4], labeller="bob")])
     for annotation in written["annotations"]:
         for part in annotation["result"]:
             control = names[part["from_name"]]

@@ -18,18 +18,23 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
 
-from sqlalchemy import or_, select
-from sqlalchemy.orm import Session
-
 from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError
 from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
 from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
-from tasks.labelling.labels import LONGEST_NAME, Label, Question, add_label, questions
-from tasks.labelling.queries import MODEL
-from tasks.labelling.tables import Event
+from tasks.labelling.labels import MAX_NAME_LENGTH, MODEL_PREFIX, Label, Question
+from tasks.labelling.store import LabelStore
 
-__all__ = ["Budget", "Constitution", "Cost", "CountingBook", "Labelled", "combined", "judge_of", "label_by_model"]
+__all__ = [
+    "AutoLabelResult",
+    "Budget",
+    "Constitution",
+    "Cost",
+    "CountingCache",
+    "auto_label",
+    "combine_orders",
+    "load_counting_judge",
+]
 
 CONTRADICTION = "the answer changes with the order of the two responses"
 UNCLEAR = "an answer is unclear"
@@ -37,7 +42,7 @@ UNCLEAR = "an answer is unclear"
 
 @dataclass(frozen=True)
 class Constitution:
-    """What makes a response the better one, as a text; `digest` says which text it was."""
+    """A text that says what makes a response better, and its digest."""
 
     text: str
     digest: str
@@ -57,89 +62,89 @@ class Constitution:
 
 @dataclass
 class Cost:
-    """What was asked anew, by a server's own count of tokens; answers that were kept cost nothing."""
+    """New requests, and their tokens by the server's own count; cached answers cost nothing."""
 
     requests: int = 0
     tokens: int = 0
 
 
 class CountingJudge:
-    """A judge in this process, each of whose answers is a request; `judge_id` holds the digest of its weights, too."""
+    """A judge in this process whose every answer counts as a request; `who` holds the digest of its weights."""
 
     def __init__(self, judge: PairJudge, cost: Cost, digest: str) -> None:
         self.judge_id = {**judge.judge_id, "digest": digest}
         self._judge, self._cost = judge, cost
 
     def judge(self, questions: Sequence[str]) -> list[Reply]:
-        """As the judge, and count it."""
+        """Ask the judge, and count the cost."""
         replies = self._judge.judge(questions)
         self._cost.requests += len(replies)
         self._cost.tokens += sum(reply.tokens for reply in replies)
         return replies
 
 
-class CountingBook(JudgeCache):
-    """An answer book that knows what this run added to it."""
+class CountingCache(JudgeCache):
+    """A judge's cache that counts what this run added to it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.cost = Cost()
 
-    def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
-        """As ever, and count it."""
-        super().add(key, judge_id, reply)
+    def add(self, key: str, who: Mapping[str, str], reply: Reply) -> None:
+        """Add the reply, and count its cost."""
+        super().add(key, who, reply)
         self.cost.requests += 1
         self.cost.tokens += reply.tokens
 
 
 @dataclass(frozen=True)
 class Budget:
-    """Where a run stops before its next pair; `per_minute` spreads requests out."""
+    """Limits at which a run stops before its next pair; `per_minute` spreads requests out."""
 
     max_requests: int
     max_tokens: int
     per_minute: float | None = None
 
     def spent(self, cost: Cost) -> bool:
-        """Whether two more questions could be too many."""
+        """Return whether two more questions could be too many."""
         return cost.requests + 2 > self.max_requests or cost.tokens >= self.max_tokens
 
 
 @dataclass
-class Labelled:
-    """What a run did: labels stored, by choice and why there is none, and pairs that it left for the next run."""
+class AutoLabelResult:
+    """Labels of a run by choice, why skips are skips, and how many pairs are left for the next run."""
 
     choices: Counter[str] = field(default_factory=Counter)
     contradictions: int = 0
     unclear: int = 0
     first: int = 0
-    """Of the clear answers, how many chose the response that was shown first."""
+    """Clear answers that chose the response shown first."""
     clear: int = 0
     left: int = 0
 
 
-def combined(one: Choice, other: Choice) -> tuple[str, str | None]:
-    """Choice and, where it is a skip, the reason, of the answers with a shown first and with b shown first."""
+def combine_orders(one: Choice, other: Choice) -> tuple[str, str | None]:
+    """Return the choice and, for a skip, its reason, from the answers with a shown first and with b shown first."""
     if "unclear" in (one, other):
         return "skip", UNCLEAR
     first, second = {"A": "a", "B": "b"}.get(one, "tie"), {"A": "b", "B": "a"}.get(other, "tie")
     return (first, None) if first == second else ("skip", CONTRADICTION)
 
 
-def judge_of(params: JudgeParams, book: CountingBook, artifacts: Path) -> PairJudge:
-    """The judge that params name, whose requests the book counts; the local one is the base model among the artifacts.
+def load_counting_judge(params: JudgeParams, cache: CountingCache, artifacts: Path) -> PairJudge:
+    """Load a judge whose requests the cache counts; the local one is the base model among the artifacts.
 
     Raises:
         ModelError: the base model's folder is incomplete.
     """
     if params.kind == "local":
         base_model = artifacts / "base_model"
-        return CountingJudge(LocalJudge(base_model, batch_size=1), book.cost, _digest(base_model / "model"))
-    return EndpointJudge(params, book)
+        return CountingJudge(LocalJudge(base_model, batch_size=1), cache.cost, _digest(base_model / "model"))
+    return EndpointJudge(params, cache)
 
 
-def label_by_model(
-    session: Session,
+def auto_label(
+    store: LabelStore,
     judge: PairJudge,
     constitution: Constitution,
     *,
@@ -147,55 +152,55 @@ def label_by_model(
     budget: Budget,
     clock: Callable[[], float] = time.monotonic,
     sleep: Callable[[float], None] = time.sleep,
-) -> Labelled:
+) -> AutoLabelResult:
     """Label every question that this model has not labelled by this constitution; each label is stored before the next.
 
-    Its labels say by which constitution they are, and those of the base model by which weights (see `_basis`), so that
-    labels that were imported count, too. A run that was killed goes on where it was: labels are in the database,
-    answers in the judge's book.
+    Its labels name the constitution, and those of the base model its weights (see `_label_source`), so that labels that
+    were imported count, too. A run that was killed goes on where it was: labels are in the database, answers in the
+    judge's cache.
 
     Args:
-        cost: what the judge or its book counts, see `judge_of`.
+        cost: what the judge or its cache counts, see `load_counting_judge`.
 
     Raises:
         ConfigError: the model's name is too long for a labeller.
         SourceError: the server is not there, or refuses; what was labelled is kept.
     """
-    labeller = MODEL + judge.judge_id["model"]
-    if len(labeller) > LONGEST_NAME:
+    labeller = MODEL_PREFIX + judge.judge_id["model"]
+    if len(labeller) > MAX_NAME_LENGTH:
         raise ConfigError(
-            f"{labeller!r} is longer than a labeller's name may be ({LONGEST_NAME}): serve it under another"
+            f"{labeller!r} is longer than a labeller's name may be ({MAX_NAME_LENGTH}): serve it under another"
         )
-    basis = _basis(judge, constitution)
-    done = _labelled_before(session, labeller, basis)
-    waiting = [item for item in questions(session) if item.id not in done]
-    session.commit()  # people may write while the model thinks
-    ask, result = _paced(judge, budget.per_minute, cost, clock, sleep), Labelled()
+    source = _label_source(judge, constitution)
+    labelled = _already_labelled(store, labeller, source)
+    waiting = [item for item in store.questions() if item.id not in labelled]
+    ask, result = _rate_limited(judge, budget.per_minute, cost, clock, sleep), AutoLabelResult()
     for number, item in enumerate(waiting):
         if budget.spent(cost):
             result.left = len(waiting) - number
             break
-        choice, reason = _asked(item, ask, constitution, result)
-        comment = "; ".join([basis, *([reason] if reason else [])])
-        add_label(session, Label(item.id, labeller, choice, comment=comment), _token(labeller, item, basis))
-        session.commit()
+        choice, reason = _judge_both_orders(item, ask, constitution, result)
+        label = Label(item.id, labeller, choice, comment="; ".join(filter(None, [source, reason])))
+        token = str(uuid5(NAMESPACE_URL, f"{labeller} {item.id} {source}"))  # two runs at once store a label once
+        store.save_label(label, token=token)
     return result
 
 
-def _basis(judge: PairJudge, constitution: Constitution) -> str:
-    """How the comments of labels begin: what the label depends on besides the model's name."""
+def _label_source(judge: PairJudge, constitution: Constitution) -> str:
+    """Return how the comments of labels begin: what the label depends on besides the model's name."""
     digest = judge.judge_id.get("digest")
     return f"constitution {constitution.digest}" + (f", weights {digest}" if digest else "")
 
 
-def _labelled_before(session: Session, labeller: str, basis: str) -> set[str]:
-    """The questions that have a label on this basis, also if another one came after it."""
-    so = or_(Event.comment == basis, Event.comment.startswith(f"{basis};", autoescape=True))
-    return set(session.scalars(select(Event.item_id).where(Event.labeller == labeller, so)))
+def _already_labelled(store: LabelStore, labeller: str, source: str) -> set[str]:
+    """Return the questions that have a label of this source, also if another one came after it."""
+    return {
+        label.question_id for label in store.recorded_labels(labeller) if (label.comment or "").split(";")[0] == source
+    }
 
 
 def _digest(folder: Path) -> str:
-    """Of the names and contents of all files in a model's folder."""
+    """Hash the names and contents of all files in a model's folder."""
     digest = hashlib.sha256()
     for path in sorted(path for path in folder.rglob("*") if path.is_file()):
         with path.open("rb") as file:
@@ -204,14 +209,14 @@ def _digest(folder: Path) -> str:
     return digest.hexdigest()[:12]
 
 
-def _asked(
-    item: Question, ask: Callable[[str], Reply], constitution: Constitution, result: Labelled
+def _judge_both_orders(
+    item: Question, ask: Callable[[str], Reply], constitution: Constitution, result: AutoLabelResult
 ) -> tuple[str, str | None]:
-    """Choice and, where it is a skip, the reason; counted in the result."""
+    """Return the choice and, for a skip, its reason; both are counted in the result."""
     sides = (item.response_a, item.response_b)
     orders = (format_question(constitution.text, item.prompt, *shown) for shown in (sides, sides[::-1]))
     verdicts = [parse_verdict(ask(text).text) for text in orders]
-    choice, reason = combined(*verdicts)
+    choice, reason = combine_orders(*verdicts)
     result.choices[choice] += 1
     result.contradictions += reason == CONTRADICTION
     result.unclear += reason == UNCLEAR
@@ -220,15 +225,10 @@ def _asked(
     return choice, reason
 
 
-def _token(labeller: str, item: Question, basis: str) -> str:
-    """Two runs at once store a label once."""
-    return str(uuid5(NAMESPACE_URL, f"{labeller} {item.id} {basis}"))
-
-
-def _paced(
+def _rate_limited(
     judge: PairJudge, per_minute: float | None, cost: Cost, clock: Callable[[], float], sleep: Callable[[float], None]
 ) -> Callable[[str], Reply]:
-    """Ask one question, in turn after the last request; an answer that was kept does not count as one."""
+    """Return a function that asks one question when the last request is old enough; cached answers do not wait."""
     free = clock()
 
     def ask(text: str) -> Reply:

@@ -1,0 +1,140 @@
+"""Which question a labeller is asked next, and which questions are on whose screens."""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Select, and_, func, select
+
+from tasks.labelling import database as db
+from tasks.labelling.labels import MODEL_PREFIX, Question
+
+__all__ = ["Leases", "Progress", "choose_question", "needs_labels", "progress"]
+
+GOLD_SHARE = 0.1
+"""At least so many of the questions that a labeller is shown are gold, until they have seen all gold ones."""
+
+
+@dataclass(frozen=True)
+class Progress:
+    """Of one labeller: current labels, questions still open for them, and of these those on others' screens now."""
+
+    done: int
+    left: int
+    leased_to_others: int
+
+
+class Leases:
+    """Which question is on which labeller's screen, one at most each; `lock` guards check-then-acquire."""
+
+    def __init__(self, seconds: float) -> None:
+        self.lock = threading.RLock()
+        self._seconds = seconds
+        self._held: dict[str, tuple[str, float]] = {}
+
+    def acquire(self, labeller: str, question_id: str) -> None:
+        """Put the question on the labeller's screen, in place of what is there."""
+        with self.lock:
+            self._held[labeller] = (question_id, time.monotonic() + self._seconds)
+
+    def release(self, labeller: str, question_id: str) -> None:
+        """Take the question from the labeller's screen, if it is the one there."""
+        with self.lock:
+            if self._held.get(labeller, ("",))[0] == question_id:
+                del self._held[labeller]
+
+    def held_by(self, labeller: str) -> str | None:
+        """Return the question on the labeller's screen."""
+        return self._current().get(labeller)
+
+    def held_by_others(self, labeller: str) -> Counter[str]:
+        """Count on how many other screens each question is."""
+        return Counter(question for name, question in self._current().items() if name != labeller)
+
+    def _current(self) -> dict[str, str]:
+        with self.lock:
+            now = time.monotonic()
+            self._held = {name: lease for name, lease in self._held.items() if lease[1] > now}
+            return {name: question for name, (question, _) in self._held.items()}
+
+
+def choose_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:
+    """Return the question on the labeller's screen, else an open one by priority, with gold mixed in.
+
+    Gold comes at random places, the same ones if asked again: they depend on the labeller's events alone.
+    """
+    if leased := _leased_question(connection, leases, labeller):
+        return leased
+    rng = random.Random(
+        f"{labeller}\0{db.count_rows(connection, select(db.EVENT.event_id).where(db.EVENT.labeller == labeller))}"
+    )
+    gold = [db.to_question(row) for row in connection.execute(_gold_for(labeller))]
+    ordinary = _first_available(connection, leases, labeller)
+    if not gold or not ordinary:
+        return rng.choice(gold) if gold else ordinary
+    left = db.count_rows(connection, _open_for(labeller))
+    share = max(len(gold) / (len(gold) + left), GOLD_SHARE)
+    return rng.choice(gold) if rng.random() < share else ordinary
+
+
+def progress(connection: Connection, leases: Leases, labeller: str) -> Progress:
+    """Return how far the labeller is."""
+    done = db.count_rows(connection, select(db.EVENT.event_id).where(db.IS_CURRENT, db.EVENT.labeller == labeller))
+    left = sum(db.count_rows(connection, statement(labeller)) for statement in (_open_for, _gold_for))
+    others = leases.held_by_others(labeller)
+    leased = connection.execute(_open_for(labeller).where(db.QUESTION.id.in_(others)))
+    return Progress(done, left, sum(row.labels + others[row.id] >= row.labels_wanted for row in leased))
+
+
+def needs_labels() -> Select[Any]:
+    """Select questions that need labels, gold left out, with the number they have, in the order shown.
+
+    Labels are counted once, in a subquery that is joined: that is as fast with twenty thousand questions as with two
+    hundred, also where the database has no statistics of its tables yet.
+    """
+    counts = and_(
+        db.IS_CURRENT, db.EVENT.choice != "skip", ~db.EVENT.labeller.startswith(MODEL_PREFIX, autoescape=True)
+    )
+    have = (
+        select(db.EVENT.question_id, func.count().label("labels"))
+        .where(counts)
+        .group_by(db.EVENT.question_id)
+        .subquery()
+    )
+    number = func.coalesce(have.c.labels, 0)
+    questions = select(db.questions, number.label("labels")).outerjoin(have, have.c.question_id == db.QUESTION.id)
+    return db.in_order(questions.where(db.QUESTION.gold.is_(None), number < db.QUESTION.labels_wanted))
+
+
+def _open_for(labeller: str) -> Select[Any]:
+    return needs_labels().where(_unanswered(labeller))
+
+
+def _gold_for(labeller: str) -> Select[Any]:
+    return select(db.questions).where(db.QUESTION.gold.is_not(None), _unanswered(labeller)).order_by(db.QUESTION.id)
+
+
+def _unanswered(labeller: str) -> ColumnElement[bool]:
+    return db.QUESTION.id.not_in(select(db.EVENT.question_id).where(db.IS_CURRENT, db.EVENT.labeller == labeller))
+
+
+def _leased_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:
+    leased = leases.held_by(labeller)
+    if leased is None:
+        return None
+    last = db.find_event(connection, question_id=leased, labeller=labeller)
+    row = connection.execute(select(db.questions).where(db.QUESTION.id == leased)).first()
+    return db.to_question(row) if row and (last is None or last.kind != "label") else None
+
+
+def _first_available(connection: Connection, leases: Leases, labeller: str) -> Question | None:
+    others = leases.held_by_others(labeller)
+    # Each screen takes one place of one question, so of one row more than there are screens one is free.
+    rows = connection.execute(_open_for(labeller).limit(others.total() + 1))
+    free = (row for row in rows if row.labels + others[row.id] < row.labels_wanted)
+    return next((db.to_question(row) for row in free), None)

@@ -1,0 +1,125 @@
+"""Questions and labels in the file formats of Argilla 2 and Label Studio, both ways.
+
+Each format is a pair of functions, `to_record` and `from_record`. A file is read as a whole before anything is kept,
+and each error is reported with its line.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, Literal, TypeAlias
+
+from tasks.core.errors import DataError
+from tasks.labelling.formats import argilla, label_studio
+from tasks.labelling.labels import Label, Question, label_error, question_error, question_id
+
+__all__ = ["FORMATS", "Format", "Record", "dump", "load"]
+
+Format: TypeAlias = Literal["argilla", "label-studio"]
+
+Record: TypeAlias = tuple[Question, list[Label]]
+
+FORMATS: Mapping[str, tuple[Callable[[Question, Sequence[Label]], dict[str, Any]], Callable[[Any], Record]]] = {
+    "argilla": (argilla.to_record, argilla.from_record),
+    "label-studio": (label_studio.to_record, label_studio.from_record),
+}
+"""Format → (a question and its labels → a record; a record → a question and its labels, or ValueError)."""
+
+MAX_LISTED_ERRORS = 5
+
+NO_STATUS = "drafts and discarded answers cannot be distinguished from submitted ones; export submitted responses only"
+
+
+def dump(questions: Sequence[Question], labels: Sequence[Label], names: Mapping[str, str], kind: Format) -> str:
+    """Return the file's text: a JSON list, a record a line.
+
+    Args:
+        names: labeller → the name that stands in the file.
+    """
+    by_question: dict[str, list[Label]] = {}
+    for label in labels:
+        by_question.setdefault(label.question_id, []).append(replace(label, labeller=names[label.labeller]))
+    to_record, _ = FORMATS[kind]
+    in_order = sorted(questions, key=lambda question: question.id)
+    records = (to_record(question, by_question.get(question.id, [])) for question in in_order)
+    return "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n"
+
+
+def load(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: None) -> list[Record]:
+    """Read the questions and labels in a file: a JSON list, or an object a line.
+
+    Args:
+        warn: called with what the file leaves open.
+
+    Raises:
+        DataError: the file is missing, or something in it is no record; with every line and reason, up to five.
+    """
+    if not path.is_file():
+        raise DataError(f"{path} does not exist: give the file that {kind} exported")
+    _, from_record = FORMATS[kind]
+    loaded: list[Record] = []
+    errors: list[str] = []
+    without_status = 0
+    for line, record in _records(path.read_text(encoding="utf-8-sig")):
+        try:
+            if isinstance(record, ValueError):
+                raise record
+            loaded.append(_validate_record(*from_record(record)))
+            without_status += kind == "argilla" and argilla.without_status(record)
+        except ValueError as error:
+            errors.append(f"  {path}:{line}: {error}")
+    if errors:
+        count, listed = len(loaded) + len(errors), "\n".join(errors[:MAX_LISTED_ERRORS])
+        raise DataError(f"{len(errors)} of {count} records are malformed; nothing was imported:\n{listed}")
+    if without_status:
+        warn(f"{without_status} of {len(loaded)} records have responses without a status: {NO_STATUS}")
+    return loaded
+
+
+def _records(text: str) -> Iterator[tuple[int, Any]]:
+    """Yield (line, record), a ValueError in place of one that is no JSON; nothing is read after it in a list."""
+    if not text.lstrip().startswith("["):
+        lines = enumerate(text.split("\n"), start=1)  # a text may hold other line ends, as U+2028
+        yield from ((number, _json(content)) for number, content in lines if content.strip())
+        return
+    decoder, place = json.JSONDecoder(), text.index("[") + 1
+    while (place := _skip_separators(text, place)) < len(text) and text[place] != "]":
+        line = text.count("\n", 0, place) + 1
+        try:
+            record, place = decoder.raw_decode(text, place)
+        except json.JSONDecodeError as error:
+            yield error.lineno, ValueError(f"not JSON: {error.msg}")
+            return
+        yield line, record
+    if place >= len(text):
+        yield text.count("\n") + 1, ValueError("the list has no end: the file was cut")
+
+
+def _skip_separators(text: str, place: int) -> int:
+    while place < len(text) and text[place] in " \t\r\n,":
+        place += 1
+    return place
+
+
+def _json(line: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
+
+
+def _validate_record(question: Question, labels: list[Label]) -> Record:
+    if question.response_a == question.response_b:
+        raise ValueError("the two responses are the same text")
+    if not (question.response_a and question.response_b) and question.gold is None:
+        raise ValueError("a response is empty, so no preference could come of it: leave the record out")
+    if question.id != question_id(question.prompt, question.response_a, question.response_b):
+        raise ValueError("its id does not fit its texts: leave the id out, or restore the texts")
+    if reason := question_error(question) or next(filter(None, map(label_error, labels)), None):
+        raise ValueError(reason)
+    if len({label.labeller for label in labels}) < len(labels):
+        raise ValueError("a labeller has two labels of it")
+    return question, labels
