@@ -8,12 +8,10 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.reward import RewardParams
-from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, write_json, write_rows
@@ -27,6 +25,11 @@ from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward
 from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 from tasks.rewards.pretrained import PRETRAINED_DIR
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import EvaluateParams
+    from tasks.config.reward import RewardParams
+    from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = ["evaluate"]
 

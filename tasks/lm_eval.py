@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import gc
 from functools import partial
+from typing import TYPE_CHECKING
 
-from tasks.config.evaluation import LmEvalParams
 from tasks.core.paths import Artifacts, project_root
 from tasks.core.rows import flatten, write_json
 from tasks.evals.compare import REFERENCE
 from tasks.evals.lm_harness import load_tasks, run_tasks
 from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import LmEvalParams
 
 __all__ = ["lm_eval"]
 

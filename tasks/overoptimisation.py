@@ -6,11 +6,8 @@ import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.config.evaluation import OveroptimisationParams
-from tasks.config.reward import RewardParams
-from tasks.config.training import GenerationParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse
@@ -28,15 +25,16 @@ from tasks.evals.scoring import PolicySampler, load_gold_reward, sample_prompts,
 from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 
+if TYPE_CHECKING:
+    from tasks.config.evaluation import OveroptimisationParams
+    from tasks.config.reward import RewardParams
+    from tasks.config.training import GenerationParams
+
 __all__ = ["overoptimisation"]
 
 
 def overoptimisation(
-    params: OveroptimisationParams,
-    generation: GenerationParams,
-    reward: RewardParams,
-    seed: int,
-    artifacts: Artifacts,
+    params: OveroptimisationParams, generation: GenerationParams, reward: RewardParams, seed: int, artifacts: Artifacts
 ) -> None:
     """Score every policy snapshot of PPO and GRPO, and best-of-n of SFT; fit the forms of Gao et al. 2022.
 

@@ -5,15 +5,18 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core.rows import Prompt, read_rows
 from tasks.evals.compare import ScoredResponse
 from tasks.evals.gate import paired_interval
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, vader_scores
 from tasks.evals.statistics import Interval
 from tasks.models.loading import init_process, load_policy, load_tokenizer
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import EvaluateParams
+    from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = ["compare_with_champion"]
 

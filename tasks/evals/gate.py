@@ -10,15 +10,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
-from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
 from tasks.core.origin import Finding
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import GateParams
 
 __all__ = [
     "BASE_STAGES",

@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
@@ -22,6 +21,8 @@ from tasks.models.loading import load_reference, load_tokenizer
 
 if TYPE_CHECKING:
     import openai
+
+    from tasks.config.evaluation import JudgeParams
 
 __all__ = ["EndpointJudge", "JudgeCache", "LocalJudge", "load_judge", "request_key"]
 

@@ -13,15 +13,17 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import set_seed
 
-from tasks.config.evaluation import LmEvalParams
 from tasks.core.errors import ConfigError, SourceError
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import LmEvalParams
 
 __all__ = ["Scores", "load_tasks", "run_tasks"]
 

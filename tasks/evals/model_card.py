@@ -10,8 +10,8 @@ from tasks.core.origin import Origin
 from tasks.core.registry import Version
 from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
-from tasks.evals.report import load_template
 from tasks.evals.report_text import display_name
+from tasks.evals.templates import load_template
 from tasks.models.export import ExportCheck
 
 __all__ = ["ModelCard", "render_model_card"]

@@ -8,12 +8,8 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
-
-from tasks.config.evaluation import EvaluateParams
-from tasks.config.reward import RewardParams
 from tasks.core.paths import Artifacts
 from tasks.evals import plots
 from tasks.evals.compare import ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
@@ -28,15 +24,19 @@ from tasks.evals.report_text import (
     summarise_table,
     turning_point,
 )
+from tasks.evals.templates import load_template
 from tasks.models.loading import is_disabled
 from tasks.rl.hacking import DETECTORS
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import EvaluateParams
+    from tasks.config.reward import RewardParams
 
 __all__ = [
     "ReportData",
     "SourceInfo",
     "UpstreamResults",
     "collect_sources",
-    "load_template",
     "read_table",
     "render_report",
     "report_to_dict",
@@ -245,27 +245,6 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
         "sources": [asdict(source) for source in data.upstream.sources],
         "provenance": dict(data.provenance),
     }
-
-
-def load_template(
-    name: str, filters: Mapping[str, Callable[..., str]], *, autoescape: bool, folder: Path = Path(__file__).parent
-) -> Template:
-    """Load a template by its file name.
-
-    Args:
-        autoescape: escape inserted text, for HTML.
-        folder: folder of the template, by default that of this file.
-    """
-    environment = Environment(
-        loader=FileSystemLoader(folder),
-        autoescape=autoescape,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
-    environment.filters |= filters
-    return environment.get_template(name)
 
 
 def collect_sources(base_model: Path, collect: Path) -> list[SourceInfo]:

@@ -265,7 +265,9 @@ def test_every_kind_of_reward_model_is_reported(
     out = _run({**world, "reward_model": tmp_path / "reward_model"}, tmp_path / "out")
     page, table = (out / "report.html").read_text(), json.loads((out / "policies.json").read_text())
     assert "Weights: reward model" in page
-    assert ("Reward model: accuracy by margin" in page) == (kind != "pretrained"), "of pairs without margins there is none"
+    assert ("Reward model: accuracy by margin" in page) == (kind != "pretrained"), (
+        "of pairs without margins there is none"
+    )
     assert ("Reward model: calibration" in page) == (kind != "rating")
     assert "disagreement" in table["ppo"] or kind != "rating"
     if kind == "multi_objective":

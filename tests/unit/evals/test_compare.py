@@ -3,14 +3,7 @@ from collections.abc import Callable
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.evals.compare import (
-    HEADLINE,
-    ScoredResponse,
-    compare_policies,
-    examples_to_dict,
-    headline,
-    select_examples,
-)
+from tasks.evals.compare import HEADLINE, ScoredResponse, compare_policies, examples_to_dict, headline, select_examples
 
 Make = Callable[..., ScoredResponse]
 

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from jinja2 import UndefinedError
 
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.reward import RewardParams
@@ -21,7 +20,6 @@ from tasks.evals.report import (
     UpstreamResults,
     collect_sources,
     escape_control_chars,
-    load_template,
     read_table,
     render_report,
     report_to_dict,
@@ -304,13 +302,6 @@ def test_small_helpers(tmp_path: Path) -> None:
     assert read_table(tmp_path / "none.csv") == []
     (tmp_path / "some.csv").write_text("step,kl\n1,\n")
     assert read_table(tmp_path / "some.csv") == [{"step": "1", "kl": ""}]
-
-
-@pytest.mark.parametrize("name", ["report.html.j2", "card.md.j2"])
-def test_a_name_that_nothing_defines_is_an_error(name: str) -> None:
-    filters = dict.fromkeys(("escape_control_chars", "format_signed", "cell", "name"), str)
-    with pytest.raises(UndefinedError):
-        load_template(name, filters, autoescape=True).render()
 
 
 MODEL = {"source": "PyPI package m==1", "licence": "Apache-2.0", "parameters": 134515008, "sha256": "a" * 64}
