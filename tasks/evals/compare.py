@@ -15,22 +15,9 @@ from tasks.core.text_stats import distinct_n, repetition_rate, word_count
 from tasks.evals.statistics import TIE_TOLERANCE, bootstrap_mean, mean_and_error, pairwise_wins
 
 __all__ = [
-    "DIGITS",
-    "HEADLINE",
-    "JUDGE_NAMES",
-    "REFERENCE",
-    "WIN_RATE_KEYS",
-    "Example",
-    "ScoredResponse",
-    "Table",
-    "by_policy",
-    "compare_policies",
-    "examples_to_dict",
-    "headline",
-    "judges_of",
-    "select_examples",
-    "win_rates_of",
-]
+    "DIGITS", "HEADLINE", "JUDGE_NAMES", "REFERENCE", "WIN_RATE_KEYS", "Example", "ScoredResponse", "Table",
+    "by_policy", "compare_policies", "examples_to_dict", "headline", "judges_of", "select_examples", "win_rates_of",
+]  # fmt: skip
 
 REFERENCE = "sft"
 

@@ -23,16 +23,9 @@ if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
 
 __all__ = [
-    "BASE_STAGES",
-    "METRICS",
-    "Decision",
-    "MetricSpec",
-    "ResponseScores",
-    "decide",
-    "noninferiority_rule",
-    "paired_interval",
-    "select_candidate",
-]
+    "BASE_STAGES", "METRICS", "Decision", "MetricSpec", "ResponseScores", "decide", "noninferiority_rule",
+    "paired_interval", "select_candidate",
+]  # fmt: skip
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""

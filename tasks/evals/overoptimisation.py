@@ -19,22 +19,9 @@ from tasks.evals.compare import DIGITS, ScoredResponse
 from tasks.evals.statistics import Interval, mean_and_error
 
 __all__ = [
-    "BEST_OF_N",
-    "JUDGES",
-    "CurvePoint",
-    "Fit",
-    "Form",
-    "best_of_n",
-    "best_of_n_kl",
-    "best_of_n_points",
-    "curve",
-    "curve_peak",
-    "fit_all",
-    "fit_curve",
-    "policy_point",
-    "score_matrix",
-    "to_row",
-]
+    "BEST_OF_N", "JUDGES", "CurvePoint", "Fit", "Form", "best_of_n", "best_of_n_kl", "best_of_n_points", "curve",
+    "curve_peak", "fit_all", "fit_curve", "policy_point", "score_matrix", "to_row",
+]  # fmt: skip
 
 Form = Literal["best_of_n", "rl"]
 Numbers = NDArray[np.float64]

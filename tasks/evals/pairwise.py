@@ -20,16 +20,9 @@ from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table, by_pol
 from tasks.evals.statistics import bootstrap_mean
 
 __all__ = [
-    "Choice",
-    "Judgement",
-    "PairJudge",
-    "Reply",
-    "add_judge_metrics",
-    "format_question",
-    "judge_pairs",
-    "parse_verdict",
+    "Choice", "Judgement", "PairJudge", "Reply", "add_judge_metrics", "format_question", "judge_pairs", "parse_verdict",
     "reliability_warnings",
-]
+]  # fmt: skip
 
 Order = Literal["policy first", "reference first"]
 Choice = Literal["A", "B", "tie", "unclear"]

@@ -28,17 +28,9 @@ from tasks.evals.report_text import display_name
 from tasks.evals.statistics import wilson_interval
 
 __all__ = [
-    "Series",
-    "accuracy_by_margin",
-    "calibration",
-    "curves",
-    "length_counts",
-    "lengths",
-    "overoptimisation",
-    "reward_against_kl",
-    "win_rates",
-    "write_plot_data",
-]
+    "Series", "accuracy_by_margin", "calibration", "curves", "length_counts", "lengths", "overoptimisation",
+    "reward_against_kl", "win_rates", "write_plot_data",
+]  # fmt: skip
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Policy → (x, y) points in the order of x."""
@@ -61,28 +53,12 @@ MAX_BARS = 40
 """With more different lengths than this, several share a bar."""
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "figure.constrained_layout.use": True,
-}
+    "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
+    "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.unicode_minus": True, "grid.color": FAINT, "grid.linewidth": 0.6,
+    "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.constrained_layout.use": True,
+}  # fmt: skip
 
 
 def length_counts(records: Sequence[ScoredResponse]) -> dict[str, list[tuple[int, int]]]:

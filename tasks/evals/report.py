@@ -33,14 +33,8 @@ if TYPE_CHECKING:
     from tasks.config.reward import RewardParams
 
 __all__ = [
-    "ReportData",
-    "SourceInfo",
-    "UpstreamResults",
-    "collect_sources",
-    "read_table",
-    "render_report",
-    "report_to_dict",
-]
+    "ReportData", "SourceInfo", "UpstreamResults", "collect_sources", "read_table", "render_report", "report_to_dict",
+]  # fmt: skip
 
 Rows = Sequence[Mapping[str, str]]
 

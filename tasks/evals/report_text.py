@@ -14,19 +14,9 @@ from tasks.evals.hacking_report import proxy_gain_unconfirmed
 from tasks.evals.overoptimisation import curve
 
 __all__ = [
-    "COLUMNS",
-    "Cell",
-    "Column",
-    "Summary",
-    "best_policy",
-    "cells",
-    "columns_of",
-    "display_name",
-    "format_signed",
-    "join_and",
-    "summarise_table",
-    "turning_point",
-]
+    "COLUMNS", "Cell", "Column", "Summary", "best_policy", "cells", "columns_of", "display_name", "format_signed",
+    "join_and", "summarise_table", "turning_point",
+]  # fmt: skip
 
 Row = Mapping[str, float]
 Cell = tuple[str, str]

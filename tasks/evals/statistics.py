@@ -11,14 +11,8 @@ import numpy as np
 import scipy  # scipy.stats takes a second to import, which scipy does at its first use
 
 __all__ = [
-    "TIE_TOLERANCE",
-    "Interval",
-    "bootstrap_mean",
-    "mean_and_error",
-    "pairwise_wins",
-    "t_interval",
-    "wilson_interval",
-]
+    "TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "pairwise_wins", "t_interval", "wilson_interval",
+]  # fmt: skip
 
 TIE_TOLERANCE = 1e-5
 """Scores closer than this are a tie: padding changes the last digits of the score of one text."""

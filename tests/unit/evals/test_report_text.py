@@ -21,13 +21,12 @@ def _row(
     length: float = 10.0,
     gain: float = 0.9,
 ) -> dict[str, float]:
-    names = ("", "_low", "_high")
-    rates = {f"win_rate{name}": value for name, value in zip(names, gold, strict=True)}
-    return (
-        {"n": n, "length": length, "gain_gold": gain, "gain_proxy": 1.0}
-        | rates
-        | {f"win_rate_proxy{name}": value for name, value in zip(names, proxy, strict=True)}
-    )
+    rates = {
+        f"{prefix}{end}": value
+        for prefix, interval in (("win_rate", gold), ("win_rate_proxy", proxy))
+        for end, value in zip(("", "_low", "_high"), interval, strict=True)
+    }
+    return rates | {"n": n, "length": length, "gain_gold": gain, "gain_proxy": 1.0}
 
 
 EVEN, UP, DOWN, UNCLEAR = (0.5, 0.5, 0.5), (0.8, 0.75, 0.85), (0.3, 0.25, 0.36), (0.53, 0.47, 0.59)
