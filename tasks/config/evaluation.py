@@ -1,4 +1,4 @@
-"""Settings of the LLM judge of pairs."""
+"""Sections of params.yaml about evaluation: evaluate and its LLM judge, gate, lm_eval and overoptimisation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,7 @@ from tasks.config.base import Fraction, Positive, Section
 from tasks.config.data import AnswerPattern
 from tasks.config.rules import Rule
 
-__all__ = [
-    "EvaluateParams",
-    "GateParams",
-    "JudgeParams",
-    "LmEvalParams",
-    "Metric",
-    "OveroptimisationParams",
-]
+__all__ = ["EvaluateParams", "GateParams", "JudgeParams", "LmEvalParams", "Metric", "OveroptimisationParams"]
 
 
 class JudgeParams(Section):
@@ -70,7 +63,6 @@ class EvaluateParams(Section):
         description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
         "regular expression with one group (GSM8K: `#### (\\-?[0-9\\.\\,]+)`); null: it is the whole response.",
     )
-
     gold_rule: Rule | None = Field(
         None,
         description="Where neither people's ratings nor the right answer as a text can judge: a rule that does; one "
@@ -85,7 +77,7 @@ class EvaluateParams(Section):
 
 
 Metric = Literal["win_rate", "win_rate_vader", "reward_gold", "repetition", "truncated_share", "kl"]
-"""Metrics that can be compared with the champion; see `tasks.evals.champion`."""
+"""Metrics that can be compared with the champion; see `tasks.evals.gate`."""
 
 Margin = Annotated[float, Field(ge=0)]
 
