@@ -25,7 +25,7 @@ import importlib, os
 from tasks.core import versioning
 from tasks.config.params import load_params
 from tasks.core.paths import Artifacts, project_root, stage_dir
-from tasks.core.stage import stage_arguments, write_nothing
+from tasks.runtime.stage_runner import stage_arguments, write_nothing
 params = load_params(project_root() / "params.yaml")
 for name, upstream in versioning.graph().items():
     if getattr(params, name) is None:

@@ -1,46 +1,104 @@
-"""The pipeline: every stage of dvc.yaml, in its order, each brought up to date."""
+"""The pipeline as a Prefect flow: every stage of dvc.yaml, in its order, each as one task.
+
+DVC decides whether a stage runs; Prefect shows what happened to it and why.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from functools import partial
+from graphlib import TopologicalSorter
+from http import HTTPStatus
 from typing import Any
 
-from prefect import Task, flow
+from httpx import HTTPStatusError
+from prefect import Task, flow, task
 from prefect.artifacts import create_markdown_artifact
-from prefect.client.schemas.objects import State
+from prefect.cache_policies import NO_CACHE
+from prefect.client.schemas.objects import State, StateDetails
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
+from prefect.concurrency.sync import concurrency
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
+from prefect.states import Completed
 
-from flows import screen, workspace
-from flows.bridge import stage
-from flows.children import stop_children
-from flows.devices import gpus
-from flows.work import Outcome
-from tasks.core import recording, versioning
+from flows.cli import console
+from flows.executor import Execution, Outcome, ensure_stage, stage_log_path, visible_gpus
+from flows.processes import children_terminated
+from flows.run_lock import project_lock
+from flows.services import DEVICE_LIMIT
 from tasks.core.errors import ConfigError, StageError
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 
-__all__ = ["pipeline", "plan"]
+__all__ = ["pipeline", "resolve_plan", "stage"]
+
+# How long Prefect's server keeps the device for a run that no longer reports, because it was killed.
+LEASE_SECONDS = 60
+PREFECT_CONCURRENCY_LOGGER = "prefect._internal.concurrency"
 
 Plan = Mapping[str, tuple[str, ...]]
+"""Stage → the stages that it needs."""
+
+Bind = Callable[[str, Execution], tuple[Task[..., State[Outcome]], dict[str, Any]]]
+"""The task of a stage, and its arguments."""
 
 
-@dataclass(frozen=True)
-class _Calls:
-    """How each stage's task is called; see `pipeline` for the fields."""
+@task(cache_policy=NO_CACHE)
+def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = False) -> State[Outcome]:
+    """Bring a stage up to date; the state is `Cached` where nothing had to be computed.
 
-    stages: list[str] | None
-    force: bool
-    pull: bool
-    retries: int
-    ranks: int
+    Args:
+        name: the stage in dvc.yaml.
+        execution: how its work is done.
+        force: run it even if nothing changed.
+        pull: fetch missing results from the DVC remote before running.
 
-    def task(self, name: str) -> Task[..., State[Outcome]]:
-        return stage.with_options(name=name, task_run_name=name, retries=self.retries)
+    Raises:
+        RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
+    """
+    with ExitStack() as held:
 
-    def options(self, name: str) -> dict[str, Any]:
-        force = self.force and (not self.stages or name in self.stages)
-        return {"force": force, "pull": self.pull, "ranks": self.ranks}
+        def on_start(reasons: Sequence[str], needs_device: bool) -> None:
+            if needs_device:
+                _acquire_device_slot(held)
+            console.print_stage_start(name, reasons, stage_log_path(name) if execution.own_process else None)
+
+        outcome = ensure_stage(
+            name, execution, force=force, pull=pull, on_start=on_start, on_wait=console.print_stage_waiting
+        )
+    console.print_stage_end(name, outcome.result, outcome.seconds, outcome.reasons)
+    details = StateDetails(cache_key=outcome.key)
+    if outcome.result == "executed":
+        return Completed(message=f"Ran: {outcome.reason}", data=outcome, state_details=details)
+    label = "Unchanged" if outcome.result == "unchanged" else "Restored from the run-cache"
+    return Completed(name="Cached", message=f"{label}: {outcome.reason}", data=outcome, state_details=details)
+
+
+def _acquire_device_slot(held: ExitStack) -> None:
+    """Hold a slot of Prefect's limit of stages that compute at once on this machine, if its server has that limit."""
+    slot = partial(concurrency, DEVICE_LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
+    logging.getLogger(PREFECT_CONCURRENCY_LOGGER).addFilter(_hide_slot_errors)
+    try:
+        held.enter_context(slot(max_retries=0))
+    except ConcurrencySlotAcquisitionError as error:
+        if not _is_slot_busy(error):
+            raise
+        console.print_device_waiting()
+        held.enter_context(slot())
+
+
+def _is_slot_busy(error: ConcurrencySlotAcquisitionError) -> bool:
+    """Whether Prefect's server said that another run holds the slot, rather than that it could not say."""
+    answer = error.__cause__
+    return isinstance(answer, HTTPStatusError) and answer.response.status_code == HTTPStatus.LOCKED
+
+
+def _hide_slot_errors(record: logging.LogRecord) -> bool:
+    """Keep every record but those of a slot that is not free: `slot` raises that itself."""
+    return "ConcurrencySlotAcquisition" not in record.getMessage()
 
 
 @flow(name="rlhf")
@@ -75,87 +133,98 @@ def pipeline(
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
     run_id = str(flow_run.id)
-    asked = {"stages": stages or "all", "force": force, "pull": pull, "push": push, "retries": retries}
-    shape = {"parallel": parallel, "timeout": timeout, "ranks": ranks}
-    calls = _Calls(stages, force, pull, retries, ranks)
+    parameters: dict[str, object] = {"stages": stages or "all", "force": force, "pull": pull, "push": push}
+    parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}
     outcomes = []
-    with workspace.alone(screen.run_waits):
-        wanted = plan(stages)
+    with project_lock(console.print_run_waiting):
+        plan = resolve_plan(stages)
+        bind = partial(_bind, forced=set(stages or plan) if force else set(), pull=pull, retries=retries)
         if pull:
-            versioning.check_remote()
-            versioning.pull_data()
-        with recording.pipeline_run(run_id, {**asked, **shape}) as record, recording.flow_environment(record, run_id):
+            dvc_repo.check_remote()
+            dvc_repo.pull_data()
+        with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
             if parallel or timeout:
-                results = _side_by_side(wanted, calls, parallel or 1, timeout)
+                execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
+                results = _run_concurrently(plan, bind, execution, parallel or 1)
             else:
-                results = _in_turn(wanted, calls)
+                results = _run_sequentially(plan, bind, Execution(ranks=ranks))
             for outcome in results:
-                record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.why, outcome.metrics)
+                record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
-                    _push(outcome.stage)
-            create_markdown_artifact(screen.markdown(outcomes), key="rlhf-pipeline", description="Stages and policies")
+                    _push_outputs(outcome.stage)
+            create_markdown_artifact(
+                console.summary_markdown(outcomes), key="rlhf-pipeline", description="Stages and policies"
+            )
         if push:
-            screen.pushed(versioning.push())
+            console.print_push_done(dvc_repo.push())
     return outcomes
 
 
-def _push(name: str) -> None:
-    """A remote that does not answer is no reason to stop: everything is sent once more at the end."""
-    try:
-        versioning.push(name)
-    except StageError as error:
-        screen.push_waits(error)
-
-
-def plan(stages: list[str] | None) -> Plan:
+def resolve_plan(stages: list[str] | None) -> Plan:
     """The named stages and everything they need, each with its needs, in the order of dvc.yaml's graph.
 
     Raises:
         StageError: dvc.yaml has no stage of that name.
     """
-    needs = versioning.graph()
+    needs = dvc_stages.graph()
     if unknown := [name for name in stages or [] if name not in needs]:
         raise StageError(f"no stage {unknown[0]!r} in dvc.yaml; its stages are {', '.join(needs)}")
-    wanted = set(stages or needs)
+    plan = set(stages or needs)
     for name in reversed(needs):
-        if name in wanted:
-            wanted.update(needs[name])
-    return {name: needs[name] for name in needs if name in wanted}
+        if name in plan:
+            plan.update(needs[name])
+    return {name: needs[name] for name in needs if name in plan}
 
 
-def _in_turn(wanted: Plan, calls: _Calls) -> Iterator[Outcome]:
-    for name in wanted:
-        state: State[Any] = calls.task(name)(name, **calls.options(name), return_state=True)
+def _bind(
+    name: str, execution: Execution, *, forced: Container[str], pull: bool, retries: int
+) -> tuple[Task[..., State[Outcome]], dict[str, Any]]:
+    stage_task = stage.with_options(name=name, task_run_name=name, retries=retries)
+    return stage_task, {"name": name, "execution": execution, "force": name in forced, "pull": pull}
+
+
+def _push_outputs(name: str) -> None:
+    """Send a stage's results; a remote that does not answer is no reason to stop: all is sent once more at the end."""
+    try:
+        dvc_repo.push(name)
+    except StageError as error:
+        console.print_push_failed(error)
+
+
+def _run_sequentially(plan: Plan, bind: Bind, execution: Execution) -> Iterator[Outcome]:
+    for name in plan:
+        stage_task, arguments = bind(name, execution)
+        state: State[Any] = stage_task(**arguments, return_state=True)
         yield state.result()
 
 
-def _side_by_side(wanted: Plan, calls: _Calls, limit: int, timeout: float | None) -> Iterator[Outcome]:
-    """Start each stage as soon as what it needs is done; after a failure finish what is going on, but start no more."""
-    devices: list[str | None] = [None] if calls.ranks > 1 else [*gpus()] or [None]
-    free = [devices[place % len(devices)] for place in range(limit)]
-    waiting, done, failed = list(wanted), set[str](), None
-    going: dict[PrefectFuture[Any], tuple[str, str | None]] = {}
-    try:
-        while True:
-            ready = [] if failed else [name for name in waiting if done.issuperset(wanted[name])]
-            for name in ready[: len(free)]:
-                waiting.remove(name)
-                device = free.pop(0)
-                own = {"own_process": True, "device": device, "timeout": timeout}
-                going[calls.task(name).submit(name, **calls.options(name), **own)] = name, device
-            if not going:
-                break
-            future = next(as_completed(list(going)))
-            name, device = going.pop(future)
-            free.append(device)
+def _run_concurrently(plan: Plan, bind: Bind, execution: Execution, limit: int) -> Iterator[Outcome]:
+    """Start each stage as soon as what it needs is done; after a failure finish what is running, but start no more.
+
+    Prefect's `wait_for` would start other branches after a failure, and waiting tasks would fill its task runner.
+    """
+    devices: list[str | None] = [None] if execution.ranks > 1 else [*visible_gpus()] or [None]
+    free_devices = [devices[place % len(devices)] for place in range(limit)]
+    order = TopologicalSorter(plan)
+    order.prepare()
+    ready, failed = list(order.get_ready()), None
+    running: dict[PrefectFuture[Any], tuple[str, str | None]] = {}
+    with children_terminated():
+        while running or (ready and not failed):
+            while ready and free_devices and not failed:
+                name, device = ready.pop(0), free_devices.pop(0)
+                stage_task, arguments = bind(name, replace(execution, device=device))
+                running[stage_task.submit(**arguments)] = name, device
+            future = next(as_completed(list(running)))
+            name, device = running.pop(future)
+            free_devices.append(device)
             future.wait()  # so that its state is the last one
             if future.state.is_completed():
-                done.add(name)
+                order.done(name)
+                ready += order.get_ready()
                 yield future.result()
             else:
                 failed = failed or future
-        if failed:
-            failed.result()
-    finally:
-        stop_children()
+    if failed:
+        failed.result()

@@ -2,46 +2,55 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import httpx
 from prefect import flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
 from prefect.client.schemas.objects import State
+from prefect.events.schemas.events import Event, Resource
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
 from prefect.states import Completed
 from prefect.utilities.timeout import timeout as time_limit
 
-from flows import screen, workspace
+from flows.cli import console
+from flows.executor import Outcome
 from flows.pipeline import pipeline
-from flows.work import Outcome
+from flows.run_lock import project_lock
+from flows.services import deployment_name
 from tasks.config.params import Params, load_params
-from tasks.core import origin, recording, registry, versioning
 from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.paths import project_root, stage_dir
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
 from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, provenance, registry
 
-__all__ = ["Approval", "Passed", "gate", "promote", "retrain"]
+__all__ = ["Approval", "GateResult", "emit_data_event", "gate", "promote", "retrain"]
 
 # How much longer Prefect's server waits for an answer than we do: a run whose time is up there can only fail.
 GRACE_SECONDS = 60
 
-IN_USE = "it is the champion already"
+ALREADY_CHAMPION = "it is the champion already"
+
+DATA_EVENT = "rlhf.data"
+"""New data or feedback; prefect.yaml's trigger of the deployment `retrain` expects it."""
 
 
 class Approval(RunInput):
     """What a person answers before a policy is promoted."""
 
     promote: bool = False
-    why: str = ""
+    reason: str = ""
 
 
 @flow(name="rlhf-retrain")
@@ -71,29 +80,30 @@ def retrain(
     Raises:
         DataError: the data here is of another version.
     """
-    with workspace.alone(screen.run_waits):
+    with project_lock(console.print_run_waiting):
         if pull:
-            versioning.pull_data()
-        _check_data(data_md5)
-        state: State[Any] = pipeline(
+            dvc_repo.pull_data()
+        _check_data_version(data_md5)
+        run: State[Any] = pipeline(
             pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
         )
-        outcomes: list[Outcome] = state.result()
+        outcomes: list[Outcome] = run.result()
         if not any(outcome.stage == "evaluate" for outcome in outcomes):
             raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
-        run_id = str(state.state_details.flow_run_id)
-        judged: State[Any] = gate(run_id, return_state=True)
-        passed: Passed | None = judged.result()
+        run_id = str(run.state_details.flow_run_id)
+        gate_state: State[Any] = gate(run_id, return_state=True)
+        passed: GateResult | None = gate_state.result()
     if passed is None:
         return False
-    refusal = _refusal(passed.decision, approval_hours) if approval_hours else None  # others may work here meanwhile
+    # Outside of the lock: others may work here while a person decides.
+    refusal = _ask_for_approval(passed.decision, approval_hours) if approval_hours else None
     by = "a person, asked by the gate" if approval_hours else "the gate"
-    concluded: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
-    return bool(concluded.result())
+    promote_state: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
+    return bool(promote_state.result())
 
 
 @dataclass(frozen=True)
-class Passed:
+class GateResult:
     """What the gate has let pass."""
 
     decision: Decision
@@ -101,48 +111,70 @@ class Passed:
 
 
 @task(cache_policy=NO_CACHE)
-def gate(flow_run: str) -> State[Passed | None]:
-    """Let the gate decide about the best policy; what it refuses ends here, and the reasons go to all who watch."""
+def gate(flow_run: str) -> State[GateResult | None]:
+    """Let the gate decide about the best policy, register it, and report a refusal to all who watch."""
     params = load_params(project_root() / "params.yaml")
     if params.gate is None:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
-    table: Table = screen.read_policies()
+    table: Table = console.read_policies()
     policy = select_candidate(table, params.gate)
     weights = _weights(policy)
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
-        return Completed(message=_tell(flow_run, Decision(policy, ()), "unchanged", (IN_USE,)), data=None)
-    against = _duel(policy, params, params.gate.margins, champion) if champion else None
-    signs = [HackingFinding(**row) for row in screen.read_findings()[policy]]
-    decision = decide(table, policy, params.gate, findings=signs, against_champion=against)
-    version = registry.register(policy, weights, _tags(flow_run, table, decision))
+        message = _report_decision(flow_run, Decision(policy, ()), "unchanged", (ALREADY_CHAMPION,))
+        return Completed(message=message, data=None)
+    against = _compare_with_champion(policy, params, params.gate.margins, champion) if champion else None
+    findings = [HackingFinding(**row) for row in console.read_findings()[policy]]
+    decision = decide(table, policy, params.gate, findings=findings, against_champion=against)
+    version = registry.register(policy, weights, _version_tags(flow_run, table, decision))
     if not decision.accepted:
-        return Completed(message=_tell(flow_run, decision, "refused", decision.reasons), data=None)
-    if version.withdrawn:
-        return Completed(message=_tell(flow_run, decision, "refused", (_withdrawal(version),)), data=None)
-    return Completed(message=f"{policy}: passed", data=Passed(decision, version))
+        return Completed(message=_report_decision(flow_run, decision, "refused", decision.reasons), data=None)
+    if version.withdrawal:
+        message = _report_decision(flow_run, decision, "refused", (_withdrawal_reason(version),))
+        return Completed(message=message, data=None)
+    return Completed(message=f"{policy}: passed", data=GateResult(decision, version))
 
 
 @task(cache_policy=NO_CACHE)
-def promote(flow_run: str, passed: Passed, refusal: str | None, by: str) -> State[bool]:
+def promote(flow_run: str, passed: GateResult, refusal: str | None, by: str) -> State[bool]:
     """Make it the champion, unless a person has refused that."""
+    decision = passed.decision
     version = registry.find(str(passed.version.number))  # a person may have decided about it in the meantime
     if refusal:
-        registry.refuse(version, refusal)
-    if refusal := refusal or (_withdrawal(version) if version.withdrawn else None):
-        return Completed(message=_tell(flow_run, passed.decision, "refused", (refusal,)), data=False)
+        registry.mark_refused(version, refusal)
+    if refusal := refusal or (_withdrawal_reason(version) if version.withdrawal else None):
+        return Completed(message=_report_decision(flow_run, decision, "refused", (refusal,)), data=False)
     if registry.CHAMPION in version.aliases:
-        return Completed(message=_tell(flow_run, passed.decision, "unchanged", (IN_USE,)), data=False)
+        return Completed(message=_report_decision(flow_run, decision, "unchanged", (ALREADY_CHAMPION,)), data=False)
     registry.set_champion(version, by=by)
-    return Completed(message=_tell(flow_run, passed.decision, "promoted", passed.decision.reasons), data=True)
+    return Completed(message=_report_decision(flow_run, decision, "promoted", decision.reasons), data=True)
 
 
-def _check_data(wanted: str | None) -> None:
-    found = versioning.data_version()
-    if wanted and wanted != found:
+def emit_data_event(md5: str) -> None:
+    """Emit the event that starts the retrain deployment with this md5 as parameter.
+
+    Sent here and now and not by Prefect's `emit_event`, which does so later and says nothing where it fails.
+
+    Raises:
+        StageError: no Prefect server is configured, or it does not answer.
+    """
+    if not os.environ.get("PREFECT_API_URL"):
+        raise StageError("no Prefect server that could start a run: `rlhf up`, or set PREFECT_API_URL to yours")
+    resource = Resource({"prefect.resource.id": f"rlhf.data.{deployment_name(project_root())}"})
+    event = Event(event=DATA_EVENT, resource=resource, payload={"md5": md5})
+    try:
+        with get_client(sync_client=True) as client:
+            client.request("POST", "/events", json=[event.model_dump(mode="json")])
+    except httpx.HTTPError as error:
+        raise StageError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
+
+
+def _check_data_version(expected: str | None) -> None:
+    actual = dvc_repo.data_md5()
+    if expected and expected != actual:
         raise DataError(
-            f"this run is for data of md5 {wanted}, but data/ here is {found}: bring that version here (git pull, then "
-            "`rlhf run --pull`), or run without data_md5"
+            f"this run is for data of md5 {expected}, but data/ here is {actual}: bring that version here (git pull, "
+            "then `rlhf run --pull`), or run without data_md5"
         )
 
 
@@ -151,16 +183,18 @@ def _weights(policy: str) -> dict[str, str]:
     return {
         f"{stage}/{Path(path).name}": md5
         for stage in (*BASE_STAGES, policy)
-        for path, md5 in versioning.output_digests(stage).items()
-        if Path(path).name in recording.WEIGHTS
+        for path, md5 in dvc_stages.output_digests(stage).items()
+        if Path(path).name in mlflow_runs.WEIGHT_DIRS
     }
 
 
-def _duel(policy: str, params: Params, metrics: Collection[str], champion: registry.Version) -> dict[str, Interval]:
+def _compare_with_champion(
+    policy: str, params: Params, metrics: Collection[str], champion: registry.Version
+) -> dict[str, Interval]:
     from tasks.evals.champion import compare_with_champion  # with torch, which takes seconds
 
     with tempfile.TemporaryDirectory(prefix="rlhf-champion-") as folder:
-        origin.restore(champion, Path(folder))
+        provenance.restore_weights(champion, Path(folder))
         return compare_with_champion(
             policy,
             params.evaluate,
@@ -174,15 +208,15 @@ def _duel(policy: str, params: Params, metrics: Collection[str], champion: regis
         )
 
 
-def _withdrawal(version: registry.Version) -> str:
-    """What a person has taken back, only a person puts in use again."""
-    return f"{version.withdrawn}; `rlhf promote {version.number} --why …` puts it in use again"
+def _withdrawal_reason(version: registry.Version) -> str:
+    """Why not: what a person has taken back, only a person puts in use again."""
+    return f"{version.withdrawal}; `rlhf promote {version.number} --reason …` puts it in use again"
 
 
-def _refusal(decision: Decision, hours: float) -> str | None:
+def _ask_for_approval(decision: Decision, hours: float) -> str | None:
     """Ask a person; why the policy is not promoted, or None where it is."""
     text = "\n".join([f"Promote {decision.policy}?", *decision.reasons])
-    screen.approval_waits(decision.policy, hours)
+    console.print_approval_pending(decision.policy, hours)
     seconds = round(hours * 3600)
     form = Approval.with_initial_data(description=text)
     try:
@@ -190,31 +224,32 @@ def _refusal(decision: Decision, hours: float) -> str | None:
             answer = pause_flow_run(wait_for_input=form, timeout=seconds + GRACE_SECONDS, poll_interval=5)
     except TimeoutError:
         return f"nobody approved it within {hours:g} hours"
-    return None if answer.promote else f"a person refused it: {answer.why or 'no reason given'}"
+    return None if answer.promote else f"a person refused it: {answer.reason or 'no reason given'}"
 
 
-def _tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
+def _version_tags(flow_run: str, table: Table, decision: Decision) -> dict[str, str]:
     compared = {policy: row for policy, row in table.items() if policy in (REFERENCE, decision.policy)}
-    made_from = origin.collect(flow_run, compared, decision.rule_results)
+    made_from = provenance.collect_provenance(flow_run, compared, decision.rule_results)
     figures = {key: str(value) for key, value in table[decision.policy].items() if key in ("win_rate", "kl")}
     return {
         **figures,
         "accepted": str(decision.accepted),
         "reasons": "; ".join(decision.reasons),
         "git.commit": made_from.commit,
-        "data.md5": versioning.data_version() or "",
-        origin.ORIGIN: made_from.model_dump_json(),
+        "data.md5": dvc_repo.data_md5() or "",
+        provenance.PROVENANCE_TAG: made_from.model_dump_json(),
     }
 
 
-def _tell(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> str:
-    """Say what became of a policy, at the terminal, in MLflow and in Prefect; the same in a line."""
-    screen.gate_ends(decision.policy, verdict, reasons)
-    recording.tag_pipeline(
-        flow_run, {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
-    )
+def _report_decision(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> str:
+    """Report the decision at the terminal, in MLflow and in Prefect; the same in a line."""
+    console.print_gate_decision(decision.policy, verdict, reasons)
+    tags = {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
+    mlflow_runs.tag_pipeline(flow_run, tags)
     lines = [f"## {decision.policy}: {verdict}", "", *(f"- {reason}" for reason in reasons), ""]
-    lines += ["| rule | found | asked | holds |", "|---|---|---|---|"] if decision.rule_results else []
-    lines += [f"| {f.rule} | {f.found} | {f.asked} | {'yes' if f.holds else '**no**'} |" for f in decision.rule_results]
+    lines += ["| rule | measured | required | passed |", "|---|---|---|---|"] if decision.rule_results else []
+    lines += [
+        f"| {f.rule} | {f.measured} | {f.required} | {'yes' if f.passed else '**no**'} |" for f in decision.rule_results
+    ]
     create_markdown_artifact("\n".join(lines), key="rlhf-gate", description=f"{decision.policy}: {verdict}")
     return f"{decision.policy}: {verdict}"

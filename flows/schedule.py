@@ -1,107 +1,90 @@
-"""The pipeline at set times: `rlhf schedule` serves it as a Prefect deployment until it is stopped.
-
-Each run is a process of its own that imports the code anew, so that it does what `rlhf run` would do at that moment.
-"""
+"""`rlhf schedule`: the standing services in the foreground, with the nightly deployment at other times."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
-import logging
-import os
-import re
 import signal
-import socket
-import threading
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
-from pathlib import Path
-from typing import Any
-from uuid import UUID
+import time
+from collections.abc import Callable
+from datetime import datetime
 from zoneinfo import ZoneInfo
 
 import httpx
-from filelock import FileLock, Timeout
-from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterNextScheduledStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-)
-from prefect.client.schemas.objects import FlowRun, State, StateType
-from prefect.flows import Flow
-from prefect.runner import Runner
-from prefect.schedules import Cron, Schedule
-from prefect.settings import PREFECT_API_URL
-from rich.markup import escape
+from prefect.client.schemas.schedules import SCHEDULE_TYPES, CronSchedule
+from prefect.exceptions import ObjectNotFound
 
-from flows import screen
-from flows.pipeline import pipeline
-from flows.server import temporary_server
-from tasks.core.errors import ConfigError, RLHFError, StageError
-from tasks.core.paths import state_dir as state_folder
+from flows import services
+from tasks.core.errors import ConfigError, StageError
 
-__all__ = ["deployment_name", "firings", "scheduled", "serve"]
+__all__ = ["next_fire_times", "serve"]
 
-SHOWN_FIRINGS = 3
-POLL_SECONDS = 5
-
-# A run gets 30 s of these from Prefect to report and leave, then it is killed.
-STOP_SECONDS = 45
-
-# A run writes Prefect's records to the server and our lines to the terminal; nothing is told to Prefect's makers.
-ENVIRONMENT = {"DO_NOT_TRACK": "1", "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL"}
+DEPLOYMENT = "rlhf/nightly"
+SHOWN_TIMES = 3
+POLL_SECONDS = 1.0
 
 
-def serve(root: Path, cron: str, timezone: str) -> None:
+def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
     """Run the pipeline of this project whenever the cron expression says so, until Ctrl-C or SIGTERM.
 
     One run at a time: one that falls due while another is going on starts when that has ended.
 
     Raises:
         ConfigError: the expression or the time zone is wrong, or never comes true.
-        StageError: this project is being served already, or the Prefect server does not answer.
+        StageError: the services are up already, or one of them ended.
     """
-    firings(cron, timezone, count=1)
-    _take_signals()
-    os.environ.update(ENVIRONMENT)
-    os.chdir(root)
+    next_fire_times(cron, timezone, count=1)
+    if services.running_services():
+        raise StageError(
+            "this project's services are up already: write the cron expression into prefect.yaml and call `rlhf up` "
+            "again, or end them with `rlhf down`"
+        )
+    signal.signal(signal.SIGINT, _interrupt)
+    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with _only_one(), temporary_server(scheduler=True) as server:
-            if server.address:
-                screen.server_starts()
-            _calm_prefect()
-            server.wait()
-            due = firings(cron, timezone, count=SHOWN_FIRINGS)
-            screen.console.print(f"next runs: {', '.join(format(time, '%Y-%m-%d %H:%M:%S %Z') for time in due)}")
-            asyncio.run(_serve(deployment_name(root), Cron(cron, timezone=timezone)))
-    except (KeyboardInterrupt, asyncio.CancelledError):
-        pass
-    except httpx.HTTPError as error:
-        raise StageError(f"the Prefect server at {PREFECT_API_URL.value()} does not answer: {error}") from error
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    screen.console.print("stopped: nothing more will run")
+        running = services.start(services.free_port(), services.free_port(), log)
+        _set_schedule(running["prefect"].address, [(CronSchedule(cron=cron, timezone=timezone), True)])
+        times = next_fire_times(cron, timezone, count=SHOWN_TIMES)
+        log(f"next runs: {', '.join(format(time, '%Y-%m-%d %H:%M:%S %Z') for time in times)}")
+        log(f"their output: {services.log_path('worker')}; stop with Ctrl-C")
+        while len(services.running_services()) == len(running):
+            time.sleep(POLL_SECONDS)
+        raise StageError(f"a service has ended; its log is in {services.log_path('worker').parent}")
+    except KeyboardInterrupt:
+        log("stopping …")
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _stop()
+    log("stopped: nothing more will run")
 
 
-def firings(cron: str, timezone: str, *, count: int) -> list[datetime]:
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _stop() -> None:
+    """End the services; the next `rlhf up` must find neither this schedule nor runs that it has planned."""
+    if prefect := services.running_services().get("prefect"):
+        with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
+            _set_schedule(prefect.address, [])
+    services.stop()
+
+
+def next_fire_times(cron: str, timezone: str, *, count: int) -> list[datetime]:
     """The next times at which Prefect's scheduler will start a run.
 
     Raises:
         ConfigError: the expression or the time zone is wrong, or never comes true.
     """
-    from prefect.server.schemas.schedules import CronSchedule
+    from prefect.server.schemas import schedules  # with get_dates, which the client's has not
 
     try:
         ZoneInfo(timezone)
     except (ValueError, OSError, KeyError) as error:
         raise ConfigError(f"no time zone {timezone!r}; write it like Europe/Vienna or UTC") from error
     try:
-        return list(asyncio.run(CronSchedule(cron=cron, timezone=timezone).get_dates(count)))
+        return list(asyncio.run(schedules.CronSchedule(cron=cron, timezone=timezone).get_dates(count)))
     except ValueError as error:
         raise ConfigError(
             f"cron expression {cron!r} is wrong or never comes true; write minute, hour, day, month and weekday: "
@@ -109,115 +92,10 @@ def firings(cron: str, timezone: str, *, count: int) -> list[datetime]:
         ) from error
 
 
-def deployment_name(root: Path) -> str:
-    """A name that two project folders share on no Prefect server, be they on one machine or on two."""
-    place = hashlib.sha256(f"{socket.gethostname()}:{root}".encode()).hexdigest()
-    return re.sub(r"[^\w-]", "-", root.name) + "-" + place[:8]
-
-
-async def _serve(name: str, schedule: Schedule) -> None:
-    runner = _Runner(name=name, limit=1, query_seconds=POLL_SECONDS, prefetch_seconds=0)
-    deployment = await scheduled.ato_deployment(name, schedule=schedule)
-    deployment.entrypoint = f"{__name__}.scheduled"
-    await _forget_missed(await runner.aadd_deployment(deployment))
-    screen.console.print(f"serving deployment {scheduled.name}/{name}; stop it with Ctrl-C")
-    try:
-        await runner.start()
-    finally:
-        await runner.cancel_all()
-
-
-async def _forget_missed(deployment: UUID) -> None:
-    """Prefect keeps runs that fell due while nobody served them, and would start them all now."""
-    missed = FlowRunFilter(
-        deployment_id=FlowRunFilterDeploymentId(any_=[deployment]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=[StateType.SCHEDULED])),
-        next_scheduled_start_time=FlowRunFilterNextScheduledStartTime.model_validate({"before_": datetime.now(UTC)}),
-    )
-    async with get_client() as client:
-        for run in await client.read_flow_runs(flow_run_filter=missed):
-            if run.auto_scheduled:
-                await client.delete_flow_run(run.id)
-
-
-class _Runner(Runner):
-    """Prefect's own does not always end the run that it has started: not at SIGTERM, not when its server is gone."""
-
-    def handle_sigterm(self, *_: Any, **__: Any) -> None:
-        screen.console.print("stopping …")
-        self.execute_in_background(self._stop_all)
-
-    async def cancel_all(self) -> None:
-        await super().cancel_all()
-        for run in self._process_manager.flow_run_ids():  # the server could not be asked
-            await self._process_manager.kill(run)
-
-    async def _stop_all(self) -> None:
-        while not self.started:
-            await asyncio.sleep(0.1)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(STOP_SECONDS):
-                await self.astop()
-                while True:  # until the loop ends: a run may just have been starting
-                    await asyncio.sleep(1)
-                    await self.cancel_all()
-        for task in asyncio.all_tasks():  # they wait for a server that is gone
-            task.cancel()
-
-
-def _run_begins(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    screen.console.print(f"[bold]{datetime.now():%Y-%m-%d %H:%M:%S}[/] scheduled run {escape(flow_run.name)}")
-
-
-def _run_fails(flow: Flow[..., Any], flow_run: FlowRun, state: State[Any]) -> None:
-    error = state.result(raise_on_failure=False)
-    if isinstance(error, RLHFError):
-        screen.failed(error)
-    else:
-        traceback.print_exception(error)
-
-
-# What a deployment of `rlhf schedule` runs: the pipeline, and what only a terminal needs.
-scheduled = pipeline.with_options(on_running=[_run_begins], on_failure=[_run_fails])
-
-
-@contextmanager
-def _only_one() -> Iterator[None]:
-    folder = state_folder()
-    folder.mkdir(exist_ok=True)
-    try:
-        with FileLock(folder / "schedule.lock", timeout=0):
-            yield
-    except Timeout as error:
-        raise StageError("another `rlhf schedule` serves this project; stop that one first") from error
-
-
-def _take_signals() -> None:
-    """Make Ctrl-C a SIGTERM to this process alone.
-
-    A terminal sends Ctrl-C to every process of the group; blocked here, it stays blocked in the runs that are started
-    from here, which then end because the runner says so, and report what became of them.
-    """
-
-    def stop(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    def forward() -> None:
-        signal.sigwait({signal.SIGINT})
-        os.kill(os.getpid(), signal.SIGTERM)
-
-    signal.signal(signal.SIGTERM, stop)
-    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    threading.Thread(target=forward, daemon=True).start()
-
-
-def _calm_prefect() -> None:
-    """In this process, what goes wrong with the server or with starting a run is still to be seen, each in a line."""
-
-    def shorten(record: logging.LogRecord) -> bool:
-        record.exc_info = None
-        return True
-
-    for handler in logging.getLogger().handlers:
-        handler.setLevel(logging.WARNING)
-        handler.addFilter(shorten)
+def _set_schedule(api: str, schedules: list[tuple[SCHEDULE_TYPES, bool]]) -> None:
+    with services.prefect_client(api) as client:
+        deployment = client.read_deployment_by_name(DEPLOYMENT)
+        for old in client.read_deployment_schedules(deployment.id):
+            client.delete_deployment_schedule(deployment.id, old.id)
+        if schedules:
+            client.create_deployment_schedules(deployment.id, schedules)

@@ -1,19 +1,24 @@
-"""Standing services on loopback: Prefect's server and its worker, and MLflow's server, from `rlhf up` to `rlhf down`.
+"""Prefect's server and worker and MLflow's server: standing from `rlhf up` to `rlhf down`, or temporary for one run.
 
-What they keep lies in one folder, `.rlhf/services`: their process ids, logs and Prefect's database. MLflow serves the
-project's own store, so runs made with and without the server stand side by side.
+The standing ones keep process ids, logs and Prefect's database in `.rlhf/services`. MLflow serves the project's own
+store, so runs made with and without the server stand side by side.
 """
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import hashlib
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -23,22 +28,22 @@ from typing import TYPE_CHECKING
 import psutil
 from filelock import FileLock
 
-from flows import screen
-from flows.devices import gpus
-from flows.server import answers
-from tasks.core import mlflow_store, recording
+from flows import processes
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
-__all__ = ["DEVICE_LIMIT", "POOL", "Service", "down", "running", "up", "use"]
+__all__ = [
+    "DEVICE_LIMIT", "POOL", "Service", "TemporaryServer", "deployment_name", "free_port", "log_path", "prefect_client",
+    "running_services", "start", "stop", "temporary_server", "use_services",
+]  # fmt: skip
 
 HOST = "127.0.0.1"
 START_SECONDS = 180.0
 STOP_SECONDS = 45.0  # Prefect gives a run that it cancels 30 s
-POLL_SECONDS = 0.2
+POLL_SECONDS = 0.1
 
 POOL = "rlhf"
 """The work pool of prefect.yaml's deployments; one run at a time."""
@@ -46,12 +51,19 @@ POOL = "rlhf"
 DEVICE_LIMIT = "device"
 """Prefect's global concurrency limit that a stage holds while it computes on the accelerator."""
 
-QUIET = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
+
+TEMPORARY = TELEMETRY_OFF | {
+    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
+    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
+    "PREFECT_UI_ENABLED": "false",
+}
+"""A temporary server has no need of what these switch off."""
 
 
 @dataclass(frozen=True)
 class Service:
-    """A process that `up` started. `started`: the time of its start, since another process may get the same id."""
+    """A process that `start` started. `started`: the time of its start, since another process may get the same id."""
 
     name: str
     address: str
@@ -68,69 +80,95 @@ class Service:
             return None
 
 
-def up(prefect_port: int, mlflow_port: int, tell: Callable[[str], None]) -> dict[str, Service]:
+def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> dict[str, Service]:
     """Start what is not running yet, and return when all of it answers.
 
     Raises:
         ConfigError: a port is taken by another program, or the environment names an MLflow server already.
         StageError: a service ended, or did not answer in time.
     """
+    from tasks.runtime import mlflow_runs, mlflow_store
+
     if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         raise ConfigError("MLFLOW_TRACKING_URI names an MLflow server; unset it: `rlhf up` starts the project's own")
-    with _alone():
-        api = f"http://{HOST}:{prefect_port}/api"
-        _start("prefect", api, prefect_port, _prefect_command(prefect_port), _environment())
-        if "mlflow" not in running():
-            recording.prepare()  # an experiment made through a server could not be used without it
+    with _services_lock():
+        _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, _prefect_command(prefect_port))
+        if "mlflow" not in running_services():
+            mlflow_runs.connect()  # an experiment made through a server could not be used without it
         command, environment = mlflow_store.server_command(mlflow_port)
-        _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment | _environment())
-        services = running()
+        _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment)
+        services = running_services()
         api, store = services["prefect"].address, services["mlflow"].address
-        tell(f"Prefect {api.removesuffix('/api')} and MLflow {store} are starting …")
-        _wait(services["prefect"], lambda: answers(f"{api}/health"))
-        clients = _environment() | {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": store}
+        log(f"Prefect {api.removesuffix('/api')} and MLflow {store} are starting …")
+        _wait(services["prefect"], lambda: _is_healthy(f"{api}/health"))
+        clients = {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": store}
         _deploy(clients)
         _start("worker", api, None, _worker_command(), clients)
-        _wait(services["mlflow"], lambda: answers(f"{store}/health"))
-        worker = running().get("worker")
+        _wait(services["mlflow"], lambda: _is_healthy(f"{store}/health"))
+        worker = running_services().get("worker")
         if worker is None:
-            raise StageError(f"the worker ended while it started: {_said('worker')}")
+            raise StageError(f"the worker ended while it started: {processes.tail(log_path('worker'))}")
         _wait(worker, lambda: _has_worker(api))
-        return running()
+        return running_services()
 
 
-def down() -> list[str]:
+def stop() -> list[str]:
     """End the services and whatever runs they started, by their process ids; the names of those that were running.
 
-    A run that is going on keeps its checkpoint, and the next run goes on from it.
+    A run that is going on is cancelled; it keeps its checkpoint, and the next run goes on from it.
     """
-    with _alone():
+    with _services_lock():
         ended = []
-        services = running()
-        for name in ("worker", "mlflow", "prefect"):  # the worker still tells the server what becomes of its run
-            if service := services.get(name):
-                _end(service)
+        services = running_services()
+        if "worker" in services and "prefect" in services:
+            _cancel_runs(services["prefect"].address)
+        for name in ("worker", "mlflow", "prefect"):  # the worker still reports to the server how its run ended
+            if (service := services.get(name)) and (process := service.process()):
+                processes.terminate_tree(process, STOP_SECONDS)
                 ended.append(name)
-        _record({})
+        _write_state({})
         return ended
 
 
-def running() -> dict[str, Service]:
-    """The services that `up` started and that are still there."""
+def _cancel_runs(api: str) -> None:
+    """Let the worker end its runs, which then record that: a worker that is terminated would only kill them."""
+    import httpx
+    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
+    from prefect.states import Cancelling
+
+    states = {"type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}
+    active = FlowRunFilter.model_validate({"state": states})
+    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
+    deadline = time.monotonic() + STOP_SECONDS
+    with contextlib.suppress(httpx.HTTPError), prefect_client(api) as client:
+        for run in client.read_flow_runs(flow_run_filter=active, work_pool_filter=pool):
+            client.set_flow_run_state(run.id, Cancelling())
+        while client.read_flow_runs(flow_run_filter=active, work_pool_filter=pool) and time.monotonic() < deadline:
+            time.sleep(POLL_SECONDS)
+
+
+def running_services() -> dict[str, Service]:
+    """The services that `start` started and that are still there."""
     try:
-        rows = json.loads(_file().read_text(encoding="utf-8"))
+        rows = json.loads(_state_file().read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
     services = [Service(**row) for row in rows]
     return {service.name: service for service in services if service.process()}
 
 
-def use() -> None:
+def use_services() -> None:
     """Let this process and its children talk to the standing services, where the environment names no others."""
-    services = running()
+    services = running_services()
     for variable, name in {"PREFECT_API_URL": "prefect", "MLFLOW_TRACKING_URI": "mlflow"}.items():
         if name in services:
             os.environ.setdefault(variable, services[name].address)
+
+
+def deployment_name(root: Path) -> str:
+    """A name that no other project folder, on this machine or another, has on the same Prefect server."""
+    place = hashlib.sha256(f"{socket.gethostname()}:{root}".encode()).hexdigest()
+    return re.sub(r"[^\w-]", "-", root.name) + "-" + place[:8]
 
 
 def _prefect_command(port: int) -> list[str]:
@@ -141,26 +179,25 @@ def _worker_command() -> list[str]:
     return [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--limit", "1"]
 
 
-def _environment() -> dict[str, str]:
-    folder = Path(sys.executable).parent
-    path = f"{folder}{os.pathsep}{os.environ.get('PATH', '')}"
-    return {**os.environ, **QUIET, "PATH": path, "PREFECT_HOME": str(_folder() / "prefect")}
+def _environment(more: Mapping[str, str]) -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
+    return {**os.environ, **more, **TELEMETRY_OFF, "PATH": path, "PREFECT_HOME": str(_folder() / "prefect")}
 
 
-def _start(name: str, address: str, port: int | None, command: list[str], environment: Mapping[str, str]) -> None:
-    services = running()
+def _start(name: str, address: str, port: int | None, command: list[str], variables: Mapping[str, str] = {}) -> None:
+    services = running_services()
     if name in services:
         return
-    if port is not None and _taken(port):
+    if port is not None and _port_in_use(port):
         raise ConfigError(
             f"port {port} for {name} is taken by another program; stop that, or choose another: "
             f"`rlhf up --{name}-port {port + 1}`"
         )
-    with _log(name).open("ab") as log:
+    with log_path(name).open("ab") as log:
         process = subprocess.Popen(
             command,
             cwd=project_root(),
-            env=dict(environment),
+            env=_environment(variables or {}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -169,35 +206,37 @@ def _start(name: str, address: str, port: int | None, command: list[str], enviro
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
     services[name] = Service(name, address, process.pid, psutil.Process(process.pid).create_time())
-    _record(services)
+    _write_state(services)
 
 
-def _deploy(environment: Mapping[str, str]) -> None:
-    """The work pool, the limit of stages on the accelerator at once, and the deployments of prefect.yaml."""
+def _deploy(variables: Mapping[str, str]) -> None:
+    """Make the work pool, the limit of stages on the accelerator at once, and the deployments of prefect.yaml."""
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
-    with _client(environment["PREFECT_API_URL"]) as client:
+    from flows.executor import visible_gpus
+
+    with prefect_client(variables["PREFECT_API_URL"]) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", concurrency_limit=1), overwrite=True)
         try:
             client.read_global_concurrency_limit_by_name(DEVICE_LIMIT)
         except ObjectNotFound:
-            client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, max(1, len(gpus())))
+            client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, max(1, len(visible_gpus())))
     command = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--all"]
-    done = subprocess.run(
-        command, cwd=project_root(), env=dict(environment), capture_output=True, text=True, check=False
-    )
+    environment = _environment(variables)
+    done = subprocess.run(command, cwd=project_root(), env=environment, capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"`prefect deploy --all` failed: {(done.stderr or done.stdout).strip()[-2000:]}")
 
 
 def _has_worker(api: str) -> bool:
-    with _client(api) as client:
+    with prefect_client(api) as client:
         return any(worker.status == "ONLINE" for worker in client.read_workers_for_work_pool(POOL))
 
 
 @contextmanager
-def _client(api: str) -> Iterator[SyncPrefectClient]:
+def prefect_client(api: str) -> Iterator[SyncPrefectClient]:
+    """A client of the Prefect server at that address."""
     from prefect.client.orchestration import get_client
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
@@ -206,67 +245,131 @@ def _client(api: str) -> Iterator[SyncPrefectClient]:
 
 
 def _wait(service: Service, is_ready: Callable[[], bool]) -> None:
+    if not _wait_until_ready(is_ready, lambda: service.process() is not None):
+        ended = "does not answer" if service.process() else "ended while it started"
+        raise StageError(f"{service.name} {ended}: {processes.tail(log_path(service.name))}")
+
+
+def _wait_until_ready(is_ready: Callable[[], bool], is_alive: Callable[[], bool]) -> bool:
+    """Wait until a process that starts is ready; False if it ends, or is not ready in time."""
     deadline = time.monotonic() + START_SECONDS
     while not is_ready():
-        if service.process() is None:
-            raise StageError(f"{service.name} ended while it started: {_said(service.name)}")
-        if time.monotonic() > deadline:
-            raise StageError(f"{service.name} does not answer after {START_SECONDS:.0f} s: {_said(service.name)}")
+        if not is_alive() or time.monotonic() > deadline:
+            return False
         time.sleep(POLL_SECONDS)
+    return True
 
 
-def _end(service: Service) -> None:
-    """Ask the process to end, then everything that it had started, then kill what is left."""
-    process = service.process()
-    if process is None:
-        return
-    family = [process, *process.children(recursive=True)]
-    _ask([process])
-    _, left = psutil.wait_procs(family, STOP_SECONDS)
-    _ask(left)
-    _, left = psutil.wait_procs(left, STOP_SECONDS)
-    for member in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            member.kill()
-    psutil.wait_procs(left, STOP_SECONDS)
+def _is_healthy(url: str) -> bool:
+    try:
+        with urllib.request.urlopen(url, timeout=5) as response:
+            return bool(response.status == 200)
+    except (urllib.error.URLError, TimeoutError, ConnectionError):
+        return False
 
 
-def _ask(processes: list[psutil.Process]) -> None:
-    for process in processes:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
+def free_port() -> int:
+    """A port of loopback on which nothing listens."""
+    with socket.socket() as probe:
+        probe.bind((HOST, 0))
+        return int(probe.getsockname()[1])
 
 
-def _taken(port: int) -> bool:
+def _port_in_use(port: int) -> bool:
     with socket.socket() as probe:
         return probe.connect_ex((HOST, port)) == 0
 
 
 @contextmanager
-def _alone() -> Iterator[None]:
+def _services_lock() -> Iterator[None]:
     _folder().mkdir(parents=True, exist_ok=True)
     with FileLock(_folder() / "lock"):
         yield
 
 
-def _record(services: Mapping[str, Service]) -> None:
+def _write_state(services: Mapping[str, Service]) -> None:
     text = json.dumps([asdict(service) for service in services.values()], indent=2)
-    draft = _file().with_suffix(".draft")
+    draft = _state_file().with_suffix(".draft")
     draft.write_text(text, encoding="utf-8")
-    draft.replace(_file())
+    draft.replace(_state_file())
 
 
 def _folder() -> Path:
     return state_dir() / "services"
 
 
-def _file() -> Path:
+def _state_file() -> Path:
     return _folder() / "services.json"
 
 
-def _log(name: str) -> Path:
+def log_path(name: str) -> Path:
+    """The file for what a service prints."""
     return _folder() / f"{name}.log"
 
 
-def _said(name: str) -> str:
-    return screen.tail(_log(name))
+# -- a temporary Prefect server --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class TemporaryServer:
+    """The server process; both are None where a standing server is configured instead."""
+
+    address: str | None = None
+    process: subprocess.Popen[bytes] | None = None
+
+    def wait(self) -> None:
+        """Return as soon as the server answers.
+
+        Raises:
+            StageError: it ended, or did not answer in time.
+        """
+        server = self.process
+        health = f"{self.address}/health"
+        if server and not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):
+            raise StageError(
+                "the temporary Prefect server did not start; run `prefect server start` in another terminal to see "
+                "why, or set PREFECT_API_URL to a server that runs"
+            )
+
+
+@contextmanager
+def temporary_server() -> Iterator[TemporaryServer]:
+    """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it.
+
+    Prefect can start one itself, but then it begins late, dies of the same Ctrl-C as the flow before the flow can
+    report to it, and stays behind if the flow is killed. This one starts while other libraries are imported, in a
+    session of its own, and ends with this process, however that ends.
+    """
+    os.environ.setdefault("DO_NOT_TRACK", "1")
+    from prefect.settings import PREFECT_API_URL, temporary_settings
+
+    if PREFECT_API_URL.value():
+        yield TemporaryServer()
+        return
+    port = free_port()
+    address = f"http://{HOST}:{port}/api"
+    process = processes.spawn(["-m", "flows.services", str(port)])
+    assert process.stdin
+    # Registered before Prefect's own exit handlers, so called after them: they still send logs and events. Nobody waits
+    # for the server to end: it writes what it has received, and leaves.
+    atexit.register(process.stdin.close)
+    with temporary_settings({PREFECT_API_URL: address}):
+        yield TemporaryServer(address, process)
+
+
+def _serve(port: int) -> None:
+    """Serve Prefect's API on loopback until the parent is gone."""
+    for variable, value in TEMPORARY.items():
+        os.environ.setdefault(variable, value)
+    import uvicorn
+    from prefect.server.api.server import create_app
+
+    processes.die_with_parent()
+    app = create_app(ephemeral=True, final=True)
+    config = uvicorn.Config(app, host=HOST, port=port, log_level="critical", lifespan="on")
+    with contextlib.suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run()
+
+
+if __name__ == "__main__":
+    _serve(int(sys.argv[1]))

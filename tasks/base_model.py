@@ -6,13 +6,15 @@ Equal parameters give equal bytes.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
-from tasks.config.training import BaseModelParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json
 from tasks.models.fetch import READERS, save_model, set_padding
 from tasks.models.loading import init_process
+
+if TYPE_CHECKING:
+    from tasks.config.training import BaseModelParams
 
 __all__ = ["base_model"]
 
@@ -23,7 +25,7 @@ def base_model(params: BaseModelParams, seed: int, artifacts: Artifacts) -> None
     Args:
         params: which model.
         seed: decides the weights of kind `random`; of no effect otherwise.
-        out: receives `model/` and `card.json`.
+        artifacts: `out` receives `model/` and `card.json`.
 
     Raises:
         ModelError: the model or its tokenizer is incomplete, or there is no usable padding token.
@@ -36,15 +38,12 @@ def base_model(params: BaseModelParams, seed: int, artifacts: Artifacts) -> None
     save_model(model.half(), tokenizer, artifacts.out / "model")
     parameters = sum(weight.numel() for weight in model.parameters())
     counts = {"parameters": parameters, "vocabulary": len(tokenizer), "layers": model.config.num_hidden_layers}
-    facts = {"licence": params.licence, "tokens": _tokens(tokenizer)}
-    write_json(artifacts.out / "card.json", {"kind": params.kind, **origin, **facts, **counts})
-
-
-def _tokens(tokenizer: Any) -> dict[str, str]:
-    return {"end": str(tokenizer.eos_token), "padding": str(tokenizer.pad_token)}
+    tokens = {"end": str(tokenizer.eos_token), "padding": str(tokenizer.pad_token)}
+    card = {"kind": params.kind, **origin, "licence": params.licence, "tokens": tokens, **counts}
+    write_json(artifacts.out / "card.json", card)
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("base_model")

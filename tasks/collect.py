@@ -8,13 +8,16 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.data import CollectParams, SourceParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_rows
 from tasks.data.pypi import sha256_of
 from tasks.data.sources import READERS, SourceRows, collect_source
 from tasks.rl.environments.service_bot import read_service_bot
+
+if TYPE_CHECKING:
+    from tasks.config.data import CollectParams, SourceParams
 
 __all__ = ["collect"]
 
@@ -27,7 +30,7 @@ def collect(params: CollectParams, seed: int, artifacts: Artifacts) -> None:
     Args:
         params: the sources.
         seed: decides procedural sources (reasoning-gym) only.
-        out: receives `rows/`, `cards/` and `metrics.json`.
+        artifacts: `out` receives `rows/`, `cards/` and `metrics.json`.
 
     Raises:
         SourceError: a source cannot be reached, or is not what its checksum promises.
@@ -45,7 +48,6 @@ def collect(params: CollectParams, seed: int, artifacts: Artifacts) -> None:
 
 
 def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[str, object]:
-    unreadable = sum("error" in row for row in collected.rows)
     return {
         "name": source.name,
         "kind": source.kind,
@@ -56,12 +58,12 @@ def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[
         "template": source.template,
         "limit": source.limit,
         "rows": len(collected.rows),
-        "unreadable": unreadable,
+        "unreadable": sum("error" in row for row in collected.rows),
         "sha256_of_rows": sha256_of(file),
     }
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("collect")

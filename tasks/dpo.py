@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
 from peft import TaskType
 from trl import DPOConfig, DPOTrainer
 
-from tasks.config.training import DPOParams, LoraParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, write_history
 from tasks.models.loading import init_process, load_reference, load_tokenizer, lora_config, save_adapter
+
+if TYPE_CHECKING:
+    from tasks.config.training import DPOParams, LoraParams
 
 __all__ = ["dpo"]
 
@@ -58,6 +60,6 @@ def _dataset(rows: Sequence[Preference], tokenizer: Any) -> Dataset:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("dpo")

@@ -197,6 +197,6 @@ def _digest(*parts: bytes) -> str:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("evaluate")

@@ -6,11 +6,10 @@ import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks.config.training import GoldJudgeParams, LoraParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
@@ -19,6 +18,9 @@ from tasks.rewards.metrics import rating_metrics
 from tasks.rewards.reward_model import NORMALISATION
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import pair_trainer, regression_trainer
+
+if TYPE_CHECKING:
+    from tasks.config.training import GoldJudgeParams, LoraParams
 
 __all__ = ["gold_judge"]
 
@@ -96,6 +98,6 @@ def _train_on_pairs(
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("gold_judge")

@@ -6,7 +6,7 @@ import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset
@@ -16,8 +16,7 @@ from tqdm import tqdm
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
-from tasks.config.reward import RewardParams
-from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams, GRPOParams, LoraParams
+from tasks.config.base import ENVIRONMENT
 from tasks.core import distributed, tracking
 from tasks.core.errors import TrainingError
 from tasks.core.paths import Artifacts
@@ -30,6 +29,10 @@ from tasks.rl.hacking import DegenerateResponseMonitor, run_detectors
 from tasks.rl.masking import through_last_true
 from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, MultiTurnSampler, load_multi_turn_sampler
 from tasks.rl.rollout import derive_generator, generate
+
+if TYPE_CHECKING:
+    from tasks.config.reward import RewardParams
+    from tasks.config.training import EnvironmentParams, GenerationParams, GRPOParams, LoraParams
 
 __all__ = ["ConversationSummary", "MultiTurnRolloutFunction", "RolloutFunction", "grpo"]
 
@@ -338,6 +341,6 @@ def _update_rows(
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("grpo")

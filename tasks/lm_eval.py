@@ -45,6 +45,6 @@ def lm_eval(params: LmEvalParams, seed: int, artifacts: Artifacts) -> None:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("lm_eval")

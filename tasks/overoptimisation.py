@@ -90,6 +90,6 @@ def _write(out: Path, points: Mapping[str, Sequence[CurvePoint]], fits: Mapping[
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("overoptimisation")

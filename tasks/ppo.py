@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from tasks.config.reward import RewardParams
-from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams, PPOParams
 from tasks.core import distributed, tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json, write_rows
@@ -18,6 +16,10 @@ from tasks.rewards.composition import load_reward
 from tasks.rl.multi_turn import load_multi_turn_sampler
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, PromptSet
+
+if TYPE_CHECKING:
+    from tasks.config.reward import RewardParams
+    from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams, PPOParams
 
 __all__ = ["ppo"]
 
@@ -94,6 +96,6 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("ppo")

@@ -13,17 +13,19 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import islice
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
-from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters
-from tasks.data.rater_agreement import rater_agreement
+from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters, rater_agreement
 from tasks.data.splitting import SPLITS, Split
 from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
+
+if TYPE_CHECKING:
+    from tasks.config.data import PreferencesParams
 
 __all__ = ["preferences"]
 
@@ -36,8 +38,7 @@ def preferences(params: PreferencesParams, seed: int, artifacts: Artifacts) -> N
     Args:
         params: how many pairs, how far apart, how many raters per label.
         seed: decides the pairs and the raters.
-        prepare: what stage prepare wrote.
-        out: receives the pairs, the ceiling and the counts.
+        artifacts: stage prepare's rows are read; `out` receives the pairs, the ceiling and the counts.
 
     Raises:
         DataError: fewer pairs can be made than params ask for; it says how many.
@@ -147,6 +148,6 @@ def _row(bucket: str, shares: Sequence[float]) -> dict[str, object]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("preferences")

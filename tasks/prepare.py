@@ -11,14 +11,17 @@ import logging
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row, write_json, write_rows
 from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, full_texts, split_key
 from tasks.data.duplicates import near_duplicates
 from tasks.data.splitting import HALVES, SPLITS, Half, Split, hash_uniform, in_stable_order, rater_half, split_of
+
+if TYPE_CHECKING:
+    from tasks.config.data import PrepareParams
 
 __all__ = ["prepare"]
 
@@ -35,8 +38,7 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     Args:
         params: bounds, thresholds and shares.
         seed: decides the split of each text, together with the text itself.
-        collect: what stage collect wrote.
-        out: receives the rows of each split, the quarantine and the counts.
+        artifacts: stage collect's rows are read; `out` receives the rows of each split, the quarantine and the counts.
 
     Raises:
         DataError: too many rows are malformed, or nothing is left to train on.
@@ -52,11 +54,9 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     splits = _split(rows, params, seed)
     splits, gold_pairs = _hold_out_gold_pairs(splits, params, seed)
     ratings = {half: _ratings_of(splits, half, params, seed) for half in HALVES}
-    gold = {
-        split: [_split_prompt(row, params.prompt_words) for row in rated] for split, rated in ratings["gold"].items()
-    }
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
-    prompts = _prompts(splits, {"test": [*gold["test"], *gold_pairs["test"]]}, demonstrations, cleaned.dropped, seed)
+    gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
+    prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
         raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
     written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
@@ -130,12 +130,9 @@ def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: Pr
     }
     if not any(result.values()):
         for split, rows in splits.items():
-            result[split] = [_to_demonstration(row) for row in rows if isinstance(row, Preference) and row.prompt]
+            pairs = [row for row in rows if isinstance(row, Preference) and row.prompt]
+            result[split] = [Demonstration(id=row.id, prompt=row.prompt, response=row.chosen) for row in pairs]
     return result
-
-
-def _to_demonstration(row: Preference) -> Demonstration:
-    return Demonstration(id=row.id, prompt=row.prompt, response=row.chosen)
 
 
 def _split_prompt(row: Rating, words: int) -> Demonstration:
@@ -145,26 +142,23 @@ def _split_prompt(row: Rating, words: int) -> Demonstration:
 
 
 def _prompts(
-    splits: Splits, gold: Splits, demonstrations: Splits, dropped: Counter[str], seed: int
+    splits: Splits, gold: Sequence[Row], demonstrations: Splits, dropped: Counter[str], seed: int
 ) -> dict[Split, list[Row]]:
     """Prompts by split, without repetition within a split or across splits.
 
     Training prompts of rated texts come from the proxy half alone. Test prompts come from the test split of both
-    halves, for the policy has seen neither.
+    halves, for the policy has seen neither: `gold` are the rows of the other half's.
     """
     given, result, seen = _of_type(splits, Prompt, Preference), {}, dict[str, Split]()
+    names = Prompt.model_fields
     for split in SPLITS:
-        rows = [*given[split], *demonstrations[split], *(gold["test"] if split == "test" else ())]
-        prompts = [Prompt.model_validate(_prompt_fields(row)) for row in rows if getattr(row, "prompt", "")]
+        rows = [*given[split], *demonstrations[split], *(gold if split == "test" else ())]
+        fields = [row.model_dump() for row in rows if getattr(row, "prompt", "")]
+        prompts = [Prompt.model_validate({name: row[name] for name in names if name in row}) for row in fields]
         prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
-        result[split] = _unique_prompts(
-            in_stable_order(((row.prompt, row) for row in prompts), seed), split, seen, dropped
-        )
+        ordered = in_stable_order(((row.prompt, row) for row in prompts), seed)
+        result[split] = _unique_prompts(ordered, split, seen, dropped)
     return result
-
-
-def _prompt_fields(row: Row) -> dict[str, object]:
-    return {name: value for name, value in row.model_dump().items() if name in Prompt.model_fields}
 
 
 def _unique_prompts(rows: list[Prompt], split: Split, seen: dict[str, Split], dropped: Counter[str]) -> list[Row]:
@@ -195,12 +189,11 @@ def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: dict[str
 
 def _drop_summary(cleaned: CleanResult) -> str:
     reasons = {"malformed": len(cleaned.quarantine), **cleaned.dropped}
-    return (
-        " (" + (", ".join(f"{reason} {count}" for reason, count in reasons.items() if count) or "no reason known") + ")"
-    )
+    counts = ", ".join(f"{reason} {count}" for reason, count in reasons.items() if count)
+    return f" ({counts or 'no reason known'})"
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("prepare")

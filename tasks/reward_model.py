@@ -9,11 +9,11 @@ from contextlib import nullcontext
 from dataclasses import replace
 from operator import add
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tasks.config.training import GenerationParams, LoraParams, RewardModelParams
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json
@@ -34,6 +34,9 @@ from tasks.rewards.pretrained import Formatter, fetch_backbone, fetch_pretrained
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
 from tasks.rewards.scorers import TextScorer
 from tasks.rl.rollout import generate
+
+if TYPE_CHECKING:
+    from tasks.config.training import GenerationParams, LoraParams, RewardModelParams
 
 __all__ = ["reward_model"]
 
@@ -208,6 +211,6 @@ def _ensemble_metrics(data: Objective, scores: Tensor) -> dict[str, float]:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("reward_model")

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
 from trl import SFTConfig, SFTTrainer
 
-from tasks.config.training import EnvironmentParams, LoraParams, SFTParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, without_printer, write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
 from tasks.rl.environments.base import tokenise_dialogue
+
+if TYPE_CHECKING:
+    from tasks.config.training import EnvironmentParams, LoraParams, SFTParams
 
 __all__ = ["sft"]
 
@@ -77,6 +79,6 @@ def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:
 
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
 
     run_stage("sft")

@@ -82,3 +82,11 @@ def policy_model() -> PeftModel:
 def params_yaml(tmp_path: Path) -> Path:
     """A copy of the shipped parameters."""
     return Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An empty project."""
+    (tmp_path / "dvc.yaml").touch()
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    return tmp_path

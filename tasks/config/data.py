@@ -1,34 +1,14 @@
-"""Regular expression that extracts one answer from a text."""
+"""Sections of the stages that make the data: collect, prepare and preferences."""
 
 from __future__ import annotations
 
-import re
-from typing import Annotated, Literal, Self
+from typing import Literal, Self
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from tasks.config.base import Fraction, Positive, Section
+from tasks.config.base import AnswerPattern, Fraction, Positive, Section
 
-__all__ = [
-    "AnswerPattern",
-    "CollectParams",
-    "PreferencesParams",
-    "PrepareParams",
-    "SourceParams",
-]
-
-
-def _check_one_group(pattern: str) -> str:
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from error
-    if groups != 1:
-        raise ValueError(f"needs one group, which is the answer, for example `#### (.+)`; this has {groups}")
-    return pattern
-
-
-AnswerPattern = Annotated[str, AfterValidator(_check_one_group)]
+__all__ = ["CollectParams", "PreferencesParams", "PrepareParams", "SourceParams"]
 
 
 class SourceParams(Section):

@@ -1,4 +1,4 @@
-"""Sections of params.yaml about evaluation: evaluate and its LLM judge, gate, lm_eval and overoptimisation."""
+"""Sections of the evaluation: LLM judge, gate, benchmarks and the over-optimisation curve."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import Fraction, Positive, Section
-from tasks.config.data import AnswerPattern
+from tasks.config.base import AnswerPattern, Fraction, Positive, Section
 from tasks.config.rules import Rule
 
 __all__ = ["EvaluateParams", "GateParams", "JudgeParams", "LmEvalParams", "Metric", "OveroptimisationParams"]

@@ -1,8 +1,10 @@
-"""Read, check and change params.yaml; its sections are in `tasks.core.sections`."""
+"""Read, check and change params.yaml; its sections are in the other modules of `tasks.config`."""
 
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -10,28 +12,48 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tasks.config.base import Section
-from tasks.config.data import CollectParams, PreferencesParams, PrepareParams
-from tasks.config.evaluation import EvaluateParams, GateParams, LmEvalParams, OveroptimisationParams
-from tasks.config.reward import LEARNED, RewardParams
+from tasks.config import data, evaluation, training
+from tasks.config.base import LEARNED, Section
+from tasks.config.reward import RewardParams
 from tasks.config.rules import GROUND_TRUTH_RULES
-from tasks.config.training import (
-    BaseModelParams,
-    DPOParams,
-    EnvironmentParams,
-    GenerationParams,
-    GoldJudgeParams,
-    GRPOParams,
-    LoraParams,
-    PPOParams,
-    RewardModelParams,
-    SFTParams,
-)
 from tasks.core.errors import ConfigError
 
-__all__ = ["Params", "load_params", "load_preset", "parse_override", "write_overrides"]
+__all__ = ["RENAMED", "Params", "load_params", "load_preset", "parse_override", "write_overrides"]
 
 PRESETS = Path("infra/presets")
+
+RENAMED = {
+    "collect.sources.*.rows": "row_type",
+    "evaluate.judge": "llm_judge",
+    "gate.allowed_detectors.*=one_component_pays": "component_tradeoff",
+    "gate.allowed_detectors.*=unfamiliar_responses": "ood_responses",
+    "gate.allowed_findings": "allowed_detectors",
+    "gate.margins.no_end_share": "truncated_share",
+    "gold_judge.first_layer": "lora_first_layer",
+    "gold_judge.scrambled_share": "shuffled_share",
+    "grpo.keep_every": "snapshot_every",
+    "lora.scorer_modules": "reward_model_modules",
+    "overoptimisation.policy_samples": "samples_per_policy",
+    "ppo.keep_every": "snapshot_every",
+    "ppo.kl_target": "adaptive_kl_target",
+    "ppo.max_approx_kl": "target_kl",
+    "preferences.given": "source_pairs",
+    "preferences.source_pairs=add": "prepend",
+    "reward.combine": "ensemble_reduction",
+    "reward.curriculum": "weight_schedule",
+    "reward.normalise": "normalisation",
+    "reward_model.first_layer": "lora_first_layer",
+    "reward_model.members": "ensemble_size",
+    "reward_model.scorer": "pretrained",
+    **{
+        f"{place}{old}": new
+        for old, new in {"facts": "contains_facts", "mathematics": "math", "sentiment": "vader"}.items()
+        for place in ("evaluate.gold_rule.function=", "reward.rules.*.function=", "reward.rules.", "reward.weights.")
+    },
+    "evaluate.gold_rule.isolation=none_i_accept_the_risk": "unsafe_no_isolation",
+    "reward.rules.*.isolation=none_i_accept_the_risk": "unsafe_no_isolation",
+}
+"""Key, or key=value, of an earlier version → what its last part, or the value, is called now; `*` is any one part."""
 
 
 class Params(Section):
@@ -42,28 +64,29 @@ class Params(Section):
         ge=0,
         description="The random choices of PPO, GRPO and DPO: other seeds are other policies from the same inputs.",
     )
-    base_model: BaseModelParams
-    collect: CollectParams
-    prepare: PrepareParams
-    lora: LoraParams
-    sft: SFTParams
-    preferences: PreferencesParams | None
-    reward_model: RewardModelParams | None
-    gold_judge: GoldJudgeParams | None
-    generation: GenerationParams
-    environment: EnvironmentParams | None
+    base_model: training.BaseModelParams
+    collect: data.CollectParams
+    prepare: data.PrepareParams
+    lora: training.LoraParams
+    sft: training.SFTParams
+    preferences: data.PreferencesParams | None
+    reward_model: training.RewardModelParams | None
+    gold_judge: training.GoldJudgeParams | None
+    generation: training.GenerationParams
+    environment: training.EnvironmentParams | None
     reward: RewardParams
-    ppo: PPOParams | None
-    grpo: GRPOParams | None
-    dpo: DPOParams | None
-    overoptimisation: OveroptimisationParams | None
-    lm_eval: LmEvalParams | None
-    evaluate: EvaluateParams
-    gate: GateParams | None
+    ppo: training.PPOParams | None
+    grpo: training.GRPOParams | None
+    dpo: training.DPOParams | None
+    overoptimisation: evaluation.OveroptimisationParams | None
+    lm_eval: evaluation.LmEvalParams | None
+    evaluate: evaluation.EvaluateParams
+    gate: evaluation.GateParams | None
 
     @model_validator(mode="after")
     def _check_stage_dependencies(self) -> Self:
-        if self.preferences is None and ((self.reward_model and self.reward_model.pairwise) or self.dpo):
+        from_pairs = (self.reward_model and self.reward_model.pairwise) or self.dpo
+        if self.preferences is None and from_pairs:
             raise ValueError(
                 "preferences is null, but reward_model and dpo learn from pairs: set them to null too (a reward_model "
                 "of kind rating or classification learns from ratings)"
@@ -74,16 +97,18 @@ class Params(Section):
             raise ValueError(
                 "gold_judge.kind is preference, but prepare.gold_pair_share keeps no pairs for it: raise it"
             )
-        rewarded = [name for name, rule in self.reward.rules.items() if rule.function == "sentiment"]
+        return self
+
+    @model_validator(mode="after")
+    def _check_judges(self) -> Self:
+        rules, gold = self.reward.rules, self.evaluate.gold_rule
+        rewarded = [name for name, rule in rules.items() if rule.function == "vader"]
         if rewarded and self.evaluate.vader:
             raise ValueError(
-                f"evaluate.vader is true, but the reward's component {rewarded[0]} is VADER itself: set "
-                "evaluate.vader to "
-                "false, for a judge must be one that training never saw"
+                f"evaluate.vader is true, but the reward's component {rewarded[0]} is VADER itself: set evaluate.vader "
+                "to false, for a judge must be one that training never saw"
             )
-        gold = self.evaluate.gold_rule
-        rules = {rule.function for rule in self.reward.rules.values()}
-        if gold and gold.function in rules - set(GROUND_TRUTH_RULES):
+        if gold and gold.function in {rule.function for rule in rules.values()} - set(GROUND_TRUTH_RULES):
             raise ValueError(
                 f"evaluate.gold_rule is {gold.function}, which the reward has, too: a judge must be one that training "
                 "never saw; choose another rule"
@@ -100,9 +125,9 @@ class Params(Section):
     @model_validator(mode="after")
     def _check_environment(self) -> Self:
         rewarded, by_turns = "environment" in self.reward.weights, self.ppo is not None and self.ppo.action == "turn"
+        if self.environment is None and (rewarded or by_turns):
+            raise ValueError("reward.weights.environment and ppo.action turn need an environment, which is null")
         if self.environment is None:
-            if rewarded or by_turns:
-                raise ValueError("reward.weights.environment and ppo.action turn need an environment, which is null")
             return self
         if not rewarded:
             raise ValueError("environment is on, but reward.weights does not name it: add environment: 1.0 there")
@@ -159,6 +184,8 @@ def parse_override(text: str) -> dict[str, Any]:
 def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     """Write overrides into params.yaml, comments kept; nothing is written if the result is invalid.
 
+    Keys that are missing are written with their defaults: DVC hashes the file, so it must hold every value.
+
     Returns:
         One line per value that changed: `ppo.kl_coef: 0.05 → 0.1`.
 
@@ -167,12 +194,18 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     """
     yaml = YAML()
     yaml.width = 120
-    document = _read(path, yaml)
-    lines: list[str] = []
+    yaml.indent(mapping=2, sequence=4, offset=2)
+    yaml.representer.add_representer(
+        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
+    )
+    before, document = _read(path), _read(path, yaml)
+    where = f"{path} with the requested changes"
     for override in overrides:
-        lines += _merge(document, override)
-    _validate(document, f"{path} with the requested changes")
-    if lines:
+        _merge(document, override)
+    _check_renamed(where, document, *overrides)  # a merge drops keys that are set to null
+    _write_defaults(document, _validate(document, where).model_dump())
+    lines = list(_differences(before, document))
+    if document != before:
         temporary = path.with_suffix(".tmp")
         with temporary.open("w", encoding="utf-8") as file:
             yaml.dump(document, file)
@@ -184,21 +217,43 @@ class _ReplaceMapping(dict[str, Any]):
     """A mapping that replaces instead of merging."""
 
 
-def _merge(target: Any, override: dict[str, Any], prefix: str = "") -> list[str]:
+def _merge(target: Any, override: dict[str, Any], depth: int = 0) -> None:
     """Merge mappings and replace everything else; null switches a section off, and removes any other key."""
-    lines = []
     for key, value in override.items():
-        name = f"{prefix}{key}"
         if isinstance(value, dict) and not isinstance(value, _ReplaceMapping) and isinstance(target.get(key), dict):
-            lines += _merge(target[key], value, f"{name}.")
-        elif value is None and not isinstance(target.get(key, {}), dict | None):
-            lines.append(f"{name}: {_format_value(target.pop(key))} → removed")
-        elif value is None and prefix and key not in target:
-            continue
-        elif key not in target or target[key] != value:
-            lines.append(f"{name}: {_format_value(target.get(key))} → {_format_value(value)}")
+            _merge(target[key], value, depth + 1)
+        elif value is None and depth and not isinstance(target.get(key), dict):
+            target.pop(key, None)
+        else:
             target[key] = dict(value) if isinstance(value, _ReplaceMapping) else value
-    return lines
+
+
+def _write_defaults(document: Any, values: Any) -> None:
+    """Add what the validated values have and the document lacks, but no entry for a rule that has a weight alone."""
+    if isinstance(document, dict):
+        for key, value in values.items():
+            named = {name: value[name] for name in document.get(key, {})} if key == "rules" else value
+            _write_defaults(document.setdefault(key, _as_yaml(named)), named)
+    elif isinstance(document, list):
+        for item, value in zip(document, values, strict=True):
+            _write_defaults(item, value)
+
+
+def _as_yaml(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_yaml(inner) for key, inner in value.items()}
+    return [_as_yaml(inner) for inner in value] if isinstance(value, tuple | list) else value
+
+
+def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
+    for key in {**before, **after}:
+        old, new, name = before.get(key), after.get(key), f"{prefix}{key}"
+        if isinstance(old, dict) and isinstance(new, dict):
+            yield from _differences(old, new, f"{name}.")
+        elif key not in after:
+            yield f"{name}: {_format_value(old)} → removed"
+        elif old != new:
+            yield f"{name}: {_format_value(old)} → {_format_value(new)}"
 
 
 def _format_value(value: Any) -> str:
@@ -218,7 +273,33 @@ def _read(path: Path, yaml: YAML | None = None) -> Any:
     return content
 
 
+def _check_renamed(where: str, *contents: Any) -> None:
+    """Check that no key or value has a name of an earlier version."""
+    items, problems = {key: value for content in contents for key, value in _items(content)}, []
+    for location, value in items.items():
+        parent, _, name = location.rpartition(".")
+        if parent in ("reward.weights", "reward.rules") and f"reward.rules.{name}.function" in items:
+            continue  # the component's own name, whatever its rule is called
+        for old, new in RENAMED.items():
+            pattern = re.escape(old).replace(r"\*", "[^.]+")
+            if re.fullmatch(pattern, location):
+                problems.append(f"  {location}: renamed to {parent}.{new}")
+            elif re.fullmatch(pattern, f"{location}={value}"):
+                problems.append(f"  {location}: {value} is renamed to {new}")
+    if problems:
+        raise ConfigError("\n".join([f"{where} is not valid:", *problems]))
+
+
+def _items(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Every key of nested mappings and lists, with its value."""
+    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in pairs:
+        yield f"{prefix}{key}", inner
+        yield from _items(inner, f"{prefix}{key}.")
+
+
 def _validate(content: Any, where: str) -> Params:
+    _check_renamed(where, content)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -233,5 +314,5 @@ def _format_error(item: Any) -> str:
     if item["type"] == "extra_forbidden":
         return f"{key}: unknown key (value {item['input']!r}); check the spelling or remove it"
     if item["type"] == "missing":
-        return f"{key}: missing; add it (see the fields of tasks/core/sections/)"
+        return f"{key}: missing; add it (see the fields of tasks/config/)"
     return f"{key}: {item['msg']}, got {item['input']!r}"

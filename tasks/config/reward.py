@@ -8,24 +8,10 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BeforeValidator, Field, model_validator
 
-from tasks.config.base import Positive, Section
-from tasks.config.custom import did_you_mean
-from tasks.config.rules import RULE_OPTIONS, Rule
-from tasks.config.training import ENVIRONMENT
+from tasks.config.base import EXTERNAL_COMPONENTS, LEARNED, Positive, Section
+from tasks.config.rules import RULE_OPTIONS, Rule, did_you_mean
 
-__all__ = [
-    "EXTERNAL_COMPONENTS",
-    "LEARNED",
-    "Normaliser",
-    "Priority",
-    "RewardParams",
-]
-
-LEARNED = "learned"
-"""The component that the trained reward model computes."""
-
-EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})
-"""Components that come with the responses, such as an environment's reward; all others are rules."""
+__all__ = ["Normaliser", "Priority", "RewardParams"]
 
 
 class Priority(Section):
@@ -120,15 +106,12 @@ class RewardParams(Section):
             if name not in {LEARNED, *EXTERNAL_COMPONENTS, *self.rules}:
                 raise ValueError(
                     f"reward.weights.{name}: no such component; {did_you_mean(name, known)} A component of another "
-                    "name needs "
-                    f"an entry reward.rules.{name}"
+                    f"name needs an entry reward.rules.{name}"
                 )
         if taken := {LEARNED, *EXTERNAL_COMPONENTS} & set(self.rules):
             raise ValueError(f"reward.rules.{min(taken)}: {min(taken)} is no rule; give the rule another name")
-        _check_weighted("rules", self.rules, self.weights)
-        _check_weighted("gates", self.gates, self.weights)
-        _check_weighted("normalisation", self.normalisation, self.weights)
-        _check_weighted("weight_schedule", self.weight_schedule, self.weights)
+        for key in ("rules", "gates", "normalisation", "weight_schedule"):
+            _check_weighted(key, getattr(self, key), self.weights)
         _check_weighted("priorities", [rank.component for rank in self.priorities], self.weights)
         return self
 
@@ -190,6 +173,5 @@ def _check_weighted(key: str, names: Iterable[str], weights: dict[str, float]) -
         if name not in weights:
             raise ValueError(
                 f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, sorted(weights))} Give it a "
-                "weight (0: "
-                "computed and reported alone), or remove it"
+                "weight (0: computed and reported alone), or remove it"
             )

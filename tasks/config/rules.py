@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import re
 from collections.abc import Mapping
+from difflib import get_close_matches
+from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from jsonschema import Draft202012Validator, SchemaError
@@ -11,29 +14,13 @@ from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, Serializ
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
 
-from tasks.config.base import Positive, Section
-from tasks.config.custom import check_custom_rule, did_you_mean
-from tasks.config.data import AnswerPattern
+from tasks.config.base import AnswerPattern, Positive, Section
 
 __all__ = [
-    "GROUND_TRUTH_RULES",
-    "RULE_OPTIONS",
-    "CodeRule",
-    "ContainsFactsRule",
-    "CustomRule",
-    "FormatRule",
-    "InstructionsRule",
-    "JsonSchemaRule",
-    "LanguageRule",
-    "LengthRule",
-    "MathRule",
-    "PoemRule",
-    "ReadabilityRule",
-    "RepetitionRule",
-    "Rule",
-    "RuleOptions",
-    "VaderRule",
-]
+    "CUSTOM_DIR", "GROUND_TRUTH_RULES", "RULE_OPTIONS", "CodeRule", "ContainsFactsRule", "CustomRule", "FormatRule",
+    "InstructionsRule", "JsonSchemaRule", "LanguageRule", "LengthRule", "MathRule", "PoemRule", "ReadabilityRule",
+    "RepetitionRule", "Rule", "RuleOptions", "VaderRule", "check_custom_rule", "did_you_mean",
+]  # fmt: skip
 
 
 class RuleOptions(Section):
@@ -265,6 +252,62 @@ class PoemRule(RuleOptions):
         return self
 
 
+CUSTOM_DIR = Path(__file__).resolve().parents[1] / "rewards" / "custom"
+"""Folder of custom reward modules; a dep of every stage that scores."""
+
+SAMPLE_ARGS = 3
+"""Number of arguments that every function has: prompt, response, answer."""
+
+
+def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
+    """Check that `module:function` exists and accepts these options.
+
+    Raises:
+        ValueError: it does not; the message names what there is.
+    """
+    module, _, name = function.partition(":")
+    modules = sorted(path.stem for path in CUSTOM_DIR.glob("*.py") if path.stem != "__init__")
+    if module not in modules:
+        raise ValueError(
+            f"function {function!r}: there is no tasks/rewards/custom/{module}.py; {did_you_mean(module, modules)}"
+        )
+    functions = _functions(CUSTOM_DIR / f"{module}.py")
+    if name not in functions:
+        raise ValueError(
+            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; "
+            f"{did_you_mean(name, [*functions])}"
+        )
+    _check_arguments(function, functions[name].args, options)
+
+
+def _functions(path: Path) -> dict[str, ast.FunctionDef]:
+    """The functions that the file defines by `def`."""
+    try:
+        body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+    except SyntaxError as error:
+        raise ValueError(f"tasks/rewards/custom/{path.name}:{error.lineno} is no Python: {error.msg}") from error
+    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+
+
+def _check_arguments(function: str, arguments: ast.arguments, options: Mapping[str, object]) -> None:
+    names = [item.arg for item in [*arguments.posonlyargs, *arguments.args]]
+    if len(names) < SAMPLE_ARGS:
+        raise ValueError(f"function {function!r} must take (prompt, response, answer, …), it takes {tuple(names)}")
+    defaults = [None] * (len(names) - len(arguments.defaults)) + list(arguments.defaults)
+    known = dict(zip(names[SAMPLE_ARGS:], defaults[SAMPLE_ARGS:], strict=True))
+    known |= {item.arg: default for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
+    if arguments.kwarg is None and (unknown := [name for name in options if name not in known]):
+        raise ValueError(f"function {function!r} takes no option {unknown[0]!r}; {did_you_mean(unknown[0], [*known])}")
+    if missing := [name for name, default in known.items() if default is None and name not in options]:
+        raise ValueError(f"function {function!r} needs the option {missing[0]!r}; add it beside `function`")
+
+
+def did_you_mean(name: str, known: list[str]) -> str:
+    """Suggest the closest known names for an unknown one, or list all."""
+    close = get_close_matches(name, known)
+    return f"did you mean {' or '.join(close)}?" if close else f"there is: {', '.join(sorted(known)) or 'nothing'}"
+
+
 class CustomRule(RuleOptions):
     """A user's own function; its options are the arguments after `prompt, response, answer`."""
 
@@ -284,22 +327,22 @@ class CustomRule(RuleOptions):
 RULE_OPTIONS: dict[str, type[RuleOptions]] = {
     "answer": RuleOptions,
     "code": CodeRule,
-    "facts": ContainsFactsRule,
+    "contains_facts": ContainsFactsRule,
     "format": FormatRule,
     "instructions": InstructionsRule,
     "json_schema": JsonSchemaRule,
     "language": LanguageRule,
     "length": LengthRule,
-    "mathematics": MathRule,
+    "math": MathRule,
     "poem": PoemRule,
     "readability": ReadabilityRule,
     "repetition": RepetitionRule,
-    "sentiment": VaderRule,
+    "vader": VaderRule,
 }
 """Rule → its options; `tasks.rewards.rules.RULES` has the same names."""
 
 
-GROUND_TRUTH_RULES = ("answer", "code", "mathematics")
+GROUND_TRUTH_RULES = ("answer", "code", "math")
 """Rules that check the row's ground-truth answer: they may be both reward and judge."""
 
 

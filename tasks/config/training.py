@@ -1,29 +1,17 @@
-"""Where the base model comes from."""
+"""Sections of the stages that make and train models."""
 
 from __future__ import annotations
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import Fraction, LearningRate, Positive, Section, check_minibatches
+from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section, check_minibatches
 
 __all__ = [
-    "CHAT",
-    "ENVIRONMENT",
-    "PAIRWISE",
-    "BaseModelParams",
-    "DPOParams",
-    "EnvironmentParams",
-    "GRPOParams",
-    "GenerationParams",
-    "GoldJudgeParams",
-    "LoraParams",
-    "PPOParams",
-    "PretrainedRewardParams",
-    "RewardModelParams",
-    "SFTParams",
-]
+    "BaseModelParams", "DPOParams", "EnvironmentParams", "GRPOParams", "GenerationParams", "GoldJudgeParams",
+    "LoraParams", "PPOParams", "PretrainedRewardParams", "RewardModelParams", "SFTParams",
+]  # fmt: skip
 
 
 class BaseModelParams(Section):
@@ -72,10 +60,6 @@ class GenerationParams(Section):
     temperature: float = Field(gt=0, description="Logits are divided by this, in sampling and in training alike.")
 
 
-ENVIRONMENT = "environment"
-"""Name of the environment's reward component in `reward.weights`."""
-
-
 class EnvironmentParams(Section):
     """Multi-turn environment; without this section a response is a single text."""
 
@@ -94,22 +78,25 @@ class EnvironmentParams(Section):
     )
 
 
-class SFTParams(Section):
+FirstLayer = Annotated[
+    int, Field(ge=0, description="Layers below it stay as they are: no adapters, so no gradient is computed for them.")
+]
+
+
+class TrainerParams(Section):
+    """Settings of every stage that trains with a trainer of Hugging Face."""
+
+    epochs: Positive = Field(description="Passes over the training rows.")
+    batch_size: Positive = Field(description="Rows (demonstrations, pairs or rated texts) per optimiser step.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    max_length: Positive = Field(description="Texts, prompt and response together, are cut at this many tokens.")
+
+
+class SFTParams(TrainerParams):
     """Supervised fine-tuning on demonstrations."""
 
     max_examples: Positive = Field(description="Train on at most this many demonstrations.")
     max_validation_examples: Positive = Field(description="Measure the held-out loss on at most this many.")
-    epochs: Positive = Field(description="Passes over the demonstrations.")
-    batch_size: Positive = Field(description="Demonstrations per optimiser step.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Prompt and response are cut at this many tokens.")
-
-
-CHAT = "chat"
-"""`PretrainedRewardParams.template`: the model's own chat template."""
-
-PAIRWISE = ("preference", "multi_objective")
-"""Kinds that learn from pairs; the others learn from rated texts."""
 
 
 class PretrainedRewardParams(Section):
@@ -134,7 +121,7 @@ class PretrainedRewardParams(Section):
         return self
 
 
-class RewardModelParams(Section):
+class RewardModelParams(TrainerParams):
     """A linear head on the SFT model, or on another backbone, or a pretrained reward model."""
 
     kind: Literal["preference", "rating", "classification", "multi_objective"] = Field(
@@ -178,22 +165,15 @@ class RewardModelParams(Section):
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
         "four do as well as five there), whose cost in training and scoring is that many times one model's.",
     )
-    lora_first_layer: int = Field(
-        ge=0,
-        description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
-    )
-    epochs: Positive = Field(description="Passes over the pairs or texts.")
-    batch_size: Positive = Field(description="Pairs, or rated texts, per optimiser step.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Texts are cut at this many tokens.")
+    lora_first_layer: FirstLayer
     normalisation_samples: int = Field(
         ge=2, description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
     )
 
     @property
     def pairwise(self) -> bool:
-        """Whether it is trained, or where pretrained evaluated, on pairs."""
-        return self.kind in PAIRWISE
+        """Whether it is trained, or where pretrained evaluated, on pairs; other kinds learn from rated texts."""
+        return self.kind in ("preference", "multi_objective")
 
     @model_validator(mode="after")
     def _check_kind(self) -> Self:
@@ -228,7 +208,7 @@ class RewardModelParams(Section):
         return self
 
 
-class GoldJudgeParams(Section):
+class GoldJudgeParams(TrainerParams):
     """A judge fitted on people's ratings, or preferences, of texts that no other stage sees."""
 
     kind: Literal["rating", "preference"] = Field(
@@ -236,20 +216,13 @@ class GoldJudgeParams(Section):
         description="What it learns: mean ratings (direct assessment; prepare.gold_share keeps texts for it), or which "
         "of two texts people prefer (Bradley–Terry; prepare.gold_pair_share keeps pairs for it).",
     )
-    lora_first_layer: int = Field(
-        ge=0,
-        description="Layers below this one stay as they are: no adapters there, so no gradient is computed for them.",
-    )
+    lora_first_layer: FirstLayer
     max_examples: Positive = Field(description="Train on at most this many rated texts, or pairs.")
     shuffled_share: Fraction = Field(
         0.0,
         description="For each rated text, so many more whose words stand in random order, rated as low as the lowest: "
         "a judge trained only on people's texts scores word salad highly. Kind rating only.",
     )
-    epochs: Positive = Field(description="Passes over the texts or pairs.")
-    batch_size: Positive = Field(description="Texts, or pairs, per optimiser step.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Texts are cut at this many tokens.")
 
     @model_validator(mode="after")
     def _check_shuffled(self) -> Self:
@@ -361,12 +334,8 @@ class GRPOParams(Section):
         return self
 
 
-class DPOParams(Section):
+class DPOParams(TrainerParams):
     """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
 
     max_pairs: Positive = Field(description="Train on at most this many pairs.")
-    epochs: Positive = Field(description="Passes over the pairs.")
-    batch_size: Positive = Field(description="Pairs per optimiser step.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
     beta: float = Field(gt=0, description="Strength of the pull to the reference.")
-    max_length: Positive = Field(description="Prompt and response are cut at this many tokens.")

@@ -1,1 +1,5 @@
-"""Foundations of all stages: errors, paths, row types, text statistics, tracking, distributed training."""
+"""Errors, paths, row types, text statistics, distributed helpers and the tracking interface.
+
+Every package imports from here, and nothing here imports from them. A change here runs nearly all stages again.
+Put a function here only if two packages need it.
+"""

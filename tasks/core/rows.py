@@ -1,4 +1,4 @@
-"""Write JSON and CSV files such that equal content is equal bytes on every machine."""
+"""Row types, and reading and writing JSON and CSV such that equal content is equal bytes on every machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Log metrics, tables and files of the current stage run, and find its checkpoint folder.
 
 Stages import this module, so it knows no vendor: whoever runs the stage attaches a recorder to it (see
-`tasks.core.stage`), and how runs are recorded can change without any stage having to run again. Without a
+`tasks.runtime.stage_runner`), and how runs are recorded can change without any stage having to run again. Without a
 recorder (a unit test, a notebook) every function does nothing.
 """
 

@@ -9,13 +9,15 @@ from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import ValidationError
 
-from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
 from tasks.core.rows import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, format_validation_error
+
+if TYPE_CHECKING:
+    from tasks.config.data import PrepareParams
 
 __all__ = ["CleanResult", "check_quarantine", "clean", "filter_by_length", "full_texts", "split_key"]
 

@@ -8,15 +8,17 @@ import io
 import json
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pyarrow
 from pyarrow import parquet
 
-from tasks.config.data import SourceParams
 from tasks.core.errors import DataError, SourceError
 from tasks.core.paths import project_root
 from tasks.data.pypi import sha256_of
+
+if TYPE_CHECKING:
+    from tasks.config.data import SourceParams
 
 __all__ = ["read_local"]
 

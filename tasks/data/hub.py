@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import importlib.metadata
 from collections.abc import Iterable, Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets.exceptions import DatasetNotFoundError
 from huggingface_hub import HfApi
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
-from tasks.config.data import SourceParams
 from tasks.core.errors import DataError, SourceError
+
+if TYPE_CHECKING:
+    from tasks.config.data import SourceParams
 
 __all__ = ["read_hub", "read_reasoning_gym"]
 

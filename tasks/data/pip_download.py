@@ -1,4 +1,4 @@
-"""Find one distribution with pip's finder and download it; runs as `python -I pip_child.py`.
+"""Find one distribution with pip's finder and download it; runs as `python -I pip_download.py`.
 
 pip has no command that downloads a source distribution without running its build code for the metadata, so this asks
 pip's own `download` command for its session and finder, which carry the user's whole configuration (index, extra

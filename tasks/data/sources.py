@@ -11,9 +11,8 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.config.data import SourceParams
 from tasks.core.errors import DataError
 from tasks.core.paths import state_dir
 from tasks.core.rows import ROW_TYPES
@@ -21,6 +20,9 @@ from tasks.data.files import read_local
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.hub import read_hub, read_reasoning_gym
 from tasks.data.pypi import fetch
+
+if TYPE_CHECKING:
+    from tasks.config.data import SourceParams
 
 __all__ = ["READERS", "Reader", "SourceRows", "collect_source"]
 
@@ -38,7 +40,25 @@ class SourceRows:
     origin: dict[str, object] = field(default_factory=dict)
 
 
-def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader]) -> SourceRows:
+ReaderResult = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
+Reader = Callable[["SourceParams", int], ReaderResult]
+
+
+def _film_reviews(source: SourceParams, seed: int) -> ReaderResult:
+    sdist = fetch(source.id, form="sdist", sha256=source.sha256, cache=state_dir() / "downloads")
+    rows = ((f"{sdist.name}/{Path(TEXTS).name}", line, row) for line, row in read_film_reviews(sdist))
+    return rows, {"source": f"PyPI package {source.id} (sdist)", "file": sdist.name, "sha256": source.sha256}
+
+
+READERS: Mapping[str, Reader] = {
+    "film_reviews": _film_reviews,
+    "hub": read_hub,
+    "local": read_local,
+    "reasoning_gym": read_reasoning_gym,
+}
+
+
+def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader] = READERS) -> SourceRows:
     """Read one source, at most `limit` rows of it, in the source's order.
 
     Raises:
@@ -117,21 +137,3 @@ def _split_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
     if cut < len(_ASSISTANT) or chosen[:cut] != rejected[:cut]:
         return {"prompt": ""}
     return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
-
-
-ReaderResult = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
-Reader = Callable[[SourceParams, int], ReaderResult]
-
-
-def _film_reviews(source: SourceParams, seed: int) -> ReaderResult:
-    sdist = fetch(source.id, form="sdist", sha256=source.sha256, cache=state_dir() / "downloads")
-    rows = ((f"{sdist.name}/{Path(TEXTS).name}", line, row) for line, row in read_film_reviews(sdist))
-    return rows, {"source": f"PyPI package {source.id} (sdist)", "file": sdist.name, "sha256": source.sha256}
-
-
-READERS: Mapping[str, Reader] = {
-    "film_reviews": _film_reviews,
-    "hub": read_hub,
-    "local": read_local,
-    "reasoning_gym": read_reasoning_gym,
-}

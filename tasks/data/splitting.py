@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from typing import Literal, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeVar
 
-from tasks.config.data import PrepareParams
+if TYPE_CHECKING:
+    from tasks.config.data import PrepareParams
 
 __all__ = ["HALVES", "SPLITS", "Half", "Split", "hash_uniform", "in_stable_order", "rater_half", "split_of"]
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from tasks.core.errors import ConfigError
-from tasks.core.origin import Finding
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
+from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
@@ -94,18 +94,18 @@ class Decision:
     """Decision of the gate about a policy."""
 
     policy: str
-    rule_results: tuple[Finding, ...]
+    rule_results: tuple[RuleResult, ...]
 
     @property
     def accepted(self) -> bool:
         """Whether every rule passed."""
-        return all(result.holds for result in self.rule_results)
+        return all(result.passed for result in self.rule_results)
 
     @property
     def reasons(self) -> tuple[str, ...]:
         """Rules that failed; all rules if the policy is accepted."""
-        shown = [result for result in self.rule_results if self.accepted or not result.holds]
-        return tuple(f"{result.rule}: {result.found}, asked {result.asked}" for result in shown)
+        shown = [result for result in self.rule_results if self.accepted or not result.passed]
+        return tuple(f"{result.rule}: {result.measured}, required {result.required}" for result in shown)
 
 
 def select_candidate(table: Table, params: GateParams) -> str:
@@ -143,11 +143,11 @@ def decide(
     """
     low, kl = table[policy]["win_rate_low"], table[policy]["kl"]
     rule_results = [
-        Finding(
+        RuleResult(
             "win rate against SFT, lower end", f"{low:.1%}", f"above {params.min_win_rate:.0%}",
             low > params.min_win_rate,
         ),
-        Finding("KL to SFT", f"{kl:.2f} nats", f"at most {params.max_kl:g} nats", kl <= params.max_kl),
+        RuleResult("KL to SFT", f"{kl:.2f} nats", f"at most {params.max_kl:g} nats", kl <= params.max_kl),
         _check_hacking(findings, params.allowed_detectors),
     ]  # fmt: skip
     if against_champion is not None:
@@ -172,7 +172,7 @@ def paired_interval(
     return bootstrap_mean(values, samples=samples, seed=seed)
 
 
-def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Finding:
+def noninferiority_rule(metric: str, interval: Interval, margin: float) -> RuleResult:
     """Check that the unfavourable end of the interval is within the margin of the null value."""
     spec = METRICS[metric]
     if spec.more_is_better:
@@ -182,11 +182,11 @@ def noninferiority_rule(metric: str, interval: Interval, margin: float) -> Findi
         end, side, bound, relation = interval.high, "upper", spec.null_value + margin, "at most"
         passed = end <= bound
     measured, required = format(end, spec.value_format), f"{relation} {format(bound, spec.margin_format)}"
-    return Finding(f"{spec.name}, {side} end", measured, required, passed)
+    return RuleResult(f"{spec.name}, {side} end", measured, required, passed)
 
 
-def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> Finding:
+def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> RuleResult:
     detectors = ", ".join(f"{finding.detector} ({finding.phase})" for finding in findings)
     required = f"none but {', '.join(allowed)}" if allowed else "none"
     passed = all(finding.detector in allowed for finding in findings)
-    return Finding("signs of reward hacking", detectors or "none", required, passed)
+    return RuleResult("signs of reward hacking", detectors or "none", required, passed)

@@ -16,7 +16,7 @@ from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
 from tasks.evals.pairwise import PairJudge, Reply
-from tasks.models.batching import pad_left, position_ids
+from tasks.models.batching import pad_ids, position_ids
 from tasks.models.loading import load_reference, load_tokenizer
 
 if TYPE_CHECKING:
@@ -212,7 +212,7 @@ class LocalJudge:
     def _prob_a(self, rows: Sequence[Sequence[int]]) -> list[float]:
         """Compute P(A) / (P(A) + P(B)) after each row."""
         device = self._model.device
-        ids, mask = (tensor.to(device) for tensor in pad_left(rows, self._tokenizer.pad_token_id))
+        ids, mask = (tensor.to(device) for tensor in pad_ids(rows, self._tokenizer.pad_token_id, side="left"))
         logits = self._model(
             input_ids=ids, attention_mask=mask.long(), position_ids=position_ids(mask), logits_to_keep=1
         ).logits[:, -1, self._letter_ids]

@@ -6,13 +6,13 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
-from tasks.core.origin import Origin
-from tasks.core.registry import Version
 from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
 from tasks.evals.report_text import display_name
 from tasks.evals.templates import load_template
 from tasks.models.export import ExportCheck
+from tasks.runtime.provenance import Provenance
+from tasks.runtime.registry import Version
 
 __all__ = ["ModelCard", "render_model_card"]
 
@@ -34,7 +34,7 @@ class ModelCard:
     """
 
     version: Version
-    origin: Origin
+    origin: Provenance
     exported: ExportCheck
     adapter: bool
 
@@ -53,15 +53,13 @@ def render_model_card(card: ModelCard) -> str:
         licence=_licence(origin),
         name=display_name(policy),
         method=method,
-        reference=origin.figures[REFERENCE],
-        row=origin.figures[policy],
-        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.figures[policy]}).items()},
+        reference=origin.metrics[REFERENCE],
+        row=origin.metrics[policy],
+        judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.metrics[policy]}).items()},
         parameters=[
             (key, json.dumps(value, ensure_ascii=False))
             for key, value in flatten({name: origin.parameters[name] for name in used}).items()
         ],
-        withdrawal=card.version.withdrawn,
-        rules=[(finding.rule, finding.found, finding.asked, finding.holds) for finding in origin.findings],
     )
 
 
@@ -79,7 +77,7 @@ def _front_matter(card: ModelCard) -> list[str]:
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
 
 
-def _licence(origin: Origin) -> str:
+def _licence(origin: Provenance) -> str:
     """Licence of the base model in the hub's spelling."""
     return str(origin.base_model.get("licence") or "unknown").lower()
 

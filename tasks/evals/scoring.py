@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
@@ -15,8 +15,7 @@ from torch import Tensor
 from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from tasks.config.rules import RuleOptions
-from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams
+from tasks.config.base import ENVIRONMENT
 from tasks.core.errors import DataError, TrainingError
 from tasks.core.rows import Prompt, read_rows
 from tasks.evals.compare import ScoredResponse
@@ -30,6 +29,10 @@ from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, MultiTurnSampler, load_multi_turn_sampler
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import Rollout, derive_generator, generate
+
+if TYPE_CHECKING:
+    from tasks.config.rules import RuleOptions
+    from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = ["PolicySampler", "SampledResponse", "load_gold_reward", "sample_prompts", "score_responses", "vader_scores"]
 

@@ -1,5 +1,5 @@
-"""Human and AI preference labels: the labelling page, its database, agreement statistics, import and export.
+"""Labels of people and language models: the page, its database, export and import.
 
-`store.LabelStore` is the one way into the database, for the page and for the commands alike. A new file format is a
-pair of functions in `formats/`; a change of the tables needs a new file in `migrations/`.
+Labels are only added, never changed. The web page and the commands write through `store`.
+`formats` speaks Argilla's and Label Studio's formats. The page's commands are in `flows/cli/labels.py`.
 """

@@ -16,14 +16,17 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
-from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError
 from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
 from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
 from tasks.labelling.labels import MAX_NAME_LENGTH, MODEL_PREFIX, Label, Question
 from tasks.labelling.store import LabelStore
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import JudgeParams
 
 __all__ = [
     "AutoLabelResult",

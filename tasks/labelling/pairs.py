@@ -8,19 +8,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from pydantic import ValidationError
 from torch import Tensor
 
-from tasks.config.training import GenerationParams
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, format_validation_error, read_rows
 from tasks.data.splitting import hash_uniform
 from tasks.evals.writing import Sampler, policy_stages
 from tasks.labelling.labels import VALUED_CHOICES, Question, question_error, question_id
 from tasks.rewards.reward_model import RewardModel, member_folder
+
+if TYPE_CHECKING:
+    from tasks.config.training import GenerationParams
 
 __all__ = [
     "PairPool",

@@ -88,32 +88,22 @@ def export(
     trained: Any = load_policy(artifacts / "base_model", artifacts / "sft", artifacts / policy)
     batches = [torch.tensor([tokenizer(prompt).input_ids], device=device()) for prompt in prompts]
     expected = _logits(trained, batches)
-    generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
-        do_sample=True,
-        temperature=temperature,
-        top_k=0,
-        top_p=1.0,
-        max_new_tokens=max_new_tokens,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-    )
     exported: Any = (
         load_reference(artifacts / "base_model", artifacts / "sft") if adapter else trained.merge_and_unload()
     )
-    exported.generation_config = generation_config
+    exported.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
+        do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+    )  # fmt: skip
     base = folder / BASE_DIR if adapter else folder
     exported.save_pretrained(base)
     tokenizer.save_pretrained(base)
     if adapter:
-        _copy_adapter(artifacts / policy / ADAPTER_DIR, folder / ADAPTER_DIR)
+        shutil.copytree(artifacts / policy / ADAPTER_DIR, folder / ADAPTER_DIR)
+        file = folder / ADAPTER_DIR / "adapter_config.json"
+        config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE_DIR}
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     return _check_logits(expected, _logits(_load(folder, adapter), batches), exported.dtype)
-
-
-def _copy_adapter(adapter: Path, target: Path) -> None:
-    shutil.copytree(adapter, target)
-    file = target / "adapter_config.json"
-    config = json.loads(file.read_text(encoding="utf-8")) | {"base_model_name_or_path": BASE_DIR}
-    file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _load(folder: Path, adapter: bool) -> Any:
@@ -138,7 +128,7 @@ def _check_logits(expected: Sequence[Tensor], actual: Sequence[Tensor], dtype: t
     if not max_logit_difference <= tolerance:
         raise ModelError(
             f"the exported model's logits differ from the policy's by up to {max_logit_difference:.2g}, rounding "
-            "explains "
-            f"{tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was written"
+            f"explains {tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was "
+            "written"
         )
     return ExportCheck(str(dtype).removeprefix("torch."), max_logit_difference, max_logit)

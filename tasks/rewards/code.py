@@ -11,14 +11,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
 from tasks.rewards.sandbox.sandbox import Job, Sandbox
 from tasks.rewards.sandbox.verdict import SandboxResult, Status
+
+if TYPE_CHECKING:
+    from tasks.config.rules import CodeRule
 
 __all__ = ["CodeReward", "code_reward", "extract_program", "function_under_test", "select_tests"]
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from bisect import bisect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tasks.config.reward import EXTERNAL_COMPONENTS, LEARNED, Normaliser, Priority, RewardParams
-from tasks.config.rules import RuleOptions
+from tasks.config.base import EXTERNAL_COMPONENTS, LEARNED
+from tasks.config.rules import RuleOptions  # noqa: TC001 - at run time, so that defaults of rules are inputs of what scores
 from tasks.core import distributed
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.paths import Artifacts
@@ -18,6 +19,9 @@ from tasks.core.rows import Prompt
 from tasks.rewards.reward_model import RewardModel
 from tasks.rewards.rules import get_rule_factory
 from tasks.rewards.rules.base import Answers, Component, FaultTolerantRule, PerSampleRule, ScoresWithMetrics
+
+if TYPE_CHECKING:
+    from tasks.config.reward import Normaliser, Priority, RewardParams
 
 __all__ = [
     "CompositeReward",

@@ -8,14 +8,13 @@ from __future__ import annotations
 import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from transformers import Trainer, TrainerCallback
 
-from tasks.config.training import RewardModelParams
 from tasks.core.errors import DataError
 from tasks.core.rows import Preference, Rating, read_rows, write_table
 from tasks.rewards.metrics import (
@@ -29,6 +28,9 @@ from tasks.rewards.metrics import (
     rating_metrics,
 )
 from tasks.rewards.training import pair_trainer, regression_trainer
+
+if TYPE_CHECKING:
+    from tasks.config.training import RewardModelParams
 
 __all__ = ["Objective", "PreferenceObjective", "PromptResponse", "RatingObjective", "load_objective"]
 

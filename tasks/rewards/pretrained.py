@@ -6,11 +6,11 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tasks.config.training import CHAT, BaseModelParams, PretrainedRewardParams
+from tasks.config.base import CHAT
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import project_root
 from tasks.core.rows import write_json
@@ -18,6 +18,9 @@ from tasks.models.fetch import READERS, folder_origin, hub_folder, load_folder, 
 from tasks.models.loading import ADAPTER_DIR, device, dtype
 from tasks.models.onednn_linear import freeze_for_onednn
 from tasks.rewards.scorers import PretrainedScorer
+
+if TYPE_CHECKING:
+    from tasks.config.training import BaseModelParams, PretrainedRewardParams
 
 __all__ = [
     "CARD",

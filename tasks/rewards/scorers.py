@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import ModelError
-from tasks.models.batching import position_ids
+from tasks.models.batching import pad_ids, position_ids
 from tasks.models.loading import device
 
 __all__ = ["PretrainedScorer", "TextScorer", "encode"]
@@ -69,7 +69,7 @@ class TextScorer:
         return encode(self._tokenizer, text, self._max_length)
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids, mask = _pad_right(rows, self._tokenizer.pad_token_id)
+        ids, mask = pad_ids(rows, self._tokenizer.pad_token_id, side="right")
         model_device = device()
         with _capture_inputs(self._model.score) as states:
             logits: Tensor = self._model(
@@ -107,7 +107,7 @@ class PretrainedScorer(TextScorer):
         return ids
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
-        ids, mask = _pad_right(rows, self._padding)
+        ids, mask = pad_ids(rows, self._padding, side="right")
         with _capture_inputs(self._head) as states:
             logits: Tensor = self._model(input_ids=ids.to(device()), attention_mask=mask.long().to(device())).logits
         score = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
@@ -122,17 +122,6 @@ def _last_layer(model: Any) -> nn.Module:
     if not layers:
         raise ModelError(f"{type(model).__name__} has no linear layer with {outputs} outputs: choose another scorer")
     return layers[-1]
-
-
-def _pad_right(rows: list[list[int]], padding: int) -> tuple[Tensor, Tensor]:
-    """The ids [B, T], padded on the right, and the mask of those that are text."""
-    width = max(len(row) for row in rows)
-    ids = torch.full((len(rows), width), padding, dtype=torch.long)
-    mask = torch.zeros((len(rows), width), dtype=torch.bool)
-    for index, row in enumerate(rows):
-        ids[index, : len(row)] = torch.tensor(row)
-        mask[index, : len(row)] = True
-    return ids, mask
 
 
 def _last_token_states(states: Tensor, rows: list[list[int]]) -> Tensor:

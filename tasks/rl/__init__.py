@@ -1,1 +1,5 @@
-"""Proximal policy optimisation for language models: pure tensor functions, rollouts and the trainer."""
+"""PPO and GRPO for language models: tensor functions, sampling and the trainer.
+
+docs/ppo.md has the conventions, and the source of each detail. The mathematics (masking, kl, advantages, losses,
+hacking) imports torch alone and is covered by `make mutants`; `ppo` has the loop.
+"""

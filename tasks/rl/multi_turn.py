@@ -12,20 +12,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from tasks.config.training import ENVIRONMENT, EnvironmentParams, GenerationParams
+from tasks.config.base import ENVIRONMENT
 from tasks.core import distributed
 from tasks.core.rows import Prompt
-from tasks.models.batching import pad_left
+from tasks.models.batching import pad_ids
 from tasks.rl.advantages import turn_counts
 from tasks.rl.environments.base import Environment, final_user_turn, user_turn
 from tasks.rl.environments.kinds import ENVIRONMENTS
 from tasks.rl.rollout import Rollout, generate
+
+if TYPE_CHECKING:
+    from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "load_multi_turn_sampler"]
 
@@ -221,12 +224,13 @@ def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, device: torch.d
         rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
         return pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
 
-    prompts, prompt_mask = (tensor.to(device) for tensor in pad_left([e.prompt_ids for e in episodes], pad_token_id))
+    prompt_ids = [episode.prompt_ids for episode in episodes]
+    prompts, prompt_mask = (tensor.to(device) for tensor in pad_ids(prompt_ids, pad_token_id, side="left"))
     return MultiTurnRollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
         responses=padded("ids", pad_token_id),
-        response_mask=padded("own"),
+        response_mask=padded("policy_mask"),
         logprobs=padded("logprobs"),
         values=padded("values"),
         has_eos=torch.tensor([episode.has_eos for episode in episodes], device=device),

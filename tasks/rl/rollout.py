@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tasks.core import distributed
-from tasks.models.batching import pad_left, position_ids
+from tasks.models.batching import pad_ids, position_ids
 from tasks.models.onednn_linear import merged_weights
 
 __all__ = [
@@ -177,7 +177,7 @@ def generate(
         The rollout, on the model's device; T is max_new_tokens, or less when every response ended earlier.
     """
     device = next(model.parameters()).device
-    ids, mask = (tensor.to(device) for tensor in pad_left(prompts, pad_token_id))
+    ids, mask = (tensor.to(device) for tensor in pad_ids(prompts, pad_token_id, side="left"))
     cache = PreallocatedCache(ids.shape[1] + max_new_tokens)
     batch = ids.shape[0] * samples_per_prompt
     responses = torch.full((batch, max_new_tokens), pad_token_id, dtype=torch.long, device=device)

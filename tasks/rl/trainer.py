@@ -12,12 +12,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from tasks.config.training import GenerationParams, PPOParams
 from tasks.core import distributed
 from tasks.core.errors import TrainingError
 from tasks.rewards.composition import CompositeReward, RewardBatch
@@ -39,6 +38,9 @@ from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Experience, Policy
 from tasks.rl.rollout import Rollout, derive_generator, generate
 from tasks.rl.updater import Metrics, PPOUpdate
+
+if TYPE_CHECKING:
+    from tasks.config.training import GenerationParams, PPOParams
 
 __all__ = ["PPOTrainer", "PromptSet"]
 

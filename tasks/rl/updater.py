@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from tasks.config.training import PPOParams
 from tasks.core import distributed
 from tasks.core.errors import TrainingError
 from tasks.rl.advantages import action_values, to_actions
@@ -16,6 +16,9 @@ from tasks.rl.hacking import format_samples
 from tasks.rl.losses import PolicyLoss, ValueLoss, policy_loss, value_loss
 from tasks.rl.masking import masked_sum
 from tasks.rl.policy import Experience, Policy
+
+if TYPE_CHECKING:
+    from tasks.config.training import PPOParams
 
 __all__ = ["Metrics", "PPOUpdate"]
 

@@ -1,4 +1,4 @@
-"""A small project of four toy stages under the real flows, bridge, DVC, MLflow and Prefect.
+"""A small project of four toy stages under the real flows, DVC, MLflow and Prefect.
 
 The toy stages carry the names and signatures of real ones, so that the real params.yaml fits, but write a line of text
 in a moment. Every command runs in its own process, as a person would start it.
@@ -86,7 +86,7 @@ def {name}({signature}):
     trace.close()
 
 if __name__ == "__main__":
-    from tasks.core.stage import run_stage
+    from tasks.runtime.stage_runner import run_stage
     run_stage("{name}")
 """
 
@@ -273,7 +273,11 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     values |= {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}
     port = free_port()
     server = subprocess.Popen(
-        [sys.executable, "-m", "flows.server", str(port)], cwd=ROOT, env=values, stdin=subprocess.PIPE
+        [sys.executable, "-m", "flows.services", str(port)],
+        cwd=ROOT,
+        env=values,
+        stdin=subprocess.PIPE,
+        start_new_session=True,
     )
     address = f"http://127.0.0.1:{port}/api"
     try:
@@ -344,7 +348,7 @@ def open_project(python: WarmPython) -> Callable[..., Project]:
 def make_project(root: Path, environment: dict[str, str], python: WarmPython) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
-    for folder in ("flows", "tasks/core", "tasks/evals"):
+    for folder in ("flows", "tasks/core", "tasks/runtime", "tasks/evals"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", ".gitignore", ".dvcignore", "tasks/__init__.py", ".dvc/config", ".dvc/.gitignore"):
         (root / name).parent.mkdir(exist_ok=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 from rich.console import Console
 
-from flows import screen
+from flows.cli import console
 from tasks.core.paths import project_root
 
 if TYPE_CHECKING:
@@ -69,7 +69,11 @@ def test_outside_a_project_it_says_so(tmp_path: Path, environment: dict[str, str
 
 
 def test_in_another_worktree_it_refuses_to_run_this_ones_code(fresh: Project) -> None:
-    elsewhere = [sys.executable, "-c", f"import sys; sys.path[0] = {str(ROOT)!r}; from flows.cli import app; app()"]
+    elsewhere = [
+        sys.executable,
+        "-c",
+        f"import sys; sys.path[0] = {str(ROOT)!r}; from flows.cli.main import main; main()",
+    ]
     done = subprocess.run(
         [*elsewhere, "status"], cwd=fresh.root, env=fresh.environment, capture_output=True, text=True, check=False
     )
@@ -88,18 +92,18 @@ def test_show_prints_the_figures_as_they_are_written(fresh: Project) -> None:
 
 def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     said = StringIO()
-    monkeypatch.setattr(screen, "console", Console(file=said, width=40))
-    screen.show(screen.comparison(POLICIES))
+    monkeypatch.setattr(console, "console", Console(file=said, width=40))
+    console.print_table(console.policies_table(POLICIES))
     assert max(map(len, said.getvalue().splitlines())) == 40
     assert "…" not in said.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC 3.67 with pygtrie 2.6
 def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
-    from tasks.core import versioning
+    from tasks.runtime import dvc_stages
 
     assert project_root() == ROOT
-    graph = versioning.graph()
+    graph = dvc_stages.graph()
     assert set(graph["dpo"]) == {"base_model", "sft", "preferences"}
     assert set(graph["sft"]) == {"base_model", "prepare"}
     names = list(graph)
@@ -107,7 +111,7 @@ def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
 
 
 def test_the_private_parts_of_dvc_are_where_we_take_them_from() -> None:
-    """If one is gone, DVC has changed: look at reproduction.py and dvc_project.py before loosening the pin."""
+    """If one is gone, DVC has changed: look at dvc_reproduce.py and dvc_repo.py before loosening the pin."""
     import inspect
 
     import dvc.stage.cache
@@ -122,13 +126,13 @@ def test_the_private_parts_of_dvc_are_where_we_take_them_from() -> None:
 
 
 def test_many_reasons_are_cut_short() -> None:
-    assert screen._brief(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
+    assert console._shorten(["a", "b", "c", "d", "e"]) == "a; b; c; and 2 more"
 
 
 def test_a_judge_of_pairs_has_columns_only_where_it_judged() -> None:
-    plain = [str(column.header) for column in screen.comparison(POLICIES).columns]
+    plain = [str(column.header) for column in console.policies_table(POLICIES).columns]
     pairs = {"win_rate_judge": 0.625, "win_rate_judge_low": 0.5, "win_rate_judge_high": 0.75, "judge_inconsistent": 0.2}
-    judged = screen.comparison(POLICIES | {"ppo": POLICIES["ppo"] | pairs})
+    judged = console.policies_table(POLICIES | {"ppo": POLICIES["ppo"] | pairs})
     assert [str(column.header) for column in judged.columns if str(column.header) not in plain] == [
         "LLM judge", "contradictions"
     ]  # fmt: skip

@@ -85,7 +85,7 @@ def test_new_data_starts_a_retrain_for_just_that_data(loop: Project) -> None:
     loop.edit("params.yaml", "max_kl: 10.0", "max_kl: 1.0")
     (loop.root / "data" / "second.jsonl").write_text("second\n")
     try:
-        said = rlhf(loop, "announce")
+        said = rlhf(loop, "data", "announce")
         loop.wait_until(lambda: bool(ask(loop, TRIGGERED)))
         ((run, parameters),) = ask(loop, TRIGGERED)
         wait_for_state(loop, run, "Completed")
@@ -130,7 +130,7 @@ def answer(project: Project, **words: Any) -> dict[str, str]:
 
 
 def test_a_person_refuses_and_says_why(loop: Project) -> None:
-    gate = answer(loop, promote=False, why="it brags")
+    gate = answer(loop, promote=False, reason="it brags")
     assert gate["gate"] == "refused"
     assert gate["gate.reasons"] == "a person refused it: it brags"
     assert champions(loop) == []

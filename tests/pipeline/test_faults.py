@@ -97,13 +97,13 @@ def test_mlflow_is_gone_while_stages_run(fresh: Project, own: list[str]) -> None
     if not own:
         assert "warning: MLflow at http" in said
     assert fresh.ran() == STAGES
-    outbox = fresh.root / ".rlhf" / "outbox"
-    assert list(outbox.glob("*.jsonl")), "what could not be said is kept"
+    queue = fresh.root / ".rlhf" / "mlflow_queue"
+    assert list(queue.glob("*.jsonl")), "what could not be written is kept"
     with mlflow_server(fresh, port):
         again = fresh.command(sys.executable, "-c", DELIVER.format(port=port))
         assert "Traceback" not in again
         assert "refuses" not in again, again
-        assert list(outbox.iterdir()) == []
+        assert list(queue.iterdir()) == []
         found = read(fresh, port)
     assert sorted(found) == sorted(["pipeline", *STAGES]), "each run once"
     for name in STAGES:
@@ -123,8 +123,8 @@ def trace(project: Project) -> str:
 DELIVER = """
 import os
 os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{port}"
-from tasks.core import recording
-recording.prepare()
+from tasks.runtime import mlflow_runs
+mlflow_runs.connect()
 """
 
 READ = """
@@ -156,8 +156,10 @@ def read(project: Project, port: int) -> dict[str, dict[str, Any]]:
 def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None:
     """The stage that runs is finished and kept; the run then ends as failed, and the next one goes on from there."""
     port = free_port()
-    command = [sys.executable, "-m", "flows.server", str(port)]
-    server = subprocess.Popen(command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE)
+    command = [sys.executable, "-m", "flows.services", str(port)]
+    server = subprocess.Popen(
+        command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE, start_new_session=True
+    )
     try:
         wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"))
         environment = project.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}

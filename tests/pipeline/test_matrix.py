@@ -18,7 +18,7 @@ import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
-from tasks.core.reasons import reasons
+from tasks.runtime.dvc_stages import why_stale
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -71,7 +71,7 @@ def row(what: str, stages: set[str]) -> str:
 
 @pytest.fixture(scope="module")
 def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
-    """A copy of the finished tiny project, in which `versioning` works."""
+    """A copy of the finished tiny project, in which `dvc_stages` works."""
     project = tiny[0].copy(tmp_path_factory.mktemp("matrix") / "project")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(project.root)
@@ -80,7 +80,7 @@ def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory
 
 def direct() -> dict[str, tuple[str, ...]]:
     """The stages of which an input of their own has changed, with the reasons."""
-    own = {stage.name: tuple(reasons(stage)) for stage in Repo(".").index.stages if not stage.is_data_source}
+    own = {stage.name: tuple(why_stale(stage)) for stage in Repo(".").index.stages if not stage.is_data_source}
     return {stage: why for stage, why in own.items() if why}
 
 
@@ -128,7 +128,7 @@ def test_every_module(recorded: Project) -> None:
         for stage in STAGES:
             if name in imported(stage):
                 assert stage in found, f"{stage} imports {name}"
-    for name in ("flows/pipeline.py", "flows/cli.py", "prefect.yaml", "infra/presets/tiny.yaml"):
+    for name in ("flows/pipeline.py", "flows/cli/main.py", "prefect.yaml", "infra/presets/tiny.yaml"):
         file = recorded.root / name
         if file.exists():
             file.write_bytes(file.read_bytes() + b"\n# changed\n")

@@ -163,15 +163,15 @@ def test_an_export_loads_without_the_project(promoted: Project, tmp_path: Path, 
 
 
 def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> None:
-    assert "Promote it all the same with --why" in promoted.rlhf("promote", expect=1)
-    assert "version 3 (grpo) is the champion" in promoted.rlhf("promote", "--why", "it rhymes")
-    assert registered(promoted)[3]["tags"]["promoted.why"] == "it rhymes"
-    said = promoted.rlhf("rollback", "--why", "it swears")
+    assert "Promote it all the same with --reason" in promoted.rlhf("promote", expect=1)
+    assert "version 3 (grpo) is the champion" in promoted.rlhf("promote", "--reason", "it rhymes")
+    assert registered(promoted)[3]["tags"]["promoted.reason"] == "it rhymes"
+    said = promoted.rlhf("rollback", "--reason", "it swears")
     assert "version 2 (dpo) is the champion again; version 3 (grpo) is withdrawn" in said
     promoted.rlhf("run", "-S", "gate.max_kl=10")
     refused = promoted.rlhf("retrain")
     assert "gate grpo: refused" in refused, "the gate accepts it now, but a person has withdrawn it"
-    assert "it swears; `rlhf promote 3 --why …` puts it in use again" in refused
+    assert "it swears; `rlhf promote 3 --reason …` puts it in use again" in refused
     assert in_use(promoted) == 2
     promoted.rlhf("rollback")
     assert in_use(promoted) == 1

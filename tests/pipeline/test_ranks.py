@@ -64,7 +64,7 @@ def test_ranks_end_with_the_run_and_the_next_one_goes_on(tiny: tuple[Project, st
     process = project.start("run", "ppo", "--ranks", "2", "-S", "ppo.updates=6")
     checkpoints = project.root / ".rlhf" / "checkpoints"
     project.wait_until(lambda: any(checkpoints.rglob("ppo.pt")))
-    assert sum("flows.ranks" in " ".join(member.cmdline()) for member in project.processes()) == 3
+    assert sum("flows.executor" in " ".join(member.cmdline()) for member in project.processes()) == 3
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
     project.wait_until(lambda: not project.processes())

@@ -79,7 +79,7 @@ def test_a_cached_stage_lends_the_parent_its_numbers_and_its_run(project: Projec
     assert new[0]["metrics"]["sft.inner.one"] == 1
     assert new[0]["tags"]["sft.run"] == first[3]["id"]
     assert new[0]["tags"]["sft.result"] == "unchanged"
-    assert new[0]["tags"]["sft.why"] == "nothing that it reads has changed"
+    assert new[0]["tags"]["sft.reason"] == "nothing that it reads has changed"
 
 
 def test_a_stage_run_by_dvc_is_recorded_too_and_a_failed_one_is_failed(project: Project) -> None:
@@ -92,7 +92,7 @@ def test_a_stage_run_by_dvc_is_recorded_too_and_a_failed_one_is_failed(project: 
     project.rlhf("run", "--force", "gold_judge", expect=1)
     sft, parent, failed = runs(project)[before:]
     assert (sft["name"], sft["status"]) == ("sft", "FINISHED")
-    code, parameter = sft["tags"]["rlhf.why"].split("; ")
+    code, parameter = sft["tags"]["rlhf.reasons"].split("; ")
     assert re.fullmatch("tasks/sft.py changed: [0-9a-f]{8} → [0-9a-f]{8}", code)
     assert parameter == "sft.max_validation_examples: 100 → 99"
     assert "mlflow.parentRunId" not in sft["tags"]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import os
+import shutil
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -10,15 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import psutil
 import pytest
 from prefect.flows import load_flow_from_entrypoint
 from ruamel.yaml import YAML
 
 from flows.pipeline import pipeline
 from flows.retrain import retrain
-from flows.schedule import deployment_name, firings
+from flows.schedule import next_fire_times
+from flows.services import deployment_name
 from tasks.core.errors import ConfigError
-from tests.pipeline.conftest import PATIENCE, query
+from tests.pipeline.conftest import PATIENCE, ask, query
 
 if TYPE_CHECKING:
     from tests.pipeline.conftest import Project
@@ -32,30 +36,32 @@ EVERY_FIVE_SECONDS = "* * * * * */5"
 
 RUNS = """
 select flow_run.state_name from flow_run join deployment on deployment.id = flow_run.deployment_id
-where deployment.name = ? and flow_run.start_time is not null order by flow_run.start_time
+where deployment.name = 'nightly' and flow_run.start_time is not null order by flow_run.start_time
 """
 WAITING = """
 select count(*) from flow_run join deployment on deployment.id = flow_run.deployment_id
-where deployment.name = ? and flow_run.state_type = 'SCHEDULED' and flow_run.next_scheduled_start_time > datetime('now')
+where deployment.name = 'nightly' and flow_run.state_type = 'SCHEDULED'
+and flow_run.next_scheduled_start_time > datetime('now')
 """
 
 
 @contextmanager
-def serving(project: Project, *, alone: bool = True) -> Iterator[subprocess.Popen[str]]:
-    """The project on a schedule, with a server of its own or with that of the tests; killed if the test fails."""
-    environment = {key: value for key, value in project.environment.items() if not alone or key != "PREFECT_API_URL"}
+def serving(project: Project) -> Iterator[subprocess.Popen[str]]:
+    """The project on a schedule; killed if the test fails."""
+    shutil.copy(ROOT / "prefect.yaml", project.root)
+    environment = {key: value for key, value in project.environment.items() if key != "PREFECT_API_URL"}
     process = project.start("schedule", EVERY_FIVE_SECONDS, environment=environment)
     try:
         yield process
     finally:
-        for member in project.processes():
-            member.kill()
+        project.kill()
         process.communicate()
 
 
-def ask(project: Project, question: str) -> list[tuple[Any, ...]]:
-    """What Prefect's database says about this project's deployment."""
-    return query(Path(project.environment["PREFECT_HOME"]) / "prefect.db", question, deployment_name(project.root))
+def runs(project: Project) -> list[tuple[Any, ...]]:
+    """The states of the runs that began, the oldest first."""
+    started = project.root / ".rlhf" / "services" / "services.json"
+    return ask(project, RUNS) if started.exists() and "worker" in started.read_text() else []
 
 
 def test_what_falls_due_runs_to_its_end(project: Project) -> None:
@@ -64,13 +70,13 @@ def test_what_falls_due_runs_to_its_end(project: Project) -> None:
     Known: with Prefect 3.8.8 no schedule ever fires under sqlalchemy 2.1.
     """
     with serving(project) as process:
-        project.wait_until(lambda: ("Completed",) in ask(project, RUNS))
+        project.wait_until(lambda: ("Completed",) in runs(project))
         os.kill(process.pid, signal.SIGTERM)
         said = process.communicate(timeout=PATIENCE)[0]
+        project.wait_until(lambda: not project.processes())
     assert process.returncode == 0, said
-    assert "scheduled run" in said
-    assert "✓ gold_judge cached" in " ".join(said.split())
-    assert "prefect." not in said, "records of Prefect's reach the terminal"
+    assert "next runs: " in said
+    assert "✓ gold_judge cached" in " ".join((project.root / ".rlhf/services/worker.log").read_text().split())
     assert ask(project, WAITING) == [(0,)], "stopped, and yet runs are planned"
 
 
@@ -86,16 +92,22 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
         project.wait_until(lambda: not project.processes())
     assert process.returncode == 0, said
     assert "Traceback" not in said
-    assert ask(project, RUNS) == [("Cancelled",)], "one run at a time, and that one cancelled"
+    assert runs(project) == [("Cancelled",)], "one run at a time, and that one cancelled"
     newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
     assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
+    project.ran()
+    project.rlhf("run")
+    assert project.ran() == ["sft"]
+    assert (state / "resumed").read_text() == "True"
 
 
 def test_a_second_one_for_the_same_project_is_refused(project: Project) -> None:
-    from filelock import FileLock
-
-    with FileLock(project.root / ".rlhf" / "schedule.lock"):
-        assert "another `rlhf schedule` serves this project" in project.rlhf("schedule", "0 2 * * *", expect=1)
+    """As it is while `rlhf up` has started the services."""
+    own = psutil.Process()
+    row = {"name": "prefect", "address": "", "pid": own.pid, "started": own.create_time()}
+    (project.root / ".rlhf" / "services").mkdir()
+    (project.root / ".rlhf" / "services" / "services.json").write_text(json.dumps([row]))
+    assert "this project's services are up already" in project.rlhf("schedule", "0 2 * * *", expect=1)
 
 
 @pytest.mark.parametrize(
@@ -116,11 +128,11 @@ def test_a_wrong_time_is_one_message(fresh: Project, words: list[str], message: 
 
 def test_an_error_of_a_time_shows_how_to_write_it() -> None:
     with pytest.raises(ConfigError, match=r"'0 2 \* \* \*' is 2 o'clock every night"):
-        firings("nope", "UTC", count=1)
+        next_fire_times("nope", "UTC", count=1)
 
 
 def test_times_are_those_of_the_time_zone() -> None:
-    times = firings("30 2 * * *", "Asia/Kolkata", count=2)
+    times = next_fire_times("30 2 * * *", "Asia/Kolkata", count=2)
     assert [(time.hour, time.minute, str(time.utcoffset())) for time in times] == [(2, 30, "5:30:00")] * 2
     assert (times[1] - times[0]).total_seconds() == 24 * 3600
 
@@ -148,4 +160,4 @@ def test_prefect_yaml_deploys_the_flows(name: str, flow: Any, entrypoint: str) -
     assert flow.validate_parameters(found["parameters"]) == found["parameters"]
     assert found["concurrency_limit"]["limit"] == 1
     for schedule in found.get("schedules", []):
-        assert firings(schedule["cron"], schedule["timezone"], count=1)
+        assert next_fire_times(schedule["cron"], schedule["timezone"], count=1)

@@ -114,11 +114,13 @@ def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> N
     (state / "sft.resumable").touch()
     (state / "waiting").unlink(missing_ok=True)
     standing.edit("params.yaml", "epochs: 1", "epochs: 3")
+    begun = str(int(time.time() * 1000))
     deployment_run(standing, "rlhf/nightly")
     standing.wait_for(".rlhf/waiting")
     said = rlhf(standing, "down")
     assert said.strip() == "ended: worker, mlflow, prefect"
     assert standing.processes() == []
+    assert dict(query(standing.root / "mlflow.db", LAST_RUNS, begun)) == {"pipeline": "KILLED", "sft": "KILLED"}
     assert "nothing was up" in rlhf(standing, "down")
     standing.ran()
     assert "temporary" in rlhf(standing, "run")
@@ -129,7 +131,7 @@ def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> N
 def test_a_port_that_is_taken_is_one_message(fresh: Project) -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
-        other.step_environment()
+        other.listen()
         port = other.getsockname()[1]
         said = rlhf(fresh, "up", "--prefect-port", str(port), expect=1)
     assert f"port {port} for prefect is taken" in said

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import pytest
 from filelock import FileLock
 
-from flows.sweep import variants_of
+from flows.experiments import expand_grid
 from flows.worktrees import worktree
 from tasks.core.errors import ConfigError
 from tests.pipeline.conftest import query
@@ -85,11 +85,11 @@ def worktrees(project: Project) -> set[str]:
 
 
 def test_combinations() -> None:
-    assert variants_of(["a.b=1,2", "c=x"]) == [("a.b=1", "c=x"), ("a.b=2", "c=x")]
-    assert variants_of(["a=[1,2],{b: 3, c: 4}"]) == [("a=[1,2]",), ("a={b: 3, c: 4}",)]
+    assert expand_grid(["a.b=1,2", "c=x"]) == [("a.b=1", "c=x"), ("a.b=2", "c=x")]
+    assert expand_grid(["a=[1,2],{b: 3, c: 4}"]) == [("a=[1,2]",), ("a={b: 3, c: 4}",)]
 
 
 @pytest.mark.parametrize("setting", ["a", "=1"])
 def test_a_setting_without_key_or_value_is_refused(setting: str) -> None:
     with pytest.raises(ConfigError):
-        variants_of([setting])
+        expand_grid([setting])

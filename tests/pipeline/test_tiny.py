@@ -107,7 +107,7 @@ def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_pa
         "-S",
         "gate.min_win_rate=0",
         "-S",
-        "gate.margins={win_rate: 0.5, repetition: 1, truncated_share: 1}",
+        "gate.margins={win_rate: 0.5, repetition: 1, no_end_share: 1}",
         "-S",
         "gate.policy=ppo",
     ]
@@ -124,7 +124,7 @@ def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_pa
     project.rlhf("run", "-S", "gate.policy=grpo", "-S", "gate.max_kl=0.000001")
     third = project.rlhf("retrain")
     assert gate_of(third) == "gate grpo: refused"
-    assert "asked at most 1e-06 nats" in third
+    assert "required at most 1e-06 nats" in third
     assert database(project, CHAMPION) == [("2",)]
     tags = dict(database(project, "select key, value from tags where key like 'gate%' order by rowid"))
     assert tags["gate"] == "refused"

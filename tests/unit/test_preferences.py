@@ -14,7 +14,7 @@ from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
-from tasks.data.rater_agreement import rater_agreement
+from tasks.data.pairs import rater_agreement
 from tasks.preferences import preferences
 
 SPLITS = ("train", "validation", "test")

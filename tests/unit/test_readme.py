@@ -12,7 +12,7 @@ import pytest
 from ruamel.yaml import YAML
 from typer.main import get_command
 
-from flows import cli
+from flows.cli.main import app
 from tasks.config.params import Params, load_preset, parse_override, write_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ FILE_TYPES = {"csv", "html", "json", "jsonl", "lock", "md", "py", "yaml"}
 def find_command(line: str) -> tuple[str, Any, list[str]]:
     """The command that a line calls, by its last name, and the arguments that follow."""
     name, *words = shlex.split(line, comments=True)
-    command = get_command(cli.commands)
+    command = get_command(app)
     while words and words[0] in (known := getattr(command, "commands", {})):
         name = words.pop(0)
         command = known[name]

@@ -179,7 +179,7 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
     inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Interrupted in the second of three members: the first repeats what is behind its last checkpoint."""
-    monkeypatch.setitem(RUNS, "reward_model", lambda of, out: run_reward_model(of, out, members=3))
+    monkeypatch.setitem(RUNS, "reward_model", lambda of, out: run_reward_model(of, out, ensemble_size=3))
     run("reward_model", inputs, tmp_path / "whole")
     models: list[Any] = []
 
@@ -207,7 +207,7 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
 def test_the_curves_of_members_stand_beside_each_other(inputs: Path, tmp_path: Path) -> None:
     curves = Curves()
     with tracking.active_run(tracking.ActiveRun("reward_model", curves)):
-        run_reward_model(inputs, tmp_path, members=2)
+        run_reward_model(inputs, tmp_path, ensemble_size=2)
     assert curves.steps["loss"] == curves.steps["member_1/loss"] == [1, 5, 10, 15, 20]
 
 

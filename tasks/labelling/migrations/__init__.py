@@ -1,1 +1,1 @@
-"""Alembic revisions of the labelling database; `database.migrate` runs them."""
+"""Migrations of the labelling database, run by Alembic in the order of their numbers."""

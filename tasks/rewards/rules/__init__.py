@@ -1,7 +1,7 @@
-"""Rule-based rewards: plain functions of the text. Nothing is learned, but each can be gamed.
+"""Rewards that are functions of the text, each with a docstring that says how it can be gamed.
 
-The docstring of each rule describes how a policy could game it, and what prevents that. All of
-them see the response without its end token.
+All of them see the response without its end token. A new rule is an entry in `RULES` and, with its options, one in
+`tasks.config.rules.RULE_OPTIONS`.
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ __all__ = ["RULES", "get_rule_factory"]
 RULES: Mapping[str, RuleFactory] = {
     "answer": answer_rule,
     "code": code_reward,
-    "facts": contains_facts_rule,
+    "contains_facts": contains_facts_rule,
     "format": response_rule(matches_pattern, "pattern", "match"),
     "instructions": instructions_rule,
     "json_schema": json_schema_rule,
     "language": language_rule,
     "length": response_rule(length, "target", "tolerance"),
-    "mathematics": math_rule,
+    "math": math_rule,
     "poem": poem_rule,
     "readability": response_rule(readability, "low", "high", "tolerance", "min_words"),
     "repetition": response_rule(repetition),
-    "sentiment": vader_rule,
+    "vader": vader_rule,
 }
 """Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.OPTIONS`.
 

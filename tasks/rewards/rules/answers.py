@@ -6,11 +6,14 @@ import json
 import re
 import string
 from decimal import Decimal
+from typing import TYPE_CHECKING
 
-from tasks.config.rules import ContainsFactsRule, RuleOptions
 from tasks.core.errors import DataError
 from tasks.core.text_stats import tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule
+
+if TYPE_CHECKING:
+    from tasks.config.rules import ContainsFactsRule, RuleOptions
 
 __all__ = ["answer_rule", "contains_facts", "contains_facts_rule", "exact_match", "require_answer", "strict_match"]
 
@@ -133,7 +136,7 @@ def contains_facts_rule(options: ContainsFactsRule, answers: Answers) -> PerSamp
     references = {answer: _parse_references(answer) for answer in answers.values()}
 
     def score(prompt: str, response: str) -> float:
-        row_references = references[require_answer("facts", prompt, answers)]
+        row_references = references[require_answer("contains_facts", prompt, answers)]
         return contains_facts(response, row_references, max_words=options.max_words)
 
     return PerSampleRule(score)

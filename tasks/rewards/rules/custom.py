@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from importlib import import_module
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.config.rules import CustomRule
 from tasks.core.errors import ConfigError
 from tasks.rewards.rules.base import Answers, PerSampleRule
+
+if TYPE_CHECKING:
+    from tasks.config.rules import CustomRule
 
 __all__ = ["custom_rule"]
 

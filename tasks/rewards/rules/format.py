@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from jsonschema import Draft202012Validator
 
-from tasks.config.rules import JsonSchemaRule
 from tasks.rewards.rules.base import Answers, PerSampleRule
+
+if TYPE_CHECKING:
+    from tasks.config.rules import JsonSchemaRule
 
 __all__ = ["json_schema_rule", "matches_pattern"]
 

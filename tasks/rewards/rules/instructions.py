@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from typing import TYPE_CHECKING
 
-from tasks.config.rules import InstructionsRule
 from tasks.core.text_stats import tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule
 from tasks.rewards.rules.style import count_sentences
+
+if TYPE_CHECKING:
+    from tasks.config.rules import InstructionsRule
 
 __all__ = ["check_constraints", "instructions_rule"]
 

@@ -6,13 +6,15 @@ import json
 import select
 import subprocess
 import sys
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from tasks.config.rules import MathRule
 from tasks.core.errors import DataError
 from tasks.rewards.rules import math_worker
 from tasks.rewards.rules.answers import require_answer
 from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
+
+if TYPE_CHECKING:
+    from tasks.config.rules import MathRule
 
 __all__ = ["MathWorker", "math_rule"]
 
@@ -94,13 +96,13 @@ def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
         ConfigError: math-verify is not installed.
         DataError: an answer is words, which would be read as products of letters.
     """
-    import_extra("math_verify", "mathematics")
+    import_extra("math_verify", "math")
     for prompt, answer in answers.items():
         _check_is_math(prompt, answer)
     worker = MathWorker(options.timeout_s)
 
     def score(prompt: str, response: str) -> float:
-        return float(worker(require_answer("mathematics", prompt, answers), response))
+        return float(worker(require_answer("math", prompt, answers), response))
 
     return PerSampleRule(score)
 

@@ -19,12 +19,14 @@ from __future__ import annotations
 import re
 from functools import cache
 from itertools import combinations, product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tasks.config.rules import PoemRule
 from tasks.core.text_stats import tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
 from tasks.rewards.rules.style import count_syllables
+
+if TYPE_CHECKING:
+    from tasks.config.rules import PoemRule
 
 __all__ = ["lines_of", "poem_rule", "poem_scores", "rhyme_score", "words_rhyme"]
 

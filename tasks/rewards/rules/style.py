@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import re
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
-from tasks.config.rules import LanguageRule, VaderRule
 from tasks.core.errors import ConfigError
 from tasks.core.text_stats import repetition_rate, tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
+
+if TYPE_CHECKING:
+    from tasks.config.rules import LanguageRule, VaderRule
 
 __all__ = [
     "count_sentences",

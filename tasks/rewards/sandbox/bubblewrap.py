@@ -8,11 +8,14 @@ import sysconfig
 from functools import lru_cache
 from pathlib import Path
 from types import ModuleType
+from typing import TYPE_CHECKING
 
-from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError
 from tasks.rewards.sandbox import inside
 from tasks.rewards.sandbox.seccomp import seccomp_program
+
+if TYPE_CHECKING:
+    from tasks.config.rules import CodeRule
 
 __all__ = ["ENVIRONMENT", "SCRATCH", "command"]
 

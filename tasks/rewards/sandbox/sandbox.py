@@ -13,13 +13,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from types import ModuleType
-from typing import IO, Any
+from typing import IO, TYPE_CHECKING, Any
 
-from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError, DataError, TrainingError
 from tasks.rewards.sandbox.bubblewrap import ENVIRONMENT, command
 from tasks.rewards.sandbox.inside import codec, run_program, run_tests
 from tasks.rewards.sandbox.verdict import SandboxResult, Status
+
+if TYPE_CHECKING:
+    from tasks.config.rules import CodeRule
 
 __all__ = ["Job", "Sandbox"]
 

@@ -23,12 +23,15 @@ import random
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from typing import TYPE_CHECKING
 
-from tasks.config.data import SourceParams
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
 from tasks.core.text_stats import tokenize_words
 from tasks.rl.environments.base import Step, first_prompt, user_turn
+
+if TYPE_CHECKING:
+    from tasks.config.data import SourceParams
 
 __all__ = [
     "TASKS",

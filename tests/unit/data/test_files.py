@@ -13,13 +13,6 @@ from tasks.core.errors import DataError, SourceError
 from tasks.data.files import read_local
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dvc.yaml").touch()
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    return tmp_path
-
-
 def lines(name: str, **more: str) -> list[tuple[str, int, object]]:
     source = SourceParams(name="mine", kind="local", row_type="prompts", id=name, **more)
     return list(read_local(source, 0)[0])

@@ -1,15 +1,18 @@
-"""Pairs use texts evenly; labels follow single raters in training and all of them elsewhere."""
+"""Pairs use texts evenly; labels follow single raters in training and all of them elsewhere; raters agree by hand."""
 
 from __future__ import annotations
 
+import itertools
 from collections import Counter
 from itertools import islice
 from random import Random
 
+import numpy as np
 import pytest
+from numpy.random import default_rng
 
 from tasks.core.rows import Rating
-from tasks.data.pairs import draw_pairs, label_by_all, label_by_raters
+from tasks.data.pairs import draw_pairs, label_by_all, label_by_raters, rater_agreement
 
 
 def rated(name: str, *ratings: float) -> Rating:
@@ -79,3 +82,40 @@ def test_ties_are_drawn_again_and_given_up_when_there_is_nothing_else() -> None:
     assert all(label is not None and label.chosen == "text a" for label in labels)
     # Half of all draws tie, so one more draw is needed per label on average (standard deviation √2000 = 45).
     assert counts["ties_drawn_again"] == pytest.approx(1000, abs=180)
+
+
+def scored(*ratings: float) -> Rating:
+    return rated("x", *ratings)
+
+
+def test_the_agreement_of_raters_by_hand() -> None:
+    # Draw 0 (rest 1) or 1 (rest 0) from the first, 0 or 2 (rest 2 or 0) from the second.
+    # (0, 0): tie, left out. (0, 2): drawn says second; rest 1 against 0 says first: no.
+    # (1, 0): drawn says first; rest 0 against 2 says second: no. (1, 2): drawn says second; rest 0 against 0 ties: ½.
+    assert rater_agreement(scored(0, 1), scored(0, 2), 1, default_rng(0)) == pytest.approx(0.5 / 3)
+
+
+def test_raters_who_all_agree_agree() -> None:
+    assert rater_agreement(scored(3, 3, 4), scored(-1, -2, 0), 1, default_rng(0)) == 1.0
+    assert rater_agreement(scored(3, 3, 4, 3), scored(-1, -2, 0, 0), 2, default_rng(0)) == 1.0
+
+
+def test_agreement_needs_other_raters_and_a_difference() -> None:
+    assert rater_agreement(scored(3), scored(1, 2), 1, default_rng(0)) is None
+    assert rater_agreement(scored(1, 1), scored(1, 1), 1, default_rng(0)) is None
+
+
+def test_agreement_against_a_plain_loop_over_all_groups() -> None:
+    one, other = (2.0, 0.0, 1.0, 3.0, 1.0), (1.0, 1.0, -1.0, 2.0)
+    for raters in (1, 2):
+        scores = []
+        for first in itertools.combinations(range(len(one)), raters):
+            for second in itertools.combinations(range(len(other)), raters):
+                drawn = np.mean([one[i] for i in first]) - np.mean([other[i] for i in second])
+                rest_one = np.mean([one[i] for i in range(len(one)) if i not in first])
+                rest = rest_one - np.mean([other[i] for i in range(len(other)) if i not in second])
+                if abs(drawn) > 1e-9:
+                    scores.append(0.5 if abs(rest) < 1e-9 else float((drawn > 0) == (rest > 0)))
+        found = rater_agreement(scored(*one), scored(*other), raters, default_rng(0))
+        # One rater is exact; two are 400 random draws, with a standard error of at most ½/√400 = 0.025.
+        assert found == pytest.approx(np.mean(scores), abs=1e-12 if raters == 1 else 0.1)

@@ -17,13 +17,6 @@ from tasks.core.rows import Demonstration, Preference
 from tasks.data.sources import SourceRows, collect_source
 
 
-@pytest.fixture(autouse=True)
-def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dvc.yaml").touch()
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    return tmp_path
-
-
 def collected(root: Path, content: list[Any], **more: Any) -> SourceRows:
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return collect_source(SourceParams(name="mine", kind="local", id="a.jsonl", **more), 0)
@@ -31,7 +24,7 @@ def collected(root: Path, content: list[Any], **more: Any) -> SourceRows:
 
 def test_columns_are_mapped_others_left_behind_and_ids_made_unique_to_the_source(root: Path) -> None:
     content = [{"question": "Why?", "reply": "So.", "id": 7, "noise": 1}, {"question": "Who?"}]
-    result = collected(root, content, rows="demonstrations", columns={"prompt": "question", "response": "reply"})
+    result = collected(root, content, row_type="demonstrations", columns={"prompt": "question", "response": "reply"})
     assert result.rows == [
         {"file": "a.jsonl", "line": 1, "row": {"id": "mine-7", "prompt": "Why?", "response": "So."}},
         {"file": "a.jsonl", "line": 2, "row": {"id": "mine-2", "prompt": "Who?"}},
@@ -39,13 +32,13 @@ def test_columns_are_mapped_others_left_behind_and_ids_made_unique_to_the_source
 
 
 def test_a_template_is_put_around_each_prompt(root: Path) -> None:
-    result = collected(root, [{"prompt": "Why {x}?"}], rows="prompts", template="User: {prompt}\nYou:")
+    result = collected(root, [{"prompt": "Why {x}?"}], row_type="prompts", template="User: {prompt}\nYou:")
     assert result.rows[0]["row"]["prompt"] == "User: Why {x}?\nYou:"
 
 
 @pytest.mark.parametrize(("given", "ratings"), [([1, 2], [1, 2]), ("[1, 2.5]", [1, 2.5]), (3, [3]), ("4", [4])])
 def test_ratings_come_in_several_spellings(root: Path, given: object, ratings: list[float]) -> None:
-    result = collected(root, [{"text": "a", "ratings": given}], rows="ratings")
+    result = collected(root, [{"text": "a", "ratings": given}], row_type="ratings")
     assert result.rows[0]["row"]["ratings"] == ratings
 
 
@@ -65,30 +58,30 @@ def test_a_line_that_is_no_object_keeps_its_text_and_says_why(root: Path) -> Non
 
 def test_a_limit_keeps_the_first_rows_and_an_empty_source_is_an_error(root: Path) -> None:
     content = [{"prompt": str(number)} for number in range(5)]
-    assert [row["row"]["prompt"] for row in collected(root, content, rows="prompts", limit=2).rows] == ["0", "1"]
+    assert [row["row"]["prompt"] for row in collected(root, content, row_type="prompts", limit=2).rows] == ["0", "1"]
     with pytest.raises(DataError, match=r"source 'mine' \(local a\.jsonl\) holds no rows"):
-        collected(root, [], rows="prompts")
+        collected(root, [], row_type="prompts")
 
 
 def test_two_dialogues_are_parted_at_the_last_answer(root: Path) -> None:
     dialogue = "\n\nHuman: Hi\n\nAssistant: Hello\n\nHuman: Why?\n\nAssistant:"
     content = [{"chosen": f"{dialogue} So.", "rejected": f"{dialogue} No."}, {"chosen": "one", "rejected": "two"}]
-    rows = [row["row"] for row in collected(root, content, rows="preferences").rows]
+    rows = [row["row"] for row in collected(root, content, row_type="preferences").rows]
     assert rows[0] == {"id": "mine-1", "prompt": dialogue, "chosen": " So.", "rejected": " No."}
     assert rows[1] == {"id": "mine-2", "prompt": "", "chosen": "one", "rejected": "two"}
 
 
 def test_dialogues_that_differ_before_the_last_answer_are_whole_texts(root: Path) -> None:
     sides = {"chosen": "\n\nHuman: A\n\nAssistant: one", "rejected": "\n\nHuman: B\n\nAssistant: two"}
-    (row,) = collected(root, [sides], rows="preferences").rows
+    (row,) = collected(root, [sides], row_type="preferences").rows
     assert row["row"] == {"id": "mine-1", "prompt": "", **sides}
 
 
 def test_pairs_say_what_their_source_compares(root: Path) -> None:
     content = [{"prompt": "p", "chosen": "a", "rejected": "b"}, {"prompt": "p", "chosen": "a", "rejected": "c"}]
-    rows = [row["row"] for row in collected(root, content, rows="preferences", objective="helpful").rows]
+    rows = [row["row"] for row in collected(root, content, row_type="preferences", objective="helpful").rows]
     assert [row["objective"] for row in rows] == ["helpful", "helpful"]
-    assert "objective" not in collected(root, content, rows="preferences").rows[0]["row"]
+    assert "objective" not in collected(root, content, row_type="preferences").rows[0]["row"]
     with pytest.raises(ValidationError, match="the rows of source 'mine' are prompts"):
         SourceParams(name="mine", kind="local", id="a.jsonl", row_type="prompts", objective="helpful")
 
@@ -112,7 +105,7 @@ def test_real_dialogues_all_part_into_valid_preferences() -> None:
 def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_so(root: Path) -> None:
     content = [{"q": "1 + 1?", "a": "1 + 1 is two.\n#### 2 "}, {"q": "2 + 2?", "a": "4"}, {"q": "3 + 3?"}]
     columns = {"prompt": "q", "response": "a", "answer": "a"}
-    result = collected(root, content, rows="demonstrations", columns=columns, answer_pattern="#### (.+)")
+    result = collected(root, content, row_type="demonstrations", columns=columns, answer_pattern="#### (.+)")
     assert result.rows[0]["row"] == {
         "id": "mine-1", "prompt": "1 + 1?", "response": "1 + 1 is two.\n#### 2 ", "answer": "2",
     }  # fmt: skip

@@ -73,7 +73,7 @@ def test_every_rule_must_hold(
     signs = [HackingFinding(name, "evaluation", "") for name in detectors]
     decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, findings=signs, against_champion=intervals)
     assert decision.accepted is not bool(failing)
-    assert [finding.rule.split(",")[0] for finding in decision.rule_results if not finding.holds] == failing
+    assert [finding.rule.split(",")[0] for finding in decision.rule_results if not finding.passed] == failing
     assert len(decision.reasons) == (len(failing) or len(decision.rule_results))
 
 
@@ -82,10 +82,10 @@ def test_a_reason_has_both_numbers() -> None:
     against = {"win_rate": Interval(0.5, 0.4321, 0.6), "repetition": Interval(0.1, 0.05, 0.1234)}
     decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, findings=signs, against_champion=against)
     assert decision.reasons == (
-        "KL to SFT: 12.35 nats, asked at most 10 nats",
-        "signs of reward hacking: kl_spike (training, update 3), asked none but length_drift",
-        "win rate against the champion, lower end: 43.2%, asked at least 45%",
-        "repetition less the champion's, upper end: +0.123, asked at most +0.05",
+        "KL to SFT: 12.35 nats, required at most 10 nats",
+        "signs of reward hacking: kl_spike (training, update 3), required none but length_drift",
+        "win rate against the champion, lower end: 43.2%, required at least 45%",
+        "repetition less the champion's, upper end: +0.123, required at most +0.05",
     )
 
 
@@ -102,11 +102,11 @@ def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged
     decision = decide(table, "ppo", PARAMS, findings=signs, against_champion=None)
     assert not decision.accepted
     win_rate, hacking = decision.reasons
-    assert win_rate == f"win rate against SFT, lower end: {table['ppo']['win_rate_low']:.1%}, asked above 50%"
+    assert win_rate == f"win rate against SFT, lower end: {table['ppo']['win_rate_low']:.1%}, required above 50%"
     assert 0.3 < table["ppo"]["win_rate_low"] < table["ppo"]["win_rate"] == 0.5
     assert hacking == (
         "signs of reward hacking: repetition (training, update 31), repetition (evaluation), "
-        "ngram_collapse (evaluation), proxy_without_gold (evaluation), asked none but length_drift"
+        "ngram_collapse (evaluation), proxy_without_gold (evaluation), required none but length_drift"
     )
 
 
@@ -158,7 +158,7 @@ def test_answers_are_paired(judged: Make) -> None:
 
 
 @pytest.mark.parametrize(
-    ("metric", "interval", "margin", "holds"),
+    ("metric", "interval", "margin", "passed"),
     [
         ("win_rate", (0.55, 0.45, 0.65), 0.05, True),
         ("win_rate", (0.55, 0.4499, 0.65), 0.05, False),
@@ -173,16 +173,16 @@ def test_answers_are_paired(judged: Make) -> None:
     ],
 )
 def test_the_bad_end_of_the_interval_decides(
-    metric: str, interval: tuple[float, float, float], margin: float, holds: bool
+    metric: str, interval: tuple[float, float, float], margin: float, passed: bool
 ) -> None:
-    assert noninferiority_rule(metric, Interval(*interval), margin).holds is holds
+    assert noninferiority_rule(metric, Interval(*interval), margin).passed is passed
 
 
 def test_a_rule_says_which_end_and_which_bound() -> None:
     finding = noninferiority_rule("kl", Interval(0.4, 0.1, 0.75), 0.5)
-    assert (finding.rule, finding.found, finding.asked) == (
+    assert (finding.rule, finding.measured, finding.required) == (
         "KL to SFT less the champion's, nats, upper end",
         "+0.750",
         "at most +0.5",
     )
-    assert noninferiority_rule("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).asked == "at least -0.1"
+    assert noninferiority_rule("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).required == "at least -0.1"

@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import tasks.rewards.custom
-from tasks.config import custom
-from tasks.config.custom import check_custom_rule
+from tasks.config import rules
 from tasks.config.reward import RewardParams
+from tasks.config.rules import check_custom_rule
 from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import build_reward
@@ -35,7 +35,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "import no_such_package\ndef f(prompt, response, answer): ...", encoding="utf-8"
     )
     (tmp_path / "crooked.py").write_text("def f(:", encoding="utf-8")
-    monkeypatch.setattr(custom, "CUSTOM_DIR", tmp_path)
+    monkeypatch.setattr(rules, "CUSTOM_DIR", tmp_path)
     monkeypatch.setattr(tasks.rewards.custom, "__path__", [str(tmp_path)])
     for name in ("mine", "broken"):
         monkeypatch.delitem(sys.modules, f"tasks.rewards.custom.{name}", raising=False)

@@ -57,11 +57,13 @@ def test_failures_reach_the_reward_as_a_measure() -> None:
 
 
 def test_a_missing_answer_is_no_accident_of_a_sample() -> None:
-    reward = build_reward(RewardParams(weights={"facts": 1.0}), [Prompt(id="a", prompt="Who?", answer="Ada")], None)
+    reward = build_reward(
+        RewardParams(weights={"contains_facts": 1.0}), [Prompt(id="a", prompt="Who?", answer="Ada")], None
+    )
     with pytest.raises(DataError, match=r"reward\.weights\.facts: no right answer is known for the prompt 'Where\?'"):
         reward(["Where?"], ["Here"])
 
 
 def test_each_rule_has_its_own_floor() -> None:
-    rules = RewardParams(weights={"repetition": 1.0, "length": 1.0, "sentiment": 1.0}).rules
-    assert {name: rule.floor for name, rule in rules.items()} == {"repetition": -1.0, "length": 0.0, "sentiment": -1.0}
+    rules = RewardParams(weights={"repetition": 1.0, "length": 1.0, "vader": 1.0}).rules
+    assert {name: rule.floor for name, rule in rules.items()} == {"repetition": -1.0, "length": 0.0, "vader": -1.0}

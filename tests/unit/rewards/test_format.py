@@ -160,16 +160,18 @@ def test_the_share_of_constraints_that_hold_is_paid_and_silence_is_not() -> None
     ],
 )  # fmt: skip
 def test_facts_are_named_as_squad_normalises(response: str, answer: str, value: float) -> None:
-    assert score("facts", response, answer, max_words=4 if "Bob" in response else 60) == value
+    assert score("contains_facts", response, answer, max_words=4 if "Bob" in response else 60) == value
 
 
 def test_naming_every_candidate_costs() -> None:
     candidates = " Paris London Berlin Rome Madrid Vienna Lisbon Athens Dublin Oslo"
-    assert score("facts", " Paris", "Paris", max_words=2) == 1.0
-    assert score("facts", candidates, "Paris", max_words=2) == 0.2
+    assert score("contains_facts", " Paris", "Paris", max_words=2) == 1.0
+    assert score("contains_facts", candidates, "Paris", max_words=2) == 0.2
 
 
 @pytest.mark.parametrize("answer", ["", "a|", '["Ada", ""]', "[]", '["Ada"'])
 def test_facts_that_are_none_are_an_error(answer: str) -> None:
     with pytest.raises(DataError, match="the facts"):
-        RULES["facts"](RULE_OPTIONS["facts"](function="contains_facts"), {"Who?": "Ada", "And?": answer})
+        RULES["contains_facts"](
+            RULE_OPTIONS["contains_facts"](function="contains_facts"), {"Who?": "Ada", "And?": answer}
+        )

@@ -83,7 +83,7 @@ def test_mathematics_as_right_answers_is_taken(answer: str) -> None:
 
 def test_what_cannot_be_compared_is_a_failure_and_the_next_sample_is_not() -> None:
     process = MathWorker(2.0)
-    rule = FaultTolerantRule("mathematics", lambda prompt, response: float(process(prompt, response)), 0.0)
+    rule = FaultTolerantRule("math", lambda prompt, response: float(process(prompt, response)), 0.0)
     try:
         values, measures = rule.score_with_metrics(
             ["5", "5"], ["$9^{9^{9^{9^{9}}}} - 9^{9^{9^{9}}}$ is $\\frac{10}{2}$", "5"]

@@ -63,9 +63,9 @@ def test_readability_is_not_paid_for_crumbs(gamed: str) -> None:
 
 
 def test_sentiment_is_vaders_compound_in_the_wanted_direction() -> None:
-    assert score("sentiment", " good") == pytest.approx(1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)  # its normalisation
-    assert score("sentiment", " good", sign="negative") == pytest.approx(-1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)
-    assert score("sentiment", "") == 0.0
+    assert score("vader", " good") == pytest.approx(1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)  # its normalisation
+    assert score("vader", " good", sign="negative") == pytest.approx(-1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)
+    assert score("vader", "") == 0.0
 
 
 def test_a_language_is_distinguished_from_others() -> None:

@@ -6,7 +6,6 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from tasks.models.batching import pad_left, position_ids
 from tasks.rl.rollout import Rollout, generate
 from tests.conftest import tiny_policy
 
@@ -99,10 +98,3 @@ def test_values_are_the_head_on_the_state_that_chose_the_token(model):
     ids = torch.tensor([PROMPTS[2] + rollout.responses[0, :length].tolist()])
     states = model(ids, output_hidden_states=True).hidden_states[-1][0, 4 : 4 + length]
     torch.testing.assert_close(rollout.values[0, :length], head(states).squeeze(-1), rtol=1e-5, atol=1e-5)
-
-
-def test_padding_is_on_the_left_and_positions_skip_it():
-    ids, mask = pad_left([[7, 8], [9]], PAD)
-    assert ids.tolist() == [[7, 8], [PAD, 9]]
-    assert mask.tolist() == [[True, True], [False, True]]
-    assert position_ids(mask)[:, -1].tolist() == [1, 0]

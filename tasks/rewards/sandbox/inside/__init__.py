@@ -1,1 +1,5 @@
-"""Code that runs inside the sandboxes: few imports, from the standard library alone, as each start pays for them."""
+"""Code that runs in the two sandboxed processes.
+
+It imports the standard library only, and little of it, because every program pays for its imports.
+Nothing here may import from this project outside this folder.
+"""

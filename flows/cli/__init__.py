@@ -1,0 +1,1 @@
+"""The `rlhf` command: `main`, `models` and `labels` hold its commands, `console` what they print."""

@@ -1,0 +1,303 @@
+"""What the commands print: one line per stage, tables, and errors; entering the project, and Ctrl-C."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from tasks.core.errors import ConfigError, StageError
+from tasks.core.paths import project_root, stage_dir
+
+if TYPE_CHECKING:
+    from flows.executor import Outcome
+
+__all__ = [
+    "console", "enter_project", "enter_project_with_services", "error_console", "handle_interrupt", "policies_table",
+    "print_approval_pending", "print_collapsed", "print_device_waiting", "print_error", "print_gate_decision",
+    "print_push_done", "print_push_failed", "print_run_waiting", "print_server_start", "print_stage_end",
+    "print_stage_start", "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies",
+    "seeds_table", "summary_markdown", "variants_table",
+]  # fmt: skip
+
+console = Console(highlight=False, soft_wrap=True)
+error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
+SHOWN_REASONS = 3
+SHORT_HASH = 8
+"""Characters of a hash that a person looks at; JSON has all."""
+NAME_WIDTH = 16
+
+# Key in policies.json → column heading, format; a column that no policy fills is left out.
+COLUMNS = {
+    "reward_proxy": ("proxy reward", "z.2f"),
+    "reward_gold": ("gold reward", "z.2f"),
+    "win_rate": ("win rate v. SFT", ".0%"),
+    "win_rate_judge": ("LLM judge", ".0%"),
+    "judge_inconsistent": ("contradictions", ".0%"),
+    "kl": ("KL to SFT (nats)", "z.2f"),
+    "length": ("length", ".1f"),
+}
+
+SEED_COLUMNS = {
+    "win_rate": ("win rate v. SFT", ".0%"),
+    "gain_gold": ("gold gain (SD)", "z.2f"),
+    "gain_proxy": ("proxy gain (SD)", "z.2f"),
+    "kl": ("KL to SFT (nats)", "z.2f"),
+}
+
+
+def enter_project() -> Path:
+    """Change to the project's root, because DVC names stages relative to the working directory.
+
+    Raises:
+        ConfigError: there is no project here, or this code belongs to another one.
+    """
+    root = project_root()
+    installed = Path(__file__).resolve().parents[2]
+    if installed != root:
+        raise ConfigError(
+            f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli` here, "
+            "or install the package here"
+        )
+    os.chdir(root)
+    return root
+
+
+def enter_project_with_services() -> Path:
+    """As `enter_project`, and report to what `rlhf up` has started, if it is up."""
+    root = enter_project()
+    from flows.services import use_services
+
+    use_services()
+    return root
+
+
+@contextmanager
+def handle_interrupt(hint: str) -> Iterator[None]:
+    """Turn Ctrl-C into one message and the shell's exit status for it."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        error_console.print(f"[yellow]interrupted.[/] Run again: {hint}.")
+        raise typer.Exit(130) from None
+
+
+def print_error(error: Exception) -> None:
+    """Print an error that the user can cure."""
+    error_console.print(f"[bold red]error:[/] {escape(str(error))}")
+
+
+def print_server_start() -> None:
+    """Print that a temporary server is started for this command."""
+    console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
+
+
+def print_stage_start(name: str, reasons: Sequence[str], log: Path | None = None) -> None:
+    """Print that a stage starts to compute; `log` is where its own output goes, if not here."""
+    console.print(f"[bold]▸ {name:<{NAME_WIDTH}}[/] running   [dim]{_shorten(reasons)}[/]")
+    if log:
+        console.print(f"[dim]  {escape(str(log))}[/]")
+
+
+def print_stage_waiting(blocker: str) -> None:
+    """Print that a stage waits for another process."""
+    console.print(f"[yellow]  waiting for another run of this project[/] [dim]{escape(blocker)}[/]")
+
+
+def print_run_waiting(holder: str) -> None:
+    """Print that a run waits for another one of this project."""
+    console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
+
+
+def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None:
+    """Print that the next variant starts."""
+    console.print(f"[bold]variant {number} of {count}:[/] {escape(' '.join(variant))}")
+
+
+def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
+    """Every policy of every variant, a row each."""
+    table = Table("variant", "policy", title="Variants on held-out prompts", title_justify="left")
+    results = {variant: _without_self_win_rate(policies) for variant, policies in results.items()}
+    columns = _columns([figures for policies in results.values() for figures in policies.values()])
+    for heading, _ in columns.values():
+        table.add_column(heading, justify="right")
+    for variant, policies in results.items():
+        for name, figures in policies.items():
+            table.add_row(variant, name, *_cells(figures, columns))
+    return table
+
+
+def seeds_table(report: dict[str, Any]) -> Table:
+    """Every policy under every seed, and their mean with its 95 % interval: see `tasks.evals.experiments.report`."""
+    title = f"Policies under {len(report['seeds'])} seeds, on held-out prompts"
+    table = Table("policy", "seed", title=title, title_justify="left")
+    for heading, _ in SEED_COLUMNS.values():
+        table.add_column(heading, justify="right")
+    table.add_column("signs of hacking")
+    for policy, own in report["policies"].items():
+        for seed, row in own["seeds"].items():
+            style, label = ("red", f"{seed} collapsed") if row["collapsed"] else (None, seed)
+            table.add_row(policy, label, *_cells(row, SEED_COLUMNS), row["detectors"] or "none", style=style)
+        spreads = own["summary"]
+        table.add_row(policy, "mean", *(_mean_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items()))
+        table.add_row(
+            policy, "range", *(_range_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items())
+        )
+        table.add_section()
+    return table
+
+
+def print_collapsed(sentences: Sequence[str]) -> None:
+    """Print the seeds under which training collapsed."""
+    for sentence in sentences:
+        console.print(f"[red]collapsed:[/] {escape(sentence)}")
+
+
+def print_approval_pending(policy: str, hours: float) -> None:
+    """Print that the run waits for a person's approval."""
+    console.print(f"[yellow]{policy} waits up to {hours:g} hours for approval in Prefect's page of this run[/]")
+
+
+def print_gate_decision(policy: str, verdict: str, reasons: Sequence[str]) -> None:
+    """Print what the gate decided, and why."""
+    colour = {"promoted": "green", "refused": "red"}.get(verdict, "dim")
+    console.print(f"[bold]gate[/] {policy}: [{colour}]{verdict}[/]")
+    for reason in reasons:
+        console.print(f"  {escape(reason)}")
+
+
+def print_push_failed(error: Exception) -> None:
+    """Print that a stage's results could not be sent yet."""
+    error_console.print(f"[yellow]warning:[/] not sent to the DVC remote, tried again at the end: {escape(str(error))}")
+
+
+def print_push_done(files: int) -> None:
+    """Print that all results are at the DVC remote."""
+    console.print(f"[dim]the DVC remote has everything; {files} files were new[/]")
+
+
+def print_device_waiting() -> None:
+    """Print that a stage waits until another run has done its computing."""
+    console.print("[yellow]  waiting for the device: another run computes on it[/]")
+
+
+def print_table(table: Table) -> None:
+    """Print a table without frames; a cell too wide for the terminal is folded, never cut."""
+    table.box, table.show_edge, table.pad_edge, table.collapse_padding = box.SIMPLE_HEAD, False, False, True
+    for column in table.columns:
+        column.overflow = "fold"
+    console.print(table)
+
+
+def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:
+    """Print that a stage is up to date."""
+    why = "" if result == "executed" else _shorten(reasons)
+    padding = " " * (9 - len({"executed": "ran", "unchanged": "cached"}.get(result, result)))
+    console.print(
+        f"[green]✓[/] {name:<{NAME_WIDTH}} {RESULT_LABELS[result]}{padding}{seconds:7.1f} s  [dim]{why}[/]".rstrip()
+    )
+
+
+def read_policies() -> dict[str, dict[str, Any]]:
+    """Policy → its metrics, as the evaluation wrote them.
+
+    Raises:
+        StageError: there is no evaluation yet.
+    """
+    policies: dict[str, dict[str, Any]] = _read_evaluation("policies.json")
+    return policies
+
+
+def read_findings() -> dict[str, list[dict[str, str]]]:
+    """Policy → the signs of reward hacking that the evaluation found.
+
+    Raises:
+        StageError: there is no evaluation yet.
+    """
+    findings: dict[str, list[dict[str, str]]] = _read_evaluation("findings.json")
+    return findings
+
+
+def _read_evaluation(name: str) -> Any:
+    path = stage_dir("evaluate") / name
+    if not path.is_file():
+        raise StageError(f"{path} does not exist: no evaluation has finished yet; run `rlhf run`")
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def policies_table(policies: dict[str, dict[str, Any]]) -> Table:
+    """The policies side by side; the win rate with its 95 % interval."""
+    table = Table("policy", title="Policies on held-out prompts", title_justify="left")
+    policies = _without_self_win_rate(policies)
+    columns = _columns(list(policies.values()))
+    for heading, _ in columns.values():
+        table.add_column(heading, justify="right")
+    for name, figures in policies.items():
+        table.add_row(name, *_cells(figures, columns))
+    return table
+
+
+def summary_markdown(outcomes: Sequence[Outcome]) -> str:
+    """Stages, and policies where they are evaluated, as Markdown tables."""
+    lines = ["| stage | result | seconds | why |", "|---|---|---:|---|"]
+    lines += [f"| {item.stage} | {item.result} | {item.seconds:.1f} | {item.reason} |" for item in outcomes]
+    if any(item.stage == "evaluate" for item in outcomes):
+        policies = _without_self_win_rate(read_policies())
+        columns = _columns(list(policies.values()))
+        headings = [heading for heading, _ in columns.values()]
+        lines += ["", f"| policy | {' | '.join(headings)} |", f"|---|{'---:|' * len(headings)}"]
+        lines += [f"| {name} | {' | '.join(_cells(figures, columns))} |" for name, figures in policies.items()]
+    return "\n".join(lines)
+
+
+def _without_self_win_rate(policies: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """The figures without the win rates of the policy that all are compared with against itself."""
+    from tasks.evals.compare import REFERENCE  # slow to import
+
+    return {
+        name: {key: value for key, value in figures.items() if name != REFERENCE or not key.startswith("win_rate")}
+        for name, figures in policies.items()
+    }
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
+    return {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+
+
+def _cells(figures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[str]:
+    cells = []
+    for key, (_, form) in columns.items():
+        value = figures.get(key)
+        text = "–" if value is None else format(value, form)
+        if value is not None and figures.get(f"{key}_low") is not None:
+            text += f" ({figures[f'{key}_low']:.0%}–{figures[f'{key}_high']:.0%})"
+        cells.append(text)
+    return cells
+
+
+def _mean_cell(spread: dict[str, Any] | None, form: str) -> str:
+    if spread is None:
+        return "–"
+    interval = "" if spread["low"] is None else f" ({format(spread['low'], form)} to {format(spread['high'], form)})"
+    return format(spread["mean"], form) + interval
+
+
+def _range_cell(spread: dict[str, Any] | None, form: str) -> str:
+    return "–" if spread is None else f"{format(spread['min'], form)} to {format(spread['max'], form)}"
+
+
+def _shorten(reasons: Sequence[str]) -> str:
+    shown = "; ".join(reasons[:SHOWN_REASONS])
+    rest = len(reasons) - SHOWN_REASONS
+    return escape(shown + (f"; and {rest} more" if rest > 0 else ""))

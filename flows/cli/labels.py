@@ -1,0 +1,382 @@
+"""The commands of `rlhf label`: the labelling page, pairs to label, labels by a model, report, export and import."""
+
+from __future__ import annotations
+
+import json
+import socket
+from contextlib import closing, suppress
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Literal
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from flows.cli.console import (
+    console,
+    enter_project,
+    enter_project_with_services,
+    handle_interrupt,
+    print_table,
+)
+from tasks.core.errors import ConfigError, RLHFError
+from tasks.core.paths import project_root, stage_dir, state_dir
+
+if TYPE_CHECKING:
+    from tasks.config.evaluation import JudgeParams
+    from tasks.labelling.ai_labels import AutoLabelResult, Cost
+    from tasks.labelling.export import ExportResult
+    from tasks.labelling.formats import Format
+    from tasks.labelling.labels import Label, Question
+    from tasks.labelling.report import LabelSummary
+    from tasks.labelling.store import LabelStore
+
+__all__ = ["app"]
+
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+STOP_SECONDS = 5
+
+NO_QUESTIONS = "none yet: `rlhf label sample` chooses pairs to compare"
+NO_LABELLERS = "none yet: `rlhf label add NAME` adds one, and prints a password"
+EXPOSED_WARNING = "Others can reach this page, and passwords travel in the clear: put a proxy with TLS before it."
+
+CANDIDATES_PER_PAIR = 4
+"""Pairs that are scored for each one that is chosen by disagreement."""
+
+EXTRA_PROMPTS = 4
+"""Prompts beyond an eighth more than are needed, because some get one response from every policy."""
+
+_print = console.print
+
+app = typer.Typer(help="Let people compare responses, on a page of their own; Ctrl-C ends it.")
+
+Database = Annotated[
+    str | None,
+    typer.Option(envvar="RLHF_LABEL_DATABASE", help="URL of a PostgreSQL database; default: .rlhf/labels.db."),
+]
+Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere, so that others reach the page.")]
+Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+Names = Annotated[bool, typer.Option("--names", help="Write people's names, and not pseudonyms.")]
+
+
+@app.callback(invoke_without_command=True)
+def serve(context: typer.Context, host: Host = "127.0.0.1", port: Port = 8800, database: Database = None) -> None:
+    """Serve the labelling page until Ctrl-C."""
+    if context.invoked_subcommand:
+        return
+    enter_project()
+    import uvicorn
+
+    from tasks.labelling.app import create_app
+    from tasks.labelling.auth import load_secret
+
+    listener = _listen(host, port)
+    store = _open_store(database)
+    state_dir().mkdir(exist_ok=True)
+    app = create_app(store, load_secret(state_dir() / "label-secret"))
+    _print_banner(store, host, listener.getsockname()[1])
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+    with suppress(KeyboardInterrupt):
+        uvicorn.Server(config).run(sockets=[listener])
+    _print("ended; every answer that the page called saved is in the database")
+
+
+@app.command()
+def add(name: Annotated[str, typer.Argument(help="Who labels.")], database: Database = None) -> None:
+    """Add a labeller, or give a known one a new password; it is printed once, and only its hash is kept."""
+    enter_project()
+    from tasks.labelling.auth import hash_password, new_password
+
+    password = new_password()
+    with closing(_open_store(database)) as store:
+        is_new = store.add_labeller(name, hash_password(password))
+    status = "can sign in" if is_new else "was known, and has a new password; the old one and its sessions have ended"
+    _print(f"{escape(name)} {status}")
+    _print(f"password: {password}", highlight=False)
+
+
+@app.command()
+def sample(
+    pairs: Annotated[int, typer.Option(min=1, help="How many to choose.")],
+    policies: Annotated[str, typer.Option("--from", help="Policies, as sft,ppo; default: all of the last run.")] = "",
+    by: Annotated[Literal["random", "disagreement"], typer.Option(help="Or where reward models disagree.")] = "random",
+    prompts: Annotated[Literal["train", "validation"], typer.Option(help="Split of the prompts.")] = "train",
+    overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs that two people label.")] = 0.0,
+    gold: Annotated[Path | None, typer.Option(help="JSON Lines: questions with their answer, or preferences.")] = None,
+    gold_margin: Annotated[float, typer.Option(help="A preference of at least this margin tests labellers.")] = 3.0,
+    max_gold: Annotated[int, typer.Option(min=1, help="Test questions at most.")] = 20,
+    seed: Annotated[int, typer.Option(min=0, help="Of prompts, responses and pairs.")] = 0,
+    database: Database = None,
+) -> None:
+    """Sample responses of the policies, and add pairs of them to be labelled; run again, it adds nothing."""
+    gold = gold and gold.absolute()
+    enter_project()
+    from tasks.labelling.pairs import gold_questions, with_overlap
+
+    tests = gold_questions(gold, min_margin=gold_margin, count=max_gold) if gold else []
+    with handle_interrupt("nothing was added"):
+        chosen = _select_pairs([name for name in policies.split(",") if name], prompts, pairs, by, seed)
+    with closing(_open_store(database)) as store:
+        added = store.add_questions(with_overlap(chosen, overlap, seed=seed))
+        added_tests = store.add_questions(tests)
+    new, new_tests = added.new_questions, added_tests.new_questions
+    line = f"{new} pairs to label added, {len(chosen) - new} were there already"
+    _print(line + (f"; {new_tests} of {len(tests)} questions with a known answer added" if tests else ""))
+    _print_conflicts(added.conflicts + added_tests.conflicts)
+
+
+@app.command()
+def auto(
+    judge: Annotated[str, typer.Option(help="As evaluate.llm_judge: '{kind: endpoint, base_url: …, model: …}'.")],
+    constitution: Annotated[Path, typer.Option(help="A text that says what is better: infra/constitutions/….md.")],
+    max_requests: Annotated[int | None, typer.Option(min=2, help="At most, two a pair; default: the judge's.")] = None,
+    rate: Annotated[float | None, typer.Option(min=0.01, help="Requests a minute at most.")] = None,
+    database: Database = None,
+) -> None:
+    """Let a language model label what it has not labelled yet, by a written constitution; it can be interrupted."""
+    constitution = constitution.absolute()
+    enter_project()
+    from tasks.labelling.ai_labels import Budget, Constitution, CountingCache, auto_label, load_counting_judge
+
+    params = _judge_params(judge)
+    text, cache = Constitution.read(constitution), CountingCache(state_dir() / "judge" / "answers.jsonl")
+    model = load_counting_judge(params, cache, stage_dir("evaluate").parent)
+    budget = Budget(max_requests or params.max_requests, params.max_tokens, rate)
+    with handle_interrupt("it goes on from there, and asks nothing twice"), closing(_open_store(database)) as store:
+        result = auto_label(store, model, text, cost=cache.cost, budget=budget)
+    _print_auto_result(result, cache.cost)
+
+
+@app.command()
+def report(
+    out: Annotated[Path | None, typer.Option(help="The page; default: .rlhf/labels.html.")] = None,
+    names: Names = False,
+    as_json: Annotated[bool, typer.Option("--json", help="The numbers as JSON, and no page.")] = False,
+    database: Database = None,
+) -> None:
+    """Report label quality: agreement, accuracy on known answers, order bias; as tables and a page."""
+    page = out and out.absolute()
+    enter_project()
+    from tasks.labelling.labels import pseudonym
+    from tasks.labelling.report import label_summary, report_page
+
+    questions, labels = _read_labels(database)
+    if not names:
+        labels = [replace(label, labeller=pseudonym(label.labeller)) for label in labels]
+    summary = label_summary(questions, labels)
+    if as_json:
+        print(json.dumps(asdict(summary), indent=2, ensure_ascii=False))
+        return
+    _print_report(summary)
+    page = page or state_dir() / "labels.html"
+    _write(page, report_page(summary))
+    _print(f"page: {page}")
+
+
+@app.command()
+def export(
+    out: Annotated[Path | None, typer.Option(help="Default: data/labels/preferences.jsonl, or in .rlhf.")] = None,
+    kind: Annotated[Literal["rows", "argilla", "label-studio"], typer.Option("--format", help="Of the file.")] = "rows",
+    aggregate: Annotated[Literal["none", "majority", "dawid-skene"], typer.Option(help="One row a question.")] = "none",
+    by: Annotated[Literal["all", "people", "models"], typer.Option(help="Whose labels.")] = "all",
+    names: Names = False,
+    announce: Annotated[bool, typer.Option(help="Start the retrain deployment where the data changed.")] = True,
+    database: Database = None,
+) -> None:
+    """Write labels as preferences that the pipeline reads, with a card beside them, or in another program's format."""
+    file = out and out.absolute()
+    root = enter_project_with_services()
+    from tasks.labelling.export import export_preferences
+    from tasks.labelling.labels import is_model, pseudonyms
+
+    questions, labels = _read_labels(database)
+    labels = [label for label in labels if by == "all" or is_model(label.labeller) == (by == "models")]
+    shown = {label.labeller: label.labeller for label in labels} if names else pseudonyms(labels)
+    if kind != "rows":
+        _write_format(file or state_dir() / f"labels.{kind}.json", questions, labels, shown, kind)
+        return
+    file = file or root / "data" / "labels" / "preferences.jsonl"
+    changed = _write_preferences(file, export_preferences(questions, labels, aggregate=aggregate, names=shown))
+    if announce and changed and file.is_relative_to(root / "data"):
+        _trigger_retrain()
+
+
+@app.command("import")
+def import_(
+    file: Annotated[Path, typer.Argument(help="What the other program exported.")],
+    kind: Annotated[Literal["argilla", "label-studio"], typer.Option("--format", help="Whose format it is.")],
+    database: Database = None,
+) -> None:
+    """Add questions and labels from another program's file; all of it or, where something is malformed, nothing."""
+    file = file.absolute()
+    enter_project()
+    from tasks.labelling.formats import load
+
+    records = load(file, kind, warn=lambda text: _print(f"[yellow]{escape(text)}[/]"))
+    with closing(_open_store(database)) as store:
+        result = store.import_records(records)
+    known = result.labels - result.new_labels
+    _print(
+        f"{result.questions} questions, {result.new_questions} of them new; {result.labels} labels, "
+        f"{result.new_labels} new" + (f", {known} known from before and skipped" if known else "")
+    )
+    _print_conflicts(result.conflicts)
+
+
+def _open_store(database: str | None) -> LabelStore:
+    from tasks.labelling.database import database_url
+    from tasks.labelling.store import LabelStore
+
+    return LabelStore(database_url(database))
+
+
+def _read_labels(database: str | None) -> tuple[list[Question], list[Label]]:
+    with closing(_open_store(database)) as store:
+        labels = store.current_labels()  # first: questions may be added meanwhile, and none is ever removed
+        return store.questions(), labels
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family)
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}; choose another with --port") from None
+
+
+def _print_banner(store: LabelStore, host: str, port: int) -> None:
+    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
+    (unlabelled, count), labellers = store.open_questions(), store.labellers()
+    _print(f"page       {address}   (Ctrl-C ends it)")
+    _print(f"database   {escape(store.address)}")
+    _print(f"questions  {count}, of which {unlabelled} need labels" if count else f"questions  {NO_QUESTIONS}")
+    _print(f"labellers  {escape(', '.join(labellers)) or NO_LABELLERS}")
+    if host not in LOOPBACK:
+        _print(f"[yellow]{EXPOSED_WARNING}[/]")
+
+
+def _select_pairs(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Question]:
+    """Sample responses and choose the pairs to label."""
+    from tasks.config.params import load_params
+    from tasks.labelling import pairs
+
+    folder = stage_dir("evaluate").parent
+    scores = pairs.load_ensemble_scores(folder) if by == "disagreement" else None
+    policies = pairs.check_policies(policies, folder)
+    generation = load_params(project_root() / "params.yaml").generation
+    candidates = count * CANDIDATES_PER_PAIR if scores else count
+    prompts = pairs.sample_prompts(folder, split, candidates + candidates // 8 + EXTRA_PROMPTS, seed=seed)
+    responses = pairs.sample_responses(policies, prompts, generation, folder, seed=seed)
+    pool = pairs.make_pairs(responses, candidates, seed=seed)
+    return pairs.by_disagreement(pool, count, scores) if scores else pairs.at_random(pool, count)
+
+
+def _judge_params(text: str) -> JudgeParams:
+    """Parse the judge as params.yaml has it; how many prompts it is asked depends on the database alone.
+
+    Raises:
+        ConfigError: no such judge, or one with a rubric, whose place the constitution takes.
+    """
+    from pydantic import ValidationError
+
+    from tasks.config.evaluation import JudgeParams
+    from tasks.config.params import parse_override
+    from tasks.core.rows import format_validation_error
+
+    content = parse_override(f"judge={text}")["judge"]
+    if not isinstance(content, dict):
+        raise ConfigError(f"--judge: '{{kind: endpoint, base_url: …, model: …}}' expected, got {text!r}")
+    if "rubric" in content:
+        raise ConfigError("--judge: rubric has no meaning here, --constitution says what is better: leave it out")
+    try:
+        return JudgeParams.model_validate({"prompts": 1} | content)
+    except ValidationError as error:
+        raise ConfigError(f"--judge: {format_validation_error(error)}") from None
+
+
+def _print_auto_result(result: AutoLabelResult, cost: Cost) -> None:
+    counts = ", ".join(f"{choice} {count}" for choice, count in sorted(result.choices.items())) or "none"
+    _print(f"labels: {counts}")
+    _print(
+        f"of the skips, {result.contradictions} because the answer changed with the order, {result.unclear} unclear; "
+        f"{result.first} of {result.clear} clear answers chose the response shown first"
+    )
+    _print(f"{cost.requests} requests, {cost.tokens} tokens; other answers were known from before")
+    if result.left:
+        _print(f"[yellow]{result.left} questions are left[/]: the budget is spent; run again to go on")
+
+
+def _print_conflicts(count: int) -> None:
+    if count:
+        _print(
+            f"[yellow]{count} of them were there with another known answer, or wanting another number of labels[/], "
+            "and keep theirs"
+        )
+
+
+def _print_report(summary: LabelSummary) -> None:
+    from tasks.labelling.report import format_number, format_proportion
+
+    table = Table(title="Labellers", title_justify="left")
+    table.add_column("labeller", no_wrap=True)
+    for column in ("labels", "skips", "right on known answers", "quality", "first shown", "seconds"):
+        table.add_column(column)
+    for row in summary.labellers:
+        table.add_row(
+            row.name, str(row.labels), str(row.skips), format_proportion(row.gold), format_number(row.quality),
+            format_proportion(row.first), format_number(row.seconds),
+        )  # fmt: skip
+    print_table(table)
+    both = "" if summary.alpha_all is None else f" (with models {format_number(summary.alpha_all)})"
+    alpha, agreement = format_number(summary.alpha), format_proportion(summary.agreement)
+    _print(f"{summary.labels} labels, {summary.labelled} of {summary.questions} questions labelled")
+    _print(f"Krippendorff's alpha {alpha}{both}; two people agree {agreement}")
+    _print(f"the first shown is chosen {format_proportion(summary.first)}")
+
+
+def _write(file: Path, text: str) -> None:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(text, encoding="utf-8", newline="\n")
+
+
+def _write_format(
+    file: Path, questions: list[Question], labels: list[Label], names: dict[str, str], kind: Format
+) -> None:
+    from tasks.labelling.formats import dump
+    from tasks.labelling.formats.label_studio import CONFIG
+
+    _write(file, dump(questions, labels, names, kind))
+    _print(f"{len(questions)} questions with {len(labels)} labels: {file}")
+    if kind == "label-studio":
+        _write(file.with_suffix(".xml"), CONFIG)
+        _print(f"labelling interface for the project's settings: {file.with_suffix('.xml')}")
+
+
+def _write_preferences(file: Path, result: ExportResult) -> bool:
+    """Write rows and card, print what they hold, and return whether the rows have changed."""
+    from tasks.core.rows import write_json, write_rows
+
+    before = file.read_bytes() if file.is_file() else None
+    write_rows(file, result.rows)
+    write_json(file.with_suffix(".card.json"), result.card)
+    dropped = ", ".join(f"{reason} {count}" for reason, count in result.dropped.items()) or "nothing"
+    _print(f"{len(result.rows)} preferences of {result.card['labelled']} labelled questions: {file}")
+    _print(f"dropped: {dropped}; questions on which labellers differ: {result.card['disputed']}")
+    return file.read_bytes() != before
+
+
+def _trigger_retrain() -> None:
+    """Announce the new data to Prefect; without a server the file is just as good, so that is no error."""
+    from flows.retrain import emit_data_event
+    from tasks.runtime import dvc_repo
+
+    try:
+        md5 = dvc_repo.data_md5()
+        if md5 is None:
+            raise ConfigError("no stage of dvc.yaml reads data/")
+        emit_data_event(md5)
+    except RLHFError as error:
+        _print(f"not announced: {error}; `rlhf retrain` trains with these labels")
+        return
+    _print(f"announced data of md5 {md5}")

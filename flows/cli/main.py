@@ -1,0 +1,287 @@
+"""The `rlhf` command: running the pipeline, looking at its results, and its services."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from flows.cli import labels, models
+from flows.cli.console import (
+    console,
+    enter_project,
+    enter_project_with_services,
+    handle_interrupt,
+    policies_table,
+    print_collapsed,
+    print_error,
+    print_run_waiting,
+    print_server_start,
+    print_table,
+    read_policies,
+    seeds_table,
+    variants_table,
+)  # fmt: skip
+from flows.processes import ERROR_VARIABLE, die_with_parent, write_error
+from tasks.core.errors import ConfigError, RLHFError, StageError
+from tasks.core.paths import stage_dir
+
+__all__ = ["app", "main"]
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+data = typer.Typer(help="The data from which the pipeline starts.", no_args_is_help=True)
+app.add_typer(data, name="data")
+app.add_typer(models.app)
+app.add_typer(labels.app, name="label")
+
+
+def main() -> None:
+    """Entry point: an error that the user can cure is one message and exit status 1."""
+    if ERROR_VARIABLE in os.environ:  # a run in a worktree, which another `rlhf` has started
+        die_with_parent()
+    try:
+        app()
+    except RLHFError as error:
+        print_error(error)
+        write_error(error)
+        sys.exit(1)
+
+
+@app.command()
+def run(
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
+    preset: Annotated[str | None, typer.Option(help="Write this preset of infra/presets into params.yaml.")] = None,
+    setting: Annotated[list[str] | None, typer.Option("-S", help="Write key=value into params.yaml.")] = None,
+    force: Annotated[bool, typer.Option(help="Run the named stages even if nothing changed.")] = False,
+    pull: Annotated[bool, typer.Option(help="Fetch missing data and results from the DVC remote.")] = False,
+    push: Annotated[bool, typer.Option(help="Send each stage's results to the DVC remote.")] = False,
+    retries: Annotated[int, typer.Option(min=0, help="Run a failed stage again this many times.")] = 0,
+    parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
+    timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
+    ranks: Annotated[int, typer.Option(min=1, help="Let so many processes share the training, a GPU each.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Train the policies under so many seeds, and compare those.")] = 1,
+) -> None:
+    """Bring the pipeline up to date and compare the policies."""
+    root = enter_project()
+    from flows.run_lock import project_lock
+
+    options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
+    options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
+    resume_hint = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"
+    with handle_interrupt(resume_hint), project_lock(print_run_waiting):
+        _apply_overrides(root, preset, setting or [])
+        with _prefect_server() as environment:
+            if seeds > 1:
+                _run_seeds(seeds, stages or [], options, environment)
+                return
+            from flows.pipeline import pipeline
+
+            outcomes = pipeline(stages or None, **options)
+    if any(outcome.stage == "evaluate" for outcome in outcomes):
+        console.print()
+        print_table(policies_table(read_policies()))
+        console.print(f"report: {stage_dir('evaluate') / 'report.html'}")
+        console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
+
+
+@app.command()
+def retrain(
+    pull: Annotated[bool, typer.Option(help="Fetch data and results from the DVC remote first.")] = False,
+    push: Annotated[bool, typer.Option(help="Send each stage's results to the DVC remote.")] = False,
+    approval_hours: Annotated[float, typer.Option(min=0, help="Wait so long for a person's approval.")] = 0,
+) -> None:
+    """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
+    enter_project_with_services()
+    if approval_hours and not os.environ.get("PREFECT_API_URL"):
+        raise ConfigError("--approval-hours: no Prefect server is up whose page could ask somebody; `rlhf up` first")
+    with handle_interrupt("it goes on from the last checkpoint"), _prefect_server():
+        from flows.retrain import retrain as flow
+
+        flow(pull=pull, push=push, approval_hours=approval_hours)
+
+
+@data.command()
+def announce() -> None:
+    """Announce a new version of data/ to the standing Prefect server, which starts rlhf-retrain/retrain."""
+    enter_project_with_services()
+    trigger_retrain()
+
+
+def trigger_retrain() -> None:
+    """Emit the event of the current data, and print its md5."""
+    from tasks.runtime import dvc_repo
+
+    md5 = dvc_repo.data_md5()
+    if md5 is None:
+        raise ConfigError("there is no folder data/ that a stage of dvc.yaml reads")
+    from flows.retrain import emit_data_event
+
+    emit_data_event(md5)
+    console.print(f"announced data of md5 {md5}")
+
+
+@app.command()
+def sweep(
+    setting: Annotated[list[str], typer.Option("-S", help="key=value,value,…: the values to try; may be repeated.")],
+    stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
+) -> None:
+    """Run the pipeline with every combination of some values, without changing this folder, and compare them."""
+    enter_project_with_services()
+    from flows.experiments import sweep as run_all
+
+    with handle_interrupt("what was computed is restored"):
+        folder = run_all(setting, stages or [])
+    path = folder / "variants.json"
+    if path.is_file():
+        print_table(variants_table(json.loads(path.read_text(encoding="utf-8"))))
+        console.print(f"table and plot: {folder}")
+
+
+@app.command()
+def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, policy → figures.")] = False) -> None:
+    """Compare the policies of the last evaluation."""
+    enter_project()
+    policies = read_policies()
+    if as_json:
+        print(json.dumps(policies, indent=2))
+    else:
+        print_table(policies_table(policies))
+
+
+@app.command()
+def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False) -> None:
+    """List the stages that would run, and which parameter or file made it so."""
+    enter_project()
+    from tasks.runtime import dvc_stages
+
+    pending = dvc_stages.stale_stages()
+    if as_json:
+        actions = [("restore" if item.in_run_cache else "run", item) for item in pending]
+        rows = [{"stage": item.stage, "action": action, "reasons": item.reasons} for action, item in actions]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    if not pending:
+        console.print("Everything is up to date: `rlhf run` would compute nothing.")
+        return
+    table = Table("stage", "would", "why")
+    for item in pending:
+        table.add_row(item.stage, "be restored" if item.in_run_cache else "run", escape("\n".join(item.reasons)))
+    print_table(table)
+
+
+@app.command()
+def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
+    """Look at curves, samples and models in MLflow; stop it with Ctrl-C."""
+    enter_project()
+    from flows.services import running_services
+    from tasks.runtime import mlflow_store
+
+    if running := running_services().get("mlflow"):
+        console.print(f"MLflow is up at {running.address}")
+        return
+
+    command, environment = mlflow_store.server_command(port)
+    console.print(f"MLflow is starting at http://127.0.0.1:{port} (about 20 s); stop it with Ctrl-C")
+    os.execve(command[0], command, environment)
+
+
+@app.command()
+def up(
+    prefect_port: Annotated[int, typer.Option(help="Prefect's server, on 127.0.0.1.")] = 4200,
+    mlflow_port: Annotated[int, typer.Option(help="MLflow's server, on 127.0.0.1.")] = 5000,
+) -> None:
+    """Start Prefect's server and worker and MLflow, and deploy what prefect.yaml lists; `rlhf down` ends them."""
+    enter_project()
+    from flows import services
+
+    running = services.start(prefect_port, mlflow_port, console.print)
+    console.print(f"Prefect   {running['prefect'].address.removesuffix('/api')}   runs, schedules, deployments")
+    console.print(f"MLflow    {running['mlflow'].address}   curves, samples, models")
+    console.print("`rlhf run` now uses them; `rlhf down` ends them")
+
+
+@app.command()
+def down() -> None:
+    """End what `rlhf up` started, and the run that it may be doing."""
+    enter_project()
+    from flows import services
+
+    ended = services.stop()
+    console.print(f"ended: {', '.join(ended)}" if ended else "nothing was up")
+
+
+@app.command()
+def schedule(
+    cron: Annotated[str, typer.Argument(help="Minute, hour, day, month, weekday: '0 2 * * *' is 2 o'clock at night.")],
+    timezone: Annotated[str, typer.Option(help="Where that is the time, like Europe/Vienna.")] = "UTC",
+) -> None:
+    """Run the pipeline at set times, for as long as this command runs; stop it with Ctrl-C."""
+    enter_project()
+    from flows.schedule import serve
+
+    serve(cron, timezone, console.print)
+
+
+def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environment: dict[str, str]) -> None:
+    from flows.experiments import run_seeds
+
+    folder, summary = run_seeds(count, stages, options, environment)
+    console.print()
+    print_table(seeds_table(summary))
+    print_collapsed(summary["collapsed"])
+    console.print(f"table and plot: {folder}    curves and samples: rlhf ui")
+    if summary["failed"]:
+        failed = "\n".join(summary["failed"])
+        raise StageError(
+            f"{len(summary['failed'])} of {count} seeds failed; those done are restored next time\n{failed}"
+        )
+
+
+@contextmanager
+def _prefect_server() -> Iterator[dict[str, str]]:
+    """A Prefect server to report to: the standing one, or a temporary one that starts while libraries are imported.
+
+    Gives the variables by which another process reports to it, too.
+    """
+    from flows.services import temporary_server, use_services
+
+    use_services()
+    with temporary_server() as server:
+        if server.address:
+            print_server_start()
+        import flows.pipeline  # noqa: F401
+        from tasks.runtime import mlflow_runs
+
+        _silence_prefect_console()
+        mlflow_runs.connect()
+        server.wait()
+        yield {"PREFECT_API_URL": server.address} if server.address else {}
+
+
+def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> None:
+    from tasks.config.params import load_params, load_preset, parse_override, write_overrides
+
+    path = root / "params.yaml"
+    changes = [load_preset(root, preset)] if preset else []
+    changes += [parse_override(setting) for setting in settings]
+    lines = write_overrides(path, changes) if changes else []
+    load_params(path)
+    if lines:
+        console.print("params.yaml changed (undo: git checkout params.yaml)")
+        for line in lines:
+            console.print(f"  {escape(line)}")
+
+
+def _silence_prefect_console() -> None:
+    """Prefect's records still go to its server; the terminal shows our lines, and an error once."""
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: not record.name.startswith("prefect"))

@@ -1,0 +1,357 @@
+"""The commands for registered policies: list, promote, trace, reproduce, sample from and export them."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from flows.cli.console import SHORT_HASH, console, enter_project_with_services, handle_interrupt, print_table
+from tasks.core.errors import ConfigError
+from tasks.core.paths import project_root, stage_dir
+from tasks.runtime import registry
+from tasks.runtime.mlflow_runs import WEIGHT_DIRS
+from tasks.runtime.registry import Version
+
+if TYPE_CHECKING:
+    from tasks.evals.writing import Sample, Sampler
+    from tasks.runtime.provenance import StageRecord
+
+__all__ = ["app", "lineage_dict"]
+
+app = typer.Typer()
+
+EXPORT_CHECK_PROMPTS = 8
+"""Held-out prompts on which an export is compared with the policy."""
+
+CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+Model = Annotated[str, typer.Argument(help="A version's number, champion, or challenger.")]
+ModelOption = Annotated[str, typer.Option("--model", help="A version's number, champion, challenger, or a stage.")]
+MaxNewTokens = Annotated[int | None, typer.Option(min=1, help="Tokens of a response at most; default: as trained.")]
+Temperature = Annotated[float | None, typer.Option(min=0.01, help="Default: as trained.")]
+Seed = Annotated[int, typer.Option(min=0, help="Of the random numbers.")]
+Reason = Annotated[str, typer.Option(help="For the record.")]
+AsJson = Annotated[bool, typer.Option("--json", help="As JSON.")]
+ChatTemplate = Annotated[bool, typer.Option(help="Show prompts as a user's messages, not as beginnings of a text.")]
+
+
+@app.command()
+def models(as_json: AsJson = False) -> None:
+    """List the registered policies."""
+    enter_project_with_services()
+    known = registry.versions()
+    if as_json:
+        from tasks.runtime.provenance import PROVENANCE_TAG
+
+        hidden = (PROVENANCE_TAG, "weights")
+        shown = [{key: value for key, value in item.tags.items() if key not in hidden} for item in known]
+        rows = [
+            {"version": item.number, **_summary(item), "tags": tags} for item, tags in zip(known, shown, strict=True)
+        ]
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    elif known:
+        print_table(_models_table(known))
+    else:
+        console.print("No policy is registered yet: `rlhf retrain` registers one.")
+
+
+@app.command()
+def promote(model: Model = "challenger", reason: Reason = "") -> None:
+    """Make a version the champion; one that was refused or rolled back needs --reason."""
+    enter_project_with_services()
+    version = registry.find(model)
+    objection = version.withdrawal or (None if version.accepted else f"the gate refused it: {version.tags['reasons']}")
+    if objection and not reason.strip():
+        raise ConfigError(f"version {version.number}: {objection}. Promote it all the same with --reason TEXT")
+    registry.set_champion(version, by=_user(), reason=reason.strip())
+    console.print(f"version {version.number} ({version.policy}) is the champion; `rlhf rollback` undoes it")
+
+
+@app.command()
+def rollback(reason: Reason = "") -> None:
+    """Put the champion before this one in use again."""
+    enter_project_with_services()
+    withdrawn, restored = registry.roll_back(by=_user(), reason=reason.strip())
+    console.print(
+        f"version {restored.number} ({restored.policy}) is the champion again; "
+        f"version {withdrawn.number} ({withdrawn.policy}) is withdrawn, and the gate will not promote it by itself"
+    )
+
+
+@app.command()
+def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
+    """Show what a version was made from: data, code, parameters, stages, and the decision about it."""
+    enter_project_with_services()
+    version = registry.find(model)
+    if as_json:
+        print(json.dumps(lineage_dict(version), indent=2, ensure_ascii=False))
+    else:
+        _print_lineage(version)
+
+
+@app.command()
+def reproduce(model: Model = "champion") -> None:
+    """Compute a version again from its commit, parameters and data with an empty cache, and compare the weights."""
+    enter_project_with_services()
+    from flows.experiments import reproduce as compute
+    from flows.experiments import same_lock_file
+
+    version = registry.find(model)
+    with handle_interrupt("it begins anew, and this project is as it was"):
+        results = compute(version)
+    title = f"Version {version.number} ({version.policy})"
+    table = Table("weights", "registered", "reproduced", "equal", title=title, title_justify="left")
+    for item in results:
+        table.add_row(item.path, item.registered, item.reproduced, "[green]yes[/]" if item.equal else "[red]no[/]")
+    print_table(table)
+    if all(item.equal for item in results):
+        return
+    if same_lock_file(version):
+        console.print(
+            "another kind of processor, or another number of threads (OMP_NUM_THREADS), rounds sums differently: "
+            "try as it was made"
+        )
+    else:
+        console.print("requirements.lock was another one then: install that, and try again")
+    raise typer.Exit(1)
+
+
+@app.command()
+def generate(
+    prompt: Annotated[list[str] | None, typer.Argument(help="Default: each line of standard input is one.")] = None,
+    model: ModelOption = "champion",
+    samples: Annotated[int, typer.Option(min=1, help="Responses to each prompt.")] = 1,
+    temperature: Temperature = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = False,
+    as_json: Annotated[bool, typer.Option("--json", help="A JSON object a line.")] = False,
+) -> None:
+    """Sample a policy's responses to prompts."""
+    enter_project_with_services()
+    prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
+    if not prompts:
+        raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
+    with (
+        handle_interrupt("nothing is kept"),
+        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as writer,
+    ):
+        for written in writer.sample(prompts, samples):
+            if as_json:
+                print(json.dumps(asdict(written), ensure_ascii=False))
+            else:
+                _print_sample(written, chat_template)
+
+
+@app.command()
+def chat(
+    model: ModelOption = "champion",
+    temperature: Temperature = None,
+    max_new_tokens: MaxNewTokens = None,
+    seed: Seed = 0,
+    chat_template: ChatTemplate = False,
+) -> None:
+    """Type prompts, each on its own (no conversation), and read a policy's responses; Ctrl-D ends."""
+    enter_project_with_services()
+    with (
+        handle_interrupt("nothing is kept"),
+        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as writer,
+    ):
+        while (line := _read_prompt()) is not None:
+            for written in writer.sample([line] if line.strip() else [], 1):
+                _print_sample(written, chat_template)
+
+
+@app.command()
+def export(
+    folder: Annotated[Path, typer.Argument(help="A new or empty folder.")],
+    model: Model = "champion",
+    adapter: Annotated[bool, typer.Option(help="The SFT model, and the policy as a LoRA adapter on it.")] = False,
+) -> None:
+    """Write a version as a folder that transformers loads without this project, with a model card."""
+    folder = folder.absolute()
+    enter_project_with_services()
+    version = registry.find(model)
+    from tasks.core.rows import Prompt, read_rows
+    from tasks.evals import model_card
+    from tasks.models import export
+    from tasks.runtime import dvc_repo, provenance
+
+    made_from = provenance.provenance_of(version)
+    generation = made_from.parameters["generation"]
+    with TemporaryDirectory(prefix="rlhf-model-") as temporary, export.atomic_folder(folder) as draft:
+        parts = Path(temporary)
+        provenance.restore_weights(version, parts)
+        prompts = parts / "prompts"
+        dvc_repo.restore(made_from.md5_of("artifacts/prepare/prompts"), prompts)
+        exported = export.export(
+            parts,
+            version.policy,
+            draft,
+            adapter=adapter,
+            prompts=[row.prompt for row in read_rows(prompts / "test.jsonl", Prompt)[:EXPORT_CHECK_PROMPTS]],
+            max_new_tokens=generation["max_new_tokens"],
+            temperature=generation["temperature"],
+        )
+        text = model_card.render_model_card(model_card.ModelCard(version, made_from, exported, adapter))
+        (draft / "README.md").write_text(text, encoding="utf-8")
+    console.print(
+        f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "
+        f"by at most {exported.max_logit_difference:.2g} (the largest is {exported.max_logit:.3g})"
+    )
+
+
+def _user() -> str:
+    return os.environ.get("USER", "unknown")
+
+
+def _models_table(known: list[Version]) -> Table:
+    headings = ["version", "in use", "policy", "win rate v. SFT", "KL to SFT (nats)", "gate", "commit"]
+    table = Table(*headings, "registered (UTC)", title="Registered policies", title_justify="left")
+    for item in known:
+        row = _summary(item)
+        rate, kl = f"{row['win_rate']:.0%}", f"{row['kl']:z.2f}"
+        aliases, when = " ".join(item.aliases), f"{item.registered:%Y-%m-%d %H:%M}"
+        table.add_row(str(item.number), aliases, item.policy, rate, kl, row["gate"], row["commit"][:SHORT_HASH], when)
+    return table
+
+
+def _summary(version: Version) -> dict[str, Any]:
+    return {
+        "policy": version.policy,
+        "aliases": list(version.aliases),
+        "win_rate": float(version.tags["win_rate"]),
+        "kl": float(version.tags["kl"]),
+        "gate": "rolled back" if version.withdrawal else "accepted" if version.accepted else "refused",
+        "commit": version.tags["git.commit"],
+        "registered": version.registered.isoformat(timespec="seconds"),
+        "weights": dict(version.weights),
+    }
+
+
+def lineage_dict(version: Version) -> dict[str, Any]:
+    """The lineage of a version as one JSON object.
+
+    Raises:
+        StageError: the version has no provenance.
+    """
+    from tasks.runtime.provenance import provenance_of
+
+    return {
+        "version": version.number,
+        "policy": version.policy,
+        "aliases": list(version.aliases),
+        "registered": version.registered.isoformat(timespec="seconds"),
+        "weights": dict(version.weights),
+        "data_md5": version.tags["data.md5"],
+        "decision": _gate_decision(version),
+        **provenance_of(version).model_dump(mode="json"),
+    }
+
+
+def _gate_decision(version: Version) -> dict[str, Any]:
+    """What the gate said, and who decided since."""
+    tags = {key: value for key, value in version.tags.items() if key.startswith(("promoted.", "withdrawn."))}
+    return {"accepted": version.accepted, "reasons": version.tags["reasons"], **tags}
+
+
+def _print_lineage(version: Version) -> None:
+    """Print what led to this version.
+
+    Raises:
+        StageError: the version has no provenance.
+    """
+    from tasks.runtime.provenance import provenance_of
+
+    origin = provenance_of(version)
+    changed = f" with changes that were not committed: {', '.join(origin.uncommitted)}" if origin.uncommitted else ""
+    base, when = origin.base_model, f"{version.registered:%Y-%m-%d %H:%M}"
+    facts = {
+        "version": f"{version.number} {' '.join(version.aliases)} ({version.policy}, {when} UTC)",
+        "git commit": (origin.commit or "none") + changed,
+        "data/": version.tags["data.md5"] or "none",
+        **{f"source {item['name']}": f"{item['source']}, {item['rows']} rows" for item in origin.sources},
+        "base model": f"{base.get('source', 'unknown')}, {base.get('parameters', '?')} parameters",
+        "pipeline run": origin.pipeline_run,
+        "gate": f"{'accepted' if version.accepted else 'refused'}: {version.tags['reasons']}",
+        **{key: value for key, value in _gate_decision(version).items() if "." in key and value},
+    }
+    for key, value in facts.items():
+        console.print(f"[bold]{key:<14}[/] {escape(str(value))}")
+    print_table(_stages_table(origin.stages))
+    values = origin.parameters.get(version.policy) or {}
+    parameters = [f"{version.policy}.{key}={value}" for key, value in values.items()]
+    console.print(f"{escape('  '.join(parameters))}\n[dim]all of params.yaml: rlhf lineage --json[/]")
+
+
+def _stages_table(stages: Mapping[str, StageRecord]) -> Table:
+    table = Table("stage", "DVC key", "MLflow run", "weights", title="Stages", title_justify="left")
+    for name, stage in stages.items():
+        weights = [md5 for path, md5 in stage.outputs.items() if path.rpartition("/")[2] in WEIGHT_DIRS]
+        run = stage.run or "none in this store"  # up to date without ever having run here
+        table.add_row(name, stage.key[:SHORT_HASH], run, " ".join(weights))
+    return table
+
+
+@contextmanager
+def _open_sampler(
+    model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
+) -> Iterator[Sampler]:
+    """The policy of that name, its weights in a folder that lasts as long as this."""
+    from tasks.evals.writing import Sampler
+
+    with TemporaryDirectory(prefix="rlhf-model-") as folder:
+        policy, parts, trained = _resolve_model(model, Path(folder))
+        yield Sampler(
+            parts,
+            policy,
+            max_new_tokens=max_new_tokens or trained["max_new_tokens"],
+            temperature=temperature or trained["temperature"],
+            seed=seed,
+            chat_template=chat_template,
+        )
+
+
+def _resolve_model(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
+    """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
+    from tasks.config.params import load_params
+    from tasks.evals.writing import policy_stages
+    from tasks.runtime import provenance
+
+    here = stage_dir("evaluate").parent
+    stages = policy_stages(here)
+    if model in stages:
+        return model, here, load_params(project_root() / "params.yaml").generation.model_dump()
+    try:
+        version = registry.find(model)
+    except ConfigError as error:
+        raise ConfigError(f"{error}; stages here whose model writes: {', '.join(stages) or 'none'}") from None
+    provenance.restore_weights(version, folder)
+    return version.policy, folder, provenance.provenance_of(version).parameters["generation"]
+
+
+def _print_sample(written: Sample, chat_template: bool) -> None:
+    """Print a response, without characters that would steer the terminal."""
+    text = CONTROL_CHARACTERS.sub("\ufffd", written.response)
+    console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")
+    console.print(escape(text))
+
+
+def _read_prompt() -> str | None:
+    """What a person types; None at Ctrl-D."""
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except EOFError:
+        return None

@@ -1,0 +1,197 @@
+"""Bringing one stage up to date: DVC decides here, and the work is done here, in a child, or in several ranks.
+
+The ranks are those of torch's elastic launcher, as `torchrun --standalone --nproc-per-node N -m tasks.<stage>` starts
+them, but they end with the process that started them, and an error is the one message that it is without ranks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from filelock import FileLock
+
+from flows import processes
+from tasks.core.paths import state_dir
+from tasks.runtime import dvc_reproduce, dvc_stages
+from tasks.runtime.stage_runner import execute_stage, read_metrics
+
+__all__ = ["Execution", "Outcome", "ensure_stage", "stage_log_path", "visible_gpus"]
+
+# DVC's locks are per process: in one process only one thread at a time may be in DVC's code.
+_dvc_lock = threading.Lock()
+
+
+@dataclass(frozen=True)
+class Execution:
+    """How the work of a stage is done.
+
+    Args:
+        own_process: in a child process, beside which others can run and which can be ended, and not in this one.
+        ranks: how many processes share the work, if the stage's work can be shared.
+        device: the GPU that the child sees; None for all that this process sees.
+        timeout: seconds after which the child is ended.
+    """
+
+    own_process: bool = False
+    ranks: int = 1
+    device: str | None = None
+    timeout: float | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What happened to a stage. `key` is DVC's hash of all that it read."""
+
+    stage: str
+    result: dvc_reproduce.Result
+    key: str
+    reasons: tuple[str, ...]
+    seconds: float
+    metrics: dict[str, float]
+
+    @property
+    def reason(self) -> str:
+        """The reasons in one line."""
+        return "; ".join(self.reasons) or "nothing that it reads has changed"
+
+
+def ensure_stage(
+    name: str,
+    execution: Execution,
+    *,
+    force: bool,
+    pull: bool,
+    on_start: Callable[[Sequence[str], bool], None],
+    on_wait: Callable[[str], None],
+) -> Outcome:
+    """Run the stage if DVC finds that it must.
+
+    Args:
+        name: the stage in dvc.yaml.
+        execution: how its work is done.
+        force: run it even if nothing changed.
+        pull: fetch missing results from the DVC remote before running.
+        on_start: called with the reasons and whether the stage needs a device, before the stage computes.
+        on_wait: called with the blocking process, where another one works on the same files.
+
+    Raises:
+        RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
+    """
+    started = time.monotonic()
+
+    def work() -> None:
+        needs_device = dvc_stages.needs_device(name)
+        ranks = execution.ranks if execution.ranks > 1 and dvc_stages.is_distributable(name) else 1
+        with _released(_dvc_lock):
+            on_start(reasons, needs_device)
+            _execute(name, reasons, execution, ranks)
+
+    with _child_lock(name):
+        pass  # a child of a killed run needs a moment to end, and may still write
+    with _dvc_lock:
+        reasons = tuple(dvc_stages.status(name) or (["forced"] if force else []))
+        result = dvc_reproduce.reproduce(name, work, force=force, pull=pull, on_wait=on_wait)
+        key = dvc_stages.stage_key(name) or ""
+    return Outcome(name, result, key, reasons, time.monotonic() - started, read_metrics(name))
+
+
+def stage_log_path(name: str) -> Path:
+    """The file for what the stage prints in a process of its own, since several would garble the terminal."""
+    return state_dir() / "logs" / f"{name}.log"
+
+
+def visible_gpus() -> list[str]:
+    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch, which knows, imports slowly."""
+    if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
+        return [device.strip() for device in visible.split(",") if device.strip()]
+    if not shutil.which("nvidia-smi"):
+        return []
+    listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
+    return [str(number) for number in range(len(listed.stdout.splitlines()))]
+
+
+@contextmanager
+def _released(lock: threading.Lock) -> Iterator[None]:
+    lock.release()
+    try:
+        yield
+    finally:
+        lock.acquire()
+
+
+def _execute(name: str, reasons: Sequence[str], execution: Execution, ranks: int) -> None:
+    if not execution.own_process and ranks == 1:
+        execute_stage(name, reasons)
+        return
+    args = ["-m", "flows.executor", name, f"--ranks={ranks}", *(f"--reason={reason}" for reason in reasons)]
+    device = {} if execution.device is None else {"CUDA_VISIBLE_DEVICES": execution.device}
+    log = stage_log_path(name) if execution.own_process else None
+    processes.run_python(args, name, environment=os.environ | device, log=log, timeout=execution.timeout)
+
+
+def _child_lock(name: str) -> FileLock:
+    """The lock that a child holds as long as it works on the stage."""
+    stage_log_path(name).parent.mkdir(parents=True, exist_ok=True)
+    return FileLock(stage_log_path(name).with_suffix(".lock"))
+
+
+def _launch_ranks(name: str, count: int) -> None:
+    """Start the ranks, each this very command; returns when all have ended, and exits with 1 where one failed."""
+    from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.launcher.api import LaunchConfig, elastic_launch
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent prints the error
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    logs = Path(os.environ[processes.ERROR_VARIABLE]).parent
+    config = LaunchConfig(
+        min_nodes=1,
+        max_nodes=1,
+        nproc_per_node=count,
+        rdzv_backend="c10d",
+        rdzv_endpoint="localhost:0",
+        max_restarts=0,
+        run_id=name,
+        logs_specs=DefaultLogsSpecs(log_dir=str(logs), local_ranks_filter={0}),
+    )
+    try:
+        elastic_launch(config, sys.executable)("-m", "flows.executor", *sys.argv[1:])
+    except ChildFailedError:
+        sys.exit(1)
+
+
+def _main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("name")
+    parser.add_argument("--ranks", type=int, required=True)
+    parser.add_argument("--reason", action="append", default=[])
+    args = parser.parse_args()
+    is_rank = "RANK" in os.environ
+    if is_rank or args.ranks == 1:
+        processes.die_with_parent()  # the launcher ends with its ranks
+    with processes.report_errors():
+        if is_rank:
+            signal.signal(signal.SIGTERM, signal.default_int_handler)  # how the launcher ends the ranks that are left
+            execute_stage(args.name, args.reason)
+            return
+        with _child_lock(args.name):
+            if args.ranks > 1:
+                _launch_ranks(args.name, args.ranks)
+            else:
+                execute_stage(args.name, args.reason)
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,324 @@
+"""Runs of other variants of the project, each in a git worktree: parameter sweeps, several seeds, reproductions.
+
+The variants of a sweep and of seeds share one DVC cache: what they have in common is computed by the first and restored
+for the others. They report to the project's MLflow, tagged with their series and their settings. What they wrote is in
+the cache, so `rlhf run -S` with the same settings brings it into the project itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from flows.cli import console
+from flows.worktrees import as_project_root, git, run_rlhf, worktree
+from tasks.config.params import Params, load_params, parse_override
+from tasks.core.errors import ConfigError, RLHFError, StageError, TrainingError
+from tasks.core.paths import project_root, stage_dir, state_dir
+from tasks.evals import experiments
+from tasks.evals.experiments import SeedResult
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, mlflow_store
+from tasks.runtime.provenance import Provenance, provenance_of
+from tasks.runtime.registry import Version
+
+__all__ = ["ReproducedWeights", "expand_grid", "reproduce", "run_seeds", "same_lock_file", "sweep"]
+
+
+# -- parameter sweeps ------------------------------------------------------------------------------------------
+
+
+def sweep(settings: Sequence[str], args: Sequence[str]) -> Path:
+    """Run every combination of values, one after another, and compare them; the folder with the comparison.
+
+    Args:
+        settings: `key=value,value,…` each.
+        args: of each `rlhf run`.
+
+    Raises:
+        ConfigError: a setting is malformed, or a combination is not valid.
+        StageError: there is no git commit to start from, or a variant failed; those before it are kept.
+    """
+    variants = expand_grid(settings)
+    folder = _new_series_folder("sweeps")
+    results: dict[str, Any] = {}
+    for number, variant in enumerate(variants, start=1):
+        console.print_variant_start(number, len(variants), variant)
+        name = " ".join(variant)
+        try:
+            with _run_with_overrides(folder, variant, args) as written:
+                policies = written / "evaluate" / "policies.json"
+                if policies.is_file():
+                    results[name] = json.loads(policies.read_text(encoding="utf-8"))
+        except RLHFError as error:
+            raise StageError(f"the variant {name} failed: {error}; run the sweep again to go on from there") from error
+        if results:
+            experiments.write_comparison(folder, results)
+    return folder
+
+
+def expand_grid(settings: Sequence[str]) -> list[tuple[str, ...]]:
+    """Every combination of the values, each as `key=value` arguments.
+
+    A list or mapping counts as one value: commas within brackets do not separate. The values are YAML, as in
+    params.yaml; DVC's Hydra sweeps would write `{a: 1}` as `{a:1}`, which YAML reads otherwise, and refuse URLs.
+
+    Raises:
+        ConfigError: a setting has no key or no value.
+    """
+    choices = []
+    for setting in settings:
+        key, equals, values = setting.partition("=")
+        overrides = [f"{key}{equals}{value}" for value in _split_values(values)]
+        for override in overrides:
+            parse_override(override)
+        choices.append(overrides)
+    if not choices:
+        raise ConfigError("a sweep needs values to try: rlhf sweep -S ppo.kl_coef=0.02,0.05,0.1")
+    return list(itertools.product(*choices))
+
+
+def _split_values(values: str) -> list[str]:
+    parts, depth = [""], 0
+    for character in values:
+        depth += (character in "[{") - (character in "]}")
+        if character == "," and depth == 0:
+            parts.append("")
+        else:
+            parts[-1] += character
+    return parts
+
+
+# -- several seeds ---------------------------------------------------------------------------------------------
+
+
+def run_seeds(
+    count: int, stages: Sequence[str], options: Mapping[str, Any], environment: Mapping[str, str]
+) -> tuple[Path, dict[str, Any]]:
+    """Run under so many seeds of the policies, from `policy_seed` upwards, one after another, and compare them.
+
+    The first is the project itself. Data, SFT, reward model, and the prompts and random numbers of the evaluation are
+    common to all, so what differs is luck in training. A seed that fails does not keep the others from running; its
+    error is part of the summary.
+
+    Args:
+        stages: to run, with what they need; empty for all.
+        options: of `flows.pipeline.pipeline`, for each run.
+        environment: variables by which another process reports to the same servers.
+
+    Returns:
+        The folder with the comparison, and its content: see `tasks.evals.experiments.report`.
+
+    Raises:
+        ConfigError: there is nothing to compare.
+        RLHFError: the project's own run failed, and not in training.
+    """
+    params = load_params(project_root() / "params.yaml")
+    _check_seeds_apply(params, stages)
+    folder = _new_series_folder("seeds")
+    first, flow_run = params.policy_seed, ""
+    results: dict[int, SeedResult | RLHFError] = {}
+    for seed in range(first, first + count):
+        override = f"policy_seed={seed}"
+        console.print_variant_start(seed - first + 1, count, [override])
+        if seed == first:
+            flow_run, results[seed] = _run_in_place(stages, options)
+        else:
+            results[seed] = _run_in_worktree(folder, override, _cli_args(stages, options), environment)
+        experiments.write_summary(folder, results)
+    summary = experiments.summarise_seeds(results)
+    _log_summary(flow_run, {"rlhf.sweep": folder.name, "rlhf.variant": f"policy_seed={first}"}, summary)
+    return folder, summary
+
+
+def _check_seeds_apply(params: Params, stages: Sequence[str]) -> None:
+    from flows.pipeline import resolve_plan
+
+    if "evaluate" not in resolve_plan(list(stages) or None):
+        raise ConfigError("--seeds compares evaluations: name the stage evaluate, too, or no stage at all")
+    if not (params.ppo or params.grpo or params.dpo):
+        raise ConfigError("--seeds repeats the training of policies, but ppo, grpo and dpo are all off")
+
+
+def _run_in_place(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[str, SeedResult | RLHFError]:
+    """The project's own run: its Prefect id, and its result."""
+    from flows.pipeline import pipeline
+
+    flow_state: Any = pipeline(list(stages) or None, **options, return_state=True)
+    run_id = str(flow_state.state_details.flow_run_id)
+    try:
+        flow_state.result()
+    except TrainingError as error:  # any other error would meet every seed
+        return run_id, error
+    return run_id, experiments.load_seed_result(stage_dir("evaluate").parent)
+
+
+def _run_in_worktree(
+    folder: Path, override: str, args: Sequence[str], environment: Mapping[str, str]
+) -> SeedResult | RLHFError:
+    try:
+        with _run_with_overrides(folder, [override], args, environment) as written:
+            return experiments.load_seed_result(written)
+    except RLHFError as error:
+        return error
+
+
+def _cli_args(stages: Sequence[str], options: Mapping[str, Any]) -> list[str]:
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
+    return [*stages, *flags]
+
+
+def _log_summary(flow_run: str, tags: Mapping[str, str], summary: Mapping[str, Any]) -> None:
+    """Add the summary to the project's own pipeline run in MLflow."""
+    bad = {f"seeds.{key}": "; ".join(summary[key]) for key in ("collapsed", "failed") if summary[key]}
+    mlflow_runs.tag_pipeline(flow_run, {**tags, **bad})
+    mlflow_runs.log_pipeline_metrics(flow_run, experiments.flat_metrics(summary))
+
+
+# -- variants in worktrees -------------------------------------------------------------------------------------
+
+
+def _new_series_folder(kind: str) -> Path:
+    """A new folder for a series of variants; its name is that of the series.
+
+    Raises:
+        StageError: there is no git commit to start from.
+    """
+    if not mlflow_runs.git_commit():
+        raise StageError("variants need a git commit to start from: commit the project first")
+    folder = state_dir() / kind / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+@contextmanager
+def _run_with_overrides(
+    folder: Path, settings: Sequence[str], args: Sequence[str], environment: Mapping[str, str] | None = None
+) -> Iterator[Path]:
+    """The folder of what the stages wrote with these settings; it is there for as long as this lasts.
+
+    Args:
+        folder: of the series.
+        settings: `key=value` each.
+        args: of `rlhf run` beside them.
+        environment: variables beside this process's.
+
+    Raises:
+        RLHFError: what ended the run, or a setting is not valid.
+    """
+    tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
+    own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_runs.SWEEP_VAR: tags}
+    with _working_copy(folder / "worktree") as tree:
+        flags = [flag for setting in settings for flag in ("-S", setting)]
+        run_rlhf(tree, [*args, *flags], {**os.environ, **(environment or {}), **own})
+        yield tree / "artifacts"
+
+
+@contextmanager
+def _working_copy(folder: Path) -> Iterator[Path]:
+    """The project as it is now, changes that are not committed included, at another place with the same DVC cache."""
+    root = project_root()
+    with worktree(folder, "HEAD"):
+        changed = git("ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
+        for name in filter(None, changed):
+            target = folder / name
+            if (root / name).exists():
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copy2(root / name, target)
+            else:
+                target.unlink(missing_ok=True)
+        dvc_repo.use_shared_cache(folder)
+        load_params(folder / "params.yaml")
+        with as_project_root(folder):
+            dvc_repo.pull_data()
+        yield folder
+
+
+# -- reproduction of a registered policy -----------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class ReproducedWeights:
+    """The md5 of a folder of weights as it was registered, and as it came out now."""
+
+    path: str
+    registered: str
+    reproduced: str
+
+    @property
+    def equal(self) -> bool:
+        """Every byte is the same."""
+        return self.registered == self.reproduced
+
+
+def reproduce(version: Version) -> list[ReproducedWeights]:
+    """Compute a policy and all that it needs again, from its commit, parameters and data, and compare the weights.
+
+    That takes as long as it took: the worktree has an empty DVC cache and an MLflow store of its own.
+
+    Raises:
+        StageError: what it was made from is not all known or not here, or a stage failed.
+    """
+    origin = provenance_of(version)
+    _check_reproducible(version, origin)
+    folder = state_dir() / "reproduce" / f"{version.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
+    try:
+        with worktree(folder, origin.commit) as tree:
+            (tree / "params.yaml").write_text(origin.params, encoding="utf-8")
+            _fetch_data(tree)
+            environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+            try:
+                run_rlhf(tree, [version.policy], environment)
+            except RLHFError as error:
+                raise StageError(f"version {version.number} could not be computed again: {error}") from error
+            reproduced = _weights(tree, version)
+    finally:
+        with contextlib.suppress(OSError):
+            folder.parent.rmdir()
+    return [ReproducedWeights(path, md5, reproduced[path]) for path, md5 in version.weights.items()]
+
+
+def same_lock_file(version: Version) -> bool:
+    """Whether requirements.lock is what it was: other versions of libraries may give other bytes."""
+    return not git("diff", "--name-only", provenance_of(version).commit, "--", "requirements.lock")
+
+
+def _check_reproducible(version: Version, origin: Provenance) -> None:
+    name = f"version {version.number}"
+    if not origin.commit:
+        raise StageError(f"{name} was made where git had no commit, so its code is not known: commit, then retrain")
+    if origin.uncommitted:
+        files = ", ".join(origin.uncommitted)
+        raise StageError(
+            f"{name} was made with changes that were not committed ({files}), so its code or data is not known; "
+            "commit first, then `rlhf retrain` registers versions that can be made again"
+        )
+    try:
+        git("cat-file", "-e", f"{origin.commit}^{{commit}}")
+    except StageError as error:
+        raise StageError(f"{name} was made at commit {origin.commit}, which is not here: `git fetch` it") from error
+
+
+def _fetch_data(tree: Path) -> None:
+    """What `dvc add` tracks comes from this project's cache or remote; from then on the cache is an empty one."""
+    dvc_repo.use_shared_cache(tree)
+    with as_project_root(tree):
+        dvc_repo.pull_data()
+    dvc_repo.use_own_cache(tree)
+
+
+def _weights(tree: Path, version: Version) -> dict[str, str]:
+    with as_project_root(tree):
+        return {
+            f"{stage}/{Path(path).name}": md5
+            for stage in {path.partition("/")[0] for path in version.weights}
+            for path, md5 in dvc_stages.output_digests(stage).items()
+        }

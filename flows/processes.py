@@ -1,0 +1,197 @@
+"""Child processes that end with their parent, and whose errors reach it.
+
+A child watches a pipe that its parent holds open, so it ends however the parent ended. The error that ends it goes as
+JSON into a file that an environment variable names; where several processes share the file, the first to fail writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+from tasks.core import errors
+from tasks.core.errors import RLHFError, StageError
+from tasks.core.paths import project_root
+
+__all__ = [
+    "ERROR_VARIABLE", "children_terminated", "die_with_parent", "report_errors", "run_python", "spawn", "tail",
+    "terminate", "terminate_tree", "write_error",
+]  # fmt: skip
+
+ERROR_VARIABLE = "RLHF_ERROR_FILE"
+STOP_SECONDS = 30.0
+TAIL_LINES = 15
+
+_children: set[subprocess.Popen[bytes]] = set()
+_stopping = threading.Event()
+
+
+def run_python(
+    args: Sequence[str],
+    label: str,
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    log: Path | None = None,
+    timeout: float | None = None,
+) -> None:
+    """Run `python args…`, which must call `die_with_parent`, until it ends; on any error or signal here, end it.
+
+    Args:
+        args: of Python.
+        label: names the process in errors.
+        cwd: None for the project's folder.
+        environment: None for this process's.
+        log: where what it prints goes; None for where this process prints.
+        timeout: seconds after which it is ended.
+
+    Raises:
+        RLHFError: the error that it wrote, or a StageError where it was ended or failed without one.
+    """
+    with tempfile.TemporaryDirectory(prefix="rlhf-") as folder, _open_log(log) as output:
+        error_file = Path(folder) / "error.json"
+        variables = {**(environment or os.environ), ERROR_VARIABLE: str(error_file)}
+        child = spawn(args, cwd=cwd, environment=variables, output=output)
+        _children.add(child)
+        try:
+            if _stopping.is_set():
+                raise StageError(f"{label} was not started: its run is being ended")
+            status = child.wait(timeout)
+        except subprocess.TimeoutExpired:
+            message = f"{label} was ended after {timeout:.0f} s, its time limit; it goes on from its checkpoint"
+            raise StageError(message) from None
+        finally:
+            terminate(child)
+            _children.discard(child)
+        if status and error_file.is_file():
+            raise _read_error(error_file, label, log)
+    if status:
+        printed = tail(log) if log else "what it printed is above"
+        raise StageError(f"{label}: its process ended with status {status}; {printed}")
+
+
+def spawn(
+    args: Sequence[str],
+    *,
+    cwd: Path | None = None,
+    environment: Mapping[str, str] | None = None,
+    output: IO[bytes] | None = None,
+) -> subprocess.Popen[bytes]:
+    """Start `python args…` in a session of its own, with the pipe that `die_with_parent` watches."""
+    return subprocess.Popen(
+        [sys.executable, *args],
+        cwd=cwd or project_root(),
+        env=environment,
+        stdin=subprocess.PIPE,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
+
+
+def terminate(child: subprocess.Popen[bytes]) -> None:
+    """Close the pipe, which interrupts the child; kill its whole session where it does not end."""
+    assert child.stdin
+    child.stdin.close()
+    try:
+        child.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(child.pid, signal.SIGKILL)
+        child.wait()
+
+
+@contextmanager
+def children_terminated() -> Iterator[None]:
+    """On an error or a signal, terminate every child that other threads of this process run, and let none start."""
+    _stopping.clear()
+    try:
+        yield
+    except BaseException:
+        _stopping.set()
+        stoppers = [threading.Thread(target=terminate, args=[child]) for child in list(_children)]
+        for stopper in stoppers:
+            stopper.start()
+        for stopper in stoppers:
+            stopper.join()
+        raise
+
+
+def terminate_tree(process: psutil.Process, seconds: float) -> None:
+    """Terminate a process that may be no child, then what it had started, then kill what is left."""
+    family = [process, *process.children(recursive=True)]
+    for number, members in ((signal.SIGTERM, [process]), (signal.SIGTERM, family), (signal.SIGKILL, family)):
+        for member in members:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                member.send_signal(number)
+        _, family = psutil.wait_procs(family, seconds)
+
+
+def die_with_parent() -> None:
+    """In the child: from now on, be interrupted when the parent is gone, and killed where that is not enough."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
+    threading.Thread(target=_watch_parent, daemon=True).start()
+
+
+def _watch_parent() -> None:
+    os.read(0, 1)  # not by sys.stdin, whose lock Python wants when it ends
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(STOP_SECONDS)
+    os.killpg(0, signal.SIGKILL)
+
+
+@contextmanager
+def report_errors() -> Iterator[None]:
+    """In the child: pass the error that ends it to the parent; without a traceback if a user can cure it."""
+    try:
+        yield
+    except Exception as error:
+        write_error(error)
+        if not isinstance(error, RLHFError):
+            raise
+        sys.exit(1)
+
+
+def write_error(error: Exception) -> None:
+    """In a process that `run_python` started: write the error for it; elsewhere do nothing."""
+    if path := os.environ.get(ERROR_VARIABLE):
+        content = {"error": str(error), "kind": type(error).__name__}
+        if rank := os.environ.get("RANK"):
+            content["rank"] = rank
+        with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
+            json.dump(content, file)
+
+
+def _read_error(path: Path, label: str, log: Path | None) -> RLHFError:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    if kind := getattr(errors, content["kind"], None):
+        error: RLHFError = kind(content["error"])
+        return error
+    rank = f", rank {content['rank']}" if "rank" in content else ""
+    return StageError(f"{label}{rank}: {content['error']}" + (f"; see {log}" if log else ""))
+
+
+def tail(log: Path) -> str:
+    """The path of a log and its last lines, for an error message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"see {log}", *lines[-TAIL_LINES:]])
+
+
+def _open_log(log: Path | None) -> contextlib.AbstractContextManager[IO[bytes] | None]:
+    if log is None:
+        return contextlib.nullcontext()
+    log.parent.mkdir(parents=True, exist_ok=True)
+    return log.open("wb")

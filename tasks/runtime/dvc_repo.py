@@ -1,0 +1,208 @@
+"""The DVC project: opening it, loading a stage, its data in cache and remote, and its errors in plain words."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import re
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage.exceptions import StageNotFound
+from dvc_data.hashfile import load
+from dvc_data.hashfile.checkout import checkout
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_objects.errors import ObjectFormatError
+from dvc_objects.fs import localfs
+
+from tasks.core.errors import StageError
+from tasks.core.paths import project_root
+
+__all__ = [
+    "check_remote",
+    "data_md5",
+    "describe_error",
+    "dvc_errors",
+    "error_chain",
+    "load_stage",
+    "open_repo",
+    "pull_data",
+    "push",
+    "quiet_logger",
+    "remote_error",
+    "restore",
+    "use_own_cache",
+    "use_shared_cache",
+]
+
+DATA = "data"
+"""The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
+
+MIN_FREE_BYTES = 2**20  # below it a disk counts as full: DVC's own message may blame something else
+
+
+def open_repo() -> Repo:
+    """The DVC project of the working directory; it takes no lock."""
+    quiet_logger()
+    return Repo(str(project_root()))
+
+
+def load_stage(repo: Any, name: str) -> Any:
+    """A stage of dvc.yaml, as DVC has loaded it.
+
+    Raises:
+        StageError: there is none of this name.
+    """
+    try:
+        return repo.stage.load_one(str(project_root() / "dvc.yaml"), name)
+    except StageNotFound as error:
+        known = ", ".join(stage.addressing for stage in repo.index.stages)
+        raise StageError(f"dvc.yaml has no stage {name!r}; its stages are {known}") from error
+
+
+@contextmanager
+def dvc_errors(where: str) -> Iterator[None]:
+    """Raise what DVC raises as a StageError that says where."""
+    try:
+        yield
+    except DvcException as error:
+        raise StageError(f"{where}: {describe_error(error)}") from error
+
+
+@contextmanager
+def _remote_errors(what: str) -> Iterator[None]:
+    """Raise what the library of a DVC remote raises as a StageError; `what`: read or written."""
+    try:
+        yield
+    except (DvcException, StageError):
+        raise
+    except Exception as error:
+        raise remote_error(what, error) from error
+
+
+def remote_error(what: str, error: Exception) -> StageError:
+    """What to raise for whatever the remote's own library has raised."""
+    missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
+    cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
+    return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
+
+
+def error_chain(error: BaseException) -> Iterator[BaseException]:
+    """The error and what it came from, the origin last."""
+    current: BaseException | None = error
+    while current is not None:
+        yield current
+        current = current.__cause__
+
+
+def describe_error(error: BaseException) -> str:
+    """The origin of an error of DVC, in words that say what to do."""
+    last = list(error_chain(error))[-1]
+    full = isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT)
+    if full or shutil.disk_usage(project_root()).free < MIN_FREE_BYTES:
+        return "no space left on the disk for its outputs, so none were recorded: free some, then run again"
+    if isinstance(last, FileNotFoundError) and last.filename:
+        return f"{last.filename} does not exist; if the DVC remote has it, `rlhf run --pull` fetches it"
+    return str(last)
+
+
+def quiet_logger() -> None:
+    """Let DVC print warnings and errors only, and those once.
+
+    It installs its own handlers when imported: what also reached the root logger would be printed twice, and what it
+    shows at its own command line (INFO) is not for ours.
+    """
+    for name in ("dvc", "dvc_data", "dvc_objects"):
+        logging.getLogger(name).propagate = False
+        logging.getLogger(name).setLevel(logging.WARNING)
+    logging.getLogger("dvc.output").addFilter(_hide_empty_output_warning)
+
+
+def data_md5() -> str | None:
+    """The md5 of the folder `data`, as DVC hashes it; None where no stage reads one."""
+    with dvc_errors("data"):
+        deps = (dep for stage in open_repo().index.stages for dep in stage.deps if str(dep) == DATA)
+        dep = next(deps, None)
+        return str(dep.get_hash().value) if dep and dep.exists else None
+
+
+def check_remote() -> None:
+    """Make sure that there is a DVC remote, before a stage's own attempt to fetch from one is only a warning.
+
+    Raises:
+        StageError: there is none.
+    """
+    with dvc_errors("--pull"):
+        open_repo().cloud.get_remote(command="pull")
+
+
+def pull_data() -> None:
+    """Fetch the data that `dvc add` tracks and that is not here, from the cache or the DVC remote.
+
+    Raises:
+        StageError: there is no remote, it does not answer, or it does not have the data.
+    """
+    with dvc_errors("data"):
+        repo = open_repo()
+        sources = [stage for stage in repo.index.stages if stage.is_data_source]
+        if missing := [stage.addressing for stage in sources if not all(out.exists for out in stage.outs)]:
+            with _remote_errors("read"):
+                repo.pull(targets=missing)
+
+
+def push(name: str | None = None) -> int:
+    """Send a stage's outputs, or everything's, and the run-cache to the DVC remote; how many files went.
+
+    Raises:
+        StageError: there is no remote, or it does not answer.
+    """
+    with dvc_errors(name or "push"), _remote_errors("written"):
+        return int(open_repo().push(targets=[name] if name else None, run_cache=True))
+
+
+def restore(md5: str, path: Path) -> None:
+    """Write the file or folder that has this md5 (`….dir` for a folder), from the cache or the DVC remote.
+
+    Raises:
+        StageError: neither has it.
+    """
+    with dvc_errors(str(path)):
+        repo = open_repo()
+        cache, digest = repo.cache.local, HashInfo("md5", md5)
+        try:
+            found = load(cache, digest)
+            parts = [info.value for _, _, info in found] if digest.isdir else [md5]
+            if not all(cache.exists(part) for part in parts):
+                raise FileNotFoundError(md5)
+        except (FileNotFoundError, ObjectFormatError):
+            try:
+                repo.cloud.pull([digest])
+                found = load(cache, digest)
+            except Exception as error:
+                raise StageError(f"neither the DVC cache nor a DVC remote has {md5}, wanted for {path}") from error
+        path.parent.mkdir(parents=True, exist_ok=True)
+        checkout(str(path), localfs, found, cache, force=True, quiet=True)
+
+
+def use_shared_cache(folder: Path) -> None:
+    """Let another working copy of this project use this one's cache."""
+    with dvc_errors(str(folder)):
+        cache = str(open_repo().cache.local_cache_dir)
+        with Repo(str(folder)).config.edit("local") as config:
+            config["cache"]["dir"] = cache
+
+
+def use_own_cache(folder: Path) -> None:
+    """Give another working copy of this project a cache of its own, whatever its settings say."""
+    with dvc_errors(str(folder)), Repo(str(folder)).config.edit("local") as config:
+        config["cache"]["dir"] = str(folder / ".dvc" / "cache")
+
+
+def _hide_empty_output_warning(record: logging.LogRecord) -> bool:
+    """An output may well be empty: no row was malformed, or the stage is off."""
+    return not record.getMessage().endswith("is empty.")

@@ -1,0 +1,361 @@
+"""Runs of MLflow: one per executed stage, one parent run per flow.
+
+Everything goes through `MlflowClient` with explicit run ids: MLflow's active run belongs to a thread, and a trainer's
+threads are not ours.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import os
+import re
+import subprocess
+import time
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tasks.core.errors import ConfigError, StageError
+from tasks.core.paths import project_root, state_dir
+from tasks.runtime.mlflow_queue import QueuedRun, flush_stale, queued
+from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, open_store, store_uri
+
+if TYPE_CHECKING:
+    from mlflow.entities import Metric, Run
+
+    from tasks.runtime.dvc_stages import Inputs
+
+__all__ = [
+    "SWEEP_VAR",
+    "WEIGHT_DIRS",
+    "PipelineRun",
+    "StageRun",
+    "connect",
+    "export_run_ids",
+    "git_commit",
+    "log_pipeline_metrics",
+    "pipeline_run",
+    "pipeline_tags",
+    "stage_run",
+    "tag_pipeline",
+]
+
+STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
+
+QUEUE_ID_TAG = "rlhf.queue_id"
+"""A run's own name, by which it is found again when MLflow's answer to its creation was lost."""
+
+# How a flow names the runs that its stages belong to, in this process or in a child.
+PIPELINE_VAR, FLOW_VAR = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
+
+SWEEP_VAR = "RLHF_SWEEP"
+"""A JSON object with `sweep` and `variant`: the series of runs that a sweep's pipeline runs belong to."""
+
+WEIGHT_DIRS = ("adapter", "model")
+"""Names of the folders of weights among a stage's outputs."""
+
+# mlflow.utils.validation: a tag not much longer, no such characters in the name of a metric or parameter, and no more
+# parameters in one request.
+TAG_LENGTH = 5000
+FORBIDDEN = re.compile(r"[^\w\-. /:]")
+MAX_PARAMS = 100
+
+TABLES_TAG = "mlflow.loggedArtifacts"  # how MLflow's page knows that a file is a table: MlflowClient.log_table sets it
+
+
+def connect() -> None:
+    """Import MLflow and open its store, which takes seconds, and write what earlier runs could not write.
+
+    Raises:
+        ConfigError: the store cannot be opened.
+    """
+    open_store()
+    flush_stale(_queues(), OpenRun)
+
+
+@contextmanager
+def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator[PipelineRun]:
+    """The parent run of everything that one flow executes."""
+    swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VAR, "{}")).items()}
+    tags = {**_source_tags("pipeline"), FLOW_TAG: flow_run_id, **swept}
+    pipeline = PipelineRun(_new_queue())
+    try:
+        with _end_on_exit(pipeline):
+            pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
+            pipeline.log_params(parameters)
+            yield pipeline
+    finally:
+        with contextlib.suppress(ConfigError):  # still away
+            connect()
+
+
+@contextmanager
+def export_run_ids(pipeline: PipelineRun, flow_run_id: str) -> Iterator[None]:
+    """While this lasts, stages that run here or in a child become children of the pipeline run."""
+    variables = {PIPELINE_VAR: pipeline.run_id, FLOW_VAR: flow_run_id, EXPERIMENT_ID_VAR: pipeline.experiment}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for variable in variables:
+            del os.environ[variable]
+
+
+@contextmanager
+def stage_run(
+    name: str, inputs: Inputs, parameters: Mapping[str, object], tags: Mapping[str, str]
+) -> Iterator[StageRun]:
+    """The run of one executed stage: FINISHED, or FAILED after an error, or KILLED when it was interrupted."""
+    tags = {**_source_tags(name), STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
+    if parent := os.environ.get(PIPELINE_VAR):
+        tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VAR, "")}
+    stage = StageRun(_new_queue())
+    with _end_on_exit(stage):
+        stage.create(name, tags)
+        stage.log_params(parameters)
+        stage.log_inputs(inputs.data)
+        yield stage
+
+
+class OpenRun(QueuedRun):
+    """A run that is being written."""
+
+    def __init__(self, queue: Path) -> None:
+        super().__init__(queue)
+        self.client, self.experiment = open_store()
+        self._queue_id, self._id = queue.stem, ""
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of this run.
+
+        Raises:
+            StageError: the run could not be created yet, because the server is away.
+        """
+        if not self._find():
+            raise StageError(f"MLflow at {store_uri()} does not know this run: is the server away?")
+        return self._id
+
+    @queued
+    def create(self, name: str, tags: Mapping[str, str]) -> None:
+        """Create the run in the store."""
+        if not self._find():
+            tags = {**_cut(tags), QUEUE_ID_TAG: self._queue_id}
+            run = self.client.create_run(self.experiment, start_time=self.time, run_name=name, tags=tags)
+            self._id = str(run.info.run_id)
+
+    @queued
+    def log_params(self, parameters: Mapping[str, object]) -> None:
+        """Record parameters under their flattened keys."""
+        from mlflow.entities import Param
+
+        params = [Param(FORBIDDEN.sub("_", key), str(value)) for key, value in parameters.items()]
+        for start in range(0, len(params), MAX_PARAMS):
+            self.client.log_batch(self.run_id, params=params[start : start + MAX_PARAMS])
+
+    @queued
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        """Record numbers; without a step they are final values."""
+        self.client.log_batch(self.run_id, metrics=_entities(metrics, self.time, step or 0))
+
+    @queued
+    def tag(self, tags: Mapping[str, str]) -> None:
+        """Set tags, by which runs can be searched; the end of a long value is cut off."""
+        from mlflow.entities import RunTag
+
+        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in _cut(tags).items()])
+
+    def end(self, status: str, error: str | None = None) -> None:
+        """End the run; what could not be written so far is written now if the server is back."""
+        if error:
+            self.tag({"error": error})
+        self._set_status(status)
+        self.close()
+
+    @queued
+    def _set_status(self, status: str) -> None:
+        self.client.set_terminated(self.run_id, status, end_time=self.time)
+
+    def _find(self) -> bool:
+        if not self._id:
+            condition = f"tags.`{QUEUE_ID_TAG}` = '{self._queue_id}'"
+            runs = self.client.search_runs([self.experiment], condition, max_results=1)
+            self._id = str(runs[0].info.run_id) if runs else ""
+        return bool(self._id)
+
+
+class PipelineRun(OpenRun):
+    """The parent run: one row that compares whole pipelines."""
+
+    def log_stage(self, name: str, key: str, result: str, reason: str, metrics: Mapping[str, float]) -> None:
+        """Copy a stage's final metrics as `<stage>.<metric>`, and tag the run that they come from.
+
+        The numbers are those on disk, which DVC has verified to be the stage's; a cached stage has no run of its own
+        here, so the tag `<stage>.run` names the newest finished run of the same key, if this store has one.
+        """
+        self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
+        self.tag({f"{name}.key": key, f"{name}.result": result, f"{name}.reason": reason})
+        self._link_stage(name, key)
+
+    @queued
+    def _link_stage(self, name: str, key: str) -> None:
+        condition = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
+        if runs := self.client.search_runs([self.experiment], condition, max_results=1):
+            self.client.set_tag(self.run_id, f"{name}.run", runs[0].info.run_id)
+
+
+class StageRun(OpenRun):
+    """The run of one stage; implements `tasks.core.tracking.Recorder`."""
+
+    def __init__(self, queue: Path) -> None:
+        super().__init__(queue)
+        self._tables: dict[str, list[dict[str, Any]]] = {}
+
+    def log_samples(self, name: str, rows: Sequence[Mapping[str, object]], step: int | None) -> None:
+        """Append rows to the table `<name>.json`, the step in the first column; those of the same step are replaced.
+
+        MLflow's own `log_table` only appends, and reads the table back from the server each time.
+        """
+        if not rows:
+            return
+        if name not in self._tables:
+            files = [{"path": f"{table}.json", "type": "table"} for table in [*self._tables, name]]
+            self.tag({TABLES_TAG: json.dumps(files)})
+        table = [row for row in self._tables.get(name, []) if row.get("step") != step]
+        numbered = [{**({} if step is None else {"step": step}), **row} for row in rows]
+        table += [{key: _table_cell(value) for key, value in row.items()} for row in numbered]
+        self._tables[name] = table
+        columns = list(dict.fromkeys(key for row in table for key in row))
+        self._log_table(name, columns, [[row.get(column) for column in columns] for row in table])
+
+    @queued
+    def _log_table(self, name: str, columns: list[str], data: list[list[Any]]) -> None:
+        self.client.log_dict(self.run_id, {"columns": columns, "data": data}, f"{name}.json")
+
+    @queued
+    def log_file(self, path: Path, folder: str | None) -> None:
+        """Copy a file into the run's artifacts, unless a later run of the stage has removed it."""
+        if Path(path).exists():
+            self.client.log_artifact(self.run_id, str(path), folder)
+
+    @queued
+    def log_inputs(self, data: Mapping[str, str]) -> None:
+        """Record what the stage reads: each file or folder with its DVC md5 as digest."""
+        from mlflow.entities import Dataset, DatasetInput
+
+        datasets = [Dataset(path, md5, "local", json.dumps({"uri": path})) for path, md5 in data.items()]
+        self.client.log_inputs(self.run_id, datasets=[DatasetInput(item) for item in datasets])
+
+    def log_outputs(self, digests: Mapping[str, str]) -> None:
+        """Record each output's md5, and a model reference for a folder of weights: the bytes stay with DVC."""
+        self.tag({f"output.{Path(path).name}": md5 for path, md5 in digests.items()})
+        for path, md5 in digests.items():
+            if Path(path).name in WEIGHT_DIRS:
+                self._log_model(path, md5)
+
+    @queued
+    def _log_model(self, path: str, md5: str) -> None:
+        from mlflow.entities import LoggedModelOutput
+
+        stage = Path(path).parent.name
+        condition = f"tags.`{QUEUE_ID_TAG}` = '{self._queue_id}' and tags.`dvc.path` = '{path}'"
+        if known := self.client.search_logged_models([self.experiment], condition):
+            model = known[0]
+        else:
+            tags = {"dvc.path": path, "dvc.md5": md5, STAGE_TAG: stage, QUEUE_ID_TAG: self._queue_id}
+            model = self.client.create_logged_model(self.experiment, stage, source_run_id=self.run_id, tags=tags)
+        self.client.finalize_logged_model(model.model_id, "READY")
+        self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
+
+
+def tag_pipeline(flow_run_id: str, tags: Mapping[str, str]) -> None:
+    """Set tags of a pipeline run that has ended."""
+    client, _ = open_store()
+    for run in _pipeline_runs(flow_run_id):
+        for key, value in _cut(tags).items():
+            client.set_tag(run.info.run_id, key, value)
+
+
+def log_pipeline_metrics(flow_run_id: str, metrics: Mapping[str, float]) -> None:
+    """Add final numbers to a pipeline run that has ended."""
+    client, _ = open_store()
+    for run in _pipeline_runs(flow_run_id):
+        client.log_batch(run.info.run_id, metrics=_entities(metrics, int(time.time() * 1000), 0))
+
+
+def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:
+    """MLflow's id of the pipeline run of a flow, and its tags: see `PipelineRun.log_stage`.
+
+    Raises:
+        StageError: the store does not know it.
+    """
+    for run in _pipeline_runs(flow_run_id):
+        return run.info.run_id, dict(run.data.tags)
+    raise StageError(f"MLflow at {store_uri()} does not know the pipeline run of {flow_run_id}: was it away?")
+
+
+def git_commit() -> str:
+    """The commit that is checked out; empty where there is none."""
+    command = ["git", "rev-parse", "HEAD"]
+    commit = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
+    return commit.stdout.strip() if commit.returncode == 0 else ""
+
+
+def _pipeline_runs(flow_run_id: str) -> list[Run]:
+    client, experiment = open_store()
+    runs = client.search_runs([experiment], f"tags.`{FLOW_TAG}` = '{flow_run_id}'")
+    return [run for run in runs if STAGE_TAG not in run.data.tags]
+
+
+@contextmanager
+def _end_on_exit(run: OpenRun) -> Iterator[None]:
+    """End the run with its status; an error while writing that must not hide the one that ended the run."""
+    from mlflow.exceptions import MlflowException
+
+    try:
+        yield
+    except Exception as error:
+        with contextlib.suppress(MlflowException, StageError):
+            run.end("FAILED", f"{type(error).__name__}: {error}")
+        if isinstance(error, MlflowException):
+            reason = next((line for line in str(error).splitlines() if "rror)" in line), str(error))
+            raise StageError(
+                f"MLflow cannot write to {store_uri()}: {reason}; is the disk full? Then run again"
+            ) from error
+        raise
+    except BaseException:
+        run.end("KILLED")
+        raise
+    run.end("FINISHED")
+
+
+def _queues() -> Path:
+    return state_dir() / "mlflow_queue"
+
+
+def _new_queue() -> Path:
+    return _queues() / f"{uuid.uuid4().hex}.jsonl"
+
+
+def _source_tags(name: str) -> dict[str, str]:
+    tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", "mlflow.user": os.environ.get("USER", "unknown")}
+    commit = git_commit()
+    return tags | ({"mlflow.source.git.commit": commit} if commit else {})
+
+
+def _cut(tags: Mapping[str, str]) -> dict[str, str]:
+    return {key: value[:TAG_LENGTH] for key, value in tags.items()}
+
+
+def _entities(metrics: Mapping[str, float], time: int, step: int) -> list[Metric]:
+    from mlflow.entities import Metric
+
+    return [Metric(FORBIDDEN.sub("_", key), float(value), time, step) for key, value in metrics.items()]
+
+
+def _table_cell(value: Any) -> Any:
+    return value if value is None or isinstance(value, str | bool | int | float) else json.dumps(value, default=str)

@@ -1,0 +1,191 @@
+"""Runs one stage with the parameters and folders that its signature names, as one recorded run."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import gc
+import importlib
+import inspect
+import json
+import os
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from tasks.config.params import Params, load_params
+from tasks.core import tracking
+from tasks.core.errors import RLHFError, StageError
+from tasks.core.paths import DISABLED_MARKER, checkpoint_dir, project_root, stage_dir
+from tasks.core.rows import flatten
+from tasks.runtime import dvc_stages, mlflow_runs
+
+__all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
+
+# No library may call home, and forked data loaders must not deadlock in the tokenizers' thread pool.
+ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
+
+
+def _file_state(path: Path) -> tuple[int, int, int]:
+    """What changes when the file is edited, whatever the clock says."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size, found.st_ino
+
+
+CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resolve().parents[1].rglob("*.py")}
+
+
+def run_stage(name: str) -> None:
+    """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
+    try:
+        execute_stage(name, dvc_stages.changes(name))
+    except RLHFError as error:
+        print(f"{name}: {error}", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+def execute_stage(name: str, reasons: Sequence[str]) -> None:
+    """Run a stage in this process, as one recorded run.
+
+    Where torchrun or accelerate has started several processes for it, rank 0 records and writes; the others only help.
+
+    Args:
+        name: the stage in dvc.yaml.
+        reasons: what made it run, for the record.
+
+    Raises:
+        ConfigError: params.yaml is not valid.
+        StageError: there is no such stage, an input is missing, or an input changed while the stage ran.
+        RLHFError: whatever else the stage finds wrong.
+    """
+    root = project_root()
+    for variable, value in ENVIRONMENT.items():
+        os.environ.setdefault(variable, value)
+    with contextlib.chdir(root), _disk_errors(name):
+        params = load_params(root / "params.yaml")
+        if getattr(params, name, None) is None:
+            write_empty_outputs(name)
+            return
+        inputs = dvc_stages.inputs(name)
+        _check_code_unchanged(name, inputs)
+        function = _load_stage_function(name)
+        positional, folders = stage_arguments(function, name, params)
+        folder = checkpoint_dir(name, inputs.key)
+        if int(os.environ.get("RANK", "0")) > 0:
+            _run_as_helper_rank(name, lambda out: function(*positional, **folders | {"out": out}), folder)
+            return
+        stage_dir(name).mkdir(parents=True, exist_ok=True)
+        tags = {"rlhf.reasons": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
+        with mlflow_runs.stage_run(name, inputs, _flat_params(function, positional), tags) as recorder:
+            with tracking.active_run(tracking.ActiveRun(name, recorder, folder)):
+                started = time.monotonic()
+                function(*positional, **folders)
+                recorder.log_metrics({"seconds": time.monotonic() - started}, None)
+            # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
+            recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
+            _check_inputs_unchanged(name, inputs)
+            recorder.log_outputs(dvc_stages.output_digests(name))
+        shutil.rmtree(folder, ignore_errors=True)
+    gc.collect()
+
+
+def stage_arguments(function: Callable[..., None], name: str, params: Params) -> tuple[list[Any], dict[str, Path]]:
+    """The arguments of a stage: positional parameters are sections of params.yaml, keyword-only ones are folders.
+
+    `params` is the stage's own section, `out` its own folder; every other name is a section or an upstream stage.
+
+    Raises:
+        StageError: the signature names a section that does not exist.
+    """
+    positional, folders = [], {}
+    for argument in inspect.signature(function).parameters.values():
+        if argument.kind is argument.KEYWORD_ONLY:
+            folders[argument.name] = stage_dir(name if argument.name == "out" else argument.name)
+            continue
+        section = name if argument.name == "params" else argument.name
+        if section not in Params.model_fields:
+            raise StageError(f"tasks/{name}.py: {name}() asks for {section!r}, which is no section of params.yaml")
+        positional.append(getattr(params, section))
+    return positional, folders
+
+
+def read_metrics(name: str) -> dict[str, float]:
+    """The numbers in the stage's metrics.json, nested ones as `outer.inner`; empty if the stage writes none."""
+    path = stage_dir(name) / "metrics.json"
+    if not path.is_file():
+        return {}
+    metrics = flatten(json.loads(path.read_text(encoding="utf-8")))
+    return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -> None:
+    """Run the stage as a rank that helps rank 0: what it writes is thrown away, and nothing is recorded."""
+    with (
+        tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out,
+        tracking.active_run(tracking.ActiveRun(name, None, folder)),
+    ):
+        work(Path(out))
+
+
+def write_empty_outputs(name: str) -> None:
+    """Write the outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
+    for path in dvc_stages.outputs(name):
+        folder = path if not path.suffix else path.parent
+        folder.mkdir(parents=True, exist_ok=True)
+        file = path if path.suffix else path / DISABLED_MARKER
+        file.write_text("{}\n" if path.suffix == ".json" else "", encoding="utf-8")
+    print(f"{name} is off: its section in params.yaml is null")
+
+
+def _load_stage_function(name: str) -> Callable[..., None]:
+    path = project_root() / "tasks" / f"{name}.py"
+    if not path.is_file():
+        raise StageError(f"there is no stage {name!r}: {path} does not exist")
+    module = importlib.import_module(f"tasks.{name}")
+    function: Callable[..., None] | None = getattr(module, name, None)
+    if function is None:
+        raise StageError(f"tasks/{name}.py must define the stage function {name}()")
+    return function
+
+
+def _flat_params(function: Callable[..., None], positional: list[Any]) -> dict[str, object]:
+    values: dict[str, object] = {}
+    for name, value in zip(inspect.signature(function).parameters, positional, strict=False):
+        plain = value.model_dump() if hasattr(value, "model_dump") else value
+        values |= flatten(plain, "" if name == "params" else name)
+    return values
+
+
+def _check_code_unchanged(name: str, inputs: dvc_stages.Inputs) -> None:
+    """Refuse code in memory that is older than the files that DVC has hashed: it would be recorded under their hash."""
+    for path in inputs.code:
+        if CODE_STATE_AT_IMPORT.get(path.resolve()) != _file_state(path):
+            raise StageError(f"{path} was edited after this run began, so {name} would run its old version: run again")
+
+
+def _check_inputs_unchanged(name: str, before: dvc_stages.Inputs) -> None:
+    """Refuse inputs that changed meanwhile: DVC would record the outputs as made from the new ones."""
+    if dvc_stages.stage_key(name) != before.key:
+        raise StageError(
+            f"parameters, code or data of {name} changed while it ran, so its outputs belong to neither version and "
+            "were not recorded: run again"
+        )
+
+
+@contextlib.contextmanager
+def _disk_errors(name: str) -> Any:
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StageError(
+                f"{name}: no space left on the disk ({error.filename or project_root()}); free some, run again"
+            ) from error
+        raise

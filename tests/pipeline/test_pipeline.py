@@ -1,0 +1,249 @@
+"""Flow and DVC share one cache: what either has done, the other knows, and nothing is computed twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import sys
+from typing import TYPE_CHECKING
+
+import pytest
+
+from tests.pipeline.conftest import PATIENCE, query
+
+if TYPE_CHECKING:
+    from tests.pipeline.conftest import Project
+
+NAMES = ["collect", "prepare", "sft", "gold_judge"]
+
+
+def results(said: str) -> dict[str, str]:
+    """Stage → result, from the lines that `rlhf run` prints."""
+    words = [line.split() for line in said.splitlines() if line.startswith("✓")]
+    return {word[1]: word[2] for word in words}
+
+
+def test_after_a_flow_dvc_has_nothing_to_do(project: Project) -> None:
+    assert "up to date" in project.dvc("status")
+    before = project.lock()
+    project.dvc("repro")
+    assert project.ran() == []
+    assert project.lock() == before
+    assert "up to date" in project.rlhf("status")
+
+
+def test_after_dvc_repro_the_flow_is_cached_and_the_lock_is_the_same(
+    fresh: Project, finished: tuple[Project, str]
+) -> None:
+    fresh.dvc("repro")
+    assert fresh.ran() == NAMES
+    assert fresh.lock() == finished[0].lock()
+    said = fresh.rlhf("run")
+    assert results(said) == dict.fromkeys(NAMES, "cached")
+    assert fresh.ran() == []
+    assert "up to date" in fresh.dvc("status")
+
+
+def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(project: Project) -> None:
+    lock = project.lock()
+    said = project.rlhf("run", "-S", "sft.epochs=7")
+    assert "sft.epochs: 1 → 7" in said
+    assert project.ran() == ["sft"]
+    assert results(said) == {"collect": "cached", "prepare": "cached", "sft": "ran", "gold_judge": "cached"}
+    assert '"epochs":7' in (project.root / "artifacts/sft/result/data.txt").read_text()
+    said = project.rlhf("status", "--json")
+    assert json.loads(said) == []
+    said = project.rlhf("run", "-S", "sft.epochs=1")
+    assert results(said)["sft"] == "restored"
+    assert project.ran() == []
+    assert '"epochs":1' in (project.root / "artifacts/sft/result/data.txt").read_text()
+    assert project.lock() == lock
+
+
+def test_status_names_the_one_item_of_a_list_that_changed(project: Project) -> None:
+    project.edit("params.yaml", "target_modules: [q_proj, v_proj]", "target_modules: [q_proj, k_proj]")
+    waiting = json.loads(project.rlhf("status", "--json"))
+    reasons = ["lora.target_modules.1: v_proj → k_proj"]
+    assert waiting == [{"stage": "sft", "action": "run", "reasons": reasons}]
+
+
+def test_status_names_an_input_that_is_new(project: Project) -> None:
+    (project.root / "tasks" / "more.py").touch()
+    project.edit("dvc.yaml", "deps: [tasks/sft.py, ", "deps: [tasks/sft.py, tasks/more.py, ")
+    waiting = json.loads(project.rlhf("status", "--json"))
+    assert waiting == [{"stage": "sft", "action": "run", "reasons": ["tasks/more.py is a new input"]}]
+    project.rlhf("run")
+    assert project.ran() == ["sft"]
+
+
+def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(project: Project) -> None:
+    before = (project.root / "params.yaml").read_text()
+    written = project.root / "artifacts" / "gold_judge" / "result"
+    said = project.rlhf("run", "-S", "gold_judge=null")
+    assert "gold_judge is off: its section in params.yaml is null" in said
+    assert project.ran() == []
+    assert [path.name for path in written.iterdir()] == ["OFF"]
+    assert json.loads((written.parent / "metrics.json").read_text()) == {}
+    assert "up to date" in project.dvc("status")
+    assert results(project.rlhf("run")) == dict.fromkeys(NAMES, "cached")
+    (project.root / "params.yaml").write_text(before)
+    assert results(project.rlhf("run"))["gold_judge"] == "restored"
+    assert project.ran() == []
+    assert [path.name for path in written.iterdir()] == ["data.txt"]
+
+
+def test_a_deleted_output_is_restored_not_computed(project: Project) -> None:
+    shutil.rmtree(project.root / "artifacts" / "sft" / "result")
+    said = project.rlhf("status", "--json")
+    assert json.loads(said) == [
+        {"stage": "sft", "action": "restore", "reasons": ["its output artifacts/sft/result is missing"]}
+    ]
+    assert results(project.rlhf("run"))["sft"] == "restored"
+    assert project.ran() == []
+    assert (project.root / "artifacts" / "sft" / "result" / "data.txt").is_file()
+
+
+def test_touched_code_runs_its_stage_and_what_really_changed_after_it(project: Project) -> None:
+    project.edit("tasks/prepare.py", "def prepare", "# a comment changes no output\ndef prepare")
+    project.rlhf("run")
+    assert project.ran() == ["prepare"]
+    project.edit("tasks/prepare.py", '"prepare", str(seed)', '"PREPARE", str(seed)')
+    project.rlhf("run")
+    assert project.ran() == ["prepare", "sft", "gold_judge"]
+
+
+def test_a_change_of_flows_or_of_recording_runs_nothing(project: Project) -> None:
+    for name in ("flows/pipeline.py", "tasks/runtime/mlflow_runs.py", "tasks/runtime/stage_runner.py"):
+        with (project.root / name).open("a") as file:
+            file.write("# touched\n")
+    assert results(project.rlhf("run")) == dict.fromkeys(NAMES, "cached")
+
+
+def test_a_failed_stage_leaves_the_lock_alone_and_says_why_once(project: Project) -> None:
+    lock = project.lock()
+    (project.root / ".rlhf" / "sft.fails").touch()
+    said = project.rlhf("run", "-S", "sft.epochs=9", expect=1)
+    assert said.count("the toy was told to fail") == 1
+    assert "Traceback" not in said
+    assert project.lock() == lock
+    said = project.dvc("repro", expect=255)
+    assert said.count("the toy was told to fail") == 1
+    assert "Traceback" not in said
+    assert project.lock() == lock
+
+
+def test_only_the_named_stage_and_what_it_needs(project: Project) -> None:
+    assert list(results(project.rlhf("run", "--force", "sft"))) == ["collect", "prepare", "sft"]
+    assert project.ran() == ["sft"]
+    assert "no stage 'sfft'" in project.rlhf("run", "sfft", expect=1)
+
+
+def test_two_flows_at_once_run_each_stage_once(fresh: Project) -> None:
+    (fresh.root / ".rlhf").mkdir()
+    (fresh.root / ".rlhf" / "sleep").write_text("0.5")
+    both = [fresh.start("run") for _ in range(2)]
+    said = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], said
+    assert sorted(fresh.ran()) == sorted(NAMES)
+    assert "up to date" in fresh.dvc("status")
+
+
+def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:
+    """Ctrl-C as a terminal sends it, to the whole group, with the temporary server that a flow brings up by itself."""
+    state = project.root / ".rlhf"
+    (state / "sft.resumable").touch()
+    alone = {name: value for name, value in project.environment.items() if name != "PREFECT_API_URL"}
+    process = project.start("run", "-S", "sft.epochs=3", environment=alone)
+    project.wait_for(".rlhf/waiting")
+    os.killpg(process.pid, signal.SIGINT)
+    said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 130, said
+    assert "goes on from the last checkpoint" in said
+    assert "Traceback" not in said
+    newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
+    assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
+    assert results(project.rlhf("run"))["sft"] == "ran"
+    assert (state / "resumed").read_text() == "True"
+    assert list((state / "checkpoints" / "sft").iterdir()) == [], "a finished run removes its checkpoints"
+
+
+def test_inputs_that_change_during_a_run_are_not_recorded(project: Project) -> None:
+    """DVC hashes inputs again after a run; without a guard it would record old outputs under the new parameters."""
+    lock = project.lock()
+    (project.root / ".rlhf" / "sleep").write_text("3")
+    project.edit("params.yaml", "epochs: 1", "epochs: 4")
+    process = project.start("run", "sft")
+    project.wait_for(".rlhf/ran")
+    project.edit("params.yaml", "epochs: 4", "epochs: 5")
+    said = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 1
+    assert "changed while it ran" in said
+    assert project.lock() == lock
+
+
+def keys(project: Project) -> dict[str, str]:
+    code = "import json, tasks.runtime.dvc_stages as v; print(json.dumps({n: v.stage_key(n) for n in v.graph()}))"
+    found: dict[str, str] = json.loads(project.command(sys.executable, "-c", code))
+    return found
+
+
+@pytest.fixture(scope="module")
+def first_keys(finished: tuple[Project, str]) -> dict[str, str]:
+    return keys(finished[0])
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after", "stages"),
+    [
+        ("params.yaml", "max_validation_examples: 100", "max_validation_examples: 101", {"sft"}),
+        ("data.txt", "data", "dato", {"collect"}),
+        ("tasks/sft.py", "import json", "import  json", {"sft"}),
+        ("tasks/shared.py", "a", "b", set(NAMES)),
+        ("requirements.lock", "1", "2", {"sft"}),
+        ("params.yaml", "# Every", "# every", set()),
+        ("flows/pipeline.py", '"""The', '"""the', set()),
+        ("tasks/core/tracking.py", '"""What', '"""what', set()),
+    ],
+)
+def test_the_key_changes_with_one_byte_of_what_a_stage_reads_and_with_nothing_else(
+    project: Project, first_keys: dict[str, str], name: str, before: str, after: str, stages: set[str]
+) -> None:
+    project.edit(name, before, after)
+    second = keys(project)
+    assert {stage for stage in NAMES if first_keys[stage] != second[stage]} == stages
+
+
+def test_an_error_of_dvc_is_one_message(project: Project) -> None:
+    (project.root / "data.txt").unlink()
+    said = project.rlhf("run", expect=1)
+    assert "data.txt" in said
+    assert "Traceback" not in said
+    (project.root / "dvc.yaml").write_text("stages: [")
+    said = project.rlhf("run", expect=1)
+    assert "dvc.yaml" in said
+    assert "Traceback" not in said
+
+
+def test_a_fully_cached_flow_imports_no_model_library(project: Project) -> None:
+    code = (
+        "import sys; sys.argv = ['rlhf', 'run']\n"
+        "from flows.cli.main import main\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "print('HEAVY', [name for name in ('torch', 'transformers', 'trl', 'datasets') if name in sys.modules])"
+    )
+    assert "HEAVY []" in project.command(sys.executable, "-c", code)
+
+
+@pytest.mark.slow
+def test_dvc_exp_run_works(project: Project) -> None:
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
+    project.command(*git, "add", "-A")
+    project.command(*git, "commit", "-qm", "first")
+    project.command(*git, "config", "user.name", "a")
+    project.command(*git, "config", "user.email", "a@example.org")
+    project.dvc("exp", "run", "-S", "sft.epochs=6")
+    assert project.ran() == ["sft"]
+    assert results(project.rlhf("run")) == dict.fromkeys(NAMES, "cached")

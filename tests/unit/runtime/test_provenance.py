@@ -1,0 +1,92 @@
+"""Provenance of a registered version."""
+
+from __future__ import annotations
+
+import subprocess
+from datetime import UTC, datetime
+from pathlib import Path
+
+import pytest
+
+from flows.experiments import reproduce
+from tasks.core.errors import StageError
+from tasks.runtime import provenance
+from tasks.runtime.provenance import PROVENANCE_TAG, Provenance, StageRecord, provenance_of
+from tasks.runtime.registry import Version
+
+ORIGINS = {
+    "params": "seed: 0\n",
+    "parameters": {"seed": 0},
+    "commit": "1234",
+    "uncommitted": (),
+    "pipeline_run": "r",
+    "stages": {"sft": StageRecord(key="k", run="", outputs={"artifacts/sft/adapter": "m.dir"})},
+    "base_model": {},
+    "sources": [],
+    "metrics": {},
+    "rule_results": (),
+}
+
+
+def version(tags: dict[str, str]) -> Version:
+    return Version(4, "ppo", {}, tags, (), datetime.now(UTC))
+
+
+def made(**changes: object) -> Version:
+    return version({PROVENANCE_TAG: Provenance.model_validate(ORIGINS | changes).model_dump_json()})
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
+    for name in ("dvc.yaml", "params.yaml", "tasks/a.py", "README.md"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text("first\n")
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "-A"], ["commit", "-q", "-m", "all"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    return tmp_path
+
+
+def test_it_comes_back_as_it_was() -> None:
+    assert provenance_of(made()) == Provenance.model_validate(ORIGINS)
+
+
+def test_the_md5_of_an_output_is_found_by_its_path() -> None:
+    found = provenance_of(made())
+    assert found.md5_of("artifacts/sft/adapter") == "m.dir"
+    with pytest.raises(StageError, match=r"no stage wrote artifacts/sft/history\.csv"):
+        found.md5_of("artifacts/sft/history.csv")
+
+
+def test_an_older_version_has_none() -> None:
+    with pytest.raises(StageError, match="version 4 has no provenance"):
+        provenance_of(version({}))
+
+
+@pytest.mark.parametrize("name", ["tasks/a.py", "dvc.yaml", "tasks/new.py", "data/new.jsonl"])
+def test_changed_code_and_data_are_named(project: Path, name: str) -> None:
+    assert provenance._uncommitted() == ()
+    (project / name).parent.mkdir(exist_ok=True)
+    (project / name).write_text("second\n")
+    (changed,) = provenance._uncommitted()
+    assert name.startswith(changed), "a new folder is named as a whole"
+
+
+def test_parameters_and_prose_may_be_as_they_like(project: Path) -> None:
+    for name in ("params.yaml", "README.md"):
+        (project / name).write_text("second\n")
+    assert provenance._uncommitted() == ()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"uncommitted": ["tasks/a.py"]}, r"changes that were not committed \(tasks/a.py\)"),
+        ({"commit": ""}, "git had no commit"),
+        ({"commit": "0" * 40}, "commit 0{40}, which is not here: `git fetch`"),
+    ],
+)
+def test_what_cannot_be_made_again_is_refused(project: Path, changes: dict[str, object], message: str) -> None:
+    with pytest.raises(StageError, match=message):
+        reproduce(made(**changes))

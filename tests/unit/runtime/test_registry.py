@@ -1,0 +1,151 @@
+"""Which version is the champion, and how a person changes that; on a real store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+
+from tasks.core.errors import ConfigError
+from tasks.runtime import mlflow_store, registry
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    root = tmp_path_factory.mktemp("store")
+    (root / "dvc.yaml").touch()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_ROOT", str(root))
+        patch.delenv("MLFLOW_TRACKING_URI", raising=False)
+        yield
+
+
+@pytest.fixture
+def three(store: None) -> Iterator[None]:
+    """Versions 1, 2 and 3, none of them promoted; the last is the challenger."""
+    client, _ = mlflow_store.open_store()
+    for letter in "abc":
+        registry.register("ppo", {"ppo/adapter": letter}, {"accepted": "True", "reasons": "good"})
+    yield
+    client.delete_registered_model(registry.MODEL)
+
+
+def champion() -> int | None:
+    found = registry.champion()
+    return found.number if found else None
+
+
+def promote(*numbers: int) -> None:
+    for number in numbers:
+        registry.set_champion(registry.find(str(number)), by="ann")
+
+
+def rolled_back() -> int | None:
+    registry.roll_back(by="bob", reason="it swears")
+    return champion()
+
+
+def test_a_version_is_found_by_number_and_by_alias(three: None) -> None:
+    promote(1)
+    assert registry.find("champion").number == 1
+    assert registry.find("challenger").number == 3
+    assert registry.find("2").weights == {"ppo/adapter": "b"}
+
+
+def test_an_unknown_one_is_refused_with_those_that_exist(three: None) -> None:
+    promote(1)
+    with pytest.raises(ConfigError, match=r"no version '7' of rlhf-policy; there are 1 \(champion\), 2, 3 \(challen"):
+        registry.find("7")
+
+
+def test_without_any_it_says_how_to_register_one(store: None) -> None:
+    with pytest.raises(ConfigError, match="no policy is registered yet: `rlhf retrain`"):
+        registry.find("champion")
+    assert champion() is None
+
+
+def test_the_same_weights_are_the_same_version_and_keep_what_was_decided(three: None) -> None:
+    promote(1)
+    again = registry.register("ppo", {"ppo/adapter": "a"}, {"accepted": "False"})
+    assert again.number == 1
+    assert again.tags["promoted.by"] == "ann"
+    assert not again.accepted
+    assert set(again.aliases) == {"champion", "challenger"}
+    assert len(registry.versions()) == 3
+
+
+def test_rollback_walks_back_and_ends(three: None) -> None:
+    promote(1, 2, 3)
+    assert [rolled_back(), rolled_back()] == [2, 1]
+    with pytest.raises(ConfigError, match="no champion was before version 1"):
+        rolled_back()
+    assert champion() == 1
+
+
+def test_a_version_that_was_champion_twice_is_walked_over_twice(three: None) -> None:
+    promote(1, 2, 1)
+    assert [rolled_back(), rolled_back()] == [2, 1]
+    assert registry.find("1").withdrawal is None, "it is in use again"
+
+
+def test_a_champion_named_in_mlflow_itself_is_known_too(three: None) -> None:
+    client, _ = mlflow_store.open_store()
+    client.set_registered_model_alias(registry.MODEL, registry.CHAMPION, "2")
+    promote(3)
+    assert rolled_back() == 2
+
+
+def test_versions_that_were_deleted_are_skipped(three: None) -> None:
+    promote(1, 2, 3)
+    mlflow_store.open_store()[0].delete_model_version(registry.MODEL, "2")
+    assert rolled_back() == 1
+
+
+def test_a_promotion_that_broke_off_is_no_champion_before(three: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    promote(1, 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "_set_champion_alias", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            promote(3)
+    assert champion() == 2
+    assert rolled_back() == 1
+
+
+def interrupted(version: registry.Version) -> None:
+    raise KeyboardInterrupt
+
+
+def test_decisions_are_recorded(three: None) -> None:
+    promote(1, 2)
+    assert registry.find("2").tags["promoted.by"] == "ann"
+    assert registry.find("2").tags["promoted.at"].endswith("+00:00")
+    gone, back = registry.roll_back(by="bob", reason="it swears")
+    assert (gone.number, back.number) == (2, 1)
+    withdrawn = registry.find("2").withdrawal
+    assert withdrawn
+    assert withdrawn.startswith("bob rolled it back at ")
+    assert withdrawn.endswith(": it swears")
+    promote(2)
+    assert registry.find("2").withdrawal is None
+
+
+def test_promoting_an_old_version_leaves_the_challenger(three: None) -> None:
+    promote(1)
+    assert registry.find("challenger").number == 3
+    promote(3)
+    with pytest.raises(ConfigError, match="no version 'challenger'"):
+        registry.find("challenger")
+
+
+def test_the_champion_is_not_promoted_again(three: None) -> None:
+    promote(1)
+    with pytest.raises(ConfigError, match="version 1 is the champion already"):
+        promote(1)
+    with pytest.raises(ConfigError, match="no champion was before"):
+        rolled_back()
+
+
+def test_a_refusal_after_the_gate_counts(three: None) -> None:
+    registry.mark_refused(registry.find("3"), "a person refused it: it brags")
+    assert not registry.find("3").accepted
+    assert registry.find("3").tags["reasons"] == "a person refused it: it brags"
