@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import gc
+from functools import partial
 from typing import TYPE_CHECKING
 
 from tasks.core.paths import Artifacts, project_root
-from tasks.core.rows import write_json
+from tasks.core.rows import flatten, write_json
 from tasks.evals.compare import REFERENCE
-from tasks.evals.lm_harness import Scores, load_tasks, run_tasks
+from tasks.evals.lm_harness import load_tasks, run_tasks
 from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 
 if TYPE_CHECKING:
@@ -17,11 +18,7 @@ if TYPE_CHECKING:
 __all__ = ["lm_eval"]
 
 
-def lm_eval(
-    params: LmEvalParams,
-    seed: int,
-    artifacts: Artifacts,
-) -> None:
+def lm_eval(params: LmEvalParams, seed: int, artifacts: Artifacts) -> None:
     """Measure SFT and those of PPO, GRPO and DPO that are on, in every task.
 
     Writes results.json (policy → task → metric → [value, standard error or null]) and metrics.json (policy →
@@ -33,29 +30,18 @@ def lm_eval(
     """
     init_process()
     tokenizer = load_tokenizer(artifacts.base_model)
-    policies = {
-        name: folder
-        for name, folder in (("ppo", artifacts.ppo), ("grpo", artifacts.grpo), ("dpo", artifacts.dpo))
-        if not is_disabled(folder)
-    }
+    trained = {"ppo": artifacts.ppo, "grpo": artifacts.grpo, "dpo": artifacts.dpo}
     data = (artifacts.prepare / "demonstrations", artifacts.preferences / "test.jsonl")
     with load_tasks(params, project_root() / params.include, data, seed) as tasks:
-        results = {
-            REFERENCE: run_tasks(
-                load_reference(artifacts.base_model, artifacts.sft), tokenizer, tasks, params=params, seed=seed
-            )
-        }
-        for name, folder in policies.items():
-            gc.collect()  # the previous policy is in reference cycles
-            results[name] = run_tasks(
-                load_policy(artifacts.base_model, artifacts.sft, folder), tokenizer, tasks, params=params, seed=seed
-            )
+        evaluate = partial(run_tasks, tokenizer=tokenizer, tasks=tasks, params=params, seed=seed)
+        results = {REFERENCE: evaluate(load_reference(artifacts.base_model, artifacts.sft))}
+        for name, folder in trained.items():
+            if not is_disabled(folder):
+                gc.collect()  # the previous policy is in reference cycles
+                results[name] = evaluate(load_policy(artifacts.base_model, artifacts.sft, folder))
     write_json(artifacts.out / "results.json", results)
-    write_json(artifacts.out / "metrics.json", {name: _flatten(scores) for name, scores in results.items()})
-
-
-def _flatten(scores: Scores) -> dict[str, float | None]:
-    return {f"{task}.{metric}": value for task, row in scores.items() for metric, (value, _) in row.items()}
+    metrics = {name: {key: value for key, (value, _) in flatten(scores).items()} for name, scores in results.items()}
+    write_json(artifacts.out / "metrics.json", metrics)
 
 
 if __name__ == "__main__":

@@ -76,7 +76,7 @@ class EvaluateParams(Section):
 
 
 Metric = Literal["win_rate", "win_rate_vader", "reward_gold", "repetition", "truncated_share", "kl"]
-"""Metrics that can be compared with the champion; see `tasks.evals.champion`."""
+"""Metrics that can be compared with the champion; see `tasks.evals.gate`."""
 
 Margin = Annotated[float, Field(ge=0)]
 

@@ -1,31 +1,23 @@
-"""Aggregate scored responses into one row of metrics per policy."""
+"""Aggregate scored responses into one row of metrics per policy, and select examples of where policies differ."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from statistics import fmean, stdev
+from typing import Any
 
 from pydantic import Field
 
 from tasks.core.errors import DataError
 from tasks.core.rows import Row
 from tasks.core.text_stats import distinct_n, repetition_rate, word_count
-from tasks.evals.statistics import bootstrap_mean, mean_and_error, pairwise_wins
+from tasks.evals.statistics import TIE_TOLERANCE, bootstrap_mean, mean_and_error, pairwise_wins
 
 __all__ = [
-    "DIGITS",
-    "HEADLINE",
-    "JUDGE_NAMES",
-    "REFERENCE",
-    "WIN_RATE_KEYS",
-    "ScoredResponse",
-    "Table",
-    "compare_policies",
-    "headline",
-    "judges_of",
-    "score_std",
-    "win_rates_of",
-]
+    "DIGITS", "HEADLINE", "JUDGE_NAMES", "REFERENCE", "WIN_RATE_KEYS", "Example", "ScoredResponse", "Table",
+    "by_policy", "compare_policies", "examples_to_dict", "headline", "judges_of", "select_examples", "win_rates_of",
+]  # fmt: skip
 
 REFERENCE = "sft"
 
@@ -87,9 +79,19 @@ class ScoredResponse(Row):
         """Transcript of the conversation if there is one, else the response."""
         return self.conversation or self.response
 
-    def score(self, judge: str) -> float | None:
-        """Score of the judge; None if it did not judge."""
-        return {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}[judge]
+    @property
+    def scores(self) -> dict[str, float]:
+        """Judge → score, of those that judged."""
+        scores = {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}
+        return {judge: score for judge, score in scores.items() if score is not None}
+
+
+def by_policy(records: Sequence[ScoredResponse]) -> dict[str, list[ScoredResponse]]:
+    """Group the records by policy, in their order."""
+    groups: dict[str, list[ScoredResponse]] = {}
+    for record in records:
+        groups.setdefault(record.policy, []).append(record)
+    return groups
 
 
 def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: int) -> Table:
@@ -103,7 +105,7 @@ def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: i
     `repetition`; `distinct_1`, `distinct_2`; `truncated_share`; the mean of each measure under its name, such as
     `ood_share`. Where VADER judges, its mean `vader`.
     Where right answers are known: `accuracy_strict`, `accuracy_flexible` over those prompts, with `_low` and `_high`.
-    Where an environment answered: `success`, the share of conversations that it paid for, with `_low` and `_high`, and
+    Where an environment answered: `success`, the share of conversations that it rewarded, with `_low` and `_high`, and
     the mean number of `turns`; lengths, repetition and the like are then those of the policy's own words.
 
     Args:
@@ -112,20 +114,16 @@ def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: i
     Raises:
         DataError: the reference is missing, or a policy did not answer exactly the reference's prompts.
     """
-    groups: dict[str, list[ScoredResponse]] = {}
-    for record in records:
-        groups.setdefault(record.policy, []).append(record)
+    groups = by_policy(records)
     if REFERENCE not in groups:
         raise DataError(f"no responses of {REFERENCE!r}, the policy that all are compared with; found {sorted(groups)}")
     reference = groups[REFERENCE]
     table: Table = {}
     for policy, group in groups.items():
         aligned = _align_by_prompt(group, reference)
-        row = _policy_metrics(aligned) | _accuracies(aligned, samples, seed) | _success(aligned, samples, seed)
-        for judge, prefix in WIN_RATE_KEYS.items():
-            if reference[0].score(judge) is None:
-                continue
-            row |= _win_rate_metrics(judge, prefix, aligned, reference, samples, seed)
+        row = _policy_metrics(aligned) | _shares(aligned, samples, seed)
+        for judge in reference[0].scores:
+            row |= _win_rate_metrics(judge, aligned, reference, samples, seed)
         table[policy] = {key: round(value, DIGITS) for key, value in row.items()}
     return table
 
@@ -163,75 +161,119 @@ def _policy_metrics(group: Sequence[ScoredResponse]) -> dict[str, float]:
     """Metrics of one policy's responses alone."""
     texts = [record.response for record in group]
     kl, kl_stderr = mean_and_error([record.kl for record in group])
-    return {
-        "n": len(group),
-        "reward_proxy": _mean([record.proxy for record in group]),
-        "reward_gold": _mean([record.gold for record in group]),
-        **({} if group[0].vader is None else {"vader": _mean([record.vader or 0.0 for record in group])}),
-        **{f"reward_{name}": _mean([record.rewards[name] for record in group]) for name in group[0].rewards},
-        **{name: _mean([record.metrics[name] for record in group]) for name in group[0].metrics},
+    row = {"n": len(group)} | {
+        f"reward_{judge}": fmean(record.scores[judge] for record in group) for judge in ("proxy", "gold")
+    }
+    if "vader" in group[0].scores:
+        row["vader"] = fmean(record.scores["vader"] for record in group)
+    row |= {f"reward_{name}": fmean(record.rewards[name] for record in group) for name in group[0].rewards}
+    row |= {name: fmean(record.metrics[name] for record in group) for name in group[0].metrics}
+    return row | {
         "kl": kl,
         "kl_stderr": kl_stderr,
-        "kl_k3": _mean([record.kl_k3 for record in group]),
-        "length": _mean([word_count(text) for text in texts]),
-        "length_tokens": _mean([record.tokens for record in group]),
-        "repetition": _mean([repetition_rate(text) for text in texts]),
+        "kl_k3": fmean(record.kl_k3 for record in group),
+        "length": fmean(word_count(text) for text in texts),
+        "length_tokens": fmean(record.tokens for record in group),
+        "repetition": fmean(repetition_rate(text) for text in texts),
         "distinct_1": distinct_n(texts, 1),
         "distinct_2": distinct_n(texts, 2),
-        "truncated_share": _mean([not record.ended for record in group]),
+        "truncated_share": fmean(not record.ended for record in group),
     }
 
 
-def _accuracies(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
-    """Accuracy over the prompts with a known answer; empty if there are none."""
+def _shares(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
+    """Accuracy over the prompts with a known answer, and success of conversations, with intervals; {} without any."""
     known = [record.correct for record in group if record.correct is not None]
+    flags = {f"accuracy_{reading}": [float(correct[reading]) for correct in known] for reading in (known or [{}])[0]}
+    if "success" in group[0].metrics:
+        flags["success"] = [record.metrics["success"] for record in group]
     row: dict[str, float] = {}
-    for reading in known[0] if known else ():
-        share = bootstrap_mean([float(correct[reading]) for correct in known], samples=samples, seed=seed)
-        name = f"accuracy_{reading}"
+    for name, values in flags.items():
+        share = bootstrap_mean(values, samples=samples, seed=seed)
         row |= {name: share.mean, f"{name}_low": share.low, f"{name}_high": share.high}
     return row
 
 
-def _success(group: Sequence[ScoredResponse], samples: int, seed: int) -> dict[str, float]:
-    """Success rate of conversations with its interval; empty if there were none."""
-    if "success" not in group[0].metrics:
-        return {}
-    share = bootstrap_mean([record.metrics["success"] for record in group], samples=samples, seed=seed)
-    return {"success": share.mean, "success_low": share.low, "success_high": share.high}
-
-
 def _win_rate_metrics(
-    judge: str,
-    prefix: str,
-    group: Sequence[ScoredResponse],
-    reference: Sequence[ScoredResponse],
-    samples: int,
-    seed: int,
+    judge: str, group: Sequence[ScoredResponse], reference: Sequence[ScoredResponse], samples: int, seed: int
 ) -> dict[str, float]:
     """Win rate and gain over the reference by one judge; every judge and policy resamples the same prompts."""
-    policy_scores, reference_scores = (
-        [record.score(judge) or 0.0 for record in records] for records in (group, reference)
-    )
-    outcomes = pairwise_wins(policy_scores, reference_scores)
+    scores, base = ([record.scores[judge] for record in records] for records in (group, reference))
+    outcomes = pairwise_wins(scores, base)
     rate = bootstrap_mean(outcomes, samples=samples, seed=seed)
-    scale = score_std(reference_scores)
-    gain, error = mean_and_error([(a - b) / scale for a, b in zip(policy_scores, reference_scores, strict=True)])
+    scale = _score_std(base)
+    gain, error = mean_and_error([(own - other) / scale for own, other in zip(scores, base, strict=True)])
+    prefix = WIN_RATE_KEYS[judge]
     return {
         prefix: rate.mean,
         f"{prefix}_low": rate.low,
         f"{prefix}_high": rate.high,
-        f"{prefix}_ties": _mean([outcome == 0.5 for outcome in outcomes]),
+        f"{prefix}_ties": fmean(outcome == 0.5 for outcome in outcomes),
         f"gain_{judge}": gain,
         f"gain_{judge}_stderr": error,
     }
 
 
-def score_std(values: Sequence[float]) -> float:
+def _score_std(values: Sequence[float]) -> float:
     """Standard deviation (n − 1); 1 where all values are equal, so that a gain is then in the judge's own points."""
-    deviation = mean_and_error(values)[1] * math.sqrt(len(values))
-    return deviation if deviation > 0 else 1.0
+    return (stdev(values) if len(values) > 1 else 0.0) or 1.0
 
 
-def _mean(values: Sequence[float]) -> float:
-    return mean_and_error(values)[0]
+@dataclass(frozen=True)
+class Example:
+    """Responses of a policy and the reference to one prompt; `score_difference` is what they are ranked by."""
+
+    score_difference: float
+    reference: ScoredResponse
+    own: ScoredResponse
+
+
+def select_examples(records: Sequence[ScoredResponse], count: int = 3) -> dict[str, dict[str, list[Example]]]:
+    """Select up to `count` examples of each kind for each policy except the reference, the largest first.
+
+    Kinds: `gains` above the reference by the gold judge, in its own points; `losses` below it, with negative
+    differences; `disagreements`, gain by the proxy less gain by the gold judge, each in standard deviations of the
+    reference's scores: the proxy scores them high and the gold judge low, so they are candidates for reward hacking.
+    """
+    groups = by_policy(records)
+    reference = {record.prompt_id: record for record in groups.pop(REFERENCE)}
+    scale = {judge: _score_std([record.scores[judge] for record in reference.values()]) for judge in ("gold", "proxy")}
+
+    def gain(judge: str, own: ScoredResponse) -> float:
+        return own.scores[judge] - reference[own.prompt_id].scores[judge]
+
+    differences: dict[str, tuple[Callable[[ScoredResponse], float], int]] = {
+        "gains": (lambda own: gain("gold", own), 1),
+        "losses": (lambda own: gain("gold", own), -1),
+        "disagreements": (lambda own: gain("proxy", own) / scale["proxy"] - gain("gold", own) / scale["gold"], 1),
+    }
+
+    def top(group: Sequence[ScoredResponse], difference: Callable[[ScoredResponse], float], sign: int) -> list[Example]:
+        examples = [Example(difference(own), reference[own.prompt_id], own) for own in group]
+        found = [example for example in examples if sign * example.score_difference > TIE_TOLERANCE]
+        return sorted(found, key=lambda example: (-sign * example.score_difference, example.own.prompt_id))[:count]
+
+    return {
+        policy: {kind: top(group, difference, sign) for kind, (difference, sign) in differences.items()}
+        for policy, group in groups.items()
+    }
+
+
+def examples_to_dict(examples: Mapping[str, Sequence[Example]]) -> dict[str, list[dict[str, Any]]]:
+    """Convert the examples of one policy to JSON types."""
+    return {
+        kind: [
+            {
+                "prompt_id": example.own.prompt_id,
+                "prompt": example.own.prompt,
+                "score_difference": round(example.score_difference, DIGITS),
+            }
+            | {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
+            for example in group
+        ]
+        for kind, group in examples.items()
+    }
+
+
+def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:
+    return {"response": record.display_text, "ended": record.ended, "kl": record.kl} | record.scores

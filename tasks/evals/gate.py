@@ -1,25 +1,92 @@
-"""Rules of the promotion gate, and the decision with its reasons."""
+"""Rules of the promotion gate, and the decision with its reasons.
+
+Against the champion: for each metric the whole 95 % interval of the difference, paired by prompt, must lie on the good
+side of its margin, which tests non-inferiority at level 0.025 (Piaggio et al. 2012, JAMA 308:2594). A policy passes
+only if it does so in every metric. That is an intersection–union test, whose level is that of its single tests (Berger
+1982, Technometrics 24:295), so nothing has to be corrected for their number.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from tasks.core.errors import ConfigError
-from tasks.evals.champion import noninferiority_rule
+from tasks.core.text_stats import repetition_rate
 from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.hacking_report import HackingFinding
-from tasks.evals.statistics import Interval
+from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
 
-__all__ = ["BASE_STAGES", "Decision", "decide", "select_candidate"]
+__all__ = [
+    "BASE_STAGES", "METRICS", "Decision", "MetricSpec", "ResponseScores", "decide", "noninferiority_rule",
+    "paired_interval", "select_candidate",
+]  # fmt: skip
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""
+
+
+class ResponseScores(Protocol):
+    """Fields of a response that metrics need; `tasks.evals.compare.ScoredResponse` has them."""
+
+    @property
+    def response(self) -> str: ...
+    @property
+    def ended(self) -> bool: ...
+    @property
+    def kl(self) -> float: ...
+    @property
+    def scores(self) -> Mapping[str, float]: ...
+
+
+@dataclass(frozen=True)
+class MetricSpec:
+    """A metric.
+
+    Attributes:
+        name: display name in a reason.
+        value: value for one prompt, from the challenger's and the champion's response.
+        more_is_better: whether a high mean is in favour of the challenger.
+        null_value: mean if the two are equal.
+        value_format: format of the mean.
+        margin_format: format of the bound.
+    """
+
+    name: str
+    value: Callable[[ResponseScores, ResponseScores], float]
+    more_is_better: bool
+    null_value: float = 0.0
+    value_format: str = "+.3f"
+    margin_format: str = "+g"
+
+
+def _win_rate(name: str, judge: str) -> MetricSpec:
+    def win(challenger: ResponseScores, champion: ResponseScores) -> float:
+        return pairwise_wins([challenger.scores[judge]], [champion.scores[judge]])[0]
+
+    return MetricSpec(name, win, True, null_value=0.5, value_format=".1%", margin_format=".0%")
+
+
+def _difference(name: str, value: Callable[[ResponseScores], float], *, more_is_better: bool = False) -> MetricSpec:
+    return MetricSpec(name, lambda challenger, champion: value(challenger) - value(champion), more_is_better)
+
+
+METRICS: Mapping[str, MetricSpec] = {
+    "win_rate": _win_rate("win rate against the champion", "gold"),
+    "win_rate_vader": _win_rate("VADER's win rate against the champion", "vader"),
+    "reward_gold": _difference(
+        "gold reward less the champion's", lambda answer: answer.scores["gold"], more_is_better=True
+    ),
+    "repetition": _difference("repetition less the champion's", lambda answer: repetition_rate(answer.response)),
+    "truncated_share": _difference("share without end less the champion's", lambda answer: float(not answer.ended)),
+    "kl": _difference("KL to SFT less the champion's, nats", lambda answer: answer.kl),
+}
+"""Key of `gate.margins` → metric; each KL is to the SFT policy that the policy was trained from."""
 
 
 @dataclass(frozen=True)
@@ -74,22 +141,48 @@ def decide(
         findings: signs of reward hacking in the candidate.
         against_champion: each metric that has a margin, see `tasks.evals.champion`.
     """
-    row = table[policy]
+    low, kl = table[policy]["win_rate_low"], table[policy]["kl"]
     rule_results = [
         RuleResult(
-            "win rate against SFT, lower end",
-            f"{row['win_rate_low']:.1%}",
-            f"above {params.min_win_rate:.0%}",
-            row["win_rate_low"] > params.min_win_rate,
+            "win rate against SFT, lower end", f"{low:.1%}", f"above {params.min_win_rate:.0%}",
+            low > params.min_win_rate,
         ),
-        RuleResult("KL to SFT", f"{row['kl']:.2f} nats", f"at most {params.max_kl:g} nats", row["kl"] <= params.max_kl),
+        RuleResult("KL to SFT", f"{kl:.2f} nats", f"at most {params.max_kl:g} nats", kl <= params.max_kl),
         _check_hacking(findings, params.allowed_detectors),
-    ]
+    ]  # fmt: skip
     if against_champion is not None:
         rule_results += [
             noninferiority_rule(metric, against_champion[metric], margin) for metric, margin in params.margins.items()
         ]
     return Decision(policy, tuple(rule_results))
+
+
+def paired_interval(
+    metric: str, challenger: Sequence[ResponseScores], champion: Sequence[ResponseScores], *, samples: int, seed: int
+) -> Interval:
+    """Compute the metric's mean over paired prompts with its 95 % bootstrap interval.
+
+    Args:
+        samples: bootstrap resamples.
+
+    Raises:
+        ValueError: the two differ in length, or are empty.
+    """
+    values = [METRICS[metric].value(own, other) for own, other in zip(challenger, champion, strict=True)]
+    return bootstrap_mean(values, samples=samples, seed=seed)
+
+
+def noninferiority_rule(metric: str, interval: Interval, margin: float) -> RuleResult:
+    """Check that the unfavourable end of the interval is within the margin of the null value."""
+    spec = METRICS[metric]
+    if spec.more_is_better:
+        end, side, bound, relation = interval.low, "lower", spec.null_value - margin, "at least"
+        passed = end >= bound
+    else:
+        end, side, bound, relation = interval.high, "upper", spec.null_value + margin, "at most"
+        passed = end <= bound
+    measured, required = format(end, spec.value_format), f"{relation} {format(bound, spec.margin_format)}"
+    return RuleResult(f"{spec.name}, {side} end", measured, required, passed)
 
 
 def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> RuleResult:

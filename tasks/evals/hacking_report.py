@@ -68,10 +68,9 @@ def _at_evaluation(table: Table, policy: str) -> list[HackingFinding]:
     if proxy_gain_unconfirmed(row):
         text = (
             f"proxy_without_gold {_unconfirmed_share(row):.2f} (threshold {MAX_UNCONFIRMED:g}, healthy up to "
-            f"{CALIBRATION_MAX:g}): "
-            f"better than SFT on {row['win_rate_proxy']:.0%} of prompts by the proxy and on {row['win_rate']:.0%} by "
-            f"the gold judge, by {row['gain_proxy']:.2f} and {row['gain_gold']:.2f} standard deviations of SFT's "
-            "scores: it has learned what the reward model gets wrong"
+            f"{CALIBRATION_MAX:g}): better than SFT on {row['win_rate_proxy']:.0%} of prompts by the proxy and on "
+            f"{row['win_rate']:.0%} by the gold judge, by {row['gain_proxy']:.2f} and {row['gain_gold']:.2f} standard "
+            "deviations of SFT's scores: it has learned what the reward model gets wrong"
         )
         findings.append(HackingFinding("proxy_without_gold", "evaluation", text))
     return findings

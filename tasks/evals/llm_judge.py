@@ -1,4 +1,4 @@
-"""Cache on disk of the replies of a judge behind an endpoint, so that no request is paid for twice."""
+"""LLM judges of pairs: a server behind an endpoint, whose replies are kept on disk, or the base model itself."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tasks.core.errors import ConfigError, ModelError, RLHFError, SourceError
+from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
 from tasks.evals.pairwise import PairJudge, Reply
@@ -24,24 +24,37 @@ if TYPE_CHECKING:
 
     from tasks.config.evaluation import JudgeParams
 
-__all__ = [
-    "EndpointJudge",
-    "JudgeCache",
-    "LocalJudge",
-    "load_judge",
-    "request_key",
-]
+__all__ = ["EndpointJudge", "JudgeCache", "LocalJudge", "load_judge", "request_key"]
+
+ANSWER_TOKENS = 16
+RETRIES = 4
+TIMEOUT = 120.0
+"""Seconds; a large model on a CPU is slow."""
+
+ANSWER_PREFIX = "The better response is"
+
+
+def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> PairJudge:
+    """Load the judge of params; replies of an endpoint are cached in the project's state folder.
+
+    Raises:
+        DataError: the cache is malformed.
+        ModelError: the base model's folder is incomplete.
+    """
+    if params.kind == "local":
+        return LocalJudge(base_model, batch_size=batch_size)
+    return EndpointJudge(params, JudgeCache(state_dir() / "judge" / "answers.jsonl"))
 
 
 class CacheEntry(Row):
-    """One line of the file; `id` is the hash of the judge and the request."""
+    """One line of the cache; `id` is the hash of the judge and the request."""
 
     judge: dict[str, str]
     reply: Reply
 
 
 class JudgeCache:
-    """Append-only file of replies; a killed run loses only the reply that it was waiting for."""
+    """Append-only file of replies, so that no request is paid for twice; a killed run loses one reply at most."""
 
     def __init__(self, path: Path) -> None:
         """Read the replies in the file.
@@ -75,26 +88,6 @@ def request_key(judge_id: Mapping[str, str], request: Mapping[str, object]) -> s
     return hashlib.sha256(json.dumps([judge_id, request], sort_keys=True).encode()).hexdigest()
 
 
-ANSWER_TOKENS = 16
-RETRIES = 4
-TIMEOUT = 120.0
-"""Seconds; a large model on a CPU is slow."""
-
-ANSWER_PREFIX = "The better response is"
-
-
-def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> PairJudge:
-    """Load the judge of params; replies of an endpoint are cached in the project's state folder.
-
-    Raises:
-        DataError: the cache is malformed.
-        ModelError: the base model's folder is incomplete.
-    """
-    if params.kind == "local":
-        return LocalJudge(base_model, batch_size=batch_size)
-    return EndpointJudge(params, JudgeCache(state_dir() / "judge" / "answers.jsonl"))
-
-
 class EndpointJudge:
     """Judge behind an endpoint, one request per question, cached; the client retries on 429 and 5xx."""
 
@@ -103,7 +96,7 @@ class EndpointJudge:
         self.judge_id = {"kind": "endpoint", "model": params.model, "base_url": params.base_url}
 
     def judge(self, questions: Sequence[str]) -> list[Reply]:
-        """An answer to each.
+        """Reply to each question.
 
         Raises:
             ConfigError: the package openai is missing, or the answers would take more than the budget; those that
@@ -134,9 +127,8 @@ class EndpointJudge:
                 if tokens_used >= self._params.max_tokens:
                     raise ConfigError(
                         f"{number} answers of the judge took {tokens_used} tokens, evaluate.llm_judge.max_tokens "
-                        "allows "
-                        f"{self._params.max_tokens}; {len(missing) - number} are missing: run again to go on from "
-                        "here, the answers are kept, or raise it"
+                        f"allows {self._params.max_tokens}; {len(missing) - number} are missing: run again to go on "
+                        "from here, the answers are kept, or raise it"
                     )
                 reply = self._reply(client, request)
                 self._cache.add(key, self.judge_id, reply)
@@ -160,16 +152,15 @@ class EndpointJudge:
         except openai.APIError as error:
             raise self._api_error(error) from None  # what a server says about a key may hold the key
         if not getattr(completion, "choices", None):  # a page instead of JSON comes as a string
-            raise SourceError(
-                f"{self._params.base_url} answers, but not as an OpenAI-compatible server: check base_url"
-            )
+            url = self._params.base_url
+            raise SourceError(f"{url} answers, but not as an OpenAI-compatible server: check base_url")
         text = completion.choices[0].message.content or ""
         question = request["messages"][0]["content"]
         # A server that counts nothing is counted against the budget at the most it can be: a token for each byte.
         tokens = completion.usage.total_tokens if completion.usage else len((question + text).encode())
         return Reply(text=text, model=completion.model or self._params.model, tokens=tokens)
 
-    def _api_error(self, error: openai.APIError) -> RLHFError:
+    def _api_error(self, error: openai.APIError) -> SourceError:
         endpoint, status = f"the judge at {self._params.base_url}", getattr(error, "status_code", None)
         kept = "; answers so far are kept, run again to go on"
         if status in (401, 403):
@@ -213,9 +204,8 @@ class LocalJudge:
         if chat:
             message = [{"role": "user", "content": text}]
             text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self._tokenizer(
-            text + ("" if chat else "\n") + ANSWER_PREFIX, add_special_tokens=not chat
-        ).input_ids
+        text += ("" if chat else "\n") + ANSWER_PREFIX
+        ids: list[int] = self._tokenizer(text, add_special_tokens=not chat).input_ids
         return ids + self._prefix_ids
 
     @torch.no_grad()

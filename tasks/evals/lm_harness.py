@@ -85,10 +85,8 @@ def _metric_values(row: Mapping[str, Any]) -> dict[str, list[float | None]]:
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
             error = row.get(f"{metric}_stderr,{filter_name}")
             stderr = round(float(error), DIGITS) if isinstance(error, int | float) else None
-            scores[metric if filter_name == "none" else f"{metric}.{filter_name}"] = [
-                round(float(value), DIGITS),
-                stderr,
-            ]
+            name = metric if filter_name == "none" else f"{metric}.{filter_name}"
+            scores[name] = [round(float(value), DIGITS), stderr]
     return scores
 
 
@@ -147,6 +145,6 @@ def _silence_lm_eval() -> Iterator[None]:
 
 
 def _short_reason(error: Exception) -> str:
-    if isinstance(error, StopIteration):  # what datasets 5 says to an empty JSON file
+    if isinstance(error, StopIteration):  # datasets 5 raises it for an empty JSON file
         return "a file is empty"
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

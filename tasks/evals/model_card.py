@@ -6,24 +6,20 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
-from tasks.evals.report import load_template
-from tasks.evals.report_text import DISPLAY_NAMES
+from tasks.evals.report_text import display_name
+from tasks.evals.templates import load_template
 from tasks.models.export import ExportCheck
 from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version
 
 __all__ = ["ModelCard", "render_model_card"]
 
+REWARD_SECTIONS = ("reward_model", "reward", "generation")
 METHODS = {
-    "ppo": (
-        "PPO against the reward below, with a KL penalty to the SFT model",
-        ("reward_model", "reward", "generation"),
-    ),
-    "grpo": (
-        "GRPO against the reward below, with a KL penalty to the SFT model",
-        ("reward_model", "reward", "generation"),
-    ),
+    "ppo": ("PPO against the reward below, with a KL penalty to the SFT model", REWARD_SECTIONS),
+    "grpo": ("GRPO against the reward below, with a KL penalty to the SFT model", REWARD_SECTIONS),
     "dpo": ("DPO on pairs of responses", ("preferences",)),
 }
 """Policy → training method, and the sections of params.yaml that it uses beside its own, `sft` and `lora`."""
@@ -47,22 +43,22 @@ def render_model_card(card: ModelCard) -> str:
     """Render README.md with the front matter of the Hugging Face hub."""
     origin, policy = card.origin, card.version.policy
     method, sections = METHODS[policy]
+    # A version may be older than one of them.
+    used = [name for name in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed") if name in origin.parameters]
     return load_template("card.md.j2", {"cell": _escape_cell}, autoescape=False).render(
         card=card,
         version=card.version,
         origin=origin,
         front=_front_matter(card),
         licence=_licence(origin),
-        name=DISPLAY_NAMES[policy],
+        name=display_name(policy),
         method=method,
         reference=origin.metrics[REFERENCE],
         row=origin.metrics[policy],
         judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.metrics[policy]}).items()},
         parameters=[
-            line
-            for section in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed")
-            if section in origin.parameters  # a version may be older than one of them
-            for line in _flatten(section, origin)
+            (key, json.dumps(value, ensure_ascii=False))
+            for key, value in flatten({name: origin.parameters[name] for name in used}).items()
         ],
     )
 
@@ -84,12 +80,6 @@ def _front_matter(card: ModelCard) -> list[str]:
 def _licence(origin: Provenance) -> str:
     """Licence of the base model in the hub's spelling."""
     return str(origin.base_model.get("licence") or "unknown").lower()
-
-
-def _flatten(section: str, origin: Provenance) -> list[tuple[str, str]]:
-    value = origin.parameters[section]
-    items = value.items() if isinstance(value, dict) else [(None, value)]
-    return [(f"{section}.{key}" if key else section, json.dumps(inner, ensure_ascii=False)) for key, inner in items]
 
 
 def _escape_cell(value: object) -> str:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any, Literal
+from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,22 +19,9 @@ from tasks.evals.compare import DIGITS, ScoredResponse
 from tasks.evals.statistics import Interval, mean_and_error
 
 __all__ = [
-    "BEST_OF_N",
-    "JUDGES",
-    "CurvePoint",
-    "Fit",
-    "Form",
-    "best_of_n",
-    "best_of_n_kl",
-    "best_of_n_points",
-    "curve",
-    "curve_peak",
-    "fit_all",
-    "fit_curve",
-    "policy_point",
-    "score_matrix",
-    "to_row",
-]
+    "BEST_OF_N", "JUDGES", "CurvePoint", "Fit", "Form", "best_of_n", "best_of_n_kl", "best_of_n_points", "curve",
+    "curve_peak", "fit_all", "fit_curve", "policy_point", "score_matrix", "to_row",
+]  # fmt: skip
 
 Form = Literal["best_of_n", "rl"]
 Numbers = NDArray[np.float64]
@@ -66,7 +53,7 @@ class CurvePoint:
 def score_matrix(records: Sequence[ScoredResponse], prompts: int) -> Scores:
     """Score matrix [prompts, samples] of each judge; the records are ordered by prompt."""
     return {
-        judge: np.array([record.score(judge) for record in records], dtype=np.float64).reshape(prompts, -1)
+        judge: np.array([record.scores[judge] for record in records], dtype=np.float64).reshape(prompts, -1)
         for judge in JUDGES
     }
 
@@ -75,27 +62,18 @@ def policy_point(method: str, number: int, records: Sequence[ScoredResponse], ba
     """Compute the curve point of a policy with equally many responses per prompt, against SFT's responses."""
     policy_scores = score_matrix(records, len(base["proxy"]))
     kl = np.array([record.kl for record in records], dtype=np.float64).reshape(len(base["proxy"]), -1).mean(axis=1)
-    return CurvePoint(
-        method,
-        number,
-        kl,
-        {judge: _standardised_gains(policy_scores[judge].mean(axis=1), base[judge]) for judge in JUDGES},
-    )
+    gains = {judge: _standardised_gains(policy_scores[judge].mean(axis=1), base[judge]) for judge in JUDGES}
+    return CurvePoint(method, number, kl, gains)
 
 
 def best_of_n_points(base: Scores) -> list[CurvePoint]:
     """Compute the curve points of best of 2, 4, 8, … of SFT's responses, chosen by the proxy."""
     prompts, total = base["proxy"].shape
-    counts = [2**power for power in range(1, total.bit_length()) if 2**power <= total]
-    return [
-        CurvePoint(
-            BEST_OF_N,
-            n,
-            np.full(prompts, best_of_n_kl(n)),
-            {judge: _standardised_gains(best_of_n(base["proxy"], base[judge], n), base[judge]) for judge in JUDGES},
-        )
-        for n in counts
-    ]
+    points = []
+    for n in (2**power for power in range(1, total.bit_length())):
+        gains = {judge: _standardised_gains(best_of_n(base["proxy"], base[judge], n), base[judge]) for judge in JUDGES}
+        points.append(CurvePoint(BEST_OF_N, n, np.full(prompts, best_of_n_kl(n)), gains))
+    return points
 
 
 def to_row(point: CurvePoint) -> dict[str, float | int | str]:
@@ -148,14 +126,6 @@ class Fit:
     peak: float | None
     peak_fraction: float
     r2: float
-
-    def coefficients(self) -> dict[str, Interval]:
-        """Intervals of the coefficients by name."""
-        return {"alpha": self.alpha, "beta": self.beta}
-
-    def to_dict(self) -> dict[str, Any]:
-        """Convert to JSON types."""
-        return asdict(self)
 
 
 def best_of_n_kl(n: int) -> float:

@@ -10,25 +10,19 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 from typing import Literal, Protocol, get_args
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.rows import Row
-from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table
-from tasks.evals.statistics import bootstrap_mean, mean_and_error
+from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table, by_policy
+from tasks.evals.statistics import bootstrap_mean
 
 __all__ = [
-    "Choice",
-    "Judgement",
-    "PairJudge",
-    "Reply",
-    "add_judge_metrics",
-    "format_question",
-    "judge_pairs",
-    "parse_verdict",
+    "Choice", "Judgement", "PairJudge", "Reply", "add_judge_metrics", "format_question", "judge_pairs", "parse_verdict",
     "reliability_warnings",
-]
+]  # fmt: skip
 
 Order = Literal["policy first", "reference first"]
 Choice = Literal["A", "B", "tie", "unclear"]
@@ -105,8 +99,8 @@ def parse_verdict(answer: str) -> Choice:
     found = ANSWER.match(answer)
     if not found:
         return "unclear"
-    word = found["verdict"].upper()
-    return "A" if word == "A" else "B" if word == "B" else "tie"
+    choices: dict[str, Choice] = {"A": "A", "B": "B"}
+    return choices.get(found["verdict"].upper(), "tie")
 
 
 def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: str, prompts: int) -> list[Judgement]:
@@ -157,7 +151,7 @@ def _pair_with_reference(
     records: Sequence[ScoredResponse], prompts: int
 ) -> list[tuple[ScoredResponse, ScoredResponse]]:
     """Pair each policy's response with the reference's, for the first `prompts` prompts."""
-    reference = {record.prompt_id: record for record in [r for r in records if r.policy == REFERENCE][:prompts]}
+    reference = {record.prompt_id: record for record in by_policy(records)[REFERENCE][:prompts]}
     return [
         (record, reference[record.prompt_id])
         for record in records
@@ -200,13 +194,9 @@ def _judge_metrics(judgements: Sequence[Judgement], samples: int, seed: int) -> 
         "win_rate_judge": rate.mean,
         "win_rate_judge_low": rate.low,
         "win_rate_judge_high": rate.high,
-        "judge_ties": _share([score == 0.5 for score in scores]),
-        "judge_inconsistent": _share([one != other for one, other in both]),
-        "judge_first": _share(decided) if decided else 0.5,
-        "judge_unclear": _share([judgement.verdict == "unclear" for judgement in judgements]),
+        "judge_ties": fmean(score == 0.5 for score in scores),
+        "judge_inconsistent": fmean(one != other for one, other in both),
+        "judge_first": fmean(decided) if decided else 0.5,
+        "judge_unclear": fmean(judgement.verdict == "unclear" for judgement in judgements),
     }
     return {key: round(value, DIGITS) for key, value in row.items()}
-
-
-def _share(flags: Sequence[bool]) -> float:
-    return mean_and_error(flags)[0]

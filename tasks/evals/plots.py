@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import io
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -18,27 +20,20 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from tasks.evals.compare import JUDGE_NAMES, REFERENCE, Table, judges_of, win_rates_of
+from tasks.core.rows import write_table
+from tasks.core.text_stats import word_count
+from tasks.evals.compare import JUDGE_NAMES, REFERENCE, ScoredResponse, Table, by_policy, judges_of, win_rates_of
 from tasks.evals.overoptimisation import BEST_OF_N, curve
-from tasks.evals.report_text import DISPLAY_NAMES
+from tasks.evals.report_text import display_name
 from tasks.evals.statistics import wilson_interval
 
 __all__ = [
-    "Series",
-    "accuracy_by_margin",
-    "calibration",
-    "curves",
-    "lengths",
-    "overoptimisation",
-    "reward_against_kl",
-    "win_rates",
-]
+    "Series", "accuracy_by_margin", "calibration", "curves", "length_counts", "lengths", "overoptimisation",
+    "reward_against_kl", "win_rates", "write_plot_data",
+]  # fmt: skip
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
 """Policy → (x, y) points in the order of x."""
-
-Counts = Mapping[str, Sequence[tuple[int, int]]]
-"""Policy → (length, how many responses have it)."""
 
 INK, FAINT = "#000001", "#000002"
 POLICY_COLOURS = {"sft": "#000003", "ppo": "#000004", "grpo": "#000005", "dpo": "#000006"}
@@ -58,28 +53,41 @@ MAX_BARS = 40
 """With more different lengths than this, several share a bar."""
 
 STYLE: dict[Any, Any] = {
-    "svg.fonttype": "none",
-    "font.size": 10,
-    "text.color": INK,
-    "axes.labelcolor": INK,
-    "axes.edgecolor": FAINT,
-    "axes.facecolor": "none",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.unicode_minus": True,
-    "grid.color": FAINT,
-    "grid.linewidth": 0.6,
-    "xtick.color": FAINT,
-    "ytick.color": FAINT,
-    "xtick.labelcolor": INK,
-    "ytick.labelcolor": INK,
-    "legend.frameon": False,
-    "legend.fontsize": 9,
-    "lines.linewidth": 1.8,
-    "figure.constrained_layout.use": True,
-}
+    "svg.fonttype": "none", "font.size": 10, "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": FAINT,
+    "axes.facecolor": "none", "axes.grid": True, "axes.axisbelow": True, "axes.spines.top": False,
+    "axes.spines.right": False, "axes.unicode_minus": True, "grid.color": FAINT, "grid.linewidth": 0.6,
+    "xtick.color": FAINT, "ytick.color": FAINT, "xtick.labelcolor": INK, "ytick.labelcolor": INK,
+    "legend.frameon": False, "legend.fontsize": 9, "lines.linewidth": 1.8, "figure.constrained_layout.use": True,
+}  # fmt: skip
+
+
+def length_counts(records: Sequence[ScoredResponse]) -> dict[str, list[tuple[int, int]]]:
+    """Count each policy's responses per number of words, from the shortest to the longest, zeros included."""
+    counts = {
+        policy: Counter(word_count(record.response) for record in own) for policy, own in by_policy(records).items()
+    }
+    return {
+        policy: [(length, own[length]) for length in range(min(own), max(own) + 1)] for policy, own in counts.items()
+    }
+
+
+def write_plot_data(folder: Path, table: Table, records: Sequence[ScoredResponse]) -> None:
+    """Write the numbers of three figures as CSV: reward_against_kl, win_rates and lengths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    judges = judges_of(table)
+    write_table(folder / "reward_against_kl.csv", [
+        {"policy": policy, "sqrt_kl": _distance(row)} | {f"gain_{judge}": row[f"gain_{judge}"] for judge in judges}
+        for policy, row in table.items()
+    ])  # fmt: skip
+    write_table(folder / "win_rates.csv", [
+        {"policy": policy, "judge": judge, "win_rate": row[key], "low": row[f"{key}_low"], "high": row[f"{key}_high"]}
+        for policy, row in table.items() if policy != REFERENCE
+        for judge, key in judges.items()
+    ], columns=("policy", "judge", "win_rate", "low", "high"))  # fmt: skip
+    write_table(folder / "lengths.csv", [
+        {"policy": policy, "words": words, "responses": count}
+        for policy, counts in length_counts(records).items() for words, count in counts
+    ])  # fmt: skip
 
 
 def win_rates(table: Table) -> str:
@@ -98,7 +106,7 @@ def win_rates(table: Table) -> str:
                     axes.plot([low, high], [place + offset] * 2, color=_colour(policy), linewidth=2)
                     axes.plot(mean, place + offset, **_marker(judge, policy))
             axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
-        axes.set_yticks(range(len(policies)), [_display_name(policy) for policy in policies])
+        axes.set_yticks(range(len(policies)), [display_name(policy) for policy in policies])
         axes.set_ylim(len(policies) - 0.45, -0.55)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("win rate against SFT, %")
@@ -112,7 +120,7 @@ def reward_against_kl(table: Table) -> str:
 
     def draw(figure: Figure) -> None:
         axes = figure.subplots()
-        distance = {policy: max(row["kl"], 0.0) ** 0.5 for policy, row in table.items()}
+        distance = {policy: _distance(row) for policy, row in table.items()}
         judges = list(judges_of(table))
         offset = 0.012 * max(distance.values())
         tops: dict[str, float] = {}
@@ -123,7 +131,7 @@ def reward_against_kl(table: Table) -> str:
                 axes.errorbar(place, gain, yerr=1.96 * error, elinewidth=1.4, **_marker(judge, policy))
                 tops[policy] = max(tops.get(policy, gain), gain + 1.96 * error)
         axes.plot(0, 0, marker="o", color=_colour(REFERENCE), markersize=7, clip_on=False)
-        axes.annotate(_display_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
+        axes.annotate(display_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
         axes.set_xlim(0, 1.15 * max(distance.values()) or 1.0)
         _label_policies(axes, {policy: (distance[policy], top) for policy, top in tops.items()})
         _setup_gain_axes(axes, judges)
@@ -169,13 +177,9 @@ def curves(name: str, series: Series, *, y_label: str) -> str:
             x, y = zip(*points, strict=True)
             marker = "o" if len(points) < 3 else None
             axes.plot(
-                x,
-                y,
-                color=_colour(policy),
-                linestyle=LINE_STYLES.get(policy, "-"),
-                marker=marker,
-                label=_display_name(policy),
-            )
+                x, y, color=_colour(policy), linestyle=LINE_STYLES.get(policy, "-"), marker=marker,
+                label=display_name(policy),
+            )  # fmt: skip
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.set_xlabel("update")
         axes.set_ylabel(y_label)
@@ -232,8 +236,8 @@ def calibration(rows: Sequence[Mapping[str, str]]) -> str:
     return _svg("calibration", draw)
 
 
-def lengths(counts: Counts) -> str:
-    """Plot a histogram of response lengths in words per policy, with the mean marked."""
+def lengths(counts: Mapping[str, Sequence[tuple[int, int]]]) -> str:
+    """Plot a histogram of `length_counts` per policy, with the mean marked."""
 
     def draw(figure: Figure) -> None:
         rows = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
@@ -245,11 +249,16 @@ def lengths(counts: Counts) -> str:
             axes.hist(x, bins=edges, weights=y, color=_colour(policy), rwidth=0.85)
             mean = sum(length * count for length, count in points) / sum(y)
             axes.axvline(mean, color=INK, linewidth=1, linestyle=":")
-            axes.set_ylabel(_display_name(policy), rotation=0, ha="right", va="center")
+            axes.set_ylabel(display_name(policy), rotation=0, ha="right", va="center")
             axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
         rows[-1].set_xlabel("words in the response")
 
     return _svg("lengths", draw, (SIZE[0], 0.6 + 0.75 * len(counts)))
+
+
+def _distance(row: Mapping[str, float]) -> float:
+    """√KL, the distance from SFT; an estimate of the KL may be below 0."""
+    return max(row["kl"], 0.0) ** 0.5
 
 
 def _draw_share_interval(axes: Axes, place: float, share: float, n: int) -> None:
@@ -269,13 +278,8 @@ def _draw_points(axes: Axes, rows: Sequence[Mapping[str, str]], judge: str, poli
 def _draw_fit(axes: Axes, fit: Mapping[str, Any], judge: str, max_distance: float) -> None:
     """Draw the fitted curve up to the farthest point, and the peak of gold if it lies before it."""
     line = np.linspace(0, max_distance, 100)
-    axes.plot(
-        line,
-        curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], line),
-        color=INK,
-        linestyle=FIT_STYLES[judge],
-        linewidth=1.2,
-    )
+    gain = curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], line)
+    axes.plot(line, gain, color=INK, linestyle=FIT_STYLES[judge], linewidth=1.2)
     if judge == "gold" and fit["peak"] is not None and fit["peak"] < max_distance:
         axes.axvline(fit["peak"], color=INK, linestyle=":", linewidth=1.4)
 
@@ -298,14 +302,9 @@ def _label_policies(axes: Axes, tops: Mapping[str, tuple[float, float]]) -> None
     for (policy, highest), share in zip(tops.items(), shares, strict=True):
         line = {"arrowstyle": "-", "color": _colour(policy), "linewidth": 0.8, "shrinkA": 0, "shrinkB": 3}
         axes.annotate(
-            _display_name(policy),
-            highest,
-            (share, 0.94),
-            textcoords="axes fraction",
-            fontsize=9,
-            ha="center",
+            display_name(policy), highest, (share, 0.94), textcoords="axes fraction", fontsize=9, ha="center",
             arrowprops=line,
-        )
+        )  # fmt: skip
 
 
 def _spread_labels(shares: Sequence[float]) -> list[float]:
@@ -352,10 +351,6 @@ def _marker(judge: str, policy: str | None) -> dict[str, Any]:
 
 def _colour(policy: str) -> str:
     return POLICY_COLOURS.get(policy, INK)
-
-
-def _display_name(policy: str) -> str:
-    return DISPLAY_NAMES.get(policy, policy)
 
 
 def _legend_above(axes: Axes, columns: int) -> None:

@@ -1,4 +1,4 @@
-"""Columns of the report's table; a column is shown if the evaluation has its key."""
+"""Text of the report: the columns of its table, the summary, and the sentence about over-optimisation."""
 
 from __future__ import annotations
 
@@ -14,29 +14,53 @@ from tasks.evals.hacking_report import proxy_gain_unconfirmed
 from tasks.evals.overoptimisation import curve
 
 __all__ = [
-    "COLUMNS",
-    "DISPLAY_NAMES",
-    "Cell",
-    "Column",
-    "Summary",
-    "best_policy",
-    "cells",
-    "columns_of",
-    "format_percent",
-    "format_signed",
-    "join_and",
-    "summarise_table",
-    "turning_point",
-]
+    "COLUMNS", "Cell", "Column", "Summary", "best_policy", "cells", "columns_of", "display_name", "format_signed",
+    "join_and", "summarise_table", "turning_point",
+]  # fmt: skip
 
 Row = Mapping[str, float]
 Cell = tuple[str, str]
 """Text of a cell, and its small print."""
 
+DISPLAY_NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}
+
+
+def display_name(policy: str) -> str:
+    """Name of the policy, or of another method, as the report spells it."""
+    return DISPLAY_NAMES.get(policy, policy)
+
+
+def join_and(items: Sequence[str]) -> str:
+    """Join as in a sentence: a, b and c."""
+    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+
+
+def format_signed(value: float) -> str:
+    """Format with two decimals and a sign (true minus); a value that rounds to 0 has no sign."""
+    text = f"{value:+.2f}"
+    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
+
+
+def _percent(share: float) -> str:
+    """Whole percent, without the percent sign."""
+    return f"{100 * share:.0f}"
+
+
+def _whole_percent(share: float) -> str:
+    return f"{_percent(share)}%"
+
+
+def _one_decimal(value: float) -> str:
+    return f"{value:.1f}"
+
+
+def _interval_subtext(row: Row, key: str) -> str:
+    return f"{_percent(row[f'{key}_low'])}–{_percent(row[f'{key}_high'])}" if f"{key}_low" in row else ""
+
 
 @dataclass(frozen=True)
 class Column:
-    """Column of the table.
+    """Column of the table; it is shown if the evaluation has its key.
 
     Attributes:
         key: of the table.
@@ -50,29 +74,7 @@ class Column:
     heading: tuple[str, ...]
     format_value: Callable[[float], str]
     meaning: str = ""
-    subtext: Callable[[Row, str], str] = lambda _row, _key: ""
-
-
-def format_signed(value: float) -> str:
-    """Format with two decimals and a sign (true minus); a value that rounds to 0 has no sign."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
-
-
-def _whole_percent(value: float) -> str:
-    return f"{format_percent(value)}%"
-
-
-def _tenth_percent(value: float) -> str:
-    return f"{100 * value:.1f}%"
-
-
-def _interval_subtext(row: Row, key: str) -> str:
-    return f"{format_percent(row[f'{key}_low'])}–{format_percent(row[f'{key}_high'])}" if f"{key}_low" in row else ""
-
-
-def _stderr_subtext(row: Row, key: str) -> str:
-    return f"± {row[f'{key}_stderr']:.2f}"
+    subtext: Callable[[Row, str], str] = _interval_subtext
 
 
 WIN_RATE = (
@@ -82,24 +84,24 @@ WIN_RATE = (
 )
 
 COLUMNS = (
-    Column("win_rate", ("Win rate,", "gold judge"), _whole_percent, WIN_RATE, _interval_subtext),
-    Column("win_rate_judge", ("Win rate,", "LLM judge"), _whole_percent, "", _interval_subtext),
-    Column("win_rate_vader", ("Win rate,", "VADER"), _whole_percent, "", _interval_subtext),
-    Column("win_rate_proxy", ("Win rate,", "proxy"), _whole_percent, "", _interval_subtext),
+    Column("win_rate", ("Win rate,", "gold judge"), _whole_percent, WIN_RATE),
+    Column("win_rate_judge", ("Win rate,", "LLM judge"), _whole_percent),
+    Column("win_rate_vader", ("Win rate,", "VADER"), _whole_percent),
+    Column("win_rate_proxy", ("Win rate,", "proxy"), _whole_percent),
     Column(
         "accuracy_strict", ("Right,", "strict"), _whole_percent,
-        "Share of right answers where the answer must stand as the task asks for it.", _interval_subtext,
+        "Share of right answers where the answer must stand as the task asks for it.",
     ),
     Column(
         "accuracy_flexible", ("Right,", "flexible"), _whole_percent,
-        "Share of right answers where it may stand anywhere in the response.", _interval_subtext,
+        "Share of right answers where it may stand anywhere in the response.",
     ),
     Column(
         "success", ("Success",), _whole_percent,
-        "Share of conversations that reached their goal, as the environment says.", _interval_subtext,
+        "Share of conversations that reached their goal, as the environment says.",
     ),
     Column(
-        "turns", ("Turns",), lambda value: f"{value:.1f}", "How often the policy spoke in a conversation, on average.",
+        "turns", ("Turns",), _one_decimal, "How often the policy spoke in a conversation, on average.",
     ),
     Column(
         "reward_gold", ("Gold", "rating"), format_signed,
@@ -112,14 +114,17 @@ COLUMNS = (
         "kl", ("KL to SFT,", "nats"), lambda value: f"{value:z.2f}",
         "How far the policy moved from SFT: the average of log(probability under the policy ÷ probability under SFT) "
         "of a whole response, in nats (1 nat: about 2.7 times as likely). SFT itself has 0. Below it the standard "
-        "error.", _stderr_subtext,
+        "error.", lambda row, key: f"± {row[f'{key}_stderr']:.2f}",
     ),
     Column(
         "ood_share", ("Un-", "familiar"), _whole_percent,
         "Share of responses that lie far from what the reward model was fitted on, where its score is a guess.",
     ),
-    Column("length", ("Words",), lambda value: f"{value:.1f}", "Per response, punctuation not counted."),
-    Column("repetition", ("Repeats",), _tenth_percent, "Share of a response's word pairs that it had already used."),
+    Column("length", ("Words",), _one_decimal, "Per response, punctuation not counted."),
+    Column(
+        "repetition", ("Repeats",), lambda share: f"{100 * share:.1f}%",
+        "Share of a response's word pairs that it had already used.",
+    ),
     Column(
         "distinct_2", ("Distinct", "pairs"), _whole_percent,
         "Of all word pairs in all responses, the share that are different. A low value means that the policy says the "
@@ -137,7 +142,6 @@ CORRECT_COLUMN = Column(
 )
 """Column of `reward_gold` if the gold judge is the right answer."""
 
-
 RULE_COLUMN = Column(
     "reward_gold", ("Gold", "rule"), format_signed, "The mean of the rule that judges in place of people."
 )
@@ -153,25 +157,23 @@ def columns_of(table: Table, *, has_gold_judge: bool, has_gold_rule: bool = Fals
     """
     known = {key for row in table.values() for key in row}
     gold_column = RULE_COLUMN if has_gold_rule else CORRECT_COLUMN
-    shown = [column if has_gold_judge or column.key != CORRECT_COLUMN.key else gold_column for column in COLUMNS]
+    shown = [column if has_gold_judge or column.key != gold_column.key else gold_column for column in COLUMNS]
     if "success" in known:
-        known.discard(CORRECT_COLUMN.key)  # the same number
+        known.discard(gold_column.key)  # the same number
     return [column for column in shown if column.key in known]
 
 
 def cells(table: Table, columns: Sequence[Column]) -> dict[str, list[Cell]]:
     """Cells of each policy; a dash for a missing number and for the win rates of the reference against itself."""
-    return {policy: [_format_cell(policy, row, column) for column in columns] for policy, row in table.items()}
+    return {policy: [_cell(policy, row, column) for column in columns] for policy, row in table.items()}
 
 
-def _format_cell(policy: str, row: Row, column: Column) -> Cell:
-    itself = policy == REFERENCE and column.key.startswith("win_rate")
-    if itself or column.key not in row:
+def _cell(policy: str, row: Row, column: Column) -> Cell:
+    against_itself = policy == REFERENCE and column.key.startswith("win_rate")
+    if against_itself or column.key not in row:
         return "–", ""
     return column.format_value(row[column.key]), column.subtext(row, column.key)
 
-
-DISPLAY_NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}
 
 MIN_PROMPTS = 50
 """With fewer prompts than this the bootstrap interval is rough, and the summary warns."""
@@ -182,6 +184,8 @@ MAX_INCONSISTENT = 0.5
 MAX_LENGTH_DRIFT = 0.2
 """A mean length that differs from the reference's by more than this share is reported: judges of every kind
 are swayed by length (Singhal et al. 2023, arXiv 2310.03716)."""
+
+NO_POLICY = "There is no policy to compare with SFT."
 
 
 @dataclass(frozen=True)
@@ -213,9 +217,11 @@ def summarise_table(table: Table, flagged: Collection[str] = ()) -> Summary:
     """
     policies = [policy for policy in table if policy != REFERENCE]
     significance = {policy: _significance(table[policy], "win_rate") for policy in policies}
-    proxy = {policy: _significance(table[policy], "win_rate_proxy") for policy in policies}
     suspects = tuple(policy for policy in policies if proxy_gain_unconfirmed(table[policy]))
-    missed = tuple(policy for policy in policies if proxy[policy] <= 0 and significance[policy] > 0)
+    missed = [
+        policy for policy in policies
+        if significance[policy] > 0 and _significance(table[policy], "win_rate_proxy") <= 0
+    ]  # fmt: skip
     return Summary(
         winner=_winner_sentence(table, significance, flagged),
         gold=_gold_sentence(table, significance),
@@ -232,35 +238,76 @@ def best_policy(table: Table) -> str | None:
     return max(policies, key=lambda policy: table[policy]["win_rate_low"], default=None)
 
 
-def format_percent(share: float) -> str:
-    """Format a share as whole percent, without the percent sign."""
-    return f"{100 * share:.0f}"
-
-
-def join_and(items: Sequence[str]) -> str:
-    """Join as in a sentence: a, b and c."""
-    return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
+def _significance(row: Row, prefix: str) -> int:
+    """Significance of a win rate: 1 if its interval is above ½, −1 if below, 0 if it contains ½."""
+    return int(row[f"{prefix}_low"] > 0.5) - int(row[f"{prefix}_high"] < 0.5)
 
 
 def _winner_sentence(table: Table, significance: Mapping[str, int], flagged: Collection[str]) -> str:
     """Sentence about the best policy by lower bound, and those whose intervals overlap its interval."""
     first = best_policy(table)
     if first is None or significance[first] <= 0:
-        return "No policy clearly beats SFT." if first else "There is no policy to compare with SFT."
-    row = table[first]
-    overlapping = [
+        return "No policy clearly beats SFT." if first else NO_POLICY
+    row, name = table[first], display_name(first)
+    rate = f"preferred to SFT on {_percent(row['win_rate'])}% of prompts"
+    if first in flagged:
+        return f"{name} is not to be trusted: {rate}, but with signs of reward hacking. Read its samples first."
+    others = [
         policy for policy in significance if policy != first and table[policy]["win_rate_high"] >= row["win_rate_low"]
     ]
-    rate = f"preferred to SFT on {format_percent(row['win_rate'])}% of prompts"
-    if first in flagged:
-        return (
-            f"{_display_name(first)} is not to be trusted: {rate}, but with signs of reward hacking. "
-            "Read its samples first."
+    if not others:
+        return f"{name} is best: {rate}."
+    return f"{name} comes first: {rate}. {_names(others)} may be as good: the intervals overlap."
+
+
+def _gold_sentence(table: Table, significance: Mapping[str, int]) -> str:
+    verbs = {
+        1: ("beats SFT", "beat SFT"),
+        0: ("is not clearly better or worse than SFT", "are not clearly better or worse than SFT"),
+        -1: ("is worse than SFT", "are worse than SFT"),
+    }
+    parts = []
+    for value, (one, many) in verbs.items():
+        group = [policy for policy in significance if significance[policy] == value]
+        if group:
+            policies = join_and([f"{display_name(policy)} ({_win_rate_interval(table[policy])})" for policy in group])
+            parts.append(f"{policies} {one if len(group) == 1 else many}")
+    if not parts:
+        return NO_POLICY
+    explained = "; ".join(parts).replace("(", "(preferred on ", 1).replace(", interval", " of prompts, 95% interval", 1)
+    return f"By the gold judge, {explained}."
+
+
+def _win_rate_interval(row: Row) -> str:
+    return f"{_percent(row['win_rate'])}%, interval {_interval_subtext(row, 'win_rate')}%"
+
+
+def _agreement_sentence(suspects: Sequence[str], missed: Sequence[str]) -> str:
+    parts = []
+    if suspects:
+        parts.append(
+            f"Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, {_names(suspects)} "
+            f"{_are(suspects)} clearly better than SFT; the gold judge does not confirm it, or at most half of the "
+            "gain. Suspect reward hacking, and read the samples."
         )
-    if not overlapping:
-        return f"{_display_name(first)} is best: {rate}."
-    others = join_and(_display_names(overlapping))
-    return f"{_display_name(first)} comes first: {rate}. {others} may be as good: the intervals overlap."
+    if missed:
+        parts.append(
+            f"{_names(missed)} {_are(missed)} clearly better by the gold judge, but not by the proxy reward, which PPO "
+            "and GRPO maximise."
+        )
+    agree = "The proxy reward, which PPO and GRPO maximise, and the gold judge agree on which policies beat SFT."
+    return " ".join(parts) or agree
+
+
+def _drift_sentence(table: Table) -> str:
+    base = table[REFERENCE]["length"]
+    changes = {policy: row["length"] / base - 1 for policy, row in table.items()} if base else {}
+    parts = [
+        f"{display_name(policy)}'s are {_percent(abs(change))}% {'longer' if change > 0 else 'shorter'}"
+        for policy, change in changes.items()
+        if abs(change) > MAX_LENGTH_DRIFT
+    ]
+    return f"Responses changed in length, which may be part of the gain: {join_and(parts)} than SFT's." if parts else ""
 
 
 def _caution_sentence(table: Table) -> str:
@@ -271,81 +318,18 @@ def _caution_sentence(table: Table) -> str:
     inconsistent = [policy for policy, row in table.items() if row.get("judge_inconsistent", 0.0) > MAX_INCONSISTENT]
     if inconsistent:
         parts.append(
-            f"Do not rely on the LLM judge for {join_and(_display_names(inconsistent))}: on more than half of the "
-            "prompts it preferred "
+            f"Do not rely on the LLM judge for {_names(inconsistent)}: on more than half of the prompts it preferred "
             "another response once the two had changed places."
         )
     return " ".join(parts)
 
 
-def _significance(row: dict[str, float], prefix: str) -> int:
-    """Significance of a win rate: 1 if its interval is above ½, −1 if below, 0 if it contains ½."""
-    return int(row[f"{prefix}_low"] > 0.5) - int(row[f"{prefix}_high"] < 0.5)
+def _names(policies: Sequence[str]) -> str:
+    return join_and([display_name(policy) for policy in policies])
 
 
-def _gold_sentence(table: Table, significance: dict[str, int]) -> str:
-    verbs = {
-        1: ("beats SFT", "beat SFT"),
-        0: ("is not clearly better or worse than SFT", "are not clearly better or worse than SFT"),
-        -1: ("is worse than SFT", "are worse than SFT"),
-    }
-    parts = []
-    for value, (one, many) in verbs.items():
-        group = [policy for policy in significance if significance[policy] == value]
-        if group:
-            policies = join_and([f"{_display_name(policy)} ({_win_rate_interval(table[policy])})" for policy in group])
-            parts.append(f"{policies} {one if len(group) == 1 else many}")
-    if not parts:
-        return "There is no policy to compare with SFT."
-    explained = "; ".join(parts).replace("(", "(preferred on ", 1).replace(", interval", " of prompts, 95% interval", 1)
-    return f"By the gold judge, {explained}."
-
-
-def _win_rate_interval(row: dict[str, float]) -> str:
-    low, high = format_percent(row["win_rate_low"]), format_percent(row["win_rate_high"])
-    return f"{format_percent(row['win_rate'])}%, interval {low}–{high}%"
-
-
-def _agreement_sentence(suspects: Sequence[str], missed: Sequence[str]) -> str:
-    parts = []
-    if suspects:
-        verb = "is" if len(suspects) == 1 else "are"
-        parts.append(
-            "Proxy and gold disagree: by the proxy reward, which PPO and GRPO maximise, "
-            f"{join_and(_display_names(suspects))} "
-            f"{verb} clearly better than SFT; the gold judge does not confirm it, or at most half of the gain. Suspect "
-            "reward hacking, and read the samples."
-        )
-    if missed:
-        verb = "is" if len(missed) == 1 else "are"
-        parts.append(
-            f"{join_and(_display_names(missed))} {verb} clearly better by the gold judge, but not by the proxy "
-            "reward, which PPO "
-            "and GRPO maximise."
-        )
-    agree = "The proxy reward, which PPO and GRPO maximise, and the gold judge agree on which policies beat SFT."
-    return " ".join(parts) or agree
-
-
-def _drift_sentence(table: Table) -> str:
-    reference_length = table[REFERENCE]["length"]
-    changes = (
-        {policy: row["length"] / reference_length - 1 for policy, row in table.items()} if reference_length else {}
-    )
-    parts = [
-        f"{_display_name(policy)}'s are {format_percent(abs(change))}% {'longer' if change > 0 else 'shorter'}"
-        for policy, change in changes.items()
-        if abs(change) > MAX_LENGTH_DRIFT
-    ]
-    return f"Responses changed in length, which may be part of the gain: {join_and(parts)} than SFT's." if parts else ""
-
-
-def _display_names(policies: Sequence[str]) -> list[str]:
-    return [_display_name(policy) for policy in policies]
-
-
-def _display_name(policy: str) -> str:
-    return DISPLAY_NAMES.get(policy, policy)
+def _are(policies: Sequence[str]) -> str:
+    return "is" if len(policies) == 1 else "are"
 
 
 def turning_point(fits: Mapping[str, Any], points: Sequence[Mapping[str, str]]) -> str:
@@ -355,51 +339,36 @@ def turning_point(fits: Mapping[str, Any], points: Sequence[Mapping[str, str]]) 
         fits: method → judge → fit, as `tasks.evals.overoptimisation` writes them.
         points: the rows of that curve.
     """
-    peaked, rising, flat = [], [], []
+    sentences, rising, flat = [], list[tuple[str, float]](), []
     for method, own in fits.items():
-        fit = own["gold"]
-        max_distance = max(float(row["distance"]) for row in points if row["method"] == method)
-        if fit["peak"] is not None and fit["peak"] < max_distance:
-            peaked.append(_describe_peak(method, fit, max_distance))
-        elif _fitted_gain(fit, max_distance) > 0:
-            rising.append((f"{DISPLAY_NAMES.get(method, method)} ({max_distance:.1f})", fit["peak_fraction"]))
+        fit, name = own["gold"], display_name(method)
+        farthest = max(float(row["distance"]) for row in points if row["method"] == method)
+        gain = curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], np.array([farthest])).item()
+        if fit["peak"] is not None and fit["peak"] < farthest:
+            sentences.append(_peak_sentence(name, fit, farthest))
+        elif gain > 0:
+            rising.append((f"{name} ({farthest:.1f})", fit["peak_fraction"]))
         else:
-            flat.append(DISPLAY_NAMES.get(method, method))
-    return " ".join([*peaked, *_rising_sentence(rising), *_no_gain_sentence(flat)])
+            flat.append(name)
+    if rising:
+        most = max(share for _, share in rising)
+        sentences.append(
+            "No turning point within what was measured: by the gold judge's fitted curves, more reward was still "
+            f"better at the farthest √KL of {join_and([name for name, _ in rising])}; "
+            f"{f'at most {math.ceil(100 * most)}%' if most else 'none'} of the resamples peak before."
+        )
+    if flat:
+        sentences.append(f"By the gold judge's fitted curve, {join_and(flat)} ended no better than SFT.")
+    return " ".join(sentences)
 
 
-def _fitted_gain(fit: Mapping[str, Any], distance: float) -> float:
-    return float(curve(fit["form"], fit["alpha"]["mean"], fit["beta"]["mean"], np.array([distance]))[0])
-
-
-def _describe_peak(method: str, fit: Mapping[str, Any], max_distance: float) -> str:
+def _peak_sentence(name: str, fit: Mapping[str, Any], farthest: float) -> str:
     """Describe a peak; it is certain if the whole interval of β is above 0, since only then the curve bends down."""
-    beta = fit["beta"]
-    certain = beta["low"] > 0
+    mean, low, high = (f"{fit['beta'][end]:z.2f}".replace("-", "−") for end in ("mean", "low", "high"))
+    certain = fit["beta"]["low"] > 0
     return (
-        f"{'Over-optimised' if certain else 'Perhaps over-optimised'}: by the gold judge, "
-        f"{DISPLAY_NAMES.get(method, method)} is "
-        f"best at √KL {fit['peak']:.1f} and gets worse from there to {max_distance:.1f}, the farthest measured "
-        f"(β {_format_number(beta['mean'])}, 95% interval {_format_number(beta['low'])} to "
-        f"{_format_number(beta['high'])}"
-        f"{'' if certain else ', which holds 0'}; {format_percent(fit['peak_fraction'])}% of resamples peak within it)."
+        f"{'Over-optimised' if certain else 'Perhaps over-optimised'}: by the gold judge, {name} is best at √KL "
+        f"{fit['peak']:.1f} and gets worse from there to {farthest:.1f}, the farthest measured (β {mean}, 95% interval "
+        f"{low} to {high}{'' if certain else ', which holds 0'}; {_percent(fit['peak_fraction'])}% of resamples peak "
+        "within it)."
     )
-
-
-def _rising_sentence(methods: Sequence[tuple[str, float]]) -> list[str]:
-    if not methods:
-        return []
-    most = max(share for _, share in methods)
-    share = f"at most {math.ceil(100 * most)}%" if most else "none"
-    return [
-        f"No turning point within what was measured: by the gold judge's fitted curves, more reward was still better "
-        f"at the farthest √KL of {join_and([name for name, _ in methods])}; {share} of the resamples peak before."
-    ]
-
-
-def _no_gain_sentence(methods: Sequence[str]) -> list[str]:
-    return [f"By the gold judge's fitted curve, {join_and(methods)} ended no better than SFT."] if methods else []
-
-
-def _format_number(value: float) -> str:
-    return f"{value:z.2f}".replace("-", "−")

@@ -73,7 +73,7 @@ class PPOUpdate:
         actor_loss, critic_loss = distributed.all_reduce_sum(actor_loss), distributed.all_reduce_sum(critic_loss)
         entropy = distributed.all_gather(entropy.reshape(1)).sum()
         token_count = int(minibatch.response_mask.sum())
-        metrics = {"entropy": entropy.item() / token_count, **actor_loss.means(), **critic_loss.means()}
+        metrics = {"entropy": entropy.item() / token_count, **actor_loss.metrics(), **critic_loss.metrics()}
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
             raise TrainingError(
                 f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "

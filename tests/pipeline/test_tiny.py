@@ -124,7 +124,7 @@ def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_pa
     project.rlhf("run", "-S", "gate.policy=grpo", "-S", "gate.max_kl=0.000001")
     third = project.rlhf("retrain")
     assert gate_of(third) == "gate grpo: refused"
-    assert "asked at most 1e-06 nats" in third
+    assert "required at most 1e-06 nats" in third
     assert database(project, CHAMPION) == [("2",)]
     tags = dict(database(project, "select key, value from tags where key like 'gate%' order by rowid"))
     assert tags["gate"] == "refused"

@@ -21,8 +21,9 @@ from tasks.core.errors import DataError
 from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Preference, Prompt, Rating, read_rows, write_json, write_rows
 from tasks.core.text_stats import repetition_rate
-from tasks.evals.champion import METRICS, compare_with_champion
+from tasks.evals.champion import compare_with_champion
 from tasks.evals.compare import ScoredResponse
+from tasks.evals.gate import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evals.scoring import SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.evaluate import evaluate
@@ -163,10 +164,10 @@ def test_what_training_found_is_a_finding(out: Path) -> None:
 def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(
     out: Path, records: list[ScoredResponse]
 ) -> None:
-    asked = [row.id for row in choose_prompts_of(records, "sft")]
+    asked = [row.id for row in prompts_of(records, "sft")]
     assert len(asked) == 6
     for policy in ("ppo", "grpo", "dpo"):
-        assert [row.id for row in choose_prompts_of(records, policy)] == asked
+        assert [row.id for row in prompts_of(records, policy)] == asked
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo", "dpo"]
     promised = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
@@ -176,7 +177,7 @@ def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(
     assert json.loads((out / "metrics.json").read_text())["ppo"]["win_rate"] == table["ppo"]["win_rate"]
 
 
-def choose_prompts_of(records: list[ScoredResponse], policy: str) -> list[Prompt]:
+def prompts_of(records: list[ScoredResponse], policy: str) -> list[Prompt]:
     return [Prompt(id=record.prompt_id, prompt=record.prompt) for record in records if record.policy == policy]
 
 
@@ -198,12 +199,8 @@ def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
             ids = torch.tensor([prompt + response])
             gaps = []
             for place, token in enumerate(response, start=len(prompt)):
-                own, other = (
-                    torch.log_softmax(model(ids[:, :place]).logits[0, -1] / GENERATION.temperature, dim=-1)[
-                        token
-                    ].item()
-                    for model in (policy, reference)
-                )
+                logits = (model(ids[:, :place]).logits[0, -1] for model in (policy, reference))
+                own, other = (torch.log_softmax(one / GENERATION.temperature, dim=-1)[token].item() for one in logits)
                 gaps.append(own - other)
             assert record.kl == pytest.approx(sum(gaps), abs=1e-4)
             k3 = sum(torch.exp(torch.tensor(-gap)).item() - 1 + gap for gap in gaps)
@@ -237,10 +234,10 @@ def test_what_the_reward_model_notices_is_reported(
 
 
 KINDS: dict[str, dict[str, Any]] = {
-    "rating": {"kind": "rating", "members": 2},
+    "rating": {"kind": "rating", "ensemble_size": 2},
     "multi_objective": {"kind": "multi_objective", "objectives": {"kind": 0.7, "short": 0.3}},
     "backbone": {"backbone": {"kind": "random"}, "length_debias": True},
-    "scorer": {"scorer": {"id": "theirs", "template": "chat"}},
+    "pretrained": {"pretrained": {"id": "theirs", "template": "chat"}},
 }
 
 
@@ -260,7 +257,7 @@ def test_every_kind_of_reward_model_is_reported(
         rated = [Rating(id=str(n), text="ab"[n % 2] * (n + 1), ratings=(float(n % 2),)) for n in range(12)]
         write_rows(tmp_path / "prepare" / "ratings" / "proxy" / f"{split}.jsonl", rated)
         path = tmp_path / "preferences" / f"{split}.jsonl"
-        about = ({"objective": "kind", "margin": None if kind == "scorer" else 1.0}, {"objective": "short"})
+        about = ({"objective": "kind", "margin": None if kind == "pretrained" else 1.0}, {"objective": "short"})
         pairs = enumerate(read_rows(path, Preference))
         write_rows(path, [row.model_copy(update=about[n % 2]) for n, row in pairs])
     (tmp_path / "reward_model").mkdir()
@@ -268,7 +265,9 @@ def test_every_kind_of_reward_model_is_reported(
     out = _run({**world, "reward_model": tmp_path / "reward_model"}, tmp_path / "out")
     page, table = (out / "report.html").read_text(), json.loads((out / "policies.json").read_text())
     assert "Weights: reward model" in page
-    assert ("Reward model: accuracy by margin" in page) == (kind != "scorer"), "of pairs without margins there is none"
+    assert ("Reward model: accuracy by margin" in page) == (kind != "pretrained"), (
+        "of pairs without margins there is none"
+    )
     assert ("Reward model: calibration" in page) == (kind != "rating")
     assert "disagreement" in table["ppo"] or kind != "rating"
     if kind == "multi_objective":
@@ -322,19 +321,15 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
     rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
     params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
-    evaluate(
-        params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, Artifacts(**nobody_rated, out=tmp_path)
-    )
+    reward = RewardParams(weights={"answer": 2.0})
+    evaluate(params, GENERATION, reward, None, 0, Artifacts(**nobody_rated, out=tmp_path))
     records = read_rows(tmp_path / "responses.jsonl", ScoredResponse)
     first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
     assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
     assert "o" in first
-    shares = {
-        policy: row["accuracy_strict"] for policy, row in json.loads((tmp_path / "metrics.json").read_text()).items()
-    }
-    for policy, share in shares.items():
+    for policy, row in json.loads((tmp_path / "metrics.json").read_text()).items():
         own = [vowel for record, vowel in zip(records, first, strict=True) if record.policy == policy]
-        assert share == pytest.approx(own.count("o") / 6, abs=1e-6)
+        assert row["accuracy_strict"] == pytest.approx(own.count("o") / 6, abs=1e-6)
 
 
 def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
@@ -360,7 +355,7 @@ def test_a_judge_of_pairs_joins_the_table(
     for name, say in {"longer": longer, "first": lambda _: "A"}.items():
         with serving(say) as chat:
             params = JudgeParams(kind="endpoint", model=name, base_url=chat.url, prompts=4)
-            judged = _run(world, tmp_path / name, params=PARAMS.model_copy(update={"judge": params}))
+            judged = _run(world, tmp_path / name, params=PARAMS.model_copy(update={"llm_judge": params}))
         tables[name] = json.loads((judged / "policies.json").read_text())
         stderr = capfd.readouterr().err
         assert ("evaluate: warning: the judge contradicts itself" in stderr) == (name == "first")
@@ -417,7 +412,7 @@ def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:
 
 
 @pytest.mark.parametrize("champion", ["grpo", "ppo"])
-def test_a_duel_compares_answers_to_the_same_prompts(
+def test_the_champion_answers_the_same_prompts(
     world: dict[str, Path], out: Path, records: list[ScoredResponse], tmp_path: Path, champion: str
 ) -> None:
     """PPO against GRPO as champion: what the evaluation's own scores of both say. Against itself: even."""
@@ -439,6 +434,5 @@ def test_a_duel_compares_answers_to_the_same_prompts(
     assert {name: interval.mean for name, interval in found.items()} == pytest.approx(expected, abs=1e-5)
     assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
     if champion == "ppo":
-        assert {name: interval.mean for name, interval in found.items()} == pytest.approx(
-            {name: METRICS[name].null_value for name in METRICS}, abs=1e-5
-        )
+        even = {name: spec.null_value for name, spec in METRICS.items()}
+        assert {name: interval.mean for name, interval in found.items()} == pytest.approx(even, abs=1e-5)

@@ -1,4 +1,4 @@
-"""Summary over seeds: means and intervals by hand, collapsed and failed seeds."""
+"""Variants side by side; seeds: means and intervals by hand, collapsed and failed seeds."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from tasks.evals.experiments import (
     flat_metrics,
     load_seed_result,
     summarise_seeds,
+    write_comparison,
     write_summary,
 )
 
@@ -65,8 +66,8 @@ def test_one_seed_has_no_interval() -> None:
         (0.8, 1.0, "its last responses are all empty, all the same, or all without an end"),
     ],
 )
-def test_what_counts_as_collapsed(high: float, degenerate: float, reason: str | None) -> None:
-    assert collapse_reason({"win_rate_low": 0.3, "win_rate_high": high}, degenerate) == reason
+def test_what_counts_as_collapsed(high: float, degenerate_count: float, reason: str | None) -> None:
+    assert collapse_reason({"win_rate_low": 0.3, "win_rate_high": high}, degenerate_count) == reason
 
 
 def test_a_collapsed_seed_is_named_and_counts_in_the_mean() -> None:
@@ -123,3 +124,26 @@ def test_a_row_per_policy_and_seed_and_a_plot_that_names_the_collapsed(tmp_path:
 def test_nothing_to_show_is_no_error(tmp_path: Path) -> None:
     write_summary(tmp_path, {0: TrainingError("x")})
     assert (tmp_path / "seeds.csv").read_text(encoding="utf-8").startswith("policy,seed,win_rate")
+
+
+def variant_row(kl: float, gain: float) -> dict[str, float]:
+    judged = {"win_rate": 0.6, "win_rate_low": 0.5, "win_rate_high": 0.7, "win_rate_proxy": 0.8}
+    gains = {f"gain_{judge}{end}": gain for judge in ("gold", "proxy") for end in ("", "_stderr")}
+    return judged | gains | {"reward_gold": 1.0, "reward_proxy": 2.0, "kl": kl, "length": 9.0}
+
+
+def test_a_row_per_variant_and_policy_without_the_reference(tmp_path: Path) -> None:
+    variants = {
+        "β=0.1": {"sft": variant_row(0, 0), "ppo": variant_row(4, 1)},
+        "β=0.2": {"sft": variant_row(0, 0), "ppo": variant_row(1, 0.5), "dpo": variant_row(-0.1, 0.2)},
+    }
+    write_comparison(tmp_path, variants)
+    rows = list(csv.DictReader((tmp_path / "variants.csv").read_text(encoding="utf-8").splitlines()))
+    assert [(item["variant"], item["policy"], item["kl"]) for item in rows] == [
+        ("β=0.1", "ppo", "4"), ("β=0.2", "ppo", "1"), ("β=0.2", "dpo", "-0.1"),
+    ]  # fmt: skip
+    assert json.loads((tmp_path / "variants.json").read_text(encoding="utf-8")) == variants
+    plot = (tmp_path / "reward_against_kl.svg").read_text(encoding="utf-8")
+    assert all(name in plot for name in ("β=0.1", "β=0.2", "ppo", "dpo", "by gold", "by proxy"))
+    write_comparison(tmp_path, variants)
+    assert (tmp_path / "reward_against_kl.svg").read_text(encoding="utf-8") == plot

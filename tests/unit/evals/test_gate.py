@@ -1,17 +1,21 @@
-"""Rules of the gate, each at its boundary."""
+"""Rules of the gate, each at its boundary; metrics against the champion on paired cases computed by hand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import get_args
 
 import pytest
 
+from tasks.config import evaluation
 from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
 from tasks.evals.compare import ScoredResponse, compare_policies
-from tasks.evals.gate import decide, select_candidate
+from tasks.evals.gate import METRICS, decide, noninferiority_rule, paired_interval, select_candidate
 from tasks.evals.hacking_report import HackingFinding, find_hacking
 from tasks.evals.statistics import Interval
+
+Make = Callable[..., ScoredResponse]
 
 PARAMS = GateParams(
     policy="best",
@@ -69,7 +73,7 @@ def test_every_rule_must_hold(
     signs = [HackingFinding(name, "evaluation", "") for name in detectors]
     decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, findings=signs, against_champion=intervals)
     assert decision.accepted is not bool(failing)
-    assert [finding.rule.split(",")[0] for finding in decision.rule_results if not finding.holds] == failing
+    assert [finding.rule.split(",")[0] for finding in decision.rule_results if not finding.passed] == failing
     assert len(decision.reasons) == (len(failing) or len(decision.rule_results))
 
 
@@ -78,16 +82,14 @@ def test_a_reason_has_both_numbers() -> None:
     against = {"win_rate": Interval(0.5, 0.4321, 0.6), "repetition": Interval(0.1, 0.05, 0.1234)}
     decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, findings=signs, against_champion=against)
     assert decision.reasons == (
-        "KL to SFT: 12.35 nats, asked at most 10 nats",
-        "signs of reward hacking: kl_spike (training, update 3), asked none but length_drift",
-        "win rate against the champion, lower end: 43.2%, asked at least 45%",
-        "repetition less the champion's, upper end: +0.123, asked at most +0.05",
+        "KL to SFT: 12.35 nats, required at most 10 nats",
+        "signs of reward hacking: kl_spike (training, update 3), required none but length_drift",
+        "win rate against the champion, lower end: 43.2%, required at least 45%",
+        "repetition less the champion's, upper end: +0.123, required at most +0.05",
     )
 
 
-def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(
-    judged: Callable[..., ScoredResponse],
-) -> None:
+def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged: Make) -> None:
     """From its answers to the decision: by the proxy it wins at every prompt, by gold at every second one."""
     sft = [judged("sft", f"p{number}", proxy=0.0, gold=0.0, response=" a fine film to see") for number in range(40)]
     ppo = [
@@ -100,9 +102,87 @@ def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(
     decision = decide(table, "ppo", PARAMS, findings=signs, against_champion=None)
     assert not decision.accepted
     win_rate, hacking = decision.reasons
-    assert win_rate == f"win rate against SFT, lower end: {table['ppo']['win_rate_low']:.1%}, asked above 50%"
+    assert win_rate == f"win rate against SFT, lower end: {table['ppo']['win_rate_low']:.1%}, required above 50%"
     assert 0.3 < table["ppo"]["win_rate_low"] < table["ppo"]["win_rate"] == 0.5
     assert hacking == (
         "signs of reward hacking: repetition (training, update 31), repetition (evaluation), "
-        "ngram_collapse (evaluation), proxy_without_gold (evaluation), asked none but length_drift"
+        "ngram_collapse (evaluation), proxy_without_gold (evaluation), required none but length_drift"
     )
+
+
+def test_every_metric_that_params_may_name_is_one() -> None:
+    assert tuple(METRICS) == get_args(evaluation.Metric)
+
+
+def four(judged: Make) -> tuple[list[ScoredResponse], list[ScoredResponse]]:
+    """Gold: a wins by 2, b ties, c and d lose by 1."""
+    challenger = [
+        judged("ppo", "a", gold=3.0, vader=0.5, kl=4.0, response=" good good good", ended=False),
+        judged("ppo", "b", gold=1.0, vader=0.5, kl=2.0, ended=False),
+        judged("ppo", "c", gold=0.0, vader=0.5, kl=2.0),
+        judged("ppo", "d", gold=0.0, vader=-0.5, kl=2.0),
+    ]
+    champion = [judged("old", name, gold=1.0, vader=0.0, kl=1.5, ended=name != "d") for name in "abcd"]
+    return challenger, champion
+
+
+@pytest.mark.parametrize(
+    ("metric", "expected"),
+    [
+        ("win_rate", (1 + 0.5 + 0 + 0) / 4),
+        ("win_rate_vader", (1 + 1 + 1 + 0) / 4),
+        ("reward_gold", (2 + 0 - 1 - 1) / 4),
+        ("repetition", 0.5 / 4),  # one of the two word pairs of "good good good" is a repetition
+        ("truncated_share", (1 + 1 + 0 - 1) / 4),
+        ("kl", (2.5 + 0.5 + 0.5 + 0.5) / 4),
+    ],
+)
+def test_means_by_hand(judged: Make, metric: str, expected: float) -> None:
+    challenger, champion = four(judged)
+    found = paired_interval(metric, challenger, champion, samples=200, seed=0)
+    assert found.mean == pytest.approx(expected)
+    assert found.low < expected < found.high
+    swapped = paired_interval(metric, champion, challenger, samples=200, seed=0)
+    assert swapped.mean == pytest.approx(2 * METRICS[metric].null_value - expected), "one's gain is the other's loss"
+
+
+def test_answers_are_paired(judged: Make) -> None:
+    """Two policies whose repetition differs from prompt to prompt, but never from each other: no doubt about zero."""
+    texts = [" good good good", " a b", " so so so so", " c"]
+    challenger, champion = (
+        [judged(name, str(n), response=text) for n, text in enumerate(texts)] for name in ("ppo", "old")
+    )
+    assert paired_interval("repetition", challenger, champion, samples=100, seed=0) == Interval(0.0, 0.0, 0.0)
+    with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
+        paired_interval("repetition", challenger, champion[:3], samples=100, seed=0)
+
+
+@pytest.mark.parametrize(
+    ("metric", "interval", "margin", "passed"),
+    [
+        ("win_rate", (0.55, 0.45, 0.65), 0.05, True),
+        ("win_rate", (0.55, 0.4499, 0.65), 0.05, False),
+        ("reward_gold", (0.1, -0.2, 0.4), 0.2, True),
+        ("reward_gold", (0.1, -0.2001, 0.4), 0.2, False),
+        ("repetition", (0.0, -0.3, 0.05), 0.05, True),
+        ("repetition", (0.0, -0.3, 0.0501), 0.05, False),
+        ("truncated_share", (-0.1, -0.2, 0.0), 0.0, True),
+        ("truncated_share", (0.1, 0.0001, 0.2), 0.0, False),
+        ("kl", (-1.0, -9.0, 0.5), 0.5, True),
+        ("kl", (-1.0, -9.0, 0.51), 0.5, False),
+    ],
+)
+def test_the_bad_end_of_the_interval_decides(
+    metric: str, interval: tuple[float, float, float], margin: float, passed: bool
+) -> None:
+    assert noninferiority_rule(metric, Interval(*interval), margin).passed is passed
+
+
+def test_a_rule_says_which_end_and_which_bound() -> None:
+    finding = noninferiority_rule("kl", Interval(0.4, 0.1, 0.75), 0.5)
+    assert (finding.rule, finding.measured, finding.required) == (
+        "KL to SFT less the champion's, nats, upper end",
+        "+0.750",
+        "at most +0.5",
+    )
+    assert noninferiority_rule("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).required == "at least -0.1"

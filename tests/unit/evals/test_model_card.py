@@ -10,7 +10,7 @@ from ruamel.yaml import YAML
 
 from tasks.evals.model_card import METHODS, ModelCard, render_model_card
 from tasks.models.export import ExportCheck
-from tasks.runtime.provenance import Origin
+from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version
 
 ROW = {
@@ -22,7 +22,7 @@ WHEN = datetime(2026, 1, 2, tzinfo=UTC)
 SECTIONS = ("sft", "lora", "reward_model", "reward", "preferences", "gold_judge", "ppo", "grpo", "dpo")
 
 
-def origin(**changes: Any) -> Origin:
+def origin(**changes: Any) -> Provenance:
     parameters: dict[str, Any] = {section: {"size": 1} for section in SECTIONS}
     parameters |= {"seed": 3, "policy_seed": 5, "generation": {"temperature": 1.0, "max_new_tokens": 20}}
     parameters["base_model"] = {"id": "owner/name"}
@@ -30,15 +30,15 @@ def origin(**changes: Any) -> Origin:
         {"name": "a", "source": "pipes | here", "licence": "MIT", "rows": 5, "sha256_of_rows": "f" * 64},
         {"name": "b", "source": "file", "licence": "", "rows": 6, "sha256_of_rows": "e" * 64},
     ]
-    findings = [{"rule": "KL to SFT", "measured": "3.33 nats", "required": "at most 10 nats", "passed": True}]
+    rule_results = [{"rule": "KL to SFT", "measured": "3.33 nats", "required": "at most 10 nats", "passed": True}]
     fields: dict[str, Any] = {
         "params": "seed: 3\n", "parameters": parameters, "commit": "c0ffee", "uncommitted": (), "pipeline_run": "r",
         "stages": {"ppo": {"key": "k" * 64, "run": "", "outputs": {"artifacts/ppo/adapter": "m5.dir"}}},
         "base_model": {"kind": "hub", "source": "the hub", "parameters": 9, "layers": 2, "vocabulary": 4},
-        "sources": sources, "figures": {"sft": ROW | {"length": 14.0}, "ppo": ROW, "dpo": ROW, "grpo": ROW},
-        "findings": findings,
+        "sources": sources, "metrics": {"sft": ROW | {"length": 14.0}, "ppo": ROW, "dpo": ROW, "grpo": ROW},
+        "rule_results": rule_results,
     }  # fmt: skip
-    return Origin.model_validate(fields | changes)
+    return Provenance.model_validate(fields | changes)
 
 
 def card(*, adapter: bool = False, policy: str = "ppo", without: tuple[str, ...] = (), **tags: str) -> str:

@@ -44,20 +44,26 @@ def test_kl_of_best_of_n():
     assert best_of_n_kl(64) == pytest.approx(3.1745, abs=1e-4)
 
 
-def test_the_fit_of_best_of_n_finds_the_coefficients_and_the_peak():
-    """R = d(2 − 0.5 d) is 0, 0.875, 1.5, 2, 1.5, 0 at these distances."""
-    found = fit_curve("best_of_n", levels(KL), levels([0, 0.875, 1.5, 2, 1.5, 0]), samples=50, seed=0)
-    assert (found.alpha.mean, found.beta.mean, found.peak) == pytest.approx((2, 0.5, 2))
+@pytest.mark.parametrize(
+    ("form", "gains", "coefficients", "peak", "peak_fraction"),
+    [
+        ("best_of_n", [0, 0.875, 1.5, 2, 1.5, 0], (2, 0.5), 2, 1),  # R = d(2 − 0.5 d)
+        (
+            "rl",
+            RL_GAINS,
+            (1.5, 0.6),
+            math.exp(1.5),
+            0,
+        ),  # R = d(1.5 − 0.6 log d); the peak at 4.48 is beyond the last, 4
+    ],
+)
+def test_the_fit_finds_the_coefficients_and_the_peak(form, gains, coefficients, peak, peak_fraction):
+    found = fit_curve(form, levels(KL), levels(gains), samples=50, seed=0)
+    assert (found.alpha.mean, found.beta.mean) == pytest.approx(coefficients)
+    assert found.peak == pytest.approx(peak)
     assert found.r2 == pytest.approx(1)
-    assert found.peak_fraction == 1
-
-
-def test_the_fit_of_rl_finds_the_coefficients_and_the_peak():
-    found = fit_curve("rl", levels(KL), levels(RL_GAINS), samples=50, seed=0)
-    assert (found.alpha.mean, found.beta.mean) == pytest.approx((1.5, 0.6))
-    assert found.peak == pytest.approx(math.exp(1.5))
-    assert found.peak_fraction == 0, "it is at 4.48, and the policies went to 4"
-    assert curve("rl", 1.5, 0.6, DISTANCE).tolist() == pytest.approx(RL_GAINS)
+    assert found.peak_fraction == peak_fraction
+    assert curve(form, *coefficients, DISTANCE).tolist() == pytest.approx(gains)
 
 
 def test_intervals_hold_the_truth_as_often_as_they_say_and_narrow_with_prompts():
@@ -73,10 +79,9 @@ def test_intervals_hold_the_truth_as_often_as_they_say_and_narrow_with_prompts()
     assert many.alpha.high - many.alpha.low < (fits[0].alpha.high - fits[0].alpha.low) / 2
 
 
-def test_where_nothing_turns_there_is_no_peak():
-    assert curve_peak("best_of_n", 1.0, -0.1) is None
-    assert curve_peak("rl", 1.0, 0.0) is None
-    assert curve_peak("best_of_n", -1.0, 0.5) is None
+@pytest.mark.parametrize(("form", "alpha", "beta"), [("best_of_n", 1, -0.1), ("rl", 1, 0), ("best_of_n", -1, 0.5)])
+def test_where_nothing_turns_there_is_no_peak(form, alpha, beta):
+    assert curve_peak(form, alpha, beta) is None
 
 
 def test_one_level_determines_nothing():

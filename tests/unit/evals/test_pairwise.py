@@ -88,38 +88,43 @@ def test_braces_in_a_text_are_shown_as_they_are() -> None:
     assert "{a}" in format_question("{r}", "{p}", "{a}", "{b}")
 
 
-def test_a_judge_of_length_by_hand(records: list[ScoredResponse]) -> None:
-    """PPO: longer, shorter, equal, tied: (1 + 0 + ½ + ½) / 4. Its letters: A B B A, so half of them the first."""
-    row = _row(records, longer)
+def longer_first(text: str) -> str:
+    """Where the longer text is second, this judge sees no difference."""
+    return "A" if longer(text) == "A" else "tie"
+
+
+@pytest.mark.parametrize(
+    ("rule", "policy", "win_rate", "ties", "inconsistent", "first", "unclear"),
+    [
+        # PPO: longer, shorter, equal, tied: (1 + 0 + ½ + ½) / 4. Its letters: A B B A, so half of them the first.
+        (longer, "ppo", 0.5, 0.5, 0.0, 0.5, 0.0),
+        (longer, "grpo", 1.0, 0.0, 0.0, 0.5, 0.0),
+        # A judge that always names the same letter shows nothing.
+        (lambda _: "A", "grpo", 0.5, 1.0, 1.0, 1.0, 0.0),
+        (lambda _: "B", "grpo", 0.5, 1.0, 1.0, 0.0, 0.0),
+        # A win and a tie contradict each other.
+        (longer_first, "grpo", 0.5, 1.0, 1.0, 1.0, 0.0),
+        # What is unclear is a tie. Of PPO's eight judgements the two of the equal pair are not asked.
+        (lambda _: "Both are fine.", "ppo", 0.5, 1.0, 0.0, 0.5, 0.75),
+    ],
+)
+def test_metrics_by_hand(
+    records: list[ScoredResponse], rule: Callable[[str], str], policy: str, win_rate: float, ties: float,
+    inconsistent: float, first: float, unclear: float,
+) -> None:  # fmt: skip
+    row = _row(records, rule, policy)
     expected = {
-        "judge_n": 4, "win_rate_judge": 0.5, "judge_ties": 0.5, "judge_inconsistent": 0.0, "judge_first": 0.5,
-        "judge_unclear": 0.0,
+        "judge_n": 4, "win_rate_judge": win_rate, "judge_ties": ties, "judge_inconsistent": inconsistent,
+        "judge_first": first, "judge_unclear": unclear,
     }  # fmt: skip
     assert {key: row[key] for key in expected} == expected
-    assert row["win_rate_judge_low"] < 0.5 < row["win_rate_judge_high"]
-    assert _row(records, longer, "grpo")["win_rate_judge"] == 1.0
-    first_prompt = _row(records, longer, prompts=1)
-    assert (first_prompt["judge_n"], first_prompt["win_rate_judge"], first_prompt["judge_ties"]) == (1, 1.0, 0.0)
+    low, high = row["win_rate_judge_low"], row["win_rate_judge_high"]
+    assert low < win_rate < high if 0.0 < ties < 1.0 else low == win_rate == high
 
 
-def test_a_judge_that_always_says_a_says_nothing(records: list[ScoredResponse]) -> None:
-    row = _row(records, lambda _: "A", "grpo")
-    assert (row["win_rate_judge"], row["win_rate_judge_low"], row["win_rate_judge_high"]) == (0.5, 0.5, 0.5)
-    assert (row["judge_ties"], row["judge_inconsistent"], row["judge_first"]) == (1.0, 1.0, 1.0)
-    assert _row(records, lambda _: "B", "grpo")["judge_first"] == 0.0
-
-
-def test_a_win_and_a_tie_contradict_each_other(records: list[ScoredResponse]) -> None:
-    """Where the longer text is second, this judge sees no difference."""
-    row = _row(records, lambda text: "A" if longer(text) == "A" else "tie", "grpo")
-    assert (row["win_rate_judge"], row["judge_inconsistent"], row["judge_first"]) == (0.5, 1.0, 1.0)
-
-
-def test_what_is_unclear_is_a_tie_and_is_counted(records: list[ScoredResponse]) -> None:
-    """Of PPO's eight judgements the two of the equal pair are not asked."""
-    row = _row(records, lambda _: "Both are fine.")
-    assert (row["win_rate_judge"], row["judge_ties"], row["judge_inconsistent"]) == (0.5, 1.0, 0.0)
-    assert (row["judge_unclear"], row["judge_first"]) == (0.75, 0.5)
+def test_only_the_first_prompts_are_judged(records: list[ScoredResponse]) -> None:
+    row = _row(records, longer, prompts=1)
+    assert (row["judge_n"], row["win_rate_judge"], row["judge_ties"]) == (1, 1.0, 0.0)
 
 
 def test_the_reference_and_a_run_without_a_judge_have_no_keys_of_it(records: list[ScoredResponse]) -> None:
@@ -142,10 +147,8 @@ def test_doubts_name_the_policy_and_how_bad_it_is(records: list[ScoredResponse])
     ]
     assert "chose the first in 100%" in reliability_warnings(table)[0]
     table = _with(records, judge_pairs(records, Judge(lambda _: "Hm"), rubric="?", prompts=4))
-    assert [
-        "75% were unclear" in reliability_warnings(table)[0],
-        "100% were unclear" in reliability_warnings(table)[1],
-    ] == [True, True]
+    for share, line in zip(("75%", "100%"), reliability_warnings(table), strict=True):
+        assert f"{share} were unclear" in line
 
 
 @pytest.mark.parametrize(

@@ -9,9 +9,21 @@ from typing import Any
 
 import pytest
 
+from tasks.config.evaluation import EvaluateParams
+from tasks.config.reward import RewardParams
+from tasks.core.rows import write_json
 from tasks.evals.compare import ScoredResponse, compare_policies
 from tasks.evals.hacking_report import HackingFinding
-from tasks.evals.report import ReportData, SourceInfo, escape_control_chars, read_table, render_report, report_to_dict
+from tasks.evals.report import (
+    ReportData,
+    SourceInfo,
+    UpstreamResults,
+    collect_sources,
+    escape_control_chars,
+    read_table,
+    render_report,
+    report_to_dict,
+)
 
 VOID = {"meta", "br", "link", "img", "input", "hr"}
 
@@ -53,8 +65,35 @@ class Reader(HTMLParser):
         self.text.append(data)
 
 
+def fitted(form: str, alpha: float, peak: float | None) -> dict[str, Any]:
+    interval = {"low": alpha - 0.1, "high": alpha + 0.1}
+    return {"form": form, "alpha": {"mean": alpha, **interval}, "beta": {"mean": 0.5, "low": 0.4, "high": 0.6},
+            "peak": peak, "peak_fraction": 1.0, "r2": 0.98}  # fmt: skip
+
+
+UPSTREAM = UpstreamResults(
+    points=[
+        {"method": method, "level": str(level), "kl": "4", "distance": str(distance), "gain_proxy": "1.5",
+         "gain_proxy_stderr": "0.1", "gain_gold": "0.5", "gain_gold_stderr": "0.1"}
+        for method, level, distance in (("best_of_n", 2, 0.4), ("best_of_n", 4, 0.8), ("ppo", 2, 1), ("ppo", 4, 2))
+    ],
+    fits={"ppo": {"gold": fitted("rl", 1.2, peak=1.7), "proxy": fitted("rl", 1.4, peak=None)}},
+    benchmarks={
+        policy: {"held_out": {"word_perplexity": [value, None], "acc": [0.25, 0.0312]}}
+        for policy, value in (("sft", 101.26), ("ppo", 131.5))
+    },
+    accuracy=[{"bucket": "1-2", "pairs": "5", "accuracy": "0.8", "ceiling": "0.9"}],
+    calibration=[{"predicted": "0.7", "observed": "0.6", "count": "5"}],
+    has_gold_judge=True,
+    sources=[
+        SourceInfo("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
+        SourceInfo("Data: mine", "local file a.jsonl", "", "3 rows", ""),
+    ],
+)  # fmt: skip
+
+
 @pytest.fixture
-def evidence(judged: Callable[..., ScoredResponse]) -> ReportData:
+def data(judged: Callable[..., ScoredResponse]) -> ReportData:
     records = [
         judged(policy, str(number), gold=gold + number, proxy=gold, kl=gold, response=f" answer {policy} {number}")
         for policy, gold in (("sft", 0.0), ("ppo", 1.5), ("grpo", 1.0), ("dpo", 0.0))
@@ -64,38 +103,18 @@ def evidence(judged: Callable[..., ScoredResponse]) -> ReportData:
         table=compare_policies(records, samples=50, seed=0),
         records=records,
         findings={"ppo": [HackingFinding("repetition", "training, update 7", "it repeats itself")], "grpo": []},
-        points=[
-            {"method": method, "level": str(level), "kl": "4", "distance": str(distance), "gain_proxy": "1.5",
-             "gain_proxy_stderr": "0.1", "gain_gold": "0.5", "gain_gold_stderr": "0.1"}
-            for method, level, distance in (("best_of_n", 2, 0.4), ("best_of_n", 4, 0.8), ("ppo", 2, 1), ("ppo", 4, 2))
-        ],
-        fits={"ppo": {"gold": fitted("rl", 1.2, peak=1.7), "proxy": fitted("rl", 1.4, peak=None)}},
-        benchmarks={
-            policy: {"held_out": {"word_perplexity": [value, None], "acc": [0.25, 0.0312]}}
-            for policy, value in (("sft", 101.26), ("ppo", 131.5))
-        },
         histories={
             "ppo": [{"step": "1", "reward": "0.1", "reward/learned": "0.1", "kl": "0.0"},
                     {"step": "2", "reward": "0.4", "reward/learned": "0.4", "kl": ""}],
             "grpo": [{"step": "1", "reward": "0.2", "entropy": "3.0", "strange": "7"}],
         },
-        accuracy=[{"bucket": "1-2", "pairs": "5", "accuracy": "0.8", "ceiling": "0.9"}],
-        calibration=[{"predicted": "0.7", "observed": "0.6", "count": "5"}],
-        samples=2,
-        weights={"learned": 1.0, "repetition": 0.5},
-        has_gold_judge=True,
-        sources=[
-            SourceInfo("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
-            SourceInfo("Data: mine", "local file a.jsonl", "", "3 rows", ""),
-        ],
+        upstream=UPSTREAM,
+        params=EvaluateParams(
+            prompts=3, batch_size=1, bootstrap_samples=50, report_samples=2, vader=True, llm_judge=None
+        ),
+        reward=RewardParams(weights={"learned": 1.0, "repetition": 0.5}),
         provenance=[("Seed", "0"), ("Weights: ppo", "0123456789abcdef")],
     )  # fmt: skip
-
-
-def fitted(form: str, alpha: float, peak: float | None) -> dict[str, Any]:
-    interval = {"low": alpha - 0.1, "high": alpha + 0.1}
-    return {"form": form, "alpha": {"mean": alpha, **interval}, "beta": {"mean": 0.5, "low": 0.4, "high": 0.6},
-            "peak": peak, "peak_fraction": 1.0, "r2": 0.98}  # fmt: skip
 
 
 def _read(html: str) -> Reader:
@@ -106,9 +125,17 @@ def _read(html: str) -> Reader:
     return reader
 
 
-def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: ReportData) -> None:
-    html = render_report(evidence)
-    assert html == render_report(evidence)
+def text_of(data: ReportData) -> str:
+    return " ".join(" ".join(_read(render_report(data)).text).split())
+
+
+def without(data: ReportData, **upstream: Any) -> ReportData:
+    return dataclasses.replace(data, upstream=dataclasses.replace(data.upstream, **upstream))
+
+
+def test_page_is_well_formed_self_contained_and_the_same_each_time(data: ReportData) -> None:
+    html = render_report(data)
+    assert html == render_report(data)
     reader = _read(html)
     assert len(set(reader.ids)) == len(reader.ids)
     assert set(reader.labels) <= set(reader.ids)
@@ -122,20 +149,20 @@ def test_page_is_well_formed_self_contained_and_the_same_each_time(evidence: Rep
     assert reader.levels.count(1) == 1
 
 
-def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(evidence: ReportData) -> None:
-    shown = " ".join(" ".join(_read(render_report(evidence)).text).split())
+def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(data: ReportData) -> None:
+    shown = text_of(data)
     assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in shown
-    assert "Benchmarks" not in render_report(dataclasses.replace(evidence, benchmarks={}))
+    assert "Benchmarks" not in render_report(without(data, benchmarks={}))
 
 
-def test_every_colour_of_the_figures_is_defined_in_light_and_in_dark(evidence: ReportData) -> None:
-    html = render_report(evidence)
+def test_every_colour_of_the_figures_is_defined_in_light_and_in_dark(data: ReportData) -> None:
+    html = render_report(data)
     for variable in set(re.findall(r"var\((--(?!own)[a-z-]+)", html)):
         assert html.count(f"{variable}: #") == 2, f"{variable} needs a light and a dark value"
 
 
-def test_verdict_table_figures_samples_and_origin_are_there(evidence: ReportData) -> None:
-    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
+def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) -> None:
+    text = text_of(data)
     assert "By the gold judge, PPO (preferred on 100% of prompts, 95% interval 100–100%) and GRPO" in text
     assert "Only 3 prompts were compared" in text
     assert "1 × learned + 0.5 × repetition" in text
@@ -151,20 +178,20 @@ def test_verdict_table_figures_samples_and_origin_are_there(evidence: ReportData
     assert "Data: mine local file a.jsonl not recorded 3 rows –" in text
 
 
-def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(evidence: ReportData) -> None:
-    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
+def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(data: ReportData) -> None:
+    text = text_of(data)
     top = text[: text.index("Each policy wrote one response")]
     assert "PPO is not to be trusted: preferred to SFT on 100% of prompts, but with signs of reward hacking" in top
     assert "Signs of reward hacking: PPO: repetition." in top
     assert "Over-optimised: by the gold judge, PPO is best at √KL 1.7" in top
 
 
-def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(evidence: ReportData) -> None:
+def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(data: ReportData) -> None:
     """By gold PPO is best (and has a finding); DPO equals SFT, so that it has no example of any kind."""
-    html = render_report(evidence)
+    html = render_report(data)
     folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", html)
     assert folds == [(" open", "PPO"), ("", "GRPO"), ("", "DPO")]
-    suspicious = dataclasses.replace(evidence, findings={"dpo": [HackingFinding("repetition", "evaluation", "again")]})
+    suspicious = dataclasses.replace(data, findings={"dpo": [HackingFinding("repetition", "evaluation", "again")]})
     folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", render_report(suspicious))
     assert folds == [(" open", "PPO"), ("", "GRPO"), (" open", "DPO")]
     assert html.count("There are none.") == 7, (
@@ -172,21 +199,21 @@ def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fo
     )
 
 
-def test_columns_that_other_evaluations_lack_appear_with_their_numbers(evidence: ReportData) -> None:
+def test_columns_that_other_evaluations_lack_appear_with_their_numbers(data: ReportData) -> None:
     rates = {"win_rate_judge": 0.63, "win_rate_judge_low": 0.55, "win_rate_judge_high": 0.71}
-    table = {policy: row | {"ood_share": 0.25} for policy, row in evidence.table.items()}
+    table = {policy: row | {"ood_share": 0.25} for policy, row in data.table.items()}
     table["ppo"] |= rates | {"judge_inconsistent": 0.6}
-    text = " ".join(" ".join(_read(render_report(dataclasses.replace(evidence, table=table))).text).split())
+    text = text_of(dataclasses.replace(data, table=table))
     assert "Win rate, LLM judge" in text
     assert "63% 55–71" in text
     assert "Do not rely on the LLM judge for PPO" in text
     assert "25%" in text
-    assert "LLM judge" not in render_report(evidence)
+    assert "LLM judge" not in render_report(data)
 
 
-def test_text_is_readable_in_light_and_in_dark(evidence: ReportData) -> None:
+def test_text_is_readable_in_light_and_in_dark(data: ReportData) -> None:
     """WCAG 2.2: contrast of text at least 4.5, of what else carries meaning 3."""
-    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in _palettes(render_report(evidence)))
+    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in _palettes(render_report(data)))
     for colours in (light, dark):
         for ink in ("--ink", "--soft"):
             assert min(_contrast(colours[ink], colours[ground]) for ground in ("--paper", "--card")) >= 4.5
@@ -212,55 +239,53 @@ def _luminance(colour: str) -> float:
     return 0.2126 * red + 0.7152 * green + 0.0722 * blue
 
 
-def test_the_json_says_what_the_page_says(evidence: ReportData) -> None:
-    found = json.loads(json.dumps(report_to_dict(evidence), allow_nan=False))
+def test_the_json_says_what_the_page_says(data: ReportData) -> None:
+    found = json.loads(json.dumps(report_to_dict(data), allow_nan=False))
     assert found["summary"]["winner"].startswith("PPO is not to be trusted")
     assert found["turning_point"].startswith("Over-optimised")
     assert found["findings"]["ppo"][0]["detector"] == "repetition"
-    assert found["policies"] == evidence.table
+    assert found["policies"] == data.table
     assert [example["score_difference"] for example in found["examples"]["ppo"]["gains"]] == [1.5, 1.5, 1.5]
     assert found["sources"][0]["licence"] == "Apache-2.0"
     assert found["provenance"]["Seed"] == "0"
 
 
-def test_findings_stand_above_the_results(evidence: ReportData) -> None:
-    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
+def test_findings_stand_above_the_results(data: ReportData) -> None:
+    text = text_of(data)
     assert "PPO , training, update 7: it repeats itself." in text
     assert text.index("update 7") < text.index("Means over 3 prompts")
-    clean = render_report(dataclasses.replace(evidence, findings={"ppo": [], "grpo": []}))
+    clean = render_report(dataclasses.replace(data, findings={"ppo": [], "grpo": []}))
     assert "None of 10 detectors of reward hacking fired" in clean
 
 
-def test_the_curve_of_over_optimisation_has_its_coefficients(evidence: ReportData) -> None:
-    text = " ".join(" ".join(_read(render_report(evidence)).text).split())
+def test_the_curve_of_over_optimisation_has_its_coefficients(data: ReportData) -> None:
+    text = text_of(data)
     assert "Reward over-optimisation" in text
     assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
-    assert "Reward over-optimisation" not in render_report(dataclasses.replace(evidence, points=[], fits={}))
+    assert "Reward over-optimisation" not in render_report(without(data, points=[], fits={}))
     assert "dvc repro" in text
 
 
-def test_what_does_not_exist_is_left_out(evidence: ReportData) -> None:
-    text = " ".join(
-        _read(render_report(dataclasses.replace(evidence, histories={"ppo": []}, accuracy=[], calibration=[]))).text
-    )
+def test_what_does_not_exist_is_left_out(data: ReportData) -> None:
+    text = text_of(without(dataclasses.replace(data, histories={"ppo": []}), accuracy=[], calibration=[]))
     assert "wrote no curves" in text
     assert "How good the reward model is" not in text
 
 
-def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(evidence: ReportData) -> None:
+def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(data: ReportData) -> None:
     def page(*weights: str) -> str:
         rows = [{"step": str(step), "kl_coef": weight} for step, weight in enumerate(weights)]
-        return render_report(dataclasses.replace(evidence, histories={"ppo": rows}))
+        return render_report(dataclasses.replace(data, histories={"ppo": rows}))
 
     assert "Weight of the KL penalty" in page("0.05", "0.06")
     assert "Weight of the KL penalty" not in page("0.05", "0.05")
 
 
-def test_a_policy_cannot_write_into_the_page(evidence: ReportData, judged: Callable[..., ScoredResponse]) -> None:
+def test_a_policy_cannot_write_into_the_page(data: ReportData, judged: Callable[..., ScoredResponse]) -> None:
     evil = judged("sft", "0", response=" <script>alert('x')</script>\x00\x1b[31m", prompt="<b>bold", ended=False)
     empty = judged("ppo", "0", response="")
     html = render_report(
-        dataclasses.replace(evidence, records=[evil, empty], table=compare_policies([evil, empty], samples=9, seed=0))
+        dataclasses.replace(data, records=[evil, empty], table=compare_policies([evil, empty], samples=9, seed=0))
     )
     assert "<script" not in html
     assert "<b>bold" not in html
@@ -277,3 +302,30 @@ def test_small_helpers(tmp_path: Path) -> None:
     assert read_table(tmp_path / "none.csv") == []
     (tmp_path / "some.csv").write_text("step,kl\n1,\n")
     assert read_table(tmp_path / "some.csv") == [{"step": "1", "kl": ""}]
+
+
+MODEL = {"source": "PyPI package m==1", "licence": "Apache-2.0", "parameters": 134515008, "sha256": "a" * 64}
+
+
+def test_the_model_comes_first_then_the_sources_by_name(tmp_path: Path) -> None:
+    write_json(tmp_path / "card.json", MODEL)
+    for name in ("b", "a"):
+        card = {
+            "name": name,
+            "source": f"file {name}",
+            "licence": "unknown",
+            "rows": 10605,
+            "sha256_of_rows": name * 64,
+        }
+        write_json(tmp_path / "cards" / f"{name}.json", card)
+    assert collect_sources(tmp_path, tmp_path) == [
+        SourceInfo("Base model", "PyPI package m==1", "Apache-2.0", "134,515,008 parameters", "a" * 16),
+        SourceInfo("Data: a", "file a", "", "10,605 rows", "a" * 16),
+        SourceInfo("Data: b", "file b", "", "10,605 rows", "b" * 16),
+    ]
+
+
+@pytest.mark.parametrize(("key", "digest"), [("sha256_of_weights", "b" * 16), ("commit", "b" * 16), ("other", "")])
+def test_the_digest_depends_on_where_the_model_is_from(tmp_path: Path, key: str, digest: str) -> None:
+    write_json(tmp_path / "card.json", {k: v for k, v in MODEL.items() if k != "sha256"} | {key: "b" * 40})
+    assert collect_sources(tmp_path, tmp_path)[0].digest == digest
