@@ -92,7 +92,7 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
         project.wait_until(lambda: not project.processes())
     assert process.returncode == 0, said
     assert "Traceback" not in said
-    assert runs(project) == [("Cancelled",)], "one run at a time, and that one cancelled"
+    assert ask(project, RUNS) == [("Cancelled",)], "one run at a time, and that one cancelled"
     newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
     assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
     project.ran()
