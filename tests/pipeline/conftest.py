@@ -62,12 +62,12 @@ def {name}({signature}):
         (state / "here.{name}").touch()
         while not all((state / f"here.{{other}}").exists() for other in ("sft", "gold_judge")):
             time.sleep(0.1)
-    for kind, folder in (("output", out / "result"), ("checkpoint", tracking.current_checkpoints())):
+    for kind, folder in (("output", out / "result"), ("checkpoint", tracking.checkpoint_dir())):
         if (state / f"{name}.{{kind}}").exists():
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "more").write_bytes(os.urandom(int((state / f"{name}.{{kind}}").read_text())))
     if (state / "{name}.resumable").exists():
-        folder = tracking.current_checkpoints()
+        folder = tracking.checkpoint_dir()
         resumed = folder.exists()
         folder.mkdir(parents=True, exist_ok=True)
         (state / "resumed").write_text(str(resumed))
@@ -185,9 +185,9 @@ class Project:
 
     def rlhf(self, *words: str, expect: int = 0) -> str:
         """Run our command and return what it printed."""
-        status, said = self.python.rlhf(self.root, words)
-        assert status == expect, f"rlhf {words} exited {status}:\n{said}"
-        return said
+        status, output = self.python.rlhf(self.root, words)
+        assert status == expect, f"rlhf {words} exited {status}:\n{output}"
+        return output
 
     def start(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
         """Run our command in the background, in a process group of its own, Ctrl-C in force as in a terminal.
@@ -369,9 +369,9 @@ def finished(
 ) -> tuple[Project, str]:
     """A project after its first `rlhf run`, and what that printed; tests copy it or leave it as it is."""
     project = make_project(tmp_path_factory.mktemp("finished") / "project", environment, python)
-    said = project.rlhf("run")
+    output = project.rlhf("run")
     assert project.ran() == ["collect", "prepare", "sft", "gold_judge"]
-    return project, said
+    return project, output
 
 
 @pytest.fixture
@@ -394,8 +394,8 @@ def standing(
     project = make_project(tmp_path_factory.mktemp("standing") / "project", own, python)
     shutil.copy(ROOT / "prefect.yaml", project.root)
     try:
-        said = rlhf(project, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
-        assert "`rlhf down` ends them" in said
+        output = rlhf(project, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
+        assert "`rlhf down` ends them" in output
         yield project
     finally:
         project.kill()
@@ -484,5 +484,5 @@ def tiny(
     watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
     project = open_project(root, watched)
     benchmarks = "lm_eval={tasks: [held_out_perplexity, held_out_preferences], batch_size: 8}"
-    said = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny", "-S", benchmarks)
-    return open_project(root, environment), said + (watch / "opened").read_text()
+    output = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny", "-S", benchmarks)
+    return open_project(root, environment), output + (watch / "opened").read_text()

@@ -48,9 +48,9 @@ POLICIES = {
 )
 def test_an_error_is_one_message_and_changes_nothing(fresh: Project, words: list[str], message: str) -> None:
     before = (fresh.root / "params.yaml").read_text()
-    said = fresh.rlhf(*words, expect=1)
-    assert message in said
-    assert said.startswith("error:")
+    output = fresh.rlhf(*words, expect=1)
+    assert message in output
+    assert output.startswith("error:")
     assert (fresh.root / "params.yaml").read_text() == before
 
 
@@ -91,11 +91,11 @@ def test_show_prints_the_figures_as_they_are_written(fresh: Project) -> None:
 
 
 def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
-    said = StringIO()
-    monkeypatch.setattr(console, "console", Console(file=said, width=40))
+    output = StringIO()
+    monkeypatch.setattr(console, "console", Console(file=output, width=40))
     console.print_table(console.policies_table(POLICIES))
-    assert max(map(len, said.getvalue().splitlines())) == 40
-    assert "…" not in said.getvalue()
+    assert max(map(len, output.getvalue().splitlines())) == 40
+    assert "…" not in output.getvalue()
 
 
 @pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC 3.67 with pygtrie 2.6

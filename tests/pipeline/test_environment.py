@@ -64,7 +64,9 @@ def switch_off(stage: str, folder: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("preset", ["service_bot", "second_try"])
-def test_policies_talk_learn_and_are_compared(preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_policies_in_conversations_learn_and_are_compared(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     if preset == "second_try":
         pytest.importorskip("reasoning_gym", reason="an extra of the project")
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))

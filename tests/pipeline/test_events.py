@@ -85,7 +85,7 @@ def test_new_data_starts_a_retrain_for_just_that_data(loop: Project) -> None:
     loop.edit("params.yaml", "max_kl: 10.0", "max_kl: 1.0")
     (loop.root / "data" / "second.jsonl").write_text("second\n")
     try:
-        said = rlhf(loop, "data", "announce")
+        output = rlhf(loop, "data", "announce")
         loop.wait_until(lambda: bool(ask(loop, TRIGGERED)))
         ((run, parameters),) = ask(loop, TRIGGERED)
         wait_for_state(loop, run, "Completed")
@@ -93,7 +93,7 @@ def test_new_data_starts_a_retrain_for_just_that_data(loop: Project) -> None:
         loop.edit("params.yaml", "max_kl: 1.0", "max_kl: 10.0")
     md5 = json.loads(parameters)["data_md5"]
     assert md5.endswith(".dir")
-    assert said.strip() == f"announced data of md5 {md5}"
+    assert output.strip() == f"announced data of md5 {md5}"
     assert sorted(loop.ran()) == ["collect", "evaluate", "gold_judge", "ppo", "prepare", "sft"]
     assert md5 in loop.lock()
     assert "first\nsecond\n" in (loop.root / "artifacts" / "ppo" / "adapter" / "weights").read_text()

@@ -92,10 +92,10 @@ def test_mlflow_is_gone_while_stages_run(fresh: Project, own: list[str]) -> None
         process = fresh.start("run", *own, environment=environment)
         fresh.wait_until(lambda: "prepare begins" in trace(fresh))
         kill(server)
-        said = process.communicate(timeout=300)[0]
-        assert process.returncode == 0, said
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
     if not own:
-        assert "warning: MLflow at http" in said
+        assert "warning: MLflow at http" in output
     assert fresh.ran() == STAGES
     queue = fresh.root / ".rlhf" / "mlflow_queue"
     assert list(queue.glob("*.jsonl")), "what could not be written is kept"
@@ -146,8 +146,8 @@ print("FOUND" + json.dumps(found))
 
 
 def read(project: Project, port: int) -> dict[str, dict[str, Any]]:
-    said = project.command(sys.executable, "-W", "ignore", "-c", READ.format(port=port))
-    rows = json.loads(next(line for line in said.splitlines() if line.startswith("FOUND"))[5:])
+    output = project.command(sys.executable, "-W", "ignore", "-c", READ.format(port=port))
+    rows = json.loads(next(line for line in output.splitlines() if line.startswith("FOUND"))[5:])
     assert len({row["name"] for row in rows}) == len(rows), [row["name"] for row in rows]
     return {row["name"]: row for row in rows}
 
@@ -242,8 +242,8 @@ def test_two_flows_and_dvc_repro_at_once(project: Project) -> None:
     repro = subprocess.run(
         words, cwd=project.root, env=project.environment, capture_output=True, text=True, check=False
     )
-    said = [flow.communicate(timeout=120)[0] for flow in flows]
-    assert [flow.returncode for flow in flows] == [0, 0], said
+    output = [flow.communicate(timeout=120)[0] for flow in flows]
+    assert [flow.returncode for flow in flows] == [0, 0], output
     assert repro.returncode == 0 or "is busy" in repro.stderr, repro.stderr
     assert sorted(project.ran()) == sorted(STAGES)
     sound(project)
@@ -312,9 +312,9 @@ def test_the_disk_is_full(project: Project, folder: str, written: str, room: int
         run = [sys.executable, "-m", "flows.cli", "run"]
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - room))
-        said = command(*run, expect=1)
-        assert "Traceback" not in said
-        assert "no space left on the disk" in said or "disk is full" in said
+        output = command(*run, expect=1)
+        assert "Traceback" not in output
+        assert "no space left on the disk" in output or "disk is full" in output
         root = disk if folder == "." else project.root
         assert (root / "dvc.lock").read_text() == lock
         filler.unlink()

@@ -161,10 +161,10 @@ def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> 
 def test_what_then_runs(tiny: tuple[Project, str], tmp_path: Path, change: str, expected: list[str]) -> None:
     """Really run: a stage after it runs only if what it reads has come out different."""
     project = tiny[0].copy(tmp_path / "project")
-    said = project.rlhf("run", "-S", change)
-    ran = [line.split()[1] for line in said.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
-    assert set(ran) <= set(versioning_closure(expected)), said
-    assert set(expected) - set(ran) <= {"evaluate", "reward_model"}, said
+    output = project.rlhf("run", "-S", change)
+    ran = [line.split()[1] for line in output.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
+    assert set(ran) <= set(versioning_closure(expected)), output
+    assert set(expected) - set(ran) <= {"evaluate", "reward_model"}, output
     assert project.rlhf("run").count("cached") == len(STAGES)
 
 
@@ -185,8 +185,8 @@ def test_a_changed_byte_of_an_output_is_never_used(tiny: tuple[Project, str], tm
     lock = project.lock()
     weights = project.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
     flip(weights)
-    said = project.rlhf("run")
-    assert "✓ sft              restored" in said
+    output = project.rlhf("run")
+    assert "✓ sft              restored" in output
     assert project.lock() == lock
 
 

@@ -87,8 +87,8 @@ def test_the_versions_are_listed(promoted: Project) -> None:
         (CHAMPION, ["champion"], "accepted"),
         (REFUSED, ["challenger"], "refused"),
     ]
-    said = promoted.rlhf("models")
-    assert all(row["commit"][:8] in said for row in rows.values())
+    output = promoted.rlhf("models")
+    assert all(row["commit"][:8] in output for row in rows.values())
 
 
 def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
@@ -109,36 +109,36 @@ def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     assert [source["licence"] for source in found["sources"]] == ["as this project"]
     assert found["data_md5"] in (promoted.root / "data.dvc").read_text()
     assert found["decision"]["promoted.by"] == "the gate"
-    said = promoted.rlhf("lineage", "challenger")
-    assert "refused: KL to SFT" in said
-    assert found["stages"]["sft"]["run"] in said
+    output = promoted.rlhf("lineage", "challenger")
+    assert "refused: KL to SFT" in output
+    assert found["stages"]["sft"]["run"] in output
 
 
 def test_a_policy_goes_on_from_prompts(promoted: Project) -> None:
     words = ["generate", "the film is", "a plot", "--samples", "2", "--max-new-tokens", "3", "--json"]
-    said = promoted.rlhf(*words)
-    rows = [json.loads(line) for line in said.splitlines()]
+    output = promoted.rlhf(*words)
+    rows = [json.loads(line) for line in output.splitlines()]
     assert [(row["prompt"], row["sample"]) for row in rows] == [
         (prompt, sample) for prompt in ("the film is", "a plot") for sample in (0, 1)
     ]
-    assert promoted.rlhf(*words) == said
-    assert promoted.rlhf(*words, "--seed", "1") != said
-    assert typed(promoted, "the film is\n\na plot\n", *words[:1], *words[3:]) == said
+    assert promoted.rlhf(*words) == output
+    assert promoted.rlhf(*words, "--seed", "1") != output
+    assert typed(promoted, "the film is\n\na plot\n", *words[:1], *words[3:]) == output
     stages = promoted.rlhf("generate", "x", "--model", "reward_model", expect=1)
     assert "there are 1, 2 (champion), 3 (challenger)" in stages
     assert "whose model writes: dpo, grpo, ppo, sft" in stages
 
 
 def test_a_chat_answers_each_line_until_its_end(promoted: Project) -> None:
-    said = typed(promoted, "the film is\n\na plot\n", "chat", "--model", "sft", "--max-new-tokens", "2")
-    assert "the film is" in said
-    assert "a plot" in said
+    output = typed(promoted, "the film is\n\na plot\n", "chat", "--model", "sft", "--max-new-tokens", "2")
+    assert "the film is" in output
+    assert "a plot" in output
 
 
 @pytest.mark.parametrize("words", [[], ["--adapter"]], ids=["merged", "adapter"])
 def test_an_export_loads_without_the_project(promoted: Project, tmp_path: Path, words: list[str]) -> None:
     folder, logits = tmp_path / "out", tmp_path / "logits.pt"
-    said = promoted.rlhf("export", str(folder), *words)
+    output = promoted.rlhf("export", str(folder), *words)
     parts = promoted.root / "artifacts"
     prompts = [row.prompt for row in read_rows(parts / "prepare" / "prompts" / "test.jsonl", Prompt)]
     command = [sys.executable, "-I", "-c", LOAD, str(folder), json.dumps(prompts), str(logits)]
@@ -154,7 +154,7 @@ def test_an_export_loads_without_the_project(promoted: Project, tmp_path: Path, 
             for place, model in enumerate((policy, reference)):
                 apart[place] = max(apart[place], (model(input_ids=ids).logits - theirs).abs().max().item())
     assert apart[0] < 2e-6 < 1e-3 < apart[1], "the policy, and not the model below it"
-    assert "its logits differ by at most" in said
+    assert "its logits differ by at most" in output
     card = (folder / "README.md").read_text()
     assert f"# {CHAMPION.upper()} policy, version 2" in card
     assert "| tiny | local file infra/presets/tiny.jsonl | as this project | 96 |" in card
@@ -166,8 +166,8 @@ def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> No
     assert "Promote it all the same with --reason" in promoted.rlhf("promote", expect=1)
     assert "version 3 (grpo) is the champion" in promoted.rlhf("promote", "--reason", "it rhymes")
     assert registered(promoted)[3]["tags"]["promoted.reason"] == "it rhymes"
-    said = promoted.rlhf("rollback", "--reason", "it swears")
-    assert "version 2 (dpo) is the champion again; version 3 (grpo) is withdrawn" in said
+    output = promoted.rlhf("rollback", "--reason", "it swears")
+    assert "version 2 (dpo) is the champion again; version 3 (grpo) is withdrawn" in output
     promoted.rlhf("run", "-S", "gate.max_kl=10")
     refused = promoted.rlhf("retrain")
     assert "gate grpo: refused" in refused, "the gate accepts it now, but a person has withdrawn it"
@@ -182,14 +182,14 @@ def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> No
 def test_a_version_is_made_again_from_nothing(promoted: Project) -> None:
     """Its data from the project's cache, everything else computed: the same bytes. The project is left alone."""
     before = promoted.lock(), (promoted.root / "params.yaml").read_text()
-    said = promoted.rlhf("reproduce", "2")
-    ran = [line.split()[1] for line in said.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
+    output = promoted.rlhf("reproduce", "2")
+    ran = [line.split()[1] for line in output.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
     assert ran == ["base_model", "collect", "prepare", "sft", "preferences", CHAMPION]
     assert (promoted.lock(), (promoted.root / "params.yaml").read_text()) == before
     assert left_over(promoted) == []
 
 
-def test_weights_that_differ_are_told(promoted: Project) -> None:
+def test_weights_that_differ_are_reported(promoted: Project) -> None:
     database = sqlite3.connect(promoted.root / "mlflow.db")
     md5 = registered(promoted)[2]["weights"][f"{CHAMPION}/adapter"]
     with database:
@@ -197,10 +197,10 @@ def test_weights_that_differ_are_told(promoted: Project) -> None:
             "update model_version_tags set value = replace(value, ?, 'other.dir') where key = 'weights'", [md5]
         )
     database.close()
-    said = promoted.rlhf("reproduce", "2", expect=1)
-    table = {words[0]: words[-1] for words in map(str.split, said.splitlines()) if words[-1:] in (["yes"], ["no"])}
+    output = promoted.rlhf("reproduce", "2", expect=1)
+    table = {words[0]: words[-1] for words in map(str.split, output.splitlines()) if words[-1:] in (["yes"], ["no"])}
     assert table == {"base_model/model": "yes", "sft/adapter": "yes", f"{CHAMPION}/adapter": "no"}
-    assert "OMP_NUM_THREADS" in said
+    assert "OMP_NUM_THREADS" in output
     assert left_over(promoted) == []
 
 
@@ -208,9 +208,9 @@ def test_an_interrupted_reproduction_leaves_nothing(promoted: Project) -> None:
     command = promoted.start("reproduce", "1")
     promoted.wait_until(lambda: any((promoted.root / ".rlhf" / "reproduce").glob("*/artifacts/*/*")))
     os.killpg(command.pid, signal.SIGINT)
-    said, _ = command.communicate(timeout=PATIENCE)
-    assert command.returncode == 130, said
-    assert "interrupted" in said
+    output, _ = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 130, output
+    assert "interrupted" in output
     assert left_over(promoted) == []
 
 

@@ -19,9 +19,9 @@ if TYPE_CHECKING:
 NAMES = ["collect", "prepare", "sft", "gold_judge"]
 
 
-def results(said: str) -> dict[str, str]:
+def results(output: str) -> dict[str, str]:
     """Stage → result, from the lines that `rlhf run` prints."""
-    words = [line.split() for line in said.splitlines() if line.startswith("✓")]
+    words = [line.split() for line in output.splitlines() if line.startswith("✓")]
     return {word[1]: word[2] for word in words}
 
 
@@ -40,23 +40,23 @@ def test_after_dvc_repro_the_flow_is_cached_and_the_lock_is_the_same(
     fresh.dvc("repro")
     assert fresh.ran() == NAMES
     assert fresh.lock() == finished[0].lock()
-    said = fresh.rlhf("run")
-    assert results(said) == dict.fromkeys(NAMES, "cached")
+    output = fresh.rlhf("run")
+    assert results(output) == dict.fromkeys(NAMES, "cached")
     assert fresh.ran() == []
     assert "up to date" in fresh.dvc("status")
 
 
 def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(project: Project) -> None:
     lock = project.lock()
-    said = project.rlhf("run", "-S", "sft.epochs=7")
-    assert "sft.epochs: 1 → 7" in said
+    output = project.rlhf("run", "-S", "sft.epochs=7")
+    assert "sft.epochs: 1 → 7" in output
     assert project.ran() == ["sft"]
-    assert results(said) == {"collect": "cached", "prepare": "cached", "sft": "ran", "gold_judge": "cached"}
+    assert results(output) == {"collect": "cached", "prepare": "cached", "sft": "ran", "gold_judge": "cached"}
     assert '"epochs":7' in (project.root / "artifacts/sft/result/data.txt").read_text()
-    said = project.rlhf("status", "--json")
-    assert json.loads(said) == []
-    said = project.rlhf("run", "-S", "sft.epochs=1")
-    assert results(said)["sft"] == "restored"
+    output = project.rlhf("status", "--json")
+    assert json.loads(output) == []
+    output = project.rlhf("run", "-S", "sft.epochs=1")
+    assert results(output)["sft"] == "restored"
     assert project.ran() == []
     assert '"epochs":1' in (project.root / "artifacts/sft/result/data.txt").read_text()
     assert project.lock() == lock
@@ -81,8 +81,8 @@ def test_status_names_an_input_that_is_new(project: Project) -> None:
 def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(project: Project) -> None:
     before = (project.root / "params.yaml").read_text()
     written = project.root / "artifacts" / "gold_judge" / "result"
-    said = project.rlhf("run", "-S", "gold_judge=null")
-    assert "gold_judge is off: its section in params.yaml is null" in said
+    output = project.rlhf("run", "-S", "gold_judge=null")
+    assert "gold_judge is off: its section in params.yaml is null" in output
     assert project.ran() == []
     assert [path.name for path in written.iterdir()] == ["OFF"]
     assert json.loads((written.parent / "metrics.json").read_text()) == {}
@@ -96,8 +96,8 @@ def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(projec
 
 def test_a_deleted_output_is_restored_not_computed(project: Project) -> None:
     shutil.rmtree(project.root / "artifacts" / "sft" / "result")
-    said = project.rlhf("status", "--json")
-    assert json.loads(said) == [
+    output = project.rlhf("status", "--json")
+    assert json.loads(output) == [
         {"stage": "sft", "action": "restore", "reasons": ["its output artifacts/sft/result is missing"]}
     ]
     assert results(project.rlhf("run"))["sft"] == "restored"
@@ -124,13 +124,13 @@ def test_a_change_of_flows_or_of_recording_runs_nothing(project: Project) -> Non
 def test_a_failed_stage_leaves_the_lock_alone_and_says_why_once(project: Project) -> None:
     lock = project.lock()
     (project.root / ".rlhf" / "sft.fails").touch()
-    said = project.rlhf("run", "-S", "sft.epochs=9", expect=1)
-    assert said.count("the toy was told to fail") == 1
-    assert "Traceback" not in said
+    output = project.rlhf("run", "-S", "sft.epochs=9", expect=1)
+    assert output.count("the toy was told to fail") == 1
+    assert "Traceback" not in output
     assert project.lock() == lock
-    said = project.dvc("repro", expect=255)
-    assert said.count("the toy was told to fail") == 1
-    assert "Traceback" not in said
+    output = project.dvc("repro", expect=255)
+    assert output.count("the toy was told to fail") == 1
+    assert "Traceback" not in output
     assert project.lock() == lock
 
 
@@ -144,8 +144,8 @@ def test_two_flows_at_once_run_each_stage_once(fresh: Project) -> None:
     (fresh.root / ".rlhf").mkdir()
     (fresh.root / ".rlhf" / "sleep").write_text("0.5")
     both = [fresh.start("run") for _ in range(2)]
-    said = [process.communicate(timeout=200)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], said
+    output = [process.communicate(timeout=200)[0] for process in both]
+    assert [process.returncode for process in both] == [0, 0], output
     assert sorted(fresh.ran()) == sorted(NAMES)
     assert "up to date" in fresh.dvc("status")
 
@@ -158,10 +158,10 @@ def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:
     process = project.start("run", "-S", "sft.epochs=3", environment=alone)
     project.wait_for(".rlhf/waiting")
     os.killpg(process.pid, signal.SIGINT)
-    said = process.communicate(timeout=PATIENCE)[0]
-    assert process.returncode == 130, said
-    assert "goes on from the last checkpoint" in said
-    assert "Traceback" not in said
+    output = process.communicate(timeout=PATIENCE)[0]
+    assert process.returncode == 130, output
+    assert "goes on from the last checkpoint" in output
+    assert "Traceback" not in output
     newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
     assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
     assert results(project.rlhf("run"))["sft"] == "ran"
@@ -177,9 +177,9 @@ def test_inputs_that_change_during_a_run_are_not_recorded(project: Project) -> N
     process = project.start("run", "sft")
     project.wait_for(".rlhf/ran")
     project.edit("params.yaml", "epochs: 4", "epochs: 5")
-    said = process.communicate(timeout=PATIENCE)[0]
+    output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 1
-    assert "changed while it ran" in said
+    assert "changed while it ran" in output
     assert project.lock() == lock
 
 
@@ -217,13 +217,13 @@ def test_the_key_changes_with_one_byte_of_what_a_stage_reads_and_with_nothing_el
 
 def test_an_error_of_dvc_is_one_message(project: Project) -> None:
     (project.root / "data.txt").unlink()
-    said = project.rlhf("run", expect=1)
-    assert "data.txt" in said
-    assert "Traceback" not in said
+    output = project.rlhf("run", expect=1)
+    assert "data.txt" in output
+    assert "Traceback" not in output
     (project.root / "dvc.yaml").write_text("stages: [")
-    said = project.rlhf("run", expect=1)
-    assert "dvc.yaml" in said
-    assert "Traceback" not in said
+    output = project.rlhf("run", expect=1)
+    assert "dvc.yaml" in output
+    assert "Traceback" not in output
 
 
 def test_a_fully_cached_flow_imports_no_model_library(project: Project) -> None:

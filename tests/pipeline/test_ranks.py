@@ -52,9 +52,9 @@ def test_two_ranks_find_what_one_finds_and_rank_0_writes(tiny: tuple[Project, st
 def test_what_ranks_cannot_share_is_one_message(tiny: tuple[Project, str], tmp_path: Path) -> None:
     project = tiny[0].copy(tmp_path / "project")
     before = project.lock()
-    said = project.rlhf("run", "sft", "--ranks", "2", "-S", "sft.batch_size=3", expect=1)
-    assert "error: batch_size is 3, which 2 ranks cannot share equally; change it or --ranks" in said
-    assert "Traceback" not in said
+    output = project.rlhf("run", "sft", "--ranks", "2", "-S", "sft.batch_size=3", expect=1)
+    assert "error: batch_size is 3, which 2 ranks cannot share equally; change it or --ranks" in output
+    assert "Traceback" not in output
     assert project.lock() == before
     assert "choose one" in project.rlhf("run", "--ranks", "2", "--parallel", "2", expect=1)
 

@@ -30,8 +30,8 @@ print(json.dumps(runs))
 
 
 def runs(project: Project) -> list[dict[str, Any]]:
-    said = project.command(sys.executable, "-W", "ignore", "-c", READ)
-    found: list[dict[str, Any]] = json.loads(said.splitlines()[-1])
+    output = project.command(sys.executable, "-W", "ignore", "-c", READ)
+    found: list[dict[str, Any]] = json.loads(output.splitlines()[-1])
     return found
 
 

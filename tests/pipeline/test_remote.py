@@ -51,9 +51,9 @@ def test_a_clone_elsewhere_pulls_and_computes_nothing(
     with_remote(project, *remote)
     other = clone(project, tmp_path / "elsewhere" / "clone", open_project)
     assert not (other.root / "data.txt").exists()
-    said = other.rlhf("run", "--pull")
+    output = other.rlhf("run", "--pull")
     assert other.ran() == []
-    assert "ran" not in said.replace("transferred", "").split()
+    assert "ran" not in output.replace("transferred", "").split()
     for name in ("data.txt", "artifacts/sft/result/data.txt", "artifacts/sft/metrics.json"):
         assert (other.root / name).read_bytes() == (project.root / name).read_bytes()
     assert other.lock() == project.lock()
@@ -67,8 +67,8 @@ def test_what_a_clone_computes_comes_back(
     other = clone(project, tmp_path / "clone", open_project)
     other.rlhf("run", "--pull", "--push", "-S", "sft.epochs=3")
     assert other.ran() == ["sft"]
-    said = project.rlhf("run", "--pull", "-S", "sft.epochs=3")
-    assert project.ran() == [], said
+    output = project.rlhf("run", "--pull", "-S", "sft.epochs=3")
+    assert project.ran() == [], output
 
 
 def test_without_pull_missing_data_is_one_message(
@@ -76,35 +76,35 @@ def test_without_pull_missing_data_is_one_message(
 ) -> None:
     with_remote(project, tmp_path / "remote")
     other = clone(project, tmp_path / "clone", open_project)
-    said = other.rlhf("run", expect=1)
-    assert "data.txt" in said
-    assert "--pull" in said
-    assert "Traceback" not in said
+    output = other.rlhf("run", expect=1)
+    assert "data.txt" in output
+    assert "--pull" in output
+    assert "Traceback" not in output
 
 
 def test_a_remote_that_does_not_answer_is_one_message(project: Project) -> None:
     """Its own library raises errors of its own kinds."""
     project.dvc("remote", "add", "--default", "away", "s3://store/project")
     project.dvc("remote", "modify", "away", "endpointurl", f"http://127.0.0.1:{free_port()}")
-    said = project.rlhf("run", "--pull", "-S", "sft.epochs=3", expect=1)
-    assert "the DVC remote cannot be read" in said
-    assert "Traceback" not in said
+    output = project.rlhf("run", "--pull", "-S", "sft.epochs=3", expect=1)
+    assert "the DVC remote cannot be read" in output
+    assert "Traceback" not in output
     assert project.ran() == []
 
 
 def test_pulling_without_a_remote_is_one_message(project: Project) -> None:
     """DVC itself only warns, once a stage, and goes on."""
-    said = project.rlhf("run", "--pull", "-S", "sft.epochs=3", expect=1)
-    assert said.count("dvc remote add") == 1
-    assert "Traceback" not in said
+    output = project.rlhf("run", "--pull", "-S", "sft.epochs=3", expect=1)
+    assert output.count("dvc remote add") == 1
+    assert "Traceback" not in output
     assert project.ran() == []
 
 
 def test_no_remote_is_one_message_and_nothing_is_lost(project: Project) -> None:
-    said = project.rlhf("run", "--push", "-S", "sft.epochs=3", expect=1)
+    output = project.rlhf("run", "--push", "-S", "sft.epochs=3", expect=1)
     assert project.ran() == ["sft"]
-    assert "dvc remote add" in said
-    assert "Traceback" not in said
+    assert "dvc remote add" in output
+    assert "Traceback" not in output
     assert project.rlhf("run").count("cached") == 4
 
 
@@ -112,9 +112,9 @@ def test_a_remote_that_is_gone_for_a_while_stops_nothing(project: Project, tmp_p
     with_remote(project, tmp_path / "remote")
     shutil.rmtree(tmp_path / "remote")
     (tmp_path / "remote").write_text("a file stands in its place")
-    said = project.rlhf("run", "--push", "-S", "seed=1", expect=1)
+    output = project.rlhf("run", "--push", "-S", "seed=1", expect=1)
     assert sorted(project.ran()) == ["collect", "gold_judge", "prepare", "sft"]
-    assert "warning: not sent to the DVC remote" in said
+    assert "warning: not sent to the DVC remote" in output
     (tmp_path / "remote").unlink()
     assert "the DVC remote has everything" in project.rlhf("run", "--push")
     assert project.ran() == []

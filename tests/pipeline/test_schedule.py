@@ -72,10 +72,10 @@ def test_what_falls_due_runs_to_its_end(project: Project) -> None:
     with serving(project) as process:
         project.wait_until(lambda: ("Completed",) in runs(project))
         os.kill(process.pid, signal.SIGTERM)
-        said = process.communicate(timeout=PATIENCE)[0]
+        output = process.communicate(timeout=PATIENCE)[0]
         project.wait_until(lambda: not project.processes())
-    assert process.returncode == 0, said
-    assert "next runs: " in said
+    assert process.returncode == 0, output
+    assert "next runs: " in output
     assert "✓ gold_judge cached" in " ".join((project.root / ".rlhf/services/worker.log").read_text().split())
     assert ask(project, WAITING) == [(0,)], "stopped, and yet runs are planned"
 
@@ -88,10 +88,10 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
     with serving(project) as process:
         project.wait_for(".rlhf/waiting")
         os.killpg(process.pid, signal.SIGINT)
-        said = process.communicate(timeout=PATIENCE)[0]
+        output = process.communicate(timeout=PATIENCE)[0]
         project.wait_until(lambda: not project.processes())
-    assert process.returncode == 0, said
-    assert "Traceback" not in said
+    assert process.returncode == 0, output
+    assert "Traceback" not in output
     assert ask(project, RUNS) == [("Cancelled",)], "one run at a time, and that one cancelled"
     newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
     assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
@@ -120,10 +120,10 @@ def test_a_second_one_for_the_same_project_is_refused(project: Project) -> None:
     ],
 )
 def test_a_wrong_time_is_one_message(fresh: Project, words: list[str], message: str) -> None:
-    said = fresh.rlhf("schedule", *words, expect=1)
-    assert message in said
-    assert said.startswith("error:")
-    assert "Traceback" not in said
+    output = fresh.rlhf("schedule", *words, expect=1)
+    assert message in output
+    assert output.startswith("error:")
+    assert "Traceback" not in output
 
 
 def test_an_error_of_a_time_shows_how_to_write_it() -> None:

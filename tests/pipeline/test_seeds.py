@@ -80,12 +80,12 @@ def trees(project: Project) -> int:
 
 @pytest.mark.slow
 def test_every_seed_once_what_they_share_once_and_the_bad_ones_named(trainable: Project) -> None:
-    said = trainable.rlhf("run", "--seeds", "4", expect=1)
-    assert "variant 3 of 4: policy_seed=2" in said
-    assert "collapsed: ppo, seed 1: its win rate's whole interval, 20%–40%, lies below one half" in said
-    assert "1 of 4 seeds failed" in said
-    assert "seed 2: the loss is not finite" in said
-    assert "Traceback" not in said
+    output = trainable.rlhf("run", "--seeds", "4", expect=1)
+    assert "variant 3 of 4: policy_seed=2" in output
+    assert "collapsed: ppo, seed 1: its win rate's whole interval, 20%–40%, lies below one half" in output
+    assert "1 of 4 seeds failed" in output
+    assert "seed 2: the loss is not finite" in output
+    assert "Traceback" not in output
     (found,) = written(trainable)
     seeds = found["policies"]["ppo"]["seeds"]
     assert {int(seed): row["win_rate"] for seed, row in seeds.items()} == WIN_RATES
@@ -111,16 +111,16 @@ def test_after_an_interrupt_what_was_computed_is_restored(trainable: Project) ->
     command = trainable.start("run", "--seeds", "2")
     trainable.wait_until(hold.with_suffix(".reached").exists)
     os.killpg(command.pid, signal.SIGINT)
-    said, _ = command.communicate(timeout=PATIENCE)
-    assert command.returncode == 130, said
+    output, _ = command.communicate(timeout=PATIENCE)
+    assert command.returncode == 130, output
     assert trees(trainable) == 1
     before = runs(trainable)
     hold.unlink()
-    said = trainable.rlhf("run", "--seeds", "2")
+    output = trainable.rlhf("run", "--seeds", "2")
     assert runs(trainable) - before == Counter({"ppo": 1, "evaluate": 1, "pipeline": 1, "policy_seed=1": 1})
     assert [found["seeds"] for found in written(trainable)] == [[0], [0, 1]]
-    assert "60%" not in said.partition("mean")[2].partition("\n")[0]
-    assert "55%" in said.partition("mean")[2].partition("\n")[0], "the mean of 80 % and 30 %"
+    assert "60%" not in output.partition("mean")[2].partition("\n")[0]
+    assert "55%" in output.partition("mean")[2].partition("\n")[0], "the mean of 80 % and 30 %"
 
 
 @pytest.mark.parametrize(

@@ -31,8 +31,8 @@ where flow_run.deployment_id is not null and flow_run.start_time is not null ord
 
 
 def test_a_run_uses_them(standing: Project) -> None:
-    said = rlhf(standing, "run")
-    assert "temporary" not in said
+    output = rlhf(standing, "run")
+    assert "temporary" not in output
     assert len(standing.ran()) == 4
     runs = query(standing.root / "mlflow.db", "select name from runs")
     assert sorted(name for (name,) in runs) == ["collect", "gold_judge", "pipeline", "prepare", "sft"]
@@ -117,8 +117,8 @@ def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> N
     begun = str(int(time.time() * 1000))
     deployment_run(standing, "rlhf/nightly")
     standing.wait_for(".rlhf/waiting")
-    said = rlhf(standing, "down")
-    assert said.strip() == "ended: worker, mlflow, prefect"
+    output = rlhf(standing, "down")
+    assert output.strip() == "ended: worker, mlflow, prefect"
     assert standing.processes() == []
     assert dict(query(standing.root / "mlflow.db", LAST_RUNS, begun)) == {"pipeline": "KILLED", "sft": "KILLED"}
     assert "nothing was up" in rlhf(standing, "down")
@@ -133,10 +133,10 @@ def test_a_port_that_is_taken_is_one_message(fresh: Project) -> None:
         other.bind(("127.0.0.1", 0))
         other.listen()
         port = other.getsockname()[1]
-        said = rlhf(fresh, "up", "--prefect-port", str(port), expect=1)
-    assert f"port {port} for prefect is taken" in said
-    assert f"--prefect-port {port + 1}" in said
-    assert "Traceback" not in said
+        output = rlhf(fresh, "up", "--prefect-port", str(port), expect=1)
+    assert f"port {port} for prefect is taken" in output
+    assert f"--prefect-port {port + 1}" in output
+    assert "Traceback" not in output
     assert fresh.processes() == []
 
 

@@ -30,8 +30,8 @@ def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
     fresh.commit()
     fresh.edit("tasks/shared.py", '"a"', '"not committed"')
     before = (fresh.root / "params.yaml").read_text()
-    said = fresh.rlhf("sweep", "-S", "sft.epochs=2,3")
-    assert "variant 2 of 2: sft.epochs=3" in said
+    output = fresh.rlhf("sweep", "-S", "sft.epochs=2,3")
+    assert "variant 2 of 2: sft.epochs=3" in output
     runs = Counter(name for (name,) in ask(fresh, "select name from runs"))
     stages = {"collect": 1, "prepare": 1, "gold_judge": 1, "sft": 2}
     assert runs == stages | {"sft.epochs=2": 1, "sft.epochs=3": 1}
@@ -49,9 +49,9 @@ def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
 @pytest.mark.slow
 def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Project) -> None:
     fresh.commit()
-    said = fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)
-    assert "variant sft.epochs=-1 failed" in said
-    assert "Traceback" not in said
+    output = fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)
+    assert "variant sft.epochs=-1 failed" in output
+    assert "Traceback" not in output
     assert fresh.command("git", "worktree", "list").count("\n") == 1
     fresh.rlhf("run", "-S", "sft.epochs=2")
     assert fresh.ran() == []

@@ -23,21 +23,21 @@ STAGES = list(PIPELINE["stages"])
 FIGURES = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
 
 
-def lines(said: str) -> dict[str, str]:
-    words = [line.split() for line in said.splitlines() if line.startswith("✓")]
+def lines(output: str) -> dict[str, str]:
+    words = [line.split() for line in output.splitlines() if line.startswith("✓")]
     return {word[1]: word[2] for word in words}
 
 
 def test_every_stage_runs_and_the_policies_are_compared(tiny: tuple[Project, str]) -> None:
-    project, said = tiny
-    assert lines(said) == dict.fromkeys(STAGES, "ran")
+    project, output = tiny
+    assert lines(output) == dict.fromkeys(STAGES, "ran")
     for policy in ("ppo", "grpo", "dpo"):
-        assert policy in said.partition("Policies on held-out prompts")[2]
+        assert policy in output.partition("Policies on held-out prompts")[2]
     shown = json.loads(project.rlhf("show", "--json"))
     assert {"sft", "ppo", "grpo", "dpo"} <= set(shown)
     for policy, figures in shown.items():
         assert set(figures) >= FIGURES, policy
-    assert "LLM judge" in said
+    assert "LLM judge" in output
     assert shown["ppo"]["judge_n"] == 4
 
 
@@ -95,8 +95,8 @@ def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny: tuple[Project, str], 
 CHAMPION = "select version from registered_model_aliases where alias = 'champion'"
 
 
-def gate_of(said: str) -> str:
-    return next(line for line in said.splitlines() if line.startswith("gate "))
+def gate_of(output: str) -> str:
+    return next(line for line in output.splitlines() if line.startswith("gate "))
 
 
 @pytest.mark.slow
