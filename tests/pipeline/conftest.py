@@ -33,11 +33,12 @@ from flows.services import DEVICE_LIMIT
 ROOT = Path(__file__).resolve().parents[2]
 
 STAGES = {
-    "collect": "params, seed: int, *, out",
-    "prepare": "params, seed: int, *, collect, out",
-    "sft": "params, lora, seed: int, *, prepare, out",
-    "gold_judge": "params, seed: int, *, prepare, out",
+    "collect": ("params, seed: int", ""),
+    "prepare": ("params, seed: int", "artifacts.collect"),
+    "sft": ("params, lora, seed: int", "artifacts.prepare"),
+    "gold_judge": ("params, seed: int", "artifacts.prepare"),
 }
+"""Stage → the sections that its function takes, and the folder that it reads."""
 
 STAGE = """
 import json, os, pathlib, time
@@ -45,16 +46,15 @@ from tasks.core import tracking
 from tasks.core.errors import TrainingError
 from tasks.shared import mark
 
-def {name}({signature}):
+def {name}({sections}, artifacts):
+    out = artifacts.out
     state = pathlib.Path(".rlhf")
     state.mkdir(exist_ok=True)
     with (state / "ran").open("a") as file:
         file.write("{name}\\n")
     trace = (state / "trace").open("a", buffering=1)
     trace.write("{name} begins\\n")
-    values = dict(locals())
-    folders = [values[upstream] for upstream in ("collect", "prepare") if upstream in values]
-    read = [(folder / "result" / "data.txt").read_text() for folder in folders]
+    read = [(folder / "result" / "data.txt").read_text() for folder in [{reads}]]
     (out / "result").mkdir()
     if (state / "sleep").exists():
         time.sleep(float((state / "sleep").read_text()))
@@ -348,13 +348,13 @@ def open_project(python: WarmPython) -> Callable[..., Project]:
 def make_project(root: Path, environment: dict[str, str], python: WarmPython) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
-    for folder in ("flows", "tasks/core", "tasks/runtime", "tasks/evals"):
+    for folder in ("flows", "tasks/core", "tasks/config", "tasks/runtime", "tasks/evals"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", ".gitignore", ".dvcignore", "tasks/__init__.py", ".dvc/config", ".dvc/.gitignore"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
-    for name, signature in STAGES.items():
-        (root / "tasks" / f"{name}.py").write_text(STAGE.format(name=name, signature=signature))
+    for name, (sections, reads) in STAGES.items():
+        (root / "tasks" / f"{name}.py").write_text(STAGE.format(name=name, sections=sections, reads=reads))
     (root / "tasks" / "shared.py").write_text('mark = "a"\n')
     (root / "requirements.lock").write_text("toy==1\n")
     (root / "data.txt").write_text("data\n")

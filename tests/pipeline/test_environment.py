@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import importlib
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -13,10 +12,11 @@ from typing import Any
 import pytest
 
 from tasks.config.params import Params, load_params, load_preset, write_overrides
-from tasks.core.paths import DISABLED_MARKER
+from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Demonstration, read_rows
 from tasks.evals.champion import compare_with_champion
 from tasks.evals.compare import ScoredResponse
+from tasks.runtime.stage_runner import stage_arguments
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -44,13 +44,8 @@ def small(preset: str, folder: Path) -> Params:
 def run(stage: str, params: Params, folder: Path) -> None:
     function = getattr(importlib.import_module(f"tasks.{stage}"), stage)
     (folder / stage).mkdir()
-    arguments, folders = [], {}
-    for item in inspect.signature(function).parameters.values():
-        if item.kind is item.KEYWORD_ONLY:
-            folders[item.name] = folder / (stage if item.name == "out" else item.name)
-        else:
-            arguments.append(getattr(params, stage if item.name == "params" else item.name))
-    function(*arguments, **folders)
+    upstream = {path.name: path for path in folder.iterdir() if path.is_dir()}
+    function(*stage_arguments(function, stage, params), Artifacts(**upstream, out=folder / stage))
 
 
 def switch_off(stage: str, folder: Path) -> None:

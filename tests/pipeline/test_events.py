@@ -57,8 +57,8 @@ def loop(standing: Project) -> Project:
     """A finished project with a policy, its evaluation, a folder `data`, and services up."""
     root = standing.root
     for name, writes in WRITES.items():
-        upstream = "prepare, out" if name == "ppo" else "out"
-        text = STAGE.format(name=name, signature=f"params, seed: int, *, {upstream}")
+        reads = "artifacts.prepare" if name == "ppo" else ""
+        text = STAGE.format(name=name, sections="params, seed: int", reads=reads)
         (root / "tasks" / f"{name}.py").write_text(text.replace("    metrics = ", f"    {writes}\n    metrics = "))
     standing.edit(
         "tasks/collect.py", "[*read,", '[*(file.read_text() for file in sorted(pathlib.Path("data").iterdir())),'

@@ -31,10 +31,10 @@ STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
 
 
 def sections_of(stage: str) -> set[str]:
-    """The sections of params.yaml that the stage's function is given: its positional parameters."""
+    """The sections of params.yaml that the stage's function is given: its parameters before `artifacts`."""
     tree = ast.parse((ROOT / "tasks" / f"{stage}.py").read_text(encoding="utf-8"))
     (function,) = (node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == stage)
-    return {stage if argument.arg == "params" else argument.arg for argument in function.args.args}
+    return {stage if argument.arg == "params" else argument.arg for argument in function.args.args[:-1]}
 
 
 def leaves(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
