@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.unit.rl.test_trainer import PARAMS
+from tests.unit.rl.test_ppo import PARAMS
 from torch import Tensor
 
 from tasks.config.reward import RewardParams

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from tests.unit.rl.test_trainer import CODEC, PARAMS, low_tokens
+from tests.unit.rl.test_ppo import CODEC, PARAMS, low_tokens
 
 from tasks.config.training import GenerationParams
 from tasks.rewards.composition import CompositeReward

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.rl.test_trainer import PARAMS
+from tests.unit.rl.test_ppo import PARAMS
 from torch import Tensor
 
 from tasks.config.training import GenerationParams

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.unit.rl.test_trainer import trainer, weights
+from tests.unit.rl.test_ppo import trainer, weights
 
 
 def main(folder: Path, last: int | None) -> None:

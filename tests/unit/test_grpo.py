@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.unit.rl.test_conversation import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
+from tests.unit.rl.test_multi_turn import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
 
 from tasks.grpo import ConversationSummary, MultiTurnRolloutFunction, _RewardFunction, _update_rows
 from tasks.rewards.composition import CompositeReward

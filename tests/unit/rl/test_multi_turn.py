@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.rl.test_trainer import PARAMS
+from tests.unit.rl.test_ppo import PARAMS
 from torch import Tensor, nn
 
 from tasks.config.training import GenerationParams
