@@ -1,4 +1,4 @@
-"""Sampling of responses: a plain decode loop over a left-padded batch.
+"""Rollouts: the `Sampler` interface, and the local sampler, a plain decode loop over a left-padded batch.
 
 The loop differs from a general `generate` in what it leaves out: no top-k or top-p (what is sampled must be what is
 trained), prompts computed once and their cache shared by the samples of a prompt, the cache written in place, rows
@@ -9,24 +9,29 @@ were sampled from. On a CPU the weights are rearranged for small products, adapt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from tasks.config.training import GenerationParams
 from tasks.core import distributed
+from tasks.core.rows import Prompt
 from tasks.models.batching import pad_left, position_ids
 from tasks.models.onednn_linear import merged_weights
 
 __all__ = [
+    "BatchRows",
+    "LocalSampler",
     "PreallocatedCache",
     "Rollout",
+    "Sampler",
     "derive_generator",
-    "generate",
+    "extend_generator",
 ]
 
 
@@ -91,8 +96,11 @@ class Rollout:
         responses: [B, T] token ids, padded on the right after the end token.
         response_mask: [B, T] true up to and including the end token.
         logprobs: [B, T] log π(token) at the sampling temperature, 0 where masked.
-        values: [B, T] V(state in which the token was chosen), 0 where masked and without a value head.
         has_eos: [B] true where the response has its end token.
+        prompt_texts: the B prompts.
+        texts: the B responses without their end tokens, as the reward reads them.
+        pad_token_id: fills `prompts` and `responses`.
+        values: [B, T] V(state in which the token was chosen), 0 where masked; only from a sampler with a value head.
     """
 
     prompts: Tensor
@@ -100,33 +108,31 @@ class Rollout:
     responses: Tensor
     response_mask: Tensor
     logprobs: Tensor
-    values: Tensor
     has_eos: Tensor
+    prompt_texts: list[str]
+    texts: list[str]
+    pad_token_id: int
+    values: Tensor | None = None
 
-    def gather(self, pad_token_id: int) -> Rollout:
+    def gather(self) -> Rollout:
         """Gather the rollouts of all ranks, in order of rank."""
         return Rollout(
-            prompts=distributed.all_gather(self.prompts, pad=pad_token_id, left=True),
+            prompts=distributed.all_gather(self.prompts, pad=self.pad_token_id, left=True),
             prompt_mask=distributed.all_gather(self.prompt_mask, left=True),
-            responses=distributed.all_gather(self.responses, pad=pad_token_id),
+            responses=distributed.all_gather(self.responses, pad=self.pad_token_id),
             response_mask=distributed.all_gather(self.response_mask),
             logprobs=distributed.all_gather(self.logprobs),
-            values=distributed.all_gather(self.values),
             has_eos=distributed.all_gather(self.has_eos),
+            prompt_texts=distributed.all_gather_texts(self.prompt_texts),
+            texts=distributed.all_gather_texts(self.texts),
+            pad_token_id=self.pad_token_id,
+            values=None if self.values is None else distributed.all_gather(self.values),
         )
 
-    def response_ids(self) -> list[list[int]]:
-        """The responses without padding and without their end token."""
-        lengths = self.response_mask.sum(1) - self.has_eos.long()
-        return [row[:n].tolist() for row, n in zip(self.responses, lengths.tolist(), strict=True)]
-
-    def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
-        """Decode the responses, as the reward reads them."""
-        return [decode(ids) for ids in self.response_ids()]
-
-    def display_texts(self, responses: list[str]) -> list[str]:
-        """The responses, for people to read."""
-        return responses
+    @property
+    def transcripts(self) -> list[str]:
+        """All text after each prompt, for people to read."""
+        return self.texts
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
@@ -134,113 +140,193 @@ class Rollout:
         return {}
 
 
+@dataclass(frozen=True)
+class BatchRows:
+    """Position of responses in a larger batch that is sampled in parts, by several ranks or turn by turn.
+
+    A response is sampled from its row's random numbers, so it is the same in whichever part.
+    """
+
+    rows: Sequence[int]
+    total: int
+
+    @classmethod
+    def of_this_rank(cls, count: int) -> BatchRows:
+        """Rows of this rank, where each rank samples `count` responses."""
+        start = distributed.rank() * count
+        return cls(range(start, start + count), distributed.world_size() * count)
+
+    def select(self, positions: Sequence[int]) -> BatchRows:
+        """The rows at these positions, of the same batch."""
+        return BatchRows([self.rows[position] for position in positions], self.total)
+
+
+class Sampler(Protocol):
+    """Source of responses: a model in this process, or an engine elsewhere that takes and returns token ids."""
+
+    tokenizer: Any
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
+        generator: torch.Generator,
+        *,
+        samples_per_prompt: int = 1,
+        batch_rows: BatchRows | None = None,
+    ) -> Rollout:
+        """Sample responses to prompts, which are rows, texts, or token ids.
+
+        Args:
+            generator: source of all random numbers; on the CPU.
+            batch_rows: position of each response in a larger batch; None: these are all responses.
+        """
+
+
+class LocalSampler:
+    """Sampler of softmax(logits / temperature) of a model in this process."""
+
+    def __init__(
+        self, model: Any, tokenizer: Any, generation: GenerationParams, value_head: nn.Module | None = None
+    ) -> None:
+        """Keep the model, a causal language model with or without adapters, and the settings.
+
+        Args:
+            value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
+                anyway, so that values cost no forward pass of their own.
+        """
+        self.tokenizer = tokenizer
+        self._model, self._generation, self._value_head = model, generation, value_head
+
+    @torch.no_grad()
+    def sample(
+        self,
+        prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
+        generator: torch.Generator,
+        *,
+        samples_per_prompt: int = 1,
+        batch_rows: BatchRows | None = None,
+    ) -> Rollout:
+        """Sample responses, see `Sampler.sample`; the rollout is on the model's device.
+
+        One uniform number per row and step is drawn from the generator, for ended rows and those of other parts too, so
+        that a row's sample does not depend on them. T is `max_new_tokens`, or less when every response ended earlier.
+        """
+        texts = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+        token_ids = [self.tokenizer(text).input_ids if isinstance(text, str) else text for text in texts]
+        device, pad = next(self._model.parameters()).device, self.tokenizer.pad_token_id
+        ids, mask = (tensor.to(device).repeat_interleave(samples_per_prompt, 0) for tensor in pad_left(token_ids, pad))
+        rows = batch_rows or BatchRows(range(len(ids)), len(ids))
+        columns = self._write(ids, mask, samples_per_prompt, generator, rows)
+        width = int(columns.mask.sum(1).max())
+        responses, response_mask = columns.tokens[:, :width], columns.mask[:, :width]
+        has_eos = ((responses == self.tokenizer.eos_token_id) & response_mask).any(1)
+        lengths = (response_mask.sum(1) - has_eos.long()).tolist()
+        prompt_texts = [text if isinstance(text, str) else self._decode(text) for text in texts]
+        return Rollout(
+            prompts=ids,
+            prompt_mask=mask,
+            responses=responses,
+            response_mask=response_mask,
+            logprobs=columns.logprobs[:, :width],
+            has_eos=has_eos,
+            prompt_texts=[text for text in prompt_texts for _ in range(samples_per_prompt)],
+            texts=[self._decode(row[:n].tolist()) for row, n in zip(responses, lengths, strict=True)],
+            pad_token_id=pad,
+            values=None if self._value_head is None else columns.values[:, :width],
+        )
+
+    def _write(self, ids: Tensor, mask: Tensor, samples: int, generator: torch.Generator, rows: BatchRows) -> _Columns:
+        """Sample a token of every row that has not ended, step by step."""
+        columns = _Columns(len(ids), self._generation.max_new_tokens, self.tokenizer.pad_token_id, ids.device)
+        row_numbers = torch.tensor(rows.rows)
+        with merged_weights(self._model):
+            decoder = _Decoder(self._model, self._value_head, ids, mask, samples, self._generation.max_new_tokens)
+            for step in range(self._generation.max_new_tokens):
+                uniform = torch.rand(rows.total, generator=generator)[row_numbers].to(ids.device)[decoder.rows]
+                token, logprob = _sample(decoder.logits, self._generation.temperature, uniform)
+                columns.write(step, decoder, token, logprob)
+                unfinished = (token != self.tokenizer.eos_token_id).nonzero().squeeze(1)
+                if unfinished.numel() == 0 or step + 1 == self._generation.max_new_tokens:
+                    break
+                decoder.feed(token, unfinished)
+        return columns
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+
+
+class _Columns:
+    """What has been sampled so far: tokens, mask, log-probabilities and values, each [B, max_new_tokens]."""
+
+    def __init__(self, rows: int, width: int, pad_token_id: int, device: torch.device) -> None:
+        self.tokens = torch.full((rows, width), pad_token_id, dtype=torch.long, device=device)
+        self.mask = torch.zeros_like(self.tokens, dtype=torch.bool)
+        self.logprobs, self.values = torch.zeros((2, rows, width), device=device)
+
+    def write(self, step: int, decoder: _Decoder, token: Tensor, logprob: Tensor) -> None:
+        self.tokens[decoder.rows, step], self.mask[decoder.rows, step] = token, True
+        self.logprobs[decoder.rows, step], self.values[decoder.rows, step] = logprob, decoder.value
+
+
+class _Decoder:
+    """The rows that have not ended: `logits` [B, V] of their next token, and `value` [B] of the state it is chosen in."""
+
+    def __init__(
+        self, model: Any, value_head: nn.Module | None, ids: Tensor, mask: Tensor, samples: int, max_new_tokens: int
+    ) -> None:
+        self._model, self._value_head = model, value_head
+        self._cache = PreallocatedCache(ids.shape[1] + max_new_tokens)
+        first = slice(None, None, samples)  # each prompt is computed once
+        logits, value = self._forward(ids[first], mask[first], position_ids(mask[first]))
+        self._cache.repeat(samples)
+        self.logits, self.value = logits.repeat_interleave(samples, 0), value.repeat_interleave(samples, 0)
+        self.rows = torch.arange(len(ids), device=ids.device)
+        self._attention, self._position = mask, mask.sum(1, keepdim=True)
+
+    def feed(self, token: Tensor, unfinished: Tensor) -> None:
+        """Read the sampled tokens, and keep the unfinished rows only."""
+        if unfinished.numel() < self.rows.numel():
+            kept = _compact_rows(unfinished, self._cache)
+            self.rows, self._attention, self._position, token = (
+                tensor[kept] for tensor in (self.rows, self._attention, self._position, token)
+            )
+        self._attention = torch.cat([self._attention, self._attention.new_ones((self.rows.numel(), 1))], dim=1)
+        self.logits, self.value = self._forward(token.unsqueeze(1), self._attention, self._position)
+        self._position = self._position + 1
+
+    def _forward(self, ids: Tensor, attention: Tensor, position: Tensor) -> tuple[Tensor, Tensor]:
+        """Logits and value after the last of these tokens; the cache grows by them."""
+        out = self._model(
+            input_ids=ids,
+            attention_mask=attention.long(),
+            position_ids=position,
+            past_key_values=self._cache,
+            use_cache=True,
+            logits_to_keep=1,
+            output_hidden_states=self._value_head is not None,
+        )
+        logits: Tensor = out.logits[:, -1].float()
+        if self._value_head is None:
+            return logits, logits.new_zeros(logits.shape[0])
+        value: Tensor = self._value_head(out.hidden_states[-1][:, -1].float()).squeeze(-1)
+        return logits, value
+
+
 def derive_generator(*parts: int) -> torch.Generator:
     """Derive a generator from all parts, by a polynomial hash below 2^63."""
-    value = 0
+    seed = 0
     for part in parts:
-        value = (value * 1_000_003 + part + 1) % (2**63 - 25)
-    return torch.Generator().manual_seed(value)
+        seed = _extend_seed(seed, part)
+    return torch.Generator().manual_seed(seed)
 
 
-@torch.no_grad()
-def generate(
-    model: Any,
-    prompts: Sequence[Sequence[int]],
-    *,
-    max_new_tokens: int,
-    temperature: float,
-    eos_token_id: int,
-    pad_token_id: int,
-    generator: torch.Generator,
-    samples_per_prompt: int = 1,
-    value_head: nn.Module | None = None,
-    rank: int = 0,
-    world_size: int = 1,
-    active_rows: Sequence[int] | None = None,
-    total_rows: int | None = None,
-) -> Rollout:
-    """Sample responses from softmax(logits / temperature).
-
-    Args:
-        model: a causal language model, with or without adapters.
-        prompts: token ids of each prompt, none of them empty.
-        generator: on the CPU; one uniform number per row and step is drawn from it, for ended rows too, so that a
-            row's sample does not depend on when the other rows end.
-        value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
-            anyway, so that values cost no forward pass of their own.
-        rank, world_size: these prompts are this one, from 0, of so many equal parts of a batch; their responses are
-            those that they would get in the whole.
-        active_rows, total_rows: these prompts are those rows, one sample each, of a part that has so many; the other
-            rows take no part in this call, and their numbers are drawn all the same.
-
-    Returns:
-        The rollout, on the model's device; T is max_new_tokens, or less when every response ended earlier.
-    """
-    device = next(model.parameters()).device
-    ids, mask = (tensor.to(device) for tensor in pad_left(prompts, pad_token_id))
-    cache = PreallocatedCache(ids.shape[1] + max_new_tokens)
-    batch = ids.shape[0] * samples_per_prompt
-    responses = torch.full((batch, max_new_tokens), pad_token_id, dtype=torch.long, device=device)
-    response_mask = torch.zeros_like(responses, dtype=torch.bool)
-    logprobs, values = torch.zeros((2, *responses.shape), device=device)
-    active = torch.arange(batch, device=device)
-    rows_per_rank = batch if total_rows is None else total_rows
-    rng_rows = rank * rows_per_rank + (torch.arange(batch) if active_rows is None else torch.tensor(active_rows))
-    with merged_weights(model):
-        logits, value = _step(model, ids, mask, position_ids(mask), cache, value_head)
-        cache.repeat(samples_per_prompt)
-        ids, mask, logits, value = (x.repeat_interleave(samples_per_prompt, 0) for x in (ids, mask, logits, value))
-        attention, position = mask, mask.sum(1, keepdim=True)
-        for step in range(max_new_tokens):
-            uniform = torch.rand(world_size * rows_per_rank, generator=generator)[rng_rows].to(device)[active]
-            token, logprob = _sample(logits, temperature, uniform)
-            responses[active, step], response_mask[active, step] = token, True
-            logprobs[active, step], values[active, step] = logprob, value
-            unfinished = (token != eos_token_id).nonzero().squeeze(1)
-            if unfinished.numel() == 0 or step + 1 == max_new_tokens:
-                break
-            if unfinished.numel() < active.numel():
-                unfinished = _compact_rows(unfinished, cache)
-                active, attention, position, token = (
-                    active[unfinished],
-                    attention[unfinished],
-                    position[unfinished],
-                    token[unfinished],
-                )
-            attention = torch.cat([attention, attention.new_ones((active.numel(), 1))], dim=1)
-            logits, value = _step(model, token.unsqueeze(1), attention, position, cache, value_head)
-            position = position + 1
-    has_eos = ((responses == eos_token_id) & response_mask).any(1)
-    columns = slice(0, int(response_mask.sum(1).max()))
-    return Rollout(
-        prompts=ids,
-        prompt_mask=mask,
-        responses=responses[:, columns],
-        response_mask=response_mask[:, columns],
-        logprobs=logprobs[:, columns],
-        values=values[:, columns],
-        has_eos=has_eos,
-    )
+def extend_generator(generator: torch.Generator, part: int) -> torch.Generator:
+    """Derive a generator from one more part: `derive_generator(*parts, part)` from `derive_generator(*parts)`."""
+    return torch.Generator().manual_seed(_extend_seed(generator.initial_seed(), part))
 
 
-def _step(
-    model: Any, ids: Tensor, attention: Tensor, position: Tensor, cache: PreallocatedCache, value_head: nn.Module | None
-) -> tuple[Tensor, Tensor]:
-    """Logits [B, V] of the token that follows each row, and the value [B] of its state; the cache grows by the ids."""
-    out = model(
-        input_ids=ids,
-        attention_mask=attention.long(),
-        position_ids=position,
-        past_key_values=cache,
-        use_cache=True,
-        logits_to_keep=1,
-        output_hidden_states=value_head is not None,
-    )
-    logits: Tensor = out.logits[:, -1].float()
-    if value_head is None:
-        return logits, logits.new_zeros(logits.shape[0])
-    value: Tensor = value_head(out.hidden_states[-1][:, -1].float()).squeeze(-1)
-    return logits, value
+def _extend_seed(seed: int, part: int) -> int:
+    return (seed * 1_000_003 + part + 1) % (2**63 - 25)
 
 
 def _compact_rows(unfinished: Tensor, cache: PreallocatedCache) -> Tensor:

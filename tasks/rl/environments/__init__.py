@@ -1,1 +1,1 @@
-"""Environments of multi-turn rollouts: `base` defines the interface, `ENVIRONMENTS` lists the kinds."""
+"""Environments of multi-turn rollouts; `base` defines the interface and the text format of conversations."""
