@@ -7,9 +7,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -24,7 +23,6 @@ from tasks.core.paths import project_root, stage_dir
 
 if TYPE_CHECKING:
     from tasks.core.registry import Version
-    from tasks.evals.writing import Sample, Sampler
 
 __all__ = ["commands"]
 
@@ -34,6 +32,9 @@ PROMPTS = 8
 """Held-out prompts on which an export is compared with the policy."""
 
 CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+Sample = Callable[[Sequence[str], int], Iterator[tuple[str, str, bool]]]
+"""(prompts, samples of each) → prompt, response, and whether it ended by itself."""
 
 Model = Annotated[str, typer.Argument(help="A version's number, champion, or challenger.")]
 Writing = Annotated[str, typer.Option("--model", help="A version's number, champion, challenger, or a stage.")]
@@ -147,12 +148,13 @@ def generate(
     prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
-    with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
-        for written in writer.sample(prompts, samples):
+    with interruptible("nothing is kept"), _sampler(model, temperature, max_new_tokens, seed, chat_template) as sample:
+        for number, (text, response, ended) in enumerate(sample(prompts, samples)):
             if as_json:
-                print(json.dumps(asdict(written), ensure_ascii=False))
+                row = {"prompt": text, "sample": number % samples, "response": response, "ended": ended}
+                print(json.dumps(row, ensure_ascii=False))
             else:
-                _print(written, chat_template)
+                _print(text, response, chat_template)
 
 
 @commands.command()
@@ -165,10 +167,10 @@ def chat(
 ) -> None:
     """Type beginnings of texts, each on its own (no conversation), and read how a policy goes on; Ctrl-D ends."""
     enter_served()
-    with interruptible("nothing is kept"), _writer(model, temperature, max_new_tokens, seed, chat_template) as writer:
+    with interruptible("nothing is kept"), _sampler(model, temperature, max_new_tokens, seed, chat_template) as sample:
         while (line := _line()) is not None:
-            for written in writer.sample([line] if line.strip() else [], 1):
-                _print(written, chat_template)
+            for text, response, _ in sample([line] if line.strip() else [], 1):
+                _print(text, response, chat_template)
 
 
 @commands.command()
@@ -259,29 +261,36 @@ def _plain_tags(version: Version) -> dict[str, str]:
 
 
 @contextmanager
-def _writer(
+def _sampler(
     model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
-) -> Iterator[Sampler]:
-    """The policy of that name, its weights in a folder that lasts as long as this."""
-    from tasks.evals.writing import Sampler
+) -> Iterator[Sample]:
+    """Samples of the policy of that name, its weights in a folder that lasts as long as this."""
+    import torch
+
+    from tasks.config.training import GenerationParams
+    from tasks.rl.rollout import load_sampler, sample_in_batches
 
     with _temporary() as folder:
         policy, parts, trained = _chosen(model, folder)
-        yield Sampler(
-            parts,
-            policy,
+        generation = GenerationParams(
             max_new_tokens=max_new_tokens or trained["max_new_tokens"],
             temperature=temperature or trained["temperature"],
-            seed=seed,
-            chat_template=chat_template,
         )
+        sampler = load_sampler(parts, policy, generation, chat_template=chat_template)
+        generator = torch.Generator().manual_seed(seed)
+
+        def sample(prompts: Sequence[str], samples: int) -> Iterator[tuple[str, str, bool]]:
+            for rollout in sample_in_batches(sampler, prompts, generator, samples_per_prompt=samples):
+                yield from zip(rollout.prompt_texts, rollout.texts, rollout.has_eos.tolist(), strict=True)
+
+        yield sample
 
 
 def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
     from tasks.config.params import load_params
     from tasks.core import origin, registry
-    from tasks.evals.writing import policy_stages
+    from tasks.models.loading import policy_stages
 
     here = stage_dir("evaluate").parent
     stages = policy_stages(here)
@@ -295,10 +304,10 @@ def _chosen(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     return version.policy, folder, origin.origin_of(version).parameters["generation"]
 
 
-def _print(written: Sample, chat_template: bool) -> None:
+def _print(prompt: str, response: str, chat_template: bool) -> None:
     """What it wrote, without signs that would steer the terminal."""
-    text = CONTROLS.sub("\ufffd", written.response)
-    screen.console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")
+    text = CONTROLS.sub("\ufffd", response)
+    screen.console.print(f"[dim]{escape(prompt)}[/]", end="\n" if chat_template else "")
     screen.console.print(escape(text))
 
 

@@ -33,7 +33,7 @@ from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.pretrained import Formatter, fetch_backbone, fetch_pretrained_scorer, load_pretrained_scorer
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
 from tasks.rewards.scorers import TextScorer
-from tasks.rl.rollout import generate
+from tasks.rl.rollout import LocalSampler
 
 __all__ = ["reward_model"]
 
@@ -130,20 +130,11 @@ def _sample_sft_responses(
     params: RewardModelParams, generation: GenerationParams, seed: int, base_model: Path, sft: Path, prepare: Path
 ) -> list[PromptResponse]:
     """Sample the SFT policy's responses to training prompts."""
-    tokenizer = load_tokenizer(base_model)
     prompts = [row.prompt for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
     prompts = (prompts * (params.normalisation_samples // len(prompts) + 1))[: params.normalisation_samples]
-    rollout = generate(
-        load_reference(base_model, sft),
-        [tokenizer(prompt).input_ids for prompt in prompts],
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    responses = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rollout.response_ids()]
-    return list(zip(prompts, responses, strict=True))
+    sampler = LocalSampler(load_reference(base_model, sft), load_tokenizer(base_model), generation)
+    rollout = sampler.sample(prompts, torch.Generator().manual_seed(seed))
+    return list(zip(prompts, rollout.texts, strict=True))
 
 
 def _texts(sides: Sequence[PromptResponse], text: Formatter) -> list[str]:

@@ -6,12 +6,15 @@ import random
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from tasks.config.training import GenerationParams
 from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt, read_rows
-from tasks.evals.writing import Sampler, policy_stages
 from tasks.labelling.pairs import Scores, Written
+from tasks.models.loading import policy_stages
 from tasks.rewards.reward_model import RewardModel, member_folder
+from tasks.rl.rollout import load_sampler, sample_in_batches
 
 __all__ = ["check_policies", "ensemble", "prompts", "written"]
 
@@ -48,11 +51,10 @@ def written(
     """Prompt → what the policies wrote to it; one policy at a time is in memory."""
     responses: dict[str, list[Written]] = {prompt: [] for prompt in asked}
     for policy in policies:
-        writer = Sampler(
-            artifacts, policy, max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=seed
-        )
-        for item in writer.sample(asked, SAMPLES):
-            responses[item.prompt].append(Written(policy, item.response))
+        sampler, generator = load_sampler(artifacts, policy, generation), torch.Generator().manual_seed(seed)
+        for rollout in sample_in_batches(sampler, asked, generator, samples_per_prompt=SAMPLES):
+            for prompt, text in zip(rollout.prompt_texts, rollout.texts, strict=True):
+                responses[prompt].append(Written(policy, text))
     return responses
 
 

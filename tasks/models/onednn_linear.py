@@ -52,7 +52,7 @@ def merged_weights(model: nn.Module) -> Iterator[None]:
     layers = [module for module in model.modules() if isinstance(module, FrozenLinear)]
     try:
         for layer in layers:
-            layer.packed = _pack_weight(layer.weight if layer not in adapters else adapters[layer].sum())
+            layer.packed = _pack_weight(layer.weight if layer not in adapters else adapters[layer].merged_weight())
         yield
     finally:
         for layer in layers:

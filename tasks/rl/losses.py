@@ -1,22 +1,40 @@
-"""The losses of proximal policy optimisation, and the log-probabilities and entropies they are made of.
+"""The losses of PPO and GRPO, and the log-probabilities and entropies they are made of.
 
-Both losses divide a sum over this micro-batch's tokens by the token count of the whole optimiser step. So the losses of
-the micro-batches add up to the loss of the step, and their gradients to its gradient, however it was split. The
-metrics are kept as sums for the same reason: `part + part` is what one larger micro-batch would have given.
+Every loss is a sum over this micro-batch's tokens, weighted by counts of the whole optimiser step. So the losses of the
+micro-batches add up to the loss of the step, and their gradients to its gradient, however it was split. The metrics are
+kept as sums for the same reason: `part + part` is what one larger micro-batch would have given.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, Protocol, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tasks.rl.kl import kl_estimates
 from tasks.rl.masking import masked_sum, zero_masked
 
-__all__ = ["PolicyLoss", "ValueLoss", "entropy_from_logits", "logprobs_from_logits", "policy_loss", "value_loss"]
+__all__ = [
+    "EntropySum",
+    "KLLoss",
+    "LossType",
+    "PolicyLoss",
+    "StepLoss",
+    "ValueLoss",
+    "entropy_from_logits",
+    "entropy_sum",
+    "kl_loss",
+    "logprobs_from_logits",
+    "policy_loss",
+    "token_weights",
+    "value_loss",
+    "weighted_policy_loss",
+]
+
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far beyond any use, and finite when squared in float32 (e^89 is not)
 
@@ -111,6 +129,59 @@ class ValueLoss:
         return {"value_loss": self.loss.item(), "value_clip_fraction": self.clip_fraction.item()}
 
 
+@dataclass(frozen=True, eq=False)
+class KLLoss:
+    """A KL loss (see `PolicyLoss`)."""
+
+    loss: Tensor
+
+    def __add__(self, other: KLLoss) -> KLLoss:
+        return KLLoss(self.loss.detach() + other.loss.detach())
+
+    def metrics(self) -> dict[str, float]:
+        """The metric to log, as a number."""
+        return {"kl_loss": self.loss.item()}
+
+
+@dataclass(frozen=True, eq=False)
+class EntropySum:
+    """Sum of token entropies, and the number of tokens."""
+
+    total: Tensor
+    tokens: Tensor
+
+    def __add__(self, other: EntropySum) -> EntropySum:
+        return EntropySum(self.total + other.total, self.tokens + other.tokens)
+
+    def metrics(self) -> dict[str, float]:
+        """The metric to log, as a number: nats per token."""
+        return {"entropy": self.total.item() / int(self.tokens)}
+
+
+class LossPart(Protocol):
+    """Dataclass of sums that add up over micro-batches and ranks."""
+
+    def __add__(self, other: Any) -> Self: ...
+
+    def metrics(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """Loss of a micro-batch, to differentiate, and the parts from which metrics of the whole step come."""
+
+    loss: Tensor
+    parts: tuple[LossPart, ...]
+
+    def __add__(self, other: StepLoss) -> StepLoss:
+        parts = tuple(one + another for one, another in zip(self.parts, other.parts, strict=True))
+        return StepLoss(self.loss.detach() + other.loss.detach(), parts)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics to log, as numbers."""
+        return {name: value for part in self.parts for name, value in part.metrics().items()}
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -138,21 +209,95 @@ def policy_loss(
         ValueError: token_count is not above 0, or the shapes do not fit.
     """
     _check_count(token_count)
+    terms, statistics = _clipped_terms(logprobs, old_logprobs, advantages, response_mask, clip_range)
+    return PolicyLoss(loss=terms.sum() / token_count, **statistics)
+
+
+def weighted_policy_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    clip_range: float | None,
+    weights: Tensor,
+) -> PolicyLoss:
+    """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)), see `policy_loss`.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300), equation 3 without its KL term, as a loss.
+
+    Args:
+        weights: [B, T] of the tokens, see `token_weights`.
+    """
+    terms, statistics = _clipped_terms(logprobs, old_logprobs, advantages, response_mask, clip_range)
+    return PolicyLoss(loss=masked_sum(terms * weights, response_mask), **statistics)
+
+
+def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, response_mask: Tensor, *, weights: Tensor) -> KLLoss:
+    """Σ w · k3, with k3 = e^(−Δ) − 1 + Δ and Δ = log π − log π_ref.
+
+    Its gradient is not that of KL(π ‖ π_ref), see `tasks.rl.kl.KLEstimates`; it is what GRPO and its peers use.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300), equation 4.
+
+    Args:
+        logprobs, reference_logprobs, response_mask, weights: [B, T].
+    """
+    return KLLoss(masked_sum(kl_estimates(logprobs, reference_logprobs, response_mask).k3 * weights, response_mask))
+
+
+def token_weights(
+    response_mask: Tensor, loss_type: LossType, *, responses: int, tokens: int, max_new_tokens: int
+) -> Tensor:
+    """Weight w [B, T] of each token in the loss of an optimiser step, 0 where masked.
+
+        grpo          1 / (|y| · responses)               mean within a response, then over responses
+        bnpo, dapo    1 / tokens                          mean over all tokens
+        dr_grpo       1 / (responses · max_new_tokens)    no division by what the policy can change
+
+    Source: grpo: Shao et al. 2024 (arXiv 2402.03300), equation 3; dapo: Yu et al. 2025 (arXiv 2503.14476), equation 8;
+    dr_grpo: Liu et al. 2025 (arXiv 2503.20783), section 3.2. TRL's bnpo is dapo over a micro-batch; here a split into
+    micro-batches changes nothing.
+
+    Args:
+        response_mask: [B, T] of a micro-batch.
+        responses: in the whole optimiser step, all micro-batches and ranks together.
+        tokens: that count in the whole optimiser step.
+        max_new_tokens: the longest that a response can be.
+    """
+    lengths = response_mask.sum(1, keepdim=True)
+    totals = {
+        "grpo": lengths * responses,
+        "bnpo": torch.full_like(lengths, tokens),
+        "dapo": torch.full_like(lengths, tokens),
+        "dr_grpo": torch.full_like(lengths, responses * max_new_tokens),
+    }
+    return zero_masked((1 / totals[loss_type]).expand(response_mask.shape), response_mask)
+
+
+def entropy_sum(entropy: Tensor, response_mask: Tensor) -> EntropySum:
+    """Sum the entropies [B, T] of the tokens that count."""
+    return EntropySum(masked_sum(entropy, response_mask), response_mask.sum())
+
+
+def _clipped_terms(
+    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Losses of the tokens [B, T], and the statistics of `PolicyLoss`."""
     log_ratio = zero_masked(logprobs - old_logprobs.detach(), response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     ratio = log_ratio.exp()
     advantage = zero_masked(advantages.detach(), response_mask)
     unclipped = -advantage * ratio
     clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
     ratio_minus_one = ratio.detach() - 1
-    return PolicyLoss(
-        loss=torch.maximum(unclipped, clipped).sum() / token_count,
-        tokens=response_mask.sum(),
-        clipped=masked_sum(clipped > unclipped, response_mask),
-        log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
-        ratio_minus_one=masked_sum(ratio_minus_one, response_mask),
-        ratio_minus_one_squares=masked_sum(ratio_minus_one**2, response_mask),
-        ratio_max=zero_masked(ratio.detach(), response_mask).max(),
-    )
+    return torch.maximum(unclipped, clipped), {
+        "tokens": response_mask.sum(),
+        "clipped": masked_sum(clipped > unclipped, response_mask),
+        "log_ratio_squares": masked_sum(log_ratio.detach() ** 2, response_mask),
+        "ratio_minus_one": masked_sum(ratio_minus_one, response_mask),
+        "ratio_minus_one_squares": masked_sum(ratio_minus_one**2, response_mask),
+        "ratio_max": zero_masked(ratio.detach(), response_mask).max(),
+    }
 
 
 def value_loss(

@@ -108,9 +108,7 @@ class MultiTurnSampler:
             batch_rows: see `Sampler.sample`.
         """
         tokenizer = self._sampler.tokenizer
-        episodes = [
-            _Episode(self._environment(), row, tokenizer) for row in prompts for _ in range(samples_per_prompt)
-        ]
+        episodes = [_Episode(self._environment(), row, tokenizer) for row in prompts for _ in range(samples_per_prompt)]
         rows = batch_rows or BatchRows(range(len(episodes)), len(episodes))
         turns: Rollout | None = None
         for turn in range(self._max_turns):

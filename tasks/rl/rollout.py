@@ -9,9 +9,10 @@ were sampled from. On a CPU the weights are rearranged for small products, adapt
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, Protocol, cast
 
 import torch
@@ -20,8 +21,10 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from tasks.config.training import GenerationParams
 from tasks.core import distributed
+from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt
 from tasks.models.batching import pad_left, position_ids
+from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
 from tasks.models.onednn_linear import merged_weights
 
 __all__ = [
@@ -32,6 +35,8 @@ __all__ = [
     "Sampler",
     "derive_generator",
     "extend_generator",
+    "load_sampler",
+    "sample_in_batches",
 ]
 
 
@@ -186,15 +191,27 @@ class LocalSampler:
     """Sampler of softmax(logits / temperature) of a model in this process."""
 
     def __init__(
-        self, model: Any, tokenizer: Any, generation: GenerationParams, value_head: nn.Module | None = None
+        self,
+        model: Any,
+        tokenizer: Any,
+        generation: GenerationParams,
+        value_head: nn.Module | None = None,
+        *,
+        chat_template: bool = False,
     ) -> None:
         """Keep the model, a causal language model with or without adapters, and the settings.
 
         Args:
             value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
                 anyway, so that values cost no forward pass of their own.
+            chat_template: format each prompt as a user's message, and not as the beginning of a text.
+
+        Raises:
+            ConfigError: the tokenizer has no chat template.
         """
-        self.tokenizer = tokenizer
+        if chat_template and not tokenizer.chat_template:
+            raise ConfigError("the model's tokenizer has no chat template: leave --chat-template out")
+        self.tokenizer, self._chat_template = tokenizer, chat_template
         self._model, self._generation, self._value_head = model, generation, value_head
 
     @torch.no_grad()
@@ -210,9 +227,12 @@ class LocalSampler:
 
         One uniform number per row and step is drawn from the generator, for ended rows and those of other parts too, so
         that a row's sample does not depend on them. T is `max_new_tokens`, or less when every response ended earlier.
+
+        Raises:
+            ConfigError: a prompt is empty.
         """
         texts = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
-        token_ids = [self.tokenizer(text).input_ids if isinstance(text, str) else text for text in texts]
+        token_ids = [self._tokenise(text) if isinstance(text, str) else text for text in texts]
         device, pad = next(self._model.parameters()).device, self.tokenizer.pad_token_id
         ids, mask = (tensor.to(device).repeat_interleave(samples_per_prompt, 0) for tensor in pad_left(token_ids, pad))
         rows = batch_rows or BatchRows(range(len(ids)), len(ids))
@@ -251,6 +271,16 @@ class LocalSampler:
                 decoder.feed(token, unfinished)
         return columns
 
+    def _tokenise(self, prompt: str) -> list[int]:
+        text = prompt
+        if self._chat_template:
+            message = [{"role": "user", "content": prompt}]
+            text = str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+        ids: list[int] = self.tokenizer(text, add_special_tokens=not self._chat_template).input_ids
+        if not ids:
+            raise ConfigError(f"prompt {prompt!r} is empty: write at least a word")
+        return ids
+
     def _decode(self, ids: Sequence[int]) -> str:
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
 
@@ -269,7 +299,7 @@ class _Columns:
 
 
 class _Decoder:
-    """The rows that have not ended: `logits` [B, V] of their next token, and `value` [B] of the state it is chosen in."""
+    """Rows that have not ended, with `logits` [B, V] of the next token and `value` [B] of the state before it."""
 
     def __init__(
         self, model: Any, value_head: nn.Module | None, ids: Tensor, mask: Tensor, samples: int, max_new_tokens: int
@@ -310,6 +340,36 @@ class _Decoder:
             return logits, logits.new_zeros(logits.shape[0])
         value: Tensor = self._value_head(out.hidden_states[-1][:, -1].float()).squeeze(-1)
         return logits, value
+
+
+def load_sampler(
+    artifacts: Path, policy: str, generation: GenerationParams, *, chat_template: bool = False
+) -> LocalSampler:
+    """Load the sampler of a policy stage, or of the SFT model for `sft`, from folders laid out as the artifacts.
+
+    Raises:
+        ConfigError: the tokenizer has no chat template.
+        ModelError: a folder is incomplete.
+    """
+    init_process()
+    base_model, sft = artifacts / "base_model", artifacts / "sft"
+    is_reference = policy == sft.name
+    model = load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, artifacts / policy)
+    return LocalSampler(model, load_tokenizer(base_model), generation, chat_template=chat_template)
+
+
+def sample_in_batches(
+    sampler: Sampler,
+    prompts: Sequence[str],
+    generator: torch.Generator,
+    *,
+    samples_per_prompt: int = 1,
+    batch_size: int = 32,
+) -> Iterator[Rollout]:
+    """Sample responses to a batch of prompts at a time, in order."""
+    for start in range(0, len(prompts), batch_size):
+        batch = prompts[start : start + batch_size]
+        yield sampler.sample(batch, generator, samples_per_prompt=samples_per_prompt)
 
 
 def derive_generator(*parts: int) -> torch.Generator:

@@ -13,7 +13,6 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.unit.rl.test_ppo import PARAMS
 from torch import Tensor
 
 from tasks.config.reward import RewardParams
@@ -28,6 +27,7 @@ from tasks.rewards.rules import RULES
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import Log, PPOTrainer, PromptSet
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer, tiny_model
+from tests.unit.rl.test_ppo import PARAMS
 
 PROMPT = [3, 4]
 REWARDS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(7))

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from tests.unit.rl.test_ppo import CODEC, PARAMS, low_tokens
 
 from tasks.config.training import GenerationParams
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer
 from tests.conftest import tiny_policy
+from tests.unit.rl.test_ppo import CODEC, PARAMS, low_tokens
 
 
 def final(kl_coef: float) -> dict[str, float]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.rl.test_ppo import PARAMS
 from torch import Tensor
 
 from tasks.config.training import GenerationParams
@@ -22,6 +21,7 @@ from tasks.rl.policy import Policy
 from tasks.rl.trainer import PPOTrainer, PromptSet
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer
 from tests.learning.test_bandit import distance, flexible_policy
+from tests.unit.rl.test_ppo import PARAMS
 
 SIGNS = f"{LETTERS}123"
 TOKENIZER = letter_tokenizer(SIGNS)

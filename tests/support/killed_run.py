@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
 from tests.unit.rl.test_ppo import trainer, weights
 
 

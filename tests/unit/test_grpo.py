@@ -6,13 +6,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from tests.unit.rl.test_multi_turn import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
 
 from tasks.grpo import ConversationSummary, MultiTurnRolloutFunction, _RewardFunction, _update_rows
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.rollout import derive_generator
 from tests.conftest import tiny_model
 from tests.support.tiny_stages import _GRPO
+from tests.unit.rl.test_multi_turn import ROWS, TOKENIZER, answer, conversations, multi_turn_sampler
 
 
 def test_a_row_is_one_update_with_kl_from_its_first_step():

@@ -7,9 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from tasks.evals.writing import BATCH_SIZE, Sampler, policy_stages
 
 from tasks.core.errors import ConfigError
-from tasks.evals.writing import BATCH_SIZE, Sampler, policy_stages
 from tests.conftest import letter_tokenizer
 from tests.support.tiny_policy import write_parts
 

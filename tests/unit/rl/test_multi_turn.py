@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.rl.test_ppo import PARAMS
 from torch import Tensor, nn
 
 from tasks.config.training import GenerationParams
@@ -18,6 +17,7 @@ from tasks.rl.policy import Policy, model_inputs
 from tasks.rl.rollout import derive_generator
 from tasks.rl.trainer import PPOTrainer, PromptSet
 from tests.conftest import EOS, PAD, letter_tokenizer, tiny_model, tiny_policy
+from tests.unit.rl.test_ppo import PARAMS
 
 SIGNS = "Ġabcdefghijklmnopqrstuvwxy:UĊB"
 """All that a role needs; Ċ is the line end."""
