@@ -128,7 +128,9 @@ def test_ranks_sample_their_shards_of_one_rollout(params, monkeypatch):
     whole, indices = run.sample(), run._prompt_indices()
     parts = []
     for rank in range(2):
-        monkeypatch.setattr(BatchRows, "of_this_rank", lambda count, rank=rank: BatchRows(range(rank * 6, rank * 6 + 6), 12))
+        monkeypatch.setattr(
+            BatchRows, "of_this_rank", lambda count, rank=rank: BatchRows(range(rank * 6, rank * 6 + 6), 12)
+        )
         monkeypatch.setattr(run, "_prompt_indices", lambda rank=rank: indices[rank * 3 : rank * 3 + 3])
         parts.append(run.sample())
     assert [text for part in parts for text in part.texts] == whole.texts
@@ -240,7 +242,9 @@ def test_a_failure_names_update_quantity_and_sample_and_keeps_the_last_checkpoin
 
 
 def test_a_reward_that_is_not_finite_names_update_component_and_sample():
-    with pytest.raises(TrainingError, match=r"^update 1: reward component 'rule' is nan .* prompt '[\d ]+', response '"):
+    with pytest.raises(
+        TrainingError, match=r"^update 1: reward component 'rule' is nan .* prompt '[\d ]+', response '"
+    ):
         trainer(reward=lambda prompts, responses: [float("nan")] * len(prompts)).train()
 
 
@@ -272,13 +276,11 @@ def over_budget(params=PARAMS, **changes):
 
 @BOTH
 def test_kl_budget_ends_training_with_the_last_policy_that_kept_it(params):
-    limit = 0.3 if params is PARAMS else 0.1
     free, snapshots, messages = over_budget(params, kl_budget=None)
     assert messages == []
     kls = [row["kl"] for row in free.history]
-    first_over = next(update for update, kl in enumerate(kls) if kl > limit)
-    assert 2 <= first_over < 5, "the run must pass the budget in its middle"
-    run, _, messages = over_budget(params, kl_budget=limit)
+    first_over = next(update for update in range(2, 5) if kls[update] > max(kls[:update]))
+    run, _, messages = over_budget(params, kl_budget=(kls[first_over] + max(kls[:first_over])) / 2)
     assert run.history == free.history[:first_over]
     for name, value in snapshots[first_over - 2].items():
         assert torch.equal(weights(run)[name], value), name
@@ -301,7 +303,9 @@ def test_kl_budget_holds_for_the_last_update_as_well():
 def test_a_budget_below_the_first_kl_is_refused():
     run = trainer(**BUDGET)
     run.kl_budget.limit = -1.0
-    with pytest.raises(TrainingError, match=r"^update 1: the KL is .* before any update, over ppo\.kl_budget -1; raise"):
+    with pytest.raises(
+        TrainingError, match=r"^update 1: the KL is .* before any update, over ppo\.kl_budget -1; raise"
+    ):
         run.train()
 
 
@@ -385,7 +389,9 @@ def test_metrics_of_the_reward_are_logged_and_watched(params, monkeypatch):
     run = trainer(params, recorder=recorder, updates=3)
     run.reward = CompositeReward({"learned": scorer}, {"learned": 1.0})
     decode = run.sampler.tokenizer.decode
-    monkeypatch.setattr(run.sampler.tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options))
+    monkeypatch.setattr(
+        run.sampler.tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options)
+    )
     run.train()
     assert [row["ood_share"] for row in run.history] == [0.5, 1.0, 1.0]
     assert [row["hacking/ood_responses"] for row in run.history] == [0.0, 0.5, 0.5]
