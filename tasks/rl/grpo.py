@@ -75,7 +75,9 @@ class GRPO:
             clip_range=self.params.clip_range,
             weights=weights,
         )
-        kl = kl_loss(output.logprobs, micro_batch.reference_logprobs, mask, weights=weights)
+        kl = kl_loss(
+            output.logprobs, micro_batch.old_logprobs, micro_batch.reference_logprobs, mask, weights=weights
+        )
         parts = (entropy_sum(output.entropy, mask), policy, kl)
         return StepLoss(policy.loss + self.kl_controller.kl_coef * kl.loss, parts)
 

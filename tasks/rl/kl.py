@@ -37,6 +37,7 @@ class KLEstimates:
     - k1 as a *loss*: its gradient vanishes in expectation, so it does nothing but add noise.
     - k2 as a loss, on tokens sampled from the very policy: the exact gradient of KL(policy ‖ reference).
     - k3 as a loss: the gradient of the other divergence, KL(reference ‖ policy).
+    - ρ · k3 as a loss, with the ratio ρ to the policy that sampled: the exact gradient of KL(policy ‖ reference).
     - k1 or k3 as a *number to look at*: both unbiased, k3 never negative; k2 is biased, little while the two are close.
 
     Source of the statements on gradients: Liu et al. 2025 (arXiv 2510.01555); each is a test here.

@@ -233,17 +233,22 @@ def weighted_policy_loss(
     return PolicyLoss(loss=masked_sum(terms * weights, response_mask), **statistics)
 
 
-def kl_loss(logprobs: Tensor, reference_logprobs: Tensor, response_mask: Tensor, *, weights: Tensor) -> KLLoss:
-    """Σ w · k3, with k3 = e^(−Δ) − 1 + Δ and Δ = log π − log π_ref.
+def kl_loss(
+    logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, response_mask: Tensor, *, weights: Tensor
+) -> KLLoss:
+    """Σ w · ρ · k3, with ρ = π / π_old, k3 = e^(−Δ) − 1 + Δ and Δ = log π − log π_ref.
 
-    Its gradient is not that of KL(π ‖ π_ref), see `tasks.rl.kl.KLEstimates`; it is what GRPO and its peers use.
+    With the factor ρ, through which the gradient flows too, its gradient is that of KL(π ‖ π_ref); that of k3 alone is
+    another, see `tasks.rl.kl.KLEstimates`.
 
-    Source: Shao et al. 2024 (arXiv 2402.03300), equation 4.
+    Source: Shao et al. 2024 (arXiv 2402.03300), equation 4; the factor: DeepSeek-V3.2 (arXiv 2512.02556).
 
     Args:
-        logprobs, reference_logprobs, response_mask, weights: [B, T].
+        logprobs, old_logprobs, reference_logprobs, response_mask, weights: [B, T]; gradients flow through the first.
     """
-    return KLLoss(masked_sum(kl_estimates(logprobs, reference_logprobs, response_mask).k3 * weights, response_mask))
+    ratio = _log_ratio(logprobs, old_logprobs, response_mask).exp()
+    k3 = kl_estimates(logprobs, reference_logprobs, response_mask).k3
+    return KLLoss(masked_sum(ratio * k3 * weights, response_mask))
 
 
 def token_weights(
@@ -284,7 +289,7 @@ def _clipped_terms(
     logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float | None
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Losses of the tokens [B, T], and the statistics of `PolicyLoss`."""
-    log_ratio = zero_masked(logprobs - old_logprobs.detach(), response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
     ratio = log_ratio.exp()
     advantage = zero_masked(advantages.detach(), response_mask)
     unclipped = -advantage * ratio
@@ -298,6 +303,10 @@ def _clipped_terms(
         "ratio_minus_one_squares": masked_sum(ratio_minus_one**2, response_mask),
         "ratio_max": zero_masked(ratio.detach(), response_mask).max(),
     }
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    return zero_masked(logprobs - old_logprobs.detach(), response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def value_loss(

@@ -162,22 +162,11 @@ def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
 
 
 def group_optimum(reference: Tensor, beta: float) -> Tensor:
-    """Where GRPO settles: π = β · π_ref / (λ − A), with A the rewards standardised under π, and λ such that Σ π = 1.
-
-    On-policy its gradient is that of E[A] − β · KL(π_ref ‖ π): k3 as a loss pulls by the KL in the other direction, see
-    `tasks.rl.kl.KLEstimates`.
-    """
+    """GRPO divides rewards by their deviation σ in the group, so it solves for β·σ, with σ that of its own answer."""
     policy, rewards = reference, REWARDS.double()
-    for _ in range(500):
-        mean = policy @ rewards
-        advantages = (rewards - mean) / (policy @ (rewards - mean) ** 2).sqrt()
-        low, high = advantages.max(), advantages.max() + beta
-        for _ in range(100):
-            middle = (low + high) / 2
-            too_low = (beta * reference / (middle - advantages)).sum() > 1
-            low, high = (middle, high) if too_low else (low, middle)
-        policy = (policy + beta * reference / (high - advantages)) / 2
-        policy = policy / policy.sum()
+    for _ in range(200):
+        deviation = (policy @ (rewards - policy @ rewards) ** 2).sqrt()
+        policy = optimum(reference, beta * float(deviation))
     return policy
 
 
