@@ -15,7 +15,7 @@ from tasks.rewards.composition import RewardBatch
 from tasks.rl.kl import KLController, KLEstimates, kl_estimates, per_sequence
 from tasks.rl.losses import StepLoss
 from tasks.rl.policy import PolicyOutput
-from tasks.rl.rollout import Rollout
+from tasks.rl.rollout import Rollout, TokenBatch
 
 __all__ = ["Algorithm", "Experience", "Metrics", "ScoredRollout"]
 
@@ -49,18 +49,9 @@ class ScoredRollout:
 
 
 @dataclass(frozen=True)
-class Experience:
-    """Inputs of an update; B rows, P prompt and T response positions, A actions.
+class Experience(TokenBatch):
+    """Inputs of an update. An action is a token or a turn (A = T), or the whole response (A = 1)."""
 
-    An action is a token or a turn (A = T), or the whole response (A = 1). Advantages are those of the whole rollout.
-    """
-
-    prompts: Tensor  # [B, P]
-    prompt_mask: Tensor  # [B, P]
-    responses: Tensor  # [B, T]
-    response_mask: Tensor  # [B, T]
-    prompt_texts: list[str]  # B
-    texts: list[str]  # B
     action_mask: Tensor  # [B, A]
     old_logprobs: Tensor  # [B, A]
     advantages: Tensor  # [B, A]

@@ -13,7 +13,7 @@ from tasks.config.training import GRPOParams
 from tasks.rl.advantages import group_standardised
 from tasks.rl.algorithm import Experience, Metrics, ScoredRollout
 from tasks.rl.kl import FixedKL
-from tasks.rl.losses import StepLoss, entropy_sum, kl_loss, token_weights, weighted_policy_loss
+from tasks.rl.losses import StepLoss, entropy_sum, kl_loss, policy_loss, token_weights
 from tasks.rl.masking import zero_masked
 from tasks.rl.policy import PolicyOutput
 
@@ -44,12 +44,7 @@ class GRPO:
         rollout, mask = scored.rollout, scored.rollout.response_mask
         advantages = group_standardised(scored.scores, self.params.samples_per_prompt)
         experience = GRPOExperience(
-            prompts=rollout.prompts,
-            prompt_mask=rollout.prompt_mask,
-            responses=rollout.responses,
-            response_mask=mask,
-            prompt_texts=rollout.prompt_texts,
-            texts=rollout.texts,
+            **rollout.tokens_and_texts(),
             action_mask=mask,
             old_logprobs=rollout.logprobs,
             advantages=zero_masked(advantages.unsqueeze(1).expand(mask.shape), mask),
@@ -67,7 +62,7 @@ class GRPO:
             tokens=int(minibatch.response_mask.sum()),
             max_new_tokens=self._max_new_tokens,
         )
-        policy = weighted_policy_loss(
+        policy = policy_loss(
             output.logprobs,
             micro_batch.old_logprobs,
             micro_batch.advantages,
@@ -75,9 +70,7 @@ class GRPO:
             clip_range=self.params.clip_range,
             weights=weights,
         )
-        kl = kl_loss(
-            output.logprobs, micro_batch.old_logprobs, micro_batch.reference_logprobs, mask, weights=weights
-        )
+        kl = kl_loss(output.logprobs, micro_batch.old_logprobs, micro_batch.reference_logprobs, mask, weights=weights)
         parts = (entropy_sum(output.entropy, mask), policy, kl)
         return StepLoss(policy.loss + self.kl_controller.kl_coef * kl.loss, parts)
 

@@ -7,8 +7,8 @@ kept as sums for the same reason: `part + part` is what one larger micro-batch w
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol, Self
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
@@ -23,6 +23,7 @@ __all__ = [
     "LossType",
     "PolicyLoss",
     "StepLoss",
+    "Sums",
     "ValueLoss",
     "entropy_from_logits",
     "entropy_sum",
@@ -31,7 +32,6 @@ __all__ = [
     "policy_loss",
     "token_weights",
     "value_loss",
-    "weighted_policy_loss",
 ]
 
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
@@ -40,7 +40,23 @@ MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far beyond any use, and finite when square
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyLoss:
+class Sums:
+    """Detached sums over tokens, and `…_max`, the largest; they add up over micro-batches and ranks."""
+
+    def __add__(self, other: Self) -> Self:
+        merged = {}
+        for name in (field.name for field in fields(self)):
+            own, others = getattr(self, name).detach(), getattr(other, name).detach()
+            merged[name] = torch.maximum(own, others) if name.endswith("_max") else own + others
+        return type(self)(**merged)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics to log, as numbers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyLoss(Sums):
     """Policy loss and statistics of the ratios ρ = π / π_old, as scalars: all but `loss` are detached sums.
 
     Attributes:
@@ -60,17 +76,6 @@ class PolicyLoss:
     ratio_minus_one: Tensor
     ratio_minus_one_squares: Tensor
     ratio_max: Tensor
-
-    def __add__(self, other: PolicyLoss) -> PolicyLoss:
-        return PolicyLoss(
-            loss=self.loss.detach() + other.loss.detach(),
-            tokens=self.tokens + other.tokens,
-            clipped=self.clipped + other.clipped,
-            log_ratio_squares=self.log_ratio_squares + other.log_ratio_squares,
-            ratio_minus_one=self.ratio_minus_one + other.ratio_minus_one,
-            ratio_minus_one_squares=self.ratio_minus_one_squares + other.ratio_minus_one_squares,
-            ratio_max=torch.maximum(self.ratio_max, other.ratio_max),
-        )
 
     @property
     def clip_fraction(self) -> Tensor:
@@ -105,19 +110,12 @@ class PolicyLoss:
 
 
 @dataclass(frozen=True, eq=False)
-class ValueLoss:
+class ValueLoss(Sums):
     """A value loss (see `PolicyLoss`): `clipped` counts the tokens where the clipped value is the worse one."""
 
     loss: Tensor
     tokens: Tensor
     clipped: Tensor
-
-    def __add__(self, other: ValueLoss) -> ValueLoss:
-        return ValueLoss(
-            loss=self.loss.detach() + other.loss.detach(),
-            tokens=self.tokens + other.tokens,
-            clipped=self.clipped + other.clipped,
-        )
 
     @property
     def clip_fraction(self) -> Tensor:
@@ -130,13 +128,10 @@ class ValueLoss:
 
 
 @dataclass(frozen=True, eq=False)
-class KLLoss:
+class KLLoss(Sums):
     """A KL loss (see `PolicyLoss`)."""
 
     loss: Tensor
-
-    def __add__(self, other: KLLoss) -> KLLoss:
-        return KLLoss(self.loss.detach() + other.loss.detach())
 
     def metrics(self) -> dict[str, float]:
         """The metric to log, as a number."""
@@ -144,26 +139,15 @@ class KLLoss:
 
 
 @dataclass(frozen=True, eq=False)
-class EntropySum:
+class EntropySum(Sums):
     """Sum of token entropies, and the number of tokens."""
 
     total: Tensor
     tokens: Tensor
 
-    def __add__(self, other: EntropySum) -> EntropySum:
-        return EntropySum(self.total + other.total, self.tokens + other.tokens)
-
     def metrics(self) -> dict[str, float]:
         """The metric to log, as a number: nats per token."""
         return {"entropy": self.total.item() / int(self.tokens)}
-
-
-class LossPart(Protocol):
-    """Dataclass of sums that add up over micro-batches and ranks."""
-
-    def __add__(self, other: Any) -> Self: ...
-
-    def metrics(self) -> dict[str, float]: ...
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,7 +155,7 @@ class StepLoss:
     """Loss of a micro-batch, to differentiate, and the parts from which metrics of the whole step come."""
 
     loss: Tensor
-    parts: tuple[LossPart, ...]
+    parts: tuple[Sums, ...]
 
     def __add__(self, other: StepLoss) -> StepLoss:
         parts = tuple(one + another for one, another in zip(self.parts, other.parts, strict=True))
@@ -189,9 +173,10 @@ def policy_loss(
     response_mask: Tensor,
     *,
     clip_range: float | None,
-    token_count: int,
+    token_count: int = 1,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Σ max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old) and |log ρ| cut at 20.
+    """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old), |log ρ| cut at 20.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7, as a loss; per token as in Ziegler et al. 2019.
     The cut only matters when the update has already failed; there it keeps the loss finite, so that the cause is
@@ -204,33 +189,28 @@ def policy_loss(
         response_mask: [B, T] true where a token counts.
         clip_range: ε; None for no clipping: the plain policy gradient, which is A2C's where ρ = 1.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
+        weights: [B, T] w, a constant; None for 1. Those of `token_weights` hold the counts, so token_count is then 1.
 
     Raises:
         ValueError: token_count is not above 0, or the shapes do not fit.
     """
     _check_count(token_count)
-    terms, statistics = _clipped_terms(logprobs, old_logprobs, advantages, response_mask, clip_range)
-    return PolicyLoss(loss=terms.sum() / token_count, **statistics)
-
-
-def weighted_policy_loss(
-    logprobs: Tensor,
-    old_logprobs: Tensor,
-    advantages: Tensor,
-    response_mask: Tensor,
-    *,
-    clip_range: float | None,
-    weights: Tensor,
-) -> PolicyLoss:
-    """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)), see `policy_loss`.
-
-    Source: Shao et al. 2024 (arXiv 2402.03300), equation 3 without its KL term, as a loss.
-
-    Args:
-        weights: [B, T] of the tokens, see `token_weights`.
-    """
-    terms, statistics = _clipped_terms(logprobs, old_logprobs, advantages, response_mask, clip_range)
-    return PolicyLoss(loss=masked_sum(terms * weights, response_mask), **statistics)
+    log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
+    ratio = log_ratio.exp()
+    advantage = zero_masked(advantages.detach(), response_mask)
+    unclipped = -advantage * ratio
+    clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    terms = torch.maximum(unclipped, clipped)
+    ratio_minus_one = ratio.detach() - 1
+    return PolicyLoss(
+        loss=(terms if weights is None else zero_masked(terms * weights, response_mask)).sum() / token_count,
+        tokens=response_mask.sum(),
+        clipped=masked_sum(clipped > unclipped, response_mask),
+        log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
+        ratio_minus_one=masked_sum(ratio_minus_one, response_mask),
+        ratio_minus_one_squares=masked_sum(ratio_minus_one**2, response_mask),
+        ratio_max=zero_masked(ratio.detach(), response_mask).max(),
+    )
 
 
 def kl_loss(
@@ -283,26 +263,6 @@ def token_weights(
 def entropy_sum(entropy: Tensor, response_mask: Tensor) -> EntropySum:
     """Sum the entropies [B, T] of the tokens that count."""
     return EntropySum(masked_sum(entropy, response_mask), response_mask.sum())
-
-
-def _clipped_terms(
-    logprobs: Tensor, old_logprobs: Tensor, advantages: Tensor, response_mask: Tensor, clip_range: float | None
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Losses of the tokens [B, T], and the statistics of `PolicyLoss`."""
-    log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
-    ratio = log_ratio.exp()
-    advantage = zero_masked(advantages.detach(), response_mask)
-    unclipped = -advantage * ratio
-    clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
-    ratio_minus_one = ratio.detach() - 1
-    return torch.maximum(unclipped, clipped), {
-        "tokens": response_mask.sum(),
-        "clipped": masked_sum(clipped > unclipped, response_mask),
-        "log_ratio_squares": masked_sum(log_ratio.detach() ** 2, response_mask),
-        "ratio_minus_one": masked_sum(ratio_minus_one, response_mask),
-        "ratio_minus_one_squares": masked_sum(ratio_minus_one**2, response_mask),
-        "ratio_max": zero_masked(ratio.detach(), response_mask).max(),
-    }
 
 
 def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -11,24 +11,9 @@ from torch import Tensor, nn
 from tasks.models.batching import position_ids
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
 from tasks.rl.masking import through_last_true
+from tasks.rl.rollout import TokenBatch
 
-__all__ = ["Policy", "PolicyOutput", "TokenBatch", "model_inputs"]
-
-
-class TokenBatch(Protocol):
-    """Token ids and masks of prompts [B, P] and responses [B, T], as in `Rollout`."""
-
-    @property
-    def prompts(self) -> Tensor: ...
-
-    @property
-    def prompt_mask(self) -> Tensor: ...
-
-    @property
-    def responses(self) -> Tensor: ...
-
-    @property
-    def response_mask(self) -> Tensor: ...
+__all__ = ["Policy", "PolicyOutput", "model_inputs"]
 
 
 class PolicyOutput(NamedTuple):

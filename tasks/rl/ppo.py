@@ -62,12 +62,7 @@ class PPO:
             baselined = leave_one_out(totals, params.samples_per_prompt)
             advantages = zero_masked(baselined.unsqueeze(1).expand(valid.shape), valid)
         experience = PPOExperience(
-            prompts=rollout.prompts,
-            prompt_mask=rollout.prompt_mask,
-            responses=rollout.responses,
-            response_mask=mask,
-            prompt_texts=rollout.prompt_texts,
-            texts=rollout.texts,
+            **rollout.tokens_and_texts(),
             action_mask=valid,
             old_logprobs=to_actions(rollout.logprobs, mask, params.action),
             advantages=whiten(advantages, valid),
