@@ -122,9 +122,9 @@ def load_policy(base_model: Path, sft: Path, stage: Path) -> PeftModel:
     return _load_adapter(reference, stage)
 
 
-def policy_stages(artifacts: Path) -> list[str]:
-    """Stages whose adapter is a causal language model."""
-    configs = sorted(artifacts.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
+def policy_stages(folder: Path) -> list[str]:
+    """Stages whose adapter is a causal language model, in a folder laid out as the artifacts."""
+    configs = sorted(folder.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
     kinds = {file.parts[-3]: json.loads(file.read_text(encoding="utf-8"))["task_type"] for file in configs}
     return [stage for stage, kind in kinds.items() if kind == "CAUSAL_LM"]
 

@@ -247,18 +247,18 @@ class LocalSampler:
 
 
 def load_sampler(
-    artifacts: Path, policy: str, generation: GenerationParams, *, chat_template: bool = False
+    folder: Path, policy: str, generation: GenerationParams, *, chat_template: bool = False
 ) -> LocalSampler:
-    """Load the sampler of a policy stage, or of the SFT model for `sft`, from folders laid out as the artifacts.
+    """Load the sampler of a policy stage, or of the SFT model for `sft`, from a folder laid out as the artifacts.
 
     Raises:
         ConfigError: the tokenizer has no chat template.
         ModelError: a folder is incomplete.
     """
     init_process()
-    base_model, sft = artifacts / "base_model", artifacts / "sft"
+    base_model, sft = folder / "base_model", folder / "sft"
     is_reference = policy == sft.name
-    model = load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, artifacts / policy)
+    model = load_reference(base_model, sft) if is_reference else load_policy(base_model, sft, folder / policy)
     return LocalSampler(model, load_tokenizer(base_model), generation, chat_template=chat_template)
 
 
