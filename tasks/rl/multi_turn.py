@@ -50,33 +50,22 @@ class EnvironmentReward:
 class MultiTurnRollout(Rollout):
     """A rollout whose responses are whole conversations after their first prompt; `has_eos`: no turn was truncated.
 
-    `texts` holds the policy's own turns, one a line.
+    `texts` holds the policy's own turns, one a line; `transcripts` the environment's as well, with its final turn.
 
     Attributes:
-        conversations: all text after the prompt, the environment's final turn included.
         rewards: [B] of the environment, on the CPU.
     """
 
-    conversations: list[str]
     rewards: Tensor
 
     def gather(self) -> MultiTurnRollout:
         """Gather the rollouts of all ranks, in order of rank."""
-        return MultiTurnRollout(
-            **vars(super().gather()),
-            conversations=distributed.all_gather_texts(self.conversations),
-            rewards=distributed.all_gather(self.rewards),
-        )
+        return MultiTurnRollout(**vars(super().gather()), rewards=distributed.all_gather(self.rewards))
 
     @property
     def turns(self) -> Tensor:
         """Number of the policy's turns, [B], on the CPU."""
         return turn_counts(self.response_mask).cpu()
-
-    @property
-    def transcripts(self) -> list[str]:
-        """All text after each prompt, for people to read."""
-        return self.conversations
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
@@ -205,6 +194,6 @@ def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, last_turns: Rol
         texts=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
         pad_token_id=pad_token_id,
         values=None if last_turns.values is None else padded("values"),
-        conversations=[episode.transcript for episode in episodes],
+        transcripts=[episode.transcript for episode in episodes],
         rewards=torch.tensor([episode.reward for episode in episodes]),
     )

@@ -69,12 +69,14 @@ class Rollout(TokenBatch):
     Attributes:
         logprobs: [B, T] log π(token) at the sampling temperature, 0 where masked.
         has_eos: [B] true where the response has its end token.
+        transcripts: all text after each of the B prompts, for people to read.
         pad_token_id: fills `prompts` and `responses`.
         values: [B, T] V(state in which the token was chosen), 0 where masked; only from a sampler with a value head.
     """
 
     logprobs: Tensor
     has_eos: Tensor
+    transcripts: list[str]
     pad_token_id: int
     values: Tensor | None = None
 
@@ -89,14 +91,10 @@ class Rollout(TokenBatch):
             has_eos=distributed.all_gather(self.has_eos),
             prompt_texts=distributed.all_gather_texts(self.prompt_texts),
             texts=distributed.all_gather_texts(self.texts),
+            transcripts=distributed.all_gather_texts(self.transcripts),
             pad_token_id=self.pad_token_id,
             values=None if self.values is None else distributed.all_gather(self.values),
         )
-
-    @property
-    def transcripts(self) -> list[str]:
-        """All text after each prompt, for people to read."""
-        return self.texts
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
@@ -200,6 +198,7 @@ class LocalSampler:
         responses, response_mask = columns.tokens[:, :width], columns.mask[:, :width]
         has_eos = ((responses == self.tokenizer.eos_token_id) & response_mask).any(1)
         lengths = (response_mask.sum(1) - has_eos.long()).tolist()
+        response_texts = [self._decode(row[:n].tolist()) for row, n in zip(responses, lengths, strict=True)]
         prompt_texts = [text if isinstance(text, str) else self._decode(text) for text in texts]
         return Rollout(
             prompts=ids,
@@ -209,7 +208,8 @@ class LocalSampler:
             logprobs=columns.logprobs[:, :width],
             has_eos=has_eos,
             prompt_texts=[text for text in prompt_texts for _ in range(samples_per_prompt)],
-            texts=[self._decode(row[:n].tolist()) for row, n in zip(responses, lengths, strict=True)],
+            texts=response_texts,
+            transcripts=response_texts,
             pad_token_id=pad,
             values=None if self._value_head is None else columns.values[:, :width],
         )

@@ -175,10 +175,3 @@ def test_gradients(sides: Sides, loss_type: str, micro_batch_size: int) -> None:
     assert max(gradient.abs().max() for gradient in ours.values()) > 0.01
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
-
-
-def test_the_loss_types_differ(sides: Sides) -> None:
-    found = [sides.gradient_of_ours(kind, 12)[0] for kind in ("grpo", "dapo", "dr_grpo")]
-    name = next(iter(found[0]))
-    assert (found[0][name] - found[1][name]).abs().max() > 1e-3
-    assert (found[1][name] - found[2][name]).abs().max() > 1e-3

@@ -9,7 +9,6 @@ import torch
 
 from tasks.core.errors import TrainingError
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.rollout import BatchRows
 from tests.support.tiny_trainer import (
     GRPO_PARAMS,
     PARAMS,
@@ -120,20 +119,6 @@ def test_every_pass_over_the_prompts_uses_each_once(size):
     assert sorted(seen[:10]) == list(range(10))
     assert sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
-
-
-@BOTH
-def test_ranks_sample_their_shards_of_one_rollout(params, monkeypatch):
-    run = trainer(params)
-    whole, indices = run.sample(), run._prompt_indices()
-    parts = []
-    for rank in range(2):
-        monkeypatch.setattr(
-            BatchRows, "of_this_rank", lambda count, rank=rank: BatchRows(range(rank * 6, rank * 6 + 6), 12)
-        )
-        monkeypatch.setattr(run, "_prompt_indices", lambda rank=rank: indices[rank * 3 : rank * 3 + 3])
-        parts.append(run.sample())
-    assert [text for part in parts for text in part.texts] == whole.texts
 
 
 class InterruptedRunError(Exception):
