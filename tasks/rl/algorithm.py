@@ -91,7 +91,7 @@ class Algorithm(Protocol[ExperienceT]):
     @property
     def kl_controller(self) -> KLController: ...
 
-    def experience(self, scored: ScoredRollout) -> tuple[ExperienceT, Metrics]:
+    def compute_advantages(self, scored: ScoredRollout) -> tuple[ExperienceT, Metrics]:
         """Compute advantages, and metrics of the rollout."""
 
     def loss(self, output: PolicyOutput, micro_batch: ExperienceT, minibatch: ExperienceT) -> StepLoss:

@@ -39,7 +39,7 @@ class GRPO:
         self.params, self._max_new_tokens, self.return_gamma = params, max_new_tokens, turn_gamma
         self.kl_controller = FixedKL(params.kl_coef)
 
-    def experience(self, scored: ScoredRollout) -> tuple[GRPOExperience, Metrics]:
+    def compute_advantages(self, scored: ScoredRollout) -> tuple[GRPOExperience, Metrics]:
         """Compute advantages within each prompt's group."""
         rollout, mask = scored.rollout, scored.rollout.response_mask
         advantages = group_standardised(scored.scores, self.params.samples_per_prompt)

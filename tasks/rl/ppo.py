@@ -45,7 +45,7 @@ class PPO:
         self._gamma = turn_gamma if over_turns else params.gamma
         self.return_gamma = 1.0 if over_turns else turn_gamma  # over turns as actions the returns discount
 
-    def experience(self, scored: ScoredRollout) -> tuple[PPOExperience, Metrics]:
+    def compute_advantages(self, scored: ScoredRollout) -> tuple[PPOExperience, Metrics]:
         """Compute token rewards with the KL penalty, and advantages and returns per action."""
         params, rollout, kl_coef = self.params, scored.rollout, self.kl_controller.kl_coef
         mask = rollout.response_mask

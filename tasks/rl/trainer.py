@@ -76,7 +76,7 @@ class RLTrainer:
                 kl = scored.sequence_kl.mean().item()
                 if self.kl_budget.exceeded(kl):
                     break
-                experience, metrics = self.algorithm.experience(scored)
+                experience, metrics = self.algorithm.compute_advantages(scored)
                 clock.lap("experience_s")
                 metrics = self._rollout_metrics(scored) | metrics
                 self.kl_budget.keep_weights()

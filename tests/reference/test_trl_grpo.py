@@ -118,7 +118,7 @@ class Sides:
     def gradient_of_ours(self, loss_type: str, micro_batch_size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
         algorithm, updater = self.ours.algorithm, self.ours.updater
         algorithm.params = algorithm.params.model_copy(update={"loss_type": loss_type})
-        experience, _ = algorithm.experience(self.scored)
+        experience, _ = algorithm.compute_advantages(self.scored)
         values = vars(experience) | {"old_logprobs": self.old_logprobs}
         whole = GRPOExperience(**values)
         updater.optimizer.zero_grad()
@@ -152,7 +152,7 @@ def sides(tmp_path_factory: pytest.TempPathFactory) -> Sides:
 
 
 def test_advantages_and_reference_log_probabilities(sides: Sides) -> None:
-    experience, _ = sides.ours.algorithm.experience(sides.scored)
+    experience, _ = sides.ours.algorithm.compute_advantages(sides.scored)
     assert sum(len(batch["advantages"]) for batch in sides.micro_batches) == len(experience) == 12
     assert len(sides.micro_batches) == GROUP
     for batch in sides.micro_batches:

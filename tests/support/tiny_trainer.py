@@ -120,7 +120,7 @@ def weights(of: RLTrainer) -> dict[str, Tensor]:
 def experience_of(of: RLTrainer) -> tuple[Experience, Metrics]:
     """What an update would learn from, and all metrics of its rollout."""
     scored = of.score(of.sample())
-    experience, metrics = of.algorithm.experience(scored)
+    experience, metrics = of.algorithm.compute_advantages(scored)
     return experience, of._rollout_metrics(scored) | metrics
 
 

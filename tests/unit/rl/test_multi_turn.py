@@ -203,7 +203,7 @@ def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() ->
     trainer = run_of(action="turn", lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
     scored = trainer.score(trainer.sample())
     rollout, outcome = scored.rollout, scored.reward
-    experience, metrics = trainer.algorithm.experience(scored)[0], trainer._rollout_metrics(scored)
+    experience, metrics = trainer.algorithm.compute_advantages(scored)[0], trainer._rollout_metrics(scored)
     assert set(rollout.turns.tolist()) > {1}
     for row, turns in enumerate(rollout.turns.tolist()):
         expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
@@ -219,7 +219,7 @@ def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -
     trainer = run_of(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
     scored = trainer.score(trainer.sample())
     rollout, outcome = scored.rollout, scored.reward
-    experience, _ = trainer.algorithm.experience(scored)
+    experience, _ = trainer.algorithm.compute_advantages(scored)
     for row, turns in enumerate(rollout.turns.tolist()):
         own = experience.returns[row][experience.action_mask[row]]
         assert own.tolist() == pytest.approx([outcome.total[row].item() * 0.5 ** (turns - 1)] * len(own), abs=1e-6)
@@ -232,7 +232,7 @@ def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(params: RLParams) ->
     rollout, outcome = scored.rollout, scored.reward
     late = (rollout.turns > 1) & ~rollout.has_eos
     assert late.any(), "a sample that shows nothing"
-    experience, _ = trainer.algorithm.experience(scored)
+    experience, _ = trainer.algorithm.compute_advantages(scored)
     expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.has_eos).float()
     found = scored.scores if params is GRPO_PARAMS else experience.returns[:, 0]
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)

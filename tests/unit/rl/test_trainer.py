@@ -195,7 +195,7 @@ def test_ppo_anneals_the_learning_rate_by_update_and_grpo_by_optimiser_step():
 
 def broken_at(update, row, run):
     """The trainer, whose advantage of one response is NaN in one update."""
-    original = run.algorithm.experience
+    original = run.algorithm.compute_advantages
 
     def experience(scored):
         found, metrics = original(scored)
@@ -203,7 +203,7 @@ def broken_at(update, row, run):
             found.advantages[row, 0] = float("nan")
         return found, metrics
 
-    run.algorithm.experience = experience
+    run.algorithm.compute_advantages = experience
     return run
 
 
@@ -313,7 +313,7 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     """Its log-probability is the sum over its tokens, its return score − β·KL; advantages are whitened over them."""
     run = trainer(action="response", advantage=advantage, value_coef=0.0, missing_eos_penalty=0.0)
     scored = run.score(run.sample())
-    rollout, (experience, _) = scored.rollout, run.algorithm.experience(scored)
+    rollout, (experience, _) = scored.rollout, run.algorithm.compute_advantages(scored)
     assert experience.advantages.shape == experience.old_logprobs.shape == experience.action_mask.shape == (12, 1)
     torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.sum(1))
     scores = torch.tensor(low_tokens(rollout.prompt_texts, rollout.texts))
@@ -330,7 +330,7 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
 def test_grpo_learns_from_scores_standardised_within_a_prompts_responses():
     run = trainer(GRPO_PARAMS, samples_per_prompt=3)
     scored = run.score(run.sample())
-    experience, _ = run.algorithm.experience(scored)
+    experience, _ = run.algorithm.compute_advantages(scored)
     for prompt in range(6):
         own = scored.scores[3 * prompt : 3 * prompt + 3].tolist()
         mean = sum(own) / 3
