@@ -1,7 +1,7 @@
-"""GRPO update by TRL with our rollouts and layers, against TRL's own: `make bench-grpo`.
+"""GRPO update of our trainer against TRL's GRPOTrainer as it comes: `make bench-grpo`.
 
-The same model, adapter, prompts, lengths, rewards and minibatches, in one process, in turns. No response ends early.
-Prints each side's median update and, last, one JSON line.
+The same model, LoRA configuration, prompts, lengths, rewards and minibatches, in one process, in turns. No response
+ends early. Prints each side's median update and, last, one JSON line.
 """
 
 from __future__ import annotations
@@ -16,20 +16,27 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, adapter, check_model, prompts
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainerCallback
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, check_model, load_tokenizer, lora_config, prompts
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
 from tasks.config.training import GenerationParams, GRPOParams
-from tasks.grpo import RolloutFunction
+from tasks.core.rows import Prompt
 from tasks.models.loading import init_process
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
+from tasks.rewards.composition import CompositeReward
+from tasks.rl.callbacks import Callback
+from tasks.rl.checkpoint import Checkpoint
+from tasks.rl.grpo import GRPO
+from tasks.rl.policy import Policy
+from tasks.rl.rollout import LocalSampler
+from tasks.rl.trainer import RLTrainer
 
 PROMPTS, SAMPLES, UPDATES = 8, 4, 3
-NEVER_SAMPLED = "<gh_stars>"
 
 
-class UpdateTimer(TrainerCallback):
+class UpdateTimer(TrainerCallback, Callback):
     """Timer of updates, without the first."""
 
     def __init__(self) -> None:
@@ -38,29 +45,35 @@ class UpdateTimer(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.times.append(time.perf_counter())
 
+    def on_update_end(self, update: int) -> None:
+        self.times.append(time.perf_counter())
+
     def seconds(self) -> list[float]:
         return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
 
-def update_seconds(side: str) -> list[float]:
-    """Measure the seconds of each update of a new trainer."""
-    torch.manual_seed(0)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    tokenizer.eos_token = NEVER_SAMPLED  # no response ends early
-    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+def rewards(texts: list[str]) -> list[float]:
+    return [float(len(text) % 7) for text in texts]
+
+
+def train_ours(model: Any, tokenizer: Any, texts: list[str], timer: UpdateTimer) -> None:
     params = GRPOParams(
         updates=UPDATES + 1, prompts_per_update=PROMPTS, samples_per_prompt=SAMPLES, epochs=1, minibatches=1,
-        learning_rate=1e-5, clip_range=0.2, kl_coef=0.05, missing_eos_penalty=0.0, snapshot_every=100,
+        micro_batch_size=PROMPTS * SAMPLES, learning_rate=1e-5, loss_type="grpo", clip_range=0.2, max_grad_norm=1.0,
+        kl_coef=0.05, missing_eos_penalty=0.0, checkpoint_every=100, snapshot_every=100,
     )  # fmt: skip
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
-    config, options = adapter(), {}
-    if side == "ours":
-        freeze_for_onednn(model)
-        config, options = (
-            register_frozen_lora(config),
-            {"rollout_func": RolloutFunction(params, generation, tokenizer, 0)},
-        )
-    timer = UpdateTimer()
+    freeze_for_onednn(model)
+    adapted = get_peft_model(model.requires_grad_(False), register_frozen_lora(lora_config())).eval()
+    RLTrainer(
+        Policy(adapted, temperature=1.0, value_head=False), LocalSampler(adapted, tokenizer, generation),
+        [Prompt(id=text, prompt=text) for text in texts],
+        CompositeReward({"rule": lambda prompts, responses: rewards(responses)}, {"rule": 1.0}),
+        GRPO(params, max_new_tokens=RESPONSE_TOKENS), seed=0, checkpoint=Checkpoint(None, "grpo"), callbacks=[timer],
+    ).train()  # fmt: skip
+
+
+def train_trl(model: Any, tokenizer: Any, texts: list[str], timer: UpdateTimer) -> None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = GRPOConfig(
@@ -69,12 +82,21 @@ def update_seconds(side: str) -> list[float]:
             gradient_checkpointing=False, report_to="none", save_strategy="no", disable_tqdm=True, logging_steps=1,
         )  # fmt: skip
         trainer = GRPOTrainer(
-            model=model, reward_funcs=[lambda completions, **_: [float(len(text) % 7) for text in completions]],
-            args=arguments, processing_class=tokenizer, peft_config=config, callbacks=[timer], **options,
-            train_dataset=Dataset.from_dict({"prompt": [tokenizer.decode(row) for row in prompts(PROMPTS)]}),
+            model=model, reward_funcs=[lambda completions, **_: rewards(completions)], args=arguments,
+            processing_class=tokenizer, peft_config=lora_config(), callbacks=[timer],
+            train_dataset=Dataset.from_dict({"prompt": texts}),
         )  # fmt: skip
         trainer.remove_callback(PrinterCallback)
         trainer.train()
+
+
+def update_seconds(side: str) -> list[float]:
+    """Measure the seconds of each update of a new trainer."""
+    torch.manual_seed(0)
+    tokenizer, timer = load_tokenizer(), UpdateTimer()
+    model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
+    train = train_ours if side == "ours" else train_trl
+    train(model, tokenizer, [tokenizer.decode(row) for row in prompts(PROMPTS)], timer)
     return timer.seconds()
 
 

@@ -6,11 +6,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "check_model", "lora_config", "prompts"]
+__all__ = [
+    "MODEL",
+    "PROMPT_TOKENS",
+    "RESPONSE_TOKENS",
+    "ROOT",
+    "check_model",
+    "load_tokenizer",
+    "lora_config",
+    "prompts",
+]
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "artifacts" / "base_model" / "model"
 PROMPT_TOKENS, RESPONSE_TOKENS, RANK = 32, 32, 16
+NEVER_SAMPLED = "<gh_stars>"
 
 
 def lora_config() -> Any:
@@ -18,6 +28,15 @@ def lora_config() -> Any:
     from peft import LoraConfig, TaskType
 
     return LoraConfig(r=RANK, lora_alpha=2 * RANK, target_modules="all-linear", task_type=TaskType.CAUSAL_LM)
+
+
+def load_tokenizer() -> Any:
+    """The model's tokenizer, with an end token that is never sampled: no response ends early."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer.eos_token = NEVER_SAMPLED
+    return tokenizer
 
 
 def prompts(count: int) -> list[list[int]]:

@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, ROOT, adapter, check_model, prompts
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, ROOT, check_model, load_tokenizer, lora_config, prompts
 
 PEER = ROOT / ".rlhf" / "trl-1.12.0"
 
@@ -63,54 +63,59 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     """Time our trainer; with `own_critic` the values come from a second trunk, trained beside the policy's."""
     import torch
     from peft import get_peft_model
-    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
     from tasks.config.params import load_params
     from tasks.config.training import GenerationParams
+    from tasks.core.rows import Prompt
     from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
     from tasks.rewards.composition import CompositeReward
-    from tasks.rewards.reward_model import TextScorer
+    from tasks.rewards.scorers import TextScorer
+    from tasks.rl.callbacks import Callback
+    from tasks.rl.checkpoint import Checkpoint
     from tasks.rl.policy import Policy
-    from tasks.rl.trainer import PPOTrainer, PromptSet
+    from tasks.rl.ppo import PPO
+    from tasks.rl.rollout import LocalSampler
+    from tasks.rl.trainer import RLTrainer
 
     watch = Stopwatch()
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
     freeze_for_onednn(model)
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
+    tokenizer = load_tokenizer()
     judge = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = tokenizer.pad_token_id
     freeze_for_onednn(judge)
     scorer = TextScorer(judge, tokenizer, max_length=PROMPT_TOKENS + RESPONSE_TOKENS)
-    reward = CompositeReward({"learned": lambda asked, texts: scorer(texts)}, {"learned": 1.0})
+    reward = CompositeReward({"learned": lambda prompts, texts: scorer(texts)}, {"learned": 1.0})
     section = load_params(ROOT / "params.yaml").ppo
     assert section is not None
     params = section.model_copy(
         update={
             "updates": UPDATES + 1, "prompts_per_update": RESPONSES, "samples_per_prompt": 1, "epochs": EPOCHS,
-            "minibatches": 1, "micro_batch_size": RESPONSES, "learning_rate": 1e-5, "target_kl": 1e9,
+            "minibatches": 1, "micro_batch_size": RESPONSES, "learning_rate": 1e-5, "target_kl": None,
         }
     )  # fmt: skip
     generation = GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0)
-    rows = prompts(RESPONSES)
-    codec = PromptSet(
-        [tokenizer.decode(row) for row in rows], rows, lambda ids: str(tokenizer.decode(list(ids))),
-        eos_token_id=-1, pad_token_id=tokenizer.pad_token_id,  # no response ends early
-    )  # fmt: skip
+    rows = [Prompt(id=str(row), prompt=tokenizer.decode(ids)) for row, ids in enumerate(prompts(RESPONSES))]
 
-    def log(metrics: dict[str, float], step: int) -> None:
-        for name in ("rollout", "experience", "optimise"):
-            if f"time/{name}_s" in metrics:
-                watch.where(name, metrics[f"time/{name}_s"])
-        if "time/update_s" in metrics:
+    class Timer(Callback):
+        def on_log(self, metrics: dict[str, float], update: int) -> None:
+            for name in ("rollout", "experience", "optimise"):
+                watch.phase(name, metrics[f"time/{name}_s"])
             watch.lap()
 
-    policy = Policy(get_peft_model(model, register_frozen_lora(adapter())).eval(), temperature=1.0)
-    trainer = PPOTrainer(policy, codec, reward, params, generation, seed=0, log=log)
+    policy = Policy(get_peft_model(model, register_frozen_lora(lora_config())).eval(), temperature=1.0)
+    sampler = LocalSampler(policy.model, tokenizer, generation, policy.value_head)
+    ids = dict(zip((row.prompt for row in rows), prompts(RESPONSES), strict=True))
+    sampler._tokenise = ids.__getitem__  # type: ignore[method-assign]  # the peer's ids, not those of their texts
+    trainer = RLTrainer(
+        policy, sampler, rows, reward, PPO(params), seed=0, checkpoint=Checkpoint(None, "ppo"), callbacks=[Timer()]
+    )
     if own_critic:
         critic = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()
         freeze_for_onednn(critic)
-        add_critic(trainer, get_peft_model(critic, register_frozen_lora(adapter())).eval())
+        add_critic(trainer, get_peft_model(critic, register_frozen_lora(lora_config())).eval())
     watch.lap()
     trainer.train()
     return watch.result()
@@ -122,7 +127,7 @@ def add_critic(trainer: Any, critic: Any) -> None:
 
     from tasks.rl.policy import model_inputs
 
-    policy, forward, rollout = trainer.policy, trainer.policy.forward, trainer._rollout
+    policy, forward, sample = trainer.policy, trainer.policy.forward, trainer.sample
     policy.critic = critic
     trainer.updater.optimizer.add_param_group(
         {"params": [weight for weight in critic.parameters() if weight.requires_grad]}
@@ -133,16 +138,12 @@ def add_critic(trainer: Any, critic: Any) -> None:
         states = critic(**inputs, output_hidden_states=True).hidden_states[-1]
         return policy.value_head(states[:, batch.prompts.shape[1] - 1 :]).squeeze(-1)
 
-    def with_values(batch: Any) -> Any:
-        logprobs, _, entropy = forward(batch)
-        return logprobs, values(batch), entropy
-
-    def rollout_with_values() -> Any:
-        sampled, prompts = rollout()
+    def sample_with_values() -> Any:
+        rollout = sample()
         with torch.no_grad():
-            return dataclasses.replace(sampled, values=values(sampled)), prompts
+            return dataclasses.replace(rollout, values=values(rollout))
 
-    policy.forward, trainer._rollout = with_values, rollout_with_values
+    policy.forward, trainer.sample = lambda batch: forward(batch)._replace(values=values(batch)), sample_with_values
 
 
 def run_trl() -> dict[str, Any]:
@@ -159,7 +160,7 @@ def run_trl() -> dict[str, Any]:
         watch.lap()
         started = time.perf_counter()
         result = generate(*arguments, **options)
-        watch.where("rollout", time.perf_counter() - started)
+        watch.phase("rollout", time.perf_counter() - started)
         return result
 
     ppo_trainer.batch_generation = timed
@@ -180,7 +181,7 @@ def run_trl() -> dict[str, Any]:
         )  # fmt: skip
         PPOTrainer(
             arguments, tokenizer, policy, None, judges[0], rows, judges[1], eval_dataset=rows,
-            peft_config=adapter(),
+            peft_config=lora_config(),
         ).train()  # fmt: skip
     watch.lap()
     return watch.result()

@@ -17,14 +17,15 @@ from functools import partial
 from typing import Any
 
 import torch
-from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, adapter, check_model, prompts
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, check_model, load_tokenizer, lora_config, prompts
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
 
+from tasks.config.training import GenerationParams
 from tasks.models.loading import init_process
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
-from tasks.rl.rollout import generate
+from tasks.rl.rollout import LocalSampler
 
 SHAPES = {"16": (16, 1), "8x4": (8, 4)}
 SIDE = 2048
@@ -32,10 +33,8 @@ SIDE = 2048
 
 
 def sample_with_ours(model: Any, count: int, samples: int) -> None:
-    rollout = generate(
-        model, prompts(count), max_new_tokens=RESPONSE_TOKENS, temperature=1.0, eos_token_id=-1, pad_token_id=0,
-        generator=torch.Generator().manual_seed(0), samples_per_prompt=samples,
-    )  # fmt: skip
+    sampler = LocalSampler(model, load_tokenizer(), GenerationParams(max_new_tokens=RESPONSE_TOKENS, temperature=1.0))
+    rollout = sampler.sample(prompts(count), torch.Generator().manual_seed(0), samples_per_prompt=samples)
     assert rollout.responses.shape == (count * samples, RESPONSE_TOKENS)
 
 
@@ -82,8 +81,8 @@ def main() -> None:
     theirs, base = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
     freeze_for_onednn(base)
     models = {
-        "ours": get_peft_model(base, register_frozen_lora(adapter())).eval(),
-        "transformers": get_peft_model(theirs, adapter()).eval(),
+        "ours": get_peft_model(base, register_frozen_lora(lora_config())).eval(),
+        "transformers": get_peft_model(theirs, lora_config()).eval(),
     }
     limits = {name: speed / operations_per_token(base) for name, speed in multiplications_per_second().items()}
     print("limit by matrix products: " + ", ".join(f"{name} {limit:.0f} tokens/s" for name, limit in limits.items()))

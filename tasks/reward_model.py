@@ -29,7 +29,7 @@ from tasks.rewards.pretrained import fetch_backbone, fetch_pretrained_scorer, lo
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
 from tasks.rewards.scorers import PromptResponse, TextScorer
 from tasks.rewards.training_data import TrainingData, load_training_data
-from tasks.rl.rollout import generate
+from tasks.rl.rollout import LocalSampler
 
 if TYPE_CHECKING:
     from tasks.config.training import GenerationParams, LoraParams, RewardModelParams
@@ -103,20 +103,11 @@ def _sample_sft_responses(
     params: RewardModelParams, generation: GenerationParams, seed: int, base_model: Path, sft: Path, prepare: Path
 ) -> list[PromptResponse]:
     """Sample the SFT policy's responses to training prompts."""
-    tokenizer = load_tokenizer(base_model)
     prompts = [row.prompt for row in read_rows(prepare / "prompts" / "train.jsonl", Prompt)]
     prompts = (prompts * (params.normalisation_samples // len(prompts) + 1))[: params.normalisation_samples]
-    rollout = generate(
-        load_reference(base_model, sft),
-        [tokenizer(prompt).input_ids for prompt in prompts],
-        max_new_tokens=generation.max_new_tokens,
-        temperature=generation.temperature,
-        eos_token_id=tokenizer.eos_token_id,
-        pad_token_id=tokenizer.pad_token_id,
-        generator=torch.Generator().manual_seed(seed),
-    )
-    responses = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in rollout.response_ids()]
-    return list(zip(prompts, responses, strict=True))
+    sampler = LocalSampler(load_reference(base_model, sft), load_tokenizer(base_model), generation)
+    rollout = sampler.sample(prompts, torch.Generator().manual_seed(seed))
+    return list(zip(prompts, rollout.texts, strict=True))
 
 
 if __name__ == "__main__":

@@ -6,9 +6,8 @@ import json
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Annotated, Any
@@ -25,12 +24,14 @@ from tasks.runtime.mlflow_runs import WEIGHT_DIRS
 from tasks.runtime.registry import Version
 
 if TYPE_CHECKING:
-    from tasks.evals.writing import Sample, Sampler
     from tasks.runtime.provenance import StageRecord
 
 __all__ = ["app", "lineage_dict"]
 
 app = typer.Typer()
+
+Sample = Callable[[Sequence[str], int], Iterator[tuple[str, str, bool]]]
+"""(prompts, samples of each) → prompt, response, and whether it ended by itself."""
 
 EXPORT_CHECK_PROMPTS = 8
 """Held-out prompts on which an export is compared with the policy."""
@@ -146,13 +147,14 @@ def generate(
         raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
     with (
         handle_interrupt("nothing is kept"),
-        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as writer,
+        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as sample,
     ):
-        for written in writer.sample(prompts, samples):
+        for number, (text, response, has_eos) in enumerate(sample(prompts, samples)):
             if as_json:
-                print(json.dumps(asdict(written), ensure_ascii=False))
+                row = {"prompt": text, "sample": number % samples, "response": response, "ended": has_eos}
+                print(json.dumps(row, ensure_ascii=False))
             else:
-                _print_sample(written, chat_template)
+                _print_sample(text, response, chat_template)
 
 
 @app.command()
@@ -167,11 +169,11 @@ def chat(
     enter_project_with_services()
     with (
         handle_interrupt("nothing is kept"),
-        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as writer,
+        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as sample,
     ):
         while (line := _read_prompt()) is not None:
-            for written in writer.sample([line] if line.strip() else [], 1):
-                _print_sample(written, chat_template)
+            for text, response, _ in sample([line] if line.strip() else [], 1):
+                _print_sample(text, response, chat_template)
 
 
 @app.command()
@@ -308,26 +310,33 @@ def _stages_table(stages: Mapping[str, StageRecord]) -> Table:
 @contextmanager
 def _open_sampler(
     model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
-) -> Iterator[Sampler]:
-    """The policy of that name, its weights in a folder that lasts as long as this."""
-    from tasks.evals.writing import Sampler
+) -> Iterator[Sample]:
+    """Samples of the policy of that name, its weights in a folder that lasts as long as this."""
+    import torch
+
+    from tasks.config.training import GenerationParams
+    from tasks.rl.rollout import load_sampler, sample_in_batches
 
     with TemporaryDirectory(prefix="rlhf-model-") as folder:
         policy, parts, trained = _resolve_model(model, Path(folder))
-        yield Sampler(
-            parts,
-            policy,
+        generation = GenerationParams(
             max_new_tokens=max_new_tokens or trained["max_new_tokens"],
             temperature=temperature or trained["temperature"],
-            seed=seed,
-            chat_template=chat_template,
         )
+        sampler = load_sampler(parts, policy, generation, chat_template=chat_template)
+        generator = torch.Generator().manual_seed(seed)
+
+        def sample(prompts: Sequence[str], samples: int) -> Iterator[tuple[str, str, bool]]:
+            for rollout in sample_in_batches(sampler, prompts, generator, samples_per_prompt=samples):
+                yield from zip(rollout.prompt_texts, rollout.texts, rollout.has_eos.tolist(), strict=True)
+
+        yield sample
 
 
 def _resolve_model(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
     """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
     from tasks.config.params import load_params
-    from tasks.evals.writing import policy_stages
+    from tasks.models.loading import policy_stages
     from tasks.runtime import provenance
 
     here = stage_dir("evaluate").parent
@@ -342,10 +351,10 @@ def _resolve_model(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]
     return version.policy, folder, provenance.provenance_of(version).parameters["generation"]
 
 
-def _print_sample(written: Sample, chat_template: bool) -> None:
+def _print_sample(prompt: str, response: str, chat_template: bool) -> None:
     """Print a response, without characters that would steer the terminal."""
-    text = CONTROL_CHARACTERS.sub("\ufffd", written.response)
-    console.print(f"[dim]{escape(written.prompt)}[/]", end="\n" if chat_template else "")
+    text = CONTROL_CHARACTERS.sub("\ufffd", response)
+    console.print(f"[dim]{escape(prompt)}[/]", end="\n" if chat_template else "")
     console.print(escape(text))
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -10,7 +10,7 @@ from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section, c
 
 __all__ = [
     "BaseModelParams", "DPOParams", "EnvironmentParams", "GRPOParams", "GenerationParams", "GoldJudgeParams",
-    "LoraParams", "PPOParams", "PretrainedRewardParams", "RewardModelParams", "SFTParams",
+    "LoraParams", "PPOParams", "PretrainedRewardParams", "RLParams", "RewardModelParams", "SFTParams",
 ]  # fmt: skip
 
 
@@ -231,11 +231,16 @@ class GoldJudgeParams(TrainerParams):
         return self
 
 
-class PPOParams(Section):
-    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+class RLParams(Section):
+    """Settings that the RL algorithms share."""
+
+    stage: ClassVar[str]
+    """Name of the stage and of its section."""
 
     updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
+    prompts_per_update: Positive = Field(
+        description="Prompts in each rollout; each pass over the prompts is a new permutation, also within an update."
+    )
     samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
     epochs: Positive = Field(description="Passes over each rollout.")
     minibatches: Positive = Field(description="Optimiser steps per pass.")
@@ -243,6 +248,41 @@ class PPOParams(Section):
         description="Sequences per forward pass; changes memory and speed, never the gradient."
     )
     learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
+    clip_range: float | None = Field(
+        None, gt=0, lt=1, description="ε of the clipped objective; without it, no clipping."
+    )
+    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
+    kl_coef: float = Field(
+        ge=0, description="β: the weight of the KL penalty to the reference, in PPO's reward or in GRPO's loss."
+    )
+    kl_budget: float | None = Field(
+        None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
+    )
+    target_kl: float | None = Field(
+        None,
+        gt=0,
+        description="The epochs of an update stop when the policy moved further than this, nats per action; without "
+        "it, they are all run.",
+    )
+    missing_eos_penalty: float = Field(
+        ge=0, description="Subtracted from the score of a response without an end token."
+    )
+    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
+    snapshot_every: Positive = Field(
+        description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
+    )
+
+    @model_validator(mode="after")
+    def _check_minibatches(self) -> Self:
+        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
+        return self
+
+
+class PPOParams(RLParams):
+    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
+
+    stage = "ppo"
+
     action: Literal["token", "turn", "response"] = Field(
         description="What counts as one action with a probability ratio of its own: each token, each turn of a "
         "conversation, or the whole response."
@@ -255,35 +295,16 @@ class PPOParams(Section):
         gt=0, le=1, description="Discount of rewards over tokens; 1 treats the response as one episode."
     )
     lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
-    clip_range: float | None = Field(
-        None, gt=0, lt=1, description="ε of the clipped objective; without it, no clipping."
-    )
     value_clip_range: float | None = Field(
         None, gt=0, description="Maximum change of a value from the rollout's; without it, no clipping."
     )
     value_coef: float = Field(ge=0, description="Weight of the value loss.")
-    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
-    kl_coef: float = Field(ge=0, description="β: the weight of the per-token KL penalty in the reward.")
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
     adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
     kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
-    kl_budget: float | None = Field(
-        None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
-    )
-    target_kl: float = Field(
-        gt=0, description="The epochs of an update stop when the policy moved further than this, nats per action."
-    )
-    missing_eos_penalty: float = Field(
-        ge=0, description="Subtracted from the score of a response without an end token."
-    )
-    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
-    snapshot_every: Positive = Field(
-        description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
-    )
 
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
-        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
         episodes = self.prompts_per_update * self.samples_per_prompt
         if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
             raise ValueError(
@@ -310,28 +331,16 @@ class PPOParams(Section):
         return self
 
 
-class GRPOParams(Section):
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300), by TRL."""
+class GRPOParams(RLParams):
+    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
 
-    updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(description="Prompts in each rollout.")
+    stage = "grpo"
+
     samples_per_prompt: int = Field(ge=2, description="Responses per prompt: the group.")
-    epochs: Positive = Field(description="Passes over each rollout.")
-    minibatches: Positive = Field(description="Optimiser steps per pass.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
-    clip_range: float = Field(gt=0, lt=1, description="ε of the clipped objective.")
-    kl_coef: float = Field(ge=0, description="β: the weight of the KL loss to the reference.")
-    missing_eos_penalty: float = Field(
-        ge=0, description="Subtracted from the score of a response without an end token."
+    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = Field(
+        description="How the losses of tokens are averaged: within each response first, over all tokens of the step "
+        "(bnpo and dapo are one), or by the constant number of tokens that the responses could have."
     )
-    snapshot_every: Positive = Field(
-        description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
-    )
-
-    @model_validator(mode="after")
-    def _check_minibatches(self) -> Self:
-        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
-        return self
 
 
 class DPOParams(TrainerParams):

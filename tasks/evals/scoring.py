@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -26,9 +25,9 @@ from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.base import RewardFunction
 from tasks.rl.advantages import discount_by_turns
 from tasks.rl.kl import kl_estimates, per_sequence
-from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, MultiTurnSampler, load_multi_turn_sampler
+from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, with_environment
 from tasks.rl.policy import Policy
-from tasks.rl.rollout import Rollout, derive_generator, generate
+from tasks.rl.rollout import LocalSampler, Rollout, derive_generator
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
@@ -89,61 +88,36 @@ class PolicySampler:
         seed: int,
         environment: EnvironmentParams | None = None,
     ) -> None:
-        self._tokenizer, self._generation, self._seed = tokenizer, generation, seed
+        self._tokenizer, self._generation, self._seed, self._environment = tokenizer, generation, seed, environment
         self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        self._multi_turn = load_multi_turn_sampler(environment, prompts, tokenizer, generation) if environment else None
 
     def sample(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[SampledResponse]:
         """Sample responses prompt by prompt, with their KL to the reference; 0 without an adapter."""
-        batches = tqdm(self._batches, desc=f"answers of {name}", unit="batch")
-        rollouts = self._rollouts(model, samples_per_prompt)
-        return [
-            answer
-            for prompts, rollout in zip(batches, rollouts, strict=True)
-            for answer in self._to_responses(name, prompts, rollout, self._reference_logprobs(model, rollout))
-        ]
-
-    def _rollouts(self, model: Any, samples_per_prompt: int) -> Iterator[Rollout]:
-        if self._multi_turn is not None:
-            return self._sample_conversations(self._multi_turn, model, samples_per_prompt)
+        sampler = with_environment(LocalSampler(model, self._tokenizer, self._generation), self._environment)
         generator = torch.Generator().manual_seed(self._seed)
-        return (
-            generate(
-                model,
-                [self._tokenizer(row.prompt).input_ids for row in batch],
-                max_new_tokens=self._generation.max_new_tokens,
-                temperature=self._generation.temperature,
-                eos_token_id=self._tokenizer.eos_token_id,
-                pad_token_id=self._tokenizer.pad_token_id,
-                generator=generator,
-                samples_per_prompt=samples_per_prompt,
-            )
-            for batch in self._batches
-        )
-
-    def _sample_conversations(
-        self, multi_turn: MultiTurnSampler, model: Any, samples_per_prompt: int
-    ) -> Iterator[Rollout]:
-        start = 0
-        for number, batch in enumerate(self._batches):
-            chosen = range(start, start + len(batch))
-            yield multi_turn(model, chosen, samples_per_prompt, partial(derive_generator, self._seed, number))
-            start += len(batch)
+        answers: list[SampledResponse] = []
+        for number, prompts in enumerate(tqdm(self._batches, desc=f"answers of {name}", unit="batch")):
+            if self._environment:  # each turn derives its numbers from a generator's seed
+                generator = derive_generator(self._seed, number)
+            rollout = sampler.sample(prompts, generator, samples_per_prompt=samples_per_prompt)
+            rows = [row for row in prompts for _ in range(samples_per_prompt)]
+            answers += self._to_responses(name, rows, rollout, self._reference_logprobs(model, rollout))
+        return answers
 
     def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
         if not isinstance(model, PeftModel):
             return rollout.logprobs
-        return Policy(model, temperature=self._generation.temperature).reference_logprobs(rollout)
+        policy = Policy(model, temperature=self._generation.temperature, value_head=False)
+        return policy.reference_logprobs(rollout)
 
     def _to_responses(
         self, name: str, prompts: Sequence[Prompt], rollout: Rollout, reference_logprobs: Tensor
     ) -> list[SampledResponse]:
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
-        samples = len(mask) // len(prompts)
         columns = zip(
-            [prompt for prompt in prompts for _ in range(samples)],
-            rollout.texts(lambda ids: str(self._tokenizer.decode(ids, skip_special_tokens=True))),
+            prompts,
+            rollout.texts,
             mask.sum(1).tolist(),
             rollout.has_eos.tolist(),
             per_sequence(kl.k1, mask).tolist(),
@@ -151,9 +125,9 @@ class PolicySampler:
             strict=True,
         )
         answers = [SampledResponse(name, *values) for values in columns]
-        if self._multi_turn is None or not isinstance(rollout, MultiTurnRollout):
+        if self._environment is None or not isinstance(rollout, MultiTurnRollout):
             return answers
-        discounts = discount_by_turns(torch.ones(len(answers)), rollout.turns, self._multi_turn.gamma).tolist()
+        discounts = discount_by_turns(torch.ones(len(answers)), rollout.turns, self._environment.gamma).tolist()
         conversation_rows = zip(
             rollout.transcripts, rollout.rewards.tolist(), rollout.turns.tolist(), discounts, strict=True
         )

@@ -17,9 +17,10 @@ from torch import Tensor
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, format_validation_error, read_rows
 from tasks.data.splitting import hash_uniform
-from tasks.evals.writing import Sampler, policy_stages
 from tasks.labelling.labels import VALUED_CHOICES, Question, question_error, question_id
+from tasks.models.loading import policy_stages
 from tasks.rewards.reward_model import RewardModel, member_folder
+from tasks.rl.rollout import load_sampler, sample_in_batches
 
 if TYPE_CHECKING:
     from tasks.config.training import GenerationParams
@@ -96,11 +97,10 @@ def sample_responses(
     """Map each prompt to the policies' responses; one policy at a time is in memory."""
     responses: dict[str, list[PolicyResponse]] = {prompt: [] for prompt in prompts}
     for policy in policies:
-        writer = Sampler(
-            artifacts, policy, max_new_tokens=generation.max_new_tokens, temperature=generation.temperature, seed=seed
-        )
-        for item in writer.sample(prompts, SAMPLES):
-            responses[item.prompt].append(PolicyResponse(policy, item.response))
+        sampler, generator = load_sampler(artifacts, policy, generation), torch.Generator().manual_seed(seed)
+        for rollout in sample_in_batches(sampler, prompts, generator, samples_per_prompt=SAMPLES):
+            for prompt, text in zip(rollout.prompt_texts, rollout.texts, strict=True):
+                responses[prompt].append(PolicyResponse(policy, text))
     return responses
 
 

@@ -45,6 +45,7 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "new_reward_model",
+    "policy_stages",
     "save_adapter",
 ]
 
@@ -119,6 +120,13 @@ def load_policy(base_model: Path, sft: Path, stage: Path) -> PeftModel:
     """The reference with the adapter that a policy stage trained, switched on."""
     reference = load_reference(base_model, sft)
     return _load_adapter(reference, stage)
+
+
+def policy_stages(folder: Path) -> list[str]:
+    """Stages whose adapter is a causal language model, in a folder laid out as the artifacts."""
+    configs = sorted(folder.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
+    kinds = {file.parts[-3]: json.loads(file.read_text(encoding="utf-8"))["task_type"] for file in configs}
+    return [stage for stage, kind in kinds.items() if kind == "CAUSAL_LM"]
 
 
 def add_lora(

@@ -1,4 +1,4 @@
-"""Advantages: generalised advantage estimation, and the leave-one-out baseline."""
+"""Rewards and advantages of actions: GAE, leave-one-out, and standardisation within a prompt's responses."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ __all__ = [
     "apply_missing_eos_penalty",
     "discount_by_turns",
     "gae",
+    "group_standardised",
     "leave_one_out",
     "to_actions",
     "token_rewards",
@@ -23,6 +24,8 @@ __all__ = [
 ]
 
 Action = Literal["token", "turn", "response"]
+
+STD_EPSILON = 1e-4
 
 
 def to_actions(per_token: Tensor, response_mask: Tensor, action: Action) -> Tensor:
@@ -170,8 +173,33 @@ def leave_one_out(returns: Tensor, group: int) -> Tensor:
     Raises:
         ValueError: the group is smaller than 2, or does not divide B.
     """
-    if group < 2 or len(returns) % group:
-        raise ValueError(f"need groups of at least 2 that divide the {len(returns)} returns, got {group}")
-    grouped = returns.reshape(-1, group)
+    grouped = _grouped(returns, group)
     others = (grouped.sum(1, keepdim=True) - grouped) / (group - 1)
     return (grouped - others).reshape(-1)
+
+
+def group_standardised(scores: Tensor, group: int) -> Tensor:
+    """A_i = (r_i − mean r) / (std r + 1e-4), [B], mean and unbiased standard deviation over the prompt's responses.
+
+    Dividing by the deviation weighs prompts whose scores hardly differ as much as others; where they are equal the
+    advantages are 0.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; the 1e-4 is TRL's (`scale_rewards="group"`).
+
+    Args:
+        scores: [B] of whole responses; row b·group + g is sample g of prompt b.
+        group: responses per prompt, at least 2.
+
+    Raises:
+        ValueError: the group is smaller than 2, or does not divide B.
+    """
+    grouped = _grouped(scores, group)
+    deviation = grouped.std(1, keepdim=True)
+    return ((grouped - grouped.mean(1, keepdim=True)) / (deviation + STD_EPSILON)).reshape(-1)
+
+
+def _grouped(scores: Tensor, group: int) -> Tensor:
+    """[B] → [prompts, group]."""
+    if group < 2 or len(scores) % group:
+        raise ValueError(f"need groups of at least 2 that divide the {len(scores)} responses, got {group}")
+    return scores.reshape(-1, group)

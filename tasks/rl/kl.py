@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -37,6 +36,7 @@ class KLEstimates:
     - k1 as a *loss*: its gradient vanishes in expectation, so it does nothing but add noise.
     - k2 as a loss, on tokens sampled from the very policy: the exact gradient of KL(policy ‖ reference).
     - k3 as a loss: the gradient of the other divergence, KL(reference ‖ policy).
+    - ρ · k3 as a loss, with the ratio ρ to the policy that sampled: the exact gradient of KL(policy ‖ reference).
     - k1 or k3 as a *number to look at*: both unbiased, k3 never negative; k2 is biased, little while the two are close.
 
     Source of the statements on gradients: Liu et al. 2025 (arXiv 2510.01555); each is a test here.
@@ -71,32 +71,15 @@ def per_sequence(kl: Tensor, response_mask: Tensor) -> Tensor:
 MAX_ERROR = 0.2  # openai/lm-human-preferences, train_policy.py::AdaptiveKLController
 
 
-class KLController(Protocol):
-    """Interface of a controller: the current β, updated with each batch's KL."""
-
-    kl_coef: float
-
-    def update(self, kl_per_sequence_mean: float, episodes: int) -> None: ...
-
-    def state_dict(self) -> dict[str, float]: ...
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None: ...
-
-
-class FixedKL:
-    """Constant β.
-
-    Raises:
-        ConfigError: β is negative or not finite.
-    """
+class KLController:
+    """Coefficient β of the KL penalty; its state is β, for its settings are parameters."""
 
     def __init__(self, kl_coef: float) -> None:
-        if not (math.isfinite(kl_coef) and kl_coef >= 0):
-            raise ConfigError(f"ppo.kl_coef must be finite and at least 0, got {kl_coef}")
         self.kl_coef = kl_coef
 
     def update(self, kl_per_sequence_mean: float, episodes: int) -> None:
-        """Leave β as it is."""
+        """Update β with the KL of a batch of responses."""
+        raise NotImplementedError
 
     def state_dict(self) -> dict[str, float]:
         """State for `load_state_dict`."""
@@ -107,7 +90,23 @@ class FixedKL:
         self.kl_coef = state["kl_coef"]
 
 
-class AdaptiveKL:
+class FixedKL(KLController):
+    """Constant β.
+
+    Raises:
+        ConfigError: β is negative or not finite.
+    """
+
+    def __init__(self, kl_coef: float) -> None:
+        if not (math.isfinite(kl_coef) and kl_coef >= 0):
+            raise ConfigError(f"kl_coef must be finite and at least 0, got {kl_coef}")
+        super().__init__(kl_coef)
+
+    def update(self, kl_per_sequence_mean: float, episodes: int) -> None:
+        """Leave β as it is."""
+
+
+class AdaptiveKL(KLController):
     """β ← β · (1 + clip(KL / target − 1, ±0.2) · n / horizon): proportional control of log β.
 
     KL is the sum of k1 over a response's tokens, averaged over the batch's responses. (verl and OpenRLHF feed the mean
@@ -128,7 +127,7 @@ class AdaptiveKL:
         for name, value in (("kl_coef", kl_coef), ("adaptive_kl_target", target), ("kl_horizon", horizon)):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"ppo.{name} must be finite and above 0 for the adaptive KL controller, got {value}")
-        self.kl_coef = kl_coef
+        super().__init__(kl_coef)
         self.target = target
         self.horizon = horizon
 
@@ -151,11 +150,3 @@ class AdaptiveKL:
             )
         error = min(max(kl_per_sequence_mean / self.target - 1, -MAX_ERROR), MAX_ERROR)
         self.kl_coef *= 1 + error * episodes / self.horizon
-
-    def state_dict(self) -> dict[str, float]:
-        """State for `load_state_dict`; target and horizon are parameters, not state."""
-        return {"kl_coef": self.kl_coef}
-
-    def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take up a `state_dict` again."""
-        self.kl_coef = state["kl_coef"]

@@ -1,28 +1,62 @@
-"""The losses of proximal policy optimisation, and the log-probabilities and entropies they are made of.
+"""The losses of PPO and GRPO, and the log-probabilities and entropies they are made of.
 
-Both losses divide a sum over this micro-batch's tokens by the token count of the whole optimiser step. So the losses of
-the micro-batches add up to the loss of the step, and their gradients to its gradient, however it was split. The
-metrics are kept as sums for the same reason: `part + part` is what one larger micro-batch would have given.
+Every loss is a sum over this micro-batch's tokens, weighted by counts of the whole optimiser step. So the losses of the
+micro-batches add up to the loss of the step, and their gradients to its gradient, however it was split. The metrics are
+kept as sums for the same reason: `part + part` is what one larger micro-batch would have given.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from tasks.rl.kl import kl_estimates
 from tasks.rl.masking import masked_sum, zero_masked
 
-__all__ = ["PolicyLoss", "ValueLoss", "entropy_from_logits", "logprobs_from_logits", "policy_loss", "value_loss"]
+__all__ = [
+    "EntropySum",
+    "KLLoss",
+    "LossType",
+    "PolicyLoss",
+    "StepLoss",
+    "Sums",
+    "ValueLoss",
+    "entropy_from_logits",
+    "entropy_sum",
+    "kl_loss",
+    "logprobs_from_logits",
+    "policy_loss",
+    "token_weights",
+    "value_loss",
+]
+
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far beyond any use, and finite when squared in float32 (e^89 is not)
 
 
 @dataclass(frozen=True, eq=False)
-class PolicyLoss:
+class Sums:
+    """Detached sums over tokens, and `…_max`, the largest; they add up over micro-batches and ranks."""
+
+    def __add__(self, other: Self) -> Self:
+        merged = {}
+        for name in (field.name for field in fields(self)):
+            own, others = getattr(self, name).detach(), getattr(other, name).detach()
+            merged[name] = torch.maximum(own, others) if name.endswith("_max") else own + others
+        return type(self)(**merged)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics to log, as numbers."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True, eq=False)
+class PolicyLoss(Sums):
     """Policy loss and statistics of the ratios ρ = π / π_old, as scalars: all but `loss` are detached sums.
 
     Attributes:
@@ -42,17 +76,6 @@ class PolicyLoss:
     ratio_minus_one: Tensor
     ratio_minus_one_squares: Tensor
     ratio_max: Tensor
-
-    def __add__(self, other: PolicyLoss) -> PolicyLoss:
-        return PolicyLoss(
-            loss=self.loss.detach() + other.loss.detach(),
-            tokens=self.tokens + other.tokens,
-            clipped=self.clipped + other.clipped,
-            log_ratio_squares=self.log_ratio_squares + other.log_ratio_squares,
-            ratio_minus_one=self.ratio_minus_one + other.ratio_minus_one,
-            ratio_minus_one_squares=self.ratio_minus_one_squares + other.ratio_minus_one_squares,
-            ratio_max=torch.maximum(self.ratio_max, other.ratio_max),
-        )
 
     @property
     def clip_fraction(self) -> Tensor:
@@ -87,19 +110,12 @@ class PolicyLoss:
 
 
 @dataclass(frozen=True, eq=False)
-class ValueLoss:
+class ValueLoss(Sums):
     """A value loss (see `PolicyLoss`): `clipped` counts the tokens where the clipped value is the worse one."""
 
     loss: Tensor
     tokens: Tensor
     clipped: Tensor
-
-    def __add__(self, other: ValueLoss) -> ValueLoss:
-        return ValueLoss(
-            loss=self.loss.detach() + other.loss.detach(),
-            tokens=self.tokens + other.tokens,
-            clipped=self.clipped + other.clipped,
-        )
 
     @property
     def clip_fraction(self) -> Tensor:
@@ -111,6 +127,45 @@ class ValueLoss:
         return {"value_loss": self.loss.item(), "value_clip_fraction": self.clip_fraction.item()}
 
 
+@dataclass(frozen=True, eq=False)
+class KLLoss(Sums):
+    """A KL loss (see `PolicyLoss`)."""
+
+    loss: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The metric to log, as a number."""
+        return {"kl_loss": self.loss.item()}
+
+
+@dataclass(frozen=True, eq=False)
+class EntropySum(Sums):
+    """Sum of token entropies, and the number of tokens."""
+
+    total: Tensor
+    tokens: Tensor
+
+    def metrics(self) -> dict[str, float]:
+        """The metric to log, as a number: nats per token."""
+        return {"entropy": self.total.item() / int(self.tokens)}
+
+
+@dataclass(frozen=True, eq=False)
+class StepLoss:
+    """Loss of a micro-batch, to differentiate, and the parts from which metrics of the whole step come."""
+
+    loss: Tensor
+    parts: tuple[Sums, ...]
+
+    def __add__(self, other: StepLoss) -> StepLoss:
+        parts = tuple(one + another for one, another in zip(self.parts, other.parts, strict=True))
+        return StepLoss(self.loss.detach() + other.loss.detach(), parts)
+
+    def metrics(self) -> dict[str, float]:
+        """The metrics to log, as numbers."""
+        return {name: value for part in self.parts for name, value in part.metrics().items()}
+
+
 def policy_loss(
     logprobs: Tensor,
     old_logprobs: Tensor,
@@ -118,9 +173,10 @@ def policy_loss(
     response_mask: Tensor,
     *,
     clip_range: float | None,
-    token_count: int,
+    token_count: int = 1,
+    weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Σ max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old) and |log ρ| cut at 20.
+    """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old), |log ρ| cut at 20.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7, as a loss; per token as in Ziegler et al. 2019.
     The cut only matters when the update has already failed; there it keeps the loss finite, so that the cause is
@@ -133,19 +189,21 @@ def policy_loss(
         response_mask: [B, T] true where a token counts.
         clip_range: ε; None for no clipping: the plain policy gradient, which is A2C's where ρ = 1.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
+        weights: [B, T] w, a constant; None for 1. Those of `token_weights` hold the counts, so token_count is then 1.
 
     Raises:
         ValueError: token_count is not above 0, or the shapes do not fit.
     """
     _check_count(token_count)
-    log_ratio = zero_masked(logprobs - old_logprobs.detach(), response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    log_ratio = _log_ratio(logprobs, old_logprobs, response_mask)
     ratio = log_ratio.exp()
     advantage = zero_masked(advantages.detach(), response_mask)
     unclipped = -advantage * ratio
     clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
+    terms = torch.maximum(unclipped, clipped)
     ratio_minus_one = ratio.detach() - 1
     return PolicyLoss(
-        loss=torch.maximum(unclipped, clipped).sum() / token_count,
+        loss=(terms if weights is None else zero_masked(terms * weights, response_mask)).sum() / token_count,
         tokens=response_mask.sum(),
         clipped=masked_sum(clipped > unclipped, response_mask),
         log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
@@ -153,6 +211,62 @@ def policy_loss(
         ratio_minus_one_squares=masked_sum(ratio_minus_one**2, response_mask),
         ratio_max=zero_masked(ratio.detach(), response_mask).max(),
     )
+
+
+def kl_loss(
+    logprobs: Tensor, old_logprobs: Tensor, reference_logprobs: Tensor, response_mask: Tensor, *, weights: Tensor
+) -> KLLoss:
+    """Σ w · ρ · k3, with ρ = π / π_old, k3 = e^(−Δ) − 1 + Δ and Δ = log π − log π_ref.
+
+    With the factor ρ, through which the gradient flows too, its gradient is that of KL(π ‖ π_ref); that of k3 alone is
+    another, see `tasks.rl.kl.KLEstimates`.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300), equation 4; the factor: DeepSeek-V3.2 (arXiv 2512.02556).
+
+    Args:
+        logprobs, old_logprobs, reference_logprobs, response_mask, weights: [B, T]; gradients flow through the first.
+    """
+    ratio = _log_ratio(logprobs, old_logprobs, response_mask).exp()
+    k3 = kl_estimates(logprobs, reference_logprobs, response_mask).k3
+    return KLLoss(masked_sum(ratio * k3 * weights, response_mask))
+
+
+def token_weights(
+    response_mask: Tensor, loss_type: LossType, *, responses: int, tokens: int, max_new_tokens: int
+) -> Tensor:
+    """Weight w [B, T] of each token in the loss of an optimiser step, 0 where masked.
+
+        grpo          1 / (|y| · responses)               mean within a response, then over responses
+        bnpo, dapo    1 / tokens                          mean over all tokens
+        dr_grpo       1 / (responses · max_new_tokens)    no division by what the policy can change
+
+    Source: grpo: Shao et al. 2024 (arXiv 2402.03300), equation 3; dapo: Yu et al. 2025 (arXiv 2503.14476), equation 8;
+    dr_grpo: Liu et al. 2025 (arXiv 2503.20783), section 3.2. TRL's bnpo is dapo over a micro-batch; here a split into
+    micro-batches changes nothing.
+
+    Args:
+        response_mask: [B, T] of a micro-batch.
+        responses: in the whole optimiser step, all micro-batches and ranks together.
+        tokens: that count in the whole optimiser step.
+        max_new_tokens: the longest that a response can be.
+    """
+    lengths = response_mask.sum(1, keepdim=True)
+    totals = {
+        "grpo": lengths * responses,
+        "bnpo": torch.full_like(lengths, tokens),
+        "dapo": torch.full_like(lengths, tokens),
+        "dr_grpo": torch.full_like(lengths, responses * max_new_tokens),
+    }
+    return zero_masked((1 / totals[loss_type]).expand(response_mask.shape), response_mask)
+
+
+def entropy_sum(entropy: Tensor, response_mask: Tensor) -> EntropySum:
+    """Sum the entropies [B, T] of the tokens that count."""
+    return EntropySum(masked_sum(entropy, response_mask), response_mask.sum())
+
+
+def _log_ratio(logprobs: Tensor, old_logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    return zero_masked(logprobs - old_logprobs.detach(), response_mask).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
 
 
 def value_loss(

@@ -9,7 +9,6 @@ last one that does, or, between two that do, the environment's text.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -20,7 +19,6 @@ __all__ = [
     "masked_mean",
     "masked_sum",
     "masked_var",
-    "response_mask_from",
     "through_last_true",
     "whiten",
     "zero_masked",
@@ -104,15 +102,3 @@ def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -
     lowest = torch.where(response_mask, returns, math.inf).min()
     unexplained = masked_var(returns - values, response_mask) / masked_var(returns, response_mask)
     return torch.where(highest == lowest, torch.zeros_like(unexplained), 1 - unexplained)
-
-
-def response_mask_from(tokens: Tensor, eos_token_id: int | Sequence[int]) -> Tensor:
-    """True [B, T] up to and including the first end token of each row of token ids; everywhere if there is none.
-
-    Several end tokens may be given: a configured stop token counts as much as the tokenizer's own. The end token itself
-    counts, because choosing it is an action like any other (the policy must learn when to stop).
-    """
-    ends = torch.as_tensor(eos_token_id, device=tokens.device)
-    is_end = torch.isin(tokens, ends).long()
-    ends_before = is_end.cumsum(1) - is_end
-    return ends_before == 0

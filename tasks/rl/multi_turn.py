@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.config.base import ENVIRONMENT
@@ -24,13 +24,17 @@ from tasks.core.rows import Prompt
 from tasks.models.batching import pad_ids
 from tasks.rl.advantages import turn_counts
 from tasks.rl.environments.base import Environment, final_user_turn, user_turn
-from tasks.rl.environments.kinds import ENVIRONMENTS
-from tasks.rl.rollout import Rollout, generate
+from tasks.rl.environments.retry import RetryEnvironment
+from tasks.rl.environments.service_bot import BookingUser
+from tasks.rl.rollout import BatchRows, Rollout, Sampler, extend_generator
 
 if TYPE_CHECKING:
-    from tasks.config.training import EnvironmentParams, GenerationParams
+    from tasks.config.training import EnvironmentParams
 
-__all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "load_multi_turn_sampler"]
+__all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "with_environment"]
+
+ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"reasoning_gym": RetryEnvironment, "service_bot": BookingUser}
+"""Kind → factory. A new environment is one more line here, and in `EnvironmentParams.kind`."""
 
 
 @dataclass(frozen=True)
@@ -45,44 +49,26 @@ class EnvironmentReward:
         return self.rewards, {"success": (self.rewards > 0).float(), "turns": self.turns.float()}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class MultiTurnRollout(Rollout):
     """A rollout whose responses are whole conversations after their first prompt; `has_eos`: no turn was truncated.
 
+    `texts` holds the policy's own turns, one a line; `transcripts` the environment's as well, with its final turn.
+
     Attributes:
-        prompt_texts: the prompts.
-        policy_texts: the policy's own turns, one a line.
-        transcripts: all text after the prompt, the environment's final turn included.
         rewards: [B] of the environment, on the CPU.
     """
 
-    prompt_texts: list[str]
-    policy_texts: list[str]
-    transcripts: list[str]
     rewards: Tensor
 
-    def gather(self, pad_token_id: int) -> MultiTurnRollout:
+    def gather(self) -> MultiTurnRollout:
         """Gather the rollouts of all ranks, in order of rank."""
-        return MultiTurnRollout(
-            **vars(super().gather(pad_token_id)),
-            prompt_texts=distributed.all_gather_texts(self.prompt_texts),
-            policy_texts=distributed.all_gather_texts(self.policy_texts),
-            transcripts=distributed.all_gather_texts(self.transcripts),
-            rewards=distributed.all_gather(self.rewards),
-        )
+        return MultiTurnRollout(**vars(super().gather()), rewards=distributed.all_gather(self.rewards))
 
     @property
     def turns(self) -> Tensor:
         """Number of the policy's turns, [B], on the CPU."""
         return turn_counts(self.response_mask).cpu()
-
-    def texts(self, decode: Callable[[Sequence[int]], str]) -> list[str]:
-        """The policy's own turns."""
-        return self.policy_texts
-
-    def display_texts(self, responses: list[str]) -> list[str]:
-        """Full transcripts."""
-        return self.transcripts
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
@@ -91,76 +77,55 @@ class MultiTurnRollout(Rollout):
 
 
 class MultiTurnSampler:
-    """Samples conversations of a policy with environments, one environment each."""
+    """Samples conversations of a policy with environments, one environment each; each turn by a `Sampler`."""
 
-    def __init__(
-        self,
-        environment: Callable[[], Environment],
-        rows: Sequence[Prompt],
-        tokenizer: Any,
-        generation: GenerationParams,
-        *,
-        max_turns: int,
-        gamma: float,
-    ) -> None:
-        self._environment, self._rows, self._tokenizer = environment, rows, tokenizer
-        self._generation, self._max_turns, self.gamma = generation, max_turns, gamma
+    def __init__(self, sampler: Sampler, environment: Callable[[], Environment], *, max_turns: int) -> None:
+        self._sampler, self._environment, self._max_turns = sampler, environment, max_turns
 
-    def __call__(
+    def sample(
         self,
-        model: Any,
-        indices: Sequence[int],
-        samples_per_prompt: int,
-        generator: Callable[[int], torch.Generator],
+        prompts: Sequence[Prompt],
+        generator: torch.Generator,
         *,
-        value_head: nn.Module | None = None,
+        samples_per_prompt: int = 1,
+        batch_rows: BatchRows | None = None,
     ) -> MultiTurnRollout:
-        """Conversations of this rank: row b·samples_per_prompt + g is sample g of the row `indices[b]`.
+        """Sample conversations: row b·samples_per_prompt + g is sample g of prompt b.
 
-        Every turn is sampled by `generate` from the whole conversation so far; the first one shares the prompts among
-        their samples.
+        Every turn is sampled from the token ids of the whole conversation so far; the first one shares the prompts
+        among their samples. A conversation's random numbers do not depend on how long others last.
 
         Args:
-            generator: of a turn, counted from 0. A conversation's numbers do not depend on how long others last.
+            generator: a turn's numbers follow from its seed and the turn.
+            batch_rows: see `Sampler.sample`.
         """
-        episodes = [
-            _Episode(self._environment(), self._rows[index], self._tokenizer)
-            for index in indices
-            for _ in range(samples_per_prompt)
-        ]
+        tokenizer = self._sampler.tokenizer
+        episodes = [_Episode(self._environment(), row, tokenizer) for row in prompts for _ in range(samples_per_prompt)]
+        rows = batch_rows or BatchRows(range(len(episodes)), len(episodes))
+        turns: Rollout | None = None
         for turn in range(self._max_turns):
             active = [position for position, episode in enumerate(episodes) if not episode.done]
             if not active:
                 break
-            first = turn == 0
-            turns = generate(
-                model,
-                [episode.context for episode in (episodes[::samples_per_prompt] if first else _at(episodes, active))],
-                max_new_tokens=self._generation.max_new_tokens,
-                temperature=self._generation.temperature,
-                eos_token_id=self._tokenizer.eos_token_id,
-                pad_token_id=self._tokenizer.pad_token_id,
-                generator=generator(turn),
-                samples_per_prompt=samples_per_prompt if first else 1,
-                value_head=value_head,
-                rank=distributed.rank(),
-                world_size=distributed.world_size(),
-                active_rows=active,
-                total_rows=len(episodes),
+            group = 1 if turn else samples_per_prompt
+            turns = self._sampler.sample(
+                [episodes[position].context for position in active[::group]],
+                extend_generator(generator, turn),
+                samples_per_prompt=group,
+                batch_rows=rows.select(active),
             )
-            for row, episode in enumerate(_at(episodes, active)):
-                episode.add_policy_turn(turns, row)
-                episode.step_environment(last=turn + 1 == self._max_turns)
-        device = next(model.parameters()).device
-        return _to_rollout(episodes, self._tokenizer.pad_token_id, device)
+            for row, position in enumerate(active):
+                episodes[position].add_policy_turn(turns, row)
+                episodes[position].step_environment(last=turn + 1 == self._max_turns)
+        assert turns is not None
+        return _to_rollout(episodes, tokenizer.pad_token_id, turns)
 
 
-def load_multi_turn_sampler(
-    params: EnvironmentParams, rows: Sequence[Prompt], tokenizer: Any, generation: GenerationParams
-) -> MultiTurnSampler:
-    """Build the sampler that the `environment` section describes, on these rows."""
-    environment = ENVIRONMENTS[params.kind]
-    return MultiTurnSampler(environment, rows, tokenizer, generation, max_turns=params.max_turns, gamma=params.gamma)
+def with_environment(sampler: Sampler, params: EnvironmentParams | None) -> Sampler | MultiTurnSampler:
+    """The sampler itself, or one of conversations with the environment of the `environment` section."""
+    if params is None:
+        return sampler
+    return MultiTurnSampler(sampler, ENVIRONMENTS[params.kind], max_turns=params.max_turns)
 
 
 class _Episode:
@@ -187,13 +152,11 @@ class _Episode:
         self._add(
             turns.responses[row, :length].tolist(),
             turns.logprobs[row, :length].tolist(),
-            turns.values[row, :length].tolist(),
+            [0.0] * length if turns.values is None else turns.values[row, :length].tolist(),
             is_policy=True,
         )
-        has_eos = bool(turns.has_eos[row])
-        token_ids = turns.responses[row, : length - has_eos].tolist()
-        self.turns.append(str(self._tokenizer.decode(token_ids, skip_special_tokens=True)))
-        self.has_eos = self.has_eos and has_eos
+        self.turns.append(turns.texts[row])
+        self.has_eos = self.has_eos and bool(turns.has_eos[row])
 
     def step_environment(self, *, last: bool) -> None:
         """Step the environment; append its observation as tokens unless the conversation is over."""
@@ -215,11 +178,9 @@ class _Episode:
         self.values += values
 
 
-def _at(episodes: Sequence[_Episode], places: Sequence[int]) -> list[_Episode]:
-    return [episodes[place] for place in places]
+def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, last_turns: Rollout) -> MultiTurnRollout:
+    device = last_turns.responses.device
 
-
-def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, device: torch.device) -> MultiTurnRollout:
     def padded(name: str, fill: float = 0) -> Tensor:
         rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
         return pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
@@ -232,10 +193,11 @@ def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, device: torch.d
         responses=padded("ids", pad_token_id),
         response_mask=padded("policy_mask"),
         logprobs=padded("logprobs"),
-        values=padded("values"),
         has_eos=torch.tensor([episode.has_eos for episode in episodes], device=device),
         prompt_texts=[episode.prompt for episode in episodes],
-        policy_texts=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
+        texts=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
+        pad_token_id=pad_token_id,
+        values=None if last_turns.values is None else padded("values"),
         transcripts=[episode.transcript for episode in episodes],
         rewards=torch.tensor([episode.reward for episode in episodes]),
     )

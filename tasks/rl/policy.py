@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import dataclass, fields
-from typing import Any, Self
+from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
@@ -13,66 +11,42 @@ from torch import Tensor, nn
 from tasks.models.batching import position_ids
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
 from tasks.rl.masking import through_last_true
-from tasks.rl.rollout import Rollout
+from tasks.rl.rollout import TokenBatch
 
-__all__ = ["Experience", "Policy", "model_inputs"]
+__all__ = ["Policy", "PolicyOutput", "model_inputs"]
 
 
-@dataclass(frozen=True)
-class Experience:
-    """Inputs of an update; B rows, P prompt and T response positions, A actions.
+class PolicyOutput(NamedTuple):
+    """Of the response tokens, each [B, T] float32; values are 0 without a value head."""
 
-    An action is a token or a turn (A = T), or the whole response (A = 1). `advantages` are whitened over the whole
-    rollout; `returns` are taken before whitening.
-    """
-
-    prompts: Tensor  # [B, P]
-    prompt_mask: Tensor  # [B, P]
-    responses: Tensor  # [B, T]
-    response_mask: Tensor  # [B, T]
-    action_mask: Tensor  # [B, A]
-    old_logprobs: Tensor  # [B, A]
-    old_values: Tensor  # [B, A]
-    advantages: Tensor  # [B, A]
-    returns: Tensor  # [B, A]
-
-    def __len__(self) -> int:
-        return self.responses.shape[0]
-
-    def select(self, rows: Tensor) -> Self:
-        """The given rows, in the given order."""
-        return type(self)(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
-
-    def split(self, size: int) -> Iterator[Self]:
-        """Consecutive pieces of at most `size` rows."""
-        for rows in torch.split(torch.arange(len(self)), size):
-            yield self.select(rows)
+    logprobs: Tensor
+    values: Tensor
+    entropy: Tensor
 
 
 class Policy(nn.Module):
-    """A LoRA policy and its value head, initialised to 0 (Huang et al., detail 4), over one shared backbone."""
+    """A LoRA policy, with a value head or without, over one shared backbone."""
 
-    def __init__(self, model: PeftModel, *, temperature: float) -> None:
+    def __init__(self, model: PeftModel, *, temperature: float, value_head: bool = True) -> None:
         super().__init__()
         self.model = model
         self.temperature = temperature
-        self.value_head = nn.Linear(_width(model), 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.value_head.to(next(model.parameters()).device)
+        self.value_head = _zero_head(model) if value_head else None
 
-    def forward(self, batch: Experience) -> tuple[Tensor, Tensor, Tensor]:
-        """Log-probabilities, values and entropies of the response tokens, each [B, T] float32."""
-        out = self.model(**model_inputs(batch), output_hidden_states=True)
+    def forward(self, batch: TokenBatch) -> PolicyOutput:
+        """Log-probabilities, values and entropies of the response tokens."""
+        out = self.model(**model_inputs(batch), output_hidden_states=self.value_head is not None)
         logits = out.logits.float()
-        values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
+        values = logits.new_zeros(batch.responses.shape)
+        if self.value_head is not None:
+            values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
         with torch.no_grad():
             entropy = entropy_from_logits(logits, self.temperature)
         logprobs = logprobs_from_logits(logits, batch.responses, self.temperature, inplace_backward=True)
-        return logprobs, values, entropy
+        return PolicyOutput(logprobs, values, entropy)
 
     @torch.no_grad()
-    def reference_logprobs(self, batch: Experience | Rollout) -> Tensor:
+    def reference_logprobs(self, batch: TokenBatch) -> Tensor:
         """Log-probabilities [B, T] of the response tokens under the reference: the backbone with the adapter off."""
         with self.model.disable_adapter():
             logits = self.model(**model_inputs(batch)).logits.float()
@@ -83,7 +57,7 @@ class Policy(nn.Module):
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
-def model_inputs(batch: Experience | Rollout) -> dict[str, Any]:
+def model_inputs(batch: TokenBatch) -> dict[str, Any]:
     """Model inputs such that logits[:, t] predicts response token t; so the last response token is no input.
 
     The environment's tokens between the policy's turns are inputs too; only the losses mask them.
@@ -98,6 +72,10 @@ def model_inputs(batch: Experience | Rollout) -> dict[str, Any]:
     }
 
 
-def _width(model: PeftModel) -> int:
+def _zero_head(model: PeftModel) -> nn.Linear:
+    """A value head of zeros (Huang et al., detail 4)."""
     embeddings: Any = model.get_input_embeddings()
-    return int(embeddings.embedding_dim)
+    head = nn.Linear(int(embeddings.embedding_dim), 1)
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
+    return head.to(next(model.parameters()).device)

@@ -1,99 +1,61 @@
-"""Proximal policy optimisation of a language model: rollout, reward, advantages, update, control.
-
-Generation is a Markov decision process: the state is the prompt with the tokens so far, the action is the next token,
-the score arrives with the last token, and γ = 1 spreads it over the response. With an environment the policy's turns
-are parts of one episode (see conversation.py). What each line follows, with sources, is in README.md beside this file.
-"""
+"""RL trainer of a language model: sample, score, advantages, update, adapt the KL penalty; for PPO and GRPO alike."""
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor
 
 from tasks.core import distributed
 from tasks.core.errors import TrainingError
-from tasks.rewards.composition import CompositeReward, RewardBatch
-from tasks.rl.advantages import (
-    action_mask,
-    action_values,
-    apply_missing_eos_penalty,
-    discount_by_turns,
-    gae,
-    leave_one_out,
-    to_actions,
-    token_rewards,
-    turn_counts,
-)
+from tasks.core.rows import Prompt
+from tasks.rewards.composition import CompositeReward
+from tasks.rl.advantages import apply_missing_eos_penalty, discount_by_turns, turn_counts
+from tasks.rl.algorithm import Algorithm, Metrics, ScoredRollout
+from tasks.rl.callbacks import Callback
+from tasks.rl.checkpoint import Checkpoint, KLBudget, load_weights
 from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
-from tasks.rl.kl import AdaptiveKL, FixedKL, KLController, kl_estimates, per_sequence
-from tasks.rl.masking import explained_variance, masked_mean, whiten, zero_masked
+from tasks.rl.kl import kl_estimates, per_sequence
+from tasks.rl.masking import masked_mean
 from tasks.rl.multi_turn import MultiTurnSampler
-from tasks.rl.policy import Experience, Policy
-from tasks.rl.rollout import Rollout, derive_generator, generate
-from tasks.rl.updater import Metrics, PPOUpdate
+from tasks.rl.policy import Policy
+from tasks.rl.rollout import BatchRows, Rollout, Sampler, derive_generator
+from tasks.rl.update import PolicyUpdate
 
-if TYPE_CHECKING:
-    from tasks.config.training import GenerationParams, PPOParams
+__all__ = ["RLTrainer"]
 
-__all__ = ["PPOTrainer", "PromptSet"]
-
-Log = Callable[[Metrics, int], None]
-LogSamples = Callable[[list[dict[str, Any]], int], None]
+RECORDED_SAMPLES = 4
+"""Responses of an update that are kept for people to read."""
 
 
-@dataclass(frozen=True)
-class PromptSet:
-    """Tokenised prompts and the decoder."""
-
-    prompts: Sequence[str]
-    prompt_ids: Sequence[Sequence[int]]
-    decode: Callable[[Sequence[int]], str]
-    eos_token_id: int
-    pad_token_id: int
-
-
-class PPOTrainer:
+class RLTrainer:
     """Trains a policy in place; random choices follow from (seed, update), so a resumed run is the same run."""
 
     def __init__(
         self,
         policy: Policy,
-        prompt_set: PromptSet,
+        sampler: Sampler | MultiTurnSampler,
+        prompts: Sequence[Prompt],
         reward: CompositeReward,
-        params: PPOParams,
-        generation: GenerationParams,
+        algorithm: Algorithm[Any],
         *,
         seed: int,
-        multi_turn: MultiTurnSampler | None = None,
-        checkpoints: Path | None = None,
-        log: Log = lambda metrics, step: None,
-        log_samples: LogSamples = lambda rows, step: None,
-        warn: Callable[[str], None] = lambda message: None,
-        save_snapshot: Callable[[int], None] = lambda update: None,
+        checkpoint: Checkpoint,
+        callbacks: Sequence[Callback] = (),
     ) -> None:
-        self.policy, self.prompt_set, self.reward = policy, prompt_set, reward
-        self.params, self.generation, self.seed, self._multi_turn = params, generation, seed, multi_turn
-        self._checkpoint = None if checkpoints is None else checkpoints / "ppo.pt"
-        self._log, self._log_samples, self._warn, self._save_snapshot = log, log_samples, warn, save_snapshot
-        self.updater = PPOUpdate(policy, params, prompt_set.decode)
-        self.controller: KLController = (
-            FixedKL(params.kl_coef)
-            if params.kl_controller == "fixed"
-            else AdaptiveKL(params.kl_coef, target=params.adaptive_kl_target, horizon=params.kl_horizon)
-        )
-        self.update = 0
+        self.policy, self.sampler, self.prompts, self.reward = policy, sampler, prompts, reward
+        self.algorithm, self.params, self.seed = algorithm, algorithm.params, seed
+        self.checkpoint, self.callbacks = checkpoint, callbacks
+        self.updater = PolicyUpdate(policy, algorithm)
+        self.kl_budget = KLBudget(policy, self.params.kl_budget)
+        self.updates_done = 0
         self.history: list[Metrics] = []
         self.samples: list[dict[str, Any]] = []
         self._last_checkpoint = 0
-        self._previous_weights: dict[str, Tensor] = {}
-        self._response_monitor = DegenerateResponseMonitor(warn)
+        self._monitor = DegenerateResponseMonitor(self._warn)
 
     def train(self) -> None:
         """Run the updates that are left since the last checkpoint, as many as the KL budget allows.
@@ -105,269 +67,207 @@ class PPOTrainer:
                 reach; it names the update, the quantity and the samples.
         """
         self._resume()
-        while self.update < self.params.updates:
-            started = time.perf_counter()
-            try:
-                metrics = self._update_step()
-            except TrainingError as error:
-                kept = f"; the checkpoint of update {self._last_checkpoint} is kept" if self._last_checkpoint else ""
-                raise TrainingError(f"update {self.update + 1}: {error}{kept}") from error
-            if metrics is None:
-                break
-            self.update += 1
-            row: Metrics = {"step": self.update, **metrics}
-            self.history.append(row)
-            row |= self._run_detectors()
-            self._save_snapshot(self.update)
-            seconds = time.perf_counter() - started
-            self._log({**row, "time/update_s": seconds}, self.update)
-            if self.update % self.params.checkpoint_every == 0 and self.update < self.params.updates:
-                self._save()
+        while self.updates_done < self.params.updates:
+            with self._update_named_in_errors():
+                clock = _Stopwatch()
+                rollout = self.sample()
+                clock.lap("rollout_s")
+                scored = self.score(rollout)
+                kl = scored.sequence_kl.mean().item()
+                if self.kl_budget.exceeded(kl):
+                    break
+                experience, metrics = self.algorithm.compute_advantages(scored)
+                clock.lap("experience_s")
+                metrics = self._rollout_metrics(scored) | metrics
+                self.kl_budget.keep_weights()
+                metrics |= self.updater(experience, self.updates_done, self._generator("permutation"))
+                clock.lap("optimise_s")
+                self.algorithm.kl_controller.update(kl, len(experience))
+            self._end_update(metrics, clock.metrics(rollout))
         else:
-            self._check_final_kl()
+            kl = self._final_kl()
+        if self.kl_budget.exceeded(kl):
+            self._return_to_budget(kl)
         distributed.check_in_sync(self.policy.trainable_parameters().values())
-        if self._checkpoint is not None:
-            self._checkpoint.unlink(missing_ok=True)
+        self.checkpoint.remove()
+        for callback in self.callbacks:
+            callback.on_train_end()
 
-    def _run_detectors(self) -> Metrics:
-        signals, found = run_detectors(self.history, self.reward.marginal_weights(self.update))
-        for detector, value in found:
-            self._warn(f"warning: update {self.update}: {detector.message(value)}")
-        return signals
-
-    # -- one update ---------------------------------------------------------------------------------------------
-
-    def _update_step(self) -> Metrics | None:
-        """Roll out, score, and update; None, with the previous weights restored, where the KL is over its budget."""
-        clock = time.perf_counter()
-        rollout, prompts = self._rollout()
-        rollout_s, clock = time.perf_counter() - clock, time.perf_counter()
-        experience, metrics = self._build_experience(*self._score_rollout(rollout, prompts))
-        experience_s, clock = time.perf_counter() - clock, time.perf_counter()
-        if self._revert_if_over_budget(metrics["kl"]):
-            return None
-        if self.params.kl_budget is not None:
-            self._previous_weights = {
-                name: value.detach().clone() for name, value in self.policy.trainable_parameters().items()
-            }
-        learning_rate = self.params.learning_rate * (1 - self.update / self.params.updates)
-        metrics |= self.updater(experience, learning_rate, self._generator("permutation"))
-        update_s = time.perf_counter() - clock
-        tokens = float(rollout.response_mask.sum())
-        timings = {"rollout_s": rollout_s, "experience_s": experience_s, "optimise_s": update_s}
-        timings["rollout_tokens_per_s"] = tokens / rollout_s
-        self._log({f"time/{name}": value for name, value in timings.items()}, self.update + 1)
-        self.controller.update(metrics["kl"], len(experience))
-        return metrics
-
-    def _rollout(self) -> tuple[Rollout, list[str]]:
+    def sample(self) -> Rollout:
         """Sample responses to this rank's shard of the update's prompts; row b·G + g answers prompt b."""
-        indices = distributed.shard(self._prompt_indices(), "ppo.prompts_per_update")
-        if self._multi_turn is not None:
-            conversations = self._multi_turn(
-                self.policy.model,
-                indices,
-                self.params.samples_per_prompt,
-                lambda turn: self._generator("rollout", turn),
-                value_head=self.policy.value_head,
-            )
-            return conversations, conversations.prompt_texts
-        rollout = generate(
-            self.policy.model,
-            [self.prompt_set.prompt_ids[index] for index in indices],
-            max_new_tokens=self.generation.max_new_tokens,
-            temperature=self.generation.temperature,
-            eos_token_id=self.prompt_set.eos_token_id,
-            pad_token_id=self.prompt_set.pad_token_id,
-            generator=self._generator("rollout"),
+        indices = distributed.shard(self._prompt_indices(), f"{self.params.stage}.prompts_per_update")
+        return self.sampler.sample(
+            [self.prompts[index] for index in indices],
+            self._generator("rollout"),
             samples_per_prompt=self.params.samples_per_prompt,
-            value_head=self.policy.value_head,
-            rank=distributed.rank(),
-            world_size=distributed.world_size(),
+            batch_rows=BatchRows.of_this_rank(len(indices) * self.params.samples_per_prompt),
         )
-        return rollout, [self.prompt_set.prompts[i] for i in indices for _ in range(self.params.samples_per_prompt)]
+
+    def score(self, rollout: Rollout) -> ScoredRollout:
+        """Score this rank's responses and compute their log-probabilities under the reference; gather those of all."""
+        prompts, texts = rollout.prompt_texts, rollout.texts
+        check_finite("log-probability of the policy", rollout.logprobs, prompts, texts)
+        reference_logprobs = self.policy.reference_logprobs(rollout)
+        check_finite("log-probability of the reference", reference_logprobs, prompts, texts)
+        reward = self.reward(prompts, texts, self.updates_done + 1, rollout.external_rewards).gather()
+        rollout = rollout.gather()
+        total, turns = reward.total.to(rollout.logprobs.device), turn_counts(rollout.response_mask)
+        discounted = discount_by_turns(total, turns, self.algorithm.return_gamma)
+        return ScoredRollout(
+            rollout=rollout,
+            reference_logprobs=distributed.all_gather(reference_logprobs),
+            reward=reward,
+            scores=apply_missing_eos_penalty(discounted, rollout.has_eos, self.params.missing_eos_penalty),
+        )
 
     def _prompt_indices(self) -> list[int]:
         """Indices of this update's prompts: a new permutation for every pass over the data."""
-        total, size = len(self.prompt_set.prompts), self.params.prompts_per_update
-        positions = range(self.update * size, (self.update + 1) * size)
+        total, size = len(self.prompts), self.params.prompts_per_update
+        positions = range(self.updates_done * size, (self.updates_done + 1) * size)
         orders = {
             p // total: torch.randperm(total, generator=derive_generator(self.seed, p // total)) for p in positions
         }
         return [int(orders[p // total][p % total]) for p in positions]
 
-    def _score_rollout(
-        self, rollout: Rollout, prompts: list[str]
-    ) -> tuple[Rollout, list[str], list[str], Tensor, RewardBatch]:
-        """Decode, score and compute reference log-probabilities of this rank's responses; gather those of all ranks."""
-        responses = rollout.texts(self.prompt_set.decode)
-        check_finite("log-probability of the policy", rollout.logprobs, prompts, responses)
-        reference_logprobs = self.policy.reference_logprobs(rollout)
-        check_finite("log-probability of the reference", reference_logprobs, prompts, responses)
-        reward = self.reward(prompts, responses, self.update + 1, rollout.external_rewards)
-        gathered = rollout.gather(self.prompt_set.pad_token_id)
-        texts = distributed.all_gather_texts(prompts), distributed.all_gather_texts(responses)
-        return gathered, *texts, distributed.all_gather(reference_logprobs), reward.gather()
+    def _generator(self, purpose: str) -> torch.Generator:
+        return derive_generator(self.seed, self.updates_done, sum(purpose.encode()))
 
-    def _build_experience(
-        self,
-        rollout: Rollout,
-        prompts: list[str],
-        responses: list[str],
-        reference_logprobs: Tensor,
-        outcome: RewardBatch,
-    ) -> tuple[Experience, Metrics]:
-        """Compute token rewards with the KL penalty, advantages, and the metrics of the update."""
+    # -- KL budget ---------------------------------------------------------------------------------------------
+
+    def _final_kl(self) -> float:
+        """KL of the policy after the last update, measured only where there is a budget."""
+        if not self.kl_budget.is_limited:
+            return 0.0
+        rollout = self.sample()
         mask = rollout.response_mask
-        total = outcome.total.to(mask.device)
-        # Over turns as actions the returns discount.
-        discounted_rewards = (
-            total if self.params.action == "turn" else discount_by_turns(total, turn_counts(mask), self._turn_gamma)
+        kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
+        return distributed.all_gather(per_sequence(kl.k1, mask)).mean().item()
+
+    def _return_to_budget(self, kl: float) -> None:
+        """Restore the weights before the last update."""
+        limit = f"{self.params.stage}.kl_budget {self.kl_budget.limit:g}"
+        if not self.updates_done:
+            raise TrainingError(f"update 1: the KL is {kl:.3g} before any update, over {limit}; raise it")
+        self.kl_budget.restore_weights()
+        self._warn(
+            f"the KL after update {self.updates_done} is {kl:.3g} nats per response, over {limit}: training "
+            f"ends with the policy before it, whose KL was {self.history[-1]['kl']:.3g}"
         )
-        scores = apply_missing_eos_penalty(discounted_rewards, rollout.has_eos, self.params.missing_eos_penalty)
-        kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
-        rewards = token_rewards(scores, kl.k1, mask, kl_coef=self.controller.kl_coef)
-        experience = self._compute_advantages(rollout, rewards)
-        k1 = per_sequence(kl.k1, mask)
-        self._record_samples(prompts, rollout.display_texts(responses), outcome.components, scores, k1)
-        metrics = {
-            "reward": total.mean().item(),
-            **{f"reward/{name}": values.mean().item() for name, values in outcome.components.items()},
-            **{name: values.mean().item() for name, values in outcome.metrics.items()},
-            "score": scores.mean().item(),
-            "score_std": scores.std().item(),
-            "non_score_reward": -self.controller.kl_coef * k1.mean().item(),
-            "total_reward": rewards.sum(1).mean().item(),
-            "kl": k1.mean().item(),
+
+    # -- records -----------------------------------------------------------------------------------------------
+
+    def _rollout_metrics(self, scored: ScoredRollout) -> Metrics:
+        """Metrics of the responses; a few of them are recorded as samples."""
+        reward, kl, mask = scored.reward, scored.kl, scored.rollout.response_mask
+        self._record_samples(scored)
+        return {
+            "reward": reward.total.mean().item(),
+            **{f"reward/{name}": values.mean().item() for name, values in reward.components.items()},
+            **{name: values.mean().item() for name, values in reward.metrics.items()},
+            "score": scored.scores.mean().item(),
+            "score_std": scored.scores.std().item(),
+            "kl": scored.sequence_kl.mean().item(),
             "kl_k2": per_sequence(kl.k2, mask).mean().item(),
             "kl_k3": per_sequence(kl.k3, mask).mean().item(),
             "kl_per_token": masked_mean(kl.k1, mask).item(),
-            "kl_coef": self.controller.kl_coef,
+            "kl_coef": self.algorithm.kl_controller.kl_coef,
             "length": mask.sum(1).float().mean().item(),
-            **self._response_monitor(responses, rollout.has_eos, self.update + 1),
-            "explained_variance": explained_variance(
-                experience.old_values, experience.returns, experience.action_mask
-            ).item(),
+            **self._monitor(scored.rollout.texts, scored.rollout.has_eos, self.updates_done + 1),
         }
-        return experience, metrics
 
-    def _compute_advantages(self, rollout: Rollout, per_token_rewards: Tensor) -> Experience:
-        """Compute advantages and returns per action."""
-        params, mask = self.params, rollout.response_mask
-        rewards, valid = to_actions(per_token_rewards, mask, params.action), action_mask(mask, params.action)
-        values = action_values(rollout.values, mask, params.action)
-        if params.advantage == "gae":
-            gamma = self._turn_gamma if params.action == "turn" else params.gamma
-            advantages, returns = gae(rewards, values, valid, gamma=gamma, lam=params.lam)
-        else:
-            sequence_rewards = per_token_rewards.sum(1)
-            returns = zero_masked(sequence_rewards.unsqueeze(1).expand(valid.shape), valid)
-            sequence_advantages = leave_one_out(sequence_rewards, params.samples_per_prompt)
-            advantages = zero_masked(sequence_advantages.unsqueeze(1).expand(valid.shape), valid)
-        return Experience(
-            prompts=rollout.prompts,
-            prompt_mask=rollout.prompt_mask,
-            responses=rollout.responses,
-            response_mask=mask,
-            action_mask=valid,
-            old_logprobs=to_actions(rollout.logprobs, mask, params.action),
-            old_values=values,
-            advantages=whiten(advantages, valid),
-            returns=returns,
-        )
+    def _record_samples(self, scored: ScoredRollout) -> None:
+        """Record a few responses of the update."""
+        rollout, count = scored.rollout, len(scored.scores)
+        rows = [
+            {
+                "step": self.updates_done + 1,
+                "prompt": rollout.prompt_texts[i],
+                "response": rollout.transcripts[i],
+                "score": scored.scores[i].item(),
+                **{name: values[i].item() for name, values in scored.reward.components.items()},
+                "kl": scored.sequence_kl[i].item(),
+            }
+            for i in range(0, count, max(1, count // RECORDED_SAMPLES))
+        ][:RECORDED_SAMPLES]
+        self.samples += rows
+        for callback in self.callbacks:
+            callback.on_samples(rows, self.updates_done + 1)
 
-    def _check_final_kl(self) -> None:
-        """Check the policy of the last update against the KL budget, if there is one."""
-        if self.params.kl_budget is None:
-            return
-        rollout, _ = self._rollout()
-        mask = rollout.response_mask
-        kl = kl_estimates(rollout.logprobs, self.policy.reference_logprobs(rollout), mask)
-        self._revert_if_over_budget(distributed.all_gather(per_sequence(kl.k1, mask)).mean().item())
+    def _end_update(self, metrics: Metrics, timings: Metrics) -> None:
+        """Add the update to the history, run the detectors on it, and save a checkpoint if it is due."""
+        self.updates_done += 1
+        row: Metrics = {"step": self.updates_done, **metrics}
+        self.history.append(row)
+        signals, fired = run_detectors(self.history, self.reward.marginal_weights(self.updates_done))
+        row |= signals
+        for detector, value in fired:
+            self._warn(f"warning: update {self.updates_done}: {detector.message(value)}")
+        for callback in self.callbacks:
+            callback.on_update_end(self.updates_done)
+            callback.on_log(row | timings, self.updates_done)
+        if self.updates_done % self.params.checkpoint_every == 0 and self.updates_done < self.params.updates:
+            self.checkpoint.save(self._state())
+            self._last_checkpoint = self.updates_done
 
-    def _revert_if_over_budget(self, kl: float) -> bool:
-        """Restore the previous weights if the KL is over its budget; return whether it was."""
-        budget = self.params.kl_budget
-        if budget is None or kl <= budget:
-            return False
-        if not self._previous_weights:
-            raise TrainingError(f"the KL is {kl:.3g} before any update, over ppo.kl_budget {budget:g}; raise it")
-        weights = self.policy.trainable_parameters()
-        for name, value in self._previous_weights.items():
-            weights[name].data.copy_(value)
-        self._warn(
-            f"the KL after update {self.update} is {kl:.3g} nats per response, over ppo.kl_budget {budget:g}: training "
-            f"ends with the policy before it, whose KL was {self.history[-1]['kl']:.3g}"
-        )
-        return True
+    def _warn(self, message: str) -> None:
+        for callback in self.callbacks:
+            callback.on_warning(message)
+
+    @contextmanager
+    def _update_named_in_errors(self) -> Iterator[None]:
+        try:
+            yield
+        except TrainingError as error:
+            kept = f"; the checkpoint of update {self._last_checkpoint} is kept" if self._last_checkpoint else ""
+            raise TrainingError(f"update {self.updates_done + 1}: {error}{kept}") from error
 
     # -- state -------------------------------------------------------------------------------------------------
 
-    @property
-    def _turn_gamma(self) -> float:
-        return 1.0 if self._multi_turn is None else self._multi_turn.gamma
-
-    def _generator(self, purpose: str, *more: int) -> torch.Generator:
-        return derive_generator(self.seed, self.update, sum(purpose.encode()), *more)
-
-    def _record_samples(
-        self,
-        prompts: Sequence[str],
-        responses: Sequence[str],
-        components: Mapping[str, Tensor],
-        scores: Tensor,
-        kl: Tensor,
-        count: int = 4,
-    ) -> None:
-        """Record a few responses of the update, for people to read."""
-        rows = [
-            {
-                "step": self.update + 1,
-                "prompt": prompts[i],
-                "response": responses[i],
-                "score": scores[i].item(),
-                **{name: values[i].item() for name, values in components.items()},
-                "kl": kl[i].item(),
-            }
-            for i in range(0, len(prompts), max(1, len(prompts) // count))
-        ][:count]
-        self.samples += rows
-        self._log_samples(rows, self.update + 1)
-
-    def _save(self) -> None:
-        """Write the checkpoint atomically, on rank 0; all ranks read it when they resume."""
-        if self._checkpoint is None or distributed.rank() > 0:
-            return
-        self._checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        state = {
-            "update": self.update,
+    def _state(self) -> dict[str, Any]:
+        return {
+            "update": self.updates_done,
             "weights": {name: value.detach() for name, value in self.policy.trainable_parameters().items()},
             "optimizer": self.updater.optimizer.state_dict(),
-            "controller": self.controller.state_dict(),
+            "controller": self.algorithm.kl_controller.state_dict(),
             "history": self.history,
             "samples": self.samples,
-            "before": self._previous_weights,
+            "budget_weights": self.kl_budget.weights,
         }
-        temporary = self._checkpoint.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(state, file)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self._checkpoint)
-        self._last_checkpoint = self.update
 
     def _resume(self) -> None:
-        if self._checkpoint is None or not self._checkpoint.is_file():
+        """Load the checkpoint, if there is one, and log its curves and samples again."""
+        state = self.checkpoint.load()
+        if not state:
             return
-        state = torch.load(self._checkpoint, weights_only=True)
-        weights = self.policy.trainable_parameters()
-        for name, value in state["weights"].items():
-            weights[name].data.copy_(value)
+        load_weights(self.policy, state["weights"])
         self.updater.optimizer.load_state_dict(state["optimizer"])
-        self.controller.load_state_dict(state["controller"])
-        self.update, self.history, self.samples = state["update"], state["history"], state["samples"]
-        self._last_checkpoint, self._previous_weights = state["update"], state["before"]
-        for row in self.history:  # a resumed run has complete curves
-            self._log(row, int(row["step"]))
-        self._log_samples(self.samples, self.update)
-        self._warn(f"goes on from update {self.update} of {self.params.updates} (checkpoint of an interrupted run)")
+        self.algorithm.kl_controller.load_state_dict(state["controller"])
+        self.kl_budget.weights = state["budget_weights"]
+        self.updates_done = self._last_checkpoint = state["update"]
+        self.history, self.samples = state["history"], state["samples"]
+        for callback in self.callbacks:
+            for row in self.history:
+                callback.on_log(row, int(row["step"]))
+            callback.on_samples(self.samples, self.updates_done)
+        self._warn(
+            f"goes on from update {self.updates_done} of {self.params.updates} (checkpoint of an interrupted run)"
+        )
+
+
+class _Stopwatch:
+    """Seconds of the phases of an update."""
+
+    def __init__(self) -> None:
+        self._started = self._last = time.perf_counter()
+        self._laps: dict[str, float] = {}
+
+    def lap(self, phase: str) -> None:
+        """End a phase."""
+        now = time.perf_counter()
+        self._laps[phase], self._last = now - self._last, now
+
+    def metrics(self, rollout: Rollout) -> Metrics:
+        """Timings, and the rate of sampling."""
+        tokens_per_s = float(rollout.response_mask.sum()) / self._laps["rollout_s"]
+        timings = {**self._laps, "rollout_tokens_per_s": tokens_per_s, "update_s": time.perf_counter() - self._started}
+        return {f"time/{name}": value for name, value in timings.items()}

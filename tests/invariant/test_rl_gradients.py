@@ -7,7 +7,13 @@ import math
 import torch
 from torch import Tensor
 
-from tasks.rl.losses import entropy_from_logits, logprobs_from_logits, policy_loss, value_loss
+from tasks.rl.losses import (
+    entropy_from_logits,
+    kl_loss,
+    logprobs_from_logits,
+    policy_loss,
+    value_loss,
+)
 
 MASK = torch.arange(6) < torch.tensor([6, 1, 4, 5])[:, None]
 
@@ -29,6 +35,18 @@ def test_policy_loss() -> None:
 
     fraction = policy_loss(logprobs, old, gains, MASK, clip_range=0.2, token_count=17).clip_fraction.item()
     assert 0.1 < fraction < 0.9, "the example must have clipped and unclipped tokens"
+    assert torch.autograd.gradcheck(loss, (logprobs,), eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+def test_weighted_policy_loss_and_kl_loss() -> None:
+    old, gains = with_junk(normal(4, 6, seed=1), math.nan), with_junk(normal(4, 6, seed=2), math.inf)
+    reference, weights = with_junk(normal(4, 6, seed=10), math.nan), with_junk(normal(4, 6, seed=11), math.nan)
+    logprobs = (old.nan_to_num() + 0.3 * normal(4, 6, seed=3)).requires_grad_()
+
+    def loss(x: Tensor) -> Tensor:
+        policy = policy_loss(x, old, gains, MASK, clip_range=0.2, weights=weights)
+        return policy.loss + 0.3 * kl_loss(x, old, reference, MASK, weights=weights).loss
+
     assert torch.autograd.gradcheck(loss, (logprobs,), eps=1e-6, atol=1e-8, rtol=1e-6)
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tasks.rl.advantages import gae, token_rewards
 from tasks.rl.kl import KLEstimates, kl_estimates, per_sequence
-from tasks.rl.losses import policy_loss
+from tasks.rl.losses import kl_loss, policy_loss
 
 V = 3
 POLICY = torch.tensor([0.3, -0.7, 0.4], dtype=torch.float64)
@@ -81,6 +81,17 @@ def test_k3_as_a_loss_has_the_gradient_of_the_other_divergence() -> None:
     other = gradient(divergence(REFERENCE, logits), logits)
     torch.testing.assert_close(found, other, rtol=1e-12, atol=1e-15)
     assert not torch.allclose(found, gradient(divergence(logits, REFERENCE), logits), rtol=0.01)
+
+
+def test_k3_with_the_ratio_as_a_loss_has_the_gradient_of_the_divergence() -> None:
+    """Through GRPO's loss, on tokens that the policy itself sampled."""
+    logits = POLICY.clone().requires_grad_()
+    logprobs = torch.log_softmax(logits, -1)[:, None]
+    reference, weights = torch.log_softmax(REFERENCE, -1)[:, None], torch.softmax(POLICY, -1)[:, None]
+    loss = kl_loss(logprobs, logprobs, reference, EACH, weights=weights).loss
+    torch.testing.assert_close(
+        gradient(loss, logits), gradient(divergence(logits, REFERENCE), logits), rtol=1e-12, atol=1e-15
+    )
 
 
 def test_k1_in_the_reward_has_the_gradient_of_the_divergence() -> None:

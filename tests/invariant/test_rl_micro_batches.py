@@ -46,7 +46,7 @@ def step(splits: list[list[int]]) -> tuple[dict[str, float], Tensor]:
         actors.append(actor)
         critics.append(critic)
     assert weight.grad is not None
-    metrics = functools.reduce(operator.add, actors).means() | functools.reduce(operator.add, critics).means()
+    metrics = functools.reduce(operator.add, actors).metrics() | functools.reduce(operator.add, critics).metrics()
     return metrics, weight.grad
 
 

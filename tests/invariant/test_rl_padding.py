@@ -11,8 +11,14 @@ from torch import Tensor
 
 from tasks.rl.advantages import gae, token_rewards
 from tasks.rl.kl import kl_estimates, per_sequence
-from tasks.rl.losses import logprobs_from_logits, policy_loss, value_loss
-from tasks.rl.masking import explained_variance, masked_mean, response_mask_from, whiten
+from tasks.rl.losses import (
+    kl_loss,
+    logprobs_from_logits,
+    policy_loss,
+    token_weights,
+    value_loss,
+)
+from tasks.rl.masking import explained_variance, masked_mean, whiten
 
 B, T, V = 4, 6, 7
 EOS = 2
@@ -42,8 +48,7 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
         tokens[b, length - 1] = EOS
         tokens[b, length:] = pad_token
     tokens = torch.nn.functional.pad(tokens, (0, pads), value=pad_token)
-    mask = response_mask_from(tokens, EOS)
-    assert mask.sum(1).tolist() == LENGTHS
+    mask = torch.arange(T + pads) < torch.tensor(LENGTHS)[:, None]
     logits = torch.nn.functional.pad(logits, (0, 0, 0, pads)).requires_grad_()
     values, reference, old, old_values = (
         torch.nn.functional.pad(x, (0, pads)).masked_fill(~mask, junk) for x in (values, reference, old, old_values)
@@ -60,7 +65,10 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
     critic = value_loss(
         values, old_values, returns.masked_fill(~mask, junk), mask, value_clip_range=0.2, token_count=count
     )
-    (actor.loss + 0.1 * critic.loss).backward()
+    weights = token_weights(mask, "grpo", responses=B, tokens=count, max_new_tokens=T).masked_fill(~mask, junk)
+    group = policy_loss(new, old, gains.masked_fill(~mask, junk), mask, clip_range=0.2, weights=weights)
+    pull = kl_loss(new, old, reference, mask, weights=weights)
+    (actor.loss + 0.1 * critic.loss + group.loss + pull.loss).backward()
     assert logits.grad is not None
     assert values.grad is not None
     assert logits.grad[~mask].eq(0).all(), "a gradient reached the logits of padding"
@@ -68,6 +76,8 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
     numbers = {
         **actor.metrics(),
         **critic.metrics(),
+        **pull.metrics(),
+        "group_loss": group.loss.item(),
         "kl_k1": per_sequence(kl.k1, mask).mean().item(),
         "kl_k2": per_sequence(kl.k2, mask).mean().item(),
         "kl_k3": per_sequence(kl.k3, mask).mean().item(),

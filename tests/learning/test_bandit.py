@@ -8,26 +8,17 @@ advantages or the update, the policy settles elsewhere.
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from tests.unit.rl.test_trainer import PARAMS
 from torch import Tensor
 
-from tasks.config.reward import RewardParams
-from tasks.config.rules import RULE_OPTIONS, RuleOptions
-from tasks.config.training import GenerationParams, GRPOParams, LoraParams
-from tasks.core.paths import Artifacts
-from tasks.core.rows import Prompt, write_rows
-from tasks.grpo import grpo
-from tasks.models.loading import add_lora, load_policy, load_reference, save_adapter
-from tasks.rewards.composition import CompositeReward
-from tasks.rewards.rules import RULES
-from tasks.rl.policy import Policy
-from tasks.rl.trainer import Log, PPOTrainer, PromptSet
-from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer, tiny_model
+from tasks.config.training import GenerationParams, RLParams
+from tasks.core.rows import Prompt
+from tasks.rl.callbacks import Callback
+from tests.conftest import EOS, PAD, VOCABULARY, tiny_model
+from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, trainer_of
 
 PROMPT = [3, 4]
 REWARDS = torch.randn(VOCABULARY, generator=torch.Generator().manual_seed(7))
@@ -85,25 +76,30 @@ def best_of_two(reference: Tensor, beta: float) -> Tensor:
     return weights / weights.sum()
 
 
-def trained_by_ppo(
-    beta: float, seed: int = 0, tokens: int = 1, log: Log = lambda metrics, step: None, **changes: object
-) -> tuple[Tensor, Tensor]:
+BANDIT = {
+    "updates": 150, "prompts_per_update": 1, "samples_per_prompt": 256, "micro_batch_size": 256,
+    "missing_eos_penalty": 0.0, "learning_rate": 0.01,
+}  # fmt: skip
+
+
+def trained(params: RLParams, tokens: int = 1, recorder: Callback | None = None) -> tuple[Tensor, Tensor]:
     """The distributions of the reference and of the policy after training, over responses of so many tokens."""
-    params = PARAMS.model_copy(
-        update={
-            "updates": 150, "prompts_per_update": 1, "samples_per_prompt": 256, "epochs": 2, "micro_batch_size": 256,
-            "kl_controller": "fixed", "kl_coef": beta, "missing_eos_penalty": 0.0, "learning_rate": 0.01,
-        } | changes
-    )  # fmt: skip
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     model = flexible_policy()
     shown = distribution if tokens == 1 else distribution_of_two
     reference = shown(model)
-    codec = PromptSet(["p"], [PROMPT], lambda ids: " ".join(map(str, ids)), eos_token_id=EOS, pad_token_id=PAD)
-    composed = CompositeReward({"rule": paid(tokens)}, {"rule": 1.0})
-    generation = GenerationParams(max_new_tokens=tokens, temperature=1.0)
-    PPOTrainer(Policy(model, temperature=1.0), codec, composed, params, generation, seed=seed, log=log).train()
+    generation, prompt = GenerationParams(max_new_tokens=tokens, temperature=1.0), " ".join(map(str, PROMPT))
+    trainer_of(
+        params, model, paid(tokens), prompts=[Prompt(id="p", prompt=prompt)], generation=generation, recorder=recorder
+    ).train()
     return reference, shown(model)
+
+
+def trained_by_ppo(
+    beta: float, tokens: int = 1, recorder: Callback | None = None, **changes: object
+) -> tuple[Tensor, Tensor]:
+    settings = BANDIT | {"epochs": 2, "kl_controller": "fixed", "kl_coef": beta} | changes
+    return trained(PARAMS.model_copy(update=settings), tokens, recorder)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -150,9 +146,14 @@ def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
     best = optimum(start, beta)
     target = float((best * (best / start).log()).sum())
     measured: list[float] = []
+
+    class KLRecorder(Callback):
+        def on_log(self, metrics: dict[str, float], update: int) -> None:
+            measured.append(metrics["kl"])
+
     _, policy = trained_by_ppo(
         3 * beta, updates=400, kl_controller="adaptive", adaptive_kl_target=target, kl_horizon=horizon,
-        log=lambda metrics, step: measured.extend([metrics["kl"]] if "kl" in metrics else []),
+        recorder=KLRecorder(),
     )  # fmt: skip
     reached = sum(measured[-100:]) / 100
     print(f"adaptive β: KL {reached:.3f} for a target of {target:.3f}, distance to π* {distance(policy, best):.3f}")
@@ -160,74 +161,24 @@ def test_adaptive_kl_reaches_its_target_and_the_optimum_that_has_it() -> None:
     assert distance(policy, best) < CLOSE
 
 
-# -- GRPO, by TRL, through the stage ---------------------------------------------------------------------------
-
-SIGNS = f"{LETTERS}123"
-SHOWN = ["", "", " ", *SIGNS[1:]]
-"""Token id → the text of a response that holds this token alone; padding and end token show nothing."""
-
-VALUES = torch.cat([REWARDS[EOS : EOS + 1], REWARDS[1:]])
-"""REWARDS, but the two tokens that show nothing have the same value."""
-
-
-@pytest.fixture
-def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
-    """What stage grpo reads: the tiny model, an SFT adapter that changes nothing, one prompt, a rule for the reward."""
-    value_by_text = dict(zip(SHOWN, VALUES.tolist(), strict=True))
-    rule = lambda prompts, responses: [value_by_text[text] for text in responses]  # noqa: E731
-    monkeypatch.setitem(RULES, "token", lambda options, answers: rule)
-    monkeypatch.setitem(RULE_OPTIONS, "token", RuleOptions)
-    base = tmp_path / "base_model" / "model"
-    tiny_model().save_pretrained(base)
-    letter_tokenizer(SIGNS).save_pretrained(base)
-    lora = LoraParams(r=1, alpha=1, target_modules=("q_proj",), reward_model_modules="all-linear")
-    save_adapter(add_lora(tiny_model(), lora, seed=0), tmp_path / "sft")
-    write_rows(tmp_path / "prepare" / "prompts" / "train.jsonl", [Prompt(id="p", prompt="ab")])
-    return {name: tmp_path / name for name in ("base_model", "sft", "reward_model", "prepare")}
-
-
-def standardised_optimum(reference: Tensor, beta: float) -> Tensor:
+def group_optimum(reference: Tensor, beta: float) -> Tensor:
     """GRPO divides rewards by their deviation σ in the group, so it solves for β·σ, with σ that of its own answer."""
-    policy = reference
+    policy, rewards = reference, REWARDS.double()
     for _ in range(200):
-        mean = policy @ VALUES.double()
-        deviation = (policy @ (VALUES.double() - mean) ** 2).sqrt()
-        policy = reference * torch.exp(VALUES.double() / (beta * deviation))
-        policy = policy / policy.sum()
+        deviation = (policy @ (rewards - policy @ rewards) ** 2).sqrt()
+        policy = optimum(reference, beta * float(deviation))
     return policy
 
 
-@pytest.mark.parametrize("beta", [2.0, 4.0])
-@pytest.mark.slow
-def test_grpo_reaches_the_optimum_for_its_standardised_rewards(
-    beta: float, folders: dict[str, Path], tmp_path: Path
-) -> None:
-    """TRL adapts no head, so an optimum far away is out of reach of this model, whatever trains it.
-
-    Fitted directly to the optimum of β = 1 the model stays 0.052 off, and to that of β = 2 0.008.
-    """
-    params = GRPOParams(
-        updates=150, prompts_per_update=1, samples_per_prompt=256, epochs=1, minibatches=1, learning_rate=0.005,
-        clip_range=0.2, kl_coef=beta, missing_eos_penalty=0.0, snapshot_every=100,
-    )  # fmt: skip
-    reward = RewardParams(weights={"token": 1.0})
-    generation = GenerationParams(max_new_tokens=1, temperature=1.0)
-    lora = LoraParams(r=16, alpha=16, target_modules="all-linear", reward_model_modules="all-linear")
-    out = tmp_path / "grpo"
-    out.mkdir()
-    grpo(params, lora, generation, reward, None, 0, Artifacts(**folders, out=out))
-    ids = torch.tensor([letter_tokenizer(SIGNS)("ab").input_ids])
-    with torch.no_grad():
-        before, after = (
-            torch.softmax(model(ids).logits[0, -1].double(), dim=-1)
-            for model in (
-                load_reference(folders["base_model"], folders["sft"]),
-                load_policy(folders["base_model"], folders["sft"], out),
-            )
-        )
-    reached = distance(after, standardised_optimum(before, beta))
-    print(f"GRPO, β = {beta}: distance to its optimum {reached:.3f}, to the reference {distance(after, before):.3f}")
+@pytest.mark.parametrize("beta", [1.0, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (2.0, 4.0))])
+def test_grpo_reaches_the_optimum_of_its_own_beta_and_of_no_other(beta: float) -> None:
+    params = GRPO_PARAMS.model_copy(update=BANDIT | {"epochs": 1, "kl_coef": beta})
+    reference, policy = trained(params)
+    reached = distance(policy, group_optimum(reference, beta))
+    print(
+        f"GRPO, β = {beta}: distance to its optimum {reached:.3f}, to the reference {distance(policy, reference):.3f}"
+    )
     assert reached < CLOSE
     for other in (beta / 2, beta * 2):
-        assert distance(after, standardised_optimum(before, other)) > 2 * reached
-    assert distance(after, before) > 2 * CLOSE
+        assert distance(policy, group_optimum(reference, other)) > 2 * reached, f"hardly closer than to {other}"
+    assert distance(policy, reference) > 2 * CLOSE

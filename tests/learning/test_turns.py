@@ -10,18 +10,21 @@ from __future__ import annotations
 
 import pytest
 import torch
-from tests.unit.rl.test_trainer import PARAMS
 from torch import Tensor
 
 from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
+from tasks.rl.checkpoint import Checkpoint
 from tasks.rl.environments.base import Step
 from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
-from tasks.rl.trainer import PPOTrainer, PromptSet
+from tasks.rl.ppo import PPO
+from tasks.rl.rollout import LocalSampler
+from tasks.rl.trainer import RLTrainer
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer
 from tests.learning.test_bandit import distance, flexible_policy
+from tests.support.tiny_trainer import PARAMS
 
 SIGNS = f"{LETTERS}123"
 TOKENIZER = letter_tokenizer(SIGNS)
@@ -74,7 +77,7 @@ def optimum(first: Tensor, second: Tensor, beta: float, gamma: float) -> Tensor:
 
 @pytest.mark.parametrize(("action", "gamma"), [("turn", 1.0), ("turn", 0.5), ("token", 1.0)])
 def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.rl.multi_turn.answered", lambda text: text)
+    monkeypatch.setattr("tasks.rl.multi_turn.user_turn", lambda text: text)
     beta = 1.0
     params = PARAMS.model_copy(
         update={
@@ -85,12 +88,12 @@ def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeyp
     )  # fmt: skip
     torch.manual_seed(0)
     model = flexible_policy()
-    generation = GenerationParams(max_new_tokens=1, temperature=1.0)
-    sampler = MultiTurnSampler(Riddle, [ROW], TOKENIZER, generation, max_turns=2, gamma=gamma)
-    codec = PromptSet([ROW.prompt], [TOKENIZER(ROW.prompt).input_ids], TOKENIZER.decode, EOS, PAD)
-    reward = CompositeReward({}, {"environment": 1.0})
     reference = policy_of(model)
-    PPOTrainer(Policy(model, temperature=1.0), codec, reward, params, generation, seed=0, multi_turn=sampler).train()
+    policy = Policy(model, temperature=1.0)
+    generation = GenerationParams(max_new_tokens=1, temperature=1.0)
+    sampler = MultiTurnSampler(LocalSampler(model, TOKENIZER, generation, policy.value_head), Riddle, max_turns=2)
+    reward, algorithm = CompositeReward({}, {"environment": 1.0}), PPO(params, turn_gamma=gamma)
+    RLTrainer(policy, sampler, [ROW], reward, algorithm, seed=0, checkpoint=Checkpoint(None, "ppo")).train()
     first, second = policy_of(model)
     learned = first.unsqueeze(1) * second
     best = optimum(*reference, beta, gamma)

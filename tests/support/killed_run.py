@@ -1,4 +1,4 @@
-"""A PPO run that kills itself at the n-th of its moments: `python -m tests.support.killed_run FOLDER N`.
+"""An RL run that kills itself at the n-th of its moments: `python -m tests.support.killed_run ALGORITHM FOLDER N`.
 
 A moment is before or after a rollout, its scoring, an optimiser step, or half-way through the writing of a checkpoint.
 Without N it goes on to the end and writes what it has become to FOLDER/result.pt.
@@ -16,10 +16,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from tests.unit.rl.test_trainer import trainer, weights
+
+from tasks.config.training import RLParams
+from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, trainer, weights
 
 
-def main(folder: Path, last: int | None) -> None:
+def main(params: RLParams, folder: Path, last: int | None) -> None:
     moments = itertools.count(1)
 
     def moment() -> None:
@@ -44,14 +46,15 @@ def main(folder: Path, last: int | None) -> None:
         moment()
         file.write(content[len(content) // 2 :])
 
-    ppo = trainer(checkpoints=folder / "checkpoints", updates=6, checkpoint_every=1)
-    for part, name in ((ppo, "_rollout"), (ppo, "_experience"), (ppo.updater, "step")):
+    run = trainer(params, checkpoints=folder / "checkpoints", updates=6, checkpoint_every=1)
+    for part, name in ((run, "sample"), (run, "score"), (run.updater, "step")):
         setattr(part, name, watched(getattr(part, name)))
     save, torch.save = torch.save, slow_save
-    ppo.train()
+    run.train()
     folder.mkdir(exist_ok=True)
-    save({"history": ppo.history, "samples": ppo.samples, "weights": weights(ppo)}, folder / "result.pt")
+    save({"history": run.history, "samples": run.samples, "weights": weights(run)}, folder / "result.pt")
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), int(sys.argv[2]) if len(sys.argv) > 2 else None)
+    chosen = PARAMS if sys.argv[1] == "ppo" else GRPO_PARAMS
+    main(chosen, Path(sys.argv[2]), int(sys.argv[3]) if len(sys.argv) > 3 else None)

@@ -1,4 +1,4 @@
-"""Runs of two stages that kill themselves, one after another: `python -m tests.support.killed_stage INPUTS FOLDER`.
+"""Runs of stage sft that kill themselves, one after another: `python -m tests.support.killed_stage INPUTS FOLDER`.
 
 A run kills itself at one of its moments: the begin or the end of an optimiser step, half-way through one of the files
 of a checkpoint, or beside the writing of its mark. In the end one run goes on to the last step, and another, in
@@ -21,7 +21,6 @@ import peft.peft_model
 import torch
 from transformers import TrainerState
 
-from tasks import grpo
 from tasks.core import tracking
 from tasks.models import hf_training
 from tasks.models.hf_training import HistoryCallback
@@ -79,19 +78,18 @@ def run(stage: str, inputs: Path, folder: Path, last: int | None) -> int:
 
 
 def main(inputs: Path, folder: Path) -> None:
-    hf_training.CHECKPOINT_STEPS, grpo.CHECKPOINT_UPDATES = 5, 1
+    hf_training.CHECKPOINT_STEPS = every = 5
     draw = random.Random(0)
-    for stage, every in {"sft": 5, "grpo": 4}.items():
-        steps = 2 * every
-        checkpoint = steps + CHECKPOINT_MOMENTS
-        # Half-way through the second checkpoint, twice, so that each run gets one further; then between checkpoints.
-        moments = [checkpoint + steps + draw.randint(1, CHECKPOINT_MOMENTS - 1) for _ in range(2)]
-        for number, moment in enumerate([*moments, checkpoint + draw.randint(1, steps)], start=1):
-            assert run(stage, inputs, folder / stage, moment) == -signal.SIGKILL, f"it ended before moment {moment}"
-            newest = folder / stage / "checkpoints" / f"checkpoint-{number * every}"
-            assert (newest / hf_training.COMPLETE_MARKER).is_file(), f"run {number} did not go on from the one before"
-        assert run(stage, inputs, folder / stage, None) == 0
-        assert run(stage, inputs, folder / stage / "whole", None) == 0
+    steps = 2 * every
+    checkpoint = steps + CHECKPOINT_MOMENTS
+    # Half-way through the second checkpoint, twice, so that each run gets one further; then between checkpoints.
+    moments = [checkpoint + steps + draw.randint(1, CHECKPOINT_MOMENTS - 1) for _ in range(2)]
+    for number, moment in enumerate([*moments, checkpoint + draw.randint(1, steps)], start=1):
+        assert run("sft", inputs, folder / "sft", moment) == -signal.SIGKILL, f"it ended before moment {moment}"
+        newest = folder / "sft" / "checkpoints" / f"checkpoint-{number * every}"
+        assert (newest / hf_training.COMPLETE_MARKER).is_file(), f"run {number} did not go on from the one before"
+    assert run("sft", inputs, folder / "sft", None) == 0
+    assert run("sft", inputs, folder / "sft" / "whole", None) == 0
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The stages that train with Hugging Face trainers, at their smallest: inputs to write, and a call for each stage.
+"""The stages that train, at their smallest: inputs to write, and a call for each stage.
 
 Texts differ in length, so that the order of the data matters; two epochs of ten steps each unless it says otherwise.
 """
@@ -42,10 +42,10 @@ _GOLD_JUDGE = GoldJudgeParams(lora_first_layer=0, max_examples=ROWS, **_COMMON)
 _DPO = DPOParams(max_pairs=ROWS - 2, beta=0.1, **_COMMON)
 """Nine steps an epoch: the last logged step is that of a checkpoint, and a run going on from there logs no other."""
 _GRPO = GRPOParams(
-    updates=4, prompts_per_update=2, samples_per_prompt=4, epochs=2, minibatches=2, learning_rate=0.01,
-    clip_range=0.2, kl_coef=0.1, missing_eos_penalty=0.5, snapshot_every=2,
+    updates=4, prompts_per_update=2, samples_per_prompt=4, epochs=2, minibatches=2, micro_batch_size=4,
+    learning_rate=0.01, loss_type="grpo", clip_range=0.2, max_grad_norm=1.0, kl_coef=0.1, missing_eos_penalty=0.5,
+    checkpoint_every=1, snapshot_every=2,
 )  # fmt: skip
-"""Four prompts are two updates of four steps each."""
 
 Run = Callable[[Path, Path], None]
 """(folder of inputs, folder for outputs) → None."""

@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from tasks import grpo
 from tasks.core import tracking
 from tasks.core.errors import TrainingError
 from tasks.models import hf_training
+from tasks.rl.trainer import RLTrainer
 from tests.support.tiny_stages import RUNS, run_reward_model, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -37,7 +37,6 @@ def inputs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _often(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(hf_training, "CHECKPOINT_STEPS", EVERY)
-    monkeypatch.setattr(grpo, "CHECKPOINT_UPDATES", 1)
 
 
 def outputs(folder: Path) -> dict[str, bytes]:
@@ -88,22 +87,21 @@ def cut_short(checkpoint: Path) -> None:
     state.write_text(state.read_text()[:100])
 
 
-@pytest.mark.parametrize("stage", RUNS)
+@pytest.mark.parametrize("stage", [stage for stage in RUNS if stage != "grpo"])
 def test_a_stage_interrupted_in_every_epoch_writes_the_same(
     stage: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "whole").mkdir()
     RUNS[stage](inputs, tmp_path / "whole")
-    every = 4 if stage == "grpo" else EVERY
-    first = run_until(every + 2, stage, inputs, tmp_path)
-    assert first == [f"checkpoint-{every}"]
-    second = run_until(2 * every + 2, stage, inputs, tmp_path)
-    assert second == sorted([*first, f"checkpoint-{2 * every}"])
-    third = run_until(3 * every + 2, stage, inputs, tmp_path)
-    assert third == sorted([f"checkpoint-{2 * every}", f"checkpoint-{3 * every}"]), "they must not pile up"
+    first = run_until(EVERY + 2, stage, inputs, tmp_path)
+    assert first == [f"checkpoint-{EVERY}"]
+    second = run_until(2 * EVERY + 2, stage, inputs, tmp_path)
+    assert second == sorted([*first, f"checkpoint-{2 * EVERY}"])
+    third = run_until(3 * EVERY + 2, stage, inputs, tmp_path)
+    assert third == sorted([f"checkpoint-{2 * EVERY}", f"checkpoint-{3 * EVERY}"]), "they must not pile up"
     capsys.readouterr()
     run(stage, inputs, tmp_path)
-    assert f"{stage}: goes on from step {3 * every} of" in capsys.readouterr().out
+    assert f"{stage}: goes on from step {3 * EVERY} of" in capsys.readouterr().out
     result, expected = outputs(tmp_path / "out"), outputs(tmp_path / "whole")
     assert result.keys() == expected.keys()
     assert {"history.csv", "metrics.json", "adapter/adapter_model.safetensors"} <= result.keys()
@@ -112,16 +110,44 @@ def test_a_stage_interrupted_in_every_epoch_writes_the_same(
     assert checkpoints(tmp_path) == third, "the last step is not saved: it need not have been checked"
 
 
+def test_an_rl_stage_interrupted_between_updates_writes_the_same(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Interrupted in the third of four updates, after its snapshots: their policies are part of the outputs."""
+    (tmp_path / "whole").mkdir()
+    RUNS["grpo"](inputs, tmp_path / "whole")
+    score = RLTrainer.score
+
+    def interrupted(self: RLTrainer, rollout: Any) -> Any:
+        if self.updates_done == 2:
+            raise InterruptedRunError
+        return score(self, rollout)
+
+    monkeypatch.setattr(RLTrainer, "score", interrupted)
+    with pytest.raises(InterruptedRunError):
+        run("grpo", inputs, tmp_path)
+    monkeypatch.setattr(RLTrainer, "score", score)
+    curves = Curves()
+    with tracking.active_run(tracking.ActiveRun("grpo", curves, checkpoints=tmp_path / "checkpoints")):
+        RUNS["grpo"](inputs, tmp_path / "out")
+    assert "grpo: goes on from update 2 of 4" in capsys.readouterr().err
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+    assert {"policies/0002/adapter/adapter_model.safetensors", "history.csv"} <= outputs(tmp_path / "out").keys()
+    assert curves.steps["reward/length"] == curves.steps["kl_loss"] == [1, 2, 3, 4], "its curves are whole"
+    samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    assert not (tmp_path / "checkpoints" / "grpo.pt").exists()
+
+
 @pytest.mark.slow
 def test_killed_three_times_and_still_the_same_run(inputs: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "tests.support.killed_stage", str(inputs), str(tmp_path)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, cwd=ROOT, env=environment, check=False, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for stage in ("sft", "grpo"):
-        result, expected = outputs(tmp_path / stage / "out"), outputs(tmp_path / stage / "whole" / "out")
-        assert "history.csv" in expected
-        assert result == expected, stage
+    result, expected = outputs(tmp_path / "sft" / "out"), outputs(tmp_path / "sft" / "whole" / "out")
+    assert "history.csv" in expected
+    assert result == expected
 
 
 def test_a_checkpoint_cut_short_is_passed_over(
@@ -146,12 +172,6 @@ def test_weights_that_are_not_finite_are_never_saved(inputs: Path, tmp_path: Pat
         RUNS["gold_judge"](inputs, tmp_path / "plain")
     patch.undo()
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
-
-
-def test_samples_of_grpo_carry_the_number_of_their_update(inputs: Path, tmp_path: Path) -> None:
-    RUNS["grpo"](inputs, tmp_path)
-    samples = [json.loads(line) for line in (tmp_path / "samples.jsonl").read_text().splitlines()]
-    assert [sample["step"] for sample in samples] == [1, 1, 2, 2, 3, 3, 4, 4]
 
 
 def test_a_plain_function_writes_no_checkpoint() -> None:
@@ -209,14 +229,3 @@ def test_the_curves_of_members_stand_beside_each_other(inputs: Path, tmp_path: P
     with tracking.active_run(tracking.ActiveRun("reward_model", curves)):
         run_reward_model(inputs, tmp_path, ensemble_size=2)
     assert curves.steps["loss"] == curves.steps["member_1/loss"] == [1, 5, 10, 15, 20]
-
-
-def test_the_curves_of_a_run_that_goes_on_are_whole(inputs: Path, tmp_path: Path) -> None:
-    (tmp_path / "out").mkdir()
-    run_until(6, "grpo", inputs, tmp_path)
-    curves = Curves()
-    with tracking.active_run(tracking.ActiveRun("grpo", curves, checkpoints=tmp_path / "checkpoints")):
-        RUNS["grpo"](inputs, tmp_path / "out")
-    steps = len((tmp_path / "out" / "history.csv").read_text().splitlines()) - 1
-    assert curves.steps["loss"] == list(range(1, 4 * steps + 1)), "four optimiser steps in an update"
-    assert curves.steps["reward/length"] == list(range(1, 4 * steps + 1, 4))

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tasks.rl.advantages import action_mask, action_values, leave_one_out, to_actions, turn_counts
+from tasks.rl.advantages import (
+    action_mask,
+    action_values,
+    group_standardised,
+    leave_one_out,
+    to_actions,
+    turn_counts,
+)
 
 MASK = torch.tensor([[True, True, False], [True, True, True]])
 VALUES = torch.tensor([[1.0, 2.0, 100.0], [3.0, 4.0, 5.0]])
@@ -67,3 +74,22 @@ def test_leave_one_out_of_two_is_their_difference():
 def test_leave_one_out_refuses_groups_that_do_not_fit(group):
     with pytest.raises(ValueError, match=f"got {group}"):
         leave_one_out(torch.zeros(6), group)
+
+
+def test_group_standardised_by_hand():
+    # 1, 2, 6: mean 3, squares 4 + 1 + 9 over 2, deviation √7. Equal scores have no advantage.
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    scale = 7**0.5 + 1e-4
+    expected = [-2 / scale, -1 / scale, 3 / scale, 0, 0, 0]
+    assert group_standardised(scores, 3).tolist() == pytest.approx(expected, rel=1e-6)
+
+
+def test_a_small_deviation_does_not_blow_up_the_advantages():
+    # 0 and 2e-4: deviation √2 · 1e-4, so ±1e-4 / (2.414e-4).
+    assert group_standardised(torch.tensor([0.0, 2e-4]), 2).tolist() == pytest.approx([-0.41421, 0.41421], rel=1e-4)
+
+
+@pytest.mark.parametrize("group", [1, 4])
+def test_groups_that_do_not_fit_are_refused(group):
+    with pytest.raises(ValueError, match="groups of at least 2 that divide the 6 responses"):
+        group_standardised(torch.zeros(6), group)

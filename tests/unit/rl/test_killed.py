@@ -16,21 +16,24 @@ ROOT = Path(__file__).resolve().parents[3]
 KILLS = 3
 
 
-def run(folder: Path, *moment: int) -> int:
-    command = [sys.executable, "-m", "tests.support.killed_run", str(folder), *map(str, moment)]
+def run(algorithm: str, folder: Path, *moment: int) -> int:
+    command = [sys.executable, "-m", "tests.support.killed_run", algorithm, str(folder), *map(str, moment)]
     return subprocess.run(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, check=False).returncode
 
 
 @pytest.mark.slow
-def test_killed_three_times_and_still_the_same_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("algorithm", ["ppo", "grpo"])
+def test_killed_three_times_and_still_the_same_run(algorithm: str, tmp_path: Path) -> None:
     """An update has 8 moments and a ninth in its checkpoint; from the 7th on, a run passes at least one checkpoint."""
     draw = random.Random(0)
     moments = [draw.randint(4, 11) for _ in range(KILLS)]
     for moment in moments:
-        assert run(tmp_path, moment) == -signal.SIGKILL, f"it ended before moment {moment}: it has done too much"
-    assert run(tmp_path) == 0
+        assert run(algorithm, tmp_path, moment) == -signal.SIGKILL, (
+            f"it ended before moment {moment}: it has done too much"
+        )
+    assert run(algorithm, tmp_path) == 0
     whole = tmp_path / "whole"
-    assert run(whole) == 0
+    assert run(algorithm, whole) == 0
     result, expected = (torch.load(folder / "result.pt") for folder in (tmp_path, whole))
     assert len(expected["history"]) == 6
     assert result["history"] == expected["history"]

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 from tasks.rl.losses import (
+    EntropySum,
+    KLLoss,
     PolicyLoss,
+    StepLoss,
     ValueLoss,
     entropy_from_logits,
+    entropy_sum,
+    kl_loss,
     logprobs_from_logits,
     policy_loss,
+    token_weights,
     value_loss,
 )
 
@@ -189,6 +196,65 @@ def test_a_step_without_tokens_is_refused(count: int) -> None:
         policy_loss(one, one, one, mask, clip_range=0.2, token_count=count)
     with pytest.raises(ValueError, match="token_count must be"):
         value_loss(one, one, one, mask, value_clip_range=0.2, token_count=count)
+
+
+# -- GRPO ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("loss_type", "expected"),
+    [
+        ("grpo", [[1 / 12, 1 / 12, 1 / 12], [1 / 8, 1 / 8, 0]]),  # lengths 3 and 2, of 4 responses
+        ("bnpo", [[1 / 10] * 3, [1 / 10, 1 / 10, 0]]),  # 10 tokens in the step
+        ("dapo", [[1 / 10] * 3, [1 / 10, 1 / 10, 0]]),
+        ("dr_grpo", [[1 / 28] * 3, [1 / 28, 1 / 28, 0]]),  # 4 responses of up to 7 tokens
+    ],
+)
+def test_token_weights_by_hand(loss_type: Any, expected: list[list[float]]) -> None:
+    weights = token_weights(MASK, loss_type, responses=4, tokens=10, max_new_tokens=7)
+    torch.testing.assert_close(weights, torch.tensor(expected), rtol=1e-6, atol=0)
+
+
+def test_weighted_policy_loss_by_hand() -> None:
+    """The terms of `test_policy_loss_by_hand`, each with its own weight; junk in a masked weight changes nothing."""
+    weights = f64([[1.0, 2.0, 3.0], [0.5, 0.1, NAN]])
+    logprobs = (f64(RATIOS).log() - 1).masked_fill(~MASK, NAN).requires_grad_()
+    old = f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, -INF]])
+    result = policy_loss(logprobs, old, GAINS, MASK, clip_range=0.2, weights=weights)
+    assert result.loss.item() == pytest.approx(-1.2 + 2 * 1.5 - 3 * 0.5 + 0.5 * 1.6 - 0.1 * 1.1, rel=1e-12)
+    metrics, unweighted = result.metrics(), policy_example()[1].metrics()
+    assert {**metrics, "policy_loss": 0.0} == {**unweighted, "policy_loss": 0.0}, "the ratios' statistics are the same"
+    result.loss.backward()
+    assert logprobs.grad is not None
+    assert logprobs.grad.flatten().tolist() == pytest.approx([0, 3.0, -1.5, 0, -0.11, 0], abs=1e-12)
+
+
+def test_kl_loss_by_hand() -> None:
+    # Δ = ln 2: k3 = ½ − 1 + ln 2; Δ = −ln 2: k3 = 2 − 1 − ln 2. With ρ = 1.5 and ½, and weights 2 and 3.
+    logprobs = f64([[math.log(2) - 1, -math.log(2) - 1, NAN]], requires_grad=True)
+    old = f64([[math.log(2) - 1 - math.log(1.5), -1.0, INF]])
+    mask = torch.tensor([[True, True, False]])
+    result = kl_loss(logprobs, old, f64([[-1.0, -1.0, NAN]]), mask, weights=f64([[2.0, 3.0, NAN]]))
+    first, second = math.log(2) - 0.5, 1 - math.log(2)
+    assert result.metrics() == {"kl_loss": pytest.approx(2 * 1.5 * first + 3 * 0.5 * second, rel=1e-12)}
+    # ∂(ρ · k3) / ∂logp = ρ · (k3 + 1 − e^(−Δ)).
+    result.loss.backward()
+    assert logprobs.grad is not None
+    expected = [2 * 1.5 * (first + 0.5), 3 * 0.5 * (second - 1), 0]
+    assert logprobs.grad.flatten().tolist() == pytest.approx(expected, rel=1e-12)
+
+
+def test_parts_of_a_step_add_up() -> None:
+    entropies = f64([[1.0, 2.0, NAN]]), f64([[4.0, INF, NAN]])
+    masks = torch.tensor([[True, True, False]]), torch.tensor([[True, False, False]])
+    first, second = (
+        StepLoss(torch.tensor(loss, requires_grad=True), (entropy_sum(entropy, mask), KLLoss(torch.tensor(loss))))
+        for loss, entropy, mask in zip((1.0, 2.5), entropies, masks, strict=True)
+    )
+    total = first + second
+    assert (total.loss.item(), total.loss.requires_grad) == (3.5, False)
+    assert total.metrics() == {"entropy": pytest.approx(7 / 3), "kl_loss": 3.5}
+    assert isinstance(total.parts[0], EntropySum)
 
 
 # -- value -----------------------------------------------------------------------------------------------------------

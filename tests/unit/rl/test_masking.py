@@ -13,7 +13,6 @@ from tasks.rl.masking import (
     masked_mean,
     masked_sum,
     masked_var,
-    response_mask_from,
     through_last_true,
     whiten,
     zero_masked,
@@ -125,27 +124,6 @@ def test_explained_variance_of_equal_returns_is_zero(junk: float) -> None:
 def test_explained_variance_looks_at_all_returns_for_equality(sign: float) -> None:
     values = returns = row(sign, 2 * sign)
     assert explained_variance(values, returns, all_true(values)).item() == 1.0
-
-
-@pytest.mark.parametrize(
-    ("tokens", "ends", "expected"),
-    [
-        ([5, 6, 2, 0, 0], 2, [1, 1, 1, 0, 0]),  # up to and including the end token
-        ([5, 6, 7, 8, 9], 2, [1, 1, 1, 1, 1]),  # never ended
-        ([2, 0, 0, 0, 0], 2, [1, 0, 0, 0, 0]),  # ended at once
-        ([5, 2, 2, 6, 2], 2, [1, 1, 0, 0, 0]),  # only the first end token counts
-        ([5, 6, 7, 8, 2], 2, [1, 1, 1, 1, 1]),  # ended with the last token
-        ([5, 3, 6, 2, 0], (2, 3), [1, 1, 0, 0, 0]),  # either of two, whichever is first
-        ([5, 2, 6, 3, 0], (2, 3), [1, 1, 0, 0, 0]),
-        ([5, 2, 6, 3, 0], (), [1, 1, 1, 1, 1]),  # no end token exists
-    ],
-)
-def test_response_mask(tokens: list[int], ends: int | tuple[int, ...], expected: list[int]) -> None:
-    other = [9, 9, 9, 9, 9]  # a second row: nothing leaks from one row into the next
-    mask = response_mask_from(torch.tensor([tokens, other]), ends)
-    assert mask.dtype == torch.bool
-    assert mask[0].long().tolist() == expected
-    assert mask[1].all()
 
 
 def test_zero_masked_keeps_dtype_and_stops_gradients() -> None:

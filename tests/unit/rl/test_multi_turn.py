@@ -6,18 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from tests.unit.rl.test_trainer import PARAMS
 from torch import Tensor, nn
 
-from tasks.config.training import GenerationParams
+from tasks.config.training import GenerationParams, RLParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
+from tasks.rl.checkpoint import Checkpoint
 from tasks.rl.environments.base import Step
 from tasks.rl.multi_turn import MultiTurnRollout, MultiTurnSampler
-from tasks.rl.policy import Policy, model_inputs
-from tasks.rl.rollout import derive_generator
-from tasks.rl.trainer import PPOTrainer, PromptSet
-from tests.conftest import EOS, PAD, letter_tokenizer, tiny_model, tiny_policy
+from tasks.rl.policy import Policy, PolicyOutput, model_inputs
+from tasks.rl.rollout import LocalSampler, derive_generator
+from tasks.rl.trainer import RLTrainer
+from tests.conftest import EOS, letter_tokenizer, tiny_model, tiny_policy
+from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, algorithm_of, experience_of
 
 SIGNS = "Ġabcdefghijklmnopqrstuvwxy:UĊB"
 """All that a role needs; Ċ is the line end."""
@@ -48,14 +49,16 @@ def answer(text: str) -> str:
 
 @pytest.fixture(autouse=True)
 def _short_roles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tasks.rl.multi_turn.answered", answer)
+    monkeypatch.setattr("tasks.rl.multi_turn.user_turn", answer)
 
 
 def multi_turn_sampler(
-    *, max_turns: int = 3, temperature: float = 1.0, tokens: int = 3, gamma: float = 0.5
+    model: Any = None, *, max_turns: int = 3, temperature: float = 1.0, tokens: int = 3, value_head: Any = None
 ) -> MultiTurnSampler:
     generation = GenerationParams(max_new_tokens=tokens, temperature=temperature)
-    return MultiTurnSampler(Echo, ROWS, TOKENIZER, generation, max_turns=max_turns, gamma=gamma)
+    return MultiTurnSampler(
+        LocalSampler(model or tiny_model(), TOKENIZER, generation, value_head), Echo, max_turns=max_turns
+    )
 
 
 def moved_policy() -> Any:
@@ -67,12 +70,10 @@ def moved_policy() -> Any:
 
 
 def conversations(
-    model: Any = None, chosen: Any = (0, 1, 2, 3, 4), samples: int = 2, **options: Any
+    model: Any = None, chosen: Any = (0, 1, 2, 3, 4), samples: int = 2, seed: int = 0, **options: Any
 ) -> MultiTurnRollout:
-    head = options.pop("value_head", None)
-    seed = options.pop("seed", 0)
-    generator = options.pop("generator", lambda turn: derive_generator(seed, turn))
-    return multi_turn_sampler(**options)(model or tiny_model(), chosen, samples, generator, value_head=head)
+    sampler, rows = multi_turn_sampler(model, **options), [ROWS[index] for index in chosen]
+    return sampler.sample(rows, derive_generator(seed), samples_per_prompt=samples)
 
 
 def pieces(rollout: MultiTurnRollout, row: int) -> list[tuple[bool, list[int]]]:
@@ -162,39 +163,47 @@ def test_people_read_both_sides_and_rewards_the_policys_words_alone() -> None:
     environment = Echo()
     first, second = (environment.step(turn) for turn in turns)
     expected = turns[0] + answer(first.observation) + turns[1] + f"\nUser: {second.observation}"
-    assert rollout.display_texts(["ignored"] * 10)[row] == expected
-    assert rollout.texts(str)[row] == "\n".join(turn.strip() for turn in turns)
+    assert rollout.transcripts[row] == expected
+    assert rollout.texts[row] == "\n".join(turn.strip() for turn in turns)
     assert rollout.prompt_texts[row] == ROWS[row // 2].prompt
 
 
 def test_what_was_earned_is_a_component_and_turns_and_success_are_noticed() -> None:
     rollout = conversations()
     reward = CompositeReward({"short": lambda prompts, texts: [-1.0] * len(texts)}, {"environment": 2.0, "short": 0.5})
-    outcome = reward(rollout.prompt_texts, rollout.policy_texts, given=rollout.external_rewards)
+    outcome = reward(rollout.prompt_texts, rollout.texts, external=rollout.external_rewards)
     assert torch.equal(outcome.components["environment"], rollout.rewards)
     assert torch.equal(outcome.total, 2 * rollout.rewards - 0.5)
-    assert torch.equal(outcome.measures["success"], rollout.rewards)
-    assert torch.equal(outcome.measures["turns"], rollout.turns.float())
+    assert torch.equal(outcome.metrics["success"], rollout.rewards)
+    assert torch.equal(outcome.metrics["turns"], rollout.turns.float())
+
+
+VARIANTS = {action: PARAMS.model_copy(update={"action": action}) for action in ("token", "turn", "response")}
+VARIANTS["grpo"] = GRPO_PARAMS
+EACH_VARIANT = pytest.mark.parametrize("params", VARIANTS.values(), ids=VARIANTS)
 
 
 # -- in the trainer --------------------------------------------------------------------------------------------
 
 
-def ppo(**changes: Any) -> PPOTrainer:
-    params = PARAMS.model_copy(update={"prompts_per_update": 4, "micro_batch_size": 8} | changes)
+def run_of(params: RLParams = PARAMS, **changes: Any) -> RLTrainer:
+    params = params.model_copy(update={"prompts_per_update": 4, "micro_batch_size": 8} | changes)
     torch.manual_seed(0)
-    codec = PromptSet([row.prompt for row in ROWS], [[3]] * 5, lambda ids: str(TOKENIZER.decode(ids)), EOS, PAD)
-    reward = CompositeReward({}, {"environment": 1.0})
-    generation = GenerationParams(max_new_tokens=3, temperature=1.0)
-    policy = Policy(moved_policy(), temperature=1.0)
-    return PPOTrainer(policy, codec, reward, params, generation, seed=0, multi_turn=multi_turn_sampler())
+    model = moved_policy()
+    policy = Policy(model, temperature=1.0, value_head=params.stage == "ppo")
+    return RLTrainer(
+        policy, multi_turn_sampler(model, value_head=policy.value_head), ROWS,
+        CompositeReward({}, {"environment": 1.0}), algorithm_of(params, turn_gamma=0.5),
+        seed=0, checkpoint=Checkpoint(None, params.stage),
+    )  # fmt: skip
 
 
 def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() -> None:
     """λ = 1 and no KL penalty: the return of turn k of n is γ^(n − 1 − k) · score, whatever the values."""
-    trainer = ppo(action="turn", lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
-    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
-    experience, metrics = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
+    trainer = run_of(action="turn", lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
+    scored = trainer.score(trainer.sample())
+    rollout, outcome = scored.rollout, scored.reward
+    experience, metrics = trainer.algorithm.compute_advantages(scored)[0], trainer._rollout_metrics(scored)
     assert set(rollout.turns.tolist()) > {1}
     for row, turns in enumerate(rollout.turns.tolist()):
         expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
@@ -207,66 +216,69 @@ def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() ->
 
 @pytest.mark.parametrize("action", ["token", "response"])
 def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -> None:
-    trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
-    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
-    experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
+    trainer = run_of(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
+    scored = trainer.score(trainer.sample())
+    rollout, outcome = scored.rollout, scored.reward
+    experience, _ = trainer.algorithm.compute_advantages(scored)
     for row, turns in enumerate(rollout.turns.tolist()):
         own = experience.returns[row][experience.action_mask[row]]
         assert own.tolist() == pytest.approx([outcome.total[row].item() * 0.5 ** (turns - 1)] * len(own), abs=1e-6)
 
 
-@pytest.mark.parametrize("action", ["token", "response"])
-def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(action: str) -> None:
-    trainer = ppo(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.5)
-    rollout, _, responses, reference, outcome = trainer._score_rollout(*trainer._rollout())
+@pytest.mark.parametrize("params", [VARIANTS["token"], VARIANTS["response"], GRPO_PARAMS])
+def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(params: RLParams) -> None:
+    trainer = run_of(params, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.5)
+    scored = trainer.score(trainer.sample())
+    rollout, outcome = scored.rollout, scored.reward
     late = (rollout.turns > 1) & ~rollout.has_eos
     assert late.any(), "a sample that shows nothing"
-    experience, _ = trainer._build_experience(rollout, rollout.asked, responses, reference, outcome)
+    experience, _ = trainer.algorithm.compute_advantages(scored)
     expected = outcome.total * 0.5 ** (rollout.turns - 1) - 0.5 * (~rollout.has_eos).float()
-    torch.testing.assert_close(experience.returns[:, 0], expected, rtol=0, atol=1e-6)
+    found = scored.scores if params is GRPO_PARAMS else experience.returns[:, 0]
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("action", ["token", "turn", "response"])
-def test_the_first_step_starts_at_the_rollouts_policy(action: str) -> None:
-    trainer = ppo(action=action)
-    experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
+@EACH_VARIANT
+def test_the_first_step_starts_at_the_rollouts_policy(params: RLParams) -> None:
+    trainer = run_of(params)
+    experience, _ = experience_of(trainer)
     metrics = trainer.updater.step(experience)
     assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
     assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
 
 
-@pytest.mark.parametrize("action", ["token", "turn"])
-def test_micro_batches_do_not_change_the_gradient(action: str) -> None:
+@EACH_VARIANT
+def test_micro_batches_do_not_change_the_gradient(params: RLParams) -> None:
     gradients = []
     for size in (8, 3):
-        trainer = ppo(action=action, micro_batch_size=size)
-        experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
+        trainer = run_of(params, micro_batch_size=size)
+        experience, _ = experience_of(trainer)
         trainer.updater.step(experience)
         gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
     for whole, split in zip(*gradients, strict=True):
         torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize("action", ["token", "turn", "response"])
-def test_no_gradient_comes_from_the_environments_tokens(action: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@EACH_VARIANT
+def test_no_gradient_comes_from_the_environments_tokens(params: RLParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens as targets: junk in their log-probabilities and values changes nothing, and none flows back."""
-    seen: list[tuple[Tensor, Tensor]] = []
+    seen: list[Tensor] = []
     gradients = []
     for junk in (None, 7.0, float("nan")):
-        trainer = ppo(action=action)
-        experience, _ = trainer._build_experience(*trainer._score_rollout(*trainer._rollout()))
+        trainer = run_of(params)
+        experience, _ = experience_of(trainer)
         mask = experience.response_mask
         forward = trainer.policy.forward
 
-        def spoilt(piece: Any, forward: Any = forward, junk: Any = junk) -> tuple[Tensor, Tensor, Tensor]:
-            logprobs, values, entropy = forward(piece)
+        def spoilt(piece: Any, forward: Any = forward, junk: Any = junk) -> PolicyOutput:
+            output = forward(piece)
             if junk is None:
-                logprobs.retain_grad()
-                values.retain_grad()
-                seen.append((logprobs, values))
-                return logprobs, values, entropy
-            off = ~piece.response_mask
-            return logprobs.masked_fill(off, junk), values.masked_fill(off, junk), entropy.masked_fill(off, junk)
+                trained = [tensor for tensor in output if tensor.requires_grad]
+                for tensor in trained:
+                    tensor.retain_grad()
+                seen.extend(trained)
+                return output
+            return PolicyOutput(*(tensor.masked_fill(~piece.response_mask, junk) for tensor in output))
 
         monkeypatch.setattr(trainer.policy, "forward", spoilt)
         metrics = trainer.updater.step(experience)
@@ -274,21 +286,21 @@ def test_no_gradient_comes_from_the_environments_tokens(action: str, monkeypatch
         if junk is None:
             plain = metrics
         assert metrics == plain
-    for logprobs, values in seen:
-        assert logprobs.grad is not None
-        assert logprobs.grad[~mask].eq(0).all()
-        assert values.grad is not None
-        assert values.grad[~mask].eq(0).all()
-        assert logprobs.grad[mask].ne(0).any()
+    assert len(seen) == (1 if params is GRPO_PARAMS else 2), "log-probabilities, and values where there is a head"
+    for tensor in seen:
+        assert tensor.grad is not None
+        assert tensor.grad[~mask].eq(0).all()
+        assert tensor.grad[mask].ne(0).any()
     for spoiled in gradients[1:]:
         for one, other in zip(gradients[0], spoiled, strict=True):
             assert torch.equal(one, other)
 
 
-def test_two_runs_are_the_same_and_samples_hold_whole_conversations() -> None:
+@pytest.mark.parametrize("params", [VARIANTS["turn"], GRPO_PARAMS])
+def test_two_runs_are_the_same_and_samples_hold_whole_conversations(params: RLParams) -> None:
     runs = []
     for _ in range(2):
-        trainer = ppo(action="turn", updates=2)
+        trainer = run_of(params, updates=2)
         trainer.train()
         runs.append(
             (

@@ -6,17 +6,23 @@ import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
 
-from tasks.rl.rollout import Rollout, generate
+from tasks.config.training import GenerationParams
+from tasks.core.rows import Prompt
+from tasks.rl.rollout import BatchRows, LocalSampler, Rollout, derive_generator, extend_generator
 from tests.conftest import tiny_policy
+from tests.support.tiny_trainer import NumberTokenizer
 
 PAD, EOS = 0, 1
 PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 HALVES = [[[5, 6, 7], [8]], [[9, 10, 11, 12, 13], [5, 6, 7]]]
 
 
-def sample(model, prompts=PROMPTS, *, seed=0, **options) -> Rollout:
-    settings = {"max_new_tokens": 12, "temperature": 1.0, "eos_token_id": EOS, "pad_token_id": PAD} | options
-    return generate(model, prompts, generator=torch.Generator().manual_seed(seed), **settings)
+def sample(
+    model, prompts=PROMPTS, *, seed=0, max_new_tokens=12, temperature=1.0, value_head=None, **options
+) -> Rollout:
+    generation = GenerationParams(max_new_tokens=max_new_tokens, temperature=temperature)
+    sampler = LocalSampler(model, NumberTokenizer(), generation, value_head)
+    return sampler.sample(prompts, torch.Generator().manual_seed(seed), **options)
 
 
 def fresh_logprobs(model, prompt: list[int], response: list[int], temperature: float) -> torch.Tensor:
@@ -55,7 +61,8 @@ def test_logprobs_equal_a_fresh_forward_pass_with_an_adapter():
 def test_the_parts_of_a_batch_are_sampled_as_the_whole(model):
     """Two processes that share a batch write what one would."""
     whole = sample(model, PROMPTS + PROMPTS[:1], samples_per_prompt=2)
-    halves = [sample(model, part, samples_per_prompt=2, part=place, parts=2) for place, part in enumerate(HALVES)]
+    rows = [BatchRows(range(4), 8), BatchRows(range(4, 8), 8)]
+    halves = [sample(model, part, samples_per_prompt=2, batch_rows=own) for part, own in zip(HALVES, rows, strict=True)]
     for name in ("responses", "response_mask", "logprobs"):
         expected = getattr(whole, name)
         got = torch.cat([F.pad(getattr(half, name), (0, 12 - getattr(half, name).shape[1])) for half in halves])
@@ -71,8 +78,24 @@ def test_response_ends_at_its_end_token_and_is_padded_after_it(model):
         assert (tokens[: length - 1] != EOS).all()
         assert (tokens[length - 1] == EOS) == bool(ended)
         assert ended or length == 12, "a row was dropped before its end"
-    lengths = [len(ids) for ids in rollout.response_ids()]
-    assert lengths == (rollout.response_mask.sum(1) - rollout.has_eos.long()).tolist()
+    lengths = [len(text.split()) for text in rollout.texts]
+    assert lengths == (rollout.response_mask.sum(1) - rollout.has_eos.long()).tolist(), "the end token is no text"
+
+
+def test_prompts_are_rows_texts_or_token_ids(model):
+    texts = [" ".join(map(str, ids)) for ids in PROMPTS]
+    by_ids, by_text = sample(model, samples_per_prompt=2), sample(model, texts, samples_per_prompt=2)
+    by_row = sample(model, [Prompt(id=text, prompt=text) for text in texts], samples_per_prompt=2)
+    for rollout in (by_ids, by_text, by_row):
+        assert torch.equal(rollout.responses, by_ids.responses)
+        assert rollout.prompt_texts == [text for text in texts for _ in range(2)]
+        assert rollout.texts == by_ids.texts
+        assert rollout.values is None
+
+
+def test_a_generator_derived_in_two_steps_is_that_of_all_parts():
+    whole, steps = derive_generator(5, 0, 7), extend_generator(derive_generator(5, 0), 7)
+    assert whole.initial_seed() == steps.initial_seed() != derive_generator(5, 7, 0).initial_seed()
 
 
 def test_same_seed_same_rollout_and_another_seed_another(model):

@@ -120,5 +120,5 @@ def test_values_of_a_task_are_single_words_that_identify_their_slot() -> None:
 
 
 def test_an_unknown_wish_is_named() -> None:
-    with pytest.raises(DataError, match=r"no wish 'boat'; known ones: table, address, taxi"):
+    with pytest.raises(DataError, match=r"no task 'boat'; known ones: table, address, taxi"):
         next(generate_dialogues(["taxi", "boat"], 0))

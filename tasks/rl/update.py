@@ -1,0 +1,106 @@
+"""Policy update: epochs of optimiser steps on one rollout, each checked before it is applied."""
+
+from __future__ import annotations
+
+import math
+import operator
+from functools import reduce
+from typing import Any
+
+import torch
+
+from tasks.core import distributed
+from tasks.core.errors import TrainingError
+from tasks.rl.algorithm import Algorithm, Experience, Metrics
+from tasks.rl.hacking import format_samples
+from tasks.rl.losses import StepLoss
+from tasks.rl.policy import Policy
+
+__all__ = ["PolicyUpdate"]
+
+ADAM_EPSILON = 1e-5  # Huang et al., detail on Adam: PyTorch's default differs from the original's in effect
+MAX_MEAN_RATIO = 10.0  # a rollout whose policy has moved this far cannot be corrected by importance weights
+
+
+class PolicyUpdate:
+    """Update of the trainable parameters by Adam and the algorithm's loss."""
+
+    def __init__(self, policy: Policy, algorithm: Algorithm[Any]) -> None:
+        self.policy, self.algorithm, self.params = policy, algorithm, algorithm.params
+        self._max_kl = math.inf if self.params.target_kl is None else self.params.target_kl
+        self.optimizer = torch.optim.Adam(
+            policy.trainable_parameters().values(), lr=self.params.learning_rate, eps=ADAM_EPSILON
+        )
+
+    def __call__(self, experience: Experience, update: int, generator: torch.Generator) -> Metrics:
+        """Run several epochs of clipped steps on one rollout; stop early once the KL reaches its target.
+
+        Raises:
+            TrainingError: a loss or gradient is not finite, or the policy has moved out of reach of its rollouts.
+        """
+        size = len(experience) // self.params.minibatches
+        steps: list[Metrics] = []
+        for _ in range(self.params.epochs):
+            order = torch.randperm(len(experience), generator=generator)
+            for rows in torch.split(order, size):
+                for group in self.optimizer.param_groups:
+                    group["lr"] = self.algorithm.learning_rate(update, len(steps))
+                steps.append(self.step(experience.select(rows)))
+                if steps[-1]["approx_kl"] > self._max_kl:
+                    return self._summary(steps, update)
+        return self._summary(steps, update)
+
+    def step(self, minibatch: Experience) -> Metrics:
+        """Take one step on the minibatch unless the KL is over its target; micro-batches only bound the memory."""
+        self.optimizer.zero_grad()
+        shard = distributed.shard(range(len(minibatch)), f"the size of {self.params.stage}'s minibatches")
+        micro_batches = minibatch.select(torch.tensor(shard)).split(self.params.micro_batch_size)
+        total = reduce(operator.add, (self._backward(micro_batch, minibatch) for micro_batch in micro_batches))
+        distributed.all_reduce_gradients(self.policy.trainable_parameters().values())
+        metrics = StepLoss(total.loss, tuple(distributed.all_reduce_sum(part) for part in total.parts)).metrics()
+        if metrics["ratio_mean"] > MAX_MEAN_RATIO:
+            raise TrainingError(
+                f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "
+                f"left its rollouts behind; lower {self.params.stage}.learning_rate or {self.params.stage}.epochs"
+            )
+        norm = torch.nn.utils.clip_grad_norm_(self.policy.trainable_parameters().values(), self.params.max_grad_norm)
+        metrics["grad_norm"] = norm.item()
+        self._check_finite(metrics, minibatch)
+        if metrics["approx_kl"] <= self._max_kl:
+            self.optimizer.step()
+        return metrics
+
+    def _summary(self, steps: list[Metrics], update: int) -> Metrics:
+        means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
+        means["ratio_max"] = max(step["ratio_max"] for step in steps)
+        means["learning_rate"] = self.algorithm.learning_rate(update, 0)
+        means["optimiser_steps"] = sum(step["approx_kl"] <= self._max_kl for step in steps)
+        return means
+
+    def _backward(self, micro_batch: Experience, minibatch: Experience) -> StepLoss:
+        """Add the gradient of a micro-batch."""
+        step_loss = self.algorithm.loss(self.policy(micro_batch), micro_batch, minibatch)
+        step_loss.loss.backward()  # type: ignore[no-untyped-call]
+        return step_loss
+
+    def _check_finite(self, metrics: Metrics, minibatch: Experience) -> None:
+        non_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
+        if not non_finite:
+            return
+        rows = [
+            row for row in range(len(minibatch)) if not self._is_finite_alone(minibatch.select(torch.tensor([row])))
+        ]
+        samples = format_samples(rows, minibatch.prompt_texts, minibatch.texts)
+        source = f"from {len(rows)} of {len(minibatch)} responses: {samples}" if rows else "from no single response"
+        raise TrainingError(
+            f"not finite: {non_finite}, {source}; this step changed nothing; lower {self.params.stage}.learning_rate, "
+            "or look at the rewards of these samples"
+        )
+
+    def _is_finite_alone(self, sample: Experience) -> bool:
+        """Whether the loss and the gradient of this response alone are finite."""
+        self.optimizer.zero_grad()
+        step_loss = self._backward(sample, sample)
+        gradients = [weight.grad for weight in self.policy.trainable_parameters().values() if weight.grad is not None]
+        numbers = step_loss.metrics().values()
+        return all(map(math.isfinite, numbers)) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
