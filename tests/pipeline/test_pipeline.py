@@ -10,6 +10,7 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
+from ruamel.yaml import YAML
 
 from tests.pipeline.conftest import PATIENCE, query
 
@@ -59,7 +60,8 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert results(output)["sft"] == "restored"
     assert project.ran() == []
     assert '"epochs":1' in (project.root / "artifacts/sft/result/data.txt").read_text()
-    assert project.lock() == lock
+    # By content: DVC writes null as an empty value where it changes a file, and out where it writes a new one.
+    assert YAML(typ="safe").load(project.lock()) == YAML(typ="safe").load(lock)
 
 
 def test_status_names_the_one_item_of_a_list_that_changed(project: Project) -> None:
@@ -204,7 +206,7 @@ def first_keys(finished: tuple[Project, str]) -> dict[str, str]:
         ("requirements.lock", "1", "2", {"sft"}),
         ("params.yaml", "# Every", "# every", set()),
         ("flows/pipeline.py", '"""The', '"""the', set()),
-        ("tasks/core/tracking.py", '"""What', '"""what', set()),
+        ("tasks/core/tracking.py", '"""Log', '"""log', set()),
     ],
 )
 def test_the_key_changes_with_one_byte_of_what_a_stage_reads_and_with_nothing_else(

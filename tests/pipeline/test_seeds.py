@@ -54,10 +54,10 @@ COMPARE = f"""
 def trainable(fresh: Project) -> Project:
     """The toy project with a policy, which fails under seed 2 and loses under seed 1, and its evaluation."""
     begins, ends = "    state = pathlib", "    metrics = "
-    ppo = STAGE.format(name="ppo", signature="params, policy_seed: int, *, prepare, out")
+    ppo = STAGE.format(name="ppo", sections="params, policy_seed: int", reads="artifacts.prepare")
     train = TRAIN.format(hold=str(fresh.root.parent / "hold"))
     (fresh.root / "tasks" / "ppo.py").write_text(ppo.replace(begins, train + begins, 1))
-    evaluate = STAGE.format(name="evaluate", signature="params, seed: int, *, ppo, out")
+    evaluate = STAGE.format(name="evaluate", sections="params, seed: int", reads="artifacts.ppo")
     (fresh.root / "tasks" / "evaluate.py").write_text(evaluate.replace(ends, COMPARE + ends, 1))
     (fresh.root / "dvc.yaml").write_text(DVC_YAML + MORE_STAGES)
     fresh.commit()

@@ -49,7 +49,7 @@ def test_the_curve_has_every_kept_policy_and_best_of_n(tiny: tuple[Project, str]
         ("best_of_n", 2), ("best_of_n", 4), ("ppo", 1), ("ppo", 2), ("grpo", 1), ("grpo", 2),
     ]  # fmt: skip
     assert float(rows[1]["kl"]) == pytest.approx(math.log(4) - 3 / 4, abs=1e-6)
-    assert "Where more reward stops being better" in (folder / "evaluate" / "report.html").read_text()
+    assert 'id="curve">Reward over-optimisation<' in (folder / "evaluate" / "report.html").read_text()
     last = (folder / "ppo" / "policies" / "0002" / "adapter" / "adapter_model.safetensors").read_bytes()
     assert last == (folder / "ppo" / "adapter" / "adapter_model.safetensors").read_bytes()
 
