@@ -36,27 +36,31 @@ from tasks.rl.trainer import RLTrainer
 PROMPTS, SAMPLES, UPDATES = 8, 4, 3
 
 
-class UpdateTimer(TrainerCallback, Callback):
+class UpdateTimer:
     """Timer of updates, without the first."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.times.append(time.perf_counter())
+    def seconds(self) -> list[float]:
+        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
 
+
+class OurTimer(UpdateTimer, Callback):
     def on_update_end(self, update: int) -> None:
         self.times.append(time.perf_counter())
 
-    def seconds(self) -> list[float]:
-        return [after - before for before, after in zip(self.times, self.times[1:], strict=False)]
+
+class TRLTimer(UpdateTimer, TrainerCallback):
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.times.append(time.perf_counter())
 
 
 def rewards(texts: list[str]) -> list[float]:
     return [float(len(text) % 7) for text in texts]
 
 
-def train_ours(model: Any, tokenizer: Any, texts: list[str], timer: UpdateTimer) -> None:
+def train_ours(model: Any, tokenizer: Any, texts: list[str], timer: OurTimer) -> None:
     params = GRPOParams(
         updates=UPDATES + 1, prompts_per_update=PROMPTS, samples_per_prompt=SAMPLES, epochs=1, minibatches=1,
         micro_batch_size=PROMPTS * SAMPLES, learning_rate=1e-5, loss_type="grpo", clip_range=0.2, max_grad_norm=1.0,
@@ -73,7 +77,7 @@ def train_ours(model: Any, tokenizer: Any, texts: list[str], timer: UpdateTimer)
     ).train()  # fmt: skip
 
 
-def train_trl(model: Any, tokenizer: Any, texts: list[str], timer: UpdateTimer) -> None:
+def train_trl(model: Any, tokenizer: Any, texts: list[str], timer: TRLTimer) -> None:
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
         arguments = GRPOConfig(
@@ -93,10 +97,12 @@ def train_trl(model: Any, tokenizer: Any, texts: list[str], timer: UpdateTimer) 
 def update_seconds(side: str) -> list[float]:
     """Measure the seconds of each update of a new trainer."""
     torch.manual_seed(0)
-    tokenizer, timer = load_tokenizer(), UpdateTimer()
+    tokenizer = load_tokenizer()
     model = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32)
-    train = train_ours if side == "ours" else train_trl
-    train(model, tokenizer, [tokenizer.decode(row) for row in prompts(PROMPTS)], timer)
+    texts = [tokenizer.decode(row) for row in prompts(PROMPTS)]
+    timer: OurTimer | TRLTimer = OurTimer() if side == "ours" else TRLTimer()
+    train: Any = train_ours if side == "ours" else train_trl
+    train(model, tokenizer, texts, timer)
     return timer.seconds()
 
 
