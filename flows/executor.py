@@ -1,4 +1,4 @@
-"""Bringing one stage up to date: DVC decides here, and the work is done here, in a child, or in several ranks.
+"""Execution of one stage: DVC decides in this process; the stage runs here, in a child process, or in several ranks.
 
 The ranks are those of torch's elastic launcher, as `torchrun --standalone --nproc-per-node N -m tasks.<stage>` starts
 them, but they end with the process that started them, and an error is the one message that it is without ranks.
@@ -35,7 +35,7 @@ _dvc_lock = threading.Lock()
 
 @dataclass(frozen=True)
 class Execution:
-    """How the work of a stage is done.
+    """Settings for the execution of a stage.
 
     Args:
         own_process: in a child process, beside which others can run and which can be ended, and not in this one.
@@ -52,7 +52,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What happened to a stage. `key` is DVC's hash of all that it read."""
+    """Result of the execution of a stage. `key` is DVC's hash of all its inputs."""
 
     stage: str
     result: dvc_reproduce.Result
@@ -113,7 +113,7 @@ def stage_log_path(name: str) -> Path:
 
 
 def visible_gpus() -> list[str]:
-    """The GPUs that this process may use, as CUDA_VISIBLE_DEVICES names them; torch, which knows, imports slowly."""
+    """List the GPUs of this process in the spelling of CUDA_VISIBLE_DEVICES, without torch, whose import is slow."""
     if (visible := os.environ.get("CUDA_VISIBLE_DEVICES")) is not None:
         return [device.strip() for device in visible.split(",") if device.strip()]
     if not shutil.which("nvidia-smi"):

@@ -37,7 +37,7 @@ __all__ = ["ReproducedWeights", "expand_grid", "reproduce", "run_seeds", "same_l
 
 
 def sweep(settings: Sequence[str], args: Sequence[str]) -> Path:
-    """Run every combination of values, one after another, and compare them; the folder with the comparison.
+    """Run every combination of values, one after another; return the folder with the comparison.
 
     Args:
         settings: `key=value,value,…` each.
@@ -115,7 +115,7 @@ def run_seeds(
         environment: variables by which another process reports to the same servers.
 
     Returns:
-        The folder with the comparison, and its content: see `tasks.evals.experiments.report`.
+        The folder with the comparison, and its content: see `tasks.evals.experiments.summarise_seeds`.
 
     Raises:
         ConfigError: there is nothing to compare.
@@ -149,7 +149,7 @@ def _check_seeds_apply(params: Params, stages: Sequence[str]) -> None:
 
 
 def _run_in_place(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[str, SeedResult | RLHFError]:
-    """The project's own run: its Prefect id, and its result."""
+    """Run the pipeline in this folder; return its Prefect run id and its result."""
     from flows.pipeline import pipeline
 
     flow_state: Any = pipeline(list(stages) or None, **options, return_state=True)
@@ -203,7 +203,7 @@ def _new_series_folder(kind: str) -> Path:
 def _run_with_overrides(
     folder: Path, settings: Sequence[str], args: Sequence[str], environment: Mapping[str, str] | None = None
 ) -> Iterator[Path]:
-    """The folder of what the stages wrote with these settings; it is there for as long as this lasts.
+    """Run with these settings in a worktree; yield the folder of the outputs, which is removed at the end.
 
     Args:
         folder: of the series.
@@ -308,7 +308,7 @@ def _check_reproducible(version: Version, origin: Provenance) -> None:
 
 
 def _fetch_data(tree: Path) -> None:
-    """What `dvc add` tracks comes from this project's cache or remote; from then on the cache is an empty one."""
+    """Fetch the data that `dvc add` tracks from this project's cache or remote, then switch to an empty cache."""
     dvc_repo.use_shared_cache(tree)
     with as_project_root(tree):
         dvc_repo.pull_data()

@@ -91,13 +91,13 @@ def _acquire_device_slot(held: ExitStack) -> None:
 
 
 def _is_slot_busy(error: ConcurrencySlotAcquisitionError) -> bool:
-    """Whether Prefect's server said that another run holds the slot, rather than that it could not say."""
+    """Whether the server answered that another run holds the slot; False for any other failure."""
     answer = error.__cause__
     return isinstance(answer, HTTPStatusError) and answer.response.status_code == HTTPStatus.LOCKED
 
 
 def _hide_slot_errors(record: logging.LogRecord) -> bool:
-    """Keep every record but those of a slot that is not free: `slot` raises that itself."""
+    """Filter out log records of a busy slot, which is raised as an error as well."""
     return "ConcurrencySlotAcquisition" not in record.getMessage()
 
 

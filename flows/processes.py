@@ -141,7 +141,7 @@ def terminate_tree(process: psutil.Process, seconds: float) -> None:
 
 
 def die_with_parent() -> None:
-    """In the child: from now on, be interrupted when the parent is gone, and killed where that is not enough."""
+    """In the child: interrupt this process when the parent is gone, and kill it if it does not end."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     threading.Thread(target=_watch_parent, daemon=True).start()
 

@@ -1,4 +1,4 @@
-"""The continuous loop: new data → everything that it changes → the gate → a new champion, or the reasons why not."""
+"""Retraining flow: pipeline on new data, promotion gate, and a new champion or the reasons for the refusal."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ DATA_EVENT = "rlhf.data"
 
 
 class Approval(RunInput):
-    """What a person answers before a policy is promoted."""
+    """Answer of a person who approves or refuses a promotion."""
 
     promote: bool = False
     reason: str = ""
@@ -104,7 +104,7 @@ def retrain(
 
 @dataclass(frozen=True)
 class GateResult:
-    """What the gate has let pass."""
+    """Decision and version of a policy that passed the gate."""
 
     decision: Decision
     version: registry.Version
@@ -112,7 +112,7 @@ class GateResult:
 
 @task(cache_policy=NO_CACHE)
 def gate(flow_run: str) -> State[GateResult | None]:
-    """Let the gate decide about the best policy, register it, and report a refusal to all who watch."""
+    """Apply the gate to the best policy, register it, and report a refusal."""
     params = load_params(project_root() / "params.yaml")
     if params.gate is None:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
@@ -209,12 +209,12 @@ def _compare_with_champion(
 
 
 def _withdrawal_reason(version: registry.Version) -> str:
-    """Why not: what a person has taken back, only a person puts in use again."""
+    """Reason not to promote a version that a person rolled back: only a person may promote it again."""
     return f"{version.withdrawal}; `rlhf promote {version.number} --reason …` puts it in use again"
 
 
 def _ask_for_approval(decision: Decision, hours: float) -> str | None:
-    """Ask a person; why the policy is not promoted, or None where it is."""
+    """Ask a person for approval; return the reason of a refusal, or None."""
     text = "\n".join([f"Promote {decision.policy}?", *decision.reasons])
     console.print_approval_pending(decision.policy, hours)
     seconds = round(hours * 3600)
@@ -242,7 +242,7 @@ def _version_tags(flow_run: str, table: Table, decision: Decision) -> dict[str, 
 
 
 def _report_decision(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> str:
-    """Report the decision at the terminal, in MLflow and in Prefect; the same in a line."""
+    """Report the decision at the terminal, in MLflow and in Prefect; return it as one line."""
     console.print_gate_decision(decision.policy, verdict, reasons)
     tags = {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
     mlflow_runs.tag_pipeline(flow_run, tags)

@@ -1,4 +1,4 @@
-"""One run at a time in a project folder: two at once would run each stage once, but on parameters that one changes."""
+"""Lock of a project folder, for one run at a time: a second run could change params.yaml between two stages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ __all__ = ["project_lock"]
 
 @contextmanager
 def project_lock(on_wait: Callable[[str], None]) -> Iterator[None]:
-    """Wait until no other run of this project is going on, and keep others waiting; within it, a second call passes.
+    """Hold the project's lock, after other runs have released it; re-entrant.
 
     The lock is the operating system's: it goes with the process that holds it, however that ends.
 

@@ -113,7 +113,7 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
 
 
 def stop() -> list[str]:
-    """End the services and whatever runs they started, by their process ids; the names of those that were running.
+    """End the services and the runs that they started, by process id; return the names of those that were running.
 
     A run that is going on is cancelled; it keeps its checkpoint, and the next run goes on from it.
     """
@@ -131,7 +131,7 @@ def stop() -> list[str]:
 
 
 def _cancel_runs(api: str) -> None:
-    """Let the worker end its runs, which then record that: a worker that is terminated would only kill them."""
+    """Cancel the worker's runs, so that they record their end; a terminated worker would only kill them."""
     import httpx
     from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.states import Cancelling
@@ -166,7 +166,7 @@ def use_services() -> None:
 
 
 def deployment_name(root: Path) -> str:
-    """A name that no other project folder, on this machine or another, has on the same Prefect server."""
+    """Name of a deployment, unique to this project folder among all that share a Prefect server."""
     place = hashlib.sha256(f"{socket.gethostname()}:{root}".encode()).hexdigest()
     return re.sub(r"[^\w-]", "-", root.name) + "-" + place[:8]
 

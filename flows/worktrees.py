@@ -102,7 +102,7 @@ def _lock_file(folder: Path) -> Path:
 
 
 def _remove_stale() -> None:
-    """Remove the project's own worktrees that no process works in any more, and what git remembers of others."""
+    """Remove the project's worktrees that no process uses, and git's records of missing ones."""
     git("worktree", "prune")
     lines = git("worktree", "list", "--porcelain").splitlines()
     trees = [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]
@@ -113,7 +113,7 @@ def _remove_stale() -> None:
 
 
 def _is_locked(tree: Path) -> bool:
-    """Whether the process that made it still lives, or a run that it has left behind there."""
+    """Whether the process that made the worktree still lives, or a run in it."""
     try:
         for path in (_lock_file(tree), tree / ".rlhf" / "run.lock"):
             path.parent.mkdir(exist_ok=True)

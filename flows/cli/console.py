@@ -1,4 +1,4 @@
-"""What the commands print: one line per stage, tables, and errors; entering the project, and Ctrl-C."""
+"""Console output of the commands: a line per stage, tables, errors; also entry into the project, and Ctrl-C."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def enter_project() -> Path:
 
 
 def enter_project_with_services() -> Path:
-    """As `enter_project`, and report to what `rlhf up` has started, if it is up."""
+    """Enter the project, and report to the services of `rlhf up` if they run."""
     root = enter_project()
     from flows.services import use_services
 
@@ -139,7 +139,7 @@ def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
 
 
 def seeds_table(report: dict[str, Any]) -> Table:
-    """Every policy under every seed, and their mean with its 95 % interval: see `tasks.evals.experiments.report`."""
+    """Table of the policies per seed, and means with 95 % intervals: see `tasks.evals.experiments.summarise_seeds`."""
     title = f"Policies under {len(report['seeds'])} seeds, on held-out prompts"
     table = Table("policy", "seed", title=title, title_justify="left")
     for heading, _ in SEED_COLUMNS.values():

@@ -367,7 +367,7 @@ def _write_preferences(file: Path, result: ExportResult) -> bool:
 
 
 def _trigger_retrain() -> None:
-    """Announce the new data to Prefect; without a server the file is just as good, so that is no error."""
+    """Announce the new data to Prefect; a missing server is no error, since the file is complete without it."""
     from flows.retrain import emit_data_event
     from tasks.runtime import dvc_repo
 

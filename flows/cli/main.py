@@ -248,9 +248,9 @@ def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environme
 
 @contextmanager
 def _prefect_server() -> Iterator[dict[str, str]]:
-    """A Prefect server to report to: the standing one, or a temporary one that starts while libraries are imported.
+    """Use the standing Prefect server, or start a temporary one while libraries are imported.
 
-    Gives the variables by which another process reports to it, too.
+    Yields the environment variables by which another process reports to it.
     """
     from flows.services import temporary_server, use_services
 

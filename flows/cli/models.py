@@ -264,13 +264,13 @@ def lineage_dict(version: Version) -> dict[str, Any]:
 
 
 def _gate_decision(version: Version) -> dict[str, Any]:
-    """What the gate said, and who decided since."""
+    """Decision of the gate, and later promotions and withdrawals by people."""
     tags = {key: value for key, value in version.tags.items() if key.startswith(("promoted.", "withdrawn."))}
     return {"accepted": version.accepted, "reasons": version.tags["reasons"], **tags}
 
 
 def _print_lineage(version: Version) -> None:
-    """Print what led to this version.
+    """Print the lineage of a version.
 
     Raises:
         StageError: the version has no provenance.
@@ -311,7 +311,7 @@ def _stages_table(stages: Mapping[str, StageRecord]) -> Table:
 def _open_sampler(
     model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
 ) -> Iterator[Sample]:
-    """Samples of the policy of that name, its weights in a folder that lasts as long as this."""
+    """Open a sampler of the named policy; its weights are in a folder that is removed at the end."""
     import torch
 
     from tasks.config.training import GenerationParams
@@ -334,7 +334,7 @@ def _open_sampler(
 
 
 def _resolve_model(model: str, folder: Path) -> tuple[str, Path, dict[str, Any]]:
-    """Policy, where its parts are, and how it was trained to write; a version's weights are put into the folder."""
+    """Resolve a name to a policy, the folder of its parts (restored for a version), and its generation parameters."""
     from tasks.config.params import load_params
     from tasks.models.loading import policy_stages
     from tasks.runtime import provenance
@@ -359,7 +359,7 @@ def _print_sample(prompt: str, response: str, chat_template: bool) -> None:
 
 
 def _read_prompt() -> str | None:
-    """What a person types; None at Ctrl-D."""
+    """Read a line of standard input; None at Ctrl-D."""
     try:
         return input("> " if sys.stdin.isatty() else "")
     except EOFError:

@@ -6,7 +6,7 @@ __all__ = ["ConfigError", "DataError", "ModelError", "RLHFError", "SourceError",
 
 
 class RLHFError(Exception):
-    """Base of every error that a user can cause and cure; the command line prints it without a traceback."""
+    """Base of every error that a user can cause and fix; the command line prints it without a traceback."""
 
 
 class ConfigError(RLHFError):

@@ -129,7 +129,7 @@ class SourceInfo:
 
 @dataclass(frozen=True)
 class UpstreamResults:
-    """What earlier stages measured.
+    """Results of earlier stages.
 
     Attributes:
         points: rows of the over-optimisation curve; none where that stage is off.

@@ -115,7 +115,7 @@ class Budget:
 
 @dataclass
 class AutoLabelResult:
-    """Labels of a run by choice, why skips are skips, and how many pairs are left for the next run."""
+    """Result of a run: labels by choice, reasons of skips, and number of pairs left for the next run."""
 
     choices: Counter[str] = field(default_factory=Counter)
     contradictions: int = 0

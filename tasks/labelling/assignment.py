@@ -1,4 +1,4 @@
-"""Which question a labeller is asked next, and which questions are on whose screens."""
+"""Assignment of questions to labellers, and leases on the questions on their screens."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ GOLD_SHARE = 0.1
 
 @dataclass(frozen=True)
 class Progress:
-    """Of one labeller: current labels, questions still open for them, and of these those on others' screens now."""
+    """Progress of one labeller: current labels, open questions, and those of them on other screens now."""
 
     done: int
     left: int
@@ -30,7 +30,7 @@ class Progress:
 
 
 class Leases:
-    """Which question is on which labeller's screen, one at most each; `lock` guards check-then-acquire."""
+    """Leases: at most one question per labeller, the one on the screen; `lock` guards check-then-acquire."""
 
     def __init__(self, seconds: float) -> None:
         self.lock = threading.RLock()

@@ -42,7 +42,7 @@ def new_password() -> str:
 
 
 def hash_password(password: str) -> str:
-    """Return what the database keeps (argon2id; RFC 9106, section 4, second recommended option)."""
+    """Return the hash that the database keeps (argon2id; RFC 9106, section 4, second recommended option)."""
     return _hasher.hash(password)
 
 
@@ -56,7 +56,7 @@ def verify(password: str, password_hash: str | None) -> bool:
 
 
 def load_secret(path: Path) -> str:
-    """Return what cookies are signed with; it is made once, and readable by its owner alone."""
+    """Return the key that signs cookies; it is generated once, and readable by its owner alone."""
     if not path.exists():
         draft = path.with_name(f"{path.name}.{secrets.token_hex(4)}")
         with os.fdopen(os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "w") as file:

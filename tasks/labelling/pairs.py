@@ -62,7 +62,7 @@ class PolicyResponse:
 
 @dataclass(frozen=True)
 class PairPool:
-    """Pairs to choose from, prompt by prompt; `skipped_prompts` had one response from everybody, so no pair."""
+    """Pairs to choose from, prompt by prompt; `skipped_prompts` counts those with equal responses only."""
 
     pairs: list[Question]
     skipped_prompts: int

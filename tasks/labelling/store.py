@@ -81,7 +81,7 @@ class SaveResult:
 
 @dataclass(frozen=True)
 class ImportResult:
-    """How many questions and labels there were, and how many of them were new.
+    """Numbers of questions and labels of an import, and of the new ones among them.
 
     `conflicts`: known questions with another gold choice, or wanting another number of labels; they stay as they are,
     because people may have been asked already.

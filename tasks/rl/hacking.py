@@ -1,4 +1,4 @@
-"""Checks of each update: non-finite values and degenerate responses."""
+"""Checks of each update: non-finite values, degenerate responses, and detectors of reward hacking."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def load_stage(repo: Any, name: str) -> Any:
 
 @contextmanager
 def dvc_errors(where: str) -> Iterator[None]:
-    """Raise what DVC raises as a StageError that says where."""
+    """Convert errors of DVC to a StageError that names the place."""
     try:
         yield
     except DvcException as error:
@@ -76,7 +76,7 @@ def dvc_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def _remote_errors(what: str) -> Iterator[None]:
-    """Raise what the library of a DVC remote raises as a StageError; `what`: read or written."""
+    """Convert errors of a DVC remote's library to a StageError; `what`: read or written."""
     try:
         yield
     except (DvcException, StageError):

@@ -102,7 +102,7 @@ def _reproduce(name: str, call: _RecordedCall, force: bool, pull: bool) -> list[
 
 
 def _drop_corrupt_cache(stage: Any) -> bool:
-    """Whether what was restored came from cached files that are not what their names say; they and it are gone then.
+    """Remove cached files that do not match their hash, and the outputs restored from them; True if there were any.
 
     DVC trusts a cached file that is write-protected. Half of one is left by a full disk, or by a copy that broke off.
     """

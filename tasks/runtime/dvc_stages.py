@@ -1,4 +1,4 @@
-"""Stages as DVC has them: their order, keys and files, and why one is not up to date.
+"""Stages in DVC: their order, keys and files, and the reasons why one is not up to date.
 
 Running a stage is in `tasks.runtime.dvc_reproduce`.
 """
@@ -43,7 +43,7 @@ STATUS_TEXT = {
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a stage is about to read.
+    """Inputs of a stage that is about to run.
 
     `key` hashes all of it, parameters and command included; `data` maps each file or folder that another stage wrote
     to its md5 (`….dir` for a folder); `code` are the Python files.
@@ -56,7 +56,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class StaleStage:
-    """Why a stage is not up to date, and whether DVC's run-cache has its result, so that it is not computed again."""
+    """A stage that is not up to date: the reasons, and whether DVC's run-cache has its result already."""
 
     stage: str
     reasons: tuple[str, ...]
@@ -99,7 +99,7 @@ def inputs(name: str) -> Inputs:
 
 
 def outputs(name: str) -> list[Path]:
-    """Where the stage writes: files and folders, metrics included."""
+    """Output paths of the stage: files and folders, metrics included."""
     with dvc_errors(name):
         return [Path(out.fs_path) for out in load_stage(open_repo(), name).outs]
 
@@ -127,7 +127,7 @@ def changes(name: str) -> list[str]:
 
 
 def status(name: str) -> list[str]:
-    """Why the stage would not be skipped, one reason a line; empty if it is up to date by itself."""
+    """Reasons why the stage would not be skipped, one a line; empty if it is up to date by itself."""
     with dvc_errors(name):
         return why_stale(load_stage(open_repo(), name))
 

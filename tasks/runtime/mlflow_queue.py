@@ -1,4 +1,4 @@
-"""Writes to a run of MLflow, which wait in a file while a remote server is away."""
+"""Queue of writes to an MLflow run, kept in a file while a remote server is unavailable."""
 
 from __future__ import annotations
 

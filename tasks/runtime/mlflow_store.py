@@ -87,7 +87,7 @@ def open_store() -> tuple[MlflowClient, str]:
 
 
 def is_unavailable(error: Exception) -> bool:
-    """A server that does not answer, or says that it cannot now; an error in a local store is one."""
+    """Whether the error is that of a server that does not answer or is overloaded; never so for a local store."""
     from mlflow.exceptions import MlflowException
 
     if not store_uri().startswith("http"):

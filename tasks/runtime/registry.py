@@ -57,7 +57,7 @@ class Version:
 
     @property
     def withdrawal(self) -> str | None:
-        """Who rolled it back, when and for what reason; None where nobody did since it was promoted last."""
+        """Record of the rollback: person, time and reason; None unless rolled back since the last promotion."""
         if f"{WITHDRAWN}.by" not in self.tags:
             return None
         by, at, reason = (self.tags[f"{WITHDRAWN}.{field}"] for field in DECISION_FIELDS)

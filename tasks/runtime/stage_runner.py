@@ -31,7 +31,7 @@ ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS
 
 
 def _file_state(path: Path) -> tuple[int, int, int]:
-    """What changes when the file is edited, whatever the clock says."""
+    """State of a file that changes with every edit, whatever its time stamp."""
     found = path.stat()
     return found.st_mtime_ns, found.st_size, found.st_ino
 
@@ -133,7 +133,7 @@ def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -
 
 
 def write_empty_outputs(name: str) -> None:
-    """Write the outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `models.is_off`."""
+    """Write the outputs of a stage that is off, so that DVC finds what dvc.yaml promises: see `is_disabled`."""
     for path in dvc_stages.outputs(name):
         folder = path if not path.suffix else path.parent
         folder.mkdir(parents=True, exist_ok=True)
