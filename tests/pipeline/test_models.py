@@ -57,7 +57,7 @@ def promoted(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory
     project.rlhf("retrain")
     project.rlhf("run", "-S", f"gate.policy={CHAMPION}")
     project.rlhf("retrain")
-    project.rlhf("run", "-S", f"gate.policy={REFUSED}", "-S", "gate.max_kl=0.0000001")
+    project.rlhf("run", "-S", f"gate.policy={REFUSED}", "-S", "gate.min_win_rate=0.99")
     assert f"gate {REFUSED}: refused" in project.rlhf("retrain")
     return project
 
@@ -110,7 +110,7 @@ def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     assert found["data_md5"] in (promoted.root / "data.dvc").read_text()
     assert found["decision"]["promoted.by"] == "the gate"
     output = promoted.rlhf("lineage", "challenger")
-    assert "refused: KL to SFT" in output
+    assert "refused: win rate against SFT" in output
     assert found["stages"]["sft"]["run"] in output
 
 
@@ -168,7 +168,7 @@ def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> No
     assert registered(promoted)[3]["tags"]["promoted.reason"] == "it rhymes"
     output = promoted.rlhf("rollback", "--reason", "it swears")
     assert "version 2 (dpo) is the champion again; version 3 (grpo) is withdrawn" in output
-    promoted.rlhf("run", "-S", "gate.max_kl=10")
+    promoted.rlhf("run", "-S", "gate.min_win_rate=0")
     refused = promoted.rlhf("retrain")
     assert "gate grpo: refused" in refused, "the gate accepts it now, but a person has withdrawn it"
     assert "it swears; `rlhf promote 3 --reason …` puts it in use again" in refused
