@@ -28,7 +28,7 @@ SMALL: dict[str, Any] = {
     "reward": {"weights": {"repetition": 0.5}},
     "ppo": {"prompts_per_update": 4, "micro_batch_size": 4},
     "grpo": {"prompts_per_update": 2},
-    "evaluate": {"judge": None, "prompts": 8},
+    "evaluate": {"llm_judge": None, "prompts": 8},
 }
 """What `tiny` and the preset leave too large; bytes are many."""
 

@@ -107,7 +107,7 @@ def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_pa
         "-S",
         "gate.min_win_rate=0",
         "-S",
-        "gate.margins={win_rate: 0.5, repetition: 1, no_end_share: 1}",
+        "gate.margins={win_rate: 0.5, repetition: 1, truncated_share: 1}",
         "-S",
         "gate.policy=ppo",
     ]

@@ -160,7 +160,7 @@ def test_a_run_that_left_no_policy_is_an_error(parts: Path, tmp_path: Path) -> N
 @pytest.mark.slow
 def test_pairs_are_chosen_where_a_trained_ensemble_disagrees_most(tmp_path: Path) -> None:
     write_inputs(tmp_path)
-    run_reward_model(tmp_path, tmp_path / "reward_model", members=2)
+    run_reward_model(tmp_path, tmp_path / "reward_model", ensemble_size=2)
     scores = load_ensemble_scores(tmp_path)
     found = sample_responses(["sft"], sample_prompts(tmp_path, "train", 4, seed=0), GENERATION, tmp_path, seed=0)
     pool = make_pairs(found, 20, seed=0)
