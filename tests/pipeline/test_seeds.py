@@ -43,7 +43,7 @@ TRAIN = """
 
 WIN_RATES = {0: 0.8, 1: 0.3, 3: 0.7}
 COMPARE = f"""
-    won = {WIN_RATES}[json.loads((ppo / "metrics.json").read_text())["seed"]]
+    won = {WIN_RATES}[json.loads((artifacts.ppo / "metrics.json").read_text())["seed"]]
     row = {{"win_rate": won, "win_rate_low": won - 0.1, "win_rate_high": won + 0.1, "gain_gold": won, "kl": 2.0}}
     (out / "policies.json").write_text(json.dumps({{"sft": row, "ppo": row}}))
     (out / "findings.json").write_text(json.dumps({{"ppo": []}}))
