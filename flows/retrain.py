@@ -35,7 +35,7 @@ from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, provenance, registry
 
-__all__ = ["Approval", "GateResult", "emit_data_event", "gate", "promote", "retrain"]
+__all__ = ["Approval", "GateResult", "announce_data", "gate", "promote", "retrain"]
 
 # How much longer Prefect's server waits for an answer than we do: a run whose time is up there can only fail.
 GRACE_SECONDS = 60
@@ -150,14 +150,18 @@ def promote(flow_run: str, passed: GateResult, refusal: str | None, by: str) -> 
     return Completed(message=_report_decision(flow_run, decision, "promoted", decision.reasons), data=True)
 
 
-def emit_data_event(md5: str) -> None:
-    """Emit the event that starts the retrain deployment with this md5 as parameter.
+def announce_data() -> str:
+    """Emit the event that starts the retrain deployment with the md5 of data/ as parameter; return the md5.
 
     Sent here and now and not by Prefect's `emit_event`, which does so later and says nothing where it fails.
 
     Raises:
+        ConfigError: no stage reads a folder data/.
         StageError: no Prefect server is configured, or it does not answer.
     """
+    md5 = dvc_repo.data_md5()
+    if md5 is None:
+        raise ConfigError("there is no folder data/ that a stage of dvc.yaml reads")
     if not os.environ.get("PREFECT_API_URL"):
         raise StageError("no Prefect server that could start a run: `rlhf up`, or set PREFECT_API_URL to yours")
     resource = Resource({"prefect.resource.id": f"rlhf.data.{deployment_name(project_root())}"})
@@ -167,6 +171,7 @@ def emit_data_event(md5: str) -> None:
             client.request("POST", "/events", json=[event.model_dump(mode="json")])
     except httpx.HTTPError as error:
         raise StageError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
+    return md5
 
 
 def _check_data_version(expected: str | None) -> None:

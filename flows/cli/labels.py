@@ -199,7 +199,7 @@ def export(
     file = file or root / "data" / "labels" / "preferences.jsonl"
     changed = _write_preferences(file, export_preferences(questions, labels, aggregate=aggregate, names=shown))
     if announce and changed and file.is_relative_to(root / "data"):
-        _trigger_retrain()
+        _announce_labels()
 
 
 @app.command("import")
@@ -366,17 +366,11 @@ def _write_preferences(file: Path, result: ExportResult) -> bool:
     return file.read_bytes() != before
 
 
-def _trigger_retrain() -> None:
+def _announce_labels() -> None:
     """Announce the new data to Prefect; a missing server is no error, since the file is complete without it."""
-    from flows.retrain import emit_data_event
-    from tasks.runtime import dvc_repo
+    from flows.retrain import announce_data
 
     try:
-        md5 = dvc_repo.data_md5()
-        if md5 is None:
-            raise ConfigError("no stage of dvc.yaml reads data/")
-        emit_data_event(md5)
+        _print(f"announced data of md5 {announce_data()}")
     except RLHFError as error:
         _print(f"not announced: {error}; `rlhf retrain` trains with these labels")
-        return
-    _print(f"announced data of md5 {md5}")

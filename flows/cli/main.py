@@ -113,20 +113,9 @@ def retrain(
 def announce() -> None:
     """Announce a new version of data/ to the standing Prefect server, which starts rlhf-retrain/retrain."""
     enter_project_with_services()
-    trigger_retrain()
+    from flows.retrain import announce_data
 
-
-def trigger_retrain() -> None:
-    """Emit the event of the current data, and print its md5."""
-    from tasks.runtime import dvc_repo
-
-    md5 = dvc_repo.data_md5()
-    if md5 is None:
-        raise ConfigError("there is no folder data/ that a stage of dvc.yaml reads")
-    from flows.retrain import emit_data_event
-
-    emit_data_event(md5)
-    console.print(f"announced data of md5 {md5}")
+    console.print(f"announced data of md5 {announce_data()}")
 
 
 @app.command()

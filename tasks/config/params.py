@@ -11,6 +11,7 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
+from ruamel.yaml.representer import RoundTripRepresenter, SafeRepresenter
 
 from tasks.config import data, evaluation, training
 from tasks.config.base import LEARNED, Section
@@ -195,9 +196,7 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     yaml = YAML()
     yaml.width = 120
     yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.representer.add_representer(
-        type(None), lambda dumper, _: dumper.represent_scalar("tag:yaml.org,2002:null", "null")
-    )
+    yaml.Representer = _ExplicitNull
     before, document = _read(path), _read(path, yaml)
     where = f"{path} with the requested changes"
     for override in overrides:
@@ -211,6 +210,13 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
             yaml.dump(document, file)
         temporary.replace(path)
     return lines
+
+
+class _ExplicitNull(RoundTripRepresenter):
+    """Writes `null`, where ruamel leaves the value out; a class of its own, since DVC writes dvc.lock by ruamel's."""
+
+
+_ExplicitNull.add_representer(type(None), SafeRepresenter.represent_none)
 
 
 class _ReplaceMapping(dict[str, Any]):

@@ -10,7 +10,6 @@ import sys
 from typing import TYPE_CHECKING
 
 import pytest
-from ruamel.yaml import YAML
 
 from tests.pipeline.conftest import PATIENCE, query
 
@@ -60,8 +59,7 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert results(output)["sft"] == "restored"
     assert project.ran() == []
     assert '"epochs":1' in (project.root / "artifacts/sft/result/data.txt").read_text()
-    # By content: DVC writes null as an empty value where it changes a file, and out where it writes a new one.
-    assert YAML(typ="safe").load(project.lock()) == YAML(typ="safe").load(lock)
+    assert project.lock() == lock
 
 
 def test_status_names_the_one_item_of_a_list_that_changed(project: Project) -> None:
