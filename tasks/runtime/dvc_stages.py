@@ -14,6 +14,7 @@ import dvc.stage.cache
 from dvc.dependency.param import ParamsDependency
 
 from tasks.core.errors import StageError
+from tasks.core.paths import project_root
 from tasks.runtime.dvc_repo import dvc_errors, load_stage, open_repo
 
 __all__ = [
@@ -46,7 +47,7 @@ class Inputs:
     """Inputs of a stage that is about to run.
 
     `key` hashes all of it, parameters and command included; `data` maps each file or folder that another stage wrote
-    to its md5 (`….dir` for a folder); `code` are the Python files.
+    to its md5 (`….dir` for a folder); `code` are the Python files of `tasks/`, those in its folders included.
     """
 
     key: str
@@ -95,7 +96,9 @@ def inputs(name: str) -> Inputs:
         produced = [out.fs_path for other in stage.repo.index.stages for out in other.outs]
         written = [dep for dep in files if any(dep.fs.isin_or_eq(dep.fs_path, out) for out in produced)]
         data = {str(dep): dep.hash_info.value for dep in written}
-        return Inputs(key, data, tuple(Path(dep.fs_path) for dep in files if dep.fs_path.endswith(".py")))
+        ours = [path for dep in files if (path := Path(dep.fs_path)).is_relative_to(project_root() / "tasks")]
+        code = [found for path in ours for found in (path.rglob("*.py") if path.is_dir() else [path])]
+        return Inputs(key, data, tuple(path for path in code if path.suffix == ".py"))
 
 
 def outputs(name: str) -> list[Path]:

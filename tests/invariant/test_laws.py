@@ -87,6 +87,13 @@ def stage_function(stage: str) -> Any:
     return getattr(importlib.import_module(f"tasks.{stage}"), stage)
 
 
+def modules_read(stage: str) -> set[str]:
+    """The Python files among the deps of the stage, those in its folders included."""
+    deps = [ROOT / dep for dep in PIPELINE["stages"][stage]["deps"] if dep.startswith("tasks/")]
+    found = chain.from_iterable(dep.rglob("*.py") if dep.is_dir() else [dep] for dep in deps)
+    return {path.relative_to(ROOT).as_posix() for path in found if path.suffix == ".py"}
+
+
 # -- law 1: one name, every place ------------------------------------------------------------------------------
 
 
@@ -136,15 +143,15 @@ def test_every_folder_of_tasks_has_a_place_in_the_order() -> None:
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_change_of_how_stages_are_run_runs_none_again(stage: str) -> None:
-    assert not RUNNERS & set(PIPELINE["stages"][stage]["deps"])
+    assert not RUNNERS & modules_read(stage)
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_word_in_a_description_runs_no_stage_again(stage: str) -> None:
-    deps = PIPELINE["stages"][stage]["deps"]
-    config = {dep for dep in deps if dep.startswith("tasks/config/")}
+    modules = modules_read(stage)
+    config = {module for module in modules if module.startswith("tasks/config/")}
     assert config <= CONFIG_INPUTS, "import config classes under `if TYPE_CHECKING:`"
-    assert ("tasks/config/rules.py" in config) == ("tasks/rewards/composition.py" in deps)
+    assert ("tasks/config/rules.py" in config) == ("tasks/rewards/composition.py" in modules)
 
 
 # -- law 3: one door per vendor --------------------------------------------------------------------------------
@@ -193,7 +200,7 @@ def test_the_walk_follows_every_kind_of_import_and_skips_what_never_runs(tmp_pat
         "d.py": "something = 1\n",
         "unused.py": "",
         "sub/__init__.py": "value = 1\n",
-        "sub/c.py": "",
+        "sub/c.py": "value = 1\n",
     }
     for name, text in files.items():
         (tmp_path / "tasks" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -205,6 +212,8 @@ def test_the_walk_follows_every_kind_of_import_and_skips_what_never_runs(tmp_pat
     spec.loader.exec_module(module)
     expected = ["tasks/a.py", "tasks/b.py", "tasks/d.py", "tasks/sub/__init__.py", "tasks/sub/c.py"]
     assert module.closure(tmp_path / "tasks" / "a.py", tmp_path) == expected
+    whole = [*expected[:-2], "tasks/sub"]
+    assert module.collapse(expected, tmp_path) == whole, "unused.py is not read, so tasks/ stays apart"
 
 
 @pytest.mark.parametrize("stage", STAGES)
@@ -218,7 +227,7 @@ def test_the_signature_names_the_sections_of_dvc_yaml(stage: str) -> None:
 def test_a_stage_reads_the_folders_that_dvc_yaml_names(stage: str) -> None:
     """Whatever reads `artifacts.<stage>`, the stage's file or a library that it imports, counts."""
     deps = PIPELINE["stages"][stage]["deps"]
-    read = {name for dep in deps if dep.endswith(".py") for name in artifacts_read(ROOT / dep)}
+    read = {name for module in modules_read(stage) for name in artifacts_read(ROOT / module)}
     assert read == {dep.split("/")[1] for dep in deps if dep.startswith("artifacts/")}
 
 
@@ -237,11 +246,8 @@ def test_what_a_stage_reads_another_stage_writes() -> None:
 
 
 def test_what_scores_reads_the_folder_of_users_rewards() -> None:
-    reads = {"tasks/rewards/composition.py": set[str](), "tasks/rewards/custom": set[str]()}
-    for stage, entry in PIPELINE["stages"].items():
-        for path, readers in reads.items():
-            readers |= {stage} if path in entry["deps"] else set()
-    scores, knows = reads.values()
+    scores = {stage for stage in STAGES if "tasks/rewards/composition.py" in modules_read(stage)}
+    knows = {stage for stage in STAGES if "tasks/rewards/custom" in PIPELINE["stages"][stage]["deps"]}
     assert scores == knows, "imported by name, so no walk over imports finds it: list it in dvc.yaml by hand"
     assert "__pycache__/" in (ROOT / ".dvcignore").read_text().split(), "else running a stage would change the folder"
 
