@@ -19,9 +19,8 @@ import numpy as np
 
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
+from tasks.core.rows import SPLITS, Preference, Rating, Split, read_rows, write_json, write_rows, write_table
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters, rater_agreement
-from tasks.data.splitting import SPLITS, Split
 from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
 
 if TYPE_CHECKING:

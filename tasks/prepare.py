@@ -15,10 +15,22 @@ from typing import TYPE_CHECKING
 
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row, write_json, write_rows
-from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, full_texts, split_key
-from tasks.data.duplicates import near_duplicates
-from tasks.data.splitting import HALVES, SPLITS, Half, Split, hash_uniform, in_stable_order, rater_half, split_of
+from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, Row, Split, write_json, write_rows
+from tasks.data.cleaning import (
+    HALVES,
+    CleanResult,
+    Half,
+    check_quarantine,
+    clean,
+    filter_by_length,
+    full_texts,
+    hash_uniform,
+    in_stable_order,
+    near_duplicates,
+    rater_half,
+    split_key,
+    split_of,
+)
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams

@@ -1,27 +1,53 @@
-"""Validate, quarantine and normalise collected rows."""
+"""Validate, quarantine and normalise collected rows; find duplicates, and assign texts to splits by their hash."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from datasketch import MinHash, MinHashLSH
 from pydantic import ValidationError
 
 from tasks.core.errors import DataError
-from tasks.core.rows import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, format_validation_error
+from tasks.core.rows import (
+    ROW_TYPES,
+    Demonstration,
+    Preference,
+    Prompt,
+    Rating,
+    Row,
+    Split,
+    format_validation_error,
+)
+from tasks.core.text_stats import ngrams, tokenize_words
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams
 
-__all__ = ["CleanResult", "check_quarantine", "clean", "filter_by_length", "full_texts", "split_key"]
+__all__ = [
+    "HALVES", "CleanResult", "Half", "check_quarantine", "clean", "filter_by_length", "full_texts", "hash_uniform",
+    "in_stable_order", "near_duplicates", "rater_half", "shingles", "similarity", "split_key", "split_of",
+]  # fmt: skip
+
+Half = Literal["proxy", "gold"]
+HALVES: tuple[Half, ...] = ("proxy", "gold")
 
 _RAW_CHARACTERS = 2000  # of a quarantined row that are kept; enough to find it, too few to fill a disk
+NGRAM = 3
+_PERMUTATIONS = 128
+_SEED = 1
+# Hashing only proposes candidates: at this share of the threshold it misses practically none of the true pairs, and
+# every candidate is then compared exactly, so that no wrong one counts.
+_LSH_THRESHOLD_FACTOR = 0.7
+
+TextT = TypeVar("TextT", bound=object)
 
 
 @dataclass
@@ -193,3 +219,75 @@ def _with_leading_space(prompt: str, response: str) -> str:
     if not prompt.strip() or not response or prompt[-1].isspace() or response[0].isspace():
         return response
     return f" {response}"
+
+
+def shingles(text: str) -> frozenset[str]:
+    """The text's word trigrams, without case or punctuation; a shorter text is one shingle of all its words."""
+    tokens = tokenize_words(text)
+    grams = ngrams(tokens, NGRAM) or [tuple(tokens or text.split())]
+    return frozenset(" ".join(gram) for gram in grams)
+
+
+def similarity(one: frozenset[str], other: frozenset[str]) -> float:
+    """Jaccard similarity of two sets: |A ∩ B| / |A ∪ B|, in [0, 1]."""
+    return len(one & other) / len(one | other)
+
+
+def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, int]:
+    """Index of each text that nearly repeats an earlier kept one → index of that one.
+
+    Texts are judged in their order, so that texts added at the end never change the verdict on earlier ones. No two
+    kept texts reach the threshold, up to what hashing misses. At threshold 1 only equal texts count.
+    """
+    if threshold >= 1:
+        first: dict[str, int] = {}
+        return {index: first[text] for index, text in enumerate(texts) if first.setdefault(text, index) != index}
+    sets = [shingles(text) for text in texts]
+    hashes = MinHash.bulk(
+        [[gram.encode() for gram in sorted(grams)] for grams in sets],
+        num_perm=_PERMUTATIONS, seed=_SEED, hashfunc=_hash32,
+    )  # fmt: skip
+    index = MinHashLSH(threshold=_LSH_THRESHOLD_FACTOR * threshold, num_perm=_PERMUTATIONS)
+    repeated: dict[int, int] = {}
+    for number, minhash in enumerate(hashes):
+        match = _closest(sets, number, index.query(minhash), threshold)
+        if match is None:
+            index.insert(number, minhash, check_duplication=False)
+        else:
+            repeated[number] = match
+    return repeated
+
+
+def _closest(sets: Sequence[frozenset[str]], number: int, candidates: Iterable[int], threshold: float) -> int | None:
+    """The most similar candidate at or above the threshold; of equals the earliest."""
+    scored = [(-similarity(sets[number], sets[other]), other) for other in candidates]
+    best = min(scored, default=(0.0, -1))
+    return best[1] if -best[0] >= threshold else None
+
+
+def _hash32(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
+
+
+def hash_uniform(text: str, seed: int, purpose: str) -> float:
+    """Hash the arguments to a number in [0, 1); different purposes are independent."""
+    digest = hashlib.blake2b(f"{seed}\x1f{purpose}\x1f{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_of(text: str, params: PrepareParams, seed: int) -> Split:
+    """The split of a text, by the shares in params."""
+    value = hash_uniform(text, seed, "split")
+    if value < params.test_share:
+        return "test"
+    return "validation" if value < params.test_share + params.validation_share else "train"
+
+
+def rater_half(text: str, params: PrepareParams, seed: int) -> Half:
+    """The half of a rated text: the pipeline's (proxy), or the gold judge's alone (gold)."""
+    return "gold" if hash_uniform(text, seed, "half") < params.gold_share else "proxy"
+
+
+def in_stable_order(items: Iterable[tuple[str, TextT]], seed: int) -> list[TextT]:
+    """The items of (text, item) pairs in a pseudo-random order that additions do not disturb."""
+    return [item for _, item in sorted(items, key=lambda pair: (hash_uniform(pair[0], seed, "order"), pair[0]))]

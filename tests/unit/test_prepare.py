@@ -15,7 +15,7 @@ from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, read_rows
-from tasks.data.duplicates import shingles, similarity
+from tasks.data.cleaning import shingles, similarity
 from tasks.prepare import prepare
 
 SPLITS = ("train", "validation", "test")

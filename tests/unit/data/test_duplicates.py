@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from tasks.data.duplicates import near_duplicates, shingles, similarity
+from tasks.data.cleaning import near_duplicates, shingles, similarity
 
 
 def test_similarity_of_word_trigrams_by_hand() -> None:

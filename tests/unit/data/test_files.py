@@ -10,7 +10,7 @@ import pytest
 
 from tasks.config.data import SourceParams
 from tasks.core.errors import DataError, SourceError
-from tasks.data.files import read_local
+from tasks.data.sources import read_local
 
 
 def lines(name: str, **more: str) -> list[tuple[str, int, object]]:

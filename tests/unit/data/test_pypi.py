@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 
 from tasks.core.errors import SourceError
-from tasks.data import pip_download
+from tasks.data import pypi
 from tasks.data.pypi import fetch
 
 BACKEND = """
@@ -191,9 +191,7 @@ def test_a_download_that_breaks_off_is_an_error_and_leaves_nothing(
 def test_a_pip_without_the_expected_internals_is_named_with_the_range_that_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    child = tmp_path / "child.py"
-    child.write_text("from pip._internal.commands.download import NoSuchName")
-    monkeypatch.setattr(pip_download, "__file__", str(child))
+    monkeypatch.setattr(pypi, "_CHILD", "from pip._internal.commands.download import NoSuchName")
     with pytest.raises(SourceError, match=r'(?s)cannot import name .NoSuchName.*pip install "pip>='):
         fetch("evil==1.0", form="sdist", sha256="0" * 64, cache=tmp_path / "cache")
 

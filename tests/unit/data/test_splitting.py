@@ -8,7 +8,7 @@ from collections import Counter
 import pytest
 
 from tasks.config.data import PrepareParams
-from tasks.data.splitting import hash_uniform, in_stable_order, rater_half, split_of
+from tasks.data.cleaning import hash_uniform, in_stable_order, rater_half, split_of
 
 PARAMS = PrepareParams(
     prompt_words=1, min_words=2, max_words=9, near_duplicate_threshold=0.7, validation_share=0.1, test_share=0.2,
