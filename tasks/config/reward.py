@@ -43,9 +43,7 @@ def _default_function(rules: Any) -> Any:
 class RewardParams(Section):
     """The reward of a response: components, and how they become one number."""
 
-    weights: dict[str, float] = Field(
-        min_length=1, description="Component → weight; a component not named is not computed."
-    )
+    weights: dict[str, float] = Field(min_length=1, description="Component → weight; others are not computed.")
     rules: Annotated[dict[str, Rule], BeforeValidator(_default_function)] = Field(
         default_factory=dict,
         description="Component → rule and its options; a component that is named like a rule and has no entry is that "
@@ -60,13 +58,10 @@ class RewardParams(Section):
     priorities: tuple[Priority, ...] = Field(
         (), description="For lexicographic: the components in their order; those that are not named come last."
     )
-    gates: dict[str, float] = Field(
-        default_factory=dict,
-        description="Component → the value below which the response gets `floor`, or less if it would be less.",
-    )
+    gates: dict[str, float] = Field({}, description="Component → value below which the response gets at most `floor`.")
     floor: float = Field(0.0, description="Maximum reward of a response that a gate stops.")
     normalisation: dict[str, Normaliser] = Field(
-        default_factory=dict, description="Component → its scale; gates and thresholds read values as they are."
+        {}, description="Component → its scale; gates and thresholds read values as they are."
     )
     weight_schedule: dict[str, dict[Positive, float]] = Field(
         default_factory=dict,
@@ -79,10 +74,7 @@ class RewardParams(Section):
         "uncertainty_coef times their variance (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5).",
     )
     uncertainty_coef: float = Field(
-        0.5,
-        ge=0,
-        description="λ of `uncertainty`, for scores whose spread is 1; Coste et al. take 0.5 for best-of-n and 0.1 for "
-        "PPO.",
+        0.5, ge=0, description="λ of `uncertainty`; Coste et al. take 0.5 for best-of-n and 0.1 for PPO."
     )
 
     @model_validator(mode="before")
@@ -129,10 +121,6 @@ class RewardParams(Section):
             raise ValueError(
                 f"reward.weights.{below[0]} is below 0, and so no exponent of a product of values in [0, 1]"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_product_scale(self) -> Self:
         for name, scale in self.normalisation.items():
             weighted = self.weights[name] or name in self.weight_schedule
             if self.composition == "product" and scale.by == "batch" and weighted:
@@ -140,10 +128,6 @@ class RewardParams(Section):
                     f"reward.normalisation.{name}: batch scaling puts values below 0, a product needs them in [0, 1]; "
                     "use `by: fixed`, or another composition"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_single_code_rule(self) -> Self:
         running = [name for name, rule in self.rules.items() if rule.function == "code"]
         if len(running) > 1:
             raise ValueError(

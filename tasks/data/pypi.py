@@ -30,11 +30,7 @@ logger = logging.getLogger(__name__)
 def fetch(requirement: str, *, form: Literal["sdist", "wheel"], sha256: str, cache: Path) -> Path:
     """Fetch the distribution `package==version` with this checksum, from the cache or pip's indexes.
 
-    Args:
-        requirement: `package==version`.
-        form: whether the source distribution or the wheel is meant.
-        sha256: hexadecimal checksum that the file must have.
-        cache: folder for downloads; the file is kept under `<cache>/<sha256>/` and used again without any network.
+    The file is kept under `<cache>/<sha256>/` and used again without any network.
 
     Raises:
         SourceError: the requirement is not pinned, no index offers it, the network fails, the checksum differs, or
@@ -131,9 +127,7 @@ def _save(session: Any, link: Any, folder: Path) -> dict[str, str]:
             while chunk := response.raw.read(_CHUNK):
                 digest.update(chunk)
                 file.write(chunk)
-    except OSError as error:  # every error of requests is an OSError, and so is a full disk
-        return {"file": name, "error": f"{type(error).__name__}: {error}"}
-    except Exception as error:  # pip's and urllib3's own trees (proxy, certificate, a connection cut in the middle)
+    except Exception as error:  # requests' (OSError), a full disk, or of pip's and urllib3's own trees
         return {"file": name, "error": f"{type(error).__name__}: {error}"}
     return {"file": name, "sha256": digest.hexdigest()}
 

@@ -13,7 +13,7 @@ import io
 import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -33,22 +33,20 @@ from tasks.data.pypi import fetch, sha256_of
 if TYPE_CHECKING:
     from tasks.config.data import SourceParams
 
-__all__ = ["READERS", "Reader", "SourceRows", "collect_source", "read_local"]
+__all__ = ["READERS", "SourceRows", "collect_source", "read_local"]
 
 _DEFAULT_TASKS = 1000  # reasoning-gym generates any number
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Rows of one source, and their origin.
+    """Rows of one source, each {file, line, row: object}, or {file, line, raw, error} where a line is no row.
 
-    Attributes:
-        rows: one envelope per row: {file, line, row: object}, or {file, line, raw, error} where a line is no row.
-        origin: facts for the data card: where from, which version or commit, which checksum.
+    `origin` are facts for the data card: where from, which version or commit, which checksum.
     """
 
     rows: list[dict[str, Any]]
-    origin: dict[str, object] = field(default_factory=dict)
+    origin: dict[str, object]
 
 
 ReaderResult = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
@@ -79,11 +77,9 @@ def read_hub(source: SourceParams, seed: int) -> ReaderResult:
             f"{source.revision}) could not be fetched from the Hugging Face hub: {first}; check the network, the names "
             "and your access, or use a source of kind local"
         ) from error
-    origin: dict[str, object] = {
-        "source": f"Hugging Face hub {source.id}", "subset": source.subset, "data_dir": source.data_dir,
-        "split": source.split, "commit": commit,
-    }  # fmt: skip
-    return ((f"{source.id}/{source.split}", line, row) for line, row in enumerate(rows, start=1)), origin
+    settings = source.model_dump(include={"subset", "data_dir", "split"})
+    lines = ((f"{source.id}/{source.split}", line, row) for line, row in enumerate(rows, start=1))
+    return lines, {"source": f"Hugging Face hub {source.id}", **settings, "commit": commit}
 
 
 def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
@@ -106,17 +102,11 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
         raise DataError(
             f"source {source.name!r}: reasoning-gym makes no task {source.id!r} with options {source.options} ({error})"
         ) from error
-    origin: dict[str, object] = {
-        "source": f"reasoning-gym {importlib.metadata.version('reasoning-gym')}", "task": source.id,
-        "options": source.options, "seed": seed,
-    }  # fmt: skip
-    return _gym_rows(tasks, source), origin
-
-
-def _gym_rows(tasks: Any, source: SourceParams) -> Iterator[tuple[str, int, object]]:
-    for line, task in enumerate(tasks, start=1):
-        row = {"prompt": task["question"], "answer": str(task["answer"]), "response": str(task["answer"])}
-        yield f"reasoning_gym/{source.id}", line, row
+    version = importlib.metadata.version("reasoning-gym")
+    pairs = ((task["question"], str(task["answer"])) for task in tasks)
+    rows = ({"prompt": question, "answer": answer, "response": answer} for question, answer in pairs)
+    lines = ((f"reasoning_gym/{source.id}", line, row) for line, row in enumerate(rows, start=1))
+    return lines, {"source": f"reasoning-gym {version}", "task": source.id, "options": source.options, "seed": seed}
 
 
 def read_local(source: SourceParams, seed: int) -> ReaderResult:
@@ -203,11 +193,7 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} is not a whole gzip file ({error}); copy it again") from error
 
 
-_FORMATS: dict[str, Callable[[Path], Iterator[tuple[int, object]]]] = {
-    "jsonl": _json_lines,
-    "csv": _csv,
-    "parquet": _parquet,
-}
+_FORMATS = {"jsonl": _json_lines, "csv": _csv, "parquet": _parquet}
 
 
 READERS: Mapping[str, Reader] = {

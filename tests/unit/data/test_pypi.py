@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -21,6 +22,7 @@ from tasks.core.errors import SourceError
 from tasks.data import pypi
 from tasks.data.pypi import fetch
 
+NO_SUCH = "0" * 64
 BACKEND = """
 import pathlib
 pathlib.Path({marker!r}).touch()
@@ -37,10 +39,13 @@ def prepare_metadata_for_build_wheel(folder, config_settings=None):
 def _only_these_settings(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("PIP_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
-    monkeypatch.setenv("PIP_RETRIES", "0")
-    monkeypatch.setenv("PIP_NO_CACHE_DIR", "1")
-    monkeypatch.setenv("PIP_DISABLE_PIP_VERSION_CHECK", "1")
+    settings = {"CONFIG_FILE": os.devnull, "RETRIES": "0", "NO_CACHE_DIR": "1", "DISABLE_PIP_VERSION_CHECK": "1"}
+    for name, value in settings.items():
+        monkeypatch.setenv(f"PIP_{name}", value)
+
+
+def get(sha256: str, folder: Path, form: Literal["sdist", "wheel"] = "sdist") -> Path:
+    return fetch("evil==1.0", form=form, sha256=sha256, cache=folder / "cache")
 
 
 @pytest.fixture
@@ -63,6 +68,14 @@ def evil(tmp_path: Path) -> tuple[Path, str, Path]:
     return folder, hashlib.sha256((folder / "evil-1.0.tar.gz").read_bytes()).hexdigest(), marker
 
 
+@pytest.fixture
+def found(evil: tuple[Path, str, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str, Path]:
+    """The same, which pip is set to look into."""
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    monkeypatch.setenv("PIP_FIND_LINKS", str(evil[0]))
+    return evil
+
+
 def index_of(folder: Path, root: Path) -> Path:
     """A package index (PEP 503) of plain files over the distributions in a folder."""
     page = root / "simple" / "evil"
@@ -76,12 +89,10 @@ def index_of(folder: Path, root: Path) -> Path:
 
 
 def test_no_code_of_the_distribution_runs_although_pip_download_would_run_it(
-    evil: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: tuple[Path, str, Path], tmp_path: Path
 ) -> None:
-    folder, sha256, marker = evil
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    path = fetch("evil==1.0", form="sdist", sha256=sha256, cache=tmp_path / "cache")
+    folder, sha256, marker = found
+    path = get(sha256, tmp_path)
     assert path.name == "evil-1.0.tar.gz"
     assert path.read_bytes() == (folder / path.name).read_bytes()
     assert not marker.exists(), "the build code of a downloaded distribution was run"
@@ -96,44 +107,32 @@ def test_the_index_of_pips_settings_is_used_even_where_source_distributions_may_
     folder, sha256, marker = evil
     monkeypatch.setenv("PIP_INDEX_URL", index_of(folder, tmp_path).as_uri())
     monkeypatch.setenv("PIP_ONLY_BINARY", ":all:")
-    assert fetch("evil==1.0", form="sdist", sha256=sha256, cache=tmp_path / "cache").is_file()
+    assert get(sha256, tmp_path).is_file()
     assert not marker.exists()
 
 
 def test_a_cached_file_needs_no_index_and_a_damaged_one_is_fetched_again(
-    evil: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder, sha256, _ = evil
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    cache = tmp_path / "cache"
-    path = fetch("evil==1.0", form="sdist", sha256=sha256, cache=cache)
-    assert [item.name for item in cache.iterdir()] == [sha256], "temporary files were left behind"
+    path = get(found[1], tmp_path)
+    assert [item.name for item in (tmp_path / "cache").iterdir()] == [found[1]], "temporary files were left behind"
     path.write_bytes(b"damaged")
-    assert fetch("evil==1.0", form="sdist", sha256=sha256, cache=cache).read_bytes() != b"damaged"
+    assert get(found[1], tmp_path).read_bytes() != b"damaged"
     monkeypatch.setenv("PIP_FIND_LINKS", str(tmp_path))
-    assert fetch("evil==1.0", form="sdist", sha256=sha256, cache=cache) == path
+    assert get(found[1], tmp_path) == path
 
 
 def test_another_file_under_the_pinned_name_is_refused_and_not_kept(
-    evil: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: tuple[Path, str, Path], tmp_path: Path
 ) -> None:
-    folder, sha256, _ = evil
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
-    with pytest.raises(SourceError, match=f"should be {'0' * 64}, got evil-1.0.tar.gz {sha256}"):
-        fetch("evil==1.0", form="sdist", sha256="0" * 64, cache=tmp_path / "cache")
+    with pytest.raises(SourceError, match=f"should be {NO_SUCH}, got evil-1.0.tar.gz {found[1]}"):
+        get(NO_SUCH, tmp_path)
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_wheel_is_not_taken_for_a_source_distribution(
-    evil: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    folder, sha256, _ = evil
-    monkeypatch.setenv("PIP_NO_INDEX", "1")
-    monkeypatch.setenv("PIP_FIND_LINKS", str(folder))
+def test_a_wheel_is_not_taken_for_a_source_distribution(found: tuple[Path, str, Path], tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no wheel of evil==1\.0 was found at .*links"):
-        fetch("evil==1.0", form="wheel", sha256=sha256, cache=tmp_path / "cache")
+        get(found[1], tmp_path, "wheel")
 
 
 def test_without_a_network_the_message_names_package_index_and_cure(
@@ -141,16 +140,16 @@ def test_without_a_network_the_message_names_package_index_and_cure(
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://someone:secret@127.0.0.1:9/simple")
     with pytest.raises(SourceError) as caught:
-        fetch("evil==1.0", form="sdist", sha256="0" * 64, cache=tmp_path)
+        get(NO_SUCH, tmp_path)
     message = str(caught.value)
     assert "no sdist of evil==1.0 was found at http://someone:****@127.0.0.1:9/simple" in message
     assert "check the network and pip's index" in message
     assert "secret" not in message
-    assert not list(tmp_path.iterdir())
+    assert not list((tmp_path / "cache").iterdir())
 
 
 class _Guarded(SimpleHTTPRequestHandler):
-    """Serves files to one user; the archive itself breaks off after ten bytes when its name is `evil-1.0.tar.gz`."""
+    """Serves files to one user; an archive breaks off after ten bytes."""
 
     def do_GET(self) -> None:
         if self.headers.get("Authorization") != "Basic " + base64.b64encode(b"someone:secret").decode():
@@ -183,7 +182,7 @@ def test_a_download_that_breaks_off_is_an_error_and_leaves_nothing(
 ) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", f"http://someone:secret@127.0.0.1:{guarded}/simple")
     with pytest.raises(SourceError, match=r"could not be downloaded|is not the pinned file") as caught:
-        fetch("evil==1.0", form="sdist", sha256="0" * 64, cache=tmp_path / "cache")
+        get(NO_SUCH, tmp_path)
     assert "secret" not in str(caught.value)
     assert not list((tmp_path / "cache").iterdir())
 
@@ -193,9 +192,9 @@ def test_a_pip_without_the_expected_internals_is_named_with_the_range_that_works
 ) -> None:
     monkeypatch.setattr(pypi, "_CHILD", "from pip._internal.commands.download import NoSuchName")
     with pytest.raises(SourceError, match=r'(?s)cannot import name .NoSuchName.*pip install "pip>='):
-        fetch("evil==1.0", form="sdist", sha256="0" * 64, cache=tmp_path / "cache")
+        get(NO_SUCH, tmp_path)
 
 
 def test_an_unpinned_requirement_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="'evil' is not pinned: write it as package==version"):
-        fetch("evil", form="sdist", sha256="0" * 64, cache=tmp_path)
+        fetch("evil", form="sdist", sha256=NO_SUCH, cache=tmp_path)
