@@ -12,17 +12,10 @@ __all__ = [
     "Regex", "Section",
 ]  # fmt: skip
 
-LEARNED = "learned"
-"""The component of the reward that the trained reward model computes."""
-
-ENVIRONMENT = "environment"
-"""The component of the reward that an environment gives."""
-
-EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})
-"""Components that come with the responses, such as an environment's reward; all others are rules."""
-
-CHAT = "chat"
-"""The template of a pretrained reward model that means its tokenizer's own chat template."""
+LEARNED = "learned"  # the component of the reward that the trained reward model computes
+ENVIRONMENT = "environment"  # the one that an environment gives
+EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})  # those that come with the responses; all others are rules
+CHAT = "chat"  # as the template of a pretrained reward model: its tokenizer's own chat template
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]

@@ -89,10 +89,8 @@ class PrepareParams(Section):
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if not self.prompt_words < self.min_words <= self.max_words:
-            raise ValueError(
-                f"need prompt_words < min_words <= max_words, got {self.prompt_words}, {self.min_words}, "
-                f"{self.max_words}"
-            )
+            got = f"{self.prompt_words}, {self.min_words}, {self.max_words}"
+            raise ValueError(f"need prompt_words < min_words <= max_words, got {got}")
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share must leave texts to train on")
         return self

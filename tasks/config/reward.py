@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from tasks.config.base import EXTERNAL_COMPONENTS, LEARNED, Positive, Section
 from tasks.config.rules import RULE_OPTIONS, Rule, did_you_mean
@@ -33,18 +33,11 @@ class Normaliser(Section):
     std: float = Field(1.0, gt=0, description="For `fixed`.")
 
 
-def _default_function(rules: Any) -> Any:
-    """Fill in a missing function name: that of the component."""
-    if not isinstance(rules, dict):
-        return rules
-    return {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in rules.items()}
-
-
 class RewardParams(Section):
     """The reward of a response: components, and how they become one number."""
 
     weights: dict[str, float] = Field(min_length=1, description="Component → weight; others are not computed.")
-    rules: Annotated[dict[str, Rule], BeforeValidator(_default_function)] = Field(
+    rules: dict[str, Rule] = Field(
         default_factory=dict,
         description="Component → rule and its options; a component that is named like a rule and has no entry is that "
         "rule with its defaults.",
@@ -79,17 +72,16 @@ class RewardParams(Section):
 
     @model_validator(mode="before")
     @classmethod
-    def _add_default_rules(cls, values: Any) -> Any:
-        """Add rules with default options for components that have a weight alone."""
-        if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
-            return values
-        rules = values.get("rules", {})
+    def _complete_rules(cls, values: Any) -> Any:
+        """A component with a weight alone is the rule of its name; so is one whose entry names no function."""
+        rules = values.get("rules", {}) if isinstance(values, dict) else None
         if not isinstance(rules, dict):
             return values
-        defaults = {
-            name: {"function": name} for name in values["weights"] if name in RULE_OPTIONS and name not in rules
-        }
-        return values | {"rules": rules | defaults}
+        weights = values.get("weights")
+        defaults = [name for name in weights if name in RULE_OPTIONS] if isinstance(weights, dict) else []
+        entries = rules | {name: {} for name in defaults if name not in rules}
+        named = {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in entries.items()}
+        return values | {"rules": named}
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:

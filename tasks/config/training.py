@@ -63,8 +63,7 @@ class EnvironmentParams(Section):
         gt=0,
         le=1,
         description="Discount per turn of the policy, of the whole score: below 1, a positive one counts more early, "
-        "and a negative one costs less late. So with gamma below 1 no component should be a cost; where one is, "
-        "gamma belongs at 1.",
+        "and a negative one costs less late, so where a component is a cost, gamma belongs at 1.",
     )
 
 
@@ -135,9 +134,8 @@ class RewardModelParams(TrainerParams):
     max_examples: Positive | None = Field(None, description="Maximum of rated texts, for rating and classification.")
     length_debias: bool = Field(
         False,
-        description="Whether what a linear fit explains of the raw score by the response's number of tokens, over "
-        "responses of the SFT policy, is subtracted (Huang et al. 2024, arXiv 2409.17407, section 3, with a line for "
-        "the bias).",
+        description="Whether a linear fit of raw scores of SFT responses to their numbers of tokens is subtracted "
+        "(Huang et al. 2024, arXiv 2409.17407, section 3, with a line for the bias).",
     )
     backbone: BaseModelParams | None = Field(None, description="Model below the head, with its tokenizer; null: SFT's.")
     pretrained: PretrainedRewardParams | None = Field(None, description="A reward model to use without training.")
@@ -207,8 +205,7 @@ class GoldJudgeParams(TrainerParams):
 class RLParams(Section):
     """Settings that the RL algorithms share."""
 
-    stage: ClassVar[str]
-    """Name of the stage and of its section."""
+    stage: ClassVar[str]  # also the name of the section
 
     updates: Positive = Field(description="Rollout–update rounds.")
     prompts_per_update: Positive = Field(description="Prompts per rollout; each pass over them is a new permutation.")

@@ -84,30 +84,28 @@ def test_a_folder_is_copied_with_equal_weights(built: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("removed", "message"),
+    ("name", "content", "message"),
     [
-        ("tokenizer.json", r"has no tokenizer \(tokenizer\.json, tokenizer\.model\); found: config\.json, "),
-        ("config.json", r"has no config\.json; found: "),
-        ("model.safetensors", r"has no weights \(\*\.safetensors\)"),
+        ("tokenizer.json", None, r"has no tokenizer \(tokenizer\.json, tokenizer\.model\); found: config\.json, "),
+        ("config.json", None, r"has no config\.json; found: "),
+        ("model.safetensors", None, r"has no weights \(\*\.safetensors\)"),
+        ("model.safetensors", b"\x10", "cannot be loaded"),
+        (".", None, r"is no folder; base_model\.id must name an existing one"),
     ],
 )
-def test_an_incomplete_folder_is_named_with_what_is_missing(
-    built: Path, tmp_path: Path, removed: str, message: str
+def test_a_missing_incomplete_or_damaged_folder_is_named_with_what_is_missing(
+    built: Path, tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     folder = Path(shutil.copytree(built / "model", tmp_path / "partial"))
-    (folder / removed).unlink()
+    if name == ".":
+        shutil.rmtree(folder)
+    elif content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
     with pytest.raises(ModelError, match=message):
         copied(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-
-
-def test_a_missing_and_a_damaged_folder_are_named(built: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"is no folder; base_model\.id must name an existing one"):
-        copied(tmp_path / "none", tmp_path / "out")
-    folder = Path(shutil.copytree(built / "model", tmp_path / "damaged"))
-    (folder / "model.safetensors").write_bytes(b"\x10")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        copied(folder, tmp_path / "out")
 
 
 def edited(built: Path, to: Path, **changes: object) -> Path:

@@ -25,13 +25,11 @@ def prepared(folder: Path, *, given: int = 0) -> dict[str, dict[str, Rating]]:
     rng = random.Random(0)
     texts: dict[str, dict[str, Rating]] = {}
     for split, count in zip(SPLITS, (160, 30, 30), strict=True):
-        rows = []
-        for number in range(count):
+        for name in (f"{split}{number}" for number in range(count)):
             level = rng.uniform(-3, 3)
             marks = tuple(float(round(rng.gauss(level, 1))) for _ in range(8))
-            rows.append(Rating(id=f"{split}{number}", text=f"{split} text {number}", ratings=marks))
-        texts[split] = {row.text: row for row in rows}
-        write_rows(folder / "ratings" / "proxy" / f"{split}.jsonl", rows)
+            texts.setdefault(split, {})[name] = Rating(id=name, text=name, ratings=marks)
+        write_rows(folder / "ratings" / "proxy" / f"{split}.jsonl", texts[split].values())
         pairs = [Preference(id=str(n), prompt="p", chosen=f"a{n}", rejected=f"b{n}") for n in range(given)]
         write_rows(folder / "preferences" / f"{split}.jsonl", pairs)
     return texts
