@@ -10,7 +10,6 @@ import pytest
 
 from tasks.collect import collect
 from tasks.config.data import CollectParams, SourceParams
-from tasks.core.errors import SourceError
 from tasks.core.paths import Artifacts
 
 
@@ -48,9 +47,3 @@ def test_two_runs_write_equal_bytes_without_any_path_of_this_machine(root: Path)
         content = (root / "one" / file).read_bytes()
         assert content == (root / "two" / file).read_bytes()
         assert str(root).encode() not in content
-
-
-def test_a_missing_file_stops_the_stage(root: Path) -> None:
-    (root / "b.csv").unlink()
-    with pytest.raises(SourceError, match=r"source 'b': there is no file .*b\.csv"):
-        run(root / "out")

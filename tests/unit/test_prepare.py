@@ -206,11 +206,17 @@ def test_one_pair_about_two_objectives_is_two_rows(tmp_path: Path) -> None:
 
 
 def test_too_many_malformed_rows_stop_the_stage_and_leave_the_quarantine(tmp_path: Path) -> None:
-    rows = corpus(20, random.Random(7)) + [{"raw": "{oops", "error": "not JSON"}] * 3
-    with pytest.raises(DataError, match=r"(?s)3 of 23 rows \(13\.04%\) are malformed.*mine\.jsonl:21: not JSON"):
-        run(tmp_path, rows)
-    first = json.loads((tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()[0])
-    assert first == {"source": "mine", "file": "mine.jsonl", "line": 21, "reason": "not JSON", "raw": "{oops"}
+    """The bound itself, a share of 0.1, is allowed; the message shows the first five of them."""
+    broken = [{"raw": "{oops", "error": f"reason {number}"} for number in range(1, 8)]
+    assert run(tmp_path, corpus(63, random.Random(7)) + broken)[1]["rows"]["quarantined"] == 7
+    file = tmp_path / "out" / "quarantine.jsonl"
+    with pytest.raises(DataError, match=r"(?s)7 of 27 rows \(25\.93%\) are malformed.*allows \(10\.00%\)") as caught:
+        run(tmp_path, corpus(20, random.Random(7)) + broken)
+    assert "mine.jsonl:25: reason 5" in str(caught.value)
+    assert "reason 6" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    first = json.loads(file.read_text().splitlines()[0])
+    assert first == {"source": "mine", "file": "mine.jsonl", "line": 21, "reason": "reason 1", "raw": "{oops"}
 
 
 def test_when_nothing_is_left_the_message_says_what_happened_to_the_rows(tmp_path: Path) -> None:

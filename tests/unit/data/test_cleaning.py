@@ -15,7 +15,6 @@ from tasks.core.errors import DataError
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row
 from tasks.data.cleaning import (
     CleanResult,
-    check_quarantine,
     clean,
     filter_by_length,
     hash_uniform,
@@ -79,19 +78,6 @@ def test_prompt_and_response_make_one_text_with_its_inner_white_space(
     (row,) = clean(write_collected(tmp_path, "demonstrations", [content])).rows
     assert isinstance(row, Demonstration)
     assert row.prompt + row.response == joined
-
-
-def test_the_bound_on_malformed_rows_is_exclusive_and_the_message_shows_the_first(tmp_path: Path) -> None:
-    bad = [{"file": "a.jsonl", "line": line, "reason": f"reason {line}"} for line in range(1, 8)]
-    check_quarantine(CleanResult(quarantine=bad[:1], collected=4), tmp_path / "q.jsonl", 0.25)
-    with pytest.raises(DataError) as caught:
-        check_quarantine(CleanResult(quarantine=bad, collected=20), tmp_path / "q.jsonl", 0.25)
-    message = str(caught.value)
-    assert "7 of 20 rows (35.00%) are malformed" in message
-    assert "prepare.max_quarantine_share allows (25.00%)" in message
-    assert "a.jsonl:5: reason 5" in message
-    assert "reason 6" not in message
-    assert str(tmp_path / "q.jsonl") in message
 
 
 def kept(*rows: Row) -> tuple[list[str], dict[str, int]]:
