@@ -7,7 +7,6 @@ services. Wall seconds, the median of the repetitions. Prints a line per way and
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import shutil
@@ -18,7 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[1]
+from inputs import ROOT, repetitions
 
 BARE_STAGES = """
 import importlib, os
@@ -74,14 +73,12 @@ def time_all(project: Path) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=3)
-    repetitions = parser.parse_args().repetitions
+    count = repetitions(__doc__)
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-flow-") as folder:
         project = Path(folder) / "project"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
         run_seconds(project, "-m", "flows.cli", "run", "base_model", "--preset", "tiny")  # writes the preset
-        rounds = [time_all(project) for _ in range(repetitions)]
+        rounds = [time_all(project) for _ in range(count)]
     medians = {name: round(statistics.median(timings[name] for timings in rounds), 1) for name in rounds[0]}
     for name, median in medians.items():
         print(f"{name:<25} {median:6.1f} s")

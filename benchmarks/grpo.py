@@ -6,7 +6,6 @@ ends early. Prints each side's median update and, last, one JSON line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import tempfile
@@ -16,7 +15,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
-from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, check_model, load_tokenizer, lora_config, prompts
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, check_model, load_tokenizer, lora_config, prompts, repetitions
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -107,13 +106,11 @@ def update_seconds(side: str) -> list[float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=3)
-    repetitions = parser.parse_args().repetitions
+    count = repetitions(__doc__)
     check_model()
     init_process()
     times: dict[str, list[float]] = {"ours": [], "default": []}
-    for _ in range(repetitions):
+    for _ in range(count):
         for side, taken in times.items():
             taken += update_seconds(side)
     medians = {side: statistics.median(taken) for side, taken in times.items()}
@@ -121,7 +118,7 @@ def main() -> None:
     for side, median in medians.items():
         print(f"{side}: {median:.2f} s an update")
     ratio = round(medians["default"] / medians["ours"], 3)
-    print(json.dumps({"ratio_wall": ratio, "repetitions": repetitions, "updates": UPDATES, **tokens}))
+    print(json.dumps({"ratio_wall": ratio, "repetitions": count, "updates": UPDATES, **tokens}))
 
 
 if __name__ == "__main__":

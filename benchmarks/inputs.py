@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 from typing import Any
 
 __all__ = [
-    "MODEL",
-    "PROMPT_TOKENS",
-    "RESPONSE_TOKENS",
-    "ROOT",
-    "check_model",
-    "load_tokenizer",
-    "lora_config",
-    "prompts",
-]
+    "MODEL", "PROMPT_TOKENS", "RESPONSE_TOKENS", "ROOT", "check_model", "load_tokenizer", "lora_config", "prompts",
+    "repetitions",
+]  # fmt: skip
 
 ROOT = Path(__file__).resolve().parents[1]
 MODEL = ROOT / "artifacts" / "base_model" / "model"
@@ -42,6 +37,13 @@ def load_tokenizer() -> Any:
 def prompts(count: int) -> list[list[int]]:
     """Make prompts of token ids, different in each row."""
     return [[1000 + 37 * row + place for place in range(PROMPT_TOKENS)] for row in range(count)]
+
+
+def repetitions(description: str | None) -> int:
+    """The command line's `--repetitions`."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--repetitions", type=int, default=3)
+    return int(parser.parse_args().repetitions)
 
 
 def check_model() -> None:

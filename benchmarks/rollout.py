@@ -8,7 +8,6 @@ medians and, last, one JSON line.
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import time
@@ -17,7 +16,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, check_model, load_tokenizer, lora_config, prompts
+from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, check_model, load_tokenizer, lora_config, prompts, repetitions
 from peft import get_peft_model
 from torch import nn
 from transformers import AutoModelForCausalLM
@@ -73,9 +72,7 @@ def operations_per_token(model: nn.Module) -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--repetitions", type=int, default=3)
-    repetitions = parser.parse_args().repetitions
+    rounds = repetitions(__doc__)
     check_model()
     init_process()
     theirs, base = (AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32) for _ in range(2))
@@ -87,11 +84,11 @@ def main() -> None:
     limits = {name: speed / operations_per_token(base) for name, speed in multiplications_per_second().items()}
     print("limit by matrix products: " + ", ".join(f"{name} {limit:.0f} tokens/s" for name, limit in limits.items()))
     result: dict[str, float] = {f"limit_{name}": round(limit, 1) for name, limit in limits.items()}
-    result["repetitions"] = repetitions
+    result["repetitions"] = rounds
     for shape, (count, samples) in SHAPES.items():
         sides = {"ours": sample_with_ours, "transformers": sample_with_transformers}
         times: dict[str, list[float]] = {name: [] for name in sides}
-        for repetition in range(repetitions + 1):
+        for repetition in range(rounds + 1):
             for name, sample in sides.items():
                 taken = seconds(partial(sample, models[name], count, samples))
                 if repetition:  # the first warms up

@@ -39,14 +39,9 @@ def run_seed(seed: int) -> dict[str, float]:
     (disabled / "fits.json").write_text("{}")
     (disabled / "results.json").write_text("{}")
     ppo(
-        params.ppo,
-        params.lora,
-        params.generation,
-        params.reward,
-        params.environment,
-        seed,
+        params.ppo, params.lora, params.generation, params.reward, params.environment, seed,
         Artifacts(**upstream, out=ppo_out),
-    )
+    )  # fmt: skip
     evaluate(
         params.evaluate, params.generation, params.reward, params.environment, params.seed, Artifacts(**upstream,
         gold_judge=ARTIFACTS / "gold_judge", ppo=ppo_out, grpo=disabled, dpo=disabled, overoptimisation=disabled,

@@ -20,12 +20,7 @@ __all__ = ["base_model"]
 
 
 def base_model(params: BaseModelParams, seed: int, artifacts: Artifacts) -> None:
-    """Fetch, convert or build the model and its tokenizer.
-
-    Args:
-        params: which model.
-        seed: decides the weights of kind `random`; of no effect otherwise.
-        artifacts: `out` receives `model/` and `card.json`.
+    """Fetch, convert or build the model and its tokenizer; the seed decides the weights of kind `random` alone.
 
     Raises:
         ModelError: the model or its tokenizer is incomplete, or there is no usable padding token.

@@ -25,12 +25,7 @@ logger = logging.getLogger(__name__)
 
 
 def collect(params: CollectParams, seed: int, artifacts: Artifacts) -> None:
-    """Read every source and write its rows and card.
-
-    Args:
-        params: the sources.
-        seed: decides procedural sources (reasoning-gym) only.
-        artifacts: `out` receives `rows/`, `cards/` and `metrics.json`.
+    """Read every source and write its rows and card; the seed decides procedural sources alone.
 
     Raises:
         SourceError: a source cannot be reached, or is not what its checksum promises.
@@ -53,10 +48,7 @@ def _data_card(source: SourceParams, collected: SourceRows, file: Path) -> dict[
         "kind": source.kind,
         "type": source.row_type,
         **collected.origin,
-        "licence": source.licence,
-        "columns": source.columns,
-        "template": source.template,
-        "limit": source.limit,
+        **{name: getattr(source, name) for name in ("licence", "columns", "template", "limit")},
         "rows": len(collected.rows),
         "unreadable": sum("error" in row for row in collected.rows),
         "sha256_of_rows": sha256_of(file),

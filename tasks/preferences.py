@@ -19,9 +19,8 @@ import numpy as np
 
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
+from tasks.core.rows import SPLITS, Preference, Rating, Split, read_rows, write_json, write_rows, write_table
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters, rater_agreement
-from tasks.data.splitting import SPLITS, Split
 from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
 
 if TYPE_CHECKING:
@@ -33,12 +32,7 @@ COLUMNS = ("bucket", "pairs", "agreement")
 
 
 def preferences(params: PreferencesParams, seed: int, artifacts: Artifacts) -> None:
-    """Draw, label and write the pairs of each split.
-
-    Args:
-        params: how many pairs, how far apart, how many raters per label.
-        seed: decides the pairs and the raters.
-        artifacts: stage prepare's rows are read; `out` receives the pairs, the ceiling and the counts.
+    """Draw, label and write the pairs of each split; the seed decides the pairs and the raters.
 
     Raises:
         DataError: fewer pairs can be made than params ask for; it says how many.
@@ -70,9 +64,9 @@ def _has_rows(folder: Path, name: str = "*.jsonl") -> bool:
 
 def _sample_source_pairs(prepare: Path, split: Split, params: PreferencesParams, seed: int) -> list[Preference]:
     """Sample pairs of the sources, in the order in which prepare wrote them."""
-    path, count = prepare / "preferences" / f"{split}.jsonl", _target_count(split, params)
+    path = prepare / "preferences" / f"{split}.jsonl"
     rows = read_rows(path, Preference)
-    _check_count(len(rows), split, params, f"{path.name} of stage prepare holds that many")
+    count = _checked_count(len(rows), split, params, f"{path.name} of stage prepare holds that many")
     chosen = sorted(_rng(seed, split, "sample").sample(range(len(rows)), count))
     return [rows[index] for index in chosen]
 
@@ -92,9 +86,8 @@ def _train(prepare: Path, params: PreferencesParams, seed: int, counts: Counter[
     pairs = draw_pairs(texts, min_margin=params.min_margin, rng=_rng(seed, "train", "pairs"))
     labelled = (label_by_raters(pair, params.raters_per_label, rng=rng, counts=counts) for pair in pairs)
     rows = list(islice((row for row in labelled if row is not None), params.train_pairs))
-    _check_count(
-        len(rows), "train", params, f"{len(texts)} rated texts, pairs at least {params.min_margin} points apart"
-    )
+    reason = f"{len(texts)} rated texts, pairs at least {params.min_margin} points apart"
+    _checked_count(len(rows), "train", params, reason)
     return rows
 
 
@@ -102,7 +95,7 @@ def _heldout_pairs(prepare: Path, split: Split, params: PreferencesParams, seed:
     """Draw pairs of any margin, because accuracy is reported over the whole range."""
     texts = _read_ratings(prepare, split)
     pairs = list(islice(draw_pairs(texts, min_margin=0.0, rng=_rng(seed, split, "pairs")), params.heldout_pairs))
-    _check_count(len(pairs), split, params, f"{len(texts)} rated texts")
+    _checked_count(len(pairs), split, params, f"{len(texts)} rated texts")
     return pairs
 
 
@@ -114,18 +107,15 @@ def _rng(seed: int, split: Split, purpose: str) -> random.Random:
     return random.Random(f"{seed}/{split}/{purpose}")
 
 
-def _target_count(split: Split, params: PreferencesParams) -> int:
-    return params.train_pairs if split == "train" else params.heldout_pairs
-
-
-def _check_count(available: int, split: Split, params: PreferencesParams, where: str) -> None:
-    name = "train_pairs" if split == "train" else "heldout_pairs"
-    target = _target_count(split, params)
+def _checked_count(available: int, split: Split, params: PreferencesParams, where: str) -> int:
+    """The number of pairs that params ask for, of which there must be enough."""
+    name, target = ("train_pairs", params.train_pairs) if split == "train" else ("heldout_pairs", params.heldout_pairs)
     if available < target:
         raise DataError(
             f"preferences.{name} asks for {target} pairs, but there are only {available} in {split} ({where}): lower "
             f"preferences.{name}, or collect more"
         )
+    return target
 
 
 def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) -> list[dict[str, object]]:
@@ -134,17 +124,18 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     Where a source gave the preferences themselves, no rater is known and the table is empty.
     """
     rng = np.random.default_rng(seed)
-    known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
+    known = [
+        (label_by_all(pair).margin or 0.0, share)
+        for pair in pairs
+        if (share := rater_agreement(*pair, params.raters_per_label, rng)) is not None
+    ]
+    clear = MARGIN_BUCKETS.clear_margin
     groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
-    groups |= {
-        f"{MARGIN_BUCKETS.clear_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin]
-    }
-    groups |= {"all": [share for _, share in known]}
-    return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
-
-
-def _row(bucket: str, shares: Sequence[float]) -> dict[str, object]:
-    return {"bucket": bucket, "pairs": len(shares), "agreement": round(float(np.mean(shares)), 6) if shares else ""}
+    groups |= {f"{clear:g}+": [share for gap, share in known if gap >= clear], "all": [share for _, share in known]}
+    return [
+        {"bucket": name, "pairs": len(shares), "agreement": round(float(np.mean(shares)), 6) if shares else ""}
+        for name, shares in groups.items()
+    ]
 
 
 if __name__ == "__main__":

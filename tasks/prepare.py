@@ -15,10 +15,21 @@ from typing import TYPE_CHECKING
 
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row, write_json, write_rows
-from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, full_texts, split_key
-from tasks.data.duplicates import near_duplicates
-from tasks.data.splitting import HALVES, SPLITS, Half, Split, hash_uniform, in_stable_order, rater_half, split_of
+from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, Row, Split, write_json, write_rows
+from tasks.data.cleaning import (
+    HALVES,
+    CleanResult,
+    Half,
+    check_quarantine,
+    clean,
+    drop_duplicates,
+    filter_by_length,
+    hash_uniform,
+    in_stable_order,
+    rater_half,
+    split_key,
+    split_of,
+)
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams
@@ -33,12 +44,7 @@ Splits = Mapping[Split, Sequence[Row]]
 
 
 def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
-    """Clean and split everything that was collected.
-
-    Args:
-        params: bounds, thresholds and shares.
-        seed: decides the split of each text, together with the text itself.
-        artifacts: stage collect's rows are read; `out` receives the rows of each split, the quarantine and the counts.
+    """Clean and split everything that was collected; seed and text together decide the split of each text.
 
     Raises:
         DataError: too many rows are malformed, or nothing is left to train on.
@@ -46,7 +52,7 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     cleaned = clean(artifacts.collect)
     write_rows(artifacts.out / "quarantine.jsonl", cleaned.quarantine)
     check_quarantine(cleaned, artifacts.out / "quarantine.jsonl", params.max_quarantine_share)
-    rows = _drop_duplicates(filter_by_length(cleaned, params), cleaned, params.near_duplicate_threshold)
+    rows = drop_duplicates(filter_by_length(cleaned, params), cleaned, params.near_duplicate_threshold)
     if not rows:
         raise DataError(
             f"none of {cleaned.collected} collected rows is left{_drop_summary(cleaned)}; look at prepare's bounds"
@@ -68,25 +74,6 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     if params.gold_pair_share:
         written["preferences_gold"] = gold_written
     _write_metrics(artifacts.out, cleaned, len(rows), written)
-
-
-def _drop_duplicates(rows: list[Row], cleaned: CleanResult, threshold: float) -> list[Row]:
-    """Drop and count duplicate rows, and rows whose key nearly duplicates an earlier, different one.
-
-    Rows of one type with one key but different content (two answers to a prompt) stay, and stay together. So do labels
-    of different people that say the same.
-    """
-    unique: dict[tuple[object, ...], Row] = {}
-    for row in rows:
-        texts = [*full_texts(row), getattr(row, "objective", None) or ""]
-        identity = (type(row), "\x1f".join(texts), getattr(row, "labelled_by", None))
-        cleaned.dropped["duplicate"] += identity in unique
-        unique.setdefault(identity, row)
-    keys = list(dict.fromkeys(split_key(row) for row in unique.values()))
-    repeated = {keys[index] for index in near_duplicates(keys, threshold)}
-    kept = [row for row in unique.values() if split_key(row) not in repeated]
-    cleaned.dropped["near_duplicate"] += len(unique) - len(kept)
-    return kept
 
 
 def _split(rows: list[Row], params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
@@ -112,7 +99,6 @@ def _of_type(splits: Splits, *types: type[Row]) -> dict[Split, list[Row]]:
 
 
 def _ratings_of(splits: Splits, half: Half, params: PrepareParams, seed: int) -> dict[Split, list[Rating]]:
-    """The rated texts of one half, by split."""
     return {
         split: [row for row in rows if isinstance(row, Rating) and rater_half(row.text, params, seed) == half]
         for split, rows in splits.items()
@@ -136,7 +122,7 @@ def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: Pr
 
 
 def _split_prompt(row: Rating, words: int) -> Demonstration:
-    """Split a rated text into prompt (its first words) and response (the rest, with its leading space)."""
+    """A rated text's first words are the prompt, the rest, with its leading space, the response."""
     prompt = " ".join(row.text.split()[:words])
     return Demonstration(id=row.id, prompt=prompt, response=row.text[len(prompt) :])
 

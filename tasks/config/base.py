@@ -9,20 +9,13 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field
 
 __all__ = [
     "CHAT", "ENVIRONMENT", "EXTERNAL_COMPONENTS", "LEARNED", "AnswerPattern", "Fraction", "LearningRate", "Positive",
-    "Section", "check_minibatches",
+    "Regex", "Section",
 ]  # fmt: skip
 
-LEARNED = "learned"
-"""The component of the reward that the trained reward model computes."""
-
-ENVIRONMENT = "environment"
-"""The component of the reward that an environment gives."""
-
-EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})
-"""Components that come with the responses, such as an environment's reward; all others are rules."""
-
-CHAT = "chat"
-"""The template of a pretrained reward model that means its tokenizer's own chat template."""
+LEARNED = "learned"  # the component of the reward that the trained reward model computes
+ENVIRONMENT = "environment"  # the one that an environment gives
+EXTERNAL_COMPONENTS = frozenset({ENVIRONMENT})  # those that come with the responses; all others are rules
+CHAT = "chat"  # as the template of a pretrained reward model: its tokenizer's own chat template
 
 Positive = Annotated[int, Field(gt=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -35,22 +28,19 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
 
 
-def check_minibatches(prompts_per_update: int, samples_per_prompt: int, minibatches: int) -> None:
-    """Check that a rollout divides into equal minibatches."""
-    batch = prompts_per_update * samples_per_prompt
-    if batch % minibatches:
-        raise ValueError(f"minibatches {minibatches} must divide the {batch} responses of an update")
+def _check_regex(pattern: str) -> str:
+    try:
+        return re.compile(pattern).pattern
+    except re.error as error:
+        raise ValueError(f"no regular expression: {error}") from error
 
 
 def _check_one_group(pattern: str) -> str:
-    try:
-        groups = re.compile(pattern).groups
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from error
-    if groups != 1:
+    if (groups := re.compile(pattern).groups) != 1:
         raise ValueError(f"needs one group, which is the answer, for example `#### (.+)`; this has {groups}")
     return pattern
 
 
-AnswerPattern = Annotated[str, AfterValidator(_check_one_group)]
+Regex = Annotated[str, AfterValidator(_check_regex)]
+AnswerPattern = Annotated[Regex, AfterValidator(_check_one_group)]
 """A regular expression that extracts one answer from a text."""

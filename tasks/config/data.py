@@ -32,13 +32,9 @@ class SourceParams(Section):
         None, description="For hub: the folder of the dataset to read (Anthropic/hh-rlhf: harmless-base); null: all."
     )
     split: str = Field("train", description="For hub: the split.")
-    options: dict[str, int | float | str | bool] = Field(
-        default_factory=dict, description="For reasoning_gym: the task's own settings."
-    )
+    options: dict[str, int | float | str | bool] = Field({}, description="For reasoning_gym: the task's settings.")
     columns: dict[str, str] = Field(default_factory=dict, description="Row field → column name, where they differ.")
-    template: str = Field(
-        "{prompt}", pattern=r"\{prompt\}", description="What the policy sees of a prompt, for example a chat template."
-    )
+    template: str = Field("{prompt}", pattern=r"\{prompt\}", description="What the policy sees of a prompt.")
     answer_pattern: AnswerPattern | None = Field(
         None, description="What of the answer's column is the right answer: one group (GSM8K: `#### (.+)`); null: all."
     )
@@ -83,26 +79,18 @@ class PrepareParams(Section):
     validation_share: Fraction = Field(description="Share of texts held out for validation.")
     test_share: Fraction = Field(description="Share of texts held out for the final evaluation.")
     gold_share: Fraction = Field(description="Share of rated texts that only the gold judge sees.")
-    gold_pair_share: Fraction = Field(
-        0.0,
-        description="Share of prompts whose preferences only the gold judge sees; 0 where it learns from ratings.",
-    )
+    gold_pair_share: Fraction = Field(0.0, description="Share of prompts whose preferences only the gold judge sees.")
     max_preference_words: Positive | None = Field(
         None,
-        description="Preferences are dropped, and counted, where prompt and response have more words on either side; "
-        "null: kept at any length, for training cuts them by tokens.",
+        description="Preferences with more words, prompt included, on a side are dropped, and counted; null: none.",
     )
-    max_quarantine_share: Fraction = Field(
-        description="The stage fails when more than this share of rows is malformed."
-    )
+    max_quarantine_share: Fraction = Field(description="The stage fails when more of the rows than this are malformed.")
 
     @model_validator(mode="after")
     def _check_order(self) -> Self:
         if not self.prompt_words < self.min_words <= self.max_words:
-            raise ValueError(
-                f"need prompt_words < min_words <= max_words, got {self.prompt_words}, {self.min_words}, "
-                f"{self.max_words}"
-            )
+            got = f"{self.prompt_words}, {self.min_words}, {self.max_words}"
+            raise ValueError(f"need prompt_words < min_words <= max_words, got {got}")
         if self.validation_share + self.test_share >= 1:
             raise ValueError("validation_share + test_share must leave texts to train on")
         return self
@@ -114,10 +102,10 @@ class PreferencesParams(Section):
     train_pairs: Positive = Field(description="Pairs for training the reward model and DPO.")
     heldout_pairs: Positive = Field(description="Pairs for each of validation and test.")
     source_pairs: Literal["only", "prepend"] = Field(
-        description="Use of pairs from sources, such as labels: the only ones, sampled down to "
-        "the numbers above, or those for training are prepended to the pairs drawn from ratings."
+        description="Use of pairs from sources, such as labels: the only ones, sampled down to the numbers above, or "
+        "prepended to the training pairs drawn from ratings."
     )
     min_margin: float = Field(ge=0, description="Training pairs differ in mean rating by at least this many points.")
     raters_per_label: Positive = Field(
-        description="A training label is the comparison of the mean of this many randomly drawn raters for each side."
+        description="A training label compares the means of this many randomly drawn raters for each side."
     )

@@ -19,21 +19,15 @@ class JudgeParams(Section):
         "local", description="The pipeline's base model, or a server that speaks OpenAI's chat completions."
     )
     model: str = Field("", description="For endpoint: the model's name there.")
-    base_url: str = Field(
-        "", description="For endpoint: its address up to `/v1`; the key, where it wants one, is $OPENAI_API_KEY."
-    )
+    base_url: str = Field("", description="For endpoint: its address up to `/v1`; its key is $OPENAI_API_KEY.")
     rubric: str = Field(
         "Two endings of the same film review follow. The better one likes the film more, and says so in good English.",
         min_length=1,
         description="What makes a response the better one.",
     )
     prompts: Positive = Field(description="How many of the evaluation's prompts; each policy's pairs are asked twice.")
-    max_requests: Positive = Field(
-        1000, description="For endpoint: nothing is asked where more answers than this are missing."
-    )
-    max_tokens: Positive = Field(
-        500_000, description="For endpoint: a run stops before its next question once its answers took this many."
-    )
+    max_requests: Positive = Field(1000, description="For endpoint: if more answers than this lack, nothing is asked.")
+    max_tokens: Positive = Field(500_000, description="For endpoint: a run stops once its answers took this many.")
 
     @model_validator(mode="after")
     def _check_complete(self) -> Self:
@@ -54,9 +48,7 @@ class EvaluateParams(Section):
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")
     vader: bool = Field(description="Whether the VADER lexicon judges too: for tasks whose aim is a positive text.")
-    llm_judge: JudgeParams | None = Field(
-        description="A language model that compares each policy's responses with SFT's."
-    )
+    llm_judge: JudgeParams | None = Field(description="A language model that compares responses with SFT's.")
     answer_pattern: AnswerPattern | None = Field(
         None,
         description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
@@ -84,16 +76,10 @@ Margin = Annotated[float, Field(ge=0)]
 class GateParams(Section):
     """The rules of promotion; all of them must hold."""
 
-    policy: str = Field(
-        description="Which policy may be promoted: ppo, grpo or dpo, or `best`: the one whose win rate is surest."
-    )
-    min_win_rate: Fraction = Field(
-        description="Against SFT, by the gold judge: the lower end of the 95 % interval must be above this."
-    )
+    policy: str = Field(description="Which may be promoted: ppo, grpo, dpo, or `best`: that of the surest win rate.")
+    min_win_rate: Fraction = Field(description="Against SFT, by the gold judge; the 95 % interval must lie above.")
     max_kl: float = Field(gt=0, description="KL to SFT, nats per response, at most.")
-    allowed_detectors: list[str] = Field(
-        description="Detectors of reward hacking that may fire; any other that does refuses the policy."
-    )
+    allowed_detectors: list[str] = Field(description="Detectors of reward hacking that may fire without refusal.")
     margins: dict[Metric, Margin] = Field(
         min_length=1,
         description="Metric → by how much a policy may be worse than the champion on the same prompts, at the bad end "
@@ -105,21 +91,16 @@ class LmEvalParams(Section):
     """Benchmarks of SFT and the policies by EleutherAI's lm-evaluation-harness."""
 
     tasks: tuple[str, ...] = Field(
-        min_length=1,
-        description="Names of tasks, groups or tags: those in `include`, or lm-eval's own (`lm-eval ls tasks`).",
+        min_length=1, description="Names of tasks, groups or tags: in `include`, or lm-eval's own (`lm-eval ls tasks`)."
     )
     include: str = Field(
         "infra/lm_eval",
         pattern=r"^infra/lm_eval(/[\w-]+)*$",
-        description="Folder of own task files; within infra/lm_eval, of which dvc.yaml makes an input.",
+        description="Folder of own task files; a dep in dvc.yaml.",
     )
     limit: Positive | None = Field(None, description="At most this many documents per task, the first; null: all.")
     batch_size: Positive = Field(description="Sequences per forward pass.")
-    num_fewshot: int | None = Field(
-        None,
-        ge=0,
-        description="Worked examples before each question, unless the task fixes none; null: as the task says.",
-    )
+    num_fewshot: int | None = Field(None, ge=0, description="Worked examples per question; null: as the task says.")
 
 
 class OveroptimisationParams(Section):
@@ -127,8 +108,6 @@ class OveroptimisationParams(Section):
 
     prompts: Positive = Field(description="How many held-out prompts.")
     samples_per_prompt: int = Field(ge=2, description="SFT responses per prompt: best-of-n goes up to this n.")
-    samples_per_policy: Positive = Field(
-        4, description="Responses per prompt of each policy: with more of them, its gain is known more closely."
-    )
+    samples_per_policy: Positive = Field(4, description="Responses per prompt of each policy, for a closer gain.")
     batch_size: Positive = Field(description="Prompts per batch.")
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")

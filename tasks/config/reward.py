@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, Literal, Self
+from typing import Any, Literal, Self
 
-from pydantic import BeforeValidator, Field, model_validator
+from pydantic import Field, model_validator
 
 from tasks.config.base import EXTERNAL_COMPONENTS, LEARNED, Positive, Section
 from tasks.config.rules import RULE_OPTIONS, Rule, did_you_mean
@@ -33,20 +33,11 @@ class Normaliser(Section):
     std: float = Field(1.0, gt=0, description="For `fixed`.")
 
 
-def _default_function(rules: Any) -> Any:
-    """Fill in a missing function name: that of the component."""
-    if not isinstance(rules, dict):
-        return rules
-    return {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in rules.items()}
-
-
 class RewardParams(Section):
     """The reward of a response: components, and how they become one number."""
 
-    weights: dict[str, float] = Field(
-        min_length=1, description="Component → weight; a component not named is not computed."
-    )
-    rules: Annotated[dict[str, Rule], BeforeValidator(_default_function)] = Field(
+    weights: dict[str, float] = Field(min_length=1, description="Component → weight; others are not computed.")
+    rules: dict[str, Rule] = Field(
         default_factory=dict,
         description="Component → rule and its options; a component that is named like a rule and has no entry is that "
         "rule with its defaults.",
@@ -60,13 +51,10 @@ class RewardParams(Section):
     priorities: tuple[Priority, ...] = Field(
         (), description="For lexicographic: the components in their order; those that are not named come last."
     )
-    gates: dict[str, float] = Field(
-        default_factory=dict,
-        description="Component → the value below which the response gets `floor`, or less if it would be less.",
-    )
+    gates: dict[str, float] = Field({}, description="Component → value below which the response gets at most `floor`.")
     floor: float = Field(0.0, description="Maximum reward of a response that a gate stops.")
     normalisation: dict[str, Normaliser] = Field(
-        default_factory=dict, description="Component → its scale; gates and thresholds read values as they are."
+        {}, description="Component → its scale; gates and thresholds read values as they are."
     )
     weight_schedule: dict[str, dict[Positive, float]] = Field(
         default_factory=dict,
@@ -79,25 +67,21 @@ class RewardParams(Section):
         "uncertainty_coef times their variance (Coste et al. 2023, arXiv 2310.02743, equations 3 to 5).",
     )
     uncertainty_coef: float = Field(
-        0.5,
-        ge=0,
-        description="λ of `uncertainty`, for scores whose spread is 1; Coste et al. take 0.5 for best-of-n and 0.1 for "
-        "PPO.",
+        0.5, ge=0, description="λ of `uncertainty`; Coste et al. take 0.5 for best-of-n and 0.1 for PPO."
     )
 
     @model_validator(mode="before")
     @classmethod
-    def _add_default_rules(cls, values: Any) -> Any:
-        """Add rules with default options for components that have a weight alone."""
-        if not isinstance(values, dict) or not isinstance(values.get("weights"), dict):
-            return values
-        rules = values.get("rules", {})
+    def _complete_rules(cls, values: Any) -> Any:
+        """A component with a weight alone is the rule of its name; so is one whose entry names no function."""
+        rules = values.get("rules", {}) if isinstance(values, dict) else None
         if not isinstance(rules, dict):
             return values
-        defaults = {
-            name: {"function": name} for name in values["weights"] if name in RULE_OPTIONS and name not in rules
-        }
-        return values | {"rules": rules | defaults}
+        weights = values.get("weights")
+        defaults = [name for name in weights if name in RULE_OPTIONS] if isinstance(weights, dict) else []
+        entries = rules | {name: {} for name in defaults if name not in rules}
+        named = {name: {"function": name} | rule if isinstance(rule, dict) else rule for name, rule in entries.items()}
+        return values | {"rules": named}
 
     @model_validator(mode="after")
     def _check_names(self) -> Self:
@@ -129,10 +113,6 @@ class RewardParams(Section):
             raise ValueError(
                 f"reward.weights.{below[0]} is below 0, and so no exponent of a product of values in [0, 1]"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _check_product_scale(self) -> Self:
         for name, scale in self.normalisation.items():
             weighted = self.weights[name] or name in self.weight_schedule
             if self.composition == "product" and scale.by == "batch" and weighted:
@@ -140,10 +120,6 @@ class RewardParams(Section):
                     f"reward.normalisation.{name}: batch scaling puts values below 0, a product needs them in [0, 1]; "
                     "use `by: fixed`, or another composition"
                 )
-        return self
-
-    @model_validator(mode="after")
-    def _check_single_code_rule(self) -> Self:
         running = [name for name, rule in self.rules.items() if rule.function == "code"]
         if len(running) > 1:
             raise ValueError(

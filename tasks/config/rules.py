@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import re
 from collections.abc import Mapping
 from difflib import get_close_matches
 from pathlib import Path
@@ -14,7 +13,7 @@ from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, Serializ
 from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
 
-from tasks.config.base import AnswerPattern, Positive, Section
+from tasks.config.base import AnswerPattern, Positive, Regex, Section
 
 __all__ = [
     "CUSTOM_DIR", "GROUND_TRUTH_RULES", "RULE_OPTIONS", "CodeRule", "ContainsFactsRule", "CustomRule", "FormatRule",
@@ -40,9 +39,7 @@ class CodeRule(RuleOptions):
     """Options of rule code: how the program is extracted from a response, and its resource limits."""
 
     function: str = Field("code", description="This rule's name.")
-    floor: Annotated[float, AfterValidator(_must_be_zero)] = Field(
-        0.0, description="A program that fails for whatever reason earns 0; nothing else can be set."
-    )
+    floor: Annotated[float, AfterValidator(_must_be_zero)] = Field(0.0, description="A program that fails earns 0.")
     program: Literal["fenced", "whole", "completion"] = Field(
         "fenced",
         description="What of a response is the program: its last ```python block, or block without a language, that "
@@ -55,35 +52,20 @@ class CodeRule(RuleOptions):
     )
     held_out: bool = Field(
         False,
-        description="Whether a row's tests after its line `# held out` run, and not those before it. Rows without that "
-        "line have the same tests either way.",
+        description="Whether the tests after a row's line `# held out` run, not those before; without it, all run.",
     )
     cpu_seconds: Positive = Field(2, description="CPU time of the program, and of its tests, before they are killed.")
-    wall_seconds: float = Field(
-        10.0, gt=0, description="Time from start to verdict; generous, because it depends on the machine's load."
-    )
-    memory_mb: Annotated[int, Field(ge=64)] = Field(
-        256, description="Address space of the program; Python itself takes about 30 MB."
-    )
+    wall_seconds: float = Field(10.0, gt=0, description="Time from start to verdict; generous, as it varies with load.")
+    memory_mb: Annotated[int, Field(ge=64)] = Field(256, description="The program's address space; Python takes 30 MB.")
     output_kb: Positive = Field(64, description="What a program may print before it is killed; nobody reads it.")
     answer_kb: Positive = Field(1024, description="Size of one result, encoded, that the tests accept.")
-    scratch_mb: Positive = Field(
-        8, description="Files that a program may write; they live in memory and vanish with it."
-    )
+    scratch_mb: Positive = Field(8, description="Files that a program may write; in memory, gone with it.")
     workers: Positive | None = Field(None, description="Programs that run at once; null: one per CPU core.")
     isolation: Literal["bubblewrap", "unsafe_no_isolation"] = Field(
         "bubblewrap",
         description="What stands between a program and this machine: namespaces and seccomp (Linux, the package "
         "bubblewrap and the extra `code`), or nothing but the limits above.",
     )
-
-
-def _check_regex(pattern: str) -> str:
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"no regular expression: {error}") from error
-    return pattern
 
 
 def _check_json_schema(schema: dict[str, Any]) -> dict[str, Any]:
@@ -127,9 +109,8 @@ class LengthRule(RuleOptions):
 class FormatRule(RuleOptions):
     """Regular expression that a response must match."""
 
-    pattern: Annotated[str, AfterValidator(_check_regex)] = Field(
-        min_length=1,
-        description="A regular expression, as Python writes them; `(?s)` in front lets `.` match newlines.",
+    pattern: Regex = Field(
+        min_length=1, description="A Python regular expression; `(?s)` in front lets `.` match newlines."
     )
     match: Literal["whole", "contains"] = Field(
         "whole", description="Whether the response, without white space around it, is the form, or has it somewhere."
@@ -156,9 +137,7 @@ class LanguageRule(RuleOptions):
 class MathRule(RuleOptions):
     """Timeout of the comparison of mathematical answers, plain or LaTeX."""
 
-    timeout_s: float = Field(
-        10.0, gt=0, le=600, description="After so many seconds the comparison of a response is given up, and counted."
-    )
+    timeout_s: float = Field(10.0, gt=0, le=600, description="A comparison is given up after this, and counted.")
 
 
 class ContainsFactsRule(RuleOptions):
@@ -194,9 +173,7 @@ class InstructionsRule(RuleOptions):
 
     min_words: Positive | None = Field(None, description="At least so many words.")
     max_words: Positive | None = Field(None, description="At most so many words.")
-    min_sentences: Positive | None = Field(
-        None, description="At least so many sentences; a last one counts without its end mark, too."
-    )
+    min_sentences: Positive | None = Field(None, description="At least so many sentences; the last needs no end mark.")
     max_sentences: Positive | None = Field(None, description="At most so many sentences.")
     min_paragraphs: Positive | None = Field(None, description="At least so many paragraphs, an empty line between.")
     max_paragraphs: Positive | None = Field(None, description="At most so many paragraphs.")
@@ -210,8 +187,7 @@ class InstructionsRule(RuleOptions):
 
     @model_validator(mode="after")
     def _check_not_empty(self) -> Self:
-        unset = {name for name, field in type(self).model_fields.items() if getattr(self, name) == field.default}
-        if not set(type(self).model_fields) - unset - {"function", "floor"}:
+        if not self.model_dump(exclude_defaults=True, exclude={"function", "floor"}):
             raise ValueError("no constraint is set: give at least one, for example max_words or contains")
         return self
 
@@ -230,9 +206,7 @@ class InstructionsRule(RuleOptions):
 class PoemRule(RuleOptions):
     """The form of a short rhymed poem; a limerick unless it says otherwise."""
 
-    scheme: str = Field(
-        "AABBA", pattern="^[A-Z]{2,14}$", description="One letter a line; lines with one letter must rhyme."
-    )
+    scheme: str = Field("AABBA", pattern="^[A-Z]{2,14}$", description="One letter a line; lines of one letter rhyme.")
     syllables: dict[str, tuple[Positive, Positive]] = Field(
         {"A": (7, 10), "B": (5, 7)},
         description="Letter → fewest and most syllables of its lines: three anapaests with or without their first "
@@ -253,10 +227,7 @@ class PoemRule(RuleOptions):
 
 
 CUSTOM_DIR = Path(__file__).resolve().parents[1] / "rewards" / "custom"
-"""Folder of custom reward modules; a dep of every stage that scores."""
-
-SAMPLE_ARGS = 3
-"""Number of arguments that every function has: prompt, response, answer."""
+SAMPLE_ARGS = 3  # that every function has: prompt, response, answer
 
 
 def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
@@ -281,7 +252,6 @@ def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
 
 
 def _functions(path: Path) -> dict[str, ast.FunctionDef]:
-    """The functions that the file defines by `def`."""
     try:
         body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
     except SyntaxError as error:
@@ -320,7 +290,6 @@ class CustomRule(RuleOptions):
 
     @property
     def options(self) -> dict[str, Any]:
-        """Keyword arguments of the function beside the sample."""
         return dict(self.model_extra or {})
 
 
@@ -340,7 +309,6 @@ RULE_OPTIONS: dict[str, type[RuleOptions]] = {
     "vader": VaderRule,
 }
 """Rule → its options; `tasks.rewards.rules.RULES` has the same names."""
-
 
 GROUND_TRUTH_RULES = ("answer", "code", "math")
 """Rules that check the row's ground-truth answer: they may be both reward and judge."""

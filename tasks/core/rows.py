@@ -6,7 +6,7 @@ import csv
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Self, TypeVar
+from typing import Any, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -22,11 +22,13 @@ from tasks.core.errors import DataError
 
 __all__ = [
     "ROW_TYPES",
+    "SPLITS",
     "Demonstration",
     "Preference",
     "Prompt",
     "Rating",
     "Row",
+    "Split",
     "flatten",
     "format_validation_error",
     "read_rows",
@@ -34,6 +36,9 @@ __all__ = [
     "write_rows",
     "write_table",
 ]
+
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = ("train", "validation", "test")
 
 
 def flatten(value: object, prefix: str = "") -> dict[str, Any]:

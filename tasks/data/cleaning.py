@@ -1,38 +1,52 @@
-"""Validate, quarantine and normalise collected rows."""
+"""Validate, quarantine and normalise collected rows; find duplicates, and assign texts to splits by their hash."""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
+from datasketch import MinHash, MinHashLSH
 from pydantic import ValidationError
 
 from tasks.core.errors import DataError
-from tasks.core.rows import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, format_validation_error
+from tasks.core.rows import ROW_TYPES, Demonstration, Preference, Prompt, Rating, Row, Split, format_validation_error
+from tasks.core.text_stats import ngrams, tokenize_words
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams
 
-__all__ = ["CleanResult", "check_quarantine", "clean", "filter_by_length", "full_texts", "split_key"]
+__all__ = [
+    "HALVES", "CleanResult", "Half", "check_quarantine", "clean", "drop_duplicates", "filter_by_length",
+    "hash_uniform", "in_stable_order", "near_duplicates", "rater_half", "shingles", "similarity", "split_key",
+    "split_of",
+]  # fmt: skip
+
+Half = Literal["proxy", "gold"]  # of the rated texts: the pipeline's, and what only the gold judge sees
+HALVES: tuple[Half, ...] = ("proxy", "gold")
 
 _RAW_CHARACTERS = 2000  # of a quarantined row that are kept; enough to find it, too few to fill a disk
+NGRAM = 3
+_PERMUTATIONS = 128
+_SEED = 1
+# Hashing only proposes candidates: at this share of the threshold it misses practically none of the true pairs, and
+# every candidate is then compared exactly, so that no wrong one counts.
+_LSH_THRESHOLD_FACTOR = 0.7
+
+TextT = TypeVar("TextT", bound=object)
 
 
 @dataclass
 class CleanResult:
-    """Result of cleaning the collected rows.
+    """Valid rows in the order of the sources, and a {source, file, line, reason, raw} per malformed one.
 
-    Attributes:
-        rows: valid rows, normalised, in the order of the sources.
-        quarantine: one {source, file, line, reason, raw} per malformed row.
-        dropped: reason → how many valid rows were left out.
-        collected: how many rows there were.
+    `dropped`: reason → number of valid rows left out; `collected`: number of all rows.
     """
 
     rows: list[Row] = field(default_factory=list)
@@ -52,10 +66,14 @@ def clean(collect: Path) -> CleanResult:
         raise DataError(f"{collect / 'cards'} holds no data cards: run stage collect first (`rlhf run`)")
     result, seen = CleanResult(), set[str]()
     for card in cards:
-        content = json.loads(card.read_text(encoding="utf-8"))
-        for envelope in _envelopes(collect / "rows" / f"{card.stem}.jsonl"):
-            result.collected += 1
-            _route_row(envelope, ROW_TYPES[content["type"]], card.stem, seen, result)
+        row_type = ROW_TYPES[json.loads(card.read_text(encoding="utf-8"))["type"]]
+        path = collect / "rows" / f"{card.stem}.jsonl"
+        if not path.is_file():
+            raise DataError(f"{path} does not exist although there is a card for it: run stage collect again")
+        with path.open(encoding="utf-8") as file:
+            for envelope in map(json.loads, file):
+                result.collected += 1
+                _route_row(envelope, row_type, card.stem, seen, result)
     return result
 
 
@@ -83,8 +101,7 @@ def split_key(row: Row) -> str:
         return f"{row.chosen}\n{row.rejected}"
     if isinstance(row, Demonstration) and not row.prompt:
         return row.response
-    prompt: str = getattr(row, "prompt", "")
-    return prompt
+    return getattr(row, "prompt", "")
 
 
 def full_texts(row: Row) -> list[str]:
@@ -107,8 +124,7 @@ def filter_by_length(cleaned: CleanResult, params: PrepareParams) -> list[Row]:
     """
     kept = []
     for row in cleaned.rows:
-        reason = _length_problem(row, params)
-        if reason:
+        if reason := _length_problem(row, params):
             cleaned.dropped[reason] += 1
         else:
             kept.append(row)
@@ -128,42 +144,32 @@ def _length_problem(row: Row, params: PrepareParams) -> str | None:
     return "too_long" if words > params.max_words else None
 
 
-def _envelopes(path: Path) -> Iterator[dict[str, Any]]:
-    if not path.is_file():
-        raise DataError(f"{path} does not exist although there is a card for it: run stage collect again")
-    with path.open(encoding="utf-8") as file:
-        for line in file:
-            yield json.loads(line)
-
-
 def _route_row(envelope: dict[str, Any], row_type: type[Row], source: str, seen: set[str], result: CleanResult) -> None:
     """Route one collected row to the valid rows or to quarantine."""
-    row: Row | None = None
-    reason: str | None = envelope.get("error")
-    if reason is None:
-        row, reason = _validated(envelope["row"], row_type)
-    if row is not None and row.id in seen:
-        reason = f"id: {row.id!r} is taken by an earlier row"
-    elif row is not None:
+    row = _validated(envelope, row_type)
+    if isinstance(row, Row) and row.id in seen:
+        row = f"id: {row.id!r} is taken by an earlier row"
+    if isinstance(row, Row):
         seen.add(row.id)
         result.rows.append(row)
-    if reason is None:
         return
     raw = envelope.get("raw") or json.dumps(envelope.get("row"), ensure_ascii=False)
     origin = {"source": source, "file": envelope["file"], "line": envelope["line"]}
-    result.quarantine.append({**origin, "reason": reason, "raw": raw[:_RAW_CHARACTERS]})
+    result.quarantine.append({**origin, "reason": row, "raw": raw[:_RAW_CHARACTERS]})
 
 
-def _validated(content: dict[str, Any], row_type: type[Row]) -> tuple[Row, None] | tuple[None, str]:
+def _validated(envelope: dict[str, Any], row_type: type[Row]) -> Row | str:
     """The normalised row, or the reason it is invalid. Validated before and after normalising."""
+    if "error" in envelope:
+        return str(envelope["error"])
     try:
-        row = row_type.model_validate(content)
+        row = row_type.model_validate(envelope["row"])
         row = row_type.model_validate(_normalised(row))
     except ValidationError as error:
-        return None, format_validation_error(error)
+        return format_validation_error(error)
     if isinstance(row, Rating) and not all(math.isfinite(value) for value in row.ratings):
-        return None, f"ratings: all must be finite numbers (got {row.ratings})"
-    return row, None
+        return f"ratings: all must be finite numbers (got {row.ratings})"
+    return row
 
 
 def _normalised(row: Row) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def _normalised(row: Row) -> dict[str, Any]:
     """
     content = row.model_dump()
     for name in ("text", "prompt", "response", "chosen", "rejected"):
-        if isinstance(content.get(name), str):
+        if name in content:
             content[name] = _normalise_unicode(content[name])
     if "text" in content:
         content["text"] = " ".join(content["text"].split())
@@ -193,3 +199,92 @@ def _with_leading_space(prompt: str, response: str) -> str:
     if not prompt.strip() or not response or prompt[-1].isspace() or response[0].isspace():
         return response
     return f" {response}"
+
+
+def drop_duplicates(rows: list[Row], cleaned: CleanResult, threshold: float) -> list[Row]:
+    """Drop and count duplicate rows, and rows whose key nearly duplicates an earlier, different one.
+
+    Rows of one type with one key but different content (two answers to a prompt) stay, and stay together. So do labels
+    of different people that say the same.
+    """
+    unique: dict[tuple[object, ...], Row] = {}
+    for row in rows:
+        texts = [*full_texts(row), getattr(row, "objective", None) or ""]
+        identity = (type(row), "\x1f".join(texts), getattr(row, "labelled_by", None))
+        cleaned.dropped["duplicate"] += identity in unique
+        unique.setdefault(identity, row)
+    keys = list(dict.fromkeys(split_key(row) for row in unique.values()))
+    repeated = {keys[index] for index in near_duplicates(keys, threshold)}
+    kept = [row for row in unique.values() if split_key(row) not in repeated]
+    cleaned.dropped["near_duplicate"] += len(unique) - len(kept)
+    return kept
+
+
+def shingles(text: str) -> frozenset[str]:
+    """The text's word trigrams, without case or punctuation; a shorter text is one shingle of all its words."""
+    tokens = tokenize_words(text)
+    grams = ngrams(tokens, NGRAM) or [tuple(tokens or text.split())]
+    return frozenset(" ".join(gram) for gram in grams)
+
+
+def similarity(one: frozenset[str], other: frozenset[str]) -> float:
+    """Jaccard similarity of two sets: |A ∩ B| / |A ∪ B|, in [0, 1]."""
+    return len(one & other) / len(one | other)
+
+
+def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, int]:
+    """Index of each text that nearly repeats an earlier kept one → index of that one.
+
+    Texts are judged in their order, so that texts added at the end never change the verdict on earlier ones. No two
+    kept texts reach the threshold, up to what hashing misses. At threshold 1 only equal texts count.
+    """
+    if threshold >= 1:
+        first: dict[str, int] = {}
+        return {index: first[text] for index, text in enumerate(texts) if first.setdefault(text, index) != index}
+    sets = [shingles(text) for text in texts]
+    hashes = MinHash.bulk(
+        [[gram.encode() for gram in sorted(grams)] for grams in sets],
+        num_perm=_PERMUTATIONS, seed=_SEED, hashfunc=_hash32,
+    )  # fmt: skip
+    index = MinHashLSH(threshold=_LSH_THRESHOLD_FACTOR * threshold, num_perm=_PERMUTATIONS)
+    repeated: dict[int, int] = {}
+    for number, minhash in enumerate(hashes):
+        match = _closest(sets, number, index.query(minhash), threshold)
+        if match is None:
+            index.insert(number, minhash, check_duplication=False)
+        else:
+            repeated[number] = match
+    return repeated
+
+
+def _closest(sets: Sequence[frozenset[str]], number: int, candidates: Iterable[int], threshold: float) -> int | None:
+    """The most similar candidate at or above the threshold; of equals the earliest."""
+    scored = [(-similarity(sets[number], sets[other]), other) for other in candidates]
+    best = min(scored, default=(0.0, -1))
+    return best[1] if -best[0] >= threshold else None
+
+
+def _hash32(data: bytes) -> int:
+    return int.from_bytes(hashlib.blake2b(data, digest_size=4).digest(), "big")
+
+
+def hash_uniform(text: str, seed: int, purpose: str) -> float:
+    """Hash the arguments to a number in [0, 1); different purposes are independent."""
+    digest = hashlib.blake2b(f"{seed}\x1f{purpose}\x1f{text}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "big") / 2**64
+
+
+def split_of(text: str, params: PrepareParams, seed: int) -> Split:
+    value = hash_uniform(text, seed, "split")
+    if value < params.test_share:
+        return "test"
+    return "validation" if value < params.test_share + params.validation_share else "train"
+
+
+def rater_half(text: str, params: PrepareParams, seed: int) -> Half:
+    return "gold" if hash_uniform(text, seed, "half") < params.gold_share else "proxy"
+
+
+def in_stable_order(items: Iterable[tuple[str, TextT]], seed: int) -> list[TextT]:
+    """The items of (text, item) pairs in a pseudo-random order that additions do not disturb."""
+    return [item for _, item in sorted(items, key=lambda pair: (hash_uniform(pair[0], seed, "order"), pair[0]))]

@@ -78,11 +78,11 @@ def _row(text: str, rated: str, where: str) -> dict[str, object]:
 
 
 def _lines(content: bytes) -> list[str]:
-    """Lines without their ends; each is UTF-8, or else what Windows wrote."""
     return [_decode(line.rstrip(b"\r")) for line in content.split(b"\n") if line.strip()]
 
 
 def _decode(line: bytes) -> str:
+    """A line is UTF-8, or else what Windows wrote."""
     try:
         return line.decode("utf-8")
     except UnicodeDecodeError:
@@ -90,7 +90,6 @@ def _decode(line: bytes) -> str:
 
 
 def _member(archive: tarfile.TarFile, name: str, where: str) -> bytes:
-    """The content of one regular member, read in memory."""
     try:
         file = archive.extractfile(name)
     except KeyError:

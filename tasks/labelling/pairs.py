@@ -16,7 +16,7 @@ from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, format_validation_error, read_rows
-from tasks.data.splitting import hash_uniform
+from tasks.data.cleaning import hash_uniform
 from tasks.labelling.labels import VALUED_CHOICES, Question, question_error, question_id
 from tasks.models.loading import policy_stages
 from tasks.rewards.reward_model import RewardModel, member_folder

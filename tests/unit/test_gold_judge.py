@@ -23,8 +23,7 @@ def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None
     gold, draw = tmp_path / "prepare" / "preferences" / "gold", random.Random(1)
     for split in ("train", "test"):
         write_rows(gold / f"{split}.jsonl", [pair(draw, number) for number in range(PAIRS)])
-    out = tmp_path / "out"
-    out.mkdir()
+    (out := tmp_path / "out").mkdir()
     run_gold_judge(tmp_path, out, kind="preference", epochs=3, batch_size=8, learning_rate=0.03, max_examples=30)
     found = json.loads((out / "metrics.json").read_text())
     assert (found["pairs"], found["heldout_pairs"]) == (30, PAIRS)
@@ -56,14 +55,14 @@ def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> Non
         rows = [Rating(id=text, text=text, ratings=(draw.choice((1.0, 5.0)),)) for text in texts]
         write_rows(gold / f"{split}.jsonl", rows)
     settings = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "max_examples": 60}
-    metrics = {}
+    examples, gaps = [], []
     for share in (0.0, 0.9):
-        out = tmp_path / str(share)
-        out.mkdir()
+        (out := tmp_path / str(share)).mkdir()
         run_gold_judge(tmp_path, out, **settings, shuffled_share=share)
-        metrics[share] = json.loads((out / "metrics.json").read_text())
-    assert [metrics[share]["examples"] for share in (0.0, 0.9)] == [60, 114]
-    gaps = [metrics[share]["heldout_mean_score"] - metrics[share]["shuffled_mean_score"] for share in (0.0, 0.9)]
+        found = json.loads((out / "metrics.json").read_text())
+        examples.append(found["examples"])
+        gaps.append(found["heldout_mean_score"] - found["shuffled_mean_score"])
+    assert examples == [60, 114]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
     with pytest.raises(ValueError, match=r"shuffled_share 0\.5 needs kind rating"):
         run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)

@@ -13,11 +13,10 @@ import pytest
 from tasks.config.data import PreferencesParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Preference, Rating, read_rows, write_rows
+from tasks.core.rows import SPLITS, Preference, Rating, read_rows, write_rows
 from tasks.data.pairs import rater_agreement
 from tasks.preferences import preferences
 
-SPLITS = ("train", "validation", "test")
 PARAMS = PreferencesParams(train_pairs=60, heldout_pairs=30, source_pairs="only", min_margin=1.0, raters_per_label=1)
 
 
@@ -26,13 +25,11 @@ def prepared(folder: Path, *, given: int = 0) -> dict[str, dict[str, Rating]]:
     rng = random.Random(0)
     texts: dict[str, dict[str, Rating]] = {}
     for split, count in zip(SPLITS, (160, 30, 30), strict=True):
-        rows = []
-        for number in range(count):
+        for name in (f"{split}{number}" for number in range(count)):
             level = rng.uniform(-3, 3)
             marks = tuple(float(round(rng.gauss(level, 1))) for _ in range(8))
-            rows.append(Rating(id=f"{split}{number}", text=f"{split} text {number}", ratings=marks))
-        texts[split] = {row.text: row for row in rows}
-        write_rows(folder / "ratings" / "proxy" / f"{split}.jsonl", rows)
+            texts.setdefault(split, {})[name] = Rating(id=name, text=name, ratings=marks)
+        write_rows(folder / "ratings" / "proxy" / f"{split}.jsonl", texts[split].values())
         pairs = [Preference(id=str(n), prompt="p", chosen=f"a{n}", rejected=f"b{n}") for n in range(given)]
         write_rows(folder / "preferences" / f"{split}.jsonl", pairs)
     return texts
@@ -44,6 +41,15 @@ def run(tmp_path: Path, params: PreferencesParams = PARAMS, seed: int = 0) -> di
     return {split: read_rows(out / f"{split}.jsonl", Preference) for split in SPLITS}
 
 
+def ceiling(out: Path) -> dict[str, dict[str, str]]:
+    with (out / "ceiling.csv").open() as file:
+        return {row["bucket"]: row for row in csv.DictReader(file)}
+
+
+def written(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in out.iterdir()}
+
+
 def test_pairs_stay_in_their_split_and_compare_whole_texts(tmp_path: Path) -> None:
     texts = prepared(tmp_path)
     pairs = run(tmp_path)
@@ -53,6 +59,7 @@ def test_pairs_stay_in_their_split_and_compare_whole_texts(tmp_path: Path) -> No
             chosen, rejected = texts[split][row.chosen], texts[split][row.rejected]
             assert row.prompt == ""
             assert row.margin == pytest.approx(chosen.mean - rejected.mean, abs=1e-5)
+    assert len({text for row in pairs["train"] for text in (row.chosen, row.rejected)}) == 120, "texts are used again"
 
 
 def test_training_pairs_are_apart_and_noisy_while_held_out_ones_are_neither(tmp_path: Path) -> None:
@@ -65,14 +72,7 @@ def test_training_pairs_are_apart_and_noisy_while_held_out_ones_are_neither(tmp_
     assert metrics["training_labels"]["against_the_mean"] == sum(margin < 0 for margin in margins)
     for split in ("validation", "test"):
         heldout = [row.margin or 0.0 for row in pairs[split]]
-        assert min(heldout) > 0
-        assert min(heldout) < 1.0 < max(heldout)
-
-
-def test_with_enough_texts_each_is_in_one_training_pair(tmp_path: Path) -> None:
-    prepared(tmp_path)
-    texts = [text for row in run(tmp_path)["train"] for text in (row.chosen, row.rejected)]
-    assert len(texts) == len(set(texts)) == 120
+        assert 0 < min(heldout) < 1.0 < max(heldout)
 
 
 def test_the_ceiling_is_the_mean_agreement_over_the_test_pairs(tmp_path: Path) -> None:
@@ -80,8 +80,7 @@ def test_the_ceiling_is_the_mean_agreement_over_the_test_pairs(tmp_path: Path) -
     pairs = run(tmp_path)["test"]
     rng = np.random.default_rng(0)
     shares = {row.id: rater_agreement(texts[row.chosen], texts[row.rejected], 1, rng) for row in pairs}
-    with (tmp_path / "out0" / "ceiling.csv").open() as file:
-        table = {row["bucket"]: row for row in csv.DictReader(file)}
+    table = ceiling(tmp_path / "out0")
     assert list(table) == ["0-0.5", "0.5-1", "1-2", "2-3", "3+", "1+", "all"]
     for bucket, low, high in (("0.5-1", 0.5, 1), ("1-2", 1, 2), ("1+", 1, 99), ("all", 0, 99)):
         inside = [share for row in pairs if low <= (row.margin or 0) < high and (share := shares[row.id]) is not None]
@@ -96,8 +95,7 @@ def test_given_preferences_go_through_as_they_are(tmp_path: Path) -> None:
     assert [len(pairs[split]) for split in SPLITS] == [60, 30, 30]
     assert all(row.prompt == "p" and row.chosen == f"a{row.id}" for row in pairs["train"])
     assert [int(row.id) for row in pairs["train"]] == sorted(int(row.id) for row in pairs["train"])
-    with (tmp_path / "out0" / "ceiling.csv").open() as file:
-        assert {row["agreement"] for row in csv.DictReader(file)} == {""}
+    assert {row["agreement"] for row in ceiling(tmp_path / "out0").values()} == {""}
     assert pairs["train"] != run(tmp_path, seed=1)["train"]
 
 
@@ -105,9 +103,9 @@ def test_given_pairs_are_added_in_front_of_the_drawn_ones_of_training(tmp_path: 
     prepared(tmp_path)
     adding = PARAMS.model_copy(update={"source_pairs": "prepend"})
     drawn = run(tmp_path)
-    written = {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}
+    before = written(tmp_path / "out0")
     run(tmp_path, adding)
-    assert written == {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}, "there is none to add"
+    assert before == written(tmp_path / "out0"), "there is none to add"
     prepared(tmp_path, given=7)
     pairs = run(tmp_path, adding)
     assert [row.chosen for row in pairs["train"][:7]] == [f"a{number}" for number in range(7)]
@@ -116,27 +114,28 @@ def test_given_pairs_are_added_in_front_of_the_drawn_ones_of_training(tmp_path: 
     assert json.loads((tmp_path / "out0" / "metrics.json").read_text())["pairs"]["train"] == 67
 
 
-def test_too_few_pairs_are_an_error_that_says_how_many_there_are(tmp_path: Path) -> None:
-    prepared(tmp_path)
-    with pytest.raises(
-        DataError, match=r"heldout_pairs asks for 500 pairs, but there are only 4\d\d in test \(30 rated"
-    ):
-        run(tmp_path, PARAMS.model_copy(update={"heldout_pairs": 500}))
-    with pytest.raises(
-        DataError, match=r"train_pairs asks for 60 .* only 0 in train \(160 rated texts, pairs at least 50"
-    ):
-        run(tmp_path, PARAMS.model_copy(update={"min_margin": 50.0}))
-    prepared(tmp_path, given=10)
-    with pytest.raises(DataError, match=r"train_pairs asks for 60 .* only 10 in train \(train\.jsonl of stage prepare"):
-        run(tmp_path)
+@pytest.mark.parametrize(
+    ("given", "changes", "message"),
+    [
+        (0, {"heldout_pairs": 500}, r"heldout_pairs asks for 500 pairs, .* only 4\d\d in test \(30 rated"),
+        (0, {"min_margin": 50.0}, r"train_pairs asks for 60 .* only 0 in train \(160 rated texts, pairs at least 50"),
+        (10, {}, r"train_pairs asks for 60 .* only 10 in train \(train\.jsonl of stage prepare"),
+    ],
+)
+def test_too_few_pairs_are_an_error_that_says_how_many_there_are(
+    given: int, changes: dict[str, float], message: str, tmp_path: Path
+) -> None:
+    prepared(tmp_path, given=given)
+    with pytest.raises(DataError, match=message):
+        run(tmp_path, PARAMS.model_copy(update=changes))
 
 
 def test_equal_runs_write_equal_bytes_and_another_seed_does_not(tmp_path: Path) -> None:
     prepared(tmp_path)
     run(tmp_path)
-    first = {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}
+    first = written(tmp_path / "out0")
     run(tmp_path)
-    assert first == {path.name: path.read_bytes() for path in (tmp_path / "out0").iterdir()}
+    assert first == written(tmp_path / "out0")
     assert set(first) == {"train.jsonl", "validation.jsonl", "test.jsonl", "ceiling.csv", "metrics.json"}
     run(tmp_path, seed=1)
-    assert (tmp_path / "out1" / "train.jsonl").read_bytes() != first["train.jsonl"]
+    assert written(tmp_path / "out1")["train.jsonl"] != first["train.jsonl"]

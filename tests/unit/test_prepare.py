@@ -11,35 +11,12 @@ from typing import Any
 
 import pytest
 
-from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Preference, Prompt, Rating, read_rows
-from tasks.data.duplicates import shingles, similarity
+from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, RowT, read_rows
+from tasks.data.cleaning import shingles, similarity
 from tasks.prepare import prepare
-
-SPLITS = ("train", "validation", "test")
-PARAMS = PrepareParams(
-    prompt_words=3,
-    min_words=5,
-    max_words=12,
-    near_duplicate_threshold=0.7,
-    validation_share=0.2,
-    test_share=0.2,
-    gold_share=0.5,
-    max_quarantine_share=0.1,
-)
-
-
-def collected(folder: Path, name: str, row_type: str, rows: list[dict[str, Any]]) -> Path:
-    for part in ("cards", "rows"):
-        (folder / part).mkdir(parents=True, exist_ok=True)
-    (folder / "cards" / f"{name}.json").write_text(json.dumps({"type": row_type}))
-    with (folder / "rows" / f"{name}.jsonl").open("w") as file:
-        for line, row in enumerate(rows, start=1):
-            content = {"row": row} if "raw" not in row else row
-            file.write(json.dumps({"file": f"{name}.jsonl", "line": line, **content}) + "\n")
-    return folder
+from tests.support.collected import PREPARE, write_collected
 
 
 def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -54,26 +31,41 @@ def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
 
 
 def run(tmp_path: Path, rows: list[dict[str, Any]], row_type: str = "ratings", **changes: Any) -> tuple[Path, Any]:
-    folder = collected(tmp_path / "collect", "mine", row_type, rows)
+    folder = write_collected(tmp_path / "collect", row_type, rows)
     out = tmp_path / "out"
-    prepare(PARAMS.model_copy(update=changes), 0, Artifacts(collect=folder, out=out))
+    prepare(PREPARE.model_copy(update=changes), 0, Artifacts(collect=folder, out=out))
     return out, json.loads((out / "metrics.json").read_text())
 
 
+def read(folder: Path, row_type: type[RowT]) -> dict[str, list[RowT]]:
+    """The rows by split, as far as there is a file."""
+    return {path.stem: read_rows(path, row_type) for path in folder.glob("*.jsonl")}
+
+
 def ratings(out: Path) -> dict[tuple[str, str], list[Rating]]:
-    return {
-        (half, split): read_rows(out / "ratings" / half / f"{split}.jsonl", Rating)
-        for half in ("proxy", "gold")
-        for split in SPLITS
-    }
+    halves = {half: read(out / "ratings" / half, Rating) for half in ("proxy", "gold")}
+    return {(half, split): rows for half, splits in halves.items() for split, rows in splits.items()}
+
+
+def first_words(rows: list[Rating]) -> set[str]:
+    return {" ".join(row.text.split()[:3]) for row in rows}
+
+
+def prompts_of(rows: list[Any]) -> set[str]:
+    return {row.prompt for row in rows}
+
+
+def assert_apart(groups: list[list[str]]) -> None:
+    """No text of a group nearly repeats one of another group."""
+    for one, other in itertools.combinations([[*map(shingles, texts)] for texts in groups], 2):
+        assert max(similarity(a, b) for a in one for b in other) < PREPARE.near_duplicate_threshold
 
 
 def test_no_text_or_near_duplicate_is_in_two_splits_or_halves(tmp_path: Path) -> None:
     out, metrics = run(tmp_path, corpus(900, random.Random(0)))
-    groups = [[shingles(row.text) for row in rows] for rows in ratings(out).values()]
+    groups = [[row.text for row in rows] for rows in ratings(out).values()]
     assert all(len(group) > 20 for group in groups)
-    for one, other in itertools.combinations(groups, 2):
-        assert max(similarity(a, b) for a in one for b in other) < PARAMS.near_duplicate_threshold
+    assert_apart(groups)
     assert metrics["dropped"]["near_duplicate"] > 100
 
 
@@ -82,13 +74,10 @@ def test_every_row_is_kept_or_counted(tmp_path: Path) -> None:
     rows += [{**rows[0], "id": "again"}, {"id": "bad", "text": "x", "ratings": []}]
     out, metrics = run(tmp_path, rows)
     dropped = metrics["dropped"]
-    assert metrics["rows"]["collected"] == 302
-    assert metrics["rows"]["quarantined"] == 1
+    assert (metrics["rows"]["collected"], metrics["rows"]["quarantined"]) == (302, 1)
     reasons = ("too_short", "too_long", "duplicate", "near_duplicate")
     assert 302 - 1 - sum(dropped[reason] for reason in reasons) == metrics["rows"]["kept"]
-    assert dropped["too_short"] == sum(len(row["text"].split()) < 5 for row in rows[:300]) + (
-        len(rows[0]["text"].split()) < 5
-    )
+    assert dropped["too_short"] == sum(len(row["text"].split()) < 5 for row in rows[:301])
     written = sum(sum(metrics[f"ratings_{half}"].values()) for half in ("proxy", "gold"))
     assert written == metrics["rows"]["kept"]
     assert (out / "quarantine.jsonl").read_text().count("\n") == 1
@@ -97,12 +86,12 @@ def test_every_row_is_kept_or_counted(tmp_path: Path) -> None:
 def test_demonstrations_are_the_proxy_half_cut_after_the_prompt(tmp_path: Path) -> None:
     out, _ = run(tmp_path, corpus(300, random.Random(2)))
     rated = ratings(out)
-    for split in ("train", "validation"):
-        rows = read_rows(out / "demonstrations" / f"{split}.jsonl", Demonstration)
+    shown = read(out / "demonstrations", Demonstration)
+    assert shown.keys() == {"train", "validation"}
+    for split, rows in shown.items():
         assert [row.prompt + row.response for row in rows] == [row.text for row in rated["proxy", split]]
         assert {len(row.prompt.split()) for row in rows} == {3}
         assert all(row.response.startswith(" ") for row in rows)
-    assert not (out / "demonstrations" / "test.jsonl").exists()
 
 
 def test_each_prompt_is_in_one_split_once_and_the_gold_half_gives_test_prompts_alone(tmp_path: Path) -> None:
@@ -112,14 +101,14 @@ def test_each_prompt_is_in_one_split_once_and_the_gold_half_gives_test_prompts_a
     for row in rows[::5]:
         row["text"] = "The film is " + " ".join(row["text"].split()[3:])
     out, metrics = run(tmp_path, rows)
-    prompts = {split: [row.prompt for row in read_rows(out / "prompts" / f"{split}.jsonl", Prompt)] for split in SPLITS}
+    prompts = {split: [row.prompt for row in asked] for split, asked in read(out / "prompts", Prompt).items()}
     everything = list(itertools.chain(*prompts.values()))
     assert len(everything) == len(set(everything))
     assert "The film is" in prompts["train"]
     rated = ratings(out)
-    sources = {split: {" ".join(row.text.split()[:3]) for row in rated["proxy", split]} for split in SPLITS}
+    sources = {split: first_words(rated["proxy", split]) for split in SPLITS}
     assert set(prompts["train"]) == sources["train"]
-    gold = {" ".join(row.text.split()[:3]) for row in rated["gold", "test"]}
+    gold = first_words(rated["gold", "test"])
     assert set(prompts["test"]) == (sources["test"] | gold) - sources["train"] - sources["validation"]
     lost = sum(count for reason, count in metrics["dropped"].items() if "prompt" in reason)
     given = sum(len(rated["proxy", split]) for split in SPLITS) + len(rated["gold", "test"])
@@ -133,8 +122,7 @@ def test_new_rows_leave_the_old_ones_where_they_were(tmp_path: Path) -> None:
     after, _ = run(tmp_path / "after", rows)
     old, new = ratings(before), ratings(after)
     for group, kept in old.items():
-        ids = {row.id for row in kept}
-        assert [row.id for row in new[group] if row.id in ids] == [row.id for row in kept]
+        assert [row.id for row in new[group] if int(row.id) < 400] == [row.id for row in kept]
         assert len(new[group]) > len(kept)
 
 
@@ -152,13 +140,13 @@ def test_answers_to_one_prompt_stay_together_and_near_repeats_of_it_go(tmp_path:
         for place, answer in enumerate(("yes", "no", "no"))
     ]
     out, metrics = run(tmp_path, rows, "demonstrations")
-    train = read_rows(out / "demonstrations" / "train.jsonl", Demonstration)
-    validation = read_rows(out / "demonstrations" / "validation.jsonl", Demonstration)
-    assert {row.prompt for row in train}.isdisjoint(row.prompt for row in validation)
-    assert len(train) == 2 * len({row.prompt for row in train})
-    assert all(row.response.startswith(" because") for row in train)
+    shown = read(out / "demonstrations", Demonstration)
+    train = prompts_of(shown["train"])
+    assert train.isdisjoint(prompts_of(shown["validation"]))
+    assert len(shown["train"]) == 2 * len(train)
+    assert all(row.response.startswith(" because") for row in shown["train"])
     assert metrics["dropped"]["duplicate"] == 120
-    assert metrics["prompts"]["train"] == len({row.prompt for row in train})
+    assert metrics["prompts"]["train"] == len(train)
     assert metrics["ratings_proxy"] == metrics["ratings_gold"] == {"train": 0, "validation": 0, "test": 0}
     rows.append({"id": "x", "prompt": "Why is number 7 odd?", "response": "because"})
     assert run(tmp_path / "more", rows, "demonstrations")[1]["dropped"]["near_duplicate"] == 1
@@ -174,20 +162,13 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
     assert metrics["rows"]["quarantined"] == 1
     assert "same text" in json.loads((out / "quarantine.jsonl").read_text())["reason"]
     assert metrics["dropped"]["duplicate"] == 1
-    pairs = read_rows(out / "preferences" / "train.jsonl", Preference)
-    shown = read_rows(out / "demonstrations" / "train.jsonl", Demonstration)
-    assert [(row.prompt, row.response) for row in shown] == [(row.prompt, row.chosen) for row in pairs]
-    assert {row.prompt for row in read_rows(out / "prompts" / "test.jsonl", Prompt)} == {
-        row.prompt for row in read_rows(out / "preferences" / "test.jsonl", Preference)
-    }
-    collected(
-        tmp_path / "collect",
-        "rated",
-        "ratings",
-        [{**row, "id": f"rated{row['id']}"} for row in corpus(60, random.Random(6))],
-    )
-    prepare(PARAMS, 0, Artifacts(collect=tmp_path / "collect", out=out))
-    assert not any("good" in row.response for row in read_rows(out / "demonstrations" / "train.jsonl", Demonstration))
+    pairs, shown = read(out / "preferences", Preference), read(out / "demonstrations", Demonstration)["train"]
+    assert [(row.prompt, row.response) for row in shown] == [(row.prompt, row.chosen) for row in pairs["train"]]
+    assert prompts_of(read(out / "prompts", Prompt)["test"]) == prompts_of(pairs["test"])
+    rated = [{**row, "id": f"rated{row['id']}"} for row in corpus(60, random.Random(6))]
+    write_collected(tmp_path / "collect", "ratings", rated, "rated")
+    prepare(PREPARE, 0, Artifacts(collect=tmp_path / "collect", out=out))
+    assert not any("good" in row.response for row in read(out / "demonstrations", Demonstration)["train"])
 
 
 def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropped(tmp_path: Path) -> None:
@@ -201,20 +182,16 @@ def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropp
         tmp_path, rows, "preferences", near_duplicate_threshold=1.0, gold_pair_share=0.4, max_preference_words=8
     )
     assert metrics["dropped"]["too_long"] == 40
-    ours, gold = (
-        {split: read_rows(folder / f"{split}.jsonl", Preference) for split in SPLITS}
-        for folder in (out / "preferences", out / "preferences" / "gold")
-    )
+    ours, gold = (read(folder, Preference) for folder in (out / "preferences", out / "preferences" / "gold"))
     assert sum(map(len, ours.values())) + sum(map(len, gold.values())) == 360
     assert {split: len(rows) for split, rows in gold.items()} == metrics["preferences_gold"]
     assert sum(map(len, gold.values())) / 360 == pytest.approx(0.4, abs=0.1)
-    prompts = [{row.prompt for part in half.values() for row in part} for half in (ours, gold)]
-    assert not prompts[0] & prompts[1]
-    shown = {row.prompt for row in read_rows(out / "demonstrations" / "train.jsonl", Demonstration)}
-    begun = {row.prompt for row in read_rows(out / "prompts" / "train.jsonl", Prompt)}
-    assert not (shown | begun) & prompts[1], "training begins and ends without the gold judge's texts"
-    asked = {row.prompt for row in read_rows(out / "prompts" / "test.jsonl", Prompt)}
-    assert asked == {row.prompt for half in (ours, gold) for row in half["test"]}
+    unseen = prompts_of([row for part in gold.values() for row in part])
+    assert unseen.isdisjoint(prompts_of([row for part in ours.values() for row in part]))
+    asked = read(out / "prompts", Prompt)
+    shown = prompts_of(read(out / "demonstrations", Demonstration)["train"])
+    assert unseen.isdisjoint(shown | prompts_of(asked["train"])), "training does without the gold judge's texts"
+    assert prompts_of(asked["test"]) == prompts_of(ours["test"] + gold["test"])
 
 
 def test_one_pair_about_two_objectives_is_two_rows(tmp_path: Path) -> None:
@@ -229,13 +206,17 @@ def test_one_pair_about_two_objectives_is_two_rows(tmp_path: Path) -> None:
 
 
 def test_too_many_malformed_rows_stop_the_stage_and_leave_the_quarantine(tmp_path: Path) -> None:
-    rows = corpus(20, random.Random(7)) + [{"raw": "{oops", "error": "not JSON"}] * 3
-    with pytest.raises(DataError, match=r"(?s)3 of 23 rows \(13\.04%\) are malformed.*mine\.jsonl:21: not JSON"):
-        run(tmp_path, rows)
-    lines = (tmp_path / "out" / "quarantine.jsonl").read_text().splitlines()
-    assert json.loads(lines[0]) == {
-        "source": "mine", "file": "mine.jsonl", "line": 21, "reason": "not JSON", "raw": "{oops",
-    }  # fmt: skip
+    """The bound itself, a share of 0.1, is allowed; the message shows the first five of them."""
+    broken = [{"raw": "{oops", "error": f"reason {number}"} for number in range(1, 8)]
+    assert run(tmp_path, corpus(63, random.Random(7)) + broken)[1]["rows"]["quarantined"] == 7
+    file = tmp_path / "out" / "quarantine.jsonl"
+    with pytest.raises(DataError, match=r"(?s)7 of 27 rows \(25\.93%\) are malformed.*allows \(10\.00%\)") as caught:
+        run(tmp_path, corpus(20, random.Random(7)) + broken)
+    assert "mine.jsonl:25: reason 5" in str(caught.value)
+    assert "reason 6" not in str(caught.value)
+    assert str(file) in str(caught.value)
+    first = json.loads(file.read_text().splitlines()[0])
+    assert first == {"source": "mine", "file": "mine.jsonl", "line": 21, "reason": "reason 1", "raw": "{oops"}
 
 
 def test_when_nothing_is_left_the_message_says_what_happened_to_the_rows(tmp_path: Path) -> None:
@@ -248,11 +229,8 @@ def test_real_problems_split_without_leaks(tmp_path: Path) -> None:
     file = Path(__file__).parents[3] / "shared" / "data" / "gsm8k" / "test.jsonl.gz"
     if not file.is_file():
         pytest.skip("no problems on this machine")
-    with gzip.open(file, "rt", encoding="utf-8") as lines:
-        problems = [json.loads(line) for line in lines]
+    problems = list(map(json.loads, gzip.decompress(file.read_bytes()).splitlines()))
     rows = [{"id": str(i), "prompt": row["question"], "response": row["answer"]} for i, row in enumerate(problems)]
     out, metrics = run(tmp_path, rows, "demonstrations", max_words=1000)
-    sets = {s: [shingles(row.prompt) for row in read_rows(out / "prompts" / f"{s}.jsonl", Prompt)] for s in SPLITS}
-    for one, other in itertools.combinations(SPLITS, 2):
-        assert max(similarity(a, b) for a in sets[one] for b in sets[other]) < 0.7
+    assert_apart([[row.prompt for row in asked] for asked in read(out / "prompts", Prompt).values()])
     assert metrics["rows"]["kept"] > 0.98 * len(problems)

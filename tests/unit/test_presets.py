@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gzip
+import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,11 @@ def prepared(params: Params, folder: Path) -> Path:
     return folder / "prepare"
 
 
+def collected(folder: Path) -> list[dict[str, Any]]:
+    (file,) = (folder / "collect" / "rows").iterdir()
+    return [json.loads(line)["row"] for line in file.read_bytes().splitlines()]
+
+
 @pytest.mark.parametrize("preset", ["code", "poem", "service_bot"])
 def test_presets_hold_out_as_many_prompts_as_their_evaluation_asks_for(preset: str, tmp_path: Path) -> None:
     params = with_preset(preset, tmp_path)
@@ -50,8 +57,14 @@ def test_presets_hold_out_as_many_prompts_as_their_evaluation_asks_for(preset: s
 
 @pytest.mark.slow
 def test_harmless_dialogues_feed_every_stage_that_learns_from_people(tmp_path: Path) -> None:
-    params = settled("harmless", DATA / "hh-harmless" / "pairs.jsonl.gz", tmp_path)
+    file = DATA / "hh-harmless" / "pairs.jsonl.gz"
+    params = settled("harmless", file, tmp_path)
     rows = prepared(params, tmp_path)
+    for row, line in zip(collected(tmp_path), gzip.decompress(file.read_bytes()).splitlines(), strict=False):
+        sides = {side: row["prompt"] + row[side] for side in ("chosen", "rejected")}
+        assert sides.items() <= json.loads(line).items()
+    counts = json.loads((rows / "metrics.json").read_text())["rows"]
+    assert counts["quarantined"] < 0.02 * counts["collected"]
     assert params.preferences
     assert params.gold_judge
     preferences(params.preferences, params.seed, Artifacts(prepare=rows, out=tmp_path / "preferences"))
@@ -72,6 +85,7 @@ def test_harmless_dialogues_feed_every_stage_that_learns_from_people(tmp_path: P
 def test_gsm8k_problems_become_solutions_to_imitate_and_answers_to_be_paid_for(tmp_path: Path) -> None:
     params = settled("gsm8k", DATA / "gsm8k" / "train.jsonl.gz", tmp_path)
     rows = prepared(params, tmp_path)
+    assert all(row["response"].endswith(f"#### {row['answer']}") for row in collected(tmp_path))
     shown = read_rows(rows / "demonstrations" / "train.jsonl", Demonstration)
     assert len(shown) >= params.sft.max_examples
     assert all(row.prompt.startswith("Question: ") and row.prompt.endswith("\nAnswer:") for row in shown)

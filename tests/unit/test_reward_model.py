@@ -38,8 +38,7 @@ def ensemble(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def figures(out: Path) -> dict[str, float]:
-    content: dict[str, float] = json.loads((out / "metrics.json").read_text())
-    return content
+    return json.loads((out / "metrics.json").read_text())
 
 
 def test_the_first_member_is_the_model_without_an_ensemble(alone: Path, ensemble: Path) -> None:
@@ -63,9 +62,8 @@ def test_figures_of_the_ensemble_are_those_of_its_members(inputs: Path, ensemble
     model = RewardModel.load(inputs / "base_model", inputs / "sft", ensemble)
     pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
     prompts = [row.prompt for row in pairs]
-    gaps = model.member_scores(prompts, [row.chosen for row in pairs]) - model.member_scores(
-        prompts, [r.rejected for r in pairs]
-    )
+    chosen, rejected = [row.chosen for row in pairs], [row.rejected for row in pairs]
+    gaps = model.member_scores(prompts, chosen) - model.member_scores(prompts, rejected)
     found = figures(ensemble)
     assert found["members"] == len(gaps) == 3
     assert found["accuracy"] == pytest.approx((gaps[0] > 0).float().mean().item())

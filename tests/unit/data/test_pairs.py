@@ -22,10 +22,6 @@ def rated(name: str, *ratings: float) -> Rating:
 SPREAD = [rated(str(number), number / 10) for number in range(40)]
 
 
-def used(pairs: list[tuple[Rating, Rating]]) -> Counter[str]:
-    return Counter(row.id for pair in pairs for row in pair)
-
-
 def test_pairs_differ_by_the_margin_and_none_comes_twice() -> None:
     pairs = list(islice(draw_pairs(SPREAD, min_margin=1.0, rng=Random(0)), 100))
     assert len(pairs) == 100
@@ -35,8 +31,9 @@ def test_pairs_differ_by_the_margin_and_none_comes_twice() -> None:
 
 def test_each_text_is_used_once_before_any_is_used_again() -> None:
     pairs = list(islice(draw_pairs(SPREAD, min_margin=0.0, rng=Random(0)), 50))
-    assert set(used(pairs[:20]).values()) == {1}
-    assert max(used(pairs).values()) <= 3
+    used = [[row.id for pair in part for row in pair] for part in (pairs[:20], pairs)]
+    assert set(Counter(used[0]).values()) == {1}
+    assert max(Counter(used[1]).values()) <= 3
 
 
 def test_all_pairs_there_are_come_out_and_then_it_ends() -> None:
@@ -84,25 +81,22 @@ def test_ties_are_drawn_again_and_given_up_when_there_is_nothing_else() -> None:
     assert counts["ties_drawn_again"] == pytest.approx(1000, abs=180)
 
 
-def scored(*ratings: float) -> Rating:
-    return rated("x", *ratings)
+def agreement(one: tuple[float, ...], other: tuple[float, ...], raters: int = 1) -> float | None:
+    return rater_agreement(rated("x", *one), rated("x", *other), raters, default_rng(0))
 
 
 def test_the_agreement_of_raters_by_hand() -> None:
     # Draw 0 (rest 1) or 1 (rest 0) from the first, 0 or 2 (rest 2 or 0) from the second.
     # (0, 0): tie, left out. (0, 2): drawn says second; rest 1 against 0 says first: no.
     # (1, 0): drawn says first; rest 0 against 2 says second: no. (1, 2): drawn says second; rest 0 against 0 ties: ½.
-    assert rater_agreement(scored(0, 1), scored(0, 2), 1, default_rng(0)) == pytest.approx(0.5 / 3)
+    assert agreement((0, 1), (0, 2)) == pytest.approx(0.5 / 3)
 
 
-def test_raters_who_all_agree_agree() -> None:
-    assert rater_agreement(scored(3, 3, 4), scored(-1, -2, 0), 1, default_rng(0)) == 1.0
-    assert rater_agreement(scored(3, 3, 4, 3), scored(-1, -2, 0, 0), 2, default_rng(0)) == 1.0
-
-
-def test_agreement_needs_other_raters_and_a_difference() -> None:
-    assert rater_agreement(scored(3), scored(1, 2), 1, default_rng(0)) is None
-    assert rater_agreement(scored(1, 1), scored(1, 1), 1, default_rng(0)) is None
+def test_agreement_is_whole_where_all_agree_and_needs_other_raters_and_a_difference() -> None:
+    assert agreement((3, 3, 4), (-1, -2, 0)) == 1.0
+    assert agreement((3, 3, 4, 3), (-1, -2, 0, 0), raters=2) == 1.0
+    assert agreement((3,), (1, 2)) is None
+    assert agreement((1, 1), (1, 1)) is None
 
 
 def test_agreement_against_a_plain_loop_over_all_groups() -> None:
@@ -116,6 +110,5 @@ def test_agreement_against_a_plain_loop_over_all_groups() -> None:
                 rest = rest_one - np.mean([other[i] for i in range(len(other)) if i not in second])
                 if abs(drawn) > 1e-9:
                     scores.append(0.5 if abs(rest) < 1e-9 else float((drawn > 0) == (rest > 0)))
-        found = rater_agreement(scored(*one), scored(*other), raters, default_rng(0))
         # One rater is exact; two are 400 random draws, with a standard error of at most ½/√400 = 0.025.
-        assert found == pytest.approx(np.mean(scores), abs=1e-12 if raters == 1 else 0.1)
+        assert agreement(one, other, raters) == pytest.approx(np.mean(scores), abs=1e-12 if raters == 1 else 0.1)
