@@ -26,7 +26,7 @@ class JudgeParams(Section):
         description="What makes a response the better one.",
     )
     prompts: Positive = Field(description="How many of the evaluation's prompts; each policy's pairs are asked twice.")
-    max_requests: Positive = Field(1000, description="For endpoint: if more answers than this lack, nothing is asked.")
+    max_requests: Positive = Field(1000, description="For endpoint: with more answers missing, none is asked.")
     max_tokens: Positive = Field(500_000, description="For endpoint: a run stops once its answers took this many.")
 
     @model_validator(mode="after")
@@ -76,7 +76,7 @@ Margin = Annotated[float, Field(ge=0)]
 class GateParams(Section):
     """The rules of promotion; all of them must hold."""
 
-    policy: str = Field(description="Which may be promoted: ppo, grpo, dpo, or `best`: that of the surest win rate.")
+    policy: str = Field(description="Policy to promote: ppo, grpo, dpo, or `best`, by surest win rate.")
     min_win_rate: Fraction = Field(description="Against SFT, by the gold judge; the 95 % interval must lie above.")
     max_kl: float = Field(gt=0, description="KL to SFT, nats per response, at most.")
     allowed_detectors: list[str] = Field(description="Detectors of reward hacking that may fire without refusal.")

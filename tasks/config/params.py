@@ -61,7 +61,7 @@ class Params(Section):
     """The whole of params.yaml. A stage whose section is null is off: it writes empty outputs, and nothing needs it."""
 
     seed: int = Field(ge=0, description="Every random choice follows from it, but for those of `policy_seed`.")
-    policy_seed: int = Field(ge=0, description="Random choices of PPO, GRPO and DPO, from equal inputs.")
+    policy_seed: int = Field(ge=0, description="Random choices of PPO, GRPO and DPO, which share all else.")
     base_model: training.BaseModelParams
     collect: data.CollectParams
     prepare: data.PrepareParams
