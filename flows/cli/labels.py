@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from tasks.labelling.export import ExportResult
     from tasks.labelling.formats import Format
     from tasks.labelling.labels import Label, Question
-    from tasks.labelling.report import LabelSummary
+    from tasks.labelling.quality import LabelSummary
     from tasks.labelling.store import LabelStore
 
 __all__ = ["app"]
@@ -159,7 +159,7 @@ def report(
     page = out and out.absolute()
     enter_project()
     from tasks.labelling.labels import pseudonym
-    from tasks.labelling.report import label_summary, report_page
+    from tasks.labelling.quality import label_summary, report_page
 
     questions, labels = _read_labels(database)
     if not names:
@@ -316,7 +316,7 @@ def _print_conflicts(count: int) -> None:
 
 
 def _print_report(summary: LabelSummary) -> None:
-    from tasks.labelling.report import format_number, format_proportion
+    from tasks.labelling.quality import format_number, format_proportion
 
     table = Table(title="Labellers", title_justify="left")
     table.add_column("labeller", no_wrap=True)
@@ -344,12 +344,12 @@ def _write_format(
     file: Path, questions: list[Question], labels: list[Label], names: dict[str, str], kind: Format
 ) -> None:
     from tasks.labelling.formats import dump
-    from tasks.labelling.formats.label_studio import CONFIG
+    from tasks.labelling.records import LABEL_STUDIO_CONFIG
 
     _write(file, dump(questions, labels, names, kind))
     _print(f"{len(questions)} questions with {len(labels)} labels: {file}")
     if kind == "label-studio":
-        _write(file.with_suffix(".xml"), CONFIG)
+        _write(file.with_suffix(".xml"), LABEL_STUDIO_CONFIG)
         _print(f"labelling interface for the project's settings: {file.with_suffix('.xml')}")
 
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
 from tasks.core.rows import Preference
-from tasks.labelling.agreement import dawid_skene, krippendorff_alpha, majority, raw_agreement
 from tasks.labelling.labels import Label, Question, is_model
+from tasks.labelling.quality import dawid_skene, krippendorff_alpha, majority, raw_agreement
 
 __all__ = ["Aggregate", "ExportResult", "export_preferences"]
 

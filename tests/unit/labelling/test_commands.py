@@ -20,9 +20,9 @@ from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, read_rows, write_rows
 from tasks.data.sources import READERS, collect_source
 from tasks.evals.pairwise import Reply
-from tasks.labelling import ai_labels, database, report
+from tasks.labelling import ai_labels, database, quality
 from tasks.labelling.labels import Label, Question
-from tasks.labelling.report import LabelSummary
+from tasks.labelling.quality import LabelSummary
 from tasks.labelling.store import LabelStore
 from tests.support.chat_server import longer, serving
 from tests.support.labels import make_question, token
@@ -229,8 +229,8 @@ def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeyp
         engine.dispose()
         return computed(questions, labels)
 
-    computed = report.label_summary
-    monkeypatch.setattr(report, "label_summary", summary)
+    computed = quality.label_summary
+    monkeypatch.setattr(quality, "label_summary", summary)
     assert not (project / ".rlhf").exists()
     assert "0 labels, 0 of 1 questions labelled" in rlhf("report", "--database", address)
     assert (project / ".rlhf" / "labels.html").is_file()

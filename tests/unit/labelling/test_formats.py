@@ -15,8 +15,8 @@ import pytest
 
 from tasks.core.errors import DataError
 from tasks.labelling.formats import FORMATS, Format, dump, load
-from tasks.labelling.formats.label_studio import CONFIG
 from tasks.labelling.labels import Label, Question, flip, pseudonym, pseudonyms
+from tasks.labelling.records import LABEL_STUDIO_CONFIG
 from tasks.labelling.store import ImportResult, LabelStore
 from tests.support.labels import memory_store, pair, token
 
@@ -304,7 +304,7 @@ def test_an_annotation_that_began_as_a_prediction_is_a_persons() -> None:
 
 
 def test_each_name_in_a_task_is_one_of_the_interface() -> None:
-    root = ElementTree.fromstring(CONFIG)
+    root = ElementTree.fromstring(LABEL_STUDIO_CONFIG)
     names = {element.get("name"): element for element in root.iter() if element.get("name")}
     to_record, _ = FORMATS["label-studio"]
     written = to_record(ASKED[0], [replace(LABELS[0], labeller="ann"), replace(LABELS[4], labeller="bob")])

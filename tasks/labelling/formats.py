@@ -1,6 +1,6 @@
 """Questions and labels in the file formats of Argilla 2 and Label Studio, both ways.
 
-Each format is a pair of functions, `to_record` and `from_record`. A file is read as a whole before anything is kept,
+Each format is a pair of functions of `records`. A file is read as a whole before anything is kept,
 and each error is reported with its line.
 """
 
@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tasks.core.errors import DataError
-from tasks.labelling.formats import argilla, label_studio
 from tasks.labelling.labels import Label, Question, label_error, question_error, question_id
+from tasks.labelling.records import argilla_record, label_studio_record, read_argilla, read_label_studio, without_status
 
 __all__ = ["FORMATS", "Format", "Record", "dump", "load"]
 
@@ -23,8 +23,8 @@ Format: TypeAlias = Literal["argilla", "label-studio"]
 Record: TypeAlias = tuple[Question, list[Label]]
 
 FORMATS: Mapping[str, tuple[Callable[[Question, Sequence[Label]], dict[str, Any]], Callable[[Any], Record]]] = {
-    "argilla": (argilla.to_record, argilla.from_record),
-    "label-studio": (label_studio.to_record, label_studio.from_record),
+    "argilla": (argilla_record, read_argilla),
+    "label-studio": (label_studio_record, read_label_studio),
 }
 """Format → (a question and its labels → a record; a record → a question and its labels, or ValueError)."""
 
@@ -62,20 +62,20 @@ def load(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: No
     _, from_record = FORMATS[kind]
     loaded: list[Record] = []
     errors: list[str] = []
-    without_status = 0
+    unclear = 0
     for line, record in _records(path.read_text(encoding="utf-8-sig")):
         try:
             if isinstance(record, ValueError):
                 raise record
             loaded.append(_validate_record(*from_record(record)))
-            without_status += kind == "argilla" and argilla.without_status(record)
+            unclear += kind == "argilla" and without_status(record)
         except ValueError as error:
             errors.append(f"  {path}:{line}: {error}")
     if errors:
         count, listed = len(loaded) + len(errors), "\n".join(errors[:MAX_LISTED_ERRORS])
         raise DataError(f"{len(errors)} of {count} records are malformed; nothing was imported:\n{listed}")
-    if without_status:
-        warn(f"{without_status} of {len(loaded)} records have responses without a status: {NO_STATUS}")
+    if unclear:
+        warn(f"{unclear} of {len(loaded)} records have responses without a status: {NO_STATUS}")
     return loaded
 
 
