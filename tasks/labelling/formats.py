@@ -1,14 +1,10 @@
-"""Questions and labels in the file formats of Argilla 2 and Label Studio, both ways.
-
-Each format is a pair of functions of `records`. A file is read as a whole before anything is kept,
-and each error is reported with its line.
-"""
+"""Files of Argilla 2 and Label Studio, both ways: read as a whole before anything is kept, errors with their lines."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -33,18 +29,14 @@ MAX_LISTED_ERRORS = 5
 NO_STATUS = "drafts and discarded answers cannot be distinguished from submitted ones; export submitted responses only"
 
 
-def dump(questions: Sequence[Question], labels: Sequence[Label], names: Mapping[str, str], kind: Format) -> str:
-    """Return the file's text: a JSON list, a record a line.
-
-    Args:
-        names: labeller → the name that stands in the file.
-    """
-    by_question: dict[str, list[Label]] = {}
+def dump(questions: Sequence[Question], labels: Sequence[Label], kind: Format) -> str:
+    """Return the file's text: a JSON list, a record a line."""
+    by_question: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
-        by_question.setdefault(label.question_id, []).append(replace(label, labeller=names[label.labeller]))
+        by_question[label.question_id].append(label)
     to_record, _ = FORMATS[kind]
     in_order = sorted(questions, key=lambda question: question.id)
-    records = (to_record(question, by_question.get(question.id, [])) for question in in_order)
+    records = (to_record(question, by_question[question.id]) for question in in_order)
     return "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n"
 
 

@@ -1,6 +1,6 @@
 """Label quality: agreement, accuracy on known answers, order bias, aggregated labels, and a report of them all.
 
-Equal labels give equal bytes of the report's page, which needs no other file.
+Equal labels give a report of equal bytes.
 """
 
 from __future__ import annotations
@@ -11,8 +11,8 @@ import warnings
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
@@ -22,19 +22,10 @@ from tasks.evals.templates import load_template
 from tasks.labelling.labels import CHOICES, VALUED_CHOICES, Label, Question, is_model
 
 __all__ = [
-    "LabelSummary",
-    "Proportion",
-    "dawid_skene",
-    "first_position_rate",
-    "format_number",
-    "format_proportion",
-    "gold_accuracy",
-    "krippendorff_alpha",
-    "label_summary",
-    "majority",
-    "raw_agreement",
+    "LabelSummary", "Proportion", "count_votes", "dawid_skene", "first_position_rate", "format_number",
+    "format_proportion", "gold_accuracy", "krippendorff_alpha", "label_summary", "majority", "raw_agreement",
     "report_page",
-]
+]  # fmt: skip
 
 EM_ITERATIONS = 30
 """Of expectation–maximisation; with few labels for each question more of them only raise its confidence."""
@@ -45,8 +36,6 @@ SECONDS_EDGES = (2, 5, 10, 20, 40, 80)
 """Upper ends of the histogram's bars; what takes longer has a bar of its own."""
 
 MAX_DISPUTED = 12
-"""Questions on which labellers differ."""
-
 STRENGTHS = {1: "slightly", 2: "clearly", 3: "far better"}
 
 
@@ -64,12 +53,7 @@ class Proportion:
 
 @dataclass(frozen=True)
 class DawidSkeneResult:
-    """Posteriors of Dawid and Skene's model.
-
-    Attributes:
-        items: question → choice → probability.
-        quality: labeller → mean probability of the labels that they gave.
-    """
+    """Posteriors: question → choice → probability; labeller → mean probability of the labels that they gave."""
 
     items: Mapping[str, Mapping[str, float]]
     quality: Mapping[str, float]
@@ -78,27 +62,28 @@ class DawidSkeneResult:
 def krippendorff_alpha(labels: Sequence[Label]) -> float | None:
     """Return Krippendorff's α, nominal, over VALUED_CHOICES: 1 − observed / expected disagreement; skips are missing.
 
-    None where it is not defined: no question has two labels, or all of those agree on one and the same value.
+    None where it is not defined: no question has two labels, or all of those have one and the same value.
     Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
 
     Raises:
         ConfigError: the package krippendorff is missing.
     """
-    counts = [[votes[choice] for choice in VALUED_CHOICES] for votes in _votes(labels).values() if votes.total() > 1]
-    if np.count_nonzero(np.sum(counts, axis=0)) < 2:
+    voted = [votes for votes in count_votes(labels).values() if votes.total() > 1]
+    counts = np.array([[votes[choice] for choice in VALUED_CHOICES] for votes in voted])
+    if np.count_nonzero(counts.sum(axis=0)) < 2:
         return None
     try:
         import krippendorff
     except ImportError as error:
         raise ConfigError(f"Krippendorff's alpha {EXTRA.format('krippendorff')}") from error
-    value = float(krippendorff.alpha(value_counts=np.array(counts), level_of_measurement="nominal"))
+    value = float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
     return value if math.isfinite(value) else None
 
 
 def raw_agreement(labels: Sequence[Label]) -> Proportion:
     """Return how many of all pairs of labels that two labellers gave one question agree."""
     agree = total = 0
-    for votes in _votes(labels).values():
+    for votes in count_votes(labels).values():
         agree += sum(math.comb(count, 2) for count in votes.values())
         total += math.comb(votes.total(), 2)
     return Proportion(agree, total)
@@ -124,14 +109,14 @@ def majority(labels: Sequence[Label]) -> dict[str, dict[str, float]]:
     """Map question → choice → share of its labels, skips left out."""
     return {
         item: {choice: count / votes.total() for choice, count in sorted(votes.items())}
-        for item, votes in _votes(labels).items()
+        for item, votes in count_votes(labels).items()
     }
 
 
 def dawid_skene(labels: Sequence[Label], known: Mapping[str, str]) -> DawidSkeneResult:
     """Weigh labellers by how well they agree with the consensus, by expectation–maximisation.
 
-    A maximum-likelihood estimate: with few labels for each question, or of a labeller, it is overconfident.
+    With few labels for each question, or of a labeller, this maximum-likelihood estimate is overconfident.
     Source: Dawid and Skene 1979, "Maximum likelihood estimation of observer error-rates using the EM algorithm".
 
     Args:
@@ -140,18 +125,15 @@ def dawid_skene(labels: Sequence[Label], known: Mapping[str, str]) -> DawidSkene
     Raises:
         ConfigError: the package crowd-kit is missing.
     """
-    rows = [(label.question_id, label.labeller, label.choice) for label in labels if label.choice != "skip"]
-    if not rows:
-        return DawidSkeneResult({}, {})
-    probabilities = _fitted(sorted(rows), known)
-    items = {str(item): {str(choice): float(p) for choice, p in row.items()} for item, row in probabilities.items()}
+    rows = sorted((label.question_id, label.labeller, label.choice) for label in labels if label.choice != "skip")
+    items = _posterior(rows, known) if rows else {}
     own: dict[str, list[float]] = defaultdict(list)
-    for item, labeller, choice in sorted(rows):
+    for item, labeller, choice in rows:
         own[labeller].append(items[item][choice])
     return DawidSkeneResult(items, {labeller: sum(values) / len(values) for labeller, values in sorted(own.items())})
 
 
-def _fitted(rows: Sequence[tuple[str, str, str]], known: Mapping[str, str]) -> dict[Any, dict[Any, float]]:
+def _posterior(rows: Sequence[tuple[str, str, str]], known: Mapping[str, str]) -> dict[str, dict[str, float]]:
     try:
         import pandas
         from crowdkit.aggregation import DawidSkene
@@ -163,10 +145,12 @@ def _fitted(rows: Sequence[tuple[str, str, str]], known: Mapping[str, str]) -> d
     with warnings.catch_warnings():  # crowd-kit 1.4 calls pandas 3 in ways that pandas is about to drop
         warnings.simplefilter("ignore", DeprecationWarning)
         fitted = DawidSkene(n_iter=EM_ITERATIONS, tol=-math.inf).fit(data, pandas.Series(truth) if truth else None)
-    return fitted.probas_.to_dict(orient="index")
+    probabilities: dict[str, dict[str, float]] = fitted.probas_.to_dict(orient="index")
+    return probabilities
 
 
-def _votes(labels: Iterable[Label]) -> dict[str, Counter[str]]:
+def count_votes(labels: Iterable[Label]) -> dict[str, Counter[str]]:
+    """Map question → choice → number of its labels, skips left out; questions by id."""
     votes: dict[str, Counter[str]] = {}
     for label in sorted(labels, key=lambda label: label.question_id):
         if label.choice != "skip":
@@ -194,9 +178,10 @@ class LabelSummary:
 
     Attributes:
         labelled: questions that have a label that is no skip.
-        waiting: labels of people that are still wanted; a skip is none, so the page asks somebody else.
-        alpha, alpha_all, agreement: over questions without a known answer, as the card of an export counts them;
-            `alpha_all` counts models as labellers, too, and is None without any.
+        waiting: labels of people that are still wanted; a skip is none, so somebody else is asked.
+        alpha, alpha_all, agreement: over questions without a known answer; `alpha_all` counts models, too, and is None
+            without any.
+        disputed: questions on which labellers differ and their posteriors, the least certain first.
     """
 
     questions: int
@@ -221,27 +206,30 @@ def label_summary(questions: Sequence[Question], labels: Sequence[Label]) -> Lab
         ConfigError: a package of the extra `label` is missing.
     """
     people = [label for label in labels if not is_model(label.labeller)]
-    asked = [item for item in questions if item.gold is None]
-    compared, compared_people = _labels_of(asked, labels), _labels_of(asked, people)
-    models = len(people) < len(labels)
+    wanted = {item.id: item.labels_wanted for item in questions if item.gold is None}
+    compared = [label for label in labels if label.question_id in wanted]
+    compared_people = [label for label in people if label.question_id in wanted]
+    votes = count_votes(labels)
     posterior = dawid_skene(labels, {item.id: item.gold for item in questions if item.gold})
     gold = gold_accuracy(labels, questions)
     names = sorted({label.labeller for label in labels}, key=lambda name: (is_model(name), name))
     counts = Counter(label.question_id for label in people if label.choice != "skip")
+    disputed = [item for item in questions if len(votes.get(item.id, ())) > 1]
+    disputed.sort(key=lambda item: (max(posterior.items[item.id].values()), item.id))
     return LabelSummary(
         questions=len(questions),
-        labelled=len({label.question_id for label in labels if label.choice != "skip"}),
+        labelled=len(votes),
         labels=len(labels),
-        waiting=sum(max(0, item.labels_wanted - counts[item.id]) for item in asked),
+        waiting=sum(max(0, number - counts[item]) for item, number in wanted.items()),
         alpha=krippendorff_alpha(compared_people),
-        alpha_all=krippendorff_alpha(compared) if models else None,
+        alpha_all=krippendorff_alpha(compared) if len(people) < len(labels) else None,
         agreement=raw_agreement(compared_people),
         first=first_position_rate(people),
         labellers=tuple(_labeller(name, labels, gold, posterior.quality) for name in names),
         choices={choice: sum(label.choice == choice for label in labels) for choice in CHOICES},
         strengths={word: sum(label.strength == size for label in labels) for size, word in STRENGTHS.items()},
         seconds=_histogram([label.seconds for label in people if label.seconds is not None]),
-        disputed=_disputed(questions, labels, posterior.items),
+        disputed=tuple((item, posterior.items[item.id]) for item in disputed[:MAX_DISPUTED]),
     )
 
 
@@ -252,7 +240,7 @@ def format_number(value: float | None) -> str:
 
 def format_proportion(found: Proportion) -> str:
     """Format as `80% (49–94), 8 of 10`, or as a dash."""
-    interval: Interval | None = found.interval
+    interval = found.interval
     if interval is None:
         return "–"
     return f"{interval.mean:.0%} ({100 * interval.low:.0f}–{100 * interval.high:.0f}), {found.hits} of {found.of}"
@@ -284,28 +272,7 @@ def _labeller(
     )
 
 
-def _labels_of(questions: Sequence[Question], labels: Sequence[Label]) -> list[Label]:
-    ids = {item.id for item in questions}
-    return [label for label in labels if label.question_id in ids]
-
-
 def _histogram(seconds: Sequence[float]) -> dict[str, int]:
-    edges = (0, *SECONDS_EDGES)
-    bars = {
-        f"{low}–{high}": sum(low <= value < high for value in seconds)
-        for low, high in zip(edges, SECONDS_EDGES, strict=False)
-    }
-    return bars | {f"{SECONDS_EDGES[-1]}+": sum(value >= SECONDS_EDGES[-1] for value in seconds)}
-
-
-def _disputed(
-    questions: Sequence[Question], labels: Sequence[Label], posterior: Mapping[str, Mapping[str, float]]
-) -> tuple[tuple[Question, Mapping[str, float]], ...]:
-    """Return the questions on which labellers differ, the least certain first."""
-    choices: dict[str, set[str]] = {}
-    for label in labels:
-        if label.choice != "skip":
-            choices.setdefault(label.question_id, set()).add(label.choice)
-    differ = [item for item in questions if len(choices.get(item.id, ())) > 1]
-    differ.sort(key=lambda item: (max(posterior[item.id].values()), item.id))
-    return tuple((item, posterior[item.id]) for item in differ[:MAX_DISPUTED])
+    edges = [0, *SECONDS_EDGES]
+    bars = [*(f"{low}–{high}" for low, high in pairwise(edges)), f"{edges[-1]}+"]
+    return dict(zip(bars, np.histogram(seconds, [*edges, math.inf])[0].tolist(), strict=True))

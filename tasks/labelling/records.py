@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
@@ -35,19 +36,11 @@ from tasks.labelling.labels import (
 )
 
 __all__ = [
-    "LABEL_STUDIO_CONFIG",
-    "argilla_record",
-    "label_studio_record",
-    "read_argilla",
-    "read_label_studio",
+    "LABEL_STUDIO_CONFIG", "argilla_record", "label_studio_record", "read_argilla", "read_label_studio",
     "without_status",
-]
+]  # fmt: skip
 
 ARGILLA_LABELLER = re.compile(ARGILLA_PREFIX + "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
-
-TEXTS = ("prompt", "response_a", "response_b")
-NUMBERS = ("strength", "rating_a", "rating_b")
-QUESTIONS = ("preference", *NUMBERS, "comment")
 
 LABEL_STUDIO_CONFIG = """<View>
   <Text name="prompt" value="$prompt"/>
@@ -70,6 +63,10 @@ LABEL_STUDIO_CONFIG = """<View>
 
 SIDES = {"a": "left", "b": "right"}
 RATINGS = {"strength": "prompt", "rating_a": "answer1", "rating_b": "answer2"}
+"""Rating → the text of Label Studio's interface that it stands at."""
+
+TEXTS = ("prompt", "response_a", "response_b")
+QUESTIONS = ("preference", *RATINGS, "comment")
 
 MAX_LABELS_WANTED = 1000
 """Of one question; more are a mistake, and a database's integers have an end."""
@@ -77,15 +74,14 @@ MAX_LABELS_WANTED = 1000
 
 def argilla_record(question: Question, labels: Sequence[Label]) -> dict[str, Any]:
     """Return a question with its labels; a skip is a discarded response."""
-    responses: dict[str, list[dict[str, Any]]] = {}
+    responses: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for label in labels:
         skip = label.choice == "skip"
-        for name in QUESTIONS:
-            value = (None if skip else label.choice) if name == "preference" else getattr(label, name)
-            if value is not None or name == "preference":
-                status = "discarded" if skip else "submitted"
-                response = {"value": value, "user_id": _uuid_of(label.labeller), "status": status}
-                responses.setdefault(name, []).append(response)
+        own = {"user_id": _uuid_of(label.labeller), "status": "discarded" if skip else "submitted"}
+        responses["preference"].append({"value": None if skip else label.choice} | own)
+        for name in QUESTIONS[1:]:
+            if (value := getattr(label, name)) is not None:
+                responses[name].append({"value": value} | own)
     metadata = {name: value for name, value in _question_metadata(question).items() if value != ""}
     if labels:
         metadata["labellers"] = [f"{_uuid_of(label.labeller)} {label.labeller}" for label in labels]
@@ -96,7 +92,7 @@ def argilla_record(question: Question, labels: Sequence[Label]) -> dict[str, Any
 
 
 def read_argilla(record: Any) -> tuple[Question, list[Label]]:
-    """Return a question and its labels; drafts are left out.
+    """Return a question and its labels; drafts are left out, discarded preferences and those without a value are skips.
 
     Raises:
         ValueError: it is no such record; with the reason.
@@ -106,16 +102,19 @@ def read_argilla(record: Any) -> tuple[Question, list[Label]]:
     names = dict(line.split(" ", 1) for line in _get_list(metadata, "labellers", str) if " " in line)
     swapped = _get_list(metadata, "swapped", str)
     responses = _get(record, "responses", dict, {})
-    by_user: dict[str, dict[str, Any]] = {}
+    by_user: dict[str, dict[str, Any]] = defaultdict(dict)
     for name in QUESTIONS:
         for response in _get_list(responses, name, dict):
-            user = _argilla_id(_get(response, "user_id", str))
-            if response.get("status") != "draft":
-                by_user.setdefault(user, {})[name] = _argilla_value(name, response)
-    labellers = {user: names.get(user, f"{ARGILLA_PREFIX}{user}") for user in by_user}
-    return question, [
-        _argilla_label(question.id, labellers[user], values, user in swapped) for user, values in by_user.items()
+            user, value, status = _parse_uuid(response), response.get("value"), response.get("status")
+            if name == "preference" and (status == "discarded" or value is None):
+                value = "skip"
+            if status != "draft":
+                by_user[user][name] = value
+    labels = [
+        _argilla_label(question.id, names.get(user, f"{ARGILLA_PREFIX}{user}"), values, user in swapped)
+        for user, values in by_user.items()
     ]
+    return question, labels
 
 
 def without_status(record: dict[str, Any]) -> bool:
@@ -124,18 +123,10 @@ def without_status(record: dict[str, Any]) -> bool:
     return any("status" not in response for name in QUESTIONS for response in responses.get(name) or ())
 
 
-def _argilla_value(name: str, response: dict[str, Any]) -> Any:
-    """Return a response's value; a preference that was discarded, or of which no value was kept, is a skip."""
-    value = response.get("value")
-    if name == "preference" and (response.get("status") == "discarded" or value is None):
-        return "skip"
-    return value
-
-
 def _argilla_label(question_id: str, labeller: str, values: dict[str, Any], swapped: bool) -> Label:
     if "preference" not in values:
         raise ValueError(f"responses: {labeller} has answered {', '.join(values)}, and not preference")
-    strength, rating_a, rating_b = (_optional_int(values.get(name), name) for name in NUMBERS)
+    strength, rating_a, rating_b = (_optional_int(values.get(name), name) for name in RATINGS)
     comment = None if values.get("comment") is None else _get(values, "comment", str)
     choice = _get(values, "preference", str)
     return Label(question_id, labeller, choice, strength, rating_a, rating_b, comment, swapped)
@@ -148,7 +139,8 @@ def _uuid_of(labeller: str) -> str:
     return str(uuid5(NAMESPACE_URL, f"labeller:{labeller}"))
 
 
-def _argilla_id(text: str) -> str:
+def _parse_uuid(response: dict[str, Any]) -> str:
+    text = _get(response, "user_id", str)
     try:
         return str(UUID(text))
     except ValueError:
@@ -159,11 +151,11 @@ def label_studio_record(question: Question, labels: Sequence[Label]) -> dict[str
     """Return a question with its labels."""
     data = {"prompt": question.prompt, "answer1": question.response_a, "answer2": question.response_b}
     data |= _question_metadata(question) | {"swapped": [label.labeller for label in labels if label.swapped]}
-    annotations = [_studio_annotation(label) for label in labels if not is_model(label.labeller)]
+    models = [label for label in labels if is_model(label.labeller)]
+    annotations = [_studio_annotation(label) for label in labels if label not in models]
     predictions = [
         {"model_version": label.labeller.removeprefix(MODEL_PREFIX), "result": _studio_result(label)}
-        for label in labels
-        if is_model(label.labeller)
+        for label in models
     ]
     return {"data": data, "annotations": annotations, "predictions": predictions}
 
@@ -188,11 +180,8 @@ def _studio_annotation(label: Label) -> dict[str, Any]:
     known: dict[str, Any] = {"completed_by": {"email": label.labeller}} if "@" in label.labeller else {}
     if number != label.labeller and number.isdecimal():
         known = {"completed_by": int(number)}
-    return known | {
-        "was_cancelled": label.choice == "skip",
-        "lead_time": label.seconds,
-        "result": _studio_result(label),
-    }
+    content = {"was_cancelled": label.choice == "skip", "lead_time": label.seconds, "result": _studio_result(label)}
+    return known | content
 
 
 def _studio_result(label: Label) -> list[dict[str, Any]]:
@@ -296,13 +285,13 @@ def _optional_int(found: Any, name: str) -> int | None:
 
 
 def _question_metadata(question: Question) -> dict[str, Any]:
-    """Return what `parse_question` reads besides the texts; gold is "" where no answer is known."""
+    """Return what `_parse_question` reads besides the texts; gold is "" where no answer is known."""
     names = ("policy_a", "policy_b", "reason", "priority", "labels_wanted")
     return {"question_id": question.id, "gold": question.gold or ""} | {name: getattr(question, name) for name in names}
 
 
 def _parse_question(texts: dict[str, Any], metadata: dict[str, Any], *keys: str) -> Question:
-    """Build a question from the texts under three keys; the metadata may hold any of `question_metadata`."""
+    """Build a question from the texts under three keys; the metadata may hold any of `_question_metadata`."""
     prompt, response_a, response_b = (_get(texts, key, str) for key in keys)
     gold = metadata.get("gold") or None
     if gold not in (None, *VALUED_CHOICES):

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 from sqlalchemy import create_engine, text
 
+from tasks.core.rows import Prompt, write_rows
 from tasks.labelling.store import LabelStore
 from tests.support.labels import memory_store
+from tests.support.tiny_policy import write_parts
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
@@ -74,6 +76,15 @@ def open_store(url: str) -> Iterator[Callable[..., LabelStore]]:
     yield opens
     for store in stores:
         store.close()
+
+
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts: a base model, an SFT model, PPO and eight prompts."""
+    folder = tmp_path_factory.mktemp("parts")
+    rows = [Prompt(id=str(number), prompt=text) for number, text in enumerate("abcdefgh")]
+    write_rows(folder / "prepare" / "prompts" / "train.jsonl", rows)
+    return write_parts(folder)
 
 
 @pytest.fixture

@@ -14,10 +14,9 @@ import pytest
 
 from tasks.core.errors import ConfigError
 from tasks.labelling.export import export_preferences
-from tasks.labelling.labels import Label, pseudonyms
+from tasks.labelling.labels import Label
 from tasks.labelling.quality import (
     EM_ITERATIONS,
-    LabelSummary,
     Proportion,
     dawid_skene,
     first_position_rate,
@@ -44,17 +43,13 @@ def test_alpha_by_hand() -> None:
     """Eight values, five a and three b. Observed disagreement 2/8; expected 2·5·3/(8·7); α = 1 − 0.25/0.5357 = 8/15."""
     assert krippendorff_alpha(FOUR) == pytest.approx(8 / 15)
     skips = [*FOUR, *labels_of(pair(1), eve="skip"), *labels_of(pair(5), ann="tie", bob="skip")]
-    assert krippendorff_alpha(skips) == pytest.approx(8 / 15), (
-        "a skip is a missing value, and one label compares with nothing"
-    )
+    assert krippendorff_alpha(skips) == pytest.approx(8 / 15), "a skip is missing, and one label compares with nothing"
 
 
 def test_alpha_of_nothing_to_compare_is_none() -> None:
     assert krippendorff_alpha([]) is None
     assert krippendorff_alpha(labels_of(pair(1), ann="a") + labels_of(pair(2), bob="b")) is None
-    assert krippendorff_alpha(labels_of(pair(1), ann="a", bob="a")) is None, (
-        "one value only: nothing could have disagreed by chance"
-    )
+    assert krippendorff_alpha(labels_of(pair(1), ann="a", bob="a")) is None, "one value cannot disagree by chance"
 
 
 def test_raw_agreement_counts_pairs_of_labels() -> None:
@@ -130,9 +125,6 @@ def test_known_answers_are_certain() -> None:
     wrong = "b" if truth[item] == "a" else "a"
     assert dawid_skene(labels, {item: wrong}).items[item][wrong] == pytest.approx(1)
     assert dawid_skene(labels, {item: "both_bad"}).items == dawid_skene(labels, {}).items
-
-
-def test_nothing_labelled_is_no_posterior() -> None:
     assert dawid_skene(labels_of(pair(1), ann="skip"), {}).items == {}
 
 
@@ -149,24 +141,21 @@ GOLD = pair(9, gold="a")
 ASKED = [pair(1, labels_wanted=2), pair(2, labels_wanted=2), pair(3), pair(4), GOLD]
 
 
-def labels() -> list[Label]:
-    ann = [replace(label, seconds=4.0 * number, swapped=number > 1) for number, label in enumerate([
-        *labels_of(pair(1), ann="a 2"), *labels_of(pair(2), ann="b 3"), *labels_of(GOLD, ann="a 1"),
-    ], start=1)]  # fmt: skip
-    rest = [*labels_of(pair(1), bob="b"), *labels_of(GOLD, bob="skip"), *labels_of(pair(3), bob="tie")]
-    return [*ann, *rest, Label(pair(1).id, "model:m", "a")]
-
-
-def summary() -> LabelSummary:
-    return label_summary(ASKED, labels())
+LABELS = [
+    Label(pair(1).id, "ann", "a", 2, seconds=4.0),
+    Label(pair(2).id, "ann", "b", 3, seconds=8.0, swapped=True),
+    Label(GOLD.id, "ann", "a", 1, seconds=12.0, swapped=True),
+    Label(pair(1).id, "bob", "b"),
+    Label(GOLD.id, "bob", "skip"),
+    Label(pair(3).id, "bob", "tie"),
+    Label(pair(1).id, "model:m", "a"),
+]
 
 
 def test_the_summary_by_hand() -> None:
-    found = summary()
+    found = label_summary(ASKED, LABELS)
     assert (found.questions, found.labelled, found.labels) == (5, 4, 7)
-    assert found.waiting == 1 + 1, (
-        "one more for the second question, one for the fourth; the model's label is no person's"
-    )
+    assert found.waiting == 1 + 1, "for the second and fourth question; the model's label is no person's"
     assert found.alpha == pytest.approx(0.0), "two values of one question that differ: as by chance"
     assert found.alpha_all is not None
     assert found.agreement == Proportion(0, 1)
@@ -191,10 +180,10 @@ def test_known_answers_do_not_count_as_agreement() -> None:
     labels = [
         label for number, item in enumerate(asked) for label in labels_of(item, ann="abab"[number], bob="abba"[number])
     ]
-    labels += [label for item in tests for label in labels_of(item, ann=item.gold or "", bob=item.gold or "")]
-    labels += [Label(item.id, "model:m", item.gold or "") for item in tests]
+    names = ("ann", "bob", "model:m")
+    labels += [Label(item.id, name, item.gold or "") for item in tests for name in names]
     found = label_summary([*asked, *tests], labels)
-    card = export_preferences([*asked, *tests], labels, aggregate="none", names=pseudonyms(labels)).card
+    card = export_preferences([*asked, *tests], labels, aggregate="none").card
     assert found.agreement == Proportion(2, 4)
     assert found.alpha == pytest.approx(card["alpha_people"])
     assert found.alpha_all == pytest.approx(card["alpha"])
@@ -233,14 +222,14 @@ class Tags(HTMLParser):
 
 
 def test_the_page_is_whole_and_fetches_nothing() -> None:
-    page = report_page(summary())
+    page = report_page(label_summary(ASKED, LABELS))
     tags = Tags()
     tags.feed(page)
     assert (tags.open, tags.fetched) == ([], [])
     assert "http" not in page
     assert "prefers-color-scheme: dark" in page
     assert 'name="viewport"' in page
-    assert page == report_page(summary()), "equal labels, equal bytes"
+    assert page == report_page(label_summary(ASKED, LABELS[::-1])), "equal labels, equal bytes"
     text = re.sub(r"<[^>]*>", " ", page)
     assert "50% (15–85), 2 of 4" in text
     assert "100% (21–100), 1 of 1" in text
