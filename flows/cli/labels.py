@@ -30,13 +30,9 @@ if TYPE_CHECKING:
 __all__ = ["app"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
 NO_QUESTIONS = "none yet: `rlhf label sample` chooses pairs to compare"
 NO_LABELLERS = "none yet: `rlhf label add NAME` adds one, and prints a password"
 EXPOSED_WARNING = "Others can reach this page, and passwords travel in the clear: put a proxy with TLS before it."
-
-CANDIDATES_PER_PAIR = 4
-"""Pairs that are scored for each one that is chosen by disagreement."""
 
 _print = console.print
 
@@ -103,11 +99,14 @@ def sample(
     """Sample responses of the policies, and add pairs of them to be labelled; run again, it adds nothing."""
     gold = gold and gold.absolute()
     enter_project()
-    from tasks.labelling.pairs import gold_questions, with_overlap
+    from tasks.config.params import load_params
+    from tasks.labelling.pairs import gold_questions, select_pairs, with_overlap
 
     tests = gold_questions(gold, min_margin=gold_margin, count=max_gold) if gold else []
+    artifacts, generation = stage_dir("evaluate").parent, load_params(project_root() / "params.yaml").generation
     with handle_interrupt("nothing was added"):
-        chosen = _select_pairs([name for name in policies.split(",") if name], prompts, pairs, by, seed)
+        names = [name for name in policies.split(",") if name]
+        chosen = select_pairs(artifacts, generation, names, prompts, pairs, by, seed=seed)
     with closing(_open_store(database)) as store:
         added = store.add_questions(with_overlap(chosen, overlap, seed=seed))
         added_tests = store.add_questions(tests)
@@ -243,23 +242,6 @@ def _print_banner(store: LabelStore, host: str, port: int) -> None:
     _print(f"labellers  {escape(', '.join(labellers)) or NO_LABELLERS}")
     if host not in LOOPBACK:
         _print(f"[yellow]{EXPOSED_WARNING}[/]")
-
-
-def _select_pairs(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Question]:
-    """Sample responses and choose the pairs to label."""
-    from tasks.config.params import load_params
-    from tasks.labelling import pairs
-
-    folder = stage_dir("evaluate").parent
-    scores = pairs.load_ensemble_scores(folder) if by == "disagreement" else None
-    policies = pairs.check_policies(policies, folder)
-    generation = load_params(project_root() / "params.yaml").generation
-    candidates = count * CANDIDATES_PER_PAIR if scores else count
-    spare = candidates // 8 + 4  # some prompts get the same response from every policy
-    prompts = pairs.sample_prompts(folder, split, candidates + spare, seed=seed)
-    responses = pairs.sample_responses(policies, prompts, generation, folder, seed=seed)
-    chosen = pairs.make_pairs(responses, candidates, least=count, seed=seed)
-    return pairs.by_disagreement(chosen, count, scores) if scores else chosen
 
 
 def _judge_params(text: str) -> JudgeParams:

@@ -120,12 +120,9 @@ def _unanswered(labeller: str) -> ColumnElement[bool]:
 
 
 def _leased_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:
-    leased = leases.current().get(labeller)
-    if leased is None:
-        return None
-    last = db.find_event(connection, question_id=leased, labeller=labeller)
-    row = connection.execute(select(db.questions).where(db.QUESTION.id == leased)).first()
-    return db.to_question(row) if row and (last is None or last.kind != "label") else None
+    leased = select(db.questions).where(db.QUESTION.id == leases.current().get(labeller, ""), _unanswered(labeller))
+    row = connection.execute(leased).first()
+    return db.to_question(row) if row else None
 
 
 def _first_available(connection: Connection, leases: Leases, labeller: str) -> Question | None:

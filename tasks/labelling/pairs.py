@@ -28,8 +28,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PolicyResponse", "by_disagreement", "check_policies", "gold_questions", "load_ensemble_scores", "make_pairs",
-    "preference_variance", "sample_prompts", "sample_responses", "with_overlap",
+    "preference_variance", "sample_prompts", "sample_responses", "select_pairs", "with_overlap",
 ]  # fmt: skip
+
+CANDIDATES_PER_PAIR = 4
+"""Pairs that are scored for each one that is chosen by disagreement."""
 
 SAMPLES = 2
 """Of each policy to each prompt, so that one policy alone makes a pair."""
@@ -49,6 +52,32 @@ class PolicyResponse:
 
     policy: str
     response: str
+
+
+def select_pairs(
+    artifacts: Path,
+    generation: GenerationParams,
+    policies: Sequence[str],
+    split: str,
+    count: int,
+    by: str,
+    *,
+    seed: int,
+) -> list[Question]:
+    """Sample responses to prompts of the split, and choose pairs of them, `by` random or disagreement.
+
+    Raises:
+        ConfigError: a policy is not there, or there are not several reward models to disagree.
+        DataError: there are fewer pairs.
+    """
+    scores = load_ensemble_scores(artifacts) if by == "disagreement" else None
+    policies = check_policies(policies, artifacts)
+    candidates = count * CANDIDATES_PER_PAIR if scores else count
+    spare = candidates // 8 + 4  # some prompts get the same response from every policy
+    prompts = sample_prompts(artifacts, split, candidates + spare, seed=seed)
+    responses = sample_responses(policies, prompts, generation, artifacts, seed=seed)
+    pairs = make_pairs(responses, candidates, least=count, seed=seed)
+    return by_disagreement(pairs, count, scores) if scores else pairs
 
 
 def check_policies(policies: Sequence[str], artifacts: Path) -> list[str]:

@@ -8,6 +8,7 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
@@ -67,15 +68,8 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def open_store(url: str) -> Iterator[Callable[..., LabelStore]]:
     """Opens the database; each store is closed at the end."""
-    stores: list[LabelStore] = []
-
-    def opens(**options: float) -> LabelStore:
-        stores.append(LabelStore(url, **options))
-        return stores[-1]
-
-    yield opens
-    for store in stores:
-        store.close()
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(closing(LabelStore(url, **options)))
 
 
 @pytest.fixture(scope="session")
@@ -90,6 +84,5 @@ def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def store() -> Iterator[LabelStore]:
     """An empty store in memory."""
-    store = memory_store()
-    yield store
-    store.close()
+    with closing(memory_store()) as store:
+        yield store

@@ -48,7 +48,7 @@ def post(client: TestClient, page: str, action: str, **values: str) -> Any:
     return client.post(action, data=fields(page, action) | values)
 
 
-def test_only_who_signs_in_sees_a_question(store: LabelStore, client: TestClient) -> None:
+def test_only_who_signs_in_sees_a_question_until_they_sign_out(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one")])
     assert client.get("/").url.path == "/sign-in"
     assert "Wrong name or password" in sign_in(client, "wrong")
@@ -58,6 +58,7 @@ def test_only_who_signs_in_sees_a_question(store: LabelStore, client: TestClient
     page = sign_in(client)
     assert "prompt one" in page
     assert PASSWORD not in page
+    assert post(client, page, "/sign-out").url.path == client.get("/").url.path == "/sign-in"
 
 
 def test_a_new_password_ends_the_session_and_a_forged_cookie_is_none(store: LabelStore, client: TestClient) -> None:
@@ -68,12 +69,6 @@ def test_a_new_password_ends_the_session_and_a_forged_cookie_is_none(store: Labe
     cookie = TestClient(create_app(store, "another secret"))
     sign_in(cookie, "another")
     client.cookies.set("rlhf_label", cookie.cookies["rlhf_label"])
-    assert client.get("/").url.path == "/sign-in"
-
-
-def test_signing_out_ends_the_session(client: TestClient) -> None:
-    page = sign_in(client)
-    assert post(client, page, "/sign-out").url.path == "/sign-in"
     assert client.get("/").url.path == "/sign-in"
 
 

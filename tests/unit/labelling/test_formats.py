@@ -7,6 +7,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ import pytest
 
 from tasks.core.errors import DataError
 from tasks.labelling.formats import FORMATS, Format, Record, dump, load
-from tasks.labelling.labels import Label, Question, flip, hide_names, pseudonym
+from tasks.labelling.labels import Label, flip, hide_names, pseudonym
 from tasks.labelling.records import LABEL_STUDIO_CONFIG
 from tasks.labelling.store import ImportResult, LabelStore
 from tests.support.labels import memory_store, pair, token
@@ -65,10 +66,6 @@ def load_all(folder: Path, kind: Format, *records: Any, **options: Any) -> list[
     return load(path, kind, **options)
 
 
-def ordered(labels: list[Label]) -> list[Label]:
-    return sorted(labels, key=lambda label: (label.question_id, label.labeller))
-
-
 def fill(store: LabelStore) -> None:
     store.add_questions(ASKED)
     for label in LABELS:
@@ -84,16 +81,15 @@ def exported(folder: Path, kind: Format, labels: list[Label] = LABELS) -> Path:
 @pytest.fixture
 def other() -> Iterator[LabelStore]:
     """Another empty store."""
-    store = memory_store()
-    yield store
-    store.close()
+    with closing(memory_store()) as store:
+        yield store
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, store: LabelStore, kind: Format) -> None:
     found = load(exported(tmp_path, kind), kind)
     assert store.import_records(found) == ImportResult(3, 3, 6, 6)
-    assert ordered(store.current_labels()) == ordered(LABELS)
+    assert sorted(store.current_labels(), key=repr) == sorted(LABELS, key=repr)
     assert {item.id: item for item in store.questions()} == {item.id: item for item in ASKED}
     assert store.import_records(found) == ImportResult(3, 0, 6, 0)
 
@@ -217,10 +213,9 @@ def test_a_malformed_record_is_reported_with_its_line_and_nothing_is_read(
     path = tmp_path / "theirs.json"
     records = [json.dumps(item) for item in (GOOD[kind], bad)]
     path.write_text("\n\n".join(records) if lines else "[" + ",\n\n".join(records) + "]")
-    with pytest.raises(DataError, match=r"1 of 2 records are malformed; nothing was imported:") as caught:
+    with pytest.raises(DataError, match="1 of 2 records are malformed; nothing was imported:") as caught:
         load(path, kind)
-    assert "theirs.json:3: " in str(caught.value)
-    assert reason in str(caught.value)
+    assert re.search(rf"theirs.json:3: .*{re.escape(reason)}", str(caught.value))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -228,9 +223,8 @@ def test_a_malformed_record_is_reported_with_its_line_and_nothing_is_read(
 def test_a_file_that_was_cut_is_no_file(tmp_path: Path, kind: Format, cut: str, reason: str) -> None:
     path = tmp_path / "theirs.json"
     path.write_text(cut)
-    with pytest.raises(DataError, match="nothing was imported") as caught:
+    with pytest.raises(DataError, match=rf"nothing was imported:\n(?s:.*){reason}"):
         load(path, kind)
-    assert reason in str(caught.value)
     with pytest.raises(DataError, match="does not exist"):
         load(tmp_path / "none.json", kind)
 
@@ -306,7 +300,6 @@ def test_each_name_in_a_task_is_one_of_the_interface() -> None:
 
 
 def test_a_question_without_labels_is_a_task_to_do() -> None:
-    asked: Question = ASKED[2]
-    argilla, studio = (FORMATS[kind][0](asked, []) for kind in KINDS)
+    argilla, studio = (FORMATS[kind][0](ASKED[2], []) for kind in KINDS)
     assert (argilla["status"], argilla["responses"]) == ("pending", {})
     assert (studio["annotations"], studio["predictions"]) == ([], [])

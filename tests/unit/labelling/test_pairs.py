@@ -40,9 +40,8 @@ def test_pairs_come_prompt_by_prompt_and_never_two_alike() -> None:
     assert [pair.prompt for pair in pairs] == ["one", "two", "one", "one"]
     assert len({pair.id for pair in pairs}) == 4
     for pair in pairs:
-        assert pair.response_a != pair.response_b
-        assert PolicyResponse(pair.policy_a, pair.response_a) in RESPONSES[pair.prompt]
-        assert PolicyResponse(pair.policy_b, pair.response_b) in RESPONSES[pair.prompt]
+        sides = {PolicyResponse(pair.policy_a, pair.response_a), PolicyResponse(pair.policy_b, pair.response_b)}
+        assert len(sides & set(RESPONSES[pair.prompt])) == 2
     assert make_pairs(RESPONSES, 10, least=4, seed=0) == pairs
     assert make_pairs(RESPONSES, 2, least=2, seed=0) == pairs[:2]
     with pytest.raises(DataError, match=r"there are 4 pairs to choose from, not 5 \(1 prompts had one response"):
@@ -109,19 +108,15 @@ def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
 
 def test_gold_questions_can_be_written_down(tmp_path: Path) -> None:
     path = tmp_path / "gold.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "tie"}) + "\n\n")
+    line = {"prompt": "p", "response_a": "x", "response_b": "y", "gold": "tie"}
+    path.write_text(json.dumps(line) + "\n\n")
     (found,) = gold_questions(path, min_margin=3.0, count=5)
     assert (found.id, found.gold, found.reason) == (question_id("p", "x", "y"), "tie", "gold")
-    with path.open("a") as file:
-        file.write(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "c"}) + "\n")
-    with pytest.raises(DataError, match=r"gold\.jsonl:3: .*gold is 'c'"):
-        gold_questions(path, min_margin=3.0, count=5)
-    path.write_text(json.dumps({"prompt": "p", "response_a": "x\0", "response_b": "y", "gold": "a"}))
-    with pytest.raises(DataError, match=r"gold\.jsonl:1: response_a: holds a NUL character"):
-        gold_questions(path, min_margin=3.0, count=5)
-    path.write_text("{}\n")
-    with pytest.raises(DataError, match=r"gold\.jsonl:1: neither"):
-        gold_questions(path, min_margin=3.0, count=5)
+    wrong = [(line | {"gold": "c"}, "gold is 'c'"), (line | {"response_a": "\0"}, "response_a: holds a NUL character")]
+    for bad, reason in [*wrong, ({}, "neither")]:
+        path.write_text(f"{json.dumps(line)}\n\n{json.dumps(bad)}\n")
+        with pytest.raises(DataError, match=rf"gold\.jsonl:3: .*{reason}"):
+            gold_questions(path, min_margin=3.0, count=5)
     with pytest.raises(DataError, match="does not exist"):
         gold_questions(tmp_path / "none", min_margin=3.0, count=5)
 
