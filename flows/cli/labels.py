@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import socket
+from collections.abc import Mapping
 from contextlib import closing, suppress
-from dataclasses import asdict, replace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -13,13 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli.console import (
-    console,
-    enter_project,
-    enter_project_with_services,
-    handle_interrupt,
-    print_table,
-)
+from flows.cli.console import console, enter_project, enter_project_with_services, handle_interrupt, print_table
 from tasks.core.errors import ConfigError, RLHFError
 from tasks.core.paths import project_root, stage_dir, state_dir
 
@@ -29,23 +24,15 @@ if TYPE_CHECKING:
     from tasks.labelling.export import ExportResult
     from tasks.labelling.formats import Format
     from tasks.labelling.labels import Label, Question
-    from tasks.labelling.report import LabelSummary
+    from tasks.labelling.quality import LabelSummary
     from tasks.labelling.store import LabelStore
 
 __all__ = ["app"]
 
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-STOP_SECONDS = 5
-
 NO_QUESTIONS = "none yet: `rlhf label sample` chooses pairs to compare"
 NO_LABELLERS = "none yet: `rlhf label add NAME` adds one, and prints a password"
 EXPOSED_WARNING = "Others can reach this page, and passwords travel in the clear: put a proxy with TLS before it."
-
-CANDIDATES_PER_PAIR = 4
-"""Pairs that are scored for each one that is chosen by disagreement."""
-
-EXTRA_PROMPTS = 4
-"""Prompts beyond an eighth more than are needed, because some get one response from every policy."""
 
 _print = console.print
 
@@ -76,7 +63,7 @@ def serve(context: typer.Context, host: Host = "127.0.0.1", port: Port = 8800, d
     state_dir().mkdir(exist_ok=True)
     app = create_app(store, load_secret(state_dir() / "label-secret"))
     _print_banner(store, host, listener.getsockname()[1])
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=STOP_SECONDS)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
     _print("ended; every answer that the page called saved is in the database")
@@ -112,17 +99,21 @@ def sample(
     """Sample responses of the policies, and add pairs of them to be labelled; run again, it adds nothing."""
     gold = gold and gold.absolute()
     enter_project()
-    from tasks.labelling.pairs import gold_questions, with_overlap
+    from tasks.config.params import load_params
+    from tasks.labelling.pairs import gold_questions, select_pairs, with_overlap
 
     tests = gold_questions(gold, min_margin=gold_margin, count=max_gold) if gold else []
+    artifacts, generation = stage_dir("evaluate").parent, load_params(project_root() / "params.yaml").generation
     with handle_interrupt("nothing was added"):
-        chosen = _select_pairs([name for name in policies.split(",") if name], prompts, pairs, by, seed)
+        names = [name for name in policies.split(",") if name]
+        chosen = select_pairs(artifacts, generation, names, prompts, pairs, by, seed=seed)
     with closing(_open_store(database)) as store:
         added = store.add_questions(with_overlap(chosen, overlap, seed=seed))
         added_tests = store.add_questions(tests)
-    new, new_tests = added.new_questions, added_tests.new_questions
-    line = f"{new} pairs to label added, {len(chosen) - new} were there already"
-    _print(line + (f"; {new_tests} of {len(tests)} questions with a known answer added" if tests else ""))
+    line = f"{added.new_questions} pairs to label added, {len(chosen) - added.new_questions} were there already"
+    if tests:
+        line += f"; {added_tests.new_questions} of {len(tests)} questions with a known answer added"
+    _print(line)
     _print_conflicts(added.conflicts + added_tests.conflicts)
 
 
@@ -158,13 +149,9 @@ def report(
     """Report label quality: agreement, accuracy on known answers, order bias; as tables and a page."""
     page = out and out.absolute()
     enter_project()
-    from tasks.labelling.labels import pseudonym
-    from tasks.labelling.report import label_summary, report_page
+    from tasks.labelling.quality import label_summary, report_page
 
-    questions, labels = _read_labels(database)
-    if not names:
-        labels = [replace(label, labeller=pseudonym(label.labeller)) for label in labels]
-    summary = label_summary(questions, labels)
+    summary = label_summary(*_read_labels(database, names))
     if as_json:
         print(json.dumps(asdict(summary), indent=2, ensure_ascii=False))
         return
@@ -188,16 +175,15 @@ def export(
     file = out and out.absolute()
     root = enter_project_with_services()
     from tasks.labelling.export import export_preferences
-    from tasks.labelling.labels import is_model, pseudonyms
+    from tasks.labelling.labels import is_model
 
-    questions, labels = _read_labels(database)
+    questions, labels = _read_labels(database, names)
     labels = [label for label in labels if by == "all" or is_model(label.labeller) == (by == "models")]
-    shown = {label.labeller: label.labeller for label in labels} if names else pseudonyms(labels)
     if kind != "rows":
-        _write_format(file or state_dir() / f"labels.{kind}.json", questions, labels, shown, kind)
+        _write_format(file or state_dir() / f"labels.{kind}.json", questions, labels, kind)
         return
     file = file or root / "data" / "labels" / "preferences.jsonl"
-    changed = _write_preferences(file, export_preferences(questions, labels, aggregate=aggregate, names=shown))
+    changed = _write_preferences(file, export_preferences(questions, labels, aggregate=aggregate))
     if announce and changed and file.is_relative_to(root / "data"):
         _announce_labels()
 
@@ -216,11 +202,11 @@ def import_(
     records = load(file, kind, warn=lambda text: _print(f"[yellow]{escape(text)}[/]"))
     with closing(_open_store(database)) as store:
         result = store.import_records(records)
-    known = result.labels - result.new_labels
-    _print(
-        f"{result.questions} questions, {result.new_questions} of them new; {result.labels} labels, "
-        f"{result.new_labels} new" + (f", {known} known from before and skipped" if known else "")
-    )
+    line = f"{result.questions} questions, {result.new_questions} of them new"
+    line += f"; {result.labels} labels, {result.new_labels} new"
+    if known := result.labels - result.new_labels:
+        line += f", {known} known from before and skipped"
+    _print(line)
     _print_conflicts(result.conflicts)
 
 
@@ -231,10 +217,13 @@ def _open_store(database: str | None) -> LabelStore:
     return LabelStore(database_url(database))
 
 
-def _read_labels(database: str | None) -> tuple[list[Question], list[Label]]:
+def _read_labels(database: str | None, names: bool) -> tuple[list[Question], list[Label]]:
+    """Read everything, people under pseudonyms unless their names are asked for."""
+    from tasks.labelling.labels import hide_names
+
     with closing(_open_store(database)) as store:
         labels = store.current_labels()  # first: questions may be added meanwhile, and none is ever removed
-        return store.questions(), labels
+        return store.questions(), labels if names else hide_names(labels)
 
 
 def _listen(host: str, port: int) -> socket.socket:
@@ -246,30 +235,13 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _print_banner(store: LabelStore, host: str, port: int) -> None:
-    address = f"http://{f'[{host}]' if ':' in host else host}:{port}"
     (unlabelled, count), labellers = store.open_questions(), store.labellers()
-    _print(f"page       {address}   (Ctrl-C ends it)")
+    _print(f"page       http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C ends it)")
     _print(f"database   {escape(store.address)}")
     _print(f"questions  {count}, of which {unlabelled} need labels" if count else f"questions  {NO_QUESTIONS}")
     _print(f"labellers  {escape(', '.join(labellers)) or NO_LABELLERS}")
     if host not in LOOPBACK:
         _print(f"[yellow]{EXPOSED_WARNING}[/]")
-
-
-def _select_pairs(policies: list[str], split: str, count: int, by: str, seed: int) -> list[Question]:
-    """Sample responses and choose the pairs to label."""
-    from tasks.config.params import load_params
-    from tasks.labelling import pairs
-
-    folder = stage_dir("evaluate").parent
-    scores = pairs.load_ensemble_scores(folder) if by == "disagreement" else None
-    policies = pairs.check_policies(policies, folder)
-    generation = load_params(project_root() / "params.yaml").generation
-    candidates = count * CANDIDATES_PER_PAIR if scores else count
-    prompts = pairs.sample_prompts(folder, split, candidates + candidates // 8 + EXTRA_PROMPTS, seed=seed)
-    responses = pairs.sample_responses(policies, prompts, generation, folder, seed=seed)
-    pool = pairs.make_pairs(responses, candidates, seed=seed)
-    return pairs.by_disagreement(pool, count, scores) if scores else pairs.at_random(pool, count)
 
 
 def _judge_params(text: str) -> JudgeParams:
@@ -296,8 +268,7 @@ def _judge_params(text: str) -> JudgeParams:
 
 
 def _print_auto_result(result: AutoLabelResult, cost: Cost) -> None:
-    counts = ", ".join(f"{choice} {count}" for choice, count in sorted(result.choices.items())) or "none"
-    _print(f"labels: {counts}")
+    _print(f"labels: {_format_counts(result.choices) or 'none'}")
     _print(
         f"of the skips, {result.contradictions} because the answer changed with the order, {result.unclear} unclear; "
         f"{result.first} of {result.clear} clear answers chose the response shown first"
@@ -305,6 +276,10 @@ def _print_auto_result(result: AutoLabelResult, cost: Cost) -> None:
     _print(f"{cost.requests} requests, {cost.tokens} tokens; other answers were known from before")
     if result.left:
         _print(f"[yellow]{result.left} questions are left[/]: the budget is spent; run again to go on")
+
+
+def _format_counts(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{name} {count}" for name, count in sorted(counts.items()))
 
 
 def _print_conflicts(count: int) -> None:
@@ -316,7 +291,7 @@ def _print_conflicts(count: int) -> None:
 
 
 def _print_report(summary: LabelSummary) -> None:
-    from tasks.labelling.report import format_number, format_proportion
+    from tasks.labelling.quality import format_number, format_proportion
 
     table = Table(title="Labellers", title_justify="left")
     table.add_column("labeller", no_wrap=True)
@@ -328,10 +303,11 @@ def _print_report(summary: LabelSummary) -> None:
             format_proportion(row.first), format_number(row.seconds),
         )  # fmt: skip
     print_table(table)
-    both = "" if summary.alpha_all is None else f" (with models {format_number(summary.alpha_all)})"
-    alpha, agreement = format_number(summary.alpha), format_proportion(summary.agreement)
+    alpha = format_number(summary.alpha)
+    if summary.alpha_all is not None:
+        alpha += f" (with models {format_number(summary.alpha_all)})"
     _print(f"{summary.labels} labels, {summary.labelled} of {summary.questions} questions labelled")
-    _print(f"Krippendorff's alpha {alpha}{both}; two people agree {agreement}")
+    _print(f"Krippendorff's alpha {alpha}; two people agree {format_proportion(summary.agreement)}")
     _print(f"the first shown is chosen {format_proportion(summary.first)}")
 
 
@@ -340,16 +316,14 @@ def _write(file: Path, text: str) -> None:
     file.write_text(text, encoding="utf-8", newline="\n")
 
 
-def _write_format(
-    file: Path, questions: list[Question], labels: list[Label], names: dict[str, str], kind: Format
-) -> None:
+def _write_format(file: Path, questions: list[Question], labels: list[Label], kind: Format) -> None:
     from tasks.labelling.formats import dump
-    from tasks.labelling.formats.label_studio import CONFIG
+    from tasks.labelling.records import LABEL_STUDIO_CONFIG
 
-    _write(file, dump(questions, labels, names, kind))
+    _write(file, dump(questions, labels, kind))
     _print(f"{len(questions)} questions with {len(labels)} labels: {file}")
     if kind == "label-studio":
-        _write(file.with_suffix(".xml"), CONFIG)
+        _write(file.with_suffix(".xml"), LABEL_STUDIO_CONFIG)
         _print(f"labelling interface for the project's settings: {file.with_suffix('.xml')}")
 
 
@@ -360,14 +334,14 @@ def _write_preferences(file: Path, result: ExportResult) -> bool:
     before = file.read_bytes() if file.is_file() else None
     write_rows(file, result.rows)
     write_json(file.with_suffix(".card.json"), result.card)
-    dropped = ", ".join(f"{reason} {count}" for reason, count in result.dropped.items()) or "nothing"
+    dropped = _format_counts(result.dropped) or "nothing"
     _print(f"{len(result.rows)} preferences of {result.card['labelled']} labelled questions: {file}")
     _print(f"dropped: {dropped}; questions on which labellers differ: {result.card['disputed']}")
     return file.read_bytes() != before
 
 
 def _announce_labels() -> None:
-    """Announce the new data to Prefect; a missing server is no error, since the file is complete without it."""
+    """Announce the new data to Prefect; a missing server is no error."""
     from flows.retrain import announce_data
 
     try:

@@ -1,11 +1,10 @@
 """Labels by a language model that reads a written constitution (RLAIF).
 
-Source: Bai et al. 2022, "Constitutional AI: Harmlessness from AI Feedback", arXiv 2212.08073, section 4.1, where the
-model that labels is shown one principle drawn at random; here it is shown the whole constitution each time, so that a
-label can be explained by the file and does not depend on a draw.
+Source: Bai et al. 2022, "Constitutional AI: Harmlessness from AI Feedback", arXiv 2212.08073, section 4.1. There the
+model is shown one principle drawn at random; here the whole constitution, so that no label depends on a draw.
 
-Each pair is asked in both orders (see `tasks.evals.pairwise`); answers that contradict each other are no label but a
-skip, which says why, and so are unclear ones.
+Each pair is asked in both orders (see `tasks.evals.pairwise`); answers that contradict each other or are unclear are a
+skip, which says why.
 """
 
 from __future__ import annotations
@@ -29,15 +28,9 @@ if TYPE_CHECKING:
     from tasks.config.evaluation import JudgeParams
 
 __all__ = [
-    "AutoLabelResult",
-    "Budget",
-    "Constitution",
-    "Cost",
-    "CountingCache",
-    "auto_label",
-    "combine_orders",
+    "AutoLabelResult", "Budget", "Constitution", "Cost", "CountingCache", "auto_label", "combine_orders",
     "load_counting_judge",
-]
+]  # fmt: skip
 
 CONTRADICTION = "the answer changes with the order of the two responses"
 UNCLEAR = "an answer is unclear"
@@ -70,9 +63,14 @@ class Cost:
     requests: int = 0
     tokens: int = 0
 
+    def add(self, reply: Reply) -> None:
+        """Count one request."""
+        self.requests += 1
+        self.tokens += reply.tokens
+
 
 class CountingJudge:
-    """A judge in this process whose every answer counts as a request; `who` holds the digest of its weights."""
+    """A judge in this process whose every answer counts as a request; its id holds the digest of its weights."""
 
     def __init__(self, judge: PairJudge, cost: Cost, digest: str) -> None:
         self.judge_id = {**judge.judge_id, "digest": digest}
@@ -81,8 +79,8 @@ class CountingJudge:
     def judge(self, questions: Sequence[str]) -> list[Reply]:
         """Ask the judge, and count the cost."""
         replies = self._judge.judge(questions)
-        self._cost.requests += len(replies)
-        self._cost.tokens += sum(reply.tokens for reply in replies)
+        for reply in replies:
+            self._cost.add(reply)
         return replies
 
 
@@ -93,11 +91,10 @@ class CountingCache(JudgeCache):
         super().__init__(path)
         self.cost = Cost()
 
-    def add(self, key: str, who: Mapping[str, str], reply: Reply) -> None:
+    def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
         """Add the reply, and count its cost."""
-        super().add(key, who, reply)
-        self.cost.requests += 1
-        self.cost.tokens += reply.tokens
+        super().add(key, judge_id, reply)
+        self.cost.add(reply)
 
 
 @dataclass(frozen=True)
@@ -115,14 +112,13 @@ class Budget:
 
 @dataclass
 class AutoLabelResult:
-    """Result of a run: labels by choice, reasons of skips, and number of pairs left for the next run."""
+    """Labels by choice, reasons of skips, clear answers and those that chose the response shown first, pairs left."""
 
     choices: Counter[str] = field(default_factory=Counter)
     contradictions: int = 0
     unclear: int = 0
-    first: int = 0
-    """Clear answers that chose the response shown first."""
     clear: int = 0
+    first: int = 0
     left: int = 0
 
 
@@ -130,7 +126,7 @@ def combine_orders(one: Choice, other: Choice) -> tuple[str, str | None]:
     """Return the choice and, for a skip, its reason, from the answers with a shown first and with b shown first."""
     if "unclear" in (one, other):
         return "skip", UNCLEAR
-    first, second = {"A": "a", "B": "b"}.get(one, "tie"), {"A": "b", "B": "a"}.get(other, "tie")
+    first, second = {"A": "a", "B": "b"}.get(one, one), {"A": "b", "B": "a"}.get(other, other)
     return (first, None) if first == second else ("skip", CONTRADICTION)
 
 
@@ -147,20 +143,13 @@ def load_counting_judge(params: JudgeParams, cache: CountingCache, artifacts: Pa
 
 
 def auto_label(
-    store: LabelStore,
-    judge: PairJudge,
-    constitution: Constitution,
-    *,
-    cost: Cost,
-    budget: Budget,
-    clock: Callable[[], float] = time.monotonic,
-    sleep: Callable[[float], None] = time.sleep,
+    store: LabelStore, judge: PairJudge, constitution: Constitution, *, cost: Cost, budget: Budget
 ) -> AutoLabelResult:
     """Label every question that this model has not labelled by this constitution; each label is stored before the next.
 
-    Its labels name the constitution, and those of the base model its weights (see `_label_source`), so that labels that
-    were imported count, too. A run that was killed goes on where it was: labels are in the database, answers in the
-    judge's cache.
+    The comments of its labels begin with the constitution, and those of the base model with its weights, so that labels
+    that were imported, or that another one came after, count, too. A run that was killed goes on where it was: labels
+    are in the database, answers in the judge's cache.
 
     Args:
         cost: what the judge or its cache counts, see `load_counting_judge`.
@@ -171,13 +160,14 @@ def auto_label(
     """
     labeller = MODEL_PREFIX + judge.judge_id["model"]
     if len(labeller) > MAX_NAME_LENGTH:
-        raise ConfigError(
-            f"{labeller!r} is longer than a labeller's name may be ({MAX_NAME_LENGTH}): serve it under another"
-        )
-    source = _label_source(judge, constitution)
-    labelled = _already_labelled(store, labeller, source)
+        most = f"longer than a labeller's name may be ({MAX_NAME_LENGTH})"
+        raise ConfigError(f"{labeller!r} is {most}: serve it under another")
+    digest = judge.judge_id.get("digest")
+    source = f"constitution {constitution.digest}" + (f", weights {digest}" if digest else "")
+    own = [label for label in store.recorded_labels(labeller) if (label.comment or "").split(";")[0] == source]
+    labelled = {label.question_id for label in own}
     waiting = [item for item in store.questions() if item.id not in labelled]
-    ask, result = _rate_limited(judge, budget.per_minute, cost, clock, sleep), AutoLabelResult()
+    ask, result = _rate_limited(judge, budget.per_minute, cost), AutoLabelResult()
     for number, item in enumerate(waiting):
         if budget.spent(cost):
             result.left = len(waiting) - number
@@ -187,19 +177,6 @@ def auto_label(
         token = str(uuid5(NAMESPACE_URL, f"{labeller} {item.id} {source}"))  # two runs at once store a label once
         store.save_label(label, token=token)
     return result
-
-
-def _label_source(judge: PairJudge, constitution: Constitution) -> str:
-    """Return how the comments of labels begin: what the label depends on besides the model's name."""
-    digest = judge.judge_id.get("digest")
-    return f"constitution {constitution.digest}" + (f", weights {digest}" if digest else "")
-
-
-def _already_labelled(store: LabelStore, labeller: str, source: str) -> set[str]:
-    """Return the questions that have a label of this source, also if another one came after it."""
-    return {
-        label.question_id for label in store.recorded_labels(labeller) if (label.comment or "").split(";")[0] == source
-    }
 
 
 def _digest(folder: Path) -> str:
@@ -215,7 +192,7 @@ def _digest(folder: Path) -> str:
 def _judge_both_orders(
     item: Question, ask: Callable[[str], Reply], constitution: Constitution, result: AutoLabelResult
 ) -> tuple[str, str | None]:
-    """Return the choice and, for a skip, its reason; both are counted in the result."""
+    """Return the choice and, for a skip, its reason; count both in the result."""
     sides = (item.response_a, item.response_b)
     orders = (format_question(constitution.text, item.prompt, *shown) for shown in (sides, sides[::-1]))
     verdicts = [parse_verdict(ask(text).text) for text in orders]
@@ -228,19 +205,17 @@ def _judge_both_orders(
     return choice, reason
 
 
-def _rate_limited(
-    judge: PairJudge, per_minute: float | None, cost: Cost, clock: Callable[[], float], sleep: Callable[[float], None]
-) -> Callable[[str], Reply]:
+def _rate_limited(judge: PairJudge, per_minute: float | None, cost: Cost) -> Callable[[str], Reply]:
     """Return a function that asks one question when the last request is old enough; cached answers do not wait."""
-    free = clock()
+    free = time.monotonic()
 
     def ask(text: str) -> Reply:
         nonlocal free
-        sleep(max(0.0, free - clock()))
-        start, before = clock(), cost.requests
-        replies: Sequence[Reply] = judge.judge([text])
+        time.sleep(max(0.0, free - time.monotonic()))
+        start, before = time.monotonic(), cost.requests
+        (reply,) = judge.judge([text])
         if per_minute and cost.requests > before:
             free = start + 60 / per_minute
-        return replies[0]
+        return reply
 
     return ask

@@ -73,11 +73,7 @@ RATINGS = {1: "very bad", 2: "bad", 3: "fair", 4: "good", 5: "very good"}
 
 
 def create_app(store: LabelStore, secret: str) -> Starlette:
-    """Create the web application over a store, which it closes at its end.
-
-    Args:
-        secret: what session cookies are signed with.
-    """
+    """Create the web application over a store, which it closes at its end; the secret signs session cookies."""
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
@@ -98,16 +94,8 @@ def create_app(store: LabelStore, secret: str) -> Starlette:
     cookies = Middleware(
         SessionMiddleware, secret_key=secret, session_cookie="rlhf_label", max_age=SESSION_SECONDS, same_site="lax"
     )
-    return Starlette(
-        routes=routes,
-        middleware=[cookies],
-        exception_handlers={
-            HTTPException: views.http_error,
-            ConflictError: views.conflict,
-            DataError: views.bad_request,
-        },
-        lifespan=lifespan,
-    )
+    handlers = {HTTPException: views.refuse, ConflictError: views.conflict, DataError: views.refuse}
+    return Starlette(routes=routes, middleware=[cookies], exception_handlers=handlers, lifespan=lifespan)
 
 
 class Views:
@@ -122,6 +110,8 @@ class Views:
             trim_blocks=True,
             lstrip_blocks=True,
         )
+        shared = {"buttons": BUTTONS, "ratings": RATINGS, "max_comment_length": MAX_COMMENT_LENGTH}
+        self._templates.globals |= shared | {"new_token": uuid.uuid4, "label_text": _label_text}
 
     def question(self, request: Request) -> Response:
         """Show the next question, or why there is none."""
@@ -134,17 +124,15 @@ class Views:
             _, questions = self._store.open_questions()
             return self._page(request, "nothing", name, questions=questions, **state)
         pair = [task.question.response_a, task.question.response_b]
-        responses = dict(zip("AB", pair[::-1] if task.swapped else pair, strict=True))
-        undone = flip(task.undone) if task.undone and task.swapped else task.undone
-        state |= {"task": task, "responses": responses, "undone": undone}
+        responses = dict(zip("AB", pair[::-1] if show_swapped(task.question.id, name) else pair, strict=True))
+        state |= {"task": task, "responses": responses, "undone": task.undone and _turn(task.undone)}
         return self._page(request, "question", name, now=f"{time.time():.3f}", **state)
 
     def answer(self, request: Request, fields: Fields) -> Response:
         """Save an answer, and show the next question."""
-        label = _read_label(fields, self._signed_in(request))
-        stored = flip(label) if show_swapped(label.question_id, label.labeller) else label
+        label = _turn(_read_label(fields, self._signed_in(request)))
         previous_event = _read_number(fields, "previous_event")
-        self._store.save_label(stored, token=_read_token(fields), previous_event=previous_event)
+        self._store.save_label(label, token=_read_token(fields), previous_event=previous_event)
         return RedirectResponse("/", 303)
 
     def undo(self, request: Request, fields: Fields) -> Response:
@@ -173,14 +161,12 @@ class Views:
         request.session.clear()
         return RedirectResponse("/sign-in", 303)
 
-    def http_error(self, request: Request, error: Exception) -> Response:
-        """Show that there is no such page, no session, or that the form is not of this session."""
-        assert isinstance(error, HTTPException)
-        return self._message(request, error.status_code, "This did not work", error.detail)
-
-    def bad_request(self, request: Request, error: Exception) -> Response:
-        """Show what is wrong with a form that our page would not have sent."""
-        return self._message(request, 400, "This did not work", f"{error}. Nothing was saved.")
+    def refuse(self, request: Request, error: Exception) -> Response:
+        """Show that there is no such page or session, or what is wrong with a form that our page would not send."""
+        status, text = 400, f"{error}. Nothing was saved."
+        if isinstance(error, HTTPException):
+            status, text = error.status_code, error.detail
+        return self._message(request, status, "This did not work", text)
 
     def conflict(self, request: Request, error: Exception) -> Response:
         """Show the current label, and that it was not changed."""
@@ -202,12 +188,11 @@ class Views:
 
     def _message(self, request: Request, status: int, title: str, text: str) -> Response:
         name = auth.current_user(request, self._store)
-        state = self._state(name) if name else {"last": None, "last_text": None, "progress": None}
+        state = self._state(name) if name else {"progress": None}
         return self._page(request, "message", name, status, title=title, text=text, **state)
 
     def _page(self, request: Request, template: str, user: str | None, status: int = 200, /, **values: Any) -> Response:
-        values |= {"user": user, "csrf": auth.csrf(request), "new_token": _new_token, "label_text": _label_text}
-        values |= {"buttons": BUTTONS, "ratings": RATINGS, "max_comment_length": MAX_COMMENT_LENGTH}
+        values |= {"user": user, "csrf": auth.csrf(request)}
         return HTMLResponse(self._templates.get_template(f"{template}.html.j2").render(values), status, HEADERS)
 
 
@@ -227,11 +212,14 @@ def _form_route(function: Callable[[Request, Fields], Response]) -> Callable[[Re
     return endpoint
 
 
+def _turn(label: Label) -> Label:
+    """Turn a label from the stored order to the one in which its labeller's page shows the pair, or back."""
+    return flip(label) if show_swapped(label.question_id, label.labeller) else label
+
+
 def _describe_label(label: Label | None) -> str | None:
-    """Return a label's text in the order in which its labeller's page shows the pair."""
-    if label is None:
-        return None
-    return _label_text(flip(label) if show_swapped(label.question_id, label.labeller) else label)
+    """Return a label's text in the order shown."""
+    return None if label is None else _label_text(_turn(label))
 
 
 def _label_text(label: Label) -> str:
@@ -267,11 +255,6 @@ def _read_number(fields: Fields, name: str) -> int:
     if not (text.isascii() and text.isdigit() and len(text) < 10):
         raise DataError(f"{name}: got {text!r}, expected a number")
     return int(text)
-
-
-def _new_token() -> str:
-    """Return an id for one form that is shown."""
-    return str(uuid.uuid4())
 
 
 def _read_token(fields: Fields) -> str:

@@ -1,4 +1,8 @@
-"""Assignment of questions to labellers, and leases on the questions on their screens."""
+"""Assignment of questions to labellers, and leases on the questions on their screens.
+
+A question on a screen is leased, so that nobody else is handed it needlessly. Leases are in the memory of this process
+and end by themselves: after a crash two people may be asked the same, and no question is lost.
+"""
 
 from __future__ import annotations
 
@@ -9,7 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Select, and_, func, select
+from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from tasks.labelling import database as db
 from tasks.labelling.labels import MODEL_PREFIX, Question
@@ -48,15 +52,12 @@ class Leases:
             if self._held.get(labeller, ("",))[0] == question_id:
                 del self._held[labeller]
 
-    def held_by(self, labeller: str) -> str | None:
-        """Return the question on the labeller's screen."""
-        return self._current().get(labeller)
-
     def held_by_others(self, labeller: str) -> Counter[str]:
         """Count on how many other screens each question is."""
-        return Counter(question for name, question in self._current().items() if name != labeller)
+        return Counter(question for name, question in self.current().items() if name != labeller)
 
-    def _current(self) -> dict[str, str]:
+    def current(self) -> dict[str, str]:
+        """Map labeller → the question on their screen."""
         with self.lock:
             now = time.monotonic()
             self._held = {name: lease for name, lease in self._held.items() if lease[1] > now}
@@ -66,13 +67,12 @@ class Leases:
 def choose_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:
     """Return the question on the labeller's screen, else an open one by priority, with gold mixed in.
 
-    Gold comes at random places, the same ones if asked again: they depend on the labeller's events alone.
+    Where gold comes depends on the labeller's events alone, so it is the same if asked again.
     """
     if leased := _leased_question(connection, leases, labeller):
         return leased
-    rng = random.Random(
-        f"{labeller}\0{db.count_rows(connection, select(db.EVENT.event_id).where(db.EVENT.labeller == labeller))}"
-    )
+    events = db.count_rows(connection, select(db.EVENT.event_id).where(db.EVENT.labeller == labeller))
+    rng = random.Random(f"{labeller}\0{events}")
     gold = [db.to_question(row) for row in connection.execute(_gold_for(labeller))]
     ordinary = _first_available(connection, leases, labeller)
     if not gold or not ordinary:
@@ -94,18 +94,14 @@ def progress(connection: Connection, leases: Leases, labeller: str) -> Progress:
 def needs_labels() -> Select[Any]:
     """Select questions that need labels, gold left out, with the number they have, in the order shown.
 
-    Labels are counted once, in a subquery that is joined: that is as fast with twenty thousand questions as with two
-    hundred, also where the database has no statistics of its tables yet.
+    Labels are counted once, in a subquery that is joined: fast with twenty thousand questions, also where the database
+    has no statistics of its tables yet.
     """
-    counts = and_(
-        db.IS_CURRENT, db.EVENT.choice != "skip", ~db.EVENT.labeller.startswith(MODEL_PREFIX, autoescape=True)
+    people = ~db.EVENT.labeller.startswith(MODEL_PREFIX, autoescape=True)
+    counted = select(db.EVENT.question_id, func.count().label("labels")).where(
+        db.IS_CURRENT, db.EVENT.choice != "skip", people
     )
-    have = (
-        select(db.EVENT.question_id, func.count().label("labels"))
-        .where(counts)
-        .group_by(db.EVENT.question_id)
-        .subquery()
-    )
+    have = counted.group_by(db.EVENT.question_id).subquery()
     number = func.coalesce(have.c.labels, 0)
     questions = select(db.questions, number.label("labels")).outerjoin(have, have.c.question_id == db.QUESTION.id)
     return db.in_order(questions.where(db.QUESTION.gold.is_(None), number < db.QUESTION.labels_wanted))
@@ -124,12 +120,9 @@ def _unanswered(labeller: str) -> ColumnElement[bool]:
 
 
 def _leased_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:
-    leased = leases.held_by(labeller)
-    if leased is None:
-        return None
-    last = db.find_event(connection, question_id=leased, labeller=labeller)
-    row = connection.execute(select(db.questions).where(db.QUESTION.id == leased)).first()
-    return db.to_question(row) if row and (last is None or last.kind != "label") else None
+    leased = select(db.questions).where(db.QUESTION.id == leases.current().get(labeller, ""), _unanswered(labeller))
+    row = connection.execute(leased).first()
+    return db.to_question(row) if row else None
 
 
 def _first_available(connection: Connection, leases: Leases, labeller: str) -> Question | None:

@@ -1,7 +1,7 @@
 """Passwords and sessions of labellers.
 
-Passwords are generated, so that none is weak or used elsewhere, and stored as argon2 hashes. A session is a name and a
-fingerprint of the password's hash, in a cookie signed with this project's secret.
+Passwords are generated, so that none is weak or used elsewhere. A session is a name and a fingerprint of the password's
+hash, in a cookie signed with this project's secret.
 """
 
 from __future__ import annotations
@@ -26,7 +26,6 @@ LETTERS = "abcdefghjkmnpqrstuvwxyz23456789"
 """None that is mistaken for another when it is read aloud or typed on a phone."""
 
 GROUPS, GROUP = 4, 4  # 16 of 31 letters: 79 bits
-
 MAX_PASSWORD_LENGTH = 200
 
 _hasher = PasswordHasher()
@@ -79,11 +78,9 @@ def sign_in(request: Request, store: LabelStore, name: str, password: str) -> bo
 
 def current_user(request: Request, store: LabelStore) -> str | None:
     """Return the name of who is signed in; a new password ends the sessions begun with the old one."""
-    name = request.session.get("name")
+    name, fingerprint = request.session.get("name"), request.session.get("fingerprint", "")
     password_hash = store.password_hash(name) if name else None
-    valid = password_hash and hmac.compare_digest(
-        request.session.get("fingerprint", ""), _password_fingerprint(password_hash)
-    )
+    valid = password_hash and hmac.compare_digest(fingerprint, _password_fingerprint(password_hash))
     return name if valid else None
 
 

@@ -25,24 +25,9 @@ from tasks.core.paths import state_dir
 from tasks.labelling.labels import MAX_LENGTHS, MAX_NAME_LENGTH, Label, Question
 
 __all__ = [
-    "EVENT",
-    "IS_CURRENT",
-    "QUESTION",
-    "connect",
-    "count_rows",
-    "database_url",
-    "events",
-    "find_event",
-    "in_order",
-    "labellers",
-    "metadata",
-    "migrate",
-    "migrations",
-    "questions",
-    "redact_url",
-    "to_label",
-    "to_question",
-]
+    "EVENT", "IS_CURRENT", "QUESTION", "connect", "count_rows", "database_url", "events", "find_event", "in_order",
+    "labellers", "questions", "redact_url", "to_label", "to_question",
+]  # fmt: skip
 
 BUSY_SECONDS = 30
 """How long a writer waits for another one's transaction in SQLite."""
@@ -134,15 +119,14 @@ def connect(url: str) -> Engine:
     try:
         with engine.execution_options(writes=True).begin() as connection:
             migrate(connection)
-    except DBAPIError as error:
-        reason = str(error.orig).strip()
+    except (DBAPIError, DataError) as error:
         engine.dispose()
+        if isinstance(error, DataError):
+            raise
+        reason = str(error.orig).strip()
         raise SourceError(
             f"cannot open the labelling database {redact_url(url)}: {reason}; see that it runs, and check --database"
         ) from None
-    except DataError:
-        engine.dispose()
-        raise
     return engine
 
 

@@ -1,4 +1,4 @@
-"""Questions and labels, as the page, the commands, the database and the file formats share them."""
+"""Questions and labels: their fields, limits and ids, and pseudonyms of labellers."""
 
 from __future__ import annotations
 
@@ -8,26 +8,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 
 __all__ = [
-    "ARGILLA_PREFIX",
-    "CHOICES",
-    "FLIPPED",
-    "LABEL_STUDIO_PREFIX",
-    "MAX_COMMENT_LENGTH",
-    "MAX_LENGTHS",
-    "MAX_NAME_LENGTH",
-    "MODEL_PREFIX",
-    "VALUED_CHOICES",
-    "Label",
-    "Question",
-    "flip",
-    "is_model",
-    "label_error",
-    "pseudonym",
-    "pseudonyms",
-    "question_error",
-    "question_id",
-    "show_swapped",
-]
+    "ARGILLA_PREFIX", "CHOICES", "FLIPPED", "LABEL_STUDIO_PREFIX", "MAX_COMMENT_LENGTH", "MAX_LENGTHS",
+    "MAX_NAME_LENGTH", "MODEL_PREFIX", "VALUED_CHOICES", "Label", "Question", "flip", "hide_names", "is_model",
+    "label_error", "pseudonym", "question_error", "question_id", "show_swapped",
+]  # fmt: skip
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
 """The first response is better, the second is, both are equally good, both are bad, no opinion."""
@@ -35,16 +19,13 @@ CHOICES = ("a", "b", "tie", "both_bad", "skip")
 VALUED_CHOICES = CHOICES[:-1]
 """Choices that can be right or wrong; a skip is a missing value."""
 
-PREFERENCES = CHOICES[:2]
-"""Choices that prefer one response, and may have a strength."""
-
 FLIPPED = {"a": "b", "b": "a"}
-"""Choices that change when the two responses change places."""
+"""Choices that prefer one response, and may have a strength, and what they are when the responses change places."""
 
 MAX_NAME_LENGTH = 64
 MAX_COMMENT_LENGTH = 5000
 MAX_LENGTHS = {"policy_a": 64, "policy_b": 64, "reason": 32}
-"""Characters at most: of a labeller's name, of a comment, and of a question's short texts."""
+"""Characters at most, of a question's short texts."""
 
 NUL = "holds a NUL character, which PostgreSQL cannot keep"
 
@@ -129,7 +110,7 @@ def label_error(label: Label) -> str | None:
     """Return why the label cannot be kept, or None where it can."""
     if label.choice not in CHOICES:
         return f"choice: {label.choice!r} is none of {', '.join(CHOICES)}"
-    if label.strength is not None and not (label.choice in PREFERENCES and label.strength in (1, 2, 3)):
+    if label.strength is not None and not (label.choice in FLIPPED and label.strength in (1, 2, 3)):
         return f"strength: {label.strength} with {label.choice!r}; it is 1, 2 or 3, and for a and b only"
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
@@ -159,7 +140,7 @@ def is_model(labeller: str) -> bool:
 
 
 def pseudonym(labeller: str) -> str:
-    """Return a name that says which labels are of one person, not of which; knowing the names, one can recompute it.
+    """Return a name that says which labels are of one person; knowing the person's name, one can recompute it.
 
     Anonymous names are kept, so that labels that come back still belong to the same labeller.
     """
@@ -168,6 +149,6 @@ def pseudonym(labeller: str) -> str:
     return f"{PERSON_PREFIX}{hashlib.sha256(f'labeller {labeller}'.encode()).hexdigest()[:12]}"
 
 
-def pseudonyms(labels: Iterable[Label]) -> dict[str, str]:
-    """Map every labeller of these labels to a pseudonym."""
-    return {label.labeller: pseudonym(label.labeller) for label in labels}
+def hide_names(labels: Iterable[Label]) -> list[Label]:
+    """Return the labels under pseudonyms."""
+    return [replace(label, labeller=pseudonym(label.labeller)) for label in labels]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -26,19 +27,12 @@ if TYPE_CHECKING:
     from tasks.config.training import GenerationParams
 
 __all__ = [
-    "PairPool",
-    "PolicyResponse",
-    "at_random",
-    "by_disagreement",
-    "check_policies",
-    "gold_questions",
-    "load_ensemble_scores",
-    "make_pairs",
-    "preference_variance",
-    "sample_prompts",
-    "sample_responses",
-    "with_overlap",
-]
+    "PolicyResponse", "by_disagreement", "check_policies", "gold_questions", "load_ensemble_scores", "make_pairs",
+    "preference_variance", "sample_prompts", "sample_responses", "select_pairs", "with_overlap",
+]  # fmt: skip
+
+CANDIDATES_PER_PAIR = 4
+"""Pairs that are scored for each one that is chosen by disagreement."""
 
 SAMPLES = 2
 """Of each policy to each prompt, so that one policy alone makes a pair."""
@@ -60,12 +54,30 @@ class PolicyResponse:
     response: str
 
 
-@dataclass(frozen=True)
-class PairPool:
-    """Pairs to choose from, prompt by prompt; `skipped_prompts` counts those with equal responses only."""
+def select_pairs(
+    artifacts: Path,
+    generation: GenerationParams,
+    policies: Sequence[str],
+    split: str,
+    count: int,
+    by: str,
+    *,
+    seed: int,
+) -> list[Question]:
+    """Sample responses to prompts of the split, and choose pairs of them, `by` random or disagreement.
 
-    pairs: list[Question]
-    skipped_prompts: int
+    Raises:
+        ConfigError: a policy is not there, or there are not several reward models to disagree.
+        DataError: there are fewer pairs.
+    """
+    scores = load_ensemble_scores(artifacts) if by == "disagreement" else None
+    policies = check_policies(policies, artifacts)
+    candidates = count * CANDIDATES_PER_PAIR if scores else count
+    spare = candidates // 8 + 4  # some prompts get the same response from every policy
+    prompts = sample_prompts(artifacts, split, candidates + spare, seed=seed)
+    responses = sample_responses(policies, prompts, generation, artifacts, seed=seed)
+    pairs = make_pairs(responses, candidates, least=count, seed=seed)
+    return by_disagreement(pairs, count, scores) if scores else pairs
 
 
 def check_policies(policies: Sequence[str], artifacts: Path) -> list[str]:
@@ -116,58 +128,56 @@ def load_ensemble_scores(artifacts: Path) -> Scores:
     return RewardModel.load(artifacts / "base_model", artifacts / "sft", stage).member_scores
 
 
-def make_pairs(responses: Mapping[str, Sequence[PolicyResponse]], count: int, *, seed: int) -> PairPool:
-    """Make up to `count` random pairs of different, non-empty responses: one of each prompt, then a second one, ….
+def make_pairs(
+    responses: Mapping[str, Sequence[PolicyResponse]], most: int, *, least: int, seed: int
+) -> list[Question]:
+    """Make up to `most` random pairs of different, non-empty responses: one of each prompt, then a second one, ….
 
-    The pairs of a prompt depend on the seed, the prompt and the responses to it alone. Which of two stands first is
-    random too.
+    The pairs of a prompt depend on the seed, the prompt and the responses to it alone.
+
+    Raises:
+        DataError: there are fewer than `least`.
     """
     shuffled = [
         _shuffled_pairs(prompt, own, random.Random(f"{seed}/{prompt}/pairs")) for prompt, own in responses.items()
     ]
-    rounds = [pair for round_ in zip_longest(*shuffled) for pair in round_ if pair is not None]
-    return PairPool(rounds[:count], sum(not pairs for pairs in shuffled))
+    pairs = [pair for round_ in zip_longest(*shuffled) for pair in round_ if pair is not None][:most]
+    if len(pairs) < least:
+        skipped = sum(not own for own in shuffled)
+        raise DataError(
+            f"there are {len(pairs)} pairs to choose from, not {least} ({skipped} prompts had one response that is not "
+            "empty): ask for fewer with --pairs, or for responses of more policies with --from"
+        )
+    return pairs
 
 
 def _shuffled_pairs(prompt: str, responses: Sequence[PolicyResponse], rng: random.Random) -> list[Question]:
-    """Return all pairs of one prompt, in random order."""
+    """Return all pairs of one prompt in random order, and in each a random one first."""
     different = {item.response.strip(): item for item in responses if item.response.strip()}
     possible = list(combinations(different.values(), 2))
-    return [_question(prompt, *rng.sample(pair, 2)) for pair in rng.sample(possible, len(possible))]
+    drawn = (rng.sample(pair, 2) for pair in rng.sample(possible, len(possible)))
+    return [
+        Question(
+            question_id(prompt, a.response, b.response), prompt, a.response, b.response, a.policy, b.policy, "random"
+        )
+        for a, b in drawn
+    ]
 
 
-def _question(prompt: str, one: PolicyResponse, other: PolicyResponse) -> Question:
-    name = question_id(prompt, one.response, other.response)
-    return Question(name, prompt, one.response, other.response, one.policy, other.policy, "random")
-
-
-def at_random(pool: PairPool, count: int) -> list[Question]:
-    """Return so many pairs of the pool, which are random already.
-
-    Raises:
-        DataError: it holds fewer.
-    """
-    _check_count(pool, count)
-    return pool.pairs[:count]
-
-
-def by_disagreement(pool: PairPool, count: int, scores: Scores) -> list[Question]:
+def by_disagreement(pairs: Sequence[Question], count: int, scores: Scores) -> list[Question]:
     """Return the pairs on whose preference the members of an ensemble disagree most; see `preference_variance`.
 
     Raises:
         ConfigError: there is one member, which agrees with itself.
-        DataError: the pool holds fewer pairs.
     """
-    _check_count(pool, count)
-    prompts = [pair.prompt for pair in pool.pairs]
-    one, other = (
-        scores(prompts, [getattr(pair, side) for pair in pool.pairs]) for side in ("response_a", "response_b")
-    )
+    prompts = [pair.prompt for pair in pairs]
+    one = scores(prompts, [pair.response_a for pair in pairs])
+    other = scores(prompts, [pair.response_b for pair in pairs])
     if len(one) < 2:
         raise ConfigError(f"{ONE_MEMBER} (there is one)")
     disputed = [
         replace(pair, reason="disagreement", priority=round(value, 6))
-        for pair, value in zip(pool.pairs, preference_variance(one, other).tolist(), strict=True)
+        for pair, value in zip(pairs, preference_variance(one, other).tolist(), strict=True)
     ]
     return sorted(disputed, key=lambda pair: (-pair.priority, pair.id))[:count]
 
@@ -212,10 +222,10 @@ def _read_gold(line: str, where: str) -> tuple[float, Question]:
     try:
         content: dict[str, Any] = json.loads(line)
         if "gold" in content:
-            margin, question = float("inf"), _stated_gold(content)
+            margin, question = math.inf, _stated_gold(content)
         else:
             row = Preference.model_validate(content)
-            margin, question = float("-inf") if row.margin is None else row.margin, _preference_gold(row)
+            margin, question = -math.inf if row.margin is None else row.margin, _preference_gold(row)
     except ValidationError as error:
         raise DataError(
             f"{where}: neither a question with its `gold` answer nor a preference: {format_validation_error(error)}"
@@ -233,22 +243,10 @@ def _stated_gold(content: Mapping[str, Any]) -> Question:
         raise ValueError(f"gold is {gold!r}, and should be a, b, tie or both_bad")
     if one == other:
         raise ValueError("response_a and response_b are the same text")
-    return _gold_question(prompt, one, other, gold)
-
-
-def _preference_gold(row: Preference) -> Question:
-    if int(question_id(row.prompt, row.chosen, row.rejected)[-1], 16) % 2 == 0:
-        return _gold_question(row.prompt, row.chosen, row.rejected, "a")
-    return _gold_question(row.prompt, row.rejected, row.chosen, "b")
-
-
-def _gold_question(prompt: str, one: str, other: str, gold: str) -> Question:
     return Question(question_id(prompt, one, other), prompt, one, other, "unknown", "unknown", "gold", gold)
 
 
-def _check_count(pool: PairPool, count: int) -> None:
-    if len(pool.pairs) < count:
-        raise DataError(
-            f"there are {len(pool.pairs)} pairs to choose from, not {count} ({pool.skipped_prompts} prompts had one "
-            "response that is not empty): ask for fewer with --pairs, or for responses of more policies with --from"
-        )
+def _preference_gold(row: Preference) -> Question:
+    first = int(question_id(row.prompt, row.chosen, row.rejected)[-1], 16) % 2 == 0
+    one, other = (row.chosen, row.rejected) if first else (row.rejected, row.chosen)
+    return _stated_gold({"prompt": row.prompt, "response_a": one, "response_b": other, "gold": "a" if first else "b"})

@@ -1,19 +1,15 @@
 """The repository of questions and labels, which the labelling page and the commands share.
 
 A question is open for a labeller who has not answered it, while fewer than `labels_wanted` people have; a gold question
-is open for everybody. A skip is an answer, so the question does not come back to the one who skipped it, but it does
-not count for `labels_wanted`, so somebody else is asked. Labels of models (`model:…`) do not count either: people are
-asked all the same.
-
-A question that is on a labeller's screen is leased to them, so that nobody else is handed it needlessly. Leases are in
-the memory of this process and end by themselves: after a crash two people may be asked the same, and no question is
-lost.
+is open for everybody. A skip is an answer, but does not count for `labels_wanted`, and neither do labels of models
+(`model:…`): somebody else is asked.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 from uuid import uuid4
@@ -31,10 +27,10 @@ from tasks.labelling.labels import (
     Label,
     Question,
     flip,
+    is_model,
     label_error,
     pseudonym,
     question_error,
-    show_swapped,
 )
 
 __all__ = ["ConflictError", "ImportResult", "LabelStore", "LabelTask", "SaveResult"]
@@ -66,14 +62,13 @@ class LabelTask:
     """A question for one labeller. `previous_event` goes back with the answer; `undone` is a label they took back."""
 
     question: Question
-    swapped: bool
     previous_event: int
     undone: Label | None
 
 
 @dataclass(frozen=True)
 class SaveResult:
-    """A label or undoing that is in the database. `duplicate`: it was there already, and was not added again."""
+    """A label or undoing that is in the database. `duplicate`: it was there already."""
 
     event_id: int
     duplicate: bool
@@ -83,8 +78,7 @@ class SaveResult:
 class ImportResult:
     """Numbers of questions and labels of an import, and of the new ones among them.
 
-    `conflicts`: known questions with another gold choice, or wanting another number of labels; they stay as they are,
-    because people may have been asked already.
+    `conflicts`: known questions with another gold choice, or wanting another number of labels; they stay as they are.
     """
 
     questions: int
@@ -98,11 +92,7 @@ class LabelStore:
     """The labelling database; safe to use from several threads at once."""
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
-        """Open it, and bring its tables up to date.
-
-        Raises:
-            ConfigError, SourceError, DataError: as `tasks.labelling.database.connect`.
-        """
+        """Open it and bring its tables up to date; raises what `tasks.labelling.database.connect` does."""
         self._engine = db.connect(url)
         self._writer = self._engine.execution_options(writes=True)
         self._leases = Leases(lease_seconds)
@@ -131,7 +121,7 @@ class LabelStore:
 
     def password_hash(self, labeller: str) -> str | None:
         """Return the hash of a labeller's password; None for a model, and for somebody unknown."""
-        rows = self._rows(select(db.labellers).where(db.labellers.c.name == labeller))
+        rows = self._rows(select(db.labellers).filter_by(name=labeller))
         return rows[0].password_hash if rows else None
 
     def labellers(self) -> list[str]:
@@ -165,13 +155,12 @@ class LabelStore:
 
     def current_labels(self) -> list[Label]:
         """Return each labeller's last label of each question unless it is undone, by question and labeller."""
-        current = select(db.events).where(db.IS_CURRENT)
-        return [db.to_label(row) for row in self._rows(current.order_by(db.EVENT.question_id, db.EVENT.labeller))]
+        current = select(db.events).where(db.IS_CURRENT).order_by(db.EVENT.question_id, db.EVENT.labeller)
+        return [db.to_label(row) for row in self._rows(current)]
 
     def recorded_labels(self, labeller: str) -> list[Label]:
         """Return every label that the labeller ever gave, those that they undid or changed too."""
-        recorded = select(db.events).filter_by(kind="label", labeller=labeller)
-        return [db.to_label(row) for row in self._rows(recorded)]
+        return [db.to_label(row) for row in self._rows(select(db.events).filter_by(kind="label", labeller=labeller))]
 
     def last_label(self, labeller: str) -> Label | None:
         """Return the newest of the labeller's current labels."""
@@ -180,10 +169,7 @@ class LabelStore:
         return db.to_label(rows[0]) if rows else None
 
     def next_task(self, labeller: str) -> LabelTask | None:
-        """Return what to ask next: first what is on the labeller's screen already, then by priority, gold mixed in.
-
-        None: nothing is open for them, or all of it is on others' screens (`Progress.leased_to_others`).
-        """
+        """Return what to ask next; None: nothing is open for them, or all of it is on others' screens."""
         with self._leases.lock, self._engine.connect() as connection:
             question = choose_question(connection, self._leases, labeller)
             if question is None:
@@ -191,13 +177,10 @@ class LabelStore:
             self._leases.acquire(labeller, question.id)
             last = db.find_event(connection, question_id=question.id, labeller=labeller)
             undone = db.find_event(connection, event_id=last.previous_event) if last else None
-            swapped = show_swapped(question.id, labeller)
-            return LabelTask(question, swapped, last.event_id if last else 0, db.to_label(undone) if undone else None)
+            return LabelTask(question, last.event_id if last else 0, db.to_label(undone) if undone else None)
 
     def save_label(self, label: Label, *, token: str | None = None, previous_event: int | None = None) -> SaveResult:
-        """Save a label; the same one sent twice counts once.
-
-        An answer that `labels_wanted` does not ask for any more is kept: nobody is asked in vain.
+        """Save a label, also one more than `labels_wanted`; the same one sent twice counts once.
 
         Args:
             token: made by the page that asked, or by a model's run.
@@ -208,8 +191,8 @@ class LabelStore:
             ConflictError: the labeller has answered the question in the meantime, elsewhere or otherwise.
             DataError: it is no label, or there is no such question or labeller.
         """
-        event = _label_event(label, token) | {"previous_event": previous_event}
-        result = self._write(lambda connection: _save(connection, event))
+        event = _label_event(label, token)
+        result = self._write(lambda connection: _save(connection, event, previous_event))
         self._leases.release(label.labeller, label.question_id)
         return result
 
@@ -224,9 +207,8 @@ class LabelStore:
         if not rows:
             raise DataError(f"{labeller} has given no answer of number {event_id}")
         question_id, swapped = rows[0].question_id, rows[0].swapped
-        event: Event = {"kind": "undo", "token": token, "previous_event": event_id, "swapped": swapped}
-        event |= {"question_id": question_id, "labeller": labeller}
-        result = self._write(lambda connection: _save(connection, event))
+        event = {"kind": "undo", "token": token, "question_id": question_id, "labeller": labeller, "swapped": swapped}
+        result = self._write(lambda connection: _save(connection, event, event_id))
         if not result.duplicate:
             self._leases.acquire(labeller, question_id)
         return result
@@ -245,28 +227,25 @@ class LabelStore:
         with self._engine.connect() as connection:
             return connection.execute(statement).all()
 
-    def _write(self, work: Callable[[Connection], Result], attempts: int = 2) -> Result:
-        try:
-            with self._writer.begin() as connection:
+    def _write(self, work: Callable[[Connection], Result]) -> Result:
+        for _ in range(2):  # in PostgreSQL another connection may write between our look and our writing
+            with suppress(IntegrityError), self._writer.begin() as connection:
                 return work(connection)
-        except IntegrityError:  # another connection wrote between our look and our writing, as can be in PostgreSQL
-            if attempts > 1:
-                return self._write(work, attempts - 1)
-            raise SourceError(
-                "the labelling database has changed meanwhile, by a click or another command; what was stored before "
-                "is kept: run again"
-            ) from None
+        raise SourceError(
+            "the labelling database has changed meanwhile, by a click or another command; what was stored before "
+            "is kept: run again"
+        )
 
 
-def _label_event(label: Label, token: str | None = None) -> Event:
+def _label_event(label: Label, token: str | None) -> Event:
     if reason := label_error(label):
         raise DataError(reason)
     content = {name: value for name, value in vars(label).items() if name != "event_id"}
     return content | {"comment": label.comment or None, "kind": "label", "token": token or str(uuid4())}
 
 
-def _save(connection: Connection, event: Event) -> SaveResult:
-    """Add the event unless it is there.
+def _save(connection: Connection, event: Event, previous_event: int | None) -> SaveResult:
+    """Add the event unless it is there; without a previous event it follows the last one.
 
     Raises:
         ConflictError: another click was faster.
@@ -276,15 +255,15 @@ def _save(connection: Connection, event: Event) -> SaveResult:
         raise DataError(f"no question {question_id!r} is in the database")
     last = db.find_event(connection, question_id=question_id, labeller=labeller)
     sent = db.find_event(connection, token=event["token"])
-    if event["previous_event"] is None:
+    last_id = last.event_id if last else 0
+    if previous_event is None:
         _add_labeller(connection, labeller)
-        event = event | {"previous_event": last.event_id if last else 0}
-        repeated = last if last and _equal(last, event, ("kind", *LABEL_VALUE)) else sent
-        if repeated:
+        if repeated := last if last and _equal(last, event, ("kind", *LABEL_VALUE)) else sent:
             return SaveResult(repeated.event_id, duplicate=True)
     elif not _exists(connection, db.labellers.c.name == labeller):
         raise DataError(f"no labeller {labeller!r} is in the database")
-    if sent is None and (last.event_id if last else 0) == event["previous_event"]:
+    event = event | {"previous_event": last_id if previous_event is None else previous_event}
+    if sent is None and last_id == event["previous_event"]:
         inserted = connection.execute(insert(db.events).values(event)).inserted_primary_key
         return SaveResult(inserted[0] if inserted else 0, duplicate=False)
     if sent is None or not _equal(sent, event, CLICK):
@@ -316,23 +295,23 @@ def _import_records(connection: Connection, records: Sequence[tuple[Question, Se
     if new:
         connection.execute(insert(db.questions), [vars(question) for question in new.values()])
     names = {pseudonym(name): name for name in connection.scalars(select(db.labellers.c.name))}
-    stored = known | new
-    labels = new_labels = 0
-    for question, own in records:
-        for label in own:
-            named = replace(label, labeller=names.get(label.labeller, label.labeller))
-            same_order = stored[question.id].response_a == question.response_a
-            new_labels += _import_label(connection, named if same_order else flip(named))
-            labels += 1
-    return ImportResult(len(records), len(new), labels, new_labels, conflicts)
+    sides = {name: question.response_a for name, question in (known | new).items()}
+    labels = [
+        label if sides[question.id] == question.response_a else flip(label)
+        for question, own in records
+        for label in own
+    ]
+    named = [replace(label, labeller=names.get(label.labeller, label.labeller)) for label in labels]
+    new_labels = sum(_import_label(connection, label) for label in named)
+    return ImportResult(len(records), len(new), len(labels), new_labels, conflicts)
 
 
 def _import_label(connection: Connection, label: Label) -> bool:
-    event = _label_event(label)
+    event = _label_event(label, None)
     names = ("question_id", "labeller", "kind", *LABEL_VALUE)
     if _exists(connection, *(db.EVENT[name] == event[name] for name in names)):
         return False
-    return not _save(connection, event | {"previous_event": None}).duplicate
+    return not _save(connection, event, None).duplicate
 
 
 def _conflicts(question: Question, known: Question) -> bool:
@@ -360,9 +339,7 @@ def _exists(connection: Connection, *where: ColumnElement[bool]) -> bool:
 
 
 def _check_name(name: str, password_hash: str | None) -> None:
-    person = name.removeprefix(MODEL_PREFIX)
-    is_model = person != name
-    valid = bool(person) and not password_hash if is_model else NAME.fullmatch(name)
+    valid = name != MODEL_PREFIX and not password_hash if is_model(name) else NAME.fullmatch(name)
     if len(name) > MAX_NAME_LENGTH or not valid:
         raise DataError(
             f"{name!r} is no name for a labeller: write 1 to {MAX_NAME_LENGTH} letters, digits, spaces and . @ + - _, "

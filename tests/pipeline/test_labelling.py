@@ -9,19 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-import urllib.request
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from sqlalchemy import create_engine, select
 
-from tasks.labelling import database
 from tasks.labelling.labels import Question
 from tasks.labelling.store import LabelStore
-from tests.pipeline.conftest import PATIENCE
+from tests.pipeline.conftest import PATIENCE, answers, query, wait_for
+from tests.support.labels import make_question
 
 sync_api = pytest.importorskip("playwright.sync_api")
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -75,9 +73,10 @@ class Server:
     """`rlhf label` on a database of its own; started again, it comes back on the same port."""
 
     def __init__(self, folder: Path) -> None:
-        self.url = f"sqlite:///{folder / 'labels.db'}"
+        self.path, self.log = folder / "labels.db", folder / "log"
+        self.url = f"sqlite:///{self.path}"
         self.store = LabelStore(self.url)
-        self.port, self.process, self.log = 0, None, folder / "log"
+        self.port, self.process = 0, None
 
     def command(self, *words: str) -> list[str]:
         return [sys.executable, "-m", "flows.cli", "label", *words, "--database", self.url]
@@ -86,22 +85,15 @@ class Server:
         command = self.command("--port", str(self.port))
         with self.log.open("w") as log:
             self.process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
-        give_up = time.monotonic() + 60
-        while not self.answers():
-            assert self.process.poll() is None, self.log.read_text()
-            assert time.monotonic() < give_up, f"nobody answers: {self.log.read_text()}"
-            time.sleep(0.1)
+        wait_for(self.answers, seconds=60)
 
     def answers(self) -> bool:
+        assert self.process.poll() is None, self.log.read_text()
         if not (found := re.search(r"http://127\.0\.0\.1:(\d+)\s", self.log.read_text())):
             return False
         self.port = int(found[1])
         self.address = f"http://127.0.0.1:{self.port}"
-        try:
-            urllib.request.urlopen(f"{self.address}/sign-in").close()
-        except OSError:
-            return False
-        return True
+        return answers(f"{self.address}/sign-in")
 
     def end(self, sign: signal.Signals) -> tuple[int, str]:
         assert self.process
@@ -110,11 +102,7 @@ class Server:
 
     def label_tokens(self) -> list[tuple[str, str]]:
         """Labeller and token of every label, none of them undone."""
-        engine = create_engine(self.url)
-        with engine.connect() as connection:
-            rows = connection.execute(select(database.events.c.labeller, database.events.c.token)).all()
-        engine.dispose()
-        return [(row.labeller, row.token) for row in rows]
+        return [(labeller, token) for labeller, token in query(self.path, "select labeller, token from events")]
 
     def password(self, name: str) -> str:
         done = subprocess.run(self.command("add", name), cwd=ROOT, capture_output=True, text=True, check=True)
@@ -138,16 +126,16 @@ def browser() -> Iterator[Any]:
         browser.close()
 
 
-def questions(count: int, **values: Any) -> list[Question]:
-    prompt = "Explain in two sentences why the sky is blue, for somebody of ten years."
-    texts = [f"{LONG}\n\nAnd a second paragraph, number {{}}.", "Because blue light is scattered more. ({})"]
+def questions(count: int) -> list[Question]:
+    texts = {
+        "prompt": "Explain in two sentences why the sky is blue, for somebody of ten years. ({})",
+        "response_a": f"{LONG}\n\nAnd a second paragraph, number {{}}.",
+        "response_b": "Because blue light is scattered more. ({})",
+    }
     return [
-        Question(
-            id=f"item{number:04}", prompt=f"{prompt} ({number})", response_a=texts[0].format(number),
-            response_b=texts[1].format(number), policy_a="sft", policy_b="ppo", reason="random", **values,
-        )
+        make_question(f"item{number:04}", **{name: text.format(number) for name, text in texts.items()})
         for number in range(count)
-    ]  # fmt: skip
+    ]
 
 
 def signed_in(browser: Any, server: Server, name: str, password: str, **options: Any) -> Any:
@@ -158,6 +146,14 @@ def signed_in(browser: Any, server: Server, name: str, password: str, **options:
     page.get_by_role("button", name="Sign in").click()
     page.get_by_role("heading", name="Which response is better?").wait_for()
     return page
+
+
+def labelling(browser: Any, server: Server, count: int, **options: Any) -> Any:
+    """Ann's page, with so many questions."""
+    server.store.add_questions(questions(count))
+    password = server.password("ann")
+    server.start()
+    return signed_in(browser, server, "ann", password, **options)
 
 
 def token_of(page: Any) -> str:
@@ -178,7 +174,7 @@ def wait_gone(page: Any, token: str) -> None:
 
 def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(server: Server, browser: Any) -> None:
     server.store.add_questions(questions(LABELS - 20))
-    server.store.add_questions(list(_gold(10)))
+    server.store.add_questions([make_question(f"test{number}", gold="a", reason="gold") for number in range(10)])
     passwords = {name: server.password(name) for name in ("ann", "bob")}
     server.start()
     pages = {name: signed_in(browser, server, name, word) for name, word in passwords.items()}
@@ -212,18 +208,8 @@ def _click_while_it_dies(server: Server, page: Any) -> str:
     return token
 
 
-def _gold(count: int) -> Iterator[Question]:
-    for number in range(count):
-        texts = {"prompt": f"Two and {number}?", "response_a": str(number + 2), "response_b": "I do not know."}
-        yield Question(id=f"test{number}", **texts, policy_a="x", policy_b="x", gold="a", reason="gold")
-
-
 def test_undo_rating_comment_and_help_by_keyboard(server: Server, browser: Any) -> None:
-    server.store.add_questions(questions(3))
-    server.store.add_labeller("ann")
-    word = server.password("ann")
-    server.start()
-    page = signed_in(browser, server, "ann", word)
+    page = labelling(browser, server, 3)
     page.keyboard.press("a")
     page.keyboard.press("4")
     page.keyboard.press("c")
@@ -258,10 +244,7 @@ def test_undo_rating_comment_and_help_by_keyboard(server: Server, browser: Any) 
 
 
 def test_without_a_script_the_forms_do_the_same(server: Server, browser: Any) -> None:
-    server.store.add_questions(questions(2))
-    word = server.password("ann")
-    server.start()
-    page = signed_in(browser, server, "ann", word, java_script_enabled=False)
+    page = labelling(browser, server, 2, java_script_enabled=False)
     page.get_by_role("button", name="Equally good").click()
     page.get_by_text("Saved: Equally good").wait_for()
     assert [label.choice for label in server.store.current_labels()] == ["tie"]
@@ -279,13 +262,9 @@ def test_without_a_script_the_forms_do_the_same(server: Server, browser: Any) ->
 def test_everybody_can_read_and_reach_it(
     server: Server, browser: Any, scheme: str, width: int, height: int, tmp_path: Path
 ) -> None:
-    server.store.add_questions(questions(3))
-    word = server.password("ann")
-    server.start()
     phone = {"is_mobile": True, "has_touch": True} if width < 500 else {}
-    page = signed_in(
-        browser, server, "ann", word, color_scheme=scheme, viewport={"width": width, "height": height}, **phone
-    )
+    viewport = {"width": width, "height": height}
+    page = labelling(browser, server, 3, color_scheme=scheme, viewport=viewport, **phone)
     page.get_by_role("button", name="A clearly better").click()
     page.locator("form.last").wait_for()
     shots = Path(SHOTS) if SHOTS else tmp_path

@@ -8,13 +8,16 @@ import subprocess
 import tempfile
 import uuid
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 from pathlib import Path
 
 import pytest
 from sqlalchemy import create_engine, text
 
+from tasks.core.rows import Prompt, write_rows
 from tasks.labelling.store import LabelStore
 from tests.support.labels import memory_store
+from tests.support.tiny_policy import write_parts
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]
@@ -65,20 +68,21 @@ def url(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 @pytest.fixture
 def open_store(url: str) -> Iterator[Callable[..., LabelStore]]:
     """Opens the database; each store is closed at the end."""
-    stores: list[LabelStore] = []
+    with ExitStack() as stack:
+        yield lambda **options: stack.enter_context(closing(LabelStore(url, **options)))
 
-    def opens(**options: float) -> LabelStore:
-        stores.append(LabelStore(url, **options))
-        return stores[-1]
 
-    yield opens
-    for store in stores:
-        store.close()
+@pytest.fixture(scope="session")
+def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Artifacts: a base model, an SFT model, PPO and eight prompts."""
+    folder = tmp_path_factory.mktemp("parts")
+    rows = [Prompt(id=str(number), prompt=text) for number, text in enumerate("abcdefgh")]
+    write_rows(folder / "prepare" / "prompts" / "train.jsonl", rows)
+    return write_parts(folder)
 
 
 @pytest.fixture
 def store() -> Iterator[LabelStore]:
     """An empty store in memory."""
-    store = memory_store()
-    yield store
-    store.close()
+    with closing(memory_store()) as store:
+        yield store

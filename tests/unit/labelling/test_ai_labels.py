@@ -7,19 +7,23 @@ import re
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError, SourceError
 from tasks.evals.llm_judge import EndpointJudge
+from tasks.labelling import ai_labels
 from tasks.labelling.ai_labels import (
     AutoLabelResult,
     Budget,
     Constitution,
+    Cost,
     CountingCache,
     auto_label,
     combine_orders,
@@ -39,26 +43,27 @@ def chat() -> Iterator[Chat]:
         yield chat
 
 
+@pytest.fixture
+def store() -> Iterator[LabelStore]:
+    """Four questions to label."""
+    with closing(memory_store(*ASKED)) as store:
+        yield store
+
+
 def run(
-    store: LabelStore,
-    chat: Chat,
-    folder: Path,
-    constitution: Constitution = KIND,
-    model: str = "strong",
-    **budget: float,
-) -> tuple[AutoLabelResult, CountingCache]:
+    store: LabelStore, chat: Chat, folder: Path, constitution: Constitution = KIND, model: str = "strong", **budget: Any
+) -> tuple[AutoLabelResult, Cost]:
     params = JudgeParams(kind="endpoint", model=model, base_url=chat.url, prompts=1)
     cache = CountingCache(folder / "answers.jsonl")
-    limits = Budget(**({"max_requests": 1000, "max_tokens": 10**6} | budget))  # type: ignore[arg-type]
-    return auto_label(store, EndpointJudge(params, cache), constitution, cost=cache.cost, budget=limits), cache
+    limits = Budget(**({"max_requests": 1000, "max_tokens": 10**6} | budget))
+    return auto_label(store, EndpointJudge(params, cache), constitution, cost=cache.cost, budget=limits), cache.cost
 
 
 def test_both_orders_are_asked_and_the_label_is_of_the_model(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
-    store.add_questions(ASKED)
-    done, cache = run(store, chat, tmp_path)
+    done, cost = run(store, chat, tmp_path)
     assert done.choices == {"a": 4}
     assert (done.first, done.clear, done.left) == (4, 8, 0)
-    assert (cache.cost.requests, cache.cost.tokens) == (8, 8 * TOKENS)
+    assert (cost.requests, cost.tokens) == (8, 8 * TOKENS)
     asked = [shown(text) for text in chat.questions()]
     assert {texts[::-1] for texts in asked} == set(asked)
     assert all(text.startswith("Be kind.\n") for text in chat.questions())
@@ -73,30 +78,28 @@ def test_both_orders_are_asked_and_the_label_is_of_the_model(store: LabelStore, 
 def test_another_constitution_labels_anew_and_an_answer_that_was_kept_costs_nothing(
     store: LabelStore, chat: Chat, tmp_path: Path
 ) -> None:
-    store.add_questions(ASKED)
     run(store, chat, tmp_path)
     chat.say = lambda text: "B" if longer(text) == "A" else "A"
     done, _ = run(store, chat, tmp_path, BRIEF)
     assert done.choices == {"b": 4}
     assert {label.choice for label in store.current_labels()} == {"b"}
     with closing(memory_store(*ASKED)) as other:
-        again, cache = run(other, chat, tmp_path)
-        assert (again.choices, cache.cost.requests) == ({"a": 4}, 0)
+        again, cost = run(other, chat, tmp_path)
+        assert (again.choices, cost.requests) == ({"a": 4}, 0)
 
 
 def test_imported_labels_of_the_model_are_not_asked_for_again(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
     """Ties and skips, too; a label of another constitution or of an unknown one is none."""
     chat.say = lambda text: "A" if "prompt 0" in text else longer(text)
-    store.add_questions(ASKED)
     run(store, chat, tmp_path)
     with closing(memory_store(*ASKED)) as other:
         for label in store.current_labels():
             other.save_label(label)
         for _ in range(2):
-            done, cache = run(other, chat, tmp_path / "elsewhere")
-            assert (done.choices, cache.cost.requests) == ({}, 0)
-        _, cache = run(other, chat, tmp_path / "elsewhere", BRIEF)
-        assert cache.cost.requests == 8
+            done, cost = run(other, chat, tmp_path / "elsewhere")
+            assert (done.choices, cost.requests) == ({}, 0)
+        _, cost = run(other, chat, tmp_path / "elsewhere", BRIEF)
+        assert cost.requests == 8
 
 
 @pytest.mark.parametrize(
@@ -117,53 +120,39 @@ def test_answers_in_both_orders_make_one_label(one: str, other: str, choice: tup
 def test_contradictions_and_unclear_answers_are_skips_that_are_counted(
     store: LabelStore, chat: Chat, tmp_path: Path
 ) -> None:
-    store.add_questions(ASKED)
     chat.say = lambda text: "who knows" if "prompt 0" in text else "A"
     done, _ = run(store, chat, tmp_path)
     assert (done.choices, done.contradictions, done.unclear) == ({"skip": 4}, 3, 1)
     assert (done.first, done.clear) == (6, 6)
+    reasons = ["an answer is unclear", *["the answer changes with the order of the two responses"] * 3]
     comments = sorted(label.comment or "" for label in store.current_labels())
-    assert comments[0] == "constitution kind; an answer is unclear"
-    assert comments[1:] == ["constitution kind; the answer changes with the order of the two responses"] * 3
+    assert comments == [f"constitution kind; {reason}" for reason in reasons]
 
 
 def test_a_run_stops_at_its_budget_and_the_next_goes_on(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
-    store.add_questions(ASKED)
-    done, cache = run(store, chat, tmp_path, max_requests=5)
-    assert (cache.cost.requests, done.choices, done.left) == (4, {"a": 2}, 2)
-    done, cache = run(store, chat, tmp_path, max_tokens=TOKENS)
-    assert (cache.cost.requests, done.choices, done.left) == (2, {"a": 1}, 1)
-    done, cache = run(store, chat, tmp_path)
-    assert (cache.cost.requests, done.left, len(chat.asked)) == (2, 0, 8)
+    done, cost = run(store, chat, tmp_path, max_requests=5)
+    assert (cost.requests, done.choices, done.left) == (4, {"a": 2}, 2)
+    done, cost = run(store, chat, tmp_path, max_tokens=TOKENS)
+    assert (cost.requests, done.choices, done.left) == (2, {"a": 1}, 1)
+    done, cost = run(store, chat, tmp_path)
+    assert (cost.requests, done.left, len(chat.asked)) == (2, 0, 8)
 
 
-def test_requests_keep_their_pace_and_kept_answers_do_not_wait(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
+def test_requests_keep_their_pace_and_kept_answers_do_not_wait(
+    store: LabelStore, chat: Chat, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A clock that only sleeping moves: 30 a minute are two seconds apart; the first has no one before it."""
-    now, waits = 0.0, list[float]()
-
-    def sleep(seconds: float) -> None:
-        nonlocal now
-        now += seconds
-        waits.append(seconds)
-
-    params = JudgeParams(kind="endpoint", model="strong", base_url=chat.url, prompts=1)
-
-    def paced(store: LabelStore, clock: Callable[[], float]) -> None:
-        cache = CountingCache(tmp_path / "answers.jsonl")
-        judge, budget = EndpointJudge(params, cache), Budget(1000, 10**6, per_minute=30)
-        auto_label(store, judge, KIND, cost=cache.cost, budget=budget, clock=clock, sleep=sleep)
-
-    store.add_questions(ASKED[:2])
-    paced(store, lambda: now)
-    assert waits == [0.0, 2.0, 2.0, 2.0]
+    waits: list[float] = []
+    monkeypatch.setattr(ai_labels, "time", SimpleNamespace(monotonic=lambda: sum(waits), sleep=waits.append))
+    run(store, chat, tmp_path, per_minute=30)
+    assert waits == [0.0] + [2.0] * 7
     waits.clear()
-    with closing(memory_store(*ASKED[:2])) as other:
-        paced(other, lambda: now)
-    assert waits == [0.0] * 4
+    with closing(memory_store(*ASKED)) as other:
+        run(other, chat, tmp_path, per_minute=30)
+    assert waits == [0.0] * 8
 
 
 def test_after_a_failure_only_the_rest_is_asked(store: LabelStore, chat: Chat, tmp_path: Path) -> None:
-    store.add_questions(ASKED)
     chat.fails_after = 3
     with pytest.raises(SourceError, match="HTTP 500"):
         run(store, chat, tmp_path)
@@ -193,9 +182,9 @@ def test_a_killed_run_goes_on_without_asking_again(chat: Chat, tmp_path: Path) -
     assert child.wait() == -signal.SIGKILL
     assert len(store.current_labels()) == 2
     chat.say = longer
-    done, cache = run(store, chat, tmp_path)
+    done, cost = run(store, chat, tmp_path)
     assert len(store.current_labels()) == 4
-    assert (done.choices, cache.cost.requests) == ({"a": 2}, 3)
+    assert (done.choices, cost.requests) == ({"a": 2}, 3)
     assert len(chat.asked) == 9, "only the question that waited was asked a second time"
     store.close()
 

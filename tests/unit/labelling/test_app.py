@@ -5,17 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
-from sqlalchemy import insert
 from starlette.testclient import TestClient
 
-from tasks.labelling import database
 from tasks.labelling.app import create_app
 from tasks.labelling.auth import hash_password, load_secret, new_password, verify
 from tasks.labelling.labels import Label, show_swapped
 from tasks.labelling.store import LabelStore
-from tests.support.labels import make_question, token
+from tests.support.labels import insert_label, make_question
 
 PASSWORD = new_password()
 
@@ -41,23 +40,25 @@ def fields(page: str, action: str) -> dict[str, str]:
 
 
 def sign_in(client: TestClient, password: str = PASSWORD, name: str = "ann") -> str:
-    hidden = fields(client.get("/sign-in").text, "/sign-in")
-    return client.post("/sign-in", data={**hidden, "name": name, "password": password}).text
+    return str(post(client, client.get("/sign-in").text, "/sign-in", name=name, password=password).text)
 
 
-def test_only_who_signs_in_sees_a_question(store: LabelStore, client: TestClient) -> None:
+def post(client: TestClient, page: str, action: str, **values: str) -> Any:
+    """Send the page's form with these values; the response."""
+    return client.post(action, data=fields(page, action) | values)
+
+
+def test_only_who_signs_in_sees_a_question_until_they_sign_out(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one")])
     assert client.get("/").url.path == "/sign-in"
     assert "Wrong name or password" in sign_in(client, "wrong")
     assert "Wrong name or password" in sign_in(client, PASSWORD, "eve")
+    store.add_labeller("model:judge")
+    assert "Wrong name or password" in sign_in(client, "", "model:judge")
     page = sign_in(client)
     assert "prompt one" in page
     assert PASSWORD not in page
-
-
-def test_a_model_cannot_sign_in(store: LabelStore, client: TestClient) -> None:
-    store.add_labeller("model:judge")
-    assert "Wrong name or password" in sign_in(client, "", "model:judge")
+    assert post(client, page, "/sign-out").url.path == client.get("/").url.path == "/sign-in"
 
 
 def test_a_new_password_ends_the_session_and_a_forged_cookie_is_none(store: LabelStore, client: TestClient) -> None:
@@ -71,26 +72,13 @@ def test_a_new_password_ends_the_session_and_a_forged_cookie_is_none(store: Labe
     assert client.get("/").url.path == "/sign-in"
 
 
-def test_signing_out_ends_the_session(client: TestClient) -> None:
-    page = sign_in(client)
-    assert client.post("/sign-out", data=fields(page, "/sign-out")).url.path == "/sign-in"
-    assert client.get("/").url.path == "/sign-in"
-
-
 @pytest.mark.parametrize("csrf", ["", "wrong"])
 def test_a_form_of_another_site_changes_nothing(store: LabelStore, client: TestClient, csrf: str) -> None:
     store.add_questions([make_question("one")])
-    form = fields(sign_in(client), "/answer")
-    reply = client.post("/answer", data={**form, "csrf": csrf, "answer": "a1"})
+    reply = post(client, sign_in(client), "/answer", csrf=csrf, answer="a1")
     assert reply.status_code == 403
     assert "not saved" in reply.text
     assert store.current_labels() == []
-
-
-def test_the_cookie_is_kept_from_scripts_and_other_sites(client: TestClient) -> None:
-    flags = client.get("/sign-in").headers["set-cookie"].lower()
-    assert "httponly" in flags
-    assert "samesite=lax" in flags
 
 
 def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestClient) -> None:
@@ -99,14 +87,12 @@ def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestCl
     for _ in range(8):
         first_shown = re.search(r'class="response a".*?class="text">(\w+)', page, re.DOTALL)
         assert first_shown
-        form = fields(page, "/answer")
-        page = client.post(
-            "/answer", data={**form, "answer": "a2", "rating_a": "5", "rating_b": "", "comment": " so\r\nbe it "}
-        ).text
+        question = fields(page, "/answer")["question"]
+        page = post(client, page, "/answer", answer="a2", rating_a="5", rating_b="", comment=" so\r\nbe it ").text
         label = store.last_label("ann")
         assert label
         stored = {"first": "a", "second": "b"}[first_shown[1]]
-        assert (label.question_id, label.choice, label.swapped) == (form["question"], stored, stored == "b")
+        assert (label.question_id, label.choice, label.swapped) == (question, stored, stored == "b")
         assert (label.strength, label.comment) == (2, "so\nbe it")
         assert (label.rating_a, label.rating_b) == ((5, None) if stored == "a" else (None, 5))
         assert "Saved: <b>A clearly better</b>" in page
@@ -117,8 +103,8 @@ def test_an_answer_is_kept_in_the_stored_order(store: LabelStore, client: TestCl
 
 def test_the_same_form_twice_counts_once_and_goes_on(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one"), make_question("two", priority=-1)])
-    form = fields(sign_in(client), "/answer") | {"answer": "tie"}
-    pages = [client.post("/answer", data=form) for _ in range(2)]
+    page = sign_in(client)
+    pages = [post(client, page, "/answer", answer="tie") for _ in range(2)]
     assert [page.status_code for page in pages] == [200, 200]
     assert all("prompt two" in page.text for page in pages)
     assert len(store.current_labels()) == 1
@@ -126,10 +112,9 @@ def test_the_same_form_twice_counts_once_and_goes_on(store: LabelStore, client: 
 
 def test_a_second_answer_is_refused_kindly_with_what_stands(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one")])
-    page = sign_in(client)
-    other = fields(client.get("/").text, "/answer")
-    client.post("/answer", data=fields(page, "/answer") | {"answer": "b3"})
-    reply = client.post("/answer", data=other | {"answer": "a1"})
+    page, other = sign_in(client), client.get("/").text
+    post(client, page, "/answer", answer="b3")
+    reply = post(client, other, "/answer", answer="a1")
     assert reply.status_code == 409
     assert "You have answered this already" in reply.text
     assert "Your saved answer is: B far better." in reply.text
@@ -138,25 +123,19 @@ def test_a_second_answer_is_refused_kindly_with_what_stands(store: LabelStore, c
 
 def test_undo_shows_the_question_with_its_answer(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one"), make_question("two", priority=-1)])
-    form = fields(sign_in(client), "/answer") | {"answer": "b1", "rating_b": "2", "comment": "a < b"}
-    page = client.post("/answer", data=form).text
-    undo = fields(page, "/undo")
-    page = client.post("/undo", data=undo).text
+    answered = post(client, sign_in(client), "/answer", answer="b1", rating_b="2", comment="a < b").text
+    page = post(client, answered, "/undo").text
     assert "prompt one" in page
     assert "You took back <b>B slightly better</b>" in page
     assert "a &lt; b</textarea>" in page
     assert re.search(r'name="rating_b" value="2"[^>]* checked', page)
-    assert "prompt one" in client.post("/undo", data=undo).text, "the same click twice"
+    assert "prompt one" in post(client, answered, "/undo").text, "the same click twice"
     assert store.current_labels() == []
 
 
 def test_a_comment_longer_than_the_form_takes_can_be_read(store: LabelStore, client: TestClient) -> None:
     store.add_questions([make_question("one")])
-    engine = database.connect(store.address)
-    event = {"token": token(), "question_id": "one", "labeller": "ann", "previous_event": 0, "kind": "label"}
-    with engine.begin() as connection:
-        connection.execute(insert(database.events), event | {"choice": "tie", "comment": "x" * 6000})
-    engine.dispose()
+    insert_label(store.address, "one", "ann", choice="tie", comment="x" * 6000)
     assert "Saved: <b>Equally good</b>" in sign_in(client), "the page must show whatever is in the database"
 
 
@@ -166,10 +145,10 @@ def test_undoing_an_imported_label_shows_it_in_the_order_of_the_page(store: Labe
     store.save_label(Label(item, "ann", "a", 3, rating_a=5, rating_b=1))
     page = sign_in(client)
     assert "Saved: <b>B far better</b>" in page, "the page shows response_b first, as A"
-    page = client.post("/undo", data=fields(page, "/undo")).text
+    page = post(client, page, "/undo").text
     assert "You took back <b>B far better</b>" in page
     rated = dict(re.findall(r'name="(rating_[ab])" value="(\d)"[^>]* checked', page))
-    client.post("/answer", data=fields(page, "/answer") | rated | {"answer": "b3"})
+    post(client, page, "/answer", answer="b3", **rated)
     (again,) = store.current_labels()
     assert (again.choice, again.rating_a, again.rating_b) == ("a", 5, 1)
 
@@ -190,8 +169,7 @@ def test_a_form_that_the_page_would_not_send_is_one_message(
     store: LabelStore, client: TestClient, change: dict[str, str]
 ) -> None:
     store.add_questions([make_question("one")])
-    form = fields(sign_in(client), "/answer")
-    reply = client.post("/answer", data=form | change)
+    reply = post(client, sign_in(client), "/answer", **change)
     assert reply.status_code == 400
     assert "Nothing was saved" in reply.text
     assert store.current_labels() == []
@@ -223,9 +201,10 @@ def test_with_nothing_to_ask_the_page_explains_what_to_do(store: LabelStore, cli
     assert "1 more pair waits" in page
 
 
-def test_pages_bring_everything_along(client: TestClient) -> None:
+def test_pages_bring_everything_along_and_keep_the_cookie_from_scripts_and_other_sites(client: TestClient) -> None:
     page = client.get("/sign-in")
     assert "default-src 'none'" in page.headers["content-security-policy"]
+    assert {"httponly", "samesite=lax"} <= set(page.headers["set-cookie"].lower().split("; "))
     for path in re.findall(r'(?:src|href)="(/static/[^"]+)"', page.text):
         assert client.get(path).status_code == 200
     assert not re.search(r"https?://", page.text)

@@ -11,40 +11,29 @@ from pathlib import Path
 from typing import ClassVar
 
 import pytest
-from sqlalchemy import create_engine, insert
 from typer.testing import CliRunner
 
 from flows.cli import console, labels
 from tasks.config.data import SourceParams
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.rows import Preference, Prompt, read_rows, write_rows
+from tasks.core.rows import Preference, read_rows
 from tasks.data.sources import READERS, collect_source
 from tasks.evals.pairwise import Reply
-from tasks.labelling import ai_labels, database, report
+from tasks.labelling import ai_labels, quality
 from tasks.labelling.labels import Label, Question
-from tasks.labelling.report import LabelSummary
+from tasks.labelling.quality import LabelSummary
 from tasks.labelling.store import LabelStore
 from tests.support.chat_server import longer, serving
-from tests.support.labels import make_question, token
-from tests.support.tiny_policy import write_parts
+from tests.support.labels import insert_label, make_question
 
 ROOT = Path(__file__).resolve().parents[3]
-PROMPTS = ["a", "ab", "abc", "b", "ba"]
-
 Run = Callable[..., str]
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_parts(tmp_path_factory.mktemp("parts"))
 
 
 @pytest.fixture
 def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with an SFT model, PPO and prompts; no server is up."""
     shutil.copytree(parts, tmp_path / "artifacts")
-    rows = [Prompt(id=str(number), prompt=text) for number, text in enumerate(PROMPTS)]
-    write_rows(tmp_path / "artifacts" / "prepare" / "prompts" / "train.jsonl", rows)
     shutil.copy(ROOT / "params.yaml", tmp_path)
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
@@ -78,7 +67,7 @@ def test_pairs_of_policies_are_added_once(rlhf: Run, project: Path) -> None:
     with opened(project) as store:
         asked = store.questions()
     assert len({item.prompt for item in asked}) == 4, "a prompt came twice while others waited"
-    assert {item.prompt for item in asked} <= set(PROMPTS)
+    assert {item.prompt for item in asked} <= set("abcdefgh")
     assert {policy for item in asked for policy in (item.policy_a, item.policy_b)} <= {"sft", "ppo"}
     assert all(item.response_a.strip() != item.response_b.strip() for item in asked)
     assert {item.labels_wanted for item in asked} == {2}
@@ -133,32 +122,34 @@ def test_labels_go_out_and_come_back(rlhf: Run, project: Path) -> None:
     assert (project / ".rlhf" / "labels.label-studio.xml").is_file()
     file = project / ".rlhf" / "labels.label-studio.json"
     before = file.read_bytes()
-    assert "0 of them new; 3 labels, 0 new, 3 known from before and skipped" in rlhf(
-        "import", str(file), "--format", "label-studio"
-    )
+    words = ("import", str(file), "--format", "label-studio")
+    assert "0 of them new; 3 labels, 0 new, 3 known from before and skipped" in rlhf(*words)
     elsewhere = f"sqlite:///{project / 'other.db'}"
-    output = rlhf("import", str(file), "--format", "label-studio", "--database", elsewhere)
-    assert "3 questions, 3 of them new; 3 labels, 3 new" in output
+    assert "3 questions, 3 of them new; 3 labels, 3 new" in rlhf(*words, "--database", elsewhere)
     rlhf("export", "--format", "label-studio", "--names", "--database", elsewhere)
     assert file.read_bytes() == before
     file.write_bytes(before.replace(b'"left"', b'"up"', 1))
     with pytest.raises(DataError, match="1 of 3 records are malformed; nothing was imported"):
-        rlhf("import", str(file), "--format", "label-studio", "--database", f"sqlite:///{project / 'third.db'}")
+        rlhf(*words, "--database", f"sqlite:///{project / 'third.db'}")
     assert not (project / "third.db").exists()
 
 
-def test_a_model_labels_and_the_report_shows_it(rlhf: Run, project: Path) -> None:
+@pytest.fixture
+def auto(rlhf: Run, project: Path) -> Run:
+    """Labels by a judge and a constitution, of three pairs."""
     rlhf("sample", "--pairs", "3")
+    (project / "c.md").write_text("Be long.")
+    return lambda judge, *words: rlhf("auto", "--judge", judge, "--constitution", str(project / "c.md"), *words)
+
+
+def test_a_model_labels_and_the_report_shows_it(rlhf: Run, auto: Run, project: Path) -> None:
     label(project, ann="a")
-    constitution = project / "c.md"
-    constitution.write_text("Be long.")
     with serving(longer) as chat:
         judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong}}"
-        words = ("auto", "--judge", judge, "--constitution", str(constitution), "--rate", "1000000")
-        output = rlhf(*words, "--max-requests", "4")
+        output = auto(judge, "--rate", "1000000", "--max-requests", "4")
         assert "4 requests, 400 tokens" in output
         assert "1 questions are left: the budget is spent" in output
-        assert "2 requests, 200 tokens" in rlhf(*words)
+        assert "2 requests, 200 tokens" in auto(judge)
         assert len(chat.asked) == 6
     with opened(project) as store:
         assert sum(label.labeller == "model:strong" for label in store.current_labels()) == 3
@@ -167,22 +158,21 @@ def test_a_model_labels_and_the_report_shows_it(rlhf: Run, project: Path) -> Non
     assert "ann" not in output
     assert "model:strong" in (project / ".rlhf" / "labels.html").read_text()
     assert json.loads(rlhf("report", "--json", "--names"))["labellers"][0]["name"] == "ann"
-    with pytest.raises(ConfigError, match="--judge: "):
-        rlhf("auto", "--judge", "{kind: endpoint}", "--constitution", str(constitution))
-    with pytest.raises(ConfigError, match="--judge: rubric has no meaning here"):
-        rlhf("auto", "--judge", judge.replace("}", ", rubric: shorter}"), "--constitution", str(constitution))
-    with pytest.raises(ConfigError, match=r"--judge: .* expected, got 'x'"):
-        rlhf("auto", "--judge", "x", "--constitution", str(constitution))
+    wrong = {
+        "{kind: endpoint}": "",
+        judge.replace("}", ", rubric: x}"): "rubric has no meaning here",
+        "x": ".* got 'x'",
+    }
+    for text, reason in wrong.items():
+        with pytest.raises(ConfigError, match=f"--judge: {reason}"):
+            auto(text)
 
 
-def test_the_budget_may_stand_in_the_judge(rlhf: Run, project: Path) -> None:
-    rlhf("sample", "--pairs", "3")
-    (project / "c.md").write_text("Be long.")
+def test_the_budget_may_stand_in_the_judge(auto: Run) -> None:
     with serving(longer) as chat:
         judge = f"{{kind: endpoint, base_url: '{chat.url}', model: strong, max_requests: 2}}"
-        words = ("auto", "--judge", judge, "--constitution", str(project / "c.md"))
-        assert "2 questions are left: the budget is spent" in rlhf(*words)
-        assert "2 requests" in rlhf(*words, "--max-requests", "3"), "the command line has the last word"
+        assert "2 questions are left: the budget is spent" in auto(judge)
+        assert "2 requests" in auto(judge, "--max-requests", "3"), "the command line has the last word"
         assert len(chat.asked) == 4
 
 
@@ -199,19 +189,16 @@ class Letters:
 
 
 def test_the_base_model_has_a_budget_and_is_known_by_its_weights(
-    rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch
+    auto: Run, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ai_labels, "LocalJudge", Letters)
-    rlhf("sample", "--pairs", "3")
-    (project / "c.md").write_text("Be long.")
-    words = ("auto", "--judge", "{kind: local}", "--constitution", str(project / "c.md"))
-    output = rlhf(*words, "--max-requests", "4")
+    output = auto("{kind: local}", "--max-requests", "4")
     assert "4 requests, 36 tokens" in output
     assert "1 questions are left: the budget is spent" in output
-    assert "2 requests, " in rlhf(*words)
-    assert "0 requests, " in rlhf(*words)
+    assert "2 requests, " in auto("{kind: local}")
+    assert "0 requests, " in auto("{kind: local}")
     (project / "artifacts" / "base_model" / "model" / "generation_config.json").write_text('{"do_sample": true}')
-    assert "6 requests, " in rlhf(*words), "another base model has labelled nothing yet"
+    assert "6 requests, " in auto("{kind: local}"), "another base model has labelled nothing yet"
 
 
 def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -222,15 +209,11 @@ def test_a_report_computes_while_others_answer(rlhf: Run, project: Path, monkeyp
     store.add_labeller("ann", "hash")
 
     def summary(questions: list[Question], labels: list[Label]) -> LabelSummary:
-        engine = create_engine(address, connect_args={"timeout": 0})
-        event = {"token": token(), "question_id": "one", "labeller": "ann", "previous_event": 0, "kind": "label"}
-        with engine.begin() as connection:
-            connection.execute(insert(database.events), event | {"choice": "a"})
-        engine.dispose()
+        insert_label(address, "one", "ann", choice="a")
         return computed(questions, labels)
 
-    computed = report.label_summary
-    monkeypatch.setattr(report, "label_summary", summary)
+    computed = quality.label_summary
+    monkeypatch.setattr(quality, "label_summary", summary)
     assert not (project / ".rlhf").exists()
     assert "0 labels, 0 of 1 questions labelled" in rlhf("report", "--database", address)
     assert (project / ".rlhf" / "labels.html").is_file()

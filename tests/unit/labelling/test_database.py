@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from contextlib import closing
 
 import pytest
 from alembic.autogenerate import compare_metadata
 from alembic.migration import MigrationContext
-from sqlalchemy import create_engine, text
+from sqlalchemy import text
 
 from tasks.core.errors import ConfigError, DataError, SourceError
 from tasks.labelling.database import connect, metadata, migrate, migrations, redact_url
 from tasks.labelling.labels import Label
 from tasks.labelling.store import LabelStore
-from tests.support.labels import make_question
+from tests.support.labels import begun, make_question
 
 REVISIONS = [script.revision for script in migrations().walk_revisions()]
 
@@ -21,43 +21,33 @@ REVISIONS = [script.revision for script in migrations().walk_revisions()]
 @pytest.mark.parametrize("revision", [None, *REVISIONS])
 def test_from_every_revision_it_comes_to_the_tables_of_the_code(url: str, revision: str | None) -> None:
     if revision:
-        engine = create_engine(url)
-        with engine.begin() as connection:
+        with begun(url) as connection:
             migrate(connection, revision)
             assert MigrationContext.configure(connection).get_current_revision() == revision
-        engine.dispose()
-    engine = connect(url)
-    with engine.begin() as connection:
+    connect(url).dispose()
+    with begun(url) as connection:
         assert compare_metadata(MigrationContext.configure(connection), metadata) == []
         assert MigrationContext.configure(connection).get_current_revision() == REVISIONS[0]
-    engine.dispose()
 
 
 def test_labels_outlive_a_migration(url: str) -> None:
-    engine = create_engine(url)
-    with engine.begin() as connection:
+    with begun(url) as connection:
         migrate(connection, REVISIONS[-1])
         connection.execute(text("insert into labellers values ('ann', 'hash', '2026-01-01 00:00:00+00:00')"))
-    engine.dispose()
-    store = LabelStore(url)
-    store.add_questions([make_question("one")])
-    store.save_label(Label("one", "ann", "a"))
-    store.close()
-    store = LabelStore(url)
-    assert [label.choice for label in store.current_labels()] == ["a"]
-    store.close()
+    with closing(LabelStore(url)) as store:
+        store.add_questions([make_question("one")])
+        store.save_label(Label("one", "ann", "a"))
+    with closing(LabelStore(url)) as store:
+        assert [label.choice for label in store.current_labels()] == ["a"]
+        assert store.labellers() == ["ann"]
 
 
 def test_a_newer_database_is_left_alone(url: str) -> None:
     LabelStore(url).close()
-    engine = create_engine(url)
-    with engine.begin() as connection:
+    with begun(url) as connection:
         connection.execute(text("update alembic_version set version_num = '9999'"))
-    with pytest.raises(
-        DataError, match=r"is at revision 9999, which this code does not know: a newer version wrote it"
-    ):
+    with pytest.raises(DataError, match="is at revision 9999, which this code does not know: a newer version wrote it"):
         LabelStore(url)
-    engine.dispose()
 
 
 def test_sqlite_is_set_to_lose_nothing(tmp_path: object) -> None:
@@ -79,7 +69,6 @@ def test_the_password_is_never_shown() -> None:
 
 
 @pytest.mark.parametrize("url", ["mysql://host/labels", "labels.db"])
-@pytest.mark.parametrize("opens", [connect, LabelStore])
-def test_another_kind_of_database_is_refused(url: str, opens: Callable[[str], object]) -> None:
+def test_another_kind_of_database_is_refused(url: str) -> None:
     with pytest.raises(ConfigError, match="--database"):
-        opens(url)
+        LabelStore(url)

@@ -12,7 +12,7 @@ from tasks.config.data import PrepareParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, write_rows
 from tasks.labelling.export import Aggregate, ExportResult, export_preferences
-from tasks.labelling.labels import Label, Question, pseudonym, pseudonyms
+from tasks.labelling.labels import Label, Question, hide_names, pseudonym
 from tasks.prepare import prepare
 from tests.support.labels import labels_of, pair
 
@@ -27,7 +27,7 @@ LABELS = [
 
 
 def exported(labels: list[Label], aggregate: Aggregate, asked: list[Question] = QUESTIONS) -> ExportResult:
-    return export_preferences(asked, labels, aggregate=aggregate, names=pseudonyms(labels))
+    return export_preferences(asked, hide_names(labels), aggregate=aggregate)
 
 
 def test_every_label_is_a_row_that_names_its_labeller() -> None:
@@ -101,9 +101,7 @@ def test_names_stand_in_no_row_unless_asked_for() -> None:
     found = exported(LABELS, "none")
     text = json.dumps([row.model_dump() for row in found.rows] + [found.card])
     assert not any(name in text for name in ("ann", "bob", "eve"))
-    named = export_preferences(
-        QUESTIONS, LABELS, aggregate="none", names={name: name for name in ("ann", "bob", "eve")}
-    )
+    named = export_preferences(QUESTIONS, LABELS, aggregate="none")
     assert {row.labelled_by for row in named.rows} == {("ann",), ("bob",), ("eve",)}
 
 

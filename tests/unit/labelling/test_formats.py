@@ -7,6 +7,7 @@ import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,9 @@ from typing import Any
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.labelling.formats import FORMATS, Format, dump, load
-from tasks.labelling.formats.label_studio import CONFIG
-from tasks.labelling.labels import Label, Question, flip, pseudonym, pseudonyms
+from tasks.labelling.formats import FORMATS, Format, Record, dump, load
+from tasks.labelling.labels import Label, flip, hide_names, pseudonym
+from tasks.labelling.records import LABEL_STUDIO_CONFIG
 from tasks.labelling.store import ImportResult, LabelStore
 from tests.support.labels import memory_store, pair, token
 
@@ -32,8 +33,37 @@ LABELS = [
 ]
 
 
-def ordered(labels: list[Label]) -> list[Label]:
-    return sorted(labels, key=lambda label: (label.question_id, label.labeller))
+USER = "00000000-0000-4000-8000-000000000001"
+
+
+def task(**values: Any) -> dict[str, Any]:
+    """As Label Studio itself exports one."""
+    result = [
+        {"id": "x1", "type": "pairwise", "value": {"selected": "right"}, "origin": "manual",
+         "to_name": "answer1,answer2", "from_name": "preference"},
+    ]  # fmt: skip
+    annotation = {"id": 9, "completed_by": 3, "result": result, "was_cancelled": False, "lead_time": 4.25}
+    data = {"prompt": "p", "answer1": "x", "answer2": "y"}
+    return {"id": 7, "data": data, "annotations": [annotation | values], "project": 1, "predictions": []}
+
+
+def record(**values: Any) -> dict[str, Any]:
+    """As Argilla 2 itself writes one: no status in the responses."""
+    fields = {"prompt": "p", "response_a": "x", "response_b": "y"}
+    responses = {name: [{"value": value, "user_id": USER}] for name, value in values.items()}
+    return {"id": "0", "fields": fields, "metadata": {}, "suggestions": {}, "vectors": {}, "status": "completed",
+            "responses": responses, "_server_id": "5e"}  # fmt: skip
+
+
+def preferred(*responses: dict[str, Any]) -> dict[str, Any]:
+    return record() | {"responses": {"preference": list(responses)}}
+
+
+def load_all(folder: Path, kind: Format, *records: Any, **options: Any) -> list[Record]:
+    """Read them from a file."""
+    path = folder / "theirs.json"
+    path.write_text(json.dumps(records))
+    return load(path, kind, **options)
 
 
 def fill(store: LabelStore) -> None:
@@ -42,25 +72,24 @@ def fill(store: LabelStore) -> None:
         store.save_label(label)
 
 
-def exported(folder: Path, kind: Format, names: dict[str, str], labels: list[Label] = LABELS) -> Path:
+def exported(folder: Path, kind: Format, labels: list[Label] = LABELS) -> Path:
     path = folder / "labels.json"
-    path.write_text(dump(ASKED, labels, names, kind), encoding="utf-8")
+    path.write_text(dump(ASKED, labels, kind), encoding="utf-8")
     return path
 
 
 @pytest.fixture
 def other() -> Iterator[LabelStore]:
     """Another empty store."""
-    store = memory_store()
-    yield store
-    store.close()
+    with closing(memory_store()) as store:
+        yield store
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, store: LabelStore, kind: Format) -> None:
-    found = load(exported(tmp_path, kind, {label.labeller: label.labeller for label in LABELS}), kind)
+    found = load(exported(tmp_path, kind), kind)
     assert store.import_records(found) == ImportResult(3, 3, 6, 6)
-    assert ordered(store.current_labels()) == ordered(LABELS)
+    assert sorted(store.current_labels(), key=repr) == sorted(LABELS, key=repr)
     assert {item.id: item for item in store.questions()} == {item.id: item for item in ASKED}
     assert store.import_records(found) == ImportResult(3, 0, 6, 0)
 
@@ -69,7 +98,7 @@ def test_what_is_exported_comes_back_the_same_and_only_once(tmp_path: Path, stor
 def test_pseudonyms_find_their_person_where_the_person_is_known(
     tmp_path: Path, store: LabelStore, other: LabelStore, kind: Format
 ) -> None:
-    path = exported(tmp_path, kind, pseudonyms(LABELS))
+    path = exported(tmp_path, kind, hide_names(LABELS))
     assert not re.search(r"\bann\b", path.read_text())
     fill(store)
     assert store.import_records(load(path, kind)).new_labels == 0, "labels of this very database came twice"
@@ -80,8 +109,8 @@ def test_pseudonyms_find_their_person_where_the_person_is_known(
 
 def moved(kind: Format, folder: Path, source: LabelStore, target: LabelStore) -> ImportResult:
     """All that one database holds, by way of a file, to another."""
-    labels, path = source.current_labels(), folder / "moved.json"
-    path.write_text(dump(source.questions(), labels, pseudonyms(labels), kind), encoding="utf-8")
+    path = folder / "moved.json"
+    path.write_text(dump(source.questions(), hide_names(source.current_labels()), kind), encoding="utf-8")
     return target.import_records(load(path, kind))
 
 
@@ -94,16 +123,8 @@ def test_there_and_back_again_nobody_votes_twice(
     assert moved(kind, tmp_path, other, store).new_labels == 0
     assert moved(kind, tmp_path, store, other).new_labels == 0
     assert {label.labeller for label in store.current_labels()} == {"ann", "bob", "model:m-1"}
-
-
-@pytest.mark.parametrize("kind", KINDS)
-def test_a_labeller_who_joins_by_name_later_does_not_get_a_second_vote(
-    tmp_path: Path, store: LabelStore, other: LabelStore, kind: Format
-) -> None:
-    fill(store)
-    moved(kind, tmp_path, store, other)
     other.add_labeller("ann")
-    assert moved(kind, tmp_path, store, other).new_labels == 0
+    assert moved(kind, tmp_path, store, other).new_labels == 0, "who joins by name later got a second vote"
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -128,43 +149,19 @@ def test_a_pair_that_is_known_the_other_way_round_keeps_its_meaning(
     turned = replace(item, response_a=item.response_b, response_b=item.response_a)
     assert turned.id == item.id
     store.add_questions([turned])
-    store.import_records(load(exported(tmp_path, kind, {"ann": "ann"}, LABELS[:1]), kind))
+    store.import_records(load(exported(tmp_path, kind, LABELS[:1]), kind))
     assert store.current_labels() == [flip(LABELS[0])]
 
 
 def test_label_studio_keeps_the_time_that_a_label_took(tmp_path: Path, store: LabelStore) -> None:
     label = replace(LABELS[0], seconds=12.5)
-    store.import_records(load(exported(tmp_path, "label-studio", {"ann": "ann"}, [label]), "label-studio"))
+    store.import_records(load(exported(tmp_path, "label-studio", [label]), "label-studio"))
     assert store.current_labels() == [label]
 
 
-def task(**values: Any) -> dict[str, Any]:
-    """As Label Studio itself exports one."""
-    result = [
-        {"id": "x1", "type": "pairwise", "value": {"selected": "right"}, "origin": "manual",
-         "to_name": "answer1,answer2", "from_name": "preference"},
-    ]  # fmt: skip
-    annotation = {"id": 9, "completed_by": 3, "result": result, "was_cancelled": False, "lead_time": 4.25}
-    data = {"prompt": "p", "answer1": "x", "answer2": "y"}
-    return {"id": 7, "data": data, "annotations": [annotation | values], "project": 1, "predictions": []}
-
-
-def record(*responses: dict[str, Any]) -> dict[str, Any]:
-    """As Argilla 2 itself writes one: no status in the responses."""
-    fields = {"prompt": "p", "response_a": "x", "response_b": "y"}
-    return {"id": "0", "fields": fields, "metadata": {}, "suggestions": {}, "vectors": {}, "status": "completed",
-            "responses": {"preference": list(responses)}, "_server_id": "5e"}  # fmt: skip
-
-
-USER = "00000000-0000-4000-8000-000000000001"
-
-
 def test_other_programs_labellers_get_a_name_with_its_origin(tmp_path: Path, store: LabelStore) -> None:
-    path = tmp_path / "theirs.json"
-    path.write_text(json.dumps([task()]))
-    store.import_records(load(path, "label-studio"))
-    path.write_text(json.dumps([record({"value": "b", "user_id": USER})]))
-    store.import_records(load(path, "argilla"))
+    store.import_records(load_all(tmp_path, "label-studio", task()))
+    store.import_records(load_all(tmp_path, "argilla", record(preference="b")))
     assert [(label.labeller, label.choice) for label in store.current_labels()] == [
         (f"argilla:{USER}", "b"), ("label-studio:3", "b"),
     ]  # fmt: skip
@@ -177,37 +174,25 @@ def test_other_programs_labellers_get_a_name_with_its_origin(tmp_path: Path, sto
 
 def test_drafts_are_no_labels_and_discarded_ones_are_skips(tmp_path: Path) -> None:
     other = USER[:-1] + "2"
-    path = tmp_path / "theirs.jsonl"
     responses = [{"value": "a", "user_id": USER, "status": "draft"}, {"value": None, "user_id": other}]
-    path.write_text(json.dumps(record(*responses)) + "\n")
-    ((_, labels),) = load(path, "argilla")
+    ((_, labels),) = load_all(tmp_path, "argilla", preferred(*responses))
     assert [(label.labeller, label.choice) for label in labels] == [(f"argilla:{other}", "skip")]
 
 
-GOOD = {"argilla": record({"value": "a", "user_id": USER}), "label-studio": task()}
-LONG_COMMENT = record() | {
-    "responses": {
-        name: [{"value": text, "user_id": USER}] for name, text in (("preference", "a"), ("comment", "x" * 5001))
-    }
-}
-RATED = record() | {
-    "responses": {
-        name: [{"value": value, "user_id": USER}] for name, value in (("preference", "a"), ("rating_a", math.inf))
-    }
-}
+GOOD = {"argilla": record(preference="a"), "label-studio": task()}
 FLAWS: list[tuple[Format, Any, str]] = [
     ("argilla", 7, "not an object but int"),
     ("argilla", {"id": 1}, "fields: dict expected, got 'None'"),
-    ("argilla", record({"value": "c", "user_id": USER}), "choice: 'c' is none of a, b"),
-    ("argilla", record({"value": "a", "user_id": "3"}), "user_id: '3' is no UUID"),
-    ("argilla", record() | {"responses": {"comment": [{"value": "x", "user_id": USER}]}}, "and not preference"),
-    ("argilla", LONG_COMMENT, "comment: 5001 characters, at most 5000 are kept"),
+    ("argilla", record(preference="c"), "choice: 'c' is none of a, b"),
+    ("argilla", preferred({"value": "a", "user_id": "3"}), "user_id: '3' is no UUID"),
+    ("argilla", record(comment="x"), "and not preference"),
+    ("argilla", record(preference="a", comment="x" * 5001), "comment: 5001 characters, at most 5000 are kept"),
     ("argilla", record() | {"metadata": {"labellers": [{"a": 1}]}}, "labellers: a list of str expected"),
     ("argilla", record() | {"metadata": {"labels_wanted": -1}}, "labels_wanted: -1 should be from 0 to 1000"),
     ("argilla", record() | {"metadata": {"priority": math.nan}}, "priority: a number expected, got 'nan'"),
     ("argilla", record() | {"responses": {"preference": None}}, "preference: list expected, got 'None'"),
     ("label-studio", task(result=[7]), "not an object but int"),
-    ("argilla", RATED, "rating_a: a number expected, got 'inf'"),
+    ("argilla", record(preference="a", rating_a=math.inf), "rating_a: a number expected, got 'inf'"),
     ("argilla", record() | {"fields": record()["fields"] | {"prompt": "\0"}}, "prompt: holds a NUL character"),
     ("argilla", record() | {"metadata": {"policy_b": "x" * 65}}, "policy_b: 65 characters, at most 64 are kept"),
     ("argilla", record() | {"metadata": {"question_id": "0"}}, "its id does not fit its texts"),
@@ -228,10 +213,9 @@ def test_a_malformed_record_is_reported_with_its_line_and_nothing_is_read(
     path = tmp_path / "theirs.json"
     records = [json.dumps(item) for item in (GOOD[kind], bad)]
     path.write_text("\n\n".join(records) if lines else "[" + ",\n\n".join(records) + "]")
-    with pytest.raises(DataError, match=r"1 of 2 records are malformed; nothing was imported:") as caught:
+    with pytest.raises(DataError, match="1 of 2 records are malformed; nothing was imported:") as caught:
         load(path, kind)
-    assert "theirs.json:3: " in str(caught.value)
-    assert reason in str(caught.value)
+    assert re.search(rf"theirs.json:3: .*{re.escape(reason)}", str(caught.value))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -239,18 +223,16 @@ def test_a_malformed_record_is_reported_with_its_line_and_nothing_is_read(
 def test_a_file_that_was_cut_is_no_file(tmp_path: Path, kind: Format, cut: str, reason: str) -> None:
     path = tmp_path / "theirs.json"
     path.write_text(cut)
-    with pytest.raises(DataError, match="nothing was imported") as caught:
+    with pytest.raises(DataError, match=rf"nothing was imported:\n(?s:.*){reason}"):
         load(path, kind)
-    assert reason in str(caught.value)
     with pytest.raises(DataError, match="does not exist"):
         load(tmp_path / "none.json", kind)
 
 
 def test_a_test_question_may_have_an_empty_response(tmp_path: Path) -> None:
-    path = tmp_path / "theirs.json"
     data = {"prompt": "p", "answer1": "x", "answer2": "", "gold": "a"}
-    path.write_text(json.dumps([task() | {"data": data}]))
-    assert load(path, "label-studio")[0][0].gold == "a"
+    ((question, _),) = load_all(tmp_path, "label-studio", task() | {"data": data})
+    assert question.gold == "a"
 
 
 def test_a_question_that_is_known_keeps_what_it_had_and_that_is_counted(tmp_path: Path, store: LabelStore) -> None:
@@ -260,7 +242,7 @@ def test_a_question_that_is_known_keeps_what_it_had_and_that_is_counted(tmp_path
     store.add_questions([stored[0], turned, stored[2]])
     path = tmp_path / "questions.json"
     for other, kept in (([pair(1, gold="a"), pair(2, gold="a"), pair(3)], 1), ([pair(1, labels_wanted=2), pair(2)], 2)):
-        path.write_text(dump(other, [], {}, "argilla"))
+        path.write_text(dump(other, [], "argilla"))
         assert store.import_records(load(path, "argilla")) == ImportResult(len(other), 0, 0, 0, kept)
     assert {item.id: item for item in store.questions()} == {item.id: item for item in (pair(1), turned, pair(3))}
 
@@ -274,12 +256,11 @@ def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
 
 def test_responses_without_a_status_are_a_warning(tmp_path: Path) -> None:
     """As Argilla's own writer leaves them, be they drafts or not."""
-    path, warnings = tmp_path / "theirs.json", list[str]()
-    path.write_text(json.dumps([record({"value": "a", "user_id": USER, "status": "submitted"})]))
-    load(path, "argilla", warn=warnings.append)
+    warnings: list[str] = []
+    submitted = preferred({"value": "a", "user_id": USER, "status": "submitted"})
+    load_all(tmp_path, "argilla", submitted, warn=warnings.append)
     assert warnings == []
-    path.write_text(json.dumps([record({"value": "a", "user_id": USER}), record()]))
-    load(path, "argilla", warn=warnings.append)
+    load_all(tmp_path, "argilla", record(preference="a"), record(), warn=warnings.append)
     (warning,) = warnings
     assert warning.startswith("1 of 2 records have responses without a status: drafts and discarded answers cannot be")
 
@@ -304,7 +285,7 @@ def test_an_annotation_that_began_as_a_prediction_is_a_persons() -> None:
 
 
 def test_each_name_in_a_task_is_one_of_the_interface() -> None:
-    root = ElementTree.fromstring(CONFIG)
+    root = ElementTree.fromstring(LABEL_STUDIO_CONFIG)
     names = {element.get("name"): element for element in root.iter() if element.get("name")}
     to_record, _ = FORMATS["label-studio"]
     written = to_record(ASKED[0], [replace(LABELS[0], labeller="ann"), replace(LABELS[4], labeller="bob")])
@@ -319,7 +300,6 @@ def test_each_name_in_a_task_is_one_of_the_interface() -> None:
 
 
 def test_a_question_without_labels_is_a_task_to_do() -> None:
-    asked: Question = ASKED[2]
-    argilla, studio = (FORMATS[kind][0](asked, []) for kind in KINDS)
+    argilla, studio = (FORMATS[kind][0](ASKED[2], []) for kind in KINDS)
     assert (argilla["status"], argilla["responses"]) == ("pending", {})
     assert (studio["annotations"], studio["predictions"]) == ([], [])

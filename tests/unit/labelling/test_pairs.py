@@ -12,11 +12,10 @@ import torch
 from torch import Tensor
 
 from tasks.core.errors import ConfigError, DataError
-from tasks.core.rows import Preference, Prompt, write_rows
+from tasks.core.rows import Preference, write_rows
 from tasks.labelling.labels import question_id
 from tasks.labelling.pairs import (
     PolicyResponse,
-    at_random,
     by_disagreement,
     check_policies,
     gold_questions,
@@ -27,7 +26,6 @@ from tasks.labelling.pairs import (
     sample_responses,
     with_overlap,
 )
-from tests.support.tiny_policy import write_parts
 from tests.support.tiny_stages import GENERATION, run_reward_model, write_inputs
 
 RESPONSES = {
@@ -38,27 +36,22 @@ RESPONSES = {
 
 
 def test_pairs_come_prompt_by_prompt_and_never_two_alike() -> None:
-    pool = make_pairs(RESPONSES, 10, seed=0)
-    assert [pair.prompt for pair in pool.pairs] == ["one", "two", "one", "one"]
-    assert pool.skipped_prompts == 1
-    assert len({pair.id for pair in pool.pairs}) == 4
-    for pair in pool.pairs:
-        assert pair.response_a != pair.response_b
-        assert PolicyResponse(pair.policy_a, pair.response_a) in RESPONSES[pair.prompt]
-        assert PolicyResponse(pair.policy_b, pair.response_b) in RESPONSES[pair.prompt]
-    assert make_pairs(RESPONSES, 10, seed=0) == pool
-    assert at_random(pool, 2) == pool.pairs[:2] == make_pairs(RESPONSES, 2, seed=0).pairs
+    pairs = make_pairs(RESPONSES, 10, least=4, seed=0)
+    assert [pair.prompt for pair in pairs] == ["one", "two", "one", "one"]
+    assert len({pair.id for pair in pairs}) == 4
+    for pair in pairs:
+        sides = {PolicyResponse(pair.policy_a, pair.response_a), PolicyResponse(pair.policy_b, pair.response_b)}
+        assert len(sides & set(RESPONSES[pair.prompt])) == 2
+    assert make_pairs(RESPONSES, 10, least=4, seed=0) == pairs
+    assert make_pairs(RESPONSES, 2, least=2, seed=0) == pairs[:2]
+    with pytest.raises(DataError, match=r"there are 4 pairs to choose from, not 5 \(1 prompts had one response"):
+        make_pairs(RESPONSES, 10, least=5, seed=0)
 
 
 def test_the_side_that_stands_first_is_random() -> None:
     written = {str(number): RESPONSES["two"] for number in range(40)}
-    first = [pair.policy_a for pair in make_pairs(written, 40, seed=0).pairs]
+    first = [pair.policy_a for pair in make_pairs(written, 40, least=40, seed=0)]
     assert 10 < first.count("sft") < 30
-
-
-def test_too_few_pairs_are_an_error_that_says_why() -> None:
-    with pytest.raises(DataError, match=r"there are 4 pairs to choose from, not 5 \(1 prompts had one response"):
-        at_random(make_pairs(RESPONSES, 10, seed=0), 5)
 
 
 def test_the_variance_of_what_members_prefer_by_hand() -> None:
@@ -74,8 +67,8 @@ def test_disagreement_takes_the_pairs_that_members_dispute_most() -> None:
         value = torch.tensor([float("xyz".index(text.strip())) for text in responses])
         return torch.stack([value, torch.where(value == 2, -value, value)])
 
-    pool = make_pairs(RESPONSES, 10, seed=0)
-    chosen = by_disagreement(pool, 2, scores)
+    pairs = make_pairs(RESPONSES, 10, least=2, seed=0)
+    chosen = by_disagreement(pairs, 2, scores)
     assert all(" z" in (pair.response_a, pair.response_b) for pair in chosen)
     assert [pair.reason for pair in chosen] == ["disagreement"] * 2
     # y against z: σ(1) and σ(−3); x against z: σ(2) and σ(−2)
@@ -83,12 +76,12 @@ def test_disagreement_takes_the_pairs_that_members_dispute_most() -> None:
     expected = sorted((((s(2) - s(-2)) / 2) ** 2, ((s(1) - s(-3)) / 2) ** 2), reverse=True)
     assert [pair.priority for pair in chosen] == pytest.approx(expected, abs=1e-6)
     with pytest.raises(ConfigError, match=r"at least two members: .*reward_model\.ensemble_size=3"):
-        by_disagreement(pool, 2, lambda prompts, responses: scores(prompts, responses)[:1])
+        by_disagreement(pairs, 2, lambda prompts, responses: scores(prompts, responses)[:1])
 
 
 def test_about_the_share_overlaps_and_always_the_same() -> None:
     written = {str(number): RESPONSES["two"] for number in range(200)}
-    pairs = make_pairs(written, 200, seed=0).pairs
+    pairs = make_pairs(written, 200, least=200, seed=0)
     twice = with_overlap(pairs, 0.25, seed=0)
     assert 30 < sum(pair.labels_wanted == 2 for pair in twice) < 70
     assert with_overlap(pairs[::-1], 0.25, seed=0) == twice[::-1]
@@ -115,29 +108,17 @@ def test_a_line_ends_where_json_lines_say(tmp_path: Path) -> None:
 
 def test_gold_questions_can_be_written_down(tmp_path: Path) -> None:
     path = tmp_path / "gold.jsonl"
-    path.write_text(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "tie"}) + "\n\n")
+    line = {"prompt": "p", "response_a": "x", "response_b": "y", "gold": "tie"}
+    path.write_text(json.dumps(line) + "\n\n")
     (found,) = gold_questions(path, min_margin=3.0, count=5)
     assert (found.id, found.gold, found.reason) == (question_id("p", "x", "y"), "tie", "gold")
-    with path.open("a") as file:
-        file.write(json.dumps({"prompt": "p", "response_a": "x", "response_b": "y", "gold": "c"}) + "\n")
-    with pytest.raises(DataError, match=r"gold\.jsonl:3: .*gold is 'c'"):
-        gold_questions(path, min_margin=3.0, count=5)
-    path.write_text(json.dumps({"prompt": "p", "response_a": "x\0", "response_b": "y", "gold": "a"}))
-    with pytest.raises(DataError, match=r"gold\.jsonl:1: response_a: holds a NUL character"):
-        gold_questions(path, min_margin=3.0, count=5)
-    path.write_text("{}\n")
-    with pytest.raises(DataError, match=r"gold\.jsonl:1: neither"):
-        gold_questions(path, min_margin=3.0, count=5)
+    wrong = [(line | {"gold": "c"}, "gold is 'c'"), (line | {"response_a": "\0"}, "response_a: holds a NUL character")]
+    for bad, reason in [*wrong, ({}, "neither")]:
+        path.write_text(f"{json.dumps(line)}\n\n{json.dumps(bad)}\n")
+        with pytest.raises(DataError, match=rf"gold\.jsonl:3: .*{reason}"):
+            gold_questions(path, min_margin=3.0, count=5)
     with pytest.raises(DataError, match="does not exist"):
         gold_questions(tmp_path / "none", min_margin=3.0, count=5)
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("parts")
-    rows = [Prompt(id=str(number), prompt=text) for number, text in enumerate("abcdefgh")]
-    write_rows(folder / "prepare" / "prompts" / "train.jsonl", rows)
-    return write_parts(folder)
 
 
 def test_every_policy_is_sampled_twice_for_each_prompt_and_the_same_again(parts: Path) -> None:
@@ -163,9 +144,9 @@ def test_pairs_are_chosen_where_a_trained_ensemble_disagrees_most(tmp_path: Path
     run_reward_model(tmp_path, tmp_path / "reward_model", ensemble_size=2)
     scores = load_ensemble_scores(tmp_path)
     found = sample_responses(["sft"], sample_prompts(tmp_path, "train", 4, seed=0), GENERATION, tmp_path, seed=0)
-    pool = make_pairs(found, 20, seed=0)
-    chosen = by_disagreement(pool, 2, scores)
-    texts = [[pair.prompt, pair.response_a, pair.response_b] for pair in pool.pairs]
+    pairs = make_pairs(found, 20, least=2, seed=0)
+    chosen = by_disagreement(pairs, 2, scores)
+    texts = [[pair.prompt, pair.response_a, pair.response_b] for pair in pairs]
     asked, first, second = (list(column) for column in zip(*texts, strict=True))
     doubt = preference_variance(scores(asked, first), scores(asked, second)).tolist()
     assert [pair.priority for pair in chosen] == pytest.approx(sorted(doubt, reverse=True)[:2], abs=1e-6)

@@ -1,20 +1,16 @@
-"""Questions and labels in the file formats of Argilla 2 and Label Studio, both ways.
-
-Each format is a pair of functions, `to_record` and `from_record`. A file is read as a whole before anything is kept,
-and each error is reported with its line.
-"""
+"""Files of Argilla 2 and Label Studio, both ways: read as a whole before anything is kept, errors with their lines."""
 
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tasks.core.errors import DataError
-from tasks.labelling.formats import argilla, label_studio
 from tasks.labelling.labels import Label, Question, label_error, question_error, question_id
+from tasks.labelling.records import argilla_record, label_studio_record, read_argilla, read_label_studio, without_status
 
 __all__ = ["FORMATS", "Format", "Record", "dump", "load"]
 
@@ -23,8 +19,8 @@ Format: TypeAlias = Literal["argilla", "label-studio"]
 Record: TypeAlias = tuple[Question, list[Label]]
 
 FORMATS: Mapping[str, tuple[Callable[[Question, Sequence[Label]], dict[str, Any]], Callable[[Any], Record]]] = {
-    "argilla": (argilla.to_record, argilla.from_record),
-    "label-studio": (label_studio.to_record, label_studio.from_record),
+    "argilla": (argilla_record, read_argilla),
+    "label-studio": (label_studio_record, read_label_studio),
 }
 """Format → (a question and its labels → a record; a record → a question and its labels, or ValueError)."""
 
@@ -33,18 +29,14 @@ MAX_LISTED_ERRORS = 5
 NO_STATUS = "drafts and discarded answers cannot be distinguished from submitted ones; export submitted responses only"
 
 
-def dump(questions: Sequence[Question], labels: Sequence[Label], names: Mapping[str, str], kind: Format) -> str:
-    """Return the file's text: a JSON list, a record a line.
-
-    Args:
-        names: labeller → the name that stands in the file.
-    """
-    by_question: dict[str, list[Label]] = {}
+def dump(questions: Sequence[Question], labels: Sequence[Label], kind: Format) -> str:
+    """Return the file's text: a JSON list, a record a line."""
+    by_question: dict[str, list[Label]] = defaultdict(list)
     for label in labels:
-        by_question.setdefault(label.question_id, []).append(replace(label, labeller=names[label.labeller]))
+        by_question[label.question_id].append(label)
     to_record, _ = FORMATS[kind]
     in_order = sorted(questions, key=lambda question: question.id)
-    records = (to_record(question, by_question.get(question.id, [])) for question in in_order)
+    records = (to_record(question, by_question[question.id]) for question in in_order)
     return "[\n" + ",\n".join(json.dumps(record, ensure_ascii=False) for record in records) + "\n]\n"
 
 
@@ -62,20 +54,20 @@ def load(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: No
     _, from_record = FORMATS[kind]
     loaded: list[Record] = []
     errors: list[str] = []
-    without_status = 0
+    unclear = 0
     for line, record in _records(path.read_text(encoding="utf-8-sig")):
         try:
             if isinstance(record, ValueError):
                 raise record
             loaded.append(_validate_record(*from_record(record)))
-            without_status += kind == "argilla" and argilla.without_status(record)
+            unclear += kind == "argilla" and without_status(record)
         except ValueError as error:
             errors.append(f"  {path}:{line}: {error}")
     if errors:
         count, listed = len(loaded) + len(errors), "\n".join(errors[:MAX_LISTED_ERRORS])
         raise DataError(f"{len(errors)} of {count} records are malformed; nothing was imported:\n{listed}")
-    if without_status:
-        warn(f"{without_status} of {len(loaded)} records have responses without a status: {NO_STATUS}")
+    if unclear:
+        warn(f"{unclear} of {len(loaded)} records have responses without a status: {NO_STATUS}")
     return loaded
 
 
