@@ -15,7 +15,7 @@ from tasks.core.text_stats import distinct_n, repetition_rate, word_count
 from tasks.evals.statistics import TIE_TOLERANCE, bootstrap_mean, mean_and_error, pairwise_wins
 
 __all__ = [
-    "DIGITS", "HEADLINE", "JUDGE_NAMES", "REFERENCE", "WIN_RATE_KEYS", "Example", "ScoredResponse", "Table",
+    "DIGITS", "HEADLINE", "JUDGE_NAMES", "REFERENCE", "Example", "HackingFinding", "ScoredResponse", "Table",
     "by_policy", "compare_policies", "examples_to_dict", "headline", "judges_of", "select_examples", "win_rates_of",
 ]  # fmt: skip
 
@@ -84,6 +84,15 @@ class ScoredResponse(Row):
         """Judge → score, of those that judged."""
         scores = {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}
         return {judge: score for judge, score in scores.items() if score is not None}
+
+
+@dataclass(frozen=True)
+class HackingFinding:
+    """A detector that fired: in training, with the first update in which it did, or at evaluation."""
+
+    detector: str
+    phase: str
+    text: str
 
 
 def by_policy(records: Sequence[ScoredResponse]) -> dict[str, list[ScoredResponse]]:

@@ -14,8 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from tasks.core.errors import ConfigError
 from tasks.core.text_stats import repetition_rate
-from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.hacking_report import HackingFinding
+from tasks.evals.compare import REFERENCE, HackingFinding, Table
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 from tasks.runtime.provenance import RuleResult
 

@@ -8,8 +8,7 @@ from typing import Any
 
 from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
-from tasks.evals.report_text import display_name
-from tasks.evals.templates import load_template
+from tasks.evals.report_text import display_name, load_template
 from tasks.models.export import ExportCheck
 from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version

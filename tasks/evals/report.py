@@ -12,8 +12,14 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tasks.core.paths import Artifacts
 from tasks.evals import plots
-from tasks.evals.compare import ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
-from tasks.evals.hacking_report import HackingFinding, findings_to_dict
+from tasks.evals.compare import (
+    HackingFinding,
+    ScoredResponse,
+    Table,
+    examples_to_dict,
+    select_examples,
+    win_rates_of,
+)
 from tasks.evals.report_text import (
     best_policy,
     cells,
@@ -21,10 +27,10 @@ from tasks.evals.report_text import (
     display_name,
     format_signed,
     join_and,
+    load_template,
     summarise_table,
     turning_point,
 )
-from tasks.evals.templates import load_template
 from tasks.models.loading import is_disabled
 from tasks.rl.hacking import DETECTORS
 
@@ -232,7 +238,7 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
     return {
         "summary": asdict(summarise_table(data.table, data.flagged)),
         "turning_point": turning_point(data.upstream.fits, data.upstream.points),
-        "findings": findings_to_dict(data.findings),
+        "findings": {policy: [asdict(finding) for finding in own] for policy, own in data.findings.items()},
         "policies": data.table,
         "fits": data.upstream.fits,
         "examples": {policy: examples_to_dict(own) for policy, own in select_examples(data.records).items()},

@@ -8,8 +8,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from tasks.evals.report_text import load_template
 from tasks.evals.statistics import Interval
-from tasks.evals.templates import load_template
 from tasks.labelling.agreement import (
     Proportion,
     dawid_skene,

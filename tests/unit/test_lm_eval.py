@@ -18,8 +18,7 @@ from tasks.config.evaluation import LmEvalParams
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Demonstration, Preference, read_rows
-from tasks.evals.lm_harness import load_tasks
-from tasks.lm_eval import lm_eval
+from tasks.lm_eval import lm_eval, load_tasks
 from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, save_adapter
 from tests.conftest import EOS, tiny_model
 from tests.support.tiny_stages import LORA, write_inputs

@@ -10,10 +10,10 @@ import pytest
 from tasks.config import evaluation
 from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
-from tasks.evals.compare import ScoredResponse, compare_policies
+from tasks.evals.compare import HackingFinding, ScoredResponse, compare_policies
 from tasks.evals.gate import METRICS, decide, noninferiority_rule, paired_interval, select_candidate
-from tasks.evals.hacking_report import HackingFinding, find_hacking
 from tasks.evals.statistics import Interval
+from tasks.evaluate import find_hacking
 
 Make = Callable[..., ScoredResponse]
 

@@ -12,8 +12,7 @@ import pytest
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.reward import RewardParams
 from tasks.core.rows import write_json
-from tasks.evals.compare import ScoredResponse, compare_policies
-from tasks.evals.hacking_report import HackingFinding
+from tasks.evals.compare import HackingFinding, ScoredResponse, compare_policies
 from tasks.evals.report import (
     ReportData,
     SourceInfo,

@@ -1,6 +1,7 @@
 from typing import Any
 
 import pytest
+from jinja2 import UndefinedError
 
 from tasks.evals.compare import Table
 from tasks.evals.report_text import (
@@ -9,6 +10,7 @@ from tasks.evals.report_text import (
     cells,
     columns_of,
     format_signed,
+    load_template,
     summarise_table,
     turning_point,
 )
@@ -203,3 +205,10 @@ def test_a_curve_that_ends_below_sft_is_no_gain() -> None:
 
 def test_without_curves_there_is_nothing_to_say() -> None:
     assert turning_point({}, []) == ""
+
+
+@pytest.mark.parametrize("name", ["report.html.j2", "card.md.j2"])
+def test_a_name_that_nothing_defines_is_an_error(name: str) -> None:
+    filters = dict.fromkeys(("escape_control_chars", "format_signed", "cell", "name"), str)
+    with pytest.raises(UndefinedError):
+        load_template(name, filters, autoescape=True).render()

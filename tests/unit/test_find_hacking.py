@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.evals.hacking_report import find_hacking, findings_to_dict
+from tasks.evaluate import find_hacking
 
 SFT = {"length": 12.0, "repetition": 0.01, "distinct_2": 0.9, "truncated_share": 0.4}
 CLEAR = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_proxy": 0.9, "win_rate_proxy_low": 0.8,
@@ -57,8 +57,8 @@ def test_a_reward_of_rules_alone_does_not_know_what_is_familiar() -> None:
 def test_in_training_with_its_first_update() -> None:
     rows = [{"hacking/kl_spike": 0.0}, {"hacking/kl_spike": 6.0}, {"hacking/kl_spike": 9.0}]
     table = {"sft": SFT, "ppo": SFT | CLEAR, "dpo": SFT | CLEAR}
-    findings = findings_to_dict(find_hacking(table, {"ppo": rows}))
+    findings = find_hacking(table, {"ppo": rows})
     assert findings["dpo"] == []
     (finding,) = findings["ppo"]
-    assert (finding["detector"], finding["phase"]) == ("kl_spike", "training, update 2")
-    assert finding["text"].startswith("kl_spike 9.00 (threshold 5")
+    assert (finding.detector, finding.phase) == ("kl_spike", "training, update 2")
+    assert finding.text.startswith("kl_spike 9.00 (threshold 5")
