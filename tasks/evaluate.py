@@ -50,12 +50,11 @@ def evaluate(
 
     The gold judge is the model of that stage; where the stage is off, it is whether the answer is right, and with an
     environment, whether the conversation reached its goal. Each policy writes one response per prompt, or has one
-    conversation, all with the same random numbers. Writes responses.jsonl (every response with every
-    score), judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy →
-    numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
-    findings.json (policy → reward-hacking findings), samples.jsonl (some prompts side by side),
-    plots/*.csv, report.html and the same as report.json. All of it follows from the inputs, and from what an endpoint
-    answers, alone: no time, no path.
+    conversation, all with the same random numbers. Writes responses.jsonl (every response with every score),
+    judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy → numbers, see
+    `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (its headline), findings.json (policy →
+    reward-hacking findings), samples.jsonl (some prompts side by side), plots/*.csv, report.html and the same as
+    report.json. All of it follows from the inputs and an endpoint's answers alone: no time, no path.
 
     Raises:
         ConfigError: the judge of pairs would cost more than its budget.
@@ -114,10 +113,8 @@ def _score(
     gold = None
     if responses[0].environment_reward is None:
         gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge, params.gold_rule)
-    accuracy = params.gold_rule is None
-    return score_responses(
-        responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy
-    )
+    pattern, accuracy = params.answer_pattern, params.gold_rule is None
+    return score_responses(responses, proxy, gold, vader=params.vader, answer_pattern=pattern, accuracy=accuracy)
 
 
 def _compare(
@@ -141,21 +138,17 @@ def find_hacking(
     """Find signs of reward hacking in every policy except the reference.
 
     Args:
-        table: the evaluation.
         histories: policy → one row per update of its training, with the signs that its training wrote down.
     """
-    return {
-        policy: [*_in_training(histories.get(policy, ())), *_at_evaluation(table, policy)]
+    in_training = {
+        policy: [
+            HackingFinding(detector.name, f"training, update {update}", detector.message(largest))
+            for detector, update, largest in detectors_fired(histories.get(policy, ()))
+        ]
         for policy in table
         if policy != REFERENCE
     }
-
-
-def _in_training(rows: Sequence[Mapping[str, float]]) -> list[HackingFinding]:
-    return [
-        HackingFinding(detector.name, f"training, update {update}", detector.message(largest))
-        for detector, update, largest in detectors_fired(rows)
-    ]
+    return {policy: findings + _at_evaluation(table, policy) for policy, findings in in_training.items()}
 
 
 def _at_evaluation(table: Table, policy: str) -> list[HackingFinding]:

@@ -25,7 +25,7 @@ from transformers import set_seed
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.paths import Artifacts, project_root
 from tasks.core.rows import flatten, write_json
-from tasks.evals.compare import REFERENCE
+from tasks.evals.compare import DIGITS, REFERENCE
 from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 
 if TYPE_CHECKING:
@@ -37,7 +37,6 @@ __all__ = ["lm_eval", "load_tasks"]
 Scores = dict[str, dict[str, list[float | None]]]
 """Task → metric → [value, standard error]; the error is None where lm-eval knows none (perplexities)."""
 
-DIGITS = 6
 BOOTSTRAP_RESAMPLES = 1000
 """Resamples for the few metrics whose standard error lm-eval bootstraps (F1, BLEU, medians)."""
 

@@ -50,10 +50,8 @@ def compare_with_champion(
     Args:
         policy: the challenger, as the evaluation names it.
         metrics: of `tasks.evals.gate.METRICS`.
-        artifacts: what the stages wrote.
-        champion: the champion's base model, SFT and policy, laid out as in artifacts.
+        champion: folder of the champion's base model, SFT and policy, laid out as in `artifacts`.
         champion_policy: the name of its policy.
-        environment: environment of the evaluation, used for the champion too.
 
     Raises:
         DataError: no judge is available.

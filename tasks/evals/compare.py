@@ -277,12 +277,11 @@ def examples_to_dict(examples: Mapping[str, Sequence[Example]]) -> dict[str, lis
                 "prompt": example.own.prompt,
                 "score_difference": round(example.score_difference, DIGITS),
             }
-            | {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
+            | {
+                record.policy: {"response": record.display_text, "ended": record.ended, "kl": record.kl} | record.scores
+                for record in (example.reference, example.own)
+            }
             for example in group
         ]
         for kind, group in examples.items()
     }
-
-
-def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:
-    return {"response": record.display_text, "ended": record.ended, "kl": record.kl} | record.scores

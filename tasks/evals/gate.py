@@ -48,11 +48,8 @@ class MetricSpec:
     """A metric.
 
     Attributes:
-        name: display name in a reason.
         value: value for one prompt, from the challenger's and the champion's response.
-        more_is_better: whether a high mean is in favour of the challenger.
         null_value: mean if the two are equal.
-        value_format: format of the mean.
         margin_format: format of the bound.
     """
 
@@ -134,9 +131,6 @@ def decide(
     """Apply the rules; without a champion, the rules about it are skipped.
 
     Args:
-        table: the evaluation, see `tasks.evals.compare`.
-        policy: the candidate.
-        params: the rules.
         findings: signs of reward hacking in the candidate.
         against_champion: each metric that has a margin, see `tasks.evals.champion`.
     """
@@ -159,10 +153,7 @@ def decide(
 def paired_interval(
     metric: str, challenger: Sequence[ResponseScores], champion: Sequence[ResponseScores], *, samples: int, seed: int
 ) -> Interval:
-    """Compute the metric's mean over paired prompts with its 95 % bootstrap interval.
-
-    Args:
-        samples: bootstrap resamples.
+    """Compute the metric's mean over paired prompts with its 95 % interval from `samples` bootstrap resamples.
 
     Raises:
         ValueError: the two differ in length, or are empty.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
@@ -122,8 +122,8 @@ class SourceInfo:
 
     Attributes:
         licence: "" if it was not recorded.
-        size: number of parameters or rows, with the unit.
-        digest: first 16 characters of a hash that identifies this version; "" if there is none.
+        size: parameters or rows, with the unit.
+        digest: first 16 characters of a hash of this version; "" if there is none.
     """
 
     name: str
@@ -141,10 +141,8 @@ class UpstreamResults:
         points: rows of the over-optimisation curve; none where that stage is off.
         fits: method → judge → its fit, see `tasks.evals.overoptimisation`.
         benchmarks: policy → task → metric → [value, standard error or None]; none where stage lm_eval is off.
-        accuracy: rows of the reward model's accuracy_by_margin.csv.
-        calibration: rows of the reward model's calibration.csv.
+        accuracy, calibration: rows of the reward model's accuracy_by_margin.csv and calibration.csv.
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
-        sources: the base model and the data.
     """
 
     points: Rows
@@ -174,12 +172,7 @@ class ReportData:
     """Data of the report.
 
     Attributes:
-        table: policy → numbers, see `tasks.evals.compare`.
-        records: every judged response.
-        findings: policy → signs of reward hacking.
         histories: policy → rows of its history.csv; a policy without curves is left out.
-        upstream: what earlier stages measured.
-        params: of the evaluation.
         reward: the proxy reward that training maximised.
         provenance: (what, value) pairs that identify this evaluation.
     """
@@ -203,11 +196,7 @@ def render_report(data: ReportData) -> str:
     """Render the page as HTML; equal data gives equal bytes."""
     table, upstream, rule = data.table, data.upstream, data.params.gold_rule
     columns = columns_of(table, has_gold_judge=upstream.has_gold_judge, has_gold_rule=rule is not None)
-    filters: dict[str, Callable[..., str]] = {
-        "escape_control_chars": escape_control_chars,
-        "format_signed": format_signed,
-        "name": display_name,
-    }
+    filters = {"escape_control_chars": escape_control_chars, "format_signed": format_signed, "name": display_name}
     first_row = next(iter(table.values()))
     return load_template("report.html.j2", filters, autoescape=True).render(
         summary=summarise_table(table, data.flagged),

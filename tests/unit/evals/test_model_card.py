@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tasks.evals.model_card import METHODS, ModelCard, render_model_card
+from tasks.evals.model_card import METHODS, render_model_card
 from tasks.models.export import ExportCheck
 from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version
@@ -52,7 +52,7 @@ def card(*, adapter: bool = False, policy: str = "ppo", without: tuple[str, ...]
     version = Version(4, policy, {}, known | tags, ("champion",), WHEN)
     whole = origin()
     made_from = origin(parameters={key: value for key, value in whole.parameters.items() if key not in without})
-    return render_model_card(ModelCard(version, made_from, ExportCheck("float32", 2e-4, 34.7), adapter))
+    return render_model_card(version, made_from, ExportCheck("float32", 2e-4, 34.7), adapter=adapter)
 
 
 def front(text: str) -> dict[str, Any]:
@@ -72,7 +72,7 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
     licensed = origin(base_model={"kind": "pypi", "source": "s", "parameters": 9, "layers": 2, "vocabulary": 4,
                                   "licence": "Apache-2.0"})  # fmt: skip
     version = Version(4, "ppo", {}, {"accepted": "True", "reasons": "", "promoted.by": ""}, (), WHEN)
-    text = render_model_card(ModelCard(version, licensed, ExportCheck("float32", 2e-4, 34.7), adapter=False))
+    text = render_model_card(version, licensed, ExportCheck("float32", 2e-4, 34.7), adapter=False)
     assert front(text)["license"] == "apache-2.0"
     assert "licence was not recorded" not in text
     assert front(card(adapter=True))["library_name"] == "peft"
