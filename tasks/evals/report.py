@@ -5,21 +5,14 @@ from __future__ import annotations
 import csv
 import json
 import unicodedata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tasks.core.paths import Artifacts
 from tasks.evals import plots
-from tasks.evals.compare import (
-    HackingFinding,
-    ScoredResponse,
-    Table,
-    examples_to_dict,
-    select_examples,
-    win_rates_of,
-)
+from tasks.evals.compare import HackingFinding, ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
 from tasks.evals.report_text import (
     best_policy,
     cells,
@@ -196,7 +189,11 @@ def render_report(data: ReportData) -> str:
     """Render the page as HTML; equal data gives equal bytes."""
     table, upstream, rule = data.table, data.upstream, data.params.gold_rule
     columns = columns_of(table, has_gold_judge=upstream.has_gold_judge, has_gold_rule=rule is not None)
-    filters = {"escape_control_chars": escape_control_chars, "format_signed": format_signed, "name": display_name}
+    filters: dict[str, Callable[..., str]] = {
+        "escape_control_chars": escape_control_chars,
+        "format_signed": format_signed,
+        "name": display_name,
+    }
     first_row = next(iter(table.values()))
     return load_template("report.html.j2", filters, autoescape=True).render(
         summary=summarise_table(table, data.flagged),

@@ -41,18 +41,12 @@ def origin(**changes: Any) -> Provenance:
     return Provenance.model_validate(fields | changes)
 
 
-def card(*, adapter: bool = False, policy: str = "ppo", without: tuple[str, ...] = (), **tags: str) -> str:
-    known = {
-        "accepted": "True",
-        "reasons": "it is good",
-        "promoted.by": "ann",
-        "promoted.at": "noon",
-        "promoted.reason": "",
-    }
-    version = Version(4, policy, {}, known | tags, ("champion",), WHEN)
-    whole = origin()
-    made_from = origin(parameters={key: value for key, value in whole.parameters.items() if key not in without})
-    return render_model_card(version, made_from, ExportCheck("float32", 2e-4, 34.7), adapter=adapter)
+def card(made_from: Provenance | None = None, *, adapter: bool = False, policy: str = "ppo", **tags: str) -> str:
+    promoted = {"promoted.by": "ann", "promoted.at": "noon", "promoted.reason": ""}
+    version = Version(
+        4, policy, {}, {"accepted": "True", "reasons": "it is good"} | promoted | tags, ("champion",), WHEN
+    )
+    return render_model_card(version, made_from or origin(), ExportCheck("float32", 2e-4, 34.7), adapter=adapter)
 
 
 def front(text: str) -> dict[str, Any]:
@@ -69,11 +63,9 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
         "tags": ["rlhf", "ppo"],
         "base_model": "owner/name",
     }
-    licensed = origin(base_model={"kind": "pypi", "source": "s", "parameters": 9, "layers": 2, "vocabulary": 4,
-                                  "licence": "Apache-2.0"})  # fmt: skip
-    version = Version(4, "ppo", {}, {"accepted": "True", "reasons": "", "promoted.by": ""}, (), WHEN)
-    text = render_model_card(version, licensed, ExportCheck("float32", 2e-4, 34.7), adapter=False)
+    text = card(origin(base_model=origin().base_model | {"kind": "pypi", "licence": "Apache-2.0"}))
     assert front(text)["license"] == "apache-2.0"
+    assert "base_model" not in front(text)
     assert "licence was not recorded" not in text
     assert front(card(adapter=True))["library_name"] == "peft"
 
@@ -88,7 +80,8 @@ def test_every_policy_has_its_method_and_parameters(policy: str) -> None:
 
 
 def test_a_version_older_than_a_parameter_has_no_line_for_it() -> None:
-    assert "policy_seed" not in card(without=("policy_seed",))
+    older = {key: value for key, value in origin().parameters.items() if key != "policy_seed"}
+    assert "policy_seed" not in card(origin(parameters=older))
 
 
 def test_figures_come_with_their_intervals() -> None:
