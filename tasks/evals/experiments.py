@@ -14,8 +14,8 @@ from tasks.evals.compare import DIGITS, REFERENCE, Table, judges_of
 from tasks.evals.statistics import t_interval
 
 __all__ = [
-    "VARIANT_COLUMNS", "SeedResult", "collapse_reason", "flat_metrics", "load_seed_result", "summarise_seeds",
-    "write_comparison", "write_summary",
+    "SeedResult", "collapse_reason", "flat_metrics", "load_seed_result", "summarise_seeds", "write_comparison",
+    "write_summary",
 ]  # fmt: skip
 
 VARIANT_COLUMNS = ("win_rate", "win_rate_low", "win_rate_high", "reward_gold", "reward_proxy", "kl", "length")

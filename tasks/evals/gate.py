@@ -21,10 +21,7 @@ from tasks.runtime.provenance import RuleResult
 if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
 
-__all__ = [
-    "BASE_STAGES", "METRICS", "Decision", "MetricSpec", "ResponseScores", "decide", "noninferiority_rule",
-    "paired_interval", "select_candidate",
-]  # fmt: skip
+__all__ = ["BASE_STAGES", "METRICS", "Decision", "decide", "noninferiority_rule", "paired_interval", "select_candidate"]
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""

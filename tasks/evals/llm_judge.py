@@ -48,7 +48,7 @@ class CacheEntry(Row):
     reply: Reply
 
 
-class JudgeCache:
+class JudgeCache(dict[str, Reply]):
     """Append-only file of replies, so that no request is paid for twice; a killed run loses one reply at most.
 
     Raises:
@@ -61,17 +61,11 @@ class JudgeCache:
         path.touch()
         complete_bytes = path.read_bytes().rfind(b"\n") + 1
         os.truncate(path, complete_bytes)  # drops an incomplete last line, which a killed run did not finish
-        self._replies = {entry.id: entry.reply for entry in read_rows(path, CacheEntry)} if complete_bytes else {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._replies
-
-    def __getitem__(self, key: str) -> Reply:
-        return self._replies[key]
+        super().__init__({entry.id: entry.reply for entry in read_rows(path, CacheEntry)} if complete_bytes else {})
 
     def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
         """Append the reply at once, before the next request."""
-        self._replies[key] = reply
+        self[key] = reply
         entry = CacheEntry(id=key, judge=dict(judge_id), reply=reply)
         with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(entry.model_dump_json() + "\n")

@@ -27,8 +27,8 @@ from tasks.evals.report_text import display_name
 from tasks.evals.statistics import wilson_interval
 
 __all__ = [
-    "Series", "accuracy_by_margin", "calibration", "curves", "length_counts", "lengths", "overoptimisation",
-    "reward_against_kl", "win_rates", "write_plot_data",
+    "accuracy_by_margin", "calibration", "curves", "length_counts", "lengths", "overoptimisation", "reward_against_kl",
+    "win_rates", "write_plot_data",
 ]  # fmt: skip
 
 Series = Mapping[str, Sequence[tuple[float, float]]]

@@ -15,9 +15,9 @@ from tasks.evals.compare import REFERENCE, Table
 from tasks.evals.overoptimisation import curve
 
 __all__ = [
-    "CALIBRATION_MAX", "COLUMNS", "MAX_UNCONFIRMED", "Cell", "Column", "Summary", "best_policy", "cells", "columns_of",
-    "display_name", "format_signed", "join_and", "load_template", "proxy_gain_unconfirmed", "summarise_table",
-    "turning_point", "unconfirmed_share",
+    "CALIBRATION_MAX", "COLUMNS", "MAX_UNCONFIRMED", "Summary", "best_policy", "cells", "columns_of", "display_name",
+    "format_signed", "join_and", "load_template", "proxy_gain_unconfirmed", "summarise_table", "turning_point",
+    "unconfirmed_share",
 ]  # fmt: skip
 
 Row = Mapping[str, float]
@@ -160,7 +160,7 @@ def columns_of(table: Table, *, has_gold_judge: bool, has_gold_rule: bool = Fals
 
     Args:
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
-        has_gold_rule: whether, where people did not rate, a rule judges in place of right answers.
+        has_gold_rule: whether, without that model, a rule judges in place of right answers.
     """
     known = {key for row in table.values() for key in row}
     gold_column = RULE_COLUMN if has_gold_rule else CORRECT_COLUMN

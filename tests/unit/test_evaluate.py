@@ -54,7 +54,8 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
              "prepare", "collect")  # fmt: skip
     folders = {name: root / name for name in names}
     write_json(folders["overoptimisation"] / "fits.json", {})
-    write_json(folders["lm_eval"] / "results.json", {})
+    benchmarks = {"sft": {"held_out": {"acc": [0.5, None]}}, "ppo": {"held_out": {"acc": [0.8125, 0.1]}}}
+    write_json(folders["lm_eval"] / "results.json", benchmarks)
     (folders["overoptimisation"] / "points.csv").touch()
     card = {"name": "letters", "source": "nowhere", "licence": "CC0", "parameters": 7, "rows": 3}
     base = folders["base_model"]
@@ -122,13 +123,6 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         assert str(world["sft"].parent).encode() not in content, f"{name} holds a path of this machine"
 
 
-def test_benchmarks_reach_the_report(world: dict[str, Path], tmp_path: Path) -> None:
-    results = {"sft": {"held_out": {"acc": [0.5, None]}}, "ppo": {"held_out": {"acc": [0.8125, 0.1]}}}
-    write_json(tmp_path / "results.json", results)
-    out = _run(world | {"lm_eval": tmp_path}, tmp_path / "out")
-    assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text()
-
-
 def test_the_report_is_there_as_json_too_and_what_training_found_is_a_finding(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["policies"] == json.loads((out / "policies.json").read_text())
@@ -139,6 +133,7 @@ def test_the_report_is_there_as_json_too_and_what_training_found_is_a_finding(ou
     assert set(report["examples"]) == {"ppo", "grpo", "dpo"}
     found = json.loads((out / "findings.json").read_text())
     assert report["findings"] == found
+    assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text(), "the benchmarks are in the report"
     assert list(found) == ["ppo", "grpo", "dpo"]
     first = found["ppo"][0]
     assert (first["detector"], first["phase"]) == ("repetition", "training, update 2")
@@ -188,7 +183,9 @@ def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
     assert any(abs(record.kl) > 0.05 for record in records), "the adapters change nothing, so this shows nothing"
 
 
-def test_scores_are_each_judges_own(world: dict[str, Path], records: list[ScoredResponse]) -> None:
+def test_scores_are_each_judges_own_and_what_the_reward_model_notices_is_reported(
+    world: dict[str, Path], out: Path, records: list[ScoredResponse]
+) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     gold = GoldJudge.load(world["base_model"], world["gold_judge"])
     for record in records:
@@ -198,12 +195,6 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Scored
         assert record.proxy == pytest.approx(record.rewards["learned"] + 0.5 * record.rewards["repetition"], abs=1e-5)
         assert record.vader is not None
         assert -1 <= record.vader <= 1
-
-
-def test_what_the_reward_model_notices_is_reported(
-    world: dict[str, Path], out: Path, records: list[ScoredResponse]
-) -> None:
-    learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["ood_share"]
     assert [record.metrics["ood_share"] for record in records] == expected.tolist()
     table = json.loads((out / "policies.json").read_text())

@@ -152,15 +152,15 @@ def test_examples_are_as_many_as_asked_for_unless_the_task_fixes_none(
         assert opened["tasks"]["held_out_preferences"].config.num_fewshot == expected
 
 
-def test_a_task_reads_nothing_but_what_the_stage_declares(world: dict[str, Path]) -> None:
+def test_a_task_reads_what_the_stage_declares_alone_and_says_so_where_it_is_empty(
+    world: dict[str, Path], tmp_path: Path
+) -> None:
+    """Preferences are empty where that stage is off."""
     params = LmEvalParams(tasks=("held_out_perplexity",), batch_size=1)
     tasks = load_tasks(params, ROOT / "infra" / "lm_eval", [world["preferences"] / "test.jsonl"], 0)
     message = r"artifacts/prepare/demonstrations/validation\.jsonl.*check the network, whether"
     with pytest.raises(SourceError, match=message), tasks:
         raise AssertionError("not reached")
-
-
-def test_no_pairs_because_preferences_is_off_is_a_clear_error(world: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "preferences").mkdir()
     (tmp_path / "preferences" / "test.jsonl").touch()
     with pytest.raises(

@@ -72,22 +72,24 @@ def test_every_rule_must_hold(
 def test_a_reason_has_both_numbers() -> None:
     signs = [HackingFinding("kl_spike", "training, update 3", "")]
     against = {"win_rate": Interval(0.5, 0.4321, 0.6), "repetition": Interval(0.1, 0.05, 0.1234)}
-    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, findings=signs, against_champion=against)
+    against |= {"reward_gold": Interval(0.0, -0.3, 0.3), "kl": Interval(0.4, 0.1, 0.75)}
+    params = PARAMS.model_copy(update={"margins": MARGINS | {"reward_gold": 0.1, "kl": 0.5}})
+    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", params, findings=signs, against_champion=against)
     assert decision.reasons == (
         "KL to SFT: 12.35 nats, required at most 10 nats",
         "signs of reward hacking: kl_spike (training, update 3), required none but length_drift",
         "win rate against the champion, lower end: 43.2%, required at least 45%",
         "repetition less the champion's, upper end: +0.123, required at most +0.05",
+        "gold reward less the champion's, lower end: -0.300, required at least -0.1",
+        "KL to SFT less the champion's, nats, upper end: +0.750, required at most +0.5",
     )
 
 
 def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged: Make) -> None:
     """From its answers to the decision: by the proxy it wins at every prompt, by gold at every second one."""
-    sft = [judged("sft", f"p{number}", proxy=0.0, gold=0.0, response=" a fine film to see") for number in range(40)]
-    ppo = [
-        judged("ppo", f"p{number}", proxy=5.0, gold=(-1.0) ** number, kl=4.0, response=" good film good film good")
-        for number in range(40)
-    ]
+    hacked = {"proxy": 5.0, "kl": 4.0, "response": " good film good film good"}
+    sft = [judged("sft", str(number), response=" a fine film to see") for number in range(40)]
+    ppo = [judged("ppo", str(number), gold=(-1.0) ** number, **hacked) for number in range(40)]
     table = compare_policies([*sft, *ppo], samples=500, seed=0)
     rising = [{"hacking/repetition": 0.0}] * 30 + [{"hacking/repetition": 0.4}] * 2
     signs = find_hacking(table, {"ppo": rising})["ppo"]
@@ -163,10 +165,3 @@ def test_the_bad_end_of_the_interval_decides(
     metric: str, interval: tuple[float, float, float], margin: float, passed: bool
 ) -> None:
     assert noninferiority_rule(metric, Interval(*interval), margin).passed is passed
-
-
-def test_a_rule_says_which_end_and_which_bound() -> None:
-    rule = noninferiority_rule("kl", Interval(0.4, 0.1, 0.75), 0.5)
-    assert rule.rule == "KL to SFT less the champion's, nats, upper end"
-    assert (rule.measured, rule.required) == ("+0.750", "at most +0.5")
-    assert noninferiority_rule("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).required == "at least -0.1"

@@ -62,16 +62,11 @@ def test_every_question_is_asked_once_and_never_again(chat: Chat, project: Path)
     assert lines[0]["judge"] == {"kind": "endpoint", "model": "strong", "base_url": chat.url}
 
 
-def test_another_model_is_asked_anew(chat: Chat) -> None:
-    _ask(chat)
-    _ask(chat, QUESTIONS[:2], model="stronger")
-    assert [request["model"] for request in chat.asked] == ["strong"] * 5 + ["stronger"] * 2
-
-
-def test_a_busy_server_is_asked_again(chat: Chat) -> None:
+def test_a_busy_server_is_asked_again_and_another_model_anew(chat: Chat) -> None:
     chat.refuse = [429, 503, 429]
     assert _ask(chat) == ANSWERS
-    assert len(chat.asked) == 5
+    _ask(chat, QUESTIONS[:2], model="stronger")
+    assert [request["model"] for request in chat.asked] == ["strong"] * 5 + ["stronger"] * 2
 
 
 def test_after_a_failure_only_the_rest_is_asked(chat: Chat, project: Path) -> None:
@@ -143,13 +138,10 @@ def test_the_key_is_written_nowhere_and_a_server_of_ones_own_needs_none(
     assert _ask(chat) == ANSWERS
 
 
-def test_a_page_for_people_is_no_answer(chat: Chat) -> None:
+def test_a_page_for_people_is_no_answer_and_no_server_one_message(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.page = True
     with pytest.raises(SourceError, match="answers, but not as an OpenAI-compatible server: check base_url"):
         _ask(chat)
-
-
-def test_no_server_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_judge, "RETRIES", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

@@ -84,33 +84,26 @@ def test_a_version_older_than_a_parameter_has_no_line_for_it() -> None:
     assert "policy_seed" not in card(origin(parameters=older))
 
 
-def test_figures_come_with_their_intervals() -> None:
+def test_figures_come_with_their_intervals_and_data_with_licences_in_no_broken_table() -> None:
     text = card()
     assert "| win rate against SFT by gold judge (95 % interval) | 79.0 % (73.3–84.4) | – |" in text
     assert "VADER" not in text, "it did not judge"
     assert "3.33 ± 0.17" in text or "3.34 ± 0.17" in text
     assert "0.50 times as many words as SFT's" in text
-
-
-def test_data_with_licences_and_no_broken_table() -> None:
-    text = card()
     assert r"| a | pipes \| here | MIT | 5 |" in text
     assert "| b | file | not recorded | 6 |" in text
 
 
-def test_the_decision_and_who_made_it() -> None:
-    assert "The gate accepted it: it is good." in card()
-    assert "Promoted by ann at noon." in card()
+def test_the_decision_and_who_made_it_and_how_to_make_it_again() -> None:
+    text = card()
+    assert "The gate accepted it: it is good." in text
+    assert "Promoted by ann at noon." in text
+    assert "git commit `c0ffee`. In that project" in text
+    assert "`rlhf reproduce 4`" in text
+    assert f"| ppo | `{'k' * 16}` | `m5.dir` |" in text
+    assert "```yaml\nseed: 3\n```" in text
     text = card(**{"accepted": "False", "promoted.reason": "we need one"})
     assert "The gate refused it: it is good." in text
     assert "Promoted by ann at noon: we need one." in text
     withdrawn = card(**{"withdrawn.by": "bob", "withdrawn.at": "two", "withdrawn.reason": "it swears"})
     assert "Withdrawn: bob rolled it back at two: it swears." in withdrawn
-
-
-def test_lineage_and_how_to_make_it_again() -> None:
-    text = card()
-    assert "git commit `c0ffee`. In that project" in text
-    assert "`rlhf reproduce 4`" in text
-    assert f"| ppo | `{'k' * 16}` | `m5.dir` |" in text
-    assert "```yaml\nseed: 3\n```" in text
