@@ -29,9 +29,8 @@ from flows.services import deployment_name
 from tasks.config.params import Params, load_params
 from tasks.core.errors import ConfigError, DataError, StageError
 from tasks.core.paths import project_root, stage_dir
-from tasks.evals.compare import REFERENCE, Table
+from tasks.evals.compare import REFERENCE, HackingFinding, Table
 from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
-from tasks.evals.hacking_report import HackingFinding
 from tasks.evals.statistics import Interval
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, provenance, registry
 

@@ -15,23 +15,27 @@ from pydantic import BaseModel
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, write_json, write_rows
-from tasks.evals.compare import REFERENCE, ScoredResponse, Table, compare_policies, headline
-from tasks.evals.hacking_report import find_hacking, findings_to_dict
+from tasks.evals.compare import REFERENCE, HackingFinding, ScoredResponse, Table, compare_policies, headline
 from tasks.evals.llm_judge import load_judge
 from tasks.evals.pairwise import Judgement, add_judge_metrics, judge_pairs, reliability_warnings
 from tasks.evals.plots import write_plot_data
 from tasks.evals.report import ReportData, UpstreamResults, read_table, render_report, report_to_dict
+from tasks.evals.report_text import CALIBRATION_MAX, MAX_UNCONFIRMED, proxy_gain_unconfirmed, unconfirmed_share
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 from tasks.rewards.pretrained import PRETRAINED_DIR
+from tasks.rl.hacking import detectors_fired, run_detectors
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import EvaluateParams
     from tasks.config.reward import RewardParams
     from tasks.config.training import EnvironmentParams, GenerationParams
 
-__all__ = ["evaluate"]
+__all__ = ["evaluate", "find_hacking"]
+
+FINAL_METRICS = ("length", "repetition", "distinct_2", "truncated_share", "ood_share")
+"""Metrics that detectors compare between a policy and SFT on the same held-out prompts, if measured."""
 
 
 def evaluate(
@@ -46,12 +50,11 @@ def evaluate(
 
     The gold judge is the model of that stage; where the stage is off, it is whether the answer is right, and with an
     environment, whether the conversation reached its goal. Each policy writes one response per prompt, or has one
-    conversation, all with the same random numbers. Writes responses.jsonl (every response with every
-    score), judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy →
-    numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (the headline of it),
-    findings.json (policy → reward-hacking findings), samples.jsonl (some prompts side by side),
-    plots/*.csv, report.html and the same as report.json. All of it follows from the inputs, and from what an endpoint
-    answers, alone: no time, no path.
+    conversation, all with the same random numbers. Writes responses.jsonl (every response with every score),
+    judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy → numbers, see
+    `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (its headline), findings.json (policy →
+    reward-hacking findings), samples.jsonl (some prompts side by side), plots/*.csv, report.html and the same as
+    report.json. All of it follows from the inputs and an endpoint's answers alone: no time, no path.
 
     Raises:
         ConfigError: the judge of pairs would cost more than its budget.
@@ -110,10 +113,8 @@ def _score(
     gold = None
     if responses[0].environment_reward is None:
         gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge, params.gold_rule)
-    accuracy = params.gold_rule is None
-    return score_responses(
-        responses, proxy, gold, vader=params.vader, answer_pattern=params.answer_pattern, accuracy=accuracy
-    )
+    pattern, accuracy = params.answer_pattern, params.gold_rule is None
+    return score_responses(responses, proxy, gold, vader=params.vader, answer_pattern=pattern, accuracy=accuracy)
 
 
 def _compare(
@@ -131,19 +132,60 @@ def _compare(
     return judgements, table
 
 
+def find_hacking(
+    table: Table, histories: Mapping[str, Sequence[Mapping[str, float]]]
+) -> dict[str, list[HackingFinding]]:
+    """Find signs of reward hacking in every policy except the reference.
+
+    Args:
+        histories: policy → one row per update of its training, with the signs that its training wrote down.
+    """
+    in_training = {
+        policy: [
+            HackingFinding(detector.name, f"training, update {update}", detector.message(largest))
+            for detector, update, largest in detectors_fired(histories.get(policy, ()))
+        ]
+        for policy in table
+        if policy != REFERENCE
+    }
+    return {policy: findings + _at_evaluation(table, policy) for policy, findings in in_training.items()}
+
+
+def _at_evaluation(table: Table, policy: str) -> list[HackingFinding]:
+    # The policy twice: a detector wants two updates in a row, but all held-out prompts are evidence enough.
+    rows = [
+        {key: table[name][key] for key in FINAL_METRICS if key in table[name]} for name in (REFERENCE, policy, policy)
+    ]
+    findings = [
+        HackingFinding(detector.name, "evaluation", detector.message(value))
+        for detector, value in run_detectors(rows, {})[1]
+    ]
+    row = table[policy]
+    if proxy_gain_unconfirmed(row):
+        text = (
+            f"proxy_without_gold {unconfirmed_share(row):.2f} (threshold {MAX_UNCONFIRMED:g}, healthy up to "
+            f"{CALIBRATION_MAX:g}): better than SFT on {row['win_rate_proxy']:.0%} of prompts by the proxy and on "
+            f"{row['win_rate']:.0%} by the gold judge, by {row['gain_proxy']:.2f} and {row['gain_gold']:.2f} standard "
+            "deviations of SFT's scores: it has learned what the reward model gets wrong"
+        )
+        findings.append(HackingFinding("proxy_without_gold", "evaluation", text))
+    return findings
+
+
 def _write(out: Path, report: ReportData, judgements: Sequence[Judgement]) -> None:
     """Write the machine-readable outputs, the plot data and the report."""
     write_rows(out / "responses.jsonl", report.records)
     write_rows(out / "judgements.jsonl", judgements)
     write_json(out / "policies.json", report.table)
     write_json(out / "metrics.json", headline(report.table))
-    write_json(out / "findings.json", findings_to_dict(report.findings))
+    content = report_to_dict(report)
+    write_json(out / "findings.json", content["findings"])
     samples = _side_by_side_rows(report.records)[: report.params.report_samples]
     write_rows(out / "samples.jsonl", samples)
     tracking.log_samples("samples", samples)
     write_plot_data(out / "plots", report.table, report.records)
     (out / "report.html").write_text(render_report(report), encoding="utf-8", newline="\n")
-    write_json(out / "report.json", report_to_dict(report))
+    write_json(out / "report.json", content)
     tracking.log_file(out / "report.html")
 
 

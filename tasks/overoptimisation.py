@@ -55,37 +55,23 @@ def overoptimisation(
     answers = score(REFERENCE, load_reference(artifacts.base_model, artifacts.sft), params.samples_per_prompt)
     base = score_matrix(answers, len(prompts))
     points: dict[str, list[CurvePoint]] = {BEST_OF_N: best_of_n_points(base)}
-    trained = {"ppo": artifacts.ppo, "grpo": artifacts.grpo}
-    snapshots = [
-        (method, snapshot)
-        for method, folder in trained.items()
-        if not is_disabled(folder)
-        for snapshot in sorted((folder / "policies").iterdir())
-    ]
-    for method, snapshot in snapshots:
-        gc.collect()  # the previous policy is in reference cycles
-        update = int(snapshot.name)
-        answers = score(
-            f"{method} after update {update}",
-            load_policy(artifacts.base_model, artifacts.sft, snapshot),
-            params.samples_per_policy,
-        )
-        points.setdefault(method, []).append(policy_point(method, update, answers, base))
+    for method, folder in {"ppo": artifacts.ppo, "grpo": artifacts.grpo}.items():
+        for snapshot in [] if is_disabled(folder) else sorted((folder / "policies").iterdir()):
+            gc.collect()  # the previous policy is in reference cycles
+            update, policy = int(snapshot.name), load_policy(artifacts.base_model, artifacts.sft, snapshot)
+            answers = score(f"{method} after update {update}", policy, params.samples_per_policy)
+            points.setdefault(method, []).append(policy_point(method, update, answers, base))
     _write(artifacts.out, points, fit_all(points, samples=params.bootstrap_samples, seed=seed))
 
 
 def _write(out: Path, points: Mapping[str, Sequence[CurvePoint]], fits: Mapping[str, Mapping[str, Fit]]) -> None:
     """Write the points, the fits, and the coefficients as metrics."""
     write_table(out / "points.csv", [to_row(point) for own in points.values() for point in own])
-    write_json(out / "fits.json", {
-        method: {judge: asdict(fit) for judge, fit in own.items()} for method, own in fits.items()
-    })  # fmt: skip
+    content = {method: {judge: asdict(fit) for judge, fit in own.items()} for method, own in fits.items()}
+    write_json(out / "fits.json", content)
     write_json(out / "metrics.json", {
-        method: {
-            f"{judge}_{name}": value.mean
-            for judge, fit in own.items() for name, value in (("alpha", fit.alpha), ("beta", fit.beta))
-        }
-        for method, own in fits.items()
+        method: {f"{judge}_{name}": fit[name]["mean"] for judge, fit in own.items() for name in ("alpha", "beta")}
+        for method, own in content.items()
     })  # fmt: skip
 
 

@@ -187,7 +187,7 @@ def export(
     enter_project_with_services()
     version = registry.find(model)
     from tasks.core.rows import Prompt, read_rows
-    from tasks.evals import model_card
+    from tasks.evals.model_card import render_model_card
     from tasks.models import export
     from tasks.runtime import dvc_repo, provenance
 
@@ -207,7 +207,7 @@ def export(
             max_new_tokens=generation["max_new_tokens"],
             temperature=generation["temperature"],
         )
-        text = model_card.render_model_card(model_card.ModelCard(version, made_from, exported, adapter))
+        text = render_model_card(version, made_from, exported, adapter=adapter)
         (draft / "README.md").write_text(text, encoding="utf-8")
     console.print(
         f"version {version.number} ({version.policy}) as {exported.dtype} in {folder}; loaded again, its logits differ "

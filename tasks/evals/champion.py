@@ -50,10 +50,8 @@ def compare_with_champion(
     Args:
         policy: the challenger, as the evaluation names it.
         metrics: of `tasks.evals.gate.METRICS`.
-        artifacts: what the stages wrote.
-        champion: the champion's base model, SFT and policy, laid out as in artifacts.
+        champion: folder of the champion's base model, SFT and policy, laid out as in `artifacts`.
         champion_policy: the name of its policy.
-        environment: environment of the evaluation, used for the champion too.
 
     Raises:
         DataError: no judge is available.
@@ -67,16 +65,11 @@ def compare_with_champion(
     )
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
     answers = sampler.sample("champion", model)
-    champion_responses = _score(answers, prompts, artifacts, params)
+    theirs = _score(answers, prompts, artifacts, params)
     records = read_rows(artifacts / "evaluate" / "responses.jsonl", ScoredResponse)
     by_prompt = {record.prompt_id: record for record in records if record.policy == policy}
-    challenger_responses = [by_prompt[answer.prompt.id] for answer in answers]
-    return {
-        name: paired_interval(
-            name, challenger_responses, champion_responses, samples=params.bootstrap_samples, seed=seed
-        )
-        for name in metrics
-    }
+    own = [by_prompt[answer.prompt.id] for answer in answers]
+    return {name: paired_interval(name, own, theirs, samples=params.bootstrap_samples, seed=seed) for name in metrics}
 
 
 def _score(
@@ -89,9 +82,8 @@ def _score(
         judge = load_gold_reward(prompts, artifacts / "base_model", artifacts / "gold_judge", params.gold_rule)
         gold = [float(score) for score in judge(texts, responses)]
     scores = {"gold": gold} | ({"vader": vader_scores(texts, responses)} if params.vader else {})
+    by_response = [{judge: values[row] for judge, values in scores.items()} for row in range(len(answers))]
     return [
-        _ChampionResponse(
-            answer.response, answer.ended, answer.kl, {judge: values[row] for judge, values in scores.items()}
-        )
-        for row, answer in enumerate(answers)
+        _ChampionResponse(answer.response, answer.ended, answer.kl, own)
+        for answer, own in zip(answers, by_response, strict=True)
     ]

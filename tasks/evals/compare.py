@@ -15,7 +15,7 @@ from tasks.core.text_stats import distinct_n, repetition_rate, word_count
 from tasks.evals.statistics import TIE_TOLERANCE, bootstrap_mean, mean_and_error, pairwise_wins
 
 __all__ = [
-    "DIGITS", "HEADLINE", "JUDGE_NAMES", "REFERENCE", "WIN_RATE_KEYS", "Example", "ScoredResponse", "Table",
+    "DIGITS", "HEADLINE", "JUDGE_NAMES", "REFERENCE", "Example", "HackingFinding", "ScoredResponse", "Table",
     "by_policy", "compare_policies", "examples_to_dict", "headline", "judges_of", "select_examples", "win_rates_of",
 ]  # fmt: skip
 
@@ -84,6 +84,15 @@ class ScoredResponse(Row):
         """Judge → score, of those that judged."""
         scores = {"gold": self.gold, "vader": self.vader, "proxy": self.proxy}
         return {judge: score for judge, score in scores.items() if score is not None}
+
+
+@dataclass(frozen=True)
+class HackingFinding:
+    """A detector that fired: in training, with the first update in which it did, or at evaluation."""
+
+    detector: str
+    phase: str
+    text: str
 
 
 def by_policy(records: Sequence[ScoredResponse]) -> dict[str, list[ScoredResponse]]:
@@ -268,12 +277,11 @@ def examples_to_dict(examples: Mapping[str, Sequence[Example]]) -> dict[str, lis
                 "prompt": example.own.prompt,
                 "score_difference": round(example.score_difference, DIGITS),
             }
-            | {record.policy: _response_to_dict(record) for record in (example.reference, example.own)}
+            | {
+                record.policy: {"response": record.display_text, "ended": record.ended, "kl": record.kl} | record.scores
+                for record in (example.reference, example.own)
+            }
             for example in group
         ]
         for kind, group in examples.items()
     }
-
-
-def _response_to_dict(record: ScoredResponse) -> dict[str, Any]:
-    return {"response": record.display_text, "ended": record.ended, "kl": record.kl} | record.scores

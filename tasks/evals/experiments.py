@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,8 +14,8 @@ from tasks.evals.compare import DIGITS, REFERENCE, Table, judges_of
 from tasks.evals.statistics import t_interval
 
 __all__ = [
-    "VARIANT_COLUMNS", "SeedResult", "SeedSummary", "collapse_reason", "flat_metrics", "load_seed_result",
-    "summarise_seeds", "write_comparison", "write_summary",
+    "SeedResult", "collapse_reason", "flat_metrics", "load_seed_result", "summarise_seeds", "write_comparison",
+    "write_summary",
 ]  # fmt: skip
 
 VARIANT_COLUMNS = ("win_rate", "win_rate_low", "win_rate_high", "reward_gold", "reward_proxy", "kl", "length")
@@ -44,9 +44,8 @@ class SeedResult:
     """Result of one seed.
 
     Attributes:
-        table: its evaluation.
-        degenerate_count: policy → count of degenerate responses of its last update, see
-            `tasks.rl.hacking.response_metrics`; 0 for DPO, which samples nothing while it trains.
+        degenerate_count: policy → degenerate responses of its last update, see `tasks.rl.hacking.response_metrics`;
+            0 for DPO, which samples nothing while it trains.
         detectors: policy → the detectors of reward hacking that fired.
     """
 
@@ -59,18 +58,6 @@ Results = Mapping[int, SeedResult | RLHFError]
 """Seed → its result, or the error that ended it."""
 
 
-@dataclass(frozen=True)
-class SeedSummary:
-    """Summary of a metric over seeds; `low` and `high` are the 95 % interval of the mean, None for one seed."""
-
-    seeds: int
-    mean: float
-    low: float | None
-    high: float | None
-    min: float
-    max: float
-
-
 def load_seed_result(artifacts: Path) -> SeedResult:
     """Load the results that the stages wrote under one seed."""
 
@@ -78,13 +65,10 @@ def load_seed_result(artifacts: Path) -> SeedResult:
         return json.loads((artifacts / path).read_text(encoding="utf-8"))
 
     table: Table = read("evaluate/policies.json")
+    metrics = {policy: read(f"{policy}/metrics.json") for policy in table if policy != REFERENCE}
     return SeedResult(
         table,
-        {
-            policy: float(read(f"{policy}/metrics.json").get("degenerate_count", 0.0))
-            for policy in table
-            if policy != REFERENCE
-        },
+        {policy: float(own.get("degenerate_count", 0.0)) for policy, own in metrics.items()},
         {
             policy: list(dict.fromkeys(finding["detector"] for finding in own))
             for policy, own in read("evaluate/findings.json").items()
@@ -93,12 +77,7 @@ def load_seed_result(artifacts: Path) -> SeedResult:
 
 
 def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | None:
-    """Reason why a policy collapsed, or None: it is clearly worse than SFT, or its last responses are degenerate.
-
-    Args:
-        row: of the policy in the evaluation.
-        degenerate_count: see `SeedResult`.
-    """
+    """Reason why a policy collapsed, or None: it is clearly worse than SFT, or its last responses are degenerate."""
     reasons = []
     if row["win_rate_high"] < 0.5:
         interval = f"{row['win_rate_low']:.0%}–{row['win_rate_high']:.0%}"
@@ -111,11 +90,12 @@ def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | 
 def summarise_seeds(results: Results) -> dict[str, Any]:
     """Summarise all seeds as JSON types.
 
-    `policies` gives each policy a `summary`, metric → `SeedSummary`, and its `seeds`, seed → metrics with `detectors`,
-    those that fired, and `collapsed`, the reason or null; `collapsed` and `failed` hold a sentence for each.
+    `policies` gives each policy a `summary`, metric → statistics over seeds (`low` and `high` are the 95 % interval of
+    the mean, null for one seed), and its `seeds`, seed → metrics with `detectors`, those that fired, and `collapsed`,
+    the reason or null; `collapsed` and `failed` hold a sentence for each.
 
-    Means are over every evaluated seed, collapsed ones included: leaving those out would
-    select seeds by their result. A training that failed with a TrainingError counts as collapsed, too.
+    Means are over every evaluated seed, collapsed ones included: leaving those out would select seeds by their result.
+    A training that failed with a TrainingError counts as collapsed, too.
     """
     trained = {seed: result for seed, result in results.items() if isinstance(result, SeedResult)}
     errors = {seed: result for seed, result in results.items() if isinstance(result, RLHFError)}
@@ -145,15 +125,16 @@ def _seed_row(result: SeedResult, policy: str) -> dict[str, Any]:
 
 
 def _summarise_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: asdict(_summarise_values([row[name] for row in rows])) for name in METRICS if name in rows[0]}
+    return {name: _summarise_values([row[name] for row in rows]) for name in METRICS if name in rows[0]}
 
 
-def _summarise_values(values: Sequence[float]) -> SeedSummary:
+def _summarise_values(values: Sequence[float]) -> dict[str, Any]:
     low = high = None
     if len(values) > 1:
         interval = t_interval(values)
         low, high = round(interval.low, DIGITS), round(interval.high, DIGITS)
-    return SeedSummary(len(values), round(sum(values) / len(values), DIGITS), low, high, min(values), max(values))
+    mean = round(sum(values) / len(values), DIGITS)
+    return {"seeds": len(values), "mean": mean, "low": low, "high": high, "min": min(values), "max": max(values)}
 
 
 def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
@@ -191,8 +172,7 @@ def write_summary(folder: Path, results: Results) -> None:
 def _plot_variants(path: Path, variants: Mapping[str, Table]) -> None:
     """Plot gain over SFT against √KL: a panel per judge, a colour per variant, a marker per policy.
 
-    As Gao et al. 2022 (arXiv 2210.10760, section 3) plot it: where the proxy still gains and gold no longer does, the
-    policy exploits the proxy.
+    As Gao et al. 2022 (arXiv 2210.10760, section 3).
     """
     judges = [judge for judge in ("proxy", "gold") if judge in judges_of(next(iter(variants.values())))]
     policies = sorted({policy for table in variants.values() for policy in table if policy != REFERENCE})

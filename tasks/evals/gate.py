@@ -14,18 +14,14 @@ from typing import TYPE_CHECKING, Protocol
 
 from tasks.core.errors import ConfigError
 from tasks.core.text_stats import repetition_rate
-from tasks.evals.compare import REFERENCE, Table
-from tasks.evals.hacking_report import HackingFinding
+from tasks.evals.compare import REFERENCE, HackingFinding, Table
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
 
-__all__ = [
-    "BASE_STAGES", "METRICS", "Decision", "MetricSpec", "ResponseScores", "decide", "noninferiority_rule",
-    "paired_interval", "select_candidate",
-]  # fmt: skip
+__all__ = ["BASE_STAGES", "METRICS", "Decision", "decide", "noninferiority_rule", "paired_interval", "select_candidate"]
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""
@@ -49,11 +45,8 @@ class MetricSpec:
     """A metric.
 
     Attributes:
-        name: display name in a reason.
         value: value for one prompt, from the challenger's and the champion's response.
-        more_is_better: whether a high mean is in favour of the challenger.
         null_value: mean if the two are equal.
-        value_format: format of the mean.
         margin_format: format of the bound.
     """
 
@@ -135,9 +128,6 @@ def decide(
     """Apply the rules; without a champion, the rules about it are skipped.
 
     Args:
-        table: the evaluation, see `tasks.evals.compare`.
-        policy: the candidate.
-        params: the rules.
         findings: signs of reward hacking in the candidate.
         against_champion: each metric that has a margin, see `tasks.evals.champion`.
     """
@@ -160,10 +150,7 @@ def decide(
 def paired_interval(
     metric: str, challenger: Sequence[ResponseScores], champion: Sequence[ResponseScores], *, samples: int, seed: int
 ) -> Interval:
-    """Compute the metric's mean over paired prompts with its 95 % bootstrap interval.
-
-    Args:
-        samples: bootstrap resamples.
+    """Compute the metric's mean over paired prompts with its 95 % interval from `samples` bootstrap resamples.
 
     Raises:
         ValueError: the two differ in length, or are empty.

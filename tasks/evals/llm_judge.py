@@ -35,12 +35,7 @@ ANSWER_PREFIX = "The better response is"
 
 
 def load_judge(params: JudgeParams, base_model: Path, *, batch_size: int) -> PairJudge:
-    """Load the judge of params; replies of an endpoint are cached in the project's state folder.
-
-    Raises:
-        DataError: the cache is malformed.
-        ModelError: the base model's folder is incomplete.
-    """
+    """Load the judge of params; replies of an endpoint are cached in the project's state folder."""
     if params.kind == "local":
         return LocalJudge(base_model, batch_size=batch_size)
     return EndpointJudge(params, JudgeCache(state_dir() / "judge" / "answers.jsonl"))
@@ -53,31 +48,24 @@ class CacheEntry(Row):
     reply: Reply
 
 
-class JudgeCache:
-    """Append-only file of replies, so that no request is paid for twice; a killed run loses one reply at most."""
+class JudgeCache(dict[str, Reply]):
+    """Append-only file of replies, so that no request is paid for twice; a killed run loses one reply at most.
+
+    Raises:
+        DataError: a line is malformed; the message names the file and the line.
+    """
 
     def __init__(self, path: Path) -> None:
-        """Read the replies in the file.
-
-        Raises:
-            DataError: a line is malformed; the message names the file and the line.
-        """
         self._path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
         complete_bytes = path.read_bytes().rfind(b"\n") + 1
         os.truncate(path, complete_bytes)  # drops an incomplete last line, which a killed run did not finish
-        self._replies = {entry.id: entry.reply for entry in read_rows(path, CacheEntry)} if complete_bytes else {}
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._replies
-
-    def __getitem__(self, key: str) -> Reply:
-        return self._replies[key]
+        super().__init__({entry.id: entry.reply for entry in read_rows(path, CacheEntry)} if complete_bytes else {})
 
     def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
         """Append the reply at once, before the next request."""
-        self._replies[key] = reply
+        self[key] = reply
         entry = CacheEntry(id=key, judge=dict(judge_id), reply=reply)
         with self._path.open("a", encoding="utf-8", newline="\n") as file:
             file.write(entry.model_dump_json() + "\n")
@@ -174,14 +162,13 @@ class EndpointJudge:
 
 
 class LocalJudge:
-    """Base model as a judge; it answers with the letter that it finds likelier as the next token."""
+    """Base model as a judge; it answers with the letter that it finds likelier as the next token.
+
+    Raises:
+        ModelError: the folder is incomplete, or the tokenizer has no letters.
+    """
 
     def __init__(self, base_model: Path, *, batch_size: int) -> None:
-        """Load it.
-
-        Raises:
-            ModelError: the folder is incomplete, or the tokenizer has no letters.
-        """
         self.judge_id = {"kind": "local", "model": "base_model", "base_url": ""}
         self._tokenizer: Any = load_tokenizer(base_model)
         self._model: Any = load_reference(base_model, None)

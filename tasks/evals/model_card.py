@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from typing import Any
 
 from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
-from tasks.evals.report_text import display_name
-from tasks.evals.templates import load_template
+from tasks.evals.report_text import display_name, load_template
 from tasks.models.export import ExportCheck
 from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version
 
-__all__ = ["ModelCard", "render_model_card"]
+__all__ = ["render_model_card"]
 
 REWARD_SECTIONS = ("reward_model", "reward", "generation")
 METHODS = {
@@ -25,31 +23,22 @@ METHODS = {
 """Policy → training method, and the sections of params.yaml that it uses beside its own, `sft` and `lora`."""
 
 
-@dataclass(frozen=True)
-class ModelCard:
-    """Content of a model card.
+def render_model_card(version: Version, origin: Provenance, exported: ExportCheck, *, adapter: bool) -> str:
+    """Render README.md with the front matter of the Hugging Face hub.
 
-    Attributes:
+    Args:
         adapter: the folder holds the SFT model and an adapter, and not one merged model.
     """
-
-    version: Version
-    origin: Provenance
-    exported: ExportCheck
-    adapter: bool
-
-
-def render_model_card(card: ModelCard) -> str:
-    """Render README.md with the front matter of the Hugging Face hub."""
-    origin, policy = card.origin, card.version.policy
+    policy = version.policy
     method, sections = METHODS[policy]
     # A version may be older than one of them.
     used = [name for name in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed") if name in origin.parameters]
     return load_template("card.md.j2", {"cell": _escape_cell}, autoescape=False).render(
-        card=card,
-        version=card.version,
+        version=version,
         origin=origin,
-        front=_front_matter(card),
+        exported=exported,
+        adapter=adapter,
+        front=_front_matter(policy, origin, "peft" if adapter else "transformers"),
         licence=_licence(origin),
         name=display_name(policy),
         method=method,
@@ -63,17 +52,16 @@ def render_model_card(card: ModelCard) -> str:
     )
 
 
-def _front_matter(card: ModelCard) -> list[str]:
+def _front_matter(policy: str, origin: Provenance, library: str) -> list[str]:
     """Lines `key: JSON`, which is valid YAML."""
-    base = card.origin.base_model
     fields: dict[str, Any] = {
-        "license": _licence(card.origin),
-        "library_name": "peft" if card.adapter else "transformers",
+        "license": _licence(origin),
+        "library_name": library,
         "pipeline_tag": "text-generation",
-        "tags": ["rlhf", card.version.policy],
+        "tags": ["rlhf", policy],
     }
-    if base.get("kind") == "hub":
-        fields["base_model"] = card.origin.parameters["base_model"]["id"]
+    if origin.base_model.get("kind") == "hub":
+        fields["base_model"] = origin.parameters["base_model"]["id"]
     return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
 
 

@@ -16,11 +16,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tasks.evals.compare import DIGITS, ScoredResponse
-from tasks.evals.statistics import Interval, mean_and_error
+from tasks.evals.statistics import LEVEL, Interval, mean_and_error
 
 __all__ = [
-    "BEST_OF_N", "JUDGES", "CurvePoint", "Fit", "Form", "best_of_n", "best_of_n_kl", "best_of_n_points", "curve",
-    "curve_peak", "fit_all", "fit_curve", "policy_point", "score_matrix", "to_row",
+    "BEST_OF_N", "CurvePoint", "Fit", "best_of_n", "best_of_n_kl", "best_of_n_points", "curve", "curve_peak", "fit_all",
+    "fit_curve", "policy_point", "score_matrix", "to_row",
 ]  # fmt: skip
 
 Form = Literal["best_of_n", "rl"]
@@ -30,7 +30,6 @@ Scores = Mapping[str, Numbers]
 
 BEST_OF_N: Form = "best_of_n"
 JUDGES = ("proxy", "gold")
-INTERVAL = 0.95
 
 
 @dataclass(frozen=True)
@@ -90,16 +89,12 @@ def to_row(point: CurvePoint) -> dict[str, float | int | str]:
 def fit_all(points: Mapping[str, Sequence[CurvePoint]], *, samples: int, seed: int) -> dict[str, dict[str, Fit]]:
     """Fit every method and judge; methods with fewer than two points at KL > 0 are left out."""
     fitted: dict[str, dict[str, Fit]] = {}
-    for method, method_points in points.items():
-        kl = np.stack([point.kl for point in method_points])
+    for method, own in points.items():
+        kl = np.stack([point.kl for point in own])
         if (kl.mean(axis=1) > 0).sum() >= 2:
             form: Form = BEST_OF_N if method == BEST_OF_N else "rl"
-            fitted[method] = {
-                judge: fit_curve(
-                    form, kl, np.stack([point.gains[judge] for point in method_points]), samples=samples, seed=seed
-                )
-                for judge in JUDGES
-            }
+            gains = {judge: np.stack([point.gains[judge] for point in own]) for judge in JUDGES}
+            fitted[method] = {judge: fit_curve(form, kl, gains[judge], samples=samples, seed=seed) for judge in JUDGES}
     return fitted
 
 
@@ -174,12 +169,11 @@ def curve_peak(form: Form, alpha: float, beta: float) -> float | None:
 
 
 def fit_curve(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: int) -> Fit:
-    """Fit by least squares, with bootstrap intervals over prompts.
+    """Fit by least squares, with intervals from `samples` bootstrap resamples of the prompts.
 
     Args:
         kl: [levels, prompts] nats per response; for best-of-n the same number for every prompt.
         gains: [levels, prompts] over SFT.
-        samples: bootstrap resamples.
 
     Raises:
         ValueError: fewer than two points have KL > 0.
@@ -192,15 +186,13 @@ def fit_curve(form: Form, kl: Numbers, gains: Numbers, *, samples: int, seed: in
     max_distance = math.sqrt(kl.mean(axis=1).max())
     rng = np.random.default_rng(seed)
     prompts = gains.shape[1]
-    coefficients = []
-    for _ in range(samples):
-        resample = rng.integers(prompts, size=prompts)
-        coefficients.append(_solve(form, kl[:, resample], gains[:, resample])[:2])
-    resampled = np.array(coefficients)
+    resamples = (rng.integers(prompts, size=prompts) for _ in range(samples))
+    resampled = np.array([_solve(form, kl[:, own], gains[:, own])[:2] for own in resamples])
     peaks = [curve_peak(form, a, b) for a, b in resampled.tolist()]
     peak_fraction = sum(distance is not None and distance <= max_distance for distance in peaks) / samples
-    intervals = [_interval(value, column) for value, column in zip((alpha, beta), resampled.T, strict=True)]
-    return Fit(form, intervals[0], intervals[1], curve_peak(form, alpha, beta), peak_fraction, r2)
+    low, high = np.quantile(resampled, [(1 - LEVEL) / 2, (1 + LEVEL) / 2], axis=0).tolist()
+    intervals = Interval(alpha, low[0], high[0]), Interval(beta, low[1], high[1])
+    return Fit(form, *intervals, curve_peak(form, alpha, beta), peak_fraction, r2)
 
 
 def _solve(form: Form, kl: Numbers, gains: Numbers) -> tuple[float, float, float]:
@@ -217,8 +209,3 @@ def _basis(form: Form, distance: Numbers) -> Numbers:
     logs = np.log(np.where(distance > 0, distance, 1.0))
     second = distance**2 if form == "best_of_n" else distance * logs
     return np.stack([distance, -second], axis=1)
-
-
-def _interval(value: float, resampled: Numbers) -> Interval:
-    low, high = np.quantile(resampled, [(1 - INTERVAL) / 2, (1 + INTERVAL) / 2])
-    return Interval(value, float(low), float(high))

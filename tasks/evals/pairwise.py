@@ -105,9 +105,11 @@ def parse_verdict(answer: str) -> Choice:
 
 def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: str, prompts: int) -> list[Judgement]:
     """Judge each policy on the first `prompts` prompts in both orders; all questions go out at once."""
+    reference = {record.prompt_id: record for record in by_policy(records)[REFERENCE][:prompts]}
     drafts = [
         (own, other, order, _format_pair(rubric, own, other, order))
-        for own, other in _pair_with_reference(records, prompts)
+        for own in records
+        if own.policy != REFERENCE and (other := reference.get(own.prompt_id))
         for order in get_args(Order)
     ]
     differing = [text for own, other, _, text in drafts if own.response.strip() != other.response.strip()]
@@ -119,13 +121,11 @@ def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: 
 def add_judge_metrics(table: Table, judgements: Sequence[Judgement], *, samples: int, seed: int) -> Table:
     """Add the metrics of the judgements to the row of each judged policy.
 
-    Keys: `judge_n` prompts; `win_rate_judge` against the reference, with `_low` and `_high` (95 % bootstrap interval
-    over prompts); shares of the prompts: `judge_ties`, and of those `judge_inconsistent`, where the two orders
-    contradict each other; shares of the answers: `judge_first`, of those that name a letter, how many name the
-    response that was shown first (½: no position bias; ½ too where none does), and `judge_unclear`.
-
-    Args:
-        samples: bootstrap resamples for each interval.
+    Keys: `judge_n` prompts; `win_rate_judge` against the reference, with `_low` and `_high` (95 % interval from
+    `samples` bootstrap resamples of the prompts); shares of the prompts: `judge_ties`, and of those
+    `judge_inconsistent`, where the two orders contradict each other; shares of the answers: `judge_first`, of those
+    that name a letter, how many name the response that was shown first (½: no position bias; ½ too where none does),
+    and `judge_unclear`.
     """
     groups: dict[str, list[Judgement]] = {}
     for judgement in judgements:
@@ -144,18 +144,6 @@ def reliability_warnings(table: Table) -> list[str]:
         f"{row['judge_unclear']:.0%} were unclear): its win rate says little, ask a stronger model"
         for policy, row in table.items()
         if max(row.get("judge_inconsistent", 0.0), row.get("judge_unclear", 0.0)) > 0.5
-    ]
-
-
-def _pair_with_reference(
-    records: Sequence[ScoredResponse], prompts: int
-) -> list[tuple[ScoredResponse, ScoredResponse]]:
-    """Pair each policy's response with the reference's, for the first `prompts` prompts."""
-    reference = {record.prompt_id: record for record in by_policy(records)[REFERENCE][:prompts]}
-    return [
-        (record, reference[record.prompt_id])
-        for record in records
-        if record.policy != REFERENCE and record.prompt_id in reference
     ]
 
 

@@ -1,7 +1,6 @@
-"""Figures as inline SVG that take colours, font and width from the page.
+"""Figures as inline SVG that take colours, font and width from the page; equal data gives equal bytes.
 
-Figures are drawn in placeholder colours, which are then replaced by CSS variables. Equal data gives equal bytes:
-no date, no random identifiers.
+Figures are drawn in placeholder colours, which are then replaced by CSS variables.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import io
 import re
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +27,8 @@ from tasks.evals.report_text import display_name
 from tasks.evals.statistics import wilson_interval
 
 __all__ = [
-    "Series", "accuracy_by_margin", "calibration", "curves", "length_counts", "lengths", "overoptimisation",
-    "reward_against_kl", "win_rates", "write_plot_data",
+    "accuracy_by_margin", "calibration", "curves", "length_counts", "lengths", "overoptimisation", "reward_against_kl",
+    "win_rates", "write_plot_data",
 ]  # fmt: skip
 
 Series = Mapping[str, Sequence[tuple[float, float]]]
@@ -90,55 +89,52 @@ def write_plot_data(folder: Path, table: Table, records: Sequence[ScoredResponse
     ])  # fmt: skip
 
 
+@rc_context(STYLE)
 def win_rates(table: Table) -> str:
     """Plot each policy's win rate against the reference by each judge, with its 95 % interval, in percent."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        policies = [policy for policy in table if policy != REFERENCE]
-        judges = win_rates_of(table)
-        offsets = [0.22 * (place - (len(judges) - 1) / 2) for place in range(len(judges))]
-        axes.axvline(50, color=INK, linewidth=1, linestyle=":")
-        for (judge, prefix), offset in zip(judges.items(), offsets, strict=True):
-            for place, policy in enumerate(policies):
-                if prefix in (row := table[policy]):
-                    low, mean, high = (100 * row[key] for key in (f"{prefix}_low", prefix, f"{prefix}_high"))
-                    axes.plot([low, high], [place + offset] * 2, color=_colour(policy), linewidth=2)
-                    axes.plot(mean, place + offset, **_marker(judge, policy))
-            axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
-        axes.set_yticks(range(len(policies)), [display_name(policy) for policy in policies])
-        axes.set_ylim(len(policies) - 0.45, -0.55)
-        axes.grid(axis="y", visible=False)
-        axes.set_xlabel("win rate against SFT, %")
-        _legend_above(axes, 3)
-
-    return _svg("win_rates", draw, (SIZE[0], 1.3 + 0.65 * max(1, len(table) - 1)))
+    figure, (axes,) = _subplots(size=(SIZE[0], 1.3 + 0.65 * max(1, len(table) - 1)))
+    policies = [policy for policy in table if policy != REFERENCE]
+    judges = win_rates_of(table)
+    offsets = [0.22 * (place - (len(judges) - 1) / 2) for place in range(len(judges))]
+    axes.axvline(50, color=INK, linewidth=1, linestyle=":")
+    for (judge, prefix), offset in zip(judges.items(), offsets, strict=True):
+        for place, policy in enumerate(policies):
+            if prefix in (row := table[policy]):
+                low, mean, high = (100 * row[key] for key in (f"{prefix}_low", prefix, f"{prefix}_high"))
+                axes.plot([low, high], [place + offset] * 2, color=_colour(policy), linewidth=2)
+                axes.plot(mean, place + offset, **_marker(judge, policy))
+        axes.plot([], [], **_marker(judge, None), label=JUDGE_NAMES[judge])
+    axes.set_yticks(range(len(policies)), [display_name(policy) for policy in policies])
+    axes.set_ylim(len(policies) - 0.45, -0.55)
+    axes.grid(axis="y", visible=False)
+    axes.set_xlabel("win rate against SFT, %")
+    _legend_above(axes, 3)
+    return _svg("win_rates", figure)
 
 
+@rc_context(STYLE)
 def reward_against_kl(table: Table) -> str:
     """Plot the gain over the reference by each judge against √KL, in standard deviations of the reference's scores."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        distance = {policy: _distance(row) for policy, row in table.items()}
-        judges = list(judges_of(table))
-        offset = 0.012 * max(distance.values())
-        tops: dict[str, float] = {}
-        for policy in (policy for policy in table if policy != REFERENCE):
-            for number, judge in enumerate(judges):
-                place = distance[policy] + offset * (number - (len(judges) - 1) / 2)
-                gain, error = (table[policy][f"gain_{judge}{end}"] for end in ("", "_stderr"))
-                axes.errorbar(place, gain, yerr=1.96 * error, elinewidth=1.4, **_marker(judge, policy))
-                tops[policy] = max(tops.get(policy, gain), gain + 1.96 * error)
-        axes.plot(0, 0, marker="o", color=_colour(REFERENCE), markersize=7, clip_on=False)
-        axes.annotate(display_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
-        axes.set_xlim(0, 1.15 * max(distance.values()) or 1.0)
-        _label_policies(axes, {policy: (distance[policy], top) for policy, top in tops.items()})
-        _setup_gain_axes(axes, judges)
-
-    return _svg("reward_against_kl", draw, (SIZE[0], 3.9))
+    figure, (axes,) = _subplots(size=(SIZE[0], 3.9))
+    distance = {policy: _distance(row) for policy, row in table.items()}
+    judges = list(judges_of(table))
+    offset = 0.012 * max(distance.values())
+    tops: dict[str, float] = {}
+    for policy in (policy for policy in table if policy != REFERENCE):
+        for number, judge in enumerate(judges):
+            place = distance[policy] + offset * (number - (len(judges) - 1) / 2)
+            gain, error = (table[policy][f"gain_{judge}{end}"] for end in ("", "_stderr"))
+            axes.errorbar(place, gain, yerr=1.96 * error, elinewidth=1.4, **_marker(judge, policy))
+            tops[policy] = max(tops.get(policy, gain), gain + 1.96 * error)
+    axes.plot(0, 0, marker="o", color=_colour(REFERENCE), markersize=7, clip_on=False)
+    axes.annotate(display_name(REFERENCE), (0, 0), (8, 4), textcoords="offset points", fontsize=9)
+    axes.set_xlim(0, 1.15 * max(distance.values()) or 1.0)
+    _label_policies(axes, {policy: (distance[policy], top) for policy, top in tops.items()})
+    _setup_gain_axes(axes, judges)
+    return _svg("reward_against_kl", figure)
 
 
+@rc_context(STYLE)
 def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any]) -> dict[str, str]:
     """Plot gain by proxy and gold against √KL for each method, with 95 % intervals and fits, on the same scales.
 
@@ -150,110 +146,99 @@ def overoptimisation(rows: Sequence[Mapping[str, str]], fits: Mapping[str, Any])
     low, high = min(0.0, *(gain - half for gain, half in ends)), max(gain + half for gain, half in ends)
     max_distance = max(float(row["distance"]) for row in rows)
 
-    def draw_method(method: str) -> str:
+    svgs = {}
+    for method in dict.fromkeys(row["method"] for row in rows):
         own = [row for row in rows if row["method"] == method]
-
-        def draw(figure: Figure) -> None:
-            axes = figure.subplots()
-            for judge in FIT_STYLES:
-                _draw_points(axes, own, judge, REFERENCE if method == BEST_OF_N else method)
-                if fit := fits.get(method, {}).get(judge):
-                    _draw_fit(axes, fit, judge, max(float(row["distance"]) for row in own))
-            axes.set_xlim(0, 1.05 * max_distance)
-            axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
-            _setup_gain_axes(axes, list(FIT_STYLES))
-
-        return _svg(f"overoptimisation_{method}", draw, (SIZE[0], 3.4))
-
-    return {method: draw_method(method) for method in dict.fromkeys(row["method"] for row in rows)}
+        figure, (axes,) = _subplots(size=(SIZE[0], 3.4))
+        for judge in FIT_STYLES:
+            _draw_points(axes, own, judge, REFERENCE if method == BEST_OF_N else method)
+            if fit := fits.get(method, {}).get(judge):
+                _draw_fit(axes, fit, judge, max(float(row["distance"]) for row in own))
+        axes.set_xlim(0, 1.05 * max_distance)
+        axes.set_ylim(low - 0.05 * (high - low), high + 0.05 * (high - low))
+        _setup_gain_axes(axes, list(FIT_STYLES))
+        svgs[method] = _svg(f"overoptimisation_{method}", figure)
+    return svgs
 
 
+@rc_context(STYLE)
 def curves(name: str, series: Series, *, y_label: str) -> str:
     """Plot a training metric over updates, one line per policy."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        for policy, points in series.items():
-            x, y = zip(*points, strict=True)
-            marker = "o" if len(points) < 3 else None
-            axes.plot(
-                x, y, color=_colour(policy), linestyle=LINE_STYLES.get(policy, "-"), marker=marker,
-                label=display_name(policy),
-            )  # fmt: skip
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.set_xlabel("update")
-        axes.set_ylabel(y_label)
-        _legend_above(axes, len(series))
-
-    return _svg(f"curve_{name}", draw)
+    figure, (axes,) = _subplots()
+    for policy, points in series.items():
+        x, y = zip(*points, strict=True)
+        marker = "o" if len(points) < 3 else None
+        axes.plot(
+            x, y, color=_colour(policy), linestyle=LINE_STYLES.get(policy, "-"), marker=marker,
+            label=display_name(policy),
+        )  # fmt: skip
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlabel("update")
+    axes.set_ylabel(y_label)
+    _legend_above(axes, len(series))
+    return _svg(f"curve_{name}", figure)
 
 
+@rc_context(STYLE)
 def accuracy_by_margin(rows: Sequence[Mapping[str, str]]) -> str:
     """Plot the reward model's accuracy by rating margin with its 95 % interval, beside the raters' agreement."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        places = range(len(rows))
-        columns = (("accuracy", "reward model", "o", "-"), ("ceiling", "a single rater", "s", "--"))
-        for column, label, marker, line in columns:
-            points = [(place, 100 * float(row[column])) for place, row in enumerate(rows) if row.get(column)]
-            if points:
-                x, y = zip(*points, strict=True)
-                colour = POLICY_COLOURS["ppo"] if column == "accuracy" else POLICY_COLOURS["grpo"]
-                axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
-        for place, row in enumerate(rows):
-            if row["accuracy"]:
-                _draw_share_interval(axes, place, float(row["accuracy"]), int(row["pairs"]))
-        axes.axhline(50, color=INK, linewidth=1, linestyle=":")
-        axes.set_xticks(places, [f"{row['bucket']}\nn={row['pairs']}" for row in rows], fontsize=9)
-        axes.set_xlabel("difference of the two mean ratings, points")
-        axes.set_ylabel("pairs ordered right, %")
-        axes.set_ylim(top=101)
-        _legend_above(axes, 2)
-
-    return _svg("accuracy_by_margin", draw)
+    figure, (axes,) = _subplots()
+    places = range(len(rows))
+    columns = (("accuracy", "reward model", "o", "-"), ("ceiling", "a single rater", "s", "--"))
+    for column, label, marker, line in columns:
+        points = [(place, 100 * float(row[column])) for place, row in enumerate(rows) if row.get(column)]
+        if points:
+            x, y = zip(*points, strict=True)
+            colour = POLICY_COLOURS["ppo"] if column == "accuracy" else POLICY_COLOURS["grpo"]
+            axes.plot(x, y, color=colour, marker=marker, linestyle=line, label=label)
+    for place, row in enumerate(rows):
+        if row["accuracy"]:
+            _draw_share_interval(axes, place, float(row["accuracy"]), int(row["pairs"]))
+    axes.axhline(50, color=INK, linewidth=1, linestyle=":")
+    axes.set_xticks(places, [f"{row['bucket']}\nn={row['pairs']}" for row in rows], fontsize=9)
+    axes.set_xlabel("difference of the two mean ratings, points")
+    axes.set_ylabel("pairs ordered right, %")
+    axes.set_ylim(top=101)
+    _legend_above(axes, 2)
+    return _svg("accuracy_by_margin", figure)
 
 
+@rc_context(STYLE)
 def calibration(rows: Sequence[Mapping[str, str]]) -> str:
     """Plot predicted against observed probability with its 95 % interval; the area of a point shows its pairs."""
-
-    def draw(figure: Figure) -> None:
-        axes = figure.subplots()
-        predicted = [100 * float(row["predicted"]) for row in rows]
-        observed = [100 * float(row["observed"]) for row in rows]
-        counts = [float(row["count"]) for row in rows]
-        low = min([*predicted, *observed])
-        axes.plot([low, 100], [low, 100], color=INK, linewidth=1, linestyle=":", label="perfectly calibrated")
-        axes.plot(predicted, observed, color=POLICY_COLOURS["ppo"], label="reward model")
-        area = [20 + 100 * count / max(counts) for count in counts]
-        axes.scatter(predicted, observed, s=area, color=POLICY_COLOURS["ppo"], zorder=3)
-        for x, row in zip(predicted, rows, strict=True):
-            _draw_share_interval(axes, x, float(row["observed"]), int(row["count"]))
-        axes.set_xlabel("how sure the model says it is, %")
-        axes.set_ylabel("how often people agree, %")
-        _legend_above(axes, 2)
-
-    return _svg("calibration", draw)
+    figure, (axes,) = _subplots()
+    predicted = [100 * float(row["predicted"]) for row in rows]
+    observed = [100 * float(row["observed"]) for row in rows]
+    counts = [float(row["count"]) for row in rows]
+    low = min([*predicted, *observed])
+    axes.plot([low, 100], [low, 100], color=INK, linewidth=1, linestyle=":", label="perfectly calibrated")
+    axes.plot(predicted, observed, color=POLICY_COLOURS["ppo"], label="reward model")
+    area = [20 + 100 * count / max(counts) for count in counts]
+    axes.scatter(predicted, observed, s=area, color=POLICY_COLOURS["ppo"], zorder=3)
+    for x, row in zip(predicted, rows, strict=True):
+        _draw_share_interval(axes, x, float(row["observed"]), int(row["count"]))
+    axes.set_xlabel("how sure the model says it is, %")
+    axes.set_ylabel("how often people agree, %")
+    _legend_above(axes, 2)
+    return _svg("calibration", figure)
 
 
+@rc_context(STYLE)
 def lengths(counts: Mapping[str, Sequence[tuple[int, int]]]) -> str:
     """Plot a histogram of `length_counts` per policy, with the mean marked."""
-
-    def draw(figure: Figure) -> None:
-        rows = figure.subplots(len(counts), 1, sharex=True, sharey=True, squeeze=False)[:, 0]
-        longest = max(length for points in counts.values() for length, _ in points)
-        width = longest // MAX_BARS + 1
-        edges = [width * place - 0.5 for place in range(longest // width + 2)]
-        for axes, (policy, points) in zip(rows, counts.items(), strict=True):
-            x, y = zip(*points, strict=True)
-            axes.hist(x, bins=edges, weights=y, color=_colour(policy), rwidth=0.85)
-            mean = sum(length * count for length, count in points) / sum(y)
-            axes.axvline(mean, color=INK, linewidth=1, linestyle=":")
-            axes.set_ylabel(display_name(policy), rotation=0, ha="right", va="center")
-            axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
-        rows[-1].set_xlabel("words in the response")
-
-    return _svg("lengths", draw, (SIZE[0], 0.6 + 0.75 * len(counts)))
+    figure, rows = _subplots(len(counts), size=(SIZE[0], 0.6 + 0.75 * len(counts)))
+    longest = max(length for points in counts.values() for length, _ in points)
+    width = longest // MAX_BARS + 1
+    edges = [width * place - 0.5 for place in range(longest // width + 2)]
+    for axes, (policy, points) in zip(rows, counts.items(), strict=True):
+        x, y = zip(*points, strict=True)
+        axes.hist(x, bins=edges, weights=y, color=_colour(policy), rwidth=0.85)
+        mean = sum(length * count for length, count in points) / sum(y)
+        axes.axvline(mean, color=INK, linewidth=1, linestyle=":")
+        axes.set_ylabel(display_name(policy), rotation=0, ha="right", va="center")
+        axes.yaxis.set_major_locator(MaxNLocator(2, integer=True))
+    rows[-1].set_xlabel("words in the response")
+    return _svg("lengths", figure)
 
 
 def _distance(row: Mapping[str, float]) -> float:
@@ -320,13 +305,17 @@ def _spread_labels(shares: Sequence[float]) -> list[float]:
     return positions
 
 
-def _svg(name: str, draw: Callable[[Figure], None], size: tuple[float, float] = SIZE) -> str:
+def _subplots(rows: int = 1, *, size: tuple[float, float] = SIZE) -> tuple[Figure, list[Axes]]:
+    """Make a figure of axes one above the other."""
+    figure = Figure(figsize=size, facecolor="none")
+    FigureCanvasSVG(figure)
+    return figure, list(figure.subplots(rows, 1, sharex=True, sharey=True, squeeze=False)[:, 0])
+
+
+def _svg(name: str, figure: Figure) -> str:
     """Render the SVG with CSS variables for colours and identifiers that are unique to the figure."""
-    with rc_context({**STYLE, "svg.hashsalt": name}):
-        figure = Figure(figsize=size, facecolor="none")
-        FigureCanvasSVG(figure)
-        draw(figure)
-        file = io.StringIO()
+    file = io.StringIO()
+    with rc_context({"svg.hashsalt": name}):
         figure.savefig(file, format="svg")
     text = file.getvalue()
     text = text[text.index("<svg") :]

@@ -12,8 +12,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tasks.core.paths import Artifacts
 from tasks.evals import plots
-from tasks.evals.compare import ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
-from tasks.evals.hacking_report import HackingFinding, findings_to_dict
+from tasks.evals.compare import HackingFinding, ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
 from tasks.evals.report_text import (
     best_policy,
     cells,
@@ -21,10 +20,10 @@ from tasks.evals.report_text import (
     display_name,
     format_signed,
     join_and,
+    load_template,
     summarise_table,
     turning_point,
 )
-from tasks.evals.templates import load_template
 from tasks.models.loading import is_disabled
 from tasks.rl.hacking import DETECTORS
 
@@ -116,8 +115,8 @@ class SourceInfo:
 
     Attributes:
         licence: "" if it was not recorded.
-        size: number of parameters or rows, with the unit.
-        digest: first 16 characters of a hash that identifies this version; "" if there is none.
+        size: parameters or rows, with the unit.
+        digest: first 16 characters of a hash of this version; "" if there is none.
     """
 
     name: str
@@ -135,10 +134,8 @@ class UpstreamResults:
         points: rows of the over-optimisation curve; none where that stage is off.
         fits: method → judge → its fit, see `tasks.evals.overoptimisation`.
         benchmarks: policy → task → metric → [value, standard error or None]; none where stage lm_eval is off.
-        accuracy: rows of the reward model's accuracy_by_margin.csv.
-        calibration: rows of the reward model's calibration.csv.
+        accuracy, calibration: rows of the reward model's accuracy_by_margin.csv and calibration.csv.
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
-        sources: the base model and the data.
     """
 
     points: Rows
@@ -168,12 +165,7 @@ class ReportData:
     """Data of the report.
 
     Attributes:
-        table: policy → numbers, see `tasks.evals.compare`.
-        records: every judged response.
-        findings: policy → signs of reward hacking.
         histories: policy → rows of its history.csv; a policy without curves is left out.
-        upstream: what earlier stages measured.
-        params: of the evaluation.
         reward: the proxy reward that training maximised.
         provenance: (what, value) pairs that identify this evaluation.
     """
@@ -232,7 +224,7 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
     return {
         "summary": asdict(summarise_table(data.table, data.flagged)),
         "turning_point": turning_point(data.upstream.fits, data.upstream.points),
-        "findings": findings_to_dict(data.findings),
+        "findings": {policy: [asdict(finding) for finding in own] for policy, own in data.findings.items()},
         "policies": data.table,
         "fits": data.upstream.fits,
         "examples": {policy: examples_to_dict(own) for policy, own in select_examples(data.records).items()},

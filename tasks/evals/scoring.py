@@ -57,7 +57,7 @@ class SampledResponse:
     """Response before scoring; fields as in `ScoredResponse`.
 
     Attributes:
-        environment_reward: reward of the environment for the conversation; None without one.
+        environment_reward: of the conversation; None without an environment.
         turns: number of the policy's turns.
         turn_discount: γ^(turns − 1), the discount of a score that comes with the last turn.
     """
@@ -128,18 +128,12 @@ class PolicySampler:
         if self._environment is None or not isinstance(rollout, MultiTurnRollout):
             return answers
         discounts = discount_by_turns(torch.ones(len(answers)), rollout.turns, self._environment.gamma).tolist()
-        conversation_rows = zip(
-            rollout.transcripts, rollout.rewards.tolist(), rollout.turns.tolist(), discounts, strict=True
-        )
+        rewards, turns = rollout.rewards.tolist(), rollout.turns.tolist()
         return [
-            replace(
-                answer,
-                conversation=text,
-                environment_reward=environment_reward,
-                turns=turns,
-                turn_discount=turn_discount,
+            replace(answer, conversation=text, environment_reward=reward, turns=number, turn_discount=discount)
+            for answer, text, reward, number, discount in zip(
+                answers, rollout.transcripts, rewards, turns, discounts, strict=True
             )
-            for answer, (text, environment_reward, turns, turn_discount) in zip(answers, conversation_rows, strict=True)
         ]
 
 
@@ -181,19 +175,18 @@ def score_responses(
 
     Args:
         gold_reward: None if an environment judged: then its reward is the gold score.
-        answer_pattern: pattern of a strictly right answer, see `strict_match`.
+        answer_pattern: see `strict_match`.
         accuracy: whether right answers are texts to compare with, and not input of a rule.
     """
     prompts = [answer.prompt.prompt for answer in answers]
     responses = [answer.response for answer in answers]
-    environment_rewards = torch.tensor([answer.environment_reward or 0.0 for answer in answers])
-    external = (
-        {ENVIRONMENT: EnvironmentReward(environment_rewards, torch.tensor([answer.turns for answer in answers]))}
-        if gold_reward is None
-        else None
-    )
-    proxy = reward(prompts, responses, external=external)
-    gold_scores = environment_rewards if gold_reward is None else torch.as_tensor(gold_reward(prompts, responses))
+    if gold_reward is None:
+        gold_scores = torch.tensor([answer.environment_reward or 0.0 for answer in answers])
+        turns = torch.tensor([answer.turns for answer in answers])
+        proxy = reward(prompts, responses, external={ENVIRONMENT: EnvironmentReward(gold_scores, turns)})
+    else:
+        proxy = reward(prompts, responses)
+        gold_scores = torch.as_tensor(gold_reward(prompts, responses))
     if not torch.isfinite(gold_scores).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
     sentiment = vader_scores(prompts, responses) if vader else [None] * len(answers)

@@ -11,7 +11,8 @@ import numpy as np
 import scipy  # scipy.stats takes a second to import, which scipy does at its first use
 
 __all__ = [
-    "TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "pairwise_wins", "t_interval", "wilson_interval",
+    "LEVEL", "TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "pairwise_wins", "t_interval",
+    "wilson_interval",
 ]  # fmt: skip
 
 TIE_TOLERANCE = 1e-5
@@ -41,13 +42,10 @@ def mean_and_error(values: Sequence[float]) -> tuple[float, float]:
 
 
 def bootstrap_mean(values: Sequence[float], *, samples: int, seed: int) -> Interval:
-    """Percentile bootstrap (95 %) of a mean (Efron and Tibshirani 1993, chapter 13): resample the values.
+    """Percentile bootstrap (95 %) of a mean, from `samples` resamples (Efron and Tibshirani 1993, chapter 13).
 
-    One value per prompt goes in, so the interval says how much the result depends on which prompts were asked. It
-    does not cover the randomness of training (run more seeds for that). When all values are equal it has no width.
-
-    Args:
-        samples: how many resamples.
+    With one value per prompt the interval says how much the result depends on which prompts were asked, and not how
+    much on the randomness of training. When all values are equal it has no width.
 
     Raises:
         ValueError: there is no value.
@@ -79,8 +77,8 @@ def wilson_interval(share: float, n: int) -> Interval:
 def t_interval(values: Sequence[float]) -> Interval:
     """Mean ± t·s/√n (95 %) with Student's t for n − 1 degrees of freedom: for a few independent values, as of seeds.
 
-    It says how much the mean depends on the seeds that were drawn (Colas et al. 2018, arXiv 1806.08295), and
-    not on the prompts, which all seeds share.
+    It says how much the mean depends on the seeds that were drawn (Colas et al. 2018, arXiv 1806.08295), not on the
+    prompts, which all seeds share.
 
     Raises:
         ValueError: there are fewer than two values.

@@ -17,8 +17,8 @@ from pathlib import Path
 import numpy as np
 
 from tasks.core.errors import ConfigError
+from tasks.evals.report_text import load_template
 from tasks.evals.statistics import Interval, wilson_interval
-from tasks.evals.templates import load_template
 from tasks.labelling.labels import CHOICES, VALUED_CHOICES, Label, Question, is_model
 
 __all__ = [

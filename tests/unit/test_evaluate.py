@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.config.evaluation import EvaluateParams, JudgeParams
 from tasks.config.reward import RewardParams
@@ -22,7 +21,7 @@ from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Preference, Prompt, Rating, read_rows, write_json, write_rows
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.champion import compare_with_champion
-from tasks.evals.compare import ScoredResponse
+from tasks.evals.compare import ScoredResponse, by_policy
 from tasks.evals.gate import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evals.scoring import SampledResponse, load_gold_reward, sample_prompts, score_responses
@@ -31,7 +30,7 @@ from tasks.models.loading import add_lora, load_policy, load_reference, load_tok
 from tasks.rewards.composition import build_reward
 from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, GoldJudge, RewardModel
-from tests.conftest import letter_tokenizer
+from tests.conftest import LETTERS, letter_tokenizer, tiny_model
 from tests.support.chat_server import longer, serving
 from tests.support.tiny_stages import run_reward_model, write_inputs
 from tests.unit.rewards.conftest import sandbox_or_skip
@@ -54,23 +53,16 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     names = ("base_model", "sft", "reward_model", "gold_judge", "ppo", "grpo", "dpo", "overoptimisation", "lm_eval",
              "prepare", "collect")  # fmt: skip
     folders = {name: root / name for name in names}
-    folders["overoptimisation"].mkdir()
+    write_json(folders["overoptimisation"] / "fits.json", {})
+    benchmarks = {"sft": {"held_out": {"acc": [0.5, None]}}, "ppo": {"held_out": {"acc": [0.8125, 0.1]}}}
+    write_json(folders["lm_eval"] / "results.json", benchmarks)
     (folders["overoptimisation"] / "points.csv").touch()
-    (folders["overoptimisation"] / "fits.json").write_text("{}")
-    folders["lm_eval"].mkdir()
-    (folders["lm_eval"] / "results.json").write_text("{}")
     card = {"name": "letters", "source": "nowhere", "licence": "CC0", "parameters": 7, "rows": 3}
-    write_json(folders["base_model"] / "card.json", card)
-    write_json(folders["collect"] / "cards" / "letters.json", card | {"sha256_of_rows": "e" * 64})
-    tokenizer = letter_tokenizer()
-    tokenizer.save_pretrained(folders["base_model"] / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folders["base_model"] / "model")
     base = folders["base_model"]
+    write_json(base / "card.json", card)
+    write_json(folders["collect"] / "cards" / "letters.json", card | {"sha256_of_rows": "e" * 64})
+    letter_tokenizer(LETTERS + "XYZ").save_pretrained(base / "model")
+    tiny_model().save_pretrained(base / "model")
     for seed, name in enumerate(("sft", "ppo", "grpo", "dpo", "reward_model", "gold_judge")):
         scorer = name in ("reward_model", "gold_judge")
         start = new_reward_model(base, None, seed=seed) if scorer else load_reference(base, None)
@@ -81,17 +73,18 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
         save_adapter(model, folders[name])
         if scorer:
-            facts = {"mean": 0.5, "std": 2.0, "max_length": 32}
-            (folders[name] / NORMALISATION).write_text(json.dumps(facts))
+            write_json(folders[name] / NORMALISATION, {"mean": 0.5, "std": 2.0, "max_length": 32})
     MahalanobisOOD(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / OOD_DETECTOR)
     (folders["ppo"] / "history.csv").write_text("step,reward,hacking/repetition\n1,0.1,0.0\n2,0.3,0.2\n")
     write_rows(folders["prepare"] / "prompts" / "test.jsonl", PROMPTS)
     return folders
 
 
-def _run(world: dict[str, Path], out: Path, seed: int = 0, params: EvaluateParams = PARAMS) -> Path:
+def _run(
+    world: dict[str, Path], out: Path, seed: int = 0, params: EvaluateParams = PARAMS, reward: RewardParams = REWARD
+) -> Path:
     out.mkdir()
-    evaluate(params, GENERATION, REWARD, None, seed, Artifacts(**world, out=out))
+    evaluate(params, GENERATION, reward, None, seed, Artifacts(**world, out=out))
     return out
 
 
@@ -106,8 +99,9 @@ def records(out: Path) -> list[ScoredResponse]:
 
 
 def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
-    world: dict[str, Path], out: Path, tmp_path: Path
+    world: dict[str, Path], out: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
+    """Meanwhile the progress names the policy that answers."""
     kept: list[tuple[str, int]] = []
     recorder = SimpleNamespace(
         log_file=lambda path, folder: kept.append((path.name, path.stat().st_size)),
@@ -116,6 +110,8 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
     with tracking.active_run(tracking.ActiveRun("evaluate", recorder)):
         again = _run(world, tmp_path / "again")
     assert kept == [("samples", 2), ("report.html", (again / "report.html").stat().st_size)]
+    shown = capfd.readouterr().err
+    assert all(re.search(rf"answers of {name}: 100%.* 2/2 ", shown) for name in ("sft", "ppo", "grpo", "dpo")), shown
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == [
         "findings.json", "judgements.jsonl", "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv",
@@ -127,34 +123,17 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         assert str(world["sft"].parent).encode() not in content, f"{name} holds a path of this machine"
 
 
-def test_progress_names_the_policy_that_answers(
-    world: dict[str, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    _run(world, tmp_path / "out")
-    shown = capfd.readouterr().err
-    for name in ("sft", "ppo", "grpo", "dpo"):
-        assert re.search(rf"answers of {name}: 100%.* 2/2 ", shown), shown
-
-
-def test_benchmarks_reach_the_report(world: dict[str, Path], tmp_path: Path) -> None:
-    results = {"sft": {"held_out": {"acc": [0.5, None]}}, "ppo": {"held_out": {"acc": [0.8125, 0.1]}}}
-    (tmp_path / "results.json").write_text(json.dumps(results))
-    out = _run(world | {"lm_eval": tmp_path}, tmp_path / "out")
-    assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text()
-
-
-def test_the_report_is_there_as_json_too(out: Path) -> None:
+def test_the_report_is_there_as_json_too_and_what_training_found_is_a_finding(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["policies"] == json.loads((out / "policies.json").read_text())
-    assert report["findings"] == json.loads((out / "findings.json").read_text())
-    assert [(item["name"], item["licence"]) for item in report["sources"]] == [
-        ("Base model", "CC0"), ("Data: letters", "CC0"),
-    ]  # fmt: skip
+    assert [f"{item['name']}, {item['licence']}" for item in report["sources"]] == [
+        "Base model, CC0",
+        "Data: letters, CC0",
+    ]
     assert set(report["examples"]) == {"ppo", "grpo", "dpo"}
-
-
-def test_what_training_found_is_a_finding(out: Path) -> None:
     found = json.loads((out / "findings.json").read_text())
+    assert report["findings"] == found
+    assert "0.8125<small>± 0.1</small>" in (out / "report.html").read_text(), "the benchmarks are in the report"
     assert list(found) == ["ppo", "grpo", "dpo"]
     first = found["ppo"][0]
     assert (first["detector"], first["phase"]) == ("repetition", "training, update 2")
@@ -164,10 +143,9 @@ def test_what_training_found_is_a_finding(out: Path) -> None:
 def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(
     out: Path, records: list[ScoredResponse]
 ) -> None:
-    asked = [row.id for row in prompts_of(records, "sft")]
-    assert len(asked) == 6
-    for policy in ("ppo", "grpo", "dpo"):
-        assert [row.id for row in prompts_of(records, policy)] == asked
+    asked = {policy: [row.prompt_id for row in own] for policy, own in by_policy(records).items()}
+    assert len(asked["sft"]) == 6
+    assert asked["ppo"] == asked["grpo"] == asked["dpo"] == asked["sft"]
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo", "dpo"]
     promised = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
@@ -175,10 +153,6 @@ def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(
     sft = table["sft"]
     assert (sft["win_rate"], sft["win_rate_low"], sft["win_rate_high"], sft["kl"]) == (0.5, 0.5, 0.5, 0.0)
     assert json.loads((out / "metrics.json").read_text())["ppo"]["win_rate"] == table["ppo"]["win_rate"]
-
-
-def prompts_of(records: list[ScoredResponse], policy: str) -> list[Prompt]:
-    return [Prompt(id=record.prompt_id, prompt=record.prompt) for record in records if record.policy == policy]
 
 
 def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
@@ -189,7 +163,7 @@ def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
     compared = 0
     for name in ("ppo", "grpo", "dpo"):
         policy = load_policy(world["base_model"], world["sft"], world[name])
-        for record in (record for record in records if record.policy == name):
+        for record in by_policy(records)[name]:
             prompt = tokenizer(record.prompt).input_ids
             response = tokenizer(record.response).input_ids + [tokenizer.eos_token_id] * record.ended
             if len(response) < record.tokens:
@@ -209,7 +183,9 @@ def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
     assert any(abs(record.kl) > 0.05 for record in records), "the adapters change nothing, so this shows nothing"
 
 
-def test_scores_are_each_judges_own(world: dict[str, Path], records: list[ScoredResponse]) -> None:
+def test_scores_are_each_judges_own_and_what_the_reward_model_notices_is_reported(
+    world: dict[str, Path], out: Path, records: list[ScoredResponse]
+) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     gold = GoldJudge.load(world["base_model"], world["gold_judge"])
     for record in records:
@@ -219,12 +195,6 @@ def test_scores_are_each_judges_own(world: dict[str, Path], records: list[Scored
         assert record.proxy == pytest.approx(record.rewards["learned"] + 0.5 * record.rewards["repetition"], abs=1e-5)
         assert record.vader is not None
         assert -1 <= record.vader <= 1
-
-
-def test_what_the_reward_model_notices_is_reported(
-    world: dict[str, Path], out: Path, records: list[ScoredResponse]
-) -> None:
-    learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
     expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["ood_share"]
     assert [record.metrics["ood_share"] for record in records] == expected.tolist()
     table = json.loads((out / "policies.json").read_text())
@@ -265,9 +235,7 @@ def test_every_kind_of_reward_model_is_reported(
     out = _run({**world, "reward_model": tmp_path / "reward_model"}, tmp_path / "out")
     page, table = (out / "report.html").read_text(), json.loads((out / "policies.json").read_text())
     assert "Weights: reward model" in page
-    assert ("Reward model: accuracy by margin" in page) == (kind != "pretrained"), (
-        "of pairs without margins there is none"
-    )
+    assert ("Reward model: accuracy by margin" in page) == (kind != "pretrained"), "its pairs have no margins"
     assert ("Reward model: calibration" in page) == (kind != "rating")
     assert "disagreement" in table["ppo"] or kind != "rating"
     if kind == "multi_objective":
@@ -299,10 +267,8 @@ def nobody_rated(world: dict[str, Path], tmp_path: Path) -> dict[str, Path]:
 
 
 def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
-    out = tmp_path / "out"
-    out.mkdir()
     params = PARAMS.model_copy(update={"vader": False})
-    evaluate(params, GENERATION, RewardParams(weights={"answer": 2.0}), None, 0, Artifacts(**nobody_rated, out=out))
+    out = _run(nobody_rated, tmp_path / "out", params=params, reward=RewardParams(weights={"answer": 2.0}))
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
     assert not any("vader" in key for row in table.values() for key in row)
@@ -317,26 +283,24 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
 def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_the_last_number(
     nobody_rated: dict[str, Path], tmp_path: Path
 ) -> None:
-    """The models write letters alone: no response is `o`, but in some an o stands where the pattern looks."""
-    rows = [row.model_copy(update={"answer": "o"}) for row in PROMPTS]
+    """The models write letters alone: no response is `e`, but in some an e stands where the pattern looks."""
+    rows = [row.model_copy(update={"answer": "e"}) for row in PROMPTS]
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", rows)
     params = PARAMS.model_copy(update={"vader": False, "answer_pattern": "([aeiou])"})
-    reward = RewardParams(weights={"answer": 2.0})
-    evaluate(params, GENERATION, reward, None, 0, Artifacts(**nobody_rated, out=tmp_path))
-    records = read_rows(tmp_path / "responses.jsonl", ScoredResponse)
+    out = _run(nobody_rated, tmp_path / "out", params=params, reward=RewardParams(weights={"answer": 2.0}))
+    records = read_rows(out / "responses.jsonl", ScoredResponse)
     first = [next((letter for letter in record.response if letter in "aeiou"), "") for record in records]
-    assert [record.correct for record in records] == [{"strict": vowel == "o", "flexible": False} for vowel in first]
-    assert "o" in first
-    for policy, row in json.loads((tmp_path / "metrics.json").read_text()).items():
+    assert [record.correct for record in records] == [{"strict": vowel == "e", "flexible": False} for vowel in first]
+    assert "e" in first
+    for policy, row in json.loads((out / "metrics.json").read_text()).items():
         own = [vowel for record, vowel in zip(records, first, strict=True) if record.policy == policy]
-        assert row["accuracy_strict"] == pytest.approx(own.count("o") / 6, abs=1e-6)
+        assert row["accuracy_strict"] == pytest.approx(own.count("e") / 6, abs=1e-6)
 
 
 def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
     write_rows(nobody_rated["prepare"] / "prompts" / "test.jsonl", PROMPTS)
-    reward = RewardParams(weights={"repetition": 1.0})
     with pytest.raises(DataError, match=r"gold_judge is off.*only 0 of 6 held-out prompts have a right answer"):
-        evaluate(PARAMS, GENERATION, reward, None, 0, Artifacts(**nobody_rated, out=tmp_path))
+        _run(nobody_rated, tmp_path / "out", reward=RewardParams(weights={"repetition": 1.0}))
 
 
 def test_a_judge_of_pairs_joins_the_table(
@@ -384,13 +348,15 @@ def test_another_seed_gives_other_responses_to_the_same_prompt(world: dict[str, 
     assert first != second
 
 
-def test_prompts_are_a_seeded_choice(world: dict[str, Path]) -> None:
+def test_prompts_are_a_seeded_choice_of_those_there_are(world: dict[str, Path]) -> None:
     path = world["prepare"] / "prompts" / "test.jsonl"
     first = [row.id for row in sample_prompts(path, 7, 0)]
     assert sorted(first) == [row.id for row in PROMPTS]
     assert first == [row.id for row in sample_prompts(path, 7, 0)]
     assert first[:3] == [row.id for row in sample_prompts(path, 3, 0)]
     assert any(first != [row.id for row in sample_prompts(path, 7, seed)] for seed in (1, 2))
+    with pytest.raises(DataError, match=r"test\.jsonl holds 7 prompts, evaluate\.prompts asks for 8; lower it to 7"):
+        sample_prompts(path, 8, 0)
 
 
 def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Path) -> None:
@@ -406,11 +372,6 @@ def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Pa
     assert [(row.gold, row.correct) for row in judged] == [(1, None), (0, None)]
 
 
-def test_too_few_prompts_say_how_many_there_are(world: dict[str, Path]) -> None:
-    with pytest.raises(DataError, match=r"test\.jsonl holds 7 prompts, evaluate\.prompts asks for 8; lower it to 7"):
-        sample_prompts(world["prepare"] / "prompts" / "test.jsonl", 8, 0)
-
-
 @pytest.mark.parametrize("champion", ["grpo", "ppo"])
 def test_the_champion_answers_the_same_prompts(
     world: dict[str, Path], out: Path, records: list[ScoredResponse], tmp_path: Path, champion: str
@@ -421,8 +382,7 @@ def test_the_champion_answers_the_same_prompts(
     found = compare_with_champion(
         "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy=champion
     )
-    table = {name: {r.prompt_id: r for r in records if r.policy == name} for name in ("ppo", champion)}
-    pairs = [(row, table[champion][prompt]) for prompt, row in table["ppo"].items()]
+    pairs = list(zip(by_policy(records)["ppo"], by_policy(records)[champion], strict=True))
     expected = {
         "win_rate": mean((a.gold > b.gold) + (a.gold == b.gold) / 2 for a, b in pairs),
         "win_rate_vader": mean((a.vader > b.vader) + (a.vader == b.vader) / 2 for a, b in pairs),

@@ -18,8 +18,7 @@ from tasks.config.evaluation import LmEvalParams
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Demonstration, Preference, read_rows
-from tasks.evals.lm_harness import load_tasks
-from tasks.lm_eval import lm_eval
+from tasks.lm_eval import lm_eval, load_tasks
 from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, save_adapter
 from tests.conftest import EOS, tiny_model
 from tests.support.tiny_stages import LORA, write_inputs
@@ -114,13 +113,11 @@ def test_accuracy_on_pairs_is_how_often_the_chosen_text_is_likelier(
     measured: tuple[Any, Any, dict[str, Any]], world: dict[str, Path]
 ) -> None:
     model, tokenizer, results = measured
-    rows = read_rows(world["preferences"] / "test.jsonl", Preference)[:17]
-    sums = [
-        [(_logprob(model, tokenizer, row.prompt, side), len(side)) for side in (row.chosen, row.rejected)]
-        for row in rows
-    ]
-    acc = sum(chosen > rejected for (chosen, _), (rejected, _) in sums) / 17
-    norm = sum(chosen / n > rejected / m for (chosen, n), (rejected, m) in sums) / 17
+    acc = norm = 0.0
+    for row in read_rows(world["preferences"] / "test.jsonl", Preference)[:17]:
+        chosen, rejected = (_logprob(model, tokenizer, row.prompt, side) for side in (row.chosen, row.rejected))
+        acc += (chosen > rejected) / 17
+        norm += (chosen / len(row.chosen) > rejected / len(row.rejected)) / 17
     expected = {"acc": acc, "acc_norm": norm}
     assert all(0 < share < 1 for share in expected.values()), "always the same side would show nothing"
     for metric, share in expected.items():
@@ -155,18 +152,15 @@ def test_examples_are_as_many_as_asked_for_unless_the_task_fixes_none(
         assert opened["tasks"]["held_out_preferences"].config.num_fewshot == expected
 
 
-def test_a_task_reads_nothing_but_what_the_stage_declares(world: dict[str, Path]) -> None:
+def test_a_task_reads_what_the_stage_declares_alone_and_says_so_where_it_is_empty(
+    world: dict[str, Path], tmp_path: Path
+) -> None:
+    """Preferences are empty where that stage is off."""
     params = LmEvalParams(tasks=("held_out_perplexity",), batch_size=1)
-    with (
-        pytest.raises(
-            SourceError, match=r"artifacts/prepare/demonstrations/validation\.jsonl.*check the network, whether"
-        ),
-        load_tasks(params, ROOT / "infra" / "lm_eval", [world["preferences"] / "test.jsonl"], 0),
-    ):
+    tasks = load_tasks(params, ROOT / "infra" / "lm_eval", [world["preferences"] / "test.jsonl"], 0)
+    message = r"artifacts/prepare/demonstrations/validation\.jsonl.*check the network, whether"
+    with pytest.raises(SourceError, match=message), tasks:
         raise AssertionError("not reached")
-
-
-def test_no_pairs_because_preferences_is_off_is_a_clear_error(world: dict[str, Path], tmp_path: Path) -> None:
     (tmp_path / "preferences").mkdir()
     (tmp_path / "preferences" / "test.jsonl").touch()
     with pytest.raises(

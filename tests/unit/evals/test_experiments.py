@@ -10,15 +10,8 @@ from typing import Any
 import pytest
 
 from tasks.core.errors import RLHFError, StageError, TrainingError
-from tasks.evals.experiments import (
-    SeedResult,
-    collapse_reason,
-    flat_metrics,
-    load_seed_result,
-    summarise_seeds,
-    write_comparison,
-    write_summary,
-)
+from tasks.evals import experiments
+from tasks.evals.experiments import SeedResult, flat_metrics, summarise_seeds, write_comparison, write_summary
 
 
 def row(win_rate: float, kl: float = 3.0) -> dict[str, float]:
@@ -38,11 +31,9 @@ def summary_of(**results: SeedResult | RLHFError) -> dict[str, Any]:
 def test_the_mean_and_its_interval_by_hand() -> None:
     """0.6, 0.7, 0.8, 0.9: mean 0.75, s² = 0.05 / 3, s/√4 = 0.064550, t of 3 degrees of freedom is 3.182446."""
     found = summary_of(s0=trained(0.6), s1=trained(0.7), s2=trained(0.8), s3=trained(0.9))
-    spread = found["policies"]["ppo"]["summary"]["win_rate"]
-    assert (spread["seeds"], spread["min"], spread["max"]) == (4, 0.6, 0.9)
-    assert spread["mean"] == 0.75
-    assert spread["low"] == pytest.approx(0.75 - 3.182446 * 0.0645497, abs=1e-6)
-    assert spread["high"] == pytest.approx(0.75 + 3.182446 * 0.0645497, abs=1e-6)
+    half = 3.182446 * 0.0645497
+    expected = {"seeds": 4, "mean": 0.75, "low": 0.75 - half, "high": 0.75 + half, "min": 0.6, "max": 0.9}
+    assert found["policies"]["ppo"]["summary"]["win_rate"] == pytest.approx(expected, abs=1e-6)
     constant = found["policies"]["dpo"]["summary"]["win_rate"]
     assert (constant["low"], constant["mean"], constant["high"]) == (0.6, 0.6, 0.6)
     assert set(found["policies"]) == {"ppo", "dpo"}, "SFT has no seed of its own"
@@ -67,7 +58,7 @@ def test_one_seed_has_no_interval() -> None:
     ],
 )
 def test_what_counts_as_collapsed(high: float, degenerate_count: float, reason: str | None) -> None:
-    assert collapse_reason({"win_rate_low": 0.3, "win_rate_high": high}, degenerate_count) == reason
+    assert experiments.collapse_reason({"win_rate_low": 0.3, "win_rate_high": high}, degenerate_count) == reason
 
 
 def test_a_collapsed_seed_is_named_and_counts_in_the_mean() -> None:
@@ -98,7 +89,7 @@ def test_what_the_stages_wrote_is_read(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
-    found = load_seed_result(tmp_path)
+    found = experiments.load_seed_result(tmp_path)
     assert found.degenerate_count == {"ppo": 1.0, "dpo": 0.0}
     assert found.table["ppo"]["win_rate"] == 0.7
     assert found.detectors == {"ppo": ["kl_spike"], "dpo": []}
@@ -126,13 +117,11 @@ def test_nothing_to_show_is_no_error(tmp_path: Path) -> None:
     assert (tmp_path / "seeds.csv").read_text(encoding="utf-8").startswith("policy,seed,win_rate")
 
 
-def variant_row(kl: float, gain: float) -> dict[str, float]:
-    judged = {"win_rate": 0.6, "win_rate_low": 0.5, "win_rate_high": 0.7, "win_rate_proxy": 0.8}
-    gains = {f"gain_{judge}{end}": gain for judge in ("gold", "proxy") for end in ("", "_stderr")}
-    return judged | gains | {"reward_gold": 1.0, "reward_proxy": 2.0, "kl": kl, "length": 9.0}
-
-
 def test_a_row_per_variant_and_policy_without_the_reference(tmp_path: Path) -> None:
+    def variant_row(kl: float, gain: float) -> dict[str, float]:
+        gains = {f"gain_{judge}{end}": gain for judge in ("gold", "proxy") for end in ("", "_stderr")}
+        return row(0.6, kl) | gains | {"win_rate_proxy": 0.8, "reward_gold": 1.0, "reward_proxy": 2.0}
+
     variants = {
         "β=0.1": {"sft": variant_row(0, 0), "ppo": variant_row(4, 1)},
         "β=0.2": {"sft": variant_row(0, 0), "ppo": variant_row(1, 0.5), "dpo": variant_row(-0.1, 0.2)},

@@ -10,20 +10,15 @@ import pytest
 from tasks.config import evaluation
 from tasks.config.evaluation import GateParams
 from tasks.core.errors import ConfigError
-from tasks.evals.compare import ScoredResponse, compare_policies
+from tasks.evals.compare import HackingFinding, ScoredResponse, compare_policies
 from tasks.evals.gate import METRICS, decide, noninferiority_rule, paired_interval, select_candidate
-from tasks.evals.hacking_report import HackingFinding, find_hacking
 from tasks.evals.statistics import Interval
+from tasks.evaluate import find_hacking
 
 Make = Callable[..., ScoredResponse]
 
-PARAMS = GateParams(
-    policy="best",
-    min_win_rate=0.5,
-    max_kl=10,
-    allowed_detectors=["length_drift"],
-    margins={"win_rate": 0.05, "repetition": 0.05},
-)
+MARGINS = {"win_rate": 0.05, "repetition": 0.05}
+PARAMS = GateParams(policy="best", min_win_rate=0.5, max_kl=10, allowed_detectors=["length_drift"], margins=MARGINS)
 
 
 def row(low: float = 0.6, kl: float = 3.0) -> dict[str, float]:
@@ -38,13 +33,10 @@ def test_the_best_is_the_surest_of_those_that_were_trained() -> None:
     assert select_candidate(TABLE, PARAMS.model_copy(update={"policy": "ppo"})) == "ppo"
 
 
-@pytest.mark.parametrize("policy", ["dpo", "sft"])
-def test_a_policy_that_was_not_evaluated_is_refused(policy: str) -> None:
-    with pytest.raises(ConfigError, match=f"gate.policy is '{policy}'.*ppo, grpo"):
-        select_candidate(TABLE, PARAMS.model_copy(update={"policy": policy}))
-
-
-def test_with_all_off_there_is_nothing_to_promote() -> None:
+def test_a_policy_that_was_not_evaluated_is_refused() -> None:
+    for policy in ("dpo", "sft"):
+        with pytest.raises(ConfigError, match=f"gate.policy is '{policy}'.*ppo, grpo"):
+            select_candidate(TABLE, PARAMS.model_copy(update={"policy": policy}))
     with pytest.raises(ConfigError, match="nothing to promote"):
         select_candidate({"sft": row()}, PARAMS)
 
@@ -80,22 +72,24 @@ def test_every_rule_must_hold(
 def test_a_reason_has_both_numbers() -> None:
     signs = [HackingFinding("kl_spike", "training, update 3", "")]
     against = {"win_rate": Interval(0.5, 0.4321, 0.6), "repetition": Interval(0.1, 0.05, 0.1234)}
-    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", PARAMS, findings=signs, against_champion=against)
+    against |= {"reward_gold": Interval(0.0, -0.3, 0.3), "kl": Interval(0.4, 0.1, 0.75)}
+    params = PARAMS.model_copy(update={"margins": MARGINS | {"reward_gold": 0.1, "kl": 0.5}})
+    decision = decide({"ppo": row(0.6, 12.345)}, "ppo", params, findings=signs, against_champion=against)
     assert decision.reasons == (
         "KL to SFT: 12.35 nats, required at most 10 nats",
         "signs of reward hacking: kl_spike (training, update 3), required none but length_drift",
         "win rate against the champion, lower end: 43.2%, required at least 45%",
         "repetition less the champion's, upper end: +0.123, required at most +0.05",
+        "gold reward less the champion's, lower end: -0.300, required at least -0.1",
+        "KL to SFT less the champion's, nats, upper end: +0.750, required at most +0.5",
     )
 
 
 def test_a_policy_that_games_its_reward_is_refused_with_what_gave_it_away(judged: Make) -> None:
     """From its answers to the decision: by the proxy it wins at every prompt, by gold at every second one."""
-    sft = [judged("sft", f"p{number}", proxy=0.0, gold=0.0, response=" a fine film to see") for number in range(40)]
-    ppo = [
-        judged("ppo", f"p{number}", proxy=5.0, gold=(-1.0) ** number, kl=4.0, response=" good film good film good")
-        for number in range(40)
-    ]
+    hacked = {"proxy": 5.0, "kl": 4.0, "response": " good film good film good"}
+    sft = [judged("sft", str(number), response=" a fine film to see") for number in range(40)]
+    ppo = [judged("ppo", str(number), gold=(-1.0) ** number, **hacked) for number in range(40)]
     table = compare_policies([*sft, *ppo], samples=500, seed=0)
     rising = [{"hacking/repetition": 0.0}] * 30 + [{"hacking/repetition": 0.4}] * 2
     signs = find_hacking(table, {"ppo": rising})["ppo"]
@@ -114,18 +108,6 @@ def test_every_metric_that_params_may_name_is_one() -> None:
     assert tuple(METRICS) == get_args(evaluation.Metric)
 
 
-def four(judged: Make) -> tuple[list[ScoredResponse], list[ScoredResponse]]:
-    """Gold: a wins by 2, b ties, c and d lose by 1."""
-    challenger = [
-        judged("ppo", "a", gold=3.0, vader=0.5, kl=4.0, response=" good good good", ended=False),
-        judged("ppo", "b", gold=1.0, vader=0.5, kl=2.0, ended=False),
-        judged("ppo", "c", gold=0.0, vader=0.5, kl=2.0),
-        judged("ppo", "d", gold=0.0, vader=-0.5, kl=2.0),
-    ]
-    champion = [judged("old", name, gold=1.0, vader=0.0, kl=1.5, ended=name != "d") for name in "abcd"]
-    return challenger, champion
-
-
 @pytest.mark.parametrize(
     ("metric", "expected"),
     [
@@ -138,12 +120,19 @@ def four(judged: Make) -> tuple[list[ScoredResponse], list[ScoredResponse]]:
     ],
 )
 def test_means_by_hand(judged: Make, metric: str, expected: float) -> None:
-    challenger, champion = four(judged)
+    """Gold: a wins by 2, b ties, c and d lose by 1; swapped, one's gain is the other's loss."""
+    challenger = [
+        judged("ppo", "a", gold=3.0, vader=0.5, kl=4.0, response=" good good good", ended=False),
+        judged("ppo", "b", gold=1.0, vader=0.5, kl=2.0, ended=False),
+        judged("ppo", "c", gold=0.0, vader=0.5, kl=2.0),
+        judged("ppo", "d", gold=0.0, vader=-0.5, kl=2.0),
+    ]
+    champion = [judged("old", name, gold=1.0, vader=0.0, kl=1.5, ended=name != "d") for name in "abcd"]
     found = paired_interval(metric, challenger, champion, samples=200, seed=0)
     assert found.mean == pytest.approx(expected)
     assert found.low < expected < found.high
     swapped = paired_interval(metric, champion, challenger, samples=200, seed=0)
-    assert swapped.mean == pytest.approx(2 * METRICS[metric].null_value - expected), "one's gain is the other's loss"
+    assert swapped.mean == pytest.approx(2 * METRICS[metric].null_value - expected)
 
 
 def test_answers_are_paired(judged: Make) -> None:
@@ -176,13 +165,3 @@ def test_the_bad_end_of_the_interval_decides(
     metric: str, interval: tuple[float, float, float], margin: float, passed: bool
 ) -> None:
     assert noninferiority_rule(metric, Interval(*interval), margin).passed is passed
-
-
-def test_a_rule_says_which_end_and_which_bound() -> None:
-    finding = noninferiority_rule("kl", Interval(0.4, 0.1, 0.75), 0.5)
-    assert (finding.rule, finding.measured, finding.required) == (
-        "KL to SFT less the champion's, nats, upper end",
-        "+0.750",
-        "at most +0.5",
-    )
-    assert noninferiority_rule("reward_gold", Interval(0.0, -0.3, 0.3), 0.1).required == "at least -0.1"

@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 from tokenizers.processors import TemplateProcessing
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError, ModelError, SourceError
@@ -17,7 +16,7 @@ from tasks.evals import llm_judge
 from tasks.evals.llm_judge import ANSWER_PREFIX, JudgeCache, LocalJudge, load_judge, request_key
 from tasks.evals.pairwise import Reply
 from tasks.models.loading import load_reference
-from tests.conftest import LETTERS, letter_tokenizer
+from tests.conftest import LETTERS, letter_tokenizer, tiny_model
 from tests.support.chat_server import TOKENS, Chat, serving
 
 QUESTIONS = [f"Question {number}?" for number in range(5)]
@@ -63,16 +62,11 @@ def test_every_question_is_asked_once_and_never_again(chat: Chat, project: Path)
     assert lines[0]["judge"] == {"kind": "endpoint", "model": "strong", "base_url": chat.url}
 
 
-def test_another_model_is_asked_anew(chat: Chat) -> None:
-    _ask(chat)
-    _ask(chat, QUESTIONS[:2], model="stronger")
-    assert [request["model"] for request in chat.asked] == ["strong"] * 5 + ["stronger"] * 2
-
-
-def test_a_busy_server_is_asked_again(chat: Chat) -> None:
+def test_a_busy_server_is_asked_again_and_another_model_anew(chat: Chat) -> None:
     chat.refuse = [429, 503, 429]
     assert _ask(chat) == ANSWERS
-    assert len(chat.asked) == 5
+    _ask(chat, QUESTIONS[:2], model="stronger")
+    assert [request["model"] for request in chat.asked] == ["strong"] * 5 + ["stronger"] * 2
 
 
 def test_after_a_failure_only_the_rest_is_asked(chat: Chat, project: Path) -> None:
@@ -87,9 +81,7 @@ def test_after_a_failure_only_the_rest_is_asked(chat: Chat, project: Path) -> No
 
 
 def test_too_many_questions_are_refused_before_the_first(chat: Chat) -> None:
-    with pytest.raises(
-        ConfigError, match=r"asked 5 questions, evaluate\.llm_judge\.max_requests allows 4; nothing was ask"
-    ):
+    with pytest.raises(ConfigError, match=r"asked 5 questions, .*llm_judge\.max_requests allows 4; nothing was ask"):
         _ask(chat, max_requests=4)
     assert (chat.asked, chat.keys) == ([], [])
     _ask(chat, QUESTIONS[:2], max_requests=2)
@@ -97,25 +89,22 @@ def test_too_many_questions_are_refused_before_the_first(chat: Chat) -> None:
 
 
 def test_the_budget_of_tokens_ends_a_run_and_the_next_goes_on(chat: Chat) -> None:
-    with pytest.raises(
-        ConfigError, match=r"2 answers of the judge took 200 tokens, .*max_tokens allows 150; 3 are miss"
-    ):
+    with pytest.raises(ConfigError, match=r"2 answers of the judge took 200 tokens, .*_tokens allows 150; 3 are miss"):
         _ask(chat, max_tokens=150)
     assert len(chat.asked) == 2
     assert _ask(chat, max_tokens=300) == ANSWERS
     assert len(chat.asked) == 5
 
 
-def test_a_server_that_counts_nothing_is_counted_by_bytes(chat: Chat, project: Path) -> None:
+def test_a_server_that_counts_nothing_is_counted_by_bytes_and_an_empty_answer_is_an_answer(
+    chat: Chat, project: Path
+) -> None:
     chat.counts = False
     _ask(chat, QUESTIONS[:1])
     entry = json.loads((project / ".rlhf/judge/answers.jsonl").read_text())
     assert entry["reply"]["tokens"] == len("Question 0?A for Question 0?")
-
-
-def test_an_empty_answer_is_an_answer(chat: Chat) -> None:
     chat.say = lambda _: None
-    assert _ask(chat, QUESTIONS[:1]) == [""]
+    assert _ask(chat, QUESTIONS[1:2]) == [""]
 
 
 @pytest.mark.parametrize(
@@ -136,27 +125,23 @@ def test_a_refusal_is_one_message_without_the_key(chat: Chat, status: int, messa
     assert len(chat.keys) == 1, "it asked again what was refused for good"
 
 
-def test_the_key_is_written_nowhere(chat: Chat, project: Path, capfd: pytest.CaptureFixture[str]) -> None:
-    _ask(chat)
-    assert chat.keys[0] == f"Bearer {KEY}"
+def test_the_key_is_written_nowhere_and_a_server_of_ones_own_needs_none(
+    chat: Chat, project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _ask(chat, QUESTIONS[:1])
+    assert chat.keys == [f"Bearer {KEY}"]
     files = [path for path in project.rglob("*") if path.is_file()]
     assert {"answers.jsonl", "dvc.yaml"} == {path.name for path in files}
     assert not any(KEY.encode() in path.read_bytes() for path in files)
     assert KEY not in "".join(capfd.readouterr())
-
-
-def test_a_server_of_ones_own_needs_no_key(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OPENAI_API_KEY")
     assert _ask(chat) == ANSWERS
 
 
-def test_a_page_for_people_is_no_answer(chat: Chat) -> None:
+def test_a_page_for_people_is_no_answer_and_no_server_one_message(chat: Chat, monkeypatch: pytest.MonkeyPatch) -> None:
     chat.page = True
     with pytest.raises(SourceError, match="answers, but not as an OpenAI-compatible server: check base_url"):
         _ask(chat)
-
-
-def test_no_server_is_one_message(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(llm_judge, "RETRIES", 0)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
@@ -178,18 +163,13 @@ def test_without_the_package_the_extra_is_named_unless_nothing_is_to_ask(
 TEMPLATE = "{% for message in messages %}u {{ message.content }} e{% endfor %} a "
 
 
-def _base_model(folder: Path, letters: str = LETTERS + "AB", template: str | None = None) -> Path:
+def _base_model(folder: Path, letters: str = LETTERS + "ABC", template: str | None = None) -> Path:
     tokenizer = letter_tokenizer(letters)
     begin = TemplateProcessing(single="<end> $A", special_tokens=[("<end>", 1)])
     tokenizer.backend_tokenizer.post_processor = begin  # a text begins with a token of its own; a template writes its
     tokenizer.chat_template = template
     tokenizer.save_pretrained(folder / "model")
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2,
-        num_key_value_heads=1, initializer_range=0.3, pad_token_id=0, eos_token_id=1, bos_token_id=1,
-    )  # fmt: skip
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    tiny_model().save_pretrained(folder / "model")
     return folder
 
 
@@ -219,22 +199,19 @@ def test_the_local_judge_takes_the_likelier_letter(tmp_path: Path, template: str
     assert len({reply.text for reply in replies}) == 5, "the model answers the same whatever it reads"
 
 
-def test_a_tokenizer_without_letters_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match=r"cannot tell A from B .*set evaluate\.llm_judge to null"):
-        LocalJudge(_base_model(tmp_path, LETTERS), batch_size=1)
-
-
-def test_the_local_judge_is_the_default_and_asks_nobody(tmp_path: Path) -> None:
+def test_the_local_judge_is_the_default_asks_nobody_and_needs_letters(tmp_path: Path) -> None:
     judge = load_judge(JudgeParams(prompts=1), _base_model(tmp_path / "base_model"), batch_size=1)
     assert isinstance(judge, LocalJudge)
     assert not (tmp_path / ".rlhf").exists()
+    with pytest.raises(ModelError, match=r"cannot tell A from B .*set evaluate\.llm_judge to null"):
+        LocalJudge(_base_model(tmp_path / "none", LETTERS), batch_size=1)
 
 
 WHO = {"kind": "endpoint", "model": "m", "base_url": "http://x/v1"}
 REPLY = Reply(text="A\u2028\n\U0001f600", model="m-1", tokens=3)
 
 
-def test_what_was_written_down_is_there_the_next_time(tmp_path: Path) -> None:
+def test_what_was_written_is_there_next_time_but_a_torn_line_which_is_forgotten(tmp_path: Path) -> None:
     path = tmp_path / "new" / "answers.jsonl"
     cache = JudgeCache(path)
     assert "k" not in cache
@@ -242,12 +219,6 @@ def test_what_was_written_down_is_there_the_next_time(tmp_path: Path) -> None:
     assert JudgeCache(path)["k"] == cache["k"] == REPLY
     JudgeCache(path).add("l", WHO, REPLY)
     assert JudgeCache(path)["k"] == JudgeCache(path)["l"] == REPLY
-
-
-def test_a_line_that_was_torn_is_forgotten_and_the_next_one_is_whole(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    for key in ("k", "l"):
-        JudgeCache(path).add(key, WHO, REPLY)
     whole = path.read_bytes()
     for cut in (1, 5, len(whole.splitlines()[1])):
         path.write_bytes(whole[:-cut])
@@ -256,13 +227,8 @@ def test_a_line_that_was_torn_is_forgotten_and_the_next_one_is_whole(tmp_path: P
         assert "l" not in cache
         cache.add("l", WHO, REPLY)
         assert path.read_bytes() == whole
-
-
-def test_a_damaged_line_is_named(tmp_path: Path) -> None:
-    path = tmp_path / "answers.jsonl"
-    JudgeCache(path).add("k", WHO, REPLY)
-    path.write_bytes(path.read_bytes() + b'{"id": "l"}\n')
-    with pytest.raises(DataError, match=r"answers\.jsonl:2: not a CacheEntry: judge: Field required"):
+    path.write_bytes(whole + b'{"id": "m"}\n')
+    with pytest.raises(DataError, match=r"answers\.jsonl:3: not a CacheEntry: judge: Field required"):
         JudgeCache(path)
 
 

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from tasks.evals.model_card import METHODS, ModelCard, render_model_card
+from tasks.evals.model_card import METHODS, render_model_card
 from tasks.models.export import ExportCheck
 from tasks.runtime.provenance import Provenance
 from tasks.runtime.registry import Version
@@ -41,18 +41,12 @@ def origin(**changes: Any) -> Provenance:
     return Provenance.model_validate(fields | changes)
 
 
-def card(*, adapter: bool = False, policy: str = "ppo", without: tuple[str, ...] = (), **tags: str) -> str:
-    known = {
-        "accepted": "True",
-        "reasons": "it is good",
-        "promoted.by": "ann",
-        "promoted.at": "noon",
-        "promoted.reason": "",
-    }
-    version = Version(4, policy, {}, known | tags, ("champion",), WHEN)
-    whole = origin()
-    made_from = origin(parameters={key: value for key, value in whole.parameters.items() if key not in without})
-    return render_model_card(ModelCard(version, made_from, ExportCheck("float32", 2e-4, 34.7), adapter))
+def card(made_from: Provenance | None = None, *, adapter: bool = False, policy: str = "ppo", **tags: str) -> str:
+    promoted = {"promoted.by": "ann", "promoted.at": "noon", "promoted.reason": ""}
+    version = Version(
+        4, policy, {}, {"accepted": "True", "reasons": "it is good"} | promoted | tags, ("champion",), WHEN
+    )
+    return render_model_card(version, made_from or origin(), ExportCheck("float32", 2e-4, 34.7), adapter=adapter)
 
 
 def front(text: str) -> dict[str, Any]:
@@ -69,11 +63,9 @@ def test_the_front_matter_is_what_the_hub_reads() -> None:
         "tags": ["rlhf", "ppo"],
         "base_model": "owner/name",
     }
-    licensed = origin(base_model={"kind": "pypi", "source": "s", "parameters": 9, "layers": 2, "vocabulary": 4,
-                                  "licence": "Apache-2.0"})  # fmt: skip
-    version = Version(4, "ppo", {}, {"accepted": "True", "reasons": "", "promoted.by": ""}, (), WHEN)
-    text = render_model_card(ModelCard(version, licensed, ExportCheck("float32", 2e-4, 34.7), adapter=False))
+    text = card(origin(base_model=origin().base_model | {"kind": "pypi", "licence": "Apache-2.0"}))
     assert front(text)["license"] == "apache-2.0"
+    assert "base_model" not in front(text)
     assert "licence was not recorded" not in text
     assert front(card(adapter=True))["library_name"] == "peft"
 
@@ -88,36 +80,30 @@ def test_every_policy_has_its_method_and_parameters(policy: str) -> None:
 
 
 def test_a_version_older_than_a_parameter_has_no_line_for_it() -> None:
-    assert "policy_seed" not in card(without=("policy_seed",))
+    older = {key: value for key, value in origin().parameters.items() if key != "policy_seed"}
+    assert "policy_seed" not in card(origin(parameters=older))
 
 
-def test_figures_come_with_their_intervals() -> None:
+def test_figures_come_with_their_intervals_and_data_with_licences_in_no_broken_table() -> None:
     text = card()
     assert "| win rate against SFT by gold judge (95 % interval) | 79.0 % (73.3–84.4) | – |" in text
     assert "VADER" not in text, "it did not judge"
     assert "3.33 ± 0.17" in text or "3.34 ± 0.17" in text
     assert "0.50 times as many words as SFT's" in text
-
-
-def test_data_with_licences_and_no_broken_table() -> None:
-    text = card()
     assert r"| a | pipes \| here | MIT | 5 |" in text
     assert "| b | file | not recorded | 6 |" in text
 
 
-def test_the_decision_and_who_made_it() -> None:
-    assert "The gate accepted it: it is good." in card()
-    assert "Promoted by ann at noon." in card()
+def test_the_decision_and_who_made_it_and_how_to_make_it_again() -> None:
+    text = card()
+    assert "The gate accepted it: it is good." in text
+    assert "Promoted by ann at noon." in text
+    assert "git commit `c0ffee`. In that project" in text
+    assert "`rlhf reproduce 4`" in text
+    assert f"| ppo | `{'k' * 16}` | `m5.dir` |" in text
+    assert "```yaml\nseed: 3\n```" in text
     text = card(**{"accepted": "False", "promoted.reason": "we need one"})
     assert "The gate refused it: it is good." in text
     assert "Promoted by ann at noon: we need one." in text
     withdrawn = card(**{"withdrawn.by": "bob", "withdrawn.at": "two", "withdrawn.reason": "it swears"})
     assert "Withdrawn: bob rolled it back at two: it swears." in withdrawn
-
-
-def test_lineage_and_how_to_make_it_again() -> None:
-    text = card()
-    assert "git commit `c0ffee`. In that project" in text
-    assert "`rlhf reproduce 4`" in text
-    assert f"| ppo | `{'k' * 16}` | `m5.dir` |" in text
-    assert "```yaml\nseed: 3\n```" in text

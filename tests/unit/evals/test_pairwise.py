@@ -4,16 +4,9 @@ from collections.abc import Callable, Sequence
 
 import pytest
 
+from tasks.evals import pairwise
 from tasks.evals.compare import ScoredResponse, Table, compare_policies
-from tasks.evals.pairwise import (
-    Judgement,
-    Reply,
-    add_judge_metrics,
-    format_question,
-    judge_pairs,
-    parse_verdict,
-    reliability_warnings,
-)
+from tasks.evals.pairwise import Reply, add_judge_metrics, judge_pairs, reliability_warnings
 from tests.support.chat_server import longer, shown
 
 Make = Callable[..., ScoredResponse]
@@ -46,14 +39,8 @@ def records(judged: Make) -> list[ScoredResponse]:
     ]
 
 
-def _row(
-    records: list[ScoredResponse], rule: Callable[[str], str], policy: str = "ppo", prompts: int = 4
-) -> dict[str, float]:
+def _table(records: list[ScoredResponse], rule: Callable[[str], str], prompts: int = 4) -> Table:
     judgements = judge_pairs(records, Judge(rule), rubric="Longer?", prompts=prompts)
-    return _with(records, judgements)[policy]
-
-
-def _with(records: list[ScoredResponse], judgements: list[Judgement]) -> Table:
     return add_judge_metrics(compare_policies(records, samples=200, seed=0), judgements, samples=200, seed=0)
 
 
@@ -82,10 +69,7 @@ def test_the_question_hides_which_policy_is_which(records: list[ScoredResponse])
         assert not {"ppo", "grpo", "sft", "policy", "reference"} & set(text.lower().replace("_", " ").split())
         assert "Longer?" in text
         assert "<beginning>\nprompt " in text
-
-
-def test_braces_in_a_text_are_shown_as_they_are() -> None:
-    assert "{a}" in format_question("{r}", "{p}", "{a}", "{b}")
+    assert "{a}" in pairwise.format_question("{r}", "{p}", "{a}", "{b}"), "braces are shown as they are"
 
 
 def longer_first(text: str) -> str:
@@ -112,7 +96,7 @@ def test_metrics_by_hand(
     records: list[ScoredResponse], rule: Callable[[str], str], policy: str, win_rate: float, ties: float,
     inconsistent: float, first: float, unclear: float,
 ) -> None:  # fmt: skip
-    row = _row(records, rule, policy)
+    row = _table(records, rule)[policy]
     expected = {
         "judge_n": 4, "win_rate_judge": win_rate, "judge_ties": ties, "judge_inconsistent": inconsistent,
         "judge_first": first, "judge_unclear": unclear,
@@ -123,31 +107,27 @@ def test_metrics_by_hand(
 
 
 def test_only_the_first_prompts_are_judged(records: list[ScoredResponse]) -> None:
-    row = _row(records, longer, prompts=1)
+    row = _table(records, longer, prompts=1)["ppo"]
     assert (row["judge_n"], row["win_rate_judge"], row["judge_ties"]) == (1, 1.0, 0.0)
 
 
 def test_the_reference_and_a_run_without_a_judge_have_no_keys_of_it(records: list[ScoredResponse]) -> None:
     plain = compare_policies(records, samples=200, seed=0)
-    assert _with(records, []) == plain
-    judged = _with(records, judge_pairs(records, Judge(longer), rubric="?", prompts=4))
+    assert add_judge_metrics(plain, [], samples=200, seed=0) == plain
+    judged = _table(records, longer)
     assert judged["sft"] == plain["sft"]
     assert {key: judged["ppo"][key] for key in plain["ppo"]} == plain["ppo"]
 
 
 def test_doubts_name_the_policy_and_how_bad_it_is(records: list[ScoredResponse]) -> None:
-    rule: Callable[[str], str] = lambda text: "A" if "yyy" in text else longer(text)  # noqa: E731
-    table = _with(records, judge_pairs(records, Judge(rule), rubric="?", prompts=4))
+    table = _table(records, lambda text: "A" if "yyy" in text else longer(text))
     assert (table["ppo"]["judge_inconsistent"], table["grpo"]["judge_inconsistent"]) == (0.5, 0.25)
     assert reliability_warnings(table) == []
-    table = _with(records, judge_pairs(records, Judge(lambda _: "A"), rubric="?", prompts=4))
-    assert [line[:60] for line in reliability_warnings(table)] == [
-        "the judge contradicts itself on 75% of ppo's pairs when the ",
-        "the judge contradicts itself on 100% of grpo's pairs when th",
-    ]
-    assert "chose the first in 100%" in reliability_warnings(table)[0]
-    table = _with(records, judge_pairs(records, Judge(lambda _: "Hm"), rubric="?", prompts=4))
-    for share, line in zip(("75%", "100%"), reliability_warnings(table), strict=True):
+    warnings = reliability_warnings(_table(records, lambda _: "A"))
+    unclear = reliability_warnings(_table(records, lambda _: "Hm"))
+    assert "chose the first in 100%" in warnings[0]
+    for share, policy, warning, line in zip(("75%", "100%"), ("ppo", "grpo"), warnings, unclear, strict=True):
+        assert warning.startswith(f"the judge contradicts itself on {share} of {policy}'s pairs when the ")
         assert f"{share} were unclear" in line
 
 
@@ -164,4 +144,4 @@ def test_doubts_name_the_policy_and_how_bad_it_is(records: list[ScoredResponse])
     ],
 )  # fmt: skip
 def test_verdicts(answer: str, meant: str) -> None:
-    assert parse_verdict(answer) == meant
+    assert pairwise.parse_verdict(answer) == meant

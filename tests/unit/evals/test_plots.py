@@ -7,15 +7,11 @@ import pytest
 from tasks.evals import plots
 from tasks.evals.compare import ScoredResponse, Table
 
-KEYS = ("win_rate", "win_rate_vader", "win_rate_proxy")
-
 
 def _row(kl: float, gain: float) -> dict[str, float]:
     row = {"kl": kl}
-    for judge in ("gold", "vader", "proxy"):
-        row |= {f"gain_{judge}": gain, f"gain_{judge}_stderr": 0.1}
-    for key in KEYS:
-        row |= {key: 0.6, f"{key}_low": 0.5, f"{key}_high": 0.7}
+    for judge, key in (("gold", "win_rate"), ("vader", "win_rate_vader"), ("proxy", "win_rate_proxy")):
+        row |= {f"gain_{judge}": gain, f"gain_{judge}_stderr": 0.1, key: 0.6, f"{key}_low": 0.5, f"{key}_high": 0.7}
     return row
 
 
@@ -86,17 +82,12 @@ def test_labels_move_only_as_far_as_they_must(shares: list[float], expected: lis
     assert plots._spread_labels(shares) == pytest.approx(expected)
 
 
-def test_a_judge_without_a_number_for_a_policy_is_drawn_for_the_others() -> None:
-    rates = {"win_rate_judge": 0.6, "win_rate_judge_low": 0.5, "win_rate_judge_high": 0.7}
-    table = TABLE | {"ppo": TABLE["ppo"] | rates}
-    assert ">LLM judge<" in plots.win_rates(table)
-    assert ">LLM judge<" not in plots.win_rates(TABLE)
-
-
-def test_policies_have_their_own_colours_and_names() -> None:
+def test_policies_have_their_own_colours_and_names_and_a_judge_of_one_alone_is_drawn() -> None:
     svg = plots.win_rates(TABLE)
     assert all(text in svg for text in ("var(--ppo)", "var(--grpo)", ">PPO<", ">GRPO<"))
-    assert "var(--dpo)" not in svg
+    assert not any(text in svg for text in ("var(--dpo)", ">LLM judge<"))
+    rates = {"win_rate_judge": 0.6, "win_rate_judge_low": 0.5, "win_rate_judge_high": 0.7}
+    assert ">LLM judge<" in plots.win_rates(TABLE | {"ppo": TABLE["ppo"] | rates})
 
 
 def test_the_plane_of_reward_and_kl_reaches_every_policy() -> None:
@@ -105,18 +96,12 @@ def test_the_plane_of_reward_and_kl_reaches_every_policy() -> None:
     ticks = [float(text.replace("−", "-")) for text in re.findall(r">(−?\d+\.\d+)<", svg)]
     assert {1.0, 2.0} <= set(ticks), f"the points lie outside the axes: {ticks}"
     assert ticks.count(1.0) == 2
-
-
-def test_a_policy_that_did_not_move_is_drawn_too() -> None:
     assert ">PPO<" in plots.reward_against_kl({"sft": _row(0, 0), "ppo": _row(0, 0)})
 
 
-def test_many_lengths_share_bars() -> None:
+def test_length_counts_have_no_gaps_and_many_lengths_share_bars(judged: Callable[..., ScoredResponse]) -> None:
     paths = plots.lengths({"sft": [(length, 1) for length in range(1, 2001)]}).count("var(--sft)")
     assert paths <= plots.MAX_BARS + 1
-
-
-def test_length_counts_have_no_gaps(judged: Callable[..., ScoredResponse]) -> None:
     texts = {"sft": (" a , b c", " a .", " a b c"), "ppo": ("",)}
     records = [judged(policy, str(n), response=text) for policy, own in texts.items() for n, text in enumerate(own)]
     assert plots.length_counts(records) == {"sft": [(1, 1), (2, 0), (3, 2)], "ppo": [(0, 1)]}

@@ -12,8 +12,7 @@ import pytest
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.reward import RewardParams
 from tasks.core.rows import write_json
-from tasks.evals.compare import ScoredResponse, compare_policies
-from tasks.evals.hacking_report import HackingFinding
+from tasks.evals.compare import HackingFinding, ScoredResponse, compare_policies
 from tasks.evals.report import (
     ReportData,
     SourceInfo,
@@ -29,34 +28,21 @@ VOID = {"meta", "br", "link", "img", "input", "hr"}
 
 
 class Reader(HTMLParser):
-    """Checks that tags close in order, and collects what the tests ask about."""
+    """Checks that tags close in order, and collects tags with their attributes, and text."""
 
     def __init__(self) -> None:
         super().__init__()
         self.open: list[str] = []
-        self.ids: list[str] = []
-        self.labels: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text: list[str] = []
-        self.headers: list[dict[str, str | None]] = []
-        self.levels: list[int] = []
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        values = dict(attrs)
-        if "id" in values:
-            self.ids.append(str(values["id"]))
-        if "aria-labelledby" in values:
-            self.labels.append(str(values["aria-labelledby"]))
-        if tag == "th":
-            self.headers.append(values)
-        if re.fullmatch("h[1-6]", tag):
-            self.levels.append(int(tag[1]))
+        self.tags.append((tag, dict(attrs)))
         if tag not in VOID:
             self.open.append(tag)
 
     def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.handle_starttag(tag, attrs)
-        if tag not in VOID:
-            self.open.pop()
+        self.tags.append((tag, dict(attrs)))
 
     def handle_endtag(self, tag: str) -> None:
         assert self.open.pop() == tag
@@ -129,40 +115,29 @@ def text_of(data: ReportData) -> str:
     return " ".join(" ".join(_read(render_report(data)).text).split())
 
 
-def without(data: ReportData, **upstream: Any) -> ReportData:
-    return dataclasses.replace(data, upstream=dataclasses.replace(data.upstream, **upstream))
-
-
 def test_page_is_well_formed_self_contained_and_the_same_each_time(data: ReportData) -> None:
     html = render_report(data)
     assert html == render_report(data)
-    reader = _read(html)
-    assert len(set(reader.ids)) == len(reader.ids)
-    assert set(reader.labels) <= set(reader.ids)
+    tags = _read(html).tags
+    ids = [own["id"] for _, own in tags if "id" in own]
+    assert len(set(ids)) == len(ids)
+    assert {own["aria-labelledby"] for _, own in tags if "aria-labelledby" in own} <= set(ids)
     assert not re.search(r"""(src|href)=["'](?!#)|@import|url\((?!#)|<script|<link|https?://""", html), "no network"
     assert "prefers-color-scheme: dark" in html
     assert "width=device-width" in html
-    assert all(header.get("scope") in ("row", "col") for header in reader.headers)
-    assert reader.levels[0] == 1
-    steps = [deeper - level for level, deeper in itertools.pairwise(reader.levels)]
-    assert max(steps) == 1, f"a heading skips a level: {reader.levels}"
-    assert reader.levels.count(1) == 1
-
-
-def test_benchmarks_stand_in_a_table_with_a_column_per_policy_where_there_are_any(data: ReportData) -> None:
-    shown = text_of(data)
-    assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in shown
-    assert "Benchmarks" not in render_report(without(data, benchmarks={}))
-
-
-def test_every_colour_of_the_figures_is_defined_in_light_and_in_dark(data: ReportData) -> None:
-    html = render_report(data)
-    for variable in set(re.findall(r"var\((--(?!own)[a-z-]+)", html)):
-        assert html.count(f"{variable}: #") == 2, f"{variable} needs a light and a dark value"
+    assert all(own.get("scope") in ("row", "col") for tag, own in tags if tag == "th")
+    levels = [int(tag[1]) for tag, _ in tags if re.fullmatch("h[1-6]", tag)]
+    assert levels[0] == levels.count(1) == 1
+    assert max(deeper - level for level, deeper in itertools.pairwise(levels)) == 1, (
+        f"a heading skips a level: {levels}"
+    )
 
 
 def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) -> None:
     text = text_of(data)
+    assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in text
+    assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
+    assert "dvc repro" in text
     assert "By the gold judge, PPO (preferred on 100% of prompts, 95% interval 100–100%) and GRPO" in text
     assert "Only 3 prompts were compared" in text
     assert "1 × learned + 0.5 × repetition" in text
@@ -176,27 +151,21 @@ def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) ->
     assert "0123456789abcdef" in text
     assert "Base model PyPI package small==1 Apache-2.0 9 parameters feed0123" in text
     assert "Data: mine local file a.jsonl not recorded 3 rows –" in text
-
-
-def test_the_verdict_names_who_won_what_fired_and_where_gold_turns(data: ReportData) -> None:
-    text = text_of(data)
     top = text[: text.index("Each policy wrote one response")]
     assert "PPO is not to be trusted: preferred to SFT on 100% of prompts, but with signs of reward hacking" in top
     assert "Signs of reward hacking: PPO: repetition." in top
     assert "Over-optimised: by the gold judge, PPO is best at √KL 1.7" in top
+    assert "PPO , training, update 7: it repeats itself." in text[: text.index("Means over 3 prompts")]
 
 
 def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(data: ReportData) -> None:
     """By gold PPO is best (and has a finding); DPO equals SFT, so that it has no example of any kind."""
-    html = render_report(data)
-    folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", html)
-    assert folds == [(" open", "PPO"), ("", "GRPO"), ("", "DPO")]
+    html, folds = render_report(data), re.compile(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>")
+    assert folds.findall(html) == [(" open", "PPO"), ("", "GRPO"), ("", "DPO")]
     suspicious = dataclasses.replace(data, findings={"dpo": [HackingFinding("repetition", "evaluation", "again")]})
-    folds = re.findall(r"<details( open)?>\s*<summary><h3><span[^>]*>(\w+)</span>", render_report(suspicious))
-    assert folds == [(" open", "PPO"), ("", "GRPO"), (" open", "DPO")]
-    assert html.count("There are none.") == 7, (
-        "PPO and GRPO lack losses (and differ by as much for both judges); DPO all"
-    )
+    assert folds.findall(render_report(suspicious)) == [(" open", "PPO"), ("", "GRPO"), (" open", "DPO")]
+    # PPO and GRPO lack losses, and differ by as much for both judges; DPO lacks all.
+    assert html.count("There are none.") == 7
 
 
 def test_columns_that_other_evaluations_lack_appear_with_their_numbers(data: ReportData) -> None:
@@ -212,19 +181,18 @@ def test_columns_that_other_evaluations_lack_appear_with_their_numbers(data: Rep
 
 
 def test_text_is_readable_in_light_and_in_dark(data: ReportData) -> None:
-    """WCAG 2.2: contrast of text at least 4.5, of what else carries meaning 3."""
-    light, dark = (dict(re.findall(r"(--[\w-]+): (#\w{6})", part)) for part in _palettes(render_report(data)))
-    for colours in (light, dark):
+    """WCAG 2.2: contrast of text at least 4.5, of what else carries meaning 3; every colour is defined in both."""
+    html = render_report(data)
+    for variable in set(re.findall(r"var\((--(?!own)[a-z-]+)", html)):
+        assert html.count(f"{variable}: #") == 2, f"{variable} needs a light and a dark value"
+    light, _, rest = html.partition("prefers-color-scheme: dark")
+    for palette in (light, rest[: rest.index("}")]):
+        colours = dict(re.findall(r"(--[\w-]+): (#\w{6})", palette))
         for ink in ("--ink", "--soft"):
             assert min(_contrast(colours[ink], colours[ground]) for ground in ("--paper", "--card")) >= 4.5
         assert _contrast(colours["--warn"], colours["--warn-paper"]) >= 4.5
         for policy in ("--sft", "--ppo", "--grpo", "--dpo"):
             assert _contrast(colours[policy], colours["--card"]) >= 3
-
-
-def _palettes(html: str) -> tuple[str, str]:
-    light, _, rest = html.partition("prefers-color-scheme: dark")
-    return light, rest[: rest.index("}")]
 
 
 def _contrast(one: str, other: str) -> float:
@@ -250,26 +218,20 @@ def test_the_json_says_what_the_page_says(data: ReportData) -> None:
     assert found["provenance"]["Seed"] == "0"
 
 
-def test_findings_stand_above_the_results(data: ReportData) -> None:
-    text = text_of(data)
-    assert "PPO , training, update 7: it repeats itself." in text
-    assert text.index("update 7") < text.index("Means over 3 prompts")
-    clean = render_report(dataclasses.replace(data, findings={"ppo": [], "grpo": []}))
-    assert "None of 10 detectors of reward hacking fired" in clean
-
-
-def test_the_curve_of_over_optimisation_has_its_coefficients(data: ReportData) -> None:
-    text = text_of(data)
-    assert "Reward over-optimisation" in text
-    assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
-    assert "Reward over-optimisation" not in render_report(without(data, points=[], fits={}))
-    assert "dvc repro" in text
-
-
 def test_what_does_not_exist_is_left_out(data: ReportData) -> None:
-    text = text_of(without(dataclasses.replace(data, histories={"ppo": []}), accuracy=[], calibration=[]))
+    nothing = {"accuracy": [], "calibration": [], "points": [], "fits": {}, "benchmarks": {}}
+    less = dataclasses.replace(
+        data,
+        histories={"ppo": []},
+        findings={"ppo": [], "grpo": []},
+        upstream=dataclasses.replace(data.upstream, **nothing),
+    )
+    text, whole = text_of(less), text_of(data)
     assert "wrote no curves" in text
-    assert "How good the reward model is" not in text
+    assert "None of 10 detectors of reward hacking fired" in text
+    for heading in ("How good the reward model is", "Reward over-optimisation", "Benchmarks"):
+        assert heading not in text
+        assert heading in whole
 
 
 def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(data: ReportData) -> None:
@@ -284,21 +246,15 @@ def test_a_weight_of_the_kl_penalty_is_drawn_only_where_it_changes(data: ReportD
 def test_a_policy_cannot_write_into_the_page(data: ReportData, judged: Callable[..., ScoredResponse]) -> None:
     evil = judged("sft", "0", response=" <script>alert('x')</script>\x00\x1b[31m", prompt="<b>bold", ended=False)
     empty = judged("ppo", "0", response="")
-    html = render_report(
-        dataclasses.replace(data, records=[evil, empty], table=compare_policies([evil, empty], samples=9, seed=0))
-    )
-    assert "<script" not in html
-    assert "<b>bold" not in html
-    assert "\x00" not in html
-    assert "\x1b" not in html
-    assert "&lt;script&gt;" in html
-    assert "\ufffd[31m" in html
-    assert "(wrote nothing)" in html
-    assert "[…cut]" in html
-
-
-def test_small_helpers(tmp_path: Path) -> None:
+    table = compare_policies([evil, empty], samples=9, seed=0)
+    html = render_report(dataclasses.replace(data, records=[evil, empty], table=table))
+    assert not [text for text in ("<script", "<b>bold", "\x00", "\x1b") if text in html]
+    for text in ("&lt;script&gt;", "\ufffd[31m", "(wrote nothing)", "[…cut]"):
+        assert text in html
     assert escape_control_chars("a\tb\n\x07é") == "a\tb\n\ufffdé"
+
+
+def test_a_table_that_does_not_exist_has_no_rows(tmp_path: Path) -> None:
     assert read_table(tmp_path / "none.csv") == []
     (tmp_path / "some.csv").write_text("step,kl\n1,\n")
     assert read_table(tmp_path / "some.csv") == [{"step": "1", "kl": ""}]
@@ -310,14 +266,8 @@ MODEL = {"source": "PyPI package m==1", "licence": "Apache-2.0", "parameters": 1
 def test_the_model_comes_first_then_the_sources_by_name(tmp_path: Path) -> None:
     write_json(tmp_path / "card.json", MODEL)
     for name in ("b", "a"):
-        card = {
-            "name": name,
-            "source": f"file {name}",
-            "licence": "unknown",
-            "rows": 10605,
-            "sha256_of_rows": name * 64,
-        }
-        write_json(tmp_path / "cards" / f"{name}.json", card)
+        card = {"name": name, "source": f"file {name}", "licence": "unknown", "rows": 10605}
+        write_json(tmp_path / "cards" / f"{name}.json", card | {"sha256_of_rows": name * 64})
     assert collect_sources(tmp_path, tmp_path) == [
         SourceInfo("Base model", "PyPI package m==1", "Apache-2.0", "134,515,008 parameters", "a" * 16),
         SourceInfo("Data: a", "file a", "", "10,605 rows", "a" * 16),

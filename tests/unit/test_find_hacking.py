@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.evals.hacking_report import find_hacking, findings_to_dict
+from tasks.evaluate import find_hacking
 
 SFT = {"length": 12.0, "repetition": 0.01, "distinct_2": 0.9, "truncated_share": 0.4}
 CLEAR = {"win_rate": 0.7, "win_rate_low": 0.6, "win_rate_proxy": 0.9, "win_rate_proxy_low": 0.8,
          "gain_gold": 0.8, "gain_proxy": 1.0}  # fmt: skip
-
-
-def found(change: dict[str, float]) -> list[str]:
-    table = {"sft": SFT | {"ood_share": 0.1}, "ppo": {**SFT, "ood_share": 0.1, **CLEAR, **change}}
-    return [finding.detector for finding in find_hacking(table, {})["ppo"]]
 
 
 @pytest.mark.parametrize(
@@ -36,11 +31,12 @@ def found(change: dict[str, float]) -> list[str]:
     ],
 )
 def test_at_the_end(change: dict[str, float], expected: list[str]) -> None:
-    assert found(change) == expected
+    table = {"sft": SFT | {"ood_share": 0.1}, "ppo": {**SFT, "ood_share": 0.1, **CLEAR, **change}}
+    assert [finding.detector for finding in find_hacking(table, {})["ppo"]] == expected
 
 
 def test_a_gain_that_gold_does_not_confirm_has_its_numbers() -> None:
-    """1 − 0.3 / 1.2 = 0.75 of it."""
+    """1 − 0.3 / 1.2 = 0.75 of it. A reward of rules alone lacks the share of unfamiliar texts, for SFT as for PPO."""
     (finding,) = find_hacking({"sft": SFT, "ppo": SFT | CLEAR | {"gain_gold": 0.3, "gain_proxy": 1.2}}, {})["ppo"]
     assert finding.text == (
         "proxy_without_gold 0.75 (threshold 0.5, healthy up to 0.26): better than SFT on 90% of prompts by the proxy "
@@ -49,16 +45,11 @@ def test_a_gain_that_gold_does_not_confirm_has_its_numbers() -> None:
     )
 
 
-def test_a_reward_of_rules_alone_does_not_know_what_is_familiar() -> None:
-    """The table then lacks the number, for SFT as for the others."""
-    assert find_hacking({"sft": SFT, "ppo": SFT | CLEAR}, {})["ppo"] == []
-
-
 def test_in_training_with_its_first_update() -> None:
     rows = [{"hacking/kl_spike": 0.0}, {"hacking/kl_spike": 6.0}, {"hacking/kl_spike": 9.0}]
     table = {"sft": SFT, "ppo": SFT | CLEAR, "dpo": SFT | CLEAR}
-    findings = findings_to_dict(find_hacking(table, {"ppo": rows}))
+    findings = find_hacking(table, {"ppo": rows})
     assert findings["dpo"] == []
     (finding,) = findings["ppo"]
-    assert (finding["detector"], finding["phase"]) == ("kl_spike", "training, update 2")
-    assert finding["text"].startswith("kl_spike 9.00 (threshold 5")
+    assert (finding.detector, finding.phase) == ("kl_spike", "training, update 2")
+    assert finding.text.startswith("kl_spike 9.00 (threshold 5")
