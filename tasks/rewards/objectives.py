@@ -21,8 +21,7 @@ from tasks.rewards.metrics import (
     rating_metrics,
 )
 from tasks.rewards.reward_model import EnsembleMember
-from tasks.rewards.training import classification_trainer, pair_trainer, regression_trainer
-from tasks.rewards.training_data import TrainingData
+from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
 
 __all__ = ["OBJECTIVES", "Objective", "ensemble_metrics", "evaluate_reward_model"]
 

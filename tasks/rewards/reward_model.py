@@ -17,8 +17,7 @@ from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
 from tasks.rewards.metrics import correlation
 from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.scorers import PromptResponse, TextScorer
+from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, PromptResponse, TextScorer, load_pretrained_scorer
 
 __all__ = [
     "ENSEMBLE_REDUCTIONS",

@@ -9,10 +9,8 @@ from collections.abc import Mapping
 
 from tasks.rewards.code import CodeReward
 from tasks.rewards.rules.answers import answer_rule, contains_facts_rule
-from tasks.rewards.rules.base import RuleFactory, response_rule
-from tasks.rewards.rules.custom import custom_rule
-from tasks.rewards.rules.format import json_schema_rule, matches_pattern
-from tasks.rewards.rules.instructions import instructions_rule
+from tasks.rewards.rules.base import RuleFactory, custom_rule, response_rule
+from tasks.rewards.rules.format import instructions_rule, json_schema_rule, matches_pattern
 from tasks.rewards.rules.math import math_rule
 from tasks.rewards.rules.poem import poem_rule
 from tasks.rewards.rules.style import language_rule, length, readability, repetition, vader_rule

@@ -1,4 +1,4 @@
-"""Types of rules: a function of one sample, of a batch, or of a batch with metrics."""
+"""Types of rules: a function of one sample, of a batch, or of a batch with metrics; the user's own among them."""
 
 from __future__ import annotations
 
@@ -7,13 +7,16 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
+
+if TYPE_CHECKING:
+    from tasks.config.rules import CustomRule
 
 __all__ = [
     "FAILURES",
@@ -24,6 +27,7 @@ __all__ = [
     "RewardFunction",
     "RuleFactory",
     "ScoresWithMetrics",
+    "custom_rule",
     "import_extra",
     "response_rule",
 ]
@@ -65,6 +69,24 @@ def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
         return PerSampleRule(lambda _prompt, response: function(response, **arguments))
 
     return make
+
+
+def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
+    """Import the user's function, which is called with the sample and its options.
+
+    Raises:
+        ConfigError: its module cannot be imported.
+    """
+    module, _, name = options.function.partition(":")
+    try:
+        function: Any = getattr(import_module(f"tasks.rewards.custom.{module}"), name)
+    except Exception as error:
+        raise ConfigError(
+            f"reward.rules: {options.function!r} cannot be imported: {type(error).__name__}: {error}; see "
+            f"tasks/rewards/custom/{module}.py"
+        ) from error
+    keywords = options.options
+    return PerSampleRule(lambda prompt, response: function(prompt, response, answers.get(prompt), **keywords))
 
 
 def import_extra(module: str, rule: str) -> Any:

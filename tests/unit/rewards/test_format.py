@@ -8,8 +8,7 @@ from pydantic import ValidationError
 from tasks.config.rules import RULE_OPTIONS, InstructionsRule
 from tasks.core.errors import DataError
 from tasks.rewards.rules import RULES
-from tasks.rewards.rules.format import matches_pattern
-from tasks.rewards.rules.instructions import check_constraints
+from tasks.rewards.rules.format import check_constraints, matches_pattern
 
 TAGS = r"(?s)<think>.{3,}</think>\s*<answer>\d+</answer>"
 PERSON = {

@@ -17,8 +17,8 @@ from tasks.config.training import RewardModelParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, RewardModel, ScoreHead
+from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs
 

@@ -18,9 +18,9 @@ import pytest
 from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError, DataError
 from tasks.rewards.sandbox import bubblewrap
+from tasks.rewards.sandbox.bubblewrap import ALLOWED
 from tasks.rewards.sandbox.inside import codec
 from tasks.rewards.sandbox.sandbox import Job, Sandbox, Status
-from tasks.rewards.sandbox.seccomp import ALLOWED
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")

@@ -13,8 +13,7 @@ from tasks.core.rows import Preference
 from tasks.models.hf_training import HistoryCallback, train_or_resume
 from tasks.models.loading import add_lora, init_process, new_reward_model
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import classification_trainer, pair_trainer, regression_trainer
-from tasks.rewards.training_data import TrainingData
+from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import LORA
 

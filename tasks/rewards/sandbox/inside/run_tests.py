@@ -12,7 +12,7 @@ import select
 import sys
 
 from tasks.rewards.sandbox.inside import codec
-from tasks.rewards.sandbox.inside.limits import confine, take_stdio
+from tasks.rewards.sandbox.inside.run_program import confine, take_stdio
 
 TYPE_CHECKING = False  # as in `typing`, whose import takes as long as a third of Python's start
 if TYPE_CHECKING:
