@@ -22,7 +22,7 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json, write_rows, write_table
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters, rater_agreement
 from tasks.data.splitting import SPLITS, Split
-from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
+from tasks.rewards.metrics import CLEAR_MARGIN, MARGIN_BUCKETS, margin_bucket
 
 if TYPE_CHECKING:
     from tasks.config.data import PreferencesParams
@@ -135,10 +135,8 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     """
     rng = np.random.default_rng(seed)
     known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
-    groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
-    groups |= {
-        f"{MARGIN_BUCKETS.clear_margin:g}+": [share for gap, share in known if gap >= MARGIN_BUCKETS.clear_margin]
-    }
+    groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS}
+    groups |= {f"{CLEAR_MARGIN:g}+": [share for gap, share in known if gap >= CLEAR_MARGIN]}
     groups |= {"all": [share for _, share in known]}
     return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
 

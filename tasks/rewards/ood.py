@@ -1,8 +1,7 @@
 """Out-of-distribution detection for reward models, by Mahalanobis distance of the head's input states.
 
-One Gaussian is fitted to the states of the training texts, and the distance from it is Mahalanobis' (Lee et al. 2018,
-arXiv 1807.03888, equation 2, with one class). What lies further out than nearly all held-out texts of people is a text
-unlike the training data: its score is an extrapolation.
+One Gaussian is fitted to the states of the training texts (Lee et al. 2018, arXiv 1807.03888, equation 2, with one
+class). What lies further out than nearly all held-out texts of people is out of distribution.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from torch import Tensor
 from tasks.core.errors import ModelError, TrainingError
 from tasks.rewards.scorers import PromptResponse, TextScorer
 
-__all__ = ["FIT_TEXTS", "QUANTILE", "MahalanobisOOD", "fit_ood_detector"]
+__all__ = ["FIT_TEXTS", "MahalanobisOOD", "fit_ood_detector"]
 
 FIT_TEXTS = 512
 """Training texts that the detector is fitted on. A hundred find nearly what all 1,600 find: all made-up nonsense, four
@@ -34,9 +33,9 @@ class MahalanobisOOD:
 
     Attributes:
         mean: [d] their mean μ.
-        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their covariance, shrunk as Ledoit & Wolf 2004 say: there
-            are hardly more texts than dimensions, and the sample's own has no inverse one could trust.
-        threshold: the distance beyond which a text is out of distribution.
+        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their covariance, shrunk as Ledoit & Wolf 2004 say, for
+            there are hardly more texts than dimensions.
+        threshold: distance beyond which a text is out of distribution.
     """
 
     mean: Tensor
@@ -50,7 +49,7 @@ class MahalanobisOOD:
         Raises:
             TrainingError: the states of the training texts do not vary.
         """
-        from sklearn.covariance import ledoit_wolf  # takes a second, and is needed here alone
+        from sklearn.covariance import ledoit_wolf  # takes a second
 
         rows = training.double()
         factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(ledoit_wolf(rows.numpy())[0]))
@@ -82,8 +81,7 @@ class MahalanobisOOD:
 
     def save(self, path: Path) -> None:
         """Write it to a safetensors file."""
-        threshold = torch.tensor(self.threshold)
-        save_file({"mean": self.mean, "whitening": self.whitening, "threshold": threshold}, path)
+        save_file({name: torch.as_tensor(value) for name, value in vars(self).items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> MahalanobisOOD:
@@ -95,7 +93,7 @@ class MahalanobisOOD:
         if not path.is_file():
             raise ModelError(f"{path} does not exist: run the stage reward_model")
         tensors = load_file(path)
-        return cls(tensors["mean"], tensors["whitening"], tensors["threshold"].item())
+        return cls(**tensors | {"threshold": tensors["threshold"].item()})
 
 
 def fit_ood_detector(

@@ -20,13 +20,11 @@ from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, PromptResponse, TextScorer, load_pretrained_scorer
 
 __all__ = [
-    "ENSEMBLE_REDUCTIONS",
     "NORMALISATION",
     "OOD_DETECTOR",
     "EnsembleMember",
     "GoldJudge",
     "RewardModel",
-    "ScoreHead",
     "backbone_of",
     "member_folder",
 ]
@@ -59,8 +57,7 @@ class ScoreHead:
     Attributes:
         mean: μ of the output over responses of the SFT policy, less what their length explains.
         std: their spread σ.
-        length_slope: effect of one token on the output, which is subtracted. 0 without length debiasing.
-        weight: in the sum of the heads.
+        length_slope: effect of one token on the output, which is subtracted; 0 without length debiasing.
     """
 
     mean: float
@@ -70,9 +67,7 @@ class ScoreHead:
 
     @classmethod
     def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> ScoreHead:
-        """Fit to raw values [N] of SFT responses, and to their lengths for length debiasing.
-
-        The slope is that of least squares, cov(raw, length) / var(length).
+        """Fit to raw values [N] of SFT responses; the length slope is that of least squares.
 
         Raises:
             TrainingError: the values do not vary.
@@ -94,8 +89,7 @@ class ScoreHead:
 
     def to_dict(self) -> dict[str, float]:
         """Its part of normalisation.json."""
-        slope = {"length_slope": self.length_slope} if self.length_slope else {}
-        return {"mean": self.mean, "std": self.std, **slope}
+        return {"mean": self.mean, "std": self.std} | ({"length_slope": self.length_slope} if self.length_slope else {})
 
 
 @dataclass(frozen=True)
@@ -135,12 +129,9 @@ class EnsembleMember:
 
     def normalisation_metrics(self) -> dict[str, float]:
         """Mean and standard deviation of each head's raw value, and the length slope where it was removed."""
-        metrics: dict[str, float] = {}
-        for name, head in self.heads.items():
-            for key, value in head.to_dict().items():
-                metric = f"raw_{key}" if key in ("mean", "std") else key
-                metrics[f"{metric}/{name}" if name else metric] = value
-        return metrics
+        keys = {"mean": "raw_mean", "std": "raw_std", "length_slope": "length_slope"}
+        rows = [(f"/{name}" if name else "", head.to_dict()) for name, head in self.heads.items()]
+        return {keys[key] + suffix: value for suffix, row in rows for key, value in row.items()}
 
     def length_bias(self, samples: Sequence[PromptResponse], values: Tensor) -> dict[str, float]:
         """Correlation of raw values [N, K] and numbers of tokens, also before length debiasing."""
@@ -168,19 +159,15 @@ class EnsembleMember:
 
 
 def _response_lengths(scorer: TextScorer, samples: Sequence[PromptResponse]) -> Tensor:
-    """Number of response tokens of each sample [N], with the template's own, which are the same for all.
-
-    Without the prompt's: the policy chooses the response's length alone.
-    """
+    """Number of response tokens of each sample [N], with the template's own, which are the same for all."""
     prompts = [prompt for prompt, _ in samples]
     return scorer.lengths(scorer.format(samples)) - scorer.lengths(prompts) + scorer.lengths([""])
 
 
 def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
     """Read what `EnsembleMember.to_dict` wrote."""
-    alone = {name: value for name, value in normalisation.items() if name != "max_length"}
-    rows = normalisation.get("objectives") or {"": alone}
-    return {name: ScoreHead(**row) for name, row in rows.items()}
+    rest = {name: value for name, value in normalisation.items() if name != "max_length"}
+    return {name: ScoreHead(**row) for name, row in rest.get("objectives", {"": rest}).items()}
 
 
 @dataclass(frozen=True)
@@ -188,7 +175,6 @@ class RewardModel:
     """One model, or an ensemble whose members differ in their seed alone, on one backbone.
 
     Attributes:
-        members: one, or several.
         ood_detector: of the first member's states.
         ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
         uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
@@ -201,13 +187,7 @@ class RewardModel:
 
     @classmethod
     def load(
-        cls,
-        base_model: Path,
-        sft: Path,
-        reward_model: Path,
-        *,
-        ensemble_reduction: str = "mean",
-        uncertainty_coef: float = 0.0,
+        cls, base_model: Path, sft: Path, reward_model: Path, reduction: str = "mean", uncertainty_coef: float = 0.0
     ) -> RewardModel:
         """Load the output of the reward_model stage, of whatever kind.
 
@@ -220,7 +200,7 @@ class RewardModel:
             members = [EnsembleMember(load_pretrained_scorer(reward_model), heads)]
         else:
             members = _trained_members(base_model, sft, reward_model)
-        return cls(members, ood_detector, ensemble_reduction, uncertainty_coef)
+        return cls(members, ood_detector, reduction, uncertainty_coef)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: the members' scores, reduced."""
@@ -228,17 +208,15 @@ class RewardModel:
 
     def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
-        return self._scores(self._outputs(prompts, responses)[0])
+        return self._outputs(prompts, responses)[0]
 
     def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards [B], and metrics of the same forward pass.
+        """Rewards [B], and metrics [B] of the same forward pass.
 
-        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there are several
-        objectives, is the members' mean of that head; `disagreement` [B], where there are several members, their
-        standard deviation.
+        `ood_share` is 1 where the text is out of distribution; `objective/<name>`, of several objectives, is the
+        members' mean of that head; `disagreement`, of several members, their standard deviation.
         """
-        heads, states = self._outputs(prompts, responses)
-        scores = self._scores(heads)
+        scores, heads, states = self._outputs(prompts, responses)
         metrics = {"ood_share": self.ood_detector.is_ood(states)}
         names = list(self.members[0].heads)
         if len(names) > 1:
@@ -248,15 +226,13 @@ class RewardModel:
             metrics["disagreement"] = scores.std(0, correction=0)
         return ENSEMBLE_REDUCTIONS[self.ensemble_reduction](scores, self.uncertainty_coef), metrics
 
-    def _outputs(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[Tensor], Tensor]:
-        """Normalised heads of each member, K × [B, heads], and the first member's states."""
+    def _outputs(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Score of each member [K, B], its normalised heads, K × [B, heads], and the first member's states."""
         samples = list(zip(prompts, responses, strict=True))
         outputs = [member.raw_scores(samples) for member in self.members]
         heads = [member.normalise(values) for member, (values, _) in zip(self.members, outputs, strict=True)]
-        return heads, outputs[0][1]
-
-    def _scores(self, heads: Sequence[Tensor]) -> Tensor:
-        return torch.stack([member.score(values) for member, values in zip(self.members, heads, strict=True)])
+        scores = [member.score(values) for member, values in zip(self.members, heads, strict=True)]
+        return torch.stack(scores), heads, outputs[0][1]
 
 
 def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
@@ -285,11 +261,11 @@ def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[En
     ]
 
 
+@dataclass(frozen=True)
 class GoldJudge:
     """Gold judge: its score estimates the mean human rating, in points of the rating scale."""
 
-    def __init__(self, scorer: TextScorer) -> None:
-        self._scorer = scorer
+    scorer: TextScorer
 
     @classmethod
     def load(cls, base_model: Path, gold_judge: Path) -> GoldJudge:
@@ -299,12 +275,12 @@ class GoldJudge:
             ModelError: the folder is incomplete.
         """
         max_length = _read_normalisation(gold_judge)["max_length"]
-        scorer = load_reward_model(base_model, None, gold_judge)
-        return cls(TextScorer(scorer, load_tokenizer(base_model), max_length=max_length))
+        model = load_reward_model(base_model, None, gold_judge)
+        return cls(TextScorer(model, load_tokenizer(base_model), max_length=max_length))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Estimated mean ratings, [len(prompts)]."""
-        return self._scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        """Estimated mean ratings, [B]."""
+        return self.scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
 
 
 def _read_normalisation(folder: Path) -> dict[str, Any]:

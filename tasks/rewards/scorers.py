@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
+from functools import partial
 from operator import add
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,10 +31,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "BACKBONE",
-    "CARD",
     "PRETRAINED_DIR",
-    "Formatter",
-    "PretrainedScorer",
     "PromptResponse",
     "TextScorer",
     "encode",
@@ -61,7 +58,10 @@ def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
 
 
 class TextScorer:
-    """Scores texts by the linear head at each text's end token."""
+    """Scores texts by the linear head at each text's end token.
+
+    `adapter` is the one that is switched on, where the model has several.
+    """
 
     def __init__(
         self,
@@ -73,10 +73,8 @@ class TextScorer:
         adapter: str | None = None,
         formatter: Formatter = add,
     ) -> None:
-        """Pair a model with its tokenizer; `adapter` is the one that is switched on, where the model has several."""
-        self._model, self._tokenizer = model, tokenizer
-        self._max_length, self._batch_size = max_length, batch_size
-        self._adapter, self._formatter = adapter, formatter
+        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
+        self._batch_size, self._adapter, self._formatter = batch_size, adapter, formatter
 
     def __call__(self, texts: Sequence[str]) -> Tensor:
         """Raw scores, [len(texts)] float32 on the CPU; [len(texts), K] of a model with K heads."""
@@ -84,19 +82,14 @@ class TextScorer:
 
     @torch.no_grad()
     def scores_and_states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Raw scores [N], or [N, K], and the head's input states [N, d], float32 on the CPU.
-
-        Equal texts are read once, in batches of like length.
-        """
+        """Raw scores [N] or [N, K], and the head's input states [N, d], float32 on the CPU; reads equal texts once."""
         self._model.eval()
         if self._adapter is not None:
             self._model.set_adapter(self._adapter, inference_mode=True)
         unique = {text: self._encode(text) for text in texts}
         ordered = sorted(unique, key=lambda text: (len(unique[text]), text))
-        outputs = [
-            self._forward([unique[text] for text in ordered[start : start + self._batch_size]])
-            for start in range(0, len(ordered), self._batch_size)
-        ]
+        batches = (ordered[start : start + self._batch_size] for start in range(0, len(ordered), self._batch_size))
+        outputs = [self._forward([unique[text] for text in batch]) for batch in batches]
         row_of = {text: row for row, text in enumerate(ordered)}
         rows = [row_of[text] for text in texts]
         scores, states = (torch.cat(parts)[rows] for parts in zip(*outputs, strict=True))
@@ -108,47 +101,39 @@ class TextScorer:
 
     def lengths(self, texts: Sequence[str], *, untruncated: bool = False) -> Tensor:
         """Number of tokens of each text after truncation, or untruncated and without the end token; [N] float32."""
-        if untruncated:
-            return torch.tensor([float(len(self._tokenizer(text).input_ids)) for text in texts])
-        return torch.tensor([float(len(self._encode(text))) for text in texts])
+        rows = [self._tokenizer(text).input_ids if untruncated else self._encode(text) for text in texts]
+        return torch.tensor([float(len(row)) for row in rows])
 
     def _encode(self, text: str) -> list[int]:
         return encode(self._tokenizer, text, self._max_length)
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
+        """Scores [B], or [B, K], and states [B, d] of tokenised texts."""
         ids, mask = pad_ids(rows, self._tokenizer.pad_token_id, side="right")
-        model_device = device()
-        with _capture_inputs(self._model.score) as states:
-            logits: Tensor = self._model(
-                input_ids=ids.to(model_device),
-                attention_mask=mask.long().to(model_device),
-                position_ids=position_ids(mask).to(model_device),
-            ).logits
-        return logits.squeeze(-1).float().cpu(), _last_token_states(states[0], rows).float().cpu()
+        inputs = {"input_ids": ids, "attention_mask": mask.long(), "position_ids": position_ids(mask)}
+        logits, states = _logits_and_states(self._model, self._model.score, inputs)
+        return logits.squeeze(-1).float().cpu(), states.float().cpu()
 
 
 class PretrainedScorer(TextScorer):
-    """A pretrained sequence classifier with its own tokenisation, pooling and head."""
+    """A pretrained sequence classifier with its own tokenisation, pooling and head.
+
+    Of a model with two classes, the score is the log-odds for the second.
+    """
 
     def __init__(
         self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool, formatter: Formatter
     ) -> None:
-        """Pair a model with its tokenizer.
-
-        Args:
-            model: of one output, or of two classes, whose log-odds for the second are then the score.
-            add_special_tokens: whether the tokenizer adds its special tokens; a chat template has done so already.
+        """Pair a model with its tokenizer, whose special tokens a chat template may have added.
 
         Raises:
-            ModelError: it has no linear layer that makes its outputs.
+            ModelError: the model has no linear layer that makes its outputs.
         """
         padding = model.config.get_text_config().pad_token_id
-        # Such a model takes the last token of a batch as the end of the text, so only single ones are read rightly.
+        # Without one, the model takes the last token of a batch as the end of the text: right for single ones alone.
         batch_size = 1 if padding is None else 32
         super().__init__(model, tokenizer, max_length=max_length, batch_size=batch_size, formatter=formatter)
-        self._padding = padding or 0
-        self._add_special_tokens = add_special_tokens
-        self._head = _last_layer(model)
+        self._padding, self._add_special_tokens, self._head = padding or 0, add_special_tokens, _last_layer(model)
 
     def _encode(self, text: str) -> list[int]:
         ids: list[int] = self._tokenizer(
@@ -158,11 +143,9 @@ class PretrainedScorer(TextScorer):
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids, mask = pad_ids(rows, self._padding, side="right")
-        with _capture_inputs(self._head) as states:
-            logits: Tensor = self._model(input_ids=ids.to(device()), attention_mask=mask.long().to(device())).logits
+        logits, states = _logits_and_states(self._model, self._head, {"input_ids": ids, "attention_mask": mask.long()})
         score = logits[:, 0] if logits.shape[1] == 1 else logits[:, 1] - logits[:, 0]
-        end_states = states[0] if states[0].dim() == 2 else _last_token_states(states[0], rows)
-        return score.float().cpu(), end_states.float().cpu()
+        return score.float().cpu(), states.float().cpu()
 
 
 def _last_layer(model: Any) -> nn.Module:
@@ -174,20 +157,15 @@ def _last_layer(model: Any) -> nn.Module:
     return layers[-1]
 
 
-def _last_token_states(states: Tensor, rows: list[list[int]]) -> Tensor:
-    """States at each text's last token, [B, T, d] → [B, d]."""
-    return states[range(len(rows)), [len(row) - 1 for row in rows]]
-
-
-@contextmanager
-def _capture_inputs(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Capture the inputs of the module inside the context."""
+def _logits_and_states(model: Any, head: nn.Module, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """Logits [B, K], and what the head reads, [B, d]: of each position, at the text's last token."""
     captured: list[Tensor] = []
-    handle = module.register_forward_pre_hook(lambda _, inputs: captured.append(inputs[0]))
-    try:
-        yield captured
-    finally:
-        handle.remove()
+    with head.register_forward_pre_hook(lambda _, states: captured.append(states[0])):
+        logits: Tensor = model(**{name: values.to(device()) for name, values in inputs.items()}).logits
+    states = captured[0]
+    if states.dim() == 3:
+        states = states[range(len(states)), (inputs["attention_mask"].sum(1) - 1).tolist()]
+    return logits, states
 
 
 def load_pretrained_scorer(reward_model: Path) -> PretrainedScorer:
@@ -203,35 +181,28 @@ def load_pretrained_scorer(reward_model: Path) -> PretrainedScorer:
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
     freeze_for_onednn(model)
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    formatter = _chat_formatter(tokenizer) if card["chat"] else _template_formatter(card["template"])
+    formatter = partial(_apply_chat, tokenizer) if card["chat"] else partial(_fill_template, card["template"])
     return PretrainedScorer(
         model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"], formatter=formatter
     )
 
 
-def _template_formatter(template: str) -> Formatter:
-    """Formatter that fills the template; braces in prompt and response stay as they are."""
-
-    def formatter(prompt: str, response: str) -> str:
-        values = {"prompt": prompt, "response": response}
-        return re.sub(r"\{(prompt|response)\}", lambda found: values[found[1]], template)
-
-    return formatter
+def _fill_template(template: str, prompt: str, response: str) -> str:
+    """Fill the template; braces in prompt and response stay as they are."""
+    values = {"prompt": prompt, "response": response}
+    return re.sub(r"\{(prompt|response)\}", lambda found: values[found[1]], template)
 
 
-def _chat_formatter(tokenizer: Any) -> Formatter:
-    def formatter(prompt: str, response: str) -> str:
-        turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": response.strip()}]
-        return str(tokenizer.apply_chat_template(turns, tokenize=False))
-
-    return formatter
+def _apply_chat(tokenizer: Any, prompt: str, response: str) -> str:
+    turns = [{"role": "user", "content": prompt.strip()}, {"role": "assistant", "content": response.strip()}]
+    return str(tokenizer.apply_chat_template(turns, tokenize=False))
 
 
 def fetch_backbone(params: BaseModelParams, seed: int, reward_model: Path) -> None:
     """Write a language model into `adapter/backbone/`, laid out as stage base_model does.
 
     Raises:
-        ModelError: it or its tokenizer is incomplete.
+        ModelError: it is incomplete.
         SourceError: it could not be fetched.
     """
     folder = reward_model / BACKBONE
@@ -251,13 +222,12 @@ def fetch_pretrained_scorer(params: PretrainedRewardParams, max_length: int, rew
         ModelError: it is incomplete, or gives neither one score nor two classes.
         SourceError: there is no such folder, and the hub does not give it.
     """
-    local = project_root() / Path(params.id).expanduser()
-    if local.is_dir():
-        folder, origin = local, folder_origin(local)
+    folder = project_root() / Path(params.id).expanduser()
+    if folder.is_dir():
+        origin = folder_origin(folder)
     else:
-        folder, origin = hub_folder(
-            params.id, params.revision, alternative="make reward_model.pretrained.id a local folder"
-        )
+        advice = "make reward_model.pretrained.id a local folder"
+        folder, origin = hub_folder(params.id, params.revision, alternative=advice)
     what, kind = f"scorer {params.id}", AutoModelForSequenceClassification
     model, tokenizer = load_folder(folder, what, kind, key="reward_model.pretrained.id", dtype="auto")
     outputs, chat = model.config.num_labels, params.template == CHAT

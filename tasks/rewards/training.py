@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -22,17 +22,11 @@ from tasks.models.hf_training import trainer_arguments
 from tasks.rewards.scorers import PromptResponse, encode
 
 if TYPE_CHECKING:
-    from tasks.config.training import RewardModelParams
+    from tasks.config.training import GoldJudgeParams, RewardModelParams
 
-__all__ = [
-    "TrainingConfig",
-    "TrainingData",
-    "classification_trainer",
-    "load_training_data",
-    "pair_samples",
-    "pair_trainer",
-    "regression_trainer",
-]
+    TrainingParams: TypeAlias = RewardModelParams | GoldJudgeParams
+
+__all__ = ["TrainingData", "classification_trainer", "load_training_data", "pair_trainer", "regression_trainer"]
 
 SPLITS = ("train", "validation", "test")
 
@@ -42,8 +36,7 @@ class TrainingData:
     """Rows by split: pairs for kinds that compare two texts, texts and targets for kinds that rate one.
 
     Attributes:
-        pairs: preference pairs; a kind that rates texts has them in `test` alone, if at all.
-        texts: rated texts.
+        pairs: a kind that rates texts has them in `test` alone, if at all.
         targets: one per text: its mean rating, or 1 and 0 for the two classes.
         weights: head → its weight in the score; one head has the name "".
         margin_scale: log-odds per point of a pair's margin; None: margins do not count.
@@ -65,7 +58,8 @@ class TrainingData:
     def samples(self, split: str, limit: int | None = None) -> list[PromptResponse]:
         """Rated texts, then chosen and rejected responses of a split; of its first rows, about `limit`."""
         texts: list[PromptResponse] = [("", text) for text in self.texts.get(split, ())[:limit]]
-        return texts + pair_samples(self.pairs.get(split, ())[: limit and limit // 2])
+        pairs = self.pairs.get(split, ())[: limit and limit // 2]
+        return [*texts, *((row.prompt, row.chosen) for row in pairs), *((row.prompt, row.rejected) for row in pairs)]
 
     def sizes(self) -> dict[str, float]:
         """Number of training rows."""
@@ -80,11 +74,6 @@ class TrainingData:
         return sizes
 
 
-def pair_samples(pairs: Sequence[Preference]) -> list[PromptResponse]:
-    """The chosen responses, then the rejected ones."""
-    return [(row.prompt, row.chosen) for row in pairs] + [(row.prompt, row.rejected) for row in pairs]
-
-
 def load_training_data(params: RewardModelParams, prepare: Path, preferences: Path) -> TrainingData:
     """Load the rows that the configured kind needs.
 
@@ -94,30 +83,34 @@ def load_training_data(params: RewardModelParams, prepare: Path, preferences: Pa
     ceiling = _read_rater_ceiling(preferences / "ceiling.csv")
     if params.pairwise:
         pairs = {split: read_rows(preferences / f"{split}.jsonl", Preference) for split in SPLITS}
-        _check_pairs(params, pairs, preferences)
+        for split, rows in pairs.items():
+            _check_objectives(rows, params.objectives or {}, preferences / f"{split}.jsonl")
         scale = params.margin_scale if params.margin == "scaled" else None
+        if params.margin == "scaled" and not any((row.margin or 0) > 0 for row in pairs["train"]):
+            raise DataError(
+                f"reward_model.margin is scaled, but no pair of {preferences / 'train.jsonl'} has a positive margin: "
+                "give pairs a `margin`, or set it to none"
+            )
         return TrainingData(pairs, weights=params.objectives or {"": 1.0}, margin_scale=scale, rater_ceiling=ceiling)
     folder, heldout = prepare / "ratings" / "proxy", preferences / "test.jsonl"
-    ratings = {split: _read_ratings(folder / f"{split}.jsonl", params.kind) for split in SPLITS}
+    ratings = _read_ratings(folder, params.kind)
     ratings["train"] = ratings["train"][: params.max_examples]
     texts = {split: [row.text for row in rows] for split, rows in ratings.items()}
-    targets = {split: [_target(row, params.threshold) for row in rows] for split, rows in ratings.items()}
-    if params.threshold is not None and len(set(targets["train"])) == 1:
-        raise DataError(
-            f"reward_model.threshold {params.threshold:g} parts nothing: all {len(texts['train'])} texts of "
-            f"{folder / 'train.jsonl'} are of one class; choose a rating between theirs"
-        )
+    targets = {split: [row.mean for row in rows] for split, rows in ratings.items()}
+    if params.threshold is not None:
+        targets = {split: [float(mean >= params.threshold) for mean in means] for split, means in targets.items()}
+        if len(set(targets["train"])) == 1:
+            raise DataError(
+                f"reward_model.threshold {params.threshold:g} parts nothing: all {len(texts['train'])} texts of "
+                f"{folder / 'train.jsonl'} are of one class; choose a rating between theirs"
+            )
     test = read_rows(heldout, Preference) if heldout.is_file() and heldout.stat().st_size else []
     return TrainingData({"test": test}, texts, targets, rater_ceiling=ceiling)
 
 
-def _target(row: Rating, threshold: float | None) -> float:
-    return row.mean if threshold is None else float(row.mean >= threshold)
-
-
-def _read_ratings(path: Path, kind: str) -> list[Rating]:
+def _read_ratings(folder: Path, kind: str) -> dict[str, list[Rating]]:
     try:
-        return read_rows(path, Rating)
+        return {split: read_rows(folder / f"{split}.jsonl", Rating) for split in SPLITS}
     except DataError as error:
         raise DataError(
             f"reward_model.kind {kind} learns from rated texts: {error}; let a source of collect.sources give "
@@ -125,25 +118,14 @@ def _read_ratings(path: Path, kind: str) -> list[Rating]:
         ) from error
 
 
-def _check_pairs(params: RewardModelParams, pairs: Mapping[str, Sequence[Preference]], folder: Path) -> None:
-    for split, rows in pairs.items() if params.objectives else ():
-        _check_objectives(rows, list(params.objectives or ()), folder / f"{split}.jsonl")
-    if params.margin == "scaled" and not any((row.margin or 0) > 0 for row in pairs["train"]):
-        raise DataError(
-            f"reward_model.margin is scaled, but no pair of {folder / 'train.jsonl'} has a positive margin: "
-            "give pairs a `margin`, or set it to none"
-        )
-
-
-def _check_objectives(rows: Sequence[Preference], known: Sequence[str], path: Path) -> None:
-    for row in rows:
+def _check_objectives(rows: Sequence[Preference], known: Mapping[str, float], path: Path) -> None:
+    for row in rows if known else ():
         if row.objective not in known:
             raise DataError(
                 f"{path}: pair {row.id!r} is about objective {row.objective!r}; reward_model.objectives knows "
                 f"{', '.join(known)}; set `objective` at its source in collect.sources"
             )
-    missing = [name for name in known if not any(row.objective == name for row in rows)]
-    if missing:
+    if missing := [name for name in known if not any(row.objective == name for row in rows)]:
         raise DataError(
             f"{path} has no pair about {', '.join(missing)}: collect some, raise the number of pairs in preferences, "
             "or remove it from reward_model.objectives"
@@ -155,21 +137,8 @@ def _read_rater_ceiling(path: Path) -> dict[str, float]:
         return {row["bucket"]: float(row["agreement"]) for row in csv.DictReader(file) if row["agreement"]}
 
 
-class TrainingConfig(Protocol):
-    """Training parameters that the sections reward_model and gold_judge share."""
-
-    @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def max_length(self) -> int: ...
-
-
 def pair_trainer(
-    config: TrainingConfig,
+    params: TrainingParams,
     model: PeftModel,
     tokenizer: Any,
     data: TrainingData,
@@ -187,12 +156,12 @@ def pair_trainer(
         # TRL refuses a model with several labels; the configuration shows one, and the layer keeps all.
         model.config.num_labels = 1
         trainer_class, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
-    rows = [_encode_pair(row, tokenizer, config.max_length, data) for row in data.pairs["train"]]
+    rows = [_encode_pair(row, tokenizer, params.max_length, data) for row in data.pairs["train"]]
     return trainer_class(
         model=model,
         args=RewardConfig(
-            **_common_arguments(config, seed),
-            max_length=config.max_length,
+            **_common_arguments(params, seed),
+            max_length=params.max_length,
             remove_unused_columns=False,  # TRL would drop the column `length`
         ),
         data_collator=collator,
@@ -239,7 +208,7 @@ class ObjectivesTrainer(RewardTrainer):
 
 
 def regression_trainer(
-    config: TrainingConfig,
+    params: TrainingParams,
     model: PeftModel,
     tokenizer: Any,
     data: TrainingData,
@@ -251,13 +220,14 @@ def regression_trainer(
     """Fit one head to the targets of the texts by squared error, or its log-odds to binary ones by cross-entropy."""
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
     model.config.problem_type = "multi_label_classification" if binary else "regression"
-    texts = [encode(tokenizer, text, config.max_length) for text in data.texts["train"]]
-    targets = [[target] if binary else target for target in data.targets["train"]]
-    rows = [{"input_ids": ids, "labels": target} for ids, target in zip(texts, targets, strict=True)]
+    rows = [
+        {"input_ids": encode(tokenizer, text, params.max_length), "labels": [target] if binary else target}
+        for text, target in zip(data.texts["train"], data.targets["train"], strict=True)
+    ]
     return Trainer(
         model=model,
         args=TrainingArguments(
-            **_common_arguments(config, seed),
+            **_common_arguments(params, seed),
             average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
         ),
         train_dataset=Dataset.from_list(rows),
@@ -269,8 +239,8 @@ def regression_trainer(
 classification_trainer = partial(regression_trainer, binary=True)
 
 
-def _common_arguments(config: TrainingConfig, seed: int) -> dict[str, Any]:
+def _common_arguments(params: TrainingParams, seed: int) -> dict[str, Any]:
     arguments = trainer_arguments(
-        seed=seed, batch_size=config.batch_size, learning_rate=config.learning_rate, epochs=config.epochs
+        seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
     )
     return arguments | {"train_sampling_strategy": "group_by_length"}  # batches of similar length pad less

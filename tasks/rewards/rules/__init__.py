@@ -32,10 +32,7 @@ RULES: Mapping[str, RuleFactory] = {
     "repetition": response_rule(repetition),
     "vader": vader_rule,
 }
-"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`.
-
-A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch.
-"""
+"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`."""
 
 
 def get_rule_factory(function: str) -> RuleFactory:

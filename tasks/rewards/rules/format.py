@@ -16,7 +16,7 @@ from tasks.rewards.rules.style import count_sentences
 if TYPE_CHECKING:
     from tasks.config.rules import InstructionsRule, JsonSchemaRule
 
-__all__ = ["check_constraints", "instructions_rule", "json_schema_rule", "matches_pattern"]
+__all__ = ["instructions_rule", "json_schema_rule", "matches_pattern"]
 
 BULLET = re.compile(r"^\s*[*-] +\S", re.MULTILINE)
 PARAGRAPHS = re.compile(r"\n\s*\n")
@@ -30,9 +30,8 @@ def matches_pattern(response: str, *, pattern: str, match: str) -> float:
     (`reward.gates`) the form is a condition, and earns nothing by itself. Write patterns without nested repetition
     (`(a+)+`): they take for ever on some texts.
     """
-    text = response.strip()
-    found = re.fullmatch(pattern, text) if match == "whole" else re.search(pattern, text)
-    return float(found is not None)
+    find = re.fullmatch if match == "whole" else re.search
+    return float(find(pattern, response.strip()) is not None)
 
 
 def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRule:
@@ -40,7 +39,7 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRul
 
     Gamed by: the least that fits: `{}` where nothing is required, empty strings, one constant object for every prompt.
     Against that: `required`, `minLength`, `enum`, `additionalProperties: false` in the schema, and a component that
-    reads the content. NaN and Infinity, which Python reads and JSON does not know, do not count as JSON.
+    reads the content. NaN and Infinity do not count as JSON.
     """
     validator = Draft202012Validator(options.json_schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
 

@@ -1,6 +1,6 @@
 """Worker process that compares mathematical answers: reads lines [expected, response], writes true, false or an error.
 
-It imports nothing of this project, so that it starts in the time that sympy takes.
+It imports nothing of this project, which would take as long again as sympy.
 """
 
 from __future__ import annotations
@@ -14,14 +14,11 @@ from typing import IO
 
 __all__ = ["answers_equal", "worker_loop"]
 
-MEMORY_BYTES = 4 * 2**30
-"""Bytes that one comparison may take; a power tower asks for more than any machine has."""
+MEMORY_BYTES = 4 * 2**30  # a power tower asks for more than any machine has
 
 
 def answers_equal(expected: str, response: str) -> bool:
-    """Whether math-verify finds the expected answer in the response.
-
-    Its own timeouts are off: they return false, where the parent process counts a failure.
+    """Whether math-verify finds the expected answer in the response; its own timeouts are off.
 
     Raises:
         ValueError: the expected answer is no mathematics.

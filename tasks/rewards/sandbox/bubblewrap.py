@@ -24,7 +24,7 @@ from tasks.rewards.sandbox import inside
 if TYPE_CHECKING:
     from tasks.config.rules import CodeRule
 
-__all__ = ["ALLOWED", "ENVIRONMENT", "IOCTLS", "SCRATCH", "command", "seccomp_program"]
+__all__ = ["ALLOWED", "ENVIRONMENT", "command", "seccomp_program"]
 
 SCRATCH = "/scratch"
 
@@ -51,8 +51,7 @@ ALLOWED = (
     "unlink", "unlinkat", "rename", "renameat", "renameat2", "truncate", "umask", "utimensat",
     # itself
     "getpid", "getppid", "gettid", "getpgrp", "getpgid", "getsid", "getuid", "geteuid", "getgid", "getegid",
-    "getgroups",
-    "getresuid", "getresgid", "getrlimit", "uname", "sysinfo", "getrandom", "futex", "set_robust_list",
+    "getgroups", "getresuid", "getresgid", "getrlimit", "uname", "sysinfo", "getrandom", "futex", "set_robust_list",
     "set_tid_address", "rseq", "membarrier", "sched_yield", "sched_getaffinity", "rt_sigaction", "rt_sigprocmask",
     "rt_sigreturn", "rt_sigpending", "rt_sigtimedwait", "rt_sigsuspend", "sigaltstack", "exit", "exit_group",
 )  # fmt: skip
@@ -82,52 +81,42 @@ def _bwrap_args(scratch: int) -> list[str]:
         _find_bwrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
         "--cap-drop", "ALL", "--uid", _NOBODY_UID, "--gid", _NOBODY_UID, "--hostname", "sandbox", "--clearenv",
     ]  # fmt: skip
-    for name, value in _environment().items():
+    environment = ENVIRONMENT | {"HOME": SCRATCH, "TMPDIR": SCRATCH}
+    if sys.base_prefix != _SYSTEM:
+        environment["LD_LIBRARY_PATH"] = f"{_PYTHON}/lib"  # where the linker looks for the library of that Python
+    for name, value in environment.items():
         arguments += ["--setenv", name, value]
-    for kind, *paths in _mounts():
-        arguments += [kind, *paths]
     package = Path(inside.__file__).parent
-    arguments += ["--ro-bind", str(package), f"{_PACKAGE_DIR}/tasks/rewards/sandbox/inside"]
-    arguments += ["--dev-bind", "/dev/null", "/dev/null"]
-    arguments += ["--size", str(scratch), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/"]
-    return arguments
-
-
-def _environment() -> dict[str, str]:
-    """Environment variables; the linker needs the library path of a Python outside /usr."""
-    library_path = {} if sys.base_prefix == _SYSTEM else {"LD_LIBRARY_PATH": f"{_PYTHON}/lib"}
-    return {**ENVIRONMENT, "HOME": SCRATCH, "TMPDIR": SCRATCH, **library_path}
+    return [
+        *arguments, *_mounts(), "--ro-bind", str(package), f"{_PACKAGE_DIR}/tasks/rewards/sandbox/inside",
+        "--dev-bind", "/dev/null", "/dev/null",
+        "--size", str(scratch), "--tmpfs", SCRATCH, "--chdir", SCRATCH, "--remount-ro", "/",
+    ]  # fmt: skip
 
 
 @lru_cache(maxsize=1)
-def _mounts() -> tuple[tuple[str, ...], ...]:
+def _mounts() -> list[str]:
     """Python's executable, its standard library without installed packages, and the system's libraries; no `/etc`."""
     prefix = Path(sys.base_prefix).resolve()
-    mounts = [_bind_or_symlink(path) for path in (Path("/usr/lib"), Path("/usr/lib64"), Path("/lib"), Path("/lib64"))]
+    mounts: list[str] = []
+    for path in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")):
+        mounts += ["--symlink", str(path.readlink())] if path.is_symlink() else ["--ro-bind-try", str(path)]
+        mounts.append(str(path))
     for folder in (prefix / "lib", prefix / "lib64"):
         if folder.is_dir() and str(prefix) != _SYSTEM:
-            mounts.append(("--ro-bind", str(folder), _sandbox_path(folder)))
+            mounts += ["--ro-bind", str(folder), _sandbox_path(folder)]
     base = {"base": sys.base_prefix, "platbase": sys.base_exec_prefix}  # outside any virtual environment
     for packages in {sysconfig.get_path(name, vars=base) for name in ("purelib", "platlib")}:
         if Path(packages).is_dir():
             path = _sandbox_path(Path(packages))
-            mounts += [("--tmpfs", path), ("--remount-ro", path)]
-    mounts.append(("--ro-bind", str(_interpreter()), _sandbox_path(_interpreter())))
-    return tuple(mounts)
-
-
-def _bind_or_symlink(path: Path) -> tuple[str, ...]:
-    if path.is_symlink():
-        return ("--symlink", str(path.readlink()), str(path))
-    return ("--ro-bind-try", str(path), str(path))
+            mounts += ["--tmpfs", path, "--remount-ro", path]
+    return [*mounts, "--ro-bind", str(_interpreter()), _sandbox_path(_interpreter())]
 
 
 def _sandbox_path(path: Path) -> str:
     """Path inside the sandbox of a file of Python's; it does not reveal the home folder."""
     prefix = Path(sys.base_prefix).resolve()
-    if str(prefix) == _SYSTEM:
-        return str(path)
-    return str(_PYTHON / path.resolve().relative_to(prefix))
+    return str(path if str(prefix) == _SYSTEM else _PYTHON / path.resolve().relative_to(prefix))
 
 
 @lru_cache(maxsize=1)

@@ -83,7 +83,7 @@ def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
     prompt = "def poly(c, x):\n    return c[0] + c[1] * x\n\ndef root(c):\n"
     reward = CodeReward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
     responses = ["    return -c[0] / c[1]", "    return 0\n\ndef poly(c, x):\n    return 0"]
-    assert reward([prompt] * 2, responses).tolist() == [1, 0]
+    assert reward.score_with_metrics([prompt] * 2, responses)[0].tolist() == [1, 0]
 
 
 @needs_bubblewrap
@@ -91,8 +91,8 @@ def test_a_program_that_knows_the_training_tests_fails_the_held_out_ones() -> No
     answers = {PROMPT: "assert add_3(1) == 4\n# held out\nassert add_3(-3) == 0"}
     responses = ["    return x + 3", "    return 4", "    return 0"]
     training, heldout = (CodeReward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
-    assert training([PROMPT] * 3, responses).tolist() == [1, 1, 0]
-    assert heldout([PROMPT] * 3, responses).tolist() == [1, 0, 1]
+    assert training.score_with_metrics([PROMPT] * 3, responses)[0].tolist() == [1, 1, 0]
+    assert heldout.score_with_metrics([PROMPT] * 3, responses)[0].tolist() == [1, 0, 1]
 
 
 def test_rows_without_held_out_tests_have_one_set() -> None:
@@ -103,7 +103,7 @@ def test_rows_without_held_out_tests_have_one_set() -> None:
 def test_a_prompt_without_tests_is_an_error() -> None:
     reward = CodeReward(CodeRule(), {PROMPT: TESTS})
     with pytest.raises(DataError, match=r"the rule 'code': no tests are known for the prompt 'other'.*`answer`"):
-        reward(["other"], ["x"])
+        reward.score_with_metrics(["other"], ["x"])
 
 
 @needs_bubblewrap

@@ -9,6 +9,7 @@ from tasks.config.rules import RULE_OPTIONS, InstructionsRule
 from tasks.core.errors import DataError
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.format import check_constraints, matches_pattern
+from tests.unit.rewards.conftest import score
 
 TAGS = r"(?s)<think>.{3,}</think>\s*<answer>\d+</answer>"
 PERSON = {
@@ -17,11 +18,6 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-
-
-def score(rule: str, response: str, answer: str | None = None, **options: object) -> float:
-    answers = {} if answer is None else {"p": answer}
-    return RULES[rule](RULE_OPTIONS[rule](function=rule, **options), answers).score("p", response)
 
 
 @pytest.mark.parametrize(

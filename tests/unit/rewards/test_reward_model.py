@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
 from typing import get_args
 
 import pytest
@@ -54,28 +55,21 @@ def test_encoding_ends_with_the_end_token_also_when_cut():
 
 
 def test_score_is_the_head_at_the_end_token_whatever_stands_beside(scorer):
-    scores = TextScorer(scorer, Words(), max_length=16)(TEXTS)
-    for text, score in zip(TEXTS, scores, strict=True):
-        ids = torch.tensor([encode(Words(), text, 16)])
-        state = scorer.model(ids).last_hidden_state[0, -1]
-        assert score.item() == pytest.approx(scorer.score(state).item(), abs=1e-5)
+    """In the same pass: score = w · state, and the state is that of the text read alone."""
+    scores, states = TextScorer(scorer, Words(), max_length=16).scores_and_states(TEXTS)
+    torch.testing.assert_close(states @ scorer.score.weight[0], scores)
+    for text, score, state in zip(TEXTS, scores, states, strict=True):
+        alone = scorer.model(torch.tensor([encode(Words(), text, 16)])).last_hidden_state[0, -1]
+        torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-4)
+        assert score.item() == pytest.approx(scorer.score(alone).item(), abs=1e-5)
     assert scores[0] == scores[3]
+    assert not scorer.score._forward_pre_hooks, "nothing may stay on the model"
 
 
 def test_batching_does_not_move_scores(scorer):
     whole = TextScorer(scorer, Words(), max_length=16)(TEXTS)
     single = TextScorer(scorer, Words(), max_length=16, batch_size=1)(TEXTS)
     torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
-
-
-def test_states_are_what_the_head_reads_at_the_end_token(scorer):
-    """In the same pass: score = w · state, and the state is that of the text read alone."""
-    scores, states = TextScorer(scorer, Words(), max_length=16).scores_and_states(TEXTS)
-    torch.testing.assert_close(states @ scorer.score.weight[0], scores)
-    for text, state in zip(TEXTS, states, strict=True):
-        alone = scorer.model(torch.tensor([encode(Words(), text, 16)])).last_hidden_state[0, -1]
-        torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-4)
-    assert not scorer.score._forward_pre_hooks, "nothing may stay on the model"
 
 
 class Fixed:
@@ -109,11 +103,6 @@ def ensemble(**options):
     return RewardModel(members, IN_DISTRIBUTION, **options)
 
 
-def test_normalised_reward_is_shifted_and_scaled():
-    model = RewardModel([member(Fixed(a=3.0, bc=5.0), mean=3.0, std=4.0)], IN_DISTRIBUTION)
-    assert model(["", "b"], ["a", "c"]).tolist() == [0.0, 0.5]
-
-
 @pytest.mark.parametrize(
     ("reduction", "expected"), [("mean", [0.0, 1.0]), ("worst", [-2.0, -1.0]), ("uncertainty", [-0.8, 0.2])]
 )
@@ -143,41 +132,40 @@ def test_metrics_come_from_the_same_pass():
     assert metrics["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
     assert metrics["ood_share"].tolist() == [0.0, 0.0], "the OOD detector is the first member's"
     alone = RewardModel([member(Fixed(a=3.0), mean=3.0, std=4.0)], OUT_OF_DISTRIBUTION)
-    assert {name: own.tolist() for name, own in alone.score_with_metrics([""], ["a"])[1].items()} == {
-        "ood_share": [1.0]
-    }
+    assert alone.score_with_metrics([""], ["a"])[1] == {"ood_share": torch.tensor([1.0])}
 
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 
 
-def write_member(of, number):
-    """An adapter and a head that differ from every other member's."""
-    model = add_lora(new_reward_model(of / "base_model", None, seed=number), LORA, seed=number, head="score")
-    draw = torch.Generator().manual_seed(number)
+def save_trained(model, folder, seed):
+    """Save the adapter, changed as by training."""
+    draw = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    folder = member_folder(of / "reward_model", number)
     save_adapter(model, folder)
-    normalisation = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
-    (folder / NORMALISATION).write_text(json.dumps(normalisation))
 
 
 @pytest.fixture
 def artifacts(tmp_path):
-    """A base model, an SFT adapter that changes it, and a reward model of three members."""
-    tiny_model().save_pretrained(tmp_path / "base_model" / "model")
-    letter_tokenizer().save_pretrained(tmp_path / "base_model" / "model")
-    sft = add_lora(tiny_model(), LORA, seed=9)
-    for name, weight in sft.named_parameters():
-        if "lora_B" in name:
-            weight.data.fill_(0.02)
-    save_adapter(sft, tmp_path / "sft")
+    """A base model, an SFT adapter that changes it, and a reward model of three members, each unlike the others."""
+    base = tmp_path / "base_model"
+    tiny_model().save_pretrained(base / "model")
+    letter_tokenizer().save_pretrained(base / "model")
+    save_trained(add_lora(tiny_model(), LORA, seed=9), tmp_path / "sft", 9)
     for number in range(3):
-        write_member(tmp_path, number)
+        folder = member_folder(tmp_path / "reward_model", number)
+        model = add_lora(new_reward_model(base, None, seed=number), LORA, seed=number, head="score")
+        save_trained(model, folder, number)
+        normalisation = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
+        (folder / NORMALISATION).write_text(json.dumps(normalisation))
     MahalanobisOOD(torch.zeros(32), torch.eye(32), 1.0).save(tmp_path / "reward_model" / OOD_DETECTOR)
     return tmp_path
+
+
+def folders(artifacts):
+    return artifacts / "base_model", artifacts / "sft", artifacts / "reward_model"
 
 
 PROMPTS = ["a film", "the end", "so", "is it"]
@@ -186,14 +174,13 @@ RESPONSES = [" so so", " is near", "", " good good good good"]
 
 def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
     """In any order, again and again: switching changes nothing and makes nothing trainable."""
-    model = RewardModel.load(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+    base, sft, reward_model = folders(artifacts)
+    model = RewardModel.load(base, sft, reward_model)
     together = model.member_scores(PROMPTS, RESPONSES)
     assert together.shape == (3, 4)
     for number in range(3):
-        folder = member_folder(artifacts / "reward_model", number)
-        scorer = TextScorer(
-            load_reward_model(artifacts / "base_model", artifacts / "sft", folder), letter_tokenizer(), max_length=32
-        )
+        alone = load_reward_model(base, sft, member_folder(reward_model, number))
+        scorer = TextScorer(alone, letter_tokenizer(), max_length=32)
         raw = scorer([prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
@@ -203,7 +190,7 @@ def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
 
 
 def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
-    scorer = load_reward_model(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+    scorer = load_reward_model(*folders(artifacts))
     add_adapter(scorer, "second", member_folder(artifacts / "reward_model", 1))
     layers = [module for module in scorer.modules() if isinstance(module, FrozenLora)]
     assert len(layers) == 14
@@ -215,14 +202,8 @@ def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
 
 
 def test_one_member_loads_without_a_folder_of_members(artifacts):
-    for number in (2, 1):
-        for path in sorted(member_folder(artifacts / "reward_model", number).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        member_folder(artifacts / "reward_model", number).rmdir()
-    (artifacts / "reward_model" / MEMBERS).rmdir()
-    model = RewardModel.load(
-        artifacts / "base_model", artifacts / "sft", artifacts / "reward_model", ensemble_reduction="uncertainty"
-    )
+    shutil.rmtree(artifacts / "reward_model" / MEMBERS)
+    model = RewardModel.load(*folders(artifacts), "uncertainty")
     value, metrics = model.score_with_metrics(PROMPTS, RESPONSES)
     assert torch.equal(value, model.member_scores(PROMPTS, RESPONSES)[0])
     assert list(metrics) == ["ood_share"]
@@ -231,7 +212,7 @@ def test_one_member_loads_without_a_folder_of_members(artifacts):
 def test_a_member_that_lacks_a_file_is_named(artifacts):
     (member_folder(artifacts / "reward_model", 2) / NORMALISATION).unlink()
     with pytest.raises(ModelError, match=r"members/2/adapter/normalisation\.json does not exist"):
-        RewardModel.load(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+        RewardModel.load(*folders(artifacts))
 
 
 def sentences(count, seed, words):
@@ -245,7 +226,6 @@ def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer)
     training, heldout, unseen = (reader.scores_and_states(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
     detector = MahalanobisOOD.fit(training, heldout)
     assert detector.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
-    gibberish = sentences(60, 4, range(12, 32))
     repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
-    assert detector.is_ood(reader.scores_and_states(gibberish)[1]).mean() > 0.8
-    assert detector.is_ood(reader.scores_and_states(repeated)[1]).mean() > 0.8
+    for far in (sentences(60, 4, range(12, 32)), repeated):
+        assert detector.is_ood(reader.scores_and_states(far)[1]).mean() > 0.8

@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.config.rules import RULE_OPTIONS
 from tasks.core.errors import ConfigError
-from tasks.rewards.rules import RULES
 from tasks.rewards.rules.style import count_sentences, count_syllables, readability, reading_ease
+from tests.unit.rewards.conftest import score
 
 BAND = {"low": 50.0, "high": 90.0, "tolerance": 40.0, "min_words": 5}
-
-
-def score(rule: str, response: str, **options: object) -> float:
-    return RULES[rule](RULE_OPTIONS[rule](function=rule, **options), {}).score("p", response)
 
 
 @pytest.mark.parametrize(

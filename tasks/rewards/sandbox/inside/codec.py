@@ -17,13 +17,14 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-__all__ = ["MAX_DEPTH", "MessageTooLargeError", "UnsupportedTypeError", "decode", "encode", "read_frame", "write_frame"]
+__all__ = ["MessageTooLargeError", "UnsupportedTypeError", "decode", "encode", "read_frame", "write_frame"]
 
 MAX_DEPTH = 64
 """Containers within containers: what tests compare is flat, and reading is recursive."""
 
-_HEADER_BYTES = 4  # bytes of the frame's length prefix
+_HEADER_BYTES = 4
 _CHUNK_BYTES = 1 << 16  # capacity of a pipe
+_CONSTANTS = {b"n": None, b"t": True, b"f": False}
 _CONTAINERS: dict[bytes, Any] = {b"l": list, b"u": tuple, b"x": set, b"z": frozenset}
 
 
@@ -36,11 +37,11 @@ class MessageTooLargeError(ValueError):
 
 
 def encode(value: object, limit: int) -> bytes:
-    """Encode the value in at most `limit` bytes.
+    """Encode the value.
 
     Raises:
         UnsupportedTypeError: part of it is no plain data, or lies too deep.
-        MessageTooLargeError: it takes more.
+        MessageTooLargeError: it takes more than `limit` bytes.
     """
     writer = _Writer(limit)
     writer.write(value, MAX_DEPTH)
@@ -129,18 +130,16 @@ class _Writer:
             self._put(b"m%d:" % dict.__len__(value))
             items = (part for pair in dict.items(value) for part in pair)
         else:
-            for tag, kind in _CONTAINERS.items():
-                if isinstance(value, kind):
-                    self._put(tag + b"%d:" % kind.__len__(value))
-                    items = kind.__iter__(value)
-                    break
-            else:
+            tag, kind = next((pair for pair in _CONTAINERS.items() if isinstance(value, pair[1])), (b"", None))
+            if kind is None:
                 raise UnsupportedTypeError(f"a value of type {type(value).__name__}")
+            self._put(tag + b"%d:" % kind.__len__(value))
+            items = kind.__iter__(value)
         for item in items:
             self.write(item, depth - 1)
 
     def _put_sized(self, tag: bytes, content: bytes) -> None:
-        self._put(tag + b"%d:" % len(content) + content)
+        self._put(b"%s%d:%s" % (tag, len(content), content))
 
     def _put(self, text: bytes) -> None:
         self._check(len(text))
@@ -161,8 +160,8 @@ class _Reader:
         if depth < 0:
             raise UnsupportedTypeError("nested too deeply")
         tag = self._take(1)
-        if tag in b"ntf" and tag:
-            return {b"n": None, b"t": True, b"f": False}[tag]
+        if tag in _CONSTANTS:
+            return _CONSTANTS[tag]
         if tag == b"i":
             return int(self._until(b";"), 16)
         if tag == b"d":
@@ -178,8 +177,7 @@ class _Reader:
 
     def _container(self, tag: bytes, depth: int) -> object:
         if tag == b"m":
-            pairs = ((self.value(depth - 1), self.value(depth - 1)) for _ in range(self._count()))
-            return dict(pairs)
+            return {self.value(depth - 1): self.value(depth - 1) for _ in range(self._count())}
         if tag not in _CONTAINERS:
             raise UnsupportedTypeError(f"no tag {tag!r}")
         return _CONTAINERS[tag](self.value(depth - 1) for _ in range(self._count()))

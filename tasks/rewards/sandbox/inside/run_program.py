@@ -17,7 +17,7 @@ TYPE_CHECKING = False  # as in `typing`, whose import takes as long as a third o
 if TYPE_CHECKING:
     from typing import Any
 
-__all__ = ["confine", "main", "take_stdio"]
+__all__ = ["main", "start"]
 
 # linux/prctl.h, linux/seccomp.h
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 4, 22, 38, 2
@@ -28,11 +28,8 @@ _MAX_MESSAGE = 1 << 26  # bytes of a request: it comes from our side
 
 
 def main() -> None:
-    """Arguments: CPU seconds, bytes of memory, of files and of one answer, the filter in hex."""
-    cpu_seconds, memory, file_size, answer_size = map(int, sys.argv[2:6])
-    instructions = bytes.fromhex(sys.argv[6])
-    requests, answers = take_stdio()
-    confine(cpu_seconds, memory, file_size, instructions)
+    """Serve calls until there are no more; arguments: see `start`."""
+    requests, answers, answer_size = start()
     codec.write_frame(answers, codec.encode("ready", 16))
     function: Any = None
     while (text := codec.read_frame(requests, _MAX_MESSAGE)) is not None:
@@ -81,8 +78,24 @@ class _Program(ctypes.Structure):
     _fields_ = (("length", ctypes.c_ushort), ("instructions", ctypes.c_void_p))
 
 
-def confine(cpu_seconds: int, memory: int, file_size: int, instructions: bytes) -> None:
-    """Set resource limits and, where given, the seccomp filter of this process; neither can be undone."""
+def start() -> tuple[int, int, int]:
+    """Confine this process for good; return its standard input and output as a channel, and the bytes of one answer.
+
+    Arguments: CPU seconds, bytes of memory, of files and of one answer, the seccomp filter in hex or nothing.
+    Afterwards stdin is empty, and prints go to standard error.
+    """
+    cpu_seconds, memory, file_size, answer_size = map(int, sys.argv[2:6])
+    requests, answers, null = os.dup(0), os.dup(1), os.open(os.devnull, os.O_RDONLY)
+    os.dup2(null, 0)
+    os.dup2(2, 1)
+    os.close(null)
+    _limit_resources(cpu_seconds, memory, file_size)
+    if instructions := bytes.fromhex(sys.argv[6]):
+        _install_filter(instructions)
+    return requests, answers, answer_size
+
+
+def _limit_resources(cpu_seconds: int, memory: int, file_size: int) -> None:
     # At 1 the kernel writes no core and starts no handler; 0 would still start one (fs/coredump.c, core(5)).
     limits = {
         resource.RLIMIT_CORE: (1, 1),
@@ -96,8 +109,6 @@ def confine(cpu_seconds: int, memory: int, file_size: int, instructions: bytes) 
         if current_hard != resource.RLIM_INFINITY:
             soft, hard = min(soft, current_hard), min(hard, current_hard)
         resource.setrlimit(resource_id, (soft, hard))
-    if instructions:
-        _install_filter(instructions)
 
 
 def _install_filter(instructions: bytes) -> None:
@@ -111,13 +122,3 @@ def _install_filter(instructions: bytes) -> None:
     ):
         if libc.prctl(*arguments):
             raise OSError(ctypes.get_errno(), f"prctl({arguments[0]}): {os.strerror(ctypes.get_errno())}")
-
-
-def take_stdio() -> tuple[int, int]:
-    """Take over standard input and output as a channel; afterwards stdin is empty, and prints go to standard error."""
-    requests, answers = os.dup(0), os.dup(1)
-    null = os.open(os.devnull, os.O_RDONLY)
-    os.dup2(null, 0)
-    os.dup2(2, 1)
-    os.close(null)
-    return requests, answers
