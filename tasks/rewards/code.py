@@ -59,9 +59,9 @@ class CodeReward:
             DataError: a prompt has no tests, or tests that cannot judge any program.
         """
         results = self.results(prompts, responses)
-        shares = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
-        passed = shares.pop(Status.PASSED)
-        return passed, {f"failures/{status}": values for status, values in shares.items()}
+        columns = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
+        passed = columns.pop(Status.PASSED)
+        return passed, {f"failures/{status}": values for status, values in columns.items()}
 
     def results(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
         """Results of all responses [B], with reasons."""
@@ -76,10 +76,11 @@ class CodeReward:
                 "remove the component's weight"
             )
         name = function_under_test(prompt, self._answers[prompt])
-        tests = select_tests(self._options, self._answers[prompt])
         program = extract_program(self._options, prompt, response, name)
+        if program is None:
+            return None
         preamble = _prompt_preamble(prompt) if self._options.program == "completion" else ""
-        return Job(program, tests, name, preamble) if program is not None else None
+        return Job(program, select_tests(self._options, self._answers[prompt]), name, preamble)
 
 
 def function_under_test(prompt: str, tests: str) -> str:

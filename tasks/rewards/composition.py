@@ -69,17 +69,11 @@ def weighted_sum(values: Values, weights: Weights, raw: Values, priorities: Sequ
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Rewards of B responses.
+    """Rewards of B responses, all float32."""
 
-    Attributes:
-        total: [B] float32, the reward.
-        components: name → [B] float32, raw: before scales, weights and gates.
-        metrics: name → [B] float32, further metrics of components; reported, not part of the reward.
-    """
-
-    total: Tensor
-    components: dict[str, Tensor]
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor  # [B]
+    components: dict[str, Tensor]  # name → [B], raw: before scales, weights and gates
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # name → [B], of components; not part of the reward
 
     def gather(self) -> RewardBatch:
         """Gather the rewards of all ranks."""
@@ -114,7 +108,7 @@ class CompositeReward:
             )
 
     def weights_at(self, update: int | None) -> Mapping[str, float]:
-        """Component → weight in an update, from 1; None: `weights`, which are those at the end of the schedule."""
+        """Component → weight in an update, from 1; outside training, None: `weights`, the end of the schedule."""
         if update is None:
             return self.weights
         schedule = {name: (list(points), list(points.values())) for name, points in self.weight_schedule.items()}
@@ -136,11 +130,7 @@ class CompositeReward:
         update: int | None = None,
         external: Mapping[str, Component] | None = None,
     ) -> RewardBatch:
-        """Score B responses, one per prompt.
-
-        Args:
-            update: of training, from 1; None outside.
-            external: those of `EXTERNAL_COMPONENTS` that have a weight.
+        """Score B responses, one per prompt; `external` are those of `EXTERNAL_COMPONENTS` that have a weight.
 
         Raises:
             TrainingError: a component gives a value that is not finite, not one per response, or fails on most.
@@ -200,11 +190,7 @@ def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Arti
 
 
 def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Component | None) -> CompositeReward:
-    """The reward that the `reward` section describes.
-
-    Args:
-        prompts: all that will be scored; rules read the right answers from them.
-        learned: the reward model as a function of prompts and responses; None where the stage is off.
+    """The reward that the `reward` section describes; rules read the right answers from `prompts`, all to be scored.
 
     Raises:
         ConfigError: a weight names the reward model, which is off, or a rule's package is not installed.

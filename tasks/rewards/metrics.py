@@ -108,10 +108,8 @@ def accuracy_by_margin(
 ) -> list[dict[str, Any]]:
     """One row per bucket: number of pairs, accuracy of the model, and agreement among raters; none without pairs.
 
-    Args:
-        score_differences: [N] score of the chosen minus score of the rejected text.
-        margins: [N] in points; NaN where unknown, and such pairs are in no bucket.
-        ceiling: bucket → agreement of single raters with the others.
+    Score differences and margins as in `pair_metrics`; a pair of unknown margin is in no bucket. `ceiling`: bucket →
+    agreement of single raters with the others.
     """
     names = [None if math.isnan(margin) else margin_bucket(margin) for margin in margins.tolist()]
     rows = []

@@ -33,10 +33,8 @@ class Objective(NamedTuple):
     """One kind of reward model."""
 
     trainer: Callable[..., Trainer]
-    metrics: Callable[[TrainingData, Tensor], Evaluation]
-    """(data, values [N, K] of `data.samples("test")`) → evaluation."""
-    headline: str
-    """The metric that compares an ensemble with its members."""
+    metrics: Callable[[TrainingData, Tensor], Evaluation]  # of the values [N, K] of `data.samples("test")`
+    headline: str  # the metric that compares an ensemble with its members
 
 
 def _evaluate_preferences(data: TrainingData, values: Tensor) -> Evaluation:

@@ -23,24 +23,19 @@ FIT_TEXTS = 512
 """Training texts that the detector is fitted on. A hundred find nearly what all 1,600 find: all made-up nonsense, four
 fifths of shuffled sentences, and 34 instead of 30 % of SFT's responses, most of them cut short."""
 
-QUANTILE = 0.99
-"""Fraction of held-out texts that count as in-distribution."""
+QUANTILE = 0.99  # of held-out texts, which count as in-distribution
 
 
 @dataclass(frozen=True)
 class MahalanobisOOD:
     """Gaussian of the training texts' states.
 
-    Attributes:
-        mean: [d] their mean μ.
-        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their covariance, shrunk as Ledoit & Wolf 2004 say, for
-            there are hardly more texts than dimensions.
-        threshold: distance beyond which a text is out of distribution.
+    Their covariance Σ is shrunk as Ledoit & Wolf 2004 say, for there are hardly more texts than dimensions.
     """
 
-    mean: Tensor
-    whitening: Tensor
-    threshold: float
+    mean: Tensor  # μ, [d]
+    whitening: Tensor  # lower triangle W with WᵀW = Σ⁻¹, [d, d]
+    threshold: float  # distance beyond which a text is out of distribution
 
     @classmethod
     def fit(cls, training: Tensor, heldout: Tensor) -> MahalanobisOOD:
@@ -93,7 +88,7 @@ class MahalanobisOOD:
         if not path.is_file():
             raise ModelError(f"{path} does not exist: run the stage reward_model")
         tensors = load_file(path)
-        return cls(**tensors | {"threshold": tensors["threshold"].item()})
+        return cls(tensors["mean"], tensors["whitening"], tensors["threshold"].item())
 
 
 def fit_ood_detector(

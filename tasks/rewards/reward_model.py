@@ -33,8 +33,7 @@ NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
 OOD_DETECTOR = f"{ADAPTER_DIR}/ood.safetensors"
 MEMBERS = f"{ADAPTER_DIR}/members"
 
-MIN_SPREAD = 1e-6
-"""A standard deviation of raw values below this is rounding error of float32."""
+MIN_SPREAD = 1e-6  # a standard deviation below this is rounding error of float32
 
 ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(0),
@@ -52,17 +51,11 @@ def member_folder(reward_model: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """One output of a model with its normalisation.
+    """One output of a model with its normalisation."""
 
-    Attributes:
-        mean: μ of the output over responses of the SFT policy, less what their length explains.
-        std: their spread σ.
-        length_slope: effect of one token on the output, which is subtracted; 0 without length debiasing.
-    """
-
-    mean: float
-    std: float
-    length_slope: float = 0.0
+    mean: float  # μ of the output over responses of the SFT policy, less what their length explains
+    std: float  # their spread σ
+    length_slope: float = 0.0  # effect of one token on the output, which is subtracted
     weight: float = 1.0
 
     @classmethod
@@ -151,10 +144,10 @@ class EnsembleMember:
         """[N, K] → [N]: the raw value of a head that is alone, else the score."""
         return values[:, 0] if len(self.heads) == 1 else self.score(self.normalise(values))
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Content of normalisation.json."""
         if "" in self.heads:
-            return dict(self.heads[""].to_dict())
+            return self.heads[""].to_dict()
         return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
 
 
@@ -172,18 +165,12 @@ def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
 
 @dataclass(frozen=True)
 class RewardModel:
-    """One model, or an ensemble whose members differ in their seed alone, on one backbone.
-
-    Attributes:
-        ood_detector: of the first member's states.
-        ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
-        uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
-    """
+    """One model, or an ensemble whose members differ in their seed alone, on one backbone."""
 
     members: Sequence[EnsembleMember]
-    ood_detector: MahalanobisOOD
-    ensemble_reduction: str = "mean"
-    uncertainty_coef: float = 0.0
+    ood_detector: MahalanobisOOD  # of the first member's states
+    ensemble_reduction: str = "mean"  # one of `ENSEMBLE_REDUCTIONS`
+    uncertainty_coef: float = 0.0  # penalty of `uncertainty` per unit of variance among members
 
     @classmethod
     def load(
@@ -244,21 +231,17 @@ def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, 
 def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[EnsembleMember]:
     """Load every member, on one backbone."""
     count = 1 + len(list((reward_model / MEMBERS).glob("*")))
-    folders = [member_folder(reward_model, number) for number in range(count)]
-    normalisations = [_read_normalisation(folder) for folder in folders]
+    normalisations = [_read_normalisation(member_folder(reward_model, number)) for number in range(count)]
     base, sft_adapter = backbone_of(base_model, sft, reward_model)
     model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(normalisations[0])))
-    tokenizer = load_tokenizer(base)
-    names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
-    for name, folder in zip(names[1:], folders[1:], strict=True):
-        add_adapter(model, name, folder)
-    return [
-        EnsembleMember(
-            TextScorer(model, tokenizer, max_length=normalisation["max_length"], adapter=name),
-            _parse_heads(normalisation),
-        )
-        for name, normalisation in zip(names, normalisations, strict=True)
-    ]
+    tokenizer, name, members = load_tokenizer(base), model.active_adapter, []
+    for number, normalisation in enumerate(normalisations):
+        if number:
+            name = f"member_{number}"
+            add_adapter(model, name, member_folder(reward_model, number))
+        scorer = TextScorer(model, tokenizer, max_length=normalisation["max_length"], adapter=name)
+        members.append(EnsembleMember(scorer, _parse_heads(normalisation)))
+    return members
 
 
 @dataclass(frozen=True)

@@ -53,8 +53,7 @@ Formatter = Callable[[str, str], str]
 
 def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
     """Tokenise a text, truncate it to max_length and append the end token, as every trained scorer reads it."""
-    ids: list[int] = tokenizer(text, truncation=True, max_length=max_length - 1).input_ids
-    return [*ids, tokenizer.eos_token_id]
+    return [*tokenizer(text, truncation=True, max_length=max_length - 1).input_ids, tokenizer.eos_token_id]
 
 
 class TextScorer:
@@ -121,10 +120,8 @@ class PretrainedScorer(TextScorer):
     Of a model with two classes, the score is the log-odds for the second.
     """
 
-    def __init__(
-        self, model: Any, tokenizer: Any, *, max_length: int, add_special_tokens: bool, formatter: Formatter
-    ) -> None:
-        """Pair a model with its tokenizer, whose special tokens a chat template may have added.
+    def __init__(self, model: Any, tokenizer: Any, *, max_length: int, template: str, chat: bool) -> None:
+        """Pair a model with its tokenizer; where it has a chat template, `template` does not count.
 
         Raises:
             ModelError: the model has no linear layer that makes its outputs.
@@ -132,14 +129,13 @@ class PretrainedScorer(TextScorer):
         padding = model.config.get_text_config().pad_token_id
         # Without one, the model takes the last token of a batch as the end of the text: right for single ones alone.
         batch_size = 1 if padding is None else 32
+        formatter = partial(_apply_chat, tokenizer) if chat else partial(_fill_template, template)
         super().__init__(model, tokenizer, max_length=max_length, batch_size=batch_size, formatter=formatter)
-        self._padding, self._add_special_tokens, self._head = padding or 0, add_special_tokens, _last_layer(model)
+        self._padding, self._chat, self._head = padding or 0, chat, _last_layer(model)
 
     def _encode(self, text: str) -> list[int]:
-        ids: list[int] = self._tokenizer(
-            text, truncation=True, max_length=self._max_length, add_special_tokens=self._add_special_tokens
-        ).input_ids
-        return ids
+        options = {"truncation": True, "max_length": self._max_length, "add_special_tokens": not self._chat}
+        return list(self._tokenizer(text, **options).input_ids)
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         ids, mask = pad_ids(rows, self._padding, side="right")
@@ -180,11 +176,8 @@ def load_pretrained_scorer(reward_model: Path) -> PretrainedScorer:
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
     model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
     freeze_for_onednn(model)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
-    formatter = partial(_apply_chat, tokenizer) if card["chat"] else partial(_fill_template, card["template"])
-    return PretrainedScorer(
-        model, tokenizer, max_length=card["max_length"], add_special_tokens=not card["chat"], formatter=formatter
-    )
+    settings = {name: card[name] for name in ("max_length", "template", "chat")}
+    return PretrainedScorer(model, AutoTokenizer.from_pretrained(folder), **settings)
 
 
 def _fill_template(template: str, prompt: str, response: str) -> str:

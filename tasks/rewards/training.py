@@ -35,20 +35,15 @@ SPLITS = ("train", "validation", "test")
 class TrainingData:
     """Rows by split: pairs for kinds that compare two texts, texts and targets for kinds that rate one.
 
-    Attributes:
-        pairs: a kind that rates texts has them in `test` alone, if at all.
-        targets: one per text: its mean rating, or 1 and 0 for the two classes.
-        weights: head → its weight in the score; one head has the name "".
-        margin_scale: log-odds per point of a pair's margin; None: margins do not count.
-        rater_ceiling: margin bucket → agreement of one rater with the mean of the others.
+    A kind that rates texts has pairs in `test` alone, if at all. A target is a mean rating, or 1 and 0 for two classes.
     """
 
     pairs: Mapping[str, Sequence[Preference]] = field(default_factory=dict)
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     targets: Mapping[str, Sequence[float]] = field(default_factory=dict)
-    weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})
-    margin_scale: float | None = None
-    rater_ceiling: Mapping[str, float] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})  # of each head; one alone has the name ""
+    margin_scale: float | None = None  # log-odds per point of a pair's margin; None: margins do not count
+    rater_ceiling: Mapping[str, float] = field(default_factory=dict)  # bucket → agreement of one rater with the others
 
     @property
     def objectives(self) -> list[str]:
@@ -57,7 +52,7 @@ class TrainingData:
 
     def samples(self, split: str, limit: int | None = None) -> list[PromptResponse]:
         """Rated texts, then chosen and rejected responses of a split; of its first rows, about `limit`."""
-        texts: list[PromptResponse] = [("", text) for text in self.texts.get(split, ())[:limit]]
+        texts = [("", text) for text in self.texts.get(split, ())[:limit]]
         pairs = self.pairs.get(split, ())[: limit and limit // 2]
         return [*texts, *((row.prompt, row.chosen) for row in pairs), *((row.prompt, row.rejected) for row in pairs)]
 
@@ -155,7 +150,8 @@ def pair_trainer(
     if data.objectives:
         # TRL refuses a model with several labels; the configuration shows one, and the layer keeps all.
         model.config.num_labels = 1
-        trainer_class, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
+        collator = partial(_collate_with_heads, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id))
+        trainer_class = ObjectivesTrainer
     rows = [_encode_pair(row, tokenizer, params.max_length, data) for row in data.pairs["train"]]
     return trainer_class(
         model=model,
@@ -172,8 +168,7 @@ def pair_trainer(
 
 
 def _encode_pair(row: Preference, tokenizer: Any, max_length: int, data: TrainingData) -> dict[str, Any]:
-    chosen = encode(tokenizer, row.prompt + row.chosen, max_length)
-    rejected = encode(tokenizer, row.prompt + row.rejected, max_length)
+    chosen, rejected = (encode(tokenizer, row.prompt + text, max_length) for text in (row.chosen, row.rejected))
     pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
     if data.margin_scale is not None:
         # Without a margin, or with one that contradicts the label, the margin is 0.
@@ -183,13 +178,9 @@ def _encode_pair(row: Preference, tokenizer: Any, max_length: int, data: Trainin
     return pair
 
 
-class ObjectivesCollator(DataCollatorForPreference):
-    """TRL's collator, with the index of each pair's head, [B]."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate a batch of pairs."""
-        heads = torch.tensor([example["objective"] for example in examples])
-        return {**super().torch_call(examples), "objective": heads}
+def _collate_with_heads(collate: DataCollatorForPreference, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate a batch of pairs, with the index of each pair's head, [B]."""
+    return {**collate(examples), "objective": torch.tensor([example["objective"] for example in examples])}
 
 
 class ObjectivesTrainer(RewardTrainer):

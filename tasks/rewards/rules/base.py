@@ -102,8 +102,7 @@ def import_extra(module: str, rule: str) -> Any:
         ) from error
 
 
-MIN_BATCH = 8
-"""Smallest batch in which a majority of failures is an error."""
+MIN_BATCH = 8  # the smallest in which a majority of failures is an error
 
 
 def quote(prompt: str, response: str) -> str:

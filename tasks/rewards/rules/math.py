@@ -18,11 +18,8 @@ if TYPE_CHECKING:
 
 __all__ = ["MathWorker", "math_rule"]
 
-START_TIMEOUT_S = 60.0
-"""Seconds for importing sympy, which takes one where the disk is not slow."""
-
-MIN_WORD_LETTERS = 3
-"""Letters from which on an answer counts as a word; `xy` is more likely a product."""
+START_TIMEOUT_S = 60.0  # importing sympy takes one second where the disk is not slow
+MIN_WORD_LETTERS = 3  # `xy` is more likely a product
 
 
 class MathWorker:

@@ -63,8 +63,7 @@ def poem_scores(prompt: str, response: str, options: PoemRule) -> dict[str, floa
     - metre: share of the scheme's lines that are there with a number of syllables within their letter's bounds.
     - distinct: (different lines − 1) / (lines − 1): five copies have 0.
     - sane: share of lines whose number of words is within `line_words`.
-    - dictionary: share of words that CMUdict knows.
-    - topic: share of the topic's words that the response names.
+    - dictionary, topic: share of words that CMUdict knows, and of the topic's words that the response names.
     """
     lines = lines_of(response)
     if not lines:
@@ -140,10 +139,9 @@ def _pronunciations(word: str) -> tuple[str, ...]:
     return tuple(phones.replace("2", "1") for phones in pronouncing.phones_for_word(word))
 
 
-@cache
 def _count_syllables(word: str) -> int:
     pronunciations = _pronunciations(word)
-    return sum(letter in "01" for letter in pronunciations[0]) if pronunciations else count_syllables(word)
+    return sum(map(str.isdigit, pronunciations[0])) if pronunciations else count_syllables(word)
 
 
 def _endings(word: str) -> list[tuple[list[str], list[str]]]:

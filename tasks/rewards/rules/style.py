@@ -66,9 +66,9 @@ def reading_ease(text: str) -> float:
 def readability(response: str, *, low: float, high: float, tolerance: float, min_words: int) -> float:
     """1 where Flesch's reading ease lies in the band, falling linearly to 0 `tolerance` points outside it; in [0, 1].
 
-    Gamed by: short sentences of short words, whatever they say; the measure knows no meaning. By digits and by scripts
-    that are not Latin, whose every word counts as one syllable. Against that: the upper end of the band, for "I am. I
-    go." lies far above it, `min_words`, a repetition weight, a `language` gate and a learned component.
+    Gamed by: short sentences of short words, whatever they say; digits and scripts that are not Latin, whose every word
+    counts as one syllable. Against that: the upper end of the band, for "I am. I go." lies far above it, `min_words`, a
+    repetition weight, a `language` gate and a learned component.
     """
     if len(tokenize_words(response)) < min_words:
         return 0.0

@@ -9,6 +9,7 @@ namespaces and mounts, ptrace and other processes' memory, kernel interfaces (bp
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import sys
 import sysconfig
@@ -99,9 +100,9 @@ def _mounts() -> list[str]:
     """Python's executable, its standard library without installed packages, and the system's libraries; no `/etc`."""
     prefix = Path(sys.base_prefix).resolve()
     mounts: list[str] = []
-    for path in map(Path, ("/usr/lib", "/usr/lib64", "/lib", "/lib64")):
-        mounts += ["--symlink", str(path.readlink())] if path.is_symlink() else ["--ro-bind-try", str(path)]
-        mounts.append(str(path))
+    for path in ("/usr/lib", "/usr/lib64", "/lib", "/lib64"):
+        mounts += ["--symlink", os.readlink(path)] if os.path.islink(path) else ["--ro-bind-try", path]
+        mounts.append(path)
     for folder in (prefix / "lib", prefix / "lib64"):
         if folder.is_dir() and str(prefix) != _SYSTEM:
             mounts += ["--ro-bind", str(folder), _sandbox_path(folder)]
@@ -126,14 +127,13 @@ def _interpreter() -> Path:
 
 
 def _find_bwrap() -> str:
-    found = shutil.which("bwrap")
-    if found is None:
-        raise ConfigError(
-            "programs that a policy wrote run behind bubblewrap, and there is no `bwrap` on PATH: install it "
-            "(`apt-get install bubblewrap`; Linux only), or set isolation: unsafe_no_isolation, under which a "
-            "program can read and delete what you can"
-        )
-    return found
+    if found := shutil.which("bwrap"):
+        return found
+    raise ConfigError(
+        "programs that a policy wrote run behind bubblewrap, and there is no `bwrap` on PATH: install it "
+        "(`apt-get install bubblewrap`; Linux only), or set isolation: unsafe_no_isolation, under which a "
+        "program can read and delete what you can"
+    )
 
 
 @lru_cache(maxsize=1)

@@ -67,15 +67,12 @@ class SandboxResult:
 
 @dataclass(frozen=True)
 class Job:
-    """A program that should define the function `name`, and tests that call it, as `name` or `candidate`.
-
-    `preamble` is trusted code that runs before the tests: helpers that they use.
-    """
+    """A program that should define the function `name`, and tests that call it, as `name` or `candidate`."""
 
     program: str
     tests: str
     name: str
-    preamble: str = ""
+    preamble: str = ""  # trusted code that runs before the tests: helpers that they use
 
 
 class Sandbox:
@@ -132,18 +129,23 @@ class _SandboxRun:
         self._deadline = time.monotonic() + options.wall_seconds
         self._output_bytes, self._captured_output = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        request_pipe, answer_pipe, self._results, self._output = (_Pipe(stack) for _ in range(4))
+        requests, answers, self._results, self._output = (_Pipe(stack) for _ in range(4))
         self._program = self._start_process(
-            run_program, stdin=request_pipe.read, stdout=answer_pipe.write, stderr=self._output.write
+            run_program, stdin=requests.read, stdout=answers.write, stderr=self._output.write
         )
-        channel = (request_pipe.write.fileno(), answer_pipe.read.fileno())
+        channel = requests.write.fileno(), answers.read.fileno()
         self._tests = self._start_process(
             run_tests, channel, stdin=self._job_file(), stdout=self._results.write, stderr=subprocess.PIPE
         )
-        for file in (request_pipe.write, request_pipe.read, answer_pipe.write, answer_pipe.read):
+        for file in (
+            requests.write,
+            requests.read,
+            answers.write,
+            answers.read,
+            self._results.write,
+            self._output.write,
+        ):
             file.close()
-        for pipe in (self._results, self._output):
-            pipe.write.close()
         os.set_blocking(self._output.read.fileno(), False)
 
     def result(self) -> SandboxResult:

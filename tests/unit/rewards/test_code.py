@@ -31,9 +31,8 @@ def test_the_function_under_test(prompt: str, tests: str, name: str) -> None:
 
 
 def test_a_prompt_without_a_function_needs_its_name() -> None:
-    with pytest.raises(
-        DataError, match=r"which function is under test\? The prompt 'Write it\.' .*`# entry_point: NAME"
-    ):
+    problem = r"which function is under test\? The prompt 'Write it\.' .*`# entry_point: NAME"
+    with pytest.raises(DataError, match=problem):
         function_under_test("Write it.", "assert f(1)")
 
 
@@ -66,16 +65,12 @@ def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
     reward = CodeReward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
     assert isinstance(reward, ScoresWithMetrics)
     bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
-    values, measures = reward.score_with_metrics([PROMPT] * 6, bodies)
+    values, metrics = reward.score_with_metrics([PROMPT] * 6, bodies)
     assert values.tolist() == [1, 0, 0, 0, 0, 0]
-    assert {name: column.tolist() for name, column in measures.items()} == {
-        "failures/failed": [0, 1, 0, 0, 0, 0],
-        "failures/error": [0, 0, 1, 0, 0, 0],
-        "failures/timeout": [0] * 6,
-        "failures/memory": [0] * 6,
-        "failures/output_limit": [0, 0, 0, 0, 0, 1],
-        "failures/refused": [0, 0, 0, 1, 1, 0],
-    }
+    assert {name.removeprefix("failures/"): column.tolist() for name, column in metrics.items()} == {
+        "failed": [0, 1, 0, 0, 0, 0], "error": [0, 0, 1, 0, 0, 0], "timeout": [0] * 6, "memory": [0] * 6,
+        "output_limit": [0, 0, 0, 0, 0, 1], "refused": [0, 0, 0, 1, 1, 0],
+    }  # fmt: skip
 
 
 @needs_bubblewrap

@@ -19,9 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["MessageTooLargeError", "UnsupportedTypeError", "decode", "encode", "read_frame", "write_frame"]
 
-MAX_DEPTH = 64
-"""Containers within containers: what tests compare is flat, and reading is recursive."""
-
+MAX_DEPTH = 64  # containers within containers: what tests compare is flat, and reading is recursive
 _HEADER_BYTES = 4
 _CHUNK_BYTES = 1 << 16  # capacity of a pipe
 _CONSTANTS = {b"n": None, b"t": True, b"f": False}
@@ -66,10 +64,9 @@ def decode(text: bytes) -> object:
 
 def write_frame(channel: int, text: bytes) -> None:
     """Write one frame."""
-    frame = len(text).to_bytes(_HEADER_BYTES, "big") + text
-    sent = 0
-    while sent < len(frame):
-        sent += os.write(channel, frame[sent : sent + _CHUNK_BYTES])
+    rest = memoryview(len(text).to_bytes(_HEADER_BYTES, "big") + text)
+    while rest:
+        rest = rest[os.write(channel, rest[:_CHUNK_BYTES]) :]
 
 
 def read_frame(channel: int, limit: int) -> bytes | None:
@@ -90,8 +87,7 @@ def read_frame(channel: int, limit: int) -> bytes | None:
 def _read_exactly(channel: int, length: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < length:
-        part = os.read(channel, min(length - len(parts), _CHUNK_BYTES))
-        if not part:
+        if not (part := os.read(channel, min(length - len(parts), _CHUNK_BYTES))):
             return None
         parts += part
     return bytes(parts)
@@ -107,7 +103,7 @@ class _Writer:
     def write(self, value: Any, depth: int) -> None:
         if depth < 0:
             raise UnsupportedTypeError("a value nested too deeply")
-        if value is None or value is True or value is False:
+        if value is None or isinstance(value, bool):
             self._put(b"n" if value is None else b"t" if value else b"f")
         elif isinstance(value, int):
             self._check(int.bit_length(value) // 4)

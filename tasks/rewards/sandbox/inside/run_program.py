@@ -1,8 +1,4 @@
-"""Program process: load the program and serve calls of its function. It has no access to tests or result.
-
-Whatever a program does to this process, to its channel or to the types that it returns, it can only answer calls, the
-purpose of this process.
-"""
+"""Program process: load the program and serve calls of its function, which is all that a program can make it do."""
 
 from __future__ import annotations
 

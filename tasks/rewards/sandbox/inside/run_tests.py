@@ -1,7 +1,7 @@
 """Test process: run the tests against a proxy of the program's function, and report the result.
 
-The result leaves by a pipe that exists in this process alone. Anything that is wrong with the channel ends the
-process with its result on the spot, so that no `except` in the tests can swallow it.
+The result leaves by a pipe that exists in this process alone. What is wrong with the channel ends the process on the
+spot, so that no `except` in the tests can swallow it.
 """
 
 from __future__ import annotations
