@@ -17,7 +17,7 @@ from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt
 from tasks.rewards.reward_model import RewardModel
-from tasks.rewards.rules import get_rule_factory
+from tasks.rewards.rules import RULES, custom_rule
 from tasks.rewards.rules.base import Answers, Component, FaultTolerantRule, PerSampleRule, ScoresWithMetrics, quote
 
 if TYPE_CHECKING:
@@ -211,7 +211,7 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
 
 def rule_component(name: str, options: RuleOptions, answers: Answers) -> Component:
     """The rule of a component; failures of one that scores single samples count under the component's name."""
-    rule = get_rule_factory(options.function)(options, answers)
+    rule = RULES.get(options.function, custom_rule)(options, answers)
     return FaultTolerantRule(name, rule.score, options.floor) if isinstance(rule, PerSampleRule) else rule
 
 

@@ -54,9 +54,7 @@ def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def pair_metrics(score_differences: Tensor, margins: Tensor) -> dict[str, float]:
     """Accuracy on preference pairs, of all and of those with a clear margin; 0 without pairs.
 
-    Args:
-        score_differences: [N] score of the chosen minus score of the rejected text.
-        margins: [N] difference of mean ratings in points; NaN where unknown.
+    Score differences [N] are chosen − rejected; margins [N] are those of mean ratings in points, NaN where unknown.
     """
     clear = margins.abs() >= CLEAR_MARGIN
     return {

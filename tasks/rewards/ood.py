@@ -28,10 +28,7 @@ QUANTILE = 0.99  # of held-out texts, which count as in-distribution
 
 @dataclass(frozen=True)
 class MahalanobisOOD:
-    """Gaussian of the training texts' states.
-
-    Their covariance Σ is shrunk as Ledoit & Wolf 2004 say, for there are hardly more texts than dimensions.
-    """
+    """Gaussian of the training texts' states, its covariance Σ shrunk (Ledoit & Wolf 2004): few texts a dimension."""
 
     mean: Tensor  # μ, [d]
     whitening: Tensor  # lower triangle W with WᵀW = Σ⁻¹, [d, d]

@@ -1,7 +1,4 @@
-"""Batched scoring of texts by sequence classifiers: raw scores and the head's input states.
-
-Pretrained classifiers are fetched into `adapter/scorer/`, and loaded from there.
-"""
+"""Batched scoring of texts by sequence classifiers, trained here or fetched into `adapter/scorer/`."""
 
 from __future__ import annotations
 

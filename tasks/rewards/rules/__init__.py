@@ -15,7 +15,7 @@ from tasks.rewards.rules.math import math_rule
 from tasks.rewards.rules.poem import poem_rule
 from tasks.rewards.rules.style import language_rule, length, readability, repetition, vader_rule
 
-__all__ = ["RULES", "get_rule_factory"]
+__all__ = ["RULES", "custom_rule"]
 
 RULES: Mapping[str, RuleFactory] = {
     "answer": answer_rule,
@@ -33,8 +33,3 @@ RULES: Mapping[str, RuleFactory] = {
     "vader": vader_rule,
 }
 """Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`."""
-
-
-def get_rule_factory(function: str) -> RuleFactory:
-    """Get the factory of a rule, or of a user's function."""
-    return RULES.get(function, custom_rule)

@@ -23,8 +23,7 @@ NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?
 It misreads a list without spaces (`1,2,3` is 123) and a unit's exponent (`5 m2` is the number 2).
 """
 
-# `Decimal` does not parse these symbols.
-SYMBOLS = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})
+SYMBOLS = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})  # which `Decimal` does not parse
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 

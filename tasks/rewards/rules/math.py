@@ -94,16 +94,12 @@ def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
     """
     import_extra("math_verify", "math")
     for prompt, answer in answers.items():
-        _check_is_math(prompt, answer)
+        parts = answer.split()
+        if all(map(str.isalpha, parts)) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
+            raise DataError(
+                f"reward.weights.math: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would be "
+                "read as a product of letters; use the rule `answer` or `contains_facts` for words, or write "
+                "mathematics as LaTeX: $abc$ for a product, \\sin x for a function"
+            )
     worker = MathWorker(options.timeout_s)
     return PerSampleRule(lambda prompt, response: float(worker(require_answer("math", prompt, answers), response)))
-
-
-def _check_is_math(prompt: str, answer: str) -> None:
-    parts = answer.split()
-    if all(map(str.isalpha, parts)) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
-        raise DataError(
-            f"reward.weights.math: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would be "
-            "read as a product of letters; use the rule `answer` or `contains_facts` for words, or write mathematics "
-            "as LaTeX: $abc$ for a product, \\sin x for a function"
-        )

@@ -1,6 +1,6 @@
-"""Worker process that compares mathematical answers: reads lines [expected, response], writes true, false or an error.
+"""Worker process that compares answers: reads lines [expected, response], writes true, false or an error.
 
-It imports nothing of this project, which would take as long again as sympy.
+It imports nothing of this project: it runs as a file, and must start fast.
 """
 
 from __future__ import annotations

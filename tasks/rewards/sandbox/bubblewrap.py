@@ -78,8 +78,15 @@ def command(module: ModuleType, options: CodeRule, *arguments: str) -> list[str]
 
 def _bwrap_args(scratch: int) -> list[str]:
     """Arguments of bubblewrap; the process is PID 1 of its namespace, so its end kills all others in it."""
+    bwrap = shutil.which("bwrap")
+    if bwrap is None:
+        raise ConfigError(
+            "programs that a policy wrote run behind bubblewrap, and there is no `bwrap` on PATH: install it "
+            "(`apt-get install bubblewrap`; Linux only), or set isolation: unsafe_no_isolation, under which a "
+            "program can read and delete what you can"
+        )
     arguments = [
-        _find_bwrap(), "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
+        bwrap, "--unshare-all", "--unshare-user", "--die-with-parent", "--new-session", "--as-pid-1",
         "--cap-drop", "ALL", "--uid", _NOBODY_UID, "--gid", _NOBODY_UID, "--hostname", "sandbox", "--clearenv",
     ]  # fmt: skip
     environment = ENVIRONMENT | {"HOME": SCRATCH, "TMPDIR": SCRATCH}
@@ -124,16 +131,6 @@ def _sandbox_path(path: Path) -> str:
 def _interpreter() -> Path:
     """Executable of the base interpreter, outside any virtual environment."""
     return Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-
-
-def _find_bwrap() -> str:
-    if found := shutil.which("bwrap"):
-        return found
-    raise ConfigError(
-        "programs that a policy wrote run behind bubblewrap, and there is no `bwrap` on PATH: install it "
-        "(`apt-get install bubblewrap`; Linux only), or set isolation: unsafe_no_isolation, under which a "
-        "program can read and delete what you can"
-    )
 
 
 @lru_cache(maxsize=1)

@@ -43,19 +43,15 @@ def test_a_prompt_without_a_function_needs_its_name() -> None:
         ("fenced", "```\nx = 1\n```", "x = 1\n"),
         ("fenced", "```python\ndef f(): pass\n```\nUse it:\n```python\nf()\n```", "def f(): pass\n"),
         ("fenced", "```python\nold = 1\ndef f(): pass\n```\nor\n```py\ndef f(): return 2\n```", "def f(): return 2\n"),
-        ("fenced", "```bash\nls\n```", None),
         ("fenced", "First:\n```bash\npip install foo\n```\nThen:\n```python\ndef f(): pass\n```\n", "def f(): pass\n"),
         ("fenced", "Example:\n```text\nf(1) -> 1\n```\n```\ndef f(): pass\n```\nDone.", "def f(): pass\n"),
         ("fenced", "```Python3 \r\ndef f(): pass\r\n```\r\nDone.", "def f(): pass\r\n"),
         ("fenced", "```python\ns = '```no end'\n```", "s = '```no end'\n"),
-        ("fenced", "def f(): pass", None),
-        ("fenced", "```python\ndef f(): pass", None),
-        ("whole", "def f(): pass", "def f(): pass"),
-        ("whole", " \n", None),
-        ("completion", "    return 1", "def f():\n    return 1"),
-        ("completion", "", None),
+        ("whole", "def f(): pass", "def f(): pass"), ("whole", " \n", None), ("completion", "", None),
+        ("completion", "    return 1", "def f():\n    return 1"), ("fenced", "def f(): pass", None),
+        ("fenced", "```python\ndef f(): pass", None), ("fenced", "```bash\nls\n```", None),
     ],
-)
+)  # fmt: skip
 def test_what_of_a_response_is_the_program(kind: str, response: str, program: str | None) -> None:
     assert extract_program(CodeRule(program=kind), "def f():\n", response, "f") == program  # type: ignore[arg-type]
 

@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -21,20 +23,12 @@ def _params(**weights: float) -> RewardParams:
 
 
 def test_total_is_the_weighted_sum_and_components_stay_unweighted() -> None:
-    reward = CompositeReward({"a": _constant(1.0, -2.0), "b": _constant(0.5, 4.0)}, {"a": 2.0, "b": -0.5})
-    outcome = reward(PROMPTS, RESPONSES)
+    components = {"a": _constant(1.0, -2.0), "b": _constant(0.5, 4.0), "zero": _constant(7.0, 8.0)}
+    outcome = CompositeReward(components, {"a": 2.0, "b": -0.5, "zero": 0.0})(PROMPTS, RESPONSES)
     assert outcome.total.tolist() == [1.75, -6.0]  # 2·1 − ½·½ and 2·(−2) − ½·4
-    assert {name: value.tolist() for name, value in outcome.components.items()} == {"a": [1.0, -2.0], "b": [0.5, 4.0]}
-    assert outcome.total.dtype == torch.float32
-    assert outcome.components["a"].dtype == torch.float32
-
-
-def test_a_component_of_weight_zero_is_reported_without_counting() -> None:
-    outcome = CompositeReward({"a": _constant(1.0, 1.0), "b": _constant(7.0, 8.0)}, {"a": 1.0, "b": 0.0})(
-        PROMPTS, RESPONSES
-    )
-    assert outcome.total.tolist() == [1.0, 1.0]
-    assert outcome.components["b"].tolist() == [7.0, 8.0]
+    values = {name: value.tolist() for name, value in outcome.components.items()}
+    assert values == {"a": [1.0, -2.0], "b": [0.5, 4.0], "zero": [7.0, 8.0]}
+    assert {tensor.dtype for tensor in (outcome.total, *outcome.components.values())} == {torch.float32}
 
 
 class WithMetrics:
@@ -72,13 +66,6 @@ def test_build_reward_joins_the_learned_model_and_the_rules_by_weight() -> None:
     assert outcome.total.tolist() == pytest.approx([0.25 - 0.25 + 0.1, -1.0 + 0.2 / 3])
 
 
-def test_a_component_without_weight_is_not_computed() -> None:
-    def fail(prompts: list[str], responses: list[str]) -> list[float]:
-        raise AssertionError("the learned model has no weight, so nothing may ask it")
-
-    assert list(build_reward(_params(repetition=1.0), [], fail)(PROMPTS, RESPONSES).components) == ["repetition"]
-
-
 def test_an_unknown_component_is_named_with_the_nearest_or_all_known_ones() -> None:
     with pytest.raises(ValidationError, match=r"reward\.weights\.repetitions.*did you mean repetition"):
         _params(repetitions=1.0)
@@ -86,18 +73,22 @@ def test_an_unknown_component_is_named_with_the_nearest_or_all_known_ones() -> N
         _params(xyz=1.0)
 
 
-def test_a_reward_model_that_is_off_can_have_no_weight() -> None:
+def test_a_reward_model_that_is_off_can_have_no_weight_and_one_without_weight_is_not_asked() -> None:
     with pytest.raises(ConfigError, match=r"reward\.weights\.learned: the stage reward_model is off"):
         build_reward(_params(learned=1.0), [], None)
-    assert build_reward(_params(repetition=1.0), [], None)(PROMPTS, RESPONSES).total.tolist() == [-0.5, 0.0]
+    unasked = Mock(side_effect=AssertionError("the learned model has no weight"))
+    for learned in (None, unasked):
+        outcome = build_reward(_params(repetition=1.0), [], learned)(PROMPTS, RESPONSES)
+        assert {name: value.tolist() for name, value in outcome.components.items()} == {"repetition": [-0.5, 0.0]}
 
 
 def test_rules_know_the_right_answers_of_the_prompts() -> None:
     rows = [Prompt(id="a", prompt="2 + 2 =", answer="4"), Prompt(id="b", prompt="Hello")]
     reward = build_reward(_params(answer=2.0), rows, None)
     assert reward(["2 + 2 =", "2 + 2 ="], [" 4", " 5"]).total.tolist() == [2.0, 0.0]
-    with pytest.raises(DataError, match=r"reward\.weights\.answer: no right answer is known for the prompt 'Hello'"):
-        reward(["Hello"], [" 4"])
+    for name in ("answer", "contains_facts"):
+        with pytest.raises(DataError, match=rf"weights\.{name}: no right answer is known for the prompt 'Hello'"):
+            build_reward(_params(**{name: 1.0}), rows, None)(["Hello"], [" 4"])
 
 
 @pytest.mark.parametrize(("components", "weights"), [({"a": _constant(1.0)}, {"b": 1.0}), ({}, {})])
@@ -122,11 +113,10 @@ def test_one_value_per_response() -> None:
 
 # -- beyond the weighted sum -----------------------------------------------------------------------------------
 
-VALUES = {"a": _constant(0.25, 1.0), "b": _constant(0.5, 0.0)}
-
 
 def test_a_product_is_of_powers() -> None:
-    reward = CompositeReward(VALUES, {"a": 0.5, "b": 2.0}, composition="product")
+    components = {"a": _constant(0.25, 1.0), "b": _constant(0.5, 0.0)}
+    reward = CompositeReward(components, {"a": 0.5, "b": 2.0}, composition="product")
     assert reward(PROMPTS, RESPONSES).total.tolist() == [0.125, 0.0]  # ¼^½ · ½², 1 · 0²
     assert reward.marginal_weights(1) == {}
     for second in ((0.5, 0.0), (-0.5, 7.0)):

@@ -15,8 +15,6 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from tasks.config.params import load_params
-from tasks.config.training import RewardModelParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
@@ -130,34 +128,22 @@ def test_ratings_need_no_pairs(inputs: Path, tmp_path: Path) -> None:
         run_reward_model(of, tmp_path / "pairs")
 
 
-OBJECTIVES = {"short": 0.25, "kind": 0.75}
-
-
-@pytest.fixture(scope="module")
-def several(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("several")
-    run_reward_model(inputs, out, **LEARN, kind="multi_objective", objectives=OBJECTIVES)
-    return out
-
-
-def test_objectives_are_learned_each_by_its_own_head(inputs: Path, several: Path) -> None:
-    found = figures(several)
+def test_objectives_are_learned_each_by_its_own_head_and_the_score_is_their_weighted_sum(
+    inputs: Path, tmp_path: Path
+) -> None:
+    run_reward_model(inputs, tmp_path, **LEARN, kind="multi_objective", objectives={"short": 0.25, "kind": 0.75})
+    found, rows = figures(tmp_path), read_rows(inputs / "preferences" / "train.jsonl", Preference)
     assert min(found["accuracy/short"], found["accuracy/kind"], found["accuracy"]) > 0.9
-    rows = read_rows(inputs / "preferences" / "train.jsonl", Preference)
     assert found["pairs/kind"] == sum(row.objective == "kind" for row in rows)
-    (head,) = (w for name, w in load_file(several / "adapter" / "adapter_model.safetensors").items() if "score" in name)
-    assert head.shape == (2, 32)
-
-
-def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(inputs: Path, several: Path) -> None:
-    model = load(inputs, several)
-    prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert [weight.shape for name, weight in weights.items() if "score" in name] == [(2, 32)]
+    model, prompts, responses = load(inputs, tmp_path), ["a", "a", ""], ["bcx", "bcy", "bcz"]
     value, metrics = model.score_with_metrics(prompts, responses)
     assert list(metrics) == ["ood_share", "objective/short", "objective/kind"]
     torch.testing.assert_close(value, 0.25 * metrics["objective/short"] + 0.75 * metrics["objective/kind"])
-    normalisation = json.loads((several / NORMALISATION).read_text())["objectives"]
-    raw = model.members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-    for column, name in enumerate(OBJECTIVES):
+    normalisation = json.loads((tmp_path / NORMALISATION).read_text())["objectives"]
+    raw = model.members[0].scorer(["abcx", "abcy", "bcz"])
+    for column, name in enumerate(("short", "kind")):
         expected = (raw[:, column] - normalisation[name]["mean"]) / normalisation[name]["std"]
         torch.testing.assert_close(metrics[f"objective/{name}"], expected)
     assert torch.equal(model.member_scores(prompts, responses)[0], value)
@@ -347,9 +333,3 @@ def test_rows_that_do_not_fit_a_kind_are_named(inputs: Path, tmp_path: Path) -> 
         run_reward_model(tmp_path, tmp_path / "out", kind="rating")
     with pytest.raises(DataError, match=r"margin is scaled, but no pair of .*train\.jsonl has a positive margin"):
         run_reward_model(tmp_path, tmp_path / "out", margin="scaled")
-
-
-def test_the_shipped_parameters_name_every_key() -> None:
-    shipped = load_params(Path(__file__).parents[3] / "params.yaml").reward_model
-    assert shipped
-    assert shipped.model_fields_set == set(RewardModelParams.model_fields)

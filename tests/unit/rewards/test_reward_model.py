@@ -5,15 +5,18 @@ from __future__ import annotations
 import json
 import random
 import shutil
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.covariance import LedoitWolf
 
 from tasks.config.reward import RewardParams
 from tasks.config.training import LoraParams
-from tasks.core.errors import ModelError
+from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import add_adapter, add_lora, load_reward_model, new_reward_model, save_adapter
 from tasks.models.onednn_linear import FrozenLora
 from tasks.rewards.ood import MahalanobisOOD
@@ -201,18 +204,13 @@ def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
     assert torch.equal(scorer.score.weight, head)
 
 
-def test_one_member_loads_without_a_folder_of_members(artifacts):
-    shutil.rmtree(artifacts / "reward_model" / MEMBERS)
-    model = RewardModel.load(*folders(artifacts), "uncertainty")
-    value, metrics = model.score_with_metrics(PROMPTS, RESPONSES)
-    assert torch.equal(value, model.member_scores(PROMPTS, RESPONSES)[0])
-    assert list(metrics) == ["ood_share"]
-
-
-def test_a_member_that_lacks_a_file_is_named(artifacts):
+def test_a_member_that_lacks_a_file_is_named_and_one_member_needs_no_folder_of_members(artifacts):
     (member_folder(artifacts / "reward_model", 2) / NORMALISATION).unlink()
     with pytest.raises(ModelError, match=r"members/2/adapter/normalisation\.json does not exist"):
         RewardModel.load(*folders(artifacts))
+    shutil.rmtree(artifacts / "reward_model" / MEMBERS)
+    value, metrics = RewardModel.load(*folders(artifacts), "uncertainty").score_with_metrics(PROMPTS, RESPONSES)
+    assert (len(value), list(metrics)) == (4, ["ood_share"])
 
 
 def sentences(count, seed, words):
@@ -229,3 +227,47 @@ def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer)
     repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
     for far in (sentences(60, 4, range(12, 32)), repeated):
         assert detector.is_ood(reader.scores_and_states(far)[1]).mean() > 0.8
+
+
+# -- out of distribution ---------------------------------------------------------------------------------------
+
+WIDTH = 24
+
+
+def states(count: int, seed: int, *, spread: float = 1.0) -> torch.Tensor:
+    """States whose dimensions depend on one another and differ in scale."""
+    mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, WIDTH)
+    return spread * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) @ mixing + 5.0
+
+
+def test_distance_is_the_root_of_the_quadratic_form() -> None:
+    training, other = states(200, 1), states(7, 2, spread=3.0)
+    fitted = MahalanobisOOD.fit(training, states(50, 3))
+    precision = np.linalg.inv(LedoitWolf().fit(training.double().numpy()).covariance_)
+    gaps = (other - training.mean(0)).double().numpy()
+    expected = np.sqrt(np.einsum("nd,de,ne->n", gaps, precision, gaps))
+    np.testing.assert_allclose(fitted.distances(other).numpy(), expected, rtol=1e-4)
+
+
+def test_one_in_a_hundred_held_out_texts_is_unfamiliar_and_what_lies_elsewhere_is() -> None:
+    heldout = states(1000, 2)
+    fitted = MahalanobisOOD.fit(states(400, 1), heldout)
+    assert fitted.is_ood(heldout).sum() == 10
+    assert fitted.is_ood(states(2000, 3)).mean().item() == pytest.approx(0.01, abs=0.008)
+    assert fitted.is_ood(states(50, 4, spread=10.0)).tolist() == [1.0] * 50
+    assert fitted.is_ood(fitted.mean.unsqueeze(0)).tolist() == [0.0]
+
+
+def test_it_is_kept_in_a_file(tmp_path: Path) -> None:
+    fitted = MahalanobisOOD.fit(states(100, 1), states(100, 2))
+    fitted.save(tmp_path / "ood.safetensors")
+    again = MahalanobisOOD.load(tmp_path / "ood.safetensors")
+    assert torch.equal(again.distances(states(9, 3)), fitted.distances(states(9, 3)))
+    assert again.threshold == pytest.approx(fitted.threshold, rel=1e-6)
+    with pytest.raises(ModelError, match=r"other\.safetensors does not exist: run the stage reward_model"):
+        MahalanobisOOD.load(tmp_path / "other.safetensors")
+
+
+def test_states_that_do_not_vary_are_no_measure() -> None:
+    with pytest.raises(TrainingError, match="sees no difference between its 5 training texts"):
+        MahalanobisOOD.fit(torch.ones(5, 3), torch.ones(2, 3))

@@ -1,4 +1,4 @@
-"""Answers, lengths and repetition by hand; rules that users write; failures of rules, which are counted."""
+"""Answers and style by hand; rules that users write; failures of rules, which are counted."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import tasks.rewards.custom
 from tasks.config import rules
 from tasks.config.reward import RewardParams
 from tasks.config.rules import RULE_OPTIONS, check_custom_rule
-from tasks.core.errors import ConfigError, DataError, TrainingError
+from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward, build_reward
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.base import FaultTolerantRule
-from tasks.rewards.rules.style import length, repetition
+from tasks.rewards.rules.style import count_sentences, count_syllables, length, readability, reading_ease, repetition
 from tests.unit.rewards.conftest import score
 
 GSM8K = r"#### (\-?[0-9\.\,]+)"
@@ -127,6 +127,79 @@ def _unmarked(solution: str) -> str:
     return solution.replace("#### ", "")
 
 
+# -- style -----------------------------------------------------------------------------------------------------
+
+BAND = {"low": 50.0, "high": 90.0, "tolerance": 40.0, "min_words": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0), ("...", 0), ("One", 1), ("One.", 1), ("One. Two", 2), ("One! Two?! Three…", 3), ("Wait... what?", 2),
+        ("It costs 3.5 pounds.", 1), ('He said "no." Then he left.', 2),
+    ],
+)  # fmt: skip
+def test_sentences_end_with_marks_before_space(text: str, count: int) -> None:
+    assert count_sentences(text) == count
+
+
+@pytest.mark.parametrize(
+    ("word", "count"),
+    [
+        ("cat", 1), ("like", 1), ("little", 2), ("banana", 3), ("the", 1), ("tree", 1), ("rhythm", 1), ("readable", 3),
+        ("jumped", 1), ("wanted", 2), ("faded", 2), ("called", 1), ("handled", 2), ("freed", 1), ("annoyed", 2),
+        ("makes", 1), ("pages", 2), ("houses", 2), ("wishes", 2), ("angles", 2), ("whales", 1), ("whole", 1),
+        ("queue", 1), ("continue", 3),
+    ],
+)  # fmt: skip
+def test_syllables_are_groups_of_vowels(word: str, count: int) -> None:
+    assert count_syllables(word) == count
+
+
+def test_reading_ease_is_fleschs_formula() -> None:
+    """Six words, one sentence, six syllables; then eight words with 3+2+1+3 and 1+1+2+3 syllables in two sentences."""
+    assert reading_ease("The cat sat on the mat.") == pytest.approx(206.835 - 1.015 * 6 - 84.6)
+    text = "Banana salad looks wonderful. I like little tomatoes."
+    assert reading_ease(text) == pytest.approx(206.835 - 1.015 * 4 - 84.6 * 16 / 8)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value"), [(116.0, 117.0, 1.0), (100.0, 106.145, 0.75), (126.145, 150.0, 0.75), (0.0, 70.0, 0.0)]
+)
+def test_readability_is_paid_within_its_band(low: float, high: float, value: float) -> None:
+    found = readability("The cat sat on the mat.", low=low, high=high, tolerance=40.0, min_words=5)
+    assert found == pytest.approx(value)
+
+
+@pytest.mark.parametrize("gamed", ["", "I.", "I am. I go.", "a a a a a a a. I. I. I. I.", "... !!! ???"])
+def test_readability_is_not_paid_for_crumbs(gamed: str) -> None:
+    assert readability(gamed, **BAND) < 0.4
+
+
+def test_sentiment_is_vaders_compound_in_the_wanted_direction() -> None:
+    assert score("vader", " good") == pytest.approx(1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)  # its normalisation
+    assert score("vader", " good", sign="negative") == pytest.approx(-1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)
+    assert score("vader", "") == 0.0
+
+
+def test_a_language_is_distinguished_from_others() -> None:
+    pytest.importorskip("py3langid")
+    english, german = " The weather was fine and we walked home.", " Das Wetter war schön und wir gingen nach Hause."
+    assert score("language", english) > 0.9
+    assert score("language", german) < 0.1
+    assert score("language", german, language="de") > 0.9
+    assert score("language", " The the") == 0.0, "two words are too few"
+    assert score("language", "") == 0.0
+    with pytest.raises(ConfigError, match=r"knows no language 'xx'; it knows .*, af, "):
+        score("language", "", language="xx")
+
+
+def test_a_package_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(ConfigError, match=r"rule 'language' needs .*'py3langid\.langid'.*pip install -e '\.\[rules\]'"):
+        score("language", "")
+
+
 # -- failures ---------------------------------------------------------------------------------------------------
 
 
@@ -135,13 +208,13 @@ def inverse(prompt: str, response: str) -> float:
 
 
 def test_a_failure_earns_the_floor_is_counted_and_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
-    rule = FaultTolerantRule("inverse", inverse, floor=-1.0)
-    values, measures = rule.score_with_metrics(["p", "q", "r"], ["4", "0", "many"])
-    assert values.tolist() == [0.25, -1.0, -1.0]
-    assert {name: noticed.tolist() for name, noticed in measures.items()} == {"failures/inverse": [0.0, 1.0, 1.0]}
+    reward = CompositeReward({"inverse": FaultTolerantRule("inverse", inverse, floor=-1.0)}, {"inverse": 2.0})
+    outcome = reward(["p", "q", "r"], ["4", "0", "many"])
+    assert outcome.total.tolist() == [0.5, -2.0, -2.0]
+    assert {name: failed.tolist() for name, failed in outcome.metrics.items()} == {"failures/inverse": [0.0, 1.0, 1.0]}
     message = capsys.readouterr().err
     assert "component 'inverse' failed on prompt 'q', response '0': ZeroDivisionError: division by zero" in message
-    rule.score_with_metrics(["q"], ["0"])
+    reward(["q"], ["0"])
     assert capsys.readouterr().err == ""
 
 
@@ -161,20 +234,6 @@ def test_most_of_a_batch_of_eight_is_no_accident(failing: int, of: int, stops: b
             rule.score_with_metrics(["p"] * of, responses)
     else:
         assert rule.score_with_metrics(["p"] * of, responses)[1]["failures/inverse"].sum() == failing
-
-
-def test_failures_reach_the_reward_as_a_metric() -> None:
-    reward = CompositeReward({"inverse": FaultTolerantRule("inverse", inverse, 0.0)}, {"inverse": 2.0})
-    outcome = reward(["p", "p"], ["2", "0"])
-    assert outcome.total.tolist() == [1.0, 0.0]
-    assert outcome.metrics["failures/inverse"].tolist() == [0.0, 1.0]
-
-
-def test_a_missing_answer_is_no_accident_of_a_sample() -> None:
-    rows = [Prompt(id="a", prompt="Who?", answer="Ada")]
-    reward = build_reward(RewardParams(weights={"contains_facts": 1.0}), rows, None)
-    with pytest.raises(DataError, match=r"weights\.contains_facts: no right answer is known for the prompt 'Where\?'"):
-        reward(["Where?"], ["Here"])
 
 
 def test_each_rule_has_its_own_floor() -> None:

@@ -17,9 +17,7 @@ __all__ = ["main", "start"]
 
 # linux/prctl.h, linux/seccomp.h
 PR_SET_DUMPABLE, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS, SECCOMP_MODE_FILTER = 4, 22, 38, 2
-
 OPEN_FILES = 64
-
 _MAX_MESSAGE = 1 << 26  # bytes of a request: it comes from our side
 
 
