@@ -24,7 +24,7 @@ from tasks.evals.report_text import CALIBRATION_MAX, MAX_UNCONFIRMED, proxy_gain
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
-from tasks.rewards.pretrained import PRETRAINED_DIR
+from tasks.rewards.scorers import PRETRAINED_DIR
 from tasks.rl.hacking import detectors_fired, run_detectors
 
 if TYPE_CHECKING:

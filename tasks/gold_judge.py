@@ -17,8 +17,7 @@ from tasks.models.loading import add_lora, init_process, load_tokenizer, new_rew
 from tasks.rewards.metrics import fraction_true, rating_metrics
 from tasks.rewards.reward_model import NORMALISATION
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import pair_trainer, regression_trainer
-from tasks.rewards.training_data import TrainingData
+from tasks.rewards.training import TrainingData, pair_trainer, regression_trainer
 
 if TYPE_CHECKING:
     from tasks.config.training import GoldJudgeParams, LoraParams

@@ -21,7 +21,7 @@ from tasks.core.errors import DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import SPLITS, Preference, Rating, Split, read_rows, write_json, write_rows, write_table
 from tasks.data.pairs import Pair, draw_pairs, label_by_all, label_by_raters, rater_agreement
-from tasks.rewards.metrics import MARGIN_BUCKETS, margin_bucket
+from tasks.rewards.metrics import CLEAR_MARGIN, MARGIN_BUCKETS, margin_bucket
 
 if TYPE_CHECKING:
     from tasks.config.data import PreferencesParams
@@ -124,18 +124,15 @@ def _rater_ceiling(pairs: Sequence[Pair], params: PreferencesParams, seed: int) 
     Where a source gave the preferences themselves, no rater is known and the table is empty.
     """
     rng = np.random.default_rng(seed)
-    known = [
-        (label_by_all(pair).margin or 0.0, share)
-        for pair in pairs
-        if (share := rater_agreement(*pair, params.raters_per_label, rng)) is not None
-    ]
-    clear = MARGIN_BUCKETS.clear_margin
-    groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS.names()}
-    groups |= {f"{clear:g}+": [share for gap, share in known if gap >= clear], "all": [share for _, share in known]}
-    return [
-        {"bucket": name, "pairs": len(shares), "agreement": round(float(np.mean(shares)), 6) if shares else ""}
-        for name, shares in groups.items()
-    ]
+    known = [(label_by_all(pair).margin or 0.0, rater_agreement(*pair, params.raters_per_label, rng)) for pair in pairs]
+    groups = {name: [share for gap, share in known if margin_bucket(gap) == name] for name in MARGIN_BUCKETS}
+    groups |= {f"{CLEAR_MARGIN:g}+": [share for gap, share in known if gap >= CLEAR_MARGIN]}
+    groups |= {"all": [share for _, share in known]}
+    return [_row(name, [share for share in shares if share is not None]) for name, shares in groups.items()]
+
+
+def _row(bucket: str, shares: Sequence[float]) -> dict[str, object]:
+    return {"bucket": bucket, "pairs": len(shares), "agreement": round(float(np.mean(shares)), 6) if shares else ""}
 
 
 if __name__ == "__main__":

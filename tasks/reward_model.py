@@ -25,10 +25,15 @@ from tasks.models.loading import (
 )
 from tasks.rewards.objectives import OBJECTIVES, ensemble_metrics, evaluate_reward_model
 from tasks.rewards.ood import FIT_TEXTS, fit_ood_detector
-from tasks.rewards.pretrained import fetch_backbone, fetch_pretrained_scorer, load_pretrained_scorer
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
-from tasks.rewards.scorers import PromptResponse, TextScorer
-from tasks.rewards.training_data import TrainingData, load_training_data
+from tasks.rewards.scorers import (
+    PromptResponse,
+    TextScorer,
+    fetch_backbone,
+    fetch_pretrained_scorer,
+    load_pretrained_scorer,
+)
+from tasks.rewards.training import TrainingData, load_training_data
 from tasks.rl.rollout import LocalSampler
 
 if TYPE_CHECKING:

@@ -1,5 +1,4 @@
 """Reward functions and reward models.
 
-`composition` makes one number per response of rules, reward models and environments. Scores are checked for finiteness
-there. Nothing here samples responses or knows PPO.
+`composition` makes one number per response of them, and checks it. Nothing here samples responses or knows PPO.
 """

@@ -35,9 +35,7 @@ _NO_PROGRAM = SandboxResult(Status.REFUSED, "the response holds no program")
 
 
 class CodeReward:
-    """1 if the response's program passes all tests of its prompt, else 0; the way to fail is a metric only.
-
-    There is no share of tests passed: a program that returns a constant would earn it.
+    """1 if the response's program passes all tests of its prompt, else 0: one that returns a constant passes some.
 
     Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
@@ -54,10 +52,6 @@ class CodeReward:
         """
         self._sandbox, self._options, self._answers = Sandbox(options), options, answers
 
-    def __call__(self, prompts: list[str], responses: list[str]) -> Tensor:
-        """Values of `score_with_metrics` alone."""
-        return self.score_with_metrics(prompts, responses)[0]
-
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         """1 or 0 for each response [B], and an indicator of each way to fail [B].
 
@@ -65,9 +59,9 @@ class CodeReward:
             DataError: a prompt has no tests, or tests that cannot judge any program.
         """
         results = self.results(prompts, responses)
-        shares = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
-        passed = shares.pop(Status.PASSED)
-        return passed, {f"failures/{status}": values for status, values in shares.items()}
+        columns = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
+        passed = columns.pop(Status.PASSED)
+        return passed, {f"failures/{status}": values for status, values in columns.items()}
 
     def results(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
         """Results of all responses [B], with reasons."""
@@ -82,14 +76,15 @@ class CodeReward:
                 "remove the component's weight"
             )
         name = function_under_test(prompt, self._answers[prompt])
-        tests = select_tests(self._options, self._answers[prompt])
         program = extract_program(self._options, prompt, response, name)
+        if program is None:
+            return None
         preamble = _prompt_preamble(prompt) if self._options.program == "completion" else ""
-        return Job(program, tests, name, preamble) if program is not None else None
+        return Job(program, select_tests(self._options, self._answers[prompt]), name, preamble)
 
 
 def function_under_test(prompt: str, tests: str) -> str:
-    """Name that the tests give, else that of the prompt's last function: helpers come before it.
+    """Name that the tests give, else that of the prompt's last function.
 
     Raises:
         DataError: neither gives one.
@@ -104,33 +99,26 @@ def function_under_test(prompt: str, tests: str) -> str:
 
 
 def select_tests(options: CodeRule, answer: str) -> str:
-    """Select the tests of a row's `answer`: those before its line `# held out`, or those after it."""
+    """Tests of a row's `answer`: those before its line `# held out`, or those after it."""
     training_tests, *held_out = _HELD_OUT_RE.split(answer, maxsplit=1)
     return held_out[0] if options.held_out and held_out else training_tests
 
 
 def extract_program(options: CodeRule, prompt: str, response: str, name: str) -> str | None:
-    """Extract the program of a response; None where there is none.
-
-    A completion is taken as it is: a policy that goes on after its function has to learn to stop.
-    """
-    if options.program == "whole":
-        return response if response.strip() else None
-    if options.program == "completion":
-        return prompt + response if response.strip() else None
+    """Extract the program of a response; None where there is none. A completion is taken as it is."""
+    if options.program != "fenced":
+        program = prompt + response if options.program == "completion" else response
+        return program if response.strip() else None
     blocks = [block for language, block in _FENCE_RE.findall(response) if language.lower() in _LANGUAGES]
     defining = [block for block in blocks if name in _DEF_RE.findall(block)]
     return (defining or blocks)[-1] if blocks else None
 
 
 def _prompt_preamble(prompt: str) -> str:
-    """Prompt as trusted code for the helpers that tests use: the program may have changed them.
-
-    Empty where it does not compile: then the tests need none of it, or fail.
-    """
+    """Prompt as trusted code for the helpers that tests use; empty where it does not compile."""
     text = f"{prompt}\n    pass\n"
     try:
         compile(text, "prompt.py", "exec", dont_inherit=True)
-        return text
     except (SyntaxError, ValueError):
         return ""
+    return text

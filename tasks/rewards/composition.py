@@ -17,32 +17,13 @@ from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt
 from tasks.rewards.reward_model import RewardModel
-from tasks.rewards.rules import get_rule_factory
-from tasks.rewards.rules.base import (
-    MESSAGE_CHARACTERS,
-    Answers,
-    Component,
-    FaultTolerantRule,
-    PerSampleRule,
-    ScoresWithMetrics,
-)
+from tasks.rewards.rules import RULES, custom_rule
+from tasks.rewards.rules.base import Answers, Component, FaultTolerantRule, PerSampleRule, ScoresWithMetrics, quote
 
 if TYPE_CHECKING:
     from tasks.config.reward import Normaliser, Priority, RewardParams
 
-__all__ = [
-    "CompositeReward",
-    "RewardBatch",
-    "apply_gates",
-    "build_reward",
-    "interpolate_weight",
-    "lexicographic",
-    "load_reward",
-    "product",
-    "rule_component",
-    "standardise",
-    "weighted_sum",
-]
+__all__ = ["CompositeReward", "RewardBatch", "build_reward", "load_reward", "rule_component"]
 
 Values = Mapping[str, Tensor]
 Weights = Mapping[str, float]
@@ -50,18 +31,8 @@ Weights = Mapping[str, float]
 MIN_STD = 1e-6
 
 
-def weighted_sum(values: Values, weights: Weights) -> Tensor:
-    """Σ weight · value, [B]."""
-    total = torch.zeros(len(next(iter(values.values()))))
-    for name, value in values.items():
-        total = total + weights[name] * value
-    return total
-
-
 def product(values: Values, weights: Weights) -> Tensor:
-    """Π value ^ weight, [B], for values in [0, 1]: one that is 0 and has a weight makes the product 0.
-
-    A component of weight 0 is reported alone, so its values may be any.
+    """Π value ^ weight, [B], for values in [0, 1]; those of a component of weight 0 may be any.
 
     Raises:
         TrainingError: a value lies outside [0, 1], where a power means nothing.
@@ -80,57 +51,29 @@ def product(values: Values, weights: Weights) -> Tensor:
     return total
 
 
-def lexicographic(values: Values, weights: Weights, raw: Values, priorities: Sequence[tuple[str, float]]) -> Tensor:
-    """Σ weight · value · [every component before it in the priorities reaches its threshold], [B].
+def weighted_sum(values: Values, weights: Weights, raw: Values, priorities: Sequence[Priority]) -> Tensor:
+    """Σ weight · value · [every component before it in the priorities reaches its threshold of `raw` values], [B].
 
-    Those that are not among the priorities come last, together. For the order to pay, what comes later
-    should not be negative: reaching a threshold would cost.
-
-    Args:
-        raw: values that are compared with the thresholds.
+    Those that are not among the priorities come last, together. What comes later should not be negative: reaching a
+    threshold would cost.
     """
-    passed = torch.ones(len(next(iter(values.values()))))
-    ranked: dict[str, Tensor] = {}
-    for name, threshold in priorities:
-        ranked[name] = values[name] * passed
-        passed = passed * (raw[name] >= threshold).float()
-    rest = {name: value * passed for name, value in values.items() if name not in ranked}
-    return weighted_sum({name: (ranked | rest)[name] for name in values}, weights)
-
-
-def apply_gates(total: Tensor, raw: Values, gates: Mapping[str, float], floor: float) -> Tensor:
-    """The total [B], but at most `floor` where a component is below its gate.
-
-    At most: a floor of 0 would else raise the reward of responses below it.
-    """
-    for name, threshold in gates.items():
-        total = torch.where(raw[name] >= threshold, total, total.clamp(max=floor))
+    total, passed = torch.zeros(len(next(iter(values.values())))), torch.ones(len(next(iter(values.values()))))
+    before: dict[str, Tensor] = {}
+    for rank in priorities:
+        before[rank.component] = passed
+        passed = passed * (raw[rank.component] >= rank.threshold).float()
+    for name, value in values.items():
+        total = total + weights[name] * (value * before.get(name, passed))
     return total
-
-
-def standardise(values: Tensor, mean: float, std: float) -> Tensor:
-    """(value − mean) / std, [B]; 0 where nothing varies."""
-    return (values - mean) / std if std > MIN_STD else torch.zeros_like(values)
-
-
-def interpolate_weight(points: Mapping[int, float], update: int) -> float:
-    """The weight in an update, linear between the points and flat before the first and after the last."""
-    return float(np.interp(update, list(points), list(points.values())))
 
 
 @dataclass(frozen=True)
 class RewardBatch:
-    """Rewards of B responses.
+    """Rewards of B responses, all float32."""
 
-    Attributes:
-        total: [B] float32, the reward.
-        components: name → [B] float32, raw: before scales, weights and gates.
-        metrics: name → [B] float32, further metrics of components; reported, not part of the reward.
-    """
-
-    total: Tensor
-    components: dict[str, Tensor]
-    metrics: dict[str, Tensor] = field(default_factory=dict)
+    total: Tensor  # [B]
+    components: dict[str, Tensor]  # name → [B], raw: before scales, weights and gates
+    metrics: dict[str, Tensor] = field(default_factory=dict)  # name → [B], of components; not part of the reward
 
     def gather(self) -> RewardBatch:
         """Gather the rewards of all ranks."""
@@ -165,9 +108,11 @@ class CompositeReward:
             )
 
     def weights_at(self, update: int | None) -> Mapping[str, float]:
-        """Component → weight in an update, from 1; None: `weights`, which are those at the end of the schedule."""
-        schedule = self.weight_schedule if update is not None else {}
-        return {**self.weights, **{name: interpolate_weight(points, update or 0) for name, points in schedule.items()}}
+        """Component → weight in an update, from 1; outside training, None: `weights`, the end of the schedule."""
+        if update is None:
+            return self.weights
+        schedule = {name: (list(points), list(points.values())) for name, points in self.weight_schedule.items()}
+        return {**self.weights, **{name: float(np.interp(update, *points)) for name, points in schedule.items()}}
 
     def marginal_weights(self, update: int) -> Mapping[str, float]:
         """Marginal weight of each raw component in the total; empty where it is not constant."""
@@ -185,15 +130,10 @@ class CompositeReward:
         update: int | None = None,
         external: Mapping[str, Component] | None = None,
     ) -> RewardBatch:
-        """Score B responses, one per prompt.
-
-        Args:
-            update: of training, from 1; None outside training.
-            external: those of `EXTERNAL_COMPONENTS` that have a weight, for these responses.
+        """Score B responses, one per prompt; `external` are those of `EXTERNAL_COMPONENTS` that have a weight.
 
         Raises:
-            TrainingError: a component gives a value that is not finite, or not one value per response, or fails on
-                most responses.
+            TrainingError: a component gives a value that is not finite, not one per response, or fails on most.
         """
         if len(prompts) != len(responses):
             raise TrainingError(f"reward: {len(prompts)} prompts for {len(responses)} responses; pass one per response")
@@ -205,32 +145,34 @@ class CompositeReward:
             metrics |= own_metrics
         return RewardBatch(self._total(values, update), values, metrics)
 
-    def _total(self, values: Mapping[str, Tensor], update: int | None) -> Tensor:
-        """Total [B] of the component values."""
+    def _total(self, values: Values, update: int | None) -> Tensor:
+        """The composition, [B]; at most `floor` where a component is below its gate: no gate raises a reward."""
         scaled = {name: self._normalise(name, value, update) for name, value in values.items()}
         weights = self.weights_at(update)
-        if self.composition == "product":
-            total = product(scaled, weights)
-        elif self.composition == "lexicographic":
-            thresholds = [(rank.component, rank.threshold) for rank in self.priorities]
-            total = lexicographic(scaled, weights, values, thresholds)
-        else:
-            total = weighted_sum(scaled, weights)
-        return apply_gates(total, values, self.gates, self.floor)
+        is_product = self.composition == "product"
+        total = product(scaled, weights) if is_product else weighted_sum(scaled, weights, values, self.priorities)
+        for name, threshold in self.gates.items():
+            total = torch.where(values[name] >= threshold, total, total.clamp(max=self.floor))
+        return total
 
     def _normalise(self, name: str, values: Tensor, update: int | None) -> Tensor:
-        scale = self.scales.get(name)
-        if scale is None:
+        """(value − mean) / std, [B]; 0 where nothing varies."""
+        if name not in self.scales:
             return values
+        mean, std = self._mean_and_std(name, values, update)
+        return (values - mean) / std if std > MIN_STD else torch.zeros_like(values)
+
+    def _mean_and_std(self, name: str, values: Tensor, update: int | None) -> tuple[float, float]:
+        scale = self.scales[name]
         if scale.by == "fixed":
-            return standardise(values, scale.mean, scale.std)
+            return scale.mean, scale.std
         if update is None and name in self._evaluation_stats:
-            return standardise(values, *self._evaluation_stats[name])
+            return self._evaluation_stats[name]
         gathered = distributed.all_gather(values)
         stats = gathered.mean().item(), gathered.std(correction=0).item()
         if update is None:
             self._evaluation_stats[name] = stats
-        return standardise(values, *stats)
+        return stats
 
 
 def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Artifacts) -> CompositeReward:
@@ -242,19 +184,13 @@ def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Arti
     """
     learned = None
     if LEARNED in params.weights:
-        learned = RewardModel.load(
-            artifacts.base_model, artifacts.sft, artifacts.reward_model,
-            ensemble_reduction=params.ensemble_reduction, uncertainty_coef=params.uncertainty_coef,
-        )  # fmt: skip
+        folders = artifacts.base_model, artifacts.sft, artifacts.reward_model
+        learned = RewardModel.load(*folders, params.ensemble_reduction, params.uncertainty_coef)
     return build_reward(params, prompts, learned)
 
 
 def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Component | None) -> CompositeReward:
-    """The reward that the `reward` section describes.
-
-    Args:
-        prompts: all that will be scored; rules read the right answers from them.
-        learned: the reward model as a function of prompts and responses; None where the stage is off.
+    """The reward that the `reward` section describes; rules read the right answers from `prompts`, all to be scored.
 
     Raises:
         ConfigError: a weight names the reward model, which is off, or a rule's package is not installed.
@@ -262,11 +198,10 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
     if LEARNED in params.weights and learned is None:
         raise ConfigError(f"reward.weights.{LEARNED}: the stage reward_model is off; remove the weight")
-    components = {LEARNED: learned} if learned is not None and LEARNED in params.weights else {}
-    components |= {
-        name: rule_component(name, params.rules[name], answers)
+    components = {
+        name: learned if name == LEARNED and learned else rule_component(name, params.rules[name], answers)
         for name in params.weights
-        if name != LEARNED and name not in EXTERNAL_COMPONENTS
+        if name not in EXTERNAL_COMPONENTS
     }
     return CompositeReward(
         components, params.weights, params.composition, params.priorities, params.gates, params.floor,
@@ -275,8 +210,8 @@ def build_reward(params: RewardParams, prompts: Sequence[Prompt], learned: Compo
 
 
 def rule_component(name: str, options: RuleOptions, answers: Answers) -> Component:
-    """The rule of a component; one that looks at single samples has its failures counted under the component's name."""
-    rule = get_rule_factory(options.function)(options, answers)
+    """The rule of a component; failures of one that scores single samples count under the component's name."""
+    rule = RULES.get(options.function, custom_rule)(options, answers)
     return FaultTolerantRule(name, rule.score, options.floor) if isinstance(rule, PerSampleRule) else rule
 
 
@@ -295,12 +230,11 @@ def _call_component(
             f"reward component {name!r} returned shape {tuple(tensor.shape)} for {len(responses)} responses; "
             "it must return one number per response"
         )
-    bad = (~torch.isfinite(tensor)).nonzero().flatten().tolist()
-    if bad:
+    if bad := (~torch.isfinite(tensor)).nonzero().flatten().tolist():
         row = bad[0]
         raise TrainingError(
             f"reward component {name!r} is {tensor[row].item()} ({len(bad)} of {len(responses)} values not finite) for "
-            f"prompt {prompts[row][:MESSAGE_CHARACTERS]!r}, response {responses[row][:MESSAGE_CHARACTERS]!r}; a model "
-            "that gives such a score has diverged (retrain it with a lower learning_rate), a rule has a bug"
+            f"{quote(prompts[row], responses[row])}; a model that gives such a score has diverged (retrain it with a "
+            "lower learning_rate), a rule has a bug"
         )
     return tensor, metrics

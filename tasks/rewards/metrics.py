@@ -5,15 +5,15 @@ from __future__ import annotations
 import math
 from bisect import bisect_right
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 __all__ = [
+    "CLEAR_MARGIN",
     "MARGIN_BUCKETS",
     "accuracy_by_margin",
-    "area_under_curve",
     "calibration_table",
     "classification_metrics",
     "correlation",
@@ -23,6 +23,11 @@ __all__ = [
     "rank_correlation",
     "rating_metrics",
 ]
+
+MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0)
+MARGIN_BUCKETS = ("0-0.5", "0.5-1", "1-2", "2-3", "3+")
+CLEAR_MARGIN = 1.0
+"""Buckets of the absolute difference of mean ratings, in points of the rating scale."""
 
 # scipy.stats and sklearn.metrics take about a second to import, so they are imported where they are used.
 
@@ -49,11 +54,9 @@ def classification_metrics(scores: Tensor, labels: Tensor) -> dict[str, float]:
 def pair_metrics(score_differences: Tensor, margins: Tensor) -> dict[str, float]:
     """Accuracy on preference pairs, of all and of those with a clear margin; 0 without pairs.
 
-    Args:
-        score_differences: [N] score of the chosen minus score of the rejected text.
-        margins: [N] difference of mean ratings in points; NaN where unknown.
+    Score differences [N] are chosen − rejected; margins [N] are those of mean ratings in points, NaN where unknown.
     """
-    clear = margins.abs() >= MARGIN_BUCKETS.clear_margin
+    clear = margins.abs() >= CLEAR_MARGIN
     return {
         "heldout_pairs": len(margins),
         "accuracy": fraction_true(score_differences > 0),
@@ -93,23 +96,9 @@ def _vary(*columns: Tensor) -> bool:
     return all(len(column) > 1 and bool((column != column[0]).any()) for column in columns)
 
 
-class _MarginBuckets(NamedTuple):
-    """Buckets of the absolute difference of mean ratings, in points of the rating scale."""
-
-    edges: tuple[float, ...] = (0.0, 0.5, 1.0, 2.0, 3.0)
-    clear_margin: float = 1.0
-
-    def names(self) -> list[str]:
-        pairs = zip(self.edges, self.edges[1:], strict=False)
-        return [*(f"{low:g}-{high:g}" for low, high in pairs), f"{self.edges[-1]:g}+"]
-
-
-MARGIN_BUCKETS = _MarginBuckets()
-
-
 def margin_bucket(margin: float) -> str:
     """Name of the bucket of an absolute margin; the lower edge belongs to the bucket."""
-    return MARGIN_BUCKETS.names()[bisect_right(MARGIN_BUCKETS.edges, abs(margin)) - 1]
+    return MARGIN_BUCKETS[bisect_right(MARGIN_EDGES, abs(margin)) - 1]
 
 
 def accuracy_by_margin(
@@ -117,14 +106,12 @@ def accuracy_by_margin(
 ) -> list[dict[str, Any]]:
     """One row per bucket: number of pairs, accuracy of the model, and agreement among raters; none without pairs.
 
-    Args:
-        score_differences: [N] score of the chosen minus score of the rejected text.
-        margins: [N] difference of mean ratings in points; NaN where unknown, and such pairs are in no bucket.
-        ceiling: bucket → agreement of single raters with the others; missing buckets stay empty.
+    Score differences and margins as in `pair_metrics`; a pair of unknown margin is in no bucket. `ceiling`: bucket →
+    agreement of single raters with the others.
     """
     names = [None if math.isnan(margin) else margin_bucket(margin) for margin in margins.tolist()]
     rows = []
-    for bucket in MARGIN_BUCKETS.names() if names else ():
+    for bucket in MARGIN_BUCKETS if names else ():
         hits = score_differences[torch.tensor([name == bucket for name in names])] > 0
         accuracy = fraction_true(hits) if len(hits) else ""
         rows.append({"bucket": bucket, "pairs": len(hits), "accuracy": accuracy, "ceiling": ceiling.get(bucket, "")})
@@ -134,9 +121,8 @@ def accuracy_by_margin(
 def calibration_table(score_differences: Tensor, bins: int = 10) -> tuple[list[dict[str, Any]], float]:
     """Predicted against observed probability, and the expected calibration error (Guo et al. 2017, equation 3).
 
-    Each pair is oriented so that the predicted probability is at least ½: it is
-    max(σ(gap), σ(−gap)), and the observation is whether people agree. Bins are equally wide between ½ and 1, their
-    lower edge included. (scikit-learn's calibration_curve includes the upper edge and gives no counts.)
+    The prediction of a pair is max(σ(gap), σ(−gap)), and the observation is whether people agree. Bins are equally wide
+    between ½ and 1, lower edge included (scikit-learn's calibration_curve includes the upper one and gives no counts).
     """
     from scipy.stats import binned_statistic
 

@@ -21,40 +21,28 @@ from tasks.rewards.metrics import (
     rating_metrics,
 )
 from tasks.rewards.reward_model import EnsembleMember
-from tasks.rewards.training import classification_trainer, pair_trainer, regression_trainer
-from tasks.rewards.training_data import TrainingData
+from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
 
 __all__ = ["OBJECTIVES", "Objective", "ensemble_metrics", "evaluate_reward_model"]
 
-ACCURACY_COLUMNS = ("bucket", "pairs", "accuracy", "ceiling")
-CALIBRATION_COLUMNS = ("predicted", "observed", "count")
-
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]
-"""Metrics, and the rows of the reliability table; none for a kind that states no probability."""
+"""Metrics, and the rows of the calibration table; none for a kind that states no probability."""
 
 
 class Objective(NamedTuple):
-    """One kind of reward model.
-
-    Attributes:
-        trainer: (params, model, tokenizer, data, seed, callbacks) → trainer of the model on the training rows.
-        metrics: (data, values [N, K] of `data.samples("test")`) → evaluation.
-        headline: the metric that compares an ensemble with its members.
-    """
+    """One kind of reward model."""
 
     trainer: Callable[..., Trainer]
-    metrics: Callable[[TrainingData, Tensor], Evaluation]
-    headline: str
+    metrics: Callable[[TrainingData, Tensor], Evaluation]  # of the values [N, K] of `data.samples("test")`
+    headline: str  # the metric that compares an ensemble with its members
 
 
 def _evaluate_preferences(data: TrainingData, values: Tensor) -> Evaluation:
     """Accuracy of each objective, and calibration of the probability that the chosen response is preferred."""
-    pairs, differences = data.pairs["test"], _score_differences(data, values)
+    differences = _score_differences(data, values)
     table, error = calibration_table(differences)
-    metrics = {
-        f"accuracy/{name}": fraction_true(differences[[row.objective == name for row in pairs]] > 0)
-        for name in data.objectives
-    }
+    rows = {name: [row.objective == name for row in data.pairs["test"]] for name in data.objectives}
+    metrics = {f"accuracy/{name}": fraction_true(differences[own] > 0) for name, own in rows.items()}
     return metrics | {"calibration_error": error}, table
 
 
@@ -93,8 +81,8 @@ def evaluate_reward_model(
     """Metrics of raw values [N, K] of `data.samples("test")`; writes accuracy_by_margin.csv and calibration.csv."""
     metrics, calibration = _evaluate(kind, data, values)
     by_margin = accuracy_by_margin(_score_differences(data, values), _margins(data), data.rater_ceiling)
-    write_table(out / "accuracy_by_margin.csv", by_margin, ACCURACY_COLUMNS)
-    write_table(out / "calibration.csv", calibration, CALIBRATION_COLUMNS)
+    write_table(out / "accuracy_by_margin.csv", by_margin, ("bucket", "pairs", "accuracy", "ceiling"))
+    write_table(out / "calibration.csv", calibration, ("predicted", "observed", "count"))
     return member.normalisation_metrics() | metrics | member.length_bias(data.samples("test"), values)
 
 

@@ -1,8 +1,7 @@
 """Out-of-distribution detection for reward models, by Mahalanobis distance of the head's input states.
 
-One Gaussian is fitted to the states of the training texts, and the distance from it is Mahalanobis' (Lee et al. 2018,
-arXiv 1807.03888, equation 2, with one class). What lies further out than nearly all held-out texts of people is a text
-unlike the training data: its score is an extrapolation.
+One Gaussian is fitted to the states of the training texts (Lee et al. 2018, arXiv 1807.03888, equation 2, with one
+class). What lies further out than nearly all held-out texts of people is out of distribution.
 """
 
 from __future__ import annotations
@@ -18,30 +17,22 @@ from torch import Tensor
 from tasks.core.errors import ModelError, TrainingError
 from tasks.rewards.scorers import PromptResponse, TextScorer
 
-__all__ = ["FIT_TEXTS", "QUANTILE", "MahalanobisOOD", "fit_ood_detector"]
+__all__ = ["FIT_TEXTS", "MahalanobisOOD", "fit_ood_detector"]
 
 FIT_TEXTS = 512
 """Training texts that the detector is fitted on. A hundred find nearly what all 1,600 find: all made-up nonsense, four
 fifths of shuffled sentences, and 34 instead of 30 % of SFT's responses, most of them cut short."""
 
-QUANTILE = 0.99
-"""Fraction of held-out texts that count as in-distribution."""
+QUANTILE = 0.99  # of held-out texts, which count as in-distribution
 
 
 @dataclass(frozen=True)
 class MahalanobisOOD:
-    """Gaussian of the training texts' states.
+    """Gaussian of the training texts' states, its covariance Σ shrunk (Ledoit & Wolf 2004): few texts a dimension."""
 
-    Attributes:
-        mean: [d] their mean μ.
-        whitening: [d, d] lower triangle W with WᵀW = Σ⁻¹, Σ their covariance, shrunk as Ledoit & Wolf 2004 say: there
-            are hardly more texts than dimensions, and the sample's own has no inverse one could trust.
-        threshold: the distance beyond which a text is out of distribution.
-    """
-
-    mean: Tensor
-    whitening: Tensor
-    threshold: float
+    mean: Tensor  # μ, [d]
+    whitening: Tensor  # lower triangle W with WᵀW = Σ⁻¹, [d, d]
+    threshold: float  # distance beyond which a text is out of distribution
 
     @classmethod
     def fit(cls, training: Tensor, heldout: Tensor) -> MahalanobisOOD:
@@ -50,7 +41,7 @@ class MahalanobisOOD:
         Raises:
             TrainingError: the states of the training texts do not vary.
         """
-        from sklearn.covariance import ledoit_wolf  # takes a second, and is needed here alone
+        from sklearn.covariance import ledoit_wolf  # takes a second
 
         rows = training.double()
         factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(ledoit_wolf(rows.numpy())[0]))
@@ -82,8 +73,7 @@ class MahalanobisOOD:
 
     def save(self, path: Path) -> None:
         """Write it to a safetensors file."""
-        threshold = torch.tensor(self.threshold)
-        save_file({"mean": self.mean, "whitening": self.whitening, "threshold": threshold}, path)
+        save_file({name: torch.as_tensor(value) for name, value in vars(self).items()}, path)
 
     @classmethod
     def load(cls, path: Path) -> MahalanobisOOD:

@@ -17,17 +17,14 @@ from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import ADAPTER_DIR, add_adapter, load_reward_model, load_tokenizer
 from tasks.rewards.metrics import correlation
 from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
-from tasks.rewards.scorers import PromptResponse, TextScorer
+from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, PromptResponse, TextScorer, load_pretrained_scorer
 
 __all__ = [
-    "ENSEMBLE_REDUCTIONS",
     "NORMALISATION",
     "OOD_DETECTOR",
     "EnsembleMember",
     "GoldJudge",
     "RewardModel",
-    "ScoreHead",
     "backbone_of",
     "member_folder",
 ]
@@ -36,8 +33,7 @@ NORMALISATION = f"{ADAPTER_DIR}/normalisation.json"
 OOD_DETECTOR = f"{ADAPTER_DIR}/ood.safetensors"
 MEMBERS = f"{ADAPTER_DIR}/members"
 
-MIN_SPREAD = 1e-6
-"""A standard deviation of raw values below this is rounding error of float32."""
+MIN_SPREAD = 1e-6  # a standard deviation below this is rounding error of float32
 
 ENSEMBLE_REDUCTIONS: Mapping[str, Callable[[Tensor, float], Tensor]] = {
     "mean": lambda scores, _: scores.mean(0),
@@ -55,25 +51,16 @@ def member_folder(reward_model: Path, number: int) -> Path:
 
 @dataclass(frozen=True)
 class ScoreHead:
-    """One output of a model with its normalisation.
+    """One output of a model with its normalisation."""
 
-    Attributes:
-        mean: μ of the output over responses of the SFT policy, less what their length explains.
-        std: their spread σ.
-        length_slope: effect of one token on the output, which is subtracted. 0 without length debiasing.
-        weight: in the sum of the heads.
-    """
-
-    mean: float
-    std: float
-    length_slope: float = 0.0
+    mean: float  # μ of the output over responses of the SFT policy, less what their length explains
+    std: float  # their spread σ
+    length_slope: float = 0.0  # effect of one token on the output, which is subtracted
     weight: float = 1.0
 
     @classmethod
     def fit(cls, raw: Tensor, lengths: Tensor | None = None, *, weight: float = 1.0) -> ScoreHead:
-        """Fit to raw values [N] of SFT responses, and to their lengths for length debiasing.
-
-        The slope is that of least squares, cov(raw, length) / var(length).
+        """Fit to raw values [N] of SFT responses; the length slope is that of least squares.
 
         Raises:
             TrainingError: the values do not vary.
@@ -95,8 +82,7 @@ class ScoreHead:
 
     def to_dict(self) -> dict[str, float]:
         """Its part of normalisation.json."""
-        slope = {"length_slope": self.length_slope} if self.length_slope else {}
-        return {"mean": self.mean, "std": self.std, **slope}
+        return {"mean": self.mean, "std": self.std} | ({"length_slope": self.length_slope} if self.length_slope else {})
 
 
 @dataclass(frozen=True)
@@ -136,12 +122,9 @@ class EnsembleMember:
 
     def normalisation_metrics(self) -> dict[str, float]:
         """Mean and standard deviation of each head's raw value, and the length slope where it was removed."""
-        metrics: dict[str, float] = {}
-        for name, head in self.heads.items():
-            for key, value in head.to_dict().items():
-                metric = f"raw_{key}" if key in ("mean", "std") else key
-                metrics[f"{metric}/{name}" if name else metric] = value
-        return metrics
+        keys = {"mean": "raw_mean", "std": "raw_std", "length_slope": "length_slope"}
+        rows = [(f"/{name}" if name else "", head.to_dict()) for name, head in self.heads.items()]
+        return {keys[key] + suffix: value for suffix, row in rows for key, value in row.items()}
 
     def length_bias(self, samples: Sequence[PromptResponse], values: Tensor) -> dict[str, float]:
         """Correlation of raw values [N, K] and numbers of tokens, also before length debiasing."""
@@ -161,54 +144,37 @@ class EnsembleMember:
         """[N, K] → [N]: the raw value of a head that is alone, else the score."""
         return values[:, 0] if len(self.heads) == 1 else self.score(self.normalise(values))
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Content of normalisation.json."""
         if "" in self.heads:
-            return dict(self.heads[""].to_dict())
+            return self.heads[""].to_dict()
         return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
 
 
 def _response_lengths(scorer: TextScorer, samples: Sequence[PromptResponse]) -> Tensor:
-    """Number of response tokens of each sample [N], with the template's own, which are the same for all.
-
-    Without the prompt's: the policy chooses the response's length alone.
-    """
+    """Number of response tokens of each sample [N], with the template's own, which are the same for all."""
     prompts = [prompt for prompt, _ in samples]
     return scorer.lengths(scorer.format(samples)) - scorer.lengths(prompts) + scorer.lengths([""])
 
 
 def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
     """Read what `EnsembleMember.to_dict` wrote."""
-    alone = {name: value for name, value in normalisation.items() if name != "max_length"}
-    rows = normalisation.get("objectives") or {"": alone}
-    return {name: ScoreHead(**row) for name, row in rows.items()}
+    rest = {name: value for name, value in normalisation.items() if name != "max_length"}
+    return {name: ScoreHead(**row) for name, row in rest.get("objectives", {"": rest}).items()}
 
 
 @dataclass(frozen=True)
 class RewardModel:
-    """One model, or an ensemble whose members differ in their seed alone, on one backbone.
-
-    Attributes:
-        members: one, or several.
-        ood_detector: of the first member's states.
-        ensemble_reduction: one of `ENSEMBLE_REDUCTIONS`.
-        uncertainty_coef: penalty of `uncertainty` per unit of variance among members.
-    """
+    """One model, or an ensemble whose members differ in their seed alone, on one backbone."""
 
     members: Sequence[EnsembleMember]
-    ood_detector: MahalanobisOOD
-    ensemble_reduction: str = "mean"
-    uncertainty_coef: float = 0.0
+    ood_detector: MahalanobisOOD  # of the first member's states
+    ensemble_reduction: str = "mean"  # one of `ENSEMBLE_REDUCTIONS`
+    uncertainty_coef: float = 0.0  # penalty of `uncertainty` per unit of variance among members
 
     @classmethod
     def load(
-        cls,
-        base_model: Path,
-        sft: Path,
-        reward_model: Path,
-        *,
-        ensemble_reduction: str = "mean",
-        uncertainty_coef: float = 0.0,
+        cls, base_model: Path, sft: Path, reward_model: Path, reduction: str = "mean", uncertainty_coef: float = 0.0
     ) -> RewardModel:
         """Load the output of the reward_model stage, of whatever kind.
 
@@ -221,7 +187,7 @@ class RewardModel:
             members = [EnsembleMember(load_pretrained_scorer(reward_model), heads)]
         else:
             members = _trained_members(base_model, sft, reward_model)
-        return cls(members, ood_detector, ensemble_reduction, uncertainty_coef)
+        return cls(members, ood_detector, reduction, uncertainty_coef)
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Rewards, [B]: the members' scores, reduced."""
@@ -229,17 +195,15 @@ class RewardModel:
 
     def member_scores(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Each member's normalised rewards, [K, B]."""
-        return self._scores(self._outputs(prompts, responses)[0])
+        return self._outputs(prompts, responses)[0]
 
     def score_with_metrics(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards [B], and metrics of the same forward pass.
+        """Rewards [B], and metrics [B] of the same forward pass.
 
-        `ood_share` [B] is 1 where the text is out of distribution; `objective/<name>` [B], where there are several
-        objectives, is the members' mean of that head; `disagreement` [B], where there are several members, their
-        standard deviation.
+        `ood_share` is 1 where the text is out of distribution; `objective/<name>`, of several objectives, is the
+        members' mean of that head; `disagreement`, of several members, their standard deviation.
         """
-        heads, states = self._outputs(prompts, responses)
-        scores = self._scores(heads)
+        scores, heads, states = self._outputs(prompts, responses)
         metrics = {"ood_share": self.ood_detector.is_ood(states)}
         names = list(self.members[0].heads)
         if len(names) > 1:
@@ -249,15 +213,13 @@ class RewardModel:
             metrics["disagreement"] = scores.std(0, correction=0)
         return ENSEMBLE_REDUCTIONS[self.ensemble_reduction](scores, self.uncertainty_coef), metrics
 
-    def _outputs(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[list[Tensor], Tensor]:
-        """Normalised heads of each member, K × [B, heads], and the first member's states."""
+    def _outputs(self, prompts: Sequence[str], responses: Sequence[str]) -> tuple[Tensor, list[Tensor], Tensor]:
+        """Score of each member [K, B], its normalised heads, K × [B, heads], and the first member's states."""
         samples = list(zip(prompts, responses, strict=True))
         outputs = [member.raw_scores(samples) for member in self.members]
         heads = [member.normalise(values) for member, (values, _) in zip(self.members, outputs, strict=True)]
-        return heads, outputs[0][1]
-
-    def _scores(self, heads: Sequence[Tensor]) -> Tensor:
-        return torch.stack([member.score(values) for member, values in zip(self.members, heads, strict=True)])
+        scores = [member.score(values) for member, values in zip(self.members, heads, strict=True)]
+        return torch.stack(scores), heads, outputs[0][1]
 
 
 def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, Path | None]:
@@ -269,28 +231,24 @@ def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, 
 def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[EnsembleMember]:
     """Load every member, on one backbone."""
     count = 1 + len(list((reward_model / MEMBERS).glob("*")))
-    folders = [member_folder(reward_model, number) for number in range(count)]
-    normalisations = [_read_normalisation(folder) for folder in folders]
+    normalisations = [_read_normalisation(member_folder(reward_model, number)) for number in range(count)]
     base, sft_adapter = backbone_of(base_model, sft, reward_model)
     model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(normalisations[0])))
-    tokenizer = load_tokenizer(base)
-    names = [model.active_adapter, *(f"member_{number}" for number in range(1, count))]
-    for name, folder in zip(names[1:], folders[1:], strict=True):
-        add_adapter(model, name, folder)
-    return [
-        EnsembleMember(
-            TextScorer(model, tokenizer, max_length=normalisation["max_length"], adapter=name),
-            _parse_heads(normalisation),
-        )
-        for name, normalisation in zip(names, normalisations, strict=True)
-    ]
+    tokenizer, name, members = load_tokenizer(base), model.active_adapter, []
+    for number, normalisation in enumerate(normalisations):
+        if number:
+            name = f"member_{number}"
+            add_adapter(model, name, member_folder(reward_model, number))
+        scorer = TextScorer(model, tokenizer, max_length=normalisation["max_length"], adapter=name)
+        members.append(EnsembleMember(scorer, _parse_heads(normalisation)))
+    return members
 
 
+@dataclass(frozen=True)
 class GoldJudge:
     """Gold judge: its score estimates the mean human rating, in points of the rating scale."""
 
-    def __init__(self, scorer: TextScorer) -> None:
-        self._scorer = scorer
+    scorer: TextScorer
 
     @classmethod
     def load(cls, base_model: Path, gold_judge: Path) -> GoldJudge:
@@ -300,12 +258,12 @@ class GoldJudge:
             ModelError: the folder is incomplete.
         """
         max_length = _read_normalisation(gold_judge)["max_length"]
-        scorer = load_reward_model(base_model, None, gold_judge)
-        return cls(TextScorer(scorer, load_tokenizer(base_model), max_length=max_length))
+        model = load_reward_model(base_model, None, gold_judge)
+        return cls(TextScorer(model, load_tokenizer(base_model), max_length=max_length))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
-        """Estimated mean ratings, [len(prompts)]."""
-        return self._scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        """Estimated mean ratings, [B]."""
+        return self.scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
 
 
 def _read_normalisation(folder: Path) -> dict[str, Any]:

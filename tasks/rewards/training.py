@@ -1,9 +1,13 @@
-"""Trainers of reward models: on preference pairs (TRL), or on a target for each text."""
+"""Training data and trainers of reward models: on preference pairs (TRL), or on a target for each text."""
 
 from __future__ import annotations
 
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Protocol
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 from datasets import Dataset
@@ -12,29 +16,124 @@ from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, Trai
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
-from tasks.core.rows import Preference
+from tasks.core.errors import DataError
+from tasks.core.rows import SPLITS, Preference, Rating, read_rows
 from tasks.models.hf_training import trainer_arguments
-from tasks.rewards.scorers import encode
-from tasks.rewards.training_data import TrainingData
+from tasks.rewards.scorers import PromptResponse, encode
 
-__all__ = ["TrainingConfig", "classification_trainer", "pair_trainer", "regression_trainer"]
+if TYPE_CHECKING:
+    from tasks.config.training import GoldJudgeParams, RewardModelParams
+
+    TrainingParams: TypeAlias = RewardModelParams | GoldJudgeParams
+
+__all__ = ["TrainingData", "classification_trainer", "load_training_data", "pair_trainer", "regression_trainer"]
 
 
-class TrainingConfig(Protocol):
-    """Training parameters that the sections reward_model and gold_judge share."""
+@dataclass(frozen=True)
+class TrainingData:
+    """Rows by split: pairs for kinds that compare two texts, texts and targets for kinds that rate one.
+
+    A kind that rates texts has pairs in `test` alone, if at all. A target is a mean rating, or 1 and 0 for two classes.
+    """
+
+    pairs: Mapping[str, Sequence[Preference]] = field(default_factory=dict)
+    texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    targets: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})  # of each head; one alone has the name ""
+    margin_scale: float | None = None  # log-odds per point of a pair's margin; None: margins do not count
+    rater_ceiling: Mapping[str, float] = field(default_factory=dict)  # bucket → agreement of one rater with the others
 
     @property
-    def epochs(self) -> int: ...
-    @property
-    def batch_size(self) -> int: ...
-    @property
-    def learning_rate(self) -> float: ...
-    @property
-    def max_length(self) -> int: ...
+    def objectives(self) -> list[str]:
+        """Names of the heads, where there are several."""
+        return [name for name in self.weights if name]
+
+    def samples(self, split: str, limit: int | None = None) -> list[PromptResponse]:
+        """Rated texts, then chosen and rejected responses of a split; of its first rows, about `limit`."""
+        texts = [("", text) for text in self.texts.get(split, ())[:limit]]
+        pairs = self.pairs.get(split, ())[: limit and limit // 2]
+        return [*texts, *((row.prompt, row.chosen) for row in pairs), *((row.prompt, row.rejected) for row in pairs)]
+
+    def sizes(self) -> dict[str, float]:
+        """Number of training rows."""
+        if self.texts:
+            return {"texts": len(self.texts["train"])}
+        pairs = self.pairs["train"]
+        sizes: dict[str, float] = {"pairs": len(pairs)}
+        sizes |= {f"pairs/{name}": sum(row.objective == name for row in pairs) for name in self.objectives}
+        if self.margin_scale is not None:
+            sizes["pairs_with_margin"] = sum((row.margin or 0) > 0 for row in pairs)
+            sizes["pairs_against_margin"] = sum((row.margin or 0) < 0 for row in pairs)
+        return sizes
+
+
+def load_training_data(params: RewardModelParams, prepare: Path, preferences: Path) -> TrainingData:
+    """Load the rows that the configured kind needs.
+
+    Raises:
+        DataError: they are missing, or lack a field that the kind needs.
+    """
+    ceiling = _read_rater_ceiling(preferences / "ceiling.csv")
+    if params.pairwise:
+        pairs: dict[str, list[Preference]] = {
+            split: read_rows(preferences / f"{split}.jsonl", Preference) for split in SPLITS
+        }
+        for split, rows in pairs.items():
+            _check_objectives(rows, params.objectives or {}, preferences / f"{split}.jsonl")
+        scale = params.margin_scale if params.margin == "scaled" else None
+        if params.margin == "scaled" and not any((row.margin or 0) > 0 for row in pairs["train"]):
+            raise DataError(
+                f"reward_model.margin is scaled, but no pair of {preferences / 'train.jsonl'} has a positive margin: "
+                "give pairs a `margin`, or set it to none"
+            )
+        return TrainingData(pairs, weights=params.objectives or {"": 1.0}, margin_scale=scale, rater_ceiling=ceiling)
+    folder, heldout = prepare / "ratings" / "proxy", preferences / "test.jsonl"
+    ratings = _read_ratings(folder, params.kind)
+    ratings["train"] = ratings["train"][: params.max_examples]
+    texts = {split: [row.text for row in rows] for split, rows in ratings.items()}
+    targets = {split: [row.mean for row in rows] for split, rows in ratings.items()}
+    if params.threshold is not None:
+        targets = {split: [float(mean >= params.threshold) for mean in means] for split, means in targets.items()}
+        if len(set(targets["train"])) == 1:
+            raise DataError(
+                f"reward_model.threshold {params.threshold:g} parts nothing: all {len(texts['train'])} texts of "
+                f"{folder / 'train.jsonl'} are of one class; choose a rating between theirs"
+            )
+    test = read_rows(heldout, Preference) if heldout.is_file() and heldout.stat().st_size else []
+    return TrainingData({"test": test}, texts, targets, rater_ceiling=ceiling)
+
+
+def _read_ratings(folder: Path, kind: str) -> dict[str, list[Rating]]:
+    try:
+        return {split: read_rows(folder / f"{split}.jsonl", Rating) for split in SPLITS}
+    except DataError as error:
+        raise DataError(
+            f"reward_model.kind {kind} learns from rated texts: {error}; let a source of collect.sources give "
+            "`ratings`, or set kind to preference"
+        ) from error
+
+
+def _check_objectives(rows: Sequence[Preference], known: Mapping[str, float], path: Path) -> None:
+    for row in rows if known else ():
+        if row.objective not in known:
+            raise DataError(
+                f"{path}: pair {row.id!r} is about objective {row.objective!r}; reward_model.objectives knows "
+                f"{', '.join(known)}; set `objective` at its source in collect.sources"
+            )
+    if missing := [name for name in known if not any(row.objective == name for row in rows)]:
+        raise DataError(
+            f"{path} has no pair about {', '.join(missing)}: collect some, raise the number of pairs in preferences, "
+            "or remove it from reward_model.objectives"
+        )
+
+
+def _read_rater_ceiling(path: Path) -> dict[str, float]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return {row["bucket"]: float(row["agreement"]) for row in csv.DictReader(file) if row["agreement"]}
 
 
 def pair_trainer(
-    config: TrainingConfig,
+    params: TrainingParams,
     model: PeftModel,
     tokenizer: Any,
     data: TrainingData,
@@ -51,13 +150,14 @@ def pair_trainer(
     if data.objectives:
         # TRL refuses a model with several labels; the configuration shows one, and the layer keeps all.
         model.config.num_labels = 1
-        trainer_class, collator = ObjectivesTrainer, ObjectivesCollator(pad_token_id=tokenizer.pad_token_id)
-    rows = [_encode_pair(row, tokenizer, config.max_length, data) for row in data.pairs["train"]]
+        collator = partial(_collate_with_heads, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id))
+        trainer_class = ObjectivesTrainer
+    rows = [_encode_pair(row, tokenizer, params.max_length, data) for row in data.pairs["train"]]
     return trainer_class(
         model=model,
         args=RewardConfig(
-            **_common_arguments(config, seed),
-            max_length=config.max_length,
+            **_common_arguments(params, seed),
+            max_length=params.max_length,
             remove_unused_columns=False,  # TRL would drop the column `length`
         ),
         data_collator=collator,
@@ -68,8 +168,7 @@ def pair_trainer(
 
 
 def _encode_pair(row: Preference, tokenizer: Any, max_length: int, data: TrainingData) -> dict[str, Any]:
-    chosen = encode(tokenizer, row.prompt + row.chosen, max_length)
-    rejected = encode(tokenizer, row.prompt + row.rejected, max_length)
+    chosen, rejected = (encode(tokenizer, row.prompt + text, max_length) for text in (row.chosen, row.rejected))
     pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
     if data.margin_scale is not None:
         # Without a margin, or with one that contradicts the label, the margin is 0.
@@ -79,13 +178,9 @@ def _encode_pair(row: Preference, tokenizer: Any, max_length: int, data: Trainin
     return pair
 
 
-class ObjectivesCollator(DataCollatorForPreference):
-    """TRL's collator, with the index of each pair's head, [B]."""
-
-    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        """Collate a batch of pairs."""
-        heads = torch.tensor([example["objective"] for example in examples])
-        return {**super().torch_call(examples), "objective": heads}
+def _collate_with_heads(collate: DataCollatorForPreference, examples: list[dict[str, Any]]) -> dict[str, Any]:
+    """Collate a batch of pairs, with the index of each pair's head, [B]."""
+    return {**collate(examples), "objective": torch.tensor([example["objective"] for example in examples])}
 
 
 class ObjectivesTrainer(RewardTrainer):
@@ -104,7 +199,7 @@ class ObjectivesTrainer(RewardTrainer):
 
 
 def regression_trainer(
-    config: TrainingConfig,
+    params: TrainingParams,
     model: PeftModel,
     tokenizer: Any,
     data: TrainingData,
@@ -116,13 +211,14 @@ def regression_trainer(
     """Fit one head to the targets of the texts by squared error, or its log-odds to binary ones by cross-entropy."""
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
     model.config.problem_type = "multi_label_classification" if binary else "regression"
-    texts = [encode(tokenizer, text, config.max_length) for text in data.texts["train"]]
-    targets = [[target] if binary else target for target in data.targets["train"]]
-    rows = [{"input_ids": ids, "labels": target} for ids, target in zip(texts, targets, strict=True)]
+    rows = [
+        {"input_ids": encode(tokenizer, text, params.max_length), "labels": [target] if binary else target}
+        for text, target in zip(data.texts["train"], data.targets["train"], strict=True)
+    ]
     return Trainer(
         model=model,
         args=TrainingArguments(
-            **_common_arguments(config, seed),
+            **_common_arguments(params, seed),
             average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
         ),
         train_dataset=Dataset.from_list(rows),
@@ -134,8 +230,8 @@ def regression_trainer(
 classification_trainer = partial(regression_trainer, binary=True)
 
 
-def _common_arguments(config: TrainingConfig, seed: int) -> dict[str, Any]:
+def _common_arguments(params: TrainingParams, seed: int) -> dict[str, Any]:
     arguments = trainer_arguments(
-        seed=seed, batch_size=config.batch_size, learning_rate=config.learning_rate, epochs=config.epochs
+        seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
     )
     return arguments | {"train_sampling_strategy": "group_by_length"}  # batches of similar length pad less

@@ -34,19 +34,11 @@ def wrong(name: str, program: str, *statuses: str, tests: str = FORMULA) -> Atta
 
 
 def reach(name: str, body: str, *statuses: str) -> Attack:
-    """The body returns True, or raises: then it has reached nothing."""
-    attempt = indent(dedent(body).strip("\n"), " " * 8)
+    """The body raises or returns False where it has reached nothing."""
+    attempt = indent(f"{body}\nreturn True", " " * 8)
     head = "import ctypes, glob, os, socket, subprocess, sys\nlibc = ctypes.CDLL(None, use_errno=True)\n"
     program = f"{head}def answer():\n    try:\n{attempt}\n    except BaseException:\n        return False\n"
     return Attack(name, program, REACHED, statuses or ("failed",))
-
-
-def syscall(name: str, number: int, *arguments: str) -> Attack:
-    """A bare system call of x86-64, which succeeds unless it returns −1 with EPERM."""
-    words = ", ".join([str(number), *arguments])
-    return reach(
-        name, f"libc.syscall.restype = ctypes.c_long\nreturn libc.syscall({words}) != -1 or ctypes.get_errno() != 1"
-    )
 
 
 def raising(name: str, kind: str, tests: str = FORMULA) -> Attack:
@@ -58,21 +50,15 @@ def returning(name: str, before: str, value: str, *statuses: str) -> Attack:
 
 
 NETWORK = (
-    reach("network: TCP", "socket.create_connection(('127.0.0.1', @PORT@), 2)\nreturn True"),
-    reach(
-        "network: UDP",
-        "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'secret', ('127.0.0.1', @PORT@))\nreturn True",
-    ),
-    reach("network: Unix socket", "socket.socket(socket.AF_UNIX).connect('@UNIX@')\nreturn True"),
-    reach("network: abstract Unix socket", "socket.socket(socket.AF_UNIX).connect('\\0@ABSTRACT@')\nreturn True"),
-    reach("network: DNS", "socket.getaddrinfo('localhost', 80)\nreturn True"),
-    reach("network: netlink", "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)\nreturn True"),
+    reach("network: TCP", "socket.create_connection(('127.0.0.1', @PORT@), 2)"),
+    reach("network: UDP", "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'secret', ('127.0.0.1', @PORT@))"),
+    reach("network: Unix socket", "socket.socket(socket.AF_UNIX).connect('@UNIX@')"),
+    reach("network: abstract Unix socket", "socket.socket(socket.AF_UNIX).connect('\\0@ABSTRACT@')"),
+    reach("network: DNS", "socket.getaddrinfo('localhost', 80)"),
+    reach("network: netlink", "socket.socket(socket.AF_NETLINK, socket.SOCK_RAW)"),
     reach("network: interfaces", "return len(socket.if_nameindex()) > 1"),
-    reach("network: socket pair", "socket.socketpair()\nreturn True"),
-    reach(
-        "network: urllib",
-        "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:@PORT@', timeout=2)\nreturn True",
-    ),
+    reach("network: socket pair", "socket.socketpair()"),
+    reach("network: urllib", "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:@PORT@', timeout=2)"),
 )
 
 FILES = (
@@ -85,99 +71,85 @@ FILES = (
     reach("read the repository", "return 'policy_seed' in open('@REPOSITORY@/params.yaml').read()"),
     reach("read a file by its path", "return '@SECRET@' in open('@FOLDER@/secret.txt').read()"),
     reach("read the tests from /proc/*/cmdline", "return any(open(f).read() for f in glob.glob('/proc/[0-9]*/cmdline'))"),
-    reach("read memory by /proc/self/mem", "open('/proc/self/mem', 'rb')\nreturn True"),
+    reach("read memory by /proc/self/mem", "open('/proc/self/mem', 'rb')"),
     reach("read the host by /proc/1/root", "return bool(os.listdir('/proc/1/root/home'))"),
     reach("list open descriptors by /proc", "return bool(os.listdir('/proc/self/fd'))"),
     reach("read /sys", "return bool(os.listdir('/sys'))"),
     reach("read /dev", "return sorted(os.listdir('/dev')) != ['null']"),
     reach("read the host's files in /tmp", "return os.path.exists('/tmp')"),
-    reach("import an installed package", "import numpy\nreturn True"),
-    reach("symbolic link in scratch", "os.symlink('/ours', '/scratch/link')\nreturn True"),
-    reach("hard link in scratch", "os.link(sys.executable, '/scratch/link')\nreturn True"),
+    reach("import an installed package", "import numpy"),
+    reach("symbolic link in scratch", "os.symlink('/ours', '/scratch/link')"),
+    reach("hard link in scratch", "os.link(sys.executable, '/scratch/link')"),
     reach("climb out of scratch", "return '@SECRET@' in open('/scratch/../../../..@FOLDER@/secret.txt').read()"),
-    reach("write a file outside scratch", "open('@FOLDER@/written', 'w').write('x')\nreturn True"),
-    reach("write into the root folder", "open('/written', 'w').write('x')\nreturn True"),
-    reach("delete a file outside scratch", "os.unlink('@FOLDER@/secret.txt')\nreturn True"),
+    reach("write a file outside scratch", "open('@FOLDER@/written', 'w').write('x')"),
+    reach("write into the root folder", "open('/written', 'w').write('x')"),
+    reach("delete a file outside scratch", "os.unlink('@FOLDER@/secret.txt')"),
     reach(
         "overwrite the runner",
-        "import tasks.rewards.sandbox.inside.codec as codec\nopen(codec.__file__, 'a').write('x')\nreturn True",
+        "import tasks.rewards.sandbox.inside.codec as codec\nopen(codec.__file__, 'a').write('x')",
     ),
-    reach("write sitecustomize", "open(os.path.dirname(os.__file__) + '/sitecustomize.py', 'w').write('x')\nreturn True"),
-    reach(
-        "write a .pth file",
-        "open(os.path.dirname(os.__file__) + '/site-packages/x.pth', 'w').write('x')\nreturn True",
-    ),
-    reach("overwrite Python", "open(sys.executable, 'ab').write(b'x')\nreturn True"),
-    reach("chmod", "os.chmod('/ours', 0o777)\nreturn True"),
-    reach("chmod in scratch", "open('/scratch/x', 'w')\nos.chmod('/scratch/x', 0o4777)\nreturn True"),
-    reach("chroot", "os.chroot('/scratch')\nreturn True"),
-    reach("device node", "os.mknod('/scratch/disk', 0o60666, os.makedev(8, 0))\nreturn True"),
-    reach("named pipe", "os.mkfifo('/scratch/pipe')\nreturn True"),
+    reach("write sitecustomize", "open(os.path.dirname(os.__file__) + '/sitecustomize.py', 'w').write('x')"),
+    reach("write a .pth file", "open(os.path.dirname(os.__file__) + '/site-packages/x.pth', 'w').write('x')"),
+    reach("overwrite Python", "open(sys.executable, 'ab').write(b'x')"),
+    reach("chmod", "os.chmod('/ours', 0o777)"),
+    reach("chmod in scratch", "open('/scratch/x', 'w')\nos.chmod('/scratch/x', 0o4777)"),
+    reach("chroot", "os.chroot('/scratch')"),
+    reach("device node", "os.mknod('/scratch/disk', 0o60666, os.makedev(8, 0))"),
+    reach("named pipe", "os.mkfifo('/scratch/pipe')"),
     reach("mount", "return libc.mount(b'x', b'/scratch', b'tmpfs', 0, 0) == 0"),
     reach("mount writable again", "return libc.mount(b'', b'/', b'', 4128, 0) == 0"),
     reach("unmount", "return libc.umount2(b'/ours', 2) == 0"),
-    reach("fill the disk", "open('/scratch/x', 'wb').write(b'x' * (64 << 20))\nreturn True"),
+    reach("fill the disk", "open('/scratch/x', 'wb').write(b'x' * (64 << 20))"),
     reach(
         "fill the disk with many files",
-        "for i in range(60):\n    open(f'/scratch/{i}', 'wb').write(b'x' * (1 << 20))\nreturn True",
+        "for i in range(60):\n    open(f'/scratch/{i}', 'wb').write(b'x' * (1 << 20))",
     ),
-    reach("open files without end", "held = [open('/dev/null') for _ in range(5000)]\nreturn True"),
+    reach("open files without end", "held = [open('/dev/null') for _ in range(5000)]"),
     reach("core dump", "os.chdir('/scratch')\nos.abort()", "error"),
 )  # fmt: skip
 
+SYSTEM_CALLS = {
+    "ptrace": "101, 0, 0, 0, 0", "process_vm_readv": "310, os.getpid(), 0, 0, 0, 0, 0",
+    "process_vm_writev": "311, os.getpid(), 0, 0, 0, 0, 0", "clone": "56, 0x11, 0, 0, 0, 0", "clone3": "435, 0, 0",
+    "vfork": "58", "execveat": "322, 0, 0, 0, 0, 0", "unshare": "272, 0x10000000", "setns": "308, 0, 0",
+    "pivot_root": "155, 0, 0", "bpf": "321, 0, 0, 0", "perf_event_open": "298, 0, 0, 0, 0, 0",
+    "keyctl": "250, 0, 0, 0", "add_key": "248, 0, 0, 0, 0, 0", "userfaultfd": "323, 0", "io_uring_setup": "425, 1, 0",
+    "kexec_load": "246, 0, 0, 0, 0", "init_module": "175, 0, 0, 0", "memfd_create": "319, b'x', 0",
+    "shmget": "29, 0, 4096, 0o1600", "mq_open": "240, b'x', 0, 0, 0", "prctl": "157, 4, 1, 0, 0, 0",
+    "seccomp": "317, 0, 0, 0", "pidfd_open": "434, 1, 0", "sendmsg": "46, 1, 0, 0", "personality": "135, 0xffffffff",
+    "modify_ldt": "154, 0, 0, 0",
+}  # fmt: skip
+"""Bare system calls of x86-64 → number and arguments; one succeeds unless it returns −1 with EPERM."""
+
 PROCESSES = (
     reach("fork bomb", "while True:\n    os.fork()"),
-    reach("fork", "if os.fork() == 0:\n    os._exit(0)\nreturn True"),
-    reach(
-        "background daemon", "if os.fork() == 0:\n    os.setsid()\n    import time\n    time.sleep(1000)\nreturn True"
-    ),
-    reach("subprocess", "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])\nreturn True"),
+    reach("fork", "if os.fork() == 0:\n    os._exit(0)"),
+    reach("background daemon", "if os.fork() == 0:\n    os.setsid()\n    import time\n    time.sleep(1000)"),
+    reach("subprocess", "subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'])"),
     reach("os.system", "return os.system('true') == 0"),
     reach("os.posix_spawn", "return os.posix_spawn(sys.executable, ['python', '-c', ''], {}) > 0"),
-    reach("multiprocessing", "import multiprocessing\nmultiprocessing.Process(target=print).start()\nreturn True"),
-    reach("thread", "import threading\nthreading.Thread(target=print).start()\nreturn True"),
+    reach("multiprocessing", "import multiprocessing\nmultiprocessing.Process(target=print).start()"),
+    reach("thread", "import threading\nthreading.Thread(target=print).start()"),
     reach("execve", "os.execv(sys.executable, ['python', '-c', 'while True: pass'])"),
     reach("execve of a program in memory", "return libc.fexecve(os.open(sys.executable, 0), 0, 0) == 0"),
-    reach("signal to the parent", "os.kill(os.getppid(), 9)\nreturn True"),
-    reach("signal to all", "os.kill(-1, 9)\nreturn True"),
-    reach("signal to the group", "os.killpg(0, 9)\nreturn True"),
-    reach("see other processes", "os.kill(os.getppid(), 0)\nreturn True"),
+    reach("signal to the parent", "os.kill(os.getppid(), 9)"),
+    reach("signal to all", "os.kill(-1, 9)"),
+    reach("signal to the group", "os.killpg(0, 9)"),
+    reach("see other processes", "os.kill(os.getppid(), 0)"),
     reach("not the only process", "return os.getpid() != 1"),
-    reach("root", "os.setuid(0)\nreturn True"),
-    reach("higher limits", "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))\nreturn True"),
-    reach(
-        "higher limits by prlimit", "import resource\nresource.prlimit(0, resource.RLIMIT_AS, (-1, -1))\nreturn True"
-    ),
-    reach("lower priority of others", "os.setpriority(os.PRIO_USER, 0, 19)\nreturn True"),
-    reach("host name", "socket.sethostname('x')\nreturn True"),
+    reach("root", "os.setuid(0)"),
+    reach("higher limits", "import resource\nresource.setrlimit(resource.RLIMIT_CPU, (99, 99))"),
+    reach("higher limits by prlimit", "import resource\nresource.prlimit(0, resource.RLIMIT_AS, (-1, -1))"),
+    reach("lower priority of others", "os.setpriority(os.PRIO_USER, 0, 19)"),
+    reach("host name", "socket.sethostname('x')"),
     reach("the host's name", "return os.uname().nodename != 'sandbox'"),
-    syscall("system call: ptrace", 101, "0", "0", "0", "0"),
-    syscall("system call: process_vm_readv", 310, "os.getpid()", "0", "0", "0", "0", "0"),
-    syscall("system call: process_vm_writev", 311, "os.getpid()", "0", "0", "0", "0", "0"),
-    syscall("system call: clone", 56, "0x11", "0", "0", "0", "0"),
-    syscall("system call: clone3", 435, "0", "0"),
-    syscall("system call: vfork", 58),
-    syscall("system call: execveat", 322, "0", "0", "0", "0", "0"),
-    syscall("system call: unshare", 272, "0x10000000"),
-    syscall("system call: setns", 308, "0", "0"),
-    syscall("system call: pivot_root", 155, "0", "0"),
-    syscall("system call: bpf", 321, "0", "0", "0"),
-    syscall("system call: perf_event_open", 298, "0", "0", "0", "0", "0"),
-    syscall("system call: keyctl", 250, "0", "0", "0"),
-    syscall("system call: add_key", 248, "0", "0", "0", "0", "0"),
-    syscall("system call: userfaultfd", 323, "0"),
-    syscall("system call: io_uring_setup", 425, "1", "0"),
-    syscall("system call: kexec_load", 246, "0", "0", "0", "0"),
-    syscall("system call: init_module", 175, "0", "0", "0"),
-    syscall("system call: memfd_create", 319, "b'x'", "0"),
-    syscall("system call: shmget", 29, "0", "4096", "0o1600"),
-    syscall("system call: mq_open", 240, "b'x'", "0", "0", "0"),
-    syscall("system call: prctl", 157, "4", "1", "0", "0", "0"),
-    syscall("system call: seccomp", 317, "0", "0", "0"),
-    syscall("system call: pidfd_open", 434, "1", "0"),
-    syscall("system call: sendmsg", 46, "1", "0", "0"),
-    syscall("system call: personality", 135, "0xffffffff"),
-    syscall("system call: modify_ldt", 154, "0", "0", "0"),
+    *(
+        reach(
+            f"system call: {name}",
+            f"libc.syscall.restype = ctypes.c_long\nreturn libc.syscall({call}) != -1 or ctypes.get_errno() != 1",
+        )
+        for name, call in SYSTEM_CALLS.items()
+    ),
     reach("32-bit system call table", "return libc.syscall(0x40000000 + 39) != -1", "error"),
 )
 
@@ -301,18 +273,12 @@ VERDICT = (
     returning("function", "", "answer", "refused"),
     returning("module", "import sys", "sys", "refused"),
     returning("value that raises while it is read", "class A(list):\n    __class__ = property(lambda s: 1 / 0)", "A()", "error", "failed"),
-    raising("raises AssertionError", "AssertionError"),
-    raising("raises SystemExit", "SystemExit(0)"),
-    raising("raises KeyboardInterrupt", "KeyboardInterrupt"),
-    raising("raises GeneratorExit", "GeneratorExit"),
+    *(raising(f"raises {kind}", kind) for kind in ("AssertionError", "SystemExit", "KeyboardInterrupt", "GeneratorExit")),
     raising("raises StopIteration to end all(map(…))", "StopIteration", MAPPED),
     raising("raises a class of that name", "type('StopIteration', (Exception,), {})", MAPPED),
     wrong("empties its argument", "def answer(x):\n    x.clear()\n    return x", tests=SORTED),
     wrong("sorts nothing but its argument", "def answer(x):\n    x[:] = [7]\n    return [7]", tests=SORTED),
-    wrong(
-        "counts calls",
-        "n = 0\ndef answer(x):\n    global n\n    n += 1\n    return [70, 196][n % 2]",
-    ),
+    wrong("counts calls", "n = 0\ndef answer(x):\n    global n\n    n += 1\n    return [70, 196][n % 2]"),
     Attack("looks for the tests in memory", SPY, "# MARK-OF-THE-TESTS\n" + REACHED),
     wrong("segmentation fault", "import ctypes\ndef answer(x): return ctypes.string_at(0)", "error"),
     wrong("abort", "import os\ndef answer(x): os.abort()", "error"),

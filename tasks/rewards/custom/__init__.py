@@ -1,5 +1,4 @@
 """Your own reward functions; `example.py` shows how.
 
-Name the function in params.yaml as `module:function`. Import packages as you like, but of this project only files of
-this folder. The stages that score run again when a file here changes.
+Of this project, import only files of this folder: the stages that score run again when one of them changes.
 """

@@ -1,8 +1,7 @@
 """A reward of your own, in three steps.
 
 1. Write a function of one sample here or in a file beside this one. It gets the prompt, the response, and the row's
-   `answer` (None where there is none), and whatever options params.yaml sets; it returns a number. Import packages as
-   you like, but of this project only files of this folder: the stages that score run again when one of them changes.
+   `answer` (None where there is none), and whatever options params.yaml sets; it returns a number.
 2. Name it in params.yaml:   reward.rules: {loud: {function: "example:shout", at_most: 0.5}}
 3. Give it a weight there:   reward.weights: {loud: 0.2}
 

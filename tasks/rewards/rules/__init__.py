@@ -9,15 +9,13 @@ from collections.abc import Mapping
 
 from tasks.rewards.code import CodeReward
 from tasks.rewards.rules.answers import answer_rule, contains_facts_rule
-from tasks.rewards.rules.base import RuleFactory, response_rule
-from tasks.rewards.rules.custom import custom_rule
-from tasks.rewards.rules.format import json_schema_rule, matches_pattern
-from tasks.rewards.rules.instructions import instructions_rule
+from tasks.rewards.rules.base import RuleFactory, custom_rule, response_rule
+from tasks.rewards.rules.format import instructions_rule, json_schema_rule, matches_pattern
 from tasks.rewards.rules.math import math_rule
 from tasks.rewards.rules.poem import poem_rule
 from tasks.rewards.rules.style import language_rule, length, readability, repetition, vader_rule
 
-__all__ = ["RULES", "get_rule_factory"]
+__all__ = ["RULES", "custom_rule"]
 
 RULES: Mapping[str, RuleFactory] = {
     "answer": answer_rule,
@@ -34,12 +32,4 @@ RULES: Mapping[str, RuleFactory] = {
     "repetition": response_rule(repetition),
     "vader": vader_rule,
 }
-"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`.
-
-A factory gives a `PerSampleRule`, whose failures are counted, or a function of the whole batch.
-"""
-
-
-def get_rule_factory(function: str) -> RuleFactory:
-    """Get the factory of a rule, or of a user's function."""
-    return RULES.get(function, custom_rule)
+"""Rule → factory. A new one is a line here and one, with its options, in `tasks.config.rules.RULE_OPTIONS`."""

@@ -15,28 +15,25 @@ from tasks.rewards.rules.base import Answers, PerSampleRule
 if TYPE_CHECKING:
     from tasks.config.rules import ContainsFactsRule, RuleOptions
 
-__all__ = ["answer_rule", "contains_facts", "contains_facts_rule", "exact_match", "require_answer", "strict_match"]
+__all__ = ["answer_rule", "contains_facts_rule", "exact_match", "require_answer", "strict_match"]
 
 NUMBER = re.compile(r"(?:(?<![\w.)\]])[-−+][$€£]?)?(?:\d[\d,]*(?:\.\d+)?|(?<![\w.])\.\d+)(?:[eE][-+]?\d{1,4}\b)?")
 """`-3`, `1,234.5`, `.5`, `-$5`, `1e5`; a minus between two things (`3-5`, `x-5`) is no sign.
 
-What it misreads: a list without spaces (`1,2,3`) is 123, a unit's exponent (`5 m2`) is the number 2.
+It misreads a list without spaces (`1,2,3` is 123) and a unit's exponent (`5 m2` is the number 2).
 """
 
-IGNORED_SYMBOLS = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})
-"""Symbols in numbers that `Decimal` does not parse."""
-
+SYMBOLS = str.maketrans({",": None, "$": None, "€": None, "£": None, "−": "-"})  # which `Decimal` does not parse
 ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def exact_match(response: str, expected: str) -> float:
     """1 if the response's last number equals the expected one in value, else 0; where a word is expected, the response.
 
-    Numbers may carry thousands separators, a sign and an exponent; words are compared without case and surrounding
-    white space. What `NUMBER` misreads is misread here.
+    Words are compared without case and surrounding white space. What `NUMBER` misreads is misread here.
 
-    Gamed by: nothing that reads the last number alone can be earned by naming many, but a right number after wrong
-    reasoning earns 1. Against that: read the samples; the KL penalty keeps the reasoning near people's.
+    Gamed by: a right number after wrong reasoning, which earns 1; naming many numbers does not help. Against that: read
+    the samples; the KL penalty keeps the reasoning near people's.
     """
     if not NUMBER.fullmatch(expected.strip()):
         return float(_answers_equal(response, expected))
@@ -48,10 +45,10 @@ def strict_match(response: str, expected: str, pattern: str | None) -> float:
     """1 if the response gives the expected answer in the required format, else 0 (lm-eval's `strict-match`).
 
     Where the pattern matches first, its group is the answer (lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml, whose pattern is
-    `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is, but for white space around it. Compared as in
-    `exact_match`; a full stop after a number does not count.
+    `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is. Compared as in `exact_match`; a full stop after
+    a number does not count.
 
-    Gamed by: giving the form again and again does not help, for the first counts. Otherwise as `exact_match`.
+    Gamed by: as `exact_match`; giving the form again and again does not help, for the first counts.
     """
     if pattern is None:
         return float(_answers_equal(response, expected))
@@ -65,45 +62,48 @@ def _answers_equal(answer: str, expected: str) -> bool:
     if not NUMBER.fullmatch(expected):
         return answer.casefold() == expected.casefold()
     candidate = answer.removesuffix(".")
-    return NUMBER.fullmatch(candidate) is not None and _value(candidate) == _value(expected)
+    if not NUMBER.fullmatch(candidate):
+        return False
+    return Decimal(candidate.translate(SYMBOLS)) == Decimal(expected.translate(SYMBOLS))
 
 
-def _value(number: str) -> Decimal:
-    return Decimal(number.translate(IGNORED_SYMBOLS))
-
-
-def contains_facts(response: str, references: list[str], *, max_words: int) -> float:
-    """Fraction of the references that the response contains, reduced where it has many words; in [0, 1].
+def contains_facts_rule(options: ContainsFactsRule, answers: Answers) -> PerSampleRule:
+    """Fraction of the facts of the row's answer that the response contains, reduced where it has many words; in [0, 1].
 
     Both are normalised as SQuAD 1.1's evaluation does (Rajpurkar et al. 2016, arXiv 1606.05250, section 6: no
-    punctuation, no articles, lower case); a reference is named where its words stand in a row. Beyond `max_words`
-    words the share is multiplied by max_words / words.
+    punctuation, no articles, lower case); a fact is named where its words stand in a row. Beyond `max_words` words the
+    share is multiplied by max_words / words.
 
     Gamed by: naming every candidate there is, and naming a fact in order to deny it. Against that: `max_words`, which
     makes each further candidate cost; a learned component or the KL penalty against lists; read the samples.
+
+    Raises:
+        DataError: an answer is no list of facts.
     """
-    text = f" {_normalise_answer(response)} "
-    found = sum(f" {_normalise_answer(reference)} " in text for reference in references)
-    return found / len(references) * min(1.0, max_words / max(1, len(tokenize_words(response))))
+    facts = {answer: _parse_references(answer) for answer in answers.values()}
+
+    def score(prompt: str, response: str) -> float:
+        text, names = f" {_normalise_answer(response)} ", facts[require_answer("contains_facts", prompt, answers)]
+        share = sum(f" {name} " in text for name in names) / len(names)
+        return share * min(1.0, options.max_words / max(1, len(tokenize_words(response))))
+
+    return PerSampleRule(score)
 
 
 def _normalise_answer(text: str) -> str:
     """`normalize_answer` of SQuAD's evaluate-v1.1.py."""
-    text_without_punctuation = "".join(letter for letter in text.lower() if letter not in string.punctuation)
-    return " ".join(ARTICLES.sub(" ", text_without_punctuation).split())
+    without_punctuation = text.lower().translate(str.maketrans("", "", string.punctuation))
+    return " ".join(ARTICLES.sub(" ", without_punctuation).split())
 
 
 def _parse_references(answer: str) -> list[str]:
-    """Parse the strings of a JSON list, or those between `|`."""
-    if answer.lstrip().startswith("["):
-        try:
-            parsed = json.loads(answer)
-        except json.JSONDecodeError as error:
-            raise DataError(f"the facts {answer[:200]!r} begin like a JSON list and are none: {error}") from error
-        references = [str(item) for item in parsed]
-    else:
-        references = answer.split("|")
-    if not references or not all(_normalise_answer(item) for item in references):
+    """Parse the strings of a JSON list, or those between `|`, and normalise them."""
+    try:
+        parsed = list(map(str, json.loads(answer))) if answer.lstrip().startswith("[") else answer.split("|")
+    except json.JSONDecodeError as error:
+        raise DataError(f"the facts {answer[:200]!r} begin like a JSON list and are none: {error}") from error
+    references = [_normalise_answer(item) for item in parsed]
+    if not references or not all(references):
         raise DataError(f"the facts {answer[:200]!r} have an empty one: write them as a JSON list, or with | between")
     return references
 
@@ -125,18 +125,3 @@ def require_answer(rule: str, prompt: str, answers: Answers) -> str:
 def answer_rule(_options: RuleOptions, answers: Answers) -> PerSampleRule:
     """Pays `exact_match`."""
     return PerSampleRule(lambda prompt, response: exact_match(response, require_answer("answer", prompt, answers)))
-
-
-def contains_facts_rule(options: ContainsFactsRule, answers: Answers) -> PerSampleRule:
-    """Pays `contains_facts`, the row's answer being the references.
-
-    Raises:
-        DataError: an answer is no list of facts.
-    """
-    references = {answer: _parse_references(answer) for answer in answers.values()}
-
-    def score(prompt: str, response: str) -> float:
-        row_references = references[require_answer("contains_facts", prompt, answers)]
-        return contains_facts(response, row_references, max_words=options.max_words)
-
-    return PerSampleRule(score)

@@ -1,4 +1,4 @@
-"""Types of rules: a function of one sample, of a batch, or of a batch with metrics."""
+"""Types of rules: a function of one sample, of a batch, or of a batch with metrics; the user's own among them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Any, Protocol, TypeAlias, runtime_checkable
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -15,8 +15,10 @@ from tqdm import tqdm
 
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
 
+if TYPE_CHECKING:
+    from tasks.config.rules import CustomRule
+
 __all__ = [
-    "FAILURES",
     "Answers",
     "Component",
     "FaultTolerantRule",
@@ -24,7 +26,9 @@ __all__ = [
     "RewardFunction",
     "RuleFactory",
     "ScoresWithMetrics",
+    "custom_rule",
     "import_extra",
+    "quote",
     "response_rule",
 ]
 
@@ -67,6 +71,23 @@ def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
     return make
 
 
+def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
+    """Import the user's function, which is called with the sample and its options.
+
+    Raises:
+        ConfigError: its module cannot be imported.
+    """
+    module, _, name = options.function.partition(":")
+    try:
+        function: Any = getattr(import_module(f"tasks.rewards.custom.{module}"), name)
+    except Exception as error:
+        raise ConfigError(
+            f"reward.rules: {options.function!r} cannot be imported: {type(error).__name__}: {error}; see "
+            f"tasks/rewards/custom/{module}.py"
+        ) from error
+    return PerSampleRule(lambda prompt, response: function(prompt, response, answers.get(prompt), **options.options))
+
+
 def import_extra(module: str, rule: str) -> Any:
     """Import a package that only some rules need.
 
@@ -81,40 +102,33 @@ def import_extra(module: str, rule: str) -> Any:
         ) from error
 
 
-FAILURES = "failures/"
-"""Prefix of a component's name, as a metric: 1 for each response on which it failed."""
+MIN_BATCH = 8  # the smallest in which a majority of failures is an error
 
-MIN_BATCH = 8
-"""Smallest batch in which a majority of failures is an error."""
 
-MESSAGE_CHARACTERS = 200
-"""Characters of a text that a message shows."""
+def quote(prompt: str, response: str) -> str:
+    """The beginnings of a prompt and its response, for messages."""
+    return f"prompt {prompt[:200]!r}, response {response[:200]!r}"
 
 
 class FaultTolerantRule:
     """Applies a rule to a batch; where it raises or is not finite, the sample gets the floor and is counted.
 
-    One failure in a week's run must not end it, and must not stay unnoticed: the first one is printed. An error of the
-    project's own (no right answer is known, say) is the configuration's, and stays an error.
+    The first failure is printed. An error of the project's own (no right answer is known, say) stays an error.
     """
 
     def __init__(self, name: str, score: Callable[[str, str], float], floor: float) -> None:
-        self._name, self._score, self._floor = name, score, floor
-        self._warned = False
+        self._name, self._score, self._floor, self._warned = name, score, floor, False
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Values [B], and `failures/<component>` [B].
+        """Values [B], and `failures/<component>` [B]: 1 for each response on which it failed.
 
         Raises:
             TrainingError: it fails on more than half of a batch of at least `MIN_BATCH`.
         """
         samples = list(zip(prompts, responses, strict=True))
-        scored = [self._safe_score(prompt, response) for prompt, response in samples]
-        failures = [
-            f"prompt {prompt[:MESSAGE_CHARACTERS]!r}, response {response[:MESSAGE_CHARACTERS]!r}: {problem}"
-            for (prompt, response), (_, problem) in zip(samples, scored, strict=True)
-            if problem
-        ]
+        scored = [self._safe_score(*sample) for sample in samples]
+        failures = [f"{quote(*sample)}: {why}" for sample, (_, why) in zip(samples, scored, strict=True) if why]
+        metric = f"failures/{self._name}"
         if len(responses) >= MIN_BATCH and len(failures) > len(responses) / 2:
             raise TrainingError(
                 f"reward component {self._name!r} fails on {len(failures)} of {len(responses)} responses, which is a "
@@ -124,11 +138,11 @@ class FaultTolerantRule:
             self._warned = True
             tqdm.write(
                 f"reward: warning: component {self._name!r} failed on {failures[0]}; it earns {self._floor:g}; further "
-                f"failures are counted in {FAILURES}{self._name}",
+                f"failures are counted in {metric}",
                 file=sys.stderr,
             )
         failed = torch.tensor([float(bool(problem)) for _, problem in scored])
-        return torch.tensor([value for value, _ in scored], dtype=torch.float32), {f"{FAILURES}{self._name}": failed}
+        return torch.tensor([value for value, _ in scored], dtype=torch.float32), {metric: failed}
 
     def _safe_score(self, prompt: str, response: str) -> tuple[float, str]:
         """Value, and the failure, if any."""

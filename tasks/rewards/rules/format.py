@@ -1,19 +1,25 @@
-"""Rewards for the format of a response: a pattern, a JSON schema."""
+"""Rewards for the form of a response: a pattern, a JSON schema, verifiable instructions as in IFEval."""
 
 from __future__ import annotations
 
 import json
 import re
-from typing import TYPE_CHECKING, Any, NoReturn
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 from jsonschema import Draft202012Validator
 
+from tasks.core.text_stats import tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule
+from tasks.rewards.rules.style import count_sentences
 
 if TYPE_CHECKING:
-    from tasks.config.rules import JsonSchemaRule
+    from tasks.config.rules import InstructionsRule, JsonSchemaRule
 
-__all__ = ["json_schema_rule", "matches_pattern"]
+__all__ = ["instructions_rule", "json_schema_rule", "matches_pattern"]
+
+BULLET = re.compile(r"^\s*[*-] +\S", re.MULTILINE)
+PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
 def matches_pattern(response: str, *, pattern: str, match: str) -> float:
@@ -24,9 +30,8 @@ def matches_pattern(response: str, *, pattern: str, match: str) -> float:
     (`reward.gates`) the form is a condition, and earns nothing by itself. Write patterns without nested repetition
     (`(a+)+`): they take for ever on some texts.
     """
-    text = response.strip()
-    found = re.fullmatch(pattern, text) if match == "whole" else re.search(pattern, text)
-    return float(found is not None)
+    find = re.fullmatch if match == "whole" else re.search
+    return float(find(pattern, response.strip()) is not None)
 
 
 def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRule:
@@ -34,13 +39,13 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRul
 
     Gamed by: the least that fits: `{}` where nothing is required, empty strings, one constant object for every prompt.
     Against that: `required`, `minLength`, `enum`, `additionalProperties: false` in the schema, and a component that
-    reads the content. NaN and Infinity, which Python reads and JSON does not know, do not count as JSON.
+    reads the content. NaN and Infinity do not count as JSON.
     """
     validator = Draft202012Validator(options.json_schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
     def score(_prompt: str, response: str) -> float:
         try:
-            value: Any = json.loads(response, parse_constant=_refuse)
+            value: Any = json.loads(response, parse_constant=int)  # no int is called NaN: a ValueError
         except (ValueError, RecursionError):
             return 0.0
         return float(validator.is_valid(value))
@@ -48,5 +53,45 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRul
     return PerSampleRule(score)
 
 
-def _refuse(constant: str) -> NoReturn:
-    raise ValueError(f"{constant} is no JSON")
+def instructions_rule(options: InstructionsRule, _answers: Answers) -> PerSampleRule:
+    """Share of the constraints that hold, in [0, 1]; 0 for a response without a word.
+
+    Zhou et al. 2023 (arXiv 2311.07911), table 1: the kinds that need no other package, in their strict reading.
+
+    Gamed by: text that keeps every constraint and says nothing (keywords in a list, a paragraph of one word). Against
+    that: bounds from below beside those from above, and a learned component or the KL penalty, which read the rest.
+    """
+
+    def score(_prompt: str, response: str) -> float:
+        held = list(check_constraints(response, options))
+        return sum(held) / len(held) if tokenize_words(response) else 0.0
+
+    return PerSampleRule(score)
+
+
+def check_constraints(response: str, options: InstructionsRule) -> Iterator[bool]:
+    """Check each constraint that is set, in the order of the options."""
+    counts = {
+        "words": len(tokenize_words(response)),
+        "sentences": count_sentences(response),
+        "paragraphs": sum(bool(part.strip()) for part in PARAGRAPHS.split(response)),
+        "bullets": len(BULLET.findall(response)),
+    }
+    for what, count in counts.items():
+        if (least := getattr(options, f"min_{what}")) is not None:
+            yield count >= least
+        if (most := getattr(options, f"max_{what}")) is not None:
+            yield count <= most
+    yield from (_contains_phrase(response, phrase) for phrase in options.contains)
+    yield from (not _contains_phrase(response, phrase) for phrase in options.avoids)
+    if options.ends_with:
+        yield response.strip().casefold().endswith(options.ends_with.strip().casefold())
+    if options.case:
+        yield response == (response.lower() if options.case == "lower" else response.upper())
+    if not options.commas:
+        yield "," not in response
+
+
+def _contains_phrase(text: str, phrase: str) -> bool:
+    """Whether the text contains the phrase as whole words, in any letter case."""
+    return re.search(rf"(?<!\w){re.escape(phrase)}(?!\w)", text, re.IGNORECASE) is not None

@@ -6,7 +6,7 @@ import json
 import select
 import subprocess
 import sys
-from typing import IO, TYPE_CHECKING
+from typing import TYPE_CHECKING
 
 from tasks.core.errors import DataError
 from tasks.rewards.rules import math_worker
@@ -18,18 +18,15 @@ if TYPE_CHECKING:
 
 __all__ = ["MathWorker", "math_rule"]
 
-START_TIMEOUT_S = 60.0
-"""Seconds for importing sympy, which takes one where the disk is not slow."""
-
-MIN_WORD_LETTERS = 3
-"""Number of letters from which on an answer counts as a word; `xy` is more likely a product."""
+START_TIMEOUT_S = 60.0  # importing sympy takes one second where the disk is not slow
+MIN_WORD_LETTERS = 3  # `xy` is more likely a product
 
 
 class MathWorker:
-    """Worker process that compares answers one by one.
+    """Worker process that compares answers one by one, and is killed when late.
 
     math-verify bounds its time by SIGALRM, which works in a main thread only, takes away others' alarms, and cannot
-    interrupt one long operation on integers (9^9^9^9): so it has a process of its own, which is killed when late.
+    interrupt one long operation on integers (9^9^9^9).
     """
 
     def __init__(self, timeout_s: float) -> None:
@@ -44,11 +41,10 @@ class MathWorker:
             RuntimeError: it could not be compared.
         """
         process = self._ensure_running()
-        assert process.stdin is not None
-        assert process.stdout is not None
+        assert process.stdin
         process.stdin.write(json.dumps([expected, response]) + "\n")
         process.stdin.flush()
-        reply = json.loads(self._read_reply(process.stdout, self._timeout_s))
+        reply = json.loads(self._read_reply(process, self._timeout_s))
         if isinstance(reply, str):
             raise RuntimeError(reply)
         return bool(reply)
@@ -66,14 +62,14 @@ class MathWorker:
             command = [sys.executable, "-P", math_worker.__file__]
             pipe = subprocess.PIPE
             self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, text=True, encoding="utf-8")
-            assert self._process.stdout is not None
-            self._read_reply(self._process.stdout, START_TIMEOUT_S)
+            self._read_reply(self._process, START_TIMEOUT_S)
         return self._process
 
-    def _read_reply(self, pipe: IO[str], timeout_s: float) -> str:
+    def _read_reply(self, process: subprocess.Popen[str], timeout_s: float) -> str:
         """Read the next line, if it comes in time; there is one per request, so the pipe's buffer is empty."""
-        ready, _, _ = select.select([pipe], [], [], timeout_s)
-        line = pipe.readline() if ready else ""
+        assert process.stdout
+        ready, _, _ = select.select([process.stdout], [], [], timeout_s)
+        line = process.stdout.readline() if ready else ""
         if not line:
             self.close()
             reason = "the comparing process ended" if ready else f"no answer within {timeout_s:g} s"
@@ -98,20 +94,12 @@ def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
     """
     import_extra("math_verify", "math")
     for prompt, answer in answers.items():
-        _check_is_math(prompt, answer)
+        parts = answer.split()
+        if all(map(str.isalpha, parts)) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
+            raise DataError(
+                f"reward.weights.math: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would be "
+                "read as a product of letters; use the rule `answer` or `contains_facts` for words, or write "
+                "mathematics as LaTeX: $abc$ for a product, \\sin x for a function"
+            )
     worker = MathWorker(options.timeout_s)
-
-    def score(prompt: str, response: str) -> float:
-        return float(worker(require_answer("math", prompt, answers), response))
-
-    return PerSampleRule(score)
-
-
-def _check_is_math(prompt: str, answer: str) -> None:
-    parts = answer.split()
-    if all(part.isalpha() for part in parts) and any(len(part) >= MIN_WORD_LETTERS for part in parts):
-        raise DataError(
-            f"reward.weights.math: the `answer` {answer!r} of the prompt {prompt[:200]!r} is words, which would be "
-            "read as a product of letters; use the rule `answer` or `contains_facts` for words, or write mathematics "
-            "as LaTeX: $abc$ for a product, \\sin x for a function"
-        )
+    return PerSampleRule(lambda prompt, response: float(worker(require_answer("math", prompt, answers), response)))

@@ -1,6 +1,6 @@
-"""Worker process that compares mathematical answers: reads lines [expected, response], writes true, false or an error.
+"""Worker process that compares answers: reads lines [expected, response], writes true, false or an error.
 
-It imports nothing of this project, so that it starts in the time that sympy takes.
+It imports nothing of this project: it runs as a file, and must start fast.
 """
 
 from __future__ import annotations
@@ -9,19 +9,14 @@ import json
 import logging
 import resource
 import sys
-from collections.abc import Iterable
-from typing import IO
 
-__all__ = ["answers_equal", "worker_loop"]
+__all__ = ["answers_equal"]
 
-MEMORY_BYTES = 4 * 2**30
-"""Bytes that one comparison may take; a power tower asks for more than any machine has."""
+MEMORY_BYTES = 4 * 2**30  # a power tower asks for more than any machine has
 
 
 def answers_equal(expected: str, response: str) -> bool:
-    """Whether math-verify finds the expected answer in the response.
-
-    Its own timeouts are off: they return false, where the parent process counts a failure.
+    """Whether math-verify finds the expected answer in the response; its own timeouts are off.
 
     Raises:
         ValueError: the expected answer is no mathematics.
@@ -36,21 +31,21 @@ def answers_equal(expected: str, response: str) -> bool:
     return bool(verify(gold, parsed, timeout_seconds=None, raise_on_error=True))
 
 
-def worker_loop(requests: Iterable[str], answers: IO[str]) -> None:
+def main() -> None:
     """Answer requests line by line, until there are no more."""
     import math_verify  # noqa: F401  (the line "ready" follows this import)
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns that its timeouts are off
-    print("ready", file=answers, flush=True)
-    for line in requests:
+    print("ready", flush=True)
+    for line in sys.stdin:
         expected, response = json.loads(line)
         try:
             result: bool | str = answers_equal(expected, response)
-        except (Exception, MemoryError) as error:
+        except Exception as error:
             result = f"{type(error).__name__}: {error}"
-        print(json.dumps(result), file=answers, flush=True)
+        print(json.dumps(result), flush=True)
 
 
 if __name__ == "__main__":
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY_BYTES, MEMORY_BYTES))
-    worker_loop(sys.stdin, sys.stdout)
+    main()

@@ -2,8 +2,7 @@
 
     value = (lines + rhyme + metre) / 3 · distinct · sane · dictionary · on topic, each part in [0, 1]
 
-The sum gives a gradient: half the form earns half. The factors are guards: a poem that fails one of them wholly earns
-nothing, whatever its form.
+Half the form earns half; a poem that fails one of the factors wholly earns nothing.
 
 Gamed by, and what stands against that:
 - five copies of one line, which rhyme and scan: `distinct`, and no word rhymes with itself or its like (see, sea);
@@ -16,6 +15,7 @@ Gamed by, and what stands against that:
 
 from __future__ import annotations
 
+import math
 import re
 from functools import cache
 from itertools import combinations, product
@@ -37,7 +37,7 @@ STOP_WORDS = frozenset({
     "there", "they", "this", "to", "up", "us", "verse", "was", "we", "were", "what", "when", "who", "will", "with",
     "write", "you", "your",
 })  # fmt: skip
-"""Stop words, which name no topic: function words, and words that ask for a poem."""
+"""Words that name no topic: function words, and those that ask for a poem."""
 
 
 def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
@@ -49,11 +49,8 @@ def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
     import_extra("pronouncing", "poem")
 
     def score(prompt: str, response: str) -> float:
-        scores = poem_scores(prompt, response, options)
-        value = (scores["lines"] + scores["rhyme"] + scores["metre"]) / 3
-        for guard in ("distinct", "sane", "dictionary", "topic"):
-            value *= scores[guard]
-        return value
+        lines, rhyme, metre, *guards = poem_scores(prompt, response, options).values()
+        return math.prod(guards, start=(lines + rhyme + metre) / 3)
 
     return PerSampleRule(score)
 
@@ -66,8 +63,7 @@ def poem_scores(prompt: str, response: str, options: PoemRule) -> dict[str, floa
     - metre: share of the scheme's lines that are there with a number of syllables within their letter's bounds.
     - distinct: (different lines − 1) / (lines − 1): five copies have 0.
     - sane: share of lines whose number of words is within `line_words`.
-    - dictionary: share of words that CMUdict knows.
-    - topic: share of the topic's words that the response names.
+    - dictionary, topic: share of words that CMUdict knows, and of the topic's words that the response names.
     """
     lines = lines_of(response)
     if not lines:
@@ -94,12 +90,10 @@ def rhyme_score(ends: list[str], scheme: str) -> float:
     """Share of the scheme's pairs whose last words rhyme; AABBA has four."""
     letters = list(zip(scheme, ends, strict=False))
     pairs = sum(one == other for one, other in combinations(scheme, 2))
-    rhyme_words: dict[str, str] = {}
+    sounds: dict[str, set[tuple[str, ...]]] = {}
     for letter, end in letters:
-        rhyme_words.setdefault(letter, end)
-    reused_rhymes = {
-        later for (_, one), (later, other) in combinations(rhyme_words.items(), 2) if _endings_match(one, other)
-    }
+        sounds.setdefault(letter, {tuple(rhyme) for _, rhyme in _endings(end)})
+    reused_rhymes = {later for earlier, later in combinations(sounds, 2) if sounds[earlier] & sounds[later]}
     rhyming = sum(
         words_rhyme(one, other) and letter not in reused_rhymes
         for (letter, one), (same, other) in combinations(letters, 2)
@@ -116,11 +110,6 @@ def words_rhyme(one: str, other: str) -> bool:
     return any(here[1] == there[1] and here[0] != there[0] for here, there in product(_endings(one), _endings(other)))
 
 
-def _endings_match(one: str, other: str) -> bool:
-    """Whether words sound alike from the last stressed vowel on, as rhymes and equal words do."""
-    return any(here[1] == there[1] for here, there in product(_endings(one), _endings(other)))
-
-
 def _metre_score(lines: list[tuple[str, ...]], options: PoemRule) -> float:
     bounds = [options.syllables.get(letter) for letter in options.scheme]
     fits = [
@@ -133,7 +122,7 @@ def _metre_score(lines: list[tuple[str, ...]], options: PoemRule) -> float:
 def _topic_score(prompt: str, poem_words: list[str], pattern: str | None) -> float:
     """Fraction of the topic's content words that the poem contains; plain plurals count as their singulars."""
     found = re.search(pattern, prompt) if pattern else None
-    topic = {word for word in tokenize_words(found[1] if found else prompt) if word not in STOP_WORDS}
+    topic = set(tokenize_words(found[1] if found else prompt)) - STOP_WORDS
     poem_stems = {_stem(word) for word in poem_words}
     return sum(_stem(word) in poem_stems for word in topic) / len(topic) if topic else 1.0
 
@@ -150,15 +139,14 @@ def _pronunciations(word: str) -> tuple[str, ...]:
     return tuple(phones.replace("2", "1") for phones in pronouncing.phones_for_word(word))
 
 
-@cache
 def _count_syllables(word: str) -> int:
     pronunciations = _pronunciations(word)
-    return sum(letter in "01" for letter in pronunciations[0]) if pronunciations else count_syllables(word)
+    return sum(map(str.isdigit, pronunciations[0])) if pronunciations else count_syllables(word)
 
 
 def _endings(word: str) -> list[tuple[list[str], list[str]]]:
-    """`_ending` of each pronunciation that has a vowel, whose phone has a digit."""
-    return [_ending(phones.split()) for phones in _pronunciations(word) if any(letter.isdigit() for letter in phones)]
+    """`_ending` of each pronunciation that has a vowel: a phone with a digit."""
+    return [_ending(phones.split()) for phones in _pronunciations(word) if any(map(str.isdigit, phones))]
 
 
 def _ending(phones: list[str]) -> tuple[list[str], list[str]]:

@@ -15,16 +15,7 @@ from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
 if TYPE_CHECKING:
     from tasks.config.rules import LanguageRule, VaderRule
 
-__all__ = [
-    "count_sentences",
-    "count_syllables",
-    "language_rule",
-    "length",
-    "readability",
-    "reading_ease",
-    "repetition",
-    "vader_rule",
-]
+__all__ = ["count_sentences", "count_syllables", "language_rule", "length", "readability", "repetition", "vader_rule"]
 
 SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
 VOWELS = re.compile(r"[aeiouyäöüàáâèéêìíîòóôùúû]+")
@@ -36,8 +27,8 @@ def length(response: str, *, target: int, tolerance: int) -> float:
     """1 at `target` words, falling linearly to 0 at `tolerance` words away from it, and 0 beyond; in [0, 1].
 
     Gamed by: padding with empty words up to the target, or stopping there in the middle of a sentence.
-    Against that: a repetition weight, the KL penalty (padding is unlikely text under the reference), and a tolerance
-    so wide that one word more or less changes little. Watch the share without an end token beside it.
+    Against that: a repetition weight, the KL penalty, and a tolerance so wide that one word more or less changes
+    little. Watch the share without an end token beside it.
     """
     return max(0.0, 1 - abs(len(tokenize_words(response)) - target) / tolerance)
 
@@ -45,11 +36,11 @@ def length(response: str, *, target: int, tolerance: int) -> float:
 def repetition(response: str) -> float:
     """Minus the share of word pairs that already occurred in the response, in (−1, 0].
 
-    Why pairs: `REPETITION_NGRAM`. A response of up to two words has no two pairs and gets 0; so does an empty one.
+    Why pairs: `REPETITION_NGRAM`. A response of up to two words gets 0.
 
     Gamed by: very short responses, signs instead of words, and paraphrases of the same thing, which no n-gram
     sees. Against that: a length weight, the learned component (people dislike a sentence that goes nowhere) and the
-    KL penalty. Varying punctuation or letter case does not help: neither is part of a word here.
+    KL penalty. Varying punctuation or letter case does not help.
     """
     return 0.0 - repetition_rate(response)  # not −share: no −0.0 in the files
 
@@ -68,16 +59,16 @@ def count_syllables(word: str) -> int:
 def reading_ease(text: str) -> float:
     """206.835 − 1.015 · words per sentence − 84.6 · syllables per word (Flesch 1948, J. Appl. Psychology 32, 221)."""
     words = tokenize_words(text)
-    per_sentence, per_word = len(words) / count_sentences(text), sum(map(count_syllables, words)) / len(words)
-    return 206.835 - 1.015 * per_sentence - 84.6 * per_word
+    syllables = sum(map(count_syllables, words))
+    return 206.835 - 1.015 * (len(words) / count_sentences(text)) - 84.6 * (syllables / len(words))
 
 
 def readability(response: str, *, low: float, high: float, tolerance: float, min_words: int) -> float:
     """1 where Flesch's reading ease lies in the band, falling linearly to 0 `tolerance` points outside it; in [0, 1].
 
-    Gamed by: short sentences of short words, whatever they say; the measure knows no meaning. By digits and by scripts
-    that are not Latin, whose every word counts as one syllable. Against that: the upper end of the band, for "I am. I
-    go." lies far above it, `min_words`, a repetition weight, a `language` gate and a learned component.
+    Gamed by: short sentences of short words, whatever they say; digits and scripts that are not Latin, whose every word
+    counts as one syllable. Against that: the upper end of the band, for "I am. I go." lies far above it, `min_words`, a
+    repetition weight, a `language` gate and a learned component.
     """
     if len(tokenize_words(response)) < min_words:
         return 0.0

@@ -49,16 +49,12 @@ class Status(StrEnum):
     """Outcome of a program."""
 
     PASSED = "passed"
-    FAILED = "failed"
-    """A test did not hold."""
-    ERROR = "error"
-    """The program could not be loaded, lacks the function, raised something, or ended."""
+    FAILED = "failed"  # a test did not hold
+    ERROR = "error"  # the program could not be loaded, lacks the function, raised something, or ended
     TIMEOUT = "timeout"
     MEMORY = "memory"
-    OUTPUT_LIMIT = "output_limit"
-    """It printed too much, or a result is too large."""
-    REFUSED = "refused"
-    """There is no program, a result is no plain data, or the program does not keep to calls and answers."""
+    OUTPUT_LIMIT = "output_limit"  # it printed too much, or a result is too large
+    REFUSED = "refused"  # no program, a result that is no plain data, or one that does not keep to calls and answers
 
 
 @dataclass(frozen=True)
@@ -71,15 +67,12 @@ class SandboxResult:
 
 @dataclass(frozen=True)
 class Job:
-    """A program that should define the function `name`, and tests that call it, as `name` or `candidate`.
-
-    `preamble` is trusted code that runs before the tests: helpers that they use.
-    """
+    """A program that should define the function `name`, and tests that call it, as `name` or `candidate`."""
 
     program: str
     tests: str
     name: str
-    preamble: str = ""
+    preamble: str = ""  # trusted code that runs before the tests: helpers that they use
 
 
 class Sandbox:
@@ -120,9 +113,8 @@ class Sandbox:
                 "isolation: unsafe_no_isolation"
             ) from error
         if result.status is not Status.PASSED:
-            raise ConfigError(
-                f"the sandbox does not hold on this machine: {result.status} {result.reason}; do not use it"
-            )
+            problem = f"{result.status} {result.reason}"
+            raise ConfigError(f"the sandbox does not hold on this machine: {problem}; do not use it")
 
     def _run_job(self, job: Job) -> SandboxResult:
         with ExitStack() as stack:
@@ -137,23 +129,27 @@ class _SandboxRun:
         self._deadline = time.monotonic() + options.wall_seconds
         self._output_bytes, self._captured_output = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
-        request_pipe, answer_pipe, self._results, self._output = (_Pipe(stack) for _ in range(4))
-        self._program = self._start_process(run_program, request_pipe.read, answer_pipe.write, self._output.write)
-        channel = (request_pipe.write.fileno(), answer_pipe.read.fileno())
-        self._tests = self._start_process(run_tests, self._job_file(), self._results.write, subprocess.PIPE, channel)
-        for file in (request_pipe.write, request_pipe.read, answer_pipe.write, answer_pipe.read):
+        requests, answers, self._results, self._output = (_Pipe(stack) for _ in range(4))
+        self._program = self._start_process(
+            run_program, stdin=requests.read, stdout=answers.write, stderr=self._output.write
+        )
+        channel = requests.write.fileno(), answers.read.fileno()
+        self._tests = self._start_process(
+            run_tests, channel, stdin=self._job_file(), stdout=self._results.write, stderr=subprocess.PIPE
+        )
+        for file in (
+            requests.write,
+            requests.read,
+            answers.write,
+            answers.read,
+            self._results.write,
+            self._output.write,
+        ):
             file.close()
-        for pipe in (self._results, self._output):
-            pipe.write.close()
         os.set_blocking(self._output.read.fileno(), False)
 
     def result(self) -> SandboxResult:
-        """Wait for the result.
-
-        Raises:
-            DataError: the tests cannot be run, whatever the program is.
-            TrainingError: a sandbox did not start.
-        """
+        """Wait for the result; what it raises, see `Sandbox.run`."""
         result = self._wait_for_result()
         self._read_output()
         if self._printed_too_much:
@@ -208,9 +204,7 @@ class _SandboxRun:
         except subprocess.TimeoutExpired:
             return SandboxResult(Status.REFUSED, "the program closed its channel")
         if code in _OUT_OF_CPU:
-            return SandboxResult(
-                Status.TIMEOUT, f"the program took more than {self._options.cpu_seconds} s of CPU time"
-            )
+            return self._out_of_cpu("program")
         if code < 0 or code > 128:
             return SandboxResult(Status.ERROR, f"signal {-code if code < 0 else code - 128} ended the program")
         return SandboxResult(Status.ERROR, f"the program ended its process with status {code}")
@@ -222,32 +216,26 @@ class _SandboxRun:
             message = stderr.decode(errors="replace").strip()[:_MAX_MESSAGE_BYTES]
             raise TrainingError(f"a sandbox did not start: {message}")
         if self._tests.returncode in _OUT_OF_CPU:
-            return SandboxResult(Status.TIMEOUT, f"the tests took more than {self._options.cpu_seconds} s of CPU time")
+            return self._out_of_cpu("tests")
         return SandboxResult(Status.ERROR, f"the tests' process ended with status {self._tests.returncode}")
+
+    def _out_of_cpu(self, who: str) -> SandboxResult:
+        return SandboxResult(Status.TIMEOUT, f"the {who} took more than {self._options.cpu_seconds} s of CPU time")
 
     def _job_file(self) -> IO[bytes]:
         """The job as a file: a pipe would have to be filled while its reader starts."""
-        file = tempfile.TemporaryFile(buffering=0)  # noqa: SIM115 — closed by the stack
-        self._stack.enter_context(file)
+        file = self._stack.enter_context(tempfile.TemporaryFile(buffering=0))  # noqa: SIM115
         job = asdict(self._job) | {"in_place": self._options.in_place}
         codec.write_frame(file.fileno(), codec.encode(job, 1 << 26))
         file.seek(0)
         return file
 
-    def _start_process(
-        self,
-        module: ModuleType,
-        stdin: IO[bytes],
-        stdout: IO[bytes],
-        stderr: IO[bytes] | int,
-        pass_fds: Sequence[int] = (),
-    ) -> subprocess.Popen[bytes]:
+    def _start_process(self, module: ModuleType, pass_fds: Sequence[int] = (), **stdio: Any) -> subprocess.Popen[bytes]:
         arguments = command(module, self._options, *map(str, pass_fds))
         environment = ENVIRONMENT | {"HOME": self._folder, "TMPDIR": self._folder}
         process = subprocess.Popen(
-            arguments, stdin=stdin, stdout=stdout, stderr=stderr, pass_fds=pass_fds, env=environment, cwd=self._folder,
-            start_new_session=True,
-        )  # fmt: skip
+            arguments, pass_fds=pass_fds, env=environment, cwd=self._folder, start_new_session=True, **stdio
+        )
         self._stack.callback(_kill, process)
         return process
 
@@ -257,9 +245,8 @@ class _Pipe:
 
     def __init__(self, stack: ExitStack) -> None:
         read_fd, write_fd = os.pipe()
-        self.read, self.write = open(read_fd, "rb", buffering=0), open(write_fd, "wb", buffering=0)  # noqa: SIM115
-        for file in (self.read, self.write):
-            stack.enter_context(file)
+        self.read = stack.enter_context(open(read_fd, "rb", buffering=0))  # noqa: SIM115
+        self.write = stack.enter_context(open(write_fd, "wb", buffering=0))  # noqa: SIM115
 
 
 def _kill(process: subprocess.Popen[bytes]) -> None:

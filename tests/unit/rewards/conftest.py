@@ -1,12 +1,19 @@
-"""Fixture of tests that need the sandbox."""
+"""Scores by name of a rule, and a sandbox for the tests that need one."""
 
 from __future__ import annotations
 
 import pytest
 
-from tasks.config.rules import CodeRule
+from tasks.config.rules import RULE_OPTIONS, CodeRule
 from tasks.core.errors import ConfigError
+from tasks.rewards.rules import RULES
 from tasks.rewards.sandbox.sandbox import Sandbox
+
+
+def score(rule: str, response: str, answer: str | None = None, **options: object) -> float:
+    """The value of a rule with these options for one response to the prompt `p`."""
+    answers = {} if answer is None else {"p": answer}
+    return RULES[rule](RULE_OPTIONS[rule](function=rule, **options), answers).score("p", response)
 
 
 def sandbox_or_skip(options: CodeRule) -> Sandbox:

@@ -31,9 +31,8 @@ def test_the_function_under_test(prompt: str, tests: str, name: str) -> None:
 
 
 def test_a_prompt_without_a_function_needs_its_name() -> None:
-    with pytest.raises(
-        DataError, match=r"which function is under test\? The prompt 'Write it\.' .*`# entry_point: NAME"
-    ):
+    problem = r"which function is under test\? The prompt 'Write it\.' .*`# entry_point: NAME"
+    with pytest.raises(DataError, match=problem):
         function_under_test("Write it.", "assert f(1)")
 
 
@@ -44,19 +43,15 @@ def test_a_prompt_without_a_function_needs_its_name() -> None:
         ("fenced", "```\nx = 1\n```", "x = 1\n"),
         ("fenced", "```python\ndef f(): pass\n```\nUse it:\n```python\nf()\n```", "def f(): pass\n"),
         ("fenced", "```python\nold = 1\ndef f(): pass\n```\nor\n```py\ndef f(): return 2\n```", "def f(): return 2\n"),
-        ("fenced", "```bash\nls\n```", None),
         ("fenced", "First:\n```bash\npip install foo\n```\nThen:\n```python\ndef f(): pass\n```\n", "def f(): pass\n"),
         ("fenced", "Example:\n```text\nf(1) -> 1\n```\n```\ndef f(): pass\n```\nDone.", "def f(): pass\n"),
         ("fenced", "```Python3 \r\ndef f(): pass\r\n```\r\nDone.", "def f(): pass\r\n"),
         ("fenced", "```python\ns = '```no end'\n```", "s = '```no end'\n"),
-        ("fenced", "def f(): pass", None),
-        ("fenced", "```python\ndef f(): pass", None),
-        ("whole", "def f(): pass", "def f(): pass"),
-        ("whole", " \n", None),
-        ("completion", "    return 1", "def f():\n    return 1"),
-        ("completion", "", None),
+        ("whole", "def f(): pass", "def f(): pass"), ("whole", " \n", None), ("completion", "", None),
+        ("completion", "    return 1", "def f():\n    return 1"), ("fenced", "def f(): pass", None),
+        ("fenced", "```python\ndef f(): pass", None), ("fenced", "```bash\nls\n```", None),
     ],
-)
+)  # fmt: skip
 def test_what_of_a_response_is_the_program(kind: str, response: str, program: str | None) -> None:
     assert extract_program(CodeRule(program=kind), "def f():\n", response, "f") == program  # type: ignore[arg-type]
 
@@ -66,16 +61,12 @@ def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
     reward = CodeReward(CodeRule(program="completion", workers=2), {PROMPT: TESTS})
     assert isinstance(reward, ScoresWithMetrics)
     bodies = ["    return x + 3", "    return x - 3", "    return y", "", "    return print", "    return 'x' * 10**7"]
-    values, measures = reward.score_with_metrics([PROMPT] * 6, bodies)
+    values, metrics = reward.score_with_metrics([PROMPT] * 6, bodies)
     assert values.tolist() == [1, 0, 0, 0, 0, 0]
-    assert {name: column.tolist() for name, column in measures.items()} == {
-        "failures/failed": [0, 1, 0, 0, 0, 0],
-        "failures/error": [0, 0, 1, 0, 0, 0],
-        "failures/timeout": [0] * 6,
-        "failures/memory": [0] * 6,
-        "failures/output_limit": [0, 0, 0, 0, 0, 1],
-        "failures/refused": [0, 0, 0, 1, 1, 0],
-    }
+    assert {name.removeprefix("failures/"): column.tolist() for name, column in metrics.items()} == {
+        "failed": [0, 1, 0, 0, 0, 0], "error": [0, 0, 1, 0, 0, 0], "timeout": [0] * 6, "memory": [0] * 6,
+        "output_limit": [0, 0, 0, 0, 0, 1], "refused": [0, 0, 0, 1, 1, 0],
+    }  # fmt: skip
 
 
 @needs_bubblewrap
@@ -83,7 +74,7 @@ def test_tests_take_helpers_from_the_prompt_and_not_from_the_response() -> None:
     prompt = "def poly(c, x):\n    return c[0] + c[1] * x\n\ndef root(c):\n"
     reward = CodeReward(CodeRule(program="completion"), {prompt: "assert abs(poly([-6, 2], root([-6, 2]))) < 1e-9"})
     responses = ["    return -c[0] / c[1]", "    return 0\n\ndef poly(c, x):\n    return 0"]
-    assert reward([prompt] * 2, responses).tolist() == [1, 0]
+    assert reward.score_with_metrics([prompt] * 2, responses)[0].tolist() == [1, 0]
 
 
 @needs_bubblewrap
@@ -91,8 +82,8 @@ def test_a_program_that_knows_the_training_tests_fails_the_held_out_ones() -> No
     answers = {PROMPT: "assert add_3(1) == 4\n# held out\nassert add_3(-3) == 0"}
     responses = ["    return x + 3", "    return 4", "    return 0"]
     training, heldout = (CodeReward(CodeRule(program="completion", held_out=held), answers) for held in (False, True))
-    assert training([PROMPT] * 3, responses).tolist() == [1, 1, 0]
-    assert heldout([PROMPT] * 3, responses).tolist() == [1, 0, 1]
+    assert training.score_with_metrics([PROMPT] * 3, responses)[0].tolist() == [1, 1, 0]
+    assert heldout.score_with_metrics([PROMPT] * 3, responses)[0].tolist() == [1, 0, 1]
 
 
 def test_rows_without_held_out_tests_have_one_set() -> None:
@@ -103,7 +94,7 @@ def test_rows_without_held_out_tests_have_one_set() -> None:
 def test_a_prompt_without_tests_is_an_error() -> None:
     reward = CodeReward(CodeRule(), {PROMPT: TESTS})
     with pytest.raises(DataError, match=r"the rule 'code': no tests are known for the prompt 'other'.*`answer`"):
-        reward(["other"], ["x"])
+        reward.score_with_metrics(["other"], ["x"])
 
 
 @needs_bubblewrap

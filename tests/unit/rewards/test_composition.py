@@ -1,3 +1,5 @@
+from unittest.mock import Mock
+
 import pytest
 import torch
 from pydantic import ValidationError
@@ -21,31 +23,12 @@ def _params(**weights: float) -> RewardParams:
 
 
 def test_total_is_the_weighted_sum_and_components_stay_unweighted() -> None:
-    reward = CompositeReward({"a": _constant(1.0, -2.0), "b": _constant(0.5, 4.0)}, {"a": 2.0, "b": -0.5})
-    outcome = reward(PROMPTS, RESPONSES)
+    components = {"a": _constant(1.0, -2.0), "b": _constant(0.5, 4.0), "zero": _constant(7.0, 8.0)}
+    outcome = CompositeReward(components, {"a": 2.0, "b": -0.5, "zero": 0.0})(PROMPTS, RESPONSES)
     assert outcome.total.tolist() == [1.75, -6.0]  # 2·1 − ½·½ and 2·(−2) − ½·4
-    assert {name: value.tolist() for name, value in outcome.components.items()} == {"a": [1.0, -2.0], "b": [0.5, 4.0]}
-    assert outcome.total.dtype == torch.float32
-    assert outcome.components["a"].dtype == torch.float32
-
-
-def test_a_component_of_weight_zero_is_reported_without_counting() -> None:
-    outcome = CompositeReward({"a": _constant(1.0, 1.0), "b": _constant(7.0, 8.0)}, {"a": 1.0, "b": 0.0})(
-        PROMPTS, RESPONSES
-    )
-    assert outcome.total.tolist() == [1.0, 1.0]
-    assert outcome.components["b"].tolist() == [7.0, 8.0]
-
-
-def test_components_see_prompts_and_responses_apart() -> None:
-    seen: list[tuple[list[str], list[str]]] = []
-
-    def spy(prompts: list[str], responses: list[str]) -> Tensor:
-        seen.append((prompts, responses))
-        return torch.zeros(len(prompts), dtype=torch.float64)
-
-    CompositeReward({"spy": spy}, {"spy": 1.0})(PROMPTS, RESPONSES)
-    assert seen == [(PROMPTS, RESPONSES)]
+    values = {name: value.tolist() for name, value in outcome.components.items()}
+    assert values == {"a": [1.0, -2.0], "b": [0.5, 4.0], "zero": [7.0, 8.0]}
+    assert {tensor.dtype for tensor in (outcome.total, *outcome.components.values())} == {torch.float32}
 
 
 class WithMetrics:
@@ -58,6 +41,7 @@ class WithMetrics:
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
         self.calls += 1
+        assert (prompts, responses) == (PROMPTS, RESPONSES)
         return torch.tensor([3.0, 1.0]), {"ood_share": torch.tensor([0.0, 1.0])}
 
 
@@ -72,18 +56,14 @@ def test_metrics_of_components_are_reported_and_never_rewarded() -> None:
 
 
 def test_build_reward_joins_the_learned_model_and_the_rules_by_weight() -> None:
-    reward = build_reward(_params(learned=1.0, repetition=0.5, length=0.1), [], lambda p, r: torch.tensor([0.25, -1.0]))
-    outcome = reward(PROMPTS, RESPONSES)
+    def learned(prompts: list[str], responses: list[str]) -> Tensor:
+        assert (prompts, responses) == (PROMPTS, RESPONSES)
+        return torch.tensor([0.25, -1.0], dtype=torch.float64)
+
+    outcome = build_reward(_params(learned=1.0, repetition=0.5, length=0.1), [], learned)(PROMPTS, RESPONSES)
     assert outcome.components["repetition"].tolist() == [-0.5, 0.0]
     assert outcome.components["length"].tolist() == pytest.approx([1.0, 2 / 3])
     assert outcome.total.tolist() == pytest.approx([0.25 - 0.25 + 0.1, -1.0 + 0.2 / 3])
-
-
-def test_a_component_without_weight_is_not_computed() -> None:
-    def fail(prompts: list[str], responses: list[str]) -> list[float]:
-        raise AssertionError("the learned model has no weight, so nothing may ask it")
-
-    assert list(build_reward(_params(repetition=1.0), [], fail)(PROMPTS, RESPONSES).components) == ["repetition"]
 
 
 def test_an_unknown_component_is_named_with_the_nearest_or_all_known_ones() -> None:
@@ -93,25 +73,28 @@ def test_an_unknown_component_is_named_with_the_nearest_or_all_known_ones() -> N
         _params(xyz=1.0)
 
 
-def test_a_reward_model_that_is_off_can_have_no_weight() -> None:
+def test_a_reward_model_that_is_off_can_have_no_weight_and_one_without_weight_is_not_asked() -> None:
     with pytest.raises(ConfigError, match=r"reward\.weights\.learned: the stage reward_model is off"):
         build_reward(_params(learned=1.0), [], None)
-    assert build_reward(_params(repetition=1.0), [], None)(PROMPTS, RESPONSES).total.tolist() == [-0.5, 0.0]
+    unasked = Mock(side_effect=AssertionError("the learned model has no weight"))
+    for learned in (None, unasked):
+        outcome = build_reward(_params(repetition=1.0), [], learned)(PROMPTS, RESPONSES)
+        assert {name: value.tolist() for name, value in outcome.components.items()} == {"repetition": [-0.5, 0.0]}
 
 
 def test_rules_know_the_right_answers_of_the_prompts() -> None:
     rows = [Prompt(id="a", prompt="2 + 2 =", answer="4"), Prompt(id="b", prompt="Hello")]
     reward = build_reward(_params(answer=2.0), rows, None)
     assert reward(["2 + 2 =", "2 + 2 ="], [" 4", " 5"]).total.tolist() == [2.0, 0.0]
-    with pytest.raises(DataError, match=r"reward\.weights\.answer: no right answer is known for the prompt 'Hello'"):
-        reward(["Hello"], [" 4"])
+    for name in ("answer", "contains_facts"):
+        with pytest.raises(DataError, match=rf"weights\.{name}: no right answer is known for the prompt 'Hello'"):
+            build_reward(_params(**{name: 1.0}), rows, None)(["Hello"], [" 4"])
 
 
-def test_weights_and_components_must_match() -> None:
+@pytest.mark.parametrize(("components", "weights"), [({"a": _constant(1.0)}, {"b": 1.0}), ({}, {})])
+def test_weights_and_components_must_match(components: dict[str, object], weights: dict[str, float]) -> None:
     with pytest.raises(ConfigError, match="each component once"):
-        CompositeReward({"a": _constant(1.0)}, {"b": 1.0})
-    with pytest.raises(ConfigError, match="each component once"):
-        CompositeReward({}, {})
+        CompositeReward(components, weights)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
@@ -130,18 +113,17 @@ def test_one_value_per_response() -> None:
 
 # -- beyond the weighted sum -----------------------------------------------------------------------------------
 
-VALUES = {"a": _constant(0.25, 1.0), "b": _constant(0.5, 0.0)}
-
 
 def test_a_product_is_of_powers() -> None:
-    reward = CompositeReward(VALUES, {"a": 0.5, "b": 2.0}, composition="product")
+    components = {"a": _constant(0.25, 1.0), "b": _constant(0.5, 0.0)}
+    reward = CompositeReward(components, {"a": 0.5, "b": 2.0}, composition="product")
     assert reward(PROMPTS, RESPONSES).total.tolist() == [0.125, 0.0]  # ¼^½ · ½², 1 · 0²
-    unweighted = CompositeReward(VALUES, {"a": 1.0, "b": 0.0}, composition="product")
-    assert unweighted(PROMPTS, RESPONSES).total.tolist() == [0.25, 1.0], "a weight of 0 reports alone"
-    cost = {"a": _constant(0.25, 1.0), "b": _constant(-0.5, 7.0)}
-    reported = CompositeReward(cost, {"a": 1.0, "b": 0.0}, composition="product")(PROMPTS, RESPONSES)
-    assert reported.total.tolist() == [0.25, 1.0], "whatever its values are"
-    assert reported.components["b"].tolist() == [-0.5, 7.0]
+    assert reward.marginal_weights(1) == {}
+    for second in ((0.5, 0.0), (-0.5, 7.0)):
+        components = {"a": _constant(0.25, 1.0), "b": _constant(*second)}
+        reported = CompositeReward(components, {"a": 1.0, "b": 0.0}, composition="product")(PROMPTS, RESPONSES)
+        assert reported.total.tolist() == [0.25, 1.0], "a weight of 0 reports alone, whatever its values are"
+        assert reported.components["b"].tolist() == [*second]
 
 
 def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported_alone() -> None:
@@ -153,13 +135,10 @@ def test_a_batchs_scale_is_refused_in_a_product_unless_the_component_is_reported
     assert RewardParams(weights={"length": 0.0, "answer": 1.0}, **section).normalisation["length"].by == "batch"
 
 
-def test_one_component_runs_programs() -> None:
-    """Both would report their failures under the same names."""
+def test_one_component_runs_programs_and_has_no_floor() -> None:
+    """Two would report their failures under the same names."""
     with pytest.raises(ValidationError, match=r"reward\.rules: code and strict are both of the function code"):
         RewardParams(weights={"code": 1.0, "strict": 0.0}, rules={"strict": {"function": "code", "program": "whole"}})
-
-
-def test_code_has_no_floor() -> None:
     with pytest.raises(ValidationError, match=r"(?s)floor.*a program that fails earns 0.*got -1"):
         RewardParams(weights={"code": 1.0}, rules={"code": {"floor": -1.0}})
 
@@ -182,14 +161,14 @@ def test_what_comes_later_counts_only_where_what_comes_before_reaches_its_thresh
     assert reward(PROMPTS, RESPONSES).total.tolist() == pytest.approx([0.8, 3.0])  # 2·0.4; 2·1 + 4·¼, and b < 0.3
 
 
-def test_a_gate_leaves_at_most_the_floor() -> None:
-    components = {"form": _constant(0.0, 1.0), "rest": _constant(3.0, 3.0)}
-    weights = {"form": 0.0, "rest": 1.0}
-    assert CompositeReward(components, weights, gates={"form": 1.0})(PROMPTS, RESPONSES).total.tolist() == [0.0, 3.0]
-    low = CompositeReward(components, weights, gates={"form": 0.5}, floor=-2.0)
-    assert low(PROMPTS, RESPONSES).total.tolist() == [-2.0, 3.0]
-    bad = CompositeReward(components | {"rest": _constant(-3.0, 3.0)}, weights, gates={"form": 0.5})
-    assert bad(PROMPTS, RESPONSES).total.tolist() == [-3.0, 3.0], "failing the gate is no way out"
+@pytest.mark.parametrize(
+    ("rest", "gate", "floor", "total"), [(3.0, 1.0, 0.0, 0.0), (3.0, 0.5, -2.0, -2.0), (-3.0, 0.5, 0.0, -3.0)]
+)
+def test_a_gate_leaves_at_most_the_floor(rest: float, gate: float, floor: float, total: float) -> None:
+    """At most: failing the gate is no way out of a reward below it."""
+    components = {"form": _constant(0.0, 1.0), "rest": _constant(rest, 3.0)}
+    reward = CompositeReward(components, {"form": 0.0, "rest": 1.0}, gates={"form": gate}, floor=floor)
+    assert reward(PROMPTS, RESPONSES).total.tolist() == [total, 3.0]
 
 
 def test_a_batch_gives_the_scale_in_training_and_the_first_batch_outside() -> None:
@@ -215,10 +194,6 @@ def test_a_curriculum_is_linear_between_its_points_and_flat_outside(update: int,
     assert reward.marginal_weights(update) == {"a": weight, "b": 0.5}, "what one unit of the reported value adds"
     assert reward(PROMPTS, RESPONSES).total.tolist() == [1.0, 2.0], "outside training: where it ends"
     assert reward.weights == {"a": 1.0, "b": 5.0}
-
-
-def test_a_product_has_no_marginal_weights() -> None:
-    assert CompositeReward(VALUES, {"a": 1.0, "b": 1.0}, composition="product").marginal_weights(1) == {}
 
 
 def test_the_section_describes_all_of_it() -> None:

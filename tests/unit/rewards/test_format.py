@@ -8,8 +8,8 @@ from pydantic import ValidationError
 from tasks.config.rules import RULE_OPTIONS, InstructionsRule
 from tasks.core.errors import DataError
 from tasks.rewards.rules import RULES
-from tasks.rewards.rules.format import matches_pattern
-from tasks.rewards.rules.instructions import check_constraints
+from tasks.rewards.rules.format import check_constraints, matches_pattern
+from tests.unit.rewards.conftest import score
 
 TAGS = r"(?s)<think>.{3,}</think>\s*<answer>\d+</answer>"
 PERSON = {
@@ -18,11 +18,6 @@ PERSON = {
     "required": ["name", "age"],
     "additionalProperties": False,
 }
-
-
-def score(rule: str, response: str, answer: str | None = None, **options: object) -> float:
-    answers = {} if answer is None else {"p": answer}
-    return RULES[rule](RULE_OPTIONS[rule](function=rule, **options), answers).score("p", response)
 
 
 @pytest.mark.parametrize(
@@ -78,11 +73,9 @@ SCHEMAS = "https://json-schema.org/draft/2020-12/schema"
 
 
 def test_references_within_the_schema_and_to_the_one_of_schemas_are_followed() -> None:
+    inner = {"$id": "http://m", "$defs": {"k": {}}, "items": {"$ref": "#/$defs/k"}}
     schema = {
-        "$defs": {
-            "n": {"type": "integer"},
-            "m": {"$id": "http://m", "$defs": {"k": {}}, "items": {"$ref": "#/$defs/k"}},
-        },
+        "$defs": {"n": {"type": "integer"}, "m": inner},
         "properties": {"a": {"$ref": "#/$defs/n"}, "b": {"$ref": SCHEMAS}, "$ref": {"enum": [NOWHERE]}},
     }
     assert score("json_schema", '{"a": 1}', json_schema=schema) == 1.0
@@ -112,16 +105,15 @@ def test_constraints_that_nothing_keeps_are_refused(options: dict[str, object], 
     ],
 )
 def test_bounds_are_counted(response: str, held: list[bool]) -> None:
-    options = InstructionsRule(
-        function="instructions",
-        min_words=3,
-        max_words=6,
-        min_sentences=2,
-        min_paragraphs=2,
-        min_bullets=2,
-        max_bullets=2,
-    )
-    assert list(check_constraints(response, options)) == held
+    bounds = {
+        "min_words": 3,
+        "max_words": 6,
+        "min_sentences": 2,
+        "min_paragraphs": 2,
+        "min_bullets": 2,
+        "max_bullets": 2,
+    }
+    assert list(check_constraints(response, InstructionsRule(function="instructions", **bounds))) == held
 
 
 @pytest.mark.parametrize(
@@ -153,25 +145,17 @@ def test_the_share_of_constraints_that_hold_is_paid_and_silence_is_not() -> None
 @pytest.mark.parametrize(
     ("response", "answer", "value"),
     [
-        (" It was Marie Curie, in 1903.", "Marie Curie|1903", 1.0),
-        (" the Beatles!", '["The Beatles", "Rolling Stones"]', 0.5),
+        (" Marie Curie, in 1903.", "Marie Curie|1903", 1.0), (" the Beatles!", '["The Beatles", "The Stones"]', 0.5),
         (" Curie Marie", "Marie Curie", 0.0), (" concord", "Concorde", 0.0), ("", "Ada", 0.0),
-        (" Ada" + " Bob" * 7, "Ada", 0.5),
+        (" Ada" + " Bob" * 7, "Ada", 0.5), (" Paris London Berlin Rome Madrid Vienna Lisbon Oslo", "Paris", 0.5),
     ],
 )  # fmt: skip
-def test_facts_are_named_as_squad_normalises(response: str, answer: str, value: float) -> None:
-    assert score("contains_facts", response, answer, max_words=4 if "Bob" in response else 60) == value
-
-
-def test_naming_every_candidate_costs() -> None:
-    candidates = " Paris London Berlin Rome Madrid Vienna Lisbon Athens Dublin Oslo"
-    assert score("contains_facts", " Paris", "Paris", max_words=2) == 1.0
-    assert score("contains_facts", candidates, "Paris", max_words=2) == 0.2
+def test_facts_are_named_as_squad_normalises_and_candidates_cost(response: str, answer: str, value: float) -> None:
+    assert score("contains_facts", response, answer, max_words=4) == value
 
 
 @pytest.mark.parametrize("answer", ["", "a|", '["Ada", ""]', "[]", '["Ada"'])
 def test_facts_that_are_none_are_an_error(answer: str) -> None:
+    options = RULE_OPTIONS["contains_facts"](function="contains_facts")
     with pytest.raises(DataError, match="the facts"):
-        RULES["contains_facts"](
-            RULE_OPTIONS["contains_facts"](function="contains_facts"), {"Who?": "Ada", "And?": answer}
-        )
+        RULES["contains_facts"](options, {"Who?": "Ada", "And?": answer})

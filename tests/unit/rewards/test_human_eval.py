@@ -44,19 +44,14 @@ def test_the_function_under_test_is_the_last_of_the_prompt(problems: list[dict[s
 
 def test_every_reference_solution_passes(problems: list[dict[str, Any]], reward: CodeReward) -> None:
     results = reward.results([row["prompt"] for row in problems], [row["canonical_solution"] for row in problems])
-    failed = {
-        row["task_id"]: result for row, result in zip(problems, results, strict=True) if result.status != "passed"
-    }
-    assert failed == {}
+    pairs = zip(problems, results, strict=True)
+    assert {row["task_id"]: result for row, result in pairs if result.status != "passed"} == {}
 
 
-def test_no_solution_passes_that_computes_nothing(problems: list[dict[str, Any]], reward: CodeReward) -> None:
-    bodies = ["    return None\n", "    raise StopIteration\n"]
-    prompts = [row["prompt"] for row in problems]
-    passed = {
-        body: [v.status for v in reward.results(prompts, [body] * len(prompts))].count("passed") for body in bodies
-    }
-    assert passed == dict.fromkeys(bodies, 0)
+@pytest.mark.parametrize("body", ["    return None\n", "    raise StopIteration\n"])
+def test_nothing_passes_that_computes_nothing(problems: list[dict[str, Any]], reward: CodeReward, body: str) -> None:
+    results = reward.results([row["prompt"] for row in problems], [body] * len(problems))
+    assert "passed" not in {result.status for result in results}
 
 
 def test_changed_solutions_mostly_fail(
@@ -114,11 +109,8 @@ def mutants(row: dict[str, Any]) -> Iterator[str]:
     count = Change(-1)
     count.visit(copy.deepcopy(function))
     for number in range(min(PER_PROBLEM, count.seen)):
-        body = (
-            Change(number * count.seen // PER_PROBLEM if count.seen > PER_PROBLEM else number)
-            .visit(copy.deepcopy(function))
-            .body
-        )
+        place = number * count.seen // PER_PROBLEM if count.seen > PER_PROBLEM else number
+        body = Change(place).visit(copy.deepcopy(function)).body
         statements = body[1:] if ast.get_docstring(function) else body
         text = "\n".join(ast.unparse(ast.fix_missing_locations(statement)) for statement in statements)
         yield "\n".join(f"    {line}" for line in text.splitlines()) + "\n"

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import filecmp
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +15,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
 
-from tasks.config.training import RewardModelParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.pretrained import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, RewardModel, ScoreHead
+from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
@@ -65,8 +66,7 @@ def figures(out: Path) -> dict[str, float]:
 
 
 def table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+    return list(csv.DictReader(path.read_text().splitlines()))
 
 
 def load(inputs: Path, out: Path) -> RewardModel:
@@ -93,10 +93,8 @@ def test_pairs_with_margins_are_learned_and_counted(inputs: Path, tmp_path: Path
 def test_ratings_are_learned_and_pairs_only_measure(inputs: Path, tmp_path: Path) -> None:
     run_reward_model(inputs, tmp_path, **LEARN, kind="rating", ensemble_size=2)
     found = figures(tmp_path)
-    assert found["heldout_correlation"] > 0.8
-    assert found["heldout_rank_correlation"] > 0.8
+    assert min(found[f"{kind}_correlation"] for kind in ("heldout", "heldout_rank", "ensemble")) > 0.8
     assert found["heldout_mean_absolute_error"] < 1.0
-    assert found["ensemble_correlation"] > 0.8
     assert found["texts"] == TEXTS
     assert found["accuracy"] > 0.9
     assert len(load(inputs, tmp_path).member_scores([""], ["abx"])) == 2
@@ -117,10 +115,9 @@ def test_classes_are_learned_and_calibrated_by_text(inputs: Path, tmp_path: Path
 def test_ratings_need_no_pairs(inputs: Path, tmp_path: Path) -> None:
     """Stage preferences off: its files are there and empty, and so is the table that needs pairs."""
     of = tmp_path / "of"
-    of.mkdir()
+    (of / "preferences").mkdir(parents=True)
     for name in ("base_model", "sft", "prepare"):
         (of / name).symlink_to(inputs / name)
-    (of / "preferences").mkdir()
     for name in ("train.jsonl", "validation.jsonl", "test.jsonl", "ceiling.csv"):
         (of / "preferences" / name).touch()
     run_reward_model(of, tmp_path / "out", kind="rating", max_examples=12, epochs=1)
@@ -131,34 +128,22 @@ def test_ratings_need_no_pairs(inputs: Path, tmp_path: Path) -> None:
         run_reward_model(of, tmp_path / "pairs")
 
 
-OBJECTIVES = {"short": 0.25, "kind": 0.75}
-
-
-@pytest.fixture(scope="module")
-def several(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    out = tmp_path_factory.mktemp("several")
-    run_reward_model(inputs, out, **LEARN, kind="multi_objective", objectives=OBJECTIVES)
-    return out
-
-
-def test_objectives_are_learned_each_by_its_own_head(inputs: Path, several: Path) -> None:
-    found = figures(several)
+def test_objectives_are_learned_each_by_its_own_head_and_the_score_is_their_weighted_sum(
+    inputs: Path, tmp_path: Path
+) -> None:
+    run_reward_model(inputs, tmp_path, **LEARN, kind="multi_objective", objectives={"short": 0.25, "kind": 0.75})
+    found, rows = figures(tmp_path), read_rows(inputs / "preferences" / "train.jsonl", Preference)
     assert min(found["accuracy/short"], found["accuracy/kind"], found["accuracy"]) > 0.9
-    rows = read_rows(inputs / "preferences" / "train.jsonl", Preference)
     assert found["pairs/kind"] == sum(row.objective == "kind" for row in rows)
-    (head,) = (w for name, w in load_file(several / "adapter" / "adapter_model.safetensors").items() if "score" in name)
-    assert head.shape == (2, 32)
-
-
-def test_the_score_is_the_weighted_sum_of_normalised_heads_and_each_is_measured(inputs: Path, several: Path) -> None:
-    model = load(inputs, several)
-    prompts, responses = ["a", "a", ""], ["bcx", "bcy", "bcz"]
+    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    assert [weight.shape for name, weight in weights.items() if "score" in name] == [(2, 32)]
+    model, prompts, responses = load(inputs, tmp_path), ["a", "a", ""], ["bcx", "bcy", "bcz"]
     value, metrics = model.score_with_metrics(prompts, responses)
     assert list(metrics) == ["ood_share", "objective/short", "objective/kind"]
     torch.testing.assert_close(value, 0.25 * metrics["objective/short"] + 0.75 * metrics["objective/kind"])
-    normalisation = json.loads((several / NORMALISATION).read_text())["objectives"]
-    raw = model.members[0].scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
-    for column, name in enumerate(OBJECTIVES):
+    normalisation = json.loads((tmp_path / NORMALISATION).read_text())["objectives"]
+    raw = model.members[0].scorer(["abcx", "abcy", "bcz"])
+    for column, name in enumerate(("short", "kind")):
         expected = (raw[:, column] - normalisation[name]["mean"]) / normalisation[name]["std"]
         torch.testing.assert_close(metrics[f"objective/{name}"], expected)
     assert torch.equal(model.member_scores(prompts, responses)[0], value)
@@ -176,24 +161,24 @@ def test_length_is_taken_off_as_least_squares_say() -> None:
     assert ScoreHead.fit(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 3.0])).length_slope == 0.0
 
 
-def join(samples: list[tuple[str, str]]) -> list[str]:
-    return [prompt + response for prompt, response in samples]
+class Letters:
+    """Scores a text by a function of it; tokens are letters, and an end token."""
 
+    def __init__(self, score: Callable[[str], float]) -> None:
+        self._score = score
 
-class Longer:
-    """Scores a text by its length and by its first letter."""
-
-    format = staticmethod(join)
+    def format(self, samples: list[tuple[str, str]]) -> list[str]:
+        return ["".join(sample) for sample in samples]
 
     def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor([0.5 * len(text) + (text[0] == "a") for text in texts]), torch.zeros(len(texts), 2)
+        return torch.tensor([float(self._score(text)) for text in texts]), torch.zeros(len(texts), 2)
 
     def lengths(self, texts: list[str]) -> torch.Tensor:
-        return torch.tensor([float(len(text)) for text in texts])
+        return torch.tensor([float(len(text) + 1) for text in texts])
 
 
 def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
-    scorer: Any = Longer()
+    scorer: Any = Letters(lambda text: 0.5 * len(text) + (text[0] == "a"))
     texts = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
     lengths, first = scorer.lengths(texts), torch.tensor([float(text[0] == "a") for text in texts])
     samples = [("", text) for text in texts]
@@ -202,29 +187,15 @@ def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
     assert fair.heads[""].length_slope == pytest.approx(slope)
     assert torch.corrcoef(torch.stack([fair.raw_scores(samples)[0][:, 0], lengths]))[0, 1].abs() < 1e-5
-    ends = [("", "b" * 9), ("", "b")]
-    gap = {name: -member.raw_scores(ends)[0].diff(dim=0) for name, member in (("b", biased), ("f", fair))}
-    assert gap["b"].item() == pytest.approx(4.0)
-    assert abs(gap["f"].item()) < 1.0
+    gaps = [member.raw_scores([("", "b"), ("", "b" * 9)])[0].diff(dim=0).item() for member in (biased, fair)]
+    assert gaps[0] == pytest.approx(4.0)
+    assert abs(gaps[1]) < 1.0
     assert "length_slope" not in biased.to_dict()
 
 
-class Wordy:
-    """Scores a text by the letters of its response, which stands after a bar, and of its prompt; tokens are letters."""
-
-    format = staticmethod(join)
-
-    def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        sides = [text.partition("|") for text in texts]
-        return torch.tensor([0.5 * len(end) - 0.25 * len(begin) for begin, _, end in sides]), torch.zeros(len(texts), 2)
-
-    def lengths(self, texts: list[str]) -> torch.Tensor:
-        return torch.tensor([float(len(text) + 1) for text in texts])  # and an end token
-
-
 def test_the_length_of_the_prompt_does_not_count() -> None:
-    """Every prompt with every response, so nothing but the response's length explains ½ a token."""
-    scorer: Any = Wordy()
+    """Every prompt with every response, so nothing but the response's length, after the bar, explains ½ a token."""
+    scorer: Any = Letters(lambda text: 0.5 * len(text.partition("|")[2]) - 0.25 * len(text.partition("|")[0]))
     samples = [("a" * prompt + "|", "b" * response) for prompt in (10, 50, 120) for response in (1, 5, 9)]
     fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=True)
     assert fair.heads[""].length_slope == pytest.approx(0.5)
@@ -232,8 +203,8 @@ def test_the_length_of_the_prompt_does_not_count() -> None:
     assert values[0].item() == pytest.approx(values[1].item())
     assert (values[0] - values[2]).item() == pytest.approx(0.5), "what the prompt adds stays"
     model = RewardModel([fair], MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0))
-    assert model(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
-    assert model.member_scores(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
+    for score in (model, model.member_scores):
+        assert score(["aa|", "aa|"], ["b", "b" * 9]).diff().item() == pytest.approx(0.0, abs=1e-5)
 
 
 @pytest.mark.parametrize("raw", [[1.0], [0.1] * 8, [2.5, 2.5]])
@@ -248,11 +219,9 @@ def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Pat
     assert found["length_slope"] == normalisation["length_slope"] != 0
     assert found["length_correlation"] != found["length_correlation_before"]
     model = load(inputs, tmp_path)
-    texts = ["abx", "abcdefgx", "cy"]
-    scorer = model.members[0].scorer
-    lengths = torch.tensor([4.0, 9.0, 3.0])
-    expected = (scorer(texts) - normalisation["length_slope"] * lengths - normalisation["mean"]) / normalisation["std"]
-    torch.testing.assert_close(model([""] * 3, texts), expected)
+    texts, lengths = ["abx", "abcdefgx", "cy"], torch.tensor([4.0, 9.0, 3.0])
+    raw = model.members[0].scorer(texts) - normalisation["length_slope"] * lengths
+    torch.testing.assert_close(model([""] * 3, texts), (raw - normalisation["mean"]) / normalisation["std"])
 
 
 def test_another_backbone_has_its_own_tokenizer(inputs: Path, tmp_path: Path) -> None:
@@ -282,25 +251,22 @@ def write_classifier(folder: Path, outputs: int, *, bert: bool = False) -> Any:
     torch.manual_seed(outputs)
     size = {"vocab_size": 32, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2,
             "num_attention_heads": 4, "pad_token_id": 0, "num_labels": outputs, "initializer_range": 0.3}  # fmt: skip
-    kind = (
-        BertForSequenceClassification(BertConfig(**size))
-        if bert
-        else LlamaForSequenceClassification(LlamaConfig(**size))
+    kind, config = (
+        (BertForSequenceClassification, BertConfig) if bert else (LlamaForSequenceClassification, LlamaConfig)
     )
-    kind.eval().save_pretrained(folder)
+    model = kind(config(**size)).eval()
+    model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
-    return kind, tokenizer
+    return model, tokenizer
 
 
 @pytest.mark.parametrize(("outputs", "bert"), [(1, False), (2, False), (1, True), (2, True)])
 def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: Path, outputs: int, bert: bool) -> None:
-    classifier, tokenizer = write_classifier(tmp_path / "theirs", outputs, bert=bert)
-    out, template = tmp_path / "out", "q:{prompt} r:{response}"
-    out.mkdir()
-    run_reward_model(
-        inputs, out, normalisation_samples=16, pretrained={"id": str(tmp_path / "theirs"), "template": template}
-    )
-    normalisation, found = json.loads((out / NORMALISATION).read_text()), figures(out)
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    classifier, tokenizer = write_classifier(theirs, outputs, bert=bert)
+    pretrained = {"id": str(theirs), "template": "q:{prompt} r:{response}"}
+    run_reward_model(inputs, out, normalisation_samples=16, pretrained=pretrained)
+    normalisation = json.loads((out / NORMALISATION).read_text())
 
     def score(prompt: str, response: str) -> float:
         with torch.no_grad():
@@ -312,12 +278,10 @@ def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: 
     assert load(inputs, out)(["a"] * 3, responses).tolist() == pytest.approx(expected, abs=1e-4)
     pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
     right = [score(row.prompt, row.chosen) > score(row.prompt, row.rejected) for row in pairs]
-    assert found["accuracy"] == pytest.approx(sum(right) / len(right))
+    assert figures(out)["accuracy"] == pytest.approx(sum(right) / len(right))
     assert (out / "history.csv").read_text() == "step\n"
     assert MahalanobisOOD.load(out / OOD_DETECTOR).mean.shape == (32,)
-    assert (out / PRETRAINED_DIR / "model.safetensors").read_bytes() == (
-        tmp_path / "theirs" / "model.safetensors"
-    ).read_bytes()
+    assert filecmp.cmp(out / PRETRAINED_DIR / "model.safetensors", theirs / "model.safetensors", shallow=False)
 
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
@@ -356,36 +320,16 @@ def test_what_does_not_fit_a_kind_is_refused(inputs: Path, tmp_path: Path, chang
         run_reward_model(inputs, tmp_path, **changes)
 
 
-@pytest.mark.parametrize(
-    ("changes", "problem"),
-    [
-        (
-            {"kind": "multi_objective", "objectives": {"kind": 1.0, "fair": 1.0}},
-            r"train\.jsonl: pair '\d+' is about objective 'short'; reward_model\.objectives knows kind, fair",
-        ),
-        (
-            {"kind": "multi_objective", "objectives": {"kind": 1.0, "short": 1.0, "fair": 1.0}},
-            r"train\.jsonl has no pair about fair",
-        ),
-        ({"kind": "classification", "threshold": 9.0}, r"threshold 9 parts nothing: all 64 texts of .*train\.jsonl"),
-    ],
-)
-def test_rows_that_do_not_fit_a_kind_are_named(inputs: Path, tmp_path: Path, changes: Any, problem: str) -> None:
-    with pytest.raises(DataError, match=problem):
-        run_reward_model(inputs, tmp_path, **changes)
-
-
-def test_missing_ratings_and_margins_are_named(tmp_path: Path) -> None:
+def test_rows_that_do_not_fit_a_kind_are_named(inputs: Path, tmp_path: Path) -> None:
+    several: dict[str, Any] = {"kind": "multi_objective"}
+    with pytest.raises(DataError, match=r"train\.jsonl: pair '\d+' is about objective 'short'; .* knows kind, fair"):
+        run_reward_model(inputs, tmp_path, **several, objectives={"kind": 1.0, "fair": 1.0})
+    with pytest.raises(DataError, match=r"train\.jsonl has no pair about fair"):
+        run_reward_model(inputs, tmp_path, **several, objectives={"kind": 1.0, "short": 1.0, "fair": 1.0})
+    with pytest.raises(DataError, match=r"threshold 9 parts nothing: all 64 texts of .*train\.jsonl"):
+        run_reward_model(inputs, tmp_path, kind="classification", threshold=9.0)
     write_inputs(tmp_path)
     with pytest.raises(DataError, match=r"kind rating learns from rated texts: .*proxy/train\.jsonl does not exist"):
         run_reward_model(tmp_path, tmp_path / "out", kind="rating")
     with pytest.raises(DataError, match=r"margin is scaled, but no pair of .*train\.jsonl has a positive margin"):
         run_reward_model(tmp_path, tmp_path / "out", margin="scaled")
-
-
-def test_the_shipped_parameters_name_every_key() -> None:
-    from tasks.config.params import load_params
-
-    shipped = load_params(Path(__file__).parents[3] / "params.yaml").reward_model
-    assert shipped
-    assert shipped.model_fields_set == set(RewardModelParams.model_fields)

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import json
 import random
+import shutil
+from pathlib import Path
 from typing import get_args
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from sklearn.covariance import LedoitWolf
 
 from tasks.config.reward import RewardParams
 from tasks.config.training import LoraParams
-from tasks.core.errors import ModelError
+from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import add_adapter, add_lora, load_reward_model, new_reward_model, save_adapter
 from tasks.models.onednn_linear import FrozenLora
 from tasks.rewards.ood import MahalanobisOOD
@@ -54,28 +58,21 @@ def test_encoding_ends_with_the_end_token_also_when_cut():
 
 
 def test_score_is_the_head_at_the_end_token_whatever_stands_beside(scorer):
-    scores = TextScorer(scorer, Words(), max_length=16)(TEXTS)
-    for text, score in zip(TEXTS, scores, strict=True):
-        ids = torch.tensor([encode(Words(), text, 16)])
-        state = scorer.model(ids).last_hidden_state[0, -1]
-        assert score.item() == pytest.approx(scorer.score(state).item(), abs=1e-5)
+    """In the same pass: score = w · state, and the state is that of the text read alone."""
+    scores, states = TextScorer(scorer, Words(), max_length=16).scores_and_states(TEXTS)
+    torch.testing.assert_close(states @ scorer.score.weight[0], scores)
+    for text, score, state in zip(TEXTS, scores, states, strict=True):
+        alone = scorer.model(torch.tensor([encode(Words(), text, 16)])).last_hidden_state[0, -1]
+        torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-4)
+        assert score.item() == pytest.approx(scorer.score(alone).item(), abs=1e-5)
     assert scores[0] == scores[3]
+    assert not scorer.score._forward_pre_hooks, "nothing may stay on the model"
 
 
 def test_batching_does_not_move_scores(scorer):
     whole = TextScorer(scorer, Words(), max_length=16)(TEXTS)
     single = TextScorer(scorer, Words(), max_length=16, batch_size=1)(TEXTS)
     torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
-
-
-def test_states_are_what_the_head_reads_at_the_end_token(scorer):
-    """In the same pass: score = w · state, and the state is that of the text read alone."""
-    scores, states = TextScorer(scorer, Words(), max_length=16).scores_and_states(TEXTS)
-    torch.testing.assert_close(states @ scorer.score.weight[0], scores)
-    for text, state in zip(TEXTS, states, strict=True):
-        alone = scorer.model(torch.tensor([encode(Words(), text, 16)])).last_hidden_state[0, -1]
-        torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-4)
-    assert not scorer.score._forward_pre_hooks, "nothing may stay on the model"
 
 
 class Fixed:
@@ -109,11 +106,6 @@ def ensemble(**options):
     return RewardModel(members, IN_DISTRIBUTION, **options)
 
 
-def test_normalised_reward_is_shifted_and_scaled():
-    model = RewardModel([member(Fixed(a=3.0, bc=5.0), mean=3.0, std=4.0)], IN_DISTRIBUTION)
-    assert model(["", "b"], ["a", "c"]).tolist() == [0.0, 0.5]
-
-
 @pytest.mark.parametrize(
     ("reduction", "expected"), [("mean", [0.0, 1.0]), ("worst", [-2.0, -1.0]), ("uncertainty", [-0.8, 0.2])]
 )
@@ -143,41 +135,40 @@ def test_metrics_come_from_the_same_pass():
     assert metrics["disagreement"].tolist() == pytest.approx([(8 / 3) ** 0.5] * 2)
     assert metrics["ood_share"].tolist() == [0.0, 0.0], "the OOD detector is the first member's"
     alone = RewardModel([member(Fixed(a=3.0), mean=3.0, std=4.0)], OUT_OF_DISTRIBUTION)
-    assert {name: own.tolist() for name, own in alone.score_with_metrics([""], ["a"])[1].items()} == {
-        "ood_share": [1.0]
-    }
+    assert alone.score_with_metrics([""], ["a"])[1] == {"ood_share": torch.tensor([1.0])}
 
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 
 
-def write_member(of, number):
-    """An adapter and a head that differ from every other member's."""
-    model = add_lora(new_reward_model(of / "base_model", None, seed=number), LORA, seed=number, head="score")
-    draw = torch.Generator().manual_seed(number)
+def save_trained(model, folder, seed):
+    """Save the adapter, changed as by training."""
+    draw = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    folder = member_folder(of / "reward_model", number)
     save_adapter(model, folder)
-    normalisation = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
-    (folder / NORMALISATION).write_text(json.dumps(normalisation))
 
 
 @pytest.fixture
 def artifacts(tmp_path):
-    """A base model, an SFT adapter that changes it, and a reward model of three members."""
-    tiny_model().save_pretrained(tmp_path / "base_model" / "model")
-    letter_tokenizer().save_pretrained(tmp_path / "base_model" / "model")
-    sft = add_lora(tiny_model(), LORA, seed=9)
-    for name, weight in sft.named_parameters():
-        if "lora_B" in name:
-            weight.data.fill_(0.02)
-    save_adapter(sft, tmp_path / "sft")
+    """A base model, an SFT adapter that changes it, and a reward model of three members, each unlike the others."""
+    base = tmp_path / "base_model"
+    tiny_model().save_pretrained(base / "model")
+    letter_tokenizer().save_pretrained(base / "model")
+    save_trained(add_lora(tiny_model(), LORA, seed=9), tmp_path / "sft", 9)
     for number in range(3):
-        write_member(tmp_path, number)
+        folder = member_folder(tmp_path / "reward_model", number)
+        model = add_lora(new_reward_model(base, None, seed=number), LORA, seed=number, head="score")
+        save_trained(model, folder, number)
+        normalisation = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
+        (folder / NORMALISATION).write_text(json.dumps(normalisation))
     MahalanobisOOD(torch.zeros(32), torch.eye(32), 1.0).save(tmp_path / "reward_model" / OOD_DETECTOR)
     return tmp_path
+
+
+def folders(artifacts):
+    return artifacts / "base_model", artifacts / "sft", artifacts / "reward_model"
 
 
 PROMPTS = ["a film", "the end", "so", "is it"]
@@ -186,14 +177,13 @@ RESPONSES = [" so so", " is near", "", " good good good good"]
 
 def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
     """In any order, again and again: switching changes nothing and makes nothing trainable."""
-    model = RewardModel.load(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+    base, sft, reward_model = folders(artifacts)
+    model = RewardModel.load(base, sft, reward_model)
     together = model.member_scores(PROMPTS, RESPONSES)
     assert together.shape == (3, 4)
     for number in range(3):
-        folder = member_folder(artifacts / "reward_model", number)
-        scorer = TextScorer(
-            load_reward_model(artifacts / "base_model", artifacts / "sft", folder), letter_tokenizer(), max_length=32
-        )
+        alone = load_reward_model(base, sft, member_folder(reward_model, number))
+        scorer = TextScorer(alone, letter_tokenizer(), max_length=32)
         raw = scorer([prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
@@ -203,7 +193,7 @@ def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
 
 
 def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
-    scorer = load_reward_model(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+    scorer = load_reward_model(*folders(artifacts))
     add_adapter(scorer, "second", member_folder(artifacts / "reward_model", 1))
     layers = [module for module in scorer.modules() if isinstance(module, FrozenLora)]
     assert len(layers) == 14
@@ -214,24 +204,13 @@ def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
     assert torch.equal(scorer.score.weight, head)
 
 
-def test_one_member_loads_without_a_folder_of_members(artifacts):
-    for number in (2, 1):
-        for path in sorted(member_folder(artifacts / "reward_model", number).rglob("*"), reverse=True):
-            path.rmdir() if path.is_dir() else path.unlink()
-        member_folder(artifacts / "reward_model", number).rmdir()
-    (artifacts / "reward_model" / MEMBERS).rmdir()
-    model = RewardModel.load(
-        artifacts / "base_model", artifacts / "sft", artifacts / "reward_model", ensemble_reduction="uncertainty"
-    )
-    value, metrics = model.score_with_metrics(PROMPTS, RESPONSES)
-    assert torch.equal(value, model.member_scores(PROMPTS, RESPONSES)[0])
-    assert list(metrics) == ["ood_share"]
-
-
-def test_a_member_that_lacks_a_file_is_named(artifacts):
+def test_a_member_that_lacks_a_file_is_named_and_one_member_needs_no_folder_of_members(artifacts):
     (member_folder(artifacts / "reward_model", 2) / NORMALISATION).unlink()
     with pytest.raises(ModelError, match=r"members/2/adapter/normalisation\.json does not exist"):
-        RewardModel.load(artifacts / "base_model", artifacts / "sft", artifacts / "reward_model")
+        RewardModel.load(*folders(artifacts))
+    shutil.rmtree(artifacts / "reward_model" / MEMBERS)
+    value, metrics = RewardModel.load(*folders(artifacts), "uncertainty").score_with_metrics(PROMPTS, RESPONSES)
+    assert (len(value), list(metrics)) == (4, ["ood_share"])
 
 
 def sentences(count, seed, words):
@@ -245,7 +224,50 @@ def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer)
     training, heldout, unseen = (reader.scores_and_states(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
     detector = MahalanobisOOD.fit(training, heldout)
     assert detector.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
-    gibberish = sentences(60, 4, range(12, 32))
     repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
-    assert detector.is_ood(reader.scores_and_states(gibberish)[1]).mean() > 0.8
-    assert detector.is_ood(reader.scores_and_states(repeated)[1]).mean() > 0.8
+    for far in (sentences(60, 4, range(12, 32)), repeated):
+        assert detector.is_ood(reader.scores_and_states(far)[1]).mean() > 0.8
+
+
+# -- out of distribution ---------------------------------------------------------------------------------------
+
+WIDTH = 24
+
+
+def states(count: int, seed: int, *, spread: float = 1.0) -> torch.Tensor:
+    """States whose dimensions depend on one another and differ in scale."""
+    mixing = torch.randn(WIDTH, WIDTH, generator=torch.Generator().manual_seed(0)) * torch.linspace(0.1, 3, WIDTH)
+    return spread * torch.randn(count, WIDTH, generator=torch.Generator().manual_seed(seed)) @ mixing + 5.0
+
+
+def test_distance_is_the_root_of_the_quadratic_form() -> None:
+    training, other = states(200, 1), states(7, 2, spread=3.0)
+    fitted = MahalanobisOOD.fit(training, states(50, 3))
+    precision = np.linalg.inv(LedoitWolf().fit(training.double().numpy()).covariance_)
+    gaps = (other - training.mean(0)).double().numpy()
+    expected = np.sqrt(np.einsum("nd,de,ne->n", gaps, precision, gaps))
+    np.testing.assert_allclose(fitted.distances(other).numpy(), expected, rtol=1e-4)
+
+
+def test_one_in_a_hundred_held_out_texts_is_unfamiliar_and_what_lies_elsewhere_is() -> None:
+    heldout = states(1000, 2)
+    fitted = MahalanobisOOD.fit(states(400, 1), heldout)
+    assert fitted.is_ood(heldout).sum() == 10
+    assert fitted.is_ood(states(2000, 3)).mean().item() == pytest.approx(0.01, abs=0.008)
+    assert fitted.is_ood(states(50, 4, spread=10.0)).tolist() == [1.0] * 50
+    assert fitted.is_ood(fitted.mean.unsqueeze(0)).tolist() == [0.0]
+
+
+def test_it_is_kept_in_a_file(tmp_path: Path) -> None:
+    fitted = MahalanobisOOD.fit(states(100, 1), states(100, 2))
+    fitted.save(tmp_path / "ood.safetensors")
+    again = MahalanobisOOD.load(tmp_path / "ood.safetensors")
+    assert torch.equal(again.distances(states(9, 3)), fitted.distances(states(9, 3)))
+    assert again.threshold == pytest.approx(fitted.threshold, rel=1e-6)
+    with pytest.raises(ModelError, match=r"other\.safetensors does not exist: run the stage reward_model"):
+        MahalanobisOOD.load(tmp_path / "other.safetensors")
+
+
+def test_states_that_do_not_vary_are_no_measure() -> None:
+    with pytest.raises(TrainingError, match="sees no difference between its 5 training texts"):
+        MahalanobisOOD.fit(torch.ones(5, 3), torch.ones(2, 3))

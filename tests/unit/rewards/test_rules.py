@@ -1,13 +1,27 @@
+"""Answers and style by hand; rules that users write; failures of rules, which are counted."""
+
+from __future__ import annotations
+
 import gzip
 import json
+import math
+import sys
 from pathlib import Path
 
 import pytest
 
-from tasks.config.rules import RULE_OPTIONS
+import tasks.rewards.custom
+from tasks.config import rules
+from tasks.config.reward import RewardParams
+from tasks.config.rules import RULE_OPTIONS, check_custom_rule
+from tasks.core.errors import ConfigError, TrainingError
+from tasks.core.rows import Prompt
+from tasks.rewards.composition import CompositeReward, build_reward
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.answers import exact_match, strict_match
-from tasks.rewards.rules.style import length, repetition
+from tasks.rewards.rules.base import FaultTolerantRule
+from tasks.rewards.rules.style import count_sentences, count_syllables, length, readability, reading_ease, repetition
+from tests.unit.rewards.conftest import score
 
 GSM8K = r"#### (\-?[0-9\.\,]+)"
 """The strict-match of lm-eval's task gsm8k."""
@@ -20,21 +34,17 @@ def _text(words: int) -> str:
 @pytest.mark.parametrize(
     ("words", "value"), [(12, 1.0), (9, 0.75), (15, 0.75), (6, 0.5), (0, 0.0), (24, 0.0), (25, 0.0), (100, 0.0)]
 )
-def test_length_is_a_triangle_over_words(words: int, value: float) -> None:
+def test_length_is_a_triangle_over_words_and_not_punctuation(words: int, value: float) -> None:
     assert length(_text(words), target=12, tolerance=12) == pytest.approx(value)
-
-
-def test_length_is_not_paid_for_punctuation() -> None:
-    assert length(" w0 ... !!! , w1", target=2, tolerance=1) == 1.0
+    assert length(" ... !!! ," + _text(words), target=12, tolerance=12) == pytest.approx(value)
 
 
 def test_repetition_is_minus_the_share_of_repeated_pairs() -> None:
     assert repetition(" good good good good good") == pytest.approx(-3 / 4)
-    assert repetition(" a moving and quiet film") == 0.0
 
 
-@pytest.mark.parametrize("response", ["", " ", " !", " good", " good good"])
-def test_very_short_responses_have_nothing_to_repeat(response: str) -> None:
+@pytest.mark.parametrize("response", ["", " ", " !", " good", " good good", " a moving and quiet film"])
+def test_what_repeats_nothing_gets_a_zero_without_sign(response: str) -> None:
     assert str(repetition(response)) == "0.0"
 
 
@@ -42,14 +52,16 @@ def test_every_rule_has_options_and_every_option_a_rule() -> None:
     assert set(RULES) == set(RULE_OPTIONS)
 
 
-def test_rules_read_their_parameters_and_what_is_known_about_the_prompts() -> None:
-    prompt, answers = "good good good", {"good good good": "so so so"}
-    options = {"answer": {}, "length": {"target": 4, "tolerance": 2}, "repetition": {}}
-    scores = {}
-    for name, chosen in options.items():
-        rule = RULES[name](RULE_OPTIONS[name](function=name, **chosen), answers)
-        scores[name] = [rule.score(prompt, response) for response in (_text(3), " so so so")]
-    assert scores == {"answer": [0.0, 1.0], "length": [0.5, 0.5], "repetition": [0.0, -0.5]}
+@pytest.mark.parametrize(
+    ("rule", "options", "values"),
+    [
+        ("answer", {}, [0.0, 1.0]),
+        ("length", {"target": 4, "tolerance": 2}, [0.5, 0.5]),
+        ("repetition", {}, [0.0, -0.5]),
+    ],
+)
+def test_rules_read_their_options_and_answers(rule: str, options: dict[str, object], values: list[float]) -> None:
+    assert [score(rule, response, "so so so", **options) for response in (_text(3), " so so so")] == values
 
 
 @pytest.mark.parametrize(
@@ -94,10 +106,7 @@ def test_without_a_pattern_the_whole_response_must_be_the_answer(response: str, 
 )  # fmt: skip
 def test_with_a_pattern_its_first_match_must_be_the_answer(response: str, value: float) -> None:
     assert strict_match(response, "42", GSM8K) == value
-
-
-def test_a_group_that_takes_no_part_in_the_match_is_no_answer() -> None:
-    assert strict_match("none", "42", r"none|it is (\d+)") == 0.0
+    assert strict_match("none", "42", r"none|it is (\d+)") == 0.0, "a group that takes no part in the match"
 
 
 def test_real_solutions_are_right_in_form_and_without_their_mark_in_value_alone() -> None:
@@ -116,3 +125,183 @@ def test_real_solutions_are_right_in_form_and_without_their_mark_in_value_alone(
 
 def _unmarked(solution: str) -> str:
     return solution.replace("#### ", "")
+
+
+# -- style -----------------------------------------------------------------------------------------------------
+
+BAND = {"low": 50.0, "high": 90.0, "tolerance": 40.0, "min_words": 5}
+
+
+@pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("", 0), ("...", 0), ("One", 1), ("One.", 1), ("One. Two", 2), ("One! Two?! Three…", 3), ("Wait... what?", 2),
+        ("It costs 3.5 pounds.", 1), ('He said "no." Then he left.', 2),
+    ],
+)  # fmt: skip
+def test_sentences_end_with_marks_before_space(text: str, count: int) -> None:
+    assert count_sentences(text) == count
+
+
+@pytest.mark.parametrize(
+    ("word", "count"),
+    [
+        ("cat", 1), ("like", 1), ("little", 2), ("banana", 3), ("the", 1), ("tree", 1), ("rhythm", 1), ("readable", 3),
+        ("jumped", 1), ("wanted", 2), ("faded", 2), ("called", 1), ("handled", 2), ("freed", 1), ("annoyed", 2),
+        ("makes", 1), ("pages", 2), ("houses", 2), ("wishes", 2), ("angles", 2), ("whales", 1), ("whole", 1),
+        ("queue", 1), ("continue", 3),
+    ],
+)  # fmt: skip
+def test_syllables_are_groups_of_vowels(word: str, count: int) -> None:
+    assert count_syllables(word) == count
+
+
+def test_reading_ease_is_fleschs_formula() -> None:
+    """Six words, one sentence, six syllables; then eight words with 3+2+1+3 and 1+1+2+3 syllables in two sentences."""
+    assert reading_ease("The cat sat on the mat.") == pytest.approx(206.835 - 1.015 * 6 - 84.6)
+    text = "Banana salad looks wonderful. I like little tomatoes."
+    assert reading_ease(text) == pytest.approx(206.835 - 1.015 * 4 - 84.6 * 16 / 8)
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "value"), [(116.0, 117.0, 1.0), (100.0, 106.145, 0.75), (126.145, 150.0, 0.75), (0.0, 70.0, 0.0)]
+)
+def test_readability_is_paid_within_its_band(low: float, high: float, value: float) -> None:
+    found = readability("The cat sat on the mat.", low=low, high=high, tolerance=40.0, min_words=5)
+    assert found == pytest.approx(value)
+
+
+@pytest.mark.parametrize("gamed", ["", "I.", "I am. I go.", "a a a a a a a. I. I. I. I.", "... !!! ???"])
+def test_readability_is_not_paid_for_crumbs(gamed: str) -> None:
+    assert readability(gamed, **BAND) < 0.4
+
+
+def test_sentiment_is_vaders_compound_in_the_wanted_direction() -> None:
+    assert score("vader", " good") == pytest.approx(1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)  # its normalisation
+    assert score("vader", " good", sign="negative") == pytest.approx(-1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)
+    assert score("vader", "") == 0.0
+
+
+def test_a_language_is_distinguished_from_others() -> None:
+    pytest.importorskip("py3langid")
+    english, german = " The weather was fine and we walked home.", " Das Wetter war schön und wir gingen nach Hause."
+    assert score("language", english) > 0.9
+    assert score("language", german) < 0.1
+    assert score("language", german, language="de") > 0.9
+    assert score("language", " The the") == 0.0, "two words are too few"
+    assert score("language", "") == 0.0
+    with pytest.raises(ConfigError, match=r"knows no language 'xx'; it knows .*, af, "):
+        score("language", "", language="xx")
+
+
+def test_a_package_that_is_missing_names_its_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "py3langid.langid", None)
+    with pytest.raises(ConfigError, match=r"rule 'language' needs .*'py3langid\.langid'.*pip install -e '\.\[rules\]'"):
+        score("language", "")
+
+
+# -- failures ---------------------------------------------------------------------------------------------------
+
+
+def inverse(prompt: str, response: str) -> float:
+    return 1 / int(response)
+
+
+def test_a_failure_earns_the_floor_is_counted_and_is_reported_once(capsys: pytest.CaptureFixture[str]) -> None:
+    reward = CompositeReward({"inverse": FaultTolerantRule("inverse", inverse, floor=-1.0)}, {"inverse": 2.0})
+    outcome = reward(["p", "q", "r"], ["4", "0", "many"])
+    assert outcome.total.tolist() == [0.5, -2.0, -2.0]
+    assert {name: failed.tolist() for name, failed in outcome.metrics.items()} == {"failures/inverse": [0.0, 1.0, 1.0]}
+    message = capsys.readouterr().err
+    assert "component 'inverse' failed on prompt 'q', response '0': ZeroDivisionError: division by zero" in message
+    reward(["q"], ["0"])
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
+def test_a_value_that_is_not_finite_is_a_failure(bad: float) -> None:
+    rule = FaultTolerantRule("odd", lambda prompt, response: bad, floor=0.5)
+    values, metrics = rule.score_with_metrics(["p"], ["r"])
+    assert (values.tolist(), metrics["failures/odd"].tolist()) == ([0.5], [1.0])
+
+
+@pytest.mark.parametrize(("failing", "of", "stops"), [(4, 8, False), (5, 8, True), (8, 8, True), (7, 7, False)])
+def test_most_of_a_batch_of_eight_is_no_accident(failing: int, of: int, stops: bool) -> None:
+    responses = ["0"] * failing + ["1"] * (of - failing)
+    rule = FaultTolerantRule("inverse", inverse, floor=0.0)
+    if stops:
+        with pytest.raises(TrainingError, match=rf"'inverse' fails on {failing} of {of} responses.*ZeroDivisionError"):
+            rule.score_with_metrics(["p"] * of, responses)
+    else:
+        assert rule.score_with_metrics(["p"] * of, responses)[1]["failures/inverse"].sum() == failing
+
+
+def test_each_rule_has_its_own_floor() -> None:
+    rules = RewardParams(weights={"repetition": 1.0, "length": 1.0, "vader": 1.0}).rules
+    assert {name: rule.floor for name, rule in rules.items()} == {"repetition": -1.0, "length": 0.0, "vader": -1.0}
+
+
+# -- rules of users ---------------------------------------------------------------------------------------------
+
+MODULE = """
+import math
+LIMIT = 3
+def near(prompt: str, response: str, answer: str | None, scale: float, *, sign: int = 1) -> float:
+    return sign * scale * (len(response) if answer is None else abs(len(response) - len(answer)))
+def free(prompt, response, answer, **options):
+    return float(options["base"])
+def short(prompt, response):
+    return 0.0
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder of users' modules, known to params and importable, and nothing of it left behind."""
+    (tmp_path / "mine.py").write_text(MODULE)
+    (tmp_path / "broken.py").write_text("import no_such_package\ndef f(prompt, response, answer): ...")
+    (tmp_path / "crooked.py").write_text("def f(:")
+    monkeypatch.setattr(rules, "CUSTOM_DIR", tmp_path)
+    monkeypatch.setattr(tasks.rewards.custom, "__path__", [str(tmp_path)])
+    for name in ("mine", "broken"):
+        monkeypatch.delitem(sys.modules, f"tasks.rewards.custom.{name}", raising=False)
+    return tmp_path
+
+
+def test_the_example_scores_by_its_options() -> None:
+    params = RewardParams(weights={"loud": 2.0}, rules={"loud": {"function": "example:shout", "at_most": 0.5}})
+    assert build_reward(params, [], None)(["p"] * 3, ["AAaa", "AAAA", "12!"]).total.tolist() == [1.0, 1.0, 0.0]
+
+
+def test_a_function_gets_the_sample_its_answer_and_its_options(folder: Path) -> None:
+    own = {"near": {"function": "mine:near", "scale": 2.0, "sign": -1}, "free": {"function": "mine:free", "base": 7}}
+    params = RewardParams(weights={"near": 1.0, "free": 1.0}, rules=own)
+    rows = [Prompt(id="a", prompt="Who?", answer="Ada"), Prompt(id="b", prompt="Hm")]
+    outcome = build_reward(params, rows, None)(["Who?", "Hm"], ["A", "four"])
+    assert outcome.components["near"].tolist() == [-4.0, -8.0]  # −2·|1 − 3|, −2·4
+    assert outcome.components["free"].tolist() == [7.0, 7.0]
+
+
+@pytest.mark.parametrize(
+    ("function", "options", "problem"),
+    [
+        ("mien:near", {}, r"there is no tasks/rewards/custom/mien\.py; did you mean mine"),
+        ("mine:nera", {"scale": 1}, r"mine\.py defines no 'nera'; did you mean near"),
+        ("mine:LIMIT", {}, r"mine\.py defines no 'LIMIT'; there is: free, near, short"),
+        ("mine:near", {}, r"'mine:near' needs the option 'scale'; add it beside `function`"),
+        ("mine:near", {"scale": 1, "sing": 1}, r"takes no option 'sing'; did you mean sign"),
+        ("mine:short", {}, r"must take \(prompt, response, answer, …\), it takes \('prompt', 'response'\)"),
+        ("crooked:f", {}, r"crooked\.py:1 is no Python"),
+    ],
+)
+def test_what_is_not_there_is_reported_before_anything_runs(
+    function: str, options: dict[str, object], problem: str, folder: Path
+) -> None:
+    with pytest.raises(ValueError, match=problem):
+        check_custom_rule(function, options)
+
+
+def test_a_module_that_cannot_be_imported_is_named(folder: Path) -> None:
+    params = RewardParams(weights={"b": 1.0}, rules={"b": {"function": "broken:f"}})
+    with pytest.raises(ConfigError, match=r"'broken:f' cannot be imported: ModuleNotFoundError.*no_such_package"):
+        build_reward(params, [], None)

@@ -4,39 +4,33 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 import os
 import random
 import shutil
 import subprocess
 import sys
+from itertools import product
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 
 from tasks.config.rules import CodeRule
 from tasks.core.errors import ConfigError, DataError
 from tasks.rewards.sandbox import bubblewrap
+from tasks.rewards.sandbox.bubblewrap import ALLOWED
 from tasks.rewards.sandbox.inside import codec
 from tasks.rewards.sandbox.sandbox import Job, Sandbox, Status
-from tasks.rewards.sandbox.seccomp import ALLOWED
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 needs_bubblewrap = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
 
 VALUES = [
-    None, True, False, 0, -1, 2**200, -(2**200), 0.0, -0.0, 0.1, 1e308, math.inf, -math.inf, 1 + 2j, complex(-0.0, math.inf),
-    "", "ä\n\0", "\udc80", "7:", b"", b"\0\xff", [], [1, [2, [3]]], (), (1,), ((), ()), set(), {1, "1", (2,)}, frozenset({1}),
-    {frozenset({1}): [2]}, {}, {"a": {"b": [1.5, None]}, 1: "x", (1, 2): b"y"},
+    None, True, False, 0, -1, 2**200, -(2**200), 0.0, -0.0, 0.1, 1e308, math.inf, -math.inf, math.nan, 1 + 2j,
+    complex(-0.0, math.inf), "", "ä\n\0", "\udc80", "7:", b"", b"\0\xff", [], [1, [2, [3]]], (), (1,), ((), ()), set(),
+    {1, "1", (2,)}, frozenset({1}), {frozenset({1}): [2]}, {}, {"a": {"b": [1.5, None]}, 1: "x", (1, 2): b"y"},
 ]  # fmt: skip
-
-
-class Liar(int):
-    def __eq__(self, other: object) -> bool:
-        return True
-
-    __hash__ = int.__hash__
 
 
 @pytest.mark.parametrize("value", VALUES)
@@ -44,12 +38,6 @@ def test_a_value_arrives_as_it_was(value: object) -> None:
     arrived = codec.decode(codec.encode(value, 1000))
     assert repr(arrived) == repr(value)
     assert type(arrived) is type(value)
-
-
-def test_not_a_number_arrives() -> None:
-    arrived = codec.decode(codec.encode(math.nan, 1000))
-    assert isinstance(arrived, float)
-    assert math.isnan(arrived)
 
 
 def test_random_values_arrive() -> None:
@@ -68,26 +56,31 @@ def test_random_values_arrive() -> None:
 
 
 def test_a_subclass_arrives_as_its_base() -> None:
-    arrived = codec.decode(codec.encode([Liar(5)], 1000))
+    liar = type("Liar", (int,), {"__eq__": lambda *_: True})
+    arrived = codec.decode(codec.encode([liar(5)], 1000))
     assert arrived == [5]
     assert arrived != [6]
     assert type(arrived[0]) is int  # type: ignore[index]
 
 
+NOT_PLAIN = (object(), range(3), iter([1]), len, NotImplemented, bytearray(b"x"), {1: object()})
+TOO_LARGE = ("x" * 1001, b"x" * 1001, [None] * 1001, 1 << 8008, [["x" * 500] * 2])
+
+
 @pytest.mark.parametrize(
-    "value",
-    [object(), range(3), iter([1]), len, NotImplemented, bytearray(b"x"), {1: object()}],
-    ids=lambda value: type(value).__name__,
+    ("error", "value"),
+    [*product([codec.UnsupportedTypeError], NOT_PLAIN), *product([codec.MessageTooLargeError], TOO_LARGE)],
+    ids=lambda value: str(value)[:20],
 )
-def test_what_is_no_plain_data_does_not_leave(value: object) -> None:
-    with pytest.raises(codec.UnsupportedTypeError):
+def test_what_is_no_plain_data_or_too_large_does_not_leave(error: type[Exception], value: object) -> None:
+    with pytest.raises(error):
         codec.encode(value, 1000)
 
 
 @pytest.mark.parametrize(
     "text",
-    [b"", b"?", b"i", b"izz;", b"s5:abcd", b"s-1:", b"l2:n", b"nn", b"m1:l0:n", b"x1:l0:", b"s1:\xff", b"c1;", b"d;", b"l1:" * 99 + b"n",
-     b"l" + b"9" * 5000 + b":", b"s:"],
+    [b"", b"?", b"i", b"izz;", b"s5:abcd", b"s-1:", b"l2:n", b"nn", b"m1:l0:n", b"x1:l0:", b"s1:\xff", b"c1;", b"d;",
+     b"l1:" * 99 + b"n", b"l" + b"9" * 5000 + b":", b"s:"],
 )  # fmt: skip
 def test_bytes_that_are_no_value_are_refused(text: bytes) -> None:
     with pytest.raises(codec.UnsupportedTypeError):
@@ -103,14 +96,6 @@ def test_random_bytes_give_a_plain_value_or_are_refused() -> None:
             codec.encode(codec.decode(text), 1 << 16)
         except codec.UnsupportedTypeError:
             continue
-
-
-@pytest.mark.parametrize(
-    "value", ["x" * 1001, b"x" * 1001, [None] * 1001, 1 << 8008, [["x" * 500] * 2]], ids=lambda v: str(v)[:9]
-)
-def test_a_value_must_keep_to_its_size(value: object) -> None:
-    with pytest.raises(codec.MessageTooLargeError):
-        codec.encode(value, 1000)
 
 
 def test_frames_end_where_the_other_side_ends() -> None:
@@ -161,39 +146,35 @@ CASES = {
     "tests index a result": ("def add(a, b): return None", "assert add(1, 2)[0] == 3", "failed"),
     "tests exit": (ADD, "add(1, 2)\nraise SystemExit(0)", "failed"),
     "arguments are the tests' own": ("def add(a, b):\n    a.append(b)", "x = [1]\nadd(x, 2)\nassert x == [1]", "passed"),
+    "calls with what is no plain data": (ADD, "add(1, 2)\nadd(print, 2)", "refused"),
 }  # fmt: skip
 
 
 @needs_bubblewrap
-@pytest.mark.parametrize("case", CASES)
-def test_results(case: str, sandbox: Sandbox) -> None:
-    program, tests, status = CASES[case]
+@pytest.mark.parametrize(("program", "tests", "status"), CASES.values(), ids=CASES)
+def test_results(program: str, tests: str, status: str, sandbox: Sandbox) -> None:
     (result,) = sandbox.run([Job(program, tests, "add")])
-    assert (result.status, case) == (status, case), result.reason
+    assert result.status == status, result.reason
+    assert status != "refused" or result.reason == "the tests pass a value of type builtin_function_or_method"
 
 
 @needs_bubblewrap
 def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
-    ran = []
-    judged = Sandbox._run_job
-    monkeypatch.setattr(Sandbox, "_run_job", lambda self, job: (ran.append(job), judged(self, job))[1])
+    spy = Mock(side_effect=sandbox._run_job)
+    monkeypatch.setattr(sandbox, "_run_job", spy)
     right, false = Job(ADD, "assert add(1, 2) == 3", "add"), Job(ADD, "assert add(1, 2) == 4", "add")
     results = sandbox.run([right, false, right, right, false])
     assert [result.status for result in results] == ["passed", "failed", "passed", "passed", "failed"]
-    assert len(ran) == 2
+    assert spy.call_count == 2
 
 
 @needs_bubblewrap
 def test_in_place_functions_where_the_tests_want_them() -> None:
     sandbox = Sandbox(CodeRule(in_place=True, cpu_seconds=1))
-    programs = {
-        "def f(a, b, c):\n    a.sort()\n    b['k'] = 1\n    c.clear()": Status.PASSED,
-        "def f(a, b, c):\n    sorted(a)": Status.FAILED,
-    }
+    programs = ["def f(a, b, c):\n    a.sort()\n    b['k'] = 1\n    c.clear()", "def f(a, b, c):\n    sorted(a)"]
     tests = "a, b, c = [2, 1], {}, {3}\nassert f(a, b, c) is None\nassert (a, b, c) == ([1, 2], {'k': 1}, set())"
-    assert [result.status for result in sandbox.run([Job(program, tests, "f") for program in programs])] == [
-        *programs.values()
-    ]
+    results = sandbox.run([Job(program, tests, "f") for program in programs])
+    assert [result.status for result in results] == ["passed", "failed"]
 
 
 @needs_bubblewrap
@@ -218,12 +199,6 @@ def test_tests_that_cannot_judge_are_an_error_and_no_verdict(tests: str, problem
         sandbox.run([Job(ADD, tests, "add")])
 
 
-@needs_bubblewrap
-def test_calls_with_what_is_no_plain_data_are_refused(sandbox: Sandbox) -> None:
-    (result,) = sandbox.run([Job(ADD, "add(1, 2)\nadd(print, 2)", "add")])
-    assert (result.status, result.reason) == ("refused", "the tests pass a value of type builtin_function_or_method")
-
-
 def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(ConfigError, match=r"no `bwrap` on PATH: install it .* or set isolation: unsafe_no_isolation"):
@@ -241,10 +216,8 @@ def test_where_bubblewrap_does_not_work_it_says_why(monkeypatch: pytest.MonkeyPa
 
 @needs_bubblewrap
 def test_isolation_that_does_not_hold_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    bwrap_args = bubblewrap._bwrap_args
-    monkeypatch.setattr(
-        bubblewrap, "_bwrap_args", lambda scratch: [*bwrap_args(scratch)[:-2], "--ro-bind", "/etc", "/etc"]
-    )
+    arguments = [*bubblewrap._bwrap_args(1 << 20)[:-2], "--ro-bind", "/etc", "/etc"]
+    monkeypatch.setattr(bubblewrap, "_bwrap_args", lambda _: arguments)
     with pytest.raises(ConfigError, match="the sandbox does not hold on this machine: failed"):
         Sandbox(CodeRule())
 
@@ -260,10 +233,10 @@ def test_without_libseccomp_it_says_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_without_isolation_there_are_still_limits() -> None:
     sandbox = Sandbox(CodeRule(isolation="unsafe_no_isolation", cpu_seconds=1, memory_mb=128, workers=4))
     programs = {
-        ADD: Status.PASSED,
-        "def add(a, b):\n    while True: pass": Status.TIMEOUT,
-        "def add(a, b): return len([0] * 10**9)": Status.MEMORY,
-        "import os\ndef add(a, b): return os.environ.get('PATH')": Status.FAILED,
+        ADD: "passed",
+        "def add(a, b):\n    while True: pass": "timeout",
+        "def add(a, b): return len([0] * 10**9)": "memory",
+        "import os\ndef add(a, b): return os.environ.get('PATH')": "failed",
     }
     results = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
     assert [result.status for result in results] == [*programs.values()]
@@ -278,39 +251,15 @@ def test_sets_have_the_same_order_in_every_run(sandbox: Sandbox) -> None:
 
 
 def test_the_filter_lets_no_process_start() -> None:
-    forbidden = {
-        "clone",
-        "clone3",
-        "fork",
-        "vfork",
-        "execve",
-        "execveat",
-        "kill",
-        "tgkill",
-        "socket",
-        "ptrace",
-        "mount",
-    }
-    assert not forbidden & set(ALLOWED)
+    forbidden = "clone clone3 fork vfork execve execveat kill tgkill socket ptrace mount"
+    assert not {*forbidden.split()} & {*ALLOWED}
 
 
-def test_the_programs_side_imports_little() -> None:
+def test_the_programs_side_imports_little_and_nothing_of_ours_outside_its_folder() -> None:
     """Every program pays for each import; json alone would double the start."""
-    allowed = {
-        "__future__",
-        "collections.abc",
-        "builtins",
-        "ctypes",
-        "os",
-        "resource",
-        "select",
-        "sys",
-        "typing",
-        "tasks",
-    }
+    allowed = {"__future__", "collections.abc", "builtins", "ctypes", "os", "resource", "select", "sys", "typing"}
     for file in Path(codec.__file__).parent.glob("*.py"):
-        lines = file.read_text().splitlines()
-        found = itertools.chain.from_iterable(
-            [line.split()[1]] for line in lines if line.strip().startswith(("import ", "from "))
-        )
-        assert {name if name in allowed else name.split(".")[0] for name in found} <= allowed, file.name
+        lines = [line.split() for line in file.read_text().splitlines()]
+        found = {words[1] for words in lines if words and words[0] in ("import", "from")}
+        ours = {name for name in found if name.startswith("tasks.rewards.sandbox.inside")}
+        assert found - ours <= allowed, file.name

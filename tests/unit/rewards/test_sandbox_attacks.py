@@ -8,7 +8,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -62,11 +62,7 @@ class Outside:
 
     def harm(self) -> str:
         """What has happened outside, in words."""
-        found = [
-            f"{door.getsockname()!r} was reached"
-            for door in self._doors
-            if _got(lambda door=door: door.accept()[0].close())
-        ]
+        found = [f"{door.getsockname()!r} was reached" for door in self._doors if _got(door.accept)]
         found += ["a datagram came"] if _got(lambda: self._letters.recv(99)) else []
         found += ["files changed"] if self._seen() != self._files else []
         return ", ".join(found + _left_over())
@@ -76,38 +72,30 @@ class Outside:
         return {str(path): path.stat().st_size for path in [*self._folder.iterdir(), *cores]}
 
 
-def _got(act: Callable[[], object]) -> bool:
-    try:
-        act()
-    except BlockingIOError:
-        return False
-    return True
+def _got(receive: Callable[[], object]) -> bool:
+    with suppress(BlockingIOError):
+        found = receive()
+        if isinstance(found, tuple):
+            found[0].close()
+        return True
+    return False
 
 
 def _left_over() -> list[str]:
     """Our sandboxes that still run; the kernel may need a moment to end a killed process."""
     for _ in range(20):
-        found = [item.info["name"] for item in psutil.process_iter(["name", "cmdline"]) if _is_ours(item)]
+        lines = {process.pid: process.info["cmdline"] or () for process in psutil.process_iter(["cmdline"])}
+        found = [pid for pid, line in lines.items() if MARK in line and pid != os.getpid()]
         if not found:
             return []
         time.sleep(0.1)
     return [f"{len(found)} processes were left"]
 
 
-def _is_ours(process: psutil.Process) -> bool:
-    return process.pid != os.getpid() and MARK in (process.info["cmdline"] or ())
-
-
-@pytest.fixture(scope="module", autouse=True)
-def environment() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RLHF_TEST_SECRET", SECRET)
-        yield
-
-
 @pytest.fixture(scope="module")
 def outside(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Outside]:
-    with ExitStack() as stack:
+    with ExitStack() as stack, pytest.MonkeyPatch.context() as patch:
+        patch.setenv("RLHF_TEST_SECRET", SECRET)
         yield Outside(tmp_path_factory.mktemp("outside"), stack)
 
 
@@ -120,9 +108,8 @@ def sandbox() -> Sandbox:
 def endless(sandbox: Sandbox, outside: Outside) -> dict[Attack, SandboxResult]:
     """Results of endless programs, all at once: each waits for its limit, not for the others'."""
     limits = LIMITS | {"wall_seconds": 4, "workers": len(ENDLESS)}
-    return dict(
-        zip(ENDLESS, Sandbox(CodeRule(**limits)).run([_job(attack, outside) for attack in ENDLESS]), strict=True)
-    )
+    results = Sandbox(CodeRule(**limits)).run([_job(attack, outside) for attack in ENDLESS])
+    return dict(zip(ENDLESS, results, strict=True))
 
 
 def _job(attack: Attack, outside: Outside) -> Job:

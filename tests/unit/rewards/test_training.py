@@ -13,8 +13,7 @@ from tasks.core.rows import Preference
 from tasks.models.hf_training import HistoryCallback, train_or_resume
 from tasks.models.loading import add_lora, init_process, new_reward_model
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import classification_trainer, pair_trainer, regression_trainer
-from tasks.rewards.training_data import TrainingData
+from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import LORA
 
@@ -67,12 +66,11 @@ def log_loss(gap: float) -> float:
 @pytest.mark.parametrize(("scale", "margins"), [(None, (0, 0, 0)), (1.0, (1.5, 0, 0)), (2.0, (3.0, 0, 0))])
 def test_a_margin_is_taken_off_the_gap_where_it_is_known_and_agrees(base, scale, margins):
     """−log σ(r_c − r_r − m): m is 1.5 points times the scale; −2 contradicts the label, the third is unknown."""
-    values = scores(base, sides()).tolist()
-    gaps = [values[i] - values[i + 3] for i in range(3)]
+    values = scores(base, sides())
+    gaps = (values[:3] - values[3:]).tolist()
     expected = sum(log_loss(gap - margin) for gap, margin in zip(gaps, margins, strict=True)) / 3
-    assert first_loss(pair_trainer, base, TrainingData({"train": ROWS}, margin_scale=scale)) == pytest.approx(
-        expected, rel=1e-4
-    )
+    data = TrainingData({"train": ROWS}, margin_scale=scale)
+    assert first_loss(pair_trainer, base, data) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_pair_trains_the_head_that_it_is_about(base):
@@ -85,20 +83,24 @@ def test_a_pair_trains_the_head_that_it_is_about(base):
     assert first_loss(pair_trainer, base, data) == pytest.approx(expected, rel=1e-4)
 
 
-TEXTS = ["abc", "de", "fghij"]
+def squared_error(value: float, target: float) -> float:
+    return (value - target) ** 2
 
 
-def rated(targets: list[float]) -> TrainingData:
-    return TrainingData(texts={"train": TEXTS}, targets={"train": targets})
+def cross_entropy(value: float, target: float) -> float:
+    """Of the log-odds."""
+    return log_loss(value if target else -value)
 
 
-def test_ratings_are_fitted_by_squared_error(base):
-    values = scores(base, TEXTS).tolist()
-    expected = sum((value - target) ** 2 for value, target in zip(values, [1.0, -2.0, 0.5], strict=True)) / 3
-    assert first_loss(regression_trainer, base, rated([1.0, -2.0, 0.5])) == pytest.approx(expected, rel=1e-4)
-
-
-def test_classes_are_fitted_by_cross_entropy_of_log_odds(base):
-    values = scores(base, TEXTS).tolist()
-    expected = (log_loss(values[0]) + log_loss(-values[1]) + log_loss(values[2])) / 3
-    assert first_loss(classification_trainer, base, rated([1.0, 0.0, 1.0])) == pytest.approx(expected, rel=1e-4)
+@pytest.mark.parametrize(
+    ("trainer", "loss", "targets"),
+    [
+        (regression_trainer, squared_error, [1.0, -2.0, 0.5]),
+        (classification_trainer, cross_entropy, [1.0, 0.0, 1.0]),
+    ],
+)
+def test_targets_are_fitted_by_their_loss(base, trainer, loss, targets):
+    texts = ["abc", "de", "fghij"]
+    expected = sum(map(loss, scores(base, texts).tolist(), targets)) / 3
+    data = TrainingData(texts={"train": texts}, targets={"train": targets})
+    assert first_loss(trainer, base, data) == pytest.approx(expected, rel=1e-4)

@@ -17,13 +17,12 @@ if TYPE_CHECKING:
     from collections.abc import Iterable
     from typing import Any
 
-__all__ = ["MAX_DEPTH", "MessageTooLargeError", "UnsupportedTypeError", "decode", "encode", "read_frame", "write_frame"]
+__all__ = ["MessageTooLargeError", "UnsupportedTypeError", "decode", "encode", "read_frame", "write_frame"]
 
-MAX_DEPTH = 64
-"""Containers within containers: what tests compare is flat, and reading is recursive."""
-
-_HEADER_BYTES = 4  # bytes of the frame's length prefix
+MAX_DEPTH = 64  # containers within containers: what tests compare is flat, and reading is recursive
+_HEADER_BYTES = 4
 _CHUNK_BYTES = 1 << 16  # capacity of a pipe
+_CONSTANTS = {b"n": None, b"t": True, b"f": False}
 _CONTAINERS: dict[bytes, Any] = {b"l": list, b"u": tuple, b"x": set, b"z": frozenset}
 
 
@@ -36,11 +35,11 @@ class MessageTooLargeError(ValueError):
 
 
 def encode(value: object, limit: int) -> bytes:
-    """Encode the value in at most `limit` bytes.
+    """Encode the value.
 
     Raises:
         UnsupportedTypeError: part of it is no plain data, or lies too deep.
-        MessageTooLargeError: it takes more.
+        MessageTooLargeError: it takes more than `limit` bytes.
     """
     writer = _Writer(limit)
     writer.write(value, MAX_DEPTH)
@@ -65,10 +64,9 @@ def decode(text: bytes) -> object:
 
 def write_frame(channel: int, text: bytes) -> None:
     """Write one frame."""
-    frame = len(text).to_bytes(_HEADER_BYTES, "big") + text
-    sent = 0
-    while sent < len(frame):
-        sent += os.write(channel, frame[sent : sent + _CHUNK_BYTES])
+    rest = memoryview(len(text).to_bytes(_HEADER_BYTES, "big") + text)
+    while rest:
+        rest = rest[os.write(channel, rest[:_CHUNK_BYTES]) :]
 
 
 def read_frame(channel: int, limit: int) -> bytes | None:
@@ -89,8 +87,7 @@ def read_frame(channel: int, limit: int) -> bytes | None:
 def _read_exactly(channel: int, length: int) -> bytes | None:
     parts = bytearray()
     while len(parts) < length:
-        part = os.read(channel, min(length - len(parts), _CHUNK_BYTES))
-        if not part:
+        if not (part := os.read(channel, min(length - len(parts), _CHUNK_BYTES))):
             return None
         parts += part
     return bytes(parts)
@@ -106,7 +103,7 @@ class _Writer:
     def write(self, value: Any, depth: int) -> None:
         if depth < 0:
             raise UnsupportedTypeError("a value nested too deeply")
-        if value is None or value is True or value is False:
+        if value is None or isinstance(value, bool):
             self._put(b"n" if value is None else b"t" if value else b"f")
         elif isinstance(value, int):
             self._check(int.bit_length(value) // 4)
@@ -129,18 +126,16 @@ class _Writer:
             self._put(b"m%d:" % dict.__len__(value))
             items = (part for pair in dict.items(value) for part in pair)
         else:
-            for tag, kind in _CONTAINERS.items():
-                if isinstance(value, kind):
-                    self._put(tag + b"%d:" % kind.__len__(value))
-                    items = kind.__iter__(value)
-                    break
-            else:
+            tag, kind = next((pair for pair in _CONTAINERS.items() if isinstance(value, pair[1])), (b"", None))
+            if kind is None:
                 raise UnsupportedTypeError(f"a value of type {type(value).__name__}")
+            self._put(tag + b"%d:" % kind.__len__(value))
+            items = kind.__iter__(value)
         for item in items:
             self.write(item, depth - 1)
 
     def _put_sized(self, tag: bytes, content: bytes) -> None:
-        self._put(tag + b"%d:" % len(content) + content)
+        self._put(b"%s%d:%s" % (tag, len(content), content))
 
     def _put(self, text: bytes) -> None:
         self._check(len(text))
@@ -161,8 +156,8 @@ class _Reader:
         if depth < 0:
             raise UnsupportedTypeError("nested too deeply")
         tag = self._take(1)
-        if tag in b"ntf" and tag:
-            return {b"n": None, b"t": True, b"f": False}[tag]
+        if tag in _CONSTANTS:
+            return _CONSTANTS[tag]
         if tag == b"i":
             return int(self._until(b";"), 16)
         if tag == b"d":
@@ -178,8 +173,7 @@ class _Reader:
 
     def _container(self, tag: bytes, depth: int) -> object:
         if tag == b"m":
-            pairs = ((self.value(depth - 1), self.value(depth - 1)) for _ in range(self._count()))
-            return dict(pairs)
+            return {self.value(depth - 1): self.value(depth - 1) for _ in range(self._count())}
         if tag not in _CONTAINERS:
             raise UnsupportedTypeError(f"no tag {tag!r}")
         return _CONTAINERS[tag](self.value(depth - 1) for _ in range(self._count()))

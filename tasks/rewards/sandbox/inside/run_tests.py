@@ -1,7 +1,7 @@
 """Test process: run the tests against a proxy of the program's function, and report the result.
 
-The result leaves by a pipe that exists in this process alone. Anything that is wrong with the channel ends the
-process with its result on the spot, so that no `except` in the tests can swallow it.
+The result leaves by a pipe that exists in this process alone. What is wrong with the channel ends the process on the
+spot, so that no `except` in the tests can swallow it.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ import select
 import sys
 
 from tasks.rewards.sandbox.inside import codec
-from tasks.rewards.sandbox.inside.limits import confine, take_stdio
+from tasks.rewards.sandbox.inside.run_program import start
 
 TYPE_CHECKING = False  # as in `typing`, whose import takes as long as a third of Python's start
 if TYPE_CHECKING:
-    from collections.abc import Callable
     from typing import Any, NoReturn
 
 __all__ = ["main"]
@@ -32,12 +31,9 @@ class ProgramError(RuntimeError):
 
 
 def main() -> None:
-    """Arguments: as those of run_program, and the two ends of the channel."""
-    cpu_seconds, memory, file_size, answer_size = map(int, sys.argv[2:6])
-    instructions = bytes.fromhex(sys.argv[6])
-    job, results = take_stdio()
+    """Run the tests of the job on standard input; arguments: those of `start`, and the two ends of the channel."""
+    job, results, answer_size = start()
     channel = Channel(int(sys.argv[7]), int(sys.argv[8]), results, answer_size)
-    confine(cpu_seconds, memory, file_size, instructions)
     text = codec.read_frame(job, _MAX_MESSAGE)
     spec: Any = codec.decode(text or b"")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
@@ -47,10 +43,9 @@ def main() -> None:
 
 
 class Channel:
-    """Channel to the program's process, and the pipe of the result."""
+    """Channel to the program's process, by its two ends, and the pipe of the result."""
 
     def __init__(self, requests: int, answers: int, results: int, answer_size: int) -> None:
-        """The two ends that lead to the program, and the one that leads out."""
         self._requests, self._answers, self._results, self._limit = requests, answers, results, answer_size
         self._ready = False
         self.calls = 0
@@ -92,11 +87,10 @@ class Channel:
             self.end("refused", "the program answered what it was not asked")
 
     def _peer_closed(self) -> NoReturn:
-        """End the run: the program's process has ended or closed the channel."""
         self.end("died" if self._ready else "broken", "")
 
     def _request(self, *request: object) -> tuple[str, Any]:
-        """Send a request; return the answer's kind and content. The random ticket ties the answer to the request."""
+        """Send a request; return the kind and content of the answer, which must carry the request's random ticket."""
         self.check_no_unsolicited()
         ticket = os.urandom(8).hex()
         try:
@@ -146,16 +140,19 @@ class Channel:
         if type(changed_arguments) is not list or len(changed_arguments) != len(arguments):
             self.end("refused", "the program's answer lacks the arguments")
         for argument, changed in zip(arguments, changed_arguments, strict=True):
-            if type(argument) is list and type(changed) is list:
-                argument[:] = changed
-            elif (type(argument) is dict and type(changed) is dict) or (type(argument) is set and type(changed) is set):
+            if type(argument) is type(changed) and type(argument) in (list, dict, set):
                 argument.clear()
-                argument.update(changed)
+                add = argument.extend if type(argument) is list else argument.update
+                add(changed)
 
 
 def _run(channel: Channel, preamble: str, tests: str, name: str, in_place: bool) -> NoReturn:
     """Run the tests: their statements, then a function `check` if they define one."""
-    candidate = _make_candidate(channel, name, in_place)
+
+    def candidate(*arguments: Any, **keywords: Any) -> Any:
+        return channel.call(arguments, keywords, in_place)
+
+    candidate.__name__ = name
     namespace: dict[str, Any] = {"__name__": "tests"}
     try:
         exec(compile(preamble, "prompt.py", "exec"), namespace)
@@ -182,17 +179,8 @@ def _report_failure(channel: Channel, error: BaseException) -> NoReturn:
     channel.end("failed", f"{kind} after call {channel.calls}")
 
 
-def _make_candidate(channel: Channel, name: str, in_place: bool) -> Callable[..., Any]:
-    def candidate(*arguments: Any, **keywords: Any) -> Any:
-        return channel.call(arguments, keywords, in_place)
-
-    candidate.__name__ = name
-    return candidate
-
-
 def _exception_result(name: object, where: str) -> tuple[str, str]:
-    clean_name = _sanitise(name)
-    return ("memory" if clean_name == "MemoryError" else "error"), f"{clean_name} {where}"
+    return "memory" if name == "MemoryError" else "error", f"{_sanitise(name)} {where}"
 
 
 def _sanitise(text: object) -> str:
