@@ -13,7 +13,7 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, without_printer, write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
-from tasks.rl.environments.base import tokenise_dialogue
+from tasks.rl.environments import tokenise_dialogue
 
 if TYPE_CHECKING:
     from tasks.config.training import EnvironmentParams, LoraParams, SFTParams

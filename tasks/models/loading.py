@@ -1,4 +1,4 @@
-"""Load and save models: the base model, LoRA adapters, and linear heads.
+"""Load and save models: the base model, LoRA adapters, and linear heads; pad their inputs.
 
 A policy is always base model + SFT adapter, merged in memory (that sum is the *reference*), plus one adapter on top;
 switching that adapter off gives back the reference.
@@ -10,12 +10,15 @@ import ctypes
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import datasets
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -45,7 +48,9 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "new_reward_model",
+    "pad_ids",
     "policy_stages",
+    "position_ids",
     "save_adapter",
 ]
 
@@ -261,3 +266,18 @@ def _require_file(folder: Path, file: str) -> Path:
         found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
         raise ModelError(f"{folder}: no {file} (found: {found}); run the stage that writes it, or check the folder")
     return folder
+
+
+def pad_ids(
+    rows: Sequence[Sequence[int]], pad_token_id: int, *, side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids to [B, T]; the mask [B, T] is true on those of the rows."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    return ids, pad_sequence(masks, batch_first=True, padding_side=side)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """cumsum(mask) − mask: the first real token has position 0 whatever the padding before it."""
+    return mask.long().cumsum(-1) - mask.long()

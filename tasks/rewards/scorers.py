@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from tasks.core.errors import ModelError
-from tasks.models.batching import pad_ids, position_ids
-from tasks.models.loading import device
+from tasks.models.loading import device, pad_ids, position_ids
 
 __all__ = ["Formatter", "PretrainedScorer", "PromptResponse", "TextScorer", "encode"]
 

@@ -1,19 +1,25 @@
-"""Observers of RL training: curves, samples, warnings and snapshots."""
+"""Observers of RL training, the checkpoint of an interrupted run, and the weights before an update."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from tqdm import tqdm
 
 from tasks.core import distributed, tracking
 from tasks.models.hf_training import PolicySnapshots
 from tasks.rl.algorithm import Metrics
+from tasks.rl.policy import Policy
 
-__all__ = ["Callback", "ProgressCallback", "SnapshotCallback"]
+__all__ = ["Callback", "Checkpoint", "KLBudget", "ProgressCallback", "SnapshotCallback", "load_weights"]
 
 
 class Callback:
@@ -70,3 +76,68 @@ class SnapshotCallback(Callback):
 
     def on_update_end(self, update: int) -> None:
         self._snapshots.save(update, self._model)
+
+
+class Checkpoint:
+    """A file that holds the newest checkpoint, written by rank 0 and read by all; without a folder it saves nothing."""
+
+    def __init__(self, folder: Path | None, stage: str) -> None:
+        self._file = None if folder is None else folder / f"{stage}.pt"
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state atomically."""
+        if self._file is None or distributed.rank() > 0:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._file)
+
+    def load(self) -> dict[str, Any]:
+        """Read the state; empty where there is none."""
+        if self._file is None or not self._file.is_file():
+            return {}
+        state: dict[str, Any] = torch.load(self._file, weights_only=True)
+        return state
+
+    def remove(self) -> None:
+        """Remove the file of a finished run."""
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+class KLBudget:
+    """Limit of the KL to the reference, with the weights of the last policy within it."""
+
+    def __init__(self, policy: Policy, limit: float | None) -> None:
+        self._policy, self.limit = policy, math.inf if limit is None else limit
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def is_limited(self) -> bool:
+        """Whether there is a limit."""
+        return math.isfinite(self.limit)
+
+    def exceeded(self, kl: float) -> bool:
+        """Whether this KL, nats per response, is over the limit."""
+        return kl > self.limit
+
+    def keep_weights(self) -> None:
+        """Copy the weights of a policy within the limit, where there is one."""
+        if self.is_limited:
+            parameters = self._policy.trainable_parameters()
+            self.weights = {name: value.detach().clone() for name, value in parameters.items()}
+
+    def restore_weights(self) -> None:
+        """Put the kept weights back into the policy."""
+        load_weights(self._policy, self.weights)
+
+
+def load_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the policy's trainable parameters."""
+    parameters = policy.trainable_parameters()
+    for name, value in weights.items():
+        parameters[name].data.copy_(value)

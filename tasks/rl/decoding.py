@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tasks.models.batching import position_ids
+from tasks.models.loading import position_ids
 
 __all__ = ["Decoder", "PreallocatedCache", "SampledTokens", "sample_tokens"]
 

@@ -20,18 +20,52 @@ from torch.nn.utils.rnn import pad_sequence
 
 from tasks.config.base import ENVIRONMENT
 from tasks.core import distributed
+from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
-from tasks.models.batching import pad_ids
+from tasks.models.loading import pad_ids
+from tasks.rewards.rules.answers import exact_match
 from tasks.rl.advantages import turn_counts
-from tasks.rl.environments.base import Environment, final_user_turn, user_turn
-from tasks.rl.environments.retry import RetryEnvironment
+from tasks.rl.environments import Environment, Step, final_user_turn, user_turn
 from tasks.rl.environments.service_bot import BookingUser
 from tasks.rl.rollout import BatchRows, Rollout, Sampler, extend_generator
 
 if TYPE_CHECKING:
     from tasks.config.training import EnvironmentParams
 
-__all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "with_environment"]
+__all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "RetryEnvironment", "with_environment"]
+
+
+class RetryEnvironment:
+    """Reward 1 for the right answer, at whichever try; γ makes an earlier one earn more.
+
+    Gamed by: trying until it fits, which `environment.max_turns` bounds; naming several numbers does not help, for the
+    last one counts. The answer to a wrong try does not say in what it is wrong, so there is nothing in it to parrot. A
+    wrong first try on purpose gains nothing, for the question stays the same and the reward only shrinks.
+    """
+
+    def __init__(self) -> None:
+        self._expected = ""
+
+    def reset(self, row: Prompt) -> str:
+        """The row's prompt.
+
+        Raises:
+            DataError: the row has no right answer.
+        """
+        if row.answer is None:
+            raise DataError(
+                f"the environment reasoning_gym needs rows with an `answer`, and {row.id!r} has none: use a source of "
+                "kind reasoning_gym, or map the column to `answer`"
+            )
+        self._expected = row.answer
+        return row.prompt
+
+    def step(self, action: str) -> Step:
+        """Grade the last number of the turn."""
+        if exact_match(action, self._expected):
+            return Step("That is right.", 1.0, done=True)
+        return Step("That is not right. Try again.", 0.0, done=False)
+
 
 ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"reasoning_gym": RetryEnvironment, "service_bot": BookingUser}
 """Kind → factory. A new environment is one more line here, and in `EnvironmentParams.kind`."""

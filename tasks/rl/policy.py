@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tasks.models.batching import position_ids
+from tasks.models.loading import position_ids
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
 from tasks.rl.masking import through_last_true
 from tasks.rl.rollout import TokenBatch

@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from tasks.core import distributed
 from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt
-from tasks.models.batching import pad_ids
-from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
+from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer, pad_ids
 from tasks.models.onednn_linear import merged_weights
 from tasks.rl.decoding import Decoder, SampledTokens, sample_tokens
 

@@ -15,8 +15,7 @@ from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.advantages import apply_missing_eos_penalty, discount_by_turns, turn_counts
 from tasks.rl.algorithm import Algorithm, Metrics, ScoredRollout
-from tasks.rl.callbacks import Callback
-from tasks.rl.checkpoint import Checkpoint, KLBudget, load_weights
+from tasks.rl.callbacks import Callback, Checkpoint, KLBudget, load_weights
 from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.masking import masked_mean

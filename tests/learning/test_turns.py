@@ -15,8 +15,8 @@ from torch import Tensor
 from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.checkpoint import Checkpoint
-from tasks.rl.environments.base import Step
+from tasks.rl.callbacks import Checkpoint
+from tasks.rl.environments import Step
 from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
 from tasks.rl.ppo import PPO

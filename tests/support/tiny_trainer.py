@@ -15,8 +15,7 @@ from tasks.config.training import GenerationParams, GRPOParams, PPOParams, RLPar
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.algorithm import Algorithm, Experience, Metrics
-from tasks.rl.callbacks import Callback
-from tasks.rl.checkpoint import Checkpoint
+from tasks.rl.callbacks import Callback, Checkpoint
 from tasks.rl.grpo import GRPO
 from tasks.rl.policy import Policy
 from tasks.rl.ppo import PPO

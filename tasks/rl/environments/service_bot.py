@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
 from tasks.core.text_stats import tokenize_words
-from tasks.rl.environments.base import Step, first_prompt, user_turn
+from tasks.rl.environments import Step, first_prompt, user_turn
 
 if TYPE_CHECKING:
     from tasks.config.data import SourceParams

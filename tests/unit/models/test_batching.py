@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from tasks.models.batching import pad_ids, position_ids
+from tasks.models.loading import pad_ids, position_ids
 
 
 @pytest.mark.parametrize(

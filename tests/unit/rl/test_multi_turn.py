@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from tasks.config.training import GenerationParams, RLParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.checkpoint import Checkpoint
-from tasks.rl.environments.base import Step
+from tasks.rl.callbacks import Checkpoint
+from tasks.rl.environments import Step
 from tasks.rl.multi_turn import MultiTurnRollout, MultiTurnSampler
 from tasks.rl.policy import Policy, PolicyOutput, model_inputs
 from tasks.rl.rollout import LocalSampler, derive_generator

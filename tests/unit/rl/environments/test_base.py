@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tasks.core.rows import Demonstration
-from tasks.rl.environments.base import final_user_turn, first_prompt, tokenise_dialogue, user_turn
+from tasks.rl.environments import final_user_turn, first_prompt, tokenise_dialogue, user_turn
 
 
 class Signs:

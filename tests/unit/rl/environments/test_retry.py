@@ -6,8 +6,8 @@ import pytest
 
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
-from tasks.rl.environments.base import Step
-from tasks.rl.environments.retry import RetryEnvironment
+from tasks.rl.environments import Step
+from tasks.rl.multi_turn import RetryEnvironment
 
 ROW = Prompt(id="q", prompt="User: 15 - 43 =\nBot:", answer="-28")
 

@@ -11,7 +11,7 @@ import pytest
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
 from tasks.core.text_stats import tokenize_words
-from tasks.rl.environments.base import USER_TURN, Step, first_prompt
+from tasks.rl.environments import USER_TURN, Step, first_prompt
 from tasks.rl.environments.service_bot import TASKS, BookingUser, generate_dialogues
 
 GOAL = {"wish": "table", "day": "Friday", "time": "seven", "people": "four"}
