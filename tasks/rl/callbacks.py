@@ -42,7 +42,7 @@ class Callback:
 
 
 class ProgressCallback(Callback):
-    """Sends metrics and samples to the tracker; shows reward, KL and entropy beside a progress bar."""
+    """Sends metrics and samples to the tracker; shows a progress bar."""
 
     def __init__(self, stage: str, updates: int) -> None:
         self._stage, self._updates = stage, updates
@@ -51,8 +51,8 @@ class ProgressCallback(Callback):
     def on_log(self, metrics: Metrics, update: int) -> None:
         tracking.log_metrics(metrics, step=update)
         if self._bar is None:
-            disabled = distributed.rank() > 0
-            self._bar = tqdm(total=self._updates, initial=update - 1, desc=self._stage, unit="update", disable=disabled)
+            hidden = distributed.rank() > 0
+            self._bar = tqdm(total=self._updates, initial=update - 1, desc=self._stage, unit="update", disable=hidden)
         self._bar.update()
         self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl", "entropy")})
 
@@ -79,7 +79,7 @@ class SnapshotCallback(Callback):
 
 
 class Checkpoint:
-    """A file that holds the newest checkpoint, written by rank 0 and read by all; without a folder it saves nothing."""
+    """The newest checkpoint, a file that rank 0 writes and all read; without a folder nothing is saved."""
 
     def __init__(self, folder: Path | None, stage: str) -> None:
         self._file = None if folder is None else folder / f"{stage}.pt"
@@ -100,11 +100,9 @@ class Checkpoint:
         """Read the state; empty where there is none."""
         if self._file is None or not self._file.is_file():
             return {}
-        state: dict[str, Any] = torch.load(self._file, weights_only=True)
-        return state
+        return dict(torch.load(self._file, weights_only=True))
 
     def remove(self) -> None:
-        """Remove the file of a finished run."""
         if self._file is not None:
             self._file.unlink(missing_ok=True)
 
@@ -118,7 +116,6 @@ class KLBudget:
 
     @property
     def is_limited(self) -> bool:
-        """Whether there is a limit."""
         return math.isfinite(self.limit)
 
     def exceeded(self, kl: float) -> bool:
@@ -130,10 +127,6 @@ class KLBudget:
         if self.is_limited:
             parameters = self._policy.trainable_parameters()
             self.weights = {name: value.detach().clone() for name, value in parameters.items()}
-
-    def restore_weights(self) -> None:
-        """Put the kept weights back into the policy."""
-        load_weights(self._policy, self.weights)
 
 
 def load_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:

@@ -7,9 +7,9 @@ A conversation is one plain text that the policy and the environment write in tu
     User: At seven.
     Bot: So a taxi to the museum at seven?
 
-The prompt is everything up to the first `Bot:`. What stands between two turns of the policy, from the line end to the
-next `Bot:`, is the environment's. Plain roles and no chat template, because the base model's own is made for tools and
-system prompts; a turn ends with the end token, which the text does not show, or is cut at `generation.max_new_tokens`.
+The prompt is everything up to the first `Bot:`; from a line end to the next `Bot:` the text is the environment's. Plain
+roles and no chat template, because the base model's own is made for tools and system prompts. A turn ends with the end
+token, which the text does not show, or is cut at `generation.max_new_tokens`.
 """
 
 from __future__ import annotations
@@ -30,16 +30,10 @@ USER_TURN = re.compile(rf"(\n{USER}.*?\n{BOT})", flags=re.DOTALL)
 
 @dataclass(frozen=True)
 class Step:
-    """Result of a turn of the policy.
+    """Result of a turn of the policy."""
 
-    Attributes:
-        observation: the environment's text, one line without a role.
-        reward: of the conversation if it ends here, else 0.
-        done: whether the conversation is over.
-    """
-
-    observation: str
-    reward: float
+    observation: str  # one line without a role
+    reward: float  # of the conversation if it ends here, else 0
     done: bool
 
 
