@@ -99,9 +99,6 @@ def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeyp
     best = optimum(*reference, beta, gamma)
     start = reference[0].unsqueeze(1) * reference[1]
     reached = distance(learned, best)
-    print(
-        f"{action}, γ = {gamma}: distance to the optimum {reached:.3f}, to the reference {distance(learned, start):.3f}"
-    )
     assert reached < 0.1
     assert distance(learned, start) > 0.3
     other = optimum(*reference, beta, 0.5 if gamma == 1 else 1.0)

@@ -14,6 +14,7 @@ from tests.support.tiny_trainer import (
     PARAMS,
     PROMPTS,
     Recorder,
+    assert_same_weights,
     experience_of,
     gradients,
     low_tokens,
@@ -25,22 +26,17 @@ BOTH = pytest.mark.parametrize("params", [PARAMS, GRPO_PARAMS], ids=["ppo", "grp
 
 
 @BOTH
-def test_at_step_0_kl_is_0_and_the_score_is_the_reward_less_the_penalty(params):
-    _, metrics = experience_of(trainer(params))
+def test_at_step_0_kl_is_0_the_score_is_the_reward_less_the_penalty_and_the_ratio_is_1(params):
+    run = trainer(params)
+    experience, metrics = experience_of(run)
     assert metrics["kl"] == pytest.approx(0, abs=1e-4)
     assert metrics["kl_k3"] == pytest.approx(0, abs=1e-6)
     assert metrics.get("total_reward", metrics["score"]) == pytest.approx(metrics["score"], abs=1e-4)
     assert metrics["score"] == pytest.approx(metrics["reward"] - 0.5 * metrics["truncated_share"], abs=1e-6)
-
-
-@BOTH
-def test_ratio_is_1_in_the_first_minibatch(params):
-    run = trainer(params)
-    experience, _ = experience_of(run)
-    metrics = run.updater.step(experience)
-    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert metrics["clip_fraction"] == 0
+    step = run.updater.step(experience)
+    assert step["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert step["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert step["clip_fraction"] == 0
 
 
 def test_value_of_the_rollout_is_that_of_a_full_forward_pass():
@@ -150,8 +146,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params,
     assert recorder.ended == [3, 4], "snapshots of updates before are there"
     assert resumed.history == whole.history
     assert resumed.samples == whole.samples
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(resumed, weights(whole))
     assert list(tmp_path.iterdir()) == [], "a finished run leaves no checkpoint behind"
 
 
@@ -163,8 +158,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(params):
     broken = dataclasses.replace(experience, advantages=torch.full_like(experience.advantages, float("nan")))
     with pytest.raises(TrainingError, match=r"^not finite: .*policy_loss.* from 12 of 12 responses"):
         run.updater.step(broken)
-    for name, value in before.items():
-        assert torch.equal(weights(run)[name], value), name
+    assert_same_weights(run, before)
 
 
 @BOTH
@@ -222,15 +216,15 @@ def test_a_failure_names_update_quantity_and_sample_and_keeps_the_last_checkpoin
     resumed = trainer(params, checkpoints=tmp_path)
     resumed.train()
     assert resumed.history == whole.history
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(resumed, weights(whole))
 
 
 def test_a_reward_that_is_not_finite_names_update_component_and_sample():
+    run = trainer(reward=lambda prompts, responses: [float("nan")] * len(prompts))
     with pytest.raises(
         TrainingError, match=r"^update 1: reward component 'rule' is nan .* prompt '[\d ]+', response '"
     ):
-        trainer(reward=lambda prompts, responses: [float("nan")] * len(prompts)).train()
+        run.train()
 
 
 def test_a_log_probability_that_is_not_finite_names_whose_it_is(monkeypatch):
@@ -267,8 +261,7 @@ def test_kl_budget_ends_training_with_the_last_policy_that_kept_it(params):
     first_over = next(update for update in range(2, 5) if kls[update] > max(kls[:update]))
     run, _, messages = over_budget(params, kl_budget=(kls[first_over] + max(kls[:first_over])) / 2)
     assert run.history == free.history[:first_over]
-    for name, value in snapshots[first_over - 2].items():
-        assert torch.equal(weights(run)[name], value), name
+    assert_same_weights(run, snapshots[first_over - 2])
     assert len(messages) == 1
     assert f"the KL after update {first_over} is {kls[first_over]:.3g} nats per response" in messages[0]
     assert messages[0].endswith(f"whose KL was {kls[first_over - 1]:.3g}")
@@ -281,8 +274,7 @@ def test_kl_budget_holds_for_the_last_update_as_well():
     assert len(run.history) == 2
     assert len(messages) == 1
     assert messages[0].startswith("the KL after update 2 is ")
-    for name, value in snapshots[0].items():
-        assert torch.equal(weights(run)[name], value), name
+    assert_same_weights(run, snapshots[0])
 
 
 def test_a_budget_below_the_first_kl_is_refused():
@@ -304,8 +296,7 @@ def test_kl_budget_survives_an_interruption(tmp_path):
     resumed = trainer(checkpoints=tmp_path, **settings)
     resumed.train()
     assert resumed.history == whole.history
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(resumed, weights(whole))
 
 
 @pytest.mark.parametrize("advantage", ["gae", "leave_one_out"])
@@ -373,10 +364,8 @@ def test_metrics_of_the_reward_are_logged_and_watched(params, monkeypatch):
     recorder, scorer, decoded = Recorder(), OODScorer(), []
     run = trainer(params, recorder=recorder, updates=3)
     run.reward = CompositeReward({"learned": scorer}, {"learned": 1.0})
-    decode = run.sampler.tokenizer.decode
-    monkeypatch.setattr(
-        run.sampler.tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options)
-    )
+    tokenizer, decode = run.sampler.tokenizer, run.sampler.tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options))
     run.train()
     assert [row["ood_share"] for row in run.history] == [0.5, 1.0, 1.0]
     assert [row["hacking/ood_responses"] for row in run.history] == [0.0, 0.5, 0.5]
