@@ -26,7 +26,7 @@ from tasks.labelling.report import LabelSummary
 from tasks.labelling.store import LabelStore
 from tests.support.chat_server import longer, serving
 from tests.support.labels import make_question, token
-from tests.support.tiny_policy import write_parts
+from tests.support.tiny_stages import write_parts
 
 ROOT = Path(__file__).resolve().parents[3]
 PROMPTS = ["a", "ab", "abc", "b", "ba"]

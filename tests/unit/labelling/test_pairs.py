@@ -27,8 +27,7 @@ from tasks.labelling.pairs import (
     sample_responses,
     with_overlap,
 )
-from tests.support.tiny_policy import write_parts
-from tests.support.tiny_stages import GENERATION, run_reward_model, write_inputs
+from tests.support.tiny_stages import GENERATION, run_reward_model, write_inputs, write_parts
 
 RESPONSES = {
     "one": [PolicyResponse("sft", " x"), PolicyResponse("sft", " y"), PolicyResponse("ppo", " z")],

@@ -65,28 +65,22 @@ def test_agrees_with_the_definition(gamma: float, lam: float) -> None:
     torch.testing.assert_close(returns, torch.where(mask, expected + values, 0.0), rtol=1e-12, atol=1e-12)
 
 
-def test_lambda_one_returns_the_discounted_rewards_to_go_whatever_the_values() -> None:
-    # γ = 0.5: 1 + 0.5·2 + 0.25·4 = 3, 2 + 0.5·4 = 4, 4.
-    rewards = torch.tensor([[1.0, 2.0, 4.0]])
-    values = torch.tensor([[13.0, -7.0, 0.25]])
-    _, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.5, lam=1.0)
-    assert returns.tolist() == [[3.0, 4.0, 4.0]]
-
-
-def test_a_perfect_value_function_leaves_no_advantage() -> None:
-    # γ = 1, one reward of 5 at the end, V = 5 everywhere.
-    rewards, values = torch.tensor([[0.0, 0.0, 5.0]]), torch.full((1, 3), 5.0)
-    advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=0.95)
-    assert advantages.tolist() == [[0.0, 0.0, 0.0]]
-    assert returns.tolist() == [[5.0, 5.0, 5.0]]
-
-
-def test_responses_of_one_token() -> None:
-    # A = r − V, whatever γ and λ.
-    rewards, values = torch.tensor([[3.0], [1.0]]), torch.tensor([[1.0], [5.0]])
-    advantages, returns = gae(rewards, values, torch.ones(2, 1, dtype=torch.bool), gamma=0.9, lam=0.9)
-    assert advantages.tolist() == [[2.0], [-4.0]]
-    assert returns.tolist() == [[3.0], [1.0]]
+@pytest.mark.parametrize(
+    ("rewards", "values", "gamma", "lam", "expected"),
+    [
+        # λ = 1: the discounted rewards to go, whatever the values: 1 + 0.5·2 + 0.25·4 = 3, 2 + 0.5·4 = 4, 4.
+        ([[1.0, 2.0, 4.0]], [[13.0, -7.0, 0.25]], 0.5, 1.0, [[3.0, 4.0, 4.0]]),
+        # A perfect value function leaves no advantage.
+        ([[0.0, 0.0, 5.0]], [[5.0, 5.0, 5.0]], 1.0, 0.95, [[5.0, 5.0, 5.0]]),
+        # One token: A = r − V, whatever γ and λ.
+        ([[3.0], [1.0]], [[1.0], [5.0]], 0.9, 0.9, [[3.0], [1.0]]),
+    ],
+)
+def test_returns_by_hand(rewards: list, values: list, gamma: float, lam: float, expected: list) -> None:
+    reward, value = torch.tensor(rewards), torch.tensor(values)
+    advantages, returns = gae(reward, value, torch.ones_like(reward, dtype=torch.bool), gamma=gamma, lam=lam)
+    assert returns.tolist() == expected
+    assert torch.equal(advantages, returns - value)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.5, 0.5), (0.9, 0.0)])
@@ -136,9 +130,6 @@ def test_the_score_stands_on_the_last_token_that_counts() -> None:
     # β = 0.5. Row 0: −0.1, 0.2, −0.3 + 10. Row 1: −0.5, −1 + 20, padding. Row 2: −2 − 30, padding, padding.
     rewards = token_rewards(SCORES, KL, MASK, kl_coef=0.5)
     assert rewards.flatten().tolist() == pytest.approx([-0.1, 0.2, 9.7, -0.5, 19.0, 0, -32.0, 0, 0], abs=1e-15)
-
-
-def test_the_reward_of_a_response_is_its_score_less_the_kl_penalty() -> None:
     # Ziegler et al. 2019, equation 2: R = score − β · Σ k1. Row 0: 10 − 2·0.4, row 1: 20 − 2·3, row 2: −30 − 2·4.
     rewards = token_rewards(SCORES, KL, MASK, kl_coef=2.0)
     assert rewards.sum(1).tolist() == pytest.approx([9.2, 14.0, -38.0], abs=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -143,17 +144,12 @@ def test_a_sum_of_parts_holds_no_graph() -> None:
 
 
 def test_what_the_rollout_left_is_constant() -> None:
-    logprobs, old, gains = (f64([[x]], requires_grad=True) for x in (0.1, 0.0, 1.0))
-    mask = torch.tensor([[True]])
-    policy_loss(logprobs, old, gains, mask, clip_range=0.2, token_count=1).loss.backward()
-    assert logprobs.grad is not None
-    assert old.grad is None
-    assert gains.grad is None
-    values, old_values, returns = (f64([[x]], requires_grad=True) for x in (0.1, 0.0, 1.0))
-    value_loss(values, old_values, returns, mask, value_clip_range=0.2, token_count=1).loss.backward()
-    assert values.grad is not None
-    assert old_values.grad is None
-    assert returns.grad is None
+    for loss in (partial(policy_loss, clip_range=0.2), partial(value_loss, value_clip_range=0.2)):
+        trained, old, other = (f64([[x]], requires_grad=True) for x in (0.1, 0.0, 1.0))
+        loss(trained, old, other, torch.tensor([[True]]), token_count=1).loss.backward()
+        assert trained.grad is not None
+        assert old.grad is None
+        assert other.grad is None
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -245,15 +241,12 @@ def test_value_loss_and_gradient_by_hand() -> None:
 HALVES = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
 
 
-def test_logprobs_by_hand() -> None:
+def test_logprobs_and_entropy_at_a_temperature_by_hand() -> None:
     # Logits may be shifted by anything: softmax does not see it.
     logits = (HALVES + torch.tensor([0.0, 1000.0], dtype=torch.float64)[:, None]).expand(2, 2, 3)
     result = logprobs_from_logits(logits, torch.tensor([[0, 1], [2, 0]]), 1.0)
     expected = [math.log(0.5), math.log(0.25), math.log(0.25), math.log(0.5)]
     assert result.flatten().tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_temperature_divides_the_logits() -> None:
     # Temperature 1/2 squares the odds: (4, 1, 1) / 6.
     result = logprobs_from_logits(HALVES.expand(1, 2, 3), torch.tensor([[0, 2]]), 0.5)
     assert result.flatten().tolist() == pytest.approx([math.log(4 / 6), math.log(1 / 6)], abs=1e-15)

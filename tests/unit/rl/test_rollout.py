@@ -17,14 +17,13 @@ from tasks.models.loading import policy_stages
 from tasks.rl.rollout import (
     BatchRows,
     LocalSampler,
-    Rollout,
     derive_generator,
     extend_generator,
     load_sampler,
     sample_in_batches,
 )
 from tests.conftest import letter_tokenizer
-from tests.support.tiny_policy import write_parts
+from tests.support.tiny_stages import write_parts
 from tests.support.tiny_trainer import NumberTokenizer, moved_policy
 
 PAD, EOS = 0, 1
@@ -32,9 +31,7 @@ PROMPTS = [[5, 6, 7], [8], [9, 10, 11, 12, 13]]
 HALVES = [[[5, 6, 7], [8]], [[9, 10, 11, 12, 13], [5, 6, 7]]]
 
 
-def sample(
-    model, prompts=PROMPTS, *, seed=0, max_new_tokens=12, temperature=1.0, value_head=None, **options
-) -> Rollout:
+def sample(model, prompts=PROMPTS, *, seed=0, max_new_tokens=12, temperature=1.0, value_head=None, **options):
     generation = GenerationParams(max_new_tokens=max_new_tokens, temperature=temperature)
     sampler = LocalSampler(model, NumberTokenizer(), generation, value_head)
     return sampler.sample(prompts, torch.Generator().manual_seed(seed), **options)
