@@ -11,13 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.rl.losses import (
-    entropy_from_logits,
-    kl_loss,
-    logprobs_from_logits,
-    policy_loss,
-    value_loss,
-)
+from tasks.rl.losses import entropy_from_logits, kl_loss, logprobs_from_logits, policy_loss, value_loss
 
 MASK = torch.arange(6) < torch.tensor([6, 1, 4, 5])[:, None]
 

@@ -58,23 +58,16 @@ def test_equal_weights_are_equal_bytes_without_paths(base_model, tmp_path):
     assert modules == sorted(modules)
 
 
-def test_fresh_adapter_changes_nothing_and_a_trained_one_does(base_model, tmp_path):
-    reference = load_reference(base_model, None)
-    expected = reference(IDS).logits
-    fresh = add_lora(load_reference(base_model, None), LORA, seed=0)
-    assert torch.equal(fresh(IDS).logits, expected)
-    adapter = trained_adapter(base_model, tmp_path / "sft")
-    assert not torch.allclose(load_reference(base_model, adapter)(IDS).logits, expected)
-
-
-def test_policy_with_its_adapter_off_is_the_reference(base_model, tmp_path):
+def test_fresh_adapter_changes_nothing_and_a_policy_with_its_adapter_off_is_the_reference(base_model, tmp_path):
+    base = load_reference(base_model, None)(IDS).logits
+    assert torch.equal(add_lora(load_reference(base_model, None), LORA, seed=0)(IDS).logits, base)
     sft = trained_adapter(base_model, tmp_path / "sft", seed=1)
-    ppo = trained_adapter(base_model, tmp_path / "ppo", seed=2)
-    policy = load_policy(base_model, sft, ppo)
-    reference = load_reference(base_model, sft)
-    assert not torch.allclose(policy(IDS).logits, reference(IDS).logits)
+    reference = load_reference(base_model, sft)(IDS).logits
+    assert not torch.allclose(reference, base)
+    policy = load_policy(base_model, sft, trained_adapter(base_model, tmp_path / "ppo", seed=2))
+    assert not torch.allclose(policy(IDS).logits, reference)
     with policy.disable_adapter():
-        torch.testing.assert_close(policy(IDS).logits, reference(IDS).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(policy(IDS).logits, reference, rtol=1e-6, atol=1e-6)
 
 
 def test_scorer_comes_back_as_it_was_saved(base_model, tmp_path):

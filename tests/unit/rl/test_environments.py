@@ -96,9 +96,9 @@ def user_steps(*turns: str) -> list[Step]:
     return [user.step(turn) for turn in turns]
 
 
-@pytest.mark.parametrize("said_back", [" So a table on Friday at seven for four?", " FOUR people, friday, SEVEN."])
-def test_a_good_bot_asks_for_what_is_missing_says_it_back_and_is_paid_once(said_back: str) -> None:
-    assert user_steps(" Which day?", " How many people?", said_back) == [
+@pytest.mark.parametrize("confirmation", [" So a table on Friday at seven for four?", " FOUR people, friday, SEVEN."])
+def test_a_good_bot_asks_for_what_is_missing_says_it_back_and_is_paid_once(confirmation: str) -> None:
+    assert user_steps(" Which day?", " How many people?", confirmation) == [
         Step("On Friday.", 0.0, done=False),
         Step("For four.", 0.0, done=False),
         Step("Yes, that is right, thank you.", 1.0, done=True),

@@ -26,14 +26,11 @@ def test_estimates_by_hand() -> None:
     assert kl.k3.flatten().tolist() == pytest.approx([ln2 - 0.5, 1 - ln2, 0, 1 - ln2, 0, 0], abs=1e-15)
 
 
-def test_equal_policies_have_no_divergence_at_all() -> None:
+def test_equal_policies_have_no_divergence_at_all_and_k3_of_near_ones_survives_float32() -> None:
     logprobs = torch.randn(3, 5, generator=torch.Generator().manual_seed(0))
     kl = kl_estimates(logprobs, logprobs.clone(), torch.ones(3, 5, dtype=torch.bool))
     for estimate in (kl.k1, kl.k2, kl.k3):
         assert estimate.eq(0).all(), "KL to oneself must be exactly 0, or the reward is not the score at step 0"
-
-
-def test_k3_of_near_policies_survives_float32() -> None:
     # Δ = 1e-4: k3 = Δ²/2 = 5e-9. Computed as exp(−Δ) − 1 + Δ it is lost: float32 rounds exp to steps of 6e-8.
     delta = torch.tensor([[1e-4]])
     kl = kl_estimates(delta, torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool))

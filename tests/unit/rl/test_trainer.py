@@ -110,10 +110,6 @@ def test_every_pass_over_the_prompts_uses_each_once(size):
     assert seen[:10] != seen[10:]
 
 
-class InterruptedRunError(Exception):
-    """As if the process were killed."""
-
-
 @BOTH
 def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params, tmp_path):
     whole = trainer(params)
@@ -124,11 +120,11 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params,
 
     def interrupted():
         if broken.updates_done == 3:
-            raise InterruptedRunError
+            raise KeyboardInterrupt
         return sample()
 
     broken.sample = interrupted
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert recorder.ended == [1, 2, 3]
     recorder = Recorder()
