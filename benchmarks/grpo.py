@@ -25,8 +25,7 @@ from tasks.core.rows import Prompt
 from tasks.models.loading import init_process
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.callbacks import Callback
-from tasks.rl.checkpoint import Checkpoint
+from tasks.rl.callbacks import Callback, Checkpoint
 from tasks.rl.grpo import GRPO
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import LocalSampler

@@ -71,8 +71,7 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
     from tasks.rewards.composition import CompositeReward
     from tasks.rewards.scorers import TextScorer
-    from tasks.rl.callbacks import Callback
-    from tasks.rl.checkpoint import Checkpoint
+    from tasks.rl.callbacks import Callback, Checkpoint
     from tasks.rl.policy import Policy
     from tasks.rl.ppo import PPO
     from tasks.rl.rollout import LocalSampler

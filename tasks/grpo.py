@@ -10,8 +10,7 @@ from tasks.core.rows import Prompt, read_rows, write_json, write_rows
 from tasks.models.hf_training import PolicySnapshots, write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
 from tasks.rewards.composition import load_reward
-from tasks.rl.callbacks import ProgressCallback, SnapshotCallback
-from tasks.rl.checkpoint import Checkpoint
+from tasks.rl.callbacks import Checkpoint, ProgressCallback, SnapshotCallback
 from tasks.rl.grpo import GRPO
 from tasks.rl.multi_turn import with_environment
 from tasks.rl.policy import Policy

@@ -7,13 +7,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from datasets import Dataset
+from transformers import PrinterCallback
 from trl import SFTConfig, SFTTrainer
 
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
-from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, without_printer, write_history
+from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
-from tasks.rl.environments.base import tokenise_dialogue
+from tasks.rl.environments import tokenise_dialogue
 
 if TYPE_CHECKING:
     from tasks.config.training import EnvironmentParams, LoraParams, SFTParams
@@ -56,7 +57,8 @@ def sft(
         processing_class=tokenizer,
         callbacks=[history],
     )
-    before = without_printer(trainer).evaluate()["eval_loss"]
+    trainer.remove_callback(PrinterCallback)
+    before = trainer.evaluate()["eval_loss"]
     train_or_resume(trainer)
     after = trainer.evaluate()["eval_loss"]
     save_adapter(trainer.model, artifacts.out)

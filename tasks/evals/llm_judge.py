@@ -16,8 +16,7 @@ from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
 from tasks.evals.pairwise import PairJudge, Reply
-from tasks.models.batching import pad_ids, position_ids
-from tasks.models.loading import load_reference, load_tokenizer
+from tasks.models.loading import load_reference, load_tokenizer, pad_ids, position_ids
 
 if TYPE_CHECKING:
     import openai

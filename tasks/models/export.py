@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -19,37 +19,24 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 from tasks.core.errors import ConfigError, ModelError
 from tasks.models.loading import ADAPTER_DIR, device, init_process, load_policy, load_reference, load_tokenizer
 
-__all__ = ["ADAPTER_DIR", "BASE_DIR", "ExportCheck", "atomic_folder", "export"]
+__all__ = ["ExportCheck", "atomic_folder", "export"]
 
-BASE_DIR = "base"
-"""Folder of an exported adapter's base model, beside the folder `adapter`."""
-
-TOLERANCE_EPS = 1024
-"""Tolerance in rounding errors (eps): the exported model adds up the same products in another order."""
+BASE_DIR = "base"  # folder of an exported adapter's base model, beside the folder `adapter`
+TOLERANCE_EPS = 1024  # in rounding errors (eps): the exported model adds up the same products in another order
 
 
 @dataclass(frozen=True)
 class ExportCheck:
-    """Comparison of the exported model's logits with the policy's.
+    """Comparison of the exported model's logits with the policy's."""
 
-    Attributes:
-        dtype: of the weights.
-        max_logit_difference: the largest |Δ logit| to the policy as it was evaluated.
-        max_logit: the largest |logit|.
-    """
-
-    dtype: str
-    max_logit_difference: float
-    max_logit: float
+    dtype: str  # of the weights
+    max_logit_difference: float  # the largest |Δ logit| to the policy as it was evaluated
+    max_logit: float  # the largest |logit|
 
 
 @contextmanager
 def atomic_folder(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder that is renamed to `folder` on success, so that no partial export is left.
-
-    Raises:
-        ConfigError: there is something in the folder already.
-    """
+    """Yield a temporary folder that is renamed to `folder` on success; ConfigError if something is in there already."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(f"{folder} is not empty: name a folder that is, or a new one")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -76,21 +63,18 @@ def export(
 
     Args:
         artifacts: base model, SFT and policy, laid out as in artifacts.
-        folder: an empty one.
         prompts: on which logits are compared.
-        max_new_tokens, temperature: how the policy was trained to write, for `generate` of transformers.
+        max_new_tokens, temperature: of the policy's training, for `generate` of transformers.
 
     Raises:
         ModelError: a part is incomplete, or the exported model does not compute what the policy does.
     """
     init_process()
-    tokenizer = load_tokenizer(artifacts / "base_model")
-    trained: Any = load_policy(artifacts / "base_model", artifacts / "sft", artifacts / policy)
+    base_model, sft = artifacts / "base_model", artifacts / "sft"
+    tokenizer, trained = load_tokenizer(base_model), cast(Any, load_policy(base_model, sft, artifacts / policy))
     batches = [torch.tensor([tokenizer(prompt).input_ids], device=device()) for prompt in prompts]
     expected = _logits(trained, batches)
-    exported: Any = (
-        load_reference(artifacts / "base_model", artifacts / "sft") if adapter else trained.merge_and_unload()
-    )
+    exported: Any = load_reference(base_model, sft) if adapter else trained.merge_and_unload()
     exported.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
@@ -122,13 +106,12 @@ def _logits(model: Any, batches: Sequence[Tensor]) -> list[Tensor]:
 
 
 def _check_logits(expected: Sequence[Tensor], actual: Sequence[Tensor], dtype: torch.dtype) -> ExportCheck:
-    max_logit_difference = max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
+    difference = max((a - b).abs().max().item() for a, b in zip(expected, actual, strict=True))
     max_logit = max(logits.abs().max().item() for logits in expected)
     tolerance = TOLERANCE_EPS * torch.finfo(dtype).eps * max_logit
-    if not max_logit_difference <= tolerance:
+    if not difference <= tolerance:
         raise ModelError(
-            f"the exported model's logits differ from the policy's by up to {max_logit_difference:.2g}, rounding "
-            f"explains {tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was "
-            "written"
+            f"the exported model's logits differ from the policy's by up to {difference:.2g}, rounding explains "
+            f"{tolerance:.2g}: the versions of transformers and peft here may not fit each other; nothing was written"
         )
-    return ExportCheck(str(dtype).removeprefix("torch."), max_logit_difference, max_logit)
+    return ExportCheck(str(dtype).removeprefix("torch."), difference, max_logit)

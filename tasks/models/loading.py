@@ -1,4 +1,4 @@
-"""Load and save models: the base model, LoRA adapters, and linear heads.
+"""Load and save models: the base model, LoRA adapters, and linear heads; pad their inputs.
 
 A policy is always base model + SFT adapter, merged in memory (that sum is the *reference*), plus one adapter on top;
 switching that adapter off gives back the reference.
@@ -10,12 +10,15 @@ import ctypes
 import json
 import sys
 import warnings
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal
 
 import datasets
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
@@ -45,7 +48,9 @@ __all__ = [
     "load_reward_model",
     "load_tokenizer",
     "new_reward_model",
+    "pad_ids",
     "policy_stages",
+    "position_ids",
     "save_adapter",
 ]
 
@@ -67,8 +72,7 @@ def init_process() -> None:
     """Initialise the process group, silence the libraries' loading messages, and tune malloc for training.
 
     Training allocates and frees the same large tensors at every step; with glibc's defaults each of them is mapped
-    and page-faulted anew. The settings are those of the environment variables MALLOC_MMAP_MAX_=0,
-    MALLOC_TRIM_THRESHOLD_ and MALLOC_TOP_PAD_ (see mallopt(3)). No number changes by it.
+    and page-faulted anew (see mallopt(3)).
     """
     distributed.init_distributed()
     transformers_logging.disable_progress_bar()  # type: ignore[no-untyped-call]
@@ -87,11 +91,7 @@ def init_process() -> None:
 
 
 def load_tokenizer(base_model: Path) -> PreTrainedTokenizerBase:
-    """The base model's tokenizer.
-
-    Raises:
-        ModelError: the folder has no tokenizer, or no end token, or its padding token is its end token.
-    """
+    """The base model's tokenizer; ModelError where it has no end token, or no other padding token."""
     folder = _require_file(base_model / MODEL_DIR, "tokenizer.json")
     tokenizer: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(folder)
     if tokenizer.eos_token_id is None or tokenizer.pad_token_id in (None, tokenizer.eos_token_id):
@@ -107,19 +107,16 @@ def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
     folder = _require_file(base_model / MODEL_DIR, "config.json")
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
     if sft is not None:
-        model = PeftModel.from_pretrained(
-            model, _require_file(sft / ADAPTER_DIR, "adapter_config.json")
-        ).merge_and_unload()
+        adapter = _require_file(sft / ADAPTER_DIR, "adapter_config.json")
+        model = PeftModel.from_pretrained(model, adapter).merge_and_unload()
     model.to(device())
     freeze_for_onednn(model)
-    result: PreTrainedModel = model.eval()
-    return result
+    return model.eval()
 
 
 def load_policy(base_model: Path, sft: Path, stage: Path) -> PeftModel:
     """The reference with the adapter that a policy stage trained, switched on."""
-    reference = load_reference(base_model, sft)
-    return _load_adapter(reference, stage)
+    return _load_adapter(load_reference(base_model, sft), stage)
 
 
 def policy_stages(folder: Path) -> list[str]:
@@ -136,10 +133,7 @@ def add_lora(
 
     Args:
         head: the name of a module that is trained in full beside the adapter.
-        first_layer: layers below it get no adapter.
-
-    Raises:
-        ModelError: the model has no such layer.
+        first_layer: layers below it get no adapter; ModelError where the model has no such layer.
     """
     torch.manual_seed(seed)
     task = TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS
@@ -151,24 +145,18 @@ def add_lora(
         if config.target_modules == "all-linear":
             config.target_modules = _linear_names(model)
         config.layers_to_transform = list(range(first_layer, layers))
-    adapted: Any = get_peft_model(model, config)
-    return cast(PeftModel, adapted)
+    return get_peft_model(model, config)
 
 
 def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> LoraConfig:
     """The PEFT configuration for the shared LoRA section; no dropout, so that ratios start at exactly 1."""
     names = lora.reward_model_modules if head else lora.target_modules
     modules = names if isinstance(names, str) else list(names)
-    return register_frozen_lora(
-        LoraConfig(
-            r=lora.r,
-            lora_alpha=lora.alpha,
-            lora_dropout=0.0,
-            target_modules=modules,
-            modules_to_save=[head] if head else None,
-            task_type=task,
-        )
+    saved = [head] if head else None
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=modules, modules_to_save=saved, task_type=task
     )
+    return register_frozen_lora(config)
 
 
 def _linear_names(model: PreTrainedModel) -> set[str]:
@@ -182,11 +170,7 @@ def _linear_names(model: PreTrainedModel) -> set[str]:
 
 
 def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: int = 1) -> PreTrainedModel:
-    """The reference's backbone with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1).
-
-    Raises:
-        ModelError: transformers has no such head for this architecture.
-    """
+    """The reference's backbone with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1)."""
     reference = load_reference(base_model, sft)
     backbone_name = reference.base_model_prefix
     model = _load_classifier(base_model, heads)
@@ -195,8 +179,7 @@ def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: in
     generator = torch.Generator().manual_seed(seed)
     weight = torch.randn(model.score.weight.shape, generator=generator) / (model.config.hidden_size + 1) ** 0.5
     model.score.weight.data.copy_(weight)
-    result: PreTrainedModel = model.to(device())
-    return result
+    return model.to(device())
 
 
 def _load_classifier(base_model: Path, heads: int) -> Any:
@@ -214,8 +197,7 @@ def _load_classifier(base_model: Path, heads: int) -> Any:
 
 def load_reward_model(base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1) -> PeftModel:
     """Load a trained reward model (backbone, adapter and heads) in evaluation mode."""
-    model = new_reward_model(base_model, sft, seed=0, heads=heads)
-    return _load_adapter(model, stage)
+    return _load_adapter(new_reward_model(base_model, sft, seed=0, heads=heads), stage)
 
 
 def add_adapter(model: PeftModel, name: str, stage: Path) -> None:
@@ -225,14 +207,14 @@ def add_adapter(model: PeftModel, name: str, stage: Path) -> None:
 
 def _load_adapter(model: PreTrainedModel, stage: Path) -> PeftModel:
     folder = _require_file(stage / ADAPTER_DIR, "adapter_config.json")
-    config = register_frozen_lora(cast(LoraConfig, LoraConfig.from_pretrained(str(folder))))
+    config = register_frozen_lora(LoraConfig.from_pretrained(str(folder)))
     return PeftModel.from_pretrained(model, folder, config=config).eval()
 
 
 def save_adapter(model: PeftModel, out: Path) -> None:
     """Write the adapter so that equal weights are equal bytes on every machine: no paths, no set in random order.
 
-    Files of an earlier adapter go; folders beside them, such as a model that the adapter is for, stay.
+    Files of an earlier adapter go; folders beside them stay.
     """
     folder = out / ADAPTER_DIR
     for file in folder.glob("*"):
@@ -261,3 +243,18 @@ def _require_file(folder: Path, file: str) -> Path:
         found = ", ".join(sorted(path.name for path in folder.glob("*"))) or "nothing"
         raise ModelError(f"{folder}: no {file} (found: {found}); run the stage that writes it, or check the folder")
     return folder
+
+
+def pad_ids(
+    rows: Sequence[Sequence[int]], pad_token_id: int, *, side: Literal["left", "right"]
+) -> tuple[Tensor, Tensor]:
+    """Pad token ids to [B, T]; the mask [B, T] is true on those of the rows."""
+    tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
+    masks = [torch.ones(len(row), dtype=torch.bool) for row in rows]
+    ids = pad_sequence(tensors, batch_first=True, padding_value=pad_token_id, padding_side=side)
+    return ids, pad_sequence(masks, batch_first=True, padding_side=side)
+
+
+def position_ids(mask: Tensor) -> Tensor:
+    """cumsum(mask) − mask: the first real token has position 0 whatever the padding before it."""
+    return mask.long().cumsum(-1) - mask.long()

@@ -1,10 +1,9 @@
 """Frozen linear layers, with or without a LoRA adapter, computed by oneDNN: faster than MKL on a CPU.
 
 Torch hands float32 products to MKL, which rearranges both factors at every call; for the few rows of a decoding step
-that costs more than the product. oneDNN takes weights as they are, or rearranged once. A low-rank adapter on such a
-layer is added to its output in place, so that no second output is kept for the backward pass. The numbers are the same
-but for the order of additions. On a GPU, in another precision, for weights that are trained, and where torch was built
-without oneDNN, every layer works as before.
+that costs more than the product. oneDNN takes weights as they are, or rearranged once. A low-rank adapter is added to
+the output in place. The numbers are the same but for the order of additions. On a GPU, in another precision, for
+weights that are trained, and where torch was built without oneDNN, every layer works as before.
 """
 
 from __future__ import annotations
@@ -35,8 +34,7 @@ def freeze_for_onednn(model: nn.Module) -> None:
 
 
 def register_frozen_lora(config: LoraConfig) -> LoraConfig:
-    """Let PEFT put `FrozenLora` around the layers that `freeze_for_onednn` has changed, and its own layers around
-    others."""
+    """Let PEFT put `FrozenLora` around the layers that `freeze_for_onednn` has changed."""
     config._register_custom_module({FrozenLinear: FrozenLora})
     return config
 
@@ -84,13 +82,8 @@ class FrozenLora(LoraLinear):
         layer = self.base_layer
         if layer.packed is not None:
             return layer(x)
-        if (
-            self.disable_adapters
-            or args
-            or kwargs
-            or not self._is_simple_adapter()
-            or not _onednn_supports(layer.weight)
-        ):
+        simple = not (self.disable_adapters or args or kwargs) and self._is_simple_adapter()
+        if not (simple and _onednn_supports(layer.weight)):
             return cast(Tensor, super().forward(x, *args, **kwargs))
         down, up, scaling = self._factors()
         result = _FrozenLoraFunction.apply(x, layer.weight, layer.bias, down, up, scaling)  # type: ignore[no-untyped-call]
@@ -168,8 +161,7 @@ class _FrozenLoraFunction(torch.autograd.Function):
 
 @torch.no_grad()
 def _pack_weight(weight: Tensor) -> Tensor:
-    packed: Tensor = _onednn._reorder_linear_weight(weight.detach(), PACK_ROWS)
-    return packed
+    return _onednn._reorder_linear_weight(weight.detach(), PACK_ROWS)
 
 
 def _onednn_supports(weight: Tensor) -> bool:
@@ -179,8 +171,7 @@ def _onednn_supports(weight: Tensor) -> bool:
 
 def _linear(inputs: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """Compute inputs·weightᵀ + bias."""
-    result: Tensor = _onednn._linear_pointwise(inputs, weight, bias, "none", [], "")
-    return result
+    return _onednn._linear_pointwise(inputs, weight, bias, "none", [], "")
 
 
 def _rows(tensor: Tensor) -> Tensor:

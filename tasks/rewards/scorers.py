@@ -18,9 +18,8 @@ from tasks.config.base import CHAT
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import project_root
 from tasks.core.rows import write_json
-from tasks.models.batching import pad_ids, position_ids
 from tasks.models.fetch import READERS, folder_origin, hub_folder, load_folder, save_model, set_padding
-from tasks.models.loading import ADAPTER_DIR, device, dtype
+from tasks.models.loading import ADAPTER_DIR, device, dtype, pad_ids, position_ids
 from tasks.models.onednn_linear import freeze_for_onednn
 
 if TYPE_CHECKING:

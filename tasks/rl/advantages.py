@@ -10,7 +10,6 @@ from torch import Tensor
 from tasks.rl.masking import check_left_aligned, masked_sum, through_last_true, zero_masked
 
 __all__ = [
-    "Action",
     "action_mask",
     "action_values",
     "apply_missing_eos_penalty",
@@ -29,11 +28,7 @@ STD_EPSILON = 1e-4
 
 
 def to_actions(per_token: Tensor, response_mask: Tensor, action: Action) -> Tensor:
-    """Log-probabilities or rewards [B, T] of tokens as those of actions [B, A]: A = T, or 1 for whole responses.
-
-    The probability of a turn or a response is the product of its tokens' probabilities, and its reward the sum of
-    theirs.
-    """
+    """Sum the log-probabilities or rewards [B, T] of each action's tokens: [B, A], A = T, or 1 for whole responses."""
     if action == "token":
         return per_token
     if action == "turn":
@@ -70,7 +65,7 @@ def _turn_starts(response_mask: Tensor) -> Tensor:
 
 
 def _per_turn(values: Tensor, mask: Tensor, response_mask: Tensor) -> Tensor:
-    """The sum of each turn's values where `mask`: [B, T], that of turn k in column k, 0 after the last turn."""
+    """Sum of each turn's values where `mask`: [B, T], turn k in column k, 0 after the last turn."""
     turns = _turn_starts(response_mask).cumsum(1) - 1
     masked_values = zero_masked(values, mask)
     return torch.zeros_like(masked_values).scatter_add(1, turns, masked_values)
@@ -83,9 +78,8 @@ def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_co
     equation 2. The score stands on the end token itself: on the padding after it (a known bug) it would be masked away.
 
     Args:
-        scores: [B] one per response.
+        scores: [B].
         kl_k1: [B, T] log π − log π_ref of each token.
-        response_mask: [B, T] each row begins with a token that counts.
         kl_coef: β.
 
     Raises:
@@ -102,10 +96,8 @@ def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_co
 def apply_missing_eos_penalty(scores: Tensor, has_eos: Tensor, penalty: float) -> Tensor:
     """Scores [B], less the penalty where `has_eos` [B] is false: the response was cut off before its end token.
 
-    Source: the idea of Ziegler et al. 2019 and of Huang et al. 2024 (arXiv 2403.17031, "EOS trick"), who *replace* the
-    score by −1. Subtracting keeps the order among cut responses, and means the same on every scale of scores that is
-    normalised to σ = 1. Of scores that are discounted it is subtracted afterwards: a cut late in a conversation would
-    else cost less.
+    Ziegler et al. 2019 and Huang et al. 2024 (arXiv 2403.17031, "EOS trick") *replace* the score by −1. Subtracting
+    keeps the order among cut responses. It comes after discounting: a cut late in a conversation would else cost less.
     """
     return torch.where(has_eos, scores, scores - penalty)
 
@@ -113,8 +105,7 @@ def apply_missing_eos_penalty(scores: Tensor, has_eos: Tensor, penalty: float) -
 def discount_by_turns(scores: Tensor, turns: Tensor, gamma: float) -> Tensor:
     """γ^(n − 1) · score, [B]: the score of turn n, discounted to the first turn.
 
-    It is the return of the first turn, G_0 = Σ_k γ^k · r_k, where only the last of the n turns has a reward (Sutton and
-    Barto 2018, equation 3.8); for learners that have one return for the whole conversation.
+    The return of the first turn, Σ_k γ^k · r_k, where only the last turn has a reward (Sutton and Barto 2018, eq. 3.8).
     """
     return scores * gamma ** (turns - 1)
 
@@ -126,17 +117,14 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
         A_t = δ_t + γλ · A_{t+1} = Σ_l (γλ)^l · δ_{t+l}
         returns = A + V
 
-    λ = 1 gives Σ_l γ^l r_{t+l} − V_t (no bias, much variance), λ = 0 gives δ_t. The advantages are not whitened: do
-    that afterwards, or the returns are those of another problem.
+    The advantages are not whitened: do that afterwards, or the returns are those of another problem.
 
     Source: Schulman et al. 2016 (arXiv 1506.02438), equations 16 to 18; 2017 (arXiv 1707.06347), equations 11 and 12.
 
     Args:
-        rewards: [B, T] per token.
         values: [B, T] V of the state *before* token t, from the rollout's value function.
-        response_mask: [B, T] each row begins with a token that counts. Rewards and values elsewhere are ignored; where
-            tokens that do not count stand between two that do, t + 1 is the next that counts.
-        gamma: discount γ of rewards over tokens, in (0, 1].
+        response_mask: [B, T]; where tokens that do not count stand between two that do, t + 1 is the next that counts.
+        gamma: γ, in (0, 1].
         lam: λ, in [0, 1].
 
     Raises:
@@ -160,15 +148,11 @@ def gae(rewards: Tensor, values: Tensor, response_mask: Tensor, *, gamma: float,
 def leave_one_out(returns: Tensor, group: int) -> Tensor:
     """A_i = R_i − mean of R over the other responses to the same prompt, [B].
 
-    The others' mean does not depend on the response itself, so it is a baseline without bias, and needs no value
-    function.
-
     Source: Kool et al. 2019, "Buy 4 REINFORCE samples, get a baseline for free!"; for language models as RLOO, Ahmadian
     et al. 2024 (arXiv 2402.14740), section 3.2.
 
     Args:
         returns: [B] of whole responses, the KL penalty included; row b·group + g is sample g of prompt b.
-        group: responses per prompt, at least 2.
 
     Raises:
         ValueError: the group is smaller than 2, or does not divide B.
@@ -181,17 +165,8 @@ def leave_one_out(returns: Tensor, group: int) -> Tensor:
 def group_standardised(scores: Tensor, group: int) -> Tensor:
     """A_i = (r_i − mean r) / (std r + 1e-4), [B], mean and unbiased standard deviation over the prompt's responses.
 
-    Dividing by the deviation weighs prompts whose scores hardly differ as much as others; where they are equal the
-    advantages are 0.
-
-    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; the 1e-4 is TRL's (`scale_rewards="group"`).
-
-    Args:
-        scores: [B] of whole responses; row b·group + g is sample g of prompt b.
-        group: responses per prompt, at least 2.
-
-    Raises:
-        ValueError: the group is smaller than 2, or does not divide B.
+    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; the 1e-4 is TRL's (`scale_rewards="group"`). Rows and
+    errors are those of `leave_one_out`.
     """
     grouped = _grouped(scores, group)
     deviation = grouped.std(1, keepdim=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
 
@@ -26,18 +26,12 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class ScoredRollout:
-    """Responses of all ranks with what they earned.
-
-    Attributes:
-        reference_logprobs: [B, T] of the response tokens under the reference.
-        reward: total and components.
-        scores: [B] the total, discounted over turns, less the penalty for a missing end token.
-    """
+    """Responses of all ranks with what they earned."""
 
     rollout: Rollout
-    reference_logprobs: Tensor
+    reference_logprobs: Tensor  # [B, T]
     reward: RewardBatch
-    scores: Tensor
+    scores: Tensor  # [B] the total reward, discounted over turns, less the penalty for a missing end token
 
     @cached_property
     def kl(self) -> KLEstimates:
@@ -63,10 +57,9 @@ class Experience(TokenBatch):
 
     def select(self, rows: Tensor) -> Self:
         """The given rows, in the given order."""
-        indices = rows.tolist()
-        values: dict[str, Any] = {field.name: getattr(self, field.name) for field in fields(self)}
-        for name, value in values.items():
-            values[name] = value[rows] if isinstance(value, Tensor) else [value[index] for index in indices]
+        values: dict[str, Any] = {}
+        for name, value in vars(self).items():
+            values[name] = value[rows] if isinstance(value, Tensor) else [value[row] for row in rows.tolist()]
         return type(self)(**values)
 
     def split(self, size: int) -> Iterator[Self]:
@@ -79,13 +72,10 @@ ExperienceT = TypeVar("ExperienceT", bound=Experience)
 
 
 class Algorithm(Protocol[ExperienceT]):
-    """Choice of advantages, loss, learning rate and control of the KL.
-
-    Attributes:
-        return_gamma: discount per turn of a conversation's score.
-    """
+    """Choice of advantages, loss, learning rate and control of the KL."""
 
     return_gamma: float
+    """Discount per turn of a conversation's score."""
 
     @property
     def params(self) -> RLParams: ...

@@ -1,19 +1,25 @@
-"""Observers of RL training: curves, samples, warnings and snapshots."""
+"""Observers of RL training, the checkpoint of an interrupted run, and the weights before an update."""
 
 from __future__ import annotations
 
+import math
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
+import torch
 from peft import PeftModel
+from torch import Tensor
 from tqdm import tqdm
 
 from tasks.core import distributed, tracking
 from tasks.models.hf_training import PolicySnapshots
 from tasks.rl.algorithm import Metrics
+from tasks.rl.policy import Policy
 
-__all__ = ["Callback", "ProgressCallback", "SnapshotCallback"]
+__all__ = ["Callback", "Checkpoint", "KLBudget", "ProgressCallback", "SnapshotCallback", "load_weights"]
 
 
 class Callback:
@@ -36,7 +42,7 @@ class Callback:
 
 
 class ProgressCallback(Callback):
-    """Sends metrics and samples to the tracker; shows reward, KL and entropy beside a progress bar."""
+    """Sends metrics and samples to the tracker; shows a progress bar."""
 
     def __init__(self, stage: str, updates: int) -> None:
         self._stage, self._updates = stage, updates
@@ -45,8 +51,8 @@ class ProgressCallback(Callback):
     def on_log(self, metrics: Metrics, update: int) -> None:
         tracking.log_metrics(metrics, step=update)
         if self._bar is None:
-            disabled = distributed.rank() > 0
-            self._bar = tqdm(total=self._updates, initial=update - 1, desc=self._stage, unit="update", disable=disabled)
+            hidden = distributed.rank() > 0
+            self._bar = tqdm(total=self._updates, initial=update - 1, desc=self._stage, unit="update", disable=hidden)
         self._bar.update()
         self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl", "entropy")})
 
@@ -70,3 +76,61 @@ class SnapshotCallback(Callback):
 
     def on_update_end(self, update: int) -> None:
         self._snapshots.save(update, self._model)
+
+
+class Checkpoint:
+    """The newest checkpoint, a file that rank 0 writes and all read; without a folder nothing is saved."""
+
+    def __init__(self, folder: Path | None, stage: str) -> None:
+        self._file = None if folder is None else folder / f"{stage}.pt"
+
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write the state atomically."""
+        if self._file is None or distributed.rank() > 0:
+            return
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        temporary = self._file.with_suffix(".tmp")
+        with temporary.open("wb") as file:
+            torch.save(dict(state), file)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(self._file)
+
+    def load(self) -> dict[str, Any]:
+        """Read the state; empty where there is none."""
+        if self._file is None or not self._file.is_file():
+            return {}
+        return dict(torch.load(self._file, weights_only=True))
+
+    def remove(self) -> None:
+        if self._file is not None:
+            self._file.unlink(missing_ok=True)
+
+
+class KLBudget:
+    """Limit of the KL to the reference, with the weights of the last policy within it."""
+
+    def __init__(self, policy: Policy, limit: float | None) -> None:
+        self._policy, self.limit = policy, math.inf if limit is None else limit
+        self.weights: dict[str, Tensor] = {}
+
+    @property
+    def is_limited(self) -> bool:
+        return math.isfinite(self.limit)
+
+    def exceeded(self, kl: float) -> bool:
+        """Whether this KL, nats per response, is over the limit."""
+        return kl > self.limit
+
+    def keep_weights(self) -> None:
+        """Copy the weights of a policy within the limit, where there is one."""
+        if self.is_limited:
+            parameters = self._policy.trainable_parameters()
+            self.weights = {name: value.detach().clone() for name, value in parameters.items()}
+
+
+def load_weights(policy: Policy, weights: Mapping[str, Tensor]) -> None:
+    """Copy weights into the policy's trainable parameters."""
+    parameters = policy.trainable_parameters()
+    for name, value in weights.items():
+        parameters[name].data.copy_(value)

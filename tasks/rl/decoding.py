@@ -13,13 +13,13 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from tasks.models.batching import position_ids
+from tasks.models.loading import position_ids
 
-__all__ = ["Decoder", "PreallocatedCache", "SampledTokens", "sample_tokens"]
+__all__ = ["Decoder", "SampledTokens", "sample_tokens"]
 
 
 class SampledTokens:
-    """What has been sampled so far: tokens, mask, log-probabilities and values, each [B, max_new_tokens]."""
+    """Tokens sampled so far, their mask, log-probabilities and values, each [B, max_new_tokens]."""
 
     def __init__(self, rows: int, width: int, pad_token_id: int, device: torch.device) -> None:
         self.tokens = torch.full((rows, width), pad_token_id, dtype=torch.long, device=device)

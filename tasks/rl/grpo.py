@@ -34,11 +34,7 @@ class GRPO:
     """Advantages within the group; clipped policy loss plus β times the KL loss; no value function."""
 
     def __init__(self, params: GRPOParams, *, max_new_tokens: int, turn_gamma: float = 1.0) -> None:
-        """Keep the parameters, and the discount per turn of an environment.
-
-        Args:
-            max_new_tokens: the longest that a response can be, for `loss_type: dr_grpo`.
-        """
+        """Keep the parameters, the longest that a response can be, and the discount per turn of an environment."""
         self.params, self._max_new_tokens, self.return_gamma = params, max_new_tokens, turn_gamma
         self.kl_controller = FixedKL(params.kl_coef)
 

@@ -15,9 +15,7 @@ from tasks.core.text_stats import distinct_n, repetition_rate
 
 __all__ = [
     "DETECTORS",
-    "PREFIX",
     "DegenerateResponseMonitor",
-    "Detector",
     "check_finite",
     "detectors_fired",
     "format_samples",
@@ -29,11 +27,7 @@ SHOWN_ROWS, SHOWN_CHARACTERS = 3, 200
 
 
 def check_finite(quantity: str, values: Tensor, prompts: Sequence[str], responses: Sequence[str]) -> None:
-    """Refuse values [B, ...] that are NaN or infinite.
-
-    Raises:
-        TrainingError: names the quantity and the samples.
-    """
+    """Raise TrainingError, with the quantity and the samples, for values [B, ...] that are NaN or infinite."""
     rows = (~torch.isfinite(values.reshape(len(prompts), -1)).all(1)).nonzero().flatten().tolist()
     if rows:
         raise TrainingError(
@@ -54,9 +48,8 @@ def format_samples(rows: Sequence[int], prompts: Sequence[str], responses: Seque
 def response_metrics(responses: Sequence[str], has_eos: Tensor) -> tuple[dict[str, float], list[str]]:
     """Metrics of a batch of responses, and a finding for each way in which it has degenerated.
 
-    Shares of responses that are empty, distinct and without end token; `repetition`, the mean share of word pairs that
-    a response repeats; `distinct_2`, different word pairs over all pairs; `degenerate_count` counts the findings: 0 in
-    a healthy round.
+    `repetition` is the mean share of word pairs that a response repeats; `distinct_2`, different word pairs over all
+    pairs; `degenerate_count` counts the findings.
     """
     empty = sum(not response.strip() for response in responses) / len(responses)
     distinct = len(set(responses)) / len(responses)
@@ -95,37 +88,24 @@ class DegenerateResponseMonitor:
         return metrics
 
 
-Row = Mapping[str, float]
-Rows = Sequence[Row]
+Rows = Sequence[Mapping[str, float]]
 Signal = Callable[[Rows, Mapping[str, float]], float | None]
 
-PREFIX = "hacking/"
-"""Prefix of a detector's name, in a row and in MLflow."""
-
+PREFIX = "hacking/"  # of a detector's name, in a row and in MLflow
 EPSILON = 1e-6
-MAX_RATIO = 1000.0
-"""Upper bound of a ratio: the standard deviation of equal rewards is 0."""
-MIN_KL_CHANGE = 0.5
-"""Smallest change of the KL, in nats per response, that counts: its estimate is that noisy."""
+MAX_RATIO = 1000.0  # the standard deviation of equal rewards is 0
+MIN_KL_CHANGE = 0.5  # in nats per response: the estimate of the KL is that noisy
 
 
 @dataclass(frozen=True)
 class Detector:
-    """One detector: a signal and its threshold.
-
-    Attributes:
-        value: of the last of these rows, given the weights of the reward's components; None where the rows lack
-            what it needs.
-        threshold: it fires at this value and above.
-        calibration_max: the largest value in the calibration runs.
-        finding: what it means when it fires, after the number.
-    """
+    """A signal of the last of some rows, given the weights of the reward's components, and its threshold."""
 
     name: str
-    value: Signal
-    threshold: float
-    calibration_max: float
-    finding: str
+    value: Signal  # None where the rows lack what it needs
+    threshold: float  # it fires at this value and above
+    calibration_max: float  # the largest value in the calibration runs
+    finding: str  # what it means when it fires
 
     def message(self, value: float) -> str:
         """Format the value, its threshold and the finding."""
@@ -136,9 +116,7 @@ class Detector:
 def run_detectors(rows: Rows, weights: Mapping[str, float]) -> tuple[dict[str, float], list[tuple[Detector, float]]]:
     """Signals of the newest row, and each detector that fires in it and did not in the row before, with its value.
 
-    Args:
-        rows: one per update, from the first; those before the newest with the signals that this function gave for them.
-        weights: of the reward's components.
+    `rows` has one per update, from the first; those before the newest with the signals that this function gave.
     """
     previous = rows[-2] if len(rows) > 1 else {}
     signals, found = {}, []
@@ -163,40 +141,29 @@ def detectors_fired(rows: Rows) -> list[tuple[Detector, int, float]]:
     return found
 
 
-def _ratio_change(name: str) -> Signal:
-    """Ratio of the newest to the first value, or its inverse where that is larger."""
-
-    def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
-        if name not in rows[-1]:
-            return None
-        return max(_ratio(rows[-1][name], rows[0][name]), _ratio(rows[0][name], rows[-1][name]))
-
-    return value
+def _against_first(name: str, compare: Callable[[float, float], float]) -> Signal:
+    """Comparison of the first value with the newest."""
+    return lambda rows, _weights: compare(rows[0][name], rows[-1][name]) if name in rows[-1] else None
 
 
-def _shrink_ratio(name: str) -> Signal:
-    """Ratio of the first to the newest value."""
-
-    def value(rows: Rows, _weights: Mapping[str, float]) -> float | None:
-        return _ratio(rows[0][name], rows[-1][name]) if name in rows[-1] else None
-
-    return value
+def _increase(first: float, newest: float) -> float:
+    return newest - first
 
 
-def _ratio(numerator: float, denominator: float) -> float:
-    return min(max(numerator, EPSILON) / max(denominator, EPSILON), MAX_RATIO)
+def _shrink_ratio(first: float, newest: float) -> float:
+    return min(max(first, EPSILON) / max(newest, EPSILON), MAX_RATIO)
 
 
-def _increase(name: str) -> Signal:
-    """Difference of the newest and the first value."""
-    return lambda rows, _weights: rows[-1][name] - rows[0][name] if name in rows[-1] else None
+def _ratio_change(first: float, newest: float) -> float:
+    """Ratio of the two, or its inverse where that is larger."""
+    return max(_shrink_ratio(newest, first), _shrink_ratio(first, newest))
 
 
 def _sustained(signal: Signal) -> Signal:
     """The smaller of the last two updates' values, for signals that are noisy in a single update.
 
-    PPO on its way to shorter, finished sentences has one update of half the length among its neighbours; where few
-    responses earn a reward, an update in which none does has a standard deviation of 0.
+    PPO on its way to shorter sentences has one update of half the length among its neighbours; where few responses earn
+    a reward, an update in which none does has a standard deviation of 0.
     """
 
     def value(rows: Rows, weights: Mapping[str, float]) -> float | None:
@@ -218,8 +185,8 @@ def _component_loss(rows: Rows, weights: Mapping[str, float]) -> float | None:
 def _kl_jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
     """Rise of the KL that lasts for two updates, in medians of its earlier changes.
 
-    No median counts as less than `MIN_KL_CHANGE`. Two updates, because a single token can make one estimate by k3,
-    whose tail is heavy, many times too large: GRPO under seed 2 has 6 nats in one update and under 1 in its neighbours.
+    No median counts as less than `MIN_KL_CHANGE`. Two updates, because a single token can make one estimate many times
+    too large: GRPO under seed 2 has 6 nats in one update and under 1 in its neighbours.
     """
     values = [row["kl"] for row in rows if "kl" in row]
     if "kl" not in rows[-1] or len(values) < 3:
@@ -233,35 +200,35 @@ def _kl_jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
 DETECTORS = (
     Detector(
         "length_drift",
-        _sustained(_ratio_change("length")),
+        _sustained(_against_first("length", _ratio_change)),
         threshold=2.0,
         calibration_max=1.83,
         finding="responses are half or twice as long as SFT's; judges and reward models are swayed by length",
     ),
     Detector(
         "repetition",
-        _increase("repetition"),
+        _against_first("repetition", _increase),
         threshold=0.1,
         calibration_max=0.01,
         finding="responses repeat themselves; a repetition weight or a higher ppo.kl_coef stands against it",
     ),
     Detector(
         "ngram_collapse",
-        _shrink_ratio("distinct_2"),
+        _against_first("distinct_2", _shrink_ratio),
         threshold=2.0,
         calibration_max=1.07,
         finding="responses to different prompts share their word pairs: the policy says the same to everybody",
     ),
     Detector(
         "entropy_collapse",
-        _shrink_ratio("entropy"),
+        _against_first("entropy", _shrink_ratio),
         threshold=2.0,
         calibration_max=1.37,
         finding="the policy has become twice as sure of every token; it will hardly try anything else",
     ),
     Detector(
         "reward_variance_collapse",
-        _sustained(_shrink_ratio("score_std")),
+        _sustained(_against_first("score_std", _shrink_ratio)),
         threshold=2.0,
         calibration_max=1.65,
         finding="all responses earn nearly the same, so there is little left to learn from but noise",
@@ -275,14 +242,14 @@ DETECTORS = (
     ),
     Detector(
         "truncation",
-        _increase("truncated_share"),
+        _against_first("truncated_share", _increase),
         threshold=0.25,
         calibration_max=0.14,
         finding="more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens",
     ),
     Detector(
         "ood_responses",
-        _increase("ood_share"),
+        _against_first("ood_share", _increase),
         threshold=0.25,
         calibration_max=0.16,
         finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",

@@ -1,4 +1,4 @@
-"""Estimates of KL(policy ‖ reference) from the log-probabilities of sampled tokens.
+"""Estimates of KL(policy ‖ reference) from the log-probabilities of sampled tokens, and controllers of its penalty.
 
 Source: Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.html), there with
 r = reference / policy, so that log r = −Δ.
@@ -16,14 +16,7 @@ from torch import Tensor
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.rl.masking import masked_sum, zero_masked
 
-__all__ = [
-    "AdaptiveKL",
-    "FixedKL",
-    "KLController",
-    "KLEstimates",
-    "kl_estimates",
-    "per_sequence",
-]
+__all__ = ["AdaptiveKL", "FixedKL", "KLController", "KLEstimates", "kl_estimates", "per_sequence"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -33,7 +26,7 @@ class KLEstimates:
     Which one to use where:
 
     - k1 in the *reward*: the policy gradient is then the exact gradient of KL(policy ‖ reference).
-    - k1 as a *loss*: its gradient vanishes in expectation, so it does nothing but add noise.
+    - k1 as a *loss*: its gradient vanishes in expectation.
     - k2 as a loss, on tokens sampled from the very policy: the exact gradient of KL(policy ‖ reference).
     - k3 as a loss: the gradient of the other divergence, KL(reference ‖ policy).
     - ρ · k3 as a loss, with the ratio ρ to the policy that sampled: the exact gradient of KL(policy ‖ reference).
@@ -52,8 +45,7 @@ def kl_estimates(logprobs: Tensor, reference_logprobs: Tensor, response_mask: Te
 
     Args:
         logprobs: [B, T] of the policy that sampled the tokens; the gradient, if any, flows through it.
-        reference_logprobs: [B, T] of the reference at the same temperature.
-        response_mask: [B, T] true where a token counts.
+        reference_logprobs: [B, T] at the same temperature.
     """
     delta = zero_masked(logprobs - reference_logprobs, response_mask)
     return KLEstimates(k1=delta, k2=delta**2 / 2, k3=torch.expm1(-delta) + delta)
@@ -62,8 +54,7 @@ def kl_estimates(logprobs: Tensor, reference_logprobs: Tensor, response_mask: Te
 def per_sequence(kl: Tensor, response_mask: Tensor) -> Tensor:
     """Σ_t over the tokens that count: [B, T] → [B], nats per response, the unit of `ppo.adaptive_kl_target`.
 
-    By the chain rule the sum of k1 over a sampled response is an unbiased estimate of the KL between the two
-    distributions over whole responses.
+    By the chain rule the sum of k1 is an unbiased estimate of the KL between the distributions over whole responses.
     """
     return masked_sum(kl, response_mask, dim=1)
 
@@ -72,7 +63,7 @@ MAX_ERROR = 0.2  # openai/lm-human-preferences, train_policy.py::AdaptiveKLContr
 
 
 class KLController:
-    """Coefficient β of the KL penalty; its state is β, for its settings are parameters."""
+    """Coefficient β of the KL penalty, which is also its state; its settings are parameters."""
 
     def __init__(self, kl_coef: float) -> None:
         self.kl_coef = kl_coef
@@ -82,20 +73,14 @@ class KLController:
         raise NotImplementedError
 
     def state_dict(self) -> dict[str, float]:
-        """State for `load_state_dict`."""
         return {"kl_coef": self.kl_coef}
 
     def load_state_dict(self, state: Mapping[str, float]) -> None:
-        """Take up a `state_dict` again."""
         self.kl_coef = state["kl_coef"]
 
 
 class FixedKL(KLController):
-    """Constant β.
-
-    Raises:
-        ConfigError: β is negative or not finite.
-    """
+    """Constant β; ConfigError where it is negative or not finite."""
 
     def __init__(self, kl_coef: float) -> None:
         if not (math.isfinite(kl_coef) and kl_coef >= 0):
@@ -109,15 +94,14 @@ class FixedKL(KLController):
 class AdaptiveKL(KLController):
     """β ← β · (1 + clip(KL / target − 1, ±0.2) · n / horizon): proportional control of log β.
 
-    KL is the sum of k1 over a response's tokens, averaged over the batch's responses. (verl and OpenRLHF feed the mean
-    over tokens, so their targets are in another unit.)
+    KL is the sum of k1 over a response's tokens (verl and OpenRLHF take the mean), averaged over the batch's responses.
 
     Source: Ziegler et al. 2019 (arXiv 1909.08593), section 2.2; openai/lm-human-preferences, train_policy.py.
 
     Args:
         kl_coef: β at the start, above 0: a product never leaves 0.
-        target: nats per response to steer to.
-        horizon: episodes. At the largest error β changes by a factor of about e^±0.2 in that many.
+        target: nats per response.
+        horizon: episodes in which β changes by a factor of about e^±0.2 at the largest error.
 
     Raises:
         ConfigError: one of them is not above 0, or not finite.
@@ -128,11 +112,10 @@ class AdaptiveKL(KLController):
             if not (math.isfinite(value) and value > 0):
                 raise ConfigError(f"ppo.{name} must be finite and above 0 for the adaptive KL controller, got {value}")
         super().__init__(kl_coef)
-        self.target = target
-        self.horizon = horizon
+        self.target, self.horizon = target, horizon
 
     def update(self, kl_per_sequence_mean: float, episodes: int) -> None:
-        """Update β with the KL of a batch of `episodes` responses.
+        """Update β with the KL of a batch of responses.
 
         Raises:
             ConfigError: the batch is so large against the horizon that β could fall to 0 or below in one step.

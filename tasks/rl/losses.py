@@ -1,8 +1,7 @@
 """The losses of PPO and GRPO, and the log-probabilities and entropies they are made of.
 
 Every loss is a sum over this micro-batch's tokens, weighted by counts of the whole optimiser step. So the losses of the
-micro-batches add up to the loss of the step, and their gradients to its gradient, however it was split. The metrics are
-kept as sums for the same reason: `part + part` is what one larger micro-batch would have given.
+micro-batches add up to that of the step, and their gradients and metrics too, however it was split.
 """
 
 from __future__ import annotations
@@ -18,13 +17,7 @@ from tasks.rl.kl import kl_estimates
 from tasks.rl.masking import masked_sum, zero_masked
 
 __all__ = [
-    "EntropySum",
-    "KLLoss",
-    "LossType",
-    "PolicyLoss",
     "StepLoss",
-    "Sums",
-    "ValueLoss",
     "entropy_from_logits",
     "entropy_sum",
     "kl_loss",
@@ -59,72 +52,46 @@ class Sums:
 class PolicyLoss(Sums):
     """Policy loss and statistics of the ratios ρ = π / π_old, as scalars: all but `loss` are detached sums.
 
-    Attributes:
-        loss: to differentiate; in a sum of two it is detached, so call backward on each part first.
-        tokens: how many tokens counted.
-        clipped: number of them without gradient because of clipping.
-        log_ratio_squares: Σ (log ρ)².
-        ratio_minus_one: Σ (ρ − 1); around 1 and not 0, so that the variance of ratios near 1 survives rounding.
-        ratio_minus_one_squares: Σ (ρ − 1)².
-        ratio_max: the largest ρ.
+    Sums of ρ − 1 and not of ρ, so that the variance of ratios near 1 survives rounding.
     """
 
-    loss: Tensor
-    tokens: Tensor
-    clipped: Tensor
+    loss: Tensor  # to differentiate; in a sum of two it is detached, so call backward on each part first
+    tokens: Tensor  # how many tokens counted
+    clipped: Tensor  # number of them without gradient because of clipping
     log_ratio_squares: Tensor
     ratio_minus_one: Tensor
     ratio_minus_one_squares: Tensor
     ratio_max: Tensor
 
-    @property
-    def clip_fraction(self) -> Tensor:
-        """Share of tokens where the clipped term is the larger loss, as in openai/lm-human-preferences."""
-        return self.clipped / self.tokens
-
-    @property
-    def approx_kl(self) -> Tensor:
-        """½ · mean (log ρ)², nats per token: k2 for KL(π_old ‖ π), as in openai/lm-human-preferences."""
-        return self.log_ratio_squares / self.tokens / 2
-
-    @property
-    def ratio_mean(self) -> Tensor:
-        """Mean ρ; under π_old its expectation is 1, so a mean far from 1 says that the two policies hardly overlap."""
-        return 1 + self.ratio_minus_one / self.tokens
-
-    @property
-    def ratio_var(self) -> Tensor:
-        """Biased variance of ρ."""
-        return (self.ratio_minus_one_squares / self.tokens - (self.ratio_minus_one / self.tokens) ** 2).clamp_min(0)
-
     def metrics(self) -> dict[str, float]:
-        """The metrics to log, as numbers."""
+        """Numbers to log, clip fraction and KL as in openai/lm-human-preferences.
+
+        `clip_fraction`: share of tokens where the clipped term is the larger loss. `approx_kl`: ½ · mean (log ρ)²,
+        nats per token, which is k2 for KL(π_old ‖ π). `ratio_mean`: its expectation under π_old is 1, so a mean far
+        from 1 says that the two policies hardly overlap. `ratio_var`: the biased variance.
+        """
+        mean = self.ratio_minus_one / self.tokens
         return {
             "policy_loss": self.loss.item(),
-            "clip_fraction": self.clip_fraction.item(),
-            "approx_kl": self.approx_kl.item(),
-            "ratio_mean": self.ratio_mean.item(),
-            "ratio_var": self.ratio_var.item(),
+            "clip_fraction": (self.clipped / self.tokens).item(),
+            "approx_kl": (self.log_ratio_squares / self.tokens / 2).item(),
+            "ratio_mean": (1 + mean).item(),
+            "ratio_var": (self.ratio_minus_one_squares / self.tokens - mean**2).clamp_min(0).item(),
             "ratio_max": self.ratio_max.item(),
         }
 
 
 @dataclass(frozen=True, eq=False)
 class ValueLoss(Sums):
-    """A value loss (see `PolicyLoss`): `clipped` counts the tokens where the clipped value is the worse one."""
+    """A value loss (see `PolicyLoss`): `clipped` counts the tokens where the clipped value is further from the return,
+    so that no gradient flows."""
 
     loss: Tensor
     tokens: Tensor
     clipped: Tensor
 
-    @property
-    def clip_fraction(self) -> Tensor:
-        """Share of tokens where the clipped value is further from the return, so that no gradient flows."""
-        return self.clipped / self.tokens
-
     def metrics(self) -> dict[str, float]:
-        """The metrics to log, as numbers."""
-        return {"value_loss": self.loss.item(), "value_clip_fraction": self.clip_fraction.item()}
+        return {"value_loss": self.loss.item(), "value_clip_fraction": (self.clipped / self.tokens).item()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +101,6 @@ class KLLoss(Sums):
     loss: Tensor
 
     def metrics(self) -> dict[str, float]:
-        """The metric to log, as a number."""
         return {"kl_loss": self.loss.item()}
 
 
@@ -146,7 +112,7 @@ class EntropySum(Sums):
     tokens: Tensor
 
     def metrics(self) -> dict[str, float]:
-        """The metric to log, as a number: nats per token."""
+        """Nats per token."""
         return {"entropy": self.total.item() / int(self.tokens)}
 
 
@@ -162,7 +128,6 @@ class StepLoss:
         return StepLoss(self.loss.detach() + other.loss.detach(), parts)
 
     def metrics(self) -> dict[str, float]:
-        """The metrics to log, as numbers."""
         return {name: value for part in self.parts for name, value in part.metrics().items()}
 
 
@@ -179,17 +144,13 @@ def policy_loss(
     """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old), |log ρ| cut at 20.
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7, as a loss; per token as in Ziegler et al. 2019.
-    The cut only matters when the update has already failed; there it keeps the loss finite, so that the cause is
-    reported as a ratio and not as NaN.
+    The cut keeps the loss of a failed update finite, so that the cause is reported as a ratio and not as NaN. All
+    tensors are [B, T]; gradients flow through `logprobs` alone.
 
     Args:
-        logprobs: [B, T] of the policy being trained.
-        old_logprobs: [B, T] of the policy that sampled, a constant.
-        advantages: [B, T], a constant.
-        response_mask: [B, T] true where a token counts.
         clip_range: ε; None for no clipping: the plain policy gradient, which is A2C's where ρ = 1.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
-        weights: [B, T] w, a constant; None for 1. Those of `token_weights` hold the counts, so token_count is then 1.
+        weights: w; None for 1. Those of `token_weights` hold the counts, so token_count is then 1.
 
     Raises:
         ValueError: token_count is not above 0, or the shapes do not fit.
@@ -219,12 +180,9 @@ def kl_loss(
     """Σ w · ρ · k3, with ρ = π / π_old, k3 = e^(−Δ) − 1 + Δ and Δ = log π − log π_ref.
 
     With the factor ρ, through which the gradient flows too, its gradient is that of KL(π ‖ π_ref); that of k3 alone is
-    another, see `tasks.rl.kl.KLEstimates`.
+    another, see `tasks.rl.kl.KLEstimates`. All tensors are [B, T]; gradients flow through `logprobs` alone.
 
     Source: Shao et al. 2024 (arXiv 2402.03300), equation 4; the factor: DeepSeek-V3.2 (arXiv 2512.02556).
-
-    Args:
-        logprobs, old_logprobs, reference_logprobs, response_mask, weights: [B, T]; gradients flow through the first.
     """
     ratio = _log_ratio(logprobs, old_logprobs, response_mask).exp()
     k3 = kl_estimates(logprobs, reference_logprobs, response_mask).k3
@@ -245,10 +203,7 @@ def token_weights(
     micro-batches changes nothing.
 
     Args:
-        response_mask: [B, T] of a micro-batch.
-        responses: in the whole optimiser step, all micro-batches and ranks together.
-        tokens: that count in the whole optimiser step.
-        max_new_tokens: the longest that a response can be.
+        responses: in the whole optimiser step, all micro-batches and ranks together, as are `tokens`.
     """
     lengths = response_mask.sum(1, keepdim=True)
     totals = {
@@ -282,13 +237,11 @@ def value_loss(
 
     The factor ½ is part of the loss; `ppo.value_coef` comes on top.
 
-    Source: openai/lm-human-preferences, train_policy.py::PPOTrainer.loss (not in the PPO paper).
+    Source: openai/lm-human-preferences, train_policy.py::PPOTrainer.loss (not in the PPO paper). All tensors are
+    [B, T]; gradients flow through `values` alone.
 
     Args:
-        values: [B, T] of the value function being trained.
-        old_values: [B, T] of the rollout, a constant.
-        returns: [B, T] advantages before whitening + old values, a constant.
-        response_mask: [B, T] true where a token counts.
+        returns: advantages before whitening + old values.
         value_clip_range: c; None for no clipping.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
 
@@ -334,13 +287,11 @@ def logprobs_from_logits(
     Temperature belongs here: the policy that sampled is softmax(logits / temperature), so that is the policy to train
     and to compare with the reference (openai/lm-human-preferences, policy.py; Huang et al. 2023).
 
-    It is `logits[token] / temperature − logsumexp(logits / temperature)`, a row of the batch at a time, and its
-    backward pass computes the softmax again instead of keeping it: all that it adds is one tensor of the logits' size,
-    their gradient (`log_softmax` and `gather` of torch peak at about five times that). With `inplace_backward` not even
-    that: the backward pass may then write the gradient over the logits, which nothing must read afterwards.
+    A row of the batch at a time, and the backward pass computes the softmax again instead of keeping it: all that it
+    adds is the gradient of the logits' size (torch's `log_softmax` and `gather` peak at about five times that). With
+    `inplace_backward` the gradient may be written over the logits, which nothing must read afterwards.
     """
-    result: Tensor = _Logprobs.apply(logits, tokens, temperature, inplace_backward)  # type: ignore[no-untyped-call]
-    return result
+    return _Logprobs.apply(logits, tokens, temperature, inplace_backward)  # type: ignore[no-untyped-call]
 
 
 class _Logprobs(torch.autograd.Function):

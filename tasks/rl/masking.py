@@ -1,9 +1,8 @@
 """Masked statistics over tokens.
 
-`response_mask` [B, T] is true where a token counts, everywhere in this package. What stands at a masked position
-never matters, not even NaN or infinity: it is replaced (`torch.where`), not multiplied by zero, so neither a value nor
-a gradient can leak out of padding. A mask begins with a token that counts; what does not count is padding after the
-last one that does, or, between two that do, the environment's text.
+`response_mask` [B, T] is true where a token counts, everywhere in this package. A masked value never matters, not even
+NaN or infinity: it is replaced (`torch.where`), not multiplied by zero. A mask begins with a token that counts; what
+does not count is padding after the last one that does, or, between two that do, the environment's text.
 """
 
 from __future__ import annotations
@@ -42,21 +41,14 @@ def zero_masked(values: Tensor, response_mask: Tensor) -> Tensor:
 
 
 def check_left_aligned(response_mask: Tensor) -> None:
-    """Refuse a mask [B, T] with a row that does not begin with a token that counts.
-
-    Raises:
-        ValueError: a row is empty, or padded on the left.
-    """
+    """Raise ValueError for a mask [B, T] with a row that is empty or padded on the left."""
     if not response_mask[:, 0].all():
         rows = (~response_mask[:, 0]).nonzero().squeeze(1).tolist()
         raise ValueError(f"response_mask: no token counts at the start of rows {rows}; responses are right-padded")
 
 
 def through_last_true(response_mask: Tensor) -> Tensor:
-    """True [B, T] up to and including the last token that counts: wherever a token stands that is no padding.
-
-    Without masked tokens between unmasked ones, it is the mask itself.
-    """
+    """True [B, T] up to and including the last token that counts: wherever a token stands that is no padding."""
     return response_mask.flip(1).cumsum(1).flip(1) > 0
 
 
@@ -73,9 +65,8 @@ def masked_mean(values: Tensor, response_mask: Tensor) -> Tensor:
 def masked_var(values: Tensor, response_mask: Tensor) -> Tensor:
     """Variance over the true positions of [B, T], a scalar: the biased one, mean((x − mean)²).
 
-    Biased because Ziegler et al.'s code has it so (`tf.nn.moments` in openai/lm-human-preferences, utils/core.py),
-    because it is 0 and not NaN for a single token, and because whitened values then have mean square exactly
-    var / (var + ε).
+    Biased as in Ziegler et al.'s code (`tf.nn.moments` in openai/lm-human-preferences, utils/core.py), and because it
+    is 0 and not NaN for a single token.
     """
     return masked_mean((values - masked_mean(values, response_mask)) ** 2, response_mask)
 
@@ -83,8 +74,7 @@ def masked_var(values: Tensor, response_mask: Tensor) -> Tensor:
 def whiten(values: Tensor, response_mask: Tensor) -> Tensor:
     """(x − mean) / √(var + 1e-8) at the true positions of [B, T], 0 elsewhere.
 
-    Mean and variance are those of all tokens given: give the whole batch, not a micro-batch and not one rank's share,
-    or the gradient depends on how the batch was split. Where all values are equal, the result is 0 up to rounding.
+    Give the whole batch, not a micro-batch and not one rank's share, or the gradient depends on how it was split.
 
     Source: Ziegler et al. 2019, openai/lm-human-preferences, utils/core.py::whiten (ours always shifts the mean).
     """
@@ -95,8 +85,7 @@ def whiten(values: Tensor, response_mask: Tensor) -> Tensor:
 def explained_variance(values: Tensor, returns: Tensor, response_mask: Tensor) -> Tensor:
     """1 − Var(R − V) / Var(R) over the true positions of [B, T], a scalar.
 
-    1 is a perfect value function, 0 as good as a constant, negative worse than that. Where all returns are equal there
-    is nothing to explain, and it is 0.
+    1 is a perfect value function, 0 as good as a constant, negative worse. Where all returns are equal, it is 0.
     """
     highest = torch.where(response_mask, returns, -math.inf).max()
     lowest = torch.where(response_mask, returns, math.inf).min()

@@ -1,9 +1,9 @@
 """Multi-turn rollouts of a policy with an environment.
 
 Token by token a conversation is prompt, turn, answer, turn, …, turn. The ids of the policy's turns are kept as they
-were sampled; each answer is tokenised by itself and never again together with what stands around it. So the forward
-pass of the update reads exactly the tokens that the rollout wrote. `response_mask` is true on the policy's own tokens
-alone, and nothing follows the last of them: the environment's final turn is kept for people to read.
+were sampled, and each answer is tokenised by itself, so the update reads exactly the tokens that the rollout wrote.
+`response_mask` is true on the policy's own tokens alone, and nothing follows the last of them: the environment's final
+turn is kept for people to read.
 
 Multi-turn policy gradients with masked environment tokens: Zhou et al. 2024 (ArCHer, arXiv 2402.19446).
 """
@@ -19,19 +19,48 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.config.base import ENVIRONMENT
-from tasks.core import distributed
+from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
-from tasks.models.batching import pad_ids
+from tasks.models.loading import pad_ids
+from tasks.rewards.rules.answers import exact_match
 from tasks.rl.advantages import turn_counts
-from tasks.rl.environments.base import Environment, final_user_turn, user_turn
-from tasks.rl.environments.retry import RetryEnvironment
+from tasks.rl.environments import Environment, Step, final_user_turn, user_turn
 from tasks.rl.environments.service_bot import BookingUser
 from tasks.rl.rollout import BatchRows, Rollout, Sampler, extend_generator
 
 if TYPE_CHECKING:
     from tasks.config.training import EnvironmentParams
 
-__all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "with_environment"]
+__all__ = ["EnvironmentReward", "MultiTurnRollout", "MultiTurnSampler", "RetryEnvironment", "with_environment"]
+
+
+class RetryEnvironment:
+    """Questions of reasoning-gym with retries: reward 1 for the right answer, at whichever try; γ favours an early one.
+
+    Gamed by: trying until it fits, which `environment.max_turns` bounds; naming several numbers does not help, for the
+    last one counts. The answer to a wrong try does not say in what it is wrong, so there is nothing in it to parrot. A
+    wrong first try on purpose gains nothing, for the question stays the same and the reward only shrinks.
+    """
+
+    def __init__(self) -> None:
+        self._expected = ""
+
+    def reset(self, row: Prompt) -> str:
+        """The row's prompt; DataError where the row has no right answer."""
+        if row.answer is None:
+            raise DataError(
+                f"the environment reasoning_gym needs rows with an `answer`, and {row.id!r} has none: use a source of "
+                "kind reasoning_gym, or map the column to `answer`"
+            )
+        self._expected = row.answer
+        return row.prompt
+
+    def step(self, action: str) -> Step:
+        """Grade the last number of the turn."""
+        if exact_match(action, self._expected):
+            return Step("That is right.", 1.0, done=True)
+        return Step("That is not right. Try again.", 0.0, done=False)
+
 
 ENVIRONMENTS: Mapping[str, Callable[[], Environment]] = {"reasoning_gym": RetryEnvironment, "service_bot": BookingUser}
 """Kind → factory. A new environment is one more line here, and in `EnvironmentParams.kind`."""
@@ -45,7 +74,6 @@ class EnvironmentReward:
     turns: Tensor
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """Rewards [B]; metrics: whether the reward is positive, and the number of the policy's turns."""
         return self.rewards, {"success": (self.rewards > 0).float(), "turns": self.turns.float()}
 
 
@@ -54,16 +82,9 @@ class MultiTurnRollout(Rollout):
     """A rollout whose responses are whole conversations after their first prompt; `has_eos`: no turn was truncated.
 
     `texts` holds the policy's own turns, one a line; `transcripts` the environment's as well, with its final turn.
-
-    Attributes:
-        rewards: [B] of the environment, on the CPU.
     """
 
-    rewards: Tensor
-
-    def gather(self) -> MultiTurnRollout:
-        """Gather the rollouts of all ranks, in order of rank."""
-        return MultiTurnRollout(**vars(super().gather()), rewards=distributed.all_gather(self.rewards))
+    rewards: Tensor  # [B] of the environment, on the CPU
 
     @property
     def turns(self) -> Tensor:
@@ -72,7 +93,6 @@ class MultiTurnRollout(Rollout):
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
-        """The environment's reward component."""
         return {ENVIRONMENT: EnvironmentReward(self.rewards, self.turns)}
 
 
@@ -90,14 +110,10 @@ class MultiTurnSampler:
         samples_per_prompt: int = 1,
         batch_rows: BatchRows | None = None,
     ) -> MultiTurnRollout:
-        """Sample conversations: row b·samples_per_prompt + g is sample g of prompt b.
+        """Sample conversations, see `Sampler.sample`; row b·samples_per_prompt + g is sample g of prompt b.
 
-        Every turn is sampled from the token ids of the whole conversation so far; the first one shares the prompts
-        among their samples. A conversation's random numbers do not depend on how long others last.
-
-        Args:
-            generator: a turn's numbers follow from its seed and the turn.
-            batch_rows: see `Sampler.sample`.
+        Every turn is sampled from the token ids of the whole conversation so far. Its random numbers follow from the
+        generator's seed and the turn, and do not depend on how long other conversations last.
         """
         tokenizer = self._sampler.tokenizer
         episodes = [_Episode(self._environment(), row, tokenizer) for row in prompts for _ in range(samples_per_prompt)]
@@ -147,7 +163,6 @@ class _Episode:
         return self.prompt_ids + self.ids
 
     def add_policy_turn(self, turns: Rollout, row: int) -> None:
-        """Append a turn of the policy as it was sampled."""
         length = int(turns.response_mask[row].sum())
         self._add(
             turns.responses[row, :length].tolist(),
@@ -167,9 +182,8 @@ class _Episode:
             return
         text = user_turn(step.observation)
         self.transcript += self.turns[-1] + text
-        ids = list(self._tokenizer(text, add_special_tokens=False).input_ids)
-        zeros = [0.0] * len(ids)
-        self._add(ids, zeros, zeros, is_policy=False)
+        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        self._add(ids, [0.0] * len(ids), [0.0] * len(ids), is_policy=False)
 
     def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, is_policy: bool) -> None:
         self.ids += ids

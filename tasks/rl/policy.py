@@ -8,7 +8,7 @@ import torch
 from peft import PeftModel
 from torch import Tensor, nn
 
-from tasks.models.batching import position_ids
+from tasks.models.loading import position_ids
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
 from tasks.rl.masking import through_last_true
 from tasks.rl.rollout import TokenBatch
@@ -29,8 +29,7 @@ class Policy(nn.Module):
 
     def __init__(self, model: PeftModel, *, temperature: float, value_head: bool = True) -> None:
         super().__init__()
-        self.model = model
-        self.temperature = temperature
+        self.model, self.temperature = model, temperature
         self.value_head = _zero_head(model) if value_head else None
 
     def forward(self, batch: TokenBatch) -> PolicyOutput:
@@ -53,7 +52,7 @@ class Policy(nn.Module):
         return logprobs_from_logits(logits, batch.responses, self.temperature)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Trainable parameters by name: adapter and value head."""
+        """Adapter and value head, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 

@@ -1,8 +1,7 @@
 """Proximal policy optimisation: KL penalty in the reward, advantages from a value head, clipped losses.
 
-Generation is a Markov decision process: the state is the prompt with the tokens so far, the action is the next token,
-the score arrives with the last token, and γ = 1 spreads it over the response. With an environment the policy's turns
-are parts of one episode (see multi_turn.py). Sources of each detail are in docs/ppo.md.
+The state is the prompt with the tokens so far, the action is the next token, and the score arrives with the last one.
+With an environment the policy's turns are parts of one episode. Sources of each detail are in docs/ppo.md.
 """
 
 from __future__ import annotations
@@ -39,11 +38,9 @@ class PPO:
     def __init__(self, params: PPOParams, *, turn_gamma: float = 1.0) -> None:
         """Keep the parameters, and the discount per turn of an environment."""
         self.params = params
-        self.kl_controller: KLController = (
-            FixedKL(params.kl_coef)
-            if params.kl_controller == "fixed"
-            else AdaptiveKL(params.kl_coef, target=params.adaptive_kl_target, horizon=params.kl_horizon)
-        )
+        self.kl_controller: KLController = FixedKL(params.kl_coef)
+        if params.kl_controller == "adaptive":
+            self.kl_controller = AdaptiveKL(params.kl_coef, params.adaptive_kl_target, params.kl_horizon)
         over_turns = params.action == "turn"
         self._gamma = turn_gamma if over_turns else params.gamma
         self.return_gamma = 1.0 if over_turns else turn_gamma  # over turns as actions the returns discount

@@ -1,16 +1,16 @@
 """Rollouts, and the samplers that give them: the `Sampler` interface, and the sampler of a model in this process.
 
 Sampling is plain, without top-k or top-p: what is sampled must be what is trained. The log-probabilities of sampled
-tokens are kept from the very logits that they were sampled from. On a CPU the weights are rearranged for small
-products, adapters added (`tasks.models.onednn_linear`).
+tokens are those of the very logits that they were sampled from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
+from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -18,8 +18,7 @@ from torch import Tensor, nn
 from tasks.core import distributed
 from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt
-from tasks.models.batching import pad_ids
-from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
+from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer, pad_ids
 from tasks.models.onednn_linear import merged_weights
 from tasks.rl.decoding import Decoder, SampledTokens, sample_tokens
 
@@ -41,21 +40,12 @@ __all__ = [
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """Prompts and responses as token ids and texts.
+    """Prompts and responses as token ids and texts; `texts` are without end tokens, as the reward reads them."""
 
-    Attributes:
-        prompts: [B, P] token ids, padded on the left.
-        prompt_mask: [B, P] true where a prompt token stands.
-        responses: [B, T] token ids, padded on the right after the end token.
-        response_mask: [B, T] true up to and including the end token.
-        prompt_texts: the B prompts.
-        texts: the B responses without their end tokens, as the reward reads them.
-    """
-
-    prompts: Tensor
-    prompt_mask: Tensor
-    responses: Tensor
-    response_mask: Tensor
+    prompts: Tensor  # [B, P] padded on the left
+    prompt_mask: Tensor  # [B, P] true where a prompt token stands
+    responses: Tensor  # [B, T] padded on the right after the end token
+    response_mask: Tensor  # [B, T] true up to and including the end token
     prompt_texts: list[str]
     texts: list[str]
 
@@ -70,33 +60,26 @@ class Rollout(TokenBatch):
 
     Attributes:
         logprobs: [B, T] log π(token) at the sampling temperature, 0 where masked.
-        has_eos: [B] true where the response has its end token.
         transcripts: all text after each of the B prompts, for people to read.
-        pad_token_id: fills `prompts` and `responses`.
         values: [B, T] V(state in which the token was chosen), 0 where masked; only from a sampler with a value head.
     """
 
     logprobs: Tensor
-    has_eos: Tensor
+    has_eos: Tensor  # [B]
     transcripts: list[str]
     pad_token_id: int
     values: Tensor | None = None
 
-    def gather(self) -> Rollout:
+    def gather(self) -> Self:
         """Gather the rollouts of all ranks, in order of rank."""
-        return Rollout(
-            prompts=distributed.all_gather(self.prompts, pad=self.pad_token_id, left=True),
-            prompt_mask=distributed.all_gather(self.prompt_mask, left=True),
-            responses=distributed.all_gather(self.responses, pad=self.pad_token_id),
-            response_mask=distributed.all_gather(self.response_mask),
-            logprobs=distributed.all_gather(self.logprobs),
-            has_eos=distributed.all_gather(self.has_eos),
-            prompt_texts=distributed.all_gather_texts(self.prompt_texts),
-            texts=distributed.all_gather_texts(self.texts),
-            transcripts=distributed.all_gather_texts(self.transcripts),
-            pad_token_id=self.pad_token_id,
-            values=None if self.values is None else distributed.all_gather(self.values),
-        )
+        gathered: dict[str, Any] = dict(vars(self))
+        for name, value in gathered.items():
+            if isinstance(value, Tensor):
+                pad = self.pad_token_id if name in ("prompts", "responses") else 0
+                gathered[name] = distributed.all_gather(value, pad=pad, left=name in ("prompts", "prompt_mask"))
+            elif isinstance(value, list):
+                gathered[name] = distributed.all_gather_texts(value)
+        return type(self)(**gathered)
 
     @property
     def external_rewards(self) -> Mapping[str, Any]:
@@ -147,7 +130,7 @@ class Sampler(Protocol):
 
 
 class LocalSampler:
-    """Sampler of softmax(logits / temperature) of a model in this process."""
+    """Sampler of softmax(logits / temperature) of a model in this process, with or without adapters."""
 
     def __init__(
         self,
@@ -158,15 +141,11 @@ class LocalSampler:
         *,
         chat_template: bool = False,
     ) -> None:
-        """Keep the model, a causal language model with or without adapters, and the settings.
+        """Keep the model and the settings.
 
         Args:
-            value_head: maps the last hidden state [B, d] to values [B, 1]; it reads the states that decoding computes
-                anyway, so that values cost no forward pass of their own.
-            chat_template: format each prompt as a user's message, and not as the beginning of a text.
-
-        Raises:
-            ConfigError: the tokenizer has no chat template.
+            value_head: maps the last hidden state [B, d], which decoding computes anyway, to values [B, 1].
+            chat_template: format each prompt as a user's message; ConfigError where the tokenizer has no template.
         """
         if chat_template and not tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template: leave --chat-template out")
@@ -182,13 +161,10 @@ class LocalSampler:
         samples_per_prompt: int = 1,
         batch_rows: BatchRows | None = None,
     ) -> Rollout:
-        """Sample responses, see `Sampler.sample`; the rollout is on the model's device.
+        """See `Sampler.sample`; the rollout is on the model's device. Raises ConfigError for an empty prompt.
 
         One uniform number per row and step is drawn from the generator, for ended rows and those of other parts too, so
         that a row's sample does not depend on them. T is `max_new_tokens`, or less when every response ended earlier.
-
-        Raises:
-            ConfigError: a prompt is empty.
         """
         texts = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
         token_ids = [self._tokenise(text) if isinstance(text, str) else text for text in texts]
@@ -238,10 +214,10 @@ class LocalSampler:
         return columns
 
     def _tokenise(self, prompt: str) -> list[int]:
-        text = prompt
+        text: str = prompt
         if self._chat_template:
             message = [{"role": "user", "content": prompt}]
-            text = str(self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True))
+            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
         ids: list[int] = self.tokenizer(text, add_special_tokens=not self._chat_template).input_ids
         if not ids:
             raise ConfigError(f"prompt {prompt!r} is empty: write at least a word")
@@ -254,12 +230,7 @@ class LocalSampler:
 def load_sampler(
     folder: Path, policy: str, generation: GenerationParams, *, chat_template: bool = False
 ) -> LocalSampler:
-    """Load the sampler of a policy stage, or of the SFT model for `sft`, from a folder laid out as the artifacts.
-
-    Raises:
-        ConfigError: the tokenizer has no chat template.
-        ModelError: a folder is incomplete.
-    """
+    """Load the sampler of a policy stage, or of the SFT model for `sft`, from a folder laid out as the artifacts."""
     init_process()
     base_model, sft = folder / "base_model", folder / "sft"
     is_reference = policy == sft.name
@@ -283,14 +254,11 @@ def sample_in_batches(
 
 def derive_generator(*parts: int) -> torch.Generator:
     """Derive a generator from all parts, by a polynomial hash below 2^63."""
-    seed = 0
-    for part in parts:
-        seed = _extend_seed(seed, part)
-    return torch.Generator().manual_seed(seed)
+    return torch.Generator().manual_seed(reduce(_extend_seed, parts, 0))
 
 
 def extend_generator(generator: torch.Generator, part: int) -> torch.Generator:
-    """Derive a generator from one more part: `derive_generator(*parts, part)` from `derive_generator(*parts)`."""
+    """`derive_generator(*parts, part)` from `derive_generator(*parts)`."""
     return torch.Generator().manual_seed(_extend_seed(generator.initial_seed(), part))
 
 

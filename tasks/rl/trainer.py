@@ -15,8 +15,7 @@ from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.advantages import apply_missing_eos_penalty, discount_by_turns, turn_counts
 from tasks.rl.algorithm import Algorithm, Metrics, ScoredRollout
-from tasks.rl.callbacks import Callback
-from tasks.rl.checkpoint import Checkpoint, KLBudget, load_weights
+from tasks.rl.callbacks import Callback, Checkpoint, KLBudget, load_weights
 from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.masking import masked_mean
@@ -27,8 +26,7 @@ from tasks.rl.update import PolicyUpdate
 
 __all__ = ["RLTrainer"]
 
-RECORDED_SAMPLES = 4
-"""Responses of an update that are kept for people to read."""
+RECORDED_SAMPLES = 4  # responses of an update that are kept for people to read
 
 
 class RLTrainer:
@@ -60,11 +58,8 @@ class RLTrainer:
     def train(self) -> None:
         """Run the updates that are left since the last checkpoint, as many as the KL budget allows.
 
-        The checkpoint is removed at the end, and kept where training fails.
-
-        Raises:
-            TrainingError: a reward, log-probability, loss or gradient is not finite, or the policy has moved out of
-                reach; it names the update, the quantity and the samples.
+        The checkpoint is removed at the end, and kept where training fails: TrainingError where a number is not finite,
+        or the policy has moved out of reach.
         """
         self._resume()
         while self.updates_done < self.params.updates:
@@ -104,7 +99,7 @@ class RLTrainer:
         )
 
     def score(self, rollout: Rollout) -> ScoredRollout:
-        """Score this rank's responses and compute their log-probabilities under the reference; gather those of all."""
+        """Score this rank's responses, with their log-probabilities under the reference; gather those of all."""
         prompts, texts = rollout.prompt_texts, rollout.texts
         check_finite("log-probability of the policy", rollout.logprobs, prompts, texts)
         reference_logprobs = self.policy.reference_logprobs(rollout)
@@ -124,15 +119,12 @@ class RLTrainer:
         """Indices of this update's prompts: a new permutation for every pass over the data."""
         total, size = len(self.prompts), self.params.prompts_per_update
         positions = range(self.updates_done * size, (self.updates_done + 1) * size)
-        orders = {
-            p // total: torch.randperm(total, generator=derive_generator(self.seed, p // total)) for p in positions
-        }
+        passes = {p // total for p in positions}
+        orders = {i: torch.randperm(total, generator=derive_generator(self.seed, i)) for i in passes}
         return [int(orders[p // total][p % total]) for p in positions]
 
     def _generator(self, purpose: str) -> torch.Generator:
         return derive_generator(self.seed, self.updates_done, sum(purpose.encode()))
-
-    # -- KL budget ---------------------------------------------------------------------------------------------
 
     def _final_kl(self) -> float:
         """KL of the policy after the last update, measured only where there is a budget."""
@@ -144,17 +136,15 @@ class RLTrainer:
         return distributed.all_gather(per_sequence(kl.k1, mask)).mean().item()
 
     def _return_to_budget(self, kl: float) -> None:
-        """Restore the weights before the last update."""
+        """Restore the weights before the last update; TrainingError where there was none."""
         limit = f"{self.params.stage}.kl_budget {self.kl_budget.limit:g}"
         if not self.updates_done:
             raise TrainingError(f"update 1: the KL is {kl:.3g} before any update, over {limit}; raise it")
-        self.kl_budget.restore_weights()
+        load_weights(self.policy, self.kl_budget.weights)
         self._warn(
             f"the KL after update {self.updates_done} is {kl:.3g} nats per response, over {limit}: training "
             f"ends with the policy before it, whose KL was {self.history[-1]['kl']:.3g}"
         )
-
-    # -- records -----------------------------------------------------------------------------------------------
 
     def _rollout_metrics(self, scored: ScoredRollout) -> Metrics:
         """Metrics of the responses; a few of them are recorded as samples."""
@@ -176,7 +166,6 @@ class RLTrainer:
         }
 
     def _record_samples(self, scored: ScoredRollout) -> None:
-        """Record a few responses of the update."""
         rollout, count = scored.rollout, len(scored.scores)
         rows = [
             {
@@ -221,8 +210,6 @@ class RLTrainer:
             kept = f"; the checkpoint of update {self._last_checkpoint} is kept" if self._last_checkpoint else ""
             raise TrainingError(f"update {self.updates_done + 1}: {error}{kept}") from error
 
-    # -- state -------------------------------------------------------------------------------------------------
-
     def _state(self) -> dict[str, Any]:
         return {
             "update": self.updates_done,
@@ -236,8 +223,7 @@ class RLTrainer:
 
     def _resume(self) -> None:
         """Load the checkpoint, if there is one, and log its curves and samples again."""
-        state = self.checkpoint.load()
-        if not state:
+        if not (state := self.checkpoint.load()):
             return
         load_weights(self.policy, state["weights"])
         self.updater.optimizer.load_state_dict(state["optimizer"])
@@ -249,9 +235,8 @@ class RLTrainer:
             for row in self.history:
                 callback.on_log(row, int(row["step"]))
             callback.on_samples(self.samples, self.updates_done)
-        self._warn(
-            f"goes on from update {self.updates_done} of {self.params.updates} (checkpoint of an interrupted run)"
-        )
+        place = f"update {self.updates_done} of {self.params.updates}"
+        self._warn(f"goes on from {place} (checkpoint of an interrupted run)")
 
 
 class _Stopwatch:
@@ -262,12 +247,10 @@ class _Stopwatch:
         self._laps: dict[str, float] = {}
 
     def lap(self, phase: str) -> None:
-        """End a phase."""
         now = time.perf_counter()
         self._laps[phase], self._last = now - self._last, now
 
     def metrics(self, rollout: Rollout) -> Metrics:
-        """Timings, and the rate of sampling."""
         tokens_per_s = float(rollout.response_mask.sum()) / self._laps["rollout_s"]
         timings = {**self._laps, "rollout_tokens_per_s": tokens_per_s, "update_s": time.perf_counter() - self._started}
         return {f"time/{name}": value for name, value in timings.items()}

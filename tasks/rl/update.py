@@ -78,7 +78,6 @@ class PolicyUpdate:
         return means
 
     def _backward(self, micro_batch: Experience, minibatch: Experience) -> StepLoss:
-        """Add the gradient of a micro-batch."""
         step_loss = self.algorithm.loss(self.policy(micro_batch), micro_batch, minibatch)
         step_loss.loss.backward()  # type: ignore[no-untyped-call]
         return step_loss
@@ -87,9 +86,7 @@ class PolicyUpdate:
         non_finite = {name: value for name, value in metrics.items() if not math.isfinite(value)}
         if not non_finite:
             return
-        rows = [
-            row for row in range(len(minibatch)) if not self._is_finite_alone(minibatch.select(torch.tensor([row])))
-        ]
+        rows = [row for row, sample in enumerate(minibatch.split(1)) if not self._is_finite_alone(sample)]
         samples = format_samples(rows, minibatch.prompt_texts, minibatch.texts)
         source = f"from {len(rows)} of {len(minibatch)} responses: {samples}" if rows else "from no single response"
         raise TrainingError(
@@ -102,5 +99,5 @@ class PolicyUpdate:
         self.optimizer.zero_grad()
         step_loss = self._backward(sample, sample)
         gradients = [weight.grad for weight in self.policy.trainable_parameters().values() if weight.grad is not None]
-        numbers = step_loss.metrics().values()
-        return all(map(math.isfinite, numbers)) and all(bool(torch.isfinite(gradient).all()) for gradient in gradients)
+        finite_gradients = all(bool(gradient.isfinite().all()) for gradient in gradients)
+        return finite_gradients and all(map(math.isfinite, step_loss.metrics().values()))

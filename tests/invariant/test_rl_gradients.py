@@ -1,19 +1,17 @@
-"""The gradients of both losses, of log-probabilities and of entropies against finite differences, in float64."""
+"""Gradients of losses, log-probabilities and entropies against finite differences, in float64; and however an optimiser
+step is split into micro-batches, its gradient and its metrics are those of the whole."""
 
 from __future__ import annotations
 
+import functools
 import math
+import operator
 
+import pytest
 import torch
 from torch import Tensor
 
-from tasks.rl.losses import (
-    entropy_from_logits,
-    kl_loss,
-    logprobs_from_logits,
-    policy_loss,
-    value_loss,
-)
+from tasks.rl.losses import entropy_from_logits, kl_loss, logprobs_from_logits, policy_loss, value_loss
 
 MASK = torch.arange(6) < torch.tensor([6, 1, 4, 5])[:, None]
 
@@ -33,7 +31,7 @@ def test_policy_loss() -> None:
     def loss(x: Tensor) -> Tensor:
         return policy_loss(x, old, gains, MASK, clip_range=0.2, token_count=17).loss
 
-    fraction = policy_loss(logprobs, old, gains, MASK, clip_range=0.2, token_count=17).clip_fraction.item()
+    fraction = policy_loss(logprobs, old, gains, MASK, clip_range=0.2, token_count=17).metrics()["clip_fraction"]
     assert 0.1 < fraction < 0.9, "the example must have clipped and unclipped tokens"
     assert torch.autograd.gradcheck(loss, (logprobs,), eps=1e-6, atol=1e-8, rtol=1e-6)
 
@@ -57,8 +55,8 @@ def test_value_loss() -> None:
     def loss(x: Tensor) -> Tensor:
         return value_loss(x, old, returns, MASK, value_clip_range=0.2, token_count=17).loss
 
-    fraction = value_loss(values, old, returns, MASK, value_clip_range=0.2, token_count=17).clip_fraction.item()
-    assert 0.1 < fraction < 0.9, "the example must have clipped and unclipped tokens"
+    metrics = value_loss(values, old, returns, MASK, value_clip_range=0.2, token_count=17).metrics()
+    assert 0.1 < metrics["value_clip_fraction"] < 0.9
     assert torch.autograd.gradcheck(loss, (values,), eps=1e-6, atol=1e-8, rtol=1e-6)
 
 
@@ -88,3 +86,55 @@ def test_both_losses_down_to_the_logits() -> None:
         return policy_loss(logprobs_from_logits(x, tokens, 0.7), old, gains, mask, clip_range=0.2, token_count=3).loss
 
     assert torch.autograd.gradcheck(loss, (logits,), eps=1e-6, atol=1e-8, rtol=1e-6)
+
+
+# -- micro-batches -----------------------------------------------------------------------------------------------------
+
+B, T, V, D = 6, 5, 7, 4
+STEP_MASK = torch.arange(T) < torch.tensor([5, 1, 3, 2, 5, 4])[:, None]
+
+
+def step(splits: list[list[int]]) -> tuple[dict[str, float], Tensor]:
+    """Metrics, and the gradient of one weight matrix that all tokens share, with one backward pass per split."""
+    generator = torch.Generator().manual_seed(5)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    states, weight = draw(B, T, D), draw(D, V + 1).requires_grad_()
+    tokens = torch.randint(0, V, (B, T), generator=generator)
+    moved = states @ (weight.detach() + 0.1 * draw(D, V + 1))
+    old, old_values = logprobs_from_logits(moved[..., :V], tokens, 1.0), moved[..., V]
+    gains, returns = draw(B, T), draw(B, T)
+    count = int(STEP_MASK.sum())
+    actors, critics = [], []
+    for rows in splits:
+        out, mask = states[rows] @ weight, STEP_MASK[rows]
+        logprobs = logprobs_from_logits(out[..., :V], tokens[rows], 1.0)
+        actor = policy_loss(logprobs, old[rows], gains[rows], mask, clip_range=0.2, token_count=count)
+        clipping = {"value_clip_range": 0.2, "token_count": count}
+        critic = value_loss(out[..., V], old_values[rows], returns[rows], mask, **clipping)
+        (actor.loss + 0.1 * critic.loss).backward()
+        actors.append(actor)
+        critics.append(critic)
+    assert weight.grad is not None
+    metrics = functools.reduce(operator.add, actors).metrics() | functools.reduce(operator.add, critics).metrics()
+    return metrics, weight.grad
+
+
+@pytest.mark.parametrize(
+    "splits",
+    [
+        [[0, 1, 2], [3, 4, 5]],
+        [[0], [1], [2], [3], [4], [5]],
+        [[5, 1], [0, 2, 3, 4]],  # unequal, and in another order
+        [[1], [0, 2, 3, 4, 5]],  # one token against nineteen
+    ],
+)
+def test_splits_change_nothing(splits: list[list[int]]) -> None:
+    metrics, gradient = step([list(range(B))])
+    assert 0 < metrics["clip_fraction"] < 1, "the example must have clipped and unclipped tokens"
+    assert 0 < metrics["value_clip_fraction"] < 1
+    split_metrics, split_gradient = step(splits)
+    torch.testing.assert_close(split_gradient, gradient, rtol=1e-12, atol=1e-14)
+    assert split_metrics == pytest.approx(metrics, rel=1e-12)

@@ -11,13 +11,7 @@ from torch import Tensor
 
 from tasks.rl.advantages import gae, token_rewards
 from tasks.rl.kl import kl_estimates, per_sequence
-from tasks.rl.losses import (
-    kl_loss,
-    logprobs_from_logits,
-    policy_loss,
-    token_weights,
-    value_loss,
-)
+from tasks.rl.losses import kl_loss, logprobs_from_logits, policy_loss, token_weights, value_loss
 from tasks.rl.masking import explained_variance, masked_mean, whiten
 
 B, T, V = 4, 6, 7
@@ -60,13 +54,11 @@ def update(pads: int, junk: float, pad_token: int) -> Outcome:
     kl = kl_estimates(old, reference, mask)
     rewards = token_rewards(scores, kl.k1, mask, kl_coef=0.3)
     advantages, returns = gae(rewards, old_values, mask, gamma=0.98, lam=0.9)
-    gains = whiten(advantages, mask)
-    actor = policy_loss(new, old, gains.masked_fill(~mask, junk), mask, clip_range=0.2, token_count=count)
-    critic = value_loss(
-        values, old_values, returns.masked_fill(~mask, junk), mask, value_clip_range=0.2, token_count=count
-    )
+    gains, targets = whiten(advantages, mask).masked_fill(~mask, junk), returns.masked_fill(~mask, junk)
+    actor = policy_loss(new, old, gains, mask, clip_range=0.2, token_count=count)
+    critic = value_loss(values, old_values, targets, mask, value_clip_range=0.2, token_count=count)
     weights = token_weights(mask, "grpo", responses=B, tokens=count, max_new_tokens=T).masked_fill(~mask, junk)
-    group = policy_loss(new, old, gains.masked_fill(~mask, junk), mask, clip_range=0.2, weights=weights)
+    group = policy_loss(new, old, gains, mask, clip_range=0.2, weights=weights)
     pull = kl_loss(new, old, reference, mask, weights=weights)
     (actor.loss + 0.1 * critic.loss + group.loss + pull.loss).backward()
     assert logits.grad is not None

@@ -15,15 +15,15 @@ from torch import Tensor
 from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.checkpoint import Checkpoint
-from tasks.rl.environments.base import Step
+from tasks.rl.callbacks import Checkpoint
+from tasks.rl.environments import Step
 from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
 from tasks.rl.ppo import PPO
 from tasks.rl.rollout import LocalSampler
 from tasks.rl.trainer import RLTrainer
 from tests.conftest import EOS, LETTERS, PAD, VOCABULARY, letter_tokenizer
-from tests.learning.test_bandit import distance, flexible_policy
+from tests.learning.test_bandit import BANDIT, distance, flexible_policy
 from tests.support.tiny_trainer import PARAMS
 
 SIGNS = f"{LETTERS}123"
@@ -79,13 +79,8 @@ def optimum(first: Tensor, second: Tensor, beta: float, gamma: float) -> Tensor:
 def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.rl.multi_turn.user_turn", lambda text: text)
     beta = 1.0
-    params = PARAMS.model_copy(
-        update={
-            "updates": 50, "prompts_per_update": 1, "samples_per_prompt": 256, "epochs": 2, "micro_batch_size": 256,
-            "kl_controller": "fixed", "kl_coef": beta, "missing_eos_penalty": 0.0, "learning_rate": 0.01,
-            "action": action, "value_coef": 0.5, "value_clip_range": None,
-        }
-    )  # fmt: skip
+    changes = {"updates": 50, "epochs": 2, "kl_controller": "fixed", "kl_coef": beta, "action": action}
+    params = PARAMS.model_copy(update=BANDIT | changes | {"value_coef": 0.5, "value_clip_range": None})
     torch.manual_seed(0)
     model = flexible_policy()
     reference = policy_of(model)
@@ -95,13 +90,8 @@ def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeyp
     reward, algorithm = CompositeReward({}, {"environment": 1.0}), PPO(params, turn_gamma=gamma)
     RLTrainer(policy, sampler, [ROW], reward, algorithm, seed=0, checkpoint=Checkpoint(None, "ppo")).train()
     first, second = policy_of(model)
-    learned = first.unsqueeze(1) * second
-    best = optimum(*reference, beta, gamma)
-    start = reference[0].unsqueeze(1) * reference[1]
-    reached = distance(learned, best)
-    print(
-        f"{action}, γ = {gamma}: distance to the optimum {reached:.3f}, to the reference {distance(learned, start):.3f}"
-    )
+    learned, start = first.unsqueeze(1) * second, reference[0].unsqueeze(1) * reference[1]
+    reached = distance(learned, optimum(*reference, beta, gamma))
     assert reached < 0.1
     assert distance(learned, start) > 0.3
     other = optimum(*reference, beta, 0.5 if gamma == 1 else 1.0)

@@ -78,10 +78,26 @@ RUNS: dict[str, Run] = {
 }  # fmt: skip
 
 
-def write_inputs(of: Path) -> None:
-    """A random model, an SFT adapter that changes nothing, and rows of random letters."""
+def write_base_model(of: Path) -> None:
     tiny_model().save_pretrained(of / "base_model" / "model")
     letter_tokenizer().save_pretrained(of / "base_model" / "model")
+
+
+def write_parts(of: Path) -> Path:
+    """Base model, SFT and PPO, with adapters that change what they lie on; the folder itself."""
+    write_base_model(of)
+    for seed, stage in enumerate(("sft", "ppo")):
+        adapter = add_lora(tiny_model(), LORA, seed=seed)
+        for name, weight in adapter.named_parameters():
+            if "lora_B" in name:
+                weight.data.fill_(0.05 * (seed + 1))
+        save_adapter(adapter, of / stage)
+    return of
+
+
+def write_inputs(of: Path) -> None:
+    """A random model, an SFT adapter that changes nothing, and rows of random letters."""
+    write_base_model(of)
     save_adapter(add_lora(tiny_model(), LORA, seed=0), of / "sft")
     draw = random.Random(0)
 

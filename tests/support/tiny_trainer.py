@@ -15,8 +15,7 @@ from tasks.config.training import GenerationParams, GRPOParams, PPOParams, RLPar
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.algorithm import Algorithm, Experience, Metrics
-from tasks.rl.callbacks import Callback
-from tasks.rl.checkpoint import Checkpoint
+from tasks.rl.callbacks import Callback, Checkpoint
 from tasks.rl.grpo import GRPO
 from tasks.rl.policy import Policy
 from tasks.rl.ppo import PPO
@@ -70,6 +69,15 @@ class Recorder(Callback):
         self.warnings.append(message)
 
 
+def moved_policy() -> PeftModel:
+    """The tiny policy with an adapter that changes something."""
+    policy = tiny_policy()
+    for name, parameter in policy.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
+    return policy
+
+
 def low_tokens(prompts: list[str], responses: list[str]) -> list[float]:
     """Reward: the share of tokens below 16."""
     return [sum(int(word) < 16 for word in text.split()) / max(1, len(text.split())) for text in responses]
@@ -115,6 +123,12 @@ def trainer(
 
 def weights(of: RLTrainer) -> dict[str, Tensor]:
     return {name: value.detach().clone() for name, value in of.policy.trainable_parameters().items()}
+
+
+def assert_same_weights(one: RLTrainer, other: dict[str, Tensor]) -> None:
+    """Bit for bit."""
+    for name, value in weights(one).items():
+        assert torch.equal(other[name], value), name
 
 
 def experience_of(of: RLTrainer) -> tuple[Experience, Metrics]:

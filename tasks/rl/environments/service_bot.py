@@ -1,11 +1,8 @@
 """Slot-filling dialogues with a scripted user: the policy asks for missing details and confirms all of them.
 
 The user opens with a name, the task and some of its details. The bot asks for those that are missing, the user answers,
-and once the bot has named every detail rightly in one turn, the user confirms: that is the reward. LMRL-Gym (Abdulhai
-et al. 2023, arXiv 2311.18232) builds its environments in the same way, text in and text out with the reward at the end.
-
-The user reads words, no grammar: a slot is asked for where one of its words stands in the bot's turn, a value is named
-where its word does.
+and once the bot has named every detail rightly in one turn, the user confirms: that is the reward (as in LMRL-Gym,
+Abdulhai et al. 2023, arXiv 2311.18232). The user reads words, no grammar.
 
 Gamed by:
 - saying "confirmed" or "thank you": the user confirms only what the bot has named, detail by detail;
@@ -28,19 +25,12 @@ from typing import TYPE_CHECKING
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
 from tasks.core.text_stats import tokenize_words
-from tasks.rl.environments.base import Step, first_prompt, user_turn
+from tasks.rl.environments import Step, first_prompt, user_turn
 
 if TYPE_CHECKING:
     from tasks.config.data import SourceParams
 
-__all__ = [
-    "TASKS",
-    "BookingUser",
-    "Slot",
-    "Task",
-    "generate_dialogues",
-    "read_service_bot",
-]
+__all__ = ["TASKS", "BookingUser", "generate_dialogues", "read_service_bot"]
 
 Goal = Mapping[str, str]
 """Slot → the value that the user wants; `wish` names the task."""
@@ -48,21 +38,13 @@ Goal = Mapping[str, str]
 
 @dataclass(frozen=True)
 class Slot:
-    """One detail of a task.
+    """One detail of a task."""
 
-    Attributes:
-        name: in the goal.
-        question: how a good bot asks for it.
-        keywords: any of these words in the bot's turn asks for it.
-        phrase: template of a value for user and bot.
-        values: one word each, and different from those of the task's other slots.
-    """
-
-    name: str
-    question: str
-    keywords: frozenset[str]
-    phrase: str
-    values: tuple[str, ...]
+    name: str  # in the goal
+    question: str  # how a good bot asks for it
+    keywords: frozenset[str]  # any of these words in the bot's turn asks for it
+    phrase: str  # template of a value for user and bot
+    values: tuple[str, ...]  # one word each, and different from those of the task's other slots
 
 
 @dataclass(frozen=True)
@@ -73,6 +55,8 @@ class Task:
     confirmation: str
     slots: tuple[Slot, ...]
 
+
+DEFAULT_DIALOGUES = 1000  # generated without end
 
 DAYS = ("Monday", "Tuesday", "Wednesday", "Thursday", "Friday", "Saturday", "Sunday")
 HOURS = ("six", "seven", "eight", "nine")
@@ -124,11 +108,7 @@ class BookingUser:
         self._goal: Goal = {}
 
     def reset(self, row: Prompt) -> str:
-        """The row's prompt.
-
-        Raises:
-            DataError: the row's answer is no goal.
-        """
+        """The row's prompt; DataError where the row's answer is no goal."""
         self._goal = _parse_goal(row)
         return row.prompt
 
@@ -149,11 +129,7 @@ class BookingUser:
 
 
 def generate_dialogues(task_names: Sequence[str], seed: int) -> Iterator[dict[str, str]]:
-    """Generate rows without end: a prompt, the goal as `answer`, and the scripted dialogue as `response`.
-
-    Raises:
-        DataError: there is no such task.
-    """
+    """Generate rows without end: a prompt, the goal as `answer`, and the scripted dialogue as `response`."""
     if unknown := [name for name in task_names if name not in TASKS]:
         raise DataError(f"the service bot knows no task {unknown[0]!r}; known ones: {', '.join(TASKS)}")
     rng = random.Random(seed)
@@ -200,9 +176,6 @@ def _parse_goal(row: Prompt) -> Goal:
     return dict(goal)
 
 
-_DEFAULT_DIALOGUES = 1000  # generated without end
-
-
 def read_service_bot(source: SourceParams, seed: int) -> tuple[Iterable[tuple[str, int, object]], dict[str, object]]:
     """Generate `limit` dialogues from the seed: the user's opening, the dialogue, and the goal as answer.
 
@@ -210,6 +183,6 @@ def read_service_bot(source: SourceParams, seed: int) -> tuple[Iterable[tuple[st
         DataError: there is no such task.
     """
     tasks = source.id.split(",")
-    rows = list(islice(generate_dialogues(tasks, seed), source.limit or _DEFAULT_DIALOGUES))
+    rows = list(islice(generate_dialogues(tasks, seed), source.limit or DEFAULT_DIALOGUES))
     origin: dict[str, object] = {"source": "scripted dialogues of this project", "wishes": tasks, "seed": seed}
     return ((f"service_bot/{source.id}", line, row) for line, row in enumerate(rows, start=1)), origin

@@ -17,7 +17,7 @@ from sqlalchemy import create_engine, text
 from tasks.core.rows import Prompt, write_rows
 from tasks.labelling.store import LabelStore
 from tests.support.labels import memory_store
-from tests.support.tiny_policy import write_parts
+from tests.support.tiny_stages import write_parts
 
 BINARIES = sorted(Path("/usr/lib/postgresql").glob("*/bin")) if Path("/usr/lib/postgresql").is_dir() else []
 KINDS = ["sqlite", pytest.param("postgresql", marks=pytest.mark.slow)]

@@ -15,7 +15,7 @@ from tasks.models import export as export_module
 from tasks.models.export import ExportCheck, atomic_folder, export
 from tasks.models.loading import load_policy, load_reference
 from tests.conftest import tiny_model
-from tests.support.tiny_policy import write_parts
+from tests.support.tiny_stages import write_parts
 
 IDS = torch.tensor([[5, 9, 3, 22, 11]])
 
@@ -39,22 +39,19 @@ def logits(model: torch.nn.Module) -> torch.Tensor:
     return model(input_ids=IDS).logits
 
 
-def test_the_merged_model_computes_what_the_policy_does(parts: Path, tmp_path: Path) -> None:
+def test_the_merged_model_computes_and_generates_what_the_policy_does(parts: Path, tmp_path: Path) -> None:
     measured = exported(parts, tmp_path / "out")
-    found = logits(AutoModelForCausalLM.from_pretrained(tmp_path / "out"))
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found, weights, wanted = logits(model), model.state_dict(), policy(parts).merge_and_unload().state_dict()
+    assert weights.keys() == wanted.keys()
+    assert all(torch.equal(weights[name], wanted[name]) for name in wanted), "a bit of the merged weights is lost"
     torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
     assert measured.dtype == "float32"
     assert 0 <= measured.max_logit_difference < 1e-5 < 0.1 < measured.max_logit
     reference = logits(load_reference(parts / "base_model", parts / "sft"))
     assert (found - reference).abs().max() > 1e-2, "the policy's adapter is not in it"
-
-
-def test_no_bit_of_the_merged_weights_is_lost(parts: Path, tmp_path: Path) -> None:
-    exported(parts, tmp_path / "out")
-    found = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict()
-    wanted = policy(parts).merge_and_unload().state_dict()
-    assert found.keys() == wanted.keys()
-    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert (config["temperature"], config["max_new_tokens"], config["top_k"], config["do_sample"]) == (0.7, 5, 0, True)
 
 
 def test_the_adapter_lies_on_the_merged_sft_model(parts: Path, tmp_path: Path) -> None:
@@ -64,12 +61,6 @@ def test_the_adapter_lies_on_the_merged_sft_model(parts: Path, tmp_path: Path) -
     torch.testing.assert_close(logits(base), reference, rtol=0, atol=1e-5)
     found = logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"))
     torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
-
-
-def test_it_generates_as_it_was_trained(parts: Path, tmp_path: Path) -> None:
-    exported(parts, tmp_path / "out")
-    config = json.loads((tmp_path / "out" / "generation_config.json").read_text())
-    assert (config["temperature"], config["max_new_tokens"], config["top_k"], config["do_sample"]) == (0.7, 5, 0, True)
 
 
 def test_an_export_that_computes_something_else_is_refused(

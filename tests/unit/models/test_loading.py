@@ -1,4 +1,4 @@
-"""Adapters as artifacts: equal weights are equal bytes, and a policy with its adapter off is the reference."""
+"""Adapters as artifacts: equal weights are equal bytes, and a policy with its adapter off is the reference; padding."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import PreTrainedTokenizerFast
 
 from tasks.config.training import LoraParams
 from tasks.core.errors import ModelError
@@ -18,29 +17,21 @@ from tasks.models.loading import (
     load_reward_model,
     load_tokenizer,
     new_reward_model,
+    pad_ids,
+    position_ids,
     save_adapter,
 )
-from tests.conftest import tiny_model
+from tests.conftest import letter_tokenizer, tiny_model
 
 LORA = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
 IDS = torch.tensor([[3, 4, 5, 6]])
-
-
-def byte_tokenizer() -> PreTrainedTokenizerFast:
-    from tokenizers import Tokenizer
-    from tokenizers.models import WordLevel
-
-    vocabulary = {"<pad>": 0, "<end>": 1, **{f"w{i}": i for i in range(2, 32)}}
-    return PreTrainedTokenizerFast(
-        tokenizer_object=Tokenizer(WordLevel(vocabulary, unk_token="<pad>")), pad_token="<pad>", eos_token="<end>"
-    )
 
 
 @pytest.fixture
 def base_model(tmp_path: Path) -> Path:
     folder = tmp_path / "base_model"
     tiny_model().save_pretrained(folder / "model")
-    byte_tokenizer().save_pretrained(folder / "model")
+    letter_tokenizer().save_pretrained(folder / "model")
     return folder
 
 
@@ -50,7 +41,6 @@ def trained_adapter(base_model: Path, out: Path, seed: int = 0) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
-    out.mkdir()
     save_adapter(model, out)
     return out
 
@@ -68,23 +58,16 @@ def test_equal_weights_are_equal_bytes_without_paths(base_model, tmp_path):
     assert modules == sorted(modules)
 
 
-def test_fresh_adapter_changes_nothing_and_a_trained_one_does(base_model, tmp_path):
-    reference = load_reference(base_model, None)
-    expected = reference(IDS).logits
-    fresh = add_lora(load_reference(base_model, None), LORA, seed=0)
-    assert torch.equal(fresh(IDS).logits, expected)
-    adapter = trained_adapter(base_model, tmp_path / "sft")
-    assert not torch.allclose(load_reference(base_model, adapter)(IDS).logits, expected)
-
-
-def test_policy_with_its_adapter_off_is_the_reference(base_model, tmp_path):
+def test_fresh_adapter_changes_nothing_and_a_policy_with_its_adapter_off_is_the_reference(base_model, tmp_path):
+    base = load_reference(base_model, None)(IDS).logits
+    assert torch.equal(add_lora(load_reference(base_model, None), LORA, seed=0)(IDS).logits, base)
     sft = trained_adapter(base_model, tmp_path / "sft", seed=1)
-    ppo = trained_adapter(base_model, tmp_path / "ppo", seed=2)
-    policy = load_policy(base_model, sft, ppo)
-    reference = load_reference(base_model, sft)
-    assert not torch.allclose(policy(IDS).logits, reference(IDS).logits)
+    reference = load_reference(base_model, sft)(IDS).logits
+    assert not torch.allclose(reference, base)
+    policy = load_policy(base_model, sft, trained_adapter(base_model, tmp_path / "ppo", seed=2))
+    assert not torch.allclose(policy(IDS).logits, reference)
     with policy.disable_adapter():
-        torch.testing.assert_close(policy(IDS).logits, reference(IDS).logits, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(policy(IDS).logits, reference, rtol=1e-6, atol=1e-6)
 
 
 def test_scorer_comes_back_as_it_was_saved(base_model, tmp_path):
@@ -94,7 +77,6 @@ def test_scorer_comes_back_as_it_was_saved(base_model, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.05)
     expected = scorer.eval()(IDS).logits
-    (tmp_path / "scorer").mkdir()
     save_adapter(scorer, tmp_path / "scorer")
     torch.testing.assert_close(load_reward_model(base_model, None, tmp_path / "scorer")(IDS).logits, expected)
 
@@ -131,8 +113,24 @@ def test_a_folder_without_a_tokenizer_is_named_with_what_it_holds(base_model):
 
 
 def test_padding_with_the_end_token_is_refused(base_model):
-    tokenizer = byte_tokenizer()
+    tokenizer = letter_tokenizer()
     tokenizer.pad_token = tokenizer.eos_token
     tokenizer.save_pretrained(base_model / "model")
     with pytest.raises(ModelError, match=r"eos='<end>' pad='<end>'; set base_model.pad_token"):
         load_tokenizer(base_model)
+
+
+@pytest.mark.parametrize(
+    ("rows", "side", "ids", "mask", "positions"),
+    [
+        ([[7, 8], [9]], "left", [[7, 8], [3, 9]], [[True, True], [False, True]], [[0, 1], [0, 0]]),
+        ([[7, 8], [9]], "right", [[7, 8], [9, 3]], [[True, True], [True, False]], [[0, 1], [0, 1]]),
+        ([[], [5]], "left", [[3], [5]], [[False], [True]], [[0], [0]]),
+    ],
+)
+def test_rows_are_padded_on_one_side(rows, side, ids, mask, positions):
+    padded, is_real = pad_ids(rows, 3, side=side)
+    assert padded.tolist() == ids
+    assert is_real.tolist() == mask
+    assert is_real.dtype is torch.bool
+    assert position_ids(is_real).tolist() == positions

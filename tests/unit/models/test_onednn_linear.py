@@ -8,22 +8,14 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from tasks.models.onednn_linear import FrozenLinear, FrozenLora, freeze_for_onednn, merged_weights, register_frozen_lora
-from tests.conftest import tiny_model, tiny_policy
+from tests.conftest import tiny_model
+from tests.support.tiny_trainer import moved_policy
 
 IDS = torch.tensor([[3, 4, 5, 6], [9, 8, 7, 6]])
 
 
 def close(result: torch.Tensor, expected: torch.Tensor) -> None:
     torch.testing.assert_close(result, expected, rtol=1e-5, atol=1e-5)
-
-
-def policy_with_an_effect():
-    policy = tiny_policy()
-    generator = torch.Generator().manual_seed(1)
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data.copy_(torch.randn(parameter.shape, generator=generator) / 10)
-    return policy
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -59,13 +51,12 @@ def test_trained_layers_and_other_precisions_stay_with_torch():
     wide = nn.Linear(4, 4)
     freeze_for_onednn(wide)
     wide.double()
-    close(
-        wide(torch.ones(2, 4).double()), torch.nn.functional.linear(torch.ones(2, 4).double(), wide.weight, wide.bias)
-    )
+    inputs = torch.ones(2, 4).double()
+    close(wide(inputs), nn.functional.linear(inputs, wide.weight, wide.bias))
 
 
 def test_merged_is_the_model_with_its_adapter_and_leaves_no_trace():
-    policy = policy_with_an_effect()
+    policy = moved_policy()
     with torch.no_grad():
         adapted = policy(IDS).logits
         with policy.disable_adapter():
@@ -82,7 +73,7 @@ def test_merged_is_the_model_with_its_adapter_and_leaves_no_trace():
 
 
 def test_merged_follows_the_adapter_and_ends_on_errors():
-    policy = policy_with_an_effect()
+    policy = moved_policy()
     with torch.no_grad():
         with pytest.raises(KeyError), merged_weights(policy):
             raise KeyError

@@ -1,4 +1,4 @@
-"""Generalised advantage estimation by hand, and against its definition as a double sum."""
+"""Rewards, actions and advantages by hand; GAE also against its definition as a double sum."""
 
 from __future__ import annotations
 
@@ -8,9 +8,22 @@ import pytest
 import torch
 from torch import Tensor
 
-from tasks.rl.advantages import gae
+from tasks.rl.advantages import (
+    action_mask,
+    action_values,
+    apply_missing_eos_penalty,
+    discount_by_turns,
+    gae,
+    group_standardised,
+    leave_one_out,
+    to_actions,
+    token_rewards,
+    turn_counts,
+)
 
 NAN, INF = math.nan, math.inf
+
+# -- GAE ---------------------------------------------------------------------------------------------------------------
 
 
 def test_three_tokens_by_hand() -> None:
@@ -52,33 +65,22 @@ def test_agrees_with_the_definition(gamma: float, lam: float) -> None:
     torch.testing.assert_close(returns, torch.where(mask, expected + values, 0.0), rtol=1e-12, atol=1e-12)
 
 
-def test_lambda_one_returns_the_discounted_rewards_to_go_whatever_the_values() -> None:
-    # γ = 0.5: 1 + 0.5·2 + 0.25·4 = 3, 2 + 0.5·4 = 4, 4.
-    rewards = torch.tensor([[1.0, 2.0, 4.0]])
-    values = torch.tensor([[13.0, -7.0, 0.25]])
-    _, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=0.5, lam=1.0)
-    assert returns.tolist() == [[3.0, 4.0, 4.0]]
-
-
-def test_a_perfect_value_function_leaves_no_advantage() -> None:
-    # γ = 1, one reward of 5 at the end, V = 5 everywhere.
-    rewards, values = torch.tensor([[0.0, 0.0, 5.0]]), torch.full((1, 3), 5.0)
-    advantages, returns = gae(rewards, values, torch.ones(1, 3, dtype=torch.bool), gamma=1.0, lam=0.95)
-    assert advantages.tolist() == [[0.0, 0.0, 0.0]]
-    assert returns.tolist() == [[5.0, 5.0, 5.0]]
-
-
-def test_responses_of_one_token() -> None:
-    # A = r − V, whatever γ and λ.
-    advantages, returns = gae(
-        torch.tensor([[3.0], [1.0]]),
-        torch.tensor([[1.0], [5.0]]),
-        torch.ones(2, 1, dtype=torch.bool),
-        gamma=0.9,
-        lam=0.9,
-    )
-    assert advantages.tolist() == [[2.0], [-4.0]]
-    assert returns.tolist() == [[3.0], [1.0]]
+@pytest.mark.parametrize(
+    ("rewards", "values", "gamma", "lam", "expected"),
+    [
+        # λ = 1: the discounted rewards to go, whatever the values: 1 + 0.5·2 + 0.25·4 = 3, 2 + 0.5·4 = 4, 4.
+        ([[1.0, 2.0, 4.0]], [[13.0, -7.0, 0.25]], 0.5, 1.0, [[3.0, 4.0, 4.0]]),
+        # A perfect value function leaves no advantage.
+        ([[0.0, 0.0, 5.0]], [[5.0, 5.0, 5.0]], 1.0, 0.95, [[5.0, 5.0, 5.0]]),
+        # One token: A = r − V, whatever γ and λ.
+        ([[3.0], [1.0]], [[1.0], [5.0]], 0.9, 0.9, [[3.0], [1.0]]),
+    ],
+)
+def test_returns_by_hand(rewards: list, values: list, gamma: float, lam: float, expected: list) -> None:
+    reward, value = torch.tensor(rewards), torch.tensor(values)
+    advantages, returns = gae(reward, value, torch.ones_like(reward, dtype=torch.bool), gamma=gamma, lam=lam)
+    assert returns.tolist() == expected
+    assert torch.equal(advantages, returns - value)
 
 
 @pytest.mark.parametrize(("gamma", "lam"), [(1.0, 0.95), (0.5, 0.5), (0.9, 0.0)])
@@ -108,8 +110,127 @@ def test_inputs_are_left_alone() -> None:
 def test_a_mask_that_is_not_right_padded_is_refused(mask: list[list[bool]]) -> None:
     with pytest.raises(ValueError, match="right-padded"):
         gae(torch.zeros(1, 2), torch.zeros(1, 2), torch.tensor(mask), gamma=1.0, lam=0.95)
+    with pytest.raises(ValueError, match="right-padded"):
+        token_rewards(torch.zeros(1), torch.zeros(1, 2), torch.tensor(mask), kl_coef=0.1)
 
 
 def test_values_with_one_position_too_many_are_refused() -> None:
     with pytest.raises(ValueError, match="of the values' shape"):
         gae(torch.zeros(1, 2), torch.zeros(1, 3), torch.ones(1, 2, dtype=torch.bool), gamma=1.0, lam=0.95)
+
+
+# -- rewards per token -------------------------------------------------------------------------------------------------
+
+MASK = torch.tensor([[True, True, True], [True, True, False], [True, False, False]])
+KL = torch.tensor([[0.2, -0.4, 0.6], [1.0, 2.0, NAN], [4.0, INF, NAN]], dtype=torch.float64)
+SCORES = torch.tensor([10.0, 20.0, -30.0], dtype=torch.float64)
+
+
+def test_the_score_stands_on_the_last_token_that_counts() -> None:
+    # β = 0.5. Row 0: −0.1, 0.2, −0.3 + 10. Row 1: −0.5, −1 + 20, padding. Row 2: −2 − 30, padding, padding.
+    rewards = token_rewards(SCORES, KL, MASK, kl_coef=0.5)
+    assert rewards.flatten().tolist() == pytest.approx([-0.1, 0.2, 9.7, -0.5, 19.0, 0, -32.0, 0, 0], abs=1e-15)
+    # Ziegler et al. 2019, equation 2: R = score − β · Σ k1. Row 0: 10 − 2·0.4, row 1: 20 − 2·3, row 2: −30 − 2·4.
+    rewards = token_rewards(SCORES, KL, MASK, kl_coef=2.0)
+    assert rewards.sum(1).tolist() == pytest.approx([9.2, 14.0, -38.0], abs=1e-12)
+
+
+@pytest.mark.parametrize("kl_coef", [0.0, 0.3])
+def test_without_divergence_the_reward_is_the_score(kl_coef: float) -> None:
+    rewards = token_rewards(SCORES, torch.zeros_like(KL), MASK, kl_coef=kl_coef)
+    assert rewards.tolist() == [[0.0, 0.0, 10.0], [0.0, 20.0, 0.0], [-30.0, 0.0, 0.0]]
+
+
+def test_in_a_conversation_the_score_stands_on_the_last_turns_last_token() -> None:
+    # β = 0.5; the second token is the environment's, the last is padding: −0.5·2 on the first, 10 − 0.5·4 on the last.
+    mask = torch.tensor([[True, False, True, False]])
+    rewards = token_rewards(torch.tensor([10.0]), torch.tensor([[2.0, NAN, 4.0, INF]]), mask, kl_coef=0.5)
+    assert rewards.tolist() == [[-1.0, 0.0, 8.0, 0.0]]
+
+
+def test_a_score_is_discounted_for_every_turn_after_the_first() -> None:
+    # γ = 0.5: 8, 8/2, −8/4; without discount they stay bit for bit.
+    scores = discount_by_turns(torch.tensor([8.0, 8.0, -8.0]), torch.tensor([1, 2, 3]), 0.5)
+    assert scores.tolist() == [8.0, 4.0, -2.0]
+    scores = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(discount_by_turns(scores, torch.arange(1, 51), 1.0), scores)
+
+
+@pytest.mark.parametrize("shape", [(3, 1), (2,), (1,)])
+def test_scores_of_another_shape_are_refused(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match=r"scores must be \[3\], one a response"):
+        token_rewards(torch.zeros(shape), torch.zeros(3, 2), torch.ones(3, 2, dtype=torch.bool), kl_coef=0.1)
+
+
+def test_only_responses_without_an_end_token_are_penalised() -> None:
+    scores = apply_missing_eos_penalty(torch.tensor([1.0, 2.0, -3.0]), torch.tensor([True, False, False]), 0.5)
+    assert scores.tolist() == [1.0, 1.5, -3.5]
+
+
+# -- tokens, turns and responses as actions ----------------------------------------------------------------------------
+
+TWO_ROWS = torch.tensor([[True, True, False], [True, True, True]])
+VALUES = torch.tensor([[1.0, 2.0, 100.0], [3.0, 4.0, 5.0]])
+
+
+def test_tokens_stay_as_they_are():
+    assert to_actions(VALUES, TWO_ROWS, "token") is VALUES
+    assert action_values(VALUES, TWO_ROWS, "token") is VALUES
+    assert action_mask(TWO_ROWS, "token") is TWO_ROWS
+
+
+def test_a_response_is_the_sum_of_its_tokens_and_its_state_is_the_prompt():
+    assert to_actions(VALUES, TWO_ROWS, "response").tolist() == [[3.0], [12.0]]
+    assert action_values(VALUES, TWO_ROWS, "response").tolist() == [[1.0], [3.0]]
+    assert action_mask(TWO_ROWS, "response").tolist() == [[True], [True]]
+
+
+# Row 0: turns of tokens (0, 1) and (3); row 1: one turn of one token, then padding; row 2: turns (0), (2), (4).
+TURNS = torch.tensor([[1, 1, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 1, 0, 1]]).bool()
+TOKEN_VALUES = torch.where(TURNS, torch.arange(1.0, 16.0).reshape(3, 5), NAN)
+
+
+def test_a_turn_is_the_sum_of_its_tokens_in_the_column_of_its_number_and_its_state_that_of_its_first_token():
+    assert to_actions(TOKEN_VALUES, TURNS, "turn").tolist() == [[3, 4, 0, 0, 0], [6, 0, 0, 0, 0], [11, 13, 15, 0, 0]]
+    assert turn_counts(TURNS).tolist() == [2, 1, 3]
+    assert action_mask(TURNS, "turn").long().tolist() == [[1, 1, 0, 0, 0], [1, 0, 0, 0, 0], [1, 1, 1, 0, 0]]
+
+    assert action_values(TOKEN_VALUES, TURNS, "turn").tolist() == [[1, 4, 0, 0, 0], [6, 0, 0, 0, 0], [11, 13, 15, 0, 0]]
+
+
+def test_the_gradient_of_a_turn_reaches_its_own_tokens_and_its_first_state_alone():
+    values = torch.ones(3, 5, requires_grad=True)
+    (to_actions(values, TURNS, "turn") * torch.tensor([2.0, 3.0, 5.0, 7.0, 7.0])).sum().backward()
+    assert values.grad.tolist() == [[2, 2, 0, 3, 0], [2, 0, 0, 0, 0], [2, 0, 3, 0, 5]]
+    values.grad = None
+    action_values(values, TURNS, "turn").sum().backward()
+    assert values.grad.tolist() == [[1, 0, 0, 1, 0], [1, 0, 0, 0, 0], [1, 0, 1, 0, 1]]
+
+
+def test_a_single_response_is_one_turn():
+    assert to_actions(VALUES, TWO_ROWS, "turn")[:, :1].tolist() == to_actions(VALUES, TWO_ROWS, "response").tolist()
+    assert turn_counts(TWO_ROWS).tolist() == [1, 1]
+
+
+def test_leave_one_out_by_hand():
+    """Group (1, 2, 6): the others' means are 4, 3.5, 1.5. Group (5, 5, 5): nothing is better than the others."""
+    gains = leave_one_out(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3)
+    assert gains.tolist() == [-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]
+    assert leave_one_out(torch.tensor([1.0, 4.0]), 2).tolist() == [-3.0, 3.0]
+
+
+def test_group_standardised_by_hand():
+    # 1, 2, 6: mean 3, squares 4 + 1 + 9 over 2, deviation √7. Equal scores have no advantage.
+    scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
+    scale = 7**0.5 + 1e-4
+    expected = [-2 / scale, -1 / scale, 3 / scale, 0, 0, 0]
+    assert group_standardised(scores, 3).tolist() == pytest.approx(expected, rel=1e-6)
+    # 0 and 2e-4: deviation √2 · 1e-4, so ±1e-4 / (2.414e-4).
+    assert group_standardised(torch.tensor([0.0, 2e-4]), 2).tolist() == pytest.approx([-0.41421, 0.41421], rel=1e-4)
+
+
+@pytest.mark.parametrize("group", [0, 1, 4])
+@pytest.mark.parametrize("advantages", [leave_one_out, group_standardised])
+def test_groups_that_do_not_fit_are_refused(advantages, group):
+    with pytest.raises(ValueError, match=f"groups of at least 2 that divide the 6 responses, got {group}"):
+        advantages(torch.zeros(6), group)

@@ -26,11 +26,8 @@ def run(algorithm: str, folder: Path, *moment: int) -> int:
 def test_killed_three_times_and_still_the_same_run(algorithm: str, tmp_path: Path) -> None:
     """An update has 8 moments and a ninth in its checkpoint; from the 7th on, a run passes at least one checkpoint."""
     draw = random.Random(0)
-    moments = [draw.randint(4, 11) for _ in range(KILLS)]
-    for moment in moments:
-        assert run(algorithm, tmp_path, moment) == -signal.SIGKILL, (
-            f"it ended before moment {moment}: it has done too much"
-        )
+    for moment in [draw.randint(4, 11) for _ in range(KILLS)]:
+        assert run(algorithm, tmp_path, moment) == -signal.SIGKILL, f"it has done too much before moment {moment}"
     assert run(algorithm, tmp_path) == 0
     whole = tmp_path / "whole"
     assert run(algorithm, whole) == 0

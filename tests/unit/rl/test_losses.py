@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from typing import Any
 
 import pytest
@@ -14,7 +15,6 @@ from tasks.rl.losses import (
     KLLoss,
     PolicyLoss,
     StepLoss,
-    ValueLoss,
     entropy_from_logits,
     entropy_sum,
     kl_loss,
@@ -38,23 +38,19 @@ GAINS = f64([[1.0, -1.0, 1.0], [-2.0, 1.0, NAN]])
 MASK = torch.tensor([[True, True, True], [True, True, False]])
 
 
-def policy_example(*, junk: float = NAN) -> tuple[Tensor, PolicyLoss]:
-    logprobs = (f64(RATIOS).log() - 1).masked_fill(~MASK, junk).requires_grad_()
+def policy_example(**options: Any) -> tuple[Tensor, PolicyLoss]:
+    logprobs = (f64(RATIOS).log() - 1).masked_fill(~MASK, NAN).requires_grad_()
     old = f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, -INF]])
-    return logprobs, policy_loss(logprobs, old, GAINS, MASK, clip_range=0.2, token_count=10)
+    return logprobs, policy_loss(logprobs, old, GAINS, MASK, clip_range=0.2, **options or {"token_count": 10})
 
 
-def test_policy_loss_by_hand() -> None:
+def test_policy_loss_and_gradient_by_hand() -> None:
     # ε = 0.2. ρ = 1.5, A = +1: max(−1.5, −1.2) = −1.2, clipped.     ρ = 1.5, A = −1: max(1.5, 1.2) = 1.5.
     #          ρ = 0.5, A = +1: max(−0.5, −0.8) = −0.5.              ρ = 0.5, A = −2: max(1.0, 1.6) = 1.6, clipped.
     #          ρ = 1.1, A = +1: −1.1.                                Sum 0.3, over 10 tokens of the step: 0.03.
-    _, result = policy_example()
-    assert result.loss.item() == pytest.approx(0.03, rel=1e-12)
-
-
-def test_policy_gradient_by_hand() -> None:
-    # ∂(−A·ρ)/∂logp = −A·ρ, over 10; 0 where clipped and where masked.
     logprobs, result = policy_example()
+    assert result.loss.item() == pytest.approx(0.03, rel=1e-12)
+    # ∂(−A·ρ)/∂logp = −A·ρ, over 10; 0 where clipped and where masked.
     result.loss.backward()
     assert logprobs.grad is not None
     assert logprobs.grad.flatten().tolist() == pytest.approx([0, 0.15, -0.05, 0, -0.11, 0], abs=1e-12)
@@ -63,27 +59,16 @@ def test_policy_gradient_by_hand() -> None:
 def test_policy_metrics_by_hand() -> None:
     # Over the 5 tokens that count. Clipped: 2. Mean ρ = 5.1/5. Deviations from 1.02: 0.48, 0.48, −0.52, −0.52, 0.08;
     # squares 0.4608 + 0.5408 + 0.0064 = 1.008; variance 1.008/5.
-    metrics = policy_example()[1].metrics()
-    squares = 2 * math.log(1.5) ** 2 + 2 * math.log(0.5) ** 2 + math.log(1.1) ** 2
-    assert metrics == pytest.approx(
-        {
-            "policy_loss": 0.03,
-            "clip_fraction": 0.4,
-            "approx_kl": squares / 5 / 2,
-            "ratio_mean": 1.02,
-            "ratio_var": 0.2016,
-            "ratio_max": 1.5,
-        },
-        rel=1e-7,  # counts are divided in float32
-    )
+    approx_kl = (2 * math.log(1.5) ** 2 + 2 * math.log(0.5) ** 2 + math.log(1.1) ** 2) / 5 / 2
+    expected = {"policy_loss": 0.03, "clip_fraction": 0.4, "approx_kl": approx_kl}
+    expected |= {"ratio_mean": 1.02, "ratio_var": 0.2016, "ratio_max": 1.5}
+    assert policy_example()[1].metrics() == pytest.approx(expected, rel=1e-7)  # counts are divided in float32
 
 
 def test_the_largest_ratio_is_that_of_a_token_that_counts() -> None:
     # All real ratios are below 1, and padding has "ratio" 1.
-    mask = torch.tensor([[True, False]])
-    result = policy_loss(
-        f64([[math.log(0.5), 0.0]]), f64([[0.0, 0.0]]), f64([[1.0, 1.0]]), mask, clip_range=0.2, token_count=1
-    )
+    logprobs, mask = f64([[math.log(0.5), 0.0]]), torch.tensor([[True, False]])
+    result = policy_loss(logprobs, f64([[0.0, 0.0]]), f64([[1.0, 1.0]]), mask, clip_range=0.2, token_count=1)
     assert result.ratio_max.item() == pytest.approx(0.5, rel=1e-15)
 
 
@@ -123,43 +108,26 @@ def test_the_log_ratio_is_cut_at_twenty(log_ratio: float, kept: float) -> None:
 
 def test_without_a_clip_range_the_loss_is_the_plain_policy_gradient() -> None:
     """ρ = 2 and ½ with A = 1 and −1: (−2 + ½) / 2; clipped to 1 ± 0.2 it would be (−1.2 + 0.8) / 2."""
-    ratios = f64([[2.0, 0.5]]).log()
-    options = {"response_mask": torch.ones(1, 2, dtype=torch.bool), "token_count": 2}
-    loss = policy_loss(ratios, torch.zeros_like(ratios), f64([[1.0, -1.0]]), clip_range=None, **options)
+    ratios, mask = f64([[2.0, 0.5]]).log(), torch.ones(1, 2, dtype=torch.bool)
+    loss = policy_loss(ratios, torch.zeros_like(ratios), f64([[1.0, -1.0]]), mask, clip_range=None, token_count=2)
     assert loss.loss.item() == pytest.approx(-0.75)
     assert loss.clipped == 0
 
 
-def test_the_variance_of_ratios_near_one_survives_float32() -> None:
-    # ρ = 1 ± 1e-4: variance 1e-8. As mean(ρ²) − mean(ρ)² in float32 it would be a multiple of 6e-8.
-    logprobs = torch.log1p(torch.tensor([[1e-4, -1e-4]], dtype=torch.float64)).float()
-    mask = torch.ones(1, 2, dtype=torch.bool)
-    result = policy_loss(logprobs, torch.zeros(1, 2), torch.ones(1, 2), mask, clip_range=0.2, token_count=2)
-    assert result.ratio_var.item() == pytest.approx(1e-8, rel=1e-2)
-
-
-def test_the_variance_is_never_negative() -> None:
-    # Equal ratios: the two terms cancel, and for this one rounding in float32 leaves −2e-9.
-    logprobs = torch.full((1, 3), 0.14)
-    mask = torch.ones(1, 3, dtype=torch.bool)
-    result = policy_loss(logprobs, torch.zeros(1, 3), torch.ones(1, 3), mask, clip_range=0.2, token_count=3)
-    assert result.ratio_var.item() == 0.0
-
-
-def test_policy_parts_add_up() -> None:
-    first, second = (f64([[math.log(ratio)]]) for ratio in (1.5, 0.5))
-    gain, zero, mask = f64([[1.0]]), f64([[0.0]]), torch.tensor([[True]])
-    parts = [policy_loss(x, zero, gain, mask, clip_range=0.2, token_count=2) for x in (first, second)]
-    whole = policy_loss(
-        torch.cat([first, second]),
-        torch.cat([zero, zero]),
-        torch.cat([gain, gain]),
-        torch.cat([mask, mask]),
-        clip_range=0.2,
-        token_count=2,
-    )
-    for total in (parts[0] + parts[1], parts[1] + parts[0]):
-        assert total.metrics() == pytest.approx(whole.metrics(), rel=1e-12)
+@pytest.mark.parametrize(
+    ("log_ratios", "variance"),
+    [
+        # ρ = 1 ± 1e-4: variance 1e-8. As mean(ρ²) − mean(ρ)² in float32 it would be a multiple of 6e-8.
+        ([math.log1p(1e-4), math.log1p(-1e-4)], pytest.approx(1e-8, rel=1e-2)),
+        # Equal ratios: the two terms cancel, and for this one rounding in float32 leaves −2e-9.
+        ([0.14, 0.14, 0.14], 0.0),
+    ],
+)
+def test_the_variance_of_near_ratios_survives_float32_and_is_never_negative(log_ratios: Any, variance: Any) -> None:
+    logprobs = torch.tensor([log_ratios])
+    ones, zeros = torch.ones_like(logprobs), torch.zeros_like(logprobs)
+    result = policy_loss(logprobs, zeros, ones, ones.bool(), clip_range=0.2, token_count=len(log_ratios))
+    assert result.metrics()["ratio_var"] == variance
 
 
 def test_a_sum_of_parts_holds_no_graph() -> None:
@@ -176,17 +144,12 @@ def test_a_sum_of_parts_holds_no_graph() -> None:
 
 
 def test_what_the_rollout_left_is_constant() -> None:
-    logprobs, old, gains = (f64([[x]], requires_grad=True) for x in (0.1, 0.0, 1.0))
-    mask = torch.tensor([[True]])
-    policy_loss(logprobs, old, gains, mask, clip_range=0.2, token_count=1).loss.backward()
-    assert logprobs.grad is not None
-    assert old.grad is None
-    assert gains.grad is None
-    values, old_values, returns = (f64([[x]], requires_grad=True) for x in (0.1, 0.0, 1.0))
-    value_loss(values, old_values, returns, mask, value_clip_range=0.2, token_count=1).loss.backward()
-    assert values.grad is not None
-    assert old_values.grad is None
-    assert returns.grad is None
+    for loss in (partial(policy_loss, clip_range=0.2), partial(value_loss, value_clip_range=0.2)):
+        trained, old, other = (f64([[x]], requires_grad=True) for x in (0.1, 0.0, 1.0))
+        loss(trained, old, other, torch.tensor([[True]]), token_count=1).loss.backward()
+        assert trained.grad is not None
+        assert old.grad is None
+        assert other.grad is None
 
 
 @pytest.mark.parametrize("count", [0, -1])
@@ -216,11 +179,8 @@ def test_token_weights_by_hand(loss_type: Any, expected: list[list[float]]) -> N
 
 
 def test_weighted_policy_loss_by_hand() -> None:
-    """The terms of `test_policy_loss_by_hand`, each with its own weight; junk in a masked weight changes nothing."""
-    weights = f64([[1.0, 2.0, 3.0], [0.5, 0.1, NAN]])
-    logprobs = (f64(RATIOS).log() - 1).masked_fill(~MASK, NAN).requires_grad_()
-    old = f64([[-1.0, -1.0, -1.0], [-1.0, -1.0, -INF]])
-    result = policy_loss(logprobs, old, GAINS, MASK, clip_range=0.2, weights=weights)
+    """The terms of `policy_example`, each with its own weight; junk in a masked weight changes nothing."""
+    logprobs, result = policy_example(weights=f64([[1.0, 2.0, 3.0], [0.5, 0.1, NAN]]))
     assert result.loss.item() == pytest.approx(-1.2 + 2 * 1.5 - 3 * 0.5 + 0.5 * 1.6 - 0.1 * 1.1, rel=1e-12)
     metrics, unweighted = result.metrics(), policy_example()[1].metrics()
     assert {**metrics, "policy_loss": 0.0} == {**unweighted, "policy_loss": 0.0}, "the ratios' statistics are the same"
@@ -260,37 +220,20 @@ def test_parts_of_a_step_add_up() -> None:
 # -- value -----------------------------------------------------------------------------------------------------------
 
 
-def value_example() -> tuple[Tensor, ValueLoss]:
+def test_value_loss_and_gradient_by_hand() -> None:
     values = f64([[1.5, 1.5, 1.1], [0.5, NAN, INF]], requires_grad=True)
     old = f64([[1.0, 1.0, 1.0], [1.0, INF, NAN]])
     returns = f64([[2.0, 0.0, 2.0], [0.0, NAN, -INF]])
     mask = torch.tensor([[True, True, True], [True, False, False]])
-    return values, value_loss(values, old, returns, mask, value_clip_range=0.2, token_count=7)
-
-
-def test_value_loss_by_hand() -> None:
+    result = value_loss(values, old, returns, mask, value_clip_range=0.2, token_count=7)
     # c = 0.2. V = 1.5, R = 2: 0.25 against (1.2 − 2)² = 0.64, clipped.   V = 1.5, R = 0: 2.25 against 1.44.
     #          V = 1.1, R = 2: 0.81 both.                                 V = 0.5, R = 0: 0.25 against 0.64, clipped.
     # Sum 0.64 + 2.25 + 0.81 + 0.64 = 4.34; ½ · 4.34 / 7 = 0.31.
-    assert value_example()[1].metrics() == pytest.approx({"value_loss": 0.31, "value_clip_fraction": 0.5}, rel=1e-12)
-
-
-def test_value_gradient_by_hand() -> None:
+    assert result.metrics() == pytest.approx({"value_loss": 0.31, "value_clip_fraction": 0.5}, rel=1e-12)
     # ½ · ∂(V − R)²/∂V = V − R, over 7; 0 where clipped and where masked.
-    values, result = value_example()
     result.loss.backward()
     assert values.grad is not None
     assert values.grad.flatten().tolist() == pytest.approx([0, 1.5 / 7, -0.9 / 7, 0, 0, 0], abs=1e-15)
-
-
-def test_value_parts_add_up() -> None:
-    def part(value: float, old: float, target: float) -> ValueLoss:
-        mask = torch.tensor([[True]])
-        return value_loss(f64([[value]]), f64([[old]]), f64([[target]]), mask, value_clip_range=0.2, token_count=2)
-
-    # ½ · (0.64 + 2.25) / 2 = 0.7225; one of two is clipped.
-    total = part(1.5, 1.0, 2.0) + part(1.5, 1.0, 0.0)
-    assert total.metrics() == pytest.approx({"value_loss": 0.7225, "value_clip_fraction": 0.5}, rel=1e-12)
 
 
 # -- log-probabilities and entropy -----------------------------------------------------------------------------------
@@ -298,15 +241,12 @@ def test_value_parts_add_up() -> None:
 HALVES = torch.tensor([0.5, 0.25, 0.25], dtype=torch.float64).log()
 
 
-def test_logprobs_by_hand() -> None:
+def test_logprobs_and_entropy_at_a_temperature_by_hand() -> None:
     # Logits may be shifted by anything: softmax does not see it.
     logits = (HALVES + torch.tensor([0.0, 1000.0], dtype=torch.float64)[:, None]).expand(2, 2, 3)
     result = logprobs_from_logits(logits, torch.tensor([[0, 1], [2, 0]]), 1.0)
     expected = [math.log(0.5), math.log(0.25), math.log(0.25), math.log(0.5)]
     assert result.flatten().tolist() == pytest.approx(expected, abs=1e-12)
-
-
-def test_temperature_divides_the_logits() -> None:
     # Temperature 1/2 squares the odds: (4, 1, 1) / 6.
     result = logprobs_from_logits(HALVES.expand(1, 2, 3), torch.tensor([[0, 2]]), 0.5)
     assert result.flatten().tolist() == pytest.approx([math.log(4 / 6), math.log(1 / 6)], abs=1e-15)
@@ -359,6 +299,9 @@ def test_entropy_by_hand() -> None:
     assert entropy_from_logits(HALVES).item() == pytest.approx(1.5 * math.log(2), rel=1e-14)
     assert entropy_from_logits(torch.zeros(4)).item() == pytest.approx(math.log(4), rel=1e-6)
     assert entropy_from_logits(torch.tensor([1e4, 0.0, 0.0])).item() == 0.0
+    # Two equal tokens, whatever is added to the logits of a row.
+    entropy = entropy_from_logits(torch.tensor([[0.0, 0.0], [1000.0, 1000.0]]))
+    assert entropy.tolist() == pytest.approx([math.log(2)] * 2)
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (2, 4, 3), (2, 1, 4, 3)])
@@ -366,12 +309,6 @@ def test_entropy_keeps_the_leading_shape(shape: tuple[int, ...]) -> None:
     entropy = entropy_from_logits(HALVES.expand(shape))
     assert entropy.shape == shape[:-1]
     torch.testing.assert_close(entropy, torch.full(shape[:-1], 1.5 * math.log(2), dtype=torch.float64))
-
-
-def test_entropy_of_rows_of_very_different_size() -> None:
-    """Each row is a uniform distribution over two tokens, whatever is added to its logits."""
-    entropy = entropy_from_logits(torch.tensor([[0.0, 0.0], [1000.0, 1000.0]]))
-    assert entropy.tolist() == pytest.approx([math.log(2)] * 2)
 
 
 def test_the_gradient_takes_the_place_of_the_logits_only_where_allowed() -> None:

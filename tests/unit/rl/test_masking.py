@@ -37,9 +37,6 @@ def test_sum_reads_only_tokens_that_count() -> None:
     assert masked_sum(VALUES, MASK).item() == 7.0
     assert masked_sum(VALUES, MASK, dim=1).tolist() == [3.0, 4.0]
     assert masked_sum(VALUES, MASK, dim=0).tolist() == [5.0, 2.0, 0.0]
-
-
-def test_sum_of_flags_is_a_count() -> None:
     flags = torch.tensor([[True, False, True], [True, True, True]])
     assert masked_sum(flags, MASK).item() == 2  # (0,0) and (1,0)
 
@@ -52,9 +49,6 @@ def test_mean_weighs_each_token_the_same() -> None:
 def test_variance_is_the_biased_one() -> None:
     # Deviations from 7/3: −4/3, −1/3, 5/3; squares 16/9 + 1/9 + 25/9 = 42/9; divided by 3 (not by 2): 14/9.
     assert masked_var(VALUES, MASK).item() == pytest.approx(14 / 9, rel=1e-15)
-
-
-def test_variance_of_one_token_is_zero() -> None:
     assert masked_var(row(5.0), torch.tensor([[True]])).item() == 0.0
 
 
@@ -72,9 +66,6 @@ def test_whiten_by_hand() -> None:
     result = whiten(values, mask)
     assert result[:, 0].tolist() == pytest.approx([-expected, expected], rel=1e-14)
     assert result[:, 1].tolist() == [0.0, 0.0]
-
-
-def test_whiten_adds_its_epsilon_to_the_variance() -> None:
     # ±1e-4: variance 1e-8, so ±1e-4 / √(1e-8 + 1e-8) = ±1/√2; an epsilon of another size or place gives another number.
     values = row(-1e-4, 1e-4)
     assert whiten(values, all_true(values))[0].tolist() == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)], rel=1e-12)
@@ -136,16 +127,10 @@ def test_zero_masked_keeps_dtype_and_stops_gradients() -> None:
     assert values.grad.tolist() == [[1.0, 0.0]]
 
 
-@pytest.mark.parametrize(
-    "mask",
-    [
-        torch.ones(2, 2, dtype=torch.bool),  # another length
-        torch.ones(2, 1, dtype=torch.bool),  # would broadcast
-        torch.ones(3, dtype=torch.bool),  # would broadcast
-        torch.ones(2, 3),  # a float mask invites multiplication
-    ],
-)
-def test_a_mask_of_another_shape_or_type_is_refused(mask: torch.Tensor) -> None:
+@pytest.mark.parametrize("shape", [(2, 2), (2, 1), (3,), (2, 3)])
+def test_a_mask_of_another_shape_or_type_is_refused(shape: tuple[int, ...]) -> None:
+    """Two of them would be broadcast; a float mask invites multiplication."""
+    mask = torch.ones(shape) if shape == VALUES.shape else torch.ones(shape, dtype=torch.bool)
     with pytest.raises(ValueError, match=r"response_mask must be boolean and of the values' shape \(2, 3\)"):
         zero_masked(VALUES, mask)
 
@@ -155,14 +140,10 @@ def test_right_padding_and_turns_of_others_are_accepted() -> None:
     check_left_aligned(torch.tensor([[True]]))
 
 
-def test_an_empty_response_is_refused_and_named() -> None:
-    with pytest.raises(ValueError, match=r"no token counts at the start of rows \[1\]"):
-        check_left_aligned(torch.tensor([[True, False], [False, False]]))
-
-
-def test_left_padding_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"no token counts at the start of rows \[0\]"):
-        check_left_aligned(torch.tensor([[False, True], [True, True]]))
+@pytest.mark.parametrize(("mask", "row"), [([[True, False], [False, False]], 1), ([[False, True], [True, True]], 0)])
+def test_an_empty_response_and_left_padding_are_refused_and_named(mask: list[list[bool]], row: int) -> None:
+    with pytest.raises(ValueError, match=rf"no token counts at the start of rows \[{row}\]"):
+        check_left_aligned(torch.tensor(mask))
 
 
 def test_up_to_last_fills_what_stands_between_and_leaves_the_padding() -> None:

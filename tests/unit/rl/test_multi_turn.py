@@ -11,14 +11,23 @@ from torch import Tensor, nn
 from tasks.config.training import GenerationParams, RLParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.checkpoint import Checkpoint
-from tasks.rl.environments.base import Step
+from tasks.rl.callbacks import Checkpoint
+from tasks.rl.environments import Step
 from tasks.rl.multi_turn import MultiTurnRollout, MultiTurnSampler
 from tasks.rl.policy import Policy, PolicyOutput, model_inputs
 from tasks.rl.rollout import LocalSampler, derive_generator
 from tasks.rl.trainer import RLTrainer
-from tests.conftest import EOS, letter_tokenizer, tiny_model, tiny_policy
-from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, algorithm_of, experience_of
+from tests.conftest import EOS, letter_tokenizer, tiny_model
+from tests.support.tiny_trainer import (
+    GRPO_PARAMS,
+    PARAMS,
+    algorithm_of,
+    assert_same_weights,
+    experience_of,
+    gradients,
+    moved_policy,
+    weights,
+)
 
 SIGNS = "Ġabcdefghijklmnopqrstuvwxy:UĊB"
 """All that a role needs; Ċ is the line end."""
@@ -52,21 +61,9 @@ def _short_roles(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tasks.rl.multi_turn.user_turn", answer)
 
 
-def multi_turn_sampler(
-    model: Any = None, *, max_turns: int = 3, temperature: float = 1.0, tokens: int = 3, value_head: Any = None
-) -> MultiTurnSampler:
-    generation = GenerationParams(max_new_tokens=tokens, temperature=temperature)
-    return MultiTurnSampler(
-        LocalSampler(model or tiny_model(), TOKENIZER, generation, value_head), Echo, max_turns=max_turns
-    )
-
-
-def moved_policy() -> Any:
-    policy = tiny_policy()
-    for name, parameter in policy.named_parameters():
-        if "lora_B" in name:
-            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(1))
-    return policy
+def multi_turn_sampler(model: Any = None, *, temperature: float = 1.0, value_head: Any = None) -> MultiTurnSampler:
+    generation = GenerationParams(max_new_tokens=3, temperature=temperature)
+    return MultiTurnSampler(LocalSampler(model or tiny_model(), TOKENIZER, generation, value_head), Echo, max_turns=3)
 
 
 def conversations(
@@ -79,10 +76,9 @@ def conversations(
 def pieces(rollout: MultiTurnRollout, row: int) -> list[tuple[bool, list[int]]]:
     """Runs of own and other tokens."""
     runs: list[tuple[bool, list[int]]] = []
-    last = int(rollout.response_mask[row].nonzero().max())
-    for token, own in zip(
-        rollout.responses[row, : last + 1].tolist(), rollout.response_mask[row].tolist(), strict=False
-    ):
+    length = int(rollout.response_mask[row].nonzero().max()) + 1
+    tokens, owns = rollout.responses[row, :length].tolist(), rollout.response_mask[row, :length].tolist()
+    for token, own in zip(tokens, owns, strict=True):
         if not runs or runs[-1][0] != own:
             runs.append((own, []))
         runs[-1][1].append(token)
@@ -138,13 +134,12 @@ def test_one_forward_pass_over_the_whole_conversation_gives_the_rollouts_log_pro
 
 
 def test_the_environments_tokens_are_read() -> None:
-    inputs = model_inputs(conversations())
     rollout = conversations()
     lengths = [int(row.nonzero().max()) + 1 for row in rollout.response_mask]
     prompts = rollout.prompt_mask.sum(1).tolist()
     width = rollout.responses.shape[1]
     expected = [prompt + min(length, width - 1) for prompt, length in zip(prompts, lengths, strict=True)]
-    assert inputs["attention_mask"].sum(1).tolist() == expected
+    assert model_inputs(rollout)["attention_mask"].sum(1).tolist() == expected
 
 
 def test_a_conversation_does_not_depend_on_how_long_others_last() -> None:
@@ -198,31 +193,26 @@ def run_of(params: RLParams = PARAMS, **changes: Any) -> RLTrainer:
     )  # fmt: skip
 
 
-def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end() -> None:
-    """λ = 1 and no KL penalty: the return of turn k of n is γ^(n − 1 − k) · score, whatever the values."""
-    trainer = run_of(action="turn", lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
+@pytest.mark.parametrize("action", ["turn", "token", "response"])
+def test_turns_are_discounted_by_the_environments_gamma_and_paid_at_the_end(action: str) -> None:
+    """λ = 1 and no KL penalty: the return of turn k of n is γ^(n − 1 − k) · score, whatever the values.
+
+    Where an action is no turn, the one return for the conversation is that of its beginning.
+    """
+    trainer = run_of(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
     scored = trainer.score(trainer.sample())
     rollout, outcome = scored.rollout, scored.reward
     experience, metrics = trainer.algorithm.compute_advantages(scored)[0], trainer._rollout_metrics(scored)
     assert set(rollout.turns.tolist()) > {1}
     for row, turns in enumerate(rollout.turns.tolist()):
-        expected = [outcome.total[row].item() * 0.5 ** (turns - 1 - turn) for turn in range(turns)]
-        assert experience.returns[row, :turns].tolist() == pytest.approx(expected, abs=1e-6)
-        assert experience.action_mask[row].sum() == turns
+        actions = {"turn": turns, "token": int(rollout.response_mask[row].sum()), "response": 1}[action]
+        discounts = [0.5 ** (turns - 1 - (turn if action == "turn" else 0)) for turn in range(actions)]
+        own = experience.returns[row][experience.action_mask[row]].tolist()
+        assert own == pytest.approx([outcome.total[row].item() * discount for discount in discounts], abs=1e-6)
+        assert action == "token" or experience.action_mask[row, :actions].all()
     assert metrics["turns"] == pytest.approx(rollout.turns.float().mean().item())
     assert metrics["success"] == metrics["reward/environment"] == pytest.approx(rollout.rewards.mean().item())
     assert metrics["length"] == pytest.approx(rollout.response_mask.sum(1).float().mean().item())
-
-
-@pytest.mark.parametrize("action", ["token", "response"])
-def test_one_return_for_the_conversation_is_that_of_its_beginning(action: str) -> None:
-    trainer = run_of(action=action, lam=1.0, kl_coef=0.0, kl_controller="fixed", missing_eos_penalty=0.0)
-    scored = trainer.score(trainer.sample())
-    rollout, outcome = scored.rollout, scored.reward
-    experience, _ = trainer.algorithm.compute_advantages(scored)
-    for row, turns in enumerate(rollout.turns.tolist()):
-        own = experience.returns[row][experience.action_mask[row]]
-        assert own.tolist() == pytest.approx([outcome.total[row].item() * 0.5 ** (turns - 1)] * len(own), abs=1e-6)
 
 
 @pytest.mark.parametrize("params", [VARIANTS["token"], VARIANTS["response"], GRPO_PARAMS])
@@ -239,31 +229,25 @@ def test_a_cut_costs_as_much_in_a_late_turn_as_in_the_first(params: RLParams) ->
 
 
 @EACH_VARIANT
-def test_the_first_step_starts_at_the_rollouts_policy(params: RLParams) -> None:
-    trainer = run_of(params)
-    experience, _ = experience_of(trainer)
-    metrics = trainer.updater.step(experience)
-    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
-
-
-@EACH_VARIANT
-def test_micro_batches_do_not_change_the_gradient(params: RLParams) -> None:
-    gradients = []
+def test_the_first_step_starts_at_the_rollouts_policy_and_micro_batches_do_not_change_its_gradient(
+    params: RLParams,
+) -> None:
+    found = []
     for size in (8, 3):
         trainer = run_of(params, micro_batch_size=size)
-        experience, _ = experience_of(trainer)
-        trainer.updater.step(experience)
-        gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
-    for whole, split in zip(*gradients, strict=True):
-        torch.testing.assert_close(split, whole, rtol=1e-4, atol=1e-6)
+        metrics = trainer.updater.step(experience_of(trainer)[0])
+        assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
+        assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
+        found.append(gradients(trainer))
+    for name, whole in found[0].items():
+        torch.testing.assert_close(found[1][name], whole, rtol=1e-4, atol=1e-6)
 
 
 @EACH_VARIANT
 def test_no_gradient_comes_from_the_environments_tokens(params: RLParams, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its tokens as targets: junk in their log-probabilities and values changes nothing, and none flows back."""
     seen: list[Tensor] = []
-    gradients = []
+    found = []
     for junk in (None, 7.0, float("nan")):
         trainer = run_of(params)
         experience, _ = experience_of(trainer)
@@ -281,35 +265,24 @@ def test_no_gradient_comes_from_the_environments_tokens(params: RLParams, monkey
             return PolicyOutput(*(tensor.masked_fill(~piece.response_mask, junk) for tensor in output))
 
         monkeypatch.setattr(trainer.policy, "forward", spoilt)
-        metrics = trainer.updater.step(experience)
-        gradients.append([p.grad.clone() for p in trainer.policy.trainable_parameters().values()])
-        if junk is None:
-            plain = metrics
-        assert metrics == plain
+        found.append((trainer.updater.step(experience), gradients(trainer)))
     assert len(seen) == (1 if params is GRPO_PARAMS else 2), "log-probabilities, and values where there is a head"
     for tensor in seen:
         assert tensor.grad is not None
         assert tensor.grad[~mask].eq(0).all()
         assert tensor.grad[mask].ne(0).any()
-    for spoiled in gradients[1:]:
-        for one, other in zip(gradients[0], spoiled, strict=True):
-            assert torch.equal(one, other)
+    for metrics, spoiled in found[1:]:
+        assert metrics == found[0][0]
+        for name, plain in found[0][1].items():
+            assert torch.equal(spoiled[name], plain)
 
 
 @pytest.mark.parametrize("params", [VARIANTS["turn"], GRPO_PARAMS])
 def test_two_runs_are_the_same_and_samples_hold_whole_conversations(params: RLParams) -> None:
-    runs = []
-    for _ in range(2):
-        trainer = run_of(params, updates=2)
-        trainer.train()
-        runs.append(
-            (
-                trainer.history,
-                trainer.samples,
-                [p.detach().clone() for p in trainer.policy.trainable_parameters().values()],
-            )
-        )
-    assert runs[0][:2] == runs[1][:2]
-    assert all(torch.equal(one, other) for one, other in zip(runs[0][2], runs[1][2], strict=True))
-    assert {"turns", "success", "reward/environment"} <= set(runs[0][0][-1])
-    assert all("\nUser: " in sample["response"] for sample in runs[0][1])
+    one, other = run_of(params, updates=2), run_of(params, updates=2)
+    one.train()
+    other.train()
+    assert (one.history, one.samples) == (other.history, other.samples)
+    assert_same_weights(one, weights(other))
+    assert {"turns", "success", "reward/environment"} <= set(one.history[-1])
+    assert all("\nUser: " in sample["response"] for sample in one.samples)

@@ -14,6 +14,7 @@ from tests.support.tiny_trainer import (
     PARAMS,
     PROMPTS,
     Recorder,
+    assert_same_weights,
     experience_of,
     gradients,
     low_tokens,
@@ -25,22 +26,17 @@ BOTH = pytest.mark.parametrize("params", [PARAMS, GRPO_PARAMS], ids=["ppo", "grp
 
 
 @BOTH
-def test_at_step_0_kl_is_0_and_the_score_is_the_reward_less_the_penalty(params):
-    _, metrics = experience_of(trainer(params))
+def test_at_step_0_kl_is_0_the_score_is_the_reward_less_the_penalty_and_the_ratio_is_1(params):
+    run = trainer(params)
+    experience, metrics = experience_of(run)
     assert metrics["kl"] == pytest.approx(0, abs=1e-4)
     assert metrics["kl_k3"] == pytest.approx(0, abs=1e-6)
     assert metrics.get("total_reward", metrics["score"]) == pytest.approx(metrics["score"], abs=1e-4)
     assert metrics["score"] == pytest.approx(metrics["reward"] - 0.5 * metrics["truncated_share"], abs=1e-6)
-
-
-@BOTH
-def test_ratio_is_1_in_the_first_minibatch(params):
-    run = trainer(params)
-    experience, _ = experience_of(run)
-    metrics = run.updater.step(experience)
-    assert metrics["ratio_mean"] == pytest.approx(1, abs=1e-5)
-    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-4)
-    assert metrics["clip_fraction"] == 0
+    step = run.updater.step(experience)
+    assert step["ratio_mean"] == pytest.approx(1, abs=1e-5)
+    assert step["ratio_max"] == pytest.approx(1, abs=1e-4)
+    assert step["clip_fraction"] == 0
 
 
 def test_value_of_the_rollout_is_that_of_a_full_forward_pass():
@@ -53,12 +49,6 @@ def test_value_of_the_rollout_is_that_of_a_full_forward_pass():
     assert experience.old_values[mask].abs().max() > 1e-3, "the value head must have learned something to compare"
     torch.testing.assert_close(values[mask], experience.old_values[mask], rtol=1e-4, atol=1e-5)
     torch.testing.assert_close(logprobs[mask], experience.old_logprobs[mask], rtol=1e-4, atol=1e-5)
-
-
-def test_grpo_has_no_value_head():
-    run = trainer(GRPO_PARAMS)
-    assert run.sample().values is None
-    assert not [name for name in weights(run) if "lora" not in name]
 
 
 CASES = {
@@ -116,13 +106,8 @@ def test_every_pass_over_the_prompts_uses_each_once(size):
     for update in range(20 // size):
         run.updates_done = update
         seen += run._prompt_indices()
-    assert sorted(seen[:10]) == list(range(10))
-    assert sorted(seen[10:]) == list(range(10))
+    assert sorted(seen[:10]) == sorted(seen[10:]) == list(range(10))
     assert seen[:10] != seen[10:]
-
-
-class InterruptedRunError(Exception):
-    """As if the process were killed."""
 
 
 @BOTH
@@ -135,11 +120,11 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params,
 
     def interrupted():
         if broken.updates_done == 3:
-            raise InterruptedRunError
+            raise KeyboardInterrupt
         return sample()
 
     broken.sample = interrupted
-    with pytest.raises(InterruptedRunError):
+    with pytest.raises(KeyboardInterrupt):
         broken.train()
     assert recorder.ended == [1, 2, 3]
     recorder = Recorder()
@@ -150,8 +135,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params,
     assert recorder.ended == [3, 4], "snapshots of updates before are there"
     assert resumed.history == whole.history
     assert resumed.samples == whole.samples
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(resumed, weights(whole))
     assert list(tmp_path.iterdir()) == [], "a finished run leaves no checkpoint behind"
 
 
@@ -163,8 +147,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(params):
     broken = dataclasses.replace(experience, advantages=torch.full_like(experience.advantages, float("nan")))
     with pytest.raises(TrainingError, match=r"^not finite: .*policy_loss.* from 12 of 12 responses"):
         run.updater.step(broken)
-    for name, value in before.items():
-        assert torch.equal(weights(run)[name], value), name
+    assert_same_weights(run, before)
 
 
 @BOTH
@@ -193,25 +176,20 @@ def test_ppo_anneals_the_learning_rate_by_update_and_grpo_by_optimiser_step():
     assert rates == pytest.approx([0.01, 0.01 * 13 / 16, 0.01 / 16])
 
 
-def broken_at(update, row, run):
-    """The trainer, whose advantage of one response is NaN in one update."""
-    original = run.algorithm.compute_advantages
-
-    def experience(scored):
-        found, metrics = original(scored)
-        if run.updates_done + 1 == update:
-            found.advantages[row, 0] = float("nan")
-        return found, metrics
-
-    run.algorithm.compute_advantages = experience
-    return run
-
-
 @BOTH
 def test_a_failure_names_update_quantity_and_sample_and_keeps_the_last_checkpoint(params, tmp_path):
     whole = trainer(params)
     whole.train()
-    broken = broken_at(4, 7, trainer(params, checkpoints=tmp_path, checkpoint_every=3))
+    broken = trainer(params, checkpoints=tmp_path, checkpoint_every=3)
+    original = broken.algorithm.compute_advantages
+
+    def experience(scored):
+        found, metrics = original(scored)
+        if broken.updates_done + 1 == 4:
+            found.advantages[7, 0] = float("nan")
+        return found, metrics
+
+    broken.algorithm.compute_advantages = experience
     with pytest.raises(TrainingError) as caught:
         broken.train()
     message = str(caught.value)
@@ -222,15 +200,15 @@ def test_a_failure_names_update_quantity_and_sample_and_keeps_the_last_checkpoin
     resumed = trainer(params, checkpoints=tmp_path)
     resumed.train()
     assert resumed.history == whole.history
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(resumed, weights(whole))
 
 
 def test_a_reward_that_is_not_finite_names_update_component_and_sample():
+    run = trainer(reward=lambda prompts, responses: [float("nan")] * len(prompts))
     with pytest.raises(
         TrainingError, match=r"^update 1: reward component 'rule' is nan .* prompt '[\d ]+', response '"
     ):
-        trainer(reward=lambda prompts, responses: [float("nan")] * len(prompts)).train()
+        run.train()
 
 
 def test_a_log_probability_that_is_not_finite_names_whose_it_is(monkeypatch):
@@ -267,11 +245,10 @@ def test_kl_budget_ends_training_with_the_last_policy_that_kept_it(params):
     first_over = next(update for update in range(2, 5) if kls[update] > max(kls[:update]))
     run, _, messages = over_budget(params, kl_budget=(kls[first_over] + max(kls[:first_over])) / 2)
     assert run.history == free.history[:first_over]
-    for name, value in snapshots[first_over - 2].items():
-        assert torch.equal(weights(run)[name], value), name
-    assert len(messages) == 1
-    assert f"the KL after update {first_over} is {kls[first_over]:.3g} nats per response" in messages[0]
-    assert messages[0].endswith(f"whose KL was {kls[first_over - 1]:.3g}")
+    assert_same_weights(run, snapshots[first_over - 2])
+    (message,) = messages
+    assert f"the KL after update {first_over} is {kls[first_over]:.3g} nats per response" in message
+    assert message.endswith(f"whose KL was {kls[first_over - 1]:.3g}")
 
 
 def test_kl_budget_holds_for_the_last_update_as_well():
@@ -279,10 +256,9 @@ def test_kl_budget_holds_for_the_last_update_as_well():
     _, snapshots, _ = over_budget(updates=2, kl_budget=None)
     run, _, messages = over_budget(updates=2, kl_budget=1.0001 * over_budget(updates=2)[0].history[-1]["kl"])
     assert len(run.history) == 2
-    assert len(messages) == 1
-    assert messages[0].startswith("the KL after update 2 is ")
-    for name, value in snapshots[0].items():
-        assert torch.equal(weights(run)[name], value), name
+    (message,) = messages
+    assert message.startswith("the KL after update 2 is ")
+    assert_same_weights(run, snapshots[0])
 
 
 def test_a_budget_below_the_first_kl_is_refused():
@@ -304,8 +280,7 @@ def test_kl_budget_survives_an_interruption(tmp_path):
     resumed = trainer(checkpoints=tmp_path, **settings)
     resumed.train()
     assert resumed.history == whole.history
-    for name, value in weights(whole).items():
-        assert torch.equal(weights(resumed)[name], value), name
+    assert_same_weights(resumed, weights(whole))
 
 
 @pytest.mark.parametrize("advantage", ["gae", "leave_one_out"])
@@ -329,6 +304,8 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
 
 def test_grpo_learns_from_scores_standardised_within_a_prompts_responses():
     run = trainer(GRPO_PARAMS, samples_per_prompt=3)
+    assert run.sample().values is None
+    assert all("lora" in name for name in weights(run)), "there is no value head"
     scored = run.score(run.sample())
     experience, _ = run.algorithm.compute_advantages(scored)
     for prompt in range(6):
@@ -373,10 +350,8 @@ def test_metrics_of_the_reward_are_logged_and_watched(params, monkeypatch):
     recorder, scorer, decoded = Recorder(), OODScorer(), []
     run = trainer(params, recorder=recorder, updates=3)
     run.reward = CompositeReward({"learned": scorer}, {"learned": 1.0})
-    decode = run.sampler.tokenizer.decode
-    monkeypatch.setattr(
-        run.sampler.tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options)
-    )
+    tokenizer, decode = run.sampler.tokenizer, run.sampler.tokenizer.decode
+    monkeypatch.setattr(tokenizer, "decode", lambda ids, **options: decoded.append(ids) or decode(ids, **options))
     run.train()
     assert [row["ood_share"] for row in run.history] == [0.5, 1.0, 1.0]
     assert [row["hacking/ood_responses"] for row in run.history] == [0.0, 0.5, 0.5]
