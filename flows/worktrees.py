@@ -16,10 +16,9 @@ from flows.processes import run_python
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root, state_dir
 
-__all__ = ["ROOT_VARIABLE", "as_project_root", "git", "run_rlhf", "worktree"]
+__all__ = ["as_project_root", "git", "run_rlhf", "worktree"]
 
-ROOT_VARIABLE = "RLHF_ROOT"
-"""Names the project's folder, whatever the working directory is: see `tasks.core.paths`."""
+ROOT_VARIABLE = "RLHF_ROOT"  # see `tasks.core.paths`
 
 
 @contextmanager
@@ -52,7 +51,8 @@ def run_rlhf(tree: Path, args: Sequence[str], environment: Mapping[str, str]) ->
         RLHFError: what ended it.
     """
     variables = {**environment, "PYTHONPATH": str(tree), ROOT_VARIABLE: str(tree)}
-    run_python(["-m", "flows.cli", "run", *args], "`rlhf run`", cwd=tree, environment=variables)
+    command = ["-c", "from flows.cli.main import main; main()", "run"]  # older commits have no `-m flows.cli.main`
+    run_python([*command, *args], "`rlhf run`", cwd=tree, environment=variables)
 
 
 @contextmanager

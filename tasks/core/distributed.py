@@ -21,18 +21,9 @@ from torch import Tensor, nn
 from tasks.core.errors import ConfigError, TrainingError
 
 __all__ = [
-    "all_gather",
-    "all_gather_texts",
-    "all_reduce_gradients",
-    "all_reduce_sum",
-    "barrier",
-    "check_in_sync",
-    "init_distributed",
-    "per_rank",
-    "rank",
-    "shard",
-    "world_size",
-]
+    "all_gather", "all_gather_texts", "all_reduce_gradients", "all_reduce_sum", "barrier", "check_in_sync",
+    "init_distributed", "per_rank", "rank", "shard", "world_size",
+]  # fmt: skip
 
 ItemT = TypeVar("ItemT")
 
@@ -113,9 +104,8 @@ def check_in_sync(weights: Iterable[Tensor]) -> None:
     """
     sums = all_gather(torch.stack([weight.detach().double().sum() for weight in weights]).unsqueeze(0))
     if not torch.equal(sums, sums[:1].expand_as(sums)):
-        raise TrainingError(
-            f"the {world_size()} ranks ended with different weights: their gradients were not put together"
-        )
+        ranks = f"the {world_size()} ranks"
+        raise TrainingError(f"{ranks} ended with different weights: their gradients were not put together")
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:

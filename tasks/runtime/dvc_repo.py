@@ -24,21 +24,9 @@ from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 
 __all__ = [
-    "check_remote",
-    "data_md5",
-    "describe_error",
-    "dvc_errors",
-    "error_chain",
-    "load_stage",
-    "open_repo",
-    "pull_data",
-    "push",
-    "quiet_logger",
-    "remote_error",
-    "restore",
-    "use_own_cache",
-    "use_shared_cache",
-]
+    "check_remote", "data_md5", "describe_error", "dvc_errors", "error_chain", "load_stage", "open_repo", "pull_data",
+    "push", "quiet_logger", "remote_error", "restore", "use_cache",
+]  # fmt: skip
 
 DATA = "data"
 """The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
@@ -76,7 +64,7 @@ def dvc_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def _remote_errors(what: str) -> Iterator[None]:
-    """Convert errors of a DVC remote's library to a StageError; `what`: read or written."""
+    """Convert errors of a DVC remote's library: see `remote_error`."""
     try:
         yield
     except (DvcException, StageError):
@@ -86,7 +74,7 @@ def _remote_errors(what: str) -> Iterator[None]:
 
 
 def remote_error(what: str, error: Exception) -> StageError:
-    """What to raise for whatever the remote's own library has raised."""
+    """The StageError for an error of a remote's own library; `what`: read or written."""
     missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
     cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
     return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
@@ -94,10 +82,9 @@ def remote_error(what: str, error: Exception) -> StageError:
 
 def error_chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what it came from, the origin last."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__
+    yield error
+    if error.__cause__:
+        yield from error_chain(error.__cause__)
 
 
 def describe_error(error: BaseException) -> str:
@@ -112,11 +99,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def quiet_logger() -> None:
-    """Let DVC print warnings and errors only, and those once.
-
-    It installs its own handlers when imported: what also reached the root logger would be printed twice, and what it
-    shows at its own command line (INFO) is not for ours.
-    """
+    """Let DVC print warnings and errors only, and those once: it has handlers of its own beside the root logger's."""
     for name in ("dvc", "dvc_data", "dvc_objects"):
         logging.getLogger(name).propagate = False
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -126,13 +109,12 @@ def quiet_logger() -> None:
 def data_md5() -> str | None:
     """The md5 of the folder `data`, as DVC hashes it; None where no stage reads one."""
     with dvc_errors("data"):
-        deps = (dep for stage in open_repo().index.stages for dep in stage.deps if str(dep) == DATA)
-        dep = next(deps, None)
-        return str(dep.get_hash().value) if dep and dep.exists else None
+        deps = [dep for stage in open_repo().index.stages for dep in stage.deps if str(dep) == DATA and dep.exists]
+        return str(deps[0].get_hash().value) if deps else None
 
 
 def check_remote() -> None:
-    """Make sure that there is a DVC remote, before a stage's own attempt to fetch from one is only a warning.
+    """Make sure that there is a DVC remote: where a stage fetches from none, DVC only warns.
 
     Raises:
         StageError: there is none.
@@ -142,7 +124,7 @@ def check_remote() -> None:
 
 
 def pull_data() -> None:
-    """Fetch the data that `dvc add` tracks and that is not here, from the cache or the DVC remote.
+    """Fetch missing data that `dvc add` tracks, from the cache or the DVC remote.
 
     Raises:
         StageError: there is no remote, it does not answer, or it does not have the data.
@@ -189,20 +171,14 @@ def restore(md5: str, path: Path) -> None:
         checkout(str(path), localfs, found, cache, force=True, quiet=True)
 
 
-def use_shared_cache(folder: Path) -> None:
-    """Let another working copy of this project use this one's cache."""
+def use_cache(folder: Path, *, shared: bool) -> None:
+    """Let another working copy of this project use this one's cache, or one of its own, whatever its settings say."""
     with dvc_errors(str(folder)):
-        cache = str(open_repo().cache.local_cache_dir)
+        cache = open_repo().cache.local_cache_dir if shared else folder / ".dvc" / "cache"
         with Repo(str(folder)).config.edit("local") as config:
-            config["cache"]["dir"] = cache
-
-
-def use_own_cache(folder: Path) -> None:
-    """Give another working copy of this project a cache of its own, whatever its settings say."""
-    with dvc_errors(str(folder)), Repo(str(folder)).config.edit("local") as config:
-        config["cache"]["dir"] = str(folder / ".dvc" / "cache")
+            config["cache"]["dir"] = str(cache)
 
 
 def _hide_empty_output_warning(record: logging.LogRecord) -> bool:
-    """An output may well be empty: no row was malformed, or the stage is off."""
+    """Filter: an output may be empty, since no row was malformed or the stage is off."""
     return not record.getMessage().endswith("is empty.")

@@ -22,14 +22,9 @@ from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 from tasks.runtime.registry import Version
 
 __all__ = [
-    "PROVENANCE_TAG",
-    "Provenance",
-    "RuleResult",
-    "StageRecord",
-    "collect_provenance",
-    "provenance_of",
+    "PROVENANCE_TAG", "Provenance", "RuleResult", "StageRecord", "collect_provenance", "provenance_of",
     "restore_weights",
-]
+]  # fmt: skip
 
 PROVENANCE_TAG = "provenance"
 
@@ -113,12 +108,10 @@ def collect_provenance(
         StageError: MLflow does not know the flow's run.
     """
     run, tags = mlflow_runs.pipeline_tags(flow_run)
-    stages = {
-        name: StageRecord(
-            key=tags.get(f"{name}.key", ""), run=tags.get(f"{name}.run", ""), outputs=dvc_stages.output_digests(name)
-        )
-        for name in dvc_stages.graph()
-    }
+    stages = {}
+    for name in dvc_stages.graph():
+        key, stage_run = (tags.get(f"{name}.{field}", "") for field in ("key", "run"))
+        stages[name] = StageRecord(key=key, run=stage_run, outputs=dvc_stages.output_digests(name))
     cards = [_read_card(path) for path in sorted((stage_dir("collect") / "cards").glob("*.json"))]
     params = project_root() / "params.yaml"
     return Provenance(

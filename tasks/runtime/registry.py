@@ -15,28 +15,17 @@ from tasks.core.errors import ConfigError
 from tasks.runtime.mlflow_store import open_store
 
 __all__ = [
-    "CHALLENGER",
-    "CHAMPION",
-    "MODEL",
-    "Version",
-    "champion",
-    "find",
-    "mark_refused",
-    "register",
-    "roll_back",
-    "set_champion",
+    "CHAMPION", "MODEL", "Version", "champion", "find", "mark_refused", "register", "roll_back", "set_champion",
     "versions",
-]
+]  # fmt: skip
 
 MODEL = "rlhf-policy"
 CHAMPION, CHALLENGER = "champion", "challenger"
 
-FORMER_CHAMPIONS_TAG = "former_champions"
-"""The model's tag with the numbers of the champions before this one, the latest last; a rollback takes that away."""
+FORMER_CHAMPIONS_TAG = "former_champions"  # the model's: numbers of versions, the latest last; a rollback removes it
 
 PROMOTED, WITHDRAWN = "promoted", "withdrawn"
-DECISION_FIELDS = ("by", "at", "reason")
-"""A decision is three tags of a version: `promoted.by`, `promoted.at` and `promoted.reason`."""
+DECISION_FIELDS = ("by", "at", "reason")  # of a decision's tags of a version: `promoted.by`, …
 
 
 @dataclass(frozen=True)
@@ -159,7 +148,7 @@ def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
         ConfigError: there is no champion, or none was before it.
     """
     known = {version.number: version for version in versions()}
-    withdrawn = next((version for version in known.values() if CHAMPION in version.aliases), None)
+    withdrawn = champion()
     if withdrawn is None:
         raise ConfigError("there is no champion: `rlhf models` lists what is registered, `rlhf promote` promotes")
     former = [number for number in _former_champions() if number in known]  # others were deleted in MLflow
@@ -177,8 +166,8 @@ def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
 def _set_champion_alias(version: Version) -> None:
     client, _ = open_store()
     client.set_registered_model_alias(MODEL, CHAMPION, str(version.number))
-    for key in (f"{WITHDRAWN}.{field}" for field in DECISION_FIELDS):
-        if key in version.tags:
+    for field in DECISION_FIELDS:
+        if (key := f"{WITHDRAWN}.{field}") in version.tags:
             client.delete_model_version_tag(MODEL, str(version.number), key)
 
 
@@ -195,8 +184,7 @@ def _decision(verb: str, by: str, reason: str) -> dict[str, str]:
 
 def _former_champions() -> list[int]:
     client, _ = open_store()
-    numbers: list[int] = json.loads(client.get_registered_model(MODEL).tags.get(FORMER_CHAMPIONS_TAG, "[]"))
-    return numbers
+    return list(json.loads(client.get_registered_model(MODEL).tags.get(FORMER_CHAMPIONS_TAG, "[]")))
 
 
 def _set_former_champions(numbers: list[int]) -> None:

@@ -29,7 +29,7 @@ STAGES = list(PIPELINE["stages"])
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 # What a stage imports is an input of its key: a change of these must never run a stage again.
-DVC = {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_reproduce", "dvc_stages")}
+DVC = {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_stages")}
 MLFLOW = {f"tasks/runtime/{name}.py" for name in ("mlflow_runs", "mlflow_store", "registry")}
 RUNNERS = {module.relative_to(ROOT).as_posix() for module in (ROOT / "tasks" / "runtime").glob("*.py")}
 

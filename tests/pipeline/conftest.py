@@ -195,7 +195,7 @@ class Project:
         A shell starts background jobs with SIGINT ignored, and children inherit that.
         """
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
+            [sys.executable, "-m", "flows.cli.main", *words],
             cwd=self.root,
             env=environment or self.environment,
             stdout=subprocess.PIPE,
@@ -403,7 +403,7 @@ def standing(
 
 def rlhf(project: Project, *words: str, expect: int = 0) -> str:
     """Run our command in a Python of its own, so that it sees the project's variables and not those of the tests."""
-    return project.command(sys.executable, "-m", "flows.cli", *words, expect=expect)
+    return project.command(sys.executable, "-m", "flows.cli.main", *words, expect=expect)
 
 
 def services(project: Project) -> dict[str, dict[str, Any]]:
@@ -484,5 +484,5 @@ def tiny(
     watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
     project = open_project(root, watched)
     benchmarks = "lm_eval={tasks: [held_out_perplexity, held_out_preferences], batch_size: 8}"
-    output = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny", "-S", benchmarks)
+    output = project.command(sys.executable, "-m", "flows.cli.main", "run", "--preset", "tiny", "-S", benchmarks)
     return open_project(root, environment), output + (watch / "opened").read_text()

@@ -56,7 +56,7 @@ def test_an_error_is_one_message_and_changes_nothing(fresh: Project, words: list
 
 def test_outside_a_project_it_says_so(tmp_path: Path, environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-m", "flows.cli", "status"],
+        [sys.executable, "-m", "flows.cli.main", "status"],
         cwd=tmp_path,
         env=environment | {"PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -111,7 +111,7 @@ def test_the_graph_of_this_project_is_read_from_dvc_yaml() -> None:
 
 
 def test_the_private_parts_of_dvc_are_where_we_take_them_from() -> None:
-    """If one is gone, DVC has changed: look at dvc_reproduce.py and dvc_repo.py before loosening the pin."""
+    """If one is gone, DVC has changed: look at dvc_stages.py and dvc_repo.py before loosening the pin."""
     import inspect
 
     import dvc.stage.cache
@@ -144,6 +144,6 @@ def test_a_judge_of_pairs_has_columns_only_where_it_judged() -> None:
 def test_it_works_from_a_folder_inside_the_project(finished: tuple[Project, str]) -> None:
     inside = finished[0].root / "tasks" / "core"
     environment = finished[0].environment | {"PYTHONPATH": str(finished[0].root)}
-    command = [sys.executable, "-m", "flows.cli", "status"]
+    command = [sys.executable, "-m", "flows.cli.main", "status"]
     done = subprocess.run(command, cwd=inside, env=environment, capture_output=True, text=True, check=False)
     assert "up to date" in done.stdout, done.stderr

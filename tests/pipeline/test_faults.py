@@ -309,7 +309,7 @@ def test_the_disk_is_full(project: Project, folder: str, written: str, room: int
     project.edit("params.yaml", "epochs: 1", "epochs: 3")
     lock = project.lock()
     with small_disk(project, folder) as (disk, command):
-        run = [sys.executable, "-m", "flows.cli", "run"]
+        run = [sys.executable, "-m", "flows.cli.main", "run"]
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - room))
         output = command(*run, expect=1)

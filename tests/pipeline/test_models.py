@@ -72,7 +72,7 @@ def in_use(project: Project) -> int:
 
 def typed(project: Project, text: str, *words: str) -> str:
     """What our command says to these lines of standard input."""
-    command = [sys.executable, "-m", "flows.cli", *words]
+    command = [sys.executable, "-m", "flows.cli.main", *words]
     done = subprocess.run(
         command, cwd=project.root, env=project.environment, input=text, capture_output=True, text=True, check=False
     )

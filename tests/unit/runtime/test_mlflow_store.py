@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from filelock import FileLock
 
-from tasks.runtime import mlflow_queue as module
-from tasks.runtime.mlflow_queue import QueuedRun, flush_stale, queued
+from tasks.runtime import mlflow_store as module
+from tasks.runtime.mlflow_store import QueuedRun, flush_stale, queued
 
 
 class Server:
@@ -44,7 +44,7 @@ class ToyRun(QueuedRun):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setattr(module, "is_unavailable", lambda error: isinstance(error, ConnectionError))
+    monkeypatch.setattr(module, "_is_unavailable", lambda error: isinstance(error, ConnectionError))
     return Server()
 
 
