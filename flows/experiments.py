@@ -169,11 +169,7 @@ def _run_in_place(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[st
 
 
 def _new_series_folder(kind: str) -> Path:
-    """A new folder for a series of variants; its name is that of the series.
-
-    Raises:
-        StageError: there is no git commit to start from.
-    """
+    """A new folder, named as the series of variants; a StageError if there is no git commit to start from."""
     if not mlflow_runs.git_commit():
         raise StageError("variants need a git commit to start from: commit the project first")
     folder = state_dir() / kind / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -192,9 +188,6 @@ def _run_with_overrides(
         settings: `key=value` each.
         args: of `rlhf run` beside them.
         environment: variables beside this process's.
-
-    Raises:
-        RLHFError: what ended the run, or a setting is not valid.
     """
     tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
     own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_runs.SWEEP_VAR: tags}

@@ -299,11 +299,7 @@ class TemporaryServer:
     process: subprocess.Popen[bytes] | None = None
 
     def wait(self) -> None:
-        """Return as soon as the server answers.
-
-        Raises:
-            StageError: it ended, or did not answer in time.
-        """
+        """Return as soon as the server answers; a StageError if it ended, or did not answer in time."""
         server = self.process
         health = f"{self.address}/health"
         if server and not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):

@@ -45,11 +45,7 @@ def worktree(folder: Path, commit: str) -> Iterator[Path]:
 
 
 def run_rlhf(tree: Path, args: Sequence[str], environment: Mapping[str, str]) -> None:
-    """`rlhf run` with these arguments in that working copy, as a process of its own.
-
-    Raises:
-        RLHFError: what ended it.
-    """
+    """`rlhf run` with these arguments in that working copy, in its own process; raises the RLHFError that ended it."""
     variables = {**environment, "PYTHONPATH": str(tree), ROOT_VARIABLE: str(tree)}
     command = ["-c", "from flows.cli.main import main; main()", "run"]  # older commits have no `-m flows.cli.main`
     run_python([*command, *args], "`rlhf run`", cwd=tree, environment=variables)
@@ -70,11 +66,7 @@ def as_project_root(tree: Path) -> Iterator[None]:
 
 
 def git(*args: str) -> str:
-    """The output of git in the project.
-
-    Raises:
-        StageError: it refuses.
-    """
+    """The output of git in the project; a StageError if it refuses."""
     done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"`git {' '.join(args[:2])}` failed: {done.stderr.strip()}")

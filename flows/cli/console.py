@@ -57,11 +57,7 @@ SEED_COLUMNS = {
 
 
 def enter_project() -> Path:
-    """Change to the project's root, because DVC names stages relative to the working directory.
-
-    Raises:
-        ConfigError: there is no project here, or this code belongs to another one.
-    """
+    """Change to the project's root; a ConfigError if there is none here, or this code belongs to another one."""
     root = project_root()
     installed = Path(__file__).resolve().parents[2]
     if installed != root:
@@ -192,20 +188,12 @@ def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[st
 
 
 def read_policies() -> dict[str, dict[str, Any]]:
-    """Policy → its metrics, as the evaluation wrote them.
-
-    Raises:
-        StageError: there is no evaluation yet.
-    """
+    """Policy → its metrics, as the evaluation wrote them; a StageError if there is none yet."""
     return dict(_read_evaluation("policies.json"))
 
 
 def read_findings() -> dict[str, list[dict[str, str]]]:
-    """Policy → the signs of reward hacking that the evaluation found.
-
-    Raises:
-        StageError: there is no evaluation yet.
-    """
+    """Policy → the signs of reward hacking in the evaluation; a StageError if there is none yet."""
     return dict(_read_evaluation("findings.json"))
 
 

@@ -41,11 +41,7 @@ def open_repo() -> Repo:
 
 
 def load_stage(repo: Any, name: str) -> Any:
-    """A stage of dvc.yaml, as DVC has loaded it.
-
-    Raises:
-        StageError: there is none of this name.
-    """
+    """A stage of dvc.yaml, as DVC has loaded it; a StageError if there is none of this name."""
     try:
         return repo.stage.load_one(str(project_root() / "dvc.yaml"), name)
     except StageNotFound as error:
@@ -114,11 +110,7 @@ def data_md5() -> str | None:
 
 
 def check_remote() -> None:
-    """Make sure that there is a DVC remote: where a stage fetches from none, DVC only warns.
-
-    Raises:
-        StageError: there is none.
-    """
+    """Raise a StageError if there is no DVC remote: DVC only warns when a stage fetches from none."""
     with dvc_errors("--pull"):
         open_repo().cloud.get_remote(command="pull")
 
@@ -148,11 +140,7 @@ def push(name: str | None = None) -> int:
 
 
 def restore(md5: str, path: Path) -> None:
-    """Write the file or folder that has this md5 (`….dir` for a folder), from the cache or the DVC remote.
-
-    Raises:
-        StageError: neither has it.
-    """
+    """Write what has this md5 (`….dir`: a folder), from the cache or the DVC remote; a StageError if neither has it."""
     with dvc_errors(str(path)):
         repo = open_repo()
         cache, digest = repo.cache.local, HashInfo("md5", md5)

@@ -97,11 +97,7 @@ def stage_key(name: str) -> str | None:
 
 
 def inputs(name: str) -> Inputs:
-    """Key and data of a stage that is about to run; takes no lock of DVC, so a child of `dvc repro` may call it.
-
-    Raises:
-        StageError: an input does not exist.
-    """
+    """Inputs of a stage that is about to run, without a lock of DVC's; a StageError if one does not exist."""
     with dvc_errors(name):
         stage = load_stage(open_repo(), name)
         stage.save_deps()
@@ -164,7 +160,6 @@ def stale_stages() -> list[StaleStage]:
 
 
 def _run_cache_key(stage: Any) -> str | None:
-    """See `stage_key`."""
     stage_cache: Any = dvc.stage.cache
     try:
         can_hash, get_hash = stage_cache._can_hash, stage_cache._get_stage_hash

@@ -55,11 +55,7 @@ TABLES_TAG = "mlflow.loggedArtifacts"  # how MLflow's page knows that a file is 
 
 
 def connect() -> None:
-    """Import MLflow and open its store, which takes seconds, and write what earlier runs could not write.
-
-    Raises:
-        ConfigError: the store cannot be opened.
-    """
+    """Open MLflow's store and write what earlier runs could not write; a ConfigError if it cannot be opened."""
     open_store()
     flush_stale(_queues(), OpenRun)
 
@@ -118,11 +114,7 @@ class OpenRun(QueuedRun):
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of this run.
-
-        Raises:
-            StageError: the run could not be created yet, because the server is away.
-        """
+        """MLflow's id of this run; a StageError if it could not be created yet, because the server is away."""
         if not self._find():
             raise StageError(f"MLflow at {store_uri()} does not know this run: is the server away?")
         return self._id
@@ -265,11 +257,7 @@ def add_to_pipeline(flow_run_id: str, tags: Mapping[str, str], metrics: Mapping[
 
 
 def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:
-    """MLflow's id of the pipeline run of a flow, and its tags: see `PipelineRun.log_stage`.
-
-    Raises:
-        StageError: the store does not know it.
-    """
+    """MLflow's id and tags of a flow's pipeline run (see `PipelineRun.log_stage`); a StageError if it is not there."""
     for run in _pipeline_runs(flow_run_id):
         return run.info.run_id, dict(run.data.tags)
     raise StageError(f"MLflow at {store_uri()} does not know the pipeline run of {flow_run_id}: was it away?")

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
 __all__ = ["EXPERIMENT_ID_VAR", "QueuedRun", "flush_stale", "open_store", "queued", "server_command", "store_uri"]
 
 EXPERIMENT = "rlhf"
-
+# The experiment that a flow passes to its stages, since the server may be away when they begin.
 EXPERIMENT_ID_VAR = "RLHF_EXPERIMENT_ID"
-"""The experiment that a flow passes to its stages, since the server may be away when they begin."""
 
 MLFLOW_ENV = {
     "DO_NOT_TRACK": "true",
@@ -60,11 +59,7 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def open_store() -> tuple[MlflowClient, str]:
-    """A client for the store, and the experiment, made on first use.
-
-    Raises:
-        ConfigError: the store cannot be opened.
-    """
+    """A client for the store, and the experiment, made on first use; a ConfigError if the store cannot be opened."""
     for variable, value in MLFLOW_ENV.items():
         os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
@@ -145,11 +140,7 @@ class QueuedRun:
         self._last_attempt, self.time = 0.0, 0
 
     def submit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Make a call now, or keep it for later.
-
-        Raises:
-            Exception: what the call raised, where that does not mean that the server is away.
-        """
+        """Make a call now, or keep it for later; raises what it raised, unless that means that the server is away."""
         line = json.dumps([name, int(time.time() * 1000), args, kwargs], default=str)
         if self._waiting and time.monotonic() - self._last_attempt > RETRY_SECONDS:
             self.flush()

@@ -74,11 +74,7 @@ def versions() -> list[Version]:
 
 
 def find(name: str) -> Version:
-    """The version of this number or alias.
-
-    Raises:
-        ConfigError: there is none; the message lists those that exist.
-    """
+    """The version of this number or alias; a ConfigError with those that exist if there is none."""
     known = versions()
     for version in known:
         if name == str(version.number) or name in version.aliases:
@@ -142,11 +138,7 @@ def set_champion(version: Version, *, by: str, reason: str = "") -> None:
 
 
 def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
-    """Put the former champion in use again; returns the version that was withdrawn and the one in use now.
-
-    Raises:
-        ConfigError: there is no champion, or none was before it.
-    """
+    """Put the former champion in use again; returns the version withdrawn and this. A ConfigError if there is none."""
     known = {version.number: version for version in versions()}
     withdrawn = champion()
     if withdrawn is None:

@@ -11,22 +11,20 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from tasks.runtime.dvc_stages import why_stale
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import ROOT, Project
 
 # DVC's own, in the process of the tests.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
 
 
@@ -158,14 +156,13 @@ def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> 
         ("preferences.heldout_pairs=5", ["preferences", "reward_model", "evaluate"]),
     ],
 )
-def test_what_then_runs(tiny: tuple[Project, str], tmp_path: Path, change: str, expected: list[str]) -> None:
+def test_what_then_runs(tiny_copy: Project, change: str, expected: list[str]) -> None:
     """Really run: a stage after it runs only if what it reads has come out different."""
-    project = tiny[0].copy(tmp_path / "project")
-    output = project.rlhf("run", "-S", change)
+    output = tiny_copy.rlhf("run", "-S", change)
     ran = [line.split()[1] for line in output.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
     assert set(ran) <= set(versioning_closure(expected)), output
     assert set(expected) - set(ran) <= {"evaluate", "reward_model"}, output
-    assert project.rlhf("run").count("cached") == len(STAGES)
+    assert tiny_copy.rlhf("run").count("cached") == len(STAGES)
 
 
 def versioning_closure(stages: list[str]) -> set[str]:
@@ -179,37 +176,22 @@ def versioning_closure(stages: list[str]) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_changed_byte_of_an_output_is_never_used(tiny: tuple[Project, str], tmp_path: Path) -> None:
-    """In the workspace it is restored; in the cache it is noticed, removed and computed again."""
-    project = tiny[0].copy(tmp_path / "project")
-    lock = project.lock()
-    weights = project.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
-    flip(weights)
-    output = project.rlhf("run")
-    assert "✓ sft              restored" in output
-    assert project.lock() == lock
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
+def test_a_changed_byte_of_an_output_is_restored(tiny_copy: Project) -> None:
+    """In the workspace; in the cache it is noticed, removed and computed again: see test_faults.py."""
+    lock = tiny_copy.lock()
+    weights = tiny_copy.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
-    path.unlink()
-    path.write_bytes(content)
+    weights.unlink()
+    weights.write_bytes(content)
+    assert "✓ sft              restored" in tiny_copy.rlhf("run")
+    assert tiny_copy.lock() == lock
 
 
-_imported: dict[str, set[str]] = {}
-
-
+@cache
 def imported(stage: str) -> set[str]:
     """The files of the project that importing the stage imports, relative to the root."""
-    if stage not in _imported:
-        code = (
-            f"import sys, tasks.{stage}\n"
-            "for module in list(sys.modules.values()):\n"
-            "    print(getattr(module, '__file__', None) or '')"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        files = {Path(line) for line in done.stdout.splitlines() if line.startswith(str(ROOT / "tasks"))}
-        packages = {file for file in files if file.name == "__init__.py"}
-        _imported[stage] = {file.relative_to(ROOT).as_posix() for file in files - packages}
-    return _imported[stage]
+    code = f"import sys, tasks.{stage}\nfor module in [*sys.modules.values()]: print(getattr(module, '__file__', ''))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {Path(line) for line in done.stdout.splitlines() if line.startswith(str(ROOT / "tasks"))}
+    return {file.relative_to(ROOT).as_posix() for file in files if file.name != "__init__.py"}

@@ -2,8 +2,7 @@
 
 A run kills itself at one of its moments: the begin or the end of an optimiser step, half-way through one of the files
 of a checkpoint, or beside the writing of its mark. In the end one run goes on to the last step, and another, in
-FOLDER/STAGE/whole, is not interrupted at all. Each run is a fork of this process, which has imported everything and
-computed nothing.
+FOLDER/sft/whole, is not interrupted at all. Each run is a fork of this process, which has computed nothing.
 """
 
 from __future__ import annotations

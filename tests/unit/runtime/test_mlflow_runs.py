@@ -13,11 +13,9 @@ from tasks.runtime.mlflow_store import open_store
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return tmp_path
+def project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    return root
 
 
 def test_writes_whose_answers_were_lost_are_there_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
