@@ -164,31 +164,25 @@ class WarmPython:
     """See warm_python.py."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("warm_python.py"))]
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, pipe = [sys.executable, str(Path(__file__).with_name("warm_python.py"))], subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self.environment = environment
 
     def rlhf(self, root: Path, words: Sequence[str]) -> tuple[int, str]:
         """Exit status and output of `rlhf` in that project."""
-        assert self._process.stdin
-        assert self._process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         output = root / ".rlhf-output"
         request = {"root": str(root), "words": words, "output": str(output)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        status = int(self._process.stdout.readline())
-        return status, output.read_text()
-
-    def stop(self) -> None:
-        self._process.communicate()
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline()), output.read_text()
 
 
 class Project:
     """A project folder and the commands that a person runs in it."""
 
-    def __init__(self, root: Path, environment: dict[str, str], python: WarmPython) -> None:
-        self.root, self.environment, self.python = root, environment, python
+    def __init__(self, root: Path, python: WarmPython, environment: dict[str, str] | None = None) -> None:
+        self.root, self.python, self.environment = root, python, environment or python.environment
 
     def command(self, *words: str, expect: int = 0, **options: Any) -> str:
         """Run a command, check its exit status, and return what it printed."""
@@ -320,7 +314,7 @@ class Project:
 
     def copy(self, to: Path) -> Project:
         shutil.copytree(self.root, to, symlinks=True)
-        return Project(to, self.environment, self.python)
+        return Project(to, self.python, self.environment)
 
 
 def checked(words: Sequence[str], status: int, output: str, expect: int) -> str:
@@ -338,17 +332,30 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 @contextmanager
-def prefect_server(root: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
-    """Prefect's server in a process of its own, and its address; it is killed if nobody has ended it."""
-    port = free_port()
-    command = [sys.executable, "-m", "flows.services", str(port)]
-    options: dict[str, Any] = {"cwd": root, "env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+def serving(command: Sequence[str], url: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A server from when it answers; it is killed in the end, with what it has started."""
     with subprocess.Popen(command, **options) as server:
         try:
-            wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"))
-            yield server, f"http://127.0.0.1:{port}/api"
+            wait_for(lambda: answers(url))
+            yield server
         finally:
-            server.kill()
+            kill(server)
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    for process in [*psutil.Process(server.pid).children(recursive=True), server] if server.poll() is None else []:
+        process.kill()
+    server.wait()
+
+
+@contextmanager
+def prefect_server(root: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Prefect's server in a process of its own, and its address."""
+    port = free_port()
+    command, url = [sys.executable, "-m", "flows.services", str(port)], f"http://127.0.0.1:{port}/api"
+    options: dict[str, Any] = {"cwd": root, "env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+    with serving(command, f"{url}/health", **options) as server:
+        yield server, url
 
 
 @pytest.fixture(scope="session")
@@ -373,22 +380,18 @@ def s3(environment: dict[str, str]) -> Iterator[Any]:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "--port", str(port)]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: answers(f"{address}/moto-api/"))
-        keys = {key.lower(): environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-        with contextlib.closing(boto3.client("s3", "us-east-1", endpoint_url=address, **keys)) as client:
-            yield client
-    finally:
-        server.terminate()
-        server.wait()
+    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    keys = {key.lower(): environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    client = contextlib.closing(boto3.client("s3", "us-east-1", endpoint_url=address, **keys))
+    with serving(command, f"{address}/moto-api/", **options), client as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
 def python(environment: dict[str, str]) -> Iterator[WarmPython]:
     warm = WarmPython(environment)
     yield warm
-    warm.stop()
+    warm.process.communicate()
 
 
 PATIENCE = 300.0
@@ -415,7 +418,7 @@ def answers(url: str) -> bool:
         return False
 
 
-def make_project(root: Path, environment: dict[str, str], python: WarmPython) -> Project:
+def make_project(root: Path, python: WarmPython, environment: dict[str, str] | None = None) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
     for folder in ("flows", "tasks/core", "tasks/config", "tasks/runtime", "tasks/evals"):
@@ -430,13 +433,13 @@ def make_project(root: Path, environment: dict[str, str], python: WarmPython) ->
     (root / "data.txt").write_text("data\n")
     (root / "dvc.yaml").write_text(DVC_YAML)
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
-    return Project(root, environment, python)
+    return Project(root, python, environment)
 
 
 @pytest.fixture(scope="session")
-def finished(tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython) -> Project:
+def finished(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> Project:
     """A project after its first `rlhf run`; tests copy it or leave it as it is."""
-    project = make_project(tmp_path_factory.mktemp("finished") / "project", environment, python)
+    project = make_project(tmp_path_factory.mktemp("finished") / "project", python)
     project.rlhf("run")
     assert project.ran() == list(STAGES)
     return project
@@ -449,17 +452,15 @@ def project(finished: Project, tmp_path: Path) -> Project:
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, environment: dict[str, str], python: WarmPython) -> Project:
-    return make_project(tmp_path / "project", environment, python)
+def fresh(tmp_path: Path, python: WarmPython) -> Project:
+    return make_project(tmp_path / "project", python)
 
 
 @pytest.fixture(scope="module")
-def standing(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython
-) -> Iterator[Project]:
+def standing(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> Iterator[Project]:
     """A project with its services up and nothing run yet; whatever happens, none of them stays behind."""
-    own = {key: value for key, value in environment.items() if key != "PREFECT_API_URL"}
-    project = make_project(tmp_path_factory.mktemp("standing") / "project", own, python)
+    own = {key: value for key, value in python.environment.items() if key != "PREFECT_API_URL"}
+    project = make_project(tmp_path_factory.mktemp("standing") / "project", python, own)
     shutil.copy(ROOT / "prefect.yaml", project.root)
     try:
         output = rlhf(project, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
@@ -501,9 +502,7 @@ def tiny_copy(tiny: tuple[Project, str], tmp_path: Path) -> Project:
 
 
 @pytest.fixture(scope="session")
-def tiny(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython
-) -> tuple[Project, str]:
+def tiny(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> tuple[Project, str]:
     """The project after `rlhf run --preset tiny` with lm-eval on, which also wrote down what each stage opened."""
     root = tmp_path_factory.mktemp("tiny") / "project"
     watch = tmp_path_factory.mktemp("watch")
@@ -517,8 +516,8 @@ def tiny(
             root.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, root / name)
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
-    watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
-    project = Project(root, watched, python)
+    watched = python.environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
+    project = Project(root, python, watched)
     benchmarks = "lm_eval={tasks: [held_out_perplexity, held_out_preferences], batch_size: 8}"
     output = rlhf(project, "run", "--preset", "tiny", "-S", benchmarks)
-    return Project(root, environment, python), output + (watch / "opened").read_text()
+    return Project(root, python), output + (watch / "opened").read_text()

@@ -12,18 +12,18 @@ from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 
-import psutil
 import pytest
 
+from flows.services import free_port
 from tests.pipeline.conftest import (
     PATIENCE,
     STAGES,
     Project,
-    answers,
     device_limit,
-    free_port,
+    kill,
     prefect_server,
     query,
+    serving,
     wait_for,
 )
 
@@ -64,20 +64,12 @@ def test_killed_in_any_stage(project: Project, stage: str, own: list[str]) -> No
 def mlflow_server(project: Project, port: int) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
     command += ["--artifacts-destination", str(project.root / "served"), "--port", str(port), "--workers", "1"]
-    environment = project.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (project.root / ".rlhf" / "mlflow.log").open("ab") as log:
-        server = subprocess.Popen(command, cwd=project.root, env=environment, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
+    options = {"cwd": project.root, "env": project.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}}
+    with (
+        (project.root / ".rlhf" / "mlflow.log").open("ab") as log,
+        serving(command, f"http://127.0.0.1:{port}/health", stdout=log, stderr=log, **options) as server,
+    ):
         yield server
-    finally:
-        kill(server)
-
-
-def kill(server: subprocess.Popen[bytes]) -> None:
-    for process in [*psutil.Process(server.pid).children(recursive=True), server] if server.poll() is None else []:
-        process.kill()
-    server.wait()
 
 
 @pytest.mark.fault(
@@ -185,10 +177,8 @@ def test_terminated(project: Project, number: signal.Signals, own: list[str]) ->
         project.wait_for_end()
         assert project.lock() == lock
         assert "sft" in project.dvc("status")
-        assert {run["name"]: run["status"] for run in project.runs()[before:]} == {
-            "pipeline": "KILLED",
-            "sft": "KILLED",
-        }
+        newest = {run["name"]: run["status"] for run in project.runs()[before:]}
+        assert newest == {"pipeline": "KILLED", "sft": "KILLED"}
         assert query(Path(project.environment["PREFECT_HOME"], "prefect.db"), LAST_FLOW) == [("Crashed",)]
         assert "waiting for the device" not in project.check_resumed()
     sound(project)

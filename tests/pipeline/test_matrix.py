@@ -11,7 +11,9 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
 from functools import cache
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -63,10 +65,6 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def row(what: str, stages: set[str]) -> str:
-    return f"{what:<60}" + " ".join("■" if stage in stages else "·" for stage in STAGES)
-
-
 @pytest.fixture(scope="module")
 def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A copy of the finished tiny project, in which `dvc_stages` works."""
@@ -82,28 +80,32 @@ def direct() -> dict[str, tuple[str, ...]]:
     return {stage: why for stage, why in own.items() if why}
 
 
+def direct_with(file: Path, content: bytes, name: str) -> dict[str, tuple[str, ...]]:
+    """`direct` while the file has this content; printed as a row of the matrix."""
+    before = file.read_bytes()
+    file.write_bytes(content)
+    found = direct()
+    file.write_bytes(before)
+    print(f"{name:<60}" + " ".join("■" if stage in found else "·" for stage in STAGES))
+    return found
+
+
 @pytest.mark.slow
 def test_every_parameter(recorded: Project) -> None:
     """Also: the reason names the parameter, its old value and its new one."""
-    path = recorded.root / "params.yaml"
-    original = path.read_bytes()
     yaml = YAML(typ="safe")
+    original = yaml.load(recorded.root / "params.yaml")
     readers = {stage: sections_of(stage) for stage in STAGES}
     assert direct() == {}
-    try:
-        for leaf in leaves(yaml.load(original)):
-            values = yaml.load(original)
-            before = at(values, leaf)
-            at(values, leaf[:-1])[leaf[-1]] = other(before)
-            yaml.dump(values, path)
-            found = direct()
-            name = ".".join(map(str, leaf))
-            print(row(name, set(found)))
-            assert set(found) == {stage for stage in STAGES if leaf[0] in readers[stage]}, name
-            for why in found.values():
-                assert why == (f"{name}: {brief(before)} → {brief(other(before))}",)
-    finally:
-        path.write_bytes(original)
+    for leaf in leaves(original):
+        values, before, name = deepcopy(original), at(original, leaf), ".".join(map(str, leaf))
+        at(values, leaf[:-1])[leaf[-1]] = other(before)
+        text = StringIO()
+        yaml.dump(values, text)
+        found = direct_with(recorded.root / "params.yaml", text.getvalue().encode(), name)
+        assert set(found) == {stage for stage in STAGES if leaf[0] in readers[stage]}, name
+        for why in found.values():
+            assert why == (f"{name}: {brief(before)} → {brief(other(before))}",)
 
 
 @pytest.mark.slow
@@ -112,15 +114,10 @@ def test_every_module(recorded: Project) -> None:
     for file in sorted((recorded.root / "tasks").rglob("*.py")):
         name = file.relative_to(recorded.root).as_posix()
         text = file.read_bytes()
-        file.write_bytes(text + b"\n# changed\n")
-        found = direct()
-        file.write_bytes(text)
-        print(row(name, set(found)))
+        found = direct_with(file, text + b"\n# changed\n", name)
         md5s = [hashlib.md5(content).hexdigest()[:8] for content in (text, text + b"\n# changed\n")]
         if name.startswith("tasks/rewards/custom/"):
-            assert set(found) == {"ppo", "grpo", "overoptimisation", "evaluate"}, (
-                "users' rewards: what scores reads them"
-            )
+            assert set(found) == {"ppo", "grpo", "overoptimisation", "evaluate"}, "what scores reads users' rewards"
             continue
         assert all(why == (f"{name} changed: {md5s[0]} → {md5s[1]}",) for why in found.values())
         for stage in STAGES:
@@ -129,19 +126,13 @@ def test_every_module(recorded: Project) -> None:
     for name in ("flows/pipeline.py", "flows/cli/main.py", "prefect.yaml", "infra/presets/tiny.yaml"):
         file = recorded.root / name
         if file.exists():
-            file.write_bytes(file.read_bytes() + b"\n# changed\n")
-            assert direct() == {}, name
+            assert direct_with(file, file.read_bytes() + b"\n# changed\n", name) == {}
 
 
 @pytest.mark.slow
 def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> None:
     lock = recorded.root / "requirements.lock"
-    text = lock.read_bytes()
-    lock.write_bytes(text.replace(b"torch==", b"torch==9"))
-    found = direct()
-    lock.write_bytes(text)
-    print(row("requirements.lock", set(found)))
-    assert set(found) == set(STAGES)
+    assert set(direct_with(lock, lock.read_bytes().replace(b"torch==", b"torch==9"), lock.name)) == set(STAGES)
 
 
 @pytest.mark.slow

@@ -104,9 +104,7 @@ def test_the_versions_are_listed(promoted: Project) -> None:
 def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     found = json.loads(promoted.rlhf("lineage", "--json"))
     runs = dict(query(promoted.root / "mlflow.db", "select run_uuid, name from runs where status = 'FINISHED'"))
-    assert {name: runs[stage["run"]] for name, stage in found["stages"].items()} == {
-        name: name for name in found["stages"]
-    }
+    assert [runs[stage["run"]] for stage in found["stages"].values()] == list(found["stages"])
     assert runs[found["pipeline_run"]] == "pipeline"
     recorded = {md5 for stage in found["stages"].values() for md5 in stage["outputs"].values()}
     lock = promoted.lock()
@@ -128,9 +126,8 @@ def test_a_policy_goes_on_from_prompts(promoted: Project) -> None:
     words = ["generate", "the film is", "a plot", "--samples", "2", "--max-new-tokens", "3", "--json"]
     output = promoted.rlhf(*words)
     rows = [json.loads(line) for line in output.splitlines()]
-    assert [(row["prompt"], row["sample"]) for row in rows] == [
-        (prompt, sample) for prompt in ("the film is", "a plot") for sample in (0, 1)
-    ]
+    order = [(prompt, sample) for prompt in ("the film is", "a plot") for sample in (0, 1)]
+    assert [(row["prompt"], row["sample"]) for row in rows] == order
     assert promoted.rlhf(*words) == output
     assert promoted.rlhf(*words, "--seed", "1") != output
     assert rlhf(promoted, *words[:1], *words[3:], input="the film is\n\na plot\n") == output
@@ -203,10 +200,9 @@ def test_a_version_is_made_again_from_nothing(promoted: Project) -> None:
 def test_weights_that_differ_are_reported(promoted: Project) -> None:
     database = sqlite3.connect(promoted.root / "mlflow.db")
     md5 = registered(promoted)[2]["weights"][f"{CHAMPION}/adapter"]
+    change = "update model_version_tags set value = replace(value, ?, 'other.dir') where key = 'weights'"
     with database:
-        database.execute(
-            "update model_version_tags set value = replace(value, ?, 'other.dir') where key = 'weights'", [md5]
-        )
+        database.execute(change, [md5])
     database.close()
     output = promoted.rlhf("reproduce", "2", expect=1)
     table = {words[0]: words[-1] for words in map(str.split, output.splitlines()) if words[-1:] in (["yes"], ["no"])}

@@ -93,10 +93,10 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
 
 def test_a_second_one_for_the_same_project_is_refused(project: Project) -> None:
     """As it is while `rlhf up` has started the services."""
-    own = psutil.Process()
+    own, folder = psutil.Process(), project.root / ".rlhf" / "services"
     row = {"name": "prefect", "address": "", "pid": own.pid, "started": own.create_time()}
-    (project.root / ".rlhf" / "services").mkdir()
-    (project.root / ".rlhf" / "services" / "services.json").write_text(json.dumps([row]))
+    folder.mkdir()
+    (folder / "services.json").write_text(json.dumps([row]))
     assert "this project's services are up already" in project.rlhf("schedule", "0 2 * * *", expect=1)
 
 

@@ -122,5 +122,6 @@ def test_less_than_one_seed_is_refused(fresh: Project) -> None:
 
 def test_without_a_commit_nothing_runs(fresh: Project) -> None:
     (fresh.root / "dvc.yaml").write_text(DVC_YAML + MORE_STAGES)
-    assert "variants need a git commit" in fresh.rlhf("run", "--seeds", "2", expect=1)
+    for words in (["run", "--seeds", "2"], ["sweep", "-S", "seed=1,2"]):
+        assert "variants need a git commit" in fresh.rlhf(*words, expect=1)
     assert fresh.ran() == []

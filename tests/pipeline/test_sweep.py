@@ -46,10 +46,6 @@ def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Proje
     assert fresh.ran() == []
 
 
-def test_without_a_commit_it_says_so(fresh: Project) -> None:
-    assert "variants need a git commit" in fresh.rlhf("sweep", "-S", "seed=1,2", expect=1)
-
-
 def test_worktrees_that_a_killed_process_has_left_are_removed(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those in which somebody works stay: the process that made one, or a run that outlived it."""
     fresh.commit()

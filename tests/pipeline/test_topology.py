@@ -26,7 +26,8 @@ import psycopg2
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.conftest import ROOT, STAGES, Project, WarmPython, answers, free_port, make_project, wait_for
+from flows.services import free_port
+from tests.pipeline.conftest import ROOT, STAGES, Project, WarmPython, answers, make_project, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -141,7 +142,7 @@ def topology(
 
     for volume in described["s3"]["volumes"]:
         s3.create_bucket(Bucket=volume.rpartition("/")[2])
-    project = make_project(folder / "project", own | described["worker"]["environment"], python)
+    project = make_project(folder / "project", python, own | described["worker"]["environment"])
     for name in ("prefect.yaml", "infra/work_pools/process.json"):
         (project.root / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, project.root / name)

@@ -212,14 +212,10 @@ def test_kubernetes_accepts_the_manifests() -> None:
             validator.validate(item, "1.33", strict=True)
 
 
-def test_the_kustomization_lists_every_manifest() -> None:
+def test_the_kustomization_lists_every_manifest_and_all_lies_in_one_namespace() -> None:
     [kustomization] = [item for item in OBJECTS if item["kind"] == "Kustomization"]
-    listed = {*kustomization["resources"], "kustomization.yaml"}
-    assert listed == {path.name for path in MANIFESTS}
+    assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in MANIFESTS}
     assert kustomization["images"] == [{"name": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}]
-
-
-def test_everything_lies_in_one_namespace() -> None:
     for item in OBJECTS:
         if item["kind"] not in {"Kustomization", "Namespace"}:
             assert item["metadata"].get("namespace") == the("Namespace", "rlhf")["metadata"]["name"]
@@ -294,14 +290,11 @@ def test_a_docker_job_meets_the_servers_of_compose() -> None:
         assert given["env"][name] == worker[name]
 
 
-def test_a_docker_job_can_ask_for_gpus() -> None:
+def test_a_job_can_ask_for_gpus_and_asks_for_none_by_default() -> None:
     gpus = [{"count": -1, "capabilities": [["gpu"]]}]
     DeploymentUpdate(job_variables={"device_requests": gpus}).check_valid_configuration(pool("docker"))
     assert defaults("docker")["device_requests"] == []
     assert pool("docker")["job_configuration"]["container_create_kwargs"]["device_requests"] == "{{ device_requests }}"
-
-
-def test_a_kubernetes_job_can_ask_for_gpus_and_asks_for_none_by_default() -> None:
     template = pool("kubernetes")
     DeploymentUpdate(job_variables={"gpu_limit": 1}).check_valid_configuration(template)
     with pytest.raises(ValidationError):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from unittest.mock import Mock
 
@@ -71,17 +72,13 @@ def test_the_same_weights_are_the_same_version_and_keep_what_was_decided(three: 
     assert len(registry.versions()) == 3
 
 
-def test_rollback_walks_back_and_ends(three: None) -> None:
-    promote(1, 2, 3)
+@pytest.mark.parametrize("promoted", [(1, 2, 3), (1, 2, 1)], ids=["each once", "one twice"])
+def test_rollback_walks_back_over_every_promotion_and_ends(three: None, promoted: tuple[int, ...]) -> None:
+    promote(*promoted)
     assert [rolled_back(), rolled_back()] == [2, 1]
     with pytest.raises(ConfigError, match="no champion was before version 1"):
         rolled_back()
     assert champion() == 1
-
-
-def test_a_version_that_was_champion_twice_is_walked_over_twice(three: None) -> None:
-    promote(1, 2, 1)
-    assert [rolled_back(), rolled_back()] == [2, 1]
     assert registry.find("1").withdrawal is None, "it is in use again"
 
 
@@ -114,10 +111,7 @@ def test_decisions_are_recorded(three: None) -> None:
     assert registry.find("2").tags["promoted.at"].endswith("+00:00")
     gone, back = registry.roll_back(by="bob", reason="it swears")
     assert (gone.number, back.number) == (2, 1)
-    withdrawn = registry.find("2").withdrawal
-    assert withdrawn
-    assert withdrawn.startswith("bob rolled it back at ")
-    assert withdrawn.endswith(": it swears")
+    assert re.fullmatch("bob rolled it back at .*: it swears", registry.find("2").withdrawal or "")
     promote(2)
     assert registry.find("2").withdrawal is None
 
