@@ -57,7 +57,7 @@ def retrained(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactor
     margins = "gate.margins={win_rate: 0.5, repetition: 1, truncated_share: 1}"
     project.rlhf("run", "-S", "gate.min_win_rate=0", "-S", margins, "-S", "gate.policy=ppo")
     outputs = [project.rlhf("retrain"), project.rlhf("retrain")]
-    for words in ([f"gate.policy={CHAMPION}"], [f"gate.policy={REFUSED}", "-S", "gate.max_kl=0.000001"]):
+    for words in ([f"gate.policy={CHAMPION}"], [f"gate.policy={REFUSED}", "-S", "gate.min_win_rate=0.99"]):
         project.rlhf("run", "-S", *words)
         outputs.append(project.rlhf("retrain"))
     return project, outputs
@@ -74,12 +74,12 @@ def test_retrain_promotes_refuses_and_says_why(retrained: tuple[Project, list[st
     assert gates == ["gate ppo: promoted", "gate ppo: unchanged", "gate dpo: promoted", "gate grpo: refused"]
     assert "win rate against SFT, lower end: " in outputs[0]
     assert "win rate against the champion, lower end: " in outputs[2]
-    assert "required at most 1e-06 nats" in outputs[3]
+    assert "required above 99%" in outputs[3]
     database = project.root / "mlflow.db"
     assert query(database, "select version from registered_model_aliases where alias = 'champion'") == [(2,)]
     tags = dict(query(database, "select key, value from tags where key like 'gate%' order by rowid"))
     assert tags["gate"] == "refused"
-    assert "1e-06" in tags["gate.reasons"]
+    assert "above 99%" in tags["gate.reasons"]
 
 
 def registered(project: Project) -> dict[int, dict[str, Any]]:
@@ -118,7 +118,7 @@ def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     assert found["data_md5"] in (promoted.root / "data.dvc").read_text()
     assert found["decision"]["promoted.by"] == "the gate"
     output = promoted.rlhf("lineage", "challenger")
-    assert "refused: KL to SFT" in output
+    assert "refused: win rate against SFT" in output
     assert found["stages"]["sft"]["run"] in output
 
 
@@ -176,7 +176,7 @@ def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> No
     assert registered(promoted)[3]["tags"]["promoted.reason"] == "it rhymes"
     output = promoted.rlhf("rollback", "--reason", "it swears")
     assert "version 2 (dpo) is the champion again; version 3 (grpo) is withdrawn" in output
-    promoted.rlhf("run", "-S", "gate.max_kl=10")
+    promoted.rlhf("run", "-S", "gate.min_win_rate=0")
     refused = promoted.rlhf("retrain")
     assert "gate grpo: refused" in refused, "the gate accepts it now, but a person has withdrawn it"
     assert "it swears; `rlhf promote 3 --reason …` puts it in use again" in refused
