@@ -57,7 +57,7 @@ def clear_outputs(project: Path) -> None:
 
 
 def time_all(project: Path) -> dict[str, float]:
-    rlhf = ("-m", "flows.cli")
+    rlhf = ("-m", "flows.cli.main")
     timings = {}
     scratch = {"bare stages": ("-c", BARE_STAGES), "dvc repro": ("-m", "dvc", "repro"), "run": (*rlhf, "run")}
     for name, args in scratch.items():
@@ -77,7 +77,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(prefix="rlhf-bench-flow-") as folder:
         project = Path(folder) / "project"
         subprocess.run(["git", "clone", "--quiet", str(ROOT), str(project)], check=True)
-        run_seconds(project, "-m", "flows.cli", "run", "base_model", "--preset", "tiny")  # writes the preset
+        run_seconds(project, "-m", "flows.cli.main", "run", "base_model", "--preset", "tiny")  # writes the preset
         rounds = [time_all(project) for _ in range(count)]
     medians = {name: round(statistics.median(timings[name] for timings in rounds), 1) for name in rounds[0]}
     for name, median in medians.items():

@@ -1,7 +1,7 @@
 """Execution of one stage: DVC decides in this process; the stage runs here, in a child process, or in several ranks.
 
-The ranks are those of torch's elastic launcher, as `torchrun --standalone --nproc-per-node N -m tasks.<stage>` starts
-them, but they end with the process that started them, and an error is the one message that it is without ranks.
+The ranks are those of torch's elastic launcher, as in `torchrun --standalone --nproc-per-node N -m tasks.<stage>`, but
+they end with the process that started them, and an error is one message, as without ranks.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from filelock import FileLock
 
 from flows import processes
 from tasks.core.paths import state_dir
-from tasks.runtime import dvc_reproduce, dvc_stages
+from tasks.runtime import dvc_stages
 from tasks.runtime.stage_runner import execute_stage, read_metrics
 
 __all__ = ["Execution", "Outcome", "ensure_stage", "stage_log_path", "visible_gpus"]
@@ -38,8 +38,8 @@ class Execution:
     """Settings for the execution of a stage.
 
     Args:
-        own_process: in a child process, beside which others can run and which can be ended, and not in this one.
-        ranks: how many processes share the work, if the stage's work can be shared.
+        own_process: in a child process, beside which others can run and which can be ended.
+        ranks: how many processes share the work, if it can be shared.
         device: the GPU that the child sees; None for all that this process sees.
         timeout: seconds after which the child is ended.
     """
@@ -55,7 +55,7 @@ class Outcome:
     """Result of the execution of a stage. `key` is DVC's hash of all its inputs."""
 
     stage: str
-    result: dvc_reproduce.Result
+    result: dvc_stages.Result
     key: str
     reasons: tuple[str, ...]
     seconds: float
@@ -79,8 +79,6 @@ def ensure_stage(
     """Run the stage if DVC finds that it must.
 
     Args:
-        name: the stage in dvc.yaml.
-        execution: how its work is done.
         force: run it even if nothing changed.
         pull: fetch missing results from the DVC remote before running.
         on_start: called with the reasons and whether the stage needs a device, before the stage computes.
@@ -92,23 +90,22 @@ def ensure_stage(
     started = time.monotonic()
 
     def work() -> None:
-        needs_device = dvc_stages.needs_device(name)
-        ranks = execution.ranks if execution.ranks > 1 and dvc_stages.is_distributable(name) else 1
+        meta = dvc_stages.meta(name)
         with _released(_dvc_lock):
-            on_start(reasons, needs_device)
-            _execute(name, reasons, execution, ranks)
+            on_start(reasons, meta.get("device", False))
+            _execute(name, reasons, execution, execution.ranks if meta.get("ranks") else 1)
 
     with _child_lock(name):
         pass  # a child of a killed run needs a moment to end, and may still write
     with _dvc_lock:
         reasons = tuple(dvc_stages.status(name) or (["forced"] if force else []))
-        result = dvc_reproduce.reproduce(name, work, force=force, pull=pull, on_wait=on_wait)
+        result = dvc_stages.reproduce(name, work, force=force, pull=pull, on_wait=on_wait)
         key = dvc_stages.stage_key(name) or ""
     return Outcome(name, result, key, reasons, time.monotonic() - started, read_metrics(name))
 
 
 def stage_log_path(name: str) -> Path:
-    """The file for what the stage prints in a process of its own, since several would garble the terminal."""
+    """The file for what the stage prints in a process of its own."""
     return state_dir() / "logs" / f"{name}.log"
 
 
@@ -156,15 +153,9 @@ def _launch_ranks(name: str, count: int) -> None:
     logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)  # the parent prints the error
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
     logs = Path(os.environ[processes.ERROR_VARIABLE]).parent
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=count,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        max_restarts=0,
-        run_id=name,
-        logs_specs=DefaultLogsSpecs(log_dir=str(logs), local_ranks_filter={0}),
+    specs = DefaultLogsSpecs(log_dir=str(logs), local_ranks_filter={0})
+    config = LaunchConfig(  # one node
+        1, 1, count, run_id=name, rdzv_backend="c10d", rdzv_endpoint="localhost:0", max_restarts=0, logs_specs=specs
     )
     try:
         elastic_launch(config, sys.executable)("-m", "flows.executor", *sys.argv[1:])

@@ -1,8 +1,8 @@
 """Runs of other variants of the project, each in a git worktree: parameter sweeps, several seeds, reproductions.
 
 The variants of a sweep and of seeds share one DVC cache: what they have in common is computed by the first and restored
-for the others. They report to the project's MLflow, tagged with their series and their settings. What they wrote is in
-the cache, so `rlhf run -S` with the same settings brings it into the project itself.
+for the others, and `rlhf run -S` with the same settings brings it into the project itself. They report to the project's
+MLflow, tagged with their series and their settings.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import os
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -30,7 +29,7 @@ from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, mlflow_store
 from tasks.runtime.provenance import Provenance, provenance_of
 from tasks.runtime.registry import Version
 
-__all__ = ["ReproducedWeights", "expand_grid", "reproduce", "run_seeds", "same_lock_file", "sweep"]
+__all__ = ["expand_grid", "reproduce", "run_seeds", "same_lock_file", "sweep"]
 
 
 # -- parameter sweeps ------------------------------------------------------------------------------------------
@@ -68,8 +67,7 @@ def sweep(settings: Sequence[str], args: Sequence[str]) -> Path:
 def expand_grid(settings: Sequence[str]) -> list[tuple[str, ...]]:
     """Every combination of the values, each as `key=value` arguments.
 
-    A list or mapping counts as one value: commas within brackets do not separate. The values are YAML, as in
-    params.yaml; DVC's Hydra sweeps would write `{a: 1}` as `{a:1}`, which YAML reads otherwise, and refuse URLs.
+    A list or mapping counts as one value: commas within brackets do not separate. Values are YAML, as in params.yaml.
 
     Raises:
         ConfigError: a setting has no key or no value.
@@ -106,8 +104,7 @@ def run_seeds(
     """Run under so many seeds of the policies, from `policy_seed` upwards, one after another, and compare them.
 
     The first is the project itself. Data, SFT, reward model, and the prompts and random numbers of the evaluation are
-    common to all, so what differs is luck in training. A seed that fails does not keep the others from running; its
-    error is part of the summary.
+    common to all. A seed that fails does not keep the others from running; its error is part of the summary.
 
     Args:
         stages: to run, with what they need; empty for all.
@@ -125,6 +122,7 @@ def run_seeds(
     _check_seeds_apply(params, stages)
     folder = _new_series_folder("seeds")
     first, flow_run = params.policy_seed, ""
+    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
     results: dict[int, SeedResult | RLHFError] = {}
     for seed in range(first, first + count):
         override = f"policy_seed={seed}"
@@ -132,10 +130,16 @@ def run_seeds(
         if seed == first:
             flow_run, results[seed] = _run_in_place(stages, options)
         else:
-            results[seed] = _run_in_worktree(folder, override, _cli_args(stages, options), environment)
+            try:
+                with _run_with_overrides(folder, [override], [*stages, *flags], environment) as written:
+                    results[seed] = experiments.load_seed_result(written)
+            except RLHFError as error:
+                results[seed] = error
         experiments.write_summary(folder, results)
     summary = experiments.summarise_seeds(results)
-    _log_summary(flow_run, {"rlhf.sweep": folder.name, "rlhf.variant": f"policy_seed={first}"}, summary)
+    tags = {"rlhf.sweep": folder.name, "rlhf.variant": f"policy_seed={first}"}
+    tags |= {f"seeds.{key}": "; ".join(summary[key]) for key in ("collapsed", "failed") if summary[key]}
+    mlflow_runs.add_to_pipeline(flow_run, tags, experiments.flat_metrics(summary))
     return folder, summary
 
 
@@ -161,37 +165,11 @@ def _run_in_place(stages: Sequence[str], options: Mapping[str, Any]) -> tuple[st
     return run_id, experiments.load_seed_result(stage_dir("evaluate").parent)
 
 
-def _run_in_worktree(
-    folder: Path, override: str, args: Sequence[str], environment: Mapping[str, str]
-) -> SeedResult | RLHFError:
-    try:
-        with _run_with_overrides(folder, [override], args, environment) as written:
-            return experiments.load_seed_result(written)
-    except RLHFError as error:
-        return error
-
-
-def _cli_args(stages: Sequence[str], options: Mapping[str, Any]) -> list[str]:
-    flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
-    return [*stages, *flags]
-
-
-def _log_summary(flow_run: str, tags: Mapping[str, str], summary: Mapping[str, Any]) -> None:
-    """Add the summary to the project's own pipeline run in MLflow."""
-    bad = {f"seeds.{key}": "; ".join(summary[key]) for key in ("collapsed", "failed") if summary[key]}
-    mlflow_runs.tag_pipeline(flow_run, {**tags, **bad})
-    mlflow_runs.log_pipeline_metrics(flow_run, experiments.flat_metrics(summary))
-
-
 # -- variants in worktrees -------------------------------------------------------------------------------------
 
 
 def _new_series_folder(kind: str) -> Path:
-    """A new folder for a series of variants; its name is that of the series.
-
-    Raises:
-        StageError: there is no git commit to start from.
-    """
+    """A new folder, named as the series of variants; a StageError if there is no git commit to start from."""
     if not mlflow_runs.git_commit():
         raise StageError("variants need a git commit to start from: commit the project first")
     folder = state_dir() / kind / f"{datetime.now(UTC):%Y%m%d-%H%M%S}"
@@ -210,9 +188,6 @@ def _run_with_overrides(
         settings: `key=value` each.
         args: of `rlhf run` beside them.
         environment: variables beside this process's.
-
-    Raises:
-        RLHFError: what ended the run, or a setting is not valid.
     """
     tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
     own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_runs.SWEEP_VAR: tags}
@@ -235,32 +210,16 @@ def _working_copy(folder: Path) -> Iterator[Path]:
                 shutil.copy2(root / name, target)
             else:
                 target.unlink(missing_ok=True)
-        dvc_repo.use_shared_cache(folder)
         load_params(folder / "params.yaml")
-        with as_project_root(folder):
-            dvc_repo.pull_data()
+        _fetch_data(folder)
         yield folder
 
 
 # -- reproduction of a registered policy -----------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ReproducedWeights:
-    """The md5 of a folder of weights as it was registered, and as it came out now."""
-
-    path: str
-    registered: str
-    reproduced: str
-
-    @property
-    def equal(self) -> bool:
-        """Every byte is the same."""
-        return self.registered == self.reproduced
-
-
-def reproduce(version: Version) -> list[ReproducedWeights]:
-    """Compute a policy and all that it needs again, from its commit, parameters and data, and compare the weights.
+def reproduce(version: Version) -> dict[str, str]:
+    """Compute a policy and all that it needs again, from its commit, parameters and data; return its weights' md5s.
 
     That takes as long as it took: the worktree has an empty DVC cache and an MLflow store of its own.
 
@@ -274,6 +233,7 @@ def reproduce(version: Version) -> list[ReproducedWeights]:
         with worktree(folder, origin.commit) as tree:
             (tree / "params.yaml").write_text(origin.params, encoding="utf-8")
             _fetch_data(tree)
+            dvc_repo.use_cache(tree, shared=False)
             environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
             try:
                 run_rlhf(tree, [version.policy], environment)
@@ -283,7 +243,7 @@ def reproduce(version: Version) -> list[ReproducedWeights]:
     finally:
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
-    return [ReproducedWeights(path, md5, reproduced[path]) for path, md5 in version.weights.items()]
+    return {path: reproduced[path] for path in version.weights}
 
 
 def same_lock_file(version: Version) -> bool:
@@ -308,11 +268,10 @@ def _check_reproducible(version: Version, origin: Provenance) -> None:
 
 
 def _fetch_data(tree: Path) -> None:
-    """Fetch the data that `dvc add` tracks from this project's cache or remote, then switch to an empty cache."""
-    dvc_repo.use_shared_cache(tree)
+    """Fetch the data that `dvc add` tracks, from this project's cache or the DVC remote."""
+    dvc_repo.use_cache(tree, shared=True)
     with as_project_root(tree):
         dvc_repo.pull_data()
-    dvc_repo.use_own_cache(tree)
 
 
 def _weights(tree: Path, version: Version) -> dict[str, str]:

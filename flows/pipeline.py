@@ -27,8 +27,7 @@ from prefect.states import Completed
 
 from flows.cli import console
 from flows.executor import Execution, Outcome, ensure_stage, stage_log_path, visible_gpus
-from flows.processes import children_terminated
-from flows.run_lock import project_lock
+from flows.processes import children_terminated, project_lock
 from flows.services import DEVICE_LIMIT
 from tasks.core.errors import ConfigError, StageError
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
@@ -37,7 +36,6 @@ __all__ = ["pipeline", "resolve_plan", "stage"]
 
 # How long Prefect's server keeps the device for a run that no longer reports, because it was killed.
 LEASE_SECONDS = 60
-PREFECT_CONCURRENCY_LOGGER = "prefect._internal.concurrency"
 
 Plan = Mapping[str, tuple[str, ...]]
 """Stage → the stages that it needs."""
@@ -49,12 +47,6 @@ Bind = Callable[[str, Execution], tuple[Task[..., State[Outcome]], dict[str, Any
 @task(cache_policy=NO_CACHE)
 def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = False) -> State[Outcome]:
     """Bring a stage up to date; the state is `Cached` where nothing had to be computed.
-
-    Args:
-        name: the stage in dvc.yaml.
-        execution: how its work is done.
-        force: run it even if nothing changed.
-        pull: fetch missing results from the DVC remote before running.
 
     Raises:
         RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
@@ -80,20 +72,15 @@ def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = 
 def _acquire_device_slot(held: ExitStack) -> None:
     """Hold a slot of Prefect's limit of stages that compute at once on this machine, if its server has that limit."""
     slot = partial(concurrency, DEVICE_LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
-    logging.getLogger(PREFECT_CONCURRENCY_LOGGER).addFilter(_hide_slot_errors)
+    logging.getLogger("prefect._internal.concurrency").addFilter(_hide_slot_errors)
     try:
         held.enter_context(slot(max_retries=0))
     except ConcurrencySlotAcquisitionError as error:
-        if not _is_slot_busy(error):
+        answer = error.__cause__
+        if not (isinstance(answer, HTTPStatusError) and answer.response.status_code == HTTPStatus.LOCKED):
             raise
         console.print_device_waiting()
         held.enter_context(slot())
-
-
-def _is_slot_busy(error: ConcurrencySlotAcquisitionError) -> bool:
-    """Whether the server answered that another run holds the slot; False for any other failure."""
-    answer = error.__cause__
-    return isinstance(answer, HTTPStatusError) and answer.response.status_code == HTTPStatus.LOCKED
 
 
 def _hide_slot_errors(record: logging.LogRecord) -> bool:

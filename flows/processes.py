@@ -1,4 +1,4 @@
-"""Child processes that end with their parent, and whose errors reach it.
+"""Child processes that end with their parent, and whose errors reach it; and the lock of a project folder.
 
 A child watches a pipe that its parent holds open, so it ends however the parent ended. The error that ends it goes as
 JSON into a file that an environment variable names; where several processes share the file, the first to fail writes.
@@ -15,20 +15,22 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from datetime import datetime
 from pathlib import Path
 from typing import IO
 
 import psutil
+from filelock import FileLock, Timeout
 
 from tasks.core import errors
 from tasks.core.errors import RLHFError, StageError
-from tasks.core.paths import project_root
+from tasks.core.paths import project_root, state_dir
 
 __all__ = [
-    "ERROR_VARIABLE", "children_terminated", "die_with_parent", "report_errors", "run_python", "spawn", "tail",
-    "terminate", "terminate_tree", "write_error",
+    "ERROR_VARIABLE", "children_terminated", "die_with_parent", "project_lock", "report_errors", "run_python", "spawn",
+    "tail", "terminate_tree", "write_error",
 ]  # fmt: skip
 
 ERROR_VARIABLE = "RLHF_ERROR_FILE"
@@ -51,7 +53,6 @@ def run_python(
     """Run `python args…`, which must call `die_with_parent`, until it ends; on any error or signal here, end it.
 
     Args:
-        args: of Python.
         label: names the process in errors.
         cwd: None for the project's folder.
         environment: None for this process's.
@@ -74,7 +75,7 @@ def run_python(
             message = f"{label} was ended after {timeout:.0f} s, its time limit; it goes on from its checkpoint"
             raise StageError(message) from None
         finally:
-            terminate(child)
+            _terminate(child)
             _children.discard(child)
         if status and error_file.is_file():
             raise _read_error(error_file, label, log)
@@ -102,7 +103,7 @@ def spawn(
     )
 
 
-def terminate(child: subprocess.Popen[bytes]) -> None:
+def _terminate(child: subprocess.Popen[bytes]) -> None:
     """Close the pipe, which interrupts the child; kill its whole session where it does not end."""
     assert child.stdin
     child.stdin.close()
@@ -122,7 +123,7 @@ def children_terminated() -> Iterator[None]:
         yield
     except BaseException:
         _stopping.set()
-        stoppers = [threading.Thread(target=terminate, args=[child]) for child in list(_children)]
+        stoppers = [threading.Thread(target=_terminate, args=[child]) for child in list(_children)]
         for stopper in stoppers:
             stopper.start()
         for stopper in stoppers:
@@ -168,9 +169,7 @@ def report_errors() -> Iterator[None]:
 def write_error(error: Exception) -> None:
     """In a process that `run_python` started: write the error for it; elsewhere do nothing."""
     if path := os.environ.get(ERROR_VARIABLE):
-        content = {"error": str(error), "kind": type(error).__name__}
-        if rank := os.environ.get("RANK"):
-            content["rank"] = rank
+        content = {"error": str(error), "kind": type(error).__name__, "rank": os.environ.get("RANK")}
         with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:
             json.dump(content, file)
 
@@ -180,7 +179,7 @@ def _read_error(path: Path, label: str, log: Path | None) -> RLHFError:
     if kind := getattr(errors, content["kind"], None):
         error: RLHFError = kind(content["error"])
         return error
-    rank = f", rank {content['rank']}" if "rank" in content else ""
+    rank = f", rank {content['rank']}" if content.get("rank") else ""
     return StageError(f"{label}{rank}: {content['error']}" + (f"; see {log}" if log else ""))
 
 
@@ -195,3 +194,28 @@ def _open_log(log: Path | None) -> contextlib.AbstractContextManager[IO[bytes] |
         return contextlib.nullcontext()
     log.parent.mkdir(parents=True, exist_ok=True)
     return log.open("wb")
+
+
+@contextmanager
+def project_lock(on_wait: Callable[[str], None]) -> Iterator[None]:
+    """Hold the project's lock, after other runs have released it; re-entrant.
+
+    A second run could change params.yaml between two stages of the first. The lock ends with its process.
+
+    Args:
+        on_wait: called once with the holder's process id, before the wait.
+    """
+    folder = state_dir()
+    folder.mkdir(exist_ok=True)
+    holder_file = folder / "run.txt"
+    lock = FileLock(folder / "run.lock", is_singleton=True, thread_local=False)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        on_wait(holder_file.read_text(encoding="utf-8") if holder_file.exists() else "")
+        lock.acquire()
+    try:
+        holder_file.write_text(f"process {os.getpid()}, since {datetime.now():%Y-%m-%d %H:%M:%S}", encoding="utf-8")
+        yield
+    finally:
+        lock.release()

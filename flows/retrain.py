@@ -24,7 +24,7 @@ from prefect.utilities.timeout import timeout as time_limit
 from flows.cli import console
 from flows.executor import Outcome
 from flows.pipeline import pipeline
-from flows.run_lock import project_lock
+from flows.processes import project_lock
 from flows.services import deployment_name
 from tasks.config.params import Params, load_params
 from tasks.core.errors import ConfigError, DataError, StageError
@@ -34,15 +34,13 @@ from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
 from tasks.evals.statistics import Interval
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, provenance, registry
 
-__all__ = ["Approval", "GateResult", "announce_data", "gate", "promote", "retrain"]
+__all__ = ["announce_data", "gate", "promote", "retrain"]
 
-# How much longer Prefect's server waits for an answer than we do: a run whose time is up there can only fail.
-GRACE_SECONDS = 60
+GRACE_SECONDS = 60  # longer than we wait for an answer: a run whose time is up at Prefect's server can only fail
 
 ALREADY_CHAMPION = "it is the champion already"
 
-DATA_EVENT = "rlhf.data"
-"""New data or feedback; prefect.yaml's trigger of the deployment `retrain` expects it."""
+DATA_EVENT = "rlhf.data"  # prefect.yaml's trigger of the deployment `retrain` expects it
 
 
 class Approval(RunInput):
@@ -66,11 +64,7 @@ def retrain(
 
     Args:
         data_md5: the version of `data/` that is meant, as DVC hashes it; None for whatever is there.
-        pull: fetch data and results from the DVC remote first.
-        push: send results to the DVC remote.
-        retries: how often a failed stage is run again.
-        timeout: seconds after which a stage counts as hung.
-        ranks: how many processes share the work of each stage that trains.
+        pull, push, retries, timeout, ranks: see `flows.pipeline.pipeline`.
         approval_hours: how long to wait for a person to approve in Prefect's page; 0 for no person.
 
     Returns:
@@ -82,7 +76,11 @@ def retrain(
     with project_lock(console.print_run_waiting):
         if pull:
             dvc_repo.pull_data()
-        _check_data_version(data_md5)
+        if data_md5 and data_md5 != (actual := dvc_repo.data_md5()):
+            raise DataError(
+                f"this run is for data of md5 {data_md5}, but data/ here is {actual}: bring that version here "
+                "(git pull, then `rlhf run --pull`), or run without data_md5"
+            )
         run: State[Any] = pipeline(
             pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
         )
@@ -120,17 +118,15 @@ def gate(flow_run: str) -> State[GateResult | None]:
     weights = _weights(policy)
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
-        message = _report_decision(flow_run, Decision(policy, ()), "unchanged", (ALREADY_CHAMPION,))
-        return Completed(message=message, data=None)
+        return _end(flow_run, Decision(policy, ()), "unchanged", (ALREADY_CHAMPION,), None)
     against = _compare_with_champion(policy, params, params.gate.margins, champion) if champion else None
     findings = [HackingFinding(**row) for row in console.read_findings()[policy]]
     decision = decide(table, policy, params.gate, findings=findings, against_champion=against)
     version = registry.register(policy, weights, _version_tags(flow_run, table, decision))
     if not decision.accepted:
-        return Completed(message=_report_decision(flow_run, decision, "refused", decision.reasons), data=None)
+        return _end(flow_run, decision, "refused", decision.reasons, None)
     if version.withdrawal:
-        message = _report_decision(flow_run, decision, "refused", (_withdrawal_reason(version),))
-        return Completed(message=message, data=None)
+        return _end(flow_run, decision, "refused", (_withdrawal_reason(version),), None)
     return Completed(message=f"{policy}: passed", data=GateResult(decision, version))
 
 
@@ -142,17 +138,17 @@ def promote(flow_run: str, passed: GateResult, refusal: str | None, by: str) -> 
     if refusal:
         registry.mark_refused(version, refusal)
     if refusal := refusal or (_withdrawal_reason(version) if version.withdrawal else None):
-        return Completed(message=_report_decision(flow_run, decision, "refused", (refusal,)), data=False)
+        return _end(flow_run, decision, "refused", (refusal,), False)
     if registry.CHAMPION in version.aliases:
-        return Completed(message=_report_decision(flow_run, decision, "unchanged", (ALREADY_CHAMPION,)), data=False)
+        return _end(flow_run, decision, "unchanged", (ALREADY_CHAMPION,), False)
     registry.set_champion(version, by=by)
-    return Completed(message=_report_decision(flow_run, decision, "promoted", decision.reasons), data=True)
+    return _end(flow_run, decision, "promoted", decision.reasons, True)
 
 
 def announce_data() -> str:
     """Emit the event that starts the retrain deployment with the md5 of data/ as parameter; return the md5.
 
-    Sent here and now and not by Prefect's `emit_event`, which does so later and says nothing where it fails.
+    Prefect's `emit_event` does so later, and says nothing where it fails.
 
     Raises:
         ConfigError: no stage reads a folder data/.
@@ -171,15 +167,6 @@ def announce_data() -> str:
     except httpx.HTTPError as error:
         raise StageError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
     return md5
-
-
-def _check_data_version(expected: str | None) -> None:
-    actual = dvc_repo.data_md5()
-    if expected and expected != actual:
-        raise DataError(
-            f"this run is for data of md5 {expected}, but data/ here is {actual}: bring that version here (git pull, "
-            "then `rlhf run --pull`), or run without data_md5"
-        )
 
 
 def _weights(policy: str) -> dict[str, str]:
@@ -245,15 +232,15 @@ def _version_tags(flow_run: str, table: Table, decision: Decision) -> dict[str, 
     }
 
 
-def _report_decision(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...]) -> str:
-    """Report the decision at the terminal, in MLflow and in Prefect; return it as one line."""
+def _end(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ...], data: Any) -> State[Any]:
+    """Report the decision at the terminal, in MLflow and in Prefect; return the task's state with `data`."""
     console.print_gate_decision(decision.policy, verdict, reasons)
     tags = {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
-    mlflow_runs.tag_pipeline(flow_run, tags)
+    mlflow_runs.add_to_pipeline(flow_run, tags)
     lines = [f"## {decision.policy}: {verdict}", "", *(f"- {reason}" for reason in reasons), ""]
     lines += ["| rule | measured | required | passed |", "|---|---|---|---|"] if decision.rule_results else []
     lines += [
         f"| {f.rule} | {f.measured} | {f.required} | {'yes' if f.passed else '**no**'} |" for f in decision.rule_results
     ]
     create_markdown_artifact("\n".join(lines), key="rlhf-gate", description=f"{decision.policy}: {verdict}")
-    return f"{decision.policy}: {verdict}"
+    return Completed(message=f"{decision.policy}: {verdict}", data=data)

@@ -39,8 +39,8 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
             "this project's services are up already: write the cron expression into prefect.yaml and call `rlhf up` "
             "again, or end them with `rlhf down`"
         )
-    signal.signal(signal.SIGINT, _interrupt)
-    signal.signal(signal.SIGTERM, _interrupt)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.default_int_handler)
     try:
         running = services.start(services.free_port(), services.free_port(), log)
         _set_schedule(running["prefect"].address, [(CronSchedule(cron=cron, timezone=timezone), True)])
@@ -55,20 +55,12 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        _stop()
+        # The next `rlhf up` must find neither this schedule nor runs that it has planned.
+        if prefect := services.running_services().get("prefect"):
+            with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
+                _set_schedule(prefect.address, [])
+        services.stop()
     log("stopped: nothing more will run")
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt
-
-
-def _stop() -> None:
-    """End the services; the next `rlhf up` must find neither this schedule nor runs that it has planned."""
-    if prefect := services.running_services().get("prefect"):
-        with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
-            _set_schedule(prefect.address, [])
-    services.stop()
 
 
 def next_fire_times(cron: str, timezone: str, *, count: int) -> list[datetime]:

@@ -1,7 +1,6 @@
 """Prefect's server and worker and MLflow's server: standing from `rlhf up` to `rlhf down`, or temporary for one run.
 
-The standing ones keep process ids, logs and Prefect's database in `.rlhf/services`. MLflow serves the project's own
-store, so runs made with and without the server stand side by side.
+The standing ones keep process ids, logs and Prefect's database in `.rlhf/services`; MLflow's serves the project's own.
 """
 
 from __future__ import annotations
@@ -36,8 +35,8 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 __all__ = [
-    "DEVICE_LIMIT", "POOL", "Service", "TemporaryServer", "deployment_name", "free_port", "log_path", "prefect_client",
-    "running_services", "start", "stop", "temporary_server", "use_services",
+    "DEVICE_LIMIT", "deployment_name", "free_port", "log_path", "prefect_client", "running_services", "start", "stop",
+    "temporary_server", "use_services",
 ]  # fmt: skip
 
 HOST = "127.0.0.1"
@@ -45,20 +44,16 @@ START_SECONDS = 180.0
 STOP_SECONDS = 45.0  # Prefect gives a run that it cancels 30 s
 POLL_SECONDS = 0.1
 
-POOL = "rlhf"
-"""The work pool of prefect.yaml's deployments; one run at a time."""
+POOL = "rlhf"  # the work pool of prefect.yaml's deployments; one run at a time
 
 DEVICE_LIMIT = "device"
 """Prefect's global concurrency limit that a stage holds while it computes on the accelerator."""
 
 TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
 
-TEMPORARY = TELEMETRY_OFF | {
-    "PREFECT_API_BLOCKS_REGISTER_ON_START": "false",
-    "PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL",
-    "PREFECT_UI_ENABLED": "false",
-}
-"""A temporary server has no need of what these switch off."""
+# A temporary server has no need of what these switch off.
+TEMPORARY = TELEMETRY_OFF | {"PREFECT_API_BLOCKS_REGISTER_ON_START": "false", "PREFECT_UI_ENABLED": "false"}
+TEMPORARY |= {"PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
 
 
 @dataclass(frozen=True)
@@ -92,7 +87,8 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
     if os.environ.get("MLFLOW_TRACKING_URI", "").startswith("http"):
         raise ConfigError("MLFLOW_TRACKING_URI names an MLflow server; unset it: `rlhf up` starts the project's own")
     with _services_lock():
-        _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, _prefect_command(prefect_port))
+        command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
+        _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, command)
         if "mlflow" not in running_services():
             mlflow_runs.connect()  # an experiment made through a server could not be used without it
         command, environment = mlflow_store.server_command(mlflow_port)
@@ -103,7 +99,8 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
         _wait(services["prefect"], lambda: _is_healthy(f"{api}/health"))
         clients = {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": store}
         _deploy(clients)
-        _start("worker", api, None, _worker_command(), clients)
+        command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--limit", "1"]
+        _start("worker", api, None, command, clients)
         _wait(services["mlflow"], lambda: _is_healthy(f"{store}/health"))
         worker = running_services().get("worker")
         if worker is None:
@@ -113,10 +110,7 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
 
 
 def stop() -> list[str]:
-    """End the services and the runs that they started, by process id; return the names of those that were running.
-
-    A run that is going on is cancelled; it keeps its checkpoint, and the next run goes on from it.
-    """
+    """End the services, by process id, and cancel their runs; return the names of those that were running."""
     with _services_lock():
         ended = []
         services = running_services()
@@ -171,14 +165,6 @@ def deployment_name(root: Path) -> str:
     return re.sub(r"[^\w-]", "-", root.name) + "-" + place[:8]
 
 
-def _prefect_command(port: int) -> list[str]:
-    return [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(port)]
-
-
-def _worker_command() -> list[str]:
-    return [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--limit", "1"]
-
-
 def _environment(more: Mapping[str, str]) -> dict[str, str]:
     path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"
     return {**os.environ, **more, **TELEMETRY_OFF, "PATH": path, "PREFECT_HOME": str(_folder() / "prefect")}
@@ -188,16 +174,17 @@ def _start(name: str, address: str, port: int | None, command: list[str], variab
     services = running_services()
     if name in services:
         return
-    if port is not None and _port_in_use(port):
-        raise ConfigError(
-            f"port {port} for {name} is taken by another program; stop that, or choose another: "
-            f"`rlhf up --{name}-port {port + 1}`"
-        )
+    with socket.socket() as probe:
+        if port is not None and probe.connect_ex((HOST, port)) == 0:
+            raise ConfigError(
+                f"port {port} for {name} is taken by another program; stop that, or choose another: "
+                f"`rlhf up --{name}-port {port + 1}`"
+            )
     with log_path(name).open("ab") as log:
         process = subprocess.Popen(
             command,
             cwd=project_root(),
-            env=_environment(variables or {}),
+            env=_environment(variables),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -275,11 +262,6 @@ def free_port() -> int:
         return int(probe.getsockname()[1])
 
 
-def _port_in_use(port: int) -> bool:
-    with socket.socket() as probe:
-        return probe.connect_ex((HOST, port)) == 0
-
-
 @contextmanager
 def _services_lock() -> Iterator[None]:
     _folder().mkdir(parents=True, exist_ok=True)
@@ -288,9 +270,8 @@ def _services_lock() -> Iterator[None]:
 
 
 def _write_state(services: Mapping[str, Service]) -> None:
-    text = json.dumps([asdict(service) for service in services.values()], indent=2)
     draft = _state_file().with_suffix(".draft")
-    draft.write_text(text, encoding="utf-8")
+    draft.write_text(json.dumps([asdict(service) for service in services.values()], indent=2), encoding="utf-8")
     draft.replace(_state_file())
 
 
@@ -318,11 +299,7 @@ class TemporaryServer:
     process: subprocess.Popen[bytes] | None = None
 
     def wait(self) -> None:
-        """Return as soon as the server answers.
-
-        Raises:
-            StageError: it ended, or did not answer in time.
-        """
+        """Return as soon as the server answers; a StageError if it ended, or did not answer in time."""
         server = self.process
         health = f"{self.address}/health"
         if server and not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):
@@ -336,9 +313,8 @@ class TemporaryServer:
 def temporary_server() -> Iterator[TemporaryServer]:
     """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it.
 
-    Prefect can start one itself, but then it begins late, dies of the same Ctrl-C as the flow before the flow can
-    report to it, and stays behind if the flow is killed. This one starts while other libraries are imported, in a
-    session of its own, and ends with this process, however that ends.
+    Prefect's own begins late, dies of the same Ctrl-C as the flow before the flow can report to it, and stays behind if
+    the flow is killed. This one starts while other libraries are imported, and always ends with this process.
     """
     os.environ.setdefault("DO_NOT_TRACK", "1")
     from prefect.settings import PREFECT_API_URL, temporary_settings
@@ -350,8 +326,7 @@ def temporary_server() -> Iterator[TemporaryServer]:
     address = f"http://{HOST}:{port}/api"
     process = processes.spawn(["-m", "flows.services", str(port)])
     assert process.stdin
-    # Registered before Prefect's own exit handlers, so called after them: they still send logs and events. Nobody waits
-    # for the server to end: it writes what it has received, and leaves.
+    # Registered before Prefect's own exit handlers, so called after them: they still send logs and events.
     atexit.register(process.stdin.close)
     with temporary_settings({PREFECT_API_URL: address}):
         yield TemporaryServer(address, process)
@@ -359,8 +334,7 @@ def temporary_server() -> Iterator[TemporaryServer]:
 
 def _serve(port: int) -> None:
     """Serve Prefect's API on loopback until the parent is gone."""
-    for variable, value in TEMPORARY.items():
-        os.environ.setdefault(variable, value)
+    os.environ.update(TEMPORARY | os.environ)
     import uvicorn
     from prefect.server.api.server import create_app
 

@@ -16,10 +16,9 @@ from flows.processes import run_python
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root, state_dir
 
-__all__ = ["ROOT_VARIABLE", "as_project_root", "git", "run_rlhf", "worktree"]
+__all__ = ["as_project_root", "git", "run_rlhf", "worktree"]
 
-ROOT_VARIABLE = "RLHF_ROOT"
-"""Names the project's folder, whatever the working directory is: see `tasks.core.paths`."""
+ROOT_VARIABLE = "RLHF_ROOT"  # see `tasks.core.paths`
 
 
 @contextmanager
@@ -46,13 +45,10 @@ def worktree(folder: Path, commit: str) -> Iterator[Path]:
 
 
 def run_rlhf(tree: Path, args: Sequence[str], environment: Mapping[str, str]) -> None:
-    """`rlhf run` with these arguments in that working copy, as a process of its own.
-
-    Raises:
-        RLHFError: what ended it.
-    """
+    """`rlhf run` with these arguments in that working copy, in its own process; raises the RLHFError that ended it."""
     variables = {**environment, "PYTHONPATH": str(tree), ROOT_VARIABLE: str(tree)}
-    run_python(["-m", "flows.cli", "run", *args], "`rlhf run`", cwd=tree, environment=variables)
+    command = ["-c", "from flows.cli.main import main; main()", "run"]  # older commits have no `-m flows.cli.main`
+    run_python([*command, *args], "`rlhf run`", cwd=tree, environment=variables)
 
 
 @contextmanager
@@ -70,11 +66,7 @@ def as_project_root(tree: Path) -> Iterator[None]:
 
 
 def git(*args: str) -> str:
-    """The output of git in the project.
-
-    Raises:
-        StageError: it refuses.
-    """
+    """The output of git in the project; a StageError if it refuses."""
     done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=False)
     if done.returncode:
         raise StageError(f"`git {' '.join(args[:2])}` failed: {done.stderr.strip()}")

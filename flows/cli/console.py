@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from flows.executor import Outcome
 
 __all__ = [
-    "console", "enter_project", "enter_project_with_services", "error_console", "handle_interrupt", "policies_table",
-    "print_approval_pending", "print_collapsed", "print_device_waiting", "print_error", "print_gate_decision",
-    "print_push_done", "print_push_failed", "print_run_waiting", "print_server_start", "print_stage_end",
-    "print_stage_start", "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies",
-    "seeds_table", "summary_markdown", "variants_table",
+    "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
+    "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision",
+    "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
+    "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies", "seeds_table",
+    "summary_markdown", "variants_table",
 ]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
@@ -34,8 +34,7 @@ error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
 RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
 SHOWN_REASONS = 3
-SHORT_HASH = 8
-"""Characters of a hash that a person looks at; JSON has all."""
+SHORT_HASH = 8  # characters of a hash that a person looks at; JSON has all
 NAME_WIDTH = 16
 
 # Key in policies.json → column heading, format; a column that no policy fills is left out.
@@ -58,17 +57,13 @@ SEED_COLUMNS = {
 
 
 def enter_project() -> Path:
-    """Change to the project's root, because DVC names stages relative to the working directory.
-
-    Raises:
-        ConfigError: there is no project here, or this code belongs to another one.
-    """
+    """Change to the project's root; a ConfigError if there is none here, or this code belongs to another one."""
     root = project_root()
     installed = Path(__file__).resolve().parents[2]
     if installed != root:
         raise ConfigError(
-            f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli` here, "
-            "or install the package here"
+            f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli.main` "
+            "here, or install the package here"
         )
     os.chdir(root)
     return root
@@ -98,11 +93,6 @@ def print_error(error: Exception) -> None:
     error_console.print(f"[bold red]error:[/] {escape(str(error))}")
 
 
-def print_server_start() -> None:
-    """Print that a temporary server is started for this command."""
-    console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
-
-
 def print_stage_start(name: str, reasons: Sequence[str], log: Path | None = None) -> None:
     """Print that a stage starts to compute; `log` is where its own output goes, if not here."""
     console.print(f"[bold]▸ {name:<{NAME_WIDTH}}[/] running   [dim]{_shorten(reasons)}[/]")
@@ -127,11 +117,9 @@ def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None
 
 def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """Every policy of every variant, a row each."""
-    table = Table("variant", "policy", title="Variants on held-out prompts", title_justify="left")
     results = {variant: _without_self_win_rate(policies) for variant, policies in results.items()}
     columns = _columns([figures for policies in results.values() for figures in policies.values()])
-    for heading, _ in columns.values():
-        table.add_column(heading, justify="right")
+    table = _table(["variant", "policy"], columns, "Variants on held-out prompts")
     for variant, policies in results.items():
         for name, figures in policies.items():
             table.add_row(variant, name, *_cells(figures, columns))
@@ -141,27 +129,17 @@ def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
 def seeds_table(report: dict[str, Any]) -> Table:
     """Table of the policies per seed, and means with 95 % intervals: see `tasks.evals.experiments.summarise_seeds`."""
     title = f"Policies under {len(report['seeds'])} seeds, on held-out prompts"
-    table = Table("policy", "seed", title=title, title_justify="left")
-    for heading, _ in SEED_COLUMNS.values():
-        table.add_column(heading, justify="right")
+    table = _table(["policy", "seed"], SEED_COLUMNS, title)
     table.add_column("signs of hacking")
     for policy, own in report["policies"].items():
         for seed, row in own["seeds"].items():
             style, label = ("red", f"{seed} collapsed") if row["collapsed"] else (None, seed)
             table.add_row(policy, label, *_cells(row, SEED_COLUMNS), row["detectors"] or "none", style=style)
-        spreads = own["summary"]
-        table.add_row(policy, "mean", *(_mean_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items()))
-        table.add_row(
-            policy, "range", *(_range_cell(spreads.get(key), form) for key, (_, form) in SEED_COLUMNS.items())
-        )
+        spreads = [(own["summary"].get(key), form) for key, (_, form) in SEED_COLUMNS.items()]
+        table.add_row(policy, "mean", *(_mean_cell(spread, form) for spread, form in spreads))
+        table.add_row(policy, "range", *(_range_cell(spread, form) for spread, form in spreads))
         table.add_section()
     return table
-
-
-def print_collapsed(sentences: Sequence[str]) -> None:
-    """Print the seeds under which training collapsed."""
-    for sentence in sentences:
-        console.print(f"[red]collapsed:[/] {escape(sentence)}")
 
 
 def print_approval_pending(policy: str, hours: float) -> None:
@@ -210,23 +188,13 @@ def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[st
 
 
 def read_policies() -> dict[str, dict[str, Any]]:
-    """Policy → its metrics, as the evaluation wrote them.
-
-    Raises:
-        StageError: there is no evaluation yet.
-    """
-    policies: dict[str, dict[str, Any]] = _read_evaluation("policies.json")
-    return policies
+    """Policy → its metrics, as the evaluation wrote them; a StageError if there is none yet."""
+    return dict(_read_evaluation("policies.json"))
 
 
 def read_findings() -> dict[str, list[dict[str, str]]]:
-    """Policy → the signs of reward hacking that the evaluation found.
-
-    Raises:
-        StageError: there is no evaluation yet.
-    """
-    findings: dict[str, list[dict[str, str]]] = _read_evaluation("findings.json")
-    return findings
+    """Policy → the signs of reward hacking in the evaluation; a StageError if there is none yet."""
+    return dict(_read_evaluation("findings.json"))
 
 
 def _read_evaluation(name: str) -> Any:
@@ -238,11 +206,9 @@ def _read_evaluation(name: str) -> Any:
 
 def policies_table(policies: dict[str, dict[str, Any]]) -> Table:
     """The policies side by side; the win rate with its 95 % interval."""
-    table = Table("policy", title="Policies on held-out prompts", title_justify="left")
     policies = _without_self_win_rate(policies)
     columns = _columns(list(policies.values()))
-    for heading, _ in columns.values():
-        table.add_column(heading, justify="right")
+    table = _table(["policy"], columns, "Policies on held-out prompts")
     for name, figures in policies.items():
         table.add_row(name, *_cells(figures, columns))
     return table
@@ -269,6 +235,13 @@ def _without_self_win_rate(policies: dict[str, dict[str, Any]]) -> dict[str, dic
         name: {key: value for key, value in figures.items() if name != REFERENCE or not key.startswith("win_rate")}
         for name, figures in policies.items()
     }
+
+
+def _table(keys: Sequence[str], columns: dict[str, tuple[str, str]], title: str) -> Table:
+    table = Table(*keys, title=title, title_justify="left")
+    for heading, _ in columns.values():
+        table.add_column(heading, justify="right")
+    return table
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:

@@ -22,16 +22,14 @@ from flows.cli.console import (
     enter_project_with_services,
     handle_interrupt,
     policies_table,
-    print_collapsed,
     print_error,
     print_run_waiting,
-    print_server_start,
     print_table,
     read_policies,
     seeds_table,
     variants_table,
 )  # fmt: skip
-from flows.processes import ERROR_VARIABLE, die_with_parent, write_error
+from flows.processes import ERROR_VARIABLE, die_with_parent, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import stage_dir
 
@@ -72,8 +70,6 @@ def run(
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
     root = enter_project()
-    from flows.run_lock import project_lock
-
     options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
     options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
     resume_hint = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"
@@ -226,13 +222,12 @@ def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environme
     folder, summary = run_seeds(count, stages, options, environment)
     console.print()
     print_table(seeds_table(summary))
-    print_collapsed(summary["collapsed"])
+    for sentence in summary["collapsed"]:
+        console.print(f"[red]collapsed:[/] {escape(sentence)}")
     console.print(f"table and plot: {folder}    curves and samples: rlhf ui")
     if summary["failed"]:
-        failed = "\n".join(summary["failed"])
-        raise StageError(
-            f"{len(summary['failed'])} of {count} seeds failed; those done are restored next time\n{failed}"
-        )
+        failed = "\n".join(["", *summary["failed"]])
+        raise StageError(f"{len(summary['failed'])} of {count} seeds failed; those done are restored next time{failed}")
 
 
 @contextmanager
@@ -246,11 +241,12 @@ def _prefect_server() -> Iterator[dict[str, str]]:
     use_services()
     with temporary_server() as server:
         if server.address:
-            print_server_start()
+            console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
         import flows.pipeline  # noqa: F401
         from tasks.runtime import mlflow_runs
 
-        _silence_prefect_console()
+        for handler in logging.getLogger().handlers:  # the terminal shows our lines; Prefect's go to its server alone
+            handler.addFilter(lambda record: not record.name.startswith("prefect"))
         mlflow_runs.connect()
         server.wait()
         yield {"PREFECT_API_URL": server.address} if server.address else {}
@@ -270,7 +266,5 @@ def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> Non
             console.print(f"  {escape(line)}")
 
 
-def _silence_prefect_console() -> None:
-    """Prefect's records still go to its server; the terminal shows our lines, and an error once."""
-    for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda record: not record.name.startswith("prefect"))
+if __name__ == "__main__":
+    main()

@@ -26,16 +26,14 @@ from tasks.runtime.registry import Version
 if TYPE_CHECKING:
     from tasks.runtime.provenance import StageRecord
 
-__all__ = ["app", "lineage_dict"]
+__all__ = ["app"]
 
 app = typer.Typer()
 
 Sample = Callable[[Sequence[str], int], Iterator[tuple[str, str, bool]]]
 """(prompts, samples of each) → prompt, response, and whether it ended by itself."""
 
-EXPORT_CHECK_PROMPTS = 8
-"""Held-out prompts on which an export is compared with the policy."""
-
+EXPORT_CHECK_PROMPTS = 8  # held-out prompts on which an export is compared with the policy
 CONTROL_CHARACTERS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 Model = Annotated[str, typer.Argument(help="A version's number, champion, or challenger.")]
@@ -57,10 +55,10 @@ def models(as_json: AsJson = False) -> None:
         from tasks.runtime.provenance import PROVENANCE_TAG
 
         hidden = (PROVENANCE_TAG, "weights")
-        shown = [{key: value for key, value in item.tags.items() if key not in hidden} for item in known]
-        rows = [
-            {"version": item.number, **_summary(item), "tags": tags} for item, tags in zip(known, shown, strict=True)
-        ]
+        rows = []
+        for item in known:
+            tags = {key: value for key, value in item.tags.items() if key not in hidden}
+            rows.append({"version": item.number, **_summary(item), "tags": tags})
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     elif known:
         print_table(_models_table(known))
@@ -97,7 +95,7 @@ def lineage(model: Model = "champion", as_json: AsJson = False) -> None:
     enter_project_with_services()
     version = registry.find(model)
     if as_json:
-        print(json.dumps(lineage_dict(version), indent=2, ensure_ascii=False))
+        print(json.dumps(_lineage_dict(version), indent=2, ensure_ascii=False))
     else:
         _print_lineage(version)
 
@@ -111,21 +109,19 @@ def reproduce(model: Model = "champion") -> None:
 
     version = registry.find(model)
     with handle_interrupt("it begins anew, and this project is as it was"):
-        results = compute(version)
+        reproduced = compute(version)
     title = f"Version {version.number} ({version.policy})"
     table = Table("weights", "registered", "reproduced", "equal", title=title, title_justify="left")
-    for item in results:
-        table.add_row(item.path, item.registered, item.reproduced, "[green]yes[/]" if item.equal else "[red]no[/]")
+    for path, md5 in version.weights.items():
+        table.add_row(path, md5, reproduced[path], "[green]yes[/]" if md5 == reproduced[path] else "[red]no[/]")
     print_table(table)
-    if all(item.equal for item in results):
+    if reproduced == version.weights:
         return
+    hint = "requirements.lock was another one then: install that, and try again"
     if same_lock_file(version):
-        console.print(
-            "another kind of processor, or another number of threads (OMP_NUM_THREADS), rounds sums differently: "
-            "try as it was made"
-        )
-    else:
-        console.print("requirements.lock was another one then: install that, and try again")
+        hint = "another kind of processor, or another number of threads (OMP_NUM_THREADS), rounds sums differently: "
+        hint += "try as it was made"
+    console.print(hint)
     raise typer.Exit(1)
 
 
@@ -145,10 +141,7 @@ def generate(
     prompts = prompt or [line for line in sys.stdin.read().splitlines() if line.strip()]
     if not prompts:
         raise ConfigError("there is no prompt: give some as arguments, or as lines of standard input")
-    with (
-        handle_interrupt("nothing is kept"),
-        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as sample,
-    ):
+    with _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as sample:
         for number, (text, response, has_eos) in enumerate(sample(prompts, samples)):
             if as_json:
                 row = {"prompt": text, "sample": number % samples, "response": response, "ended": has_eos}
@@ -167,10 +160,7 @@ def chat(
 ) -> None:
     """Type prompts, each on its own (no conversation), and read a policy's responses; Ctrl-D ends."""
     enter_project_with_services()
-    with (
-        handle_interrupt("nothing is kept"),
-        _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as sample,
-    ):
+    with _open_sampler(model, temperature, max_new_tokens, seed, chat_template) as sample:
         while (line := _read_prompt()) is not None:
             for text, response, _ in sample([line] if line.strip() else [], 1):
                 _print_sample(text, response, chat_template)
@@ -243,12 +233,7 @@ def _summary(version: Version) -> dict[str, Any]:
     }
 
 
-def lineage_dict(version: Version) -> dict[str, Any]:
-    """The lineage of a version as one JSON object.
-
-    Raises:
-        StageError: the version has no provenance.
-    """
+def _lineage_dict(version: Version) -> dict[str, Any]:
     from tasks.runtime.provenance import provenance_of
 
     return {
@@ -270,11 +255,6 @@ def _gate_decision(version: Version) -> dict[str, Any]:
 
 
 def _print_lineage(version: Version) -> None:
-    """Print the lineage of a version.
-
-    Raises:
-        StageError: the version has no provenance.
-    """
     from tasks.runtime.provenance import provenance_of
 
     origin = provenance_of(version)
@@ -311,13 +291,13 @@ def _stages_table(stages: Mapping[str, StageRecord]) -> Table:
 def _open_sampler(
     model: str, temperature: float | None, max_new_tokens: int | None, seed: int, chat_template: bool
 ) -> Iterator[Sample]:
-    """Open a sampler of the named policy; its weights are in a folder that is removed at the end."""
+    """Open a sampler of the named policy, for as long as its weights' temporary folder exists."""
     import torch
 
     from tasks.config.training import GenerationParams
     from tasks.rl.rollout import load_sampler, sample_in_batches
 
-    with TemporaryDirectory(prefix="rlhf-model-") as folder:
+    with handle_interrupt("nothing is kept"), TemporaryDirectory(prefix="rlhf-model-") as folder:
         policy, parts, trained = _resolve_model(model, Path(folder))
         generation = GenerationParams(
             max_new_tokens=max_new_tokens or trained["max_new_tokens"],

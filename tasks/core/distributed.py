@@ -21,18 +21,9 @@ from torch import Tensor, nn
 from tasks.core.errors import ConfigError, TrainingError
 
 __all__ = [
-    "all_gather",
-    "all_gather_texts",
-    "all_reduce_gradients",
-    "all_reduce_sum",
-    "barrier",
-    "check_in_sync",
-    "init_distributed",
-    "per_rank",
-    "rank",
-    "shard",
-    "world_size",
-]
+    "all_gather", "all_gather_texts", "all_reduce_gradients", "all_reduce_sum", "barrier", "check_in_sync",
+    "init_distributed", "per_rank", "rank", "shard", "world_size",
+]  # fmt: skip
 
 ItemT = TypeVar("ItemT")
 
@@ -58,22 +49,14 @@ def world_size() -> int:
 
 
 def per_rank(total: int, what: str) -> int:
-    """Divide a total equally among the ranks.
-
-    Raises:
-        ConfigError: the total does not divide equally.
-    """
+    """Divide a total equally among the ranks; a ConfigError if it does not divide equally."""
     if total % world_size():
         raise ConfigError(f"{what} is {total}, which {world_size()} ranks cannot share equally; change it or --ranks")
     return total // world_size()
 
 
 def shard(items: Sequence[ItemT], what: str) -> Sequence[ItemT]:
-    """This rank's consecutive shard of the items.
-
-    Raises:
-        ConfigError: see `per_rank`.
-    """
+    """This rank's consecutive shard of the items; a ConfigError as in `per_rank`."""
     size = per_rank(len(items), what)
     return items[rank() * size : (rank() + 1) * size]
 
@@ -106,16 +89,11 @@ def all_reduce_sum(local: Any) -> Any:
 
 
 def check_in_sync(weights: Iterable[Tensor]) -> None:
-    """Check that every rank has the same weights.
-
-    Raises:
-        TrainingError: they differ, so the ranks have not worked together.
-    """
+    """Raise a TrainingError if the ranks have different weights."""
     sums = all_gather(torch.stack([weight.detach().double().sum() for weight in weights]).unsqueeze(0))
     if not torch.equal(sums, sums[:1].expand_as(sums)):
-        raise TrainingError(
-            f"the {world_size()} ranks ended with different weights: their gradients were not put together"
-        )
+        ranks = f"the {world_size()} ranks"
+        raise TrainingError(f"{ranks} ended with different weights: their gradients were not put together")
 
 
 def all_reduce_gradients(parameters: Iterable[nn.Parameter]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Self, TypeVar
 
@@ -21,21 +21,9 @@ from pydantic import (
 from tasks.core.errors import DataError
 
 __all__ = [
-    "ROW_TYPES",
-    "SPLITS",
-    "Demonstration",
-    "Preference",
-    "Prompt",
-    "Rating",
-    "Row",
-    "Split",
-    "flatten",
-    "format_validation_error",
-    "read_rows",
-    "write_json",
-    "write_rows",
-    "write_table",
-]
+    "ROW_TYPES", "SPLITS", "Demonstration", "Preference", "Prompt", "Rating", "Row", "Split", "flatten",
+    "format_validation_error", "read_rows", "write_json", "write_rows", "write_table",
+]  # fmt: skip
 
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = ("train", "validation", "test")
@@ -92,10 +80,9 @@ class Demonstration(Row):
 class Preference(Row):
     """Two responses to one prompt, of which a person preferred `chosen`.
 
-    `margin` is the difference of the two mean ratings (points of the rating scale) where it is known: it is negative
-    when the sampled raters disagree with the mean of all. Of a label it is how much better the labeller finds the
-    chosen one: 1 slightly, 2 clearly, 3 far. `objective` names what they were asked to compare, where a source asked
-    for one thing among several. A file holds the last three only where they are known.
+    `margin` is the difference of the two mean ratings (points of the rating scale), negative where the sampled raters
+    disagree with the mean of all; of a label it is how much better the labeller finds the chosen one: 1 slightly,
+    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last three only where known.
     """
 
     prompt: str
@@ -159,11 +146,11 @@ def read_rows(path: Path, row_type: type[RowT]) -> list[RowT]:
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist: run the stage that writes it (`rlhf run`), or check the path")
-    rows = [_parse(line, row_type, path, number) for number, line in _lines(path)]
+    with path.open(encoding="utf-8") as file:
+        rows = [_parse(line, row_type, path, number) for number, line in enumerate(file, start=1) if line.strip()]
     if not rows:
-        raise DataError(
-            f"{path} holds no rows: at least one {row_type.__name__} is needed; look at what prepare dropped"
-        )
+        needed = f"at least one {row_type.__name__} is needed"
+        raise DataError(f"{path} holds no rows: {needed}; look at what prepare dropped")
     return rows
 
 
@@ -177,13 +164,6 @@ def write_rows(path: Path, rows: Iterable[Row | dict[str, Any]]) -> int:
             file.write(json.dumps(content, ensure_ascii=False) + "\n")
             count += 1
     return count
-
-
-def _lines(path: Path) -> Iterator[tuple[int, str]]:
-    with path.open(encoding="utf-8") as file:
-        for number, line in enumerate(file, start=1):
-            if line.strip():
-                yield number, line
 
 
 def _parse(line: str, row_type: type[RowT], path: Path, number: int) -> RowT:

@@ -13,8 +13,7 @@ REPETITION_NGRAM = 2
 """Words per n-gram where repetition is measured: pairs.
 
 Of the 5,428 film-review sentences of 10–22 words in the default source, seen after their third word, 41 % repeat a
-single word ("the"), 3 % a pair, 0.5 % a triple. So pairs are nearly free for people, and yet, unlike triples, they
-notice "good, good, good" in responses of a few words.
+single word ("the"), 3 % a pair, 0.5 % a triple. Pairs notice "good, good, good" in responses of a few words.
 """
 
 
@@ -49,7 +48,7 @@ def distinct_n(texts: Sequence[str], n: int) -> float:
     """Distinct n-grams over all n-grams of all texts together, in [0, 1]; 0 when there is none.
 
     Li et al. 2016 (arXiv 1510.03055), section 5.2. It falls as texts are added, so compare only equal numbers of texts
-    of similar length. A policy that collapses onto one answer shows here although each answer is fine by itself.
+    of similar length.
     """
     grams = [gram for text in texts for gram in ngrams(tokenize_words(text), n)]
     return len(set(grams)) / len(grams) if grams else 0.0

@@ -1,8 +1,7 @@
 """Log metrics, tables and files of the current stage run, and find its checkpoint folder.
 
-Stages import this module, so it knows no vendor: whoever runs the stage attaches a recorder to it (see
-`tasks.runtime.stage_runner`), and how runs are recorded can change without any stage having to run again. Without a
-recorder (a unit test, a notebook) every function does nothing.
+Stages import this module, so it knows no vendor: `tasks.runtime.stage_runner` attaches a recorder, and how runs are
+recorded can change without any stage running again. Without a recorder (a unit test) every function does nothing.
 """
 
 from __future__ import annotations
@@ -14,15 +13,8 @@ from pathlib import Path
 from typing import Protocol
 
 __all__ = [
-    "ActiveRun",
-    "Recorder",
-    "active_run",
-    "checkpoint_dir",
-    "log_file",
-    "log_metrics",
-    "log_samples",
-    "prefixed",
-]
+    "ActiveRun", "Recorder", "active_run", "checkpoint_dir", "log_file", "log_metrics", "log_samples", "prefixed",
+]  # fmt: skip
 
 
 class Recorder(Protocol):
@@ -92,7 +84,7 @@ def log_file(path: Path, folder: str | None = None) -> None:
 def checkpoint_dir() -> Path | None:
     """The folder for this run's checkpoints; None where the stage is called as a plain function.
 
-    It belongs to the stage's key, the hash of everything that it reads: what lies in it was written by an
-    interrupted run of equal inputs, so it is right to go on from it. A finished run removes it.
+    It belongs to the stage's key, so what lies in it was written by an interrupted run of equal inputs. A finished run
+    removes it.
     """
     return _active.checkpoints if _active else None

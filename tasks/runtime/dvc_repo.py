@@ -24,21 +24,9 @@ from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 
 __all__ = [
-    "check_remote",
-    "data_md5",
-    "describe_error",
-    "dvc_errors",
-    "error_chain",
-    "load_stage",
-    "open_repo",
-    "pull_data",
-    "push",
-    "quiet_logger",
-    "remote_error",
-    "restore",
-    "use_own_cache",
-    "use_shared_cache",
-]
+    "check_remote", "data_md5", "describe_error", "dvc_errors", "error_chain", "load_stage", "open_repo", "pull_data",
+    "push", "quiet_logger", "remote_error", "restore", "use_cache",
+]  # fmt: skip
 
 DATA = "data"
 """The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
@@ -53,11 +41,7 @@ def open_repo() -> Repo:
 
 
 def load_stage(repo: Any, name: str) -> Any:
-    """A stage of dvc.yaml, as DVC has loaded it.
-
-    Raises:
-        StageError: there is none of this name.
-    """
+    """A stage of dvc.yaml, as DVC has loaded it; a StageError if there is none of this name."""
     try:
         return repo.stage.load_one(str(project_root() / "dvc.yaml"), name)
     except StageNotFound as error:
@@ -76,7 +60,7 @@ def dvc_errors(where: str) -> Iterator[None]:
 
 @contextmanager
 def _remote_errors(what: str) -> Iterator[None]:
-    """Convert errors of a DVC remote's library to a StageError; `what`: read or written."""
+    """Convert errors of a DVC remote's library: see `remote_error`."""
     try:
         yield
     except (DvcException, StageError):
@@ -86,7 +70,7 @@ def _remote_errors(what: str) -> Iterator[None]:
 
 
 def remote_error(what: str, error: Exception) -> StageError:
-    """What to raise for whatever the remote's own library has raised."""
+    """The StageError for an error of a remote's own library; `what`: read or written."""
     missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
     cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
     return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
@@ -94,10 +78,9 @@ def remote_error(what: str, error: Exception) -> StageError:
 
 def error_chain(error: BaseException) -> Iterator[BaseException]:
     """The error and what it came from, the origin last."""
-    current: BaseException | None = error
-    while current is not None:
-        yield current
-        current = current.__cause__
+    yield error
+    if error.__cause__:
+        yield from error_chain(error.__cause__)
 
 
 def describe_error(error: BaseException) -> str:
@@ -112,11 +95,7 @@ def describe_error(error: BaseException) -> str:
 
 
 def quiet_logger() -> None:
-    """Let DVC print warnings and errors only, and those once.
-
-    It installs its own handlers when imported: what also reached the root logger would be printed twice, and what it
-    shows at its own command line (INFO) is not for ours.
-    """
+    """Let DVC print warnings and errors only, and those once: it has handlers of its own beside the root logger's."""
     for name in ("dvc", "dvc_data", "dvc_objects"):
         logging.getLogger(name).propagate = False
         logging.getLogger(name).setLevel(logging.WARNING)
@@ -126,23 +105,18 @@ def quiet_logger() -> None:
 def data_md5() -> str | None:
     """The md5 of the folder `data`, as DVC hashes it; None where no stage reads one."""
     with dvc_errors("data"):
-        deps = (dep for stage in open_repo().index.stages for dep in stage.deps if str(dep) == DATA)
-        dep = next(deps, None)
-        return str(dep.get_hash().value) if dep and dep.exists else None
+        deps = [dep for stage in open_repo().index.stages for dep in stage.deps if str(dep) == DATA and dep.exists]
+        return str(deps[0].get_hash().value) if deps else None
 
 
 def check_remote() -> None:
-    """Make sure that there is a DVC remote, before a stage's own attempt to fetch from one is only a warning.
-
-    Raises:
-        StageError: there is none.
-    """
+    """Raise a StageError if there is no DVC remote: DVC only warns when a stage fetches from none."""
     with dvc_errors("--pull"):
         open_repo().cloud.get_remote(command="pull")
 
 
 def pull_data() -> None:
-    """Fetch the data that `dvc add` tracks and that is not here, from the cache or the DVC remote.
+    """Fetch missing data that `dvc add` tracks, from the cache or the DVC remote.
 
     Raises:
         StageError: there is no remote, it does not answer, or it does not have the data.
@@ -166,11 +140,7 @@ def push(name: str | None = None) -> int:
 
 
 def restore(md5: str, path: Path) -> None:
-    """Write the file or folder that has this md5 (`….dir` for a folder), from the cache or the DVC remote.
-
-    Raises:
-        StageError: neither has it.
-    """
+    """Write what has this md5 (`….dir`: a folder), from the cache or the DVC remote; a StageError if neither has it."""
     with dvc_errors(str(path)):
         repo = open_repo()
         cache, digest = repo.cache.local, HashInfo("md5", md5)
@@ -189,20 +159,14 @@ def restore(md5: str, path: Path) -> None:
         checkout(str(path), localfs, found, cache, force=True, quiet=True)
 
 
-def use_shared_cache(folder: Path) -> None:
-    """Let another working copy of this project use this one's cache."""
+def use_cache(folder: Path, *, shared: bool) -> None:
+    """Let another working copy of this project use this one's cache, or one of its own, whatever its settings say."""
     with dvc_errors(str(folder)):
-        cache = str(open_repo().cache.local_cache_dir)
+        cache = open_repo().cache.local_cache_dir if shared else folder / ".dvc" / "cache"
         with Repo(str(folder)).config.edit("local") as config:
-            config["cache"]["dir"] = cache
-
-
-def use_own_cache(folder: Path) -> None:
-    """Give another working copy of this project a cache of its own, whatever its settings say."""
-    with dvc_errors(str(folder)), Repo(str(folder)).config.edit("local") as config:
-        config["cache"]["dir"] = str(folder / ".dvc" / "cache")
+            config["cache"]["dir"] = str(cache)
 
 
 def _hide_empty_output_warning(record: logging.LogRecord) -> bool:
-    """An output may well be empty: no row was malformed, or the stage is off."""
+    """Filter: an output may be empty, since no row was malformed or the stage is off."""
     return not record.getMessage().endswith("is empty.")

@@ -1,38 +1,55 @@
-"""Stages in DVC: their order, keys and files, and the reasons why one is not up to date.
+"""Stages in DVC: order, keys, files, the reasons why one is not up to date, and running one.
 
-Running a stage is in `tasks.runtime.dvc_reproduce`.
+`reproduce` is what `dvc repro --single-item` does, with two things replaced. Where DVC would start `python -m
+tasks.sft` as a child, a function of ours is called in this process, so that torch and transformers are imported once.
+And dvc.lock is written whole or not at all. Locks, the decision whether anything changed, the run-cache, removing and
+hashing outputs, and the content of dvc.lock stay DVC's.
 """
 
 from __future__ import annotations
 
+import hashlib
+import os
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import dvc.dvcfile
 import dvc.stage.cache
+import dvc.stage.run
 from dvc.dependency.param import ParamsDependency
+from dvc.exceptions import DvcException
+from dvc.lock import LockError
+from dvc.repo import Repo
+from dvc_data.hashfile import load
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
-from tasks.runtime.dvc_repo import dvc_errors, load_stage, open_repo
+from tasks.runtime.dvc_repo import (
+    describe_error,
+    dvc_errors,
+    error_chain,
+    load_stage,
+    open_repo,
+    quiet_logger,
+    remote_error,
+)
 
 __all__ = [
-    "Inputs",
-    "StaleStage",
-    "changes",
-    "graph",
-    "inputs",
-    "is_distributable",
-    "needs_device",
-    "output_digests",
-    "outputs",
-    "stage_key",
-    "stale_stages",
-    "status",
-    "why_stale",
-]
+    "Inputs", "Result", "StaleStage", "changes", "graph", "inputs", "meta", "output_digests", "outputs",
+    "reproduce", "stage_key", "stale_stages", "status", "why_stale",
+]  # fmt: skip
 
+Result = Literal["executed", "restored", "unchanged"]
+Job = Callable[[], None]
+
+LOCK_POLL_SECONDS = 1.0
 MAX_VALUE, MAX_HASH = 60, 8  # characters of a value, and of a file's md5
 STATUS_TEXT = {
     "modified": "changed",
@@ -46,8 +63,8 @@ STATUS_TEXT = {
 class Inputs:
     """Inputs of a stage that is about to run.
 
-    `key` hashes all of it, parameters and command included; `data` maps each file or folder that another stage wrote
-    to its md5 (`….dir` for a folder); `code` are the Python files of `tasks/`, those in its folders included.
+    `key` hashes all of it. `data` maps each file or folder that another stage wrote to its md5 (`….dir` for a folder).
+    `code` are the Python files of `tasks/`, those in its folders included.
     """
 
     key: str
@@ -81,11 +98,7 @@ def stage_key(name: str) -> str | None:
 
 
 def inputs(name: str) -> Inputs:
-    """Key and data of a stage that is about to run; takes no lock of DVC, so a child of `dvc repro` may call it.
-
-    Raises:
-        StageError: an input does not exist.
-    """
+    """Inputs of a stage that is about to run, without a lock of DVC's; a StageError if one does not exist."""
     with dvc_errors(name):
         stage = load_stage(open_repo(), name)
         stage.save_deps()
@@ -113,14 +126,13 @@ def output_digests(name: str) -> dict[str, str]:
         return {str(out): out.get_hash().value for out in load_stage(open_repo(), name).outs if out.exists}
 
 
-def needs_device(name: str) -> bool:
-    """Whether the stage computes on the accelerator: `meta: {device: true}` in dvc.yaml, not in its key."""
-    return _meta(name, "device")
+def meta(name: str) -> dict[str, bool]:
+    """The stage's `meta` in dvc.yaml, which is not in its key.
 
-
-def is_distributable(name: str) -> bool:
-    """Whether several processes can share the stage's work: `meta: {ranks: true}` in dvc.yaml, not in its key."""
-    return _meta(name, "ranks")
+    `device`: it computes on the accelerator. `ranks`: several processes can share its work.
+    """
+    with dvc_errors(name):
+        return load_stage(open_repo(), name).meta or {}
 
 
 def changes(name: str) -> list[str]:
@@ -151,7 +163,6 @@ def stale_stages() -> list[StaleStage]:
 
 
 def _run_cache_key(stage: Any) -> str | None:
-    """The hash of everything that a loaded stage reads, as the run-cache has it; None while an input does not exist."""
     stage_cache: Any = dvc.stage.cache
     try:
         can_hash, get_hash = stage_cache._can_hash, stage_cache._get_stage_hash
@@ -164,7 +175,7 @@ def _run_cache_key(stage: Any) -> str | None:
 
 
 def why_stale(stage: Any) -> list[str]:
-    """Why the stage, as DVC has loaded it, is not up to date, one reason a line; empty if it is."""
+    """See `status`; for a stage as DVC has loaded it."""
     why = _changed_inputs(stage)
     if _never_ran(stage):
         return why
@@ -174,7 +185,6 @@ def why_stale(stage: Any) -> list[str]:
 
 
 def _changed_inputs(stage: Any) -> list[str]:
-    """What the stage reads that is not as it was when it ran last, one reason a line."""
     if _never_ran(stage):
         return ["it has no entry in dvc.lock: it never ran here"]
     why = ["its command changed"] if stage.changed_stage() else []
@@ -190,11 +200,6 @@ def _order(edges: Any) -> dict[str, tuple[str, ...]]:
         if not stage.is_data_source
     }
     return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
-
-
-def _meta(name: str, key: str) -> bool:
-    with dvc_errors(name):
-        return bool((load_stage(open_repo(), name).meta or {}).get(key))
 
 
 def _in_run_cache(stage: Any) -> bool:
@@ -242,3 +247,145 @@ def _diff_values(key: str, before: Any, now: Any) -> list[str]:
 def _shorten(value: Any) -> str:
     text = str(value)
     return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 1]}…"
+
+
+# -- running a stage -------------------------------------------------------------------------------------------
+
+_job: ContextVar[Job | None] = ContextVar("job", default=None)
+
+
+def reproduce(
+    name: str, job: Job, *, force: bool = False, pull: bool = False, on_wait: Callable[[str], None] | None = None
+) -> Result:
+    """Bring one stage up to date by calling `job`, unless DVC finds that it is, or restores it from its run-cache.
+
+    Another process that holds the stage or its inputs is waited for.
+
+    Args:
+        job: writes the stage's outputs; called at most once, in this thread.
+        on_wait: called once, before a wait.
+
+    Raises:
+        StageError: DVC refuses; or whatever `job` raises, unchanged, in which case dvc.lock is left alone.
+    """
+    _patch_dvc()
+    call = _RecordedCall(job)
+    token = _job.set(call)
+    try:
+        done = _retry_while_locked(lambda: _reproduce(name, call, force, pull), on_wait)
+    except DvcException as error:
+        if call.error is not None:
+            raise call.error from call.error.__cause__
+        raise StageError(f"{name}: {describe_error(error)}") from error
+    except Exception as error:
+        if call.error is not None or not pull:
+            raise
+        raise remote_error("read", error) from error
+    finally:
+        _job.reset(token)
+    if call.called:
+        return "executed"
+    return "restored" if done else "unchanged"
+
+
+@dataclass
+class _RecordedCall:
+    """A job that remembers whether it was called and what it raised."""
+
+    job: Job
+    called: bool = False
+    error: Exception | None = None
+
+    def __call__(self) -> None:
+        self.called = True
+        try:
+            self.job()
+        except Exception as error:
+            self.error = error
+            raise
+
+
+def _reproduce(name: str, call: _RecordedCall, force: bool, pull: bool) -> list[Any]:
+    repo = Repo(str(project_root()), _wait_for_lock=True)
+    with repo:
+        done = list(repo.reproduce([name], single_item=True, force=force, pull=pull))
+        if done and not call.called and _drop_corrupt_cache(load_stage(repo, name)):
+            done = list(repo.reproduce([name], single_item=True, pull=pull))
+        return done
+
+
+def _drop_corrupt_cache(stage: Any) -> bool:
+    """Remove cached files that do not match their hash, and the outputs restored from them; True if there were any.
+
+    DVC trusts a cached file that is write-protected. Half of one is left by a full disk, or by a copy that broke off.
+    """
+    broken = {path for out in stage.outs if out.use_cache for path in _cached(out) if _is_corrupt(path)}
+    for path in broken:
+        path.chmod(0o644)
+        path.unlink()
+    if broken:
+        for out in stage.outs:
+            out.remove()
+    return bool(broken)
+
+
+def _cached(out: Any) -> list[Path]:
+    parts = [info for _, _, info in load(out.cache, out.hash_info)] if out.hash_info.isdir else []
+    return [Path(out.cache.oid_to_path(info.value)) for info in (out.hash_info, *parts)]
+
+
+def _is_corrupt(path: Path) -> bool:
+    with path.open("rb") as file:
+        found = hashlib.file_digest(file, "md5").hexdigest()
+    return found != (path.parent.name + path.name).removesuffix(".dir")
+
+
+def _retry_while_locked(attempt: Callable[[], list[Any]], on_wait: Callable[[str], None] | None) -> list[Any]:
+    """Try again while another process works on the same files: DVC itself waits for its repository lock only."""
+    notified = False
+    while True:
+        try:
+            return attempt()
+        except DvcException as error:
+            blocked = next((part for part in error_chain(error) if isinstance(part, LockError)), None)
+            if blocked is None:
+                raise
+            if on_wait and not notified:
+                on_wait(str(blocked).partition("\n\n")[0])
+            notified = True
+            time.sleep(LOCK_POLL_SECONDS)
+
+
+_original_cmd_run = getattr(dvc.stage.run, "cmd_run", None)
+_original_modify_yaml = getattr(dvc.dvcfile, "modify_yaml", None)
+
+
+def _run_job(stage: Any, dry: bool = False, run_env: dict[str, str] | None = None) -> None:
+    """Stands for `dvc.stage.run.cmd_run`: calls the job of this context, if there is one."""
+    job = _job.get()
+    if job is None or dry:
+        _original_cmd_run(stage, dry=dry, run_env=run_env)  # type: ignore[misc]
+    else:
+        job()
+
+
+@contextmanager
+def _atomic_modify_yaml(path: str, fs: Any = None) -> Iterator[Any]:
+    """Stands for `dvc.dvcfile.modify_yaml`, which a signal or a full disk could leave with half of dvc.lock written."""
+    draft = Path(path).with_name(f".{Path(path).name}.{os.getpid()}")
+    try:
+        if Path(path).exists():
+            shutil.copy2(path, draft)
+        with _original_modify_yaml(draft, fs=fs) as content:  # type: ignore[misc]
+            yield content
+        draft.replace(path)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def _patch_dvc() -> None:
+    if _original_cmd_run is None or _original_modify_yaml is None:
+        raise StageError("dvc.stage.run.cmd_run is gone in this version of DVC; install dvc>=3.67,<4 as pinned")
+    dvc.stage.run.cmd_run = _run_job
+    dvc.dvcfile.modify_yaml = _atomic_modify_yaml
+    quiet_logger()

@@ -1,7 +1,6 @@
 """Runs of MLflow: one per executed stage, one parent run per flow.
 
-Everything goes through `MlflowClient` with explicit run ids: MLflow's active run belongs to a thread, and a trainer's
-threads are not ours.
+Run ids are explicit: MLflow's active run belongs to a thread, and a trainer's threads are not ours.
 """
 
 from __future__ import annotations
@@ -21,33 +20,22 @@ from typing import TYPE_CHECKING, Any
 
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
-from tasks.runtime.mlflow_queue import QueuedRun, flush_stale, queued
-from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, open_store, store_uri
+from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, QueuedRun, flush_stale, open_store, queued, store_uri
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run
+    from mlflow.entities import Metric, Run, RunTag
 
     from tasks.runtime.dvc_stages import Inputs
 
 __all__ = [
-    "SWEEP_VAR",
-    "WEIGHT_DIRS",
-    "PipelineRun",
-    "StageRun",
-    "connect",
-    "export_run_ids",
-    "git_commit",
-    "log_pipeline_metrics",
-    "pipeline_run",
-    "pipeline_tags",
-    "stage_run",
-    "tag_pipeline",
-]
+    "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "connect", "export_run_ids", "git_commit",
+    "pipeline_run", "pipeline_tags", "stage_run",
+]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
 
+# A run's own name, by which it is found again when MLflow's answer to its creation was lost.
 QUEUE_ID_TAG = "rlhf.queue_id"
-"""A run's own name, by which it is found again when MLflow's answer to its creation was lost."""
 
 # How a flow names the runs that its stages belong to, in this process or in a child.
 PIPELINE_VAR, FLOW_VAR = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
@@ -58,8 +46,7 @@ SWEEP_VAR = "RLHF_SWEEP"
 WEIGHT_DIRS = ("adapter", "model")
 """Names of the folders of weights among a stage's outputs."""
 
-# mlflow.utils.validation: a tag not much longer, no such characters in the name of a metric or parameter, and no more
-# parameters in one request.
+# Limits of mlflow.utils.validation: a tag's length, characters of a metric's or parameter's name, parameters a request.
 TAG_LENGTH = 5000
 FORBIDDEN = re.compile(r"[^\w\-. /:]")
 MAX_PARAMS = 100
@@ -68,11 +55,7 @@ TABLES_TAG = "mlflow.loggedArtifacts"  # how MLflow's page knows that a file is 
 
 
 def connect() -> None:
-    """Import MLflow and open its store, which takes seconds, and write what earlier runs could not write.
-
-    Raises:
-        ConfigError: the store cannot be opened.
-    """
+    """Open MLflow's store and write what earlier runs could not write; a ConfigError if it cannot be opened."""
     open_store()
     flush_stale(_queues(), OpenRun)
 
@@ -82,7 +65,7 @@ def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator
     """The parent run of everything that one flow executes."""
     swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VAR, "{}")).items()}
     tags = {**_source_tags("pipeline"), FLOW_TAG: flow_run_id, **swept}
-    pipeline = PipelineRun(_new_queue())
+    pipeline = PipelineRun(_queues() / f"{uuid.uuid4().hex}.jsonl")
     try:
         with _end_on_exit(pipeline):
             pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
@@ -113,7 +96,7 @@ def stage_run(
     tags = {**_source_tags(name), STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
     if parent := os.environ.get(PIPELINE_VAR):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VAR, "")}
-    stage = StageRun(_new_queue())
+    stage = StageRun(_queues() / f"{uuid.uuid4().hex}.jsonl")
     with _end_on_exit(stage):
         stage.create(name, tags)
         stage.log_params(parameters)
@@ -131,11 +114,7 @@ class OpenRun(QueuedRun):
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of this run.
-
-        Raises:
-            StageError: the run could not be created yet, because the server is away.
-        """
+        """MLflow's id of this run; a StageError if it could not be created yet, because the server is away."""
         if not self._find():
             raise StageError(f"MLflow at {store_uri()} does not know this run: is the server away?")
         return self._id
@@ -165,9 +144,7 @@ class OpenRun(QueuedRun):
     @queued
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags, by which runs can be searched; the end of a long value is cut off."""
-        from mlflow.entities import RunTag
-
-        self.client.log_batch(self.run_id, tags=[RunTag(key, value) for key, value in _cut(tags).items()])
+        self.client.log_batch(self.run_id, tags=_tag_entities(tags))
 
     def end(self, status: str, error: str | None = None) -> None:
         """End the run; what could not be written so far is written now if the server is back."""
@@ -192,10 +169,9 @@ class PipelineRun(OpenRun):
     """The parent run: one row that compares whole pipelines."""
 
     def log_stage(self, name: str, key: str, result: str, reason: str, metrics: Mapping[str, float]) -> None:
-        """Copy a stage's final metrics as `<stage>.<metric>`, and tag the run that they come from.
+        """Copy a stage's final metrics from disk as `<stage>.<metric>`, and tag the run that they come from.
 
-        The numbers are those on disk, which DVC has verified to be the stage's; a cached stage has no run of its own
-        here, so the tag `<stage>.run` names the newest finished run of the same key, if this store has one.
+        The tag `<stage>.run` names the newest finished run of the same key, if this store has one: a cached stage's.
         """
         self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
         self.tag({f"{name}.key": key, f"{name}.result": result, f"{name}.reason": reason})
@@ -272,27 +248,16 @@ class StageRun(OpenRun):
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
-def tag_pipeline(flow_run_id: str, tags: Mapping[str, str]) -> None:
-    """Set tags of a pipeline run that has ended."""
+def add_to_pipeline(flow_run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
+    """Add tags and final numbers to a pipeline run that has ended."""
     client, _ = open_store()
     for run in _pipeline_runs(flow_run_id):
-        for key, value in _cut(tags).items():
-            client.set_tag(run.info.run_id, key, value)
-
-
-def log_pipeline_metrics(flow_run_id: str, metrics: Mapping[str, float]) -> None:
-    """Add final numbers to a pipeline run that has ended."""
-    client, _ = open_store()
-    for run in _pipeline_runs(flow_run_id):
-        client.log_batch(run.info.run_id, metrics=_entities(metrics, int(time.time() * 1000), 0))
+        final = _entities(metrics, int(time.time() * 1000), 0)
+        client.log_batch(run.info.run_id, metrics=final, tags=_tag_entities(tags))
 
 
 def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:
-    """MLflow's id of the pipeline run of a flow, and its tags: see `PipelineRun.log_stage`.
-
-    Raises:
-        StageError: the store does not know it.
-    """
+    """MLflow's id and tags of a flow's pipeline run (see `PipelineRun.log_stage`); a StageError if it is not there."""
     for run in _pipeline_runs(flow_run_id):
         return run.info.run_id, dict(run.data.tags)
     raise StageError(f"MLflow at {store_uri()} does not know the pipeline run of {flow_run_id}: was it away?")
@@ -323,9 +288,8 @@ def _end_on_exit(run: OpenRun) -> Iterator[None]:
             run.end("FAILED", f"{type(error).__name__}: {error}")
         if isinstance(error, MlflowException):
             reason = next((line for line in str(error).splitlines() if "rror)" in line), str(error))
-            raise StageError(
-                f"MLflow cannot write to {store_uri()}: {reason}; is the disk full? Then run again"
-            ) from error
+            message = f"MLflow cannot write to {store_uri()}: {reason}; is the disk full? Then run again"
+            raise StageError(message) from error
         raise
     except BaseException:
         run.end("KILLED")
@@ -337,10 +301,6 @@ def _queues() -> Path:
     return state_dir() / "mlflow_queue"
 
 
-def _new_queue() -> Path:
-    return _queues() / f"{uuid.uuid4().hex}.jsonl"
-
-
 def _source_tags(name: str) -> dict[str, str]:
     tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", "mlflow.user": os.environ.get("USER", "unknown")}
     commit = git_commit()
@@ -349,6 +309,12 @@ def _source_tags(name: str) -> dict[str, str]:
 
 def _cut(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:TAG_LENGTH] for key, value in tags.items()}
+
+
+def _tag_entities(tags: Mapping[str, str]) -> list[RunTag]:
+    from mlflow.entities import RunTag
+
+    return [RunTag(key, value) for key, value in _cut(tags).items()]
 
 
 def _entities(metrics: Mapping[str, float], time: int, step: int) -> list[Metric]:

@@ -1,4 +1,4 @@
-"""The MLflow store: where it is, its server's command, and opening it.
+"""The MLflow store: where it is, its server's command, opening it, and a queue of writes while its server is away.
 
 MLflow takes seconds to import, so it is imported when it is needed and not before.
 """
@@ -6,10 +6,17 @@ MLflow takes seconds to import, so it is imported when it is needed and not befo
 from __future__ import annotations
 
 import contextlib
+import functools
+import json
 import logging
 import os
 import sys
-from typing import TYPE_CHECKING
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
+
+from filelock import FileLock, Timeout
 
 from tasks.core.errors import ConfigError
 from tasks.core.paths import project_root, state_dir
@@ -17,12 +24,11 @@ from tasks.core.paths import project_root, state_dir
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["EXPERIMENT_ID_VAR", "is_unavailable", "open_store", "server_command", "store_uri"]
+__all__ = ["EXPERIMENT_ID_VAR", "QueuedRun", "flush_stale", "open_store", "queued", "server_command", "store_uri"]
 
 EXPERIMENT = "rlhf"
-
+# The experiment that a flow passes to its stages, since the server may be away when they begin.
 EXPERIMENT_ID_VAR = "RLHF_EXPERIMENT_ID"
-"""The experiment that a flow passes to its stages, since the server may be away when they begin."""
 
 MLFLOW_ENV = {
     "DO_NOT_TRACK": "true",
@@ -53,16 +59,11 @@ def server_command(port: int) -> tuple[list[str], dict[str, str]]:
 
 
 def open_store() -> tuple[MlflowClient, str]:
-    """A client for the store, and the experiment, made on first use.
-
-    Raises:
-        ConfigError: the store cannot be opened.
-    """
+    """A client for the store, and the experiment, made on first use; a ConfigError if the store cannot be opened."""
     for variable, value in MLFLOW_ENV.items():
         os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
-    from filelock import FileLock
     from mlflow import MlflowClient, set_tracking_uri
     from mlflow.exceptions import MlflowException
 
@@ -86,7 +87,7 @@ def open_store() -> tuple[MlflowClient, str]:
         raise ConfigError(f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI: {error}") from error
 
 
-def is_unavailable(error: Exception) -> bool:
+def _is_unavailable(error: Exception) -> bool:
     """Whether the error is that of a server that does not answer or is overloaded; never so for a local store."""
     from mlflow.exceptions import MlflowException
 
@@ -96,3 +97,129 @@ def is_unavailable(error: Exception) -> bool:
         status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
         return status >= 500 or error.error_code == "REQUEST_LIMIT_EXCEEDED"
     return isinstance(error, OSError)
+
+
+# -- writes while the server is away ---------------------------------------------------------------------------
+
+RETRY_SECONDS = 30.0  # for so long a server that was away is not tried again
+SHOWN = 200  # characters of an error
+
+Arguments = ParamSpec("Arguments")
+AnyRun = TypeVar("AnyRun", bound="QueuedRun")
+
+_writes: dict[str, Callable[..., None]] = {}
+
+
+def queued(write: Callable[Concatenate[AnyRun, Arguments], None]) -> Callable[Concatenate[AnyRun, Arguments], None]:
+    """Send a method's calls through its run's queue. It gets its arguments as JSON gives them back: a path as its text.
+
+    A call may be made twice, so that must do no harm.
+    """
+    name = write.__qualname__
+    _writes[name] = write
+
+    @functools.wraps(write)
+    def submit(run: AnyRun, /, *args: Arguments.args, **kwargs: Arguments.kwargs) -> None:
+        run.submit(name, args, kwargs)
+
+    return submit
+
+
+class QueuedRun:
+    """Makes `queued` calls at once while the server answers; else appends them to a file and makes them later.
+
+    Each is made at least once. The file's lock is held until the queue is closed.
+
+    Attributes:
+        time: when the call that is being made was submitted, in milliseconds.
+    """
+
+    def __init__(self, file: Path) -> None:
+        self._file, self._lock = file, FileLock(file.with_suffix(".lock"))
+        self._waiting = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+        self._last_attempt, self.time = 0.0, 0
+
+    def submit(self, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Make a call now, or keep it for later; raises what it raised, unless that means that the server is away."""
+        line = json.dumps([name, int(time.time() * 1000), args, kwargs], default=str)
+        if self._waiting and time.monotonic() - self._last_attempt > RETRY_SECONDS:
+            self.flush()
+        if not self._waiting:
+            if (error := self._try(line)) is None:
+                return
+            self._start_queueing(error)
+        self._waiting.append(line)
+        with self._file.open("a", encoding="utf-8") as file:
+            file.write(line + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+
+    def flush(self) -> bool:
+        """Make the calls that wait; returns whether none is left."""
+        self._last_attempt = time.monotonic()
+        while self._waiting:
+            if self._try(self._waiting[0]) is not None:
+                return False
+            del self._waiting[0]
+            self._save()
+        if self._lock.is_locked:
+            self._lock.release()
+            Path(self._lock.lock_file).unlink(missing_ok=True)
+        return True
+
+    def close(self) -> None:
+        """Make the calls that wait, or leave them to `flush_stale`."""
+        if not self.flush():
+            self._lock.release()
+
+    def _try(self, line: str) -> Exception | None:
+        """Make a call; return the error where the server is away."""
+        try:
+            self._call(line)
+        except Exception as error:
+            if not _is_unavailable(error):
+                raise
+            return error
+        return None
+
+    def _call(self, line: str) -> None:
+        name, self.time, args, kwargs = json.loads(line)
+        _writes[name](self, *args, **kwargs)
+
+    def _start_queueing(self, error: Exception) -> None:
+        self._last_attempt = time.monotonic()
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        self._lock.acquire()
+        _warn(f"away, so what it should record is kept in {self._file} until it is back ({_first_line(error)})")
+
+    def _save(self) -> None:
+        if not self._waiting:
+            self._file.unlink(missing_ok=True)
+            return
+        draft = self._file.with_suffix(".draft")
+        draft.write_text("".join(line + "\n" for line in self._waiting), encoding="utf-8")
+        draft.replace(self._file)
+
+
+def flush_stale(folder: Path, open_run: Callable[[Path], QueuedRun]) -> None:
+    """Make the calls that ended runs left in the folder; a file that MLflow refuses is set aside with a warning."""
+    for file in sorted(folder.glob("*.jsonl"), key=lambda path: path.stat().st_mtime):  # a flow's after its stages'
+        lock = file.with_suffix(".lock")
+        try:
+            with FileLock(lock, timeout=0):
+                if file.exists() and not open_run(file).flush():
+                    return
+        except Timeout:  # its process lives, and makes them itself
+            continue
+        except Exception as error:
+            aside = file.rename(file.with_suffix(".refused"))
+            _warn(f"refuses what an earlier run left in {aside} ({_first_line(error)})")
+        lock.unlink(missing_ok=True)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:SHOWN]
+
+
+def _warn(text: str) -> None:
+    print(f"warning: MLflow at {store_uri()}: {text}", file=sys.stderr)

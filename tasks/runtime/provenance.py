@@ -22,14 +22,9 @@ from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 from tasks.runtime.registry import Version
 
 __all__ = [
-    "PROVENANCE_TAG",
-    "Provenance",
-    "RuleResult",
-    "StageRecord",
-    "collect_provenance",
-    "provenance_of",
+    "PROVENANCE_TAG", "Provenance", "RuleResult", "StageRecord", "collect_provenance", "provenance_of",
     "restore_weights",
-]
+]  # fmt: skip
 
 PROVENANCE_TAG = "provenance"
 
@@ -75,10 +70,8 @@ class Provenance(_Frozen):
         commit: of git; empty where there was none.
         uncommitted: files of code or data that were not as in the commit.
         pipeline_run: MLflow's id.
-        base_model: the card of the base model.
         sources: what each data card says of a source.
         metrics: the evaluation's rows of the policy and of what it is compared with.
-        rule_results: of the gate.
     """
 
     params: str
@@ -93,11 +86,7 @@ class Provenance(_Frozen):
     rule_results: tuple[RuleResult, ...]
 
     def md5_of(self, path: str) -> str:
-        """The md5 of an output, by its path as in dvc.yaml.
-
-        Raises:
-            StageError: no stage wrote it.
-        """
+        """The md5 of an output, by its path as in dvc.yaml; a StageError if no stage wrote it."""
         for stage in self.stages.values():
             if path in stage.outputs:
                 return stage.outputs[path]
@@ -107,18 +96,12 @@ class Provenance(_Frozen):
 def collect_provenance(
     flow_run: str, metrics: Mapping[str, Mapping[str, float]], rule_results: tuple[RuleResult, ...]
 ) -> Provenance:
-    """Collect the provenance of what lies in artifacts now, which this flow run has brought up to date.
-
-    Raises:
-        StageError: MLflow does not know the flow's run.
-    """
+    """Collect the provenance of artifacts, which this flow run wrote; a StageError if MLflow does not know the run."""
     run, tags = mlflow_runs.pipeline_tags(flow_run)
-    stages = {
-        name: StageRecord(
-            key=tags.get(f"{name}.key", ""), run=tags.get(f"{name}.run", ""), outputs=dvc_stages.output_digests(name)
-        )
-        for name in dvc_stages.graph()
-    }
+    stages = {}
+    for name in dvc_stages.graph():
+        key, stage_run = (tags.get(f"{name}.{field}", "") for field in ("key", "run"))
+        stages[name] = StageRecord(key=key, run=stage_run, outputs=dvc_stages.output_digests(name))
     cards = [_read_card(path) for path in sorted((stage_dir("collect") / "cards").glob("*.json"))]
     params = project_root() / "params.yaml"
     return Provenance(
@@ -136,22 +119,14 @@ def collect_provenance(
 
 
 def provenance_of(version: Version) -> Provenance:
-    """Read the provenance that was kept when the version was registered.
-
-    Raises:
-        StageError: the version has none.
-    """
+    """Read the provenance from when the version was registered; a StageError if it has none."""
     if PROVENANCE_TAG not in version.tags:
         raise StageError(f"version {version.number} has no provenance, only tags; `rlhf retrain` registers with one")
     return Provenance.model_validate_json(version.tags[PROVENANCE_TAG])
 
 
 def restore_weights(version: Version, folder: Path) -> None:
-    """Write the version's weights into the folder, laid out as in artifacts.
-
-    Raises:
-        StageError: neither the DVC cache nor a remote has them.
-    """
+    """Write the version's weights into the folder, laid out as in artifacts; a StageError if DVC has none."""
     for path, md5 in version.weights.items():
         dvc_repo.restore(md5, folder / path)
 

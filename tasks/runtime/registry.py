@@ -15,28 +15,17 @@ from tasks.core.errors import ConfigError
 from tasks.runtime.mlflow_store import open_store
 
 __all__ = [
-    "CHALLENGER",
-    "CHAMPION",
-    "MODEL",
-    "Version",
-    "champion",
-    "find",
-    "mark_refused",
-    "register",
-    "roll_back",
-    "set_champion",
+    "CHAMPION", "MODEL", "Version", "champion", "find", "mark_refused", "register", "roll_back", "set_champion",
     "versions",
-]
+]  # fmt: skip
 
 MODEL = "rlhf-policy"
 CHAMPION, CHALLENGER = "champion", "challenger"
 
-FORMER_CHAMPIONS_TAG = "former_champions"
-"""The model's tag with the numbers of the champions before this one, the latest last; a rollback takes that away."""
+FORMER_CHAMPIONS_TAG = "former_champions"  # the model's: numbers of versions, the latest last; a rollback removes it
 
 PROMOTED, WITHDRAWN = "promoted", "withdrawn"
-DECISION_FIELDS = ("by", "at", "reason")
-"""A decision is three tags of a version: `promoted.by`, `promoted.at` and `promoted.reason`."""
+DECISION_FIELDS = ("by", "at", "reason")  # of a decision's tags of a version: `promoted.by`, …
 
 
 @dataclass(frozen=True)
@@ -85,11 +74,7 @@ def versions() -> list[Version]:
 
 
 def find(name: str) -> Version:
-    """The version of this number or alias.
-
-    Raises:
-        ConfigError: there is none; the message lists those that exist.
-    """
+    """The version of this number or alias; a ConfigError with those that exist if there is none."""
     known = versions()
     for version in known:
         if name == str(version.number) or name in version.aliases:
@@ -153,13 +138,9 @@ def set_champion(version: Version, *, by: str, reason: str = "") -> None:
 
 
 def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
-    """Put the former champion in use again; returns the version that was withdrawn and the one in use now.
-
-    Raises:
-        ConfigError: there is no champion, or none was before it.
-    """
+    """Put the former champion in use again; returns the version withdrawn and this. A ConfigError if there is none."""
     known = {version.number: version for version in versions()}
-    withdrawn = next((version for version in known.values() if CHAMPION in version.aliases), None)
+    withdrawn = champion()
     if withdrawn is None:
         raise ConfigError("there is no champion: `rlhf models` lists what is registered, `rlhf promote` promotes")
     former = [number for number in _former_champions() if number in known]  # others were deleted in MLflow
@@ -177,8 +158,8 @@ def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
 def _set_champion_alias(version: Version) -> None:
     client, _ = open_store()
     client.set_registered_model_alias(MODEL, CHAMPION, str(version.number))
-    for key in (f"{WITHDRAWN}.{field}" for field in DECISION_FIELDS):
-        if key in version.tags:
+    for field in DECISION_FIELDS:
+        if (key := f"{WITHDRAWN}.{field}") in version.tags:
             client.delete_model_version_tag(MODEL, str(version.number), key)
 
 
@@ -195,8 +176,7 @@ def _decision(verb: str, by: str, reason: str) -> dict[str, str]:
 
 def _former_champions() -> list[int]:
     client, _ = open_store()
-    numbers: list[int] = json.loads(client.get_registered_model(MODEL).tags.get(FORMER_CHAMPIONS_TAG, "[]"))
-    return numbers
+    return list(json.loads(client.get_registered_model(MODEL).tags.get(FORMER_CHAMPIONS_TAG, "[]")))
 
 
 def _set_former_champions(numbers: list[int]) -> None:

@@ -56,10 +56,6 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
 
     Where torchrun or accelerate has started several processes for it, rank 0 records and writes; the others only help.
 
-    Args:
-        name: the stage in dvc.yaml.
-        reasons: what made it run, for the record.
-
     Raises:
         ConfigError: params.yaml is not valid.
         StageError: there is no such stage, an input is missing, or an input changed while the stage ran.
@@ -80,7 +76,10 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
         upstream = {stage: stage_dir(stage) for stage in dvc_stages.graph()[name]}
         folder = checkpoint_dir(name, inputs.key)
         if int(os.environ.get("RANK", "0")) > 0:
-            _run_as_helper_rank(name, lambda out: function(*sections, Artifacts(out=out, **upstream)), folder)
+            # A rank that helps rank 0: what it writes is thrown away, and nothing is recorded.
+            helper = tracking.active_run(tracking.ActiveRun(name, None, folder))
+            with tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out, helper:
+                function(*sections, Artifacts(out=Path(out), **upstream))
             return
         stage_dir(name).mkdir(parents=True, exist_ok=True)
         tags = {"rlhf.reasons": "; ".join(reasons), "rlhf.ranks": os.environ.get("WORLD_SIZE", "1")}
@@ -98,9 +97,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
 
 
 def stage_arguments(function: Callable[..., None], name: str, params: Params) -> list[Any]:
-    """The sections of params.yaml that a stage's signature names, in its order; `params` is the stage's own.
-
-    The last argument, `artifacts`, is left out.
+    """The sections of params.yaml that a stage's signature names before `artifacts`; `params` is the stage's own.
 
     Raises:
         StageError: the signature names a section that does not exist.
@@ -121,15 +118,6 @@ def read_metrics(name: str) -> dict[str, float]:
         return {}
     metrics = flatten(json.loads(path.read_text(encoding="utf-8")))
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
-
-
-def _run_as_helper_rank(name: str, work: Callable[[Path], None], folder: Path) -> None:
-    """Run the stage as a rank that helps rank 0: what it writes is thrown away, and nothing is recorded."""
-    with (
-        tempfile.TemporaryDirectory(prefix="rlhf-rank-") as out,
-        tracking.active_run(tracking.ActiveRun(name, None, folder)),
-    ):
-        work(Path(out))
 
 
 def write_empty_outputs(name: str) -> None:

@@ -11,24 +11,22 @@ import json
 import os
 import shutil
 import signal
-import socket
 import sqlite3
 import subprocess
 import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any
 from uuid import UUID
 
 import psutil
 import pytest
-from prefect.client.orchestration import SyncPrefectClient, get_client
-from prefect.settings import PREFECT_API_URL, temporary_settings
+from prefect.client.orchestration import SyncPrefectClient
 
-from flows.services import DEVICE_LIMIT
+from flows.services import DEVICE_LIMIT, free_port, prefect_client
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -90,34 +88,51 @@ if __name__ == "__main__":
     run_stage("{name}")
 """
 
-DVC_YAML = """
-stages:
-  collect:
-    cmd: python -m tasks.collect
-    deps: [tasks/collect.py, tasks/shared.py, data.txt]
-    params: [seed, collect]
-    outs: [artifacts/collect/result]
-    metrics: [artifacts/collect/metrics.json]
-  prepare:
-    cmd: python -m tasks.prepare
-    deps: [tasks/prepare.py, tasks/shared.py, artifacts/collect/result]
-    params: [seed, prepare]
-    outs: [artifacts/prepare/result]
-    metrics: [artifacts/prepare/metrics.json]
-  sft:
-    cmd: python -m tasks.sft
-    meta: {device: true}
-    deps: [tasks/sft.py, tasks/shared.py, requirements.lock, artifacts/prepare/result]
-    params: [seed, sft, lora]
-    outs: [artifacts/sft/result]
-    metrics: [artifacts/sft/metrics.json]
-  gold_judge:
-    cmd: python -m tasks.gold_judge
-    meta: {device: true}
-    deps: [tasks/gold_judge.py, tasks/shared.py, artifacts/prepare/result]
-    params: [seed, gold_judge]
-    outs: [artifacts/gold_judge/result]
-    metrics: [artifacts/gold_judge/metrics.json]
+
+PREPARED = "artifacts/prepare/result"
+
+
+def dvc_stage(name: str, deps: str = "", params: str = "", outs: str = "", meta: str = "") -> str:
+    """An entry of dvc.yaml: what it reads, is given and writes beside what all toys do."""
+    return f"""
+  {name}:
+    cmd: python -m tasks.{name}
+    meta: {{{meta}}}
+    deps: [tasks/{name}.py, {deps}]
+    params: [{params}]
+    outs: [artifacts/{name}/result{outs}]
+    metrics: [artifacts/{name}/metrics.json]
+"""
+
+
+DVC_YAML = "stages:" + "".join(
+    [
+        dvc_stage("collect", "tasks/shared.py, data.txt", "seed, collect"),
+        dvc_stage("prepare", "tasks/shared.py, artifacts/collect/result", "seed, prepare"),
+        dvc_stage("sft", f"tasks/shared.py, requirements.lock, {PREPARED}", "seed, sft, lora", meta="device: true"),
+        dvc_stage("gold_judge", f"tasks/shared.py, {PREPARED}", "seed, gold_judge", meta="device: true"),
+    ]
+)
+
+# Reads a store in a process of its own: MLflow keeps its store's address for a whole process.
+RUNS = """
+import json, sys
+from mlflow import MlflowClient, artifacts, set_tracking_uri
+set_tracking_uri(sys.argv[1])
+client = MlflowClient()
+experiment = client.get_experiment_by_name("rlhf")
+found = []
+for run in client.search_runs([experiment.experiment_id], order_by=["attributes.start_time ASC"]):
+    id, models = run.info.run_id, getattr(run.outputs, "model_outputs", [])
+    row = {"id": id, "name": run.info.run_name, "status": run.info.status}
+    row |= {"params": run.data.params, "metrics": run.data.metrics, "tags": run.data.tags}
+    row["inputs"] = {item.dataset.name: item.dataset.digest for item in run.inputs.dataset_inputs}
+    row["models"] = [client.get_logged_model(item.model_id).tags for item in models]
+    row["loss"] = [(point.step, point.value) for point in client.get_metric_history(id, "loss")]
+    if client.list_artifacts(id):
+        row["samples"] = artifacts.load_dict(f"runs:/{id}/samples.json")
+    found.append(row)
+print("FOUND" + json.dumps(found))
 """
 
 STATE = """
@@ -149,45 +164,36 @@ class WarmPython:
     """See warm_python.py."""
 
     def __init__(self, environment: dict[str, str]) -> None:
-        command = [sys.executable, str(Path(__file__).with_name("warm_python.py"))]
-        self._process = subprocess.Popen(
-            command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
+        command, pipe = [sys.executable, str(Path(__file__).with_name("warm_python.py"))], subprocess.PIPE
+        self.process = subprocess.Popen(command, env=environment, stdin=pipe, stdout=pipe, text=True)
+        self.environment = environment
 
     def rlhf(self, root: Path, words: Sequence[str]) -> tuple[int, str]:
         """Exit status and output of `rlhf` in that project."""
-        assert self._process.stdin
-        assert self._process.stdout
+        assert self.process.stdin
+        assert self.process.stdout
         output = root / ".rlhf-output"
         request = {"root": str(root), "words": words, "output": str(output)}
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        status = int(self._process.stdout.readline())
-        return status, output.read_text()
-
-    def stop(self) -> None:
-        self._process.communicate()
+        print(json.dumps(request), file=self.process.stdin, flush=True)
+        return int(self.process.stdout.readline()), output.read_text()
 
 
 class Project:
     """A project folder and the commands that a person runs in it."""
 
-    def __init__(self, root: Path, environment: dict[str, str], python: WarmPython) -> None:
-        self.root, self.environment, self.python = root, environment, python
+    def __init__(self, root: Path, python: WarmPython, environment: dict[str, str] | None = None) -> None:
+        self.root, self.python, self.environment = root, python, environment or python.environment
 
-    def command(self, *words: str, expect: int = 0) -> str:
+    def command(self, *words: str, expect: int = 0, **options: Any) -> str:
         """Run a command, check its exit status, and return what it printed."""
-        done = subprocess.run(
-            words, cwd=self.root, env=self.environment, capture_output=True, text=True, check=False, timeout=300
-        )
-        assert done.returncode == expect, f"{words} exited {done.returncode}:\n{done.stdout}\n{done.stderr}"
-        return done.stdout + done.stderr
+        options = {"cwd": self.root, "env": self.environment, "timeout": PATIENCE, **options}
+        done = subprocess.run(words, capture_output=True, text=True, check=False, **options)
+        return checked(words, done.returncode, done.stdout + done.stderr, expect)
 
     def rlhf(self, *words: str, expect: int = 0) -> str:
         """Run our command and return what it printed."""
         status, output = self.python.rlhf(self.root, words)
-        assert status == expect, f"rlhf {words} exited {status}:\n{output}"
-        return output
+        return checked(words, status, output, expect)
 
     def start(self, *words: str, environment: dict[str, str] | None = None) -> subprocess.Popen[str]:
         """Run our command in the background, in a process group of its own, Ctrl-C in force as in a terminal.
@@ -195,7 +201,7 @@ class Project:
         A shell starts background jobs with SIGINT ignored, and children inherit that.
         """
         return subprocess.Popen(
-            [sys.executable, "-m", "flows.cli", *words],
+            [sys.executable, "-m", "flows.cli.main", *words],
             cwd=self.root,
             env=environment or self.environment,
             stdout=subprocess.PIPE,
@@ -222,9 +228,65 @@ class Project:
         """Return as soon as the file exists."""
         wait_for((self.root / name).exists)
 
-    def wait_until(self, condition: Callable[[], bool]) -> None:
-        """Return as soon as the condition holds."""
-        wait_for(condition)
+    def wait_for_end(self) -> None:
+        """Return as soon as no process works in the project's folder."""
+        wait_for(lambda: not self.processes())
+
+    def start_and_hold(self, *words: str, **options: Any) -> subprocess.Popen[str]:
+        """Start a run with more epochs of sft, which waits there after its first checkpoint."""
+        (self.root / ".rlhf" / "sft.resumable").touch()
+        (self.root / ".rlhf" / "waiting").unlink(missing_ok=True)
+        self.edit("params.yaml", "epochs: 1", "epochs: 3")
+        process = self.start(*words, **options)
+        self.wait_for(".rlhf/waiting")
+        return process
+
+    def check_resumed(self, run: Callable[..., str] | None = None) -> str:
+        """The next run computes sft alone, from its checkpoint; what it prints."""
+        self.ran()
+        output = (run or self.rlhf)("run")
+        assert self.ran() == ["sft"]
+        assert (self.root / ".rlhf" / "resumed").read_text() == "True", "it did not go on from its checkpoint"
+        return output
+
+    def runs(self, store: str = "sqlite:///mlflow.db") -> list[dict[str, Any]]:
+        """The runs in MLflow, the oldest first."""
+        output = self.command(sys.executable, "-W", "ignore", "-c", RUNS, store)
+        return list(json.loads(output.partition("FOUND")[2].partition("\n")[0]))
+
+    def services(self) -> dict[str, dict[str, Any]]:
+        """What `rlhf up` has started."""
+        return {row["name"]: row for row in json.loads((self.root / ".rlhf/services/services.json").read_text())}
+
+    def ask(self, question: str, *values: str) -> list[tuple[Any, ...]]:
+        """What the standing Prefect server's database says."""
+        return query(self.root / ".rlhf" / "services" / "prefect" / "prefect.db", question, *values)
+
+    def prefect(self) -> AbstractContextManager[SyncPrefectClient]:
+        """A client of the standing Prefect server."""
+        return prefect_client(self.services()["prefect"]["address"])
+
+    def run_deployment(self, name: str, **parameters: Any) -> UUID:
+        """Let the standing Prefect server run a deployment now; the flow run's id."""
+        with self.prefect() as client:
+            deployment = client.read_deployment_by_name(name)
+            return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
+
+    def wait_for_state(self, run: UUID | str, name: str) -> str:
+        """The message of the flow run's state, as soon as that has this name; no other may end it."""
+
+        def reached() -> bool:
+            ((kind, found, message),) = self.ask(STATE, str(run))
+            assert found == name or kind not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), f"{found}: {message}"
+            return bool(found == name)
+
+        wait_for(reached)
+        return str(self.ask(STATE, str(run))[0][2])
+
+    def worktrees(self) -> set[str]:
+        """Names of the worktrees beside the project itself."""
+        lines = self.command("git", "worktree", "list").splitlines()
+        return {Path(line.split()[0]).name for line in lines[1:]}
 
     def edit(self, name: str, before: str, after: str) -> None:
         path = self.root / name
@@ -252,7 +314,14 @@ class Project:
 
     def copy(self, to: Path) -> Project:
         shutil.copytree(self.root, to, symlinks=True)
-        return Project(to, self.environment, self.python)
+        return Project(to, self.python, self.environment)
+
+
+def checked(words: Sequence[str], status: int, output: str, expect: int) -> str:
+    """The output of a command that ended as expected; an error that it meets is never a traceback."""
+    assert status == expect, f"{words} exited {status}:\n{output}"
+    assert not expect or "Traceback" not in output, output
+    return output
 
 
 def _children(process: psutil.Process) -> list[psutil.Process]:
@@ -260,6 +329,33 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
         return list(process.children(recursive=True))
     except psutil.NoSuchProcess:
         return []
+
+
+@contextmanager
+def serving(command: Sequence[str], url: str, **options: Any) -> Iterator[subprocess.Popen[bytes]]:
+    """A server from when it answers; it is killed in the end, with what it has started."""
+    with subprocess.Popen(command, **options) as server:
+        try:
+            wait_for(lambda: answers(url))
+            yield server
+        finally:
+            kill(server)
+
+
+def kill(server: subprocess.Popen[bytes]) -> None:
+    for process in [*psutil.Process(server.pid).children(recursive=True), server] if server.poll() is None else []:
+        process.kill()
+    server.wait()
+
+
+@contextmanager
+def prefect_server(root: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
+    """Prefect's server in a process of its own, and its address."""
+    port = free_port()
+    command, url = [sys.executable, "-m", "flows.services", str(port)], f"http://127.0.0.1:{port}/api"
+    options: dict[str, Any] = {"cwd": root, "env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
+    with serving(command, f"{url}/health", **options) as server:
+        yield server, url
 
 
 @pytest.fixture(scope="session")
@@ -271,19 +367,8 @@ def environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, 
     values |= {"PATH": f"{folder}{os.pathsep}{os.environ['PATH']}", "COLUMNS": "200", "OMP_NUM_THREADS": "1"}
     values |= {"AWS_ACCESS_KEY_ID": "name", "AWS_SECRET_ACCESS_KEY": "word", "AWS_DEFAULT_REGION": "us-east-1"}
     values |= {"PREFECT_HOME": str(tmp_path_factory.mktemp("prefect")), "PREFECT_API_BLOCKS_REGISTER_ON_START": "false"}
-    port = free_port()
-    server = subprocess.Popen(
-        [sys.executable, "-m", "flows.services", str(port)],
-        cwd=ROOT,
-        env=values,
-        stdin=subprocess.PIPE,
-        start_new_session=True,
-    )
-    address = f"http://127.0.0.1:{port}/api"
-    try:
-        wait_for(lambda: answers(f"{address}/health"))
+    with prefect_server(ROOT, values) as (server, address):
         yield values | {"PREFECT_API_URL": address}
-    finally:
         server.communicate()
 
 
@@ -295,22 +380,18 @@ def s3(environment: dict[str, str]) -> Iterator[Any]:
     port = free_port()
     address = f"http://127.0.0.1:{port}"
     command = [sys.executable, "-m", "moto.server", "--port", str(port)]
-    server = subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    try:
-        wait_for(lambda: answers(f"{address}/moto-api/"))
-        keys = {key.lower(): environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
-        with contextlib.closing(boto3.client("s3", "us-east-1", endpoint_url=address, **keys)) as client:
-            yield client
-    finally:
-        server.terminate()
-        server.wait()
+    options = {"env": environment, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    keys = {key.lower(): environment[key] for key in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    client = contextlib.closing(boto3.client("s3", "us-east-1", endpoint_url=address, **keys))
+    with serving(command, f"{address}/moto-api/", **options), client as opened:
+        yield opened
 
 
 @pytest.fixture(scope="session")
 def python(environment: dict[str, str]) -> Iterator[WarmPython]:
     warm = WarmPython(environment)
     yield warm
-    warm.stop()
+    warm.process.communicate()
 
 
 PATIENCE = 300.0
@@ -325,10 +406,8 @@ def wait_for(condition: Callable[[], bool], *, seconds: float = PATIENCE) -> Non
         time.sleep(0.1)
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+def is_dead(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
 
 
 def answers(url: str) -> bool:
@@ -339,13 +418,7 @@ def answers(url: str) -> bool:
         return False
 
 
-@pytest.fixture(scope="session")
-def open_project(python: WarmPython) -> Callable[..., Project]:
-    """A project folder that exists already, with the variables for its commands."""
-    return lambda root, environment: Project(root, environment, python)
-
-
-def make_project(root: Path, environment: dict[str, str], python: WarmPython) -> Project:
+def make_project(root: Path, python: WarmPython, environment: dict[str, str] | None = None) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
     for folder in ("flows", "tasks/core", "tasks/config", "tasks/runtime", "tasks/evals"):
@@ -360,38 +433,34 @@ def make_project(root: Path, environment: dict[str, str], python: WarmPython) ->
     (root / "data.txt").write_text("data\n")
     (root / "dvc.yaml").write_text(DVC_YAML)
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
-    return Project(root, environment, python)
+    return Project(root, python, environment)
 
 
 @pytest.fixture(scope="session")
-def finished(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython
-) -> tuple[Project, str]:
-    """A project after its first `rlhf run`, and what that printed; tests copy it or leave it as it is."""
-    project = make_project(tmp_path_factory.mktemp("finished") / "project", environment, python)
-    output = project.rlhf("run")
-    assert project.ran() == ["collect", "prepare", "sft", "gold_judge"]
-    return project, output
+def finished(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> Project:
+    """A project after its first `rlhf run`; tests copy it or leave it as it is."""
+    project = make_project(tmp_path_factory.mktemp("finished") / "project", python)
+    project.rlhf("run")
+    assert project.ran() == list(STAGES)
+    return project
 
 
 @pytest.fixture
-def project(finished: tuple[Project, str], tmp_path: Path) -> Project:
+def project(finished: Project, tmp_path: Path) -> Project:
     """A copy of the finished project that a test may change."""
-    return finished[0].copy(tmp_path / "project")
+    return finished.copy(tmp_path / "project")
 
 
 @pytest.fixture
-def fresh(tmp_path: Path, environment: dict[str, str], python: WarmPython) -> Project:
-    return make_project(tmp_path / "project", environment, python)
+def fresh(tmp_path: Path, python: WarmPython) -> Project:
+    return make_project(tmp_path / "project", python)
 
 
 @pytest.fixture(scope="module")
-def standing(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], python: WarmPython
-) -> Iterator[Project]:
+def standing(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> Iterator[Project]:
     """A project with its services up and nothing run yet; whatever happens, none of them stays behind."""
-    own = {key: value for key, value in environment.items() if key != "PREFECT_API_URL"}
-    project = make_project(tmp_path_factory.mktemp("standing") / "project", own, python)
+    own = {key: value for key, value in python.environment.items() if key != "PREFECT_API_URL"}
+    project = make_project(tmp_path_factory.mktemp("standing") / "project", python, own)
     shutil.copy(ROOT / "prefect.yaml", project.root)
     try:
         output = rlhf(project, "up", "--prefect-port", str(free_port()), "--mlflow-port", str(free_port()))
@@ -401,19 +470,9 @@ def standing(
         project.kill()
 
 
-def rlhf(project: Project, *words: str, expect: int = 0) -> str:
+def rlhf(project: Project, *words: str, expect: int = 0, **options: Any) -> str:
     """Run our command in a Python of its own, so that it sees the project's variables and not those of the tests."""
-    return project.command(sys.executable, "-m", "flows.cli", *words, expect=expect)
-
-
-def services(project: Project) -> dict[str, dict[str, Any]]:
-    """What `rlhf up` has started."""
-    return {row["name"]: row for row in json.loads((project.root / ".rlhf/services/services.json").read_text())}
-
-
-def ask(project: Project, question: str, *values: str) -> list[tuple[Any, ...]]:
-    """What the standing Prefect server's database says."""
-    return query(project.root / ".rlhf" / "services" / "prefect" / "prefect.db", question, *values)
+    return project.command(sys.executable, "-m", "flows.cli.main", *words, expect=expect, **options)
 
 
 def query(path: Path, question: str, *values: str) -> list[tuple[Any, ...]]:
@@ -428,8 +487,7 @@ def query(path: Path, question: str, *values: str) -> list[tuple[Any, ...]]:
 @contextmanager
 def device_limit(project: Project) -> Iterator[None]:
     """Prefect's global limit as `rlhf up` makes it, one slot, on the server of the tests."""
-    server = temporary_settings({PREFECT_API_URL: project.environment["PREFECT_API_URL"]})
-    with server, get_client(sync_client=True) as client:
+    with prefect_client(project.environment["PREFECT_API_URL"]) as client:
         client.upsert_global_concurrency_limit_by_name(DEVICE_LIMIT, 1)
         try:
             yield
@@ -437,37 +495,14 @@ def device_limit(project: Project) -> Iterator[None]:
             client.delete_global_concurrency_limit_by_name(DEVICE_LIMIT)
 
 
-@contextmanager
-def prefect(project: Project) -> Iterator[SyncPrefectClient]:
-    """A client of the standing Prefect server."""
-    server = temporary_settings({PREFECT_API_URL: services(project)["prefect"]["address"]})
-    with server, get_client(sync_client=True) as client:
-        yield client
-
-
-def deployment_run(project: Project, name: str, **parameters: Any) -> UUID:
-    """Tell the standing Prefect server to run a deployment now; the flow run's id."""
-    with prefect(project) as client:
-        deployment = client.read_deployment_by_name(name)
-        return client.create_flow_run_from_deployment(deployment.id, parameters=parameters).id
-
-
-def wait_for_state(project: Project, run: UUID | str, name: str) -> str:
-    """The message of the flow run's state, as soon as that has this name; no other may end it."""
-
-    def reached() -> bool:
-        ((kind, found, message),) = ask(project, STATE, str(run))
-        assert found == name or kind not in ("COMPLETED", "FAILED", "CRASHED", "CANCELLED"), f"{found}: {message}"
-        return bool(found == name)
-
-    project.wait_until(reached)
-    return str(ask(project, STATE, str(run))[0][2])
+@pytest.fixture
+def tiny_copy(tiny: tuple[Project, str], tmp_path: Path) -> Project:
+    """A copy of the finished tiny project that a test may change."""
+    return tiny[0].copy(tmp_path / "project")
 
 
 @pytest.fixture(scope="session")
-def tiny(
-    tmp_path_factory: pytest.TempPathFactory, environment: dict[str, str], open_project: Callable[..., Project]
-) -> tuple[Project, str]:
+def tiny(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> tuple[Project, str]:
     """The project after `rlhf run --preset tiny` with lm-eval on, which also wrote down what each stage opened."""
     root = tmp_path_factory.mktemp("tiny") / "project"
     watch = tmp_path_factory.mktemp("watch")
@@ -481,8 +516,8 @@ def tiny(
             root.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, root / name)
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
-    watched = environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
-    project = open_project(root, watched)
+    watched = python.environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
+    project = Project(root, python, watched)
     benchmarks = "lm_eval={tasks: [held_out_perplexity, held_out_preferences], batch_size: 8}"
-    output = project.command(sys.executable, "-m", "flows.cli", "run", "--preset", "tiny", "-S", benchmarks)
-    return open_project(root, environment), output + (watch / "opened").read_text()
+    output = rlhf(project, "run", "--preset", "tiny", "-S", benchmarks)
+    return Project(root, python), output + (watch / "opened").read_text()

@@ -17,8 +17,7 @@ from tasks.core.rows import Demonstration, read_rows
 from tasks.evals.champion import compare_with_champion
 from tasks.evals.compare import ScoredResponse
 from tasks.runtime.stage_runner import stage_arguments
-
-ROOT = Path(__file__).resolve().parents[2]
+from tests.pipeline.conftest import ROOT
 
 SMALL: dict[str, Any] = {
     "overoptimisation": None,

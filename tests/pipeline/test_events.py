@@ -3,35 +3,22 @@
 from __future__ import annotations
 
 import json
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
-from tests.pipeline.conftest import DVC_YAML, STAGE, ask, deployment_run, prefect, query, rlhf, wait_for_state
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import DVC_YAML, PREPARED, STAGE, Project, dvc_stage, query, rlhf, wait_for
 
 pytestmark = pytest.mark.slow
 
 # What the gate needs beside the four toy stages: a policy with weights, and its evaluation.
-MORE_STAGES = """
-  base_model:
-    cmd: python -m tasks.base_model
-    deps: [tasks/base_model.py]
-    outs: [artifacts/base_model/result]
-    metrics: [artifacts/base_model/metrics.json]
-  ppo:
-    cmd: python -m tasks.ppo
-    deps: [tasks/ppo.py, artifacts/prepare/result]
-    outs: [artifacts/ppo/result, artifacts/ppo/adapter]
-    metrics: [artifacts/ppo/metrics.json]
-  evaluate:
-    cmd: python -m tasks.evaluate
-    deps: [tasks/evaluate.py, artifacts/ppo/adapter]
-    outs: [artifacts/evaluate/result, artifacts/evaluate/policies.json, artifacts/evaluate/findings.json]
-    metrics: [artifacts/evaluate/metrics.json]
-"""
+MORE_STAGES = [
+    dvc_stage("base_model"),
+    dvc_stage("ppo", PREPARED, outs=", artifacts/ppo/adapter"),
+    dvc_stage(
+        "evaluate", "artifacts/ppo/adapter", outs=", artifacts/evaluate/policies.json, artifacts/evaluate/findings.json"
+    ),
+]
 FIGURES = {"win_rate": 0.8, "win_rate_low": 0.7, "win_rate_high": 0.9, "kl": 3.0}
 EVALUATED = {"policies.json": {"sft": {"kl": 0.0}, "ppo": FIGURES}, "findings.json": {"sft": [], "ppo": []}}
 WRITES = {
@@ -63,7 +50,7 @@ def loop(standing: Project) -> Project:
     standing.edit(
         "tasks/collect.py", "[*read,", '[*(file.read_text() for file in sorted(pathlib.Path("data").iterdir())),'
     )
-    (root / "dvc.yaml").write_text(DVC_YAML.replace("data.txt]", "data]") + MORE_STAGES)
+    (root / "dvc.yaml").write_text(DVC_YAML.replace("data.txt]", "data]") + "".join(MORE_STAGES))
     (root / "data").mkdir()
     (root / "data" / "first.jsonl").write_text("first\n")
     rlhf(standing, "run")
@@ -76,8 +63,11 @@ def gate_of(project: Project) -> dict[str, str]:
     return dict(query(project.root / "mlflow.db", GATE))
 
 
-def champions(project: Project) -> list[tuple[Any, ...]]:
-    return query(project.root / "mlflow.db", CHAMPION)
+def check_refused(project: Project, reason: str) -> None:
+    gate = gate_of(project)
+    assert gate["gate"] == "refused"
+    assert gate["gate.reasons"].startswith(reason)
+    assert query(project.root / "mlflow.db", CHAMPION) == []
 
 
 def test_new_data_starts_a_retrain_for_just_that_data(loop: Project) -> None:
@@ -86,9 +76,9 @@ def test_new_data_starts_a_retrain_for_just_that_data(loop: Project) -> None:
     (loop.root / "data" / "second.jsonl").write_text("second\n")
     try:
         output = rlhf(loop, "data", "announce")
-        loop.wait_until(lambda: bool(ask(loop, TRIGGERED)))
-        ((run, parameters),) = ask(loop, TRIGGERED)
-        wait_for_state(loop, run, "Completed")
+        wait_for(lambda: bool(loop.ask(TRIGGERED)))
+        ((run, parameters),) = loop.ask(TRIGGERED)
+        loop.wait_for_state(run, "Completed")
     finally:
         loop.edit("params.yaml", "max_kl: 1.0", "max_kl: 10.0")
     md5 = json.loads(parameters)["data_md5"]
@@ -97,48 +87,39 @@ def test_new_data_starts_a_retrain_for_just_that_data(loop: Project) -> None:
     assert sorted(loop.ran()) == ["collect", "evaluate", "gold_judge", "ppo", "prepare", "sft"]
     assert md5 in loop.lock()
     assert "first\nsecond\n" in (loop.root / "artifacts" / "ppo" / "adapter" / "weights").read_text()
-    gate = gate_of(loop)
-    assert gate["gate"] == "refused"
-    assert "KL to SFT: 3.00 nats" in gate["gate.reasons"]
-    assert champions(loop) == []
+    check_refused(loop, "KL to SFT: 3.00 nats")
 
 
 def test_data_that_is_not_here_fails_the_retrain(loop: Project) -> None:
-    run = deployment_run(loop, RETRAIN, data_md5="0123.dir")
-    assert "DataError: this run is for data of md5 0123.dir, but data/ here is" in wait_for_state(loop, run, "Failed")
+    run = loop.run_deployment(RETRAIN, data_md5="0123.dir")
+    assert "DataError: this run is for data of md5 0123.dir, but data/ here is" in loop.wait_for_state(run, "Failed")
     assert loop.ran() == []
 
 
 def test_nobody_approves_in_time(loop: Project) -> None:
-    run = deployment_run(loop, RETRAIN, approval_hours=10 / 3600)
-    wait_for_state(loop, run, "Paused")
-    wait_for_state(loop, run, "Completed")
-    gate = gate_of(loop)
-    assert gate["gate"] == "refused"
-    assert gate["gate.reasons"].startswith("nobody approved it within")
-    assert champions(loop) == []
+    run = loop.run_deployment(RETRAIN, approval_hours=10 / 3600)
+    loop.wait_for_state(run, "Paused")
+    loop.wait_for_state(run, "Completed")
+    check_refused(loop, "nobody approved it within")
 
 
-def answer(project: Project, **words: Any) -> dict[str, str]:
-    """Let a retrain ask for approval, answer that, and return what the gate then said."""
-    run = deployment_run(project, RETRAIN, approval_hours=1)
-    project.wait_until(lambda: bool(ask(project, ASKED, str(run))))
-    with prefect(project) as client:
+def answer(project: Project, **words: Any) -> None:
+    """Let a retrain ask for approval, and answer that."""
+    run = project.run_deployment(RETRAIN, approval_hours=1)
+    wait_for(lambda: bool(project.ask(ASKED, str(run))))
+    with project.prefect() as client:
         client.resume_flow_run(run, run_input=words)
-    wait_for_state(project, run, "Completed")
-    return gate_of(project)
+    project.wait_for_state(run, "Completed")
 
 
 def test_a_person_refuses_and_says_why(loop: Project) -> None:
-    gate = answer(loop, promote=False, reason="it brags")
-    assert gate["gate"] == "refused"
-    assert gate["gate.reasons"] == "a person refused it: it brags"
-    assert champions(loop) == []
+    answer(loop, promote=False, reason="it brags")
+    check_refused(loop, "a person refused it: it brags")
 
 
 def test_a_person_promotes(loop: Project) -> None:
     """Last, since from here on there is a champion, and no toy could duel with it."""
-    gate = answer(loop, promote=True)
-    assert gate["gate"] == "promoted"
-    assert gate["gate.policy"] == "ppo"
-    assert champions(loop) == [(1,)]
+    answer(loop, promote=True)
+    gate = gate_of(loop)
+    assert (gate["gate"], gate["gate.policy"]) == ("promoted", "ppo")
+    assert query(loop.root / "mlflow.db", CHAMPION) == [(1,)]

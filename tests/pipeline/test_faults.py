@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import signal
@@ -12,20 +11,23 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
-import psutil
 import pytest
 
-from tests.pipeline.conftest import PATIENCE, answers, device_limit, free_port, query, wait_for
-from tests.pipeline.test_recording import runs
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
+from flows.services import free_port
+from tests.pipeline.conftest import (
+    PATIENCE,
+    STAGES,
+    Project,
+    device_limit,
+    kill,
+    prefect_server,
+    query,
+    serving,
+    wait_for,
+)
 
 pytestmark = pytest.mark.slow
-
-STAGES = ["collect", "prepare", "sft", "gold_judge"]
 
 
 def sound(project: Project) -> None:
@@ -50,7 +52,7 @@ def test_killed_in_any_stage(project: Project, stage: str, own: list[str]) -> No
     project.wait_for(".rlhf/waiting")
     os.kill(process.pid, signal.SIGKILL)
     process.communicate(timeout=PATIENCE)
-    project.wait_until(lambda: not project.processes())
+    project.wait_for_end()
     assert stage in project.dvc("status")
     if stage == "collect":
         assert project.lock() == before
@@ -62,20 +64,12 @@ def test_killed_in_any_stage(project: Project, stage: str, own: list[str]) -> No
 def mlflow_server(project: Project, port: int) -> Iterator[subprocess.Popen[bytes]]:
     command = [sys.executable, "-m", "mlflow", "server", "--backend-store-uri", "sqlite:///mlflow.db"]
     command += ["--artifacts-destination", str(project.root / "served"), "--port", str(port), "--workers", "1"]
-    environment = project.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-    with (project.root / ".rlhf" / "mlflow.log").open("ab") as log:
-        server = subprocess.Popen(command, cwd=project.root, env=environment, stdout=log, stderr=log)
-    try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/health"))
+    options = {"cwd": project.root, "env": project.environment | {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}}
+    with (
+        (project.root / ".rlhf" / "mlflow.log").open("ab") as log,
+        serving(command, f"http://127.0.0.1:{port}/health", stdout=log, stderr=log, **options) as server,
+    ):
         yield server
-    finally:
-        kill(server)
-
-
-def kill(server: subprocess.Popen[bytes]) -> None:
-    for process in [*psutil.Process(server.pid).children(recursive=True), server] if server.poll() is None else []:
-        process.kill()
-    server.wait()
 
 
 @pytest.mark.fault(
@@ -85,34 +79,38 @@ def kill(server: subprocess.Popen[bytes]) -> None:
 def test_mlflow_is_gone_while_stages_run(fresh: Project, own: list[str]) -> None:
     """Training goes on, what it says is kept, and once the server is back each number is there once."""
     port = free_port()
-    environment = fresh.environment | {"MLFLOW_TRACKING_URI": f"http://127.0.0.1:{port}"}
+    store = f"http://127.0.0.1:{port}"
+    environment = fresh.environment | {"MLFLOW_TRACKING_URI": store}
     (fresh.root / ".rlhf").mkdir()
     (fresh.root / ".rlhf" / "sleep").write_text("5")
     with mlflow_server(fresh, port) as server:
         process = fresh.start("run", *own, environment=environment)
-        fresh.wait_until(lambda: "prepare begins" in trace(fresh))
+        wait_for(lambda: "prepare begins" in trace(fresh))
         kill(server)
         output = process.communicate(timeout=300)[0]
         assert process.returncode == 0, output
     if not own:
         assert "warning: MLflow at http" in output
-    assert fresh.ran() == STAGES
+    assert fresh.ran() == list(STAGES)
     queue = fresh.root / ".rlhf" / "mlflow_queue"
     assert list(queue.glob("*.jsonl")), "what could not be written is kept"
     with mlflow_server(fresh, port):
-        again = fresh.command(sys.executable, "-c", DELIVER.format(port=port))
+        again = fresh.command(sys.executable, "-c", CONNECT, env=environment)
         assert "Traceback" not in again
         assert "refuses" not in again, again
         assert list(queue.iterdir()) == []
-        found = read(fresh, port)
-    assert sorted(found) == sorted(["pipeline", *STAGES]), "each run once"
+        rows = fresh.runs(store)
+    assert sorted(row["name"] for row in rows) == sorted(["pipeline", *STAGES]), "each run once"
+    assert {row["status"] for row in rows} == {"FINISHED"}
+    found = {row["name"]: row for row in rows}
     for name in STAGES:
-        assert found[name]["status"] == "FINISHED"
         assert found[name]["loss"] == [[1, 0.5]]
-        assert found[name]["samples"] == [[1, "p", 1.0], [2, "p", 2.0]]
+        assert found[name]["samples"]["data"] == [[1, "p", 1.0], [2, "p", 2.0]]
         assert found["pipeline"]["metrics"][f"{name}.inner.one"] == 1
         assert found["pipeline"]["tags"][f"{name}.run"] == found[name]["id"]
-    assert found["pipeline"]["status"] == "FINISHED"
+
+
+CONNECT = "from tasks.runtime import mlflow_runs; mlflow_runs.connect()"
 
 
 def trace(project: Project) -> str:
@@ -120,60 +118,20 @@ def trace(project: Project) -> str:
     return path.read_text() if path.exists() else ""
 
 
-DELIVER = """
-import os
-os.environ["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:{port}"
-from tasks.runtime import mlflow_runs
-mlflow_runs.connect()
-"""
-
-READ = """
-import json
-from mlflow import MlflowClient, artifacts, set_tracking_uri
-set_tracking_uri("http://127.0.0.1:{port}")
-client = MlflowClient()
-experiment = client.get_experiment_by_name("rlhf")
-found = []
-for run in client.search_runs([experiment.experiment_id]):
-    id, name = run.info.run_id, run.info.run_name
-    row = {{"id": id, "name": name, "status": run.info.status, "metrics": run.data.metrics, "tags": run.data.tags}}
-    row["loss"] = [(point.step, point.value) for point in client.get_metric_history(id, "loss")]
-    if name != "pipeline":
-        row["samples"] = artifacts.load_dict(f"runs:/{{id}}/samples.json")["data"]
-    found.append(row)
-print("FOUND" + json.dumps(found))
-"""
-
-
-def read(project: Project, port: int) -> dict[str, dict[str, Any]]:
-    output = project.command(sys.executable, "-W", "ignore", "-c", READ.format(port=port))
-    rows = json.loads(next(line for line in output.splitlines() if line.startswith("FOUND"))[5:])
-    assert len({row["name"] for row in rows}) == len(rows), [row["name"] for row in rows]
-    return {row["name"]: row for row in rows}
-
-
 @pytest.mark.fault("Prefect's server is killed during a run", "the run fails; the stage that ran is kept")
 def test_the_prefect_server_is_gone_while_a_stage_runs(project: Project) -> None:
     """The stage that runs is finished and kept; the run then ends as failed, and the next one goes on from there."""
-    port = free_port()
-    command = [sys.executable, "-m", "flows.services", str(port)]
-    server = subprocess.Popen(
-        command, cwd=project.root, env=project.environment, stdin=subprocess.PIPE, start_new_session=True
-    )
-    try:
-        wait_for(lambda: answers(f"http://127.0.0.1:{port}/api/health"))
-        environment = project.environment | {"PREFECT_API_URL": f"http://127.0.0.1:{port}/api"}
+    with prefect_server(project.root, project.environment) as (server, address):
+        environment = project.environment | {"PREFECT_API_URL": address}
         (project.root / ".rlhf" / "sleep").write_text("4")
         (project.root / ".rlhf" / "trace").unlink()
         project.edit("params.yaml", "seed: 0", "seed: 1")
         process = project.start("run", environment=environment)
-        project.wait_until(lambda: "collect begins" in trace(project))
-    finally:
+        wait_for(lambda: "collect begins" in trace(project))
         server.kill()
-        server.communicate()
     process.communicate(timeout=540)  # Prefect tries to tell the server, and waits longer each time
     assert process.returncode not in (0, None)
-    project.wait_until(lambda: not project.processes())
+    project.wait_for_end()
     assert "collect" in project.ran()
     (project.root / ".rlhf" / "sleep").unlink()
     assert "collect" not in project.dvc("status")
@@ -204,27 +162,25 @@ where flow.name = 'rlhf' order by flow_run.created desc limit 1
 """
 
 
-@pytest.mark.fault("SIGTERM to a run", "the next run goes on from the checkpoint")
-@pytest.mark.parametrize("own", [[], ["--parallel", "2"]], ids=["in the flow's process", "in its own"])
-def test_terminated(project: Project, own: list[str]) -> None:
-    state = project.root / ".rlhf"
-    (state / "sft.resumable").touch()
-    project.edit("params.yaml", "epochs: 1", "epochs: 3")
-    lock, before = project.lock(), len(runs(project))
+@pytest.mark.fault("SIGINT or SIGTERM to a run", "the next run goes on from the checkpoint")
+@pytest.mark.parametrize(
+    ("number", "own"),
+    [(signal.SIGTERM, []), (signal.SIGTERM, ["--parallel", "2"]), (signal.SIGINT, ["--parallel", "2"])],
+    ids=["SIGTERM in the flow's process", "SIGTERM in its own", "SIGINT in its own"],
+)
+def test_terminated(project: Project, number: signal.Signals, own: list[str]) -> None:
+    lock, before = project.lock(), len(project.runs())
     with device_limit(project):
-        process = project.start("run", *own)
-        project.wait_for(".rlhf/waiting")
-        process.terminate()
+        process = project.start_and_hold("run", *own)
+        os.kill(process.pid, number)
         process.communicate(timeout=PATIENCE)
-        project.wait_until(lambda: not project.processes())
+        project.wait_for_end()
         assert project.lock() == lock
         assert "sft" in project.dvc("status")
-        assert {run["name"]: run["status"] for run in runs(project)[before:]} == {"pipeline": "KILLED", "sft": "KILLED"}
+        newest = {run["name"]: run["status"] for run in project.runs()[before:]}
+        assert newest == {"pipeline": "KILLED", "sft": "KILLED"}
         assert query(Path(project.environment["PREFECT_HOME"], "prefect.db"), LAST_FLOW) == [("Crashed",)]
-        project.ran()
-        assert "waiting for the device" not in project.rlhf("run")
-    assert project.ran() == ["sft"]
-    assert (state / "resumed").read_text() == "True"
+        assert "waiting for the device" not in project.check_resumed()
     sound(project)
 
 
@@ -236,12 +192,10 @@ def holds(path: Path, content: str) -> bool:
 def test_two_flows_and_dvc_repro_at_once(project: Project) -> None:
     (project.root / ".rlhf" / "sleep").write_text("1")
     project.edit("params.yaml", "seed: 0", "seed: 1")
-    words = [sys.executable, "-m", "dvc", "repro"]
     flows = [project.start("run"), project.start("run")]
-    project.wait_until(lambda: "prepare begins" in trace(project).partition("gold_judge ends")[2])
-    repro = subprocess.run(
-        words, cwd=project.root, env=project.environment, capture_output=True, text=True, check=False
-    )
+    wait_for(lambda: "prepare begins" in trace(project).partition("gold_judge ends")[2])
+    words, options = [sys.executable, "-m", "dvc", "repro"], {"cwd": project.root, "env": project.environment}
+    repro = subprocess.run(words, capture_output=True, text=True, check=False, **options)
     output = [flow.communicate(timeout=120)[0] for flow in flows]
     assert [flow.returncode for flow in flows] == [0, 0], output
     assert repro.returncode == 0 or "is busy" in repro.stderr, repro.stderr
@@ -260,7 +214,7 @@ def test_the_clock_goes_backwards(project: Project) -> None:
     os.utime(project.root / "params.yaml", (future, future))
     project.rlhf("run")
     assert project.ran() == ["sft"]
-    assert all(run["status"] == "FINISHED" for run in runs(project))
+    assert all(run["status"] == "FINISHED" for run in project.runs())
 
 
 @contextmanager
@@ -309,11 +263,10 @@ def test_the_disk_is_full(project: Project, folder: str, written: str, room: int
     project.edit("params.yaml", "epochs: 1", "epochs: 3")
     lock = project.lock()
     with small_disk(project, folder) as (disk, command):
-        run = [sys.executable, "-m", "flows.cli", "run"]
+        run = [sys.executable, "-m", "flows.cli.main", "run"]
         filler = disk / "filler"
         filler.write_bytes(bytes(shutil.disk_usage(disk).free - room))
         output = command(*run, expect=1)
-        assert "Traceback" not in output
         assert "no space left on the disk" in output or "disk is full" in output
         root = disk if folder == "." else project.root
         assert (root / "dvc.lock").read_text() == lock

@@ -79,7 +79,7 @@ class Server:
         self.port, self.process = 0, None
 
     def command(self, *words: str) -> list[str]:
-        return [sys.executable, "-m", "flows.cli", "label", *words, "--database", self.url]
+        return [sys.executable, "-m", "flows.cli.main", "label", *words, "--database", self.url]
 
     def start(self) -> None:
         command = self.command("--port", str(self.port))

@@ -11,22 +11,22 @@ import hashlib
 import subprocess
 import sys
 from collections.abc import Iterator
+from copy import deepcopy
+from functools import cache
+from io import StringIO
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from tasks.runtime.dvc_stages import why_stale
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import ROOT, Project
 
 # DVC's own, in the process of the tests.
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")
 
-ROOT = Path(__file__).resolve().parents[2]
 STAGES = list(YAML(typ="safe").load(ROOT / "dvc.yaml")["stages"])
 
 
@@ -65,10 +65,6 @@ def brief(value: Any) -> str:
     return text if len(text) <= 60 else f"{text[:59]}…"
 
 
-def row(what: str, stages: set[str]) -> str:
-    return f"{what:<60}" + " ".join("■" if stage in stages else "·" for stage in STAGES)
-
-
 @pytest.fixture(scope="module")
 def recorded(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Project]:
     """A copy of the finished tiny project, in which `dvc_stages` works."""
@@ -84,28 +80,32 @@ def direct() -> dict[str, tuple[str, ...]]:
     return {stage: why for stage, why in own.items() if why}
 
 
+def direct_with(file: Path, content: bytes, name: str) -> dict[str, tuple[str, ...]]:
+    """`direct` while the file has this content; printed as a row of the matrix."""
+    before = file.read_bytes()
+    file.write_bytes(content)
+    found = direct()
+    file.write_bytes(before)
+    print(f"{name:<60}" + " ".join("■" if stage in found else "·" for stage in STAGES))
+    return found
+
+
 @pytest.mark.slow
 def test_every_parameter(recorded: Project) -> None:
     """Also: the reason names the parameter, its old value and its new one."""
-    path = recorded.root / "params.yaml"
-    original = path.read_bytes()
     yaml = YAML(typ="safe")
+    original = yaml.load(recorded.root / "params.yaml")
     readers = {stage: sections_of(stage) for stage in STAGES}
     assert direct() == {}
-    try:
-        for leaf in leaves(yaml.load(original)):
-            values = yaml.load(original)
-            before = at(values, leaf)
-            at(values, leaf[:-1])[leaf[-1]] = other(before)
-            yaml.dump(values, path)
-            found = direct()
-            name = ".".join(map(str, leaf))
-            print(row(name, set(found)))
-            assert set(found) == {stage for stage in STAGES if leaf[0] in readers[stage]}, name
-            for why in found.values():
-                assert why == (f"{name}: {brief(before)} → {brief(other(before))}",)
-    finally:
-        path.write_bytes(original)
+    for leaf in leaves(original):
+        values, before, name = deepcopy(original), at(original, leaf), ".".join(map(str, leaf))
+        at(values, leaf[:-1])[leaf[-1]] = other(before)
+        text = StringIO()
+        yaml.dump(values, text)
+        found = direct_with(recorded.root / "params.yaml", text.getvalue().encode(), name)
+        assert set(found) == {stage for stage in STAGES if leaf[0] in readers[stage]}, name
+        for why in found.values():
+            assert why == (f"{name}: {brief(before)} → {brief(other(before))}",)
 
 
 @pytest.mark.slow
@@ -114,15 +114,10 @@ def test_every_module(recorded: Project) -> None:
     for file in sorted((recorded.root / "tasks").rglob("*.py")):
         name = file.relative_to(recorded.root).as_posix()
         text = file.read_bytes()
-        file.write_bytes(text + b"\n# changed\n")
-        found = direct()
-        file.write_bytes(text)
-        print(row(name, set(found)))
+        found = direct_with(file, text + b"\n# changed\n", name)
         md5s = [hashlib.md5(content).hexdigest()[:8] for content in (text, text + b"\n# changed\n")]
         if name.startswith("tasks/rewards/custom/"):
-            assert set(found) == {"ppo", "grpo", "overoptimisation", "evaluate"}, (
-                "users' rewards: what scores reads them"
-            )
+            assert set(found) == {"ppo", "grpo", "overoptimisation", "evaluate"}, "what scores reads users' rewards"
             continue
         assert all(why == (f"{name} changed: {md5s[0]} → {md5s[1]}",) for why in found.values())
         for stage in STAGES:
@@ -131,19 +126,13 @@ def test_every_module(recorded: Project) -> None:
     for name in ("flows/pipeline.py", "flows/cli/main.py", "prefect.yaml", "infra/presets/tiny.yaml"):
         file = recorded.root / name
         if file.exists():
-            file.write_bytes(file.read_bytes() + b"\n# changed\n")
-            assert direct() == {}, name
+            assert direct_with(file, file.read_bytes() + b"\n# changed\n", name) == {}
 
 
 @pytest.mark.slow
 def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> None:
     lock = recorded.root / "requirements.lock"
-    text = lock.read_bytes()
-    lock.write_bytes(text.replace(b"torch==", b"torch==9"))
-    found = direct()
-    lock.write_bytes(text)
-    print(row("requirements.lock", set(found)))
-    assert set(found) == set(STAGES)
+    assert set(direct_with(lock, lock.read_bytes().replace(b"torch==", b"torch==9"), lock.name)) == set(STAGES)
 
 
 @pytest.mark.slow
@@ -158,14 +147,13 @@ def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> 
         ("preferences.heldout_pairs=5", ["preferences", "reward_model", "evaluate"]),
     ],
 )
-def test_what_then_runs(tiny: tuple[Project, str], tmp_path: Path, change: str, expected: list[str]) -> None:
+def test_what_then_runs(tiny_copy: Project, change: str, expected: list[str]) -> None:
     """Really run: a stage after it runs only if what it reads has come out different."""
-    project = tiny[0].copy(tmp_path / "project")
-    output = project.rlhf("run", "-S", change)
+    output = tiny_copy.rlhf("run", "-S", change)
     ran = [line.split()[1] for line in output.splitlines() if line.startswith("✓") and line.split()[2] == "ran"]
     assert set(ran) <= set(versioning_closure(expected)), output
     assert set(expected) - set(ran) <= {"evaluate", "reward_model"}, output
-    assert project.rlhf("run").count("cached") == len(STAGES)
+    assert tiny_copy.rlhf("run").count("cached") == len(STAGES)
 
 
 def versioning_closure(stages: list[str]) -> set[str]:
@@ -179,37 +167,22 @@ def versioning_closure(stages: list[str]) -> set[str]:
 
 
 @pytest.mark.slow
-def test_a_changed_byte_of_an_output_is_never_used(tiny: tuple[Project, str], tmp_path: Path) -> None:
-    """In the workspace it is restored; in the cache it is noticed, removed and computed again."""
-    project = tiny[0].copy(tmp_path / "project")
-    lock = project.lock()
-    weights = project.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
-    flip(weights)
-    output = project.rlhf("run")
-    assert "✓ sft              restored" in output
-    assert project.lock() == lock
-
-
-def flip(path: Path) -> None:
-    content = bytearray(path.read_bytes())
+def test_a_changed_byte_of_an_output_is_restored(tiny_copy: Project) -> None:
+    """In the workspace; in the cache it is noticed, removed and computed again: see test_faults.py."""
+    lock = tiny_copy.lock()
+    weights = tiny_copy.root / "artifacts" / "sft" / "adapter" / "adapter_model.safetensors"
+    content = bytearray(weights.read_bytes())
     content[len(content) // 2] ^= 1
-    path.unlink()
-    path.write_bytes(content)
+    weights.unlink()
+    weights.write_bytes(content)
+    assert "✓ sft              restored" in tiny_copy.rlhf("run")
+    assert tiny_copy.lock() == lock
 
 
-_imported: dict[str, set[str]] = {}
-
-
+@cache
 def imported(stage: str) -> set[str]:
     """The files of the project that importing the stage imports, relative to the root."""
-    if stage not in _imported:
-        code = (
-            f"import sys, tasks.{stage}\n"
-            "for module in list(sys.modules.values()):\n"
-            "    print(getattr(module, '__file__', None) or '')"
-        )
-        done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-        files = {Path(line) for line in done.stdout.splitlines() if line.startswith(str(ROOT / "tasks"))}
-        packages = {file for file in files if file.name == "__init__.py"}
-        _imported[stage] = {file.relative_to(ROOT).as_posix() for file in files - packages}
-    return _imported[stage]
+    code = f"import sys, tasks.{stage}\nfor module in [*sys.modules.values()]: print(getattr(module, '__file__', ''))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    files = {Path(line) for line in done.stdout.splitlines() if line.startswith(str(ROOT / "tasks"))}
+    return {file.relative_to(ROOT).as_posix() for file in files if file.name != "__init__.py"}

@@ -9,17 +9,14 @@ import sqlite3
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
 
 from tasks.core.rows import Prompt, read_rows
 from tasks.models.loading import load_policy, load_reference, load_tokenizer
-from tests.pipeline.conftest import PATIENCE, query
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import PATIENCE, Project, query, rlhf, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -48,18 +45,41 @@ with torch.no_grad():
 
 
 @pytest.fixture(scope="module")
-def promoted(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> Project:
-    """PPO was champion, DPO is, GRPO was refused; data/ is tracked by DVC, and all but params.yaml is committed."""
+def retrained(tiny: tuple[Project, str], tmp_path_factory: pytest.TempPathFactory) -> tuple[Project, list[str]]:
+    """PPO was champion, DPO is, GRPO was refused; and what each retrain printed.
+
+    data/ is tracked by DVC, and all but params.yaml is committed. On random models nobody wins, so the rules are set to
+    what each step is to show.
+    """
     project = tiny[0].copy(tmp_path_factory.mktemp("models") / "project")
     project.dvc("add", "data")
     project.commit()
-    project.rlhf("run", "-S", "gate.min_win_rate=0", "-S", "gate.margins={win_rate: 0.5}", "-S", "gate.policy=ppo")
-    project.rlhf("retrain")
-    project.rlhf("run", "-S", f"gate.policy={CHAMPION}")
-    project.rlhf("retrain")
-    project.rlhf("run", "-S", f"gate.policy={REFUSED}", "-S", "gate.min_win_rate=0.99")
-    assert f"gate {REFUSED}: refused" in project.rlhf("retrain")
-    return project
+    margins = "gate.margins={win_rate: 0.5, repetition: 1, truncated_share: 1}"
+    project.rlhf("run", "-S", "gate.min_win_rate=0", "-S", margins, "-S", "gate.policy=ppo")
+    outputs = [project.rlhf("retrain"), project.rlhf("retrain")]
+    for words in ([f"gate.policy={CHAMPION}"], [f"gate.policy={REFUSED}", "-S", "gate.min_win_rate=0.99"]):
+        project.rlhf("run", "-S", *words)
+        outputs.append(project.rlhf("retrain"))
+    return project, outputs
+
+
+@pytest.fixture(scope="module")
+def promoted(retrained: tuple[Project, list[str]]) -> Project:
+    return retrained[0]
+
+
+def test_retrain_promotes_refuses_and_says_why(retrained: tuple[Project, list[str]]) -> None:
+    project, outputs = retrained
+    gates = [next(line for line in output.splitlines() if line.startswith("gate ")) for output in outputs]
+    assert gates == ["gate ppo: promoted", "gate ppo: unchanged", "gate dpo: promoted", "gate grpo: refused"]
+    assert "win rate against SFT, lower end: " in outputs[0]
+    assert "win rate against the champion, lower end: " in outputs[2]
+    assert "required above 99%" in outputs[3]
+    database = project.root / "mlflow.db"
+    assert query(database, "select version from registered_model_aliases where alias = 'champion'") == [(2,)]
+    tags = dict(query(database, "select key, value from tags where key like 'gate%' order by rowid"))
+    assert tags["gate"] == "refused"
+    assert "above 99%" in tags["gate.reasons"]
 
 
 def registered(project: Project) -> dict[int, dict[str, Any]]:
@@ -68,16 +88,6 @@ def registered(project: Project) -> dict[int, dict[str, Any]]:
 
 def in_use(project: Project) -> int:
     return next(number for number, row in registered(project).items() if "champion" in row["aliases"])
-
-
-def typed(project: Project, text: str, *words: str) -> str:
-    """What our command says to these lines of standard input."""
-    command = [sys.executable, "-m", "flows.cli", *words]
-    done = subprocess.run(
-        command, cwd=project.root, env=project.environment, input=text, capture_output=True, text=True, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout
 
 
 def test_the_versions_are_listed(promoted: Project) -> None:
@@ -94,9 +104,7 @@ def test_the_versions_are_listed(promoted: Project) -> None:
 def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     found = json.loads(promoted.rlhf("lineage", "--json"))
     runs = dict(query(promoted.root / "mlflow.db", "select run_uuid, name from runs where status = 'FINISHED'"))
-    assert {name: runs[stage["run"]] for name, stage in found["stages"].items()} == {
-        name: name for name in found["stages"]
-    }
+    assert [runs[stage["run"]] for stage in found["stages"].values()] == list(found["stages"])
     assert runs[found["pipeline_run"]] == "pipeline"
     recorded = {md5 for stage in found["stages"].values() for md5 in stage["outputs"].values()}
     lock = promoted.lock()
@@ -118,19 +126,19 @@ def test_a_policy_goes_on_from_prompts(promoted: Project) -> None:
     words = ["generate", "the film is", "a plot", "--samples", "2", "--max-new-tokens", "3", "--json"]
     output = promoted.rlhf(*words)
     rows = [json.loads(line) for line in output.splitlines()]
-    assert [(row["prompt"], row["sample"]) for row in rows] == [
-        (prompt, sample) for prompt in ("the film is", "a plot") for sample in (0, 1)
-    ]
+    order = [(prompt, sample) for prompt in ("the film is", "a plot") for sample in (0, 1)]
+    assert [(row["prompt"], row["sample"]) for row in rows] == order
     assert promoted.rlhf(*words) == output
     assert promoted.rlhf(*words, "--seed", "1") != output
-    assert typed(promoted, "the film is\n\na plot\n", *words[:1], *words[3:]) == output
+    assert rlhf(promoted, *words[:1], *words[3:], input="the film is\n\na plot\n") == output
     stages = promoted.rlhf("generate", "x", "--model", "reward_model", expect=1)
     assert "there are 1, 2 (champion), 3 (challenger)" in stages
     assert "whose model writes: dpo, grpo, ppo, sft" in stages
 
 
 def test_a_chat_answers_each_line_until_its_end(promoted: Project) -> None:
-    output = typed(promoted, "the film is\n\na plot\n", "chat", "--model", "sft", "--max-new-tokens", "2")
+    words = ["chat", "--model", "sft", "--max-new-tokens", "2"]
+    output = rlhf(promoted, *words, input="the film is\n\na plot\n")
     assert "the film is" in output
     assert "a plot" in output
 
@@ -192,10 +200,9 @@ def test_a_version_is_made_again_from_nothing(promoted: Project) -> None:
 def test_weights_that_differ_are_reported(promoted: Project) -> None:
     database = sqlite3.connect(promoted.root / "mlflow.db")
     md5 = registered(promoted)[2]["weights"][f"{CHAMPION}/adapter"]
+    change = "update model_version_tags set value = replace(value, ?, 'other.dir') where key = 'weights'"
     with database:
-        database.execute(
-            "update model_version_tags set value = replace(value, ?, 'other.dir') where key = 'weights'", [md5]
-        )
+        database.execute(change, [md5])
     database.close()
     output = promoted.rlhf("reproduce", "2", expect=1)
     table = {words[0]: words[-1] for words in map(str.split, output.splitlines()) if words[-1:] in (["yes"], ["no"])}
@@ -206,7 +213,7 @@ def test_weights_that_differ_are_reported(promoted: Project) -> None:
 
 def test_an_interrupted_reproduction_leaves_nothing(promoted: Project) -> None:
     command = promoted.start("reproduce", "1")
-    promoted.wait_until(lambda: any((promoted.root / ".rlhf" / "reproduce").glob("*/artifacts/*/*")))
+    wait_for(lambda: any((promoted.root / ".rlhf" / "reproduce").glob("*/artifacts/*/*")))
     os.killpg(command.pid, signal.SIGINT)
     output, _ = command.communicate(timeout=PATIENCE)
     assert command.returncode == 130, output
@@ -216,5 +223,4 @@ def test_an_interrupted_reproduction_leaves_nothing(promoted: Project) -> None:
 
 def left_over(project: Project) -> list[str]:
     """Worktrees beside the project itself, and what lies in their place."""
-    trees = project.command("git", "worktree", "list").splitlines()[1:]
-    return [*trees, *(path.name for path in (project.root / ".rlhf").glob("reproduce/*"))]
+    return [*project.worktrees(), *(path.name for path in (project.root / ".rlhf").glob("reproduce/*"))]

@@ -2,28 +2,21 @@
 
 from __future__ import annotations
 
-import os
-import signal
 import time
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.conftest import PATIENCE, device_limit
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import PATIENCE, STAGES, Project, device_limit, wait_for
 
 pytestmark = pytest.mark.slow
 
 
-def test_side_by_side_gives_what_one_after_another_gives(fresh: Project, finished: tuple[Project, str]) -> None:
+def test_side_by_side_gives_what_one_after_another_gives(fresh: Project, finished: Project) -> None:
     output = fresh.rlhf("run", "--parallel", "2")
-    assert sorted(fresh.ran()) == ["collect", "gold_judge", "prepare", "sft"]
-    locks = [YAML(typ="safe").load(project.lock()) for project in (fresh, finished[0])]
+    assert sorted(fresh.ran()) == sorted(STAGES)
+    locks = [YAML(typ="safe").load(project.lock()) for project in (fresh, finished)]
     assert locks[0] == locks[1], "but for the order in which the stages were done"
     assert output.count("✓") == 4
     assert fresh.rlhf("run", "--parallel", "2").count("cached") == 4
@@ -36,7 +29,7 @@ def test_branches_overlap(project: Project) -> None:
     (project.root / ".rlhf" / "meet").touch()
     project.edit("params.yaml", "seed: 0", "seed: 1")
     project.rlhf("run", "--parallel", "2")
-    assert sorted(project.ran()) == ["collect", "gold_judge", "prepare", "sft"]
+    assert sorted(project.ran()) == sorted(STAGES)
 
 
 def test_a_limit_of_devices_holds_across_branches(project: Project) -> None:
@@ -53,11 +46,9 @@ def test_a_limit_of_devices_holds_across_branches(project: Project) -> None:
     assert len(others) == 3
 
 
-def test_a_limit_of_devices_holds_across_projects(
-    project: Project, finished: tuple[Project, str], tmp_path: Path
-) -> None:
+def test_a_limit_of_devices_holds_across_projects(project: Project, finished: Project, tmp_path: Path) -> None:
     """Two projects of one Prefect server, told by one trace."""
-    projects = [project, finished[0].copy(tmp_path / "other")]
+    projects = [project, finished.copy(tmp_path / "other")]
     trace = tmp_path / "trace"
     for one in projects:
         (one.root / ".rlhf" / "sleep").write_text("2")
@@ -79,9 +70,7 @@ def test_a_limit_of_devices_holds_across_projects(
 def test_a_failed_branch_lets_the_other_finish_and_is_reported(project: Project) -> None:
     (project.root / ".rlhf" / "sft.fails").touch()
     project.edit("params.yaml", "seed: 0", "seed: 1")
-    output = project.rlhf("run", "--parallel", "2", expect=1)
-    assert "the toy was told to fail" in output
-    assert "Traceback" not in output
+    assert "the toy was told to fail" in project.rlhf("run", "--parallel", "2", expect=1)
     (project.root / ".rlhf" / "sft.fails").unlink()
     project.ran()
     project.rlhf("run")
@@ -108,30 +97,11 @@ def test_a_stage_that_hangs_for_good_is_one_message(project: Project) -> None:
     assert "sft.epochs: 1 → 3" in project.rlhf("status")
 
 
-@pytest.mark.fault(
-    "SIGINT, SIGTERM or SIGKILL to a run with stages in their own processes", "the next run goes on from the checkpoint"
-)
-@pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_no_stage_outlives_its_run(project: Project, number: signal.Signals) -> None:
-    (project.root / ".rlhf" / "sft.resumable").touch()
-    project.edit("params.yaml", "epochs: 1", "epochs: 3")
-    process = project.start("run", "--parallel", "2")
-    project.wait_for(".rlhf/waiting")
-    os.kill(process.pid, number)
-    process.communicate(timeout=PATIENCE)
-    project.wait_until(lambda: not project.processes())
-    project.ran()
-    project.rlhf("run")
-    assert project.ran() == ["sft"]
-    assert (project.root / ".rlhf" / "resumed").read_text() == "True"
-
-
 def test_a_second_run_waits_and_then_finds_all_done(project: Project) -> None:
     """It must not change params.yaml under the first one's feet."""
     (project.root / ".rlhf" / "sleep").write_text("4")
     first = project.start("run", "-S", "sft.epochs=3")
-    project.wait_until(lambda: "epochs: 3" in (project.root / "params.yaml").read_text())
+    wait_for(lambda: "epochs: 3" in (project.root / "params.yaml").read_text())
     time.sleep(1)
     output = project.rlhf("run", "-S", "sft.epochs=4")
     assert "waiting for another run of this project" in output

@@ -7,16 +7,13 @@ import os
 import shutil
 import signal
 import sys
-from typing import TYPE_CHECKING
+from typing import Any
 
 import pytest
 
-from tests.pipeline.conftest import PATIENCE, query
+from tests.pipeline.conftest import PATIENCE, STAGES, Project, query
 
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
-
-NAMES = ["collect", "prepare", "sft", "gold_judge"]
+NAMES = list(STAGES)
 
 
 def results(output: str) -> dict[str, str]:
@@ -34,12 +31,10 @@ def test_after_a_flow_dvc_has_nothing_to_do(project: Project) -> None:
     assert "up to date" in project.rlhf("status")
 
 
-def test_after_dvc_repro_the_flow_is_cached_and_the_lock_is_the_same(
-    fresh: Project, finished: tuple[Project, str]
-) -> None:
+def test_after_dvc_repro_the_flow_is_cached_and_the_lock_is_the_same(fresh: Project, finished: Project) -> None:
     fresh.dvc("repro")
     assert fresh.ran() == NAMES
-    assert fresh.lock() == finished[0].lock()
+    assert fresh.lock() == finished.lock()
     output = fresh.rlhf("run")
     assert results(output) == dict.fromkeys(NAMES, "cached")
     assert fresh.ran() == []
@@ -53,8 +48,7 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert project.ran() == ["sft"]
     assert results(output) == {"collect": "cached", "prepare": "cached", "sft": "ran", "gold_judge": "cached"}
     assert '"epochs":7' in (project.root / "artifacts/sft/result/data.txt").read_text()
-    output = project.rlhf("status", "--json")
-    assert json.loads(output) == []
+    assert status(project) == []
     output = project.rlhf("run", "-S", "sft.epochs=1")
     assert results(output)["sft"] == "restored"
     assert project.ran() == []
@@ -62,18 +56,17 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert project.lock() == lock
 
 
-def test_status_names_the_one_item_of_a_list_that_changed(project: Project) -> None:
-    project.edit("params.yaml", "target_modules: [q_proj, v_proj]", "target_modules: [q_proj, k_proj]")
-    waiting = json.loads(project.rlhf("status", "--json"))
-    reasons = ["lora.target_modules.1: v_proj → k_proj"]
-    assert waiting == [{"stage": "sft", "action": "run", "reasons": reasons}]
+def status(project: Project) -> Any:
+    return json.loads(project.rlhf("status", "--json"))
 
 
-def test_status_names_an_input_that_is_new(project: Project) -> None:
+def test_status_names_an_input_that_is_new_and_the_one_item_of_a_list_that_changed(project: Project) -> None:
     (project.root / "tasks" / "more.py").touch()
     project.edit("dvc.yaml", "deps: [tasks/sft.py, ", "deps: [tasks/sft.py, tasks/more.py, ")
-    waiting = json.loads(project.rlhf("status", "--json"))
-    assert waiting == [{"stage": "sft", "action": "run", "reasons": ["tasks/more.py is a new input"]}]
+    project.edit("params.yaml", "target_modules: [q_proj, v_proj]", "target_modules: [q_proj, k_proj]")
+    (found,) = status(project)
+    assert (found["stage"], found["action"]) == ("sft", "run")
+    assert set(found["reasons"]) == {"tasks/more.py is a new input", "lora.target_modules.1: v_proj → k_proj"}
     project.rlhf("run")
     assert project.ran() == ["sft"]
 
@@ -96,10 +89,8 @@ def test_a_stage_that_is_off_writes_nothing_and_comes_back_from_the_cache(projec
 
 def test_a_deleted_output_is_restored_not_computed(project: Project) -> None:
     shutil.rmtree(project.root / "artifacts" / "sft" / "result")
-    output = project.rlhf("status", "--json")
-    assert json.loads(output) == [
-        {"stage": "sft", "action": "restore", "reasons": ["its output artifacts/sft/result is missing"]}
-    ]
+    reasons = ["its output artifacts/sft/result is missing"]
+    assert status(project) == [{"stage": "sft", "action": "restore", "reasons": reasons}]
     assert results(project.rlhf("run"))["sft"] == "restored"
     assert project.ran() == []
     assert (project.root / "artifacts" / "sft" / "result" / "data.txt").is_file()
@@ -124,14 +115,9 @@ def test_a_change_of_flows_or_of_recording_runs_nothing(project: Project) -> Non
 def test_a_failed_stage_leaves_the_lock_alone_and_says_why_once(project: Project) -> None:
     lock = project.lock()
     (project.root / ".rlhf" / "sft.fails").touch()
-    output = project.rlhf("run", "-S", "sft.epochs=9", expect=1)
-    assert output.count("the toy was told to fail") == 1
-    assert "Traceback" not in output
-    assert project.lock() == lock
-    output = project.dvc("repro", expect=255)
-    assert output.count("the toy was told to fail") == 1
-    assert "Traceback" not in output
-    assert project.lock() == lock
+    for output in (project.rlhf("run", "-S", "sft.epochs=9", expect=1), project.dvc("repro", expect=255)):
+        assert output.count("the toy was told to fail") == 1
+        assert project.lock() == lock
 
 
 def test_only_the_named_stage_and_what_it_needs(project: Project) -> None:
@@ -140,23 +126,10 @@ def test_only_the_named_stage_and_what_it_needs(project: Project) -> None:
     assert "no stage 'sfft'" in project.rlhf("run", "sfft", expect=1)
 
 
-def test_two_flows_at_once_run_each_stage_once(fresh: Project) -> None:
-    (fresh.root / ".rlhf").mkdir()
-    (fresh.root / ".rlhf" / "sleep").write_text("0.5")
-    both = [fresh.start("run") for _ in range(2)]
-    output = [process.communicate(timeout=200)[0] for process in both]
-    assert [process.returncode for process in both] == [0, 0], output
-    assert sorted(fresh.ran()) == sorted(NAMES)
-    assert "up to date" in fresh.dvc("status")
-
-
 def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:
     """Ctrl-C as a terminal sends it, to the whole group, with the temporary server that a flow brings up by itself."""
-    state = project.root / ".rlhf"
-    (state / "sft.resumable").touch()
     alone = {name: value for name, value in project.environment.items() if name != "PREFECT_API_URL"}
-    process = project.start("run", "-S", "sft.epochs=3", environment=alone)
-    project.wait_for(".rlhf/waiting")
+    process = project.start_and_hold("run", environment=alone)
     os.killpg(process.pid, signal.SIGINT)
     output = process.communicate(timeout=PATIENCE)[0]
     assert process.returncode == 130, output
@@ -164,9 +137,8 @@ def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:
     assert "Traceback" not in output
     newest = query(project.root / "mlflow.db", "select name, status from runs order by start_time desc limit 2")
     assert sorted(newest) == [("pipeline", "KILLED"), ("sft", "KILLED")]
-    assert results(project.rlhf("run"))["sft"] == "ran"
-    assert (state / "resumed").read_text() == "True"
-    assert list((state / "checkpoints" / "sft").iterdir()) == [], "a finished run removes its checkpoints"
+    assert results(project.check_resumed())["sft"] == "ran"
+    assert list((project.root / ".rlhf/checkpoints/sft").iterdir()) == [], "a finished run removes its checkpoints"
 
 
 def test_inputs_that_change_during_a_run_are_not_recorded(project: Project) -> None:
@@ -183,15 +155,14 @@ def test_inputs_that_change_during_a_run_are_not_recorded(project: Project) -> N
     assert project.lock() == lock
 
 
-def keys(project: Project) -> dict[str, str]:
+def keys(project: Project) -> Any:
     code = "import json, tasks.runtime.dvc_stages as v; print(json.dumps({n: v.stage_key(n) for n in v.graph()}))"
-    found: dict[str, str] = json.loads(project.command(sys.executable, "-c", code))
-    return found
+    return json.loads(project.command(sys.executable, "-c", code))
 
 
 @pytest.fixture(scope="module")
-def first_keys(finished: tuple[Project, str]) -> dict[str, str]:
-    return keys(finished[0])
+def first_keys(finished: Project) -> Any:
+    return keys(finished)
 
 
 @pytest.mark.parametrize(
@@ -217,13 +188,9 @@ def test_the_key_changes_with_one_byte_of_what_a_stage_reads_and_with_nothing_el
 
 def test_an_error_of_dvc_is_one_message(project: Project) -> None:
     (project.root / "data.txt").unlink()
-    output = project.rlhf("run", expect=1)
-    assert "data.txt" in output
-    assert "Traceback" not in output
+    assert "data.txt" in project.rlhf("run", expect=1)
     (project.root / "dvc.yaml").write_text("stages: [")
-    output = project.rlhf("run", expect=1)
-    assert "dvc.yaml" in output
-    assert "Traceback" not in output
+    assert "dvc.yaml" in project.rlhf("run", expect=1)
 
 
 def test_a_fully_cached_flow_imports_no_model_library(project: Project) -> None:
@@ -239,11 +206,9 @@ def test_a_fully_cached_flow_imports_no_model_library(project: Project) -> None:
 
 @pytest.mark.slow
 def test_dvc_exp_run_works(project: Project) -> None:
-    git = ["git", "-c", "user.name=a", "-c", "user.email=a@example.org"]
-    project.command(*git, "add", "-A")
-    project.command(*git, "commit", "-qm", "first")
-    project.command(*git, "config", "user.name", "a")
-    project.command(*git, "config", "user.email", "a@example.org")
+    project.commit()
+    project.command("git", "config", "user.name", "a")
+    project.command("git", "config", "user.email", "a@example.org")
     project.dvc("exp", "run", "-S", "sft.epochs=6")
     assert project.ran() == ["sft"]
     assert results(project.rlhf("run")) == dict.fromkeys(NAMES, "cached")

@@ -14,7 +14,7 @@ import pytest
 
 from flows import processes
 from tasks.core.errors import DataError, StageError
-from tests.pipeline.conftest import wait_for
+from tests.pipeline.conftest import is_dead, wait_for
 
 CHILD = """
 import os, sys, time
@@ -30,29 +30,30 @@ def run(body: str, **options: float | Path) -> None:
     processes.run_python(["-c", CHILD.format(body=body)], "the child", **options)  # type: ignore[arg-type]
 
 
-def test_an_error_of_ours_crosses_as_itself() -> None:
-    with pytest.raises(DataError, match=r"^too few rows$"):
-        run("raise DataError('too few rows')")
-
-
-def test_another_error_is_named_and_its_traceback_is_in_the_log(tmp_path: Path) -> None:
-    log = tmp_path / "logs" / "child.log"
-    with pytest.raises(StageError, match=f"^the child: no such key; see {log}$"):
-        run("raise RuntimeError('no such key')", log=log)
-    assert "Traceback" in log.read_text()
-
-
-def test_of_several_processes_the_first_to_fail_is_heard() -> None:
-    with pytest.raises(StageError, match=r"^the child, rank 1: the first$"):
-        run(
+@pytest.mark.parametrize(
+    ("body", "kind", "message"),
+    [
+        ("raise DataError('too few rows')", DataError, "^too few rows$"),
+        ("raise RuntimeError('no such key')", StageError, "^the child: no such key; see .*child.log$"),
+        (
             "os.environ['RANK'] = '1'; processes.write_error(RuntimeError('the first')); "
-            "os.environ['RANK'] = '0'; raise DataError('it missed rank 1')"
-        )
-
-
-def test_one_that_ends_without_an_error_gives_its_status_and_last_words(tmp_path: Path) -> None:
-    with pytest.raises(StageError, match=r"^the child: its process ended with status 7; see .*\nout of memory$"):
-        run("print('out of memory', flush=True); os._exit(7)", log=tmp_path / "log")
+            "os.environ['RANK'] = '0'; raise DataError('it missed rank 1')",
+            StageError,
+            "^the child, rank 1: the first; see .*child.log$",
+        ),
+        (
+            "print('out of memory', flush=True); os._exit(7)",
+            StageError,
+            "^the child: its process ended with status 7; see .*\nout of memory$",
+        ),
+    ],
+    ids=["ours as itself", "another by its message", "the first of several", "none: status and last words"],
+)
+def test_an_error_crosses(body: str, kind: type[Exception], message: str, tmp_path: Path) -> None:
+    log = tmp_path / "logs" / "child.log"
+    with pytest.raises(kind, match=message):
+        run(body, log=log)
+    assert ("Traceback" in log.read_text()) == ("RuntimeError('no such key')" in body)
 
 
 def test_one_that_hangs_is_ended(tmp_path: Path) -> None:
@@ -96,4 +97,4 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
         wait_for(lambda: (tmp_path / "pid").exists() and bool((tmp_path / "pid").read_text()))
         process.kill()
     pid = int((tmp_path / "pid").read_text())
-    wait_for(lambda: not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE)
+    wait_for(lambda: is_dead(pid))

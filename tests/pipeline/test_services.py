@@ -10,15 +10,12 @@ import subprocess
 import sys
 import time
 from datetime import datetime
-from typing import TYPE_CHECKING
+from functools import partial
 
 import psutil
 import pytest
 
-from tests.pipeline.conftest import ask, deployment_run, prefect, query, rlhf, services, wait_for, wait_for_state
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
+from tests.pipeline.conftest import Project, is_dead, query, rlhf, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -39,11 +36,11 @@ def test_a_run_uses_them(standing: Project) -> None:
 
 
 def test_up_again_starts_nothing_but_what_is_gone(standing: Project) -> None:
-    before = services(standing)
+    before = standing.services()
     os.kill(before["worker"]["pid"], signal.SIGKILL)
-    wait_for(lambda: not psutil.pid_exists(before["worker"]["pid"]) or _is_dead(before["worker"]["pid"]))
+    wait_for(lambda: is_dead(before["worker"]["pid"]))
     rlhf(standing, "up")
-    after = services(standing)
+    after = standing.services()
     assert after["prefect"] == before["prefect"]
     assert after["mlflow"] == before["mlflow"]
     assert psutil.Process(after["worker"]["pid"]).is_running()
@@ -54,7 +51,7 @@ LAST_RUNS = "select name, status from runs where start_time >= ? and name in ('p
 
 def family(project: Project) -> set[int]:
     """Every process that works in the project, and what the services have started elsewhere."""
-    roots = [*project.processes(), *(psutil.Process(row["pid"]) for row in services(project).values())]
+    roots = [*project.processes(), *(psutil.Process(row["pid"]) for row in project.services().values())]
     return {member.pid for root in roots for member in [root, *root.children(recursive=True)]}
 
 
@@ -67,27 +64,24 @@ def test_a_cancelled_run_leaves_nothing_behind(standing: Project, parallel: int)
     (state / "sft.resumable").touch()
     (state / "waiting").unlink(missing_ok=True)
     (standing.root / "requirements.lock").write_text(f"toy=={parallel + 2}\n")
-    address = services(standing)["prefect"]["address"]
+    address = standing.services()["prefect"]["address"]
     begun = str(int(time.time() * 1000))
-    run = deployment_run(standing, "rlhf/nightly", parallel=parallel)
+    run = standing.run_deployment("rlhf/nightly", parallel=parallel)
     standing.wait_for(".rlhf/waiting")
     lock = standing.lock()
-    with prefect(standing) as client:
+    with standing.prefect() as client:
         assert client.read_global_concurrency_limit_by_name("device").active_slots == 1
     command = [sys.executable, "-m", "prefect", "flow-run", "cancel", str(run)]
     subprocess.run(command, env=standing.environment | {"PREFECT_API_URL": address}, check=True, capture_output=True)
-    wait_for_state(standing, run, "Cancelled")
-    standing.wait_until(lambda: family(standing) == before)
-    with prefect(standing) as client:
+    standing.wait_for_state(run, "Cancelled")
+    wait_for(lambda: family(standing) == before)
+    with standing.prefect() as client:
         assert client.read_global_concurrency_limit_by_name("device").active_slots == 0
     assert standing.lock() == lock
     assert "sft" in standing.dvc("status")
     runs = dict(query(standing.root / "mlflow.db", LAST_RUNS, begun))
     assert runs == {"pipeline": "KILLED", "sft": "KILLED"}
-    standing.ran()
-    assert "waiting for the device" not in rlhf(standing, "run")
-    assert standing.ran() == ["sft"]
-    assert (state / "resumed").read_text() == "True"
+    assert "waiting for the device" not in standing.check_resumed(partial(rlhf, standing))
     assert "up to date" in standing.dvc("status")
     (state / "sft.resumable").unlink()
 
@@ -99,12 +93,12 @@ def test_the_cron_deployment_runs_and_never_twice_at_once(standing: Project) -> 
     (state / "sleep").write_text("3")
     standing.edit("tasks/shared.py", '"a"', '"b"')
     rlhf(standing, "up")
-    standing.wait_until(lambda: sum(name == "Completed" for name, _, _ in ask(standing, RUNS)) >= 2)
+    wait_for(lambda: sum(name == "Completed" for name, _, _ in standing.ask(RUNS)) >= 2)
     standing.edit("prefect.yaml", EVERY_FIVE_SECONDS, '"0 2 * * *"')
     (state / "sleep").unlink()
     rlhf(standing, "up")
     assert standing.ran() == ["collect", "prepare", "sft", "gold_judge"], "the second run found all done"
-    spans = [[datetime.fromisoformat(time) for time in row[1:] if time] for row in ask(standing, RUNS)]
+    spans = [[datetime.fromisoformat(time) for time in row[1:] if time] for row in standing.ask(RUNS)]
     assert all(one[1] <= other[0] for one, other in itertools.pairwise(spans) if len(one) == 2)
 
 
@@ -115,17 +109,14 @@ def test_down_ends_everything_and_a_run_that_is_going_on(standing: Project) -> N
     (state / "waiting").unlink(missing_ok=True)
     standing.edit("params.yaml", "epochs: 1", "epochs: 3")
     begun = str(int(time.time() * 1000))
-    deployment_run(standing, "rlhf/nightly")
+    standing.run_deployment("rlhf/nightly")
     standing.wait_for(".rlhf/waiting")
     output = rlhf(standing, "down")
     assert output.strip() == "ended: worker, mlflow, prefect"
     assert standing.processes() == []
     assert dict(query(standing.root / "mlflow.db", LAST_RUNS, begun)) == {"pipeline": "KILLED", "sft": "KILLED"}
     assert "nothing was up" in rlhf(standing, "down")
-    standing.ran()
-    assert "temporary" in rlhf(standing, "run")
-    assert standing.ran() == ["sft"]
-    assert (state / "resumed").read_text() == "True"
+    assert "temporary" in standing.check_resumed(partial(rlhf, standing))
 
 
 def test_a_port_that_is_taken_is_one_message(fresh: Project) -> None:
@@ -136,10 +127,4 @@ def test_a_port_that_is_taken_is_one_message(fresh: Project) -> None:
         output = rlhf(fresh, "up", "--prefect-port", str(port), expect=1)
     assert f"port {port} for prefect is taken" in output
     assert f"--prefect-port {port + 1}" in output
-    assert "Traceback" not in output
     assert fresh.processes() == []
-
-
-def _is_dead(pid: int) -> bool:
-    time.sleep(0.1)
-    return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import shutil
 from collections import Counter
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
@@ -13,14 +11,7 @@ from filelock import FileLock
 from flows.experiments import expand_grid
 from flows.worktrees import worktree
 from tasks.core.errors import ConfigError
-from tests.pipeline.conftest import query
-
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
-
-
-def ask(project: Project, question: str) -> list[tuple[str, ...]]:
-    return query(project.root / "mlflow.db", question)
+from tests.pipeline.conftest import Project, query
 
 
 @pytest.mark.slow
@@ -32,15 +23,15 @@ def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
     before = (fresh.root / "params.yaml").read_text()
     output = fresh.rlhf("sweep", "-S", "sft.epochs=2,3")
     assert "variant 2 of 2: sft.epochs=3" in output
-    runs = Counter(name for (name,) in ask(fresh, "select name from runs"))
+    database = fresh.root / "mlflow.db"
+    runs = Counter(name for (name,) in query(database, "select name from runs"))
     stages = {"collect": 1, "prepare": 1, "gold_judge": 1, "sft": 2}
     assert runs == stages | {"sft.epochs=2": 1, "sft.epochs=3": 1}
-    sweeps = ask(fresh, "select value from tags where key = 'rlhf.sweep'")
-    assert len(sweeps) == 2
-    assert len(set(sweeps)) == 1
+    sweeps = query(database, "select value from tags where key = 'rlhf.sweep'")
+    assert (len(sweeps), len(set(sweeps))) == (2, 1)
     assert (fresh.root / "params.yaml").read_text() == before
     assert not (fresh.root / "artifacts").exists(), "the project itself is left alone"
-    assert fresh.command("git", "worktree", "list").count("\n") == 1
+    assert fresh.worktrees() == set()
     fresh.rlhf("run", "-S", "sft.epochs=3")
     assert fresh.ran() == [], "all of it was in the cache"
     assert "not committed" in (fresh.root / "artifacts/sft/result/data.txt").read_text()
@@ -49,16 +40,10 @@ def test_every_variant_once_and_what_they_share_once(fresh: Project) -> None:
 @pytest.mark.slow
 def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Project) -> None:
     fresh.commit()
-    output = fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)
-    assert "variant sft.epochs=-1 failed" in output
-    assert "Traceback" not in output
-    assert fresh.command("git", "worktree", "list").count("\n") == 1
+    assert "variant sft.epochs=-1 failed" in fresh.rlhf("sweep", "-S", "sft.epochs=2,-1", expect=1)
+    assert fresh.worktrees() == set()
     fresh.rlhf("run", "-S", "sft.epochs=2")
     assert fresh.ran() == []
-
-
-def test_without_a_commit_it_says_so(fresh: Project) -> None:
-    assert "variants need a git commit" in fresh.rlhf("sweep", "-S", "seed=1,2", expect=1)
 
 
 def test_worktrees_that_a_killed_process_has_left_are_removed(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,24 +57,16 @@ def test_worktrees_that_a_killed_process_has_left_are_removed(fresh: Project, mo
     (folders["running"] / ".rlhf").mkdir()
     made = folders["made"].with_name("made.lock")
     with FileLock(made), FileLock(folders["running"] / ".rlhf" / "run.lock"), worktree(folders["new"], "HEAD"):
-        assert worktrees(fresh) == {"made", "running", "new"}
-    assert worktrees(fresh) == {"made", "running"}
+        assert fresh.worktrees() == {"made", "running", "new"}
+    assert fresh.worktrees() == {"made", "running"}
     with worktree(folders["new"], "HEAD"):
-        assert worktrees(fresh) == {"new"}
-    assert sorted(path.name for path in folders["new"].parent.iterdir()) == []
-
-
-def worktrees(project: Project) -> set[str]:
-    lines = project.command("git", "worktree", "list").splitlines()
-    return {Path(line.split()[0]).name for line in lines[1:]}
+        assert fresh.worktrees() == {"new"}
+    assert list(folders["new"].parent.iterdir()) == []
 
 
 def test_combinations() -> None:
     assert expand_grid(["a.b=1,2", "c=x"]) == [("a.b=1", "c=x"), ("a.b=2", "c=x")]
     assert expand_grid(["a=[1,2],{b: 3, c: 4}"]) == [("a=[1,2]",), ("a={b: 3, c: 4}",)]
-
-
-@pytest.mark.parametrize("setting", ["a", "=1"])
-def test_a_setting_without_key_or_value_is_refused(setting: str) -> None:
-    with pytest.raises(ConfigError):
-        expand_grid([setting])
+    for incomplete in ("a", "=1"):
+        with pytest.raises(ConfigError):
+            expand_grid([incomplete])

@@ -6,18 +6,13 @@ import csv
 import json
 import math
 import shutil
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.conftest import query
+from tests.pipeline.conftest import ROOT, Project
 
-if TYPE_CHECKING:
-    from tests.pipeline.conftest import Project
-
-ROOT = Path(__file__).resolve().parents[2]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = list(PIPELINE["stages"])
 FIGURES = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
@@ -81,55 +76,12 @@ def test_a_stage_opens_only_what_dvc_yaml_says_it_reads(tiny: tuple[Project, str
 
 
 @pytest.mark.slow
-def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny: tuple[Project, str], tmp_path: Path) -> None:
+def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny_copy: Project) -> None:
     """Every stage in a process of its own, no cache: the same hashes in dvc.lock, weights included."""
-    project = tiny[0].copy(tmp_path / "project")
+    project = tiny_copy
     lock = project.lock()
     for path in ("artifacts", ".dvc/cache", ".rlhf", "dvc.lock"):
         shutil.rmtree(project.root / path, ignore_errors=True)
     (project.root / "dvc.lock").unlink(missing_ok=True)
     project.dvc("repro")
     assert project.lock() == lock
-
-
-CHAMPION = "select version from registered_model_aliases where alias = 'champion'"
-
-
-def gate_of(output: str) -> str:
-    return next(line for line in output.splitlines() if line.startswith("gate "))
-
-
-@pytest.mark.slow
-def test_retrain_promotes_refuses_and_says_why(tiny: tuple[Project, str], tmp_path: Path) -> None:
-    """On random models nobody wins, so the rules are set to what each step is to show."""
-    project = tiny[0].copy(tmp_path / "project")
-    lenient = [
-        "-S",
-        "gate.min_win_rate=0",
-        "-S",
-        "gate.margins={win_rate: 0.5, repetition: 1, truncated_share: 1}",
-        "-S",
-        "gate.policy=ppo",
-    ]
-    project.rlhf("run", *lenient)
-    first = project.rlhf("retrain")
-    assert gate_of(first) == "gate ppo: promoted"
-    assert "win rate against SFT, lower end: " in first
-    assert gate_of(project.rlhf("retrain")) == "gate ppo: unchanged"
-    project.rlhf("run", "-S", "gate.policy=dpo")
-    second = project.rlhf("retrain")
-    assert gate_of(second) == "gate dpo: promoted"
-    assert "win rate against the champion, lower end: " in second
-    assert database(project, CHAMPION) == [("2",)]
-    project.rlhf("run", "-S", "gate.policy=grpo", "-S", "gate.max_kl=0.000001")
-    third = project.rlhf("retrain")
-    assert gate_of(third) == "gate grpo: refused"
-    assert "required at most 1e-06 nats" in third
-    assert database(project, CHAMPION) == [("2",)]
-    tags = dict(database(project, "select key, value from tags where key like 'gate%' order by rowid"))
-    assert tags["gate"] == "refused"
-    assert "1e-06" in tags["gate.reasons"]
-
-
-def database(project: Project, question: str) -> list[tuple[Any, ...]]:
-    return [tuple(str(value) for value in row) for row in query(project.root / "mlflow.db", question)]

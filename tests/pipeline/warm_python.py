@@ -1,6 +1,6 @@
 """A Python that has imported the slow libraries and forks a child for each command: seconds less for every test.
 
-Reads JSON lines `{"root": …, "words": […], "output": …}` from standard input; for each it runs `flows.cli` of that
+Reads JSON lines `{"root": …, "words": […], "output": …}` from standard input; for each it runs `rlhf` of that
 project as a fresh process would, its output in a file, and answers with the exit status.
 """
 
@@ -30,7 +30,7 @@ def main() -> None:
     os.chdir(request["root"])
     sys.path[0] = request["root"]
     sys.argv = ["rlhf", *request["words"]]
-    runpy.run_module("flows.cli", run_name="__main__", alter_sys=True)
+    runpy.run_module("flows.cli.main", run_name="__main__", alter_sys=True)
 
 
 if __name__ == "__main__":

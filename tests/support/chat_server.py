@@ -63,10 +63,8 @@ def serving(say: Callable[[str], str | None]) -> Iterator[Chat]:
                 return
             chat.asked.append(request)
             message = {"role": "assistant", "content": chat.say(request["messages"][0]["content"])}
-            completion: dict[str, Any] = {
-                "id": "1", "object": "chat.completion", "created": 0, "model": f"{request['model']}-0613",
-                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
-            }  # fmt: skip
+            completion = {"id": "1", "object": "chat.completion", "created": 0, "model": f"{request['model']}-0613"}
+            completion["choices"] = [{"index": 0, "finish_reason": "stop", "message": message}]
             if chat.counts:
                 completion["usage"] = {"prompt_tokens": TOKENS - 1, "completion_tokens": 1, "total_tokens": TOKENS}
             self._send(200, completion)

@@ -21,21 +21,31 @@ from tasks.config.training import RLParams
 from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, trainer, weights
 
 
-def main(params: RLParams, folder: Path, last: int | None) -> None:
+def kill_at(last: int | None) -> Callable[[], None]:
+    """A function whose call of that number kills this process."""
     moments = itertools.count(1)
 
     def moment() -> None:
         if next(moments) == last:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    def watched(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any) -> Any:
-            moment()
-            result = function(*arguments)
-            moment()
-            return result
+    return moment
 
-        return call
+
+def between(moment: Callable[[], None], function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, with a moment before and one after it."""
+
+    def call(*arguments: Any, **options: Any) -> Any:
+        moment()
+        result = function(*arguments, **options)
+        moment()
+        return result
+
+    return call
+
+
+def main(params: RLParams, folder: Path, last: int | None) -> None:
+    moment = kill_at(last)
 
     def slow_save(state: Any, file: io.BufferedWriter) -> None:
         buffer = io.BytesIO()
@@ -48,7 +58,7 @@ def main(params: RLParams, folder: Path, last: int | None) -> None:
 
     run = trainer(params, checkpoints=folder / "checkpoints", updates=6, checkpoint_every=1)
     for part, name in ((run, "sample"), (run, "score"), (run.updater, "step")):
-        setattr(part, name, watched(getattr(part, name)))
+        setattr(part, name, between(moment, getattr(part, name)))
     save, torch.save = torch.save, slow_save
     run.train()
     folder.mkdir(exist_ok=True)

@@ -2,13 +2,11 @@
 
 A run kills itself at one of its moments: the begin or the end of an optimiser step, half-way through one of the files
 of a checkpoint, or beside the writing of its mark. In the end one run goes on to the last step, and another, in
-FOLDER/STAGE/whole, is not interrupted at all. Each run is a fork of this process, which has imported everything and
-computed nothing.
+FOLDER/sft/whole, is not interrupted at all. Each run is a fork of this process, which has computed nothing.
 """
 
 from __future__ import annotations
 
-import itertools
 import os
 import random
 import signal
@@ -24,6 +22,7 @@ from transformers import TrainerState
 from tasks.core import tracking
 from tasks.models import hf_training
 from tasks.models.hf_training import HistoryCallback
+from tests.support.killed_run import between, kill_at
 from tests.support.tiny_stages import RUNS
 
 CHECKPOINT_MOMENTS = 8
@@ -32,11 +31,7 @@ CHECKPOINT_MOMENTS = 8
 
 def watch(last: int) -> None:
     """Kill the process at this moment."""
-    moments = itertools.count(1)
-
-    def moment() -> None:
-        if next(moments) == last:
-            os.kill(os.getpid(), signal.SIGKILL)
+    moment = kill_at(last)
 
     def halved(write: Callable[..., Any]) -> Callable[..., Any]:
         def call(*arguments: Any, **options: Any) -> None:
@@ -49,19 +44,11 @@ def watch(last: int) -> None:
 
         return call
 
-    def between(function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*arguments: Any, **options: Any) -> None:
-            moment()
-            function(*arguments, **options)
-            moment()
-
-        return call
-
     torch.save = halved(torch.save)
     peft.peft_model.safe_save_file = halved(peft.peft_model.safe_save_file)
     TrainerState.save_to_json = halved(TrainerState.save_to_json)
-    HistoryCallback.on_step_end = between(HistoryCallback.on_step_end)
-    HistoryCallback.on_save = between(HistoryCallback.on_save)
+    HistoryCallback.on_step_end = between(moment, HistoryCallback.on_step_end)
+    HistoryCallback.on_save = between(moment, HistoryCallback.on_save)
 
 
 def run(stage: str, inputs: Path, folder: Path, last: int | None) -> int:

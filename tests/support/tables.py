@@ -43,27 +43,17 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    if _faults:
-        _write_faults(terminalreporter)
-    if _attacks:
-        _write_attacks(terminalreporter)
-
-
-def _write_faults(terminalreporter: pytest.TerminalReporter) -> None:
-    """What was injected, and what came of it: a test that failed proves nothing of its fault."""
-    terminalreporter.section("faults")
-    terminalreporter.write_line("| fault | times injected | what happened | lost or corrupt |\n|---|---|---|---|")
+    write = terminalreporter.write_line
+    if _faults:  # a test that failed proves nothing of its fault
+        terminalreporter.section("faults")
+        write("| fault | times injected | what happened | lost or corrupt |\n|---|---|---|---|")
     for (name, outcome), ends in _faults.items():
         times, failed = ends["passed"] + ends["failed"], ends["failed"]
         lost = f"{failed} failed, see above" if failed else "nothing" if times else "skipped"
-        terminalreporter.write_line(f"| {name} | {times} | {outcome} | {lost} |")
-
-
-def _write_attacks(terminalreporter: pytest.TerminalReporter) -> None:
-    """Every attack, and how many succeeded."""
-    terminalreporter.section("attacks on the sandbox")
-    terminalreporter.write_line("| attack | what happened | success |\n|---|---|---|")
-    for name, (happened, won) in _attacks.items():
-        terminalreporter.write_line(f"| {name} | {happened} | {won or 'no'} |")
-    succeeded = sum(bool(won) for _, won in _attacks.values())
-    terminalreporter.write_line(f"{len(_attacks)} attacks, {succeeded} succeeded")
+        write(f"| {name} | {times} | {outcome} | {lost} |")
+    if _attacks:
+        terminalreporter.section("attacks on the sandbox")
+        write("| attack | what happened | success |\n|---|---|---|")
+        for name, (happened, won) in _attacks.items():
+            write(f"| {name} | {happened} | {won or 'no'} |")
+        write(f"{len(_attacks)} attacks, {sum(bool(won) for _, won in _attacks.values())} succeeded")

@@ -6,7 +6,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -43,17 +44,19 @@ def outputs(folder: Path) -> dict[str, bytes]:
     return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
-def after_step(number: int, then: Callable[[Any], None]) -> pytest.MonkeyPatch:
+@contextmanager
+def after_step(number: int, then: Callable[[Any], None]) -> Iterator[None]:
     """Do something to the model at the end of a step."""
-    patch, original = pytest.MonkeyPatch(), hf_training.HistoryCallback.on_step_end
+    original = hf_training.HistoryCallback.on_step_end
 
     def on_step_end(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         original(self, args, state, control, **kwargs)
         if state.global_step == number:
             then(kwargs["model"])
 
-    patch.setattr(hf_training.HistoryCallback, "on_step_end", on_step_end)
-    return patch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_training.HistoryCallback, "on_step_end", on_step_end)
+        yield
 
 
 def interrupt(model: Any) -> None:
@@ -69,22 +72,13 @@ def run(stage: str, inputs: Path, folder: Path) -> None:
 
 def run_until(step: int, stage: str, inputs: Path, folder: Path) -> list[str]:
     """The checkpoints that a run leaves which is interrupted after this step."""
-    patch = after_step(step, interrupt)
-    with pytest.raises(InterruptedRunError):
+    with after_step(step, interrupt), pytest.raises(InterruptedRunError):
         run(stage, inputs, folder)
-    patch.undo()
     return checkpoints(folder)
 
 
 def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("checkpoint-*"))
-
-
-def cut_short(checkpoint: Path) -> None:
-    """As a kill in the middle of the last file would leave it."""
-    (checkpoint / hf_training.COMPLETE_MARKER).unlink()
-    state = checkpoint / "trainer_state.json"
-    state.write_text(state.read_text()[:100])
 
 
 @pytest.mark.parametrize("stage", [stage for stage in RUNS if stage != "grpo"])
@@ -123,10 +117,10 @@ def test_an_rl_stage_interrupted_between_updates_writes_the_same(
             raise InterruptedRunError
         return score(self, rollout)
 
-    monkeypatch.setattr(RLTrainer, "score", interrupted)
-    with pytest.raises(InterruptedRunError):
-        run("grpo", inputs, tmp_path)
-    monkeypatch.setattr(RLTrainer, "score", score)
+    with monkeypatch.context() as patch:
+        patch.setattr(RLTrainer, "score", interrupted)
+        with pytest.raises(InterruptedRunError):
+            run("grpo", inputs, tmp_path)
     curves = Curves()
     with tracking.active_run(tracking.ActiveRun("grpo", curves, checkpoints=tmp_path / "checkpoints")):
         RUNS["grpo"](inputs, tmp_path / "out")
@@ -155,7 +149,9 @@ def test_a_checkpoint_cut_short_is_passed_over(
 ) -> None:
     run("gold_judge", inputs, tmp_path / "whole")
     run_until(2 * EVERY + 1, "gold_judge", inputs, tmp_path)
-    cut_short(tmp_path / "checkpoints" / f"checkpoint-{2 * EVERY}")
+    newest = tmp_path / "checkpoints" / f"checkpoint-{2 * EVERY}"
+    (newest / hf_training.COMPLETE_MARKER).unlink()  # as a kill in the middle of the last file would leave it
+    (newest / "trainer_state.json").write_text((newest / "trainer_state.json").read_text()[:100])
     run("gold_judge", inputs, tmp_path)
     assert f"goes on from step {EVERY} of 20" in capsys.readouterr().out
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole" / "out")
@@ -165,12 +161,12 @@ def test_weights_that_are_not_finite_are_never_saved(inputs: Path, tmp_path: Pat
     def spoil(model: Any) -> None:
         next(parameter for parameter in model.parameters() if parameter.requires_grad).data.fill_(float("nan"))
 
-    patch = after_step(EVERY + 2, spoil)
-    with pytest.raises(TrainingError, match=r"step 10: .*nan.*lower learning_rate; the checkpoint of step 5 is kept"):
-        run("gold_judge", inputs, tmp_path)
-    with pytest.raises(TrainingError, match=r"lower learning_rate$"):
-        RUNS["gold_judge"](inputs, tmp_path / "plain")
-    patch.undo()
+    kept = r"step 10: .*nan.*lower learning_rate; the checkpoint of step 5 is kept"
+    with after_step(EVERY + 2, spoil):
+        with pytest.raises(TrainingError, match=kept):
+            run("gold_judge", inputs, tmp_path)
+        with pytest.raises(TrainingError, match=r"lower learning_rate$"):
+            RUNS["gold_judge"](inputs, tmp_path / "plain")
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["checkpoint-5"]
 
 
@@ -208,10 +204,8 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
         if len(models) == 2:
             raise InterruptedRunError
 
-    patch = after_step(EVERY + 2, interrupt_the_second)
-    with pytest.raises(InterruptedRunError):
+    with after_step(EVERY + 2, interrupt_the_second), pytest.raises(InterruptedRunError):
         run("reward_model", inputs, tmp_path)
-    patch.undo()
     folder = tmp_path / "checkpoints"
     assert checkpoints(tmp_path) == ["checkpoint-10", "checkpoint-15"]
     assert [path.name for path in (folder / "member_1").glob("checkpoint-*")] == ["checkpoint-5"]

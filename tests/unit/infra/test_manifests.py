@@ -42,11 +42,12 @@ def documents(path: Path) -> list[Any]:
 COMPOSE: dict[str, Any] = documents(COMPOSE_FILE)[0]
 SERVICES: dict[str, dict[str, Any]] = COMPOSE["services"]
 OBJECTS: list[dict[str, Any]] = [item for path in MANIFESTS for item in documents(path)]
+DOCKERFILE = re.sub(r"^#.*\n", "", (INFRA / "Dockerfile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+DOCKERFILE = re.sub(r"\\\s*", " ", DOCKERFILE)
 
 
-def pool(kind: str) -> dict[str, Any]:
-    template: dict[str, Any] = json.loads((INFRA / "work_pools" / f"{kind}.json").read_text(encoding="utf-8"))
-    return template
+def pool(kind: str) -> Any:
+    return json.loads((INFRA / "work_pools" / f"{kind}.json").read_text(encoding="utf-8"))
 
 
 def defaults(kind: str) -> dict[str, Any]:
@@ -56,8 +57,7 @@ def defaults(kind: str) -> dict[str, Any]:
 
 def job(configuration: Any, kind: str, values: dict[str, Any]) -> Any:
     """What a worker makes of the template. No template names a block, so the client, a server's, is never asked."""
-    client = Mock(spec=[])
-    return asyncio.run(configuration.from_template_and_values(pool(kind), values, client=client))
+    return asyncio.run(configuration.from_template_and_values(pool(kind), values, client=Mock(spec=[])))
 
 
 def the(kind: str, name: str) -> dict[str, Any]:
@@ -69,16 +69,8 @@ def texts(value: object) -> Iterator[str]:
     """Every string inside."""
     if isinstance(value, str):
         yield value
-    elif isinstance(value, dict):
-        for item in value.values():
-            yield from texts(item)
-    elif isinstance(value, list):
-        for item in value:
-            yield from texts(item)
-
-
-def is_pinned(image: str) -> bool:
-    return bool(TAG.fullmatch(image.rpartition(":")[2]))
+    for item in value.values() if isinstance(value, dict) else value if isinstance(value, list) else []:
+        yield from texts(item)
 
 
 # -- compose ---------------------------------------------------------------------------------------------------
@@ -88,10 +80,7 @@ def test_compose_follows_the_specification() -> None:
     vendored = pytest.importorskip("check_jsonschema", reason="it brings the schema")
     folder = Path(vendored.__file__).parent / "builtin_schemas" / "vendor"
     schema = json.loads((folder / "compose-spec.json").read_text(encoding="utf-8"))
-    errors = [
-        f"{'/'.join(map(str, error.path))}: {error.message}" for error in Draft7Validator(schema).iter_errors(COMPOSE)
-    ]
-    assert not errors
+    assert [f"{list(error.path)}: {error.message}" for error in Draft7Validator(schema).iter_errors(COMPOSE)] == []
 
 
 def test_compose_has_the_standing_servers() -> None:
@@ -99,17 +88,13 @@ def test_compose_has_the_standing_servers() -> None:
 
 
 @pytest.mark.parametrize("name", SERVICES)
-def test_a_service_is_pinned_restarted_and_watched(name: str) -> None:
+def test_a_service_is_pinned_restarted_watched_and_open_to_this_machine_alone(name: str) -> None:
     service = SERVICES[name]
-    assert is_pinned(service["image"]), f"{service['image']}: name an exact version"
+    assert TAG.fullmatch(service["image"].rpartition(":")[2]), f"{service['image']}: name an exact version"
     assert service["restart"] == "unless-stopped"
     assert {"test", "interval", "timeout", "retries"} <= set(service["healthcheck"])
     assert service["healthcheck"]["test"][0] == "CMD"
-
-
-@pytest.mark.parametrize("name", SERVICES)
-def test_ports_are_open_to_this_machine_alone(name: str) -> None:
-    for port in SERVICES[name].get("ports", []):
+    for port in service.get("ports", []):
         assert port.startswith("127.0.0.1:"), f"{name} publishes {port} to the whole network"
 
 
@@ -117,10 +102,8 @@ def test_ports_are_open_to_this_machine_alone(name: str) -> None:
 def test_a_service_waits_until_what_it_needs_is_healthy(name: str) -> None:
     needs = SERVICES[name].get("depends_on", {})
     assert all(entry == {"condition": "service_healthy"} for entry in needs.values())
-    spoken_to = {
-        host for text in texts(SERVICES[name]["environment"]) for host in re.findall(r"(?://|@)([a-z0-9]+):\d", text)
-    }
-    assert spoken_to & set(SERVICES) <= {*needs, name}, "its environment names a service that it does not wait for"
+    spoken_to = re.findall(r"(?://|@)([a-z0-9]+):\d", "\n".join(texts(SERVICES[name]["environment"])))
+    assert set(spoken_to) & set(SERVICES) <= {*needs, name}, "its environment names a service that it does not wait for"
 
 
 @pytest.mark.parametrize("name", SERVICES)
@@ -142,9 +125,7 @@ def test_compose_says_which_secret_is_missing() -> None:
             assert operator == ":-", f"{variable} is no secret and needs a default"
     example = (INFRA / "compose" / ".env.example").read_text(encoding="utf-8")
     offered = dict(re.findall(r"^(?:# )?([A-Z0-9_]+)=(.*)$", example, re.MULTILINE))
-    assert set(offered) == {variable for variable, _, _ in used}, (
-        ".env.example and compose.yaml name different variables"
-    )
+    assert set(offered) == {variable for variable, _, _ in used}, ".env.example names other variables"
     assert not any(value for name, value in offered.items() if SECRET.search(name)), ".env.example holds a secret"
 
 
@@ -155,11 +136,10 @@ def test_git_and_docker_leave_the_secrets_file_alone() -> None:
 
 
 def test_data_lie_in_named_volumes() -> None:
-    for service in SERVICES.values():
-        for volume in service.get("volumes", []):
-            source = volume.split(":")[0]
-            assert source in COMPOSE["volumes"] or (COMPOSE_FILE.parent / source).is_file(), volume
-    targets = {volume.split(":")[1] for service in SERVICES.values() for volume in service.get("volumes", [])}
+    volumes = [volume.split(":") for service in SERVICES.values() for volume in service.get("volumes", [])]
+    for source, *_ in volumes:
+        assert source in COMPOSE["volumes"] or (COMPOSE_FILE.parent / source).is_file(), source
+    targets = {target for _, target, *_ in volumes}
     assert {"/var/lib/postgresql/data", "/data/rlhf-mlflow", "/data/rlhf-dvc", "/var/cache/rlhf"} <= targets
 
 
@@ -173,17 +153,13 @@ def test_our_servers_run_our_image_without_telemetry(name: str) -> None:
 
 
 def test_mlflow_and_prefect_have_a_database_each() -> None:
-    made = set(
-        re.findall(r"^create (\w+)", (INFRA / "compose" / "databases.sh").read_text(encoding="utf-8"), re.MULTILINE)
-    )
-    addresses = {
-        "mlflow": SERVICES["mlflow"]["environment"]["MLFLOW_BACKEND_STORE_URI"],
-        "prefect": SERVICES["prefect"]["environment"]["PREFECT_API_DATABASE_CONNECTION_URL"],
-    }
-    named = {
-        name: re.fullmatch(r"postgresql\+\w+://(\w+):.*@postgres:5432/(\w+)", url) for name, url in addresses.items()
-    }
-    assert {name: found and found.groups() for name, found in named.items()} == {name: (name, name) for name in made}
+    script = (INFRA / "compose" / "databases.sh").read_text(encoding="utf-8")
+    made = set(re.findall(r"^create (\w+)", script, re.MULTILINE))
+    variables = {"mlflow": "MLFLOW_BACKEND_STORE_URI", "prefect": "PREFECT_API_DATABASE_CONNECTION_URL"}
+    assert made == set(variables)
+    for name, variable in variables.items():
+        url = SERVICES[name]["environment"][variable]
+        assert re.fullmatch(rf"postgresql\+\w+://{name}:.*@postgres:5432/{name}", url)
 
 
 def test_mlflow_answers_under_the_name_that_others_call_it_by() -> None:
@@ -194,27 +170,18 @@ def test_mlflow_answers_under_the_name_that_others_call_it_by() -> None:
 # -- image -----------------------------------------------------------------------------------------------------
 
 
-def dockerfile() -> str:
-    text = (INFRA / "Dockerfile").read_text(encoding="utf-8")
-    code = [line for line in text.splitlines() if not line.startswith("#")]
-    return re.sub(r"\\\s*", " ", "\n".join(code))
-
-
-def test_the_image_is_pinned_and_not_root() -> None:
-    [base] = re.findall(r"^FROM (\S+)", dockerfile(), re.MULTILINE)
+def test_the_image_is_pinned_not_root_and_holds_no_secret() -> None:
+    [base] = re.findall(r"^FROM (\S+)", DOCKERFILE, re.MULTILINE)
     assert re.fullmatch(r"python:3\.11\.\d+-slim-[a-z]+", base)
-    assert re.findall(r"^USER (.+)$", dockerfile(), re.MULTILINE) == ["1000:1000"]
-    assert "--uid 1000" in dockerfile()
-
-
-def test_the_image_holds_no_secret() -> None:
-    given = re.findall(r"^(?:ARG|ENV) (.+)$", dockerfile(), re.MULTILINE)
+    assert re.findall(r"^USER (.+)$", DOCKERFILE, re.MULTILINE) == ["1000:1000"]
+    assert "--uid 1000" in DOCKERFILE
+    given = re.findall(r"^(?:ARG|ENV) (.+)$", DOCKERFILE, re.MULTILINE)
     assert not [line for line in given if SECRET.search(line)]
-    assert not re.search(r"https?://[^\s/]*@", dockerfile())
+    assert not re.search(r"https?://[^\s/]*@", DOCKERFILE)
 
 
 def test_the_image_installs_the_lock_and_nothing_may_move_it() -> None:
-    installs = re.findall(r"pip install (.*?)(?:&&|$)", dockerfile(), re.MULTILINE)
+    installs = re.findall(r"pip install (.*?)(?:&&|$)", DOCKERFILE, re.MULTILINE)
     torch, lock, extras, project = (line.strip() for line in installs)
     assert torch == '--index-url "$TORCH_INDEX" "$(grep \'^torch==\' /tmp/requirements.lock)"'
     assert lock == "-r /tmp/requirements.lock"
@@ -245,18 +212,13 @@ def test_kubernetes_accepts_the_manifests() -> None:
             validator.validate(item, "1.33", strict=True)
 
 
-def test_the_kustomization_lists_every_manifest() -> None:
+def test_the_kustomization_lists_every_manifest_and_all_lies_in_one_namespace() -> None:
     [kustomization] = [item for item in OBJECTS if item["kind"] == "Kustomization"]
-    listed = {*kustomization["resources"], "kustomization.yaml"}
-    assert listed == {path.name for path in MANIFESTS}
+    assert {*kustomization["resources"], "kustomization.yaml"} == {path.name for path in MANIFESTS}
     assert kustomization["images"] == [{"name": IMAGE.split(":")[0], "newTag": IMAGE.split(":")[1]}]
-
-
-def test_everything_lies_in_one_namespace() -> None:
-    namespaces = {
-        item["metadata"].get("namespace") for item in OBJECTS if item["kind"] not in {"Kustomization", "Namespace"}
-    }
-    assert namespaces == {the("Namespace", "rlhf")["metadata"]["name"]}
+    for item in OBJECTS:
+        if item["kind"] not in {"Kustomization", "Namespace"}:
+            assert item["metadata"].get("namespace") == the("Namespace", "rlhf")["metadata"]["name"]
 
 
 def test_no_secret_is_written_into_a_manifest() -> None:
@@ -283,11 +245,8 @@ def test_the_worker_may_start_jobs_and_read_pods_and_no_more() -> None:
     binding = the("RoleBinding", "rlhf-worker")
     assert binding["subjects"] == [{"kind": "ServiceAccount", "name": "rlhf-worker", "namespace": "rlhf"}]
     assert the("Deployment", "rlhf-worker")["spec"]["template"]["spec"]["serviceAccountName"] == "rlhf-worker"
-    rules = {
-        name: set(rule["verbs"])
-        for rule in the("Role", binding["roleRef"]["name"])["rules"]
-        for name in rule["resources"]
-    }
+    role = the("Role", binding["roleRef"]["name"])
+    rules = {name: set(rule["verbs"]) for rule in role["rules"] for name in rule["resources"]}
     look = {"get", "list", "watch"}
     assert rules.pop("jobs") == look | {"create", "patch", "delete"}
     assert rules == dict.fromkeys(["pods", "pods/log", "pods/status", "events"], look)
@@ -297,20 +256,15 @@ def test_the_worker_may_start_jobs_and_read_pods_and_no_more() -> None:
 
 
 @pytest.mark.parametrize("kind", POOLS)
-def test_prefect_accepts_the_template(kind: str) -> None:
+def test_prefect_accepts_the_template_and_every_variable_is_used(kind: str) -> None:
     """What the server does at `prefect work-pool create --base-job-template`."""
     WorkPoolCreate(name="rlhf", type=kind, base_job_template=pool(kind))
     schema = pool(kind)["variables"]
     is_valid_schema(schema, preprocess=False)
-    validate(
-        defaults(kind), schema, raise_on_error=True, preprocess=True, ignore_required=True, allow_none_with_default=True
-    )
-
-
-@pytest.mark.parametrize("kind", POOLS)
-def test_every_variable_of_a_template_is_used(kind: str) -> None:
+    options = dict.fromkeys(["raise_on_error", "preprocess", "ignore_required", "allow_none_with_default"], True)
+    validate(defaults(kind), schema, **options)
     used = set(re.findall(r"\{\{ (\w+) \}\}", json.dumps(pool(kind)["job_configuration"])))
-    assert used == set(pool(kind)["variables"]["properties"])
+    assert used == set(schema["properties"])
 
 
 @pytest.mark.parametrize("kind", POOLS)
@@ -336,14 +290,11 @@ def test_a_docker_job_meets_the_servers_of_compose() -> None:
         assert given["env"][name] == worker[name]
 
 
-def test_a_docker_job_can_ask_for_gpus() -> None:
+def test_a_job_can_ask_for_gpus_and_asks_for_none_by_default() -> None:
     gpus = [{"count": -1, "capabilities": [["gpu"]]}]
     DeploymentUpdate(job_variables={"device_requests": gpus}).check_valid_configuration(pool("docker"))
     assert defaults("docker")["device_requests"] == []
     assert pool("docker")["job_configuration"]["container_create_kwargs"]["device_requests"] == "{{ device_requests }}"
-
-
-def test_a_kubernetes_job_can_ask_for_gpus_and_asks_for_none_by_default() -> None:
     template = pool("kubernetes")
     DeploymentUpdate(job_variables={"gpu_limit": 1}).check_valid_configuration(template)
     with pytest.raises(ValidationError):

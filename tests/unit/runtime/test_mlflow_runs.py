@@ -6,18 +6,16 @@ from pathlib import Path
 
 import pytest
 
-from tasks.runtime import mlflow_queue, mlflow_runs
+from tasks.runtime import mlflow_runs, mlflow_store
 from tasks.runtime.dvc_stages import Inputs
 from tasks.runtime.mlflow_runs import OpenRun
 from tasks.runtime.mlflow_store import open_store
 
 
 @pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    (tmp_path / "dvc.yaml").write_text("stages: {}\n")
-    monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path / 'mlflow.db'}")
-    return tmp_path
+def project(root: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{root / 'mlflow.db'}")
+    return root
 
 
 def test_writes_whose_answers_were_lost_are_there_once(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -28,9 +26,9 @@ def test_writes_whose_answers_were_lost_are_there_once(project: Path, monkeypatc
         call(run, line)
         raise ConnectionError("the answer was lost")
 
-    monkeypatch.setattr(mlflow_queue, "is_unavailable", lambda error: isinstance(error, ConnectionError))
+    monkeypatch.setattr(mlflow_store, "_is_unavailable", lambda error: isinstance(error, ConnectionError))
     monkeypatch.setattr(OpenRun, "_call", lose_answer)
-    monkeypatch.setattr(mlflow_queue, "RETRY_SECONDS", -1.0)
+    monkeypatch.setattr(mlflow_store, "RETRY_SECONDS", -1.0)
     (project / "a.txt").write_text("text")
     with mlflow_runs.stage_run("sft", Inputs("key", {"artifacts/prepare/rows": "md5"}), {"rate": 0.1}, {}) as run:
         run.log_metrics({"loss": 0.5, "nan": float("nan")}, 1)

@@ -48,18 +48,12 @@ def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
-def test_it_comes_back_as_it_was() -> None:
-    assert provenance_of(made()) == Provenance.model_validate(ORIGINS)
-
-
-def test_the_md5_of_an_output_is_found_by_its_path() -> None:
+def test_it_comes_back_as_it_was_and_finds_the_md5_of_an_output() -> None:
     found = provenance_of(made())
+    assert found == Provenance.model_validate(ORIGINS)
     assert found.md5_of("artifacts/sft/adapter") == "m.dir"
     with pytest.raises(StageError, match=r"no stage wrote artifacts/sft/history\.csv"):
         found.md5_of("artifacts/sft/history.csv")
-
-
-def test_an_older_version_has_none() -> None:
     with pytest.raises(StageError, match="version 4 has no provenance"):
         provenance_of(version({}))
 

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
 
-from tasks.runtime import mlflow_queue as module
-from tasks.runtime.mlflow_queue import QueuedRun, flush_stale, queued
+from tasks.runtime import mlflow_store
+from tasks.runtime.mlflow_store import QueuedRun, flush_stale, queued
 
 
+@dataclass
 class Server:
-    """Does not answer while away; `lost` writes and loses the answer."""
+    """Does not answer while away; `lost` writes and loses the answer. Its runs' queue is `file`."""
 
-    def __init__(self) -> None:
-        self.written: list[object] = []
-        self.away = self.lost = False
+    file: Path
+    written: list[object] = field(default_factory=list)
+    away: bool = False
+    lost: bool = False
 
-    def open(self, path: Path) -> ToyRun:
-        return ToyRun(path, self)
+    def open(self, path: Path | None = None) -> ToyRun:
+        return ToyRun(path or self.file, self)
 
 
 class ToyRun(QueuedRun):
@@ -43,36 +45,38 @@ class ToyRun(QueuedRun):
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Server:
-    monkeypatch.setattr(module, "is_unavailable", lambda error: isinstance(error, ConnectionError))
-    return Server()
+def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
+    monkeypatch.setattr(mlflow_store, "_is_unavailable", lambda error: isinstance(error, ConnectionError))
+    return Server(tmp_path / "a.jsonl")
 
 
-def test_at_once_while_the_server_answers(server: Server, tmp_path: Path) -> None:
-    run = server.open(tmp_path / "a.jsonl")
+def test_at_once_while_the_server_answers_and_an_error_that_is_ours_is_raised(server: Server, tmp_path: Path) -> None:
+    run = server.open()
     run.log(2, factor=3)
     run.log(tmp_path)
     assert server.written == [6, str(tmp_path)]
+    with pytest.raises(ValueError, match="no such thing"):
+        run.fail()
     assert list(tmp_path.iterdir()) == []
 
 
-def test_in_order_when_it_is_back_and_one_warning(server: Server, tmp_path: Path, monkeypatch, capsys) -> None:
-    monkeypatch.setattr(module, "RETRY_SECONDS", 0.0)
-    run = server.open(tmp_path / "a.jsonl")
+def test_in_order_when_it_is_back_and_one_warning(server: Server, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(mlflow_store, "RETRY_SECONDS", 0.0)
+    run = server.open()
     server.away = True
     for value in range(3):
         run.log(value)
     assert not run.flush()
     assert capsys.readouterr().err.count("is kept in") == 1
-    assert len((tmp_path / "a.jsonl").read_text().splitlines()) == 3
+    assert len(server.file.read_text().splitlines()) == 3
     server.away = False
     run.log(3)
     assert server.written == [0, 1, 2, 3]
-    assert not (tmp_path / "a.jsonl").exists()
+    assert not server.file.exists()
 
 
-def test_a_server_that_is_away_is_not_tried_at_every_write(server: Server, tmp_path: Path) -> None:
-    run = server.open(tmp_path / "a.jsonl")
+def test_a_server_that_is_away_is_not_tried_at_every_write(server: Server) -> None:
+    run = server.open()
     server.away = True
     run.log(0)
     server.away = False
@@ -82,8 +86,8 @@ def test_a_server_that_is_away_is_not_tried_at_every_write(server: Server, tmp_p
     assert server.written == [0, 1]
 
 
-def test_a_write_has_the_time_of_its_submission(server: Server, tmp_path: Path, monkeypatch) -> None:
-    run = server.open(tmp_path / "a.jsonl")
+def test_a_write_has_the_time_of_its_submission(server: Server, monkeypatch) -> None:
+    run = server.open()
     server.away = True
     for seconds in (1.0, 2.0):
         monkeypatch.setattr("time.time", lambda now=seconds: now)
@@ -96,7 +100,7 @@ def test_a_write_has_the_time_of_its_submission(server: Server, tmp_path: Path, 
 
 def test_what_a_killed_process_left_is_written_by_another(server: Server, tmp_path: Path) -> None:
     server.away = True
-    run = server.open(tmp_path / "a.jsonl")
+    run = server.open()
     run.log(0)
     run.log(1, factor=5)
     server.away = False
@@ -110,7 +114,7 @@ def test_what_a_killed_process_left_is_written_by_another(server: Server, tmp_pa
 
 def test_a_run_that_ends_while_the_server_is_away_leaves_its_writes_to_others(server: Server, tmp_path: Path) -> None:
     server.away = True
-    run = server.open(tmp_path / "a.jsonl")
+    run = server.open()
     run.log(0)
     run.close()
     flush_stale(tmp_path, server.open)
@@ -121,36 +125,22 @@ def test_a_run_that_ends_while_the_server_is_away_leaves_its_writes_to_others(se
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_leave_the_file_one_by_one(server: Server, tmp_path: Path) -> None:
+def test_writes_leave_the_file_one_by_one(server: Server) -> None:
     server.away = True
-    run = server.open(tmp_path / "a.jsonl")
+    run = server.open()
     for value in range(3):
         run.log(value)
     server.away, server.lost = False, True
     assert not run.flush()
-    rows = [json.loads(line)[2] for line in (tmp_path / "a.jsonl").read_text().splitlines()]
+    rows = [json.loads(line)[2] for line in server.file.read_text().splitlines()]
     assert rows == [[0], [1], [2]], "a write whose answer was lost stays"
     server.lost = False
     assert run.flush()
     assert server.written == [0, 0, 1, 2]
 
 
-def test_an_error_that_is_ours_is_raised_and_not_kept(server: Server, tmp_path: Path) -> None:
-    run = server.open(tmp_path / "a.jsonl")
-    with pytest.raises(ValueError, match="no such thing"):
-        run.fail()
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_living_process_writes_its_own(server: Server, tmp_path: Path) -> None:
-    (tmp_path / "a.jsonl").write_text('["ToyRun.log", 0, [1], {}]\n')
-    with FileLock(tmp_path / "a.lock"):
-        flush_stale(tmp_path, server.open)
-    assert server.written == []
-
-
 def test_what_is_refused_is_set_aside_with_a_warning(server: Server, tmp_path: Path, capsys) -> None:
-    (tmp_path / "a.jsonl").write_text('["ToyRun.fail", 0, [], {}]\n')
+    server.file.write_text('["ToyRun.fail", 0, [], {}]\n')
     (tmp_path / "b.jsonl").write_text('["ToyRun.log", 0, [1], {}]\n')
     flush_stale(tmp_path, server.open)
     assert server.written == [1]
