@@ -1,7 +1,5 @@
 """Fixtures that several test folders share: a model small enough to train in a test."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from pathlib import Path

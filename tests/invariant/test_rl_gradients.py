@@ -1,8 +1,6 @@
 """Gradients of losses, log-probabilities and entropies against finite differences, in float64; and however an optimiser
 step is split into micro-batches, its gradient and its metrics are those of the whole."""
 
-from __future__ import annotations
-
 import functools
 import math
 import operator

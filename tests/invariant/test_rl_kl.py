@@ -4,8 +4,6 @@ One token of a vocabulary of three, and all responses of up to two such tokens f
 adaptive controller settles at its target, on a plant that answers late, noisily and not linearly.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 from collections.abc import Callable

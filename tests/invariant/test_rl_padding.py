@@ -1,7 +1,5 @@
 """What stands in the padding, and how much of it there is, changes nothing: no loss, no gradient, no metric."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 

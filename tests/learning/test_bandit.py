@@ -5,8 +5,6 @@ section 2; Rafailov et al. 2023, arXiv 2305.18290, equation 4). Whatever is wron
 advantages or the update, the policy settles elsewhere.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 
 import pytest

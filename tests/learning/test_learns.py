@@ -1,7 +1,5 @@
 """Training raises a reward that it can raise, and the KL penalty holds it back, in PPO's reward and in GRPO's loss."""
 
-from __future__ import annotations
-
 import pytest
 
 from tasks.config.training import RLParams

@@ -6,8 +6,6 @@ penalty of the second turn discounted like its reward. A first turn is thus only
 it: whoever credits a turn wrongly, discounts it wrongly, or learns the environment's words, ends elsewhere.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

@@ -1,7 +1,5 @@
 """The `rlhf` command: what a person sees who asks too early, in the wrong place, or for what does not exist."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys

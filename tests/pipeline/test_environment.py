@@ -1,7 +1,5 @@
 """Conversations through the real stages, on random weights: everything fits together, and nothing is learned."""
 
-from __future__ import annotations
-
 import csv
 import importlib
 import json

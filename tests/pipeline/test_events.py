@@ -1,7 +1,5 @@
 """New data starts a retrain, and a person may have the last word: real servers, a real worker, toy stages."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What real life does to a run. After each fault: nothing corrupt, no record lost, no process left, a true status."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import signal

@@ -1,7 +1,5 @@
 """The labelling page as a labeller meets it: a real server, a real browser, and a server that is killed in between."""
 
-from __future__ import annotations
-
 import os
 import re
 import shutil

@@ -4,8 +4,6 @@ What a stage reads is found without dvc.yaml: from the signature of its function
 `python -m pytest tests/pipeline/test_matrix.py -rP -m ''` prints the matrix.
 """
 
-from __future__ import annotations
-
 import ast
 import hashlib
 import subprocess

@@ -1,7 +1,5 @@
 """What becomes of a registered policy: promoted and rolled back, explained, made again, asked, and handed on."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

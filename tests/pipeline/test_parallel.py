@@ -1,7 +1,5 @@
 """Stages side by side, each in a process of its own: the same result, and no process outlives the run."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Flow and DVC share one cache: what either has done, the other knows, and nothing is computed twice."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

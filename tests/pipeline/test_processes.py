@@ -1,7 +1,5 @@
 """How an error crosses a process, and how children end."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """`rlhf run --ranks 2`: two processes that share the work, by gloo, against one."""
 
-from __future__ import annotations
-
 import csv
 import json
 import os

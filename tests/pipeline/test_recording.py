@@ -1,7 +1,5 @@
 """What a run leaves in MLflow: a parent for the flow, a child for each executed stage, with all that belongs to it."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

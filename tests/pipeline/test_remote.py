@@ -1,7 +1,5 @@
 """A DVC remote carries data, results and run-cache to another clone, which then computes nothing."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`rlhf schedule` and prefect.yaml: what falls due runs as `rlhf run` would, and nothing outlives the command."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

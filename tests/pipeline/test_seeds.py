@@ -1,7 +1,5 @@
 """`rlhf run --seeds`: the project and a variant for every other seed; one that fails or collapses is named."""
 
-from __future__ import annotations
-
 import json
 import os
 import signal

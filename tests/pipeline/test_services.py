@@ -1,7 +1,5 @@
 """`rlhf up` and `rlhf down`: real servers and a real worker in a project of toy stages."""
 
-from __future__ import annotations
-
 import itertools
 import os
 import signal

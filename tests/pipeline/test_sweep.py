@@ -1,7 +1,5 @@
 """`rlhf sweep`: every combination once, in worktrees that share one cache."""
 
-from __future__ import annotations
-
 import shutil
 from collections import Counter
 

@@ -1,7 +1,5 @@
 """The real stages, end to end, on the preset `tiny`: by `rlhf run`, then again, then by `dvc repro` from scratch."""
 
-from __future__ import annotations
-
 import csv
 import json
 import math

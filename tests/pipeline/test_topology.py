@@ -4,8 +4,6 @@ Commands and environments are those of that file. What differs: all of them list
 is the one installed here, and moto stands for the S3 gateway.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re

@@ -7,8 +7,6 @@ Nothing of TRL is changed: its `masked_whiten` and `masked_mean` are wrapped, an
 variables of the training loop are read. Two cases: responses that all have full length, and responses that end early.
 """
 
-from __future__ import annotations
-
 import json
 import platform
 import sys

@@ -5,8 +5,6 @@ reference log-probabilities by itself. Its loss then gets log-probabilities of s
 that ratios leave the clip range. Its `bnpo` averages within a micro-batch, so there it gets the step as one batch.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections import defaultdict
 from pathlib import Path

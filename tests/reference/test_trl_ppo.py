@@ -7,8 +7,6 @@ Where TRL's conventions are others, the test says which, and compares with that 
 - Whitening divides by the unbiased variance, n/(n − 1) times ours.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

@@ -6,8 +6,6 @@ something returns True once it has it. @NAME@ stands for something outside the s
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from textwrap import dedent, indent
 

@@ -1,7 +1,5 @@
 """A server that speaks as much of OpenAI's chat completions as a judge needs, on a port of its own."""
 
-from __future__ import annotations
-
 import json
 import re
 import threading

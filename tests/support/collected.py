@@ -1,7 +1,5 @@
 """What stage collect leaves, and settings of stage prepare."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

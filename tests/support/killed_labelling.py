@@ -1,7 +1,5 @@
 """Labels by a model in a process of its own, so that it can be killed: database, address of the judge, project."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

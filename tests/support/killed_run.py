@@ -4,8 +4,6 @@ A moment is before or after a rollout, its scoring, an optimiser step, or half-w
 Without N it goes on to the end and writes what it has become to FOLDER/result.pt.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import os

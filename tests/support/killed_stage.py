@@ -5,8 +5,6 @@ of a checkpoint, or beside the writing of its mark. In the end one run goes on t
 FOLDER/sft/whole, is not interrupted at all. Each run is a fork of this process, which has computed nothing.
 """
 
-from __future__ import annotations
-
 import os
 import random
 import signal

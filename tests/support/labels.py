@@ -1,7 +1,5 @@
 """Short ways to write questions, labels and stores."""
 
-from __future__ import annotations
-
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager

@@ -4,8 +4,6 @@ The hooks are those of tests/conftest.py, the only one that pytest also loads wh
 their own; what a test has to say comes from there with its report.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Generator
 

@@ -3,8 +3,6 @@
 Texts differ in length, so that the order of the data matters; two epochs of ten steps each unless it says otherwise.
 """
 
-from __future__ import annotations
-
 import random
 from collections.abc import Callable
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The RL trainer on a two-layer model, with prompts and responses as texts of token numbers."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace

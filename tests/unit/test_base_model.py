@@ -1,7 +1,5 @@
 """Stage base_model: what it writes is complete, the same every time, and says what is missing where it cannot be."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import zipfile

@@ -1,7 +1,5 @@
 """Stage collect: rows with their origin, and a card per source."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Reward-hacking findings at evaluation, on hand-made tables."""
 
-from __future__ import annotations
-
 import pytest
 
 from tasks.evaluate import find_hacking

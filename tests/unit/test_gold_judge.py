@@ -1,7 +1,5 @@
 """The gold judge on pairs: it reads the gold half alone, and is measured on what it has not seen."""
 
-from __future__ import annotations
-
 import json
 import random
 from pathlib import Path

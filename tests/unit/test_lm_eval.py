@@ -1,7 +1,5 @@
 """The stage on models of two layers: its numbers against log-likelihoods summed here, and what it leaves alone."""
 
-from __future__ import annotations
-
 import json
 import math
 import socket

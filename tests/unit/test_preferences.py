@@ -1,7 +1,5 @@
 """Stage preferences: pairs from raters, pairs as given, and the raters' ceiling."""
 
-from __future__ import annotations
-
 import csv
 import json
 import random

@@ -1,7 +1,5 @@
 """Stage prepare: what is kept, what is dropped and counted, and that nothing leaks between splits or halves."""
 
-from __future__ import annotations
-
 import gzip
 import itertools
 import json

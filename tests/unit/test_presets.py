@@ -1,7 +1,5 @@
 """Presets from their sources to the rows that training would read; those of the hub on copies of their data."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import shutil

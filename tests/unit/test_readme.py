@@ -1,7 +1,5 @@
 """README.md and docs/: their commands are understood, their YAML is valid, and what they name exists."""
 
-from __future__ import annotations
-
 import re
 import shlex
 from pathlib import Path

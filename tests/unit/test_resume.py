@@ -1,7 +1,5 @@
 """A stage that is interrupted and run again writes, byte for byte, what it would have written without interruption."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,7 +1,5 @@
 """The stage at its smallest: one model, and an ensemble whose members are what their seeds make them."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

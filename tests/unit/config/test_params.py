@@ -1,7 +1,5 @@
 """params.yaml and every preset: what is shipped is valid, and what is not valid is named."""
 
-from __future__ import annotations
-
 import importlib
 import inspect
 import json

@@ -1,7 +1,5 @@
 """Validation, quarantine, normal form and length bounds; near duplicates by definition; splits as functions of text."""
 
-from __future__ import annotations
-
 import hashlib
 import itertools
 import json

@@ -1,7 +1,5 @@
 """The reader of the film-review archive, on small archives of the same make."""
 
-from __future__ import annotations
-
 import io
 import tarfile
 from pathlib import Path

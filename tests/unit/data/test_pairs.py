@@ -1,7 +1,5 @@
 """Pairs use texts evenly; labels follow single raters in training and all of them elsewhere; raters agree by hand."""
 
-from __future__ import annotations
-
 import itertools
 from collections import Counter
 from itertools import islice

@@ -1,7 +1,5 @@
 """Fetching pinned distributions: through pip's settings, checked, cached, and without running a line of their code."""
 
-from __future__ import annotations
-
 import base64
 import functools
 import hashlib

@@ -1,7 +1,5 @@
 """From a source's own columns to envelopes with the fields of a row type; files line by line, broken lines kept."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

@@ -1,7 +1,5 @@
 """Variants side by side; seeds: means and intervals by hand, collapsed and failed seeds."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Rules of the gate, each at its boundary; metrics against the champion on paired cases computed by hand."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import get_args
 

@@ -1,7 +1,5 @@
 """Model card: its facts, and Markdown with YAML front matter."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The fits against curves whose coefficients are known, and best-of-n against every subset."""
 
-from __future__ import annotations
-
 import itertools
 import math
 

@@ -4,8 +4,6 @@ Two packages see more than these checks do and are used where they are installed
 Compose specification's schema along, and kubernetes-validate, which brings those of Kubernetes.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

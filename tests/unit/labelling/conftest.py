@@ -1,7 +1,5 @@
 """A labelling database of each kind: SQLite in a file, and a PostgreSQL cluster that lives as long as the tests."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Labels by a model behind a real server on this machine: both orders, cost, budget, pace, and going on when killed."""
 
-from __future__ import annotations
-
 import os
 import re
 import signal

@@ -1,7 +1,5 @@
 """The labelling page's forms: who may send them, what they keep, and what a labeller sees."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The commands of `rlhf label`, from the pairs of a small policy to preferences that the pipeline reads."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The database's migrations and the safety of its address."""
 
-from __future__ import annotations
-
 from contextlib import closing
 
 import pytest

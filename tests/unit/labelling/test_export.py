@@ -1,7 +1,5 @@
 """Labels as preferences: every label or the aggregate, nothing left out uncounted, equal labels as equal bytes."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import replace
 from pathlib import Path

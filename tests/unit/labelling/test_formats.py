@@ -1,7 +1,5 @@
 """Argilla's and Label Studio's formats: what is exported comes back, once; what is malformed changes nothing."""
 
-from __future__ import annotations
-
 import json
 import math
 import re

@@ -1,7 +1,5 @@
 """Questions and labels as values: their ids, their validation, the order shown, and pseudonyms."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from uuid import UUID
 

@@ -1,7 +1,5 @@
 """Pairs to label: deterministic, never two alike, and where an ensemble disagrees most."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Label quality against arithmetic by hand and an independent implementation, and the page that reports it."""
 
-from __future__ import annotations
-
 import random
 import re
 import sys

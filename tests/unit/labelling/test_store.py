@@ -1,7 +1,5 @@
 """The labelling database's operations, on SQLite and on PostgreSQL."""
 
-from __future__ import annotations
-
 import threading
 from collections import Counter
 from collections.abc import Callable

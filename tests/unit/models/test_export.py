@@ -1,7 +1,5 @@
 """A policy as a plain folder, on a small model; without the project around: tests/pipeline/test_models.py."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

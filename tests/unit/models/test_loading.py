@@ -1,7 +1,5 @@
 """Adapters as artifacts: equal weights are equal bytes, and a policy with its adapter off is the reference; padding."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

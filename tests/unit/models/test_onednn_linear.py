@@ -1,7 +1,5 @@
 """Frozen linear layers by oneDNN against torch's own."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model

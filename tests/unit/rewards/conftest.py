@@ -1,7 +1,5 @@
 """Scores by name of a rule, and a sandbox for the tests that need one."""
 
-from __future__ import annotations
-
 import pytest
 
 from tasks.config.rules import RULE_OPTIONS, CodeRule

@@ -1,7 +1,5 @@
 """Forms, JSON schemas, instructions and facts."""
 
-from __future__ import annotations
-
 import pytest
 from pydantic import ValidationError
 

@@ -1,7 +1,5 @@
 """HumanEval's 164 problems: every reference solution passes, and changed ones mostly do not."""
 
-from __future__ import annotations
-
 import ast
 import copy
 import shutil

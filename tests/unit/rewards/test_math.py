@@ -1,7 +1,5 @@
 """Answers that are equal as mathematics, and expressions that are too large to compare."""
 
-from __future__ import annotations
-
 import os
 import signal
 from collections.abc import Iterator

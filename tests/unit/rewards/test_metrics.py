@@ -1,7 +1,5 @@
 """Metrics of scores against ratings, labels and pairs, worked by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

@@ -1,7 +1,5 @@
 """Each kind of reward model: it learns, loads with the metrics it was measured with, and refuses unfit data."""
 
-from __future__ import annotations
-
 import csv
 import filecmp
 import json

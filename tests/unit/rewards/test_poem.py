@@ -1,7 +1,5 @@
 """Five lines: what a limerick earns, and what its imitations do not."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

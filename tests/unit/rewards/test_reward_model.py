@@ -1,7 +1,5 @@
 """Scores of texts: independent of padding, of order and of what stands beside them; one model, and an ensemble."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

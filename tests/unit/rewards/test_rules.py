@@ -1,7 +1,5 @@
 """Answers and style by hand; rules that users write; failures of rules, which are counted."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import math

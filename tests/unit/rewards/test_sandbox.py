@@ -2,8 +2,6 @@
 
 # ruff: noqa: E501 — a program on one line is easier to compare with its neighbours
 
-from __future__ import annotations
-
 import math
 import os
 import random

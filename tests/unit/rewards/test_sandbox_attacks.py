@@ -1,7 +1,5 @@
 """Attacks on the sandbox: none may pass its tests, reach anything outside, or leave anything behind."""
 
-from __future__ import annotations
-
 import os
 import platform
 import shutil

@@ -1,7 +1,5 @@
 """The losses, against numbers worked by hand from the scores of the untrained model."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Any

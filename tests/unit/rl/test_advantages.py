@@ -1,7 +1,5 @@
 """Rewards, actions and advantages by hand; GAE also against its definition as a double sum."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

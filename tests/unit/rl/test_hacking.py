@@ -1,7 +1,5 @@
 """What must not go unnoticed: degenerate responses, numbers that are not finite, and each detector on its own case."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """`kill -9` at any moment, again and again: the run that goes on is bit for bit the run that was never interrupted."""
 
-from __future__ import annotations
-
 import os
 import random
 import signal

@@ -1,7 +1,5 @@
 """KL estimators and controllers by hand; estimates' expectations, and that β settles, are in tests/invariant."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Losses, log-probabilities and entropies against numbers worked by hand."""
 
-from __future__ import annotations
-
 import math
 from functools import partial
 from typing import Any

@@ -1,7 +1,5 @@
 """Masked statistics against numbers worked by hand."""
 
-from __future__ import annotations
-
 import math
 
 import pytest

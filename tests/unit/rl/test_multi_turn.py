@@ -1,7 +1,5 @@
 """Conversations token by token: whose they are, what they were sampled with, and what reads them afterwards."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

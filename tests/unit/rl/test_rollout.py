@@ -1,7 +1,5 @@
 """The decode loop against plain forward passes of the same model, and sampling of a policy of the artifacts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

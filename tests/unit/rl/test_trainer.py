@@ -1,7 +1,5 @@
 """The RL trainer on a two-layer model: the first step, micro-batches, a crash, the KL budget; PPO and GRPO alike."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

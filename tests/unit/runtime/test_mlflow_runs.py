@@ -1,7 +1,5 @@
 """Runs of MLflow in a store of their own."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """Provenance of a registered version."""
 
-from __future__ import annotations
-
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path

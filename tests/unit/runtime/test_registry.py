@@ -1,7 +1,5 @@
 """Which version is the champion, and how a person changes that; on a real store."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from unittest.mock import Mock
