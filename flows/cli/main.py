@@ -253,14 +253,12 @@ def _prefect_server() -> Iterator[dict[str, str]]:
 
 
 def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> None:
-    from tasks.config.params import load_params, load_preset, parse_override, write_overrides
+    from tasks.config.params import load_preset, parse_override, write_overrides
 
     path = root / "params.yaml"
     changes = [load_preset(root, preset)] if preset else []
     changes += [parse_override(setting) for setting in settings]
-    lines = write_overrides(path, changes) if changes else []
-    load_params(path)
-    if lines:
+    if lines := write_overrides(path, changes):
         console.print("params.yaml changed (undo: git checkout params.yaml)")
         for line in lines:
             console.print(f"  {escape(line)}")

@@ -195,7 +195,7 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     yaml.indent(mapping=2, sequence=4, offset=2)
     yaml.Representer = _ExplicitNull
     before, document = _read(path), _read(path, yaml)
-    where = f"{path} with the requested changes"
+    where = f"{path} with the requested changes" if overrides else str(path)
     for override in overrides:
         _merge(document, override)
     _check_renamed(where, document, *overrides)  # a merge drops keys that are set to null

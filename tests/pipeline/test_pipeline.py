@@ -54,6 +54,12 @@ def test_a_parameter_changes_only_what_is_downstream_and_set_back_restores(proje
     assert project.lock() == lock
 
 
+def test_a_key_that_is_missing_is_written_so_that_dvc_sees_its_value(project: Project) -> None:
+    project.edit("params.yaml", "  max_preference_words: null\n", "")
+    assert results(project.rlhf("run"))["prepare"] == "cached"
+    assert "  max_preference_words: null\n" in (project.root / "params.yaml").read_text()
+
+
 def status(project: Project) -> Any:
     return json.loads(project.rlhf("status", "--json"))
 
