@@ -117,7 +117,7 @@ def _terminate(child: subprocess.Popen[bytes]) -> None:
 
 @contextmanager
 def children_terminated() -> Iterator[None]:
-    """On an error or a signal, terminate every child that other threads of this process run, and let none start."""
+    """Terminate, on an error or a signal, every child that other threads of this process run, and let none start."""
     _stopping.clear()
     try:
         yield
@@ -142,7 +142,7 @@ def terminate_tree(process: psutil.Process, seconds: float) -> None:
 
 
 def die_with_parent() -> None:
-    """In the child: interrupt this process when the parent is gone, and kill it if it does not end."""
+    """Interrupt this process, a child, when its parent is gone, and kill it if it does not end."""
     signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
     threading.Thread(target=_watch_parent, daemon=True).start()
 
@@ -156,7 +156,7 @@ def _watch_parent() -> None:
 
 @contextmanager
 def report_errors() -> Iterator[None]:
-    """In the child: pass the error that ends it to the parent; without a traceback if a user can cure it."""
+    """Pass the error that ends this process, a child, to its parent; without a traceback if a user can cure it."""
     try:
         yield
     except Exception as error:
@@ -167,7 +167,7 @@ def report_errors() -> Iterator[None]:
 
 
 def write_error(error: Exception) -> None:
-    """In a process that `run_python` started: write the error for it; elsewhere do nothing."""
+    """Write the error for the parent, in a process that `run_python` started; elsewhere do nothing."""
     if path := os.environ.get(ERROR_VARIABLE):
         content = {"error": str(error), "kind": type(error).__name__, "rank": os.environ.get("RANK")}
         with contextlib.suppress(FileExistsError), open(path, "x", encoding="utf-8") as file:

@@ -148,7 +148,7 @@ def _load_task_objects(params: LmEvalParams, include: Path) -> Any:
 
 
 def _set_fewshot(task: Any, count: int | None, seed: int) -> None:
-    """As lm-eval's `simple_evaluate`: a task that fixes 0 keeps it; one without a setting gets `count` or 0."""
+    """Set few-shot as lm-eval's `simple_evaluate` does: a task that fixes 0 keeps it; with no setting, `count` or 0."""
     task_default = task.get_config("num_fewshot")
     if task_default is None or (count is not None and task_default != 0):
         task.set_config(key="num_fewshot", value=count or 0)

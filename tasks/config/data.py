@@ -97,7 +97,7 @@ class PrepareParams(Section):
 
 
 class PreferencesParams(Section):
-    """How pairs are drawn from rated texts, and how many."""
+    """Number of pairs, and how they are drawn from rated texts."""
 
     train_pairs: Positive = Field(description="Pairs for training the reward model and DPO.")
     heldout_pairs: Positive = Field(description="Pairs for each of validation and test.")

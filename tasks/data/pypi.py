@@ -150,7 +150,7 @@ def _fetch(command: Any, options: Any, request: dict[str, str]) -> dict[str, Any
 
 
 def _download() -> None:
-    """What the child process does: read the request on standard input, write `result.json` into its folder.
+    """Work of the child process: read the request on standard input, write `result.json` into its folder.
 
     pip has no command that downloads a source distribution without running its build code for the metadata, so this
     asks pip's own `download` command for its session and finder, which carry the user's whole configuration (index,

@@ -17,7 +17,7 @@ __all__ = ["Policy", "PolicyOutput", "model_inputs"]
 
 
 class PolicyOutput(NamedTuple):
-    """Of the response tokens, each [B, T] float32; values are 0 without a value head."""
+    """Log-probability, value and entropy per response token, [B, T] float32; values are 0 without a value head."""
 
     logprobs: Tensor
     values: Tensor

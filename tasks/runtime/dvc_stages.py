@@ -136,7 +136,7 @@ def meta(name: str) -> dict[str, bool]:
 
 
 def changes(name: str) -> list[str]:
-    """What the stage reads that is not as it was when it ran last, one reason a line; takes no lock."""
+    """Inputs of the stage that changed since it last ran, one reason a line; takes no lock."""
     with dvc_errors(name):
         return _changed_inputs(load_stage(open_repo(), name))
 

@@ -46,7 +46,7 @@ MLFLOW_ENV = {
 
 
 def store_uri() -> str:
-    """Where runs are kept: `$MLFLOW_TRACKING_URI`, else mlflow.db in the project."""
+    """Address of the store of runs: `$MLFLOW_TRACKING_URI`, else mlflow.db in the project."""
     return os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{project_root() / 'mlflow.db'}"
 
 
