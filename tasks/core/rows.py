@@ -12,6 +12,7 @@ from pydantic import (
     BaseModel,
     ConfigDict,
     Field,
+    FiniteFloat,
     SerializerFunctionWrapHandler,
     ValidationError,
     model_serializer,
@@ -88,7 +89,7 @@ class Preference(Row):
     prompt: str
     chosen: str = Field(min_length=1)
     rejected: str = Field(min_length=1)
-    margin: float | None = None
+    margin: FiniteFloat | None = None
     labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
     objective: str | None = Field(default=None, min_length=1)

@@ -167,8 +167,8 @@ def _validated(envelope: dict[str, Any], row_type: type[Row]) -> Row | str:
         row = row_type.model_validate(_normalised(row))
     except ValidationError as error:
         return format_validation_error(error)
-    if isinstance(row, Rating) and not all(math.isfinite(value) for value in row.ratings):
-        return f"ratings: all must be finite numbers (got {row.ratings})"
+    if isinstance(row, Rating) and not math.isfinite(row.mean):
+        return f"ratings: they and their mean must be finite numbers (got {row.ratings})"
     return row
 
 

@@ -12,8 +12,11 @@ import importlib.metadata
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -151,6 +154,8 @@ def _parsed(line: bytes) -> object:
         return f"not UTF-8: {error.reason} at byte {error.start + 1}\n{line.decode('utf-8', errors='replace')}"
     except json.JSONDecodeError as error:
         return f"not JSON: {error.msg} at column {error.colno}\n{line.decode('utf-8')}"
+    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of open brackets
+        return f"not JSON that can be read: {str(error).partition(':')[0]}\n{line.decode('utf-8')}"
     return f"not an object but a string\n{line.decode('utf-8-sig')}" if isinstance(content, str) else content
 
 
@@ -180,16 +185,27 @@ def _checked_row(row: dict[Any, Any], names: Iterable[str]) -> object:
 
 def _parquet(path: Path) -> Iterator[tuple[int, object]]:
     try:
-        yield from enumerate(parquet.read_table(path).to_pylist(), start=1)
-    except pyarrow.ArrowException as error:
+        batches = parquet.read_table(path).to_batches()
+    except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}; write it again") from error
+    yield from enumerate(chain.from_iterable(map(_batch_rows, batches)), start=1)
+
+
+def _batch_rows(batch: pyarrow.RecordBatch) -> list[object]:
+    """The rows of a batch; one that Python cannot hold becomes the string `reason\\n`."""
+    try:
+        return list(batch.to_pylist())
+    except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # not UTF-8, a date beyond Python's
+        if len(batch) == 1:
+            return [f"not readable: {str(error).splitlines()[0]}\n"]
+        return list(chain.from_iterable(_batch_rows(batch.slice(row, 1)) for row in range(len(batch))))
 
 
 def _read_bytes(path: Path) -> bytes:
     content = path.read_bytes()
     try:
         return gzip.decompress(content) if path.suffix == ".gz" else content
-    except (OSError, EOFError) as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} is not a whole gzip file ({error}); copy it again") from error
 
 
@@ -226,27 +242,66 @@ def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader
 
 def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> dict[str, Any]:
     """Wrap a row with its file and line; a `str` is an unparsable line, as `reason`, newline, the line."""
+    place = {"file": file, "line": line}
     if isinstance(content, str):
         error, _, raw = content.partition("\n")
-        return {"file": file, "line": line, "raw": raw, "error": error}
+        return place | {"raw": raw, "error": error}
     if not isinstance(content, Mapping):
-        raw = json.dumps(content, ensure_ascii=False, default=str)
-        return {"file": file, "line": line, "raw": raw, "error": f"not an object but {type(content).__name__}"}
-    row = _map_columns(source, content, line)
+        return place | {"raw": _raw(content), "error": f"not an object but {type(content).__name__}"}
+    try:
+        row = _map_columns(source, content, line)
+    except ValueError as error:
+        return place | {"raw": _raw(content), "error": str(error)}
     if source.answer_pattern is None:
-        return {"file": file, "line": line, "row": row}
+        return place | {"row": row}
     found = re.search(source.answer_pattern, str(row.get("answer", "")))
     if found is None:
-        raw = json.dumps(content, ensure_ascii=False, default=str)
-        return {"file": file, "line": line, "raw": raw, "error": f"answer: {source.answer_pattern!r} is not in it"}
-    return {"file": file, "line": line, "row": row | {"answer": found[1].strip()}}
+        return place | {"raw": _raw(content), "error": f"answer: {source.answer_pattern!r} is not in it"}
+    return place | {"row": row | {"answer": found[1].strip()}}
+
+
+def _raw(content: object) -> str:
+    """The content of a row as text that UTF-8 can hold."""
+    try:
+        text = json.dumps(content, ensure_ascii=False, default=str)
+    except (ValueError, RecursionError):
+        text = f"<{type(content).__name__}>"
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def _plain(value: object) -> Any:
+    """The value as JSON can hold it: a decimal is a number, a tuple a list.
+
+    Raises:
+        ValueError: JSON or UTF-8 has no form for it.
+    """
+    if isinstance(value, str):
+        value.encode("utf-8")  # a lone surrogate is no text
+    elif isinstance(value, Decimal):
+        return int(value) if value == value.to_integral_value() else float(value)
+    elif isinstance(value, Mapping):
+        return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
+    elif isinstance(value, list | tuple):
+        return [_plain(inner) for inner in value]
+    elif not (value is None or isinstance(value, bool | int | float)):
+        raise ValueError(f"a value of type {type(value).__name__}; texts and numbers can be read")
+    return value
 
 
 def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
-    """Map a source's columns to the row type's fields; other columns are dropped."""
-    fields = ROW_TYPES[source.row_type].model_fields
-    row = {name: content[column] for name in fields if (column := source.columns.get(name, name)) in content}
-    row["id"] = f"{source.name}-{row.get('id', line)}"
+    """Map a source's columns to the row type's fields; other columns are dropped.
+
+    Raises:
+        ValueError: a value is neither text nor number, nor a list of them.
+    """
+    row: dict[str, Any] = {}
+    for name in ROW_TYPES[source.row_type].model_fields:
+        if (column := source.columns.get(name, name)) in content:
+            try:
+                row[name] = _plain(content[column])
+            except (ValueError, RecursionError, ArithmeticError) as error:
+                raise ValueError(f"{column}: {error}") from error
+    row["id"] = f"{source.name}-{line if row.get('id') is None else row['id']}"
     if source.objective:
         row["objective"] = source.objective
     if source.row_type == "preferences" and "prompt" not in row:
@@ -263,7 +318,7 @@ def _ratings(value: Any) -> Any:
     if isinstance(value, str):
         try:
             value = json.loads(value)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             return value
     return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
 

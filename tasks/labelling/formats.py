@@ -55,7 +55,11 @@ def load(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: No
     loaded: list[Record] = []
     errors: list[str] = []
     unclear = 0
-    for line, record in _records(path.read_text(encoding="utf-8-sig")):
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
+    for line, record in _records(text):
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -85,6 +89,9 @@ def _records(text: str) -> Iterator[tuple[int, Any]]:
         except json.JSONDecodeError as error:
             yield error.lineno, ValueError(f"not JSON: {error.msg}")
             return
+        except (ValueError, RecursionError) as error:
+            yield line, ValueError(f"not JSON that can be read: {str(error).partition(':')[0]}")
+            return
         yield line, record
     if place >= len(text):
         yield text.count("\n") + 1, ValueError("the list has no end: the file was cut")
@@ -101,6 +108,8 @@ def _json(line: str) -> Any:
         return json.loads(line)
     except json.JSONDecodeError as error:
         return ValueError(f"not JSON: {error.msg} at column {error.colno}")
+    except (ValueError, RecursionError) as error:
+        return ValueError(f"not JSON that can be read: {str(error).partition(':')[0]}")
 
 
 def _validate_record(question: Question, labels: list[Label]) -> Record:

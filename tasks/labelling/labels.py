@@ -115,23 +115,31 @@ def label_error(label: Label) -> str | None:
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
         return f"rating: {ratings} should be from 1 to 5"
-    if not 0 < len(label.labeller) <= MAX_NAME_LENGTH or "\0" in label.labeller:
+    if not 0 < len(label.labeller) <= MAX_NAME_LENGTH or _text_error("labeller", label.labeller):
         return f"labeller: {label.labeller!r} should have 1 to {MAX_NAME_LENGTH} characters, none of them NUL"
     comment = label.comment or ""
     if len(comment) > MAX_COMMENT_LENGTH:
         return f"comment: {len(comment)} characters, at most {MAX_COMMENT_LENGTH} are kept"
-    return f"comment: {NUL}" if "\0" in comment else None
+    return _text_error("comment", comment)
 
 
 def question_error(question: Question) -> str | None:
     """Return why the question cannot be kept, or None where it can."""
     for name in ("prompt", "response_a", "response_b"):
-        if "\0" in getattr(question, name):
-            return f"{name}: {NUL}"
+        if reason := _text_error(name, getattr(question, name)):
+            return reason
     for name, most in MAX_LENGTHS.items():
         if (length := len(getattr(question, name))) > most:
             return f"{name}: {length} characters, at most {most} are kept"
     return None
+
+
+def _text_error(name: str, text: str) -> str | None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        return f"{name}: {error.reason} at character {error.start + 1}"
+    return f"{name}: {NUL}" if "\0" in text else None
 
 
 def is_model(labeller: str) -> bool:

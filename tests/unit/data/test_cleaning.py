@@ -47,7 +47,7 @@ def test_each_malformed_row_is_quarantined_with_file_line_reason_and_text(tmp_pa
     assert reasons[0].startswith("ratings: Field required")
     assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row"]
     assert reasons[3].startswith("text: String should have at least 1 character")
-    assert reasons[4].startswith("ratings: all must be finite numbers")
+    assert reasons[4].startswith("ratings: they and their mean must be finite numbers")
     assert "text: Input should be a valid string (got '5')" in reasons[5]
     assert "ratings.0: Input should be a valid number" in reasons[5]
     assert cleaned.quarantine[1]["raw"] == "{broken"
