@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import Any, Literal
 
@@ -27,6 +26,7 @@ from dvc.dependency.param import ParamsDependency
 from dvc.exceptions import DvcException
 from dvc.lock import LockError
 from dvc.repo import Repo
+from dvc.repo.reproduce import plan_repro
 from dvc_data.hashfile import load
 
 from tasks.core.errors import StageError
@@ -194,12 +194,12 @@ def _changed_inputs(stage: Any) -> list[str]:
 
 
 def _order(edges: Any) -> dict[str, tuple[str, ...]]:
-    needs = {
+    """Every stage with those that it reads from, in the order of `dvc repro`: so dvc.lock is the same, line by line."""
+    return {
         stage.addressing: tuple(need.addressing for need in edges.successors(stage) if not need.is_data_source)
-        for stage in edges
+        for stage in plan_repro(edges)
         if not stage.is_data_source
     }
-    return {name: needs[name] for name in TopologicalSorter(needs).static_order()}
 
 
 def _in_run_cache(stage: Any) -> bool:
