@@ -119,7 +119,7 @@ def test_every_module(recorded: Project) -> None:
             continue
         for (reason,) in found.values():
             path, _, change = reason.partition(" changed: ")
-            assert name == path and change == f"{md5s[0]} → {md5s[1]}" or name.startswith(f"{path}/"), reason
+            assert (name == path and change == f"{md5s[0]} → {md5s[1]}") or name.startswith(f"{path}/"), reason
         for stage in STAGES:
             if name in imported(stage):
                 assert stage in found, f"{stage} imports {name}"
