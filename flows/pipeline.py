@@ -154,9 +154,8 @@ def resolve_plan(stages: list[str] | None) -> Plan:
     Raises:
         StageError: dvc.yaml has no stage of that name.
     """
+    dvc_stages.check_names(stages or ())
     needs = dvc_stages.graph()
-    if unknown := [name for name in stages or [] if name not in needs]:
-        raise StageError(f"no stage {unknown[0]!r} in dvc.yaml; its stages are {', '.join(needs)}")
     plan = set(stages or needs)
     for name in reversed(needs):
         if name in plan:

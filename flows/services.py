@@ -301,12 +301,30 @@ class TemporaryServer:
     def wait(self) -> None:
         """Return as soon as the server answers; a StageError if it ended, or did not answer in time."""
         server = self.process
+        if server is None:
+            _check_standing_server()
+            return
         health = f"{self.address}/health"
-        if server and not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):
+        if not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):
             raise StageError(
                 "the temporary Prefect server did not start; run `prefect server start` in another terminal to see "
                 "why, or set PREFECT_API_URL to a server that runs"
             )
+
+
+def _check_standing_server() -> None:
+    from prefect.settings import PREFECT_API_URL
+
+    address = PREFECT_API_URL.value()
+    try:
+        urllib.request.urlopen(f"{address}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        pass  # it answers, if only that it wants a key
+    except (OSError, ValueError) as error:
+        raise StageError(
+            f"the Prefect server at {address} does not answer ({error}): start it, or unset PREFECT_API_URL (or choose "
+            "another Prefect profile) for a temporary one"
+        ) from error
 
 
 @contextmanager

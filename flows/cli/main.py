@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -35,11 +36,24 @@ from tasks.core.paths import stage_dir
 
 __all__ = ["app", "main"]
 
-app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="The data from which the pipeline starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(models.app)
 app.add_typer(labels.app, name="label")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"rlhf {version('rlhf-pipeline')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[bool, typer.Option(callback=_print_version, is_eager=True, help="Print the version.")] = False,
+) -> None:
+    """Train a language model from human feedback: run the stages, look at results, label, promote."""
 
 
 def main() -> None:
@@ -70,6 +84,10 @@ def run(
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
     root = enter_project()
+    if stages:  # checked before params.yaml is changed and a server started
+        from tasks.runtime import dvc_stages
+
+        dvc_stages.check_names(stages)
     options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
     options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
     resume_hint = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"

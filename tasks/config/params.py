@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator, Mapping
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
 
@@ -310,12 +311,19 @@ def _validate(content: Any, where: str) -> Params:
         raise ConfigError(f"{where} is not valid:\n{problems}") from error
 
 
+def _all_keys() -> set[str]:
+    schema = Params.model_json_schema()
+    return {name for part in (schema, *schema["$defs"].values()) for name in part.get("properties", {})}
+
+
 def _format_error(item: Any) -> str:
     key = ".".join(str(part) for part in item["loc"])
     if not key:
         return str(item["msg"]).removeprefix("Value error, ")
     if item["type"] == "extra_forbidden":
-        return f"{key}: unknown key (value {item['input']!r}); check the spelling or remove it"
+        near = get_close_matches(str(item["loc"][-1]), _all_keys(), n=1)
+        cure = f"did you mean {near[0]}?" if near else "check the spelling or remove it"
+        return f"{key}: unknown key (value {item['input']!r}); {cure}"
     if item["type"] == "missing":
         return f"{key}: missing; add it (see the fields of tasks/config/)"
     return f"{key}: {item['msg']}, got {item['input']!r}"

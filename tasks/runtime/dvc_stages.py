@@ -12,7 +12,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -42,7 +42,7 @@ from tasks.runtime.dvc_repo import (
 )
 
 __all__ = [
-    "Inputs", "Result", "StaleStage", "changes", "graph", "inputs", "meta", "output_digests", "outputs",
+    "Inputs", "Result", "StaleStage", "changes", "check_names", "graph", "inputs", "meta", "output_digests", "outputs",
     "reproduce", "stage_key", "stale_stages", "status", "why_stale",
 ]  # fmt: skip
 
@@ -89,6 +89,12 @@ def graph() -> dict[str, tuple[str, ...]]:
     """
     with dvc_errors("dvc.yaml"):
         return _order(open_repo().index.graph)
+
+
+def check_names(stages: Sequence[str]) -> None:
+    """Raise a StageError if dvc.yaml has no stage of one of these names."""
+    if unknown := [name for name in stages if name not in (known := graph())]:
+        raise StageError(f"no stage {unknown[0]!r} in dvc.yaml; its stages are {', '.join(known)}")
 
 
 def stage_key(name: str) -> str | None:

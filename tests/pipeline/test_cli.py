@@ -3,6 +3,7 @@
 import json
 import re
 import sys
+from importlib.metadata import version
 from io import StringIO
 from pathlib import Path
 
@@ -27,7 +28,8 @@ POLICIES = {
         (["run", "--preset", "nope"], "no preset 'nope'"),
         (["run", "-S", "sft.epochs"], "write it as section.key=value"),
         (["run", "-S", "sft.epochs=0"], "sft.epochs: Input should be greater than 0, got 0"),
-        (["run", "-S", "sft.epoch=1"], "sft.epoch: unknown key"),
+        (["run", "-S", "sft.epoch=1"], "sft.epoch: unknown key (value 1); did you mean epochs?"),
+        (["run", "-S", "sft.epochs=2", "sfft"], "no stage 'sfft' in dvc.yaml; its stages are"),
     ],
 )
 def test_an_error_is_one_message_and_changes_nothing(fresh: Project, words: list[str], message: str) -> None:
@@ -36,6 +38,10 @@ def test_an_error_is_one_message_and_changes_nothing(fresh: Project, words: list
     assert message in output
     assert output.startswith("error:")
     assert (fresh.root / "params.yaml").read_text() == before
+
+
+def test_the_version_is_that_of_the_package(fresh: Project) -> None:
+    assert fresh.rlhf("--version") == f"rlhf {version('rlhf-pipeline')}\n"
 
 
 def test_outside_a_project_it_says_so(fresh: Project, tmp_path: Path) -> None:

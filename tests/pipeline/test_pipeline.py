@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from tests.pipeline.conftest import PATIENCE, STAGES, Project, query
+from tests.pipeline.conftest import PATIENCE, STAGES, Project, query, rlhf
 
 NAMES = list(STAGES)
 
@@ -127,7 +127,13 @@ def test_a_failed_stage_leaves_the_lock_alone_and_says_why_once(project: Project
 def test_only_the_named_stage_and_what_it_needs(project: Project) -> None:
     assert list(results(project.rlhf("run", "--force", "sft"))) == ["collect", "prepare", "sft"]
     assert project.ran() == ["sft"]
-    assert "no stage 'sfft'" in project.rlhf("run", "sfft", expect=1)
+
+
+def test_a_prefect_server_that_does_not_answer_is_one_message(project: Project) -> None:
+    output = rlhf(project, "run", expect=1, env=project.environment | {"PREFECT_API_URL": "http://127.0.0.1:9/api"})
+    assert "error: the Prefect server at http://127.0.0.1:9/api does not answer" in output
+    assert "Traceback" not in output
+    assert project.ran() == []
 
 
 def test_interrupted_it_goes_on_from_its_checkpoint(project: Project) -> None:

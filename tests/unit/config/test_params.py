@@ -53,7 +53,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("ppo.learning_rte=1", r"ppo\.learning_rte: unknown key \(value 1\); check the spelling or remove it"),
+        ("ppo.learning_rte=1", r"ppo\.learning_rte: unknown key \(value 1\); did you mean learning_rate\?"),
         ("ppo.gamma=1.5", r"ppo\.gamma: Input should be less than or equal to 1, got 1\.5"),
         ("ppo.minibatches=7", "minibatches 7 must divide the 64 responses of an update"),
         ("sft=null", r"sft: Input should be a valid dictionary or instance of SFTParams, got None"),
