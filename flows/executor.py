@@ -4,8 +4,6 @@ The ranks are those of torch's elastic launcher, as in `torchrun --standalone --
 they end with the process that started them, and an error is one message, as without ranks.
 """
 
-from __future__ import annotations
-
 import argparse
 import logging
 import os

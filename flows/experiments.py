@@ -5,8 +5,6 @@ for the others, and `rlhf run -S` with the same settings brings it into the proj
 MLflow, tagged with their series and their settings.
 """
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import json

@@ -3,8 +3,6 @@
 DVC decides whether a stage runs; Prefect shows what happened to it and why.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack

@@ -4,8 +4,6 @@ A child watches a pipe that its parent holds open, so it ends however the parent
 JSON into a file that an environment variable names; where several processes share the file, the first to fail writes.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

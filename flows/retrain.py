@@ -1,7 +1,5 @@
 """Retraining flow: pipeline on new data, promotion gate, and a new champion or the reasons for the refusal."""
 
-from __future__ import annotations
-
 import os
 import tempfile
 from collections.abc import Collection

@@ -1,7 +1,5 @@
 """`rlhf schedule`: the standing services in the foreground, with the nightly deployment at other times."""
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import signal

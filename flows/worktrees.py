@@ -1,7 +1,5 @@
 """Other working copies of this project, as git worktrees."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import shutil

@@ -1,7 +1,5 @@
 """The `rlhf` command: running the pipeline, looking at its results, and its services."""
 
-from __future__ import annotations
-
 import json
 import logging
 import os

@@ -1,7 +1,5 @@
 """Base class and field types of the sections of params.yaml, and the names in it that libraries read as well."""
 
-from __future__ import annotations
-
 import re
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Sections of the stages that make the data: collect, prepare and preferences."""
 
-from __future__ import annotations
-
 from typing import Literal, Self
 
 from pydantic import Field, model_validator

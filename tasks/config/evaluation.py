@@ -1,7 +1,5 @@
 """Sections of the evaluation: LLM judge, gate, benchmarks and the over-optimisation curve."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator

@@ -1,7 +1,5 @@
 """Read, check and change params.yaml; its sections are in the other modules of `tasks.config`."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Iterator, Mapping

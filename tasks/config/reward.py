@@ -1,7 +1,5 @@
 """The composed reward, shared by PPO, GRPO and the evaluation."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from itertools import pairwise
 from typing import Any, Literal, Self

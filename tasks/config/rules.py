@@ -1,7 +1,5 @@
 """Options of the reward rules: `reward.rules.<component>` of params.yaml."""
 
-from __future__ import annotations
-
 import ast
 from collections.abc import Mapping
 from difflib import get_close_matches

@@ -1,7 +1,5 @@
 """Sections of the stages that make and train models."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal, Self
 
 from pydantic import Field, model_validator

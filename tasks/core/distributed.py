@@ -4,8 +4,6 @@ Each rank computes its share of every batch, and all of them end up with the sam
 every function gives back what it was given.
 """
 
-from __future__ import annotations
-
 import operator
 from collections.abc import Iterable, Sequence
 from dataclasses import fields

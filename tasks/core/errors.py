@@ -1,7 +1,5 @@
 """Errors that a user can cause. A message names what is wrong, where, what was found, and the cure."""
 
-from __future__ import annotations
-
 __all__ = ["ConfigError", "DataError", "ModelError", "RLHFError", "SourceError", "StageError", "TrainingError"]
 
 

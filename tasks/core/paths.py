@@ -1,7 +1,5 @@
 """Paths of the project, all derived from its root."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Row types, and reading and writing JSON and CSV such that equal content is equal bytes on every machine."""
 
-from __future__ import annotations
-
 import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence

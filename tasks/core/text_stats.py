@@ -1,7 +1,5 @@
 """Words, n-grams, and repetition statistics of texts."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Stages import this module, so it knows no vendor: `tasks.runtime.stage_runner` a
 recorded can change without any stage running again. Without a recorder (a unit test) every function does nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace

@@ -6,8 +6,6 @@ ICWSM 2014. The archive lies inside the source distribution of vaderSentiment (M
 Only the two members are read, in memory; nothing is unpacked or run.
 """
 
-from __future__ import annotations
-
 import html
 import io
 import json

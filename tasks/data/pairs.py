@@ -1,7 +1,5 @@
 """Pairs of rated texts, labels for them (of single raters, noisy, or of all), and how far raters agree on them."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from random import Random

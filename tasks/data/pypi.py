@@ -4,8 +4,6 @@ A distribution is only ever a file here: it is found by pip's finder, streamed, 
 the cache. None of its code runs: no metadata build, no import, no install.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

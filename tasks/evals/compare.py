@@ -1,7 +1,5 @@
 """Aggregate scored responses into one row of metrics per policy, and select examples of where policies differ."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from statistics import fmean, stdev

@@ -1,7 +1,5 @@
 """Comparison of runs: variants of the pipeline side by side, and one pipeline under several seeds."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Model card of a registered policy: training, data, evaluation, gate decision and limits."""
 
-from __future__ import annotations
-
 import json
 from typing import Any
 

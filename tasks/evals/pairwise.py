@@ -5,8 +5,6 @@ in both orders, and a policy wins only where both answers say so; where they con
 et al. 2023, arXiv 2306.05685, section 3.4). How often they do, and how often the first was chosen, is reported.
 """
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Mapping, Sequence

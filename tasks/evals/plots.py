@@ -3,8 +3,6 @@
 Figures are drawn in placeholder colours, which are then replaced by CSS variables.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections import Counter

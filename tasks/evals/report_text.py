@@ -1,7 +1,5 @@
 """Text of the report: its templates, the columns of its table, the summary, and the turning point of gold."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Means with confidence intervals: standard errors, bootstrap and t intervals, paired wins."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Labelling page: one question at a time, as plain forms that work without a script; a script makes it quick."""
 
-from __future__ import annotations
-
 import math
 import time
 import uuid

@@ -4,8 +4,6 @@ A question on a screen is leased, so that nobody else is handed it needlessly. L
 and end by themselves: after a crash two people may be asked the same, and no question is lost.
 """
 
-from __future__ import annotations
-
 import random
 import threading
 import time

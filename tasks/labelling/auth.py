@@ -4,8 +4,6 @@ Passwords are generated, so that none is weak or used elsewhere. A session is a 
 hash, in a cookie signed with this project's secret.
 """
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import hmac

@@ -3,8 +3,6 @@
 Events are only ever added: the current label of a labeller is their last event on the question.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sqlite3
 from datetime import UTC, datetime

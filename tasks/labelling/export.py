@@ -1,7 +1,5 @@
 """Export of labels as the pipeline's preferences, with a card that accounts for every label."""
 
-from __future__ import annotations
-
 from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Files of Argilla 2 and Label Studio, both ways: read as a whole before anything is kept, errors with their lines."""
 
-from __future__ import annotations
-
 import json
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Questions and labels: their fields, limits and ids, and pseudonyms of labellers."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 from collections.abc import Iterable

@@ -3,8 +3,6 @@
 Equal labels give a report of equal bytes.
 """
 
-from __future__ import annotations
-
 import math
 import statistics
 import warnings

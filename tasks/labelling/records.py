@@ -15,8 +15,6 @@ ours stands in the id of each part of an annotation's result, as `<labeller>/<pa
 without parts gets an empty comment for it. The data hold the texts, and in `swapped` who saw answer2 first.
 """
 
-from __future__ import annotations
-
 import math
 import re
 from collections import defaultdict

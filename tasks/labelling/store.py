@@ -5,8 +5,6 @@ is open for everybody. A skip is an answer, but does not count for `labels_wante
 (`model:…`): somebody else is asked.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Sequence
 from contextlib import suppress

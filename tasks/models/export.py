@@ -1,7 +1,5 @@
 """Export a policy as a folder that transformers, with or without peft, loads without this project."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

@@ -5,8 +5,6 @@ The checkpoints are transformers' own. Three things that they lack are added her
 of the data that follows from the epoch, and TRL's count of tokens.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import tempfile

@@ -6,8 +6,6 @@ the output in place. The numbers are the same but for the order of additions. On
 weights that are trained, and where torch was built without oneDNN, every layer works as before.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, cast

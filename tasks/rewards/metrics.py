@@ -1,7 +1,5 @@
 """Metrics of scores against human preferences, ratings and labels: accuracy, correlation, AUC, calibration."""
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_right
 from collections.abc import Mapping

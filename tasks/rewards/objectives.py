@@ -1,7 +1,5 @@
 """Kinds of reward models: the trainer and the held-out metrics of each."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple

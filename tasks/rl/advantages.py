@@ -1,7 +1,5 @@
 """Rewards and advantages of actions: GAE, leave-one-out, and standardisation within a prompt's responses."""
 
-from __future__ import annotations
-
 from typing import Literal
 
 import torch

@@ -1,7 +1,5 @@
 """Observers of RL training, the checkpoint of an interrupted run, and the weights before an update."""
 
-from __future__ import annotations
-
 import math
 import os
 import sys

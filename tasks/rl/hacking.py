@@ -1,7 +1,5 @@
 """Checks of each update: non-finite values, degenerate responses, and detectors of reward hacking."""
 
-from __future__ import annotations
-
 import itertools
 import statistics
 from collections.abc import Callable, Mapping, Sequence

@@ -4,8 +4,6 @@ Source: Schulman 2020, "Approximating KL Divergence" (joschu.net/blog/kl-approx.
 r = reference / policy, so that log r = −Δ.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ NaN or infinity: it is replaced (`torch.where`), not multiplied by zero. A mask 
 does not count is padding after the last one that does, or, between two that do, the environment's text.
 """
 
-from __future__ import annotations
-
 import math
 
 import torch

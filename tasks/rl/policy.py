@@ -1,7 +1,5 @@
 """Policy (adapter on), reference (adapter off) and value function (a linear head) on one shared backbone."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

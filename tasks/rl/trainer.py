@@ -1,7 +1,5 @@
 """RL trainer of a language model: sample, score, advantages, update, adapt the KL penalty; for PPO and GRPO alike."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -1,7 +1,5 @@
 """Policy update: epochs of optimiser steps on one rollout, each checked before it is applied."""
 
-from __future__ import annotations
-
 import math
 import operator
 from functools import reduce

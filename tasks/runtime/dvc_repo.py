@@ -1,7 +1,5 @@
 """The DVC project: opening it, loading a stage, its data in cache and remote, and its errors in plain words."""
 
-from __future__ import annotations
-
 import errno
 import logging
 import re

@@ -6,8 +6,6 @@ And dvc.lock is written whole or not at all. Locks, the decision whether anythin
 hashing outputs, and the content of dvc.lock stay DVC's.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import shutil

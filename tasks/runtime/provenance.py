@@ -4,8 +4,6 @@ It is one tag of the version, so that it needs no file store. MLflow takes 100,0
 a MySQL store); the default pipeline needs 12,000.
 """
 
-from __future__ import annotations
-
 import json
 import subprocess
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 The weights stay with DVC: a version names them by their md5, and `tasks.runtime.dvc_repo.restore` brings them back.
 """
 
-from __future__ import annotations
-
 import contextlib
 import json
 from collections.abc import Mapping

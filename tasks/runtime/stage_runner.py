@@ -1,7 +1,5 @@
 """Runs one stage with the parameters and folders that its signature names, as one recorded run."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import gc

@@ -1,7 +1,5 @@
 """Create the tables, and triggers by which the database itself refuses to change or delete an event."""
 
-from __future__ import annotations
-
 import sqlalchemy as sa
 from alembic import op
 

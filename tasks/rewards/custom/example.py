@@ -9,8 +9,6 @@ Where it raises or returns no finite number, the response earns `floor` (0 unles
 failure counts in `failures/loud`, and the first one is printed; where most of a batch fails, training stops.
 """
 
-from __future__ import annotations
-
 __all__ = ["shout"]
 
 

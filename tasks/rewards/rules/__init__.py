@@ -3,8 +3,6 @@
 The docstring of each rule says how a policy could game it, and what prevents that.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from tasks.rewards.code import CodeReward

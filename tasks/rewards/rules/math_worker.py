@@ -3,8 +3,6 @@
 It imports nothing of this project: it runs as a file, and must start fast.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import resource

@@ -12,8 +12,6 @@ roles and no chat template, because the base model's own is made for tools and s
 token, which the text does not show, or is cut at `generation.max_new_tokens`.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
