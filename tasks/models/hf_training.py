@@ -64,6 +64,7 @@ def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epoch
         "report_to": "none",
         "logging_steps": LOGGING_STEPS,
         "logging_first_step": True,
+        "logging_nan_inf_filter": False,  # it would hide what must stop the training
         "disable_tqdm": True,
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": {"split_batches": True},
