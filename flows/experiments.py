@@ -202,12 +202,15 @@ def _working_copy(folder: Path) -> Iterator[Path]:
     with worktree(folder, "HEAD"):
         changed = git("ls-files", "--modified", "--others", "--exclude-standard", "-z").split("\0")
         for name in filter(None, changed):
-            target = folder / name
-            if (root / name).exists():
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copy2(root / name, target)
-            else:
-                target.unlink(missing_ok=True)
+            source, target = root / name, folder / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if target.is_dir() and not target.is_symlink():
+                shutil.rmtree(target)
+            target.unlink(missing_ok=True)
+            if source.is_symlink() or source.is_dir():  # a folder listed by itself is a repository of its own
+                target.symlink_to(source.resolve())
+            elif source.exists():
+                shutil.copy2(source, target)
         load_params(folder / "params.yaml")
         _fetch_data(folder)
         yield folder

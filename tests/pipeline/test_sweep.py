@@ -2,11 +2,12 @@
 
 import shutil
 from collections import Counter
+from pathlib import Path
 
 import pytest
 from filelock import FileLock
 
-from flows.experiments import expand_grid
+from flows.experiments import _working_copy, expand_grid
 from flows.worktrees import worktree
 from tasks.core.errors import ConfigError
 from tests.pipeline.conftest import Project, query
@@ -42,6 +43,21 @@ def test_a_variant_that_fails_is_named_and_those_before_it_are_kept(fresh: Proje
     assert fresh.worktrees() == set()
     fresh.rlhf("run", "-S", "sft.epochs=2")
     assert fresh.ran() == []
+
+
+def test_links_and_repositories_in_the_project_are_links_in_its_copies(
+    fresh: Project, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fresh.commit()
+    monkeypatch.chdir(fresh.root)
+    (tmp_path / "rows.jsonl").write_text("rows")
+    (fresh.root / "linked").symlink_to(tmp_path)
+    fresh.command("git", "init", "--quiet", "repository")
+    (fresh.root / "repository" / "rows.jsonl").write_text("rows")
+    (fresh.root / "new.txt").write_text("new")
+    with _working_copy(fresh.root / ".rlhf" / "sweeps" / "worktree") as copy:
+        assert [(copy / name / "rows.jsonl").read_text() for name in ("linked", "repository")] == ["rows", "rows"]
+        assert (copy / "new.txt").read_text() == "new"
 
 
 def test_worktrees_that_a_killed_process_has_left_are_removed(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:
