@@ -268,6 +268,10 @@ def _read(path: Path, yaml: YAML | None = None) -> Any:
         raise ConfigError(f"{path} does not exist: run this inside the project")
     try:
         content = (yaml or YAML(typ="safe")).load(path.read_text(encoding="utf-8"))
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}): save it as UTF-8"
+        ) from error
     except YAMLError as error:
         raise ConfigError(f"{path} is no YAML: {error}") from error
     if not isinstance(content, dict):

@@ -107,6 +107,12 @@ def test_what_is_not_valid_is_named_and_nothing_is_written(setting: str, problem
     assert params_yaml.read_bytes() == before
 
 
+def test_a_file_in_another_encoding_is_named(params_yaml: Path) -> None:
+    params_yaml.write_text(params_yaml.read_text(), encoding="utf-16")
+    with pytest.raises(ConfigError, match=r"params\.yaml is not UTF-8 \(invalid start byte at byte 1\): save it as"):
+        load_params(params_yaml)
+
+
 @pytest.mark.parametrize(
     ("rule", "problem"),
     [
