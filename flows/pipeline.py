@@ -152,8 +152,8 @@ def resolve_plan(stages: list[str] | None) -> Plan:
     Raises:
         StageError: dvc.yaml has no stage of that name.
     """
-    dvc_stages.check_names(stages or ())
     needs = dvc_stages.graph()
+    dvc_stages.check_names(stages or (), needs)
     plan = set(stages or needs)
     for name in reversed(needs):
         if name in plan:

@@ -85,7 +85,7 @@ def run(
     if stages:  # checked before params.yaml is changed and a server started
         from tasks.runtime import dvc_stages
 
-        dvc_stages.check_names(stages)
+        dvc_stages.check_names(stages, dvc_stages.graph())
     options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
     options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
     resume_hint = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"

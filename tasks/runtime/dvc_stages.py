@@ -10,7 +10,7 @@ import hashlib
 import os
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -89,9 +89,9 @@ def graph() -> dict[str, tuple[str, ...]]:
         return _order(open_repo().index.graph)
 
 
-def check_names(stages: Sequence[str]) -> None:
-    """Raise a StageError if dvc.yaml has no stage of one of these names."""
-    if unknown := [name for name in stages if name not in (known := graph())]:
+def check_names(stages: Sequence[str], known: Collection[str]) -> None:
+    """Raise a StageError if one of these names is not among those that `graph` knows."""
+    if unknown := [name for name in stages if name not in known]:
         raise StageError(f"no stage {unknown[0]!r} in dvc.yaml; its stages are {', '.join(known)}")
 
 
