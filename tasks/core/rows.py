@@ -21,7 +21,7 @@ from tasks.core.errors import DataError
 
 __all__ = [
     "ROW_TYPES", "SPLITS", "Demonstration", "Preference", "Prompt", "Rating", "Row", "Split", "flatten",
-    "format_validation_error", "read_rows", "write_json", "write_rows", "write_table",
+    "format_json_error", "format_validation_error", "read_rows", "write_json", "write_rows", "write_table",
 ]  # fmt: skip
 
 Split = Literal["train", "validation", "test"]
@@ -125,6 +125,13 @@ ROW_TYPES: dict[str, type[Row]] = {
 }
 
 RowT = TypeVar("RowT", bound=Row)
+
+
+def format_json_error(error: ValueError | RecursionError) -> str:
+    """Format why a text is not read as JSON; too many digits or open brackets are JSON, but more than Python reads."""
+    if isinstance(error, json.JSONDecodeError):
+        return f"not JSON: {error.msg} at column {error.colno}"
+    return f"not JSON that can be read: {str(error).partition(':')[0]}"
 
 
 def format_validation_error(error: ValidationError) -> str:

@@ -29,7 +29,7 @@ from pyarrow import parquet
 
 from tasks.core.errors import DataError, SourceError
 from tasks.core.paths import project_root, state_dir
-from tasks.core.rows import ROW_TYPES
+from tasks.core.rows import ROW_TYPES, format_json_error
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.pypi import fetch, sha256_of
 
@@ -152,10 +152,8 @@ def _parsed(line: bytes) -> object:
         content: object = json.loads(line.decode("utf-8-sig"))
     except UnicodeDecodeError as error:
         return f"not UTF-8: {error.reason} at byte {error.start + 1}\n{line.decode('utf-8', errors='replace')}"
-    except json.JSONDecodeError as error:
-        return f"not JSON: {error.msg} at column {error.colno}\n{line.decode('utf-8')}"
-    except (ValueError, RecursionError) as error:  # an integer of thousands of digits, thousands of open brackets
-        return f"not JSON that can be read: {str(error).partition(':')[0]}\n{line.decode('utf-8')}"
+    except (ValueError, RecursionError) as error:
+        return f"{format_json_error(error)}\n{line.decode('utf-8')}"
     return f"not an object but a string\n{line.decode('utf-8-sig')}" if isinstance(content, str) else content
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
 from tasks.core.errors import DataError
+from tasks.core.rows import format_json_error
 from tasks.labelling.labels import Label, Question, label_error, question_error, question_id
 from tasks.labelling.records import argilla_record, label_studio_record, read_argilla, read_label_studio, without_status
 
@@ -88,7 +89,7 @@ def _records(text: str) -> Iterator[tuple[int, Any]]:
             yield error.lineno, ValueError(f"not JSON: {error.msg}")
             return
         except (ValueError, RecursionError) as error:
-            yield line, ValueError(f"not JSON that can be read: {str(error).partition(':')[0]}")
+            yield line, ValueError(format_json_error(error))
             return
         yield line, record
     if place >= len(text):
@@ -104,10 +105,8 @@ def _skip_separators(text: str, place: int) -> int:
 def _json(line: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
-        return ValueError(f"not JSON: {error.msg} at column {error.colno}")
     except (ValueError, RecursionError) as error:
-        return ValueError(f"not JSON that can be read: {str(error).partition(':')[0]}")
+        return ValueError(format_json_error(error))
 
 
 def _validate_record(question: Question, labels: list[Label]) -> Record:
