@@ -39,7 +39,15 @@ __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
 
-DROP_REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicate", "near_duplicate", "same_prompt")
+# Each rule that drops rows, and what keeps them.
+CURES = {
+    "too_short": "lower prepare.min_words",
+    "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
+    "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
+    "duplicate": "no setting keeps a row that is there twice",
+    "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
+}
+WARNING_SHARE = 0.05  # of the collected rows
 
 Splits = Mapping[Split, Sequence[Row]]
 SplitKey = Callable[[Row], str]
@@ -148,7 +156,8 @@ def _prompts(
     names = Prompt.model_fields
     for split in SPLITS:
         rows = [*given[split], *demonstrations[split], *(gold if split == "test" else ())]
-        fields = [row.model_dump() for row in rows if getattr(row, "prompt", "")]
+        # A demonstration made from a preference is the same row again.
+        fields = {row.id: row.model_dump() for row in rows if getattr(row, "prompt", "")}.values()
         prompts = [Prompt.model_validate({name: row[name] for name in names if name in row}) for row in fields]
         prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
         ordered = in_stable_order(((row.prompt, row) for row in prompts), seed)
@@ -177,9 +186,22 @@ def _write(folder: Path, rows: Splits) -> dict[str, int]:
 
 def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: dict[str, dict[str, int]]) -> None:
     rows = {"collected": cleaned.collected, "quarantined": len(cleaned.quarantine), "kept": kept}
-    dropped = dict.fromkeys(DROP_REASONS, 0) | dict(sorted(cleaned.dropped.items()))
-    write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **written})
+    dropped = dict.fromkeys((*CURES, "same_prompt"), 0) | dict(sorted(cleaned.dropped.items()))
+    large = _warn_of_losses(cleaned)
+    write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **large, **written})
     logger.info("rows %s, dropped %s", rows, dropped)
+
+
+def _warn_of_losses(cleaned: CleanResult) -> dict[str, dict[str, float]]:
+    """Warn of each rule that drops many rows; return their shares of the collected rows, if there are any."""
+    shares = {rule: cleaned.dropped[rule] / cleaned.collected for rule in CURES}
+    if cleaned.kinds == {"film_reviews"}:  # the bounds of the default were chosen to select among these
+        del shares["too_short"], shares["too_long"]
+    large = {rule: round(share, 6) for rule, share in shares.items() if share > WARNING_SHARE}
+    for rule in large:
+        count = f"{cleaned.dropped[rule]} of {cleaned.collected} rows ({large[rule]:.0%})"
+        logger.warning("prepare: %s are dropped as %s; to keep them: %s", count, rule, CURES[rule])
+    return {"dropped_share": large} if large else {}
 
 
 def _drop_summary(cleaned: CleanResult) -> str:
