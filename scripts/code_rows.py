@@ -23,7 +23,7 @@ FILE = Path(__file__).resolve().parents[1] / "infra" / "presets" / "code.jsonl"
 
 # Formulas of x, items or text are tried on these, where n is the function's number (3 where it has none).
 TRIED: dict[str, str] = {
-    "x": "[-7, n, n + 1, n - 1, 0, 2 * n, 5, -40, 40]",
+    "x": "[-7, n, n + 1, n - 1, 0, 2 * n, 17, -40, 40]",
     "items": "[[], [n], [3, 1, 2], [9, -4, 10, 7, 7], [n, 5, -2, n], [n + 1, 4, n, 8, 2, 6]]",
     "text": "['', 'a', 'two words', 'Some More Text Here', 'abCABc', 'xyz zyx', 'one more line of it']",
 }
