@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,9 @@ from tasks.data.cleaning import (
     hash_uniform,
     in_stable_order,
     rater_half,
-    split_key,
+    split_keys,
     split_of,
+    text_key,
 )
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ logger = logging.getLogger(__name__)
 DROP_REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicate", "near_duplicate", "same_prompt")
 
 Splits = Mapping[Split, Sequence[Row]]
+SplitKey = Callable[[Row], str]
 
 
 def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
@@ -57,9 +59,10 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
         raise DataError(
             f"none of {cleaned.collected} collected rows is left{_drop_summary(cleaned)}; look at prepare's bounds"
         )
-    splits = _split(rows, params, seed)
-    splits, gold_pairs = _hold_out_gold_pairs(splits, params, seed)
-    ratings = {half: _ratings_of(splits, half, params, seed) for half in HALVES}
+    split_key = split_keys(cleaned.rows)
+    splits = _split(rows, split_key, params, seed)
+    splits, gold_pairs = _hold_out_gold_pairs(splits, split_key, params, seed)
+    ratings = {half: _ratings_of(splits, half, split_key, params, seed) for half in HALVES}
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
     gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
     prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
@@ -76,16 +79,18 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     _write_metrics(artifacts.out, cleaned, len(rows), written)
 
 
-def _split(rows: list[Row], params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
+def _split(rows: list[Row], split_key: SplitKey, params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
     """Rows by split, each in an order that is random but stable."""
     splits: dict[Split, list[Row]] = {split: [] for split in SPLITS}
-    for row in in_stable_order(((f"{split_key(row)}\x1f{row.id}", row) for row in rows), seed):
+    for row in in_stable_order(((f"{text_key(row)}\x1f{row.id}", row) for row in rows), seed):
         splits[split_of(split_key(row), params, seed)].append(row)
     return splits
 
 
-def _hold_out_gold_pairs(splits: Splits, params: PrepareParams, seed: int) -> tuple[dict[Split, list[Row]], Splits]:
-    """Separate the gold judge's pairs from the other rows; the pairs of one prompt stay together."""
+def _hold_out_gold_pairs(
+    splits: Splits, split_key: SplitKey, params: PrepareParams, seed: int
+) -> tuple[dict[Split, list[Row]], Splits]:
+    """Separate the gold judge's pairs from the other rows; the pairs of one prompt or group stay together."""
 
     def is_gold(row: Row) -> bool:
         return isinstance(row, Preference) and hash_uniform(split_key(row), seed, "half") < params.gold_pair_share
@@ -98,9 +103,11 @@ def _of_type(splits: Splits, *types: type[Row]) -> dict[Split, list[Row]]:
     return {split: [row for row in rows if isinstance(row, types)] for split, rows in splits.items()}
 
 
-def _ratings_of(splits: Splits, half: Half, params: PrepareParams, seed: int) -> dict[Split, list[Rating]]:
+def _ratings_of(
+    splits: Splits, half: Half, split_key: SplitKey, params: PrepareParams, seed: int
+) -> dict[Split, list[Rating]]:
     return {
-        split: [row for row in rows if isinstance(row, Rating) and rater_half(row.text, params, seed) == half]
+        split: [row for row in rows if isinstance(row, Rating) and rater_half(split_key(row), params, seed) == half]
         for split, rows in splits.items()
     }
 
@@ -117,14 +124,16 @@ def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: Pr
     if not any(result.values()):
         for split, rows in splits.items():
             pairs = [row for row in rows if isinstance(row, Preference) and row.prompt]
-            result[split] = [Demonstration(id=row.id, prompt=row.prompt, response=row.chosen) for row in pairs]
+            result[split] = [
+                Demonstration(id=row.id, group=row.group, prompt=row.prompt, response=row.chosen) for row in pairs
+            ]
     return result
 
 
 def _split_prompt(row: Rating, words: int) -> Demonstration:
     """A rated text's first words are the prompt, the rest, with its leading space, the response."""
     prompt = " ".join(row.text.split()[:words])
-    return Demonstration(id=row.id, prompt=prompt, response=row.text[len(prompt) :])
+    return Demonstration(id=row.id, group=row.group, prompt=prompt, response=row.text[len(prompt) :])
 
 
 def _prompts(

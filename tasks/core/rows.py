@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from pydantic import (
 from tasks.core.errors import DataError
 
 __all__ = [
-    "ROW_TYPES", "SPLITS", "Demonstration", "Preference", "Prompt", "Rating", "Row", "Split", "flatten",
+    "ROW_TYPES", "SPLITS", "Demonstration", "Preference", "Prompt", "Rating", "Row", "SourceRow", "Split", "flatten",
     "format_json_error", "format_validation_error", "read_rows", "write_json", "write_rows", "write_table",
 ]  # fmt: skip
 
@@ -61,14 +61,28 @@ class Row(BaseModel):
     id: str = Field(min_length=1)
 
 
-class Prompt(Row):
+class SourceRow(Row):
+    """Base of the rows that a source yields. Rows of one group go to the same split, whatever their texts."""
+
+    group: str | None = Field(default=None, min_length=1, description="What they share: a template, a document.")
+
+    # Fields that a file holds only where they are known.
+    omitted_if_none: ClassVar[tuple[str, ...]] = ("group",)
+
+    @model_serializer(mode="wrap")
+    def _omit_unknown(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        return {k: value for k, value in content.items() if value is not None or k not in self.omitted_if_none}
+
+
+class Prompt(SourceRow):
     """A prompt, with the right answer where there is one."""
 
     prompt: str = Field(min_length=1)
     answer: str | None = Field(default=None, description="The right answer, where there is one that a rule can check.")
 
 
-class Demonstration(Row):
+class Demonstration(SourceRow):
     """A response that a person wrote. `prompt + response` is the whole text: the response carries its own space."""
 
     prompt: str
@@ -76,7 +90,7 @@ class Demonstration(Row):
     answer: str | None = Field(default=None, description="As in `Prompt`.")
 
 
-class Preference(Row):
+class Preference(SourceRow):
     """Two responses to one prompt, of which a person preferred `chosen`.
 
     `margin` is the difference of the two mean ratings (points of the rating scale), negative where the sampled raters
@@ -92,20 +106,16 @@ class Preference(Row):
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
     objective: str | None = Field(default=None, min_length=1)
 
+    omitted_if_none: ClassVar = (*SourceRow.omitted_if_none, "labelled_by", "confidence", "objective")
+
     @model_validator(mode="after")
     def _check_sides_differ(self) -> Self:
         if self.chosen == self.rejected:
             raise ValueError("chosen and rejected are the same text, so the pair says nothing")
         return self
 
-    @model_serializer(mode="wrap")
-    def _drop_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = serialise(self)
-        unset = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
-        return {name: value for name, value in content.items() if name not in unset}
 
-
-class Rating(Row):
+class Rating(SourceRow):
     """A text and every single rating that people gave it."""
 
     text: str = Field(min_length=1)
@@ -117,7 +127,7 @@ class Rating(Row):
         return sum(self.ratings) / len(self.ratings)
 
 
-ROW_TYPES: dict[str, type[Row]] = {
+ROW_TYPES: dict[str, type[SourceRow]] = {
     "prompts": Prompt,
     "demonstrations": Demonstration,
     "preferences": Preference,

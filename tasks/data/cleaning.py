@@ -7,7 +7,7 @@ import json
 import math
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "HALVES", "CleanResult", "Half", "check_quarantine", "clean", "drop_duplicates", "filter_by_length",
-    "hash_uniform", "in_stable_order", "near_duplicates", "rater_half", "shingles", "similarity", "split_key",
-    "split_of",
+    "hash_uniform", "in_stable_order", "near_duplicates", "rater_half", "shingles", "similarity", "split_keys",
+    "split_of", "text_key",
 ]  # fmt: skip
 
 Half = Literal["proxy", "gold"]  # of the rated texts: the pipeline's, and what only the gold judge sees
@@ -93,8 +93,8 @@ def check_quarantine(cleaned: CleanResult, file: Path, bound: float) -> None:
         )
 
 
-def split_key(row: Row) -> str:
-    """The text that decides the row's split: its prompt where rows may share one, else its whole text."""
+def text_key(row: Row) -> str:
+    """The text by which the row is compared and ordered: its prompt where rows may share one, else its whole text."""
     if isinstance(row, Rating):
         return row.text
     if isinstance(row, Preference) and not row.prompt:
@@ -102,6 +102,33 @@ def split_key(row: Row) -> str:
     if isinstance(row, Demonstration) and not row.prompt:
         return row.response
     return getattr(row, "prompt", "")
+
+
+def split_keys(rows: Iterable[Row]) -> Callable[[Row], str]:
+    """Decide by what the split of each row is hashed: by its `text_key`, or its group where that text has one.
+
+    Groups that share a text count as one, so that neither a text nor a group is in two splits.
+    """
+    group_of: dict[str, str] = {}
+    merged: dict[str, str] = {}  # group → earlier one with a text in common
+
+    def first_of(group: str) -> str:
+        while group in merged:
+            group = merged[group]
+        return group
+
+    for row in rows:
+        if (given := getattr(row, "group", None)) is not None:
+            group = first_of(given)
+            earlier = first_of(group_of.setdefault(text_key(row), group))
+            if earlier != group:
+                merged[group] = earlier
+
+    def split_key(row: Row) -> str:
+        text = text_key(row)
+        return first_of(group_of[text]) if text in group_of else text
+
+    return split_key
 
 
 def full_texts(row: Row) -> list[str]:
@@ -213,9 +240,9 @@ def drop_duplicates(rows: list[Row], cleaned: CleanResult, threshold: float) -> 
         identity = (type(row), "\x1f".join(texts), getattr(row, "labelled_by", None))
         cleaned.dropped["duplicate"] += identity in unique
         unique.setdefault(identity, row)
-    keys = list(dict.fromkeys(split_key(row) for row in unique.values()))
+    keys = list(dict.fromkeys(text_key(row) for row in unique.values()))
     repeated = {keys[index] for index in near_duplicates(keys, threshold)}
-    kept = [row for row in unique.values() if split_key(row) not in repeated]
+    kept = [row for row in unique.values() if text_key(row) not in repeated]
     cleaned.dropped["near_duplicate"] += len(unique) - len(kept)
     return kept
 
@@ -274,15 +301,15 @@ def hash_uniform(text: str, seed: int, purpose: str) -> float:
     return int.from_bytes(digest, "big") / 2**64
 
 
-def split_of(text: str, params: PrepareParams, seed: int) -> Split:
-    value = hash_uniform(text, seed, "split")
+def split_of(key: str, params: PrepareParams, seed: int) -> Split:
+    value = hash_uniform(key, seed, "split")
     if value < params.test_share:
         return "test"
     return "validation" if value < params.test_share + params.validation_share else "train"
 
 
-def rater_half(text: str, params: PrepareParams, seed: int) -> Half:
-    return "gold" if hash_uniform(text, seed, "half") < params.gold_share else "proxy"
+def rater_half(key: str, params: PrepareParams, seed: int) -> Half:
+    return "gold" if hash_uniform(key, seed, "half") < params.gold_share else "proxy"
 
 
 def in_stable_order(items: Iterable[tuple[str, TextT]], seed: int) -> list[TextT]:

@@ -306,6 +306,9 @@ def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) ->
         row |= _split_dialogue(row)
     if isinstance(row.get("prompt"), str) and row["prompt"]:
         row["prompt"] = source.template.replace("{prompt}", row["prompt"])
+    for name in ("answer", "group"):  # numbers, as labels
+        if isinstance(row.get(name), int | float):
+            row[name] = str(row[name])
     if "ratings" in row:
         row["ratings"] = _ratings(row["ratings"])
     return row

@@ -169,6 +169,38 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
     assert not any("good" in row.response for row in read(out / "demonstrations", Demonstration)["train"])
 
 
+@pytest.mark.parametrize("seed", range(4))
+def test_a_group_is_in_one_split_and_one_half_whatever_its_rows_are(tmp_path: Path, seed: int) -> None:
+    """Texts of all row types; groups of six rows, and rows of another source that repeat a prompt without the group."""
+    rng = random.Random(seed)
+
+    def text(length: int = 7) -> str:
+        return " ".join(f"w{rng.randrange(500)}" for _ in range(length))
+
+    collect, groups = tmp_path / "collect", [f"g{number}" for number in range(40) for _ in range(6)]
+    asked = [{"id": f"a{n}", "group": group, "prompt": text()} for n, group in enumerate(groups)]
+    rated = [{"id": f"r{n}", "group": group, "text": text(), "ratings": [1]} for n, group in enumerate(groups)]
+    pairs = [{**row, "id": f"p{row['id']}", "chosen": text(3), "rejected": text(3)} for row in asked]
+    shown = [{"id": f"d{row['id']}", "prompt": row["prompt"], "response": text(3)} for row in asked]
+    for row_type, rows in {"prompts": asked, "ratings": rated, "preferences": pairs, "demonstrations": shown}.items():
+        write_collected(collect, row_type, rows, row_type)
+    prepare(PREPARE.model_copy(update={"gold_pair_share": 0.5}), seed, Artifacts(collect=collect, out=tmp_path / "out"))
+    group_of = {row["prompt"]: row["group"] for row in asked}
+    found: dict[str, set[str]] = {}
+    halves: dict[str, set[str]] = {}
+    for path in (tmp_path / "out").rglob("*.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            group = row.get("group") or group_of[row["prompt"]]
+            found.setdefault(group, set()).add(path.stem)
+            if "preferences" in path.parts or "ratings" in path.parts:
+                halves.setdefault(group, set()).add("gold" if path.parent.name == "gold" else "proxy")
+    assert set(found) == set(groups)
+    assert all(len(splits) == 1 for splits in found.values())
+    assert len({*itertools.chain(*found.values())}) == 3
+    assert all(len(parts) == 1 for parts in halves.values())
+    assert len({*itertools.chain(*halves.values())}) == 2
+
+
 def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropped(tmp_path: Path) -> None:
     """Two pairs a prompt, which stay together; every tenth pair has a side of nine words."""
     rows = [

@@ -21,8 +21,9 @@ from tasks.data.cleaning import (
     rater_half,
     shingles,
     similarity,
-    split_key,
+    split_keys,
     split_of,
+    text_key,
 )
 from tests.support.collected import PREPARE, write_collected
 
@@ -103,10 +104,26 @@ def test_preferences_that_agree_as_far_as_is_read_are_dropped() -> None:
 def test_rows_that_share_a_prompt_share_a_key() -> None:
     one = Preference(id="1", prompt="p", chosen="a", rejected="b")
     other = Demonstration(id="2", prompt="p", response="c")
-    assert split_key(one) == split_key(other) == split_key(Prompt(id="3", prompt="p")) == "p"
-    assert split_key(one.model_copy(update={"prompt": ""})) == "a\nb"
-    assert split_key(other.model_copy(update={"prompt": ""})) == "c"
-    assert split_key(Rating(id="2", text="t", ratings=(1,))) == "t"
+    assert text_key(one) == text_key(other) == text_key(Prompt(id="3", prompt="p")) == "p"
+    assert text_key(one.model_copy(update={"prompt": ""})) == "a\nb"
+    assert text_key(other.model_copy(update={"prompt": ""})) == "c"
+    assert text_key(Rating(id="2", text="t", ratings=(1,))) == "t"
+
+
+def test_a_group_decides_the_split_of_its_rows_and_of_others_with_their_texts() -> None:
+    rows = [
+        Prompt(id="1", prompt="p", group="g"),
+        Prompt(id="2", prompt="q", group="g"),
+        Preference(id="3", prompt="p", chosen="a", rejected="b"),
+        Rating(id="4", text="t", ratings=(1,), group="h"),
+        Demonstration(id="5", prompt="alone", response="r"),
+        Demonstration(id="6", prompt="t", response="r", group="i"),
+        Rating(id="7", text="u", ratings=(1,), group="i"),
+    ]
+    key = split_keys(rows)
+    assert [key(row) for row in rows] == ["g", "g", "g", "h", "alone", "h", "h"], "t joins the groups h and i"
+    bridge = Prompt(id="8", prompt="q", group="i")
+    assert len({split_keys([*rows, bridge])(row) for row in rows}) == 2, "q joins g and i, so all but `alone` are one"
 
 
 def test_without_cards_or_rows_the_message_names_the_stage(tmp_path: Path) -> None:

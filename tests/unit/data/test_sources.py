@@ -38,6 +38,16 @@ def test_columns_are_mapped_others_left_behind_and_ids_made_unique_to_the_source
     ]
 
 
+def test_a_group_has_a_column_like_any_field_and_numbers_are_labels(root: Path) -> None:
+    rows = collected(
+        root, [{"prompt": "a", "template": 3, "answer": 7}, {"prompt": "b"}], columns={"group": "template"}
+    )
+    assert [row["row"] for row in rows] == [
+        {"id": "mine-1", "group": "3", "prompt": "a", "answer": "7"},
+        {"id": "mine-2", "prompt": "b"},
+    ]
+
+
 def test_a_template_is_put_around_each_prompt(root: Path) -> None:
     (row,) = collected(root, [{"prompt": "Why {x}?"}], template="User: {prompt}\nYou:")
     assert row["row"]["prompt"] == "User: Why {x}?\nYou:"
