@@ -1,8 +1,8 @@
 """Token ids of prompts and responses, and how rows are fitted to a maximum length.
 
 Prompt and response are tokenised apart: what a model is trained on is then what it reads while it samples. Together,
-their tokens could merge across the boundary. The tokenizer's start token (BOS) stands before the prompt where the
-tokenizer puts one before every text; the end token is never part of a prompt, and ends every response.
+their tokens could merge across the boundary. A start token (BOS) stands before the prompt where the tokenizer puts one
+before every text; the end token never closes a prompt, and ends every response.
 """
 
 from __future__ import annotations
@@ -37,9 +37,10 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
 
 
 def start_ids(tokenizer: Any) -> list[int]:
-    """The start token, if the tokenizer puts one before every text."""
-    start = tokenizer.bos_token_id
-    return [start] if start is not None and tokenizer("a").input_ids[:1] == [start] else []
+    """The tokens, such as BOS, that the tokenizer puts before every text."""
+    plain, whole = encode_text(tokenizer, "a"), list(tokenizer("a").input_ids)
+    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
+    return whole[: next(starts, 0)]
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
