@@ -44,7 +44,7 @@ CURES = {
     "too_short": "lower prepare.min_words",
     "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
     "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
-    "duplicate": "no setting keeps a row that is there twice",
+    "duplicate": "nothing to set, the sources hold them twice",
     "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
 }
 WARNING_SHARE = 0.05  # of the collected rows
