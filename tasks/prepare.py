@@ -75,7 +75,10 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
     prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
-        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
+        raise DataError(
+            f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}; if it is in "
+            "another column, name that: collect.sources[].columns: {prompt: COLUMN}"
+        )
     written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
     written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)

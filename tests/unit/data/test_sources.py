@@ -103,13 +103,13 @@ def test_wrong_columns_are_an_error_with_the_columns_there_are_and_the_mapping_t
         return str(caught.value)
 
     text = message("preferences")
-    assert text.startswith(f"source 'mine' ({kind} {name}): no row has the column 'chosen' or 'rejected'")
+    assert text.startswith(f"source 'mine' ({kind} {name}): no row has the column 'prompt' or 'chosen' or 'rejected'")
     assert "its columns are 'Prompt', 'better', 'worse'." in text
-    assert text.endswith("\n  columns: {chosen: 'COLUMN', rejected: 'COLUMN'}")
+    assert text.endswith("\n  columns: {prompt: 'Prompt', chosen: 'COLUMN', rejected: 'COLUMN'}")
     assert message("prompts").endswith("\n  columns: {prompt: 'Prompt'}"), "the nearest name is proposed"
     text = message("preferences", chosen="beter", rejected="worse", margin="gap")
-    assert "no row has the column 'beter' or 'gap'" in text
-    assert text.endswith("\n  columns: {chosen: 'better', rejected: 'worse', margin: 'COLUMN'}")
+    assert "no row has the column 'prompt' or 'beter' or 'gap'" in text
+    assert text.endswith("\n  columns: {prompt: 'Prompt', chosen: 'better', rejected: 'worse', margin: 'COLUMN'}")
 
 
 def test_two_csv_columns_of_one_name_are_an_error_unless_they_have_none(root: Path) -> None:
