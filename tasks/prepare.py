@@ -44,7 +44,7 @@ CURES = {
     "too_short": "lower prepare.min_words",
     "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
     "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
-    "duplicate": "no setting keeps a row that is there twice",
+    "duplicate": "nothing to set, the sources hold them twice",
     "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
 }
 WARNING_SHARE = 0.05  # of the collected rows
@@ -75,7 +75,10 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
     prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
-        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
+        raise DataError(
+            f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}; if it is in "
+            "another column, name that: collect.sources[].columns: {prompt: COLUMN}"
+        )
     written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
     written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)

@@ -257,7 +257,7 @@ RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     ),
     "too_long": ("max_words", lambda n: {"text": f"a b c d {n}" + " x" * (n % 3) * 5}),
     "too_short": ("min_words", lambda n: {"text": f"{'a b c ' * (n % 3)}{n} b"}),
-    "duplicate": ("no setting", lambda n: {"text": f"a b c d {n % 40}"}),
+    "duplicate": ("nothing to set", lambda n: {"text": f"a b c d {n % 40}"}),
     "identical_after_truncation": (
         "max_words",
         lambda n: {"prompt": f"{n}"} | {side: "a " * 11 * (n % 3) + side for side in ("chosen", "rejected")},

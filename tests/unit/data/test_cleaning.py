@@ -206,7 +206,7 @@ def test_texts_of_a_template_are_compared_by_what_is_their_own(templates: int) -
 
 def test_one_question_under_two_system_prompts_is_two_texts() -> None:
     rng = random.Random(0)
-    prompts, questions = [words(100, rng) for _ in range(3)], [words(6, rng) for _ in range(30)]
+    prompts, questions = [words(100, rng) for _ in range(3)], [words(16, rng) for _ in range(30)]
     assert not near_duplicates([f"{prompt} {question}" for prompt in prompts for question in questions], 0.7)
 
 
