@@ -421,7 +421,7 @@ def answers(url: str) -> bool:
 def make_project(root: Path, python: WarmPython, environment: dict[str, str] | None = None) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
-    for folder in ("flows", "tasks/core", "tasks/config", "tasks/runtime", "tasks/evals"):
+    for folder in ("flows", "tasks/core", "tasks/config", "tasks/data", "tasks/runtime", "tasks/evals"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("params.yaml", ".gitignore", ".dvcignore", "tasks/__init__.py", ".dvc/config", ".dvc/.gitignore"):
         (root / name).parent.mkdir(exist_ok=True)
