@@ -14,6 +14,7 @@ from tasks.config.rules import RULE_OPTIONS, CodeRule
 from tasks.core.errors import ConfigError
 from tasks.rl.hacking import DETECTORS
 from tasks.runtime.stage_runner import stage_arguments
+from tests.conftest import SHIPPED_PARAMS
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))
@@ -227,7 +228,7 @@ def defaults_in_use(value: object, location: str = "") -> list[str]:
 
 def test_the_shipped_file_spells_every_value_out(params_yaml: Path) -> None:
     """DVC hashes params.yaml, and most stages have no config code among their deps: a default would change unseen."""
-    params = load_params(ROOT / "params.yaml")
+    params = load_params(SHIPPED_PARAMS)
     # What a rule without an entry does is in tasks/config/rules.py, which every stage that scores depends on.
     assert [name for name in defaults_in_use(params) if not name.startswith(".reward.rules")] == []
     before = params_yaml.read_bytes()

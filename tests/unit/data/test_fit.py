@@ -92,7 +92,7 @@ def test_a_preset_fits_its_data(
     assert misfits_of(params_yaml, tmp_path, layers) == {}
 
 
-def test_own_pairs_are_told_all_at_once_and_what_is_suggested_fits(
+def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(
     find: Find, params_yaml: Path, tmp_path: Path
 ) -> None:
     found = find({"preferences": rows_of("preferences", 300)}, layers=2)
@@ -180,7 +180,7 @@ def test_what_does_not_fit(
         ("evaluate.gold_rule={function: poem}", "evaluate.gold_rule"),
     ],
 )  # fmt: skip
-def test_an_extra_that_is_not_installed_is_told_with_the_command(
+def test_an_extra_that_is_not_installed_is_named_with_its_command(
     setting: str, key: str, find: Find, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit, "find_spec", lambda name: None)
