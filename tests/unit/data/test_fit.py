@@ -92,9 +92,7 @@ def test_a_preset_fits_its_data(
     assert misfits_of(params_yaml, tmp_path, layers) == {}
 
 
-def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(
-    find: Find, params_yaml: Path, tmp_path: Path
-) -> None:
+def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, params_yaml: Path, tmp_path: Path) -> None:
     found = find({"preferences": rows_of("preferences", 300)}, layers=2)
     assert set(found) == {
         "preferences.train_pairs", "preferences.heldout_pairs", "reward_model.lora_first_layer", "evaluate.prompts",
