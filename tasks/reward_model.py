@@ -18,6 +18,7 @@ from tasks.models.loading import (
     ADAPTER_DIR,
     add_lora,
     init_process,
+    load_context,
     load_reference,
     load_tokenizer,
     new_reward_model,
@@ -65,12 +66,18 @@ def reward_model(
     samples = _sample_sft_responses(params, generation, seed, artifacts.base_model, artifacts.sft, artifacts.prepare)
     if params.backbone:
         fetch_backbone(params.backbone, seed, artifacts.out)
-    metrics, scores = data.sizes(), []
+    backbone, _ = backbone_of(artifacts.base_model, artifacts.sft, artifacts.out)
+    counts: dict[str, float] = {}
+    if not params.pretrained:
+        data, counts = data.fit(
+            load_tokenizer(backbone), params, section="reward_model", context=load_context(backbone)
+        )
+    metrics, scores = data.sizes() | counts, []
     for number in range(params.ensemble_size):
         folder = member_folder(artifacts.out, number)
         scorer = train_reward_model(params, lora, seed, data, artifacts, number)
         member, sample_states = EnsembleMember.fit(scorer, samples, data.weights, length_debias=params.length_debias)
-        write_json(folder / NORMALISATION, {**member.to_dict(), "max_length": params.max_length})
+        write_json(folder / NORMALISATION, member.to_dict())
         values, states = member.raw_scores(data.samples("test"))
         scores.append(member.normalise(values))
         if number == 0:
@@ -103,7 +110,7 @@ def train_reward_model(
         train_or_resume(trainer)
     save_adapter(model, folder)
     write_history(folder / "history.csv", history.rows)
-    return TextScorer(model, tokenizer, max_length=params.max_length)
+    return TextScorer(model, tokenizer)
 
 
 def _sample_sft_responses(

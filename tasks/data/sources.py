@@ -15,8 +15,7 @@ import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,7 +28,8 @@ from pyarrow import parquet
 
 from tasks.core.errors import DataError, SourceError
 from tasks.core.paths import project_root, state_dir
-from tasks.core.rows import ROW_TYPES, format_json_error
+from tasks.core.rows import format_json_error
+from tasks.data.columns import check_columns, map_columns, number_rows
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.pypi import fetch, sha256_of
 
@@ -227,14 +227,16 @@ def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader
     """
     lines, origin = readers[source.kind](source, seed)
     rows: list[dict[str, Any]] = []
-    for file, line, content in lines:
-        if source.limit is not None and len(rows) >= source.limit:
-            break
+    columns: dict[str, None] = {}
+    for file, line, content in islice(lines, source.limit):
+        columns |= dict.fromkeys(content) if isinstance(content, Mapping) else {}
         rows.append(_wrap_row(source, file, line, content))
     if not rows:
         raise DataError(
             f"source {source.name!r} ({source.kind} {source.id}) holds no rows; check its id, subset and split"
         )
+    check_columns(source, list(columns))
+    number_rows(rows, source)
     return SourceRows(rows, origin)
 
 
@@ -247,7 +249,7 @@ def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> di
     if not isinstance(content, Mapping):
         return place | {"raw": _raw(content), "error": f"not an object but {type(content).__name__}"}
     try:
-        row = _map_columns(source, content, line)
+        row = map_columns(source, content)
     except ValueError as error:
         return place | {"raw": _raw(content), "error": str(error)}
     if source.answer_pattern is None:
@@ -265,74 +267,3 @@ def _raw(content: object) -> str:
     except (ValueError, RecursionError):
         text = f"<{type(content).__name__}>"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _plain(value: object) -> Any:
-    """The value as JSON can hold it: a decimal is a number, a tuple a list.
-
-    Raises:
-        ValueError: JSON or UTF-8 has no form for it.
-    """
-    if isinstance(value, str):
-        value.encode("utf-8")  # a lone surrogate is no text
-    elif isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    elif isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
-    elif isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    elif not (value is None or isinstance(value, bool | int | float)):
-        raise ValueError(f"a value of type {type(value).__name__}; texts and numbers can be read")
-    return value
-
-
-def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
-    """Map a source's columns to the row type's fields; other columns are dropped.
-
-    Raises:
-        ValueError: a value is neither text nor number, nor a list of them.
-    """
-    row: dict[str, Any] = {}
-    for name in ROW_TYPES[source.row_type].model_fields:
-        if (column := source.columns.get(name, name)) in content:
-            try:
-                row[name] = _plain(content[column])
-            except (ValueError, RecursionError, ArithmeticError) as error:
-                raise ValueError(f"{column}: {error}") from error
-    row["id"] = f"{source.name}-{line if row.get('id') is None else row['id']}"
-    if source.objective:
-        row["objective"] = source.objective
-    if source.row_type == "preferences" and "prompt" not in row:
-        row |= _split_dialogue(row)
-    if isinstance(row.get("prompt"), str) and row["prompt"]:
-        row["prompt"] = source.template.replace("{prompt}", row["prompt"])
-    if "ratings" in row:
-        row["ratings"] = _ratings(row["ratings"])
-    return row
-
-
-def _ratings(value: Any) -> Any:
-    """Parse ratings: a list, `[1, 2]` in a CSV cell, or one number."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-_ASSISTANT = "\n\nAssistant:"
-
-
-def _split_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Split two dialogues that differ in the assistant's last turn (Anthropic hh-rlhf) into prompt and answers.
-
-    Sides of any other form share no prompt: the pair compares whole texts.
-    """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return {"prompt": ""}
-    cut = min(chosen.rfind(_ASSISTANT), rejected.rfind(_ASSISTANT)) + len(_ASSISTANT)
-    if cut < len(_ASSISTANT) or chosen[:cut] != rejected[:cut]:
-        return {"prompt": ""}
-    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}
