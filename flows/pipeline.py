@@ -113,7 +113,8 @@ def pipeline(
         ranks: how many processes of this machine share the work of each stage that trains, a GPU each where there are.
 
     Raises:
-        ConfigError: both `parallel` and `ranks` ask for several processes.
+        ConfigError: both `parallel` and `ranks` ask for several processes, or params.yaml does not fit what a stage
+            of the plan needs: see `tasks.data.fit`.
     """
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
@@ -130,10 +131,10 @@ def pipeline(
         with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
             if parallel or timeout:
                 execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
-                results = _run_concurrently(plan, bind, execution, parallel or 1)
+                run = partial(_run_concurrently, bind=bind, execution=execution, limit=parallel or 1)
             else:
-                results = _run_sequentially(plan, bind, Execution(ranks=ranks))
-            for outcome in results:
+                run = partial(_run_sequentially, bind=bind, execution=Execution(ranks=ranks))
+            for outcome in _run_checked(plan, run):
                 record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
@@ -174,6 +175,21 @@ def _push_outputs(name: str) -> None:
         dvc_repo.push(name)
     except StageError as error:
         console.print_push_failed(error)
+
+
+def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterator[Outcome]:
+    """Run the plan; before the stages that train, compare params.yaml with the data and the base model."""
+    from tasks.data.fit import READS, format_misfits, project_misfits
+
+    if not set(READS) <= set(plan):
+        yield from run(plan)
+        return
+    first = resolve_plan(list(READS))
+    yield from run(first)
+    rest = {name: tuple(need for need in plan[name] if need not in first) for name in plan if name not in first}
+    if found := [item for item in project_misfits() if item.stage in rest]:
+        raise ConfigError(format_misfits(found))
+    yield from run(rest)
 
 
 def _run_sequentially(plan: Plan, bind: Bind, execution: Execution) -> Iterator[Outcome]:

@@ -24,7 +24,7 @@ from tasks.models.loading import (
     new_reward_model,
     save_adapter,
 )
-from tasks.rewards.objectives import OBJECTIVES, ensemble_metrics, evaluate_reward_model
+from tasks.rewards.objectives import OBJECTIVES, check_accuracy, ensemble_metrics, evaluate_reward_model
 from tasks.rewards.ood import FIT_TEXTS, fit_ood_detector
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
 from tasks.rewards.scorers import (
@@ -58,6 +58,7 @@ def reward_model(
         DataError: the rows that this kind learns from are missing, or lack a field.
         ModelError: a model is incomplete, or of an unfit architecture.
         SourceError: a backbone or pretrained model could not be fetched.
+        TrainingError: held-out accuracy is no better than chance.
     """
     init_process()
     shutil.rmtree(artifacts.out / ADAPTER_DIR, ignore_errors=True)
@@ -87,6 +88,7 @@ def reward_model(
         del scorer, member
         gc.collect()  # a trained model is in reference cycles, and the next needs the memory
     write_json(artifacts.out / "metrics.json", metrics | ensemble_metrics(params.kind, data, torch.stack(scores)))
+    check_accuracy(data, torch.stack(scores).mean(0), params.min_accuracy)
 
 
 def train_reward_model(

@@ -26,6 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several proces
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED_PARAMS = ROOT / "tests" / "support" / "params.yaml"
+"""The parameters as shipped: those at the root are the user's."""
+
 VOCABULARY = 32
 PAD, EOS = 0, 1
 LETTERS = "Ġabcdefghijklmnopqrstuvwxyz"
@@ -81,7 +84,7 @@ def policy_model() -> PeftModel:
 @pytest.fixture
 def params_yaml(tmp_path: Path) -> Path:
     """A copy of the shipped parameters."""
-    return Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+    return Path(shutil.copy(SHIPPED_PARAMS, tmp_path))
 
 
 class _Raise(logging.Handler):

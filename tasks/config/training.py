@@ -153,6 +153,11 @@ class RewardModelParams(TrainerParams):
     )
     lora_first_layer: FirstLayer
     normalisation_samples: int = Field(ge=2, description="SFT responses that give the raw reward's mean and spread.")
+    min_accuracy: Fraction = Field(
+        0.6,
+        description="The stage stops where held-out pairs leave it possible that accuracy is ½, chance, and rule out "
+        "that it is this (one-sided, at 5 %); rated texts are compared two by two. 0: goes on with any.",
+    )
 
     @property
     def pairwise(self) -> bool:

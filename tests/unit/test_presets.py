@@ -14,6 +14,7 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, read_rows
 from tasks.preferences import preferences
 from tasks.prepare import prepare
+from tests.conftest import SHIPPED_PARAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -21,7 +22,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 def with_preset(preset: str, folder: Path, *changes: dict[str, Any]) -> Params:
     """The shipped parameters as `rlhf run --preset` changes them."""
-    path = Path(shutil.copy(ROOT / "params.yaml", folder))
+    path = Path(shutil.copy(SHIPPED_PARAMS, folder))
     write_overrides(path, [load_preset(ROOT, preset), *changes])
     return load_params(path)
 

@@ -21,6 +21,7 @@ from tasks.labelling import ai_labels, quality
 from tasks.labelling.labels import Label, Question
 from tasks.labelling.quality import LabelSummary
 from tasks.labelling.store import LabelStore
+from tests.conftest import SHIPPED_PARAMS
 from tests.support.chat_server import longer, serving
 from tests.support.labels import insert_label, make_question
 
@@ -32,7 +33,7 @@ Run = Callable[..., str]
 def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with an SFT model, PPO and prompts; no server is up."""
     shutil.copytree(parts, tmp_path / "artifacts")
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(SHIPPED_PARAMS, tmp_path)
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)

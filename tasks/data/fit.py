@@ -1,0 +1,339 @@
+"""Comparison of params.yaml with the prepared data, the base model and this machine, before anything trains.
+
+Each stage finds its own misfits too, but one at a time and late. Here all are found together, with the values to set.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from random import Random
+from typing import TYPE_CHECKING, Literal
+
+from tasks.config.params import Params, load_params
+from tasks.core.paths import project_root, stage_dir
+from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, RowT, Split, read_rows
+from tasks.data.cleaning import hash_uniform, split_key
+from tasks.data.pairs import draw_pairs
+
+if TYPE_CHECKING:
+    from tasks.config.rules import RuleOptions
+
+__all__ = ["READS", "Misfit", "PreparedRows", "find_misfits", "format_misfits", "project_misfits"]
+
+READS = ("base_model", "prepare")
+"""The stages whose outputs are compared with params.yaml."""
+
+GOLD_PAIR_SHARE = 0.3  # of the pairs, for the gold judge, where nothing but pairs can judge
+
+ANSWER_RULES = ("answer", "code", "contains_facts", "math")
+"""Rules that need the right answer of each prompt."""
+
+RULE_PACKAGES = {"code": "pyseccomp", "language": "py3langid", "math": "math_verify", "poem": "pronouncing"}
+"""Rule → the module of an extra without which it scores nothing."""
+
+
+@dataclass(frozen=True)
+class Misfit:
+    """A setting that does not fit.
+
+    Attributes:
+        stage: the stage that would fail.
+        key: of params.yaml, dotted.
+        value: what is set.
+        suggestion: the value to set, in YAML; empty where no value mends it, and `reason` says what does.
+        reason: what was found.
+    """
+
+    stage: str
+    key: str
+    value: object
+    suggestion: str
+    reason: str
+
+    def __str__(self) -> str:
+        arrow = f" → {self.suggestion}" if self.suggestion else ""
+        return f"{self.key}: {'null' if self.value is None else self.value}{arrow}  ({self.reason})"
+
+
+def project_misfits() -> list[Misfit]:
+    """Find the misfits of the project's own params.yaml and outputs, which must be up to date.
+
+    Raises:
+        ConfigError: params.yaml is not valid.
+    """
+    base_model, prepare = map(stage_dir, READS)
+    return find_misfits(load_params(project_root() / "params.yaml"), base_model, prepare)
+
+
+def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit]:
+    """Compare params.yaml with what the stages base_model and prepare wrote to their folders."""
+    layers = json.loads((base_model / "card.json").read_text(encoding="utf-8"))["layers"]
+    rows = PreparedRows(params, prepare)
+    return [
+        *_sft_misfits(params, rows),
+        *_pair_misfits(params, rows),
+        *_rating_misfits(params, rows),
+        *_layer_misfits(params, layers),
+        *_gold_misfits(params, rows, layers),
+        *_prompt_misfits(params, rows),
+        *_answer_misfits(params, rows),
+        *_package_misfits(params),
+    ]
+
+
+def format_misfits(found: Sequence[Misfit]) -> str:
+    """Format misfits as one message."""
+    cures, others = [item for item in found if item.suggestion], [item for item in found if not item.suggestion]
+    lines = ["params.yaml does not fit the data and the base model; nothing was trained."]
+    if cures:
+        lines += ["`rlhf run --fit` sets:", *(f"  {item}" for item in cures)]
+    if others:
+        lines += ["Yours to decide:", *(f"  {item}" for item in others)]
+    return "\n".join(lines)
+
+
+Judge = Literal["model of ratings", "model of pairs", "other", "none"]
+
+
+class PreparedRows:
+    """Rows that prepare wrote; a file that is missing or empty holds none.
+
+    `pairs` and `gold_pairs` are those after the gold judge's share is set as `judge` needs it.
+    """
+
+    def __init__(self, params: Params, folder: Path) -> None:
+        self._params, self._folder = params, folder
+
+    def read(self, name: str, split: Split, row_type: type[RowT]) -> list[RowT]:
+        """Read the rows of a split."""
+        path = self._folder / name / f"{split}.jsonl"
+        return read_rows(path, row_type) if path.is_file() and path.stat().st_size else []
+
+    def ratings(self, half: str, split: Split) -> list[Rating]:
+        """Rated texts of the proxy or the gold half."""
+        return self.read(f"ratings/{half}", split, Rating)
+
+    @cached_property
+    def _all_pairs(self) -> dict[Split, list[tuple[float, Preference]]]:
+        """Pairs of the sources, each with the share of the gold judge from which on it is that judge's."""
+        rows = {
+            split: [*self.read("preferences", split, Preference), *self.read("preferences/gold", split, Preference)]
+            for split in SPLITS
+        }
+        return {
+            split: [(hash_uniform(split_key(row), self._params.seed, "half"), row) for row in own]
+            for split, own in rows.items()
+        }
+
+    def pairs(self, split: Split) -> list[Preference]:
+        """Pairs that are left for training."""
+        return [row for place, row in self._all_pairs[split] if place >= self.gold_share]
+
+    def gold_pairs(self, split: Split) -> list[Preference]:
+        """Pairs of the gold judge."""
+        return [row for place, row in self._all_pairs[split] if place < self.gold_share]
+
+    @cached_property
+    def has_ratings(self) -> bool:
+        """Whether the gold judge can learn from ratings."""
+        return all(self.ratings("gold", split) for split in ("train", "test"))
+
+    @cached_property
+    def prompts(self) -> dict[Split, list[Prompt]]:
+        """Prompts by split."""
+        return {split: self.read("prompts", split, Prompt) for split in SPLITS}
+
+    @cached_property
+    def judge(self) -> Judge:
+        """What can judge the policies: what params.yaml says if that works, else what does work."""
+        params, answered = self._params, all(row.answer is not None for row in self.prompts["test"])
+        kind = params.gold_judge.kind if params.gold_judge else None
+        unnecessary = params.environment is not None or params.evaluate.gold_rule is not None or answered
+        if kind == "rating" and self.has_ratings:
+            return "model of ratings"
+        if kind == "preference" and any(self._all_pairs.values()):
+            return "model of pairs"
+        if unnecessary:
+            return "other"
+        if any(self._all_pairs.values()):
+            return "model of pairs"
+        return "model of ratings" if self.has_ratings else "none"
+
+    @cached_property
+    def gold_share(self) -> float:
+        """Share of pairs for the gold judge."""
+        return self._params.prepare.gold_pair_share or (GOLD_PAIR_SHARE if self.judge == "model of pairs" else 0.0)
+
+
+def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
+    cure = "add a source of demonstrations, of pairs with prompts, or of ratings"
+    keys: dict[Split, str] = {"train": "max_examples", "validation": "max_validation_examples"}
+    for split, key in keys.items():
+        if not rows.read("demonstrations", split, Demonstration):
+            remedy = cure if split == "train" else "raise prepare.validation_share, or collect more"
+            yield Misfit("sft", f"sft.{key}", getattr(params.sft, key), "", f"no demonstrations in {split}: {remedy}")
+
+
+def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
+    wanted = params.preferences
+    if wanted is None:
+        return
+    splits_of: dict[str, tuple[Split, ...]] = {"train_pairs": ("train",), "heldout_pairs": ("validation", "test")}
+    for key, splits in splits_of.items():
+        target = getattr(wanted, key)
+        counts = {split: _count_pairs(params, rows, split, target) for split in splits}
+        least = min(counts.values())
+        if least < target:
+            found = " and ".join(f"{count} pairs in {split}" for split, count in counts.items())
+            cure = "" if least else _no_pairs_cure(key)
+            yield Misfit("preferences", f"preferences.{key}", target, str(least or ""), f"there are {found}{cure}")
+
+
+def _no_pairs_cure(key: str) -> str:
+    if key == "heldout_pairs":
+        return ": raise prepare.validation_share and prepare.test_share, or collect more"
+    return ": add a source of preferences or ratings, or set preferences, reward_model and dpo to null"
+
+
+def _count_pairs(params: Params, rows: PreparedRows, split: Split, target: int) -> int:
+    """Count pairs as stage preferences does, up to the target: those of the sources, or drawn from ratings."""
+    assert params.preferences is not None
+    if params.preferences.source_pairs == "only" and any(rows.pairs(name) for name in SPLITS):
+        return min(len(rows.pairs(split)), target)
+    margin = params.preferences.min_margin if split == "train" else 0.0
+    rng = Random(f"{params.seed}/{split}/pairs")
+    return sum(1 for _ in islice(draw_pairs(rows.ratings("proxy", split), min_margin=margin, rng=rng), target))
+
+
+def _rating_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
+    model = params.reward_model
+    if model is None or model.pairwise or all(rows.ratings("proxy", split) for split in SPLITS):
+        return
+    simple = model.kind == "rating" and model.max_examples is None and params.preferences is not None
+    reason = f"kind {model.kind} learns from ratings in all splits, which are missing"
+    suggestion = "preference" if simple and rows.pairs("train") else ""
+    yield Misfit("reward_model", "reward_model.kind", model.kind, suggestion, reason)
+
+
+def _layer_misfits(params: Params, layers: int) -> Iterator[Misfit]:
+    model = params.reward_model
+    own = model if model and not (model.pretrained or model.backbone) else None
+    for stage, section in (("reward_model", own), ("gold_judge", params.gold_judge)):
+        if section and section.lora_first_layer >= layers:
+            key, reason = f"{stage}.lora_first_layer", f"the base model has {layers} layers, counted from 0"
+            yield Misfit(stage, key, section.lora_first_layer, str(layers // 2), reason)
+
+
+def _gold_misfits(params: Params, rows: PreparedRows, layers: int) -> Iterator[Misfit]:
+    """Misfits of the judge that training never sees, without which `evaluate` cannot end."""
+    kind = params.gold_judge.kind if params.gold_judge else None
+    reason = {
+        None: "nothing independent can judge the policies: no evaluate.gold_rule, and not every prompt has an `answer`",
+        "rating": "no ratings are held out for the judge",
+        "preference": "there are no pairs to hold out for the judge",
+    }[kind]
+    if rows.judge == "none":
+        cure = "; add a source of ratings or preferences, give prompts an `answer`, or set evaluate.gold_rule"
+        yield Misfit("evaluate", "gold_judge", kind, "", reason + cure)
+    elif rows.judge == "other":
+        if kind and not (rows.has_ratings if kind == "rating" else any(map(rows.gold_pairs, SPLITS))):
+            yield Misfit("gold_judge", "gold_judge", f"kind {kind}", "null", f"{reason}; others judge")
+    else:
+        yield from _judge_model_misfits(params, rows, layers, reason)
+
+
+def _judge_model_misfits(params: Params, rows: PreparedRows, layers: int, reason: str) -> Iterator[Misfit]:
+    """Misfits where a model of ratings or pairs is the judge."""
+    judge, share = params.gold_judge, params.prepare.gold_pair_share
+    kind = "preference" if rows.judge == "model of pairs" else "rating"
+    if judge is None:
+        found = rows.gold_pairs("train") if kind == "preference" else rows.ratings("gold", "train")
+        yield Misfit("evaluate", "gold_judge", None, _judge_section(params, kind, len(found), layers), reason)
+    elif judge.kind != kind:
+        yield Misfit("gold_judge", "gold_judge.kind", judge.kind, kind, reason)
+        if judge.shuffled_share:
+            yield Misfit("gold_judge", "gold_judge.shuffled_share", judge.shuffled_share, "0", "for kind rating only")
+    if kind == "preference" and not share:
+        text = f"keeps {len(rows.gold_pairs('train'))} training pairs for the judge"
+        yield Misfit("gold_judge", "prepare.gold_pair_share", share, str(rows.gold_share), text)
+    if kind == "preference" and not (rows.gold_pairs("train") and rows.gold_pairs("test")):
+        counts = f"{len(rows.gold_pairs('train'))} in train, {len(rows.gold_pairs('test'))} in test"
+        cure = "raise prepare.gold_pair_share or prepare.test_share, or collect more"
+        yield Misfit("gold_judge", "gold_judge.max_examples", "set", "", f"pairs for the judge: {counts}; {cure}")
+
+
+def _judge_section(params: Params, kind: str, examples: int, layers: int) -> str:
+    """A whole section, with the settings of the stage that trains most like it."""
+    like = params.reward_model or params.sft
+    settings = {"kind": kind, "lora_first_layer": layers // 2, "max_examples": max(examples, 1)}
+    settings |= {name: getattr(like, name) for name in ("epochs", "batch_size", "learning_rate", "max_length")}
+    return "{" + ", ".join(f"{name}: {value}" for name, value in settings.items()) + "}"
+
+
+def _prompt_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
+    count, heldout = len(rows.prompts["train"]), len(rows.prompts["test"])
+    for section in (params.ppo, params.grpo):
+        if section and section.prompts_per_update > count:
+            fitting = (n for n in range(count, 0, -1) if n * section.samples_per_prompt % section.minibatches == 0)
+            key, reason = f"{section.stage}.prompts_per_update", f"there are {count} prompts in train"
+            yield Misfit(section.stage, key, section.prompts_per_update, str(next(fitting, "")), reason)
+    reason = f"there are {heldout} prompts in test" + ("" if heldout else ": raise prepare.test_share, or collect more")
+    judge, curve = params.evaluate.llm_judge, params.overoptimisation
+    for stage, key, asked in (
+        ("evaluate", "evaluate.prompts", params.evaluate.prompts),
+        ("evaluate", "evaluate.llm_judge.prompts", judge.prompts if judge else 0),
+        ("overoptimisation", "overoptimisation.prompts", curve.prompts if curve else 0),
+    ):
+        if asked > heldout:
+            yield Misfit(stage, key, asked, str(heldout or ""), reason)
+
+
+def _answer_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
+    """Rules that need right answers where prompts have none."""
+    lacking = {
+        split: f"{missing} of {len(own)} prompts in {split} have no `answer`: give each one, or take another rule"
+        for split, own in rows.prompts.items()
+        if (missing := sum(row.answer is None for row in own))
+    }
+    trained = next((section.stage for section in (params.ppo, params.grpo) if section), None)
+    for key, rule in _rules(params).items():
+        if rule.function not in ANSWER_RULES:
+            continue
+        if trained and "train" in lacking and key != GOLD_RULE:
+            yield Misfit(trained, key, rule.function, "", lacking["train"])
+        elif "test" in lacking:
+            yield Misfit("evaluate", key, rule.function, "", lacking["test"])
+
+
+GOLD_RULE = "evaluate.gold_rule"
+
+
+def _rules(params: Params) -> dict[str, RuleOptions]:
+    """Key of params.yaml → each rule that scores."""
+    rules = {f"reward.weights.{name}": rule for name, rule in params.reward.rules.items()}
+    return rules | ({GOLD_RULE: params.evaluate.gold_rule} if params.evaluate.gold_rule else {})
+
+
+def _package_misfits(params: Params) -> Iterator[Misfit]:
+    """Extras and programs that a stage will need and this machine lacks."""
+    judge = params.evaluate.llm_judge
+    needed = [("lm_eval", "lm_eval", "lm_eval", "lm-eval")] if params.lm_eval else []
+    if judge and judge.kind == "endpoint":
+        needed.append(("evaluate", "evaluate.llm_judge.kind", "openai", "judge"))
+    for key, rule in _rules(params).items():
+        sandboxed = getattr(rule, "isolation", "bubblewrap") == "bubblewrap"
+        if rule.function in RULE_PACKAGES and sandboxed:
+            extra = "code" if rule.function == "code" else "rules"
+            needed.append(("evaluate", key, RULE_PACKAGES[rule.function], extra))
+        if rule.function == "code" and sandboxed and not shutil.which("bwrap"):
+            yield Misfit("evaluate", key, "code", "", "the program bwrap is missing: install bubblewrap")
+    for stage, key, module, extra in needed:
+        if find_spec(module) is None:
+            yield Misfit(stage, key, "on", "", f"the package of {module} is missing: `pip install -e '.[{extra}]'`")
