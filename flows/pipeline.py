@@ -187,8 +187,11 @@ def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterat
     first = resolve_plan(list(READS))
     yield from run(first)
     rest = {name: tuple(need for need in plan[name] if need not in first) for name in plan if name not in first}
-    if found := [item for item in project_misfits() if item.stage in rest]:
-        raise ConfigError(format_misfits(found))
+    found = [item for item in project_misfits() if item.stage in rest]
+    if blocking := [item for item in found if item.blocks]:
+        raise ConfigError(format_misfits(blocking))
+    for item in found:
+        console.print_warning(str(item))
     yield from run(rest)
 
 

@@ -173,7 +173,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
     pending = dvc_stages.stale_stages()
     rows = [(item.stage, "restore" if item.in_run_cache else "run", item.reasons) for item in pending]
     misfits = _misfits_of_status({item.stage for item in pending})
-    rows += [(item.stage, "refuse", (str(item),)) for item in misfits]
+    rows += [(item.stage, "refuse" if item.blocks else "warn", (str(item),)) for item in misfits]
     if as_json:
         keys = ("stage", "action", "reasons")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
@@ -183,7 +183,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
         return
     table = Table("stage", "would", "why")
     for stage, action, reasons in rows:
-        words = {"restore": "be restored", "refuse": "[red]be refused[/]"}
+        words = {"restore": "be restored", "refuse": "[red]be refused[/]", "warn": "[yellow]warn[/]"}
         table.add_row(stage, words.get(action, action), escape("\n".join(reasons)))
     print_table(table)
     if misfits:

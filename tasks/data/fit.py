@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from importlib.util import find_spec
@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
 from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, RowT, Split, read_rows
-from tasks.data.cleaning import hash_uniform, split_key
+from tasks.data.cleaning import hash_uniform, split_keys
 from tasks.data.pairs import draw_pairs
 
 if TYPE_CHECKING:
@@ -49,6 +49,7 @@ class Misfit:
         value: what is set.
         suggestion: the value to set, in YAML; empty where no value mends it, and `reason` says what does.
         reason: what was found.
+        blocks: whether the stage would fail; else the run goes on after a warning.
     """
 
     stage: str
@@ -56,6 +57,7 @@ class Misfit:
     value: object
     suggestion: str
     reason: str
+    blocks: bool = True
 
     def __str__(self) -> str:
         arrow = f" → {self.suggestion}" if self.suggestion else ""
@@ -74,9 +76,12 @@ def project_misfits() -> list[Misfit]:
 
 def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit]:
     """Compare params.yaml with what the stages base_model and prepare wrote to their folders."""
-    layers = json.loads((base_model / "card.json").read_text(encoding="utf-8"))["layers"]
-    rows = PreparedRows(params, prepare)
+    card = json.loads((base_model / "card.json").read_text(encoding="utf-8"))
+    tokens = json.loads((prepare / "metrics.json").read_text(encoding="utf-8"))["tokens"]
+    layers, rows = card["layers"], PreparedRows(params, prepare)
     return [
+        *_module_misfits(params, card["linear_modules"]),
+        *_length_misfits(params, tokens, card["context"]),
         *_sft_misfits(params, rows),
         *_pair_misfits(params, rows),
         *_rating_misfits(params, rows),
@@ -127,6 +132,7 @@ class PreparedRows:
             split: [*self.read("preferences", split, Preference), *self.read("preferences/gold", split, Preference)]
             for split in SPLITS
         }
+        split_key = split_keys(row for own in rows.values() for row in own)
         return {
             split: [(hash_uniform(split_key(row), self._params.seed, "half"), row) for row in own]
             for split, own in rows.items()
@@ -220,6 +226,41 @@ def _rating_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
     reason = f"kind {model.kind} learns from ratings in all splits, which are missing"
     suggestion = "preference" if simple and rows.pairs("train") else ""
     yield Misfit("reward_model", "reward_model.kind", model.kind, suggestion, reason)
+
+
+def _module_misfits(params: Params, known: Sequence[str]) -> Iterator[Misfit]:
+    """Modules that LoRA shall adapt and the base model lacks."""
+    for key in ("target_modules", "reward_model_modules"):
+        names = getattr(params.lora, key)
+        if not isinstance(names, str) and set(names) - set(known):
+            reason = f"the base model's linear modules are {', '.join(known)}"
+            yield Misfit("sft", f"lora.{key}", f"[{', '.join(names)}]", "all-linear", reason)
+
+
+def _length_misfits(params: Params, tokens: Mapping[str, Mapping[str, int]], context: int | None) -> Iterator[Misfit]:
+    """Lengths that cut rows, or that the base model cannot read; `tokens` as `token_lengths` gives them."""
+    judged = "ratings_gold" if params.gold_judge and params.gold_judge.kind == "rating" else "preferences_gold"
+    learned = "preferences" if params.reward_model and params.reward_model.pairwise else "ratings_proxy"
+    own = params.reward_model if params.reward_model and not params.reward_model.pretrained else None
+    for stage, section, kind in (
+        ("sft", params.sft, "demonstrations"), ("dpo", params.dpo, "preferences"), ("reward_model", own, learned),
+        ("gold_judge", params.gold_judge, judged),
+    ):  # fmt: skip
+        limit = section.max_length if section else "auto"
+        if limit != "auto" and context is not None and limit > context:
+            yield Misfit(stage, f"{stage}.max_length", limit, "auto", f"the base model's context is {context} tokens")
+        elif limit != "auto" and kind in tokens and tokens[kind]["99_percent"] > limit:
+            reason = f"99 % of the {kind} need at most {tokens[kind]['99_percent']} tokens"
+            yield Misfit(stage, f"{stage}.max_length", limit, "auto", reason)
+    new, prompt = params.generation.max_new_tokens, tokens["prompts"]["longest"]
+    if context is not None and prompt + new > context:
+        reason = f"the longest prompt has {prompt} tokens, and the base model's context is {context}"
+        yield Misfit("ppo", "generation.max_new_tokens", new, str(context - prompt) if context > prompt else "", reason)
+    elif params.environment is None and "responses" in tokens and tokens["responses"]["median"] > new:
+        reason = f"half of the demonstrated responses have {tokens['responses']['median']} tokens or more"
+        yield Misfit(
+            "ppo", "generation.max_new_tokens", new, str(tokens["responses"]["99_percent"]), reason, blocks=False
+        )
 
 
 def _layer_misfits(params: Params, layers: int) -> Iterator[Misfit]:

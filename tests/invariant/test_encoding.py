@@ -22,6 +22,7 @@ from tasks.rewards.training import TrainingData
 from tasks.rl.multi_turn import ENVIRONMENTS, _Episode
 from tasks.rl.rollout import LocalSampler
 from tasks.sft import _dataset
+from tests.support.tokenizers import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -75,7 +76,8 @@ def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> Prepared:
     )
     params, folder = load_params(path), tmp_path / "prepare"
     collect(params.collect, 0, Artifacts(out=tmp_path / "collect"))
-    prepare(params.prepare, 0, Artifacts(collect=tmp_path / "collect", out=folder))
+    base_model = write_tokenizer(tmp_path / "base_model")
+    prepare(params.prepare, 0, Artifacts(base_model=base_model, collect=tmp_path / "collect", out=folder))
     demonstrations = read_rows(folder / "demonstrations" / "train.jsonl", Demonstration)[:ROWS]
     file = folder / "preferences" / "train.jsonl"
     made_up = [Preference(id=str(number), **pair) for number, pair in enumerate(PAIRS)]

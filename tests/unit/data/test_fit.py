@@ -20,6 +20,7 @@ from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tasks.rewards.rules import base
 from tests.conftest import ROOT
+from tests.support.tokenizers import write_tokenizer
 
 WORDS = [a + b for a in ("ba", "co", "du", "fe", "gi", "ho", "ka", "lu") for b in ("nal", "rem", "sit", "tor", "vex")]
 PAIRS = {"row_type": "preferences"}
@@ -65,17 +66,22 @@ def find(params_yaml: Path, tmp_path: Path) -> Find:
     return run
 
 
-def misfits_of(params_yaml: Path, folder: Path, layers: int) -> dict[str, Misfit]:
+def misfits_of(params_yaml: Path, folder: Path, layers: int, context: int = 2000) -> dict[str, Misfit]:
     params = load_params(params_yaml)
     prepared(params, folder)
-    write_json(folder / "base_model" / "card.json", {"layers": layers})
+    write_json(
+        folder / "base_model" / "card.json",
+        {"layers": layers, "linear_modules": ["q_proj", "v_proj"], "context": context},
+    )
     return {item.key: item for item in find_misfits(params, folder / "base_model", folder / "prepare")}
 
 
 def prepared(params: Params, folder: Path) -> Path:
     shutil.rmtree(folder / "collect", ignore_errors=True)
     collect(params.collect, params.seed, Artifacts(out=folder / "collect"))
-    prepare(params.prepare, params.seed, Artifacts(collect=folder / "collect", out=folder / "prepare"))
+    base_model = write_tokenizer(folder / "base_model")
+    read = Artifacts(base_model=base_model, collect=folder / "collect", out=folder / "prepare")
+    prepare(params.prepare, params.seed, read)
     return folder / "prepare"
 
 
@@ -89,7 +95,7 @@ def test_a_preset_fits_its_data(
 ) -> None:
     monkeypatch.setattr(fit.shutil, "which", lambda program: program)
     write_overrides(params_yaml, [load_preset(ROOT, preset)])
-    assert misfits_of(params_yaml, tmp_path, layers) == {}
+    assert not [item for item in misfits_of(params_yaml, tmp_path, layers).values() if item.blocks]
 
 
 def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, params_yaml: Path, tmp_path: Path) -> None:
@@ -201,3 +207,25 @@ def test_a_misfit_without_a_value_is_the_users_to_decide() -> None:
         "`rlhf run --fit` sets:", "  ppo.epochs: 2 → 1  (some)", "Yours to decide:", "  sft.max_examples: 9  (none)",
     ]  # fmt: skip
     assert json.dumps(format_misfits(found[:1])).count("--fit") == 0
+
+
+def test_lengths_that_cut_rows_or_pass_the_context_are_found_with_the_modules_that_are_missing(
+    find: Find, params_yaml: Path, tmp_path: Path
+) -> None:
+    """Tokens are words: prompts have 8 to 16, responses 3 to 5 and an end token."""
+    settings = ("sft.max_length=16", "generation.max_new_tokens=4", "lora.target_modules=[q_pro]")
+    found = find({"demonstrations": rows_of("demonstrations", 300)}, *settings)
+    assert found["sft.max_length"].suggestion == "auto"
+    assert found["lora.target_modules"].suggestion == "all-linear"
+    assert "q_proj, v_proj" in found["lora.target_modules"].reason
+    tokens = json.loads((tmp_path / "prepare" / "metrics.json").read_text())["tokens"]
+    assert f"need at most {tokens['demonstrations']['99_percent']} tokens" in found["sft.max_length"].reason
+    warning = found["generation.max_new_tokens"]
+    assert (warning.blocks, warning.suggestion) == (False, str(tokens["responses"]["99_percent"]))
+    write_overrides(params_yaml, [parse_override("sft.max_length=auto")])
+    longest = tokens["prompts"]["longest"]
+    found = misfits_of(params_yaml, tmp_path, 30, context=longest + 3)
+    assert "sft.max_length" not in found
+    assert (found["generation.max_new_tokens"].blocks, found["generation.max_new_tokens"].suggestion) == (True, "3")
+    write_overrides(params_yaml, [parse_override("sft.max_length=300")])
+    assert misfits_of(params_yaml, tmp_path, 30, context=299)["sft.max_length"].suggestion == "auto"
