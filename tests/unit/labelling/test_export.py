@@ -114,7 +114,7 @@ def test_prepare_keeps_equal_labels_of_different_people(tmp_path: Path) -> None:
         envelopes = [{"file": "f", "line": line, "row": row} for line, row in enumerate(contents)]
         write_rows(tmp_path / "rows" / f"{name}.jsonl", envelopes)
         (tmp_path / "cards").mkdir(exist_ok=True)
-        (tmp_path / "cards" / f"{name}.json").write_text(json.dumps({"type": kind}))
+        (tmp_path / "cards" / f"{name}.json").write_text(json.dumps({"kind": "local", "type": kind}))
     params = PrepareParams(prompt_words=1, min_words=2, max_words=9, near_duplicate_threshold=1.0, validation_share=0,
                            test_share=0, gold_share=0, max_quarantine_share=0)  # fmt: skip
     prepare(params, 0, Artifacts(collect=tmp_path, out=tmp_path / "out"))
