@@ -279,7 +279,7 @@ def reproduce(
     token = _job.set(call)
     try:
         done = _retry_while_locked(lambda: _reproduce(name, call, force, pull), on_wait)
-    except DvcException as error:
+    except DvcException:
         if call.error is not None:
             raise call.error from call.error.__cause__
         with dvc_errors(name):
