@@ -169,7 +169,7 @@ def test_two_settings_are_two_lines(params_yaml: Path) -> None:
 
 
 SCALARS = [
-    0, 1, -2, 0.5, 1e-05, 1e22, True, False, None, "", "a", "a b", "a: b", "#c", "- d", "null", "1", "{x}", "ä→", 
+    0, 1, -2, 0.5, 1e-05, 1e22, True, False, None, "", "a", "a b", "a: b", "#c", "- d", "null", "1", "{x}", "ä→",
     "it's", 'say "x"', "l1\nl2", "end:", "x, y", "[", "*a", "&b", "!t", "%", "@", "`", "|", ">", "~", "yes",
 ]  # fmt: skip
 
