@@ -28,6 +28,7 @@ from flows.executor import Execution, Outcome, ensure_stage, stage_log_path, vis
 from flows.processes import children_terminated, project_lock
 from flows.services import DEVICE_LIMIT
 from tasks.core.errors import ConfigError, StageError
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 
 __all__ = ["pipeline", "resolve_plan", "stage"]
@@ -118,6 +119,7 @@ def pipeline(
     """
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
+    allow_all_characters()  # of a deployment's run, which begins here
     run_id = str(flow_run.id)
     parameters: dict[str, object] = {"stages": stages or "all", "force": force, "pull": pull, "push": push}
     parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}

@@ -31,6 +31,7 @@ from flows.cli.console import (
 from flows.processes import ERROR_VARIABLE, die_with_parent, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import stage_dir
+from tasks.core.terminal import allow_all_characters
 
 if TYPE_CHECKING:
     from tasks.data.fit import Misfit
@@ -59,6 +60,7 @@ def _options(
 
 def main() -> None:
     """Entry point: an error that the user can cure is one message and exit status 1."""
+    allow_all_characters()
     if ERROR_VARIABLE in os.environ:  # a run in a worktree, which another `rlhf` has started
         die_with_parent()
     try:

@@ -20,6 +20,7 @@ from tasks.core import tracking
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
 from tasks.core.rows import flatten
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages, mlflow_runs
 
 __all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
@@ -39,6 +40,7 @@ CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resol
 
 def run_stage(name: str) -> None:
     """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
+    allow_all_characters()
     try:
         execute_stage(name, dvc_stages.changes(name))
     except RLHFError as error:
