@@ -279,7 +279,7 @@ RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_that_drops_many_rows_is_told_with_the_key_that_keeps_them(
+def test_a_rule_that_drops_many_rows_is_a_warning_with_the_key_to_change(
     tmp_path: Path, caplog: Any, rule: str
 ) -> None:
     key, make = RULES[rule]
