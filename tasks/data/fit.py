@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Literal
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
 from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, RowT, Split, read_rows
-from tasks.data.cleaning import hash_uniform, split_key
+from tasks.data.cleaning import hash_uniform, split_keys
 from tasks.data.pairs import draw_pairs
 
 if TYPE_CHECKING:
@@ -127,6 +127,7 @@ class PreparedRows:
             split: [*self.read("preferences", split, Preference), *self.read("preferences/gold", split, Preference)]
             for split in SPLITS
         }
+        split_key = split_keys(row for own in rows.values() for row in own)
         return {
             split: [(hash_uniform(split_key(row), self._params.seed, "half"), row) for row in own]
             for split, own in rows.items()
