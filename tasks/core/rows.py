@@ -81,7 +81,7 @@ class Preference(Row):
 
     `margin` is the difference of the two mean ratings (points of the rating scale), negative where the sampled raters
     disagree with the mean of all; of a label it is how much better the labeller finds the chosen one: 1 slightly,
-    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last three only where known.
+    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last four only where known.
     """
 
     prompt: str
@@ -90,6 +90,7 @@ class Preference(Row):
     margin: FiniteFloat | None = None
     labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
+    guidelines: tuple[str, ...] | None = Field(default=None, description="sha256 of what the labellers were shown.")
     objective: str | None = Field(default=None, min_length=1)
 
     @model_validator(mode="after")
@@ -101,7 +102,9 @@ class Preference(Row):
     @model_serializer(mode="wrap")
     def _drop_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
         content: dict[str, Any] = serialise(self)
-        unset = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
+        unset = [
+            name for name in ("labelled_by", "confidence", "guidelines", "objective") if content.get(name, 0) is None
+        ]
         return {name: value for name, value in content.items() if name not in unset}
 
 

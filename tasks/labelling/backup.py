@@ -1,7 +1,7 @@
 """An append-only copy of an SQLite labelling database, and how the database is rebuilt from it.
 
-The copy is JSON Lines beside the database, `labels.db.jsonl`: a row of a table a line, `{"table": …, "row": {…}}`. It is
-on the disk before an answer counts as saved. Passwords are in it as hashes, so it is readable by its owner alone.
+The copy is JSON Lines beside the database, `labels.db.jsonl`: a row of a table a line, `{"table": …, "row": {…}}`. It
+is on the disk before an answer counts as saved. Passwords are in it as hashes, so it is readable by its owner alone.
 """
 
 import fcntl

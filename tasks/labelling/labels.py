@@ -119,7 +119,7 @@ def label_error(label: Label) -> str | None:
         return f"rating: {ratings} should be from 1 to 5"
     if not 0 < len(label.labeller) <= MAX_NAME_LENGTH or text_error("labeller", label.labeller):
         return f"labeller: {label.labeller!r} should have 1 to {MAX_NAME_LENGTH} characters, none of them NUL"
-    if label.guidelines is not None and not SHA256.fullmatch(label.guidelines):
+    if label.guidelines is not None and not SHA256.fullmatch(str(label.guidelines)):
         return f"guidelines: {label.guidelines!r} is no sha256 in 64 hexadecimal digits"
     comment = label.comment or ""
     if len(comment) > MAX_COMMENT_LENGTH:
@@ -129,7 +129,7 @@ def label_error(label: Label) -> str | None:
 
 def question_error(question: Question) -> str | None:
     """Return why the question cannot be kept, or None where it can."""
-    for name in ("prompt", "response_a", "response_b"):
+    for name in ("prompt", "response_a", "response_b", *MAX_LENGTHS):
         if reason := text_error(name, getattr(question, name)):
             return reason
     for name, most in MAX_LENGTHS.items():

@@ -96,8 +96,8 @@ class LabelStore:
         Raises:
             RLHFError: see `tasks.labelling.database.connect` and `tasks.labelling.backup.LabelCopy`.
         """
-        self.address = db.redact_url(url)
         file = db.database_file(url)
+        self.address = db.redact_url(url)
         self._copy = LabelCopy(file) if file else None
         try:
             self._engine = db.connect(url)
@@ -140,8 +140,7 @@ class LabelStore:
 
     def labellers(self) -> list[str]:
         """Return the names of those who can sign in."""
-        able = select(db.labellers).where(db.labellers.c.password_hash.is_not(None))
-        return [row.name for row in self._rows(able.order_by(db.labellers.c.name))]
+        return self._names(db.labellers.c.password_hash.is_not(None))
 
     def add_questions(self, questions: Sequence[Question]) -> ImportResult:
         """Add the questions whose id is new, all or none.
@@ -163,14 +162,35 @@ class LabelStore:
         """
         return self._write(lambda connection: _import_records(connection, records))
 
+    def add_guidelines(self, sha256: str, text: str) -> None:
+        """Keep the text of guidelines, once."""
+
+        def work(connection: Connection) -> None:
+            if not _exists(connection, db.guidelines.c.sha256 == sha256):
+                connection.execute(insert(db.guidelines).values(sha256=sha256, text=text))
+
+        self._write(work)
+
+    def guidelines(self) -> dict[str, str]:
+        """Map the sha256 of guidelines that were ever shown to their text."""
+        return {row.sha256: row.text for row in self._rows(select(db.guidelines))}
+
     def questions(self) -> list[Question]:
         """Return all questions in the order in which they are shown."""
         return [db.to_question(row) for row in self._rows(db.in_order(select(db.questions)))]
 
     def current_labels(self) -> list[Label]:
-        """Return each labeller's last label of each question unless it is undone, by question and labeller."""
-        current = select(db.events).where(db.IS_CURRENT).order_by(db.EVENT.question_id, db.EVENT.labeller)
-        return [db.to_label(row) for row in self._rows(current)]
+        """Return each labeller's last label of each question unless it is undone, by question and labeller.
+
+        A pseudonym and the name that it stands for are one labeller, under the name where that is known.
+        """
+        names = {pseudonym(name): name for name in self._names() if pseudonym(name) != name}
+        last: dict[tuple[str, str], Row[Any]] = {}
+        for row in self._rows(select(db.events).where(db.EVENT.event_id.in_(db.LAST_IDS)).order_by(db.EVENT.event_id)):
+            last[row.question_id, names.get(row.labeller, row.labeller)] = row
+        return [
+            replace(db.to_label(row), labeller=name) for (_, name), row in sorted(last.items()) if row.kind == "label"
+        ]
 
     def recorded_labels(self, labeller: str) -> list[Label]:
         """Return every label that the labeller ever gave, those that they undid or changed too."""
@@ -245,6 +265,9 @@ class LabelStore:
     def _rows(self, statement: Select[Any]) -> Sequence[Row[Any]]:
         with self._reading() as connection:
             return connection.execute(statement).all()
+
+    def _names(self, *where: ColumnElement[bool]) -> list[str]:
+        return [row.name for row in self._rows(select(db.labellers.c.name).where(*where).order_by(db.labellers.c.name))]
 
     def _write(self, work: Callable[[Connection], Result]) -> Result:
         result = self._transaction(work)

@@ -61,7 +61,7 @@ def test_the_password_is_never_shown() -> None:
     for url in ("postgresql://ann:word@host/labels", "postgresql://ann@host/labels?password=word"):
         assert "word" not in redact_url(url)
         assert "host/labels" in redact_url(url)
-    with pytest.raises(SourceError, match="cannot open the labelling database") as caught:
+    with pytest.raises(SourceError, match="cannot use the labelling database") as caught:
         connect("postgresql://ann:sesame@127.0.0.1:1/labels")
     assert "sesame" not in str(caught.value)
 
