@@ -158,9 +158,13 @@ def connect(url: str) -> Engine:
                 create_file(file)
             if file and file.stat().st_size == 0:
                 raise DataError(f"{file} has 0 bytes, and a labelling database never has: it was emptied; {REBUILD}")
-            with engine.execution_options(writes=True).begin() as connection:
+            plain = sa.create_engine(engine.url) if file else engine  # what sets nothing, in case it is not ours
+            with plain.connect() as connection:
                 _check_integrity(connection)
                 _check_ours(connection)
+            if file:
+                plain.dispose()
+            with engine.execution_options(writes=True).begin() as connection:
                 migrate(connection)
     except RLHFError:
         engine.dispose()
