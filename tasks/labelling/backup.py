@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from io import FileIO
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -67,7 +68,7 @@ class LabelCopy:
 
     def close(self) -> None:
         """Close the file."""
-        os.close(self._file)
+        self._file.close()
 
     def compare(self, connection: Connection) -> None:
         """Add all that is missing in the copy.
@@ -93,8 +94,8 @@ class LabelCopy:
         lines = [_line(table, row) for table in TABLES.values() for row in self._missing(connection, table, everything)]
         if lines or self._unsynced:
             self._unsynced = True  # until the disk has it
-            _write_all(self._file, (b"\n" if self._torn else b"") + b"".join(lines))
-            os.fsync(self._file)
+            _write_all(self._file.fileno(), (b"\n" if self._torn else b"") + b"".join(lines))
+            os.fsync(self._file.fileno())
             self._read_new()
             self._unsynced = False
 
@@ -108,7 +109,8 @@ class LabelCopy:
 
     def _read_new(self) -> None:
         """Learn what is in the file since the last time, by this program or another one."""
-        content = os.pread(self._file, os.fstat(self._file).st_size - self._end, self._end)
+        file = self._file.fileno()
+        content = os.pread(file, os.fstat(file).st_size - self._end, self._end)
         self._end += len(content)
         for line in content.splitlines(keepends=True):
             _read_line(line, self._known)
@@ -135,7 +137,7 @@ def restore(url: str) -> Restored:
     except IntegrityError as error:
         raise DataError(f"{path} contradicts itself ({error.orig}): mend the line, or move it away") from None
     finally:
-        os.close(lock)
+        lock.close()
 
 
 def _rebuild(file: Path, lines: Sequence[bytes]) -> Restored:
@@ -172,14 +174,14 @@ def _move_aside(file: Path) -> Path | None:
     return place if moved else None
 
 
-def _open_copy(path: Path, lock: int, locked: str) -> int:
+def _open_copy(path: Path, lock: int, locked: str) -> FileIO:
     """Open and lock the file, which is made if it is missing."""
     with db.explained(str(path)):
-        file = os.open(path, os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o600)
+        file = FileIO(path, "a+", opener=lambda name, flags: os.open(name, flags, 0o600))
         try:
             fcntl.flock(file, lock | fcntl.LOCK_NB)
         except BlockingIOError:
-            os.close(file)
+            file.close()
             raise SourceError(f"{path.with_suffix('')}: {locked}") from None
     return file
 
