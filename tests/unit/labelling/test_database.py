@@ -47,7 +47,7 @@ def test_labels_from_before_guidelines_have_none(tmp_path: Path) -> None:
         migrate(connection, "0001")
         for statement in (
             "insert into labellers values ('ann', 'hash', '2026-01-01 00:00:00.000000')",
-            "insert into questions values ('one', 'p', 'x', 'y', 's', 't', null, 'random', 0, 1, '2026-01-01 00:00:00')",
+            "insert into questions values ('one', 'p', 'x', 'y', 's', 't', null, 'random', 0, 1, '2026-01-01 00:00')",
             "insert into events values (1, 't', 'one', 'ann', 0, 'label', 'a', 2, null, 4, 'so', 1, 2.5, '2026-01-01')",
         ):
             connection.execute(text(statement.replace("'2026-01-01')", "'2026-01-01 00:00:00.000000')")))
