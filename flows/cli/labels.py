@@ -98,8 +98,8 @@ def add(name: Annotated[str, typer.Argument(help="Who labels.")], database: Data
         is_new = store.add_labeller(name, hash_password(password))
     status = "can sign in" if is_new else "was known, and has a new password; the old one and its sessions have ended"
     _print(f"{escape(name)} {status}")
-    _print(f"password: {password}", highlight=False)
     _print(f"in reports and exports: {pseudonym(name)}", highlight=False)
+    _print(f"password: {password}", highlight=False)
 
 
 @app.command()
