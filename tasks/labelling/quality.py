@@ -20,7 +20,7 @@ from tasks.evals.statistics import Interval, wilson_interval
 from tasks.labelling.labels import CHOICES, VALUED_CHOICES, Label, Question, is_model
 
 __all__ = [
-    "LabelSummary", "Proportion", "count_votes", "dawid_skene", "first_position_rate", "format_number",
+    "LabelSummary", "Proportion", "alpha_gap", "count_votes", "dawid_skene", "first_position_rate", "format_number",
     "format_proportion", "gold_accuracy", "krippendorff_alpha", "label_summary", "majority", "raw_agreement",
     "report_page",
 ]  # fmt: skip
@@ -76,6 +76,19 @@ def krippendorff_alpha(labels: Sequence[Label]) -> float | None:
         raise ConfigError(f"Krippendorff's alpha {EXTRA.format('krippendorff')}") from error
     value = float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
     return value if math.isfinite(value) else None
+
+
+def alpha_gap(labels: Sequence[Label]) -> str | None:
+    """Return why `krippendorff_alpha` is not defined for these labels, skips left out; None where it is."""
+    given = [label for label in labels if label.choice != "skip"]
+    votes = [own for own in count_votes(given).values() if own.total() > 1]
+    if (labellers := len({label.labeller for label in given})) < 2:
+        return f"it compares labellers, so it needs two, and there is {'one' if labellers else 'none'}"
+    if not votes:
+        return (
+            "no question has the labels of two labellers: `rlhf label sample --overlap 0.2` gives some questions to two"
+        )
+    return None if len({choice for own in votes for choice in own}) > 1 else "all labels that can be compared are equal"
 
 
 def raw_agreement(labels: Sequence[Label]) -> Proportion:
@@ -179,6 +192,7 @@ class LabelSummary:
         waiting: labels of people that are still wanted; a skip is none, so somebody else is asked.
         alpha, alpha_all, agreement: over questions without a known answer; `alpha_all` counts models, too, and is None
             without any.
+        alpha_gap: why there is no `alpha`.
         disputed: questions on which labellers differ and their posteriors, the least certain first.
     """
 
@@ -187,6 +201,7 @@ class LabelSummary:
     labels: int
     waiting: int
     alpha: float | None
+    alpha_gap: str | None
     alpha_all: float | None
     agreement: Proportion
     first: Proportion
@@ -220,6 +235,7 @@ def label_summary(questions: Sequence[Question], labels: Sequence[Label]) -> Lab
         labels=len(labels),
         waiting=sum(max(0, number - counts[item]) for item, number in wanted.items()),
         alpha=krippendorff_alpha(compared_people),
+        alpha_gap=alpha_gap(compared_people),
         alpha_all=krippendorff_alpha(compared) if len(people) < len(labels) else None,
         agreement=raw_agreement(compared_people),
         first=first_position_rate(people),

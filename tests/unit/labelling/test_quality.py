@@ -196,6 +196,30 @@ def test_a_skip_leaves_a_question_waiting_as_it_does_for_the_page(store: LabelSt
     assert (found.waiting, found.labelled) == (store.open_questions()[0], 0) == (1, 0)
 
 
+GAPS = [
+    ([], "it needs two, and there is none"),
+    (labels_of(pair(1), ann="a") + labels_of(pair(2), ann="b"), "it needs two, and there is one"),
+    (labels_of(pair(1), ann="a", bob="skip"), "it needs two, and there is one"),
+    (labels_of(pair(1), ann="a") + labels_of(pair(2), bob="b"), "no question has the labels of two labellers"),
+    (labels_of(pair(1), ann="a", bob="a") + labels_of(pair(2), bob="b"), "all labels that can be compared are equal"),
+]
+
+
+@pytest.mark.parametrize(("labels", "reason"), GAPS)
+def test_where_there_is_no_alpha_the_report_says_why(labels: list[Label], reason: str) -> None:
+    found = label_summary([pair(1), pair(2)], [*labels, *labels_of(pair(1), **{"model:m": "b"})])
+    assert found.alpha is None
+    assert found.alpha_gap is not None
+    assert reason in found.alpha_gap
+    assert f"There is no α of people: {found.alpha_gap}." in report_page(found)
+
+
+def test_where_there_is_an_alpha_there_is_no_reason_for_none() -> None:
+    found = label_summary([pair(number) for number in range(1, 5)], FOUR)
+    assert (found.alpha is None, found.alpha_gap) == (False, None)
+    assert "There is no α" not in report_page(found)
+
+
 def test_a_proportion_is_shown_with_its_interval() -> None:
     assert format_proportion(Proportion(8, 10)) == "80% (49–94), 8 of 10"
     assert format_proportion(Proportion(0, 0)) == "–"
