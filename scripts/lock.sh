@@ -5,7 +5,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
-LOCKS=(requirements.lock infra/locks/gpu.lock infra/locks/extras.lock requirements-dev.lock)
+LOCKS=(requirements.lock infra/locks/gpu.lock infra/locks/extras.lock infra/locks/servers.lock requirements-dev.lock)
 HEADER="# Written by scripts/lock.sh; install it with pip's --require-hashes."
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -23,16 +23,19 @@ part() {
         /^[^ ]/ { keep = !/^#/ && $1 ~ pattern && !($1 in known) } keep' "$2" "$3"
 }
 
-cat "${LOCKS[@]}" >"$scratch/dev" 2>/dev/null || true
-compile --all-extras --group dev --output-file "$scratch/dev" "$@"
-compile --constraints "$scratch/dev" --output-file "$scratch/default"
-compile --constraints "$scratch/dev" --output-file "$scratch/extras" --extra all
+cat "${LOCKS[@]}" >"$scratch/union" 2>/dev/null || true
+compile --all-extras --group dev --output-file "$scratch/union" "$@"
+compile --constraints "$scratch/union" --output-file "$scratch/default"
+compile --constraints "$scratch/union" --output-file "$scratch/extras" --extra all
+compile --constraints "$scratch/union" --output-file "$scratch/servers" --extra all --extra servers
+compile --constraints "$scratch/union" --output-file "$scratch/dev" --extra all --extra poem --group dev
 
 # The libraries of PyPI's GPU build of torch, which a CPU build does without.
 part '^(cuda|nvidia)-|^triton==' /dev/null "$scratch/default" >"${LOCKS[1]}"
 part '' "${LOCKS[1]}" "$scratch/default" >"${LOCKS[0]}"
 part '' "$scratch/default" "$scratch/extras" >"${LOCKS[2]}"
-part '' <(cat "$scratch/default" "$scratch/extras") "$scratch/dev" >"${LOCKS[3]}"
+part '' "$scratch/extras" "$scratch/servers" >"${LOCKS[3]}"
+part '' "$scratch/extras" "$scratch/dev" >"${LOCKS[4]}"
 
 # PyPI has no CPU build of torch for Linux; the index that has them lists their hashes.
 version=$(sed -nE 's/^torch==([^ ]+).*/\1/p' requirements.lock)

@@ -53,11 +53,19 @@ def test_every_dependency_of_the_project_is_locked_where_it_is_installed_from() 
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
     extras = project["project"]["optional-dependencies"]
     in_all = extras["all"][0].removeprefix("rlhf-pipeline[").removesuffix("]").split(",")
-    assert set(extras) == {"all", "poem", *in_all}, "`poem` alone is no part of `all`"
+    assert set(extras) == {"all", "poem", "servers", *in_all}
     shipped = [*project["project"]["dependencies"], *(line for name in in_all for line in extras[name])]
-    default, _dev, *others = LOCKS
-    parts = {"default": [default], "all": [default, *others], "dev": LOCKS}
-    needs = {"default": project["project"]["dependencies"], "all": shipped, "dev": project["dependency-groups"]["dev"]}
+    default, *others = LOCKS
+    extras_lock, servers_lock = (ROOT / "infra" / "locks" / f"{name}.lock" for name in ("extras", "servers"))
+    assert {extras_lock, servers_lock} <= set(others)
+    dev = [*project["dependency-groups"]["dev"], *extras["poem"]]
+    needs = {"default": project["project"]["dependencies"], "all": shipped, "servers": extras["servers"], "dev": dev}
+    parts = {
+        "default": [default],
+        "all": [default, extras_lock],
+        "servers": [default, extras_lock, servers_lock],
+        "dev": [default, extras_lock, ROOT / "requirements-dev.lock"],
+    }
     for part, lines in needs.items():
         locked = {canonicalize_name(item.name): item for lock in parts[part] for item, _ in blocks(lock)}
         for line in map(Requirement, lines):

@@ -188,7 +188,7 @@ def test_the_image_is_pinned_not_root_and_holds_no_secret() -> None:
 def test_the_image_installs_the_locks_by_hash_and_what_the_code_judge_needs() -> None:
     copied = dict(re.findall(r"^COPY (\S+) (/tmp/\S+)$", DOCKERFILE, re.MULTILINE))
     [script] = re.findall(r"^RUN TORCH=\"\$TORCH\" (.*?) &&", DOCKERFILE, re.MULTILINE)
-    assert script == "/tmp/rlhf/scripts/install.sh infra/locks/extras.lock"
+    assert script.strip() == "/tmp/rlhf/scripts/install.sh infra/locks/extras.lock infra/locks/servers.lock"
     assert copied == {
         "requirements.lock": "/tmp/rlhf/",
         "infra/locks": "/tmp/rlhf/infra/locks",
@@ -198,9 +198,8 @@ def test_the_image_installs_the_locks_by_hash_and_what_the_code_judge_needs() ->
     assert re.findall(r"^ARG TORCH=(\w+)$", DOCKERFILE, re.MULTILINE) == ["cpu"]
     [packages] = re.findall(r"apt-get install --yes --no-install-recommends (.*?) &&", DOCKERFILE)
     assert set(packages.split()) == {"bubblewrap", "git", "libseccomp2"}
-    locked = {
-        line.partition("==")[0] for lock in ("requirements.lock", "infra/locks/extras.lock") for line in read(lock)
-    }
+    locks = ["requirements.lock", *script.split()[1:]]
+    locked = {line.partition("==")[0] for lock in locks for line in read(lock)}
     assert {
         "asyncpg",
         "boto3",
