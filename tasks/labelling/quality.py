@@ -61,21 +61,17 @@ def krippendorff_alpha(labels: Sequence[Label]) -> float | None:
     """Return Krippendorff's α, nominal, over VALUED_CHOICES: 1 − observed / expected disagreement; skips are missing.
 
     None where it is not defined: no question has two labels, or all of those have one and the same value.
-    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
-
-    Raises:
-        ConfigError: the package krippendorff is missing.
+    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", sections A to C.
     """
     voted = [votes for votes in count_votes(labels).values() if votes.total() > 1]
     counts = np.array([[votes[choice] for choice in VALUED_CHOICES] for votes in voted])
     if np.count_nonzero(counts.sum(axis=0)) < 2:
         return None
-    try:
-        import krippendorff
-    except ImportError as error:
-        raise ConfigError(f"Krippendorff's alpha {EXTRA.format('krippendorff')}") from error
-    value = float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
-    return value if math.isfinite(value) else None
+    voters, values = counts.sum(axis=1), counts.sum(axis=0)
+    total = voters.sum()
+    observed = ((voters**2 - (counts**2).sum(axis=1)) / (voters - 1)).sum() / total
+    expected = (total**2 - (values**2).sum()) / (total * (total - 1))
+    return float(1 - observed / expected)
 
 
 def alpha_gap(labels: Sequence[Label]) -> str | None:

@@ -94,7 +94,7 @@ def _remote_errors(what: str) -> Iterator[None]:
 def remote_error(what: str, error: Exception) -> StageError:
     """The StageError for an error of a remote's own library; `what`: read or written."""
     missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
-    cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
+    cure = f"; pip install {missing[1]}" if missing else ""
     return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
 
 

@@ -87,8 +87,8 @@ def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
     return PerSampleRule(lambda prompt, response: function(prompt, response, answers.get(prompt), **options.options))
 
 
-def import_extra(module: str, rule: str) -> Any:
-    """Import a package that only some rules need.
+def import_extra(module: str, rule: str, extra: str = "rules") -> Any:
+    """Import a package that only some rules need, and which an extra of the project brings.
 
     Raises:
         ConfigError: it is not installed.
@@ -97,7 +97,7 @@ def import_extra(module: str, rule: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"the rule {rule!r} needs the package of the module {module!r} ({error}): `pip install -e '.[rules]'`"
+            f"the rule {rule!r} needs the package of the module {module!r} ({error}): `pip install -e '.[{extra}]'`"
         ) from error
 
 
