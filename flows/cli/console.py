@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
-    "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision",
+    "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision", "print_prefect_away",
     "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
     "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies", "seeds_table",
     "summary_markdown", "variants_table",
@@ -66,6 +67,9 @@ def enter_project() -> Path:
             "here, or install the package here"
         )
     os.chdir(root)
+    from tasks.runtime.mlflow_runs import close_abandoned_runs
+
+    close_abandoned_runs()
     return root
 
 
@@ -163,6 +167,12 @@ def print_push_failed(error: Exception) -> None:
 def print_push_done(files: int) -> None:
     """Print that all results are at the DVC remote."""
     console.print(f"[dim]the DVC remote has everything; {files} files were new[/]")
+
+
+@functools.cache
+def print_prefect_away() -> None:
+    """Print that the run goes on without Prefect; the cache sees that it is printed once."""
+    error_console.print("[yellow]warning:[/] Prefect's server does not answer: the run goes on without it")
 
 
 def print_device_waiting() -> None:
