@@ -57,6 +57,8 @@ def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = 
     details = StateDetails(cache_key=outcome.key)
     if outcome.result == "executed":
         return Completed(message=f"Ran: {outcome.reason}", data=outcome, state_details=details)
+    if outcome.result == "off":
+        return Completed(name="Off", message="Its section in params.yaml is null", data=outcome)
     label = "Unchanged" if outcome.result == "unchanged" else "Restored from the run-cache"
     return Completed(name="Cached", message=f"{label}: {outcome.reason}", data=outcome, state_details=details)
 

@@ -28,13 +28,17 @@ from tasks.core.paths import project_root, state_dir
 
 __all__ = [
     "ERROR_VARIABLE", "children_terminated", "die_with_parent", "end_soon", "limit_exit_time", "project_lock",
-    "report_errors", "run_python", "spawn", "tail", "terminate_family", "write_error",
+    "report_errors", "run_python", "spawn", "tail", "terminate_family", "use_writable_home", "write_error",
 ]  # fmt: skip
 
 ERROR_VARIABLE = "RLHF_ERROR_FILE"
 STOP_SECONDS = 30.0
 TAIL_LINES = 15
 EXIT_SECONDS = 7.0
+
+# What libraries keep in the home folder, and the variables that name another place for it.
+HOME_VARS = {"PREFECT_HOME": "prefect", "HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib"}
+HOME_VARS |= {"XDG_CACHE_HOME": "cache"}
 
 _children: set[subprocess.Popen[bytes]] = set()
 _stopping = threading.Event()
@@ -128,6 +132,15 @@ def children_terminated() -> Iterator[None]:
         for stopper in stoppers:
             stopper.join()
         raise
+
+
+def use_writable_home() -> None:
+    """Let libraries write into the project's folder of local state where they cannot write into the home folder."""
+    if not os.access(Path.home(), os.W_OK):
+        for variable, name in HOME_VARS.items():
+            folder = state_dir() / "home" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault(variable, str(folder))
 
 
 def terminate_family(family: Sequence[psutil.Process], seconds: float) -> None:

@@ -33,7 +33,8 @@ __all__ = [
 console = Console(highlight=False, soft_wrap=True)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
+RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]"}
+RESULT_LABELS |= {"unchanged": "[dim]cached[/]", "off": "[dim]off[/]"}
 SHOWN_REASONS = 3
 SHORT_HASH = 8  # characters of a hash that a person looks at; JSON has all
 NAME_WIDTH = 16
@@ -67,8 +68,10 @@ def enter_project() -> Path:
             "here, or install the package here"
         )
     os.chdir(root)
+    from flows.processes import use_writable_home
     from tasks.runtime.mlflow_runs import close_abandoned_runs
 
+    use_writable_home()
     close_abandoned_runs()
     return root
 
@@ -190,7 +193,7 @@ def print_table(table: Table) -> None:
 
 def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:
     """Print that a stage is up to date."""
-    why = "" if result == "executed" else _shorten(reasons)
+    why = {"executed": "", "off": "its section in params.yaml is null"}.get(result, _shorten(reasons))
     padding = " " * (9 - len({"executed": "ran", "unchanged": "cached"}.get(result, result)))
     console.print(
         f"[green]✓[/] {name:<{NAME_WIDTH}} {RESULT_LABELS[result]}{padding}{seconds:7.1f} s  [dim]{why}[/]".rstrip()
