@@ -28,7 +28,7 @@ from flows.cli.console import (
     seeds_table,
     variants_table,
 )  # fmt: skip
-from flows.processes import ERROR_VARIABLE, die_with_parent, project_lock, write_error
+from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import stage_dir
 from tasks.core.terminal import allow_all_characters
@@ -63,12 +63,17 @@ def main() -> None:
     allow_all_characters()
     if ERROR_VARIABLE in os.environ:  # a run in a worktree, which another `rlhf` has started
         die_with_parent()
+    status = 1
     try:
         app()
     except RLHFError as error:
         print_error(error)
         write_error(error)
-        sys.exit(1)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    finally:
+        end_soon(status)
+    sys.exit(status)
 
 
 @app.command()
@@ -103,9 +108,9 @@ def run(
             if seeds > 1:
                 _run_seeds(seeds, stages or [], options, environment)
                 return
-            from flows.pipeline import pipeline
+            from flows.pipeline import run_pipeline
 
-            outcomes = pipeline(stages or None, **options)
+            outcomes = run_pipeline(stages or None, **options)
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         console.print()
         print_table(policies_table(read_policies()))
@@ -274,7 +279,8 @@ def _prefect_server() -> Iterator[dict[str, str]]:
 
     Yields the environment variables by which another process reports to it.
     """
-    from flows.services import temporary_server, use_services
+    from flows.services import use_services
+    from flows.temporary_server import temporary_server
 
     use_services()
     with temporary_server() as server:
@@ -285,9 +291,14 @@ def _prefect_server() -> Iterator[dict[str, str]]:
 
         for handler in logging.getLogger().handlers:  # the terminal shows our lines; Prefect's go to its server alone
             handler.addFilter(lambda record: not record.name.startswith("prefect"))
+        logging.raiseExceptions = False  # nor what becomes of those when the server is gone
         mlflow_runs.connect()
         server.wait()
-        yield {"PREFECT_API_URL": server.address} if server.address else {}
+        from flows import prefect_runs
+
+        with prefect_runs.server_may_leave():
+            prefect_runs.release_abandoned()
+            yield {"PREFECT_API_URL": server.address} if server.address else {}
 
 
 def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> None:

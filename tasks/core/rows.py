@@ -120,6 +120,7 @@ class Preference(SourceRow):
             raise ValueError("chosen and rejected are the same text, so the pair says nothing")
         return self
 
+
 class Rating(SourceRow):
     """A text and every single rating that people gave it."""
 
