@@ -6,6 +6,7 @@ Each stage finds its own misfits too, but one at a time and late. Here all are f
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -21,6 +22,7 @@ from tasks.core.paths import project_root, stage_dir
 from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, RowT, Split, read_rows
 from tasks.data.cleaning import hash_uniform, split_keys
 from tasks.data.pairs import draw_pairs
+from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
@@ -78,6 +80,7 @@ def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit
     rows = PreparedRows(params, prepare)
     return [
         *_sft_misfits(params, rows),
+        *_length_misfits(params, rows, base_model / "model"),
         *_pair_misfits(params, rows),
         *_rating_misfits(params, rows),
         *_layer_misfits(params, layers),
@@ -180,6 +183,52 @@ def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
         if not rows.read("demonstrations", split, Demonstration):
             remedy = cure if split == "train" else "raise prepare.validation_share, or collect more"
             yield Misfit("sft", f"sft.{key}", getattr(params.sft, key), "", f"no demonstrations in {split}: {remedy}")
+
+
+def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator[Misfit]:
+    """Rows that are longer than max_length or the model's context, and prompts that leave no room for a response."""
+    if not (model / "tokenizer.json").is_file():
+        return  # the stages count with transformers, which has other formats as well
+    tokens = TokenCounter(model)
+    for stage, lengths in _row_lengths(params, rows, tokens):
+        section = getattr(params, stage)
+        limit = min((n for n in (section.max_length, tokens.context) if isinstance(n, int)), default=None)
+        cut = sum(length > limit for length in lengths) if limit else 0
+        if cut <= section.max_cut_share * len(lengths):
+            continue
+        reason = f"{cut} of {len(lengths)} rows are longer than {limit} tokens, the longest has {max(lengths)}"
+        if section.max_length != "auto" and tokens.context not in (None, limit):
+            yield Misfit(stage, f"{stage}.max_length", section.max_length, "auto", reason)
+            continue
+        reason += ": their prompts lose the first words; or leave them out by prepare.max_preference_words or max_words"
+        share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
+        suggestion = f"{share:g}" if share < 1 else ""
+        yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
+    longest = max(tokens.prompts([row.prompt for own in rows.prompts.values() for row in own]), default=0)
+    new = params.generation.max_new_tokens
+    if tokens.context and params.environment is None and longest + new > tokens.context:
+        room = max(tokens.context - longest, 0)
+        reason = f"the longest prompt has {longest} tokens, the model's context is {tokens.context}"
+        cure = "" if room else ": leave long prompts out by prepare.max_preference_words or max_words"
+        yield Misfit("reward_model", "generation.max_new_tokens", new, str(room or ""), reason + cure)
+
+
+def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> Iterator[tuple[str, list[int]]]:
+    """The stages that train on rows, and the lengths of these; conversations have a format of their own."""
+
+    def of_pairs(own: Sequence[Preference]) -> list[int]:
+        return tokens.rows([r.prompt for r in own], [r.chosen for r in own], [r.rejected for r in own])
+
+    if params.environment is None:
+        shown = rows.read("demonstrations", "train", Demonstration)[: params.sft.max_examples]
+        yield "sft", tokens.rows([row.prompt for row in shown], [row.response for row in shown])
+    model = params.reward_model
+    if model and model.pairwise and not (model.backbone or model.pretrained):
+        yield "reward_model", of_pairs(rows.pairs("train"))
+    if params.dpo:
+        yield "dpo", of_pairs(rows.pairs("train"))
+    if params.gold_judge and rows.judge == "model of pairs":
+        yield "gold_judge", of_pairs(rows.gold_pairs("train"))
 
 
 def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:

@@ -16,10 +16,12 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import write_json, write_rows
 from tasks.data import fit
 from tasks.data.fit import Misfit, find_misfits, format_misfits
+from tasks.data.token_lengths import TokenCounter
+from tasks.models.encoding import encode_row
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tasks.rewards.rules import base
-from tests.conftest import ROOT
+from tests.conftest import ROOT, letter_tokenizer
 
 WORDS = [a + b for a in ("ba", "co", "du", "fe", "gi", "ho", "ka", "lu") for b in ("nal", "rem", "sit", "tor", "vex")]
 PAIRS = {"row_type": "preferences"}
@@ -93,8 +95,10 @@ def test_a_preset_fits_its_data(
 
 
 def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, params_yaml: Path, tmp_path: Path) -> None:
+    write_model(tmp_path, 125)
     found = find({"preferences": rows_of("preferences", 300)}, layers=2)
-    assert set(found) == {
+    cut = {f"{stage}.max_cut_share" for stage in ("sft", "reward_model", "dpo")}
+    assert set(found) - {"gold_judge.max_cut_share"} == cut | {
         "preferences.train_pairs", "preferences.heldout_pairs", "reward_model.lora_first_layer", "evaluate.prompts",
         "gold_judge.lora_first_layer", "gold_judge.kind", "prepare.gold_pair_share",
     }  # fmt: skip
@@ -120,6 +124,45 @@ def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
     assert found["prepare.gold_pair_share"].suggestion == "0.3"
     settings = [f"{key}={item.suggestion}" for key, item in found.items()]
     assert find({}, *settings) == {}
+
+
+def write_model(folder: Path, context: int) -> None:
+    """A token per letter, and a configuration that states a context."""
+    letter_tokenizer().save_pretrained(folder / "base_model" / "model")
+    write_json(folder / "base_model" / "model" / "config.json", {"max_position_embeddings": context})
+
+
+@pytest.mark.parametrize(
+    ("context", "settings", "suggested"),
+    [
+        (1000, (), {}),
+        (1000, ("sft.max_length=90", "dpo.max_length=90"), {"sft.max_length": "auto", "dpo.max_length": "auto"}),
+        (1000, ("sft.max_length=90", "sft.max_cut_share=0.99"), {}),
+        (
+            60,
+            ("sft.max_length=400", "gold_judge.kind=rating"),
+            {"sft.max_cut_share": "", "generation.max_new_tokens": ""},
+        ),
+    ],
+)
+def test_rows_longer_than_the_setting_or_the_context(
+    context: int, settings: tuple[str, ...], suggested: dict[str, str], find: Find, tmp_path: Path
+) -> None:
+    write_model(tmp_path, context)
+    found = find({"preferences": rows_of("preferences", 200)}, *settings)
+    keys = ("max_length", "max_cut_share", "max_new_tokens")
+    found = {key: item for key, item in found.items() if key.endswith(keys)}
+    assert suggestions(found).items() >= suggested.items()
+    assert not (suggested == {} and found), found
+
+
+def test_tokens_are_counted_as_the_stages_count_them(tmp_path: Path) -> None:
+    """`ab` is two tokens, ` abc` four and ` d` two; the end token is one more."""
+    write_model(tmp_path, 9)
+    tokens = TokenCounter(tmp_path / "base_model" / "model")
+    assert (tokens.context, tokens.prompts(["ab", ""]), tokens.rows(["ab"], [" abc"], [" d"])) == (9, [2, 0], [7])
+    row = encode_row(letter_tokenizer(), "ab", " abc", " d")
+    assert row.length == 7
 
 
 RATINGS, PROMPTS = rows_of("ratings", 60), rows_of("prompts", 60)
