@@ -6,31 +6,30 @@ Each stage finds its own misfits too, but one at a time and late. Here all are f
 from __future__ import annotations
 
 import json
+import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from random import Random
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
-from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, RowT, Split, read_rows
-from tasks.data.cleaning import hash_uniform, split_keys
+from tasks.core.rows import SPLITS, Preference, Split
 from tasks.data.pairs import draw_pairs
+from tasks.data.prepared_rows import PreparedRows
+from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
 
-__all__ = ["READS", "Misfit", "PreparedRows", "find_misfits", "format_misfits", "project_misfits"]
+__all__ = ["READS", "Misfit", "find_misfits", "format_misfits", "project_misfits"]
 
 READS = ("base_model", "prepare")
 """The stages whose outputs are compared with params.yaml."""
-
-GOLD_PAIR_SHARE = 0.3  # of the pairs, for the gold judge, where nothing but pairs can judge
 
 ANSWER_RULES = ("answer", "code", "contains_facts", "math")
 """Rules that need the right answer of each prompt."""
@@ -77,12 +76,11 @@ def project_misfits() -> list[Misfit]:
 def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit]:
     """Compare params.yaml with what the stages base_model and prepare wrote to their folders."""
     card = json.loads((base_model / "card.json").read_text(encoding="utf-8"))
-    tokens = json.loads((prepare / "metrics.json").read_text(encoding="utf-8"))["tokens"]
     layers, rows = card["layers"], PreparedRows(params, prepare)
     return [
         *_module_misfits(params, card["linear_modules"]),
-        *_length_misfits(params, tokens, card["context"]),
         *_sft_misfits(params, rows),
+        *_length_misfits(params, rows, base_model / "model"),
         *_pair_misfits(params, rows),
         *_rating_misfits(params, rows),
         *_layer_misfits(params, layers),
@@ -104,87 +102,71 @@ def format_misfits(found: Sequence[Misfit]) -> str:
     return "\n".join(lines)
 
 
-Judge = Literal["model of ratings", "model of pairs", "other", "none"]
-
-
-class PreparedRows:
-    """Rows that prepare wrote; a file that is missing or empty holds none.
-
-    `pairs` and `gold_pairs` are those after the gold judge's share is set as `judge` needs it.
-    """
-
-    def __init__(self, params: Params, folder: Path) -> None:
-        self._params, self._folder = params, folder
-
-    def read(self, name: str, split: Split, row_type: type[RowT]) -> list[RowT]:
-        """Read the rows of a split."""
-        path = self._folder / name / f"{split}.jsonl"
-        return read_rows(path, row_type) if path.is_file() and path.stat().st_size else []
-
-    def ratings(self, half: str, split: Split) -> list[Rating]:
-        """Rated texts of the proxy or the gold half."""
-        return self.read(f"ratings/{half}", split, Rating)
-
-    @cached_property
-    def _all_pairs(self) -> dict[Split, list[tuple[float, Preference]]]:
-        """Pairs of the sources, each with the share of the gold judge from which on it is that judge's."""
-        rows = {
-            split: [*self.read("preferences", split, Preference), *self.read("preferences/gold", split, Preference)]
-            for split in SPLITS
-        }
-        split_key = split_keys(row for own in rows.values() for row in own)
-        return {
-            split: [(hash_uniform(split_key(row), self._params.seed, "half"), row) for row in own]
-            for split, own in rows.items()
-        }
-
-    def pairs(self, split: Split) -> list[Preference]:
-        """Pairs that are left for training."""
-        return [row for place, row in self._all_pairs[split] if place >= self.gold_share]
-
-    def gold_pairs(self, split: Split) -> list[Preference]:
-        """Pairs of the gold judge."""
-        return [row for place, row in self._all_pairs[split] if place < self.gold_share]
-
-    @cached_property
-    def has_ratings(self) -> bool:
-        """Whether the gold judge can learn from ratings."""
-        return all(self.ratings("gold", split) for split in ("train", "test"))
-
-    @cached_property
-    def prompts(self) -> dict[Split, list[Prompt]]:
-        """Prompts by split."""
-        return {split: self.read("prompts", split, Prompt) for split in SPLITS}
-
-    @cached_property
-    def judge(self) -> Judge:
-        """What can judge the policies: what params.yaml says if that works, else what does work."""
-        params, answered = self._params, all(row.answer is not None for row in self.prompts["test"])
-        kind = params.gold_judge.kind if params.gold_judge else None
-        unnecessary = params.environment is not None or params.evaluate.gold_rule is not None or answered
-        if kind == "rating" and self.has_ratings:
-            return "model of ratings"
-        if kind == "preference" and any(self._all_pairs.values()):
-            return "model of pairs"
-        if unnecessary:
-            return "other"
-        if any(self._all_pairs.values()):
-            return "model of pairs"
-        return "model of ratings" if self.has_ratings else "none"
-
-    @cached_property
-    def gold_share(self) -> float:
-        """Share of pairs for the gold judge."""
-        return self._params.prepare.gold_pair_share or (GOLD_PAIR_SHARE if self.judge == "model of pairs" else 0.0)
-
-
 def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
     cure = "add a source of demonstrations, of pairs with prompts, or of ratings"
     keys: dict[Split, str] = {"train": "max_examples", "validation": "max_validation_examples"}
     for split, key in keys.items():
-        if not rows.read("demonstrations", split, Demonstration):
+        if not rows.demonstrations(split):
             remedy = cure if split == "train" else "raise prepare.validation_share, or collect more"
             yield Misfit("sft", f"sft.{key}", getattr(params.sft, key), "", f"no demonstrations in {split}: {remedy}")
+
+
+def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator[Misfit]:
+    """Rows that are longer than max_length or the model's context, and prompts that leave no room for a response."""
+    if not (model / "tokenizer.json").is_file():
+        return  # the stages count with transformers, which has other formats as well
+    tokens = TokenCounter(model)
+    for stage, files in _row_lengths(params, rows, tokens).items():
+        section = getattr(params, stage)
+        limit = min((n for n in (section.max_length, tokens.context) if isinstance(n, int)), default=math.inf)
+        cut, lengths = max(
+            ((sum(length > limit for length in own), own) for own in files if own),
+            key=lambda pair: pair[0] / len(pair[1]), default=(0, []),
+        )  # fmt: skip
+        if cut <= section.max_cut_share * len(lengths):
+            continue
+        reason = f"{cut} of {len(lengths)} rows are longer than {limit} tokens, the longest has {max(lengths)}"
+        if section.max_length != "auto" and tokens.context not in (None, limit):
+            yield Misfit(stage, f"{stage}.max_length", section.max_length, "auto", reason)
+            continue
+        reason += ": their prompts lose the first words; or leave them out by prepare.max_preference_words or max_words"
+        share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
+        suggestion = f"{share:g}" if share < 1 else ""
+        yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
+    longest = max(tokens.prompts([row.prompt for own in rows.prompts.values() for row in own]), default=0)
+    new = params.generation.max_new_tokens
+    if tokens.context and params.environment is None and longest + new > tokens.context:
+        room = max(tokens.context - longest, 0)
+        reason = f"the longest prompt has {longest} tokens, the model's context is {tokens.context}"
+        cure = "" if room else ": leave long prompts out by prepare.max_preference_words or max_words"
+        yield Misfit("reward_model", "generation.max_new_tokens", new, str(room or ""), reason + cure)
+    elif params.environment is None and (shown := rows.demonstrations("train")):
+        lengths = sorted(tokens.rows([""] * len(shown), [row.response for row in shown]))
+        median, most = lengths[len(lengths) // 2], lengths[int(0.99 * (len(lengths) - 1))]
+        if median > new:
+            reason = f"half of the demonstrated responses have {median} tokens or more, so most samples are cut off"
+            yield Misfit("reward_model", "generation.max_new_tokens", new, str(most), reason, blocks=False)
+
+
+def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> dict[str, list[list[int]]]:
+    """Stage → lengths of the rows of each file that it trains on; conversations have a format of their own."""
+
+    def of_pairs(own: Sequence[Preference]) -> list[int]:
+        return tokens.rows([r.prompt for r in own], [r.chosen for r in own], [r.rejected for r in own])
+
+    found = {}
+    if params.environment is None:
+        shown = [rows.demonstrations("train")[: params.sft.max_examples]]
+        shown.append(rows.demonstrations("validation")[: params.sft.max_validation_examples])
+        found["sft"] = [tokens.rows([row.prompt for row in own], [row.response for row in own]) for own in shown]
+    model = params.reward_model
+    if model and model.pairwise and not (model.backbone or model.pretrained):
+        found["reward_model"] = [of_pairs(rows.pairs("train"))]
+    if params.dpo:
+        found["dpo"] = [of_pairs(rows.pairs("train"))]
+    if params.gold_judge and rows.judge == "model of pairs":
+        found["gold_judge"] = [of_pairs(rows.gold_pairs("train"))]
+    return found
 
 
 def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
@@ -235,32 +217,6 @@ def _module_misfits(params: Params, known: Sequence[str]) -> Iterator[Misfit]:
         if not isinstance(names, str) and set(names) - set(known):
             reason = f"the base model's linear modules are {', '.join(known)}"
             yield Misfit("sft", f"lora.{key}", f"[{', '.join(names)}]", "all-linear", reason)
-
-
-def _length_misfits(params: Params, tokens: Mapping[str, Mapping[str, int]], context: int | None) -> Iterator[Misfit]:
-    """Lengths that cut rows, or that the base model cannot read; `tokens` as `token_lengths` gives them."""
-    judged = "ratings_gold" if params.gold_judge and params.gold_judge.kind == "rating" else "preferences_gold"
-    learned = "preferences" if params.reward_model and params.reward_model.pairwise else "ratings_proxy"
-    own = params.reward_model if params.reward_model and not params.reward_model.pretrained else None
-    for stage, section, kind in (
-        ("sft", params.sft, "demonstrations"), ("dpo", params.dpo, "preferences"), ("reward_model", own, learned),
-        ("gold_judge", params.gold_judge, judged),
-    ):  # fmt: skip
-        limit = section.max_length if section else "auto"
-        if limit != "auto" and context is not None and limit > context:
-            yield Misfit(stage, f"{stage}.max_length", limit, "auto", f"the base model's context is {context} tokens")
-        elif limit != "auto" and kind in tokens and tokens[kind]["99_percent"] > limit:
-            reason = f"99 % of the {kind} need at most {tokens[kind]['99_percent']} tokens"
-            yield Misfit(stage, f"{stage}.max_length", limit, "auto", reason)
-    new, prompt = params.generation.max_new_tokens, tokens["prompts"]["longest"]
-    if context is not None and prompt + new > context:
-        reason = f"the longest prompt has {prompt} tokens, and the base model's context is {context}"
-        yield Misfit("ppo", "generation.max_new_tokens", new, str(context - prompt) if context > prompt else "", reason)
-    elif params.environment is None and "responses" in tokens and tokens["responses"]["median"] > new:
-        reason = f"half of the demonstrated responses have {tokens['responses']['median']} tokens or more"
-        yield Misfit(
-            "ppo", "generation.max_new_tokens", new, str(tokens["responses"]["99_percent"]), reason, blocks=False
-        )
 
 
 def _layer_misfits(params: Params, layers: int) -> Iterator[Misfit]:
