@@ -29,7 +29,7 @@ from flows.cli.console import (
     variants_table,
 )  # fmt: skip
 from flows.processes import ERROR_VARIABLE, die_with_parent, project_lock, write_error
-from tasks.core.errors import ConfigError, RLHFError, StageError
+from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
 from tasks.core.terminal import allow_all_characters
 
@@ -61,7 +61,8 @@ def main() -> None:
     if ERROR_VARIABLE in os.environ:  # a run in a worktree, which another `rlhf` has started
         die_with_parent()
     try:
-        app()
+        with disk_errors():
+            app()
     except RLHFError as error:
         print_error(error)
         write_error(error)

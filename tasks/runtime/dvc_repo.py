@@ -1,9 +1,7 @@
 """The DVC project: opening it, loading a stage, its data in cache and remote, and its errors in plain words."""
 
-import errno
 import logging
 import re
-import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -23,7 +21,7 @@ from dvc_data.hashfile.hash_info import HashInfo
 from dvc_objects.errors import ObjectFormatError
 from dvc_objects.fs import localfs
 
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, describe_disk_error
 from tasks.core.paths import project_root
 
 __all__ = [
@@ -33,8 +31,6 @@ __all__ = [
 
 DATA = "data"
 """The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
-
-MIN_FREE_BYTES = 2**20  # below it a disk counts as full: DVC's own message may blame something else
 
 
 def open_repo() -> Repo:
@@ -108,9 +104,8 @@ def error_chain(error: BaseException) -> Iterator[BaseException]:
 def describe_error(error: BaseException) -> str:
     """The origin of an error of DVC, in words that say what to do."""
     last = list(error_chain(error))[-1]
-    full = isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or shutil.disk_usage(project_root()).free < MIN_FREE_BYTES:
-        return "no space left on the disk for its outputs, so none were recorded: free some, then run again"
+    if problem := describe_disk_error(error):
+        return f"its outputs were not recorded: {problem}"
     if isinstance(last, FileNotFoundError) and last.filename:
         return f"{last.filename} does not exist; if the DVC remote has it, `rlhf run --pull` fetches it"
     return str(last)
