@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import labels, models
+from flows.cli import garbage, labels, models
 from flows.cli.console import (
     console,
     enter_project,
@@ -39,6 +39,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="The data from which the pipeline starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(models.app)
+app.add_typer(garbage.app)
 app.add_typer(labels.app, name="label")
 
 

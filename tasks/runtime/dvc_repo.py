@@ -2,7 +2,7 @@
 
 import logging
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,7 +26,7 @@ from tasks.core.paths import project_root
 
 __all__ = [
     "check_remote", "data_md5", "describe_error", "dvc_errors", "error_chain", "load_stage", "open_repo", "pull_data",
-    "push", "quiet_logger", "remote_error", "restore", "use_cache",
+    "push", "quiet_logger", "remote_error", "restore", "unused_objects", "use_cache",
 ]  # fmt: skip
 
 DATA = "data"
@@ -174,6 +174,36 @@ def restore(md5: str, path: Path) -> None:
                 raise StageError(f"neither the DVC cache nor a DVC remote has {md5}, wanted for {path}") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         checkout(str(path), localfs, found, cache, force=True, quiet=True)
+
+
+def unused_objects(keep: Collection[str], worktrees: Sequence[Path]) -> list[Path]:
+    """Files of the cache that neither the workspace, a branch, a tag, a worktree nor an md5 of `keep` refers to.
+
+    A cache outside of the project may serve others, so nothing in it counts as unused.
+    """
+    with dvc_errors("cache"):
+        repo = open_repo()
+        if not Path(repo.cache.local_cache_dir).resolve().is_relative_to(project_root().resolve()):
+            return []
+        used = set(keep)
+        logging.getLogger("dvc.output").setLevel(logging.ERROR)  # it warns of stages that have not run yet
+        with repo.lock:  # force: go on where a branch has a folder that was never here
+            found = [repo.used_objs(all_branches=True, all_tags=True, force=True)]
+            found += [Repo(str(tree)).used_objs(force=True) for tree in worktrees]
+        used |= {info.value for objects in found for infos in objects.values() for info in infos}
+        unused: list[Path] = []
+        for cache in {id(odb): odb for _, odb in repo.cache.by_scheme() if odb}.values():
+            parts = {info.value for md5 in used if md5.endswith(".dir") for info in _parts(cache, md5)}
+            unused += [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in used | parts]
+        return unused
+
+
+def _parts(cache: Any, md5: str) -> list[HashInfo]:
+    """What a folder in the cache is made of; empty where the cache does not have it."""
+    try:
+        return [info for _, _, info in load(cache, HashInfo("md5", md5))]
+    except (FileNotFoundError, ObjectFormatError):
+        return []
 
 
 def use_cache(folder: Path, *, shared: bool) -> None:

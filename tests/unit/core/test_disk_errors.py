@@ -35,11 +35,10 @@ def test_it_is_named_with_its_cure(error: Exception, message: str) -> None:
 
 def test_an_error_that_another_one_hides_counts() -> None:
     """As torch raises one of its own while a file of Python's fails to write."""
+    hiding = RuntimeError("unexpected pos 64 vs 0")
+    hiding.__context__ = full()
     with pytest.raises(StageError, match="/data/file"), disk_errors():
-        try:
-            raise full()
-        except OSError:
-            raise RuntimeError("unexpected pos 64 vs 0")  # noqa: B904
+        raise hiding
 
 
 @pytest.mark.parametrize("error", [KeyError("x"), PermissionError(errno.EPERM, "not a file"), TrainingError("nan")])
