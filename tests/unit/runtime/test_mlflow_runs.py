@@ -133,7 +133,9 @@ def test_what_a_locked_database_does_not_take_is_kept(project: Path) -> None:
     assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 0.5)
 
 
-@pytest.mark.parametrize("make", [lambda path: path.write_text("no database " * 99), Path.mkdir], ids=["text", "folder"])
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("no database " * 99), Path.mkdir], ids=["text", "folder"]
+)
 def test_a_store_that_is_no_database_is_one_message(project: Path, make) -> None:
     make(project / "mlflow.db")
     with pytest.raises(ConfigError, match=r"mlflow.db cannot be opened; .* move a file that is no database"):
