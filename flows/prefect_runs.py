@@ -23,8 +23,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from flows.cli import console
-from tasks.core import holding
 from tasks.core.errors import RLHFError, StageError
+from tasks.runtime import holding
 
 __all__ = [
     "DEVICE_LIMIT", "active_runs", "crash", "device_slot", "hold_flow_run", "release_abandoned", "reporting",
@@ -39,7 +39,7 @@ LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 POLL_SECONDS = 1.0
 
-FLOW_MARK, SLOT_MARK = "flow", "slot"  # kinds of marks, see `tasks.core.holding`
+FLOW_MARK, SLOT_MARK = "flow", "slot"  # kinds of marks, see `tasks.runtime.holding`
 
 ACTIVE = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 

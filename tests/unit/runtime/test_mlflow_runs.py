@@ -10,9 +10,8 @@ from pathlib import Path
 import pytest
 
 from flows.services import free_port
-from tasks.core import holding
 from tasks.core.errors import ConfigError
-from tasks.runtime import mlflow_runs, mlflow_store
+from tasks.runtime import holding, mlflow_runs, mlflow_store
 from tasks.runtime.dvc_stages import Inputs
 from tasks.runtime.mlflow_runs import OpenRun
 from tasks.runtime.mlflow_store import open_store

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tasks.core import holding
+from tasks.runtime import holding
 
 HOLDER = """
 import sys, time
-from tasks.core import holding
+from tasks.runtime import holding
 with holding.hold("run", "one"):
     print("held", flush=True)
     time.sleep(60)
