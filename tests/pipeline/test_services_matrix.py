@@ -183,8 +183,8 @@ def test_standing(fleet: Fleet, action: str, worker_phase: str) -> None:
         assert "Traceback" not in output
         assert "urllib3" not in output
         assert output.count("warning: ") <= 2, f"one for Prefect and one for MLflow: {output}"
-    wait_for(lambda: not [p for p in fleet.home.processes() if "prefect.engine" in p.cmdline()])
     fleet.up()
+    wait_for(lambda: not [item for item in fleet.home.processes() if "prefect.engine" in item.cmdline()])
     check_whole(fleet)
 
 
