@@ -18,9 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from tasks.core import holding
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
+from tasks.runtime import holding
 from tasks.runtime.mlflow_store import (
     EXPERIMENT_ID_VAR,
     QueuedRun,
