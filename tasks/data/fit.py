@@ -112,10 +112,10 @@ def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
 
 
 def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator[Misfit]:
-    """Rows that are longer than max_length or the model's context, and prompts that leave no room for a response."""
-    if not (model / "tokenizer.json").is_file():
-        return  # the stages count with transformers, which has other formats as well
+    """Rows that are longer than max_length or the model's context, and responses that have no room."""
     tokens = TokenCounter(model)
+    if params.environment is None:
+        yield from _response_misfits(params, rows, tokens)
     for stage, files in _row_lengths(params, rows, tokens).items():
         section = getattr(params, stage)
         limit = min((n for n in (section.max_length, tokens.context) if isinstance(n, int)), default=math.inf)
@@ -133,19 +133,24 @@ def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator
         share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
         suggestion = f"{share:g}" if share < 1 else ""
         yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
+
+
+def _response_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) -> Iterator[Misfit]:
+    """Responses for which the model's context has no room, or of which sampling would cut off most."""
+    new, key = params.generation.max_new_tokens, "generation.max_new_tokens"
     longest = max(tokens.prompts([row.prompt for own in rows.prompts.values() for row in own]), default=0)
-    new = params.generation.max_new_tokens
-    if tokens.context and params.environment is None and longest + new > tokens.context:
-        room = max(tokens.context - longest, 0)
+    room = tokens.context - longest if tokens.context else new
+    if new > room:
         reason = f"the longest prompt has {longest} tokens, the model's context is {tokens.context}"
-        cure = "" if room else ": leave long prompts out by prepare.max_preference_words or max_words"
-        yield Misfit("reward_model", "generation.max_new_tokens", new, str(room or ""), reason + cure)
-    elif params.environment is None and (shown := rows.demonstrations("train")):
+        cure = "" if room > 0 else ": leave long prompts out by prepare.max_preference_words or max_words"
+        yield Misfit("reward_model", key, new, str(room) if room > 0 else "", reason + cure)
+    elif shown := rows.demonstrations("train"):
         lengths = sorted(tokens.rows([""] * len(shown), [row.response for row in shown]))
         median, most = lengths[len(lengths) // 2], lengths[int(0.99 * (len(lengths) - 1))]
         if median > new:
             reason = f"half of the demonstrated responses have {median} tokens or more, so most samples are cut off"
-            yield Misfit("reward_model", "generation.max_new_tokens", new, str(most), reason, blocks=False)
+            suggestion = min(most, room) if tokens.context else most
+            yield Misfit("reward_model", key, new, str(suggestion), reason, blocks=False)
 
 
 def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> dict[str, list[list[int]]]:
