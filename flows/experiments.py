@@ -19,6 +19,7 @@ from typing import Any
 from flows.cli import console
 from flows.worktrees import as_project_root, git, run_rlhf, worktree
 from tasks.config.params import Params, load_params, parse_override
+from tasks.core import holding
 from tasks.core.errors import ConfigError, RLHFError, StageError, TrainingError
 from tasks.core.paths import project_root, stage_dir, state_dir
 from tasks.evals import experiments
@@ -189,6 +190,7 @@ def _run_with_overrides(
     """
     tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
     own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_runs.SWEEP_VAR: tags}
+    own[holding.MARKS_VAR] = str(holding.marks_dir())
     with _working_copy(folder / "worktree") as tree:
         flags = [flag for setting in settings for flag in ("-S", setting)]
         run_rlhf(tree, [*args, *flags], {**os.environ, **(environment or {}), **own})

@@ -3,37 +3,32 @@
 DVC decides whether a stage runs; Prefect shows what happened to it and why.
 """
 
-import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from contextvars import ContextVar
 from dataclasses import replace
 from functools import partial
 from graphlib import TopologicalSorter
-from http import HTTPStatus
 from typing import Any
 
-from httpx import HTTPStatusError
+import httpx
 from prefect import Task, flow, task
 from prefect.artifacts import create_markdown_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State, StateDetails
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
-from prefect.concurrency.sync import concurrency
 from prefect.futures import PrefectFuture, as_completed
 from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.cli import console
 from flows.executor import Execution, Outcome, ensure_stage, stage_log_path, visible_gpus
-from flows.processes import children_terminated, project_lock
-from flows.services import DEVICE_LIMIT
+from flows.prefect_runs import device_slot, hold_flow_run, reporting
+from flows.processes import children_terminated, limit_exit_time, project_lock
 from tasks.core.errors import ConfigError, StageError
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 
-__all__ = ["pipeline", "resolve_plan", "stage"]
-
-# How long Prefect's server keeps the device for a run that no longer reports, because it was killed.
-LEASE_SECONDS = 60
+__all__ = ["pipeline", "resolve_plan", "run_pipeline", "stage"]
 
 Plan = Mapping[str, tuple[str, ...]]
 """Stage → the stages that it needs."""
@@ -53,7 +48,7 @@ def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = 
 
         def on_start(reasons: Sequence[str], needs_device: bool) -> None:
             if needs_device:
-                _acquire_device_slot(held)
+                held.enter_context(device_slot(console.print_device_waiting))
             console.print_stage_start(name, reasons, stage_log_path(name) if execution.own_process else None)
 
         outcome = ensure_stage(
@@ -63,27 +58,26 @@ def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = 
     details = StateDetails(cache_key=outcome.key)
     if outcome.result == "executed":
         return Completed(message=f"Ran: {outcome.reason}", data=outcome, state_details=details)
+    if outcome.result == "off":
+        return Completed(name="Off", message="Its section in params.yaml is null", data=outcome)
     label = "Unchanged" if outcome.result == "unchanged" else "Restored from the run-cache"
     return Completed(name="Cached", message=f"{label}: {outcome.reason}", data=outcome, state_details=details)
 
 
-def _acquire_device_slot(held: ExitStack) -> None:
-    """Hold a slot of Prefect's limit of stages that compute at once on this machine, if its server has that limit."""
-    slot = partial(concurrency, DEVICE_LIMIT, lease_duration=LEASE_SECONDS, raise_on_lease_renewal_failure=False)
-    logging.getLogger("prefect._internal.concurrency").addFilter(_hide_slot_errors)
+_finished: ContextVar[list[Outcome] | None] = ContextVar("_finished", default=None)
+"""Outcomes of a pipeline that is done, whether or not Prefect learns that."""
+
+
+def run_pipeline(stages: list[str] | None, **options: Any) -> list[Outcome]:
+    """`pipeline`, which counts as done when its work is, even if Prefect's server has gone away meanwhile."""
     try:
-        held.enter_context(slot(max_retries=0))
-    except ConcurrencySlotAcquisitionError as error:
-        answer = error.__cause__
-        if not (isinstance(answer, HTTPStatusError) and answer.response.status_code == HTTPStatus.LOCKED):
+        return list(pipeline(stages, **options))
+    except httpx.TransportError:
+        outcomes = _finished.get()
+        if outcomes is None:
             raise
-        console.print_device_waiting()
-        held.enter_context(slot())
-
-
-def _hide_slot_errors(record: logging.LogRecord) -> bool:
-    """Filter out log records of a busy slot, which is raised as an error as well."""
-    return "ConcurrencySlotAcquisition" not in record.getMessage()
+        console.print_prefect_away()
+        return outcomes
 
 
 @flow(name="rlhf")
@@ -118,11 +112,12 @@ def pipeline(
     """
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
+    allow_all_characters()  # of a deployment's run, which begins here
     run_id = str(flow_run.id)
     parameters: dict[str, object] = {"stages": stages or "all", "force": force, "pull": pull, "push": push}
     parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}
     outcomes = []
-    with project_lock(console.print_run_waiting):
+    with limit_exit_time(), hold_flow_run(run_id), project_lock(console.print_run_waiting):
         plan = resolve_plan(stages)
         bind = partial(_bind, forced=set(stages or plan) if force else set(), pull=pull, retries=retries)
         if pull:
@@ -139,11 +134,13 @@ def pipeline(
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
                     _push_outputs(outcome.stage)
-            create_markdown_artifact(
-                console.summary_markdown(outcomes), key="rlhf-pipeline", description="Stages and policies"
-            )
+            with reporting():
+                create_markdown_artifact(
+                    console.summary_markdown(outcomes), key="rlhf-pipeline", description="Stages and policies"
+                )
         if push:
             console.print_push_done(dvc_repo.push())
+    _finished.set(outcomes)
     return outcomes
 
 
@@ -187,8 +184,11 @@ def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterat
     first = resolve_plan(list(READS))
     yield from run(first)
     rest = {name: tuple(need for need in plan[name] if need not in first) for name in plan if name not in first}
-    if found := [item for item in project_misfits() if item.stage in rest]:
-        raise ConfigError(format_misfits(found))
+    found = [item for item in project_misfits() if item.stage in rest]
+    if blocking := [item for item in found if item.blocks]:
+        raise ConfigError(format_misfits(blocking))
+    for item in found:
+        console.print_warning(str(item))
     yield from run(rest)
 
 

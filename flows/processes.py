@@ -27,13 +27,18 @@ from tasks.core.errors import RLHFError, StageError
 from tasks.core.paths import project_root, state_dir
 
 __all__ = [
-    "ERROR_VARIABLE", "children_terminated", "die_with_parent", "project_lock", "report_errors", "run_python", "spawn",
-    "tail", "terminate_tree", "write_error",
+    "ERROR_VARIABLE", "children_terminated", "die_with_parent", "end_soon", "limit_exit_time", "project_lock",
+    "report_errors", "run_python", "spawn", "tail", "terminate_family", "use_writable_home", "write_error",
 ]  # fmt: skip
 
 ERROR_VARIABLE = "RLHF_ERROR_FILE"
 STOP_SECONDS = 30.0
 TAIL_LINES = 15
+EXIT_SECONDS = 7.0
+
+# What libraries keep in the home folder, and the variables that name another place for it.
+HOME_VARS = {"PREFECT_HOME": "prefect", "HF_HOME": "huggingface", "MPLCONFIGDIR": "matplotlib"}
+HOME_VARS |= {"XDG_CACHE_HOME": "cache"}
 
 _children: set[subprocess.Popen[bytes]] = set()
 _stopping = threading.Event()
@@ -129,14 +134,50 @@ def children_terminated() -> Iterator[None]:
         raise
 
 
-def terminate_tree(process: psutil.Process, seconds: float) -> None:
-    """Terminate a process that may be no child, then what it had started, then kill what is left."""
-    family = [process, *process.children(recursive=True)]
-    for number, members in ((signal.SIGTERM, [process]), (signal.SIGTERM, family), (signal.SIGKILL, family)):
+def use_writable_home() -> None:
+    """Let libraries write into the project's folder of local state where they cannot write into the home folder."""
+    if not os.access(Path.home(), os.W_OK):
+        for variable, name in HOME_VARS.items():
+            folder = state_dir() / "home" / name
+            folder.mkdir(parents=True, exist_ok=True)
+            os.environ.setdefault(variable, str(folder))
+
+
+def terminate_family(family: Sequence[psutil.Process], seconds: float) -> None:
+    """Terminate the first of some processes, none of which need be a child; then the others; then kill what is left."""
+    family = list(family)
+    for number, members in ((signal.SIGTERM, family[:1]), (signal.SIGTERM, family), (signal.SIGKILL, family)):
         for member in members:
             with contextlib.suppress(psutil.NoSuchProcess):
                 member.send_signal(number)
         _, family = psutil.wait_procs(family, seconds)
+
+
+def end_soon(status: int) -> None:
+    """Let the end of this process take a few seconds at most.
+
+    Prefect sends its last events and logs when the interpreter ends, and tries for minutes if its server is away.
+    """
+    timer = threading.Timer(EXIT_SECONDS, _end, [status])
+    timer.daemon = True
+    timer.start()
+
+
+def _end(status: int) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(status)
+
+
+@contextmanager
+def limit_exit_time() -> Iterator[None]:
+    """Let the process that does this work, and that we may not have started, end soon once it wants to end."""
+    try:
+        yield
+    finally:
+        # After those of Prefect, so called before them. They wait before `atexit` has its turn.
+        threading._register_atexit(end_soon, 1)  # type: ignore[attr-defined]
 
 
 def die_with_parent() -> None:

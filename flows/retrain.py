@@ -16,12 +16,14 @@ from prefect.client.schemas.objects import State
 from prefect.events.schemas.events import Event, Resource
 from prefect.flow_runs import pause_flow_run
 from prefect.input import RunInput
+from prefect.runtime import flow_run
 from prefect.states import Completed
 from prefect.utilities.timeout import timeout as time_limit
 
 from flows.cli import console
 from flows.executor import Outcome
 from flows.pipeline import pipeline
+from flows.prefect_runs import hold_flow_run
 from flows.processes import project_lock
 from flows.services import deployment_name
 from tasks.config.params import Params, load_params
@@ -71,30 +73,31 @@ def retrain(
     Raises:
         DataError: the data here is of another version.
     """
-    with project_lock(console.print_run_waiting):
-        if pull:
-            dvc_repo.pull_data()
-        if data_md5 and data_md5 != (actual := dvc_repo.data_md5()):
-            raise DataError(
-                f"this run is for data of md5 {data_md5}, but data/ here is {actual}: bring that version here "
-                "(git pull, then `rlhf run --pull`), or run without data_md5"
+    with hold_flow_run(str(flow_run.id)):
+        with project_lock(console.print_run_waiting):
+            if pull:
+                dvc_repo.pull_data()
+            if data_md5 and data_md5 != (actual := dvc_repo.data_md5()):
+                raise DataError(
+                    f"this run is for data of md5 {data_md5}, but data/ here is {actual}: bring that version here "
+                    "(git pull, then `rlhf run --pull`), or run without data_md5"
+                )
+            run: State[Any] = pipeline(
+                pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
             )
-        run: State[Any] = pipeline(
-            pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
-        )
-        outcomes: list[Outcome] = run.result()
-        if not any(outcome.stage == "evaluate" for outcome in outcomes):
-            raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
-        run_id = str(run.state_details.flow_run_id)
-        gate_state: State[Any] = gate(run_id, return_state=True)
-        passed: GateResult | None = gate_state.result()
-    if passed is None:
-        return False
-    # Outside of the lock: others may work here while a person decides.
-    refusal = _ask_for_approval(passed.decision, approval_hours) if approval_hours else None
-    by = "a person, asked by the gate" if approval_hours else "the gate"
-    promote_state: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
-    return bool(promote_state.result())
+            outcomes: list[Outcome] = run.result()
+            if not any(outcome.stage == "evaluate" for outcome in outcomes):
+                raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
+            run_id = str(run.state_details.flow_run_id)
+            gate_state: State[Any] = gate(run_id, return_state=True)
+            passed: GateResult | None = gate_state.result()
+        if passed is None:
+            return False
+        # Outside of the lock: others may work here while a person decides.
+        refusal = _ask_for_approval(passed.decision, approval_hours) if approval_hours else None
+        by = "a person, asked by the gate" if approval_hours else "the gate"
+        promote_state: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
+        return bool(promote_state.result())
 
 
 @dataclass(frozen=True)
@@ -198,7 +201,7 @@ def _compare_with_champion(
 
 
 def _withdrawal_reason(version: registry.Version) -> str:
-    """Reason not to promote a version that a person rolled back: only a person may promote it again."""
+    """Reason not to promote a version that a person withdrew: only a person may promote it again."""
     return f"{version.withdrawal}; `rlhf promote {version.number} --reason …` puts it in use again"
 
 

@@ -1,4 +1,4 @@
-"""`rlhf schedule`: the standing services in the foreground, with the nightly deployment at other times."""
+"""`rlhf schedule`: the nightly deployment at other times, by the services that are up or by some of its own."""
 
 import asyncio
 import contextlib
@@ -25,23 +25,21 @@ POLL_SECONDS = 1.0
 def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
     """Run the pipeline of this project whenever the cron expression says so, until Ctrl-C or SIGTERM.
 
-    One run at a time: one that falls due while another is going on starts when that has ended.
+    One run at a time: one that falls due while another is going on starts when that has ended. Services that are up
+    are used, and stay up with the schedule that they had.
 
     Raises:
         ConfigError: the expression or the time zone is wrong, or never comes true.
-        StageError: the services are up already, or one of them ended.
+        StageError: one of the services ended.
     """
     next_fire_times(cron, timezone, count=1)
-    if services.running_services():
-        raise StageError(
-            "this project's services are up already: write the cron expression into prefect.yaml and call `rlhf up` "
-            "again, or end them with `rlhf down`"
-        )
+    are_up = bool(services.running_services())
+    before: list[tuple[SCHEDULE_TYPES, bool]] = []
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
         running = services.start(services.free_port(), services.free_port(), log)
-        _set_schedule(running["prefect"].address, [(CronSchedule(cron=cron, timezone=timezone), True)])
+        before = _set_schedule(running["prefect"].address, [(CronSchedule(cron=cron, timezone=timezone), True)])
         times = next_fire_times(cron, timezone, count=SHOWN_TIMES)
         log(f"next runs: {', '.join(format(time, '%Y-%m-%d %H:%M:%S %Z') for time in times)}")
         log(f"their output: {services.log_path('worker')}; stop with Ctrl-C")
@@ -56,9 +54,10 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
         # The next `rlhf up` must find neither this schedule nor runs that it has planned.
         if prefect := services.running_services().get("prefect"):
             with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
-                _set_schedule(prefect.address, [])
-        services.stop()
-    log("stopped: nothing more will run")
+                _set_schedule(prefect.address, before if are_up else [])
+        if not are_up:
+            services.stop()
+    log("stopped: the services have the schedule of before" if are_up else "stopped: nothing more will run")
 
 
 def next_fire_times(cron: str, timezone: str, *, count: int) -> list[datetime]:
@@ -82,10 +81,13 @@ def next_fire_times(cron: str, timezone: str, *, count: int) -> list[datetime]:
         ) from error
 
 
-def _set_schedule(api: str, schedules: list[tuple[SCHEDULE_TYPES, bool]]) -> None:
+def _set_schedule(api: str, schedules: list[tuple[SCHEDULE_TYPES, bool]]) -> list[tuple[SCHEDULE_TYPES, bool]]:
+    """Replace the deployment's schedules; return those that it had, each with whether it is active."""
     with services.prefect_client(api) as client:
         deployment = client.read_deployment_by_name(DEPLOYMENT)
-        for old in client.read_deployment_schedules(deployment.id):
+        before = client.read_deployment_schedules(deployment.id)
+        for old in before:
             client.delete_deployment_schedule(deployment.id, old.id)
         if schedules:
             client.create_deployment_schedules(deployment.id, schedules)
+    return [(old.schedule, old.active) for old in before]

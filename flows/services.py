@@ -1,11 +1,10 @@
-"""Prefect's server and worker and MLflow's server: standing from `rlhf up` to `rlhf down`, or temporary for one run.
+"""The standing services, from `rlhf up` to `rlhf down`: Prefect's server and worker, and MLflow's server.
 
-The standing ones keep process ids, logs and Prefect's database in `.rlhf/services`; MLflow's serves the project's own.
+They keep process ids, logs and Prefect's database in `.rlhf/services`; MLflow's serves the project's own.
 """
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import hashlib
 import json
@@ -35,8 +34,8 @@ if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
 
 __all__ = [
-    "DEVICE_LIMIT", "deployment_name", "free_port", "log_path", "prefect_client", "running_services", "start", "stop",
-    "temporary_server", "use_services",
+    "HOST", "TELEMETRY_OFF", "deployment_name", "free_port", "is_healthy", "log_path", "prefect_client",
+    "running_services", "start", "stop", "use_services", "wait_until_ready",
 ]  # fmt: skip
 
 HOST = "127.0.0.1"
@@ -46,14 +45,13 @@ POLL_SECONDS = 0.1
 
 POOL = "rlhf"  # the work pool of prefect.yaml's deployments; one run at a time
 
-DEVICE_LIMIT = "device"
-"""Prefect's global concurrency limit that a stage holds while it computes on the accelerator."""
+# What a service and all that it starts have in their environment, by which they are found again.
+SERVICE_VAR = "RLHF_SERVICE"
+
+# In Prefect's database a slot outlives the server, so its lease must too: without it nobody frees the slot.
+LEASES_ON_DISK = {"PREFECT_SERVER_CONCURRENCY_LEASE_STORAGE": "prefect.server.concurrency.lease_storage.filesystem"}
 
 TELEMETRY_OFF = {"DO_NOT_TRACK": "1", "PREFECT_SERVER_ANALYTICS_ENABLED": "false", "MLFLOW_DISABLE_TELEMETRY": "true"}
-
-# A temporary server has no need of what these switch off.
-TEMPORARY = TELEMETRY_OFF | {"PREFECT_API_BLOCKS_REGISTER_ON_START": "false", "PREFECT_UI_ENABLED": "false"}
-TEMPORARY |= {"PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
 
 
 @dataclass(frozen=True)
@@ -88,20 +86,22 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
         raise ConfigError("MLFLOW_TRACKING_URI names an MLflow server; unset it: `rlhf up` starts the project's own")
     with _services_lock():
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
-        _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, command)
-        if "mlflow" not in running_services():
-            mlflow_runs.connect()  # an experiment made through a server could not be used without it
+        is_new = _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, command, LEASES_ON_DISK)
+        mlflow_runs.connect()  # an experiment made through a server could not be used without it
         command, environment = mlflow_store.server_command(mlflow_port)
         _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment)
         services = running_services()
         api, store = services["prefect"].address, services["mlflow"].address
         log(f"Prefect {api.removesuffix('/api')} and MLflow {store} are starting …")
-        _wait(services["prefect"], lambda: _is_healthy(f"{api}/health"))
+        _wait(services["prefect"], lambda: is_healthy(f"{api}/health"))
         clients = {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": store}
         _deploy(clients)
+        _end_abandoned_runs(api)
+        if is_new:
+            _free_leaked_slots(api)
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--limit", "1"]
         _start("worker", api, None, command, clients)
-        _wait(services["mlflow"], lambda: _is_healthy(f"{store}/health"))
+        _wait(services["mlflow"], lambda: is_healthy(f"{store}/health"))
         worker = running_services().get("worker")
         if worker is None:
             raise StageError(f"the worker ended while it started: {processes.tail(log_path('worker'))}")
@@ -110,16 +110,23 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
 
 
 def stop() -> list[str]:
-    """End the services, by process id, and cancel their runs; return the names of those that were running."""
+    """End the services and all that they have started, and their runs; return the names of those that were there."""
+    from tasks.runtime import mlflow_runs
+
     with _services_lock():
         ended = []
         services = running_services()
-        if "worker" in services and "prefect" in services:
-            _cancel_runs(services["prefect"].address)
+        prefect = services.get("prefect")
+        if "worker" in services and prefect:
+            _cancel_runs(prefect.address)
         for name in ("worker", "mlflow", "prefect"):  # the worker still reports to the server how its run ended
-            if (service := services.get(name)) and (process := service.process()):
-                processes.terminate_tree(process, STOP_SECONDS)
+            if family := _family(name):
+                processes.terminate_family(family, STOP_SECONDS)
                 ended.append(name)
+            if name == "worker":
+                mlflow_runs.close_abandoned_runs()
+                if prefect:
+                    _end_abandoned_runs(prefect.address)
         _write_state({})
         return ended
 
@@ -127,22 +134,44 @@ def stop() -> list[str]:
 def _cancel_runs(api: str) -> None:
     """Cancel the worker's runs, so that they record their end; a terminated worker would only kill them."""
     import httpx
-    from prefect.client.schemas.filters import FlowRunFilter, WorkPoolFilter
     from prefect.states import Cancelling
 
-    states = {"type": {"any_": ["PENDING", "RUNNING", "PAUSED", "CANCELLING"]}}
-    active = FlowRunFilter.model_validate({"state": states})
-    pool = WorkPoolFilter.model_validate({"name": {"any_": [POOL]}})
+    from flows import prefect_runs
+
     deadline = time.monotonic() + STOP_SECONDS
     with contextlib.suppress(httpx.HTTPError), prefect_client(api) as client:
-        for run in client.read_flow_runs(flow_run_filter=active, work_pool_filter=pool):
+        for run in prefect_runs.active_runs(client, POOL):
             client.set_flow_run_state(run.id, Cancelling())
-        while client.read_flow_runs(flow_run_filter=active, work_pool_filter=pool) and time.monotonic() < deadline:
+        while prefect_runs.active_runs(client, POOL) and time.monotonic() < deadline:
             time.sleep(POLL_SECONDS)
 
 
+def _end_abandoned_runs(api: str) -> None:
+    """End the runs whose process is gone: those with a mark, and the worker's once no process of it is left."""
+    import httpx
+
+    from flows import prefect_runs
+
+    with contextlib.suppress(httpx.HTTPError), prefect_client(api) as client:
+        prefect_runs.release_abandoned()
+        for run in [] if _family("worker") else prefect_runs.active_runs(client, POOL):
+            prefect_runs.crash(client, run)
+
+
+def _free_leaked_slots(api: str) -> None:
+    """Free the slots for which a server that has just started has no lease: nobody else would."""
+    from prefect.client.schemas.actions import GlobalConcurrencyLimitUpdate
+
+    leases = [json.loads(path.read_text()) for path in (_folder() / "prefect" / "concurrency_leases").glob("*-*.json")]
+    with prefect_client(api) as client:
+        for limit in client.read_global_concurrency_limits():
+            held = sum(lease["metadata"]["slots"] for lease in leases if str(limit.id) in lease["resource_ids"])
+            if limit.active_slots > held:
+                client.update_global_concurrency_limit(limit.name, GlobalConcurrencyLimitUpdate(active_slots=held))
+
+
 def running_services() -> dict[str, Service]:
-    """The services that `start` started and that are still there."""
+    """The services that `start` started and whose first process is still there."""
     try:
         rows = json.loads(_state_file().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -170,10 +199,28 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
     return {**os.environ, **more, **TELEMETRY_OFF, "PATH": path, "PREFECT_HOME": str(_folder() / "prefect")}
 
 
-def _start(name: str, address: str, port: int | None, command: list[str], variables: Mapping[str, str] = {}) -> None:
+def _family(name: str) -> list[psutil.Process]:
+    """A service's processes, the oldest first, also where the first is gone, and in sessions of their own."""
+    own = _service_id(name)
+    found = [process for process in psutil.process_iter(["environ", "create_time"]) if _has_id(process, own)]
+    return sorted(found, key=lambda process: process.info["create_time"])
+
+
+def _service_id(name: str) -> str:
+    return f"{_folder()}:{name}"
+
+
+def _has_id(process: psutil.Process, service_id: str) -> bool:
+    return (process.info["environ"] or {}).get(SERVICE_VAR) == service_id
+
+
+def _start(name: str, address: str, port: int | None, command: list[str], variables: Mapping[str, str] = {}) -> bool:
+    """Start a service unless it runs; returns whether it was started."""
     services = running_services()
     if name in services:
-        return
+        return False
+    if name != "worker":  # a run that a worker has left may end by itself
+        processes.terminate_family(_family(name), STOP_SECONDS)
     with socket.socket() as probe:
         if port is not None and probe.connect_ex((HOST, port)) == 0:
             raise ConfigError(
@@ -184,7 +231,7 @@ def _start(name: str, address: str, port: int | None, command: list[str], variab
         process = subprocess.Popen(
             command,
             cwd=project_root(),
-            env=_environment(variables),
+            env=_environment({**variables, SERVICE_VAR: _service_id(name)}),
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=log,
@@ -194,6 +241,7 @@ def _start(name: str, address: str, port: int | None, command: list[str], variab
         )
     services[name] = Service(name, address, process.pid, psutil.Process(process.pid).create_time())
     _write_state(services)
+    return True
 
 
 def _deploy(variables: Mapping[str, str]) -> None:
@@ -202,6 +250,7 @@ def _deploy(variables: Mapping[str, str]) -> None:
     from prefect.exceptions import ObjectNotFound
 
     from flows.executor import visible_gpus
+    from flows.prefect_runs import DEVICE_LIMIT
 
     with prefect_client(variables["PREFECT_API_URL"]) as client:
         client.create_work_pool(WorkPoolCreate(name=POOL, type="process", concurrency_limit=1), overwrite=True)
@@ -232,12 +281,12 @@ def prefect_client(api: str) -> Iterator[SyncPrefectClient]:
 
 
 def _wait(service: Service, is_ready: Callable[[], bool]) -> None:
-    if not _wait_until_ready(is_ready, lambda: service.process() is not None):
+    if not wait_until_ready(is_ready, lambda: service.process() is not None):
         ended = "does not answer" if service.process() else "ended while it started"
         raise StageError(f"{service.name} {ended}: {processes.tail(log_path(service.name))}")
 
 
-def _wait_until_ready(is_ready: Callable[[], bool], is_alive: Callable[[], bool]) -> bool:
+def wait_until_ready(is_ready: Callable[[], bool], is_alive: Callable[[], bool]) -> bool:
     """Wait until a process that starts is ready; False if it ends, or is not ready in time."""
     deadline = time.monotonic() + START_SECONDS
     while not is_ready():
@@ -247,7 +296,8 @@ def _wait_until_ready(is_ready: Callable[[], bool], is_alive: Callable[[], bool]
     return True
 
 
-def _is_healthy(url: str) -> bool:
+def is_healthy(url: str) -> bool:
+    """Whether a server answers there."""
     try:
         with urllib.request.urlopen(url, timeout=5) as response:
             return bool(response.status == 200)
@@ -286,82 +336,3 @@ def _state_file() -> Path:
 def log_path(name: str) -> Path:
     """The file for what a service prints."""
     return _folder() / f"{name}.log"
-
-
-# -- a temporary Prefect server --------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class TemporaryServer:
-    """The server process; both are None where a standing server is configured instead."""
-
-    address: str | None = None
-    process: subprocess.Popen[bytes] | None = None
-
-    def wait(self) -> None:
-        """Return as soon as the server answers; a StageError if it ended, or did not answer in time."""
-        server = self.process
-        if server is None:
-            _check_standing_server()
-            return
-        health = f"{self.address}/health"
-        if not _wait_until_ready(lambda: _is_healthy(health), lambda: server.poll() is None):
-            raise StageError(
-                "the temporary Prefect server did not start; run `prefect server start` in another terminal to see "
-                "why, or set PREFECT_API_URL to a server that runs"
-            )
-
-
-def _check_standing_server() -> None:
-    from prefect.settings import PREFECT_API_URL
-
-    address = PREFECT_API_URL.value()
-    try:
-        urllib.request.urlopen(f"{address}/health", timeout=10).close()
-    except urllib.error.HTTPError:
-        pass  # it answers, if only that it wants a key
-    except (OSError, ValueError) as error:
-        raise StageError(
-            f"the Prefect server at {address} does not answer ({error}): start it, or unset PREFECT_API_URL (or choose "
-            "another Prefect profile) for a temporary one"
-        ) from error
-
-
-@contextmanager
-def temporary_server() -> Iterator[TemporaryServer]:
-    """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it.
-
-    Prefect's own begins late, dies of the same Ctrl-C as the flow before the flow can report to it, and stays behind if
-    the flow is killed. This one starts while other libraries are imported, and always ends with this process.
-    """
-    os.environ.setdefault("DO_NOT_TRACK", "1")
-    from prefect.settings import PREFECT_API_URL, temporary_settings
-
-    if PREFECT_API_URL.value():
-        yield TemporaryServer()
-        return
-    port = free_port()
-    address = f"http://{HOST}:{port}/api"
-    process = processes.spawn(["-m", "flows.services", str(port)])
-    assert process.stdin
-    # Registered before Prefect's own exit handlers, so called after them: they still send logs and events.
-    atexit.register(process.stdin.close)
-    with temporary_settings({PREFECT_API_URL: address}):
-        yield TemporaryServer(address, process)
-
-
-def _serve(port: int) -> None:
-    """Serve Prefect's API on loopback until the parent is gone."""
-    os.environ.update(TEMPORARY | os.environ)
-    import uvicorn
-    from prefect.server.api.server import create_app
-
-    processes.die_with_parent()
-    app = create_app(ephemeral=True, final=True)
-    config = uvicorn.Config(app, host=HOST, port=port, log_level="critical", lifespan="on")
-    with contextlib.suppress(KeyboardInterrupt):
-        uvicorn.Server(config).run()
-
-
-if __name__ == "__main__":
-    _serve(int(sys.argv[1]))

@@ -65,10 +65,10 @@ def as_project_root(tree: Path) -> Iterator[None]:
 
 def git(*args: str) -> str:
     """The output of git in the project; a StageError if it refuses."""
-    done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, check=False)
     if done.returncode:
-        raise StageError(f"`git {' '.join(args[:2])}` failed: {done.stderr.strip()}")
-    return done.stdout
+        raise StageError(f"`git {' '.join(args[:2])}` failed: {os.fsdecode(done.stderr).strip()}")
+    return os.fsdecode(done.stdout)  # names of files, whatever the locale
 
 
 def _remove(tree: Path) -> None:

@@ -2,7 +2,7 @@
 
 Writes for each split `demonstrations/`, `prompts/`, `preferences/` (as a source gave them; `preferences/gold/` for the
 gold judge alone) and `ratings/{proxy,gold}/`, all of which exist even where empty, `quarantine.jsonl` with every
-malformed row, and `metrics.json` with every count.
+malformed row, and `metrics.json` with every count, and the lengths of training rows in tokens of the base model.
 """
 
 from __future__ import annotations
@@ -31,6 +31,7 @@ from tasks.data.cleaning import (
     split_of,
     text_key,
 )
+from tasks.data.lengths import token_lengths
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams
@@ -44,7 +45,7 @@ CURES = {
     "too_short": "lower prepare.min_words",
     "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
     "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
-    "duplicate": "no setting keeps a row that is there twice",
+    "duplicate": "nothing to set, the sources hold them twice",
     "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
 }
 WARNING_SHARE = 0.05  # of the collected rows
@@ -75,7 +76,10 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
     prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
-        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
+        raise DataError(
+            f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}; if it is in "
+            "another column, name that: collect.sources[].columns: {prompt: COLUMN}"
+        )
     written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
     written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)
@@ -84,7 +88,15 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     gold_written = _write(artifacts.out / "preferences" / "gold", gold_pairs)
     if params.gold_pair_share:
         written["preferences_gold"] = gold_written
-    _write_metrics(artifacts.out, cleaned, len(rows), written)
+    kinds: dict[str, Splits] = {
+        "prompts": prompts,
+        "demonstrations": demonstrations,
+        "preferences": _of_type(splits, Preference),
+        "preferences_gold": gold_pairs,
+        **{f"ratings_{half}": ratings[half] for half in HALVES},
+    }
+    tokens = token_lengths(artifacts.base_model / "model", {kind: kinds[kind]["train"] for kind in kinds})
+    _write_metrics(artifacts.out, cleaned, len(rows), {**written, "tokens": tokens})
 
 
 def _split(rows: list[Row], split_key: SplitKey, params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
@@ -184,7 +196,7 @@ def _write(folder: Path, rows: Splits) -> dict[str, int]:
     return {split: write_rows(folder / f"{split}.jsonl", items) for split, items in rows.items()}
 
 
-def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: dict[str, dict[str, int]]) -> None:
+def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: Mapping[str, Mapping[str, object]]) -> None:
     rows = {"collected": cleaned.collected, "quarantined": len(cleaned.quarantine), "kept": kept}
     dropped = dict.fromkeys((*CURES, "same_prompt"), 0) | dict(sorted(cleaned.dropped.items()))
     large = _warn_of_losses(cleaned)

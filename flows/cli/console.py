@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -23,16 +24,18 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
-    "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision",
+    "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision", "print_prefect_away",
     "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
-    "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies", "seeds_table",
+    "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_findings", "read_policies",
+    "seeds_table",
     "summary_markdown", "variants_table",
 ]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
 
-RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]", "unchanged": "[dim]cached[/]"}
+RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]"}
+RESULT_LABELS |= {"unchanged": "[dim]cached[/]", "off": "[dim]off[/]"}
 SHOWN_REASONS = 3
 SHORT_HASH = 8  # characters of a hash that a person looks at; JSON has all
 NAME_WIDTH = 16
@@ -66,6 +69,11 @@ def enter_project() -> Path:
             "here, or install the package here"
         )
     os.chdir(root)
+    from flows.processes import use_writable_home
+    from tasks.runtime.mlflow_runs import close_abandoned_runs
+
+    use_writable_home()
+    close_abandoned_runs()
     return root
 
 
@@ -91,6 +99,11 @@ def handle_interrupt(hint: str) -> Iterator[None]:
 def print_error(error: Exception) -> None:
     """Print an error that the user can cure."""
     error_console.print(f"[bold red]error:[/] {escape(str(error))}")
+
+
+def print_warning(text: str) -> None:
+    """Print what is worth a look and stops nothing."""
+    error_console.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def print_stage_start(name: str, reasons: Sequence[str], log: Path | None = None) -> None:
@@ -165,6 +178,12 @@ def print_push_done(files: int) -> None:
     console.print(f"[dim]the DVC remote has everything; {files} files were new[/]")
 
 
+@functools.cache
+def print_prefect_away() -> None:
+    """Print that the run goes on without Prefect; the cache sees that it is printed once."""
+    error_console.print("[yellow]warning:[/] Prefect's server does not answer: the run goes on without it")
+
+
 def print_device_waiting() -> None:
     """Print that a stage waits until another run has done its computing."""
     console.print("[yellow]  waiting for the device: another run computes on it[/]")
@@ -180,7 +199,7 @@ def print_table(table: Table) -> None:
 
 def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[str]) -> None:
     """Print that a stage is up to date."""
-    why = "" if result == "executed" else _shorten(reasons)
+    why = {"executed": "", "off": "its section in params.yaml is null"}.get(result, _shorten(reasons))
     padding = " " * (9 - len({"executed": "ran", "unchanged": "cached"}.get(result, result)))
     console.print(
         f"[green]✓[/] {name:<{NAME_WIDTH}} {RESULT_LABELS[result]}{padding}{seconds:7.1f} s  [dim]{why}[/]".rstrip()

@@ -28,9 +28,10 @@ from flows.cli.console import (
     seeds_table,
     variants_table,
 )  # fmt: skip
-from flows.processes import ERROR_VARIABLE, die_with_parent, project_lock, write_error
+from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.paths import stage_dir
+from tasks.core.terminal import allow_all_characters
 
 if TYPE_CHECKING:
     from tasks.data.fit import Misfit
@@ -59,14 +60,20 @@ def _options(
 
 def main() -> None:
     """Entry point: an error that the user can cure is one message and exit status 1."""
+    allow_all_characters()
     if ERROR_VARIABLE in os.environ:  # a run in a worktree, which another `rlhf` has started
         die_with_parent()
+    status = 1
     try:
         app()
     except RLHFError as error:
         print_error(error)
         write_error(error)
-        sys.exit(1)
+    except SystemExit as end:
+        status = int(end.code or 0)
+    finally:
+        end_soon(status)
+    sys.exit(status)
 
 
 @app.command()
@@ -101,9 +108,9 @@ def run(
             if seeds > 1:
                 _run_seeds(seeds, stages or [], options, environment)
                 return
-            from flows.pipeline import pipeline
+            from flows.pipeline import run_pipeline
 
-            outcomes = pipeline(stages or None, **options)
+            outcomes = run_pipeline(stages or None, **options)
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         console.print()
         print_table(policies_table(read_policies()))
@@ -173,7 +180,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
     pending = dvc_stages.stale_stages()
     rows = [(item.stage, "restore" if item.in_run_cache else "run", item.reasons) for item in pending]
     misfits = _misfits_of_status({item.stage for item in pending})
-    rows += [(item.stage, "refuse", (str(item),)) for item in misfits]
+    rows += [(item.stage, "refuse" if item.blocks else "warn", (str(item),)) for item in misfits]
     if as_json:
         keys = ("stage", "action", "reasons")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
@@ -183,7 +190,7 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
         return
     table = Table("stage", "would", "why")
     for stage, action, reasons in rows:
-        words = {"restore": "be restored", "refuse": "[red]be refused[/]"}
+        words = {"restore": "be restored", "refuse": "[red]be refused[/]", "warn": "[yellow]warn[/]"}
         table.add_row(stage, words.get(action, action), escape("\n".join(reasons)))
     print_table(table)
     if misfits:
@@ -272,7 +279,8 @@ def _prefect_server() -> Iterator[dict[str, str]]:
 
     Yields the environment variables by which another process reports to it.
     """
-    from flows.services import temporary_server, use_services
+    from flows.services import use_services
+    from flows.temporary_server import temporary_server
 
     use_services()
     with temporary_server() as server:
@@ -283,9 +291,14 @@ def _prefect_server() -> Iterator[dict[str, str]]:
 
         for handler in logging.getLogger().handlers:  # the terminal shows our lines; Prefect's go to its server alone
             handler.addFilter(lambda record: not record.name.startswith("prefect"))
+        logging.raiseExceptions = False  # nor what becomes of those when the server is gone
         mlflow_runs.connect()
         server.wait()
-        yield {"PREFECT_API_URL": server.address} if server.address else {}
+        from flows import prefect_runs
+
+        with prefect_runs.server_may_leave():
+            prefect_runs.release_abandoned()
+            yield {"PREFECT_API_URL": server.address} if server.address else {}
 
 
 def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> None:

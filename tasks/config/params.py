@@ -10,12 +10,12 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.representer import RoundTripRepresenter, SafeRepresenter
 
 from tasks.config import data, evaluation, training
 from tasks.config.base import LEARNED, Section
 from tasks.config.reward import RewardParams
 from tasks.config.rules import GROUND_TRUTH_RULES
+from tasks.config.yaml_text import edit_yaml
 from tasks.core.errors import ConfigError
 
 __all__ = ["RENAMED", "Params", "load_params", "load_preset", "parse_override", "write_overrides"]
@@ -187,7 +187,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
-    """Write overrides into params.yaml, comments kept; nothing is written if the result is invalid.
+    """Write overrides into params.yaml and keep the rest byte for byte; nothing is written if the result is invalid.
 
     Keys that are missing are written with their defaults: DVC hashes the file, so it must hold every value.
 
@@ -197,11 +197,7 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     Raises:
         ConfigError: as `load_params`, for the file with the changes applied.
     """
-    yaml = YAML()
-    yaml.width = 120
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.Representer = _ExplicitNull
-    before, document = _read(path), _read(path, yaml)
+    before, document = _read(path), _read(path, YAML())
     where = f"{path} with the requested changes" if overrides else str(path)
     off = {key for override in overrides for key in override if before.get(key, key) is None}
     for override in overrides:
@@ -210,18 +206,11 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     _write_defaults(document, _validate(document, where, off).model_dump())
     lines = list(_differences(before, document))
     if document != before:
+        text = edit_yaml(path.read_bytes().decode("utf-8"), before, document)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            yaml.dump(document, file)
+        temporary.write_bytes(text.encode("utf-8"))
         temporary.replace(path)
     return lines
-
-
-class _ExplicitNull(RoundTripRepresenter):
-    """Writes `null`, where ruamel leaves the value out; a class of its own, since DVC writes dvc.lock by ruamel's."""
-
-
-_ExplicitNull.add_representer(type(None), SafeRepresenter.represent_none)
 
 
 class _ReplaceMapping(dict[str, Any]):

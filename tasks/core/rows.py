@@ -100,7 +100,7 @@ class Preference(SourceRow):
 
     `margin` is the difference of the two mean ratings (points of the rating scale), negative where the sampled raters
     disagree with the mean of all; of a label it is how much better the labeller finds the chosen one: 1 slightly,
-    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last three only where known.
+    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last four only where known.
     """
 
     prompt: str
@@ -109,9 +109,10 @@ class Preference(SourceRow):
     margin: FiniteFloat | None = Field(default=None, ge=-2 * MAX_RATING, le=2 * MAX_RATING)
     labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
+    guidelines: tuple[str, ...] | None = Field(default=None, description="sha256 of what the labellers were shown.")
     objective: str | None = Field(default=None, min_length=1)
 
-    omitted_if_none: ClassVar = (*SourceRow.omitted_if_none, "labelled_by", "confidence", "objective")
+    omitted_if_none: ClassVar = (*SourceRow.omitted_if_none, "labelled_by", "confidence", "guidelines", "objective")
 
     @model_validator(mode="after")
     def _check_sides_differ(self) -> Self:

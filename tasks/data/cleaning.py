@@ -181,7 +181,7 @@ def _route_row(envelope: dict[str, Any], row_type: type[Row], source: str, seen:
     """Route one collected row to the valid rows or to quarantine."""
     row = _validated(envelope, row_type)
     if isinstance(row, Row) and row.id in seen:
-        row = f"id: {row.id!r} is taken by an earlier row"
+        row = f"id: {row.id!r} is taken by an earlier row: each needs its own, or none"
     if isinstance(row, Row):
         seen.add(row.id)
         result.rows.append(row)

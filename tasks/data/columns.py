@@ -27,12 +27,11 @@ def check_columns(source: SourceParams, columns: Sequence[str]) -> None:
         DataError: with the columns there are, and the mapping to write.
     """
     fields = ROW_TYPES[source.row_type].model_fields.items()
-    # Rows can be numbered, and a prompt can be taken from the two sides of a preference.
-    optional = {"id", "prompt"} if source.row_type == "preferences" else {"id"}
-    needed = [name for name, field in fields if field.is_required() and name not in optional] + list(source.columns)
-    wanted = {name: source.columns.get(name, name) for name in needed}
+    required = [name for name, field in fields if field.is_required() and name != "id"]  # rows can be numbered
+    wanted = {name: source.columns.get(name, name) for name in (*required, *source.columns)}
     missing = [name for name, column in wanted.items() if column not in columns]
-    if columns and missing:
+    # A prompt can also be taken from the two sides of a preference.
+    if columns and missing and not (source.row_type == "preferences" and missing == ["prompt"]):
         shown = [*map(repr, columns[:_SHOWN_COLUMNS]), *(["…"] if len(columns) > _SHOWN_COLUMNS else [])]
         lower = {column.lower(): column for column in columns}
         near = {name: get_close_matches(wanted[name].lower(), lower, n=1) for name in missing}

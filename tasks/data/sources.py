@@ -13,6 +13,7 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import chain, islice
@@ -21,9 +22,8 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow import parquet
 
 from tasks.core.errors import DataError, SourceError
@@ -31,6 +31,7 @@ from tasks.core.paths import project_root, state_dir
 from tasks.core.rows import format_json_error
 from tasks.data.columns import check_columns, map_columns, number_rows
 from tasks.data.film_reviews import TEXTS, read_film_reviews
+from tasks.data.hub import HUB_ERRORS
 from tasks.data.pypi import fetch, sha256_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_hub(source: SourceParams, seed: int) -> ReaderResult:
         rows: Any = datasets.load_dataset(
             source.id, source.subset, data_dir=source.data_dir, split=source.split, revision=commit
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, DatasetNotFoundError, OSError, ValueError) as error:
+    except (*HUB_ERRORS, DatasetsError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
             f"source {source.name!r}: dataset {source.id!r} (subset {source.subset}, split {source.split}, revision "
@@ -90,7 +91,7 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
 
     Raises:
         SourceError: reasoning-gym is not installed.
-        DataError: there is no such task, or it has no such option.
+        DataError: there is no such task, it has no such option, or no answer for a demonstration.
     """
     try:
         import reasoning_gym  # an extra of the project: only this source needs it
@@ -106,10 +107,18 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
             f"source {source.name!r}: reasoning-gym makes no task {source.id!r} with options {source.options} ({error})"
         ) from error
     version = importlib.metadata.version("reasoning-gym")
-    pairs = ((task["question"], str(task["answer"])) for task in tasks)
-    rows = ({"prompt": question, "answer": answer, "response": answer} for question, answer in pairs)
-    lines = ((f"reasoning_gym/{source.id}", line, row) for line, row in enumerate(rows, start=1))
+    lines = ((f"reasoning_gym/{source.id}", line, _task_row(source, task)) for line, task in enumerate(tasks, start=1))
     return lines, {"source": f"reasoning-gym {version}", "task": source.id, "options": source.options, "seed": seed}
+
+
+def _task_row(source: SourceParams, task: Mapping[str, Any]) -> dict[str, object]:
+    """The row of a task; where many answers are right, reasoning-gym gives none."""
+    if task["answer"] is None and source.row_type == "demonstrations":
+        raise DataError(
+            f"source {source.name!r}: the task {source.id!r} has no one right answer to show; use row_type prompts"
+        )
+    answer = None if task["answer"] is None else str(task["answer"])
+    return {"prompt": task["question"], "answer": answer, "response": answer}
 
 
 def read_local(source: SourceParams, seed: int) -> ReaderResult:
@@ -165,6 +174,9 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     last = 1
     try:
+        names = Counter(reader.fieldnames or ())
+        if twice := [name for name, count in names.items() if name and count > 1]:
+            raise DataError(f"{path} has two columns {twice[0]!r}: rename one of them")
         for row in reader:
             start, last = last + 1, reader.line_num
             yield start, _checked_row(row, reader.fieldnames or ())

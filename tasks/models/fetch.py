@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import state_dir
+from tasks.data.hub import HUB_ERRORS
 from tasks.data.pypi import fetch
 from tasks.models.encoding import decode_response, encode_prompt, encode_text
 
@@ -74,7 +74,7 @@ def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dic
     try:
         commit = str(HfApi().model_info(name, revision=revision).sha)
         folder = snapshot_download(name, revision=commit, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         raise SourceError(
             f"model {name!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
             f"{_first_line(error)}; check the network, the name and your access, or {alternative}"

@@ -172,10 +172,12 @@ def lora_config(model: PreTrainedModel, lora: LoraParams, head: str | None = Non
             f"lora.{key} names {', '.join(unknown)}, which {type(model).__name__} does not have; its linear modules "
             f"are {', '.join(known)}"
         )
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers
     saved, task = ([head], TaskType.SEQ_CLS) if head else (None, TaskType.CAUSAL_LM)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=modules, modules_to_save=saved, task_type=task
-    )
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=modules, modules_to_save=saved,
+        task_type=task, fan_in_fan_out=transposed,
+    )  # fmt: skip
     return register_frozen_lora(config)
 
 

@@ -9,9 +9,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
+from dvc.config import ConfigError as DvcConfigError
+from dvc.config import RemoteConfigError
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from dvc.scm import SCMError
 from dvc.stage.exceptions import StageNotFound
+from dvc.utils.serialize import ParseError
+from dvc.utils.strictyaml import YAMLValidationError
 from dvc_data.hashfile import load
 from dvc_data.hashfile.checkout import checkout
 from dvc_data.hashfile.hash_info import HashInfo
@@ -53,7 +58,26 @@ def dvc_errors(where: str) -> Iterator[None]:
     try:
         yield
     except DvcException as error:
-        raise StageError(f"{where}: {describe_error(error)}") from error
+        raise StageError(_describe_project_error(error) or f"{where}: {describe_error(error)}") from error
+
+
+def _describe_project_error(error: DvcException) -> str | None:
+    """What is wrong with the project's own files for DVC, and the cure; None if it is something else."""
+    root = project_root()
+    match error:
+        case NotDvcRepoError():
+            return f"{root / '.dvc'} is missing: `git checkout .dvc`; where git does not have it either, `dvc init`"
+        case DvcConfigError() if not isinstance(error, RemoteConfigError):
+            return f"{root / '.dvc' / 'config'} or config.local beside it: {error}; mend it, or `git checkout .dvc`"
+        case SCMError() if not (root / ".git").exists():
+            return f"{root} is no git repository, which DVC needs: `git init` and commit, or `git clone` the project"
+        case YAMLValidationError(path=path) | ParseError(path=path):
+            name, reason = Path(path).name, " ".join(str(list(error_chain(error))[-1]).split())
+            cure = f"`git checkout {name}`"
+            if name == "dvc.lock":
+                cure += ", or delete it: `rlhf run` writes it again, with what the cache still has"
+            return f"{root / name} is damaged: {reason}; {cure}"
+    return None
 
 
 @contextmanager
@@ -70,7 +94,7 @@ def _remote_errors(what: str) -> Iterator[None]:
 def remote_error(what: str, error: Exception) -> StageError:
     """The StageError for an error of a remote's own library; `what`: read or written."""
     missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
-    cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
+    cure = f"; pip install {missing[1]}" if missing else ""
     return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
 
 

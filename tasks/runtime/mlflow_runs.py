@@ -18,9 +18,18 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from tasks.core import holding
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
-from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, QueuedRun, flush_stale, open_store, queued, store_uri
+from tasks.runtime.mlflow_store import (
+    EXPERIMENT_ID_VAR,
+    QueuedRun,
+    flush_stale,
+    is_unavailable,
+    open_store,
+    queued,
+    store_uri,
+)
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run, RunTag
@@ -28,14 +37,16 @@ if TYPE_CHECKING:
     from tasks.runtime.dvc_stages import Inputs
 
 __all__ = [
-    "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "connect", "export_run_ids", "git_commit",
-    "pipeline_run", "pipeline_tags", "stage_run",
+    "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "close_abandoned_runs", "connect",
+    "export_run_ids", "git_commit", "pipeline_run", "pipeline_tags", "stage_run",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
 
 # A run's own name, by which it is found again when MLflow's answer to its creation was lost.
 QUEUE_ID_TAG = "rlhf.queue_id"
+
+MARK = "mlflow"  # the kind of mark by which a process holds its runs
 
 # How a flow names the runs that its stages belong to, in this process or in a child.
 PIPELINE_VAR, FLOW_VAR = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
@@ -55,9 +66,29 @@ TABLES_TAG = "mlflow.loggedArtifacts"  # how MLflow's page knows that a file is 
 
 
 def connect() -> None:
-    """Open MLflow's store and write what earlier runs could not write; a ConfigError if it cannot be opened."""
-    open_store()
+    """Open MLflow's store, write what earlier runs could not write, and close those whose process was killed.
+
+    Raises:
+        ConfigError: it cannot be opened.
+    """
+    client, experiment = open_store()
     flush_stale(_queues(), OpenRun)
+    try:
+        for queue_id in holding.abandoned(MARK):
+            for run in client.search_runs([experiment], f"tags.`{QUEUE_ID_TAG}` = '{queue_id}'"):
+                if run.info.status == "RUNNING":
+                    client.set_terminated(run.info.run_id, "KILLED")
+            holding.forget(MARK, queue_id)
+    except Exception as error:
+        if not is_unavailable(error):
+            raise
+
+
+def close_abandoned_runs() -> None:
+    """Close the runs whose process was killed, if there are any; without MLflow's slow import otherwise."""
+    if holding.abandoned(MARK):
+        with contextlib.suppress(ConfigError):  # a later command tries again
+            connect()
 
 
 @contextmanager
@@ -67,7 +98,7 @@ def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator
     tags = {**_source_tags("pipeline"), FLOW_TAG: flow_run_id, **swept}
     pipeline = PipelineRun(_queues() / f"{uuid.uuid4().hex}.jsonl")
     try:
-        with _end_on_exit(pipeline):
+        with holding.hold(MARK, pipeline.queue_id), _end_on_exit(pipeline):
             pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
             pipeline.log_params(parameters)
             yield pipeline
@@ -97,7 +128,7 @@ def stage_run(
     if parent := os.environ.get(PIPELINE_VAR):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VAR, "")}
     stage = StageRun(_queues() / f"{uuid.uuid4().hex}.jsonl")
-    with _end_on_exit(stage):
+    with holding.hold(MARK, stage.queue_id), _end_on_exit(stage):
         stage.create(name, tags)
         stage.log_params(parameters)
         stage.log_inputs(inputs.data)
@@ -110,7 +141,7 @@ class OpenRun(QueuedRun):
     def __init__(self, queue: Path) -> None:
         super().__init__(queue)
         self.client, self.experiment = open_store()
-        self._queue_id, self._id = queue.stem, ""
+        self.queue_id, self._id = queue.stem, ""
 
     @property
     def run_id(self) -> str:
@@ -123,7 +154,7 @@ class OpenRun(QueuedRun):
     def create(self, name: str, tags: Mapping[str, str]) -> None:
         """Create the run in the store."""
         if not self._find():
-            tags = {**_cut(tags), QUEUE_ID_TAG: self._queue_id}
+            tags = {**_cut(tags), QUEUE_ID_TAG: self.queue_id}
             run = self.client.create_run(self.experiment, start_time=self.time, run_name=name, tags=tags)
             self._id = str(run.info.run_id)
 
@@ -151,7 +182,8 @@ class OpenRun(QueuedRun):
         if error:
             self.tag({"error": error})
         self._set_status(status)
-        self.close()
+        if self.close():
+            holding.forget(MARK, self.queue_id)
 
     @queued
     def _set_status(self, status: str) -> None:
@@ -159,7 +191,7 @@ class OpenRun(QueuedRun):
 
     def _find(self) -> bool:
         if not self._id:
-            condition = f"tags.`{QUEUE_ID_TAG}` = '{self._queue_id}'"
+            condition = f"tags.`{QUEUE_ID_TAG}` = '{self.queue_id}'"
             runs = self.client.search_runs([self.experiment], condition, max_results=1)
             self._id = str(runs[0].info.run_id) if runs else ""
         return bool(self._id)
@@ -238,11 +270,11 @@ class StageRun(OpenRun):
         from mlflow.entities import LoggedModelOutput
 
         stage = Path(path).parent.name
-        condition = f"tags.`{QUEUE_ID_TAG}` = '{self._queue_id}' and tags.`dvc.path` = '{path}'"
+        condition = f"tags.`{QUEUE_ID_TAG}` = '{self.queue_id}' and tags.`dvc.path` = '{path}'"
         if known := self.client.search_logged_models([self.experiment], condition):
             model = known[0]
         else:
-            tags = {"dvc.path": path, "dvc.md5": md5, STAGE_TAG: stage, QUEUE_ID_TAG: self._queue_id}
+            tags = {"dvc.path": path, "dvc.md5": md5, STAGE_TAG: stage, QUEUE_ID_TAG: self.queue_id}
             model = self.client.create_logged_model(self.experiment, stage, source_run_id=self.run_id, tags=tags)
         self.client.finalize_logged_model(model.model_id, "READY")
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])

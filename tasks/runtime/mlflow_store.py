@@ -24,11 +24,17 @@ from tasks.core.paths import project_root, state_dir
 if TYPE_CHECKING:
     from mlflow import MlflowClient
 
-__all__ = ["EXPERIMENT_ID_VAR", "QueuedRun", "flush_stale", "open_store", "queued", "server_command", "store_uri"]
+__all__ = [
+    "EXPERIMENT_ID_VAR", "QueuedRun", "flush_stale", "is_unavailable", "open_store", "queued", "server_command",
+    "store_uri",
+]  # fmt: skip
 
 EXPERIMENT = "rlhf"
 # The experiment that a flow passes to its stages, since the server may be away when they begin.
 EXPERIMENT_ID_VAR = "RLHF_EXPERIMENT_ID"
+
+LOCKED = "database is locked"  # SQLite's words
+LOCKED_SECONDS = 120.0  # for so long a command waits for another program to unlock the store
 
 MLFLOW_ENV = {
     "DO_NOT_TRACK": "true",
@@ -64,8 +70,8 @@ def open_store() -> tuple[MlflowClient, str]:
         os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry; `_warn` says it once
     from mlflow import MlflowClient, set_tracking_uri
-    from mlflow.exceptions import MlflowException
 
     uri = store_uri()
     # Files of a run are found by `runs:/…`, which MLflow resolves against its global URI.
@@ -73,26 +79,43 @@ def open_store() -> tuple[MlflowClient, str]:
     if known := os.environ.get(EXPERIMENT_ID_VAR):  # the flow has opened it, and the server may be away by now
         return MlflowClient(uri), known
     state_dir().mkdir(exist_ok=True)
-    try:
-        # Two processes that open a new store at once would both create its tables. And a local store makes a folder
-        # `mlruns` in the working directory, used or not.
-        with FileLock(state_dir() / "mlflow.lock"), contextlib.chdir(state_dir()):
+    # Two processes that open a new store at once would both create its tables. And a local store makes a folder
+    # `mlruns` in the working directory, used or not.
+    with FileLock(state_dir() / "mlflow.lock"), contextlib.chdir(state_dir()):
+        return _open_experiment(uri)
+
+
+def _open_experiment(uri: str) -> tuple[MlflowClient, str]:
+    """Open the experiment, or make it; a database that another program has locked is waited for."""
+    from mlflow import MlflowClient
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    folder = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
+    deadline, waiting = time.monotonic() + LOCKED_SECONDS, False
+    while True:
+        try:
             client = MlflowClient(uri)
             experiment = client.get_experiment_by_name(EXPERIMENT)
-            if experiment:
-                return client, str(experiment.experiment_id)
-            folder = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
-            return client, client.create_experiment(EXPERIMENT, artifact_location=folder)
-    except MlflowException as error:
-        raise ConfigError(f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI: {error}") from error
+            return client, str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, folder))
+        except (MlflowException, SQLAlchemyError) as error:
+            if LOCKED not in str(error) or time.monotonic() > deadline:
+                raise ConfigError(
+                    f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI, or move a file that is no "
+                    f"database out of the way: {_first_line(error)}"
+                ) from error
+            if not waiting:
+                _warn(f"another program has locked it; waiting up to {LOCKED_SECONDS:.0f} s")
+            waiting = True
+            time.sleep(1)
 
 
-def _is_unavailable(error: Exception) -> bool:
-    """Whether the error is that of a server that does not answer or is overloaded; never so for a local store."""
+def is_unavailable(error: Exception) -> bool:
+    """Whether the error is that of a server that does not answer or is overloaded, or of a locked database."""
     from mlflow.exceptions import MlflowException
 
     if not store_uri().startswith("http"):
-        return False
+        return LOCKED in str(error)
     if isinstance(error, MlflowException):
         status = int(error.get_http_status_code())  # type: ignore[no-untyped-call]
         return status >= 500 or error.error_code == "REQUEST_LIMIT_EXCEEDED"
@@ -167,17 +190,19 @@ class QueuedRun:
             Path(self._lock.lock_file).unlink(missing_ok=True)
         return True
 
-    def close(self) -> None:
-        """Make the calls that wait, or leave them to `flush_stale`."""
-        if not self.flush():
-            self._lock.release()
+    def close(self) -> bool:
+        """Make the calls that wait, or leave them to `flush_stale`; returns whether none is left."""
+        if self.flush():
+            return True
+        self._lock.release()
+        return False
 
     def _try(self, line: str) -> Exception | None:
         """Make a call; return the error where the server is away."""
         try:
             self._call(line)
         except Exception as error:
-            if not _is_unavailable(error):
+            if not is_unavailable(error):
                 raise
             return error
         return None
@@ -190,7 +215,9 @@ class QueuedRun:
         self._last_attempt = time.monotonic()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        _warn(f"away, so what it should record is kept in {self._file} until it is back ({_first_line(error)})")
+        _warn(
+            f"away or locked, so what it should record is kept in {self._file} until it is back ({_first_line(error)})"
+        )
 
     def _save(self) -> None:
         if not self._waiting:

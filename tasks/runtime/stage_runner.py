@@ -20,9 +20,10 @@ from tasks.core import tracking
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
 from tasks.core.rows import flatten
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages, mlflow_runs
 
-__all__ = ["execute_stage", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
+__all__ = ["execute_stage", "is_off", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
 
 # No library may call home, and forked data loaders must not deadlock in the tokenizers' thread pool.
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -39,8 +40,11 @@ CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resol
 
 def run_stage(name: str) -> None:
     """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
+    allow_all_characters()
     try:
         execute_stage(name, dvc_stages.changes(name))
+        if is_off(name):
+            print(f"{name} is off: its section in params.yaml is null")
     except RLHFError as error:
         print(f"{name}: {error}", file=sys.stderr)
         sys.exit(1)
@@ -94,6 +98,11 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
     gc.collect()
 
 
+def is_off(name: str) -> bool:
+    """Whether the stage's section in params.yaml is null; a ConfigError if that file is not valid."""
+    return getattr(load_params(project_root() / "params.yaml"), name, None) is None
+
+
 def stage_arguments(function: Callable[..., None], name: str, params: Params) -> list[Any]:
     """The sections of params.yaml that a stage's signature names before `artifacts`; `params` is the stage's own.
 
@@ -125,7 +134,6 @@ def write_empty_outputs(name: str) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         file = path if path.suffix else path / DISABLED_MARKER
         file.write_text("{}\n" if path.suffix == ".json" else "", encoding="utf-8")
-    print(f"{name} is off: its section in params.yaml is null")
 
 
 def _load_stage_function(name: str) -> Callable[..., None]:

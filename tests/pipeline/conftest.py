@@ -26,7 +26,8 @@ import psutil
 import pytest
 from prefect.client.orchestration import SyncPrefectClient
 
-from flows.services import DEVICE_LIMIT, free_port, prefect_client
+from flows.prefect_runs import DEVICE_LIMIT
+from flows.services import free_port, prefect_client
 from tests.conftest import SHIPPED_PARAMS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -353,7 +354,7 @@ def kill(server: subprocess.Popen[bytes]) -> None:
 def prefect_server(root: Path, environment: dict[str, str]) -> Iterator[tuple[subprocess.Popen[bytes], str]]:
     """Prefect's server in a process of its own, and its address."""
     port = free_port()
-    command, url = [sys.executable, "-m", "flows.services", str(port)], f"http://127.0.0.1:{port}/api"
+    command, url = [sys.executable, "-m", "flows.temporary_server", str(port)], f"http://127.0.0.1:{port}/api"
     options: dict[str, Any] = {"cwd": root, "env": environment, "stdin": subprocess.PIPE, "start_new_session": True}
     with serving(command, f"{url}/health", **options) as server:
         yield server, url

@@ -16,6 +16,7 @@ from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, R
 from tasks.data.cleaning import shingles, similarity
 from tasks.prepare import prepare
 from tests.support.collected import PREPARE, write_collected
+from tests.support.tokenizers import write_tokenizer
 
 
 def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -32,7 +33,11 @@ def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
 def run(tmp_path: Path, rows: list[dict[str, Any]], row_type: str = "ratings", **changes: Any) -> tuple[Path, Any]:
     folder = write_collected(tmp_path / "collect", row_type, rows)
     out = tmp_path / "out"
-    prepare(PREPARE.model_copy(update=changes), 0, Artifacts(collect=folder, out=out))
+    prepare(
+        PREPARE.model_copy(update=changes),
+        0,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=folder, out=out),
+    )
     return out, json.loads((out / "metrics.json").read_text())
 
 
@@ -166,7 +171,11 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
     assert prompts_of(read(out / "prompts", Prompt)["test"]) == prompts_of(pairs["test"])
     rated = [{**row, "id": f"rated{row['id']}"} for row in corpus(60, random.Random(6))]
     write_collected(tmp_path / "collect", "ratings", rated, "rated")
-    prepare(PREPARE, 0, Artifacts(collect=tmp_path / "collect", out=out))
+    prepare(
+        PREPARE,
+        0,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=tmp_path / "collect", out=out),
+    )
     assert not any("good" in row.response for row in read(out / "demonstrations", Demonstration)["train"])
 
 
@@ -185,7 +194,11 @@ def test_a_group_is_in_one_split_and_one_half_whatever_its_rows_are(tmp_path: Pa
     shown = [{"id": f"d{row['id']}", "prompt": row["prompt"], "response": text(3)} for row in asked]
     for row_type, rows in {"prompts": asked, "ratings": rated, "preferences": pairs, "demonstrations": shown}.items():
         write_collected(collect, row_type, rows, row_type)
-    prepare(PREPARE.model_copy(update={"gold_pair_share": 0.5}), seed, Artifacts(collect=collect, out=tmp_path / "out"))
+    prepare(
+        PREPARE.model_copy(update={"gold_pair_share": 0.5}),
+        seed,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=collect, out=tmp_path / "out"),
+    )
     group_of = {row["prompt"]: row["group"] for row in asked}
     found: dict[str, set[str]] = {}
     halves: dict[str, set[str]] = {}
@@ -257,7 +270,7 @@ RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     ),
     "too_long": ("max_words", lambda n: {"text": f"a b c d {n}" + " x" * (n % 3) * 5}),
     "too_short": ("min_words", lambda n: {"text": f"{'a b c ' * (n % 3)}{n} b"}),
-    "duplicate": ("no setting", lambda n: {"text": f"a b c d {n % 40}"}),
+    "duplicate": ("nothing to set", lambda n: {"text": f"a b c d {n % 40}"}),
     "identical_after_truncation": (
         "max_words",
         lambda n: {"prompt": f"{n}"} | {side: "a " * 11 * (n % 3) + side for side in ("chosen", "rejected")},
@@ -266,7 +279,7 @@ RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
 
 
 @pytest.mark.parametrize("rule", RULES)
-def test_a_rule_that_drops_many_rows_is_told_with_the_key_that_keeps_them(
+def test_a_rule_that_drops_many_rows_is_a_warning_with_the_key_to_change(
     tmp_path: Path, caplog: Any, rule: str
 ) -> None:
     key, make = RULES[rule]
@@ -289,7 +302,13 @@ def test_the_default_s_bounds_select_among_film_reviews_without_a_warning(tmp_pa
     assert "are dropped as too_short" in caplog.text
     caplog.clear()
     (tmp_path / "collect" / "cards" / "mine.json").write_text('{"kind": "film_reviews", "type": "ratings"}')
-    prepare(PREPARE, 0, Artifacts(collect=tmp_path / "collect", out=tmp_path / "out"))
+    prepare(
+        PREPARE,
+        0,
+        Artifacts(
+            base_model=write_tokenizer(tmp_path / "base_model"), collect=tmp_path / "collect", out=tmp_path / "out"
+        ),
+    )
     (line,) = caplog.messages
     assert "are dropped as near_duplicate" in line
 

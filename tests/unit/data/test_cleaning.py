@@ -46,7 +46,7 @@ def test_each_malformed_row_is_quarantined_with_file_line_reason_and_text(tmp_pa
     assert [(row["source"], row["file"], row["line"]) for row in cleaned.quarantine] == places
     reasons = [str(row["reason"]) for row in cleaned.quarantine]
     assert reasons[0].startswith("ratings: Field required")
-    assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row"]
+    assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row: each needs its own, or none"]
     assert reasons[3].startswith("text: String should have at least 1 character")
     assert reasons[4].startswith("ratings.0: Input should be a finite number")
     assert "text: Input should be a valid string (got '5')" in reasons[5]
@@ -206,7 +206,7 @@ def test_texts_of_a_template_are_compared_by_what_is_their_own(templates: int) -
 
 def test_one_question_under_two_system_prompts_is_two_texts() -> None:
     rng = random.Random(0)
-    prompts, questions = [words(100, rng) for _ in range(3)], [words(6, rng) for _ in range(30)]
+    prompts, questions = [words(100, rng) for _ in range(3)], [words(16, rng) for _ in range(30)]
     assert not near_duplicates([f"{prompt} {question}" for prompt in prompts for question in questions], 0.7)
 
 

@@ -103,13 +103,21 @@ def test_wrong_columns_are_an_error_with_the_columns_there_are_and_the_mapping_t
         return str(caught.value)
 
     text = message("preferences")
-    assert text.startswith(f"source 'mine' ({kind} {name}): no row has the column 'chosen' or 'rejected'")
+    assert text.startswith(f"source 'mine' ({kind} {name}): no row has the column 'prompt' or 'chosen' or 'rejected'")
     assert "its columns are 'Prompt', 'better', 'worse'." in text
-    assert text.endswith("\n  columns: {chosen: 'COLUMN', rejected: 'COLUMN'}")
+    assert text.endswith("\n  columns: {prompt: 'Prompt', chosen: 'COLUMN', rejected: 'COLUMN'}")
     assert message("prompts").endswith("\n  columns: {prompt: 'Prompt'}"), "the nearest name is proposed"
     text = message("preferences", chosen="beter", rejected="worse", margin="gap")
-    assert "no row has the column 'beter' or 'gap'" in text
-    assert text.endswith("\n  columns: {chosen: 'better', rejected: 'worse', margin: 'COLUMN'}")
+    assert "no row has the column 'prompt' or 'beter' or 'gap'" in text
+    assert text.endswith("\n  columns: {prompt: 'Prompt', chosen: 'better', rejected: 'worse', margin: 'COLUMN'}")
+
+
+def test_two_csv_columns_of_one_name_are_an_error_unless_they_have_none(root: Path) -> None:
+    (root / "a.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match=r"a\.csv has two columns 'prompt': rename one"):
+        collect_source(local(id="a.csv"), 0)
+    (root / "a.csv").write_text("prompt,,\na,,\n")
+    assert collect_source(local(id="a.csv"), 0).rows[0]["row"]["prompt"] == "a"
 
 
 def test_a_field_that_the_row_type_lacks_is_refused() -> None:
@@ -181,6 +189,15 @@ def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:
         assert row["row"]["response"] == str(sum(map(int, re.findall(r"[+-]?\d+", expression.replace(" ", "")))))
 
 
+def test_a_task_of_many_right_answers_has_no_answer_that_reads_none() -> None:
+    pytest.importorskip("reasoning_gym")
+    cube: dict[str, Any] = {"name": "cube", "kind": "reasoning_gym", "id": "rubiks_cube", "limit": 2}
+    rows = collect_source(SourceParams(**cube, row_type="prompts"), 0).rows
+    assert [sorted(row["row"]) for row in rows] == [["id", "prompt"]] * 2
+    with pytest.raises(DataError, match="'rubiks_cube' has no one right answer to show; use row_type prompts"):
+        collect_source(SourceParams(**cube, row_type="demonstrations"), 0)
+
+
 def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceParams(name="sums", kind="reasoning_gym", id="no_such_task", row_type="prompts")
     pytest.importorskip("reasoning_gym")
@@ -191,8 +208,11 @@ def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: 
         collect_source(source, 0)
 
 
-def test_the_hub_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize(("constant", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_the_hub_without_a_network_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, constant: str, value: object
+) -> None:
+    monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
     source = SourceParams(name="hh", kind="hub", id="Anthropic/hh-rlhf", row_type="preferences")
     with pytest.raises(SourceError, match=r"dataset 'Anthropic/hh-rlhf' .* could not be fetched.*check the network"):
         collect_source(source, 0)

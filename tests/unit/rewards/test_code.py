@@ -112,21 +112,6 @@ def test_tests_that_cannot_judge_are_an_error_before_training() -> None:
         CodeReward(CodeRule(), {PROMPT: "def test(): assert add_3(1) == 4"})
 
 
-@pytest.mark.parametrize(
-    "response",
-    [
-        "```" + "a" * 10**6,
-        "```\n" * 250_001,
-        "```text\n" * 100_000,
-        ("```" + "a" * 999 + "`\n") * 1000,
-        "```\n" + "def f\n" * 10**5,
-    ],
-)
-def test_a_response_of_a_megabyte_is_searched_in_linear_time(response: str) -> None:
-    """Quadratic time would be hours."""
-    extract_program(CodeRule(), PROMPT, response, "add_3")
-
-
 @needs_bubblewrap
 def test_the_composed_reward_reports_how_programs_failed() -> None:
     rows = [Prompt(id="1", prompt=PROMPT, answer=TESTS)]
