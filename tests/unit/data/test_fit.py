@@ -106,6 +106,7 @@ def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, par
     assert set(found) - {"gold_judge.max_cut_share"} == cut | {
         "preferences.train_pairs", "preferences.heldout_pairs", "reward_model.lora_first_layer", "evaluate.prompts",
         "gold_judge.lora_first_layer", "gold_judge.kind", "prepare.gold_pair_share",
+        "generation.max_new_tokens",
     }  # fmt: skip
     assert suggestions(found)["gold_judge.kind"] == "preference"
     assert suggestions(found)["reward_model.lora_first_layer"] == "1"
@@ -117,9 +118,8 @@ def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, par
     assert params.preferences
     preferences(params.preferences, params.seed, Artifacts(prepare=tmp_path / "prepare", out=tmp_path / "preferences"))
     more = params.preferences.train_pairs + 1
-    assert find({}, f"preferences.train_pairs={more}", layers=2, context=22)[
-        "preferences.train_pairs"
-    ].suggestion == str(more - 1)
+    found = find({}, f"preferences.train_pairs={more}", layers=2, context=22)
+    assert suggestions(found) == {"preferences.train_pairs": str(more - 1)}
 
 
 def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
