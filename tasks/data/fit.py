@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
-from tasks.core.rows import SPLITS, Row, Split
-from tasks.data.lengths import count_tokens
+from tasks.core.rows import SPLITS, Preference, Split
 from tasks.data.pairs import draw_pairs
 from tasks.data.prepared_rows import PreparedRows
+from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
@@ -80,7 +80,7 @@ def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit
     return [
         *_module_misfits(params, card["linear_modules"]),
         *_sft_misfits(params, rows),
-        *_cut_misfits(params, rows, base_model / "model", card["context"]),
+        *_length_misfits(params, rows, base_model / "model"),
         *_pair_misfits(params, rows),
         *_rating_misfits(params, rows),
         *_layer_misfits(params, layers),
@@ -111,7 +111,6 @@ def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
             yield Misfit("sft", f"sft.{key}", getattr(params.sft, key), "", f"no demonstrations in {split}: {remedy}")
 
 
-<<<<<<< HEAD
 def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator[Misfit]:
     """Rows that are longer than max_length or the model's context, and responses that have no room."""
     tokens = TokenCounter(model)
@@ -152,38 +151,27 @@ def _response_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) 
             reason = f"half of the demonstrated responses have {median} tokens or more, so most samples are cut off"
             suggestion = min(most, room) if tokens.context else most
             yield Misfit("reward_model", key, new, str(suggestion), reason, blocks=False)
-=======
-def _cut_misfits(params: Params, rows: PreparedRows, model: Path, context: int | None) -> Iterator[Misfit]:
-    """Stages of which more rows than `max_cut_share` are longer than the base model's context."""
-    for stage, files in _training_rows(params, rows).items() if context else ():
-        section = getattr(params, stage)
-        lengths = max((count_tokens(model, own) for own in files if own), key=lambda own: (own > context).mean())
-        cut = int((lengths > context).sum())
-        if section.max_length == "auto" and cut > section.max_cut_share * len(lengths):
-            share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
-            reason = (
-                f"{cut} of {len(lengths)} rows are longer than the base model's context, {context} tokens: their "
-                "prompts lose the first words; or leave long rows out by prepare.max_preference_words or max_words"
-            )
-            suggestion = f"{share:g}" if share < 1 else ""
-            yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
->>>>>>> f826ef0037889b8df10225056d16709f817ab0af
 
 
-def _training_rows(params: Params, rows: PreparedRows) -> dict[str, list[Sequence[Row]]]:
-    """Stage → rows of each file that must fit; conversations have a format of their own."""
-    found: dict[str, list[Sequence[Row]]] = {}
+def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> dict[str, list[list[int]]]:
+    """Stage → lengths of the rows of each file that it trains on; conversations have a format of their own."""
+
+    def of_pairs(own: Sequence[Preference]) -> list[int]:
+        return tokens.rows([r.prompt for r in own], [r.chosen for r in own], [r.rejected for r in own])
+
+    found = {}
     if params.environment is None:
-        shown = rows.demonstrations("train")[: params.sft.max_examples]
-        found["sft"] = [shown, rows.demonstrations("validation")[: params.sft.max_validation_examples]]
+        shown = [rows.demonstrations("train")[: params.sft.max_examples]]
+        shown.append(rows.demonstrations("validation")[: params.sft.max_validation_examples])
+        found["sft"] = [tokens.rows([row.prompt for row in own], [row.response for row in own]) for own in shown]
     model = params.reward_model
     if model and model.pairwise and not (model.backbone or model.pretrained):
-        found["reward_model"] = [rows.pairs("train")]
+        found["reward_model"] = [of_pairs(rows.pairs("train"))]
     if params.dpo:
-        found["dpo"] = [rows.pairs("train")]
+        found["dpo"] = [of_pairs(rows.pairs("train"))]
     if params.gold_judge and rows.judge == "model of pairs":
-        found["gold_judge"] = [rows.gold_pairs("train")]
-    return {stage: files for stage, files in found.items() if any(files)}
+        found["gold_judge"] = [of_pairs(rows.gold_pairs("train"))]
+    return found
 
 
 def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
@@ -236,35 +224,6 @@ def _module_misfits(params: Params, known: Sequence[str]) -> Iterator[Misfit]:
             yield Misfit("sft", f"lora.{key}", f"[{', '.join(names)}]", "all-linear", reason)
 
 
-<<<<<<< HEAD
-=======
-def _length_misfits(params: Params, tokens: Mapping[str, Mapping[str, int]], context: int | None) -> Iterator[Misfit]:
-    """Lengths that cut rows, or that the base model cannot read; `tokens` as `tasks.data.lengths` gives them."""
-    judged = "ratings_gold" if params.gold_judge and params.gold_judge.kind == "rating" else "preferences_gold"
-    learned = "preferences" if params.reward_model and params.reward_model.pairwise else "ratings_proxy"
-    own = params.reward_model if params.reward_model and not params.reward_model.pretrained else None
-    for stage, section, kind in (
-        ("sft", params.sft, "demonstrations"), ("dpo", params.dpo, "preferences"), ("reward_model", own, learned),
-        ("gold_judge", params.gold_judge, judged),
-    ):  # fmt: skip
-        limit = section.max_length if section else "auto"
-        if limit != "auto" and context is not None and limit > context:
-            yield Misfit(stage, f"{stage}.max_length", limit, "auto", f"the base model's context is {context} tokens")
-        elif limit != "auto" and kind in tokens and tokens[kind]["99_percent"] > limit:
-            reason = f"99 % of the {kind} need at most {tokens[kind]['99_percent']} tokens"
-            yield Misfit(stage, f"{stage}.max_length", limit, "auto", reason)
-    new, prompt = params.generation.max_new_tokens, tokens["prompts"]["longest"]
-    if context is not None and prompt + new > context:
-        reason = f"the longest prompt has {prompt} tokens, and the base model's context is {context}"
-        yield Misfit("ppo", "generation.max_new_tokens", new, str(context - prompt) if context > prompt else "", reason)
-    elif params.environment is None and "responses" in tokens and tokens["responses"]["median"] > new:
-        reason = f"half of the demonstrated responses have {tokens['responses']['median']} tokens or more"
-        wanted = min(tokens["responses"]["99_percent"], (context or math.inf) - prompt)
-        if wanted > new:
-            yield Misfit("ppo", "generation.max_new_tokens", new, str(wanted), reason, blocks=False)
-
-
->>>>>>> f826ef0037889b8df10225056d16709f817ab0af
 def _layer_misfits(params: Params, layers: int) -> Iterator[Misfit]:
     model = params.reward_model
     own = model if model and not (model.pretrained or model.backbone) else None

@@ -16,14 +16,12 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, write_json, write_rows
 from tasks.data import fit
 from tasks.data.fit import Misfit, find_misfits, format_misfits
+from tasks.data.token_lengths import TokenCounter
+from tasks.models.encoding import encode_row
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tasks.rewards.rules import base
-<<<<<<< HEAD
 from tests.conftest import ROOT, letter_tokenizer
-=======
-from tests.conftest import ROOT
->>>>>>> f826ef0037889b8df10225056d16709f817ab0af
 from tests.support.tokenizers import write_tokenizer
 
 WORDS = [a + b for a in ("ba", "co", "du", "fe", "gi", "ho", "ka", "lu") for b in ("nal", "rem", "sit", "tor", "vex")]
@@ -57,9 +55,7 @@ def rows_of(row_type: str, count: int, **fields: Any) -> list[dict[str, Any]]:
 def find(params_yaml: Path, tmp_path: Path) -> Find:
     """Misfits by key, for sources (row type → rows) under the shipped parameters with changes."""
 
-    def run(
-        sources: dict[str, list[dict[str, Any]]], *settings: str, layers: int = 30, context: int = 2000
-    ) -> dict[str, Misfit]:
+    def run(sources: dict[str, list[dict[str, Any]]], *settings: str, layers: int = 30) -> dict[str, Misfit]:
         content = []
         for name, rows in sources.items():
             write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -67,7 +63,7 @@ def find(params_yaml: Path, tmp_path: Path) -> Find:
         if content:
             write_overrides(params_yaml, [{"collect": {"sources": content}}])
         write_overrides(params_yaml, [parse_override(setting) for setting in settings])
-        return misfits_of(params_yaml, tmp_path, layers, context)
+        return misfits_of(params_yaml, tmp_path, layers)
 
     return run
 
@@ -107,25 +103,24 @@ def test_a_preset_fits_its_data(
 
 
 def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, params_yaml: Path, tmp_path: Path) -> None:
-    found = find({"preferences": rows_of("preferences", 300)}, "generation.max_new_tokens=4", layers=2, context=22)
+    write_model(tmp_path, 125)
+    found = find({"preferences": rows_of("preferences", 300)}, layers=2)
     cut = {f"{stage}.max_cut_share" for stage in ("sft", "reward_model", "dpo")}
     assert set(found) - {"gold_judge.max_cut_share", "generation.max_new_tokens"} == cut | {
         "preferences.train_pairs", "preferences.heldout_pairs", "reward_model.lora_first_layer", "evaluate.prompts",
         "gold_judge.lora_first_layer", "gold_judge.kind", "prepare.gold_pair_share",
-        "generation.max_new_tokens",
     }  # fmt: skip
     assert suggestions(found)["gold_judge.kind"] == "preference"
     assert suggestions(found)["reward_model.lora_first_layer"] == "1"
     message = format_misfits(list(found.values()))
     assert all(f"  {key}: {item.value} → {item.suggestion}" in message for key, item in found.items())
     settings = [f"{key}={item.suggestion}" for key, item in found.items()]
-    assert find({}, *settings, layers=2, context=22) == {}
+    assert find({}, *settings, layers=2) == {}
     params = load_params(params_yaml)
     assert params.preferences
     preferences(params.preferences, params.seed, Artifacts(prepare=tmp_path / "prepare", out=tmp_path / "preferences"))
     more = params.preferences.train_pairs + 1
-    found = find({}, f"preferences.train_pairs={more}", layers=2, context=22)
-    assert suggestions(found) == {"preferences.train_pairs": str(more - 1)}
+    assert find({}, f"preferences.train_pairs={more}", layers=2)["preferences.train_pairs"].suggestion == str(more - 1)
 
 
 def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
@@ -139,7 +134,6 @@ def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
     assert find({}, *settings) == {}
 
 
-<<<<<<< HEAD
 def write_model(folder: Path, context: int) -> None:
     """A token per letter, and a configuration that states a context."""
     letter_tokenizer().save_pretrained(folder / "base_model" / "model")
@@ -179,8 +173,6 @@ def test_tokens_are_counted_as_the_stages_count_them(tmp_path: Path) -> None:
     assert row.length == 7
 
 
-=======
->>>>>>> f826ef0037889b8df10225056d16709f817ab0af
 RATINGS, PROMPTS = rows_of("ratings", 60), rows_of("prompts", 60)
 SOURCES = {"ratings": RATINGS, "prompts": PROMPTS}
 SMALL = (
