@@ -19,12 +19,11 @@ from typing import Any
 from flows.cli import console
 from flows.worktrees import as_project_root, git, run_rlhf, worktree
 from tasks.config.params import Params, load_params, parse_override
-from tasks.core import holding
 from tasks.core.errors import ConfigError, RLHFError, StageError, TrainingError
 from tasks.core.paths import project_root, stage_dir, state_dir
 from tasks.evals import experiments
 from tasks.evals.experiments import SeedResult
-from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, mlflow_store
+from tasks.runtime import dvc_repo, dvc_stages, holding, mlflow_runs, mlflow_store
 from tasks.runtime.provenance import Provenance, provenance_of
 from tasks.runtime.registry import Version
 

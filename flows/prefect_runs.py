@@ -23,8 +23,8 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Crashed
 
 from flows.cli import console
-from tasks.core import holding
 from tasks.core.errors import RLHFError, StageError
+from tasks.runtime import holding
 
 __all__ = [
     "DEVICE_LIMIT", "active_runs", "crash", "device_slot", "hold_flow_run", "release_abandoned", "reporting",
@@ -39,7 +39,7 @@ LEASE_SECONDS = 60.0
 RENEW_SECONDS = 15.0
 POLL_SECONDS = 1.0
 
-FLOW_MARK, SLOT_MARK = "flow", "slot"  # kinds of marks, see `tasks.core.holding`
+FLOW_MARK, SLOT_MARK = "flow", "slot"  # kinds of marks, see `tasks.runtime.holding`
 
 ACTIVE = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 
@@ -60,70 +60,74 @@ def device_slot(on_wait: Callable[[], None]) -> Iterator[None]:
     Args:
         on_wait: called once if the slots are taken.
     """
-    with get_client(sync_client=True) as client:
-        lease = None
-        with reporting():
-            lease = _acquire_slot(client, on_wait)
-        if lease is None:
+    lease = None
+    with reporting():
+        lease = _acquire_slot(on_wait)
+    if lease is None:
+        yield
+        return
+    ended = threading.Event()
+    context = contextvars.copy_context()  # it knows the server's address
+    threading.Thread(target=context.run, args=[_renew_lease, lease, ended], daemon=True).start()
+    with holding.hold(SLOT_MARK, str(lease)):
+        try:
             yield
-            return
-        ended = threading.Event()
-        context = contextvars.copy_context()  # it knows the server's address
-        threading.Thread(target=context.run, args=[_renew_lease, lease, ended], daemon=True).start()
-        with holding.hold(SLOT_MARK, str(lease)):
-            try:
-                yield
-            finally:
-                ended.set()
-                with reporting():
-                    _release_slot(client, lease)
+        finally:
+            ended.set()
+            with reporting():
+                _release_slot(lease)
 
 
-def _acquire_slot(client: SyncPrefectClient, on_wait: Callable[[], None]) -> UUID | None:
+def _acquire_slot(on_wait: Callable[[], None]) -> UUID | None:
     """The lease of a slot; None where there is no such limit."""
     waiting = False
-    while (answer := _try_slot(client)) is None:
+    while (answer := _try_slot()) is None:
         if not waiting:
             on_wait()
         waiting = True
-        _release_abandoned_slots(client)
+        _release_abandoned_slots()
         time.sleep(POLL_SECONDS)
     return UUID(answer["lease_id"]) if answer["limits"] else None
 
 
-def _try_slot(client: SyncPrefectClient) -> dict[str, Any] | None:
+def _try_slot() -> dict[str, Any] | None:
     """The server's answer; None where all slots are taken."""
     try:
-        answer = client.increment_concurrency_slots_with_lease([DEVICE_LIMIT], 1, "concurrency", LEASE_SECONDS)
+        with _client() as client:
+            answer = client.increment_concurrency_slots_with_lease([DEVICE_LIMIT], 1, "concurrency", LEASE_SECONDS)
+            return dict(answer.json())
     except httpx.HTTPStatusError as error:
         if error.response.status_code != HTTPStatus.LOCKED:
             raise
         return None
-    return dict(answer.json())
 
 
 def _renew_lease(lease: UUID, ended: threading.Event) -> None:
-    with get_client(sync_client=True) as client:
-        while not ended.wait(RENEW_SECONDS):
-            with contextlib.suppress(httpx.HTTPError):
-                client.renew_concurrency_lease(lease, LEASE_SECONDS)
+    while not ended.wait(RENEW_SECONDS):
+        with contextlib.suppress(httpx.HTTPError), _client() as client:
+            client.renew_concurrency_lease(lease, LEASE_SECONDS)
 
 
-def _release_slot(client: SyncPrefectClient, lease: UUID) -> None:
-    with contextlib.suppress(httpx.HTTPStatusError):  # it has ended by itself
+def _release_slot(lease: UUID) -> None:
+    with contextlib.suppress(httpx.HTTPStatusError), _client() as client:  # which says that it has ended by itself
         client.release_concurrency_slots_with_lease(lease)
     holding.forget(SLOT_MARK, str(lease))
 
 
-def _release_abandoned_slots(client: SyncPrefectClient) -> None:
+def _release_abandoned_slots() -> None:
     for lease in holding.abandoned(SLOT_MARK):
-        _release_slot(client, UUID(lease))
+        _release_slot(UUID(lease))
+
+
+def _client() -> SyncPrefectClient:
+    """A client for a moment: one that has been answered once would try for a minute where the server is away."""
+    return get_client(sync_client=True)
 
 
 def release_abandoned() -> None:
     """Free the slots and end the flow runs whose process is gone, as far as this server knows them."""
-    with get_client(sync_client=True) as client:
-        _release_abandoned_slots(client)
+    _release_abandoned_slots()
+    with _client() as client:
         for flow_run_id in holding.abandoned(FLOW_MARK):
             with contextlib.suppress(ObjectNotFound):  # another server may know it
                 crash(client, client.read_flow_run(UUID(flow_run_id)))

@@ -42,6 +42,7 @@ HOME_VARS |= {"XDG_CACHE_HOME": "cache"}
 
 _children: set[subprocess.Popen[bytes]] = set()
 _stopping = threading.Event()
+_ending = threading.Event()
 
 
 def run_python(
@@ -154,10 +155,13 @@ def terminate_family(family: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def end_soon(status: int) -> None:
-    """Let the end of this process take a few seconds at most.
+    """Let the end of this process take a few seconds at most, and then be of the status that was said first.
 
     Prefect sends its last events and logs when the interpreter ends, and tries for minutes if its server is away.
     """
+    if _ending.is_set():
+        return
+    _ending.set()
     timer = threading.Timer(EXIT_SECONDS, _end, [status])
     timer.daemon = True
     timer.start()

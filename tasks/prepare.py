@@ -31,7 +31,7 @@ from tasks.data.cleaning import (
     split_of,
     text_key,
 )
-from tasks.data.lengths import token_lengths
+from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams
@@ -95,7 +95,7 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
         "preferences_gold": gold_pairs,
         **{f"ratings_{half}": ratings[half] for half in HALVES},
     }
-    tokens = token_lengths(artifacts.base_model / "model", {kind: kinds[kind]["train"] for kind in kinds})
+    tokens = TokenCounter(artifacts.base_model / "model").summary({kind: kinds[kind]["train"] for kind in kinds})
     _write_metrics(artifacts.out, cleaned, len(rows), {**written, "tokens": tokens})
 
 

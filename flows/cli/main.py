@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import labels, models
+from flows.cli import garbage, labels, models
 from flows.cli.console import (
     console,
     enter_project,
@@ -29,7 +29,7 @@ from flows.cli.console import (
     variants_table,
 )  # fmt: skip
 from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
-from tasks.core.errors import ConfigError, RLHFError, StageError
+from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
 from tasks.core.terminal import allow_all_characters
 
@@ -42,6 +42,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="The data from which the pipeline starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(models.app)
+app.add_typer(garbage.app)
 app.add_typer(labels.app, name="label")
 
 
@@ -65,7 +66,8 @@ def main() -> None:
         die_with_parent()
     status = 1
     try:
-        app()
+        with disk_errors():
+            app()
     except RLHFError as error:
         print_error(error)
         write_error(error)

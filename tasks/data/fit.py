@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.util import find_spec
 from itertools import islice
@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING
 
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
-from tasks.core.rows import SPLITS, Row, Split
-from tasks.data.lengths import count_tokens
+from tasks.core.rows import SPLITS, Preference, Split
 from tasks.data.pairs import draw_pairs
 from tasks.data.prepared_rows import PreparedRows
+from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
@@ -76,13 +76,11 @@ def project_misfits() -> list[Misfit]:
 def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit]:
     """Compare params.yaml with what the stages base_model and prepare wrote to their folders."""
     card = json.loads((base_model / "card.json").read_text(encoding="utf-8"))
-    tokens = json.loads((prepare / "metrics.json").read_text(encoding="utf-8"))["tokens"]
     layers, rows = card["layers"], PreparedRows(params, prepare)
     return [
         *_module_misfits(params, card["linear_modules"]),
-        *_length_misfits(params, tokens, card["context"]),
         *_sft_misfits(params, rows),
-        *_cut_misfits(params, rows, base_model / "model", card["context"]),
+        *_length_misfits(params, rows, base_model / "model"),
         *_pair_misfits(params, rows),
         *_rating_misfits(params, rows),
         *_layer_misfits(params, layers),
@@ -113,36 +111,67 @@ def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
             yield Misfit("sft", f"sft.{key}", getattr(params.sft, key), "", f"no demonstrations in {split}: {remedy}")
 
 
-def _cut_misfits(params: Params, rows: PreparedRows, model: Path, context: int | None) -> Iterator[Misfit]:
-    """Stages of which more rows than `max_cut_share` are longer than the base model's context."""
-    for stage, files in _training_rows(params, rows).items() if context else ():
-        section = getattr(params, stage)
-        lengths = max((count_tokens(model, own) for own in files if own), key=lambda own: (own > context).mean())
-        cut = int((lengths > context).sum())
-        if section.max_length == "auto" and cut > section.max_cut_share * len(lengths):
-            share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
-            reason = (
-                f"{cut} of {len(lengths)} rows are longer than the base model's context, {context} tokens: their "
-                "prompts lose the first words; or leave long rows out by prepare.max_preference_words or max_words"
-            )
-            suggestion = f"{share:g}" if share < 1 else ""
-            yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
-
-
-def _training_rows(params: Params, rows: PreparedRows) -> dict[str, list[Sequence[Row]]]:
-    """Stage → rows of each file that must fit; conversations have a format of their own."""
-    found: dict[str, list[Sequence[Row]]] = {}
+def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator[Misfit]:
+    """Rows that are longer than max_length or the model's context, and responses that have no room."""
+    tokens = TokenCounter(model)
     if params.environment is None:
-        shown = rows.demonstrations("train")[: params.sft.max_examples]
-        found["sft"] = [shown, rows.demonstrations("validation")[: params.sft.max_validation_examples]]
+        yield from _response_misfits(params, rows, tokens)
+    for stage, files in _row_lengths(params, rows, tokens).items():
+        section = getattr(params, stage)
+        limit = min((n for n in (section.max_length, tokens.context) if isinstance(n, int)), default=math.inf)
+        cut, lengths = max(
+            ((sum(length > limit for length in own), own) for own in files if own),
+            key=lambda pair: pair[0] / len(pair[1]), default=(0, []),
+        )  # fmt: skip
+        if cut <= section.max_cut_share * len(lengths):
+            continue
+        reason = f"{cut} of {len(lengths)} rows are longer than {limit} tokens, the longest has {max(lengths)}"
+        if section.max_length != "auto" and tokens.context not in (None, limit):
+            yield Misfit(stage, f"{stage}.max_length", section.max_length, "auto", reason)
+            continue
+        reason += ": their prompts lose the first words; or leave them out by prepare.max_preference_words or max_words"
+        share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
+        suggestion = f"{share:g}" if share < 1 else ""
+        yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
+
+
+def _response_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) -> Iterator[Misfit]:
+    """Responses for which the model's context has no room, or of which sampling would cut off most."""
+    new, key = params.generation.max_new_tokens, "generation.max_new_tokens"
+    longest = max(tokens.prompts([row.prompt for own in rows.prompts.values() for row in own]), default=0)
+    room = tokens.context - longest if tokens.context else new
+    if new > room:
+        reason = f"the longest prompt has {longest} tokens, the model's context is {tokens.context}"
+        cure = "" if room > 0 else ": leave long prompts out by prepare.max_preference_words or max_words"
+        yield Misfit("reward_model", key, new, str(room) if room > 0 else "", reason + cure)
+    elif shown := rows.demonstrations("train"):
+        lengths = sorted(tokens.rows([""] * len(shown), [row.response for row in shown]))
+        median, most = lengths[len(lengths) // 2], lengths[int(0.99 * (len(lengths) - 1))]
+        wanted = min(most, room) if tokens.context else most
+        if median > new and wanted > new:
+            reason = f"half of the demonstrated responses have {median} tokens or more, so most samples are cut off"
+            yield Misfit("reward_model", key, new, str(wanted), reason, blocks=False)
+
+
+def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> dict[str, list[list[int]]]:
+    """Stage → lengths of the rows of each file that it trains on; conversations have a format of their own."""
+
+    def of_pairs(own: Sequence[Preference]) -> list[int]:
+        return tokens.rows([r.prompt for r in own], [r.chosen for r in own], [r.rejected for r in own])
+
+    found = {}
+    if params.environment is None:
+        shown = [rows.demonstrations("train")[: params.sft.max_examples]]
+        shown.append(rows.demonstrations("validation")[: params.sft.max_validation_examples])
+        found["sft"] = [tokens.rows([row.prompt for row in own], [row.response for row in own]) for own in shown]
     model = params.reward_model
     if model and model.pairwise and not (model.backbone or model.pretrained):
-        found["reward_model"] = [rows.pairs("train")]
+        found["reward_model"] = [of_pairs(rows.pairs("train"))]
     if params.dpo:
-        found["dpo"] = [rows.pairs("train")]
+        found["dpo"] = [of_pairs(rows.pairs("train"))]
     if params.gold_judge and rows.judge == "model of pairs":
-        found["gold_judge"] = [rows.gold_pairs("train")]
-    return {stage: files for stage, files in found.items() if any(files)}
+        found["gold_judge"] = [of_pairs(rows.gold_pairs("train"))]
+    return found
 
 
 def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
@@ -193,32 +222,6 @@ def _module_misfits(params: Params, known: Sequence[str]) -> Iterator[Misfit]:
         if not isinstance(names, str) and set(names) - set(known):
             reason = f"the base model's linear modules are {', '.join(known)}"
             yield Misfit("sft", f"lora.{key}", f"[{', '.join(names)}]", "all-linear", reason)
-
-
-def _length_misfits(params: Params, tokens: Mapping[str, Mapping[str, int]], context: int | None) -> Iterator[Misfit]:
-    """Lengths that cut rows, or that the base model cannot read; `tokens` as `tasks.data.lengths` gives them."""
-    judged = "ratings_gold" if params.gold_judge and params.gold_judge.kind == "rating" else "preferences_gold"
-    learned = "preferences" if params.reward_model and params.reward_model.pairwise else "ratings_proxy"
-    own = params.reward_model if params.reward_model and not params.reward_model.pretrained else None
-    for stage, section, kind in (
-        ("sft", params.sft, "demonstrations"), ("dpo", params.dpo, "preferences"), ("reward_model", own, learned),
-        ("gold_judge", params.gold_judge, judged),
-    ):  # fmt: skip
-        limit = section.max_length if section else "auto"
-        if limit != "auto" and context is not None and limit > context:
-            yield Misfit(stage, f"{stage}.max_length", limit, "auto", f"the base model's context is {context} tokens")
-        elif limit != "auto" and kind in tokens and tokens[kind]["99_percent"] > limit:
-            reason = f"99 % of the {kind} need at most {tokens[kind]['99_percent']} tokens"
-            yield Misfit(stage, f"{stage}.max_length", limit, "auto", reason)
-    new, prompt = params.generation.max_new_tokens, tokens["prompts"]["longest"]
-    if context is not None and prompt + new > context:
-        reason = f"the longest prompt has {prompt} tokens, and the base model's context is {context}"
-        yield Misfit("ppo", "generation.max_new_tokens", new, str(context - prompt) if context > prompt else "", reason)
-    elif params.environment is None and "responses" in tokens and tokens["responses"]["median"] > new:
-        reason = f"half of the demonstrated responses have {tokens['responses']['median']} tokens or more"
-        wanted = min(tokens["responses"]["99_percent"], (context or math.inf) - prompt)
-        if wanted > new:
-            yield Misfit("ppo", "generation.max_new_tokens", new, str(wanted), reason, blocks=False)
 
 
 def _layer_misfits(params: Params, layers: int) -> Iterator[Misfit]:

@@ -1,5 +1,6 @@
 """Labelling page: one question at a time, as plain forms that work without a script; a script makes it quick."""
 
+import asyncio
 import logging
 import math
 import time
@@ -10,7 +11,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeAlias
 
-import anyio
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.applications import Starlette
 from starlette.concurrency import run_in_threadpool
@@ -126,7 +126,7 @@ class Views:
 
     def __init__(self, store: LabelStore, guidelines: Guidelines | None) -> None:
         self._store, self._guidelines = store, guidelines
-        self._sign_ins, self._limits = anyio.Lock(), SignInLimits()
+        self._limits, self._one_at_a_time, self._waiting = SignInLimits(), asyncio.Lock(), 0
         self._logged = ""  # what the log says of the database, until an answer is saved again
         self._templates = Environment(
             loader=FileSystemLoader(FOLDER / "templates"),
@@ -187,15 +187,19 @@ class Views:
         name, password = (fields.get(field, "").strip() for field in ("name", "password"))
         address = request.client.host if request.client else ""
         keys = (f"address {address}", f"name {name[:MAX_NAME_LENGTH]}")
-        if self._sign_ins.statistics().tasks_waiting >= MAX_WAITING_SIGN_INS:
+        if self._waiting > MAX_WAITING_SIGN_INS:
             return self._page(request, "sign_in", None, 429, wrong=False, wait=1, name=name)
-        async with self._sign_ins:
-            if wait := math.ceil(self._limits.seconds_to_wait(keys)):
-                return self._page(request, "sign_in", None, 429, wrong=False, wait=wait, name=name)
-            if await run_in_threadpool(auth.sign_in, request, self._store, name, password):
-                return RedirectResponse("/", 303)
-            self._limits.count_wrong(keys)
-        return self._page(request, "sign_in", None, 401, wrong=True, wait=0, name=name)
+        self._waiting += 1
+        try:
+            async with self._one_at_a_time:
+                wait = math.ceil(self._limits.seconds_to_wait(keys))
+                if not wait and await run_in_threadpool(auth.sign_in, request, self._store, name, password):
+                    return RedirectResponse("/", 303)
+                if not wait:
+                    self._limits.count_wrong(keys)
+        finally:
+            self._waiting -= 1
+        return self._page(request, "sign_in", None, 429 if wait else 401, wrong=not wait, wait=wait, name=name)
 
     def sign_out(self, request: Request, _: Fields) -> Response:
         """End the session."""

@@ -8,7 +8,6 @@ from pathlib import Path
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from markupsafe import Markup
 
 from tasks.core.errors import DataError
 from tasks.labelling.formats import read_text
@@ -28,7 +27,7 @@ class Guidelines:
 
     text: str
     sha256: str
-    html: Markup
+    html: str
 
     @classmethod
     def read(cls, path: Path) -> Guidelines:
@@ -47,7 +46,7 @@ class Guidelines:
         return cls(text, hashlib.sha256(text.encode()).hexdigest(), render(text))
 
 
-def render(text: str) -> Markup:
+def render(text: str) -> str:
     """Return Markdown as HTML; HTML within it is shown as text, pictures and links to scripts are left out."""
     markdown = MarkdownIt("js-default", {"html": False}).disable("image")
     tokens = markdown.parse(text.removeprefix("\ufeff"))
@@ -56,7 +55,7 @@ def render(text: str) -> Markup:
             token.tag = f"h{min(6, int(token.tag[1:]) + HEADING_SHIFT)}"
         for inner in token.children or ():
             _open_elsewhere(inner)
-    return Markup(markdown.renderer.render(tokens, markdown.options, {}))
+    return markdown.renderer.render(tokens, markdown.options, {})
 
 
 def _open_elsewhere(token: Token) -> None:

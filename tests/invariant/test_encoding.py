@@ -22,6 +22,7 @@ from tasks.rewards.training import TrainingData
 from tasks.rl.multi_turn import ENVIRONMENTS, _Episode
 from tasks.rl.rollout import LocalSampler
 from tasks.sft import _dataset
+from tests.conftest import SHIPPED_PARAMS
 from tests.support.tokenizers import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -61,7 +62,7 @@ class Prepared:
 
 @pytest.fixture(params=["", *PRESETS])
 def prepared(request: pytest.FixtureRequest, tmp_path: Path) -> Prepared:
-    path = Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+    path = Path(shutil.copy(SHIPPED_PARAMS, tmp_path))
     write_overrides(path, [load_preset(ROOT, request.param)] if request.param else [])
     sources = [offline(source.model_dump()) for source in load_params(path).collect.sources]
     write_overrides(

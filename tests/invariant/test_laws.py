@@ -31,7 +31,10 @@ FILES = sorted(path.stem for path in ROOT.glob("tasks/*.py") if path.stem != "__
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 DOORS = {
-    "prefect": {f"flows/{name}.py" for name in ("pipeline", "retrain", "schedule", "services")},
+    "prefect": {
+        f"flows/{name}.py"
+        for name in ("pipeline", "prefect_runs", "retrain", "schedule", "services", "temporary_server")
+    },
     "mlflow": {f"tasks/runtime/{name}.py" for name in ("mlflow_runs", "mlflow_store", "registry")},
     "dvc": {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_stages")},
     "ruamel": {"tasks/config/params.py", "tasks/config/yaml_text.py"},

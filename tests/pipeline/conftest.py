@@ -73,7 +73,9 @@ def {name}({sections}, artifacts):
         (state / "resumed").write_text(str(resumed))
         if not resumed:
             (state / "waiting").touch()
-            time.sleep(60)
+            for _ in range(3000):
+                if not (state / "go").exists():
+                    time.sleep(0.1)
     if (state / "{name}.fails").exists():
         raise TrainingError("the toy was told to fail")
     (out / "result" / "data.txt").write_text("".join([*read, mark, "{name}", str(seed), params.model_dump_json()]))

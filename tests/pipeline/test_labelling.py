@@ -8,7 +8,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,7 +59,6 @@ SMALL = """() => [...document.querySelectorAll("button, a, summary, .rating labe
   .map((node) => [node.textContent.trim() || node.name, node.getBoundingClientRect()])
   .filter(([, box]) => box.width < 44 || box.height < 44)
   .map(([name, box]) => `${name}: ${box.width} × ${box.height}`)"""
-
 
 FOCUSED = """() => {
   const node = document.activeElement;
@@ -188,18 +186,14 @@ def test_two_hundred_labels_by_two_people_with_the_server_killed_in_between(serv
     server.start()
     pages = {name: signed_in(browser, server, name, word) for name, word in passwords.items()}
     accepted: list[tuple[str, str]] = []
-    started = time.monotonic()
     for number in range(LABELS):
         name = ("ann", "bob")[number % 2]
         if number == LABELS // 2:
             accepted.append((name, _click_while_it_dies(server, pages[name])))
             continue
         accepted.append((name, click(pages[name], "123456789"[number % 9])))
-    seconds = time.monotonic() - started
     events = server.label_tokens()
-    missing, twice = set(accepted) - set(events), [key for key, count in Counter(events).items() if count > 1]
-    print(f"\n{LABELS} labels, {seconds:.1f} s, lost {len(missing)}, twice {len(twice)}")
-    assert not missing
+    assert not set(accepted) - set(events), "an answer that a page counted as saved is lost"
     assert sorted(events) == sorted(accepted), "an answer that no page counted as saved"
     pairs = Counter((label.question_id, label.labeller) for label in server.store.current_labels())
     assert max(pairs.values()) == 1
@@ -284,7 +278,6 @@ def test_everybody_can_read_and_reach_it(
     page.screenshot(path=shots / f"{scheme}-{width}.png")
     assert page.evaluate("document.documentElement.scrollWidth") <= width, "sideways scrolling"
     ratio, text = page.evaluate(CONTRAST)[0]
-    print(f"\n{scheme} {width}: least contrast {ratio} ({text})")
     assert ratio >= 4.5, text
     assert page.evaluate(SMALL) == []
     bar = page.locator(".bar").bounding_box()
@@ -332,7 +325,6 @@ def test_on_a_phone_nobody_answers_before_both_responses_were_in_view(server: Se
         assert end["y"] > bar["y"], "B's end must be hidden for this test"
         assert len(server.store.current_labels()) == answered
         page.evaluate(READ)
-        assert page.locator(".choice:disabled").count() == 0
         page.locator(".choice[data-key='7']").tap()
         page.get_by_text(f"{answered + 1} of 3 answered").first.wait_for()
     page.set_viewport_size({"width": 740, "height": 360})
@@ -383,7 +375,6 @@ def test_guidelines_stand_beside_the_question_and_stay_closed(
     assert page.get_by_role("heading", name="Choose the true one").is_visible()
     question, beside = page.locator("form#answer").bounding_box(), page.locator(".guidelines").bounding_box()
     assert (beside["x"] >= question["x"] + question["width"]) == (width > 1000)
-    assert page.title() != "x"
     assert page.evaluate(CONTRAST)[0][0] >= 4.5
     page.locator(".guidelines summary").click()
     click(page, "4")
@@ -405,6 +396,5 @@ def test_it_ends_cleanly_and_lists_what_it_serves(server: Server) -> None:
     server.start()
     status, output = server.end(signal.SIGTERM)
     assert status in (0, -signal.SIGTERM)
-    assert "2, of which 2 need labels" in output
-    assert "labellers  ann" in output
+    assert all(text in output for text in ("2, of which 2 need labels", "labellers  ann"))
     assert "Traceback" not in output

@@ -96,3 +96,36 @@ def test_a_child_ends_with_its_parent(tmp_path: Path) -> None:
         process.kill()
     pid = int((tmp_path / "pid").read_text())
     wait_for(lambda: is_dead(pid))
+
+
+def test_a_home_that_cannot_be_written_is_replaced_for_libraries(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for variable in processes.HOME_VARS:
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("MPLCONFIGDIR", "/chosen")
+    monkeypatch.setenv("HOME", str(root))
+    processes.use_writable_home()
+    assert "PREFECT_HOME" not in os.environ
+    monkeypatch.setenv("HOME", "/proc/nobody")
+    processes.use_writable_home()
+    assert Path(os.environ["PREFECT_HOME"]).is_relative_to(root / ".rlhf")
+    assert Path(os.environ["PREFECT_HOME"]).is_dir()
+    assert os.environ["MPLCONFIGDIR"] == "/chosen"
+    for variable in processes.HOME_VARS:
+        monkeypatch.delenv(variable)
+
+
+END = """
+import atexit, threading, time
+from flows import processes
+with processes.limit_exit_time():
+    pass
+processes.EXIT_SECONDS = 0.1
+{first}
+threading.Thread(target=time.sleep, args=[600]).start()
+"""
+
+
+@pytest.mark.parametrize(("first", "status"), [("processes.end_soon(0)", 0), ("", 1)], ids=["its own", "not known"])
+def test_what_waits_at_the_end_is_not_waited_for(first: str, status: int) -> None:
+    done = subprocess.run([sys.executable, "-c", END.format(first=first)], timeout=300, check=False)
+    assert done.returncode == status

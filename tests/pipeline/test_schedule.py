@@ -1,6 +1,5 @@
 """`rlhf schedule` and prefect.yaml: what falls due runs as `rlhf run` would, and nothing outlives the command."""
 
-import json
 import os
 import shutil
 import signal
@@ -10,7 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import psutil
 import pytest
 from prefect.flows import load_flow_from_entrypoint
 from ruamel.yaml import YAML
@@ -89,13 +87,30 @@ def test_ctrl_c_ends_the_run_and_every_process(project: Project) -> None:
     project.check_resumed()
 
 
-def test_a_second_one_for_the_same_project_is_refused(project: Project) -> None:
-    """As it is while `rlhf up` has started the services."""
-    own, folder = psutil.Process(), project.root / ".rlhf" / "services"
-    row = {"name": "prefect", "address": "", "pid": own.pid, "started": own.create_time()}
-    folder.mkdir()
-    (folder / "services.json").write_text(json.dumps([row]))
-    assert "this project's services are up already" in project.rlhf("schedule", "0 2 * * *", expect=1)
+SCHEDULES = """
+select json_extract(schedule, '$.cron') from deployment_schedule
+join deployment on deployment.id = deployment_schedule.deployment_id where deployment.name = 'nightly'
+"""
+
+
+def test_services_that_are_up_are_used_and_stay_up(standing: Project) -> None:
+    """With the schedule of before."""
+    before = standing.services()
+    process = standing.start("schedule", EVERY_FIVE_SECONDS)
+    try:
+        wait_for(lambda: ("Completed",) in standing.ask(RUNS))
+        assert standing.ask(SCHEDULES) == [(EVERY_FIVE_SECONDS,)]
+        os.kill(process.pid, signal.SIGINT)
+        output = process.communicate(timeout=PATIENCE)[0]
+    finally:
+        process.kill()
+        process.communicate()
+    assert process.returncode == 0, output
+    assert "the services have the schedule of before" in output
+    assert standing.services() == before
+    assert standing.ask(SCHEDULES) == [("0 2 * * *",)]
+    assert len(standing.ran()) == 4
+    assert ("pipeline", "FINISHED") in query(standing.root / "mlflow.db", "select name, status from runs")
 
 
 @pytest.mark.parametrize(

@@ -9,6 +9,8 @@ import sys
 import time
 from datetime import datetime
 from functools import partial
+from typing import Any
+from urllib.parse import urlsplit
 
 import psutil
 import pytest
@@ -42,6 +44,34 @@ def test_up_again_starts_nothing_but_what_is_gone(standing: Project) -> None:
     assert after["prefect"] == before["prefect"]
     assert after["mlflow"] == before["mlflow"]
     assert psutil.Process(after["worker"]["pid"]).is_running()
+
+
+def test_what_a_killed_launcher_leaves_is_ended(standing: Project) -> None:
+    """By `up`, which needs its port, and by `down`."""
+    left = kill_launcher(standing)
+    rlhf(standing, "up", "--mlflow-port", port_of(standing.services()["mlflow"]))
+    wait_for(lambda: all(is_dead(pid) for pid in left))
+    assert psutil.Process(standing.services()["mlflow"]["pid"]).is_running()
+    left = kill_launcher(standing)
+    ports = [port_of(row) for row in standing.services().values()]
+    assert "ended: worker, mlflow, prefect" in rlhf(standing, "down")
+    assert all(is_dead(pid) for pid in left)
+    rlhf(standing, "up", "--prefect-port", ports[0], "--mlflow-port", ports[1])
+
+
+def kill_launcher(project: Project) -> list[int]:
+    """Kill the process that started MLflow's server, and return what it has started."""
+    launcher = psutil.Process(project.services()["mlflow"]["pid"])
+    left = [child.pid for child in launcher.children(recursive=True)]
+    assert left
+    launcher.kill()
+    wait_for(lambda: is_dead(launcher.pid))
+    assert not any(is_dead(pid) for pid in left)
+    return left
+
+
+def port_of(row: dict[str, Any]) -> str:
+    return str(urlsplit(row["address"]).port)
 
 
 LAST_RUNS = "select name, status from runs where start_time >= ? and name in ('pipeline', 'sft')"

@@ -169,14 +169,14 @@ def test_a_weight_that_16_bits_cannot_hold_is_refused(built: Path, tmp_path: Pat
         copied(folder, tmp_path / "out")
 
 
-def test_the_card_tells_what_settings_must_fit(built: Path) -> None:
+def test_the_card_holds_what_settings_must_fit(built: Path) -> None:
     card = json.loads((built / "card.json").read_text())
     assert (card["context"], card["layers"]) == (512, 2)
     assert card["linear_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
 
 
 @pytest.mark.skipif(not FAILING.is_dir(), reason="the data of the workplace is not here")
-def test_an_older_architecture_is_told_its_own_module_names(tmp_path: Path) -> None:
+def test_an_older_architecture_has_module_names_of_its_own(tmp_path: Path) -> None:
     """GPT-2: its attention is one module, c_attn, and its context is 64 tokens."""
     out = copied(FAILING / "model-gpt2" / "model", tmp_path)
     card = json.loads((out / "card.json").read_text())

@@ -13,13 +13,15 @@ import pytest
 from tasks.collect import collect
 from tasks.config.params import Params, load_params, load_preset, parse_override, write_overrides
 from tasks.core.paths import Artifacts
-from tasks.core.rows import write_json, write_rows
+from tasks.core.rows import Demonstration, Preference, Prompt, Rating, write_json, write_rows
 from tasks.data import fit
 from tasks.data.fit import Misfit, find_misfits, format_misfits
+from tasks.data.token_lengths import TokenCounter
+from tasks.models.encoding import encode_row
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tasks.rewards.rules import base
-from tests.conftest import ROOT
+from tests.conftest import ROOT, letter_tokenizer
 from tests.support.tokenizers import write_tokenizer
 
 WORDS = [a + b for a in ("ba", "co", "du", "fe", "gi", "ho", "ka", "lu") for b in ("nal", "rem", "sit", "tor", "vex")]
@@ -53,9 +55,7 @@ def rows_of(row_type: str, count: int, **fields: Any) -> list[dict[str, Any]]:
 def find(params_yaml: Path, tmp_path: Path) -> Find:
     """Misfits by key, for sources (row type → rows) under the shipped parameters with changes."""
 
-    def run(
-        sources: dict[str, list[dict[str, Any]]], *settings: str, layers: int = 30, context: int = 2000
-    ) -> dict[str, Misfit]:
+    def run(sources: dict[str, list[dict[str, Any]]], *settings: str, layers: int = 30) -> dict[str, Misfit]:
         content = []
         for name, rows in sources.items():
             write_rows(tmp_path / f"{name}.jsonl", rows)
@@ -63,7 +63,7 @@ def find(params_yaml: Path, tmp_path: Path) -> Find:
         if content:
             write_overrides(params_yaml, [{"collect": {"sources": content}}])
         write_overrides(params_yaml, [parse_override(setting) for setting in settings])
-        return misfits_of(params_yaml, tmp_path, layers, context)
+        return misfits_of(params_yaml, tmp_path, layers)
 
     return run
 
@@ -81,7 +81,9 @@ def misfits_of(params_yaml: Path, folder: Path, layers: int, context: int = 2000
 def prepared(params: Params, folder: Path) -> Path:
     shutil.rmtree(folder / "collect", ignore_errors=True)
     collect(params.collect, params.seed, Artifacts(out=folder / "collect"))
-    base_model = write_tokenizer(folder / "base_model")
+    base_model = folder / "base_model"
+    if not (base_model / "model").is_dir():
+        write_tokenizer(base_model)
     read = Artifacts(base_model=base_model, collect=folder / "collect", out=folder / "prepare")
     prepare(params.prepare, params.seed, read)
     return folder / "prepare"
@@ -101,25 +103,24 @@ def test_a_preset_fits_its_data(
 
 
 def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, params_yaml: Path, tmp_path: Path) -> None:
-    found = find({"preferences": rows_of("preferences", 300)}, "generation.max_new_tokens=4", layers=2, context=22)
+    write_model(tmp_path, 125)
+    found = find({"preferences": rows_of("preferences", 300)}, layers=2)
     cut = {f"{stage}.max_cut_share" for stage in ("sft", "reward_model", "dpo")}
-    assert set(found) - {"gold_judge.max_cut_share"} == cut | {
+    assert set(found) - {"gold_judge.max_cut_share", "generation.max_new_tokens"} == cut | {
         "preferences.train_pairs", "preferences.heldout_pairs", "reward_model.lora_first_layer", "evaluate.prompts",
         "gold_judge.lora_first_layer", "gold_judge.kind", "prepare.gold_pair_share",
-        "generation.max_new_tokens",
     }  # fmt: skip
     assert suggestions(found)["gold_judge.kind"] == "preference"
     assert suggestions(found)["reward_model.lora_first_layer"] == "1"
     message = format_misfits(list(found.values()))
     assert all(f"  {key}: {item.value} → {item.suggestion}" in message for key, item in found.items())
     settings = [f"{key}={item.suggestion}" for key, item in found.items()]
-    assert find({}, *settings, layers=2, context=22) == {}
+    assert find({}, *settings, layers=2) == {}
     params = load_params(params_yaml)
     assert params.preferences
     preferences(params.preferences, params.seed, Artifacts(prepare=tmp_path / "prepare", out=tmp_path / "preferences"))
     more = params.preferences.train_pairs + 1
-    found = find({}, f"preferences.train_pairs={more}", layers=2, context=22)
-    assert suggestions(found) == {"preferences.train_pairs": str(more - 1)}
+    assert find({}, f"preferences.train_pairs={more}", layers=2)["preferences.train_pairs"].suggestion == str(more - 1)
 
 
 def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
@@ -131,6 +132,45 @@ def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
     assert found["prepare.gold_pair_share"].suggestion == "0.3"
     settings = [f"{key}={item.suggestion}" for key, item in found.items()]
     assert find({}, *settings) == {}
+
+
+def write_model(folder: Path, context: int) -> None:
+    """A token per letter, and a configuration that states a context."""
+    letter_tokenizer().save_pretrained(folder / "base_model" / "model")
+    write_json(folder / "base_model" / "model" / "config.json", {"max_position_embeddings": context})
+
+
+@pytest.mark.parametrize(
+    ("context", "settings", "suggested"),
+    [
+        (1000, (), {}),
+        (1000, ("sft.max_length=90", "dpo.max_length=90"), {"sft.max_length": "auto", "dpo.max_length": "auto"}),
+        (1000, ("sft.max_length=90", "sft.max_cut_share=0.99"), {}),
+        (
+            60,
+            ("sft.max_length=400", "gold_judge.kind=rating"),
+            {"sft.max_cut_share": "", "generation.max_new_tokens": ""},
+        ),
+    ],
+)
+def test_rows_longer_than_the_setting_or_the_context(
+    context: int, settings: tuple[str, ...], suggested: dict[str, str], find: Find, tmp_path: Path
+) -> None:
+    write_model(tmp_path, context)
+    found = find({"preferences": rows_of("preferences", 200)}, *settings)
+    keys = ("max_length", "max_cut_share", "max_new_tokens")
+    found = {key: item for key, item in found.items() if item.blocks and key.endswith(keys)}
+    assert suggestions(found).items() >= suggested.items()
+    assert not (suggested == {} and found), found
+
+
+def test_tokens_are_counted_as_the_stages_count_them(tmp_path: Path) -> None:
+    """`ab` is two tokens, ` abc` four and ` d` two; the end token is one more."""
+    write_model(tmp_path, 9)
+    tokens = TokenCounter(tmp_path / "base_model" / "model")
+    assert (tokens.context, tokens.prompts(["ab", ""]), tokens.rows(["ab"], [" abc"], [" d"])) == (9, [2, 0], [7])
+    row = encode_row(letter_tokenizer(), "ab", " abc", " d")
+    assert row.length == 7
 
 
 RATINGS, PROMPTS = rows_of("ratings", 60), rows_of("prompts", 60)
@@ -214,23 +254,27 @@ def test_a_misfit_without_a_value_is_the_users_to_decide() -> None:
     assert json.dumps(format_misfits(found[:1])).count("--fit") == 0
 
 
-def test_lengths_that_cut_rows_or_pass_the_context_are_found_with_the_modules_that_are_missing(
-    find: Find, params_yaml: Path, tmp_path: Path
-) -> None:
-    """Tokens are words: prompts have 8 to 16, responses 3 to 5 and an end token."""
-    settings = ("sft.max_length=16", "generation.max_new_tokens=4", "lora.target_modules=[q_pro]")
+def test_responses_that_cannot_be_sampled_whole_are_a_warning_and_missing_modules_an_error(find: Find) -> None:
+    """Tokens are words: responses have 3 to 5, and an end token."""
+    settings = ("generation.max_new_tokens=4", "lora.target_modules=[q_pro]")
     found = find({"demonstrations": rows_of("demonstrations", 300)}, *settings)
-    assert found["sft.max_length"].suggestion == "auto"
-    assert found["lora.target_modules"].suggestion == "all-linear"
+    assert (found["generation.max_new_tokens"].blocks, found["generation.max_new_tokens"].suggestion) == (False, "6")
+    assert (found["lora.target_modules"].blocks, found["lora.target_modules"].suggestion) == (True, "all-linear")
     assert "q_proj, v_proj" in found["lora.target_modules"].reason
-    tokens = json.loads((tmp_path / "prepare" / "metrics.json").read_text())["tokens"]
-    assert f"need at most {tokens['demonstrations']['99_percent']} tokens" in found["sft.max_length"].reason
-    warning = found["generation.max_new_tokens"]
-    assert (warning.blocks, warning.suggestion) == (False, str(tokens["responses"]["99_percent"]))
-    write_overrides(params_yaml, [parse_override("sft.max_length=auto")])
-    longest = tokens["prompts"]["longest"]
-    found = misfits_of(params_yaml, tmp_path, 30, context=longest + 3)
-    assert "sft.max_length" not in found
-    assert (found["generation.max_new_tokens"].blocks, found["generation.max_new_tokens"].suggestion) == (True, "3")
-    write_overrides(params_yaml, [parse_override("sft.max_length=300")])
-    assert misfits_of(params_yaml, tmp_path, 30, context=299)["sft.max_length"].suggestion == "auto"
+
+
+def test_lengths_are_summarised_by_kind_of_row(tmp_path: Path) -> None:
+    """A word is a token; a response has an end token, a pair counts by its longer side."""
+    rows = {
+        "prompts": [Prompt(id="p", prompt="a b c"), Prompt(id="q", prompt="a")],
+        "demonstrations": [Demonstration(id="d", prompt="a b", response=" c d e f")],
+        "preferences": [Preference(id="r", prompt="a b", chosen=" c", rejected=" c d e f")],
+        "ratings": [Rating(id=str(n), text="x " * n, ratings=(1.0,)) for n in range(1, 101)],
+        "nothing": [],
+    }
+    assert TokenCounter(write_tokenizer(tmp_path) / "model").summary(rows) == {
+        "prompts": {"median": 1, "99_percent": 3, "max": 3},
+        "demonstrations": {"median": 7, "99_percent": 7, "max": 7},
+        "preferences": {"median": 7, "99_percent": 7, "max": 7},
+        "ratings": {"median": 51, "99_percent": 101, "max": 101},
+    }

@@ -59,6 +59,15 @@ def destroy_pages(file: Path) -> None:
     file.write_bytes(content[:4096] + b"\xaa" * (len(content) - 4096))
 
 
+def destroy_one_page(file: Path) -> None:
+    """That of an index which opening the database does not read."""
+    with closing(sqlite3.connect(file)) as connection:
+        name = "sqlite_autoindex_events_2"
+        (page,) = connection.execute("select rootpage from sqlite_master where name = ?", [name]).fetchone()
+    content = file.read_bytes()
+    file.write_bytes(content[: (page - 1) * 4096] + b"\xaa" * 4096 + content[page * 4096 :])
+
+
 def destroy_header(file: Path) -> None:
     file.write_bytes(b"x" * 4096 + file.read_bytes()[4096:])
 
@@ -74,6 +83,7 @@ def cut(file: Path) -> None:
 DAMAGES = {
     destroy_whole: "damaged or no database",
     destroy_pages: "is damaged|malformed",
+    destroy_one_page: "is damaged",
     destroy_header: "damaged or no database",
     cut: "damaged|malformed",
     empty: "0 bytes",

@@ -221,7 +221,11 @@ def test_questions_are_added_once_and_never_change(store: LabelStore) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"response_b": "x\0"}, "response_b: holds a NUL character"), ({"policy_a": "x" * 65}, "policy_a: 65 characters")],
+    [
+        ({"response_b": "x\0"}, "response_b: holds a NUL character"),
+        ({"policy_a": "x" * 65}, "policy_a: 65 characters"),
+        ({"policy_a": "\ud800"}, "policy_a: surrogates not allowed"),
+    ],
 )
 def test_what_no_database_keeps_is_not_added(store: LabelStore, change: dict[str, str], reason: str) -> None:
     with pytest.raises(DataError, match=f"'prompt 2': {reason}.*nothing was added: leave it out"):

@@ -1,10 +1,17 @@
 """Runs of MLflow in a store of their own."""
 
+import logging
+import sqlite3
+import subprocess
+import sys
+import threading
 from pathlib import Path
 
 import pytest
 
-from tasks.runtime import mlflow_runs, mlflow_store
+from flows.services import free_port
+from tasks.core.errors import ConfigError
+from tasks.runtime import holding, mlflow_runs, mlflow_store
 from tasks.runtime.dvc_stages import Inputs
 from tasks.runtime.mlflow_runs import OpenRun
 from tasks.runtime.mlflow_store import open_store
@@ -24,7 +31,7 @@ def test_writes_whose_answers_were_lost_are_there_once(project: Path, monkeypatc
         call(run, line)
         raise ConnectionError("the answer was lost")
 
-    monkeypatch.setattr(mlflow_store, "_is_unavailable", lambda error: isinstance(error, ConnectionError))
+    monkeypatch.setattr(mlflow_store, "is_unavailable", lambda error: isinstance(error, ConnectionError))
     monkeypatch.setattr(OpenRun, "_call", lose_answer)
     monkeypatch.setattr(mlflow_store, "RETRY_SECONDS", -1.0)
     (project / "a.txt").write_text("text")
@@ -66,3 +73,80 @@ def test_a_failed_and_an_interrupted_stage_are_recorded_as_such(project: Path) -
     interrupted, failed = client.search_runs([experiment])
     assert (failed.info.status, failed.data.tags["error"]) == ("FAILED", "ValueError: too small")
     assert interrupted.info.status == "KILLED"
+
+
+KILLED = """
+import os, signal
+from tasks.runtime import mlflow_runs
+from tasks.runtime.dvc_stages import Inputs
+with mlflow_runs.stage_run("sft", Inputs("key", {}), {}, {}) as run:
+    run.log_metrics({"loss": 0.5}, 1)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+def statuses() -> list[str]:
+    client, experiment = open_store()
+    return [run.info.status for run in client.search_runs([experiment])]
+
+
+def test_a_run_whose_process_was_killed_is_closed_by_the_next_command_and_no_other_is(project: Path) -> None:
+    mlflow_runs.connect()
+    subprocess.run([sys.executable, "-c", KILLED], check=False)
+    assert statuses() == ["RUNNING"]
+    with mlflow_runs.stage_run("dpo", Inputs("key", {}), {}, {}):
+        mlflow_runs.close_abandoned_runs()
+        assert sorted(statuses()) == ["KILLED", "RUNNING"]
+    assert sorted(statuses()) == ["FINISHED", "KILLED"]
+    assert list(holding.marks_dir().iterdir()) == []
+
+
+def lock_database(path: Path) -> sqlite3.Connection:
+    connection = sqlite3.connect(path, isolation_level=None, check_same_thread=False)
+    connection.execute("BEGIN EXCLUSIVE")
+    return connection
+
+
+def test_a_locked_database_is_waited_for(project: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    mlflow_runs.connect()
+    connection = lock_database(project / "mlflow.db")
+    waits = threading.Event()
+
+    def warn(text: str) -> None:
+        waits.set()
+        print(text)
+
+    monkeypatch.setattr(mlflow_store, "_warn", warn)
+    threading.Thread(target=lambda: waits.wait() and connection.rollback()).start()
+    mlflow_runs.connect()
+    assert capsys.readouterr().out.count("another program has locked it") == 1
+
+
+def test_what_a_locked_database_does_not_take_is_kept(project: Path) -> None:
+    with mlflow_runs.stage_run("sft", Inputs("key", {}), {}, {}) as run:
+        connection = lock_database(project / "mlflow.db")
+        run.log_metrics({"loss": 0.5}, 1)
+        connection.rollback()
+    client, experiment = open_store()
+    (found,) = client.search_runs([experiment])
+    assert (found.info.status, found.data.metrics["loss"]) == ("FINISHED", 0.5)
+
+
+@pytest.mark.parametrize(
+    "make", [lambda path: path.write_text("no database " * 99), Path.mkdir], ids=["text", "folder"]
+)
+def test_a_store_that_is_no_database_is_one_message(project: Path, make) -> None:
+    make(project / "mlflow.db")
+    with pytest.raises(ConfigError, match=r"mlflow.db cannot be opened; .* move a file that is no database"):
+        mlflow_runs.connect()
+
+
+def test_a_server_that_is_away_is_one_warning(project: Path, monkeypatch: pytest.MonkeyPatch, capfd, caplog) -> None:
+    """urllib3 would log each of its tries."""
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"http://127.0.0.1:{free_port()}")
+    monkeypatch.setenv(mlflow_store.EXPERIMENT_ID_VAR, "1")
+    with mlflow_runs.stage_run("sft", Inputs("key", {}), {"rate": 0.1}, {}) as run:
+        for step in range(3):
+            run.log_metrics({"loss": 0.5}, step)
+    assert capfd.readouterr().err.count("\n") == 1
+    assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []

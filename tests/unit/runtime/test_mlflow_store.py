@@ -46,7 +46,7 @@ class ToyRun(QueuedRun):
 
 @pytest.fixture
 def server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Server:
-    monkeypatch.setattr(mlflow_store, "_is_unavailable", lambda error: isinstance(error, ConnectionError))
+    monkeypatch.setattr(mlflow_store, "is_unavailable", lambda error: isinstance(error, ConnectionError))
     return Server(tmp_path / "a.jsonl")
 
 
