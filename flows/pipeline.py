@@ -124,12 +124,7 @@ def pipeline(
             dvc_repo.check_remote()
             dvc_repo.pull_data()
         with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
-            if parallel or timeout:
-                execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
-                run = partial(_run_concurrently, bind=bind, execution=execution, limit=parallel or 1)
-            else:
-                run = partial(_run_sequentially, bind=bind, execution=Execution(ranks=ranks))
-            for outcome in _run_checked(plan, run):
+            for outcome in _run_checked(plan, _runner(bind, parallel=parallel, timeout=timeout, ranks=ranks)):
                 record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
@@ -142,6 +137,14 @@ def pipeline(
             console.print_push_done(dvc_repo.push())
     _finished.set(outcomes)
     return outcomes
+
+
+def _runner(bind: Bind, *, parallel: int, timeout: float | None, ranks: int) -> Callable[[Plan], Iterator[Outcome]]:
+    """How a plan is run: stage by stage in this process, or each in a process of its own."""
+    if parallel or timeout:
+        execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
+        return partial(_run_concurrently, bind=bind, execution=execution, limit=parallel or 1)
+    return partial(_run_sequentially, bind=bind, execution=Execution(ranks=ranks))
 
 
 def resolve_plan(stages: list[str] | None) -> Plan:

@@ -147,10 +147,10 @@ def _response_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) 
     elif shown := rows.demonstrations("train"):
         lengths = sorted(tokens.rows([""] * len(shown), [row.response for row in shown]))
         median, most = lengths[len(lengths) // 2], lengths[int(0.99 * (len(lengths) - 1))]
-        wanted = min(most, room) if tokens.context else most
-        if median > new and wanted > new:
+        suggestion = min(most, room) if tokens.context else most
+        if min(median, suggestion) > new:
             reason = f"half of the demonstrated responses have {median} tokens or more, so most samples are cut off"
-            yield Misfit("reward_model", key, new, str(wanted), reason, blocks=False)
+            yield Misfit("reward_model", key, new, str(suggestion), reason, blocks=False)
 
 
 def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> dict[str, list[list[int]]]:

@@ -13,6 +13,7 @@ from tasks.runtime.provenance import PROVENANCE_TAG
 
 __all__ = ["Garbage", "collect_garbage"]
 
+SHA256 = re.compile(r"\b[0-9a-f]{64}\b")
 MD5 = re.compile(r"\b[0-9a-f]{32}(?:\.dir)?\b")
 
 
@@ -80,5 +81,5 @@ def _unused_checkpoints() -> Iterator[Path]:
 
 def _unused_downloads(folder: Path) -> Iterator[Path]:
     """Downloads whose checksum params.yaml does not name, and those that broke off."""
-    params = (project_root() / "params.yaml").read_text(encoding="utf-8")
-    yield from (path for path in folder.glob("*") if path.name not in params)
+    named = SHA256.findall((project_root() / "params.yaml").read_text(encoding="utf-8"))
+    yield from (path for path in folder.glob("*") if path.name not in named)

@@ -41,12 +41,12 @@ def run_stage(name: str) -> None:
     """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
     allow_all_characters()
     try:
-        with disk_errors(name):
+        with disk_errors():
             execute_stage(name, dvc_stages.changes(name))
         if is_off(name):
             print(f"{name} is off: its section in params.yaml is null")
     except RLHFError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

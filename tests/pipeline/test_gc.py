@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.pipeline.conftest import Project, rlhf
+from tests.pipeline.conftest import PATIENCE, Project, rlhf
 
 pytestmark = pytest.mark.slow
 
@@ -88,7 +88,9 @@ def test_what_a_branch_or_a_tag_refers_to_stays(project: Project) -> None:
 
 def test_local_state_that_no_run_needs_is_freed(project: Project) -> None:
     state = project.root / ".rlhf"
-    project.start_and_hold("run").kill()
+    process = project.start_and_hold("run")
+    process.kill()
+    process.communicate(timeout=PATIENCE)
     project.wait_for_end()
     (kept,) = (state / "checkpoints" / "sft").iterdir()
     unused = [
