@@ -319,11 +319,12 @@ def _fit(root: Path, options: dict[str, Any]) -> None:
     from flows.pipeline import pipeline
     from tasks.data.fit import READS, project_misfits
 
-    pipeline(list(READS), **options | {"force": False})
-    for _ in range(2):
+    for _ in range(3):
+        pipeline(list(READS), **options | {"force": False})
         settings = [f"{item.key}={item.suggestion}" for item in project_misfits() if item.suggestion]
-        if settings:
-            _apply_overrides(root, None, settings)
+        if not settings:
+            return
+        _apply_overrides(root, None, settings)
 
 
 if __name__ == "__main__":

@@ -76,11 +76,13 @@ def project_misfits() -> list[Misfit]:
 def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit]:
     """Compare params.yaml with what the stages base_model and prepare wrote to their folders."""
     card = json.loads((base_model / "card.json").read_text(encoding="utf-8"))
-    layers, rows = card["layers"], PreparedRows(params, prepare)
+    layers, tokens = card["layers"], TokenCounter(base_model / "model")
+    rows, too_long = _drop_long_pairs(params, prepare, tokens)
     return [
+        *too_long,
         *_module_misfits(params, card["linear_modules"]),
         *_sft_misfits(params, rows),
-        *_length_misfits(params, rows, base_model / "model"),
+        *_length_misfits(params, rows, tokens),
         *_pair_misfits(params, rows),
         *_rating_misfits(params, rows),
         *_layer_misfits(params, layers),
@@ -111,9 +113,27 @@ def _sft_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
             yield Misfit("sft", f"sft.{key}", getattr(params.sft, key), "", f"no demonstrations in {split}: {remedy}")
 
 
-def _length_misfits(params: Params, rows: PreparedRows, model: Path) -> Iterator[Misfit]:
+def _drop_long_pairs(params: Params, prepare: Path, tokens: TokenCounter) -> tuple[PreparedRows, list[Misfit]]:
+    """Rows without the pairs whose prompt leaves no room for a response, and the setting that drops these."""
+    rows, new = PreparedRows(params, prepare), params.generation.max_new_tokens
+    pairs = rows.all_pairs()
+    words = {row.id: max(len((row.prompt + side).split()) for side in (row.chosen, row.rejected)) for row in pairs}
+    lengths = tokens.prompts([row.prompt for row in pairs])
+    unfit = [row.id for row, length in zip(pairs, lengths, strict=True) if length + new > (tokens.context or math.inf)]
+    limit = min((words[name] - 1 for name in unfit), default=0)
+    dropped = {name for name, count in words.items() if count > limit}
+    if len(dropped) == len(words) or not unfit:
+        return rows, []
+    reason = (
+        f"{len(unfit)} of {len(pairs)} prompts leave no room for {new} new tokens in the model's context, "
+        f"{tokens.context}; {len(pairs) - len(dropped)} pairs are left"
+    )
+    key, value = "prepare.max_preference_words", params.prepare.max_preference_words
+    return PreparedRows(params, prepare, dropped), [Misfit("reward_model", key, value, str(limit), reason)]
+
+
+def _length_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) -> Iterator[Misfit]:
     """Rows that are longer than max_length or the model's context, and responses that have no room."""
-    tokens = TokenCounter(model)
     if params.environment is None:
         yield from _response_misfits(params, rows, tokens)
     for stage, files in _row_lengths(params, rows, tokens).items():

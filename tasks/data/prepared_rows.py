@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Container
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -25,13 +26,15 @@ class PreparedRows:
     `pairs` and `gold_pairs` are those after the gold judge's share is set as `judge` needs it.
     """
 
-    def __init__(self, params: Params, folder: Path) -> None:
-        self._params, self._folder = params, folder
+    def __init__(self, params: Params, folder: Path, dropped: Container[str] = ()) -> None:
+        """Keep the folder, and the ids of rows that prepare would drop under a setting that is suggested."""
+        self._params, self._folder, self._dropped = params, folder, dropped
 
     def read(self, name: str, split: Split, row_type: type[RowT]) -> list[RowT]:
         """Read the rows of a split."""
         path = self._folder / name / f"{split}.jsonl"
-        return read_rows(path, row_type) if path.is_file() and path.stat().st_size else []
+        rows = read_rows(path, row_type) if path.is_file() and path.stat().st_size else []
+        return [row for row in rows if row.id not in self._dropped]
 
     def ratings(self, half: str, split: Split) -> list[Rating]:
         """Rated texts of the proxy or the gold half."""
@@ -49,6 +52,10 @@ class PreparedRows:
             split: [(hash_uniform(split_key(row), self._params.seed, "half"), row) for row in own]
             for split, own in rows.items()
         }
+
+    def all_pairs(self) -> list[Preference]:
+        """Pairs of all splits, whoever learns from them."""
+        return [row for own in self._all_pairs.values() for _, row in own]
 
     def pairs(self, split: Split) -> list[Preference]:
         """Pairs that are left for training."""

@@ -123,6 +123,21 @@ def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, par
     assert find({}, f"preferences.train_pairs={more}", layers=2)["preferences.train_pairs"].suggestion == str(more - 1)
 
 
+def test_pairs_whose_prompt_fills_the_context_are_left_out_and_all_counts_are_of_the_rest(
+    find: Find, tmp_path: Path
+) -> None:
+    """A token a letter: prompts have up to 95, the long ones from 190 on, and a response shall have 20."""
+    write_model(tmp_path, 170)
+    rows = rows_of("preferences", 200)
+    long = [row | {"prompt": " ".join([row["prompt"]] * 4)} for row in rows[:40]]
+    found = find({"preferences": [*long, *rows[40:]]})
+    limit = int(found["prepare.max_preference_words"].suggestion)
+    assert 25 <= limit < 40
+    assert "of 200 prompts leave no room for 20 new tokens" in found["prepare.max_preference_words"].reason
+    settings = [f"{key}={item.suggestion}" for key, item in found.items()]
+    assert find({}, *settings) == {}
+
+
 def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
     """README's own words for data without ratings are `gold_judge: null`."""
     found = find({"preferences": rows_of("preferences", 300)}, "gold_judge=null")
