@@ -131,6 +131,7 @@ Arguments = ParamSpec("Arguments")
 AnyRun = TypeVar("AnyRun", bound="QueuedRun")
 
 _writes: dict[str, Callable[..., None]] = {}
+_warned: set[Path] = set()
 
 
 def queued(write: Callable[Concatenate[AnyRun, Arguments], None]) -> Callable[Concatenate[AnyRun, Arguments], None]:
