@@ -131,6 +131,7 @@ Arguments = ParamSpec("Arguments")
 AnyRun = TypeVar("AnyRun", bound="QueuedRun")
 
 _writes: dict[str, Callable[..., None]] = {}
+_warned: set[Path] = set()
 
 
 def queued(write: Callable[Concatenate[AnyRun, Arguments], None]) -> Callable[Concatenate[AnyRun, Arguments], None]:
@@ -215,9 +216,12 @@ class QueuedRun:
         self._last_attempt = time.monotonic()
         self._file.parent.mkdir(parents=True, exist_ok=True)
         self._lock.acquire()
-        _warn(
-            f"away or locked, so what it should record is kept in {self._file} until it is back ({_first_line(error)})"
-        )
+        folder = self._file.parent
+        if folder not in _warned:  # once for all runs of this process
+            _warn(
+                f"away or locked, so what it should record is kept in {folder} until it is back ({_first_line(error)})"
+            )
+        _warned.add(folder)
 
     def _save(self) -> None:
         if not self._waiting:
