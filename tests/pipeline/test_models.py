@@ -190,6 +190,9 @@ def test_promotion_and_rollback_are_a_persons_decisions(promoted: Project) -> No
     assert in_use(promoted) == 1
     assert "nothing to roll back to" in promoted.rlhf("rollback", expect=1)
     assert "there are 1 (champion), 2, 3 (challenger)" in promoted.rlhf("promote", "9", expect=1)
+    assert "there is no champion" in promoted.rlhf("withdraw", "--reason", "it lies")
+    assert (registered(promoted)[1]["gate"], registered(promoted)[1]["aliases"]) == ("withdrawn", [])
+    assert registered(promoted)[1]["tags"]["withdrawn.reason"] == "it lies"
 
 
 def test_a_version_is_made_again_from_nothing(promoted: Project) -> None:
