@@ -187,7 +187,8 @@ def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterat
     first = resolve_plan(list(READS))
     yield from run(first)
     rest = {name: tuple(need for need in plan[name] if need not in first) for name in plan if name not in first}
-    found = [item for item in project_misfits() if item.stage in rest]
+    runs = any(item.stage in rest and not item.in_run_cache for item in dvc_stages.stale_stages())
+    found = [item for item in project_misfits() if item.stage in rest] if runs else []
     if blocking := [item for item in found if item.blocks]:
         raise ConfigError(format_misfits(blocking))
     for item in found:

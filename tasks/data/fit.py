@@ -138,6 +138,9 @@ def _length_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) ->
         yield from _response_misfits(params, rows, tokens)
     for stage, files in _row_lengths(params, rows, tokens).items():
         section = getattr(params, stage)
+        if tokens.context and section.max_length != "auto" and section.max_length > tokens.context:
+            reason = f"the base model's context is {tokens.context} tokens"
+            yield Misfit(stage, f"{stage}.max_length", section.max_length, "auto", reason)
         limit = min((n for n in (section.max_length, tokens.context) if isinstance(n, int)), default=math.inf)
         cut, lengths = max(
             ((sum(length > limit for length in own), own) for own in files if own),
@@ -146,7 +149,7 @@ def _length_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) ->
         if cut <= section.max_cut_share * len(lengths):
             continue
         reason = f"{cut} of {len(lengths)} rows are longer than {limit} tokens, the longest has {max(lengths)}"
-        if section.max_length != "auto" and tokens.context not in (None, limit):
+        if section.max_length != "auto" and tokens.context != limit:
             yield Misfit(stage, f"{stage}.max_length", section.max_length, "auto", reason)
             continue
         reason += ": their prompts lose the first words; or leave them out by prepare.max_preference_words or max_words"

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from tasks.config.training import TrainerParams
 
 __all__ = [
-    "EncodedRow", "FittedRows", "check_context", "context_length", "decode_response", "encode_chat",
+    "EncodedRow", "FittedRows", "check_context", "context_length", "cut_prompt", "decode_response", "encode_chat",
     "encode_prompt", "encode_response", "encode_row", "encode_text", "fit_rows", "start_ids",
 ]  # fmt: skip
 
@@ -55,8 +55,9 @@ def encode_chat(tokenizer: Any, message: str) -> list[int]:
 
 
 def encode_response(tokenizer: Any, response: str) -> list[int]:
-    """Token ids of a response and the end token."""
-    return [*encode_text(tokenizer, response), tokenizer.eos_token_id]
+    """Token ids of a response and the end token. A special token that it spells out is plain text, and ends nothing."""
+    ids = tokenizer(response, add_special_tokens=False, split_special_tokens=True, verbose=False).input_ids
+    return [*ids, tokenizer.eos_token_id]
 
 
 def decode_response(tokenizer: Any, prompt: Sequence[int], response: Sequence[int]) -> str:
@@ -153,15 +154,15 @@ def fit_rows(
             fitted.unfit["response_too_long"] += 1
         else:
             fitted.unfit["prompt_cut"] += room < len(row.prompt)
-            fitted.rows.append(EncodedRow(_cut(row.prompt, room, start), row.responses))
+            fitted.rows.append(EncodedRow(cut_prompt(row.prompt, room, start), row.responses))
             fitted.kept.append(position)
     _report(fitted, rows, section, context, params.max_cut_share)
     return fitted
 
 
-def _cut(prompt: list[int], room: int, start: int) -> list[int]:
-    """The start tokens and the last of the prompt's tokens, `room` in all."""
-    return prompt if len(prompt) <= room else prompt[:start] + prompt[len(prompt) - (room - start) :]
+def cut_prompt(prompt: list[int], room: int, start: int) -> list[int]:
+    """The start tokens and the last of the prompt's tokens, at most `room` in all."""
+    return prompt if len(prompt) <= room else prompt[:start][:room] + prompt[len(prompt) - max(room - start, 0) :]
 
 
 def _report(
@@ -170,7 +171,10 @@ def _report(
     """Warn of rows that do not fit; raise DataError where there are too many."""
     if not (unfit := sum(fitted.unfit.values())):
         return
-    needed = int(np.quantile([row.length for row in rows], QUANTILE, method="higher"))
+    lengths = [row.length for row in rows]
+    needed = int(np.quantile(lengths, QUANTILE, method="higher"))
+    if needed <= fitted.max_length:
+        needed = max(lengths)
     reasons = ", ".join(f"{name} {count}" for name, count in fitted.unfit.items() if count)
     if unfit == fitted.unfit["sides_equal"]:
         cure = "chosen and rejected are the same tokens there: correct the source"
@@ -180,7 +184,7 @@ def _report(
         cure = f"set {section}.max_length to {needed}, or to auto"
     message = (
         f"{section}: {unfit} of {len(rows)} rows do not fit max_length {fitted.max_length} ({reasons}); "
-        f"{QUANTILE:.0%} of the rows need at most {needed} tokens: {cure}"
+        f"{'all' if needed == max(lengths) else f'{QUANTILE:.0%}'} of the rows need at most {needed} tokens: {cure}"
     )
     if not fitted.rows or unfit > max_cut_share * len(rows):
         raise DataError(f"{message}; {section}.max_cut_share allows {max_cut_share:.0%}")

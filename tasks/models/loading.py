@@ -166,8 +166,8 @@ def lora_config(model: PreTrainedModel, lora: LoraParams, head: str | None = Non
     names, key = (
         (lora.reward_model_modules, "reward_model_modules") if head else (lora.target_modules, "target_modules")
     )
-    modules, known = names if isinstance(names, str) else list(names), linear_modules(model)
-    if unknown := [name for name in modules if name not in known and isinstance(modules, list)]:
+    known = linear_modules(model)
+    if unknown := [] if isinstance(names, str) else [name for name in names if name not in known]:
         raise ModelError(
             f"lora.{key} names {', '.join(unknown)}, which {type(model).__name__} does not have; its linear modules "
             f"are {', '.join(known)}"
@@ -175,8 +175,8 @@ def lora_config(model: PreTrainedModel, lora: LoraParams, head: str | None = Non
     transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers
     saved, task = ([head], TaskType.SEQ_CLS) if head else (None, TaskType.CAUSAL_LM)
     config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=modules, modules_to_save=saved,
-        task_type=task, fan_in_fan_out=transposed,
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, modules_to_save=saved, task_type=task,
+        target_modules=names if isinstance(names, str) else list(names), fan_in_fan_out=transposed,
     )  # fmt: skip
     return register_frozen_lora(config)
 

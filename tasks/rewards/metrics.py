@@ -82,18 +82,17 @@ def check_above_chance(score_differences: Tensor, min_accuracy: float) -> None:
 
     count, right = len(score_differences), int((score_differences > 0).sum())
     p_value = float(binom.sf(right - 1, count, 0.5))
-    if p_value <= SIGNIFICANCE:
+    if p_value <= SIGNIFICANCE or not min_accuracy:
         return
     found = f"the reward model is right on {right} of {count} held-out pairs, no better than chance (p = {p_value:.2g})"
     if binom.cdf(right, count, min_accuracy) > SIGNIFICANCE:
         print(f"reward_model: warning: {found}; raise preferences.heldout_pairs to know better", file=sys.stderr)
         return
     if ties := int((score_differences == 0).sum()):
-        found += f"; on {ties} both responses get the same score, so there it sees only the prompt"
+        found += f"; on {ties} both responses get the same score"
     raise TrainingError(
-        f"{found}: a policy that maximises it learns noise. Give it more pairs (preferences.train_pairs), more "
-        "reward_model.epochs, or a reward_model.max_length that reaches the responses; reward_model.min_accuracy 0 "
-        "goes on with it"
+        f"{found}: a policy that maximises it learns noise. Give it more rows or more reward_model.epochs; "
+        "reward_model.min_accuracy 0 goes on with it"
     )
 
 

@@ -18,7 +18,7 @@ from tasks.config.base import CHAT
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import project_root
 from tasks.core.rows import write_json
-from tasks.models.encoding import context_length, encode_prompt, encode_response
+from tasks.models.encoding import context_length, cut_prompt, encode_prompt, encode_response, start_ids
 from tasks.models.fetch import READERS, check_parts, folder_origin, hub_folder, load_folder, save_model, set_padding
 from tasks.models.loading import ADAPTER_DIR, device, dtype, pad_ids, position_ids
 from tasks.models.onednn_linear import freeze_for_onednn
@@ -93,8 +93,8 @@ class TextScorer:
         context = context_length(self._model.config)
         if context is not None and len(prompt_ids) + len(response_ids) > context:
             response_ids = [*response_ids[:-1][: context - 1], response_ids[-1]]
-            prompt_ids = prompt_ids[len(prompt_ids) - (context - len(response_ids)) :]
-        return prompt_ids + response_ids
+        room = len(prompt_ids) if context is None else context - len(response_ids)
+        return cut_prompt(prompt_ids, room, len(start_ids(self._tokenizer))) + response_ids
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Scores [B], or [B, K], and states [B, d] of tokenised texts."""

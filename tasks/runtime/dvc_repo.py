@@ -188,13 +188,14 @@ def unused_objects(keep: Collection[str], worktrees: Sequence[Path]) -> list[Pat
         used = set(keep)
         logging.getLogger("dvc.output").setLevel(logging.ERROR)  # it warns of stages that have not run yet
         with repo.lock:  # force: go on where a branch has a folder that was never here
-            found = [repo.used_objs(all_branches=True, all_tags=True, force=True)]
+            found = [repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, force=True)]
             found += [Repo(str(tree)).used_objs(force=True) for tree in worktrees]
         used |= {info.value for objects in found for infos in objects.values() for info in infos}
         unused: list[Path] = []
         for cache in {id(odb): odb for _, odb in repo.cache.by_scheme() if odb}.values():
             parts = {info.value for md5 in used if md5.endswith(".dir") for info in _parts(cache, md5)}
-            unused += [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in used | parts]
+            named = used | parts
+            unused += [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in named]
         return unused
 
 

@@ -75,7 +75,8 @@ def _unused_checkpoints() -> Iterator[Path]:
     stages: Collection[str] = dvc_stages.graph()
     for folder in (state_dir() / "checkpoints").glob("*/*"):
         name = folder.parent.name
-        if name not in stages or dvc_stages.stage_key(name) != folder.name:
+        key = dvc_stages.stage_key(name) if name in stages else ""
+        if key is not None and key != folder.name:  # without its inputs a stage has no key
             yield folder
 
 

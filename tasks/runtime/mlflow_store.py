@@ -242,6 +242,8 @@ def flush_stale(folder: Path, open_run: Callable[[Path], QueuedRun]) -> None:
                     return
         except Timeout:  # its process lives, and makes them itself
             continue
+        except ConfigError:  # the store went away: they wait
+            return
         except Exception as error:
             aside = file.rename(file.with_suffix(".refused"))
             _warn(f"refuses what an earlier run left in {aside} ({_first_line(error)})")

@@ -16,6 +16,7 @@ from tasks.core.rows import ROW_TYPES, SPLITS, Demonstration, Preference, Prompt
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tests.support.collected import PREPARE
+from tests.support.tokenizers import write_tokenizer
 
 ODD: list[Any] = [
     None, "", " ", math.nan, math.inf, -math.inf, 1e308, -1e308, 10**400, 10**18, -0.0, 5, True, [], {}, {"a": 1},
@@ -32,7 +33,8 @@ def row_of(number: int, row_type: str, rng: random.Random) -> dict[str, Any]:
     good = {
         "id": str(number), "group": f"g{number % 40}", "prompt": f"say something of {number} now", "answer": "a",
         "response": f"well {number}", "chosen": f"good {number}", "rejected": f"bad {number}", "margin": 1.0,
-        "labelled_by": ["x"], "confidence": 0.5, "objective": "o", "ratings": [rng.randrange(5) for _ in range(3)],
+        "labelled_by": ["x"], "guidelines": ["x"],
+        "confidence": 0.5, "objective": "o", "ratings": [rng.randrange(5) for _ in range(3)],
         "text": " ".join(f"w{rng.randrange(99)}" for _ in range(8)),
     }  # fmt: skip
     row = {name: good[name] for name in ROW_TYPES[row_type].model_fields}
@@ -55,7 +57,8 @@ def test_odd_values_are_kept_whole_or_quarantined(root: Path, row_type: str) -> 
         params = PREPARE.model_copy(
             update={"max_quarantine_share": 1.0, "near_duplicate_threshold": 1.0, "gold_pair_share": 0.3}
         )
-        prepare(params, 0, Artifacts(collect=root / "collect", out=root / "prepare"))
+        base_model = write_tokenizer(root / "base_model")
+        prepare(params, 0, Artifacts(base_model=base_model, collect=root / "collect", out=root / "prepare"))
         if row_type in ("preferences", "ratings"):
             few = PreferencesParams(
                 train_pairs=5, heldout_pairs=2, source_pairs="only", min_margin=0, raters_per_label=1
@@ -79,5 +82,6 @@ def test_a_rating_beyond_any_scale_is_quarantined(root: Path) -> None:
     source = SourceParams(name="a", kind="local", row_type="ratings", id="a.jsonl")
     collect(CollectParams(sources=(source,)), 0, Artifacts(out=root / "collect"))
     params = PREPARE.model_copy(update={"max_quarantine_share": 0.4, "min_words": 4})
+    base_model = write_tokenizer(root / "base_model")
     with pytest.raises(DataError, match=r"(?s)2 of 4 rows .* equal to 1000000 .*equal to -1000000 "):
-        prepare(params, 0, Artifacts(collect=root / "collect", out=root / "prepare"))
+        prepare(params, 0, Artifacts(base_model=base_model, collect=root / "collect", out=root / "prepare"))

@@ -22,6 +22,7 @@ from tasks.models.encoding import (
     fit_rows,
     start_ids,
 )
+from tests.conftest import letter_tokenizer
 
 PAD, END, START = 0, 1, 2
 LINE, SPACES = "Ċ", "ĠĠ"  # a line break and two spaces, as byte-level tokenizers write them
@@ -69,6 +70,15 @@ def test_start_tokens_open_a_prompt_and_the_end_token_closes_a_response_alone(te
     assert encode_prompt(tokenizer, "") == start
     assert encode_text(tokenizer, "ab") == [a, b]
     assert encode_response(tokenizer, "b") == [b, END]
+
+
+def test_a_special_token_that_a_response_spells_out_is_plain_text() -> None:
+    """Else a policy could write it letter by letter, and a reward model would read the end of the response."""
+    tokenizer = letter_tokenizer("<>endabx")
+    end = tokenizer.eos_token_id
+    assert encode_response(tokenizer, "a<end>b").count(end) == 1
+    assert tokenizer.decode(encode_response(tokenizer, "a<end>b")[:-1]) == "a<end>b"
+    assert encode_prompt(tokenizer, "a<end>b").count(end) == 1, "a prompt may hold a chat template's tokens"
 
 
 def sentencepiece(*, always: bool) -> PreTrainedTokenizerFast:
@@ -151,7 +161,7 @@ def test_the_first_row_that_does_not_fit_is_a_warning(caplog: pytest.LogCaptureF
     assert not caplog.messages
     fit_rows(rows, params(8, 0.1), section="dpo", context=64)
     assert caplog.messages == [
-        "dpo: 1 of 20 rows do not fit max_length 8 (prompt_cut 1); 99% of the rows need at most 10 tokens: set "
+        "dpo: 1 of 20 rows do not fit max_length 8 (prompt_cut 1); all of the rows need at most 10 tokens: set "
         "dpo.max_length to 10, or to auto"
     ]
 

@@ -13,6 +13,7 @@ from tasks.config.params import Params, load_params, load_preset, write_override
 from tasks.core.paths import Artifacts
 from tasks.core.rows import SPLITS, Prompt, read_rows
 from tasks.prepare import prepare
+from tests.support.tokenizers import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[3]
 ROWS = [json.loads(line) for line in (ROOT / "infra/presets/code.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -55,7 +56,9 @@ def test_the_preset_tests_templates_that_training_has_not_seen(
 ) -> None:
     monkeypatch.chdir(ROOT)
     collect(params.collect, params.seed, Artifacts(out=tmp_path / "collect"))
-    prepare(params.prepare, params.seed, Artifacts(collect=tmp_path / "collect", out=tmp_path / "prepare"))
+    base_model = write_tokenizer(tmp_path / "base_model")
+    read = Artifacts(base_model=base_model, collect=tmp_path / "collect", out=tmp_path / "prepare")
+    prepare(params.prepare, params.seed, read)
     prompts = {split: read_rows(tmp_path / "prepare" / "prompts" / f"{split}.jsonl", Prompt) for split in SPLITS}
     group = {row["prompt"].strip(): row["group"] for row in ROWS}
     groups = {split: {group[row.prompt.strip()] for row in rows} for split, rows in prompts.items()}
