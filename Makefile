@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -21,6 +21,7 @@ check: $(VENV)/.installed-dev
 	ruff format --check .
 	ruff check .
 	mypy
+	python scripts/licences.py
 
 repro: $(VENV)/.installed
 	dvc repro
@@ -34,23 +35,31 @@ up: $(VENV)/.installed
 down: $(VENV)/.installed
 	rlhf down
 
-$(VENV)/.installed: requirements.lock pyproject.toml
+$(VENV)/.installed: requirements.lock infra/locks/torch-cpu.lock infra/locks/gpu.lock pyproject.toml
 	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, found " + sys.version.split()[0] if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --editable .
+	scripts/install.sh
+	python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.lock
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.lock
+# All extras but `poem`, from their lock file.
+$(VENV)/.installed-extras: $(VENV)/.installed infra/locks/extras.lock
+	scripts/install.sh infra/locks/extras.lock
 	touch $@
 
-# Write both lock files from what pyproject.toml allows today.
+$(VENV)/.installed-dev: $(VENV)/.installed-extras requirements-dev.lock
+	scripts/install.sh infra/locks/extras.lock requirements-dev.lock
+	touch $@
+
+extras: $(VENV)/.installed-extras
+
+# Write the lock files; what is locked stays where pyproject.toml allows it. `scripts/lock.sh --upgrade` takes the newest.
 lock: $(VENV)/.installed-dev
 	scripts/lock.sh
 
 # PPO's speed and memory beside those of the last TRL that had PPO, in an environment of its own with the same versions.
 PEER := .rlhf/trl-1.12.0
+PEER_HASH := sha256:9c8f117b21a941edbc85744f5a341c9453d38e81f24ae81d3c6e9b9ca3b96409
 
 bench-ppo: $(VENV)/.installed $(PEER)/.installed
 	rlhf run base_model
@@ -78,14 +87,14 @@ bench-seeds: $(VENV)/.installed
 
 # Changes tasks/rl in 1,073 small ways, each of which a test should notice; about 15 minutes.
 mutants: $(VENV)/.installed-dev
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'mutmut>=3.8,<4'
 	OMP_NUM_THREADS=1 python -m mutmut run --max-children 2
 	python -m mutmut results
 
 $(PEER)/.installed: requirements.lock
 	$(PYTHON) -m venv $(PEER)
-	grep -v '^trl==' requirements.lock > $(PEER)/constraints.txt
-	$(PEER)/bin/python -m pip install --quiet --disable-pip-version-check -c $(PEER)/constraints.txt trl==1.12.0 peft pandas rich
+	PATH=$(CURDIR)/$(PEER)/bin:$$PATH scripts/install.sh
+	echo 'trl==1.12.0 --hash=$(PEER_HASH)' > $(PEER)/trl.lock
+	$(PEER)/bin/python -m pip install --quiet --require-hashes --no-deps -r $(PEER)/trl.lock
 	touch $@
 
 clean:

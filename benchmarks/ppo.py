@@ -25,7 +25,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from inputs import MODEL, PROMPT_TOKENS, RESPONSE_TOKENS, ROOT, check_model, load_tokenizer, lora_config, prompts
+from inputs import MODEL, RESPONSE_TOKENS, ROOT, check_model, load_tokenizer, lora_config, prompts
 
 PEER = ROOT / ".rlhf" / "trl-1.12.0"
 
@@ -85,8 +85,10 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     judge = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1, dtype=torch.float32)
     judge.config.pad_token_id = tokenizer.pad_token_id
     freeze_for_onednn(judge)
-    scorer = TextScorer(judge, tokenizer, max_length=PROMPT_TOKENS + RESPONSE_TOKENS)
-    reward = CompositeReward({"learned": lambda prompts, texts: scorer(texts)}, {"learned": 1.0})
+    scorer = TextScorer(judge, tokenizer)
+    reward = CompositeReward(
+        {"learned": lambda prompts, texts: scorer(list(zip(prompts, texts, strict=True)))}, {"learned": 1.0}
+    )
     section = load_params(ROOT / "params.yaml").ppo
     assert section is not None
     params = section.model_copy(

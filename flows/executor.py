@@ -23,6 +23,7 @@ from filelock import FileLock
 
 from flows import processes
 from tasks.core.paths import state_dir
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages
 from tasks.runtime.stage_runner import execute_stage, is_off, read_metrics
 
@@ -168,6 +169,7 @@ def _launch_ranks(name: str, count: int) -> None:
 
 
 def _main() -> None:
+    allow_all_characters()
     parser = argparse.ArgumentParser()
     parser.add_argument("name")
     parser.add_argument("--ranks", type=int, required=True)

@@ -25,6 +25,7 @@ from flows.executor import Execution, Outcome, ensure_stage, stage_log_path, vis
 from flows.prefect_runs import device_slot, hold_flow_run, reporting
 from flows.processes import children_terminated, limit_exit_time, project_lock
 from tasks.core.errors import ConfigError, StageError
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
 
 __all__ = ["pipeline", "resolve_plan", "run_pipeline", "stage"]
@@ -106,10 +107,12 @@ def pipeline(
         ranks: how many processes of this machine share the work of each stage that trains, a GPU each where there are.
 
     Raises:
-        ConfigError: both `parallel` and `ranks` ask for several processes.
+        ConfigError: both `parallel` and `ranks` ask for several processes, or params.yaml does not fit what a stage
+            of the plan needs: see `tasks.data.fit`.
     """
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
+    allow_all_characters()  # of a deployment's run, which begins here
     run_id = str(flow_run.id)
     parameters: dict[str, object] = {"stages": stages or "all", "force": force, "pull": pull, "push": push}
     parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}
@@ -121,12 +124,7 @@ def pipeline(
             dvc_repo.check_remote()
             dvc_repo.pull_data()
         with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
-            if parallel or timeout:
-                execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
-                results = _run_concurrently(plan, bind, execution, parallel or 1)
-            else:
-                results = _run_sequentially(plan, bind, Execution(ranks=ranks))
-            for outcome in results:
+            for outcome in _run_checked(plan, _runner(bind, parallel=parallel, timeout=timeout, ranks=ranks)):
                 record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
@@ -139,6 +137,14 @@ def pipeline(
             console.print_push_done(dvc_repo.push())
     _finished.set(outcomes)
     return outcomes
+
+
+def _runner(bind: Bind, *, parallel: int, timeout: float | None, ranks: int) -> Callable[[Plan], Iterator[Outcome]]:
+    """How a plan is run: stage by stage in this process, or each in a process of its own."""
+    if parallel or timeout:
+        execution = Execution(own_process=True, ranks=ranks, timeout=timeout)
+        return partial(_run_concurrently, bind=bind, execution=execution, limit=parallel or 1)
+    return partial(_run_sequentially, bind=bind, execution=Execution(ranks=ranks))
 
 
 def resolve_plan(stages: list[str] | None) -> Plan:
@@ -169,6 +175,24 @@ def _push_outputs(name: str) -> None:
         dvc_repo.push(name)
     except StageError as error:
         console.print_push_failed(error)
+
+
+def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterator[Outcome]:
+    """Run the plan; before the stages that train, compare params.yaml with the data and the base model."""
+    from tasks.data.fit import READS, format_misfits, project_misfits
+
+    if not set(READS) <= set(plan):
+        yield from run(plan)
+        return
+    first = resolve_plan(list(READS))
+    yield from run(first)
+    rest = {name: tuple(need for need in plan[name] if need not in first) for name in plan if name not in first}
+    found = [item for item in project_misfits() if item.stage in rest]
+    if blocking := [item for item in found if item.blocks]:
+        raise ConfigError(format_misfits(blocking))
+    for item in found:
+        console.print_warning(str(item))
+    yield from run(rest)
 
 
 def _run_sequentially(plan: Plan, bind: Bind, execution: Execution) -> Iterator[Outcome]:

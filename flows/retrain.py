@@ -201,7 +201,7 @@ def _compare_with_champion(
 
 
 def _withdrawal_reason(version: registry.Version) -> str:
-    """Reason not to promote a version that a person rolled back: only a person may promote it again."""
+    """Reason not to promote a version that a person withdrew: only a person may promote it again."""
     return f"{version.withdrawal}; `rlhf promote {version.number} --reason …` puts it in use again"
 
 

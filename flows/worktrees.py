@@ -14,7 +14,7 @@ from flows.processes import run_python
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root, state_dir
 
-__all__ = ["as_project_root", "git", "run_rlhf", "worktree"]
+__all__ = ["as_project_root", "git", "remove_stale", "run_rlhf", "stale_worktrees", "worktree", "worktrees"]
 
 ROOT_VARIABLE = "RLHF_ROOT"  # see `tasks.core.paths`
 
@@ -29,7 +29,7 @@ def worktree(folder: Path, commit: str) -> Iterator[Path]:
         StageError: git refuses, for example because there is no such commit.
     """
     root = project_root()
-    _remove_stale()
+    remove_stale()
     folder.parent.mkdir(parents=True, exist_ok=True)
     with _hold_lock(folder):
         git("worktree", "add", "--detach", "--quiet", str(folder), commit)
@@ -65,10 +65,10 @@ def as_project_root(tree: Path) -> Iterator[None]:
 
 def git(*args: str) -> str:
     """The output of git in the project; a StageError if it refuses."""
-    done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, text=True, check=False)
+    done = subprocess.run(["git", *args], cwd=project_root(), capture_output=True, check=False)
     if done.returncode:
-        raise StageError(f"`git {' '.join(args[:2])}` failed: {done.stderr.strip()}")
-    return done.stdout
+        raise StageError(f"`git {' '.join(args[:2])}` failed: {os.fsdecode(done.stderr).strip()}")
+    return os.fsdecode(done.stdout)  # names of files, whatever the locale
 
 
 def _remove(tree: Path) -> None:
@@ -91,15 +91,24 @@ def _lock_file(folder: Path) -> Path:
     return folder.with_name(f"{folder.name}.lock")
 
 
-def _remove_stale() -> None:
+def remove_stale() -> None:
     """Remove the project's worktrees that no process uses, and git's records of missing ones."""
     git("worktree", "prune")
+    for tree in stale_worktrees():
+        _remove(tree)
+        _lock_file(tree).unlink(missing_ok=True)
+
+
+def stale_worktrees() -> list[Path]:
+    """Worktrees of variants that a killed process has left."""
+    return [tree for tree in worktrees() if tree.is_relative_to(state_dir()) and not _is_locked(tree)]
+
+
+def worktrees() -> list[Path]:
+    """Every working copy of the project beside this one that is there."""
     lines = git("worktree", "list", "--porcelain").splitlines()
     trees = [Path(line.removeprefix("worktree ")) for line in lines if line.startswith("worktree ")]
-    for tree in trees:
-        if tree.is_relative_to(state_dir()) and not _is_locked(tree):
-            _remove(tree)
-            _lock_file(tree).unlink(missing_ok=True)
+    return [tree for tree in trees if tree != project_root() and tree.exists()]
 
 
 def _is_locked(tree: Path) -> bool:

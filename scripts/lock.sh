@@ -1,21 +1,47 @@
 #!/usr/bin/env bash
-# Write requirements.lock (what runs) and requirements-dev.lock (what checks it) from pyproject.toml.
-# The lock names exact versions and no index; torch is pinned by its public version, which a CPU-only build satisfies,
-# and the GPU libraries that some builds of it bring along are left to that build.
+# Write the lock files from pyproject.toml: versions, and the hashes of every file of each release, for any platform.
+# What is locked stays where pyproject.toml allows it; `scripts/lock.sh --upgrade` takes the newest of everything.
+# All is resolved at once, so that the files agree, and no package stands in two of them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-torch=${TORCH:-torch==2.13.0}
+TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
+LOCKS=(requirements.lock infra/locks/gpu.lock infra/locks/extras.lock infra/locks/servers.lock requirements-dev.lock)
+HEADER="# Written by scripts/lock.sh; install it with pip's --require-hashes."
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
 
-freeze() {
-    "$scratch/venv/bin/python" -m pip freeze --all --exclude-editable --exclude rlhf-pipeline |
-        grep -viE '^(nvidia-|cuda-|triton|setuptools|wheel)' | sed -E 's/\+[a-z0-9.]+$//' | LC_ALL=C sort -f
+# compile OPTIONS…: what these parts of the project need.
+compile() {
+    uv --no-config --quiet pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
+        --default-index https://pypi.org/simple --no-annotate --no-header "$@" >/dev/null
 }
 
-python3 -m venv "$scratch/venv"
-"$scratch/venv/bin/python" -m pip install --quiet --upgrade 'pip>=25,<27'
-"$scratch/venv/bin/python" -m pip install --quiet "$torch" --editable .
-freeze >requirements.lock
-"$scratch/venv/bin/python" -m pip install --quiet --group dev
-freeze | LC_ALL=C comm -13 <(LC_ALL=C sort requirements.lock) <(LC_ALL=C sort) >requirements-dev.lock || true
+# part PATTERN KNOWN FILE: the packages of FILE whose names fit the pattern and which KNOWN lacks.
+part() {
+    echo "$HEADER"
+    awk -v pattern="$1" 'FILENAME == ARGV[1] { known[$1]; next }
+        /^[^ ]/ { keep = !/^#/ && $1 ~ pattern && !($1 in known) } keep' "$2" "$3"
+}
+
+cat "${LOCKS[@]}" >"$scratch/union" 2>/dev/null || true
+compile --all-extras --group dev --output-file "$scratch/union" "$@"
+compile --constraints "$scratch/union" --output-file "$scratch/default"
+compile --constraints "$scratch/union" --output-file "$scratch/extras" --extra all
+compile --constraints "$scratch/union" --output-file "$scratch/servers" --extra all --extra servers
+compile --constraints "$scratch/union" --output-file "$scratch/dev" --extra all --extra poem --group dev
+
+# The libraries of PyPI's GPU build of torch, which a CPU build does without.
+part '^(cuda|nvidia)-|^triton==' /dev/null "$scratch/default" >"${LOCKS[1]}"
+part '' "${LOCKS[1]}" "$scratch/default" >"${LOCKS[0]}"
+part '' "$scratch/default" "$scratch/extras" >"${LOCKS[2]}"
+part '' "$scratch/extras" "$scratch/servers" >"${LOCKS[3]}"
+part '' "$scratch/extras" "$scratch/dev" >"${LOCKS[4]}"
+
+# PyPI has no CPU build of torch for Linux; the index that has them lists their hashes.
+version=$(sed -nE 's/^torch==([^ ]+).*/\1/p' requirements.lock)
+if ! grep -q "^torch==$version " infra/locks/torch-cpu.lock 2>/dev/null; then
+    hashes=$(curl --fail --silent --show-error "$TORCH_INDEX/torch/" |
+        sed -nE "s/.*torch-${version//./\\.}%2Bcpu-[^#]*#(sha256)=([0-9a-f]{64}).*/    --hash=\1:\2/p" | sort -u)
+    [ -n "$hashes" ] || { echo "$TORCH_INDEX has no CPU build of torch $version" >&2; exit 1; }
+    printf '%s\ntorch==%s \\\n%s\n' "$HEADER" "$version" "$(sed '$!s/$/ \\/' <<<"$hashes")" >infra/locks/torch-cpu.lock
+fi

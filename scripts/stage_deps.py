@@ -101,8 +101,10 @@ def main(write: bool) -> int:
     document = yaml.load(path.read_text(encoding="utf-8"))
     differences = 0
     for name, stage in document["stages"].items():
-        wanted = collapse(closure(ROOT / PACKAGE / f"{name}.py"))
-        written = [dep for dep in stage["deps"] if dep.startswith(f"{PACKAGE}/") and dep not in BY_HAND]
+        if not (file := ROOT / PACKAGE / f"{name}.py").is_file():
+            raise SystemExit(f"add tasks/{name}.py: dvc.yaml has a stage `{name}`")
+        wanted = collapse(closure(file))
+        written = [dep for dep in stage.setdefault("deps", []) if dep.startswith(f"{PACKAGE}/") and dep not in BY_HAND]
         if written == wanted:
             continue
         differences += 1

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import random
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,9 +12,8 @@ import torch
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
-from tasks.models.loading import add_lora, init_process, load_tokenizer, new_reward_model, save_adapter
+from tasks.models.loading import add_lora, init_process, load_context, load_tokenizer, new_reward_model, save_adapter
 from tasks.rewards.metrics import fraction_true, rating_metrics
-from tasks.rewards.reward_model import NORMALISATION
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import TrainingData, pair_trainer, regression_trainer
 
@@ -35,19 +33,19 @@ def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: 
     """
     init_process()
     rating = params.kind == "rating"
-    data = (_load_ratings if rating else _load_pairs)(params, seed, artifacts.prepare)
     tokenizer = load_tokenizer(artifacts.base_model)
+    rows = (_load_ratings if rating else _load_pairs)(params, seed, artifacts.prepare)
+    data, counts = rows.fit(tokenizer, params, section="gold_judge", context=load_context(artifacts.base_model))
     history = HistoryCallback("gold_judge")
     fresh = new_reward_model(artifacts.base_model, None, seed=seed)
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     make_trainer = regression_trainer if rating else pair_trainer
     train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
-    scorer = TextScorer(model, tokenizer, max_length=params.max_length)
+    scorer = TextScorer(model, tokenizer)
     metrics = _evaluate_ratings(scorer, data, seed) if rating else _evaluate_pairs(scorer, data)
     save_adapter(model, artifacts.out)
-    (artifacts.out / NORMALISATION).write_text(json.dumps({"max_length": params.max_length}) + "\n", encoding="utf-8")
     write_history(artifacts.out / "history.csv", history.rows)
-    write_json(artifacts.out / "metrics.json", metrics)
+    write_json(artifacts.out / "metrics.json", metrics | counts)
 
 
 def _load_ratings(params: GoldJudgeParams, seed: int, prepare: Path) -> TrainingData:
@@ -70,19 +68,19 @@ def _load_pairs(params: GoldJudgeParams, seed: int, prepare: Path) -> TrainingDa
 
 def _evaluate_ratings(scorer: TextScorer, data: TrainingData, seed: int) -> dict[str, float]:
     heldout = data.texts["test"]
-    scores = scorer(heldout)
+    scores, shuffled = (scorer([("", text) for text in texts]) for texts in (heldout, shuffle_words(heldout, seed)))
     return {
         "examples": len(data.texts["train"]),
         **rating_metrics(scores, torch.tensor(data.targets["test"])),
         "heldout_mean_score": scores.mean().item(),
-        "shuffled_mean_score": scorer(shuffle_words(heldout, seed)).mean().item(),
+        "shuffled_mean_score": shuffled.mean().item(),
     }
 
 
 def _evaluate_pairs(scorer: TextScorer, data: TrainingData) -> dict[str, float]:
     train, test = data.pairs["train"], data.pairs["test"]
-    chosen = scorer([row.prompt + row.chosen for row in test])
-    rejected = scorer([row.prompt + row.rejected for row in test])
+    chosen = scorer([(row.prompt, row.chosen) for row in test])
+    rejected = scorer([(row.prompt, row.rejected) for row in test])
     return {
         "pairs": len(train), "heldout_pairs": len(test), "heldout_accuracy": fraction_true(chosen > rejected)
     }  # fmt: skip

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any
 
 import datasets
 from datasets.exceptions import DatasetsError
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from transformers import set_seed
 
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.paths import Artifacts, project_root
 from tasks.core.rows import flatten, write_json
+from tasks.data.hub import HUB_ERRORS
 from tasks.evals.compare import DIGITS, REFERENCE
 from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
 
@@ -140,7 +140,7 @@ def _load_task_objects(params: LmEvalParams, include: Path) -> Any:
         return manager.load(list(params.tasks))
     except ImportError as error:
         raise ConfigError(f"lm_eval.tasks: a task of {list(params.tasks)} needs another package: {error}") from error
-    except (HfHubHTTPError, OfflineModeIsEnabled, DatasetsError, OSError, ValueError, StopIteration) as error:
+    except (*HUB_ERRORS, DatasetsError, StopIteration) as error:
         raise SourceError(
             f"lm_eval.tasks: the data of a task of {list(params.tasks)} cannot be read: {_short_reason(error)}; check "
             f"the network, whether the stages that write it are on, or the task files in {params.include}"

@@ -2,14 +2,14 @@
 
 Writes for each split `demonstrations/`, `prompts/`, `preferences/` (as a source gave them; `preferences/gold/` for the
 gold judge alone) and `ratings/{proxy,gold}/`, all of which exist even where empty, `quarantine.jsonl` with every
-malformed row, and `metrics.json` with every count.
+malformed row, and `metrics.json` with every count, and the lengths of training rows in tokens of the base model.
 """
 
 from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,9 +27,11 @@ from tasks.data.cleaning import (
     hash_uniform,
     in_stable_order,
     rater_half,
-    split_key,
+    split_keys,
     split_of,
+    text_key,
 )
+from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.data import PrepareParams
@@ -38,9 +40,18 @@ __all__ = ["prepare"]
 
 logger = logging.getLogger(__name__)
 
-DROP_REASONS = ("too_short", "too_long", "identical_after_truncation", "duplicate", "near_duplicate", "same_prompt")
+# Each rule that drops rows, and what keeps them.
+CURES = {
+    "too_short": "lower prepare.min_words",
+    "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
+    "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
+    "duplicate": "nothing to set, the sources hold them twice",
+    "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
+}
+WARNING_SHARE = 0.05  # of the collected rows
 
 Splits = Mapping[Split, Sequence[Row]]
+SplitKey = Callable[[Row], str]
 
 
 def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
@@ -57,14 +68,18 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
         raise DataError(
             f"none of {cleaned.collected} collected rows is left{_drop_summary(cleaned)}; look at prepare's bounds"
         )
-    splits = _split(rows, params, seed)
-    splits, gold_pairs = _hold_out_gold_pairs(splits, params, seed)
-    ratings = {half: _ratings_of(splits, half, params, seed) for half in HALVES}
+    split_key = split_keys(cleaned.rows)
+    splits = _split(rows, split_key, params, seed)
+    splits, gold_pairs = _hold_out_gold_pairs(splits, split_key, params, seed)
+    ratings = {half: _ratings_of(splits, half, split_key, params, seed) for half in HALVES}
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
     gold = [*(_split_prompt(row, params.prompt_words) for row in ratings["gold"]["test"]), *gold_pairs["test"]]
     prompts = _prompts(splits, gold, demonstrations, cleaned.dropped, seed)
     if not prompts["train"]:
-        raise DataError(f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}")
+        raise DataError(
+            f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}; if it is in "
+            "another column, name that: collect.sources[].columns: {prompt: COLUMN}"
+        )
     written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
     written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)
@@ -73,19 +88,29 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
     gold_written = _write(artifacts.out / "preferences" / "gold", gold_pairs)
     if params.gold_pair_share:
         written["preferences_gold"] = gold_written
-    _write_metrics(artifacts.out, cleaned, len(rows), written)
+    kinds: dict[str, Splits] = {
+        "prompts": prompts,
+        "demonstrations": demonstrations,
+        "preferences": _of_type(splits, Preference),
+        "preferences_gold": gold_pairs,
+        **{f"ratings_{half}": ratings[half] for half in HALVES},
+    }
+    tokens = TokenCounter(artifacts.base_model / "model").summary({kind: kinds[kind]["train"] for kind in kinds})
+    _write_metrics(artifacts.out, cleaned, len(rows), {**written, "tokens": tokens})
 
 
-def _split(rows: list[Row], params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
+def _split(rows: list[Row], split_key: SplitKey, params: PrepareParams, seed: int) -> dict[Split, list[Row]]:
     """Rows by split, each in an order that is random but stable."""
     splits: dict[Split, list[Row]] = {split: [] for split in SPLITS}
-    for row in in_stable_order(((f"{split_key(row)}\x1f{row.id}", row) for row in rows), seed):
+    for row in in_stable_order(((f"{text_key(row)}\x1f{row.id}", row) for row in rows), seed):
         splits[split_of(split_key(row), params, seed)].append(row)
     return splits
 
 
-def _hold_out_gold_pairs(splits: Splits, params: PrepareParams, seed: int) -> tuple[dict[Split, list[Row]], Splits]:
-    """Separate the gold judge's pairs from the other rows; the pairs of one prompt stay together."""
+def _hold_out_gold_pairs(
+    splits: Splits, split_key: SplitKey, params: PrepareParams, seed: int
+) -> tuple[dict[Split, list[Row]], Splits]:
+    """Separate the gold judge's pairs from the other rows; the pairs of one prompt or group stay together."""
 
     def is_gold(row: Row) -> bool:
         return isinstance(row, Preference) and hash_uniform(split_key(row), seed, "half") < params.gold_pair_share
@@ -98,9 +123,11 @@ def _of_type(splits: Splits, *types: type[Row]) -> dict[Split, list[Row]]:
     return {split: [row for row in rows if isinstance(row, types)] for split, rows in splits.items()}
 
 
-def _ratings_of(splits: Splits, half: Half, params: PrepareParams, seed: int) -> dict[Split, list[Rating]]:
+def _ratings_of(
+    splits: Splits, half: Half, split_key: SplitKey, params: PrepareParams, seed: int
+) -> dict[Split, list[Rating]]:
     return {
-        split: [row for row in rows if isinstance(row, Rating) and rater_half(row.text, params, seed) == half]
+        split: [row for row in rows if isinstance(row, Rating) and rater_half(split_key(row), params, seed) == half]
         for split, rows in splits.items()
     }
 
@@ -117,14 +144,16 @@ def _demonstrations(splits: Splits, proxy: dict[Split, list[Rating]], params: Pr
     if not any(result.values()):
         for split, rows in splits.items():
             pairs = [row for row in rows if isinstance(row, Preference) and row.prompt]
-            result[split] = [Demonstration(id=row.id, prompt=row.prompt, response=row.chosen) for row in pairs]
+            result[split] = [
+                Demonstration(id=row.id, group=row.group, prompt=row.prompt, response=row.chosen) for row in pairs
+            ]
     return result
 
 
 def _split_prompt(row: Rating, words: int) -> Demonstration:
     """A rated text's first words are the prompt, the rest, with its leading space, the response."""
     prompt = " ".join(row.text.split()[:words])
-    return Demonstration(id=row.id, prompt=prompt, response=row.text[len(prompt) :])
+    return Demonstration(id=row.id, group=row.group, prompt=prompt, response=row.text[len(prompt) :])
 
 
 def _prompts(
@@ -139,7 +168,8 @@ def _prompts(
     names = Prompt.model_fields
     for split in SPLITS:
         rows = [*given[split], *demonstrations[split], *(gold if split == "test" else ())]
-        fields = [row.model_dump() for row in rows if getattr(row, "prompt", "")]
+        # A demonstration made from a preference is the same row again.
+        fields = {row.id: row.model_dump() for row in rows if getattr(row, "prompt", "")}.values()
         prompts = [Prompt.model_validate({name: row[name] for name in names if name in row}) for row in fields]
         prompts.sort(key=lambda row: row.answer is None)  # a preference knows no right answer, its prompt may have one
         ordered = in_stable_order(((row.prompt, row) for row in prompts), seed)
@@ -166,11 +196,24 @@ def _write(folder: Path, rows: Splits) -> dict[str, int]:
     return {split: write_rows(folder / f"{split}.jsonl", items) for split, items in rows.items()}
 
 
-def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: dict[str, dict[str, int]]) -> None:
+def _write_metrics(out: Path, cleaned: CleanResult, kept: int, written: Mapping[str, Mapping[str, object]]) -> None:
     rows = {"collected": cleaned.collected, "quarantined": len(cleaned.quarantine), "kept": kept}
-    dropped = dict.fromkeys(DROP_REASONS, 0) | dict(sorted(cleaned.dropped.items()))
-    write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **written})
+    dropped = dict.fromkeys((*CURES, "same_prompt"), 0) | dict(sorted(cleaned.dropped.items()))
+    large = _warn_of_losses(cleaned)
+    write_json(out / "metrics.json", {"rows": rows, "dropped": dropped, **large, **written})
     logger.info("rows %s, dropped %s", rows, dropped)
+
+
+def _warn_of_losses(cleaned: CleanResult) -> dict[str, dict[str, float]]:
+    """Warn of each rule that drops many rows; return their shares of the collected rows, if there are any."""
+    shares = {rule: cleaned.dropped[rule] / cleaned.collected for rule in CURES}
+    if cleaned.kinds == {"film_reviews"}:  # the bounds of the default were chosen to select among these
+        del shares["too_short"], shares["too_long"]
+    large = {rule: round(share, 6) for rule, share in shares.items() if share > WARNING_SHARE}
+    for rule in large:
+        count = f"{cleaned.dropped[rule]} of {cleaned.collected} rows ({large[rule]:.0%})"
+        logger.warning("prepare: %s are dropped as %s; to keep them: %s", count, rule, CURES[rule])
+    return {"dropped_share": large} if large else {}
 
 
 def _drop_summary(cleaned: CleanResult) -> str:

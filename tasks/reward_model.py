@@ -18,12 +18,13 @@ from tasks.models.loading import (
     ADAPTER_DIR,
     add_lora,
     init_process,
+    load_context,
     load_reference,
     load_tokenizer,
     new_reward_model,
     save_adapter,
 )
-from tasks.rewards.objectives import OBJECTIVES, ensemble_metrics, evaluate_reward_model
+from tasks.rewards.objectives import OBJECTIVES, check_accuracy, ensemble_metrics, evaluate_reward_model
 from tasks.rewards.ood import FIT_TEXTS, fit_ood_detector
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
 from tasks.rewards.scorers import (
@@ -57,6 +58,7 @@ def reward_model(
         DataError: the rows that this kind learns from are missing, or lack a field.
         ModelError: a model is incomplete, or of an unfit architecture.
         SourceError: a backbone or pretrained model could not be fetched.
+        TrainingError: held-out accuracy is no better than chance.
     """
     init_process()
     shutil.rmtree(artifacts.out / ADAPTER_DIR, ignore_errors=True)
@@ -64,12 +66,18 @@ def reward_model(
     samples = _sample_sft_responses(params, generation, seed, artifacts.base_model, artifacts.sft, artifacts.prepare)
     if params.backbone:
         fetch_backbone(params.backbone, seed, artifacts.out)
-    metrics, scores = data.sizes(), []
+    backbone, _ = backbone_of(artifacts.base_model, artifacts.sft, artifacts.out)
+    counts: dict[str, float] = {}
+    if not params.pretrained:
+        data, counts = data.fit(
+            load_tokenizer(backbone), params, section="reward_model", context=load_context(backbone)
+        )
+    metrics, scores = data.sizes() | counts, []
     for number in range(params.ensemble_size):
         folder = member_folder(artifacts.out, number)
         scorer = train_reward_model(params, lora, seed, data, artifacts, number)
         member, sample_states = EnsembleMember.fit(scorer, samples, data.weights, length_debias=params.length_debias)
-        write_json(folder / NORMALISATION, {**member.to_dict(), "max_length": params.max_length})
+        write_json(folder / NORMALISATION, member.to_dict())
         values, states = member.raw_scores(data.samples("test"))
         scores.append(member.normalise(values))
         if number == 0:
@@ -80,6 +88,7 @@ def reward_model(
         del scorer, member
         gc.collect()  # a trained model is in reference cycles, and the next needs the memory
     write_json(artifacts.out / "metrics.json", metrics | ensemble_metrics(params.kind, data, torch.stack(scores)))
+    check_accuracy(data, torch.stack(scores).mean(0), params.min_accuracy)
 
 
 def train_reward_model(
@@ -101,7 +110,7 @@ def train_reward_model(
         train_or_resume(trainer)
     save_adapter(model, folder)
     write_history(folder / "history.csv", history.rows)
-    return TextScorer(model, tokenizer, max_length=params.max_length)
+    return TextScorer(model, tokenizer)
 
 
 def _sample_sft_responses(

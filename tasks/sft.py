@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,9 +13,10 @@ from trl import SFTConfig, SFTTrainer
 
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
+from tasks.models.encoding import encode_row, fit_rows, start_ids
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, write_history
-from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
-from tasks.rl.environments import tokenise_dialogue
+from tasks.models.loading import add_lora, init_process, load_context, load_reference, load_tokenizer, save_adapter
+from tasks.rl.environments import encode_dialogue
 
 if TYPE_CHECKING:
     from tasks.config.training import EnvironmentParams, LoraParams, SFTParams
@@ -36,11 +38,12 @@ def sft(
     """
     init_process()
     tokenizer = load_tokenizer(artifacts.base_model)
-    dialogue_tokenizer = tokenizer if environment else None
-    train = _dataset(artifacts.prepare / "demonstrations" / "train.jsonl", params.max_examples, dialogue_tokenizer)
-    heldout = _dataset(
-        artifacts.prepare / "demonstrations" / "validation.jsonl", params.max_validation_examples, dialogue_tokenizer
+    build = partial(
+        _dataset, params, tokenizer, context=load_context(artifacts.base_model), dialogues=environment is not None
     )
+    demonstrations = artifacts.prepare / "demonstrations"
+    train, counts = build(demonstrations / "train.jsonl", params.max_examples)
+    heldout, heldout_counts = build(demonstrations / "validation.jsonl", params.max_validation_examples)
     history = HistoryCallback("sft")
     trainer = SFTTrainer(
         model=add_lora(load_reference(artifacts.base_model, None), lora, seed=seed),
@@ -48,7 +51,7 @@ def sft(
             **trainer_arguments(
                 seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
             ),
-            max_length=params.max_length,
+            max_length=None,  # the rows fit
             completion_only_loss=True,
             train_sampling_strategy="group_by_length",
         ),
@@ -68,16 +71,28 @@ def sft(
         "heldout_loss_before": before,
         "heldout_loss": after,
         "heldout_perplexity": math.exp(after),
+        **counts,
+        "heldout_rows/kept": heldout_counts["rows/kept"],
     }
     write_json(artifacts.out / "metrics.json", metrics)
 
 
-def _dataset(path: Path, limit: int, dialogue_tokenizer: Any) -> Dataset:
-    """Rows for TRL to tokenise, or dialogues tokenised here if a `dialogue_tokenizer` is given."""
+def _dataset(
+    params: SFTParams, tokenizer: Any, path: Path, limit: int, *, context: int | None, dialogues: bool
+) -> tuple[Dataset, dict[str, float]]:
+    """Rows that fit `max_length`, as TRL's trainer takes tokenised ones, and their counts; raises as `fit_rows`."""
     rows = read_rows(path, Demonstration)[:limit]
-    if dialogue_tokenizer is not None:
-        return Dataset.from_list([dict(tokenise_dialogue(row, dialogue_tokenizer)) for row in rows])
-    return Dataset.from_list([{"prompt": row.prompt, "completion": row.response} for row in rows])
+    if dialogues:
+        encoded, masks = zip(*(encode_dialogue(row, tokenizer) for row in rows), strict=True)
+    else:
+        encoded = tuple(encode_row(tokenizer, row.prompt, row.response) for row in rows)
+        masks = tuple([1] * len(row.responses[0]) for row in encoded)
+    fitted = fit_rows(encoded, params, section="sft", context=context, start=len(start_ids(tokenizer)))
+    columns = [
+        {"input_ids": row.prompt + row.responses[0], "completion_mask": [0] * len(row.prompt) + masks[position]}
+        for position, row in zip(fitted.kept, fitted.rows, strict=True)
+    ]
+    return Dataset.from_list(columns), fitted.metrics()
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Fixtures that several test folders share: a model small enough to train in a test."""
 
+import logging
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -24,6 +26,9 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of several proces
     torch.set_num_threads(1)
 
 ROOT = Path(__file__).resolve().parents[1]
+SHIPPED_PARAMS = ROOT / "tests" / "support" / "params.yaml"
+"""The parameters as shipped: those at the root are the user's."""
+
 VOCABULARY = 32
 PAD, EOS = 0, 1
 LETTERS = "Ġabcdefghijklmnopqrstuvwxyz"
@@ -79,7 +84,28 @@ def policy_model() -> PeftModel:
 @pytest.fixture
 def params_yaml(tmp_path: Path) -> Path:
     """A copy of the shipped parameters."""
-    return Path(shutil.copy(ROOT / "params.yaml", tmp_path))
+    return Path(shutil.copy(SHIPPED_PARAMS, tmp_path))
+
+
+class _Raise(logging.Handler):
+    """Raises what is logged, but for the list of weights that a language model has in place of a score's."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if "SequenceClassification LOAD REPORT" not in record.getMessage():
+            raise AssertionError(f"{record.name} warns: {record.getMessage()}")
+
+
+@pytest.fixture(autouse=True)
+def library_warnings_are_errors(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """What transformers, TRL, PEFT and accelerate log as a warning fails the test; the stages would hide it."""
+    monkeypatch.setattr("tasks.models.loading.transformers_logging.set_verbosity_error", lambda: None)
+    handler = _Raise(logging.WARNING)
+    loggers = [logging.getLogger(name) for name in ("transformers", "trl", "peft", "accelerate")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    yield
+    for logger in loggers:
+        logger.removeHandler(handler)
 
 
 @pytest.fixture

@@ -26,7 +26,8 @@ __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
     "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision", "print_prefect_away",
     "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
-    "print_stage_waiting", "print_table", "print_variant_start", "read_findings", "read_policies", "seeds_table",
+    "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_findings", "read_policies",
+    "seeds_table",
     "summary_markdown", "variants_table",
 ]  # fmt: skip
 
@@ -98,6 +99,11 @@ def handle_interrupt(hint: str) -> Iterator[None]:
 def print_error(error: Exception) -> None:
     """Print an error that the user can cure."""
     error_console.print(f"[bold red]error:[/] {escape(str(error))}")
+
+
+def print_warning(text: str) -> None:
+    """Print what is worth a look and stops nothing."""
+    error_console.print(f"[yellow]warning:[/] {escape(text)}")
 
 
 def print_stage_start(name: str, reasons: Sequence[str], log: Path | None = None) -> None:

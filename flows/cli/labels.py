@@ -15,7 +15,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from flows.cli.console import console, enter_project, enter_project_with_services, handle_interrupt, print_table
-from tasks.core.errors import ConfigError, RLHFError
+from tasks.core.errors import ConfigError, DataError, RLHFError, SourceError
 from tasks.core.paths import project_root, stage_dir, state_dir
 
 if TYPE_CHECKING:
@@ -29,7 +29,6 @@ if TYPE_CHECKING:
 
 __all__ = ["app"]
 
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
 NO_QUESTIONS = "none yet: `rlhf label sample` chooses pairs to compare"
 NO_LABELLERS = "none yet: `rlhf label add NAME` adds one, and prints a password"
 EXPOSED_WARNING = "Others can reach this page, and passwords travel in the clear: put a proxy with TLS before it."
@@ -44,26 +43,44 @@ Database = Annotated[
 ]
 Host = Annotated[str, typer.Option(help="Where to listen; 0.0.0.0: everywhere, so that others reach the page.")]
 Port = Annotated[int, typer.Option(min=0, max=65535, help="0: any that is free.")]
+AllowHost = Annotated[
+    list[str],
+    typer.Option(help="A name under which a reverse proxy serves the page; its X-Forwarded-For is then believed."),
+]
+GuidelinesFile = Annotated[
+    Path | None, typer.Option("--guidelines", help="Markdown, shown beside each question; its sha256 is in each label.")
+]
 Names = Annotated[bool, typer.Option("--names", help="Write people's names, and not pseudonyms.")]
 
 
 @app.callback(invoke_without_command=True)
-def serve(context: typer.Context, host: Host = "127.0.0.1", port: Port = 8800, database: Database = None) -> None:
+def serve(
+    context: typer.Context,
+    host: Host = "127.0.0.1",
+    port: Port = 8800,
+    allow_host: AllowHost = [],  # noqa: B006, as typer wants it
+    guidelines: GuidelinesFile = None,
+    database: Database = None,
+) -> None:
     """Serve the labelling page until Ctrl-C."""
     if context.invoked_subcommand:
         return
+    guidelines = guidelines and guidelines.absolute()
     enter_project()
     import uvicorn
 
     from tasks.labelling.app import create_app
     from tasks.labelling.auth import load_secret
+    from tasks.labelling.guidelines import Guidelines
 
+    shown = Guidelines.read(guidelines) if guidelines else None
     listener = _listen(host, port)
     store = _open_store(database)
     state_dir().mkdir(exist_ok=True)
-    app = create_app(store, load_secret(state_dir() / "label-secret"))
+    app = create_app(store, load_secret(state_dir() / "label-secret"), hosts=[host, *allow_host], guidelines=shown)
     _print_banner(store, host, listener.getsockname()[1])
-    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5)
+    proxied = bool(allow_host)
+    config = uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=5, proxy_headers=proxied)
     with suppress(KeyboardInterrupt):
         uvicorn.Server(config).run(sockets=[listener])
     _print("ended; every answer that the page called saved is in the database")
@@ -74,13 +91,33 @@ def add(name: Annotated[str, typer.Argument(help="Who labels.")], database: Data
     """Add a labeller, or give a known one a new password; it is printed once, and only its hash is kept."""
     enter_project()
     from tasks.labelling.auth import hash_password, new_password
+    from tasks.labelling.labels import pseudonym
 
     password = new_password()
     with closing(_open_store(database)) as store:
         is_new = store.add_labeller(name, hash_password(password))
     status = "can sign in" if is_new else "was known, and has a new password; the old one and its sessions have ended"
     _print(f"{escape(name)} {status}")
+    _print(f"in reports and exports: {pseudonym(name)}", highlight=False)
     _print(f"password: {password}", highlight=False)
+
+
+@app.command()
+def restore(database: Database = None) -> None:
+    """Rebuild a database that is damaged or lost from its copy; what is left of the old one is kept beside it."""
+    enter_project()
+    from tasks.labelling import backup
+    from tasks.labelling.database import database_url
+
+    with suppress(DataError, SourceError), closing(_open_store(database)) as store:
+        _print(f"{escape(store.address)} is whole, and lacks nothing that its copy holds; nothing was restored")
+        return
+    result = backup.restore(database_url(database))
+    _print(f"restored: {_format_counts(result.rows)}")
+    if result.unreadable:
+        _print(f"[yellow]{result.unreadable} lines of the copy could not be read[/]")
+    if result.old:
+        _print(f"the old database is in {result.old}")
 
 
 @app.command()
@@ -106,7 +143,7 @@ def sample(
     artifacts, generation = stage_dir("evaluate").parent, load_params(project_root() / "params.yaml").generation
     with handle_interrupt("nothing was added"):
         names = [name for name in policies.split(",") if name]
-        chosen = select_pairs(artifacts, generation, names, prompts, pairs, by, seed=seed)
+        chosen = select_pairs(artifacts, generation, names, prompts, pairs, by, seed=seed, warn=_warn)
     with closing(_open_store(database)) as store:
         added = store.add_questions(with_overlap(chosen, overlap, seed=seed))
         added_tests = store.add_questions(tests)
@@ -199,7 +236,7 @@ def import_(
     enter_project()
     from tasks.labelling.formats import load
 
-    records = load(file, kind, warn=lambda text: _print(f"[yellow]{escape(text)}[/]"))
+    records = load(file, kind, warn=_warn)
     with closing(_open_store(database)) as store:
         result = store.import_records(records)
     line = f"{result.questions} questions, {result.new_questions} of them new"
@@ -208,6 +245,10 @@ def import_(
         line += f", {known} known from before and skipped"
     _print(line)
     _print_conflicts(result.conflicts)
+
+
+def _warn(text: str) -> None:
+    _print(f"[yellow]{escape(text)}[/]")
 
 
 def _open_store(database: str | None) -> LabelStore:
@@ -235,6 +276,8 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _print_banner(store: LabelStore, host: str, port: int) -> None:
+    from tasks.labelling.access import LOOPBACK
+
     (unlabelled, count), labellers = store.open_questions(), store.labellers()
     _print(f"page       http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C ends it)")
     _print(f"database   {escape(store.address)}")
@@ -303,7 +346,7 @@ def _print_report(summary: LabelSummary) -> None:
             format_proportion(row.first), format_number(row.seconds),
         )  # fmt: skip
     print_table(table)
-    alpha = format_number(summary.alpha)
+    alpha = f"–, for {summary.alpha_gap}" if summary.alpha_gap else format_number(summary.alpha)
     if summary.alpha_all is not None:
         alpha += f" (with models {format_number(summary.alpha_all)})"
     _print(f"{summary.labels} labels, {summary.labelled} of {summary.questions} questions labelled")

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import labels, models
+from flows.cli import garbage, labels, models
 from flows.cli.console import (
     console,
     enter_project,
@@ -29,8 +29,12 @@ from flows.cli.console import (
     variants_table,
 )  # fmt: skip
 from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
-from tasks.core.errors import ConfigError, RLHFError, StageError
+from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
+from tasks.core.terminal import allow_all_characters
+
+if TYPE_CHECKING:
+    from tasks.data.fit import Misfit
 
 __all__ = ["app", "main"]
 
@@ -38,6 +42,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="The data from which the pipeline starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(models.app)
+app.add_typer(garbage.app)
 app.add_typer(labels.app, name="label")
 
 
@@ -56,11 +61,13 @@ def _options(
 
 def main() -> None:
     """Entry point: an error that the user can cure is one message and exit status 1."""
+    allow_all_characters()
     if ERROR_VARIABLE in os.environ:  # a run in a worktree, which another `rlhf` has started
         die_with_parent()
     status = 1
     try:
-        app()
+        with disk_errors():
+            app()
     except RLHFError as error:
         print_error(error)
         write_error(error)
@@ -76,6 +83,7 @@ def run(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
     preset: Annotated[str | None, typer.Option(help="Write this preset of infra/presets into params.yaml.")] = None,
     setting: Annotated[list[str] | None, typer.Option("-S", help="Write key=value into params.yaml.")] = None,
+    fit: Annotated[bool, typer.Option(help="Write values that fit the data and the model into params.yaml.")] = False,
     force: Annotated[bool, typer.Option(help="Run the named stages even if nothing changed.")] = False,
     pull: Annotated[bool, typer.Option(help="Fetch missing data and results from the DVC remote.")] = False,
     push: Annotated[bool, typer.Option(help="Send each stage's results to the DVC remote.")] = False,
@@ -97,6 +105,8 @@ def run(
     with handle_interrupt(resume_hint), project_lock(print_run_waiting):
         _apply_overrides(root, preset, setting or [])
         with _prefect_server() as environment:
+            if fit:
+                _fit(root, options)
             if seeds > 1:
                 _run_seeds(seeds, stages or [], options, environment)
                 return
@@ -170,18 +180,32 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
     from tasks.runtime import dvc_stages
 
     pending = dvc_stages.stale_stages()
+    rows = [(item.stage, "restore" if item.in_run_cache else "run", item.reasons) for item in pending]
+    misfits = _misfits_of_status({item.stage for item in pending})
+    rows += [(item.stage, "refuse" if item.blocks else "warn", (str(item),)) for item in misfits]
     if as_json:
-        actions = [("restore" if item.in_run_cache else "run", item) for item in pending]
-        rows = [{"stage": item.stage, "action": action, "reasons": item.reasons} for action, item in actions]
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        keys = ("stage", "action", "reasons")
+        print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
         return
-    if not pending:
+    if not rows:
         console.print("Everything is up to date: `rlhf run` would compute nothing.")
         return
     table = Table("stage", "would", "why")
-    for item in pending:
-        table.add_row(item.stage, "be restored" if item.in_run_cache else "run", escape("\n".join(item.reasons)))
+    for stage, action, reasons in rows:
+        words = {"restore": "be restored", "refuse": "[red]be refused[/]", "warn": "[yellow]warn[/]"}
+        table.add_row(stage, words.get(action, action), escape("\n".join(reasons)))
     print_table(table)
+    if misfits:
+        console.print("`rlhf run --fit` sets what stands after an arrow.")
+
+
+def _misfits_of_status(pending: set[str]) -> "list[Misfit]":
+    """The misfits, if what they are found in is up to date."""
+    from tasks.data.fit import READS, project_misfits
+    from tasks.runtime import dvc_stages
+
+    known = set(READS) <= dvc_stages.graph().keys() and not pending & set(READS)
+    return project_misfits() if known else []
 
 
 @app.command()
@@ -282,13 +306,24 @@ def _prefect_server() -> Iterator[dict[str, str]]:
 def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> None:
     from tasks.config.params import load_preset, parse_override, write_overrides
 
-    path = root / "params.yaml"
     changes = [load_preset(root, preset)] if preset else []
     changes += [parse_override(setting) for setting in settings]
-    if lines := write_overrides(path, changes):
+    if lines := write_overrides(root / "params.yaml", changes):
         console.print("params.yaml changed (undo: git checkout params.yaml)")
         for line in lines:
             console.print(f"  {escape(line)}")
+
+
+def _fit(root: Path, options: dict[str, Any]) -> None:
+    """Write every suggestion of the comparison with data and model into params.yaml; one may uncover another."""
+    from flows.pipeline import pipeline
+    from tasks.data.fit import READS, project_misfits
+
+    pipeline(list(READS), **options | {"force": False})
+    for _ in range(2):
+        settings = [f"{item.key}={item.suggestion}" for item in project_misfits() if item.suggestion]
+        if settings:
+            _apply_overrides(root, None, settings)
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def models(as_json: AsJson = False) -> None:
 
 @app.command()
 def promote(model: Model = "challenger", reason: Reason = "") -> None:
-    """Make a version the champion; one that was refused or rolled back needs --reason."""
+    """Make a version the champion; one that was refused or withdrawn needs --reason."""
     enter_project_with_services()
     version = registry.find(model)
     objection = version.withdrawal or (None if version.accepted else f"the gate refused it: {version.tags['reasons']}")
@@ -86,6 +86,17 @@ def rollback(reason: Reason = "") -> None:
     console.print(
         f"version {restored.number} ({restored.policy}) is the champion again; "
         f"version {withdrawn.number} ({withdrawn.policy}) is withdrawn, and the gate will not promote it by itself"
+    )
+
+
+@app.command()
+def withdraw(reason: Reason = "") -> None:
+    """Take the champion out of use and leave none; `rlhf rollback` puts the one before in its place."""
+    enter_project_with_services()
+    withdrawn = registry.withdraw(by=_user(), reason=reason.strip())
+    console.print(
+        f"version {withdrawn.number} ({withdrawn.policy}) is withdrawn, and the gate will not promote it by itself; "
+        "there is no champion: `rlhf promote` or `rlhf retrain` makes one"
     )
 
 
@@ -226,7 +237,7 @@ def _summary(version: Version) -> dict[str, Any]:
         "aliases": list(version.aliases),
         "win_rate": float(version.tags["win_rate"]),
         "kl": float(version.tags["kl"]),
-        "gate": "rolled back" if version.withdrawal else "accepted" if version.accepted else "refused",
+        "gate": "withdrawn" if version.withdrawal else "accepted" if version.accepted else "refused",
         "commit": version.tags["git.commit"],
         "registered": version.registered.isoformat(timespec="seconds"),
         "weights": dict(version.weights),

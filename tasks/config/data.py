@@ -5,6 +5,7 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.config.base import AnswerPattern, Fraction, Positive, Section
+from tasks.core.rows import ROW_TYPES
 
 __all__ = ["CollectParams", "PreferencesParams", "PrepareParams", "SourceParams"]
 
@@ -41,6 +42,15 @@ class SourceParams(Section):
     )
     licence: str = Field("unknown", description="Goes into the data card.")
     limit: Positive | None = Field(None, description="Keep at most this many rows, in the source's order.")
+
+    @model_validator(mode="after")
+    def _check_columns(self) -> Self:
+        fields = ROW_TYPES[self.row_type].model_fields
+        if unknown := [name for name in self.columns if name not in fields]:
+            raise ValueError(
+                f"columns: {self.row_type} have no field {unknown[0]!r}; their fields are {', '.join(fields)}"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_objective(self) -> Self:

@@ -18,11 +18,7 @@ class JudgeParams(Section):
     )
     model: str = Field("", description="For endpoint: the model's name there.")
     base_url: str = Field("", description="For endpoint: its address up to `/v1`; its key is $OPENAI_API_KEY.")
-    rubric: str = Field(
-        "Two endings of the same film review follow. The better one likes the film more, and says so in good English.",
-        min_length=1,
-        description="What makes a response the better one.",
-    )
+    rubric: str = Field("", description="What makes a response the better one; required for evaluate.llm_judge.")
     prompts: Positive = Field(description="How many of the evaluation's prompts; each policy's pairs are asked twice.")
     max_requests: Positive = Field(1000, description="For endpoint: with more answers missing, none is asked.")
     max_tokens: Positive = Field(500_000, description="For endpoint: a run stops once its answers took this many.")
@@ -62,6 +58,11 @@ class EvaluateParams(Section):
     def _check_judge_prompts(self) -> Self:
         if self.llm_judge and self.llm_judge.prompts > self.prompts:
             raise ValueError(f"llm_judge.prompts is {self.llm_judge.prompts}, but prompts is {self.prompts}")
+        if self.llm_judge and not self.llm_judge.rubric.strip():
+            raise ValueError(
+                "llm_judge.rubric is missing: say in a sentence what makes a response the better one, for example "
+                "'The better answer is right, and short.'"
+            )
         return self
 
 
@@ -74,7 +75,7 @@ Margin = Annotated[float, Field(ge=0)]
 class GateParams(Section):
     """The rules of promotion; all of them must hold."""
 
-    policy: str = Field(description="Policy to promote: ppo, grpo, dpo, or `best`, by surest win rate.")
+    policy: Literal["best", "ppo", "grpo", "dpo"] = Field(description="Policy to promote; `best`: by surest win rate.")
     min_win_rate: Fraction = Field(description="Against SFT, by the gold judge; the 95 % interval must lie above.")
     max_kl: float = Field(gt=0, description="KL to SFT, nats per response, at most.")
     allowed_detectors: list[str] = Field(description="Detectors of reward hacking that may fire without refusal.")

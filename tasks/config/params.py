@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any, Self
@@ -10,12 +10,12 @@ from typing import Any, Self
 from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
-from ruamel.yaml.representer import RoundTripRepresenter, SafeRepresenter
 
 from tasks.config import data, evaluation, training
 from tasks.config.base import LEARNED, Section
 from tasks.config.reward import RewardParams
 from tasks.config.rules import GROUND_TRUTH_RULES
+from tasks.config.yaml_text import edit_yaml
 from tasks.core.errors import ConfigError
 
 __all__ = ["RENAMED", "Params", "load_params", "load_preset", "parse_override", "write_overrides"]
@@ -82,14 +82,19 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _check_stage_dependencies(self) -> Self:
-        from_pairs = (self.reward_model and self.reward_model.pairwise) or self.dpo
+        from_pairs = ["reward_model"] if self.reward_model and self.reward_model.pairwise else []
+        from_pairs += ["dpo"] if self.dpo else []
         if self.preferences is None and from_pairs:
+            verb = "learns" if len(from_pairs) == 1 else "learn"
+            cure = ", or reward_model.kind to rating" if "reward_model" in from_pairs else ""
             raise ValueError(
-                "preferences is null, but reward_model and dpo learn from pairs: set them to null too (a reward_model "
-                "of kind rating or classification learns from ratings)"
+                f"preferences is null, but {' and '.join(from_pairs)} {verb} from pairs: set to null, too{cure}"
             )
-        if self.reward_model is None and LEARNED in self.reward.weights and (self.ppo or self.grpo):
-            raise ValueError("reward_model is null, but reward.weights names `learned`: remove it there")
+        if self.reward_model is None and LEARNED in self.reward.weights:
+            raise ValueError(
+                "reward_model is null, but reward.weights names `learned`: remove it there, for policies are compared "
+                "by the reward, too"
+            )
         if self.gold_judge and self.gold_judge.kind == "preference" and not self.prepare.gold_pair_share:
             raise ValueError(
                 "gold_judge.kind is preference, but prepare.gold_pair_share keeps no pairs for it: raise it"
@@ -117,13 +122,16 @@ class Params(Section):
             )
         if self.gate and "win_rate_vader" in self.gate.margins and not self.evaluate.vader:
             raise ValueError("gate.margins names win_rate_vader, but evaluate.vader is false: remove it there")
+        if self.gate and getattr(self, self.gate.policy, self) is None:
+            raise ValueError(f"gate.policy is {self.gate.policy}, which is null: name another, or best")
         return self
 
     @model_validator(mode="after")
     def _check_environment(self) -> Self:
         rewarded, by_turns = "environment" in self.reward.weights, self.ppo is not None and self.ppo.action == "turn"
         if self.environment is None and (rewarded or by_turns):
-            raise ValueError("reward.weights.environment and ppo.action turn need an environment, which is null")
+            key = "reward.weights names `environment`" if rewarded else "ppo.action is turn"
+            raise ValueError(f"{key}, but environment is null: switch it on, or change that")
         if self.environment is None:
             return self
         if not rewarded:
@@ -179,7 +187,7 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
-    """Write overrides into params.yaml, comments kept; nothing is written if the result is invalid.
+    """Write overrides into params.yaml and keep the rest byte for byte; nothing is written if the result is invalid.
 
     Keys that are missing are written with their defaults: DVC hashes the file, so it must hold every value.
 
@@ -189,30 +197,20 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     Raises:
         ConfigError: as `load_params`, for the file with the changes applied.
     """
-    yaml = YAML()
-    yaml.width = 120
-    yaml.indent(mapping=2, sequence=4, offset=2)
-    yaml.Representer = _ExplicitNull
-    before, document = _read(path), _read(path, yaml)
+    before, document = _read(path), _read(path, YAML())
     where = f"{path} with the requested changes" if overrides else str(path)
+    off = {key for override in overrides for key in override if before.get(key, key) is None}
     for override in overrides:
         _merge(document, override)
     _check_renamed(where, document, *overrides)  # a merge drops keys that are set to null
-    _write_defaults(document, _validate(document, where).model_dump())
+    _write_defaults(document, _validate(document, where, off).model_dump())
     lines = list(_differences(before, document))
     if document != before:
+        text = edit_yaml(path.read_bytes().decode("utf-8"), before, document)
         temporary = path.with_suffix(".tmp")
-        with temporary.open("w", encoding="utf-8") as file:
-            yaml.dump(document, file)
+        temporary.write_bytes(text.encode("utf-8"))
         temporary.replace(path)
     return lines
-
-
-class _ExplicitNull(RoundTripRepresenter):
-    """Writes `null`, where ruamel leaves the value out; a class of its own, since DVC writes dvc.lock by ruamel's."""
-
-
-_ExplicitNull.add_representer(type(None), SafeRepresenter.represent_none)
 
 
 class _ReplaceMapping(dict[str, Any]):
@@ -304,13 +302,25 @@ def _items(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
         yield from _items(inner, f"{prefix}{key}.")
 
 
-def _validate(content: Any, where: str) -> Params:
+def _validate(content: Any, where: str, off: Container[object] = ()) -> Params:
+    """Validate; `off` are the sections that were null before the changes."""
     _check_renamed(where, content)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
-        problems = "\n".join(f"  {_format_error(item)}" for item in error.errors())
-        raise ConfigError(f"{where} is not valid:\n{problems}") from error
+        items = error.errors()
+        partial = dict.fromkeys(item["loc"][0] for item in items if item["type"] == "missing" and item["loc"][0] in off)
+        problems = [_format_error(item) for item in items if item["type"] != "missing" or item["loc"][0] not in partial]
+        problems += [_format_partial(str(name), items) for name in partial]
+        raise ConfigError("\n".join([f"{where} is not valid:", *(f"  {line}" for line in problems)])) from error
+
+
+def _format_partial(section: str, items: Sequence[Any]) -> str:
+    keys = ", ".join(str(item["loc"][-1]) for item in items if item["type"] == "missing" and item["loc"][0] == section)
+    return (
+        f"{section}: it was null, and the changes bring only a part of it; give the whole section, with {keys}, or "
+        "start from one that has it (`git checkout params.yaml` brings back all sections)"
+    )
 
 
 def _all_keys() -> set[str]:
@@ -319,13 +329,15 @@ def _all_keys() -> set[str]:
 
 
 def _format_error(item: Any) -> str:
-    key = ".".join(str(part) for part in item["loc"])
+    key, message = ".".join(str(part) for part in item["loc"]), str(item["msg"]).removeprefix("Value error, ")
     if not key:
-        return str(item["msg"]).removeprefix("Value error, ")
+        return message
     if item["type"] == "extra_forbidden":
         near = get_close_matches(str(item["loc"][-1]), _all_keys(), n=1)
         cure = f"did you mean {near[0]}?" if near else "check the spelling or remove it"
         return f"{key}: unknown key (value {item['input']!r}); {cure}"
     if item["type"] == "missing":
         return f"{key}: missing; add it (see the fields of tasks/config/)"
-    return f"{key}: {item['msg']}, got {item['input']!r}"
+    if isinstance(item["input"], Mapping) and item["type"] == "value_error":
+        return f"{key}: {message}"  # a rule between keys, which it names
+    return f"{key}: {message}, got {item['input']!r}"

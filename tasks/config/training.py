@@ -39,10 +39,12 @@ class LoraParams(Section):
 
     r: Positive = Field(description="Rank of the update.")
     alpha: Positive = Field(description="The update is scaled by alpha / r.")
-    target_modules: str | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
         description="Names of the modules that SFT and the policies adapt, or 'all-linear'."
     )
-    reward_model_modules: str | tuple[str, ...] = Field(description="The same for reward model and gold judge.")
+    reward_model_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        description="The same for reward model and gold judge."
+    )
 
 
 class GenerationParams(Section):
@@ -76,7 +78,14 @@ class TrainerParams(Section):
     epochs: Positive = Field(description="Passes over the training rows.")
     batch_size: Positive = Field(description="Rows (demonstrations, pairs or rated texts) per optimiser step.")
     learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
-    max_length: Positive = Field(description="Texts, prompt and response together, are cut at this many tokens.")
+    max_length: Positive | Literal["auto"] = Field(
+        "auto",
+        description="Tokens of prompt and response together: longer prompts lose their first ones, and rows whose "
+        "response alone is longer are dropped, and counted. auto: the longest row's, at most the model's context.",
+    )
+    max_cut_share: Fraction = Field(
+        0.1, description="The stage fails when more of its rows than this do not fit max_length."
+    )
 
 
 class SFTParams(TrainerParams):
@@ -144,6 +153,11 @@ class RewardModelParams(TrainerParams):
     )
     lora_first_layer: FirstLayer
     normalisation_samples: int = Field(ge=2, description="SFT responses that give the raw reward's mean and spread.")
+    min_accuracy: Fraction = Field(
+        0.6,
+        description="The stage stops where held-out pairs leave it possible that accuracy is ½, chance, and rule out "
+        "that it is this (one-sided, at 5 %); rated texts are compared two by two. 0: goes on with any.",
+    )
 
     @property
     def pairwise(self) -> bool:

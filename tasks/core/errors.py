@@ -1,6 +1,19 @@
 """Errors that a user can cause. A message names what is wrong, where, what was found, and the cure."""
 
-__all__ = ["ConfigError", "DataError", "ModelError", "RLHFError", "SourceError", "StageError", "TrainingError"]
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+__all__ = [
+    "ConfigError", "DataError", "ModelError", "RLHFError", "SourceError", "StageError", "TrainingError",
+    "describe_disk_error", "disk_errors",
+]  # fmt: skip
+
+FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
+MIN_FREE_BYTES = 2**20  # below it a disk counts as full: some libraries' own messages blame something else
 
 
 class RLHFError(Exception):
@@ -29,3 +42,33 @@ class TrainingError(RLHFError):
 
 class StageError(RLHFError):
     """A stage failed, or dvc.yaml and the code disagree about it."""
+
+
+@contextmanager
+def disk_errors(where: str = "") -> Iterator[None]:
+    """Convert what a disk that is full or may not be used makes any library raise to a StageError."""
+    try:
+        yield
+    except RLHFError:
+        raise
+    except Exception as error:
+        if problem := describe_disk_error(error):
+            raise StageError(f"{where}: {problem}" if where else problem) from error
+        raise
+
+
+def describe_disk_error(error: BaseException) -> str | None:
+    """What is wrong, and the cure, if the error comes from a disk that is full or may not be used; else None."""
+    part: BaseException | None = error
+    while part is not None:
+        file = part.filename if isinstance(part, OSError) else None
+        number = part.errno if isinstance(part, OSError) else None
+        if number in FULL or any(os.strerror(known) in str(part) for known in FULL):
+            return f"no space left on the disk ({file or Path.cwd()}): free some, then run again"
+        if (file and number in FORBIDDEN) or os.strerror(errno.EROFS) in str(part):
+            reason = os.strerror(number or errno.EROFS).lower()
+            return f"{file or Path.cwd()} cannot be used ({reason}): let this user read and write it, then run again"
+        part = part.__cause__ or part.__context__
+    if shutil.disk_usage(Path.cwd()).free < MIN_FREE_BYTES:
+        return f"no space left on the disk ({Path.cwd()}): free some, then run again"
+    return None

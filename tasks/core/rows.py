@@ -4,7 +4,7 @@ import csv
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, Self, TypeVar
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -20,7 +20,7 @@ from pydantic import (
 from tasks.core.errors import DataError
 
 __all__ = [
-    "ROW_TYPES", "SPLITS", "Demonstration", "Preference", "Prompt", "Rating", "Row", "Split", "flatten",
+    "ROW_TYPES", "SPLITS", "Demonstration", "Preference", "Prompt", "Rating", "Row", "SourceRow", "Split", "flatten",
     "format_json_error", "format_validation_error", "read_rows", "write_json", "write_rows", "write_table",
 ]  # fmt: skip
 
@@ -53,6 +53,11 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Seque
         writer.writerows(rows)
 
 
+# Beyond any scale that people rate on; squared errors of such numbers are finite in 32 bits.
+MAX_RATING = 1e6
+Score = Annotated[FiniteFloat, Field(ge=-MAX_RATING, le=MAX_RATING)]
+
+
 class Row(BaseModel):
     """Base of all rows: an identifier that is unique within its file."""
 
@@ -61,14 +66,28 @@ class Row(BaseModel):
     id: str = Field(min_length=1)
 
 
-class Prompt(Row):
+class SourceRow(Row):
+    """Base of the rows that a source yields. Rows of one group go to the same split, whatever their texts."""
+
+    group: str | None = Field(default=None, min_length=1, description="What they share: a template, a document.")
+
+    # Fields that a file holds only where they are known.
+    omitted_if_none: ClassVar[tuple[str, ...]] = ("group",)
+
+    @model_serializer(mode="wrap")
+    def _omit_unknown(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        content: dict[str, Any] = serialise(self)
+        return {k: value for k, value in content.items() if value is not None or k not in self.omitted_if_none}
+
+
+class Prompt(SourceRow):
     """A prompt, with the right answer where there is one."""
 
     prompt: str = Field(min_length=1)
     answer: str | None = Field(default=None, description="The right answer, where there is one that a rule can check.")
 
 
-class Demonstration(Row):
+class Demonstration(SourceRow):
     """A response that a person wrote. `prompt + response` is the whole text: the response carries its own space."""
 
     prompt: str
@@ -76,21 +95,24 @@ class Demonstration(Row):
     answer: str | None = Field(default=None, description="As in `Prompt`.")
 
 
-class Preference(Row):
+class Preference(SourceRow):
     """Two responses to one prompt, of which a person preferred `chosen`.
 
     `margin` is the difference of the two mean ratings (points of the rating scale), negative where the sampled raters
     disagree with the mean of all; of a label it is how much better the labeller finds the chosen one: 1 slightly,
-    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last three only where known.
+    2 clearly, 3 far. `objective` names what they were asked to compare. A file holds the last four only where known.
     """
 
     prompt: str
     chosen: str = Field(min_length=1)
     rejected: str = Field(min_length=1)
-    margin: FiniteFloat | None = None
+    margin: FiniteFloat | None = Field(default=None, ge=-2 * MAX_RATING, le=2 * MAX_RATING)
     labelled_by: tuple[str, ...] | None = Field(default=None, description="People, or `model:` and its name.")
     confidence: float | None = Field(default=None, ge=0, le=1, description="That the chosen one is what they mean.")
+    guidelines: tuple[str, ...] | None = Field(default=None, description="sha256 of what the labellers were shown.")
     objective: str | None = Field(default=None, min_length=1)
+
+    omitted_if_none: ClassVar = (*SourceRow.omitted_if_none, "labelled_by", "confidence", "guidelines", "objective")
 
     @model_validator(mode="after")
     def _check_sides_differ(self) -> Self:
@@ -98,18 +120,12 @@ class Preference(Row):
             raise ValueError("chosen and rejected are the same text, so the pair says nothing")
         return self
 
-    @model_serializer(mode="wrap")
-    def _drop_unset(self, serialise: SerializerFunctionWrapHandler) -> dict[str, Any]:
-        content: dict[str, Any] = serialise(self)
-        unset = [name for name in ("labelled_by", "confidence", "objective") if content.get(name, 0) is None]
-        return {name: value for name, value in content.items() if name not in unset}
 
-
-class Rating(Row):
+class Rating(SourceRow):
     """A text and every single rating that people gave it."""
 
     text: str = Field(min_length=1)
-    ratings: tuple[float, ...] = Field(min_length=1)
+    ratings: tuple[Score, ...] = Field(min_length=1)
 
     @property
     def mean(self) -> float:
@@ -117,7 +133,7 @@ class Rating(Row):
         return sum(self.ratings) / len(self.ratings)
 
 
-ROW_TYPES: dict[str, type[Row]] = {
+ROW_TYPES: dict[str, type[SourceRow]] = {
     "prompts": Prompt,
     "demonstrations": Demonstration,
     "preferences": Preference,

@@ -13,24 +13,25 @@ import io
 import json
 import re
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from decimal import Decimal
-from itertools import chain
+from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import datasets
 import pyarrow
-from datasets.exceptions import DatasetNotFoundError
+from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
-from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow import parquet
 
 from tasks.core.errors import DataError, SourceError
 from tasks.core.paths import project_root, state_dir
-from tasks.core.rows import ROW_TYPES, format_json_error
+from tasks.core.rows import format_json_error
+from tasks.data.columns import check_columns, map_columns, number_rows
 from tasks.data.film_reviews import TEXTS, read_film_reviews
+from tasks.data.hub import HUB_ERRORS
 from tasks.data.pypi import fetch, sha256_of
 
 if TYPE_CHECKING:
@@ -73,7 +74,7 @@ def read_hub(source: SourceParams, seed: int) -> ReaderResult:
         rows: Any = datasets.load_dataset(
             source.id, source.subset, data_dir=source.data_dir, split=source.split, revision=commit
         )
-    except (HfHubHTTPError, OfflineModeIsEnabled, DatasetNotFoundError, OSError, ValueError) as error:
+    except (*HUB_ERRORS, DatasetsError) as error:
         first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
             f"source {source.name!r}: dataset {source.id!r} (subset {source.subset}, split {source.split}, revision "
@@ -90,7 +91,7 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
 
     Raises:
         SourceError: reasoning-gym is not installed.
-        DataError: there is no such task, or it has no such option.
+        DataError: there is no such task, it has no such option, or no answer for a demonstration.
     """
     try:
         import reasoning_gym  # an extra of the project: only this source needs it
@@ -106,10 +107,18 @@ def read_reasoning_gym(source: SourceParams, seed: int) -> ReaderResult:
             f"source {source.name!r}: reasoning-gym makes no task {source.id!r} with options {source.options} ({error})"
         ) from error
     version = importlib.metadata.version("reasoning-gym")
-    pairs = ((task["question"], str(task["answer"])) for task in tasks)
-    rows = ({"prompt": question, "answer": answer, "response": answer} for question, answer in pairs)
-    lines = ((f"reasoning_gym/{source.id}", line, row) for line, row in enumerate(rows, start=1))
+    lines = ((f"reasoning_gym/{source.id}", line, _task_row(source, task)) for line, task in enumerate(tasks, start=1))
     return lines, {"source": f"reasoning-gym {version}", "task": source.id, "options": source.options, "seed": seed}
+
+
+def _task_row(source: SourceParams, task: Mapping[str, Any]) -> dict[str, object]:
+    """The row of a task; where many answers are right, reasoning-gym gives none."""
+    if task["answer"] is None and source.row_type == "demonstrations":
+        raise DataError(
+            f"source {source.name!r}: the task {source.id!r} has no one right answer to show; use row_type prompts"
+        )
+    answer = None if task["answer"] is None else str(task["answer"])
+    return {"prompt": task["question"], "answer": answer, "response": answer}
 
 
 def read_local(source: SourceParams, seed: int) -> ReaderResult:
@@ -165,6 +174,9 @@ def _csv(path: Path) -> Iterator[tuple[int, object]]:
     reader = csv.DictReader(io.StringIO(text, newline=""), strict=True)
     last = 1
     try:
+        names = Counter(reader.fieldnames or ())
+        if twice := [name for name, count in names.items() if name and count > 1]:
+            raise DataError(f"{path} has two columns {twice[0]!r}: rename one of them")
         for row in reader:
             start, last = last + 1, reader.line_num
             yield start, _checked_row(row, reader.fieldnames or ())
@@ -227,14 +239,16 @@ def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader
     """
     lines, origin = readers[source.kind](source, seed)
     rows: list[dict[str, Any]] = []
-    for file, line, content in lines:
-        if source.limit is not None and len(rows) >= source.limit:
-            break
+    columns: dict[str, None] = {}
+    for file, line, content in islice(lines, source.limit):
+        columns |= dict.fromkeys(content) if isinstance(content, Mapping) else {}
         rows.append(_wrap_row(source, file, line, content))
     if not rows:
         raise DataError(
             f"source {source.name!r} ({source.kind} {source.id}) holds no rows; check its id, subset and split"
         )
+    check_columns(source, list(columns))
+    number_rows(rows, source)
     return SourceRows(rows, origin)
 
 
@@ -247,7 +261,7 @@ def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> di
     if not isinstance(content, Mapping):
         return place | {"raw": _raw(content), "error": f"not an object but {type(content).__name__}"}
     try:
-        row = _map_columns(source, content, line)
+        row = map_columns(source, content)
     except ValueError as error:
         return place | {"raw": _raw(content), "error": str(error)}
     if source.answer_pattern is None:
@@ -265,74 +279,3 @@ def _raw(content: object) -> str:
     except (ValueError, RecursionError):
         text = f"<{type(content).__name__}>"
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
-
-
-def _plain(value: object) -> Any:
-    """The value as JSON can hold it: a decimal is a number, a tuple a list.
-
-    Raises:
-        ValueError: JSON or UTF-8 has no form for it.
-    """
-    if isinstance(value, str):
-        value.encode("utf-8")  # a lone surrogate is no text
-    elif isinstance(value, Decimal):
-        return int(value) if value == value.to_integral_value() else float(value)
-    elif isinstance(value, Mapping):
-        return {str(_plain(key)): _plain(inner) for key, inner in value.items()}
-    elif isinstance(value, list | tuple):
-        return [_plain(inner) for inner in value]
-    elif not (value is None or isinstance(value, bool | int | float)):
-        raise ValueError(f"a value of type {type(value).__name__}; texts and numbers can be read")
-    return value
-
-
-def _map_columns(source: SourceParams, content: Mapping[str, Any], line: int) -> dict[str, Any]:
-    """Map a source's columns to the row type's fields; other columns are dropped.
-
-    Raises:
-        ValueError: a value is neither text nor number, nor a list of them.
-    """
-    row: dict[str, Any] = {}
-    for name in ROW_TYPES[source.row_type].model_fields:
-        if (column := source.columns.get(name, name)) in content:
-            try:
-                row[name] = _plain(content[column])
-            except (ValueError, RecursionError, ArithmeticError) as error:
-                raise ValueError(f"{column}: {error}") from error
-    row["id"] = f"{source.name}-{line if row.get('id') is None else row['id']}"
-    if source.objective:
-        row["objective"] = source.objective
-    if source.row_type == "preferences" and "prompt" not in row:
-        row |= _split_dialogue(row)
-    if isinstance(row.get("prompt"), str) and row["prompt"]:
-        row["prompt"] = source.template.replace("{prompt}", row["prompt"])
-    if "ratings" in row:
-        row["ratings"] = _ratings(row["ratings"])
-    return row
-
-
-def _ratings(value: Any) -> Any:
-    """Parse ratings: a list, `[1, 2]` in a CSV cell, or one number."""
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except (ValueError, RecursionError):
-            return value
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
-
-
-_ASSISTANT = "\n\nAssistant:"
-
-
-def _split_dialogue(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Split two dialogues that differ in the assistant's last turn (Anthropic hh-rlhf) into prompt and answers.
-
-    Sides of any other form share no prompt: the pair compares whole texts.
-    """
-    chosen, rejected = row.get("chosen"), row.get("rejected")
-    if not (isinstance(chosen, str) and isinstance(rejected, str)):
-        return {"prompt": ""}
-    cut = min(chosen.rfind(_ASSISTANT), rejected.rfind(_ASSISTANT)) + len(_ASSISTANT)
-    if cut < len(_ASSISTANT) or chosen[:cut] != rejected[:cut]:
-        return {"prompt": ""}
-    return {"prompt": chosen[:cut], "chosen": chosen[cut:], "rejected": rejected[cut:]}

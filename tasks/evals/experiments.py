@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median_low
 from typing import Any
 
 from tasks.core.errors import RLHFError, TrainingError
@@ -74,12 +75,23 @@ def load_seed_result(artifacts: Path) -> SeedResult:
     )
 
 
-def collapse_reason(row: Mapping[str, float], degenerate_count: float) -> str | None:
-    """Reason why a policy collapsed, or None: it is clearly worse than SFT, or its last responses are degenerate."""
+def collapse_reason(
+    row: Mapping[str, float], degenerate_count: float, others: Sequence[Mapping[str, float]] = ()
+) -> str | None:
+    """Reason why a policy collapsed, or None.
+
+    It is clearly worse than SFT, or than at least half of the `others`, the same policy under two or more other seeds,
+    or its last responses are degenerate.
+    """
     reasons = []
+    interval = f"{row['win_rate_low']:.0%}–{row['win_rate_high']:.0%}"
+    typical = median_low(other["win_rate_low"] for other in others) if len(others) > 1 else 0.0
     if row["win_rate_high"] < 0.5:
-        interval = f"{row['win_rate_low']:.0%}–{row['win_rate_high']:.0%}"
         reasons.append(f"its win rate's whole interval, {interval}, lies below one half")
+    elif row["win_rate_high"] < typical:
+        reasons.append(
+            f"its win rate's whole interval, {interval}, lies below those of other seeds, which begin at {typical:.0%}"
+        )
     if degenerate_count > 0:
         reasons.append("its last responses are all empty, all the same, or all without an end")
     return "; ".join(reasons) or None
@@ -98,7 +110,7 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
     trained = {seed: result for seed, result in results.items() if isinstance(result, SeedResult)}
     errors = {seed: result for seed, result in results.items() if isinstance(result, RLHFError)}
     policies = dict.fromkeys(policy for result in trained.values() for policy in result.table if policy != REFERENCE)
-    rows = {policy: {str(seed): _seed_row(result, policy) for seed, result in trained.items()} for policy in policies}
+    rows = {policy: {str(seed): _seed_row(trained, seed, policy) for seed in trained} for policy in policies}
     collapsed = [
         f"{policy}, seed {seed}: {row['collapsed']}"
         for policy, own in rows.items() for seed, row in own.items() if row["collapsed"]
@@ -114,11 +126,12 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
     }
 
 
-def _seed_row(result: SeedResult, policy: str) -> dict[str, Any]:
-    row = result.table[policy]
+def _seed_row(trained: Mapping[int, SeedResult], seed: int, policy: str) -> dict[str, Any]:
+    result = trained[seed]
+    row, others = result.table[policy], [other.table[policy] for name, other in trained.items() if name != seed]
     return {key: row[key] for key in SEED_COLUMNS if key in row} | {
         "detectors": " ".join(result.detectors[policy]),
-        "collapsed": collapse_reason(row, result.degenerate_count[policy]),
+        "collapsed": collapse_reason(row, result.degenerate_count[policy], others),
     }
 
 

@@ -102,7 +102,7 @@ class Decision:
 
 
 def select_candidate(table: Table, params: GateParams) -> str:
-    """Select the policy to promote.
+    """Select the policy to promote; the best is the one whose win rate has the highest lower end.
 
     Raises:
         ConfigError: it was not evaluated.
@@ -111,10 +111,15 @@ def select_candidate(table: Table, params: GateParams) -> str:
     if not trained:
         raise ConfigError("nothing to promote: ppo, grpo and dpo are all off")
     if params.policy == "best":
-        return max(trained, key=lambda policy: table[policy]["win_rate_low"])
+        return max(trained, key=lambda policy: _certainty(table[policy]))
     if params.policy not in trained:
         raise ConfigError(f"gate.policy is {params.policy!r}, but the policies evaluated are {', '.join(trained)}")
     return params.policy
+
+
+def _certainty(row: Mapping[str, float]) -> tuple[float, ...]:
+    """Lower end of the win rate; where that is equal, the win rate itself, then the smaller KL."""
+    return row["win_rate_low"], row["win_rate"], -row["kl"]
 
 
 def decide(

@@ -16,6 +16,7 @@ from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
 from tasks.evals.pairwise import PairJudge, Reply
+from tasks.models.encoding import encode_chat, encode_prompt, encode_text
 from tasks.models.loading import load_reference, load_tokenizer, pad_ids, position_ids
 
 if TYPE_CHECKING:
@@ -186,13 +187,11 @@ class LocalJudge:
         return [replies[row] for row in range(len(rows))]
 
     def _ids(self, text: str) -> list[int]:
-        chat = bool(self._tokenizer.chat_template)
-        if chat:
-            message = [{"role": "user", "content": text}]
-            text = self._tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        text += ("" if chat else "\n") + ANSWER_PREFIX
-        ids: list[int] = self._tokenizer(text, add_special_tokens=not chat).input_ids
-        return ids + self._prefix_ids
+        if self._tokenizer.chat_template:
+            question = encode_chat(self._tokenizer, text)
+        else:
+            question = encode_prompt(self._tokenizer, f"{text}\n")
+        return [*question, *encode_text(self._tokenizer, ANSWER_PREFIX), *self._prefix_ids]
 
     @torch.no_grad()
     def _prob_a(self, rows: Sequence[Sequence[int]]) -> list[float]:
@@ -213,7 +212,7 @@ class LocalJudge:
 
 def _letter_tokens(tokenizer: Any) -> tuple[list[int], list[int]]:
     """Common prefix tokens of " A" and " B", and the two tokens in which they differ."""
-    a_ids, b_ids = (tokenizer(text, add_special_tokens=False).input_ids for text in (" A", " B"))
+    a_ids, b_ids = (encode_text(tokenizer, text) for text in (" A", " B"))
     prefix = [a for a, _ in takewhile(lambda pair: pair[0] == pair[1], zip(a_ids, b_ids, strict=False))]
     if len(prefix) == min(len(a_ids), len(b_ids)):
         raise ModelError(

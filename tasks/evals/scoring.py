@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tasks.config.base import ENVIRONMENT
 from tasks.core.errors import DataError, TrainingError
 from tasks.core.rows import Prompt, read_rows
+from tasks.core.terminal import Progress
 from tasks.evals.compare import ScoredResponse
 from tasks.models.loading import is_disabled
 from tasks.rewards.composition import CompositeReward, rule_component
@@ -96,12 +96,15 @@ class PolicySampler:
         sampler = with_environment(LocalSampler(model, self._tokenizer, self._generation), self._environment)
         generator = torch.Generator().manual_seed(self._seed)
         answers: list[SampledResponse] = []
-        for number, prompts in enumerate(tqdm(self._batches, desc=f"answers of {name}", unit="batch")):
+        progress = Progress(f"answers of {name}", len(self._batches), "batch")
+        for number, prompts in enumerate(self._batches):
             if self._environment:  # each turn derives its numbers from a generator's seed
                 generator = derive_generator(self._seed, number)
             rollout = sampler.sample(prompts, generator, samples_per_prompt=samples_per_prompt)
             rows = [row for row in prompts for _ in range(samples_per_prompt)]
             answers += self._to_responses(name, rows, rollout, self._reference_logprobs(model, rollout))
+            progress.update(number + 1)
+        progress.close()
         return answers
 
     def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:

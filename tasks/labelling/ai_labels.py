@@ -21,6 +21,7 @@ from uuid import NAMESPACE_URL, uuid5
 from tasks.core.errors import ConfigError, DataError
 from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
 from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
+from tasks.labelling.formats import read_text
 from tasks.labelling.labels import MAX_NAME_LENGTH, MODEL_PREFIX, Label, Question
 from tasks.labelling.store import LabelStore
 
@@ -50,9 +51,9 @@ class Constitution:
         Raises:
             DataError: it is missing or empty.
         """
-        text = path.read_text(encoding="utf-8").strip() if path.is_file() else ""
+        text = read_text(path).strip()
         if not text:
-            raise DataError(f"{path} is missing or empty: --constitution names a text, see infra/constitutions/")
+            raise DataError(f"{path} is empty: --constitution names a text, see infra/constitutions/")
         return cls(text, hashlib.sha256(text.encode()).hexdigest()[:12])
 
 

@@ -1,9 +1,11 @@
 """Labelling page: one question at a time, as plain forms that work without a script; a script makes it quick."""
 
+import asyncio
+import logging
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,14 +17,16 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.sessions import SessionMiddleware
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.routing import Mount, Route
 from starlette.staticfiles import StaticFiles
 
-from tasks.core.errors import DataError
+from tasks.core.errors import DataError, SourceError
 from tasks.labelling import auth
-from tasks.labelling.labels import MAX_COMMENT_LENGTH, Label, flip, show_swapped
+from tasks.labelling.access import HostCheck, SignInLimits
+from tasks.labelling.guidelines import Guidelines
+from tasks.labelling.labels import MAX_COMMENT_LENGTH, MAX_NAME_LENGTH, Label, flip, pseudonym, show_swapped, text_error
 from tasks.labelling.store import ConflictError, LabelStore
 
 __all__ = ["create_app"]
@@ -30,6 +34,7 @@ __all__ = ["create_app"]
 FOLDER = Path(__file__).parent
 
 MAX_FORM_BYTES = 100_000
+MAX_WAITING_SIGN_INS = 50
 SESSION_SECONDS = 14 * 24 * 3600
 
 HEADERS = {
@@ -70,20 +75,33 @@ BUTTONS = (
 RATINGS = {1: "very bad", 2: "bad", 3: "fair", 4: "good", 5: "very good"}
 
 
-def create_app(store: LabelStore, secret: str) -> Starlette:
-    """Create the web application over a store, which it closes at its end; the secret signs session cookies."""
+log = logging.getLogger(__name__)
+
+
+def create_app(
+    store: LabelStore, secret: str, *, hosts: Collection[str] = (), guidelines: Guidelines | None = None
+) -> Starlette:
+    """Create the web application over a store, which it closes at its end.
+
+    Args:
+        secret: signs session cookies.
+        hosts: names under which the page is served, besides those that `tasks.labelling.access.HostCheck` knows.
+        guidelines: shown beside each question; the store keeps them.
+    """
+    if guidelines:
+        store.add_guidelines(guidelines.sha256, guidelines.text)
 
     @asynccontextmanager
     async def lifespan(_: Starlette) -> AsyncIterator[None]:
         yield
         store.close()
 
-    views = Views(store)
+    views = Views(store, guidelines)
     routes = [
         Route("/", views.question),
         Route("/help", views.help),
         Route("/sign-in", views.sign_in_page),
-        Route("/sign-in", _form_route(views.sign_in), methods=["POST"]),
+        Route("/sign-in", views.sign_in, methods=["POST"]),
         Route("/sign-out", _form_route(views.sign_out), methods=["POST"]),
         Route("/answer", _form_route(views.answer), methods=["POST"]),
         Route("/undo", _form_route(views.undo), methods=["POST"]),
@@ -92,15 +110,24 @@ def create_app(store: LabelStore, secret: str) -> Starlette:
     cookies = Middleware(
         SessionMiddleware, secret_key=secret, session_cookie="rlhf_label", max_age=SESSION_SECONDS, same_site="lax"
     )
-    handlers = {HTTPException: views.refuse, ConflictError: views.conflict, DataError: views.refuse}
-    return Starlette(routes=routes, middleware=[cookies], exception_handlers=handlers, lifespan=lifespan)
+    handlers = {
+        HTTPException: views.refuse,
+        ConflictError: views.conflict,
+        DataError: views.refuse,
+        SourceError: views.unavailable,
+        ClientDisconnect: _answer_nobody,
+    }
+    middleware = [Middleware(HostCheck, names=hosts), cookies]
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers, lifespan=lifespan)
 
 
 class Views:
     """The page at each address, and the action of each form."""
 
-    def __init__(self, store: LabelStore) -> None:
-        self._store = store
+    def __init__(self, store: LabelStore, guidelines: Guidelines | None) -> None:
+        self._store, self._guidelines = store, guidelines
+        self._limits, self._one_at_a_time, self._waiting = SignInLimits(), asyncio.Lock(), 0
+        self._logged = ""  # what the log says of the database, until an answer is saved again
         self._templates = Environment(
             loader=FileSystemLoader(FOLDER / "templates"),
             autoescape=True,
@@ -109,6 +136,7 @@ class Views:
             lstrip_blocks=True,
         )
         shared = {"buttons": BUTTONS, "ratings": RATINGS, "max_comment_length": MAX_COMMENT_LENGTH}
+        shared |= {"guidelines": guidelines, "pseudonym": pseudonym}
         self._templates.globals |= shared | {"new_token": uuid.uuid4, "label_text": _label_text}
 
     def question(self, request: Request) -> Response:
@@ -129,14 +157,17 @@ class Views:
     def answer(self, request: Request, fields: Fields) -> Response:
         """Save an answer, and show the next question."""
         label = _turn(_read_label(fields, self._signed_in(request)))
+        self._check_guidelines(label.guidelines)
         previous_event = _read_number(fields, "previous_event")
         self._store.save_label(label, token=_read_token(fields), previous_event=previous_event)
+        self._logged = ""
         return RedirectResponse("/", 303)
 
     def undo(self, request: Request, fields: Fields) -> Response:
         """Take an answer back, and show its question again."""
         name = self._signed_in(request)
         self._store.undo(name, token=_read_token(fields), event_id=_read_number(fields, "event"))
+        self._logged = ""
         return RedirectResponse("/", 303)
 
     def help(self, request: Request) -> Response:
@@ -145,14 +176,30 @@ class Views:
 
     def sign_in_page(self, request: Request) -> Response:
         """Ask for name and password."""
-        return self._page(request, "sign_in", None, wrong=False, name="")
+        return self._page(request, "sign_in", None, wrong=False, wait=0, name="")
 
-    def sign_in(self, request: Request, fields: Fields) -> Response:
-        """Begin a session, or ask again."""
-        name = fields.get("name", "").strip()
-        if auth.sign_in(request, self._store, name, fields.get("password", "").strip()):
-            return RedirectResponse("/", 303)
-        return self._page(request, "sign_in", None, 401, wrong=True, name=name)
+    async def sign_in(self, request: Request) -> Response:
+        """Begin a session, or ask again.
+
+        Passwords are checked one at a time, for each takes 64 MB; who waits for it takes no worker from the others.
+        """
+        fields = await _read_form(request)
+        name, password = (fields.get(field, "").strip() for field in ("name", "password"))
+        address = request.client.host if request.client else ""
+        keys = (f"address {address}", f"name {name[:MAX_NAME_LENGTH]}")
+        if self._waiting > MAX_WAITING_SIGN_INS:
+            return self._page(request, "sign_in", None, 429, wrong=False, wait=1, name=name)
+        self._waiting += 1
+        try:
+            async with self._one_at_a_time:
+                wait = math.ceil(self._limits.seconds_to_wait(keys))
+                if not wait and await run_in_threadpool(auth.sign_in, request, self._store, name, password):
+                    return RedirectResponse("/", 303)
+                if not wait:
+                    self._limits.count_wrong(keys)
+        finally:
+            self._waiting -= 1
+        return self._page(request, "sign_in", None, 429 if wait else 401, wrong=not wait, wait=wait, name=name)
 
     def sign_out(self, request: Request, _: Fields) -> Response:
         """End the session."""
@@ -174,6 +221,22 @@ class Views:
         text = f"Perhaps in another window, or by two quick clicks. {what} This click changed nothing."
         return self._message(request, 409, "You have answered this already", text)
 
+    def unavailable(self, request: Request, error: Exception) -> Response:
+        """Say that nothing was saved, with a form that sends the same answer again; the log says it once."""
+        if str(error) != self._logged:
+            self._logged = str(error)
+            log.warning("%s; the page says so to who clicks", error)
+        fields = getattr(request.state, "fields", {}) if request.url.path in ("/answer", "/undo") else {}
+        button = next((button.text for button in BUTTONS if button.value == fields.get("answer")), None)
+        values = {"reason": getattr(error, "reason", error), "fields": fields, "action": request.url.path}
+        return self._page(request, "unsaved", None, 503, button=button, **values)
+
+    def _check_guidelines(self, sha256: str | None) -> None:
+        """Refuse guidelines that this database has never shown; an open page may show those of an earlier start."""
+        current = self._guidelines.sha256 if self._guidelines else None
+        if sha256 not in (None, current) and sha256 not in self._store.guidelines():
+            raise DataError(f"guidelines: got {sha256!r}, which this page has not shown")
+
     def _signed_in(self, request: Request) -> str:
         name = auth.current_user(request, self._store)
         if name is None:
@@ -185,8 +248,11 @@ class Views:
         return {"last": last, "last_text": _describe_label(last), "progress": self._store.progress(name)}
 
     def _message(self, request: Request, status: int, title: str, text: str) -> Response:
-        name = auth.current_user(request, self._store)
-        state = self._state(name) if name else {"progress": None}
+        try:
+            name = auth.current_user(request, self._store)
+            state = self._state(name) if name else {"progress": None}
+        except SourceError as error:
+            return self.unavailable(request, error)
         return self._page(request, "message", name, status, title=title, text=text, **state)
 
     def _page(self, request: Request, template: str, user: str | None, status: int = 200, /, **values: Any) -> Response:
@@ -198,16 +264,34 @@ def _form_route(function: Callable[[Request, Fields], Response]) -> Callable[[Re
     """Return a route for a form of ours, whose work with the database does not hold up other requests."""
 
     async def endpoint(request: Request) -> Response:
-        length = request.headers.get("content-length", "")
-        if not length.isdigit() or int(length) > MAX_FORM_BYTES:
-            raise HTTPException(413, f"This form is too large: {MAX_FORM_BYTES} bytes at most.")
-        form = await request.form(max_files=0)
-        fields = {name: value for name, value in form.items() if isinstance(value, str)}
-        if not auth.csrf_valid(request, fields.get("csrf", "")):
-            raise HTTPException(403, "The page was too old to be sent, so this click was not saved. Give it again.")
-        return await run_in_threadpool(function, request, fields)
+        return await run_in_threadpool(function, request, await _read_form(request))
 
     return endpoint
+
+
+async def _read_form(request: Request) -> Fields:
+    """Return the fields of a form of ours.
+
+    Raises:
+        HTTPException: it is too large, or no page of this session has made it.
+        DataError: a field holds what no database keeps.
+    """
+    length = request.headers.get("content-length", "")
+    if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= MAX_FORM_BYTES):
+        raise HTTPException(413, f"This form is too large: {MAX_FORM_BYTES} bytes at most.")
+    form = await request.form(max_files=0)
+    fields = {name: value for name, value in form.items() if isinstance(value, str)}
+    if not auth.csrf_valid(request, fields.get("csrf", "")):
+        raise HTTPException(403, "The page was too old to be sent, so this click was not saved. Give it again.")
+    if reason := next(filter(None, (text_error(name, value) for name, value in fields.items())), None):
+        raise DataError(reason)
+    request.state.fields = fields
+    return fields
+
+
+def _answer_nobody(_: Request, __: Exception) -> Response:
+    """Answer a client that hung up before its form had arrived: nothing was saved, and nothing is to be said."""
+    return Response(status_code=400)
 
 
 def _turn(label: Label) -> Label:
@@ -244,6 +328,7 @@ def _read_label(fields: Fields, labeller: str) -> Label:
         rating_b=_read_number(fields, "rating_b") if fields.get("rating_b") else None,
         comment=fields.get("comment", "").replace("\r\n", "\n").strip() or None,
         seconds=_seconds_since(fields.get("shown", "")),
+        guidelines=fields.get("guidelines") or None,
     )
 
 

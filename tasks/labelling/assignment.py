@@ -14,7 +14,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Select, func, select
 
 from tasks.labelling import database as db
-from tasks.labelling.labels import MODEL_PREFIX, Question
+from tasks.labelling.labels import MODEL_PREFIX, Question, pseudonym
 
 __all__ = ["Leases", "Progress", "choose_question", "needs_labels", "progress"]
 
@@ -114,7 +114,8 @@ def _gold_for(labeller: str) -> Select[Any]:
 
 
 def _unanswered(labeller: str) -> ColumnElement[bool]:
-    return db.QUESTION.id.not_in(select(db.EVENT.question_id).where(db.IS_CURRENT, db.EVENT.labeller == labeller))
+    own = db.EVENT.labeller.in_([labeller, pseudonym(labeller)])
+    return db.QUESTION.id.not_in(select(db.EVENT.question_id).where(db.IS_CURRENT, own))
 
 
 def _leased_question(connection: Connection, leases: Leases, labeller: str) -> Question | None:

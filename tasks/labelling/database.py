@@ -4,9 +4,12 @@ Events are only ever added: the current label of a labeller is their last event 
 """
 
 import contextlib
+import secrets
 import sqlite3
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import sqlalchemy as sa
@@ -16,15 +19,17 @@ from alembic.runtime.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy import Column, Connection, Engine, Integer, Row, Select, String, Table, Text
 from sqlalchemy.engine import URL
-from sqlalchemy.exc import ArgumentError, DBAPIError
+from sqlalchemy.exc import ArgumentError, DBAPIError, IntegrityError
+from sqlalchemy.exc import TimeoutError as PoolTimeoutError
 
-from tasks.core.errors import ConfigError, DataError, SourceError
+from tasks.core.errors import ConfigError, DataError, RLHFError, SourceError
 from tasks.core.paths import state_dir
 from tasks.labelling.labels import MAX_LENGTHS, MAX_NAME_LENGTH, Label, Question
 
 __all__ = [
-    "EVENT", "IS_CURRENT", "QUESTION", "connect", "count_rows", "database_url", "events", "find_event", "in_order",
-    "labellers", "questions", "redact_url", "to_label", "to_question",
+    "EVENT", "IS_CURRENT", "LAST_IDS", "QUESTION", "UnavailableError", "connect", "count_rows", "create_file",
+    "database_file", "database_url", "events", "explained", "find_event", "guidelines", "in_order", "labellers",
+    "metadata", "questions", "redact_url", "to_label", "to_question",
 ]  # fmt: skip
 
 BUSY_SECONDS = 30
@@ -33,7 +38,21 @@ BUSY_SECONDS = 30
 MIGRATION_LOCK = 0x524C4846
 """Of PostgreSQL's advisory locks: two programs that open a new database at once migrate it one after the other."""
 
+FIRST_TABLES = {"questions", "labellers", "events"}
+"""Those that every version has."""
+
+DAMAGED = ("SQLITE_CORRUPT", "SQLITE_NOTADB")
+REBUILD = "end `rlhf label`, then `rlhf label restore` rebuilds it from its copy"
+
 metadata = sa.MetaData()
+
+
+class UnavailableError(SourceError):
+    """The database cannot be read or written just now; `reason` is what a labeller may be told."""
+
+    def __init__(self, address: str, reason: str, cure: str) -> None:
+        super().__init__(f"cannot use the labelling database {address}: {reason}; {cure}")
+        self.reason = reason
 
 
 def _created_at() -> Column[datetime]:
@@ -61,6 +80,15 @@ labellers = Table(
     _created_at(),
 )
 
+guidelines = Table(
+    "guidelines",
+    metadata,
+    Column("sha256", String(64), primary_key=True),
+    Column("text", Text, nullable=False),
+    _created_at(),
+)
+"""What was ever shown beside the questions."""
+
 events = Table(
     "events",
     metadata,
@@ -76,6 +104,7 @@ events = Table(
     Column("swapped", sa.Boolean, nullable=False, default=False),
     Column("seconds", sa.Float),
     _created_at(),
+    Column("guidelines", String(64), doc="sha256 of those that were shown; null: none were."),
     sa.UniqueConstraint("question_id", "labeller", "previous_event"),
     sa.CheckConstraint("kind in ('label', 'undo')"),
     sa.CheckConstraint("(kind = 'label') = (choice is not null)"),
@@ -85,9 +114,10 @@ events = Table(
 EVENT, QUESTION = events.c, questions.c
 
 _each = events.alias()
-_last_ids = sa.select(sa.func.max(_each.c.event_id)).group_by(_each.c.question_id, _each.c.labeller)
+LAST_IDS = sa.select(sa.func.max(_each.c.event_id)).group_by(_each.c.question_id, _each.c.labeller)
+"""Of each labeller's last event on each question."""
 
-IS_CURRENT = sa.and_(EVENT.kind == "label", EVENT.event_id.in_(_last_ids))
+IS_CURRENT = sa.and_(EVENT.kind == "label", EVENT.event_id.in_(LAST_IDS))
 """Of an event: it is a label, and this labeller's last event on this question."""
 
 
@@ -105,27 +135,107 @@ def redact_url(url: str | URL) -> str:
     return parsed.difference_update_query(["password", "passfile"]).render_as_string(hide_password=True)
 
 
+def database_file(url: str) -> Path | None:
+    """Return the file of an SQLite database; None for one in memory, and for PostgreSQL."""
+    parsed = _parse_url(url)
+    name = parsed.database or ""
+    in_file = parsed.get_backend_name() == "sqlite" and name not in ("", ":memory:") and not name.startswith("file:")
+    return Path(name) if in_file else None
+
+
 def connect(url: str) -> Engine:
     """Return an engine for the database, after creating or migrating its tables.
 
     Raises:
         ConfigError: no database URL, or of a kind that is not supported.
-        SourceError: the database does not answer.
-        DataError: the database was written by a newer version of this code.
+        SourceError: the database does not answer, or is damaged.
+        DataError: it is no labelling database, or was written by a newer version of this code.
     """
-    engine = _engine(url)
+    file, engine = database_file(url), _engine(url)
+    try:
+        with explained(redact_url(url)):
+            if file and not file.exists():
+                create_file(file)
+            if file and file.stat().st_size == 0:
+                raise DataError(f"{file} has 0 bytes, and a labelling database never has: it was emptied; {REBUILD}")
+            plain = sa.create_engine(engine.url) if file else engine  # what sets nothing, in case it is not ours
+            with plain.connect() as connection:
+                _check_integrity(connection)
+                _check_ours(connection)
+            if file:
+                plain.dispose()
+            with engine.execution_options(writes=True).begin() as connection:
+                migrate(connection)
+    except RLHFError:
+        engine.dispose()
+        raise
+    return engine
+
+
+def create_file(file: Path, rows: Mapping[Table, Sequence[Mapping[str, Any]]] = MappingProxyType({})) -> None:
+    """Create an SQLite database with these rows, whole or not at all, so that half a one is never taken for new.
+
+    Raises:
+        DataError: parts of another database lie there, which SQLite would take for this one's.
+    """
+    if parts := [part for part in file_parts(file) if part.exists()]:
+        raise DataError(f"{parts[0]} is there without its database {file}: put that back, or move the part away")
+    draft = file.with_name(f"{file.name}.{secrets.token_hex(4)}")
+    engine = _engine(f"sqlite:///{draft}")
     try:
         with engine.execution_options(writes=True).begin() as connection:
             migrate(connection)
-    except (DBAPIError, DataError) as error:
+            for table, content in rows.items():
+                if content:
+                    connection.execute(sa.insert(table), content)
+        engine.dispose()  # SQLite's last connection leaves one whole file
+        with contextlib.suppress(FileExistsError):  # another program was faster
+            file.hardlink_to(draft)
+    finally:
         engine.dispose()
-        if isinstance(error, DataError):
-            raise
-        reason = str(error.orig).strip()
-        raise SourceError(
-            f"cannot open the labelling database {redact_url(url)}: {reason}; see that it runs, and check --database"
-        ) from None
-    return engine
+        for part in (draft, *file_parts(draft)):
+            part.unlink(missing_ok=True)
+
+
+def file_parts(file: Path) -> list[Path]:
+    """Return where SQLite keeps what is not in the database's own file yet."""
+    return [file.with_name(file.name + suffix) for suffix in ("-wal", "-shm", "-journal")]
+
+
+@contextlib.contextmanager
+def explained(address: str) -> Iterator[None]:
+    """Turn a driver's error into an UnavailableError; that a row is there already is for the caller to judge."""
+    try:
+        yield
+    except IntegrityError:
+        raise
+    except (DBAPIError, PoolTimeoutError, OSError, ValueError) as error:
+        orig = getattr(error, "orig", None) or error
+        reason = getattr(orig, "strerror", None) or str(orig).strip() or type(orig).__name__
+        undecodable = isinstance(error, ValueError) or "decode to UTF-8" in reason
+        if undecodable or getattr(orig, "sqlite_errorname", "").startswith(DAMAGED):
+            raise UnavailableError(address, f"it is damaged or no database ({reason})", REBUILD) from None
+        cure = "see that it runs, that its disk has room and may be written, and check --database"
+        raise UnavailableError(address, reason, cure) from None
+
+
+def _check_integrity(connection: Connection) -> None:
+    if connection.dialect.name == "sqlite":
+        found = connection.exec_driver_sql("PRAGMA integrity_check(1)").scalar()
+        if found != "ok":
+            reason = " ".join(str(found).split())
+            raise UnavailableError(redact_url(connection.engine.url), f"it is damaged ({reason})", REBUILD)
+
+
+def _check_ours(connection: Connection) -> None:
+    """Raise a DataError where other tables are there and ours are not, or an SQLite file has none at all."""
+    names = set(sa.inspect(connection).get_table_names())
+    is_new = not names and database_file(str(connection.engine.url)) is None
+    if not (is_new or names >= FIRST_TABLES):
+        raise DataError(
+            f"{redact_url(connection.engine.url)} is no labelling database: its tables are "
+            f"{', '.join(sorted(names)) or 'none'}; name another one with --database"
+        )
 
 
 def migrations() -> ScriptDirectory:
@@ -186,11 +296,15 @@ def count_rows(connection: Connection, statement: Select[Any]) -> int:
     return connection.scalar(sa.select(sa.func.count()).select_from(statement.order_by(None).subquery())) or 0
 
 
-def _engine(url: str) -> Engine:
+def _parse_url(url: str) -> URL:
     try:
-        parsed = sa.make_url(url)
+        return sa.make_url(url)
     except ArgumentError:
         raise ConfigError("--database is no database URL; write postgresql://user:password@host/name") from None
+
+
+def _engine(url: str) -> Engine:
+    parsed = _parse_url(url)
     kind = parsed.get_backend_name()
     if kind not in ("sqlite", "postgresql"):
         raise ConfigError(f"--database names a database of kind {kind!r}; sqlite and postgresql are supported")

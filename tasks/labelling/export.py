@@ -82,8 +82,9 @@ def _row(
         return None
     chosen, rejected = sides if choice == "a" else sides[::-1]
     who = tuple(sorted({label.labeller for label in own}))
+    read = tuple(sorted({label.guidelines for label in own if label.guidelines})) or None
     texts = {"id": name, "prompt": question.prompt, "chosen": chosen, "rejected": rejected}
-    return Preference(**texts, margin=_margin(own, choice), labelled_by=who, confidence=confidence)
+    return Preference(**texts, margin=_margin(own, choice), labelled_by=who, confidence=confidence, guidelines=read)
 
 
 def _margin(labels: Sequence[Label], choice: str) -> float | None:
@@ -110,6 +111,7 @@ def _card(asked: Mapping[str, Question], labels: Sequence[Label], dropped: Mappi
         "choices": dict(sorted(Counter(label.choice for label in labels).items())),
         "dropped": dict(dropped),
         "labelled_by": dict(sorted(Counter(label.labeller for label in labels).items())),
+        "guidelines": dict(sorted(Counter(label.guidelines or "none" for label in labels).items())),
         "alpha": _rounded(krippendorff_alpha(labels)),
         "alpha_people": _rounded(krippendorff_alpha(people)),
         "agreement": {"agree": agreement.hits, "of": agreement.of},

@@ -11,7 +11,7 @@ from tasks.core.rows import format_json_error
 from tasks.labelling.labels import Label, Question, label_error, question_error, question_id
 from tasks.labelling.records import argilla_record, label_studio_record, read_argilla, read_label_studio, without_status
 
-__all__ = ["FORMATS", "Format", "Record", "dump", "load"]
+__all__ = ["FORMATS", "Format", "Record", "dump", "load", "read_text"]
 
 Format: TypeAlias = Literal["argilla", "label-studio"]
 
@@ -48,17 +48,11 @@ def load(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: No
     Raises:
         DataError: the file is missing, or something in it is no record; with every line and reason, up to five.
     """
-    if not path.is_file():
-        raise DataError(f"{path} does not exist: give the file that {kind} exported")
     _, from_record = FORMATS[kind]
     loaded: list[Record] = []
     errors: list[str] = []
     unclear = 0
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from error
-    for line, record in _records(text):
+    for line, record in _records(read_text(path)):
         try:
             if isinstance(record, ValueError):
                 raise record
@@ -72,6 +66,22 @@ def load(path: Path, kind: Format, *, warn: Callable[[str], None] = lambda _: No
     if unclear:
         warn(f"{unclear} of {len(loaded)} records have responses without a status: {NO_STATUS}")
     return loaded
+
+
+def read_text(path: Path, *, exact: bool = False) -> str:
+    """Return the text of a file that a person named; exact: with its byte order mark and line ends.
+
+    Raises:
+        DataError: it is missing, cannot be read, or is not UTF-8.
+    """
+    try:
+        return path.read_bytes().decode() if exact else path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is not UTF-8 ({error.reason} at byte {error.start + 1}); save it as UTF-8") from None
+    except FileNotFoundError:
+        raise DataError(f"{path} does not exist: check the name") from None
+    except OSError as error:
+        raise DataError(f"{path} cannot be read: {error.strerror}") from None
 
 
 def _records(text: str) -> Iterator[tuple[int, Any]]:

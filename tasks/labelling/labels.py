@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 __all__ = [
     "ARGILLA_PREFIX", "CHOICES", "FLIPPED", "LABEL_STUDIO_PREFIX", "MAX_COMMENT_LENGTH", "MAX_LENGTHS",
     "MAX_NAME_LENGTH", "MODEL_PREFIX", "VALUED_CHOICES", "Label", "Question", "flip", "hide_names", "is_model",
-    "label_error", "pseudonym", "question_error", "question_id", "show_swapped",
+    "label_error", "pseudonym", "question_error", "question_id", "show_swapped", "text_error",
 ]  # fmt: skip
 
 CHOICES = ("a", "b", "tie", "both_bad", "skip")
@@ -36,6 +36,8 @@ ANONYMOUS = re.compile(
     re.DOTALL,
 )
 """Labellers whose name says nothing about a person."""
+
+SHA256 = re.compile("[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,7 @@ class Label:
         rating_a, rating_b: direct ratings, 1 to 5.
         swapped: whether response_b was shown first.
         seconds: from the question's display to the click.
+        guidelines: sha256 of the guidelines shown beside the question; see `tasks.labelling.guidelines`.
         event_id: its number in the database; 0 until it is stored.
     """
 
@@ -84,6 +87,7 @@ class Label:
     comment: str | None = None
     swapped: bool = False
     seconds: float | None = None
+    guidelines: str | None = None
     event_id: int = field(default=0, compare=False)
 
 
@@ -113,18 +117,20 @@ def label_error(label: Label) -> str | None:
     ratings = (label.rating_a, label.rating_b)
     if any(rating is not None and rating not in range(1, 6) for rating in ratings):
         return f"rating: {ratings} should be from 1 to 5"
-    if not 0 < len(label.labeller) <= MAX_NAME_LENGTH or _text_error("labeller", label.labeller):
+    if not 0 < len(label.labeller) <= MAX_NAME_LENGTH or text_error("labeller", label.labeller):
         return f"labeller: {label.labeller!r} should have 1 to {MAX_NAME_LENGTH} characters, none of them NUL"
+    if label.guidelines is not None and not SHA256.fullmatch(str(label.guidelines)):
+        return f"guidelines: {label.guidelines!r} is no sha256 in 64 hexadecimal digits"
     comment = label.comment or ""
     if len(comment) > MAX_COMMENT_LENGTH:
         return f"comment: {len(comment)} characters, at most {MAX_COMMENT_LENGTH} are kept"
-    return _text_error("comment", comment)
+    return text_error("comment", comment)
 
 
 def question_error(question: Question) -> str | None:
     """Return why the question cannot be kept, or None where it can."""
-    for name in ("prompt", "response_a", "response_b"):
-        if reason := _text_error(name, getattr(question, name)):
+    for name in ("prompt", "response_a", "response_b", *MAX_LENGTHS):
+        if reason := text_error(name, getattr(question, name)):
             return reason
     for name, most in MAX_LENGTHS.items():
         if (length := len(getattr(question, name))) > most:
@@ -132,7 +138,8 @@ def question_error(question: Question) -> str | None:
     return None
 
 
-def _text_error(name: str, text: str) -> str | None:
+def text_error(name: str, text: str) -> str | None:
+    """Return why no database keeps the text, or None where one does."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations, zip_longest
@@ -18,7 +19,8 @@ from torch import Tensor
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, Prompt, format_validation_error, read_rows
 from tasks.data.cleaning import hash_uniform
-from tasks.labelling.labels import VALUED_CHOICES, Question, question_error, question_id
+from tasks.labelling.formats import read_text
+from tasks.labelling.labels import VALUED_CHOICES, Question, question_error, question_id, text_error
 from tasks.models.loading import policy_stages
 from tasks.rewards.reward_model import RewardModel, member_folder
 from tasks.rl.rollout import load_sampler, sample_in_batches
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PolicyResponse", "by_disagreement", "check_policies", "gold_questions", "load_ensemble_scores", "make_pairs",
-    "preference_variance", "sample_prompts", "sample_responses", "select_pairs", "with_overlap",
+    "preference_variance", "sample_prompts", "sample_responses", "select_pairs", "with_overlap", "without_unkeepable",
 ]  # fmt: skip
 
 CANDIDATES_PER_PAIR = 4
@@ -63,8 +65,12 @@ def select_pairs(
     by: str,
     *,
     seed: int,
+    warn: Callable[[str], None],
 ) -> list[Question]:
     """Sample responses to prompts of the split, and choose pairs of them, `by` random or disagreement.
+
+    Args:
+        warn: called with the number of responses that no database keeps, and why; they are left out.
 
     Raises:
         ConfigError: a policy is not there, or there are not several reward models to disagree.
@@ -76,6 +82,9 @@ def select_pairs(
     spare = candidates // 8 + 4  # some prompts get the same response from every policy
     prompts = sample_prompts(artifacts, split, candidates + spare, seed=seed)
     responses = sample_responses(policies, prompts, generation, artifacts, seed=seed)
+    responses, skipped = without_unkeepable(responses)
+    for reason, number in sorted(skipped.items()):
+        warn(f"{number} responses skipped: {reason}")
     pairs = make_pairs(responses, candidates, least=count, seed=seed)
     return by_disagreement(pairs, count, scores) if scores else pairs
 
@@ -114,6 +123,22 @@ def sample_responses(
             for prompt, text in zip(rollout.prompt_texts, rollout.texts, strict=True):
                 responses[prompt].append(PolicyResponse(policy, text))
     return responses
+
+
+def without_unkeepable(
+    responses: Mapping[str, Sequence[PolicyResponse]],
+) -> tuple[dict[str, list[PolicyResponse]], Counter[str]]:
+    """Return the responses without those that no database keeps, and how many those are for each reason.
+
+    All responses to a prompt that no database keeps are left out.
+    """
+    kept: dict[str, list[PolicyResponse]] = {}
+    skipped: Counter[str] = Counter()
+    for prompt, own in responses.items():
+        reasons = [text_error("prompt", prompt) or text_error("response", item.response) for item in own]
+        kept[prompt] = [item for item, reason in zip(own, reasons, strict=True) if not reason]
+        skipped.update(filter(None, reasons))
+    return kept, skipped
 
 
 def load_ensemble_scores(artifacts: Path) -> Scores:
@@ -205,11 +230,7 @@ def gold_questions(path: Path, *, min_margin: float, count: int) -> list[Questio
     Raises:
         DataError: the file is missing, a line is neither, or no line is left.
     """
-    if not path.is_file():
-        raise DataError(
-            f"{path} does not exist: --gold names a file of questions with their answers, or of preferences"
-        )
-    lines = enumerate(path.read_text(encoding="utf-8").split("\n"), start=1)  # a text may hold other line ends
+    lines = enumerate(read_text(path).split("\n"), start=1)  # a text may hold other line ends
     found = [_read_gold(line, f"{path}:{number}") for number, line in lines if line.strip()]
     clear = sorted((pair for pair in found if pair[0] >= min_margin), key=lambda pair: (-pair[0], pair[1].id))
     if not clear:
@@ -230,8 +251,8 @@ def _read_gold(line: str, where: str) -> tuple[float, Question]:
         raise DataError(
             f"{where}: neither a question with its `gold` answer nor a preference: {format_validation_error(error)}"
         ) from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f"{where}: not a question with its answer: {error}") from None
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise DataError(f"{where}: not a question with its answer: {str(error)[:200]}") from None
     if reason := question_error(question):
         raise DataError(f"{where}: {reason}")
     return margin, question

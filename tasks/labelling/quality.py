@@ -20,7 +20,7 @@ from tasks.evals.statistics import Interval, wilson_interval
 from tasks.labelling.labels import CHOICES, VALUED_CHOICES, Label, Question, is_model
 
 __all__ = [
-    "LabelSummary", "Proportion", "count_votes", "dawid_skene", "first_position_rate", "format_number",
+    "LabelSummary", "Proportion", "alpha_gap", "count_votes", "dawid_skene", "first_position_rate", "format_number",
     "format_proportion", "gold_accuracy", "krippendorff_alpha", "label_summary", "majority", "raw_agreement",
     "report_page",
 ]  # fmt: skip
@@ -61,21 +61,30 @@ def krippendorff_alpha(labels: Sequence[Label]) -> float | None:
     """Return Krippendorff's α, nominal, over VALUED_CHOICES: 1 − observed / expected disagreement; skips are missing.
 
     None where it is not defined: no question has two labels, or all of those have one and the same value.
-    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability".
-
-    Raises:
-        ConfigError: the package krippendorff is missing.
+    Source: Krippendorff 2011, "Computing Krippendorff's Alpha-Reliability", sections A to C.
     """
     voted = [votes for votes in count_votes(labels).values() if votes.total() > 1]
     counts = np.array([[votes[choice] for choice in VALUED_CHOICES] for votes in voted])
     if np.count_nonzero(counts.sum(axis=0)) < 2:
         return None
-    try:
-        import krippendorff
-    except ImportError as error:
-        raise ConfigError(f"Krippendorff's alpha {EXTRA.format('krippendorff')}") from error
-    value = float(krippendorff.alpha(value_counts=counts, level_of_measurement="nominal"))
-    return value if math.isfinite(value) else None
+    voters, values = counts.sum(axis=1), counts.sum(axis=0)
+    total = voters.sum()
+    observed = ((voters**2 - (counts**2).sum(axis=1)) / (voters - 1)).sum() / total
+    expected = (total**2 - (values**2).sum()) / (total * (total - 1))
+    return float(1 - observed / expected)
+
+
+def alpha_gap(labels: Sequence[Label]) -> str | None:
+    """Return why `krippendorff_alpha` is not defined for these labels, skips left out; None where it is."""
+    given = [label for label in labels if label.choice != "skip"]
+    votes = [own for own in count_votes(given).values() if own.total() > 1]
+    if (labellers := len({label.labeller for label in given})) < 2:
+        return f"it compares labellers, so it needs two, and there is {'one' if labellers else 'none'}"
+    if not votes:
+        return (
+            "no question has the labels of two labellers: `rlhf label sample --overlap 0.2` gives some questions to two"
+        )
+    return None if len({choice for own in votes for choice in own}) > 1 else "all labels that can be compared are equal"
 
 
 def raw_agreement(labels: Sequence[Label]) -> Proportion:
@@ -179,6 +188,7 @@ class LabelSummary:
         waiting: labels of people that are still wanted; a skip is none, so somebody else is asked.
         alpha, alpha_all, agreement: over questions without a known answer; `alpha_all` counts models, too, and is None
             without any.
+        alpha_gap: why there is no `alpha`.
         disputed: questions on which labellers differ and their posteriors, the least certain first.
     """
 
@@ -187,6 +197,7 @@ class LabelSummary:
     labels: int
     waiting: int
     alpha: float | None
+    alpha_gap: str | None
     alpha_all: float | None
     agreement: Proportion
     first: Proportion
@@ -220,6 +231,7 @@ def label_summary(questions: Sequence[Question], labels: Sequence[Label]) -> Lab
         labels=len(labels),
         waiting=sum(max(0, number - counts[item]) for item, number in wanted.items()),
         alpha=krippendorff_alpha(compared_people),
+        alpha_gap=alpha_gap(compared_people),
         alpha_all=krippendorff_alpha(compared) if len(people) < len(labels) else None,
         agreement=raw_agreement(compared_people),
         first=first_position_rate(people),

@@ -4,21 +4,24 @@ Both hold what we know of the question, see `_question_metadata`.
 
 Argilla reads records from disk by `Record.from_dict`, and writes them by `dataset.records.to_json`. Fields are prompt,
 response_a and response_b; questions are preference (labels a, b, tie, both_bad), strength (1 to 3), rating_a and
-rating_b (1 to 5) and comment. Labellers have a UUID; the metadata `labellers` names them, and `swapped` holds the
-UUIDs of those who saw response_b first. A response that we write has the `status` submitted or discarded. Argilla's own
-writer (2.8, `Record.to_dict`) drops that, so drafts and discarded answers come out as submitted ones; see
-`without_status`. How long a label took has no place in a record.
+rating_b (1 to 5) and comment. Labellers have a UUID; the metadata `labellers` names them, `swapped` holds the
+UUIDs of those who saw response_b first, and `guidelines` those of who were shown guidelines, with their sha256. A
+response that we write has the `status` submitted or discarded. Argilla's own writer (2.8, `Record.to_dict`) drops that,
+so drafts and discarded answers come out as submitted ones; see `without_status`. How long a label took has no place in
+a record.
 
 Label Studio's tasks are for the interface `LABEL_STUDIO_CONFIG`. People's labels are annotations, models' are
 predictions. It refuses an annotation of an e-mail address that it does not know, and has no field for another name: so
 ours stands in the id of each part of an annotation's result, as `<labeller>/<part>`, which Label Studio keeps; a result
-without parts gets an empty comment for it. The data hold the texts, and in `swapped` who saw answer2 first.
+without parts gets an empty comment for it. The data hold the texts, in `swapped` who saw answer2 first, and in
+`guidelines` the sha256 of what each labeller was shown.
 """
 
 import math
 import re
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -84,6 +87,8 @@ def argilla_record(question: Question, labels: Sequence[Label]) -> dict[str, Any
     if labels:
         metadata["labellers"] = [f"{_uuid_of(label.labeller)} {label.labeller}" for label in labels]
         metadata["swapped"] = [_uuid_of(label.labeller) for label in labels if label.swapped]
+        shown = [f"{_uuid_of(label.labeller)} {label.guidelines}" for label in labels if label.guidelines]
+        metadata |= {"guidelines": shown} if shown else {}
     fields = {name: getattr(question, name) for name in TEXTS}
     return {"id": question.id, "fields": fields, "metadata": metadata, "suggestions": {}, "responses": responses,
             "vectors": {}, "status": "completed" if labels else "pending"}  # fmt: skip
@@ -99,6 +104,7 @@ def read_argilla(record: Any) -> tuple[Question, list[Label]]:
     question = _parse_question(fields, metadata, *TEXTS)
     names = dict(line.split(" ", 1) for line in _get_list(metadata, "labellers", str) if " " in line)
     swapped = _get_list(metadata, "swapped", str)
+    shown = dict(line.split(" ", 1) for line in _get_list(metadata, "guidelines", str) if " " in line)
     responses = _get(record, "responses", dict, {})
     by_user: dict[str, dict[str, Any]] = defaultdict(dict)
     for name in QUESTIONS:
@@ -109,7 +115,10 @@ def read_argilla(record: Any) -> tuple[Question, list[Label]]:
             if status != "draft":
                 by_user[user][name] = value
     labels = [
-        _argilla_label(question.id, names.get(user, f"{ARGILLA_PREFIX}{user}"), values, user in swapped)
+        replace(
+            _argilla_label(question.id, names.get(user, f"{ARGILLA_PREFIX}{user}"), values, user in swapped),
+            guidelines=shown.get(user),
+        )
         for user, values in by_user.items()
     ]
     return question, labels
@@ -147,8 +156,10 @@ def _parse_uuid(response: dict[str, Any]) -> str:
 
 def label_studio_record(question: Question, labels: Sequence[Label]) -> dict[str, Any]:
     """Return a question with its labels."""
-    data = {"prompt": question.prompt, "answer1": question.response_a, "answer2": question.response_b}
+    data: dict[str, Any] = {"prompt": question.prompt, "answer1": question.response_a, "answer2": question.response_b}
     data |= _question_metadata(question) | {"swapped": [label.labeller for label in labels if label.swapped]}
+    if shown := {label.labeller: label.guidelines for label in labels if label.guidelines}:
+        data["guidelines"] = shown
     models = [label for label in labels if is_model(label.labeller)]
     annotations = [_studio_annotation(label) for label in labels if label not in models]
     predictions = [
@@ -169,7 +180,11 @@ def read_label_studio(record: Any) -> tuple[Question, list[Label]]:
     swapped = _get_list(data, "swapped", str)
     given = [(_studio_labeller(own), own) for own in _get(record, "annotations", list, [])]
     given += [(MODEL_PREFIX + _get(own, "model_version", str), own) for own in _get(record, "predictions", list, [])]
-    return question, [_studio_label(question.id, name, own, name in swapped) for name, own in given]
+    shown = _get(data, "guidelines", dict, {})
+    return question, [
+        replace(_studio_label(question.id, name, own, name in swapped), guidelines=shown.get(name))
+        for name, own in given
+    ]
 
 
 def _studio_annotation(label: Label) -> dict[str, Any]:

@@ -6,8 +6,8 @@ is open for everybody. A skip is an answer, but does not count for `labels_wante
 """
 
 import re
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias, TypeVar
 from uuid import uuid4
@@ -15,9 +15,10 @@ from uuid import uuid4
 from sqlalchemy import ColumnElement, Connection, Row, Select, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
-from tasks.core.errors import DataError, SourceError
+from tasks.core.errors import DataError, RLHFError, SourceError
 from tasks.labelling import database as db
 from tasks.labelling.assignment import Leases, Progress, choose_question, needs_labels, progress
+from tasks.labelling.backup import LabelCopy
 from tasks.labelling.labels import (
     FLIPPED,
     MAX_NAME_LENGTH,
@@ -90,15 +91,30 @@ class LabelStore:
     """The labelling database; safe to use from several threads at once."""
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
-        """Open it and bring its tables up to date; raises what `tasks.labelling.database.connect` does."""
-        self._engine = db.connect(url)
-        self._writer = self._engine.execution_options(writes=True)
-        self._leases = Leases(lease_seconds)
+        """Open it, and bring its tables and its copy up to date.
+
+        Raises:
+            RLHFError: see `tasks.labelling.database.connect` and `tasks.labelling.backup.LabelCopy`.
+        """
+        file = db.database_file(url)
         self.address = db.redact_url(url)
+        self._copy = LabelCopy(file) if file else None
+        try:
+            self._engine = db.connect(url)
+            self._writer = self._engine.execution_options(writes=True)
+            if self._copy:
+                self._transaction(self._copy.compare)
+        except RLHFError:
+            self.close()
+            raise
+        self._leases = Leases(lease_seconds)
 
     def close(self) -> None:
         """Close its connections."""
-        self._engine.dispose()
+        if hasattr(self, "_engine"):
+            self._engine.dispose()
+        if self._copy:
+            self._copy.close()
 
     def add_labeller(self, name: str, password_hash: str | None = None) -> bool:
         """Add a labeller, or give a known one this password; return whether they are new.
@@ -124,8 +140,7 @@ class LabelStore:
 
     def labellers(self) -> list[str]:
         """Return the names of those who can sign in."""
-        able = select(db.labellers).where(db.labellers.c.password_hash.is_not(None))
-        return [row.name for row in self._rows(able.order_by(db.labellers.c.name))]
+        return self._names(db.labellers.c.password_hash.is_not(None))
 
     def add_questions(self, questions: Sequence[Question]) -> ImportResult:
         """Add the questions whose id is new, all or none.
@@ -147,14 +162,35 @@ class LabelStore:
         """
         return self._write(lambda connection: _import_records(connection, records))
 
+    def add_guidelines(self, sha256: str, text: str) -> None:
+        """Keep the text of guidelines, once."""
+
+        def work(connection: Connection) -> None:
+            if not _exists(connection, db.guidelines.c.sha256 == sha256):
+                connection.execute(insert(db.guidelines).values(sha256=sha256, text=text))
+
+        self._write(work)
+
+    def guidelines(self) -> dict[str, str]:
+        """Map the sha256 of guidelines that were ever shown to their text."""
+        return {row.sha256: row.text for row in self._rows(select(db.guidelines))}
+
     def questions(self) -> list[Question]:
         """Return all questions in the order in which they are shown."""
         return [db.to_question(row) for row in self._rows(db.in_order(select(db.questions)))]
 
     def current_labels(self) -> list[Label]:
-        """Return each labeller's last label of each question unless it is undone, by question and labeller."""
-        current = select(db.events).where(db.IS_CURRENT).order_by(db.EVENT.question_id, db.EVENT.labeller)
-        return [db.to_label(row) for row in self._rows(current)]
+        """Return each labeller's last label of each question unless it is undone, by question and labeller.
+
+        A pseudonym and the name that it stands for are one labeller, under the name where that is known.
+        """
+        names = {pseudonym(name): name for name in self._names() if pseudonym(name) != name}
+        last: dict[tuple[str, str], Row[Any]] = {}
+        for row in self._rows(select(db.events).where(db.EVENT.event_id.in_(db.LAST_IDS)).order_by(db.EVENT.event_id)):
+            last[row.question_id, names.get(row.labeller, row.labeller)] = row
+        return [
+            replace(db.to_label(row), labeller=name) for (_, name), row in sorted(last.items()) if row.kind == "label"
+        ]
 
     def recorded_labels(self, labeller: str) -> list[Label]:
         """Return every label that the labeller ever gave, those that they undid or changed too."""
@@ -168,7 +204,7 @@ class LabelStore:
 
     def next_task(self, labeller: str) -> LabelTask | None:
         """Return what to ask next; None: nothing is open for them, or all of it is on others' screens."""
-        with self._leases.lock, self._engine.connect() as connection:
+        with self._leases.lock, self._reading() as connection:
             question = choose_question(connection, self._leases, labeller)
             if question is None:
                 return None
@@ -213,21 +249,35 @@ class LabelStore:
 
     def progress(self, labeller: str) -> Progress:
         """Return how far the labeller is."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return progress(connection, self._leases, labeller)
 
     def open_questions(self) -> tuple[int, int]:
         """Return how many questions need labels, gold left out, and how many there are, with gold."""
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return db.count_rows(connection, needs_labels()), db.count_rows(connection, select(db.QUESTION.id))
 
+    @contextmanager
+    def _reading(self) -> Iterator[Connection]:
+        with db.explained(self.address), self._engine.connect() as connection:
+            yield connection
+
     def _rows(self, statement: Select[Any]) -> Sequence[Row[Any]]:
-        with self._engine.connect() as connection:
+        with self._reading() as connection:
             return connection.execute(statement).all()
 
+    def _names(self, *where: ColumnElement[bool]) -> list[str]:
+        return [row.name for row in self._rows(select(db.labellers.c.name).where(*where).order_by(db.labellers.c.name))]
+
     def _write(self, work: Callable[[Connection], Result]) -> Result:
+        result = self._transaction(work)
+        if self._copy:
+            self._transaction(self._copy.catch_up)
+        return result
+
+    def _transaction(self, work: Callable[[Connection], Result]) -> Result:
         for _ in range(2):  # in PostgreSQL another connection may write between our look and our writing
-            with suppress(IntegrityError), self._writer.begin() as connection:
+            with suppress(IntegrityError), db.explained(self.address), self._writer.begin() as connection:
                 return work(connection)
         raise SourceError(
             "the labelling database has changed meanwhile, by a click or another command; what was stored before "

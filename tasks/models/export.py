@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasks.core.errors import ConfigError, ModelError
+from tasks.models.encoding import encode_prompt
 from tasks.models.loading import ADAPTER_DIR, device, init_process, load_policy, load_reference, load_tokenizer
 
 __all__ = ["ExportCheck", "atomic_folder", "export"]
@@ -70,7 +71,7 @@ def export(
     init_process()
     base_model, sft = artifacts / "base_model", artifacts / "sft"
     tokenizer, trained = load_tokenizer(base_model), cast(Any, load_policy(base_model, sft, artifacts / policy))
-    batches = [torch.tensor([tokenizer(prompt).input_ids], device=device()) for prompt in prompts]
+    batches = [torch.tensor([encode_prompt(tokenizer, prompt)], device=device()) for prompt in prompts]
     expected = _logits(trained, batches)
     exported: Any = load_reference(base_model, sft) if adapter else trained.merge_and_unload()
     exported.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]

@@ -15,19 +15,20 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from huggingface_hub import HfApi, snapshot_download
-from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import state_dir
+from tasks.data.hub import HUB_ERRORS
 from tasks.data.pypi import fetch
+from tasks.models.encoding import decode_response, encode_prompt, encode_text
 
 if TYPE_CHECKING:
     from tasks.config.training import BaseModelParams
 
-__all__ = ["READERS", "folder_origin", "hub_folder", "load_folder", "save_model", "set_padding"]
+__all__ = ["READERS", "check_parts", "folder_origin", "hub_folder", "load_folder", "save_model", "set_padding"]
 
 Loaded = tuple[Any, Any, dict[str, object]]
 
@@ -73,7 +74,7 @@ def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dic
     try:
         commit = str(HfApi().model_info(name, revision=revision).sha)
         folder = snapshot_download(name, revision=commit, allow_patterns=_HUB_FILES)
-    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError, ValueError) as error:
+    except HUB_ERRORS as error:
         raise SourceError(
             f"model {name!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
             f"{_first_line(error)}; check the network, the name and your access, or {alternative}"
@@ -203,6 +204,29 @@ def set_padding(model: Any, tokenizer: Any, pad_token: str) -> None:
         if config is not None:
             config.pad_token_id = tokenizer.pad_token_id
             config.eos_token_id = tokenizer.eos_token_id
+
+
+def check_parts(model: Any, tokenizer: Any, what: str) -> None:
+    """Check that model and tokenizer fit together.
+
+    Raises:
+        ModelError: the tokenizer has tokens without an embedding, drops a response's space, or a weight is not finite.
+    """
+    rows, vocabulary = model.get_input_embeddings().num_embeddings, tokenizer.get_vocab()
+    if beyond := sorted((number, token) for token, number in vocabulary.items() if number >= rows):
+        tokens = ", ".join(repr(token) for _, token in beyond[:5])
+        raise ModelError(
+            f"{what}: the embedding has {rows} rows, and {len(beyond)} tokens of the tokenizer are beyond them "
+            f"({tokens}): call model.resize_token_embeddings({beyond[-1][0] + 1}) and save the folder again"
+        )
+    text = " a"
+    if (decoded := decode_response(tokenizer, encode_prompt(tokenizer, "a"), encode_text(tokenizer, text))) != text:
+        raise ModelError(
+            f"{what}: its tokenizer gives back {decoded!r} for {text!r}, so a response could not be read as it was "
+            "written; choose another base_model"
+        )
+    if bad := [name for name, weight in model.named_parameters() if not weight.isfinite().all()]:
+        raise ModelError(f"{what}: {len(bad)} weights hold numbers that are not finite in 16 bits, as {bad[0]}")
 
 
 def save_model(model: Any, tokenizer: Any, folder: Path) -> None:

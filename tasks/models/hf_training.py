@@ -5,22 +5,25 @@ The checkpoints are transformers' own. Three things that they lack are added her
 of the data that follows from the epoch, and TRL's count of tokens.
 """
 
+import hashlib
+import json
 import os
+import pickle
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
-from tqdm import tqdm
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.core import distributed, tracking
 from tasks.core.errors import TrainingError
 from tasks.core.rows import write_table
+from tasks.core.terminal import Progress, print_line
 from tasks.models.loading import device, save_adapter
 
 __all__ = ["HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "write_history"]
@@ -33,7 +36,7 @@ LOGGING_STEPS = 5
 CHECKPOINT_STEPS = 25
 
 SNAPSHOTS_DIR = "policies"
-COMPLETE_MARKER = "whole"  # an empty file, written last: a checkpoint without it is incomplete
+COMPLETE_MARKER = "whole.json"  # written last: name of each file of a checkpoint → its SHA-256
 
 
 def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
@@ -81,9 +84,10 @@ def train_or_resume(trainer: Trainer) -> None:
     """Train, resuming from the newest complete checkpoint if there is one.
 
     Raises:
-        TrainingError: the loss or the gradient is not finite, or the ranks have not trained the same model.
+        TrainingError: the loss or the gradient is not finite, the ranks have not trained the same model, or the
+            checkpoint holds more than numbers and tensors.
     """
-    checkpoint = _newest_checkpoint()
+    checkpoint = _find_checkpoint(_warn_of_checkpoint)
     if checkpoint:
         logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history[-1]
         # TRL logs this count and saves it nowhere else.
@@ -92,15 +96,53 @@ def train_or_resume(trainer: Trainer) -> None:
     # Accelerate takes a model that was only evaluated as prepared for training; each rank would then train alone.
     setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
     trainer.remove_callback(PrinterCallback)  # `HistoryCallback` shows progress
-    trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    try:
+        trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+    except pickle.UnpicklingError as error:
+        message = f"{checkpoint} holds more than numbers and tensors, so it was not loaded: delete it, and run again"
+        raise TrainingError(message) from error
     distributed.check_in_sync(weight for weight in trainer.model.parameters() if weight.requires_grad)
 
 
-def _newest_checkpoint() -> Path | None:
-    """The newest complete checkpoint; transformers' get_last_checkpoint gives one that a kill cut short as well."""
+def _find_checkpoint(on_problem: Callable[[str], None] = lambda _problem: None) -> Path | None:
+    """The newest whole checkpoint; transformers' get_last_checkpoint gives one that a kill cut short as well.
+
+    `on_problem` is called for each newer one, and where none is left.
+    """
     folder = tracking.checkpoint_dir()
-    complete = [mark.parent for mark in folder.glob(f"checkpoint-*/{COMPLETE_MARKER}")] if folder else []
-    return max(complete, key=_step, default=None)
+    found = sorted(folder.glob("checkpoint-[0-9]*"), key=_step, reverse=True) if folder else []
+    for checkpoint in found:
+        if (problem := _find_damage(checkpoint)) is None:
+            return checkpoint
+        on_problem(f"warning: the checkpoint {checkpoint} is passed over: {problem}")
+    if found:
+        on_problem(f"warning: no checkpoint is left in {folder}, so the training begins anew")
+    return None
+
+
+def _find_damage(checkpoint: Path) -> str | None:
+    """Why the checkpoint cannot be used; None if it is whole."""
+    try:
+        digests = dict(json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return "it is not complete"
+    damaged = [name for name, digest in digests.items() if _sha256(checkpoint / name) != digest]
+    return f"{', '.join(damaged)} in it is missing or damaged" if damaged else None
+
+
+def _sha256(path: Path) -> str | None:
+    """The SHA-256 of a file that is on the disk; None if there is none."""
+    try:
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError:
+        return None
+
+
+def _warn_of_checkpoint(problem: str) -> None:
+    if distributed.rank() == 0:
+        print_line(problem)
 
 
 def _step(checkpoint: Path) -> int:
@@ -116,18 +158,16 @@ class HistoryCallback(TrainerCallback):
     def __init__(self, stage: str) -> None:
         self.rows: list[dict[str, float]] = []
         self._stage = stage
-        self._bar: Any = None
 
     def on_train_begin(self, args: Any, state: TrainerState, control: Any, **kwargs: Any) -> None:
         self.rows = [_row(entry) for entry in state.log_history if "loss" in entry]
         if state.global_step and state.is_world_process_zero:
             place = f"step {state.global_step} of {state.max_steps}"
-            print(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
+            print_line(f"{self._stage}: goes on from {place} (checkpoint of an interrupted run)")
         for entry in state.log_history:  # the curves of a resumed run are complete, too
             tracking.log_metrics(_numeric(entry), step=int(entry["step"]))
         hidden = not state.is_world_process_zero
-        steps = {"total": state.max_steps, "initial": state.global_step, "unit": "step"}
-        self._bar = tqdm(desc=self._stage, disable=hidden, **steps)
+        self._progress = Progress(self._stage, state.max_steps, "step", done=state.global_step, hidden=hidden)
 
     def on_epoch_begin(
         self, args: TrainingArguments, state: TrainerState, control: Any, train_dataloader: Any = None, **kwargs: Any
@@ -142,7 +182,7 @@ class HistoryCallback(TrainerCallback):
             sampler.generator = torch.Generator().manual_seed(args.seed + epoch)
 
     def on_step_end(self, args: Any, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._bar.update(state.global_step - self._bar.n)
+        self._progress.update(state.global_step)
         if state.global_step >= state.max_steps:
             control.should_save = False  # nothing is left to go on with, and this step need not have been logged
 
@@ -152,13 +192,11 @@ class HistoryCallback(TrainerCallback):
         if not state.is_world_process_zero:
             return
         checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        for path in checkpoint.iterdir():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-        (checkpoint / COMPLETE_MARKER).touch()
+        digests = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir())}
+        (checkpoint / COMPLETE_MARKER).write_text(json.dumps(digests, indent=2), encoding="utf-8")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._bar.close()
+        self._progress.close()
 
     def on_log(
         self, args: Any, state: TrainerState, control: Any, logs: Mapping[str, Any] | None = None, **kwargs: Any
@@ -166,7 +204,7 @@ class HistoryCallback(TrainerCallback):
         """Log; stop on a loss that is not finite, before the checkpoint of that step is saved."""
         numbers = _numeric(logs or {})
         if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
-            checkpoint = _newest_checkpoint()
+            checkpoint = _find_checkpoint()
             kept = f"; the checkpoint of step {_step(checkpoint)} is kept" if checkpoint else ""
             raise TrainingError(
                 f"step {state.global_step}: loss or gradient is not finite: {numbers}; lower learning_rate{kept}"
@@ -174,7 +212,7 @@ class HistoryCallback(TrainerCallback):
         tracking.log_metrics(numbers, step=state.global_step)
         if "loss" in numbers:
             self.rows.append(_row(state.log_history[-1]))
-            self._bar.set_postfix({"loss": f"{numbers['loss']:.3g}"})
+            self._progress.update(state.global_step, {"loss": numbers["loss"]})
 
 
 class PolicySnapshots:

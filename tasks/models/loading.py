@@ -20,17 +20,20 @@ from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSequenceClassification,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as transformers_logging
 
 from tasks.core import distributed
 from tasks.core.errors import ModelError
 from tasks.core.paths import DISABLED_MARKER
+from tasks.models.encoding import context_length
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
 
 if TYPE_CHECKING:
@@ -43,6 +46,8 @@ __all__ = [
     "dtype",
     "init_process",
     "is_disabled",
+    "linear_modules",
+    "load_context",
     "load_policy",
     "load_reference",
     "load_reward_model",
@@ -102,6 +107,11 @@ def load_tokenizer(base_model: Path) -> PreTrainedTokenizerBase:
     return tokenizer
 
 
+def load_context(base_model: Path) -> int | None:
+    """Longest sequence of tokens that the base model can read; None where its configuration states none."""
+    return context_length(AutoConfig.from_pretrained(_require_file(base_model / MODEL_DIR, "config.json")))
+
+
 def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
     """The base model with the SFT adapter merged, in evaluation mode and frozen: float32 on CPU, bfloat16 on a GPU."""
     folder = _require_file(base_model / MODEL_DIR, "config.json")
@@ -136,37 +146,49 @@ def add_lora(
         first_layer: layers below it get no adapter; ModelError where the model has no such layer.
     """
     torch.manual_seed(seed)
-    task = TaskType.CAUSAL_LM if head is None else TaskType.SEQ_CLS
-    config = lora_config(lora, task, head)
+    config = lora_config(model, lora, head)
     if first_layer:
         layers = int(model.config.num_hidden_layers)
         if first_layer >= layers:
-            raise ModelError(f"first_layer is {first_layer}, but the model has {layers} layers; choose one below")
+            raise ModelError(f"lora_first_layer is {first_layer}, but the model has {layers} layers; choose one below")
         if config.target_modules == "all-linear":
-            config.target_modules = _linear_names(model)
+            config.target_modules = set(linear_modules(model))
         config.layers_to_transform = list(range(first_layer, layers))
     return get_peft_model(model, config)
 
 
-def lora_config(lora: LoraParams, task: TaskType, head: str | None = None) -> LoraConfig:
-    """The PEFT configuration for the shared LoRA section; no dropout, so that ratios start at exactly 1."""
-    names = lora.reward_model_modules if head else lora.target_modules
-    modules = names if isinstance(names, str) else list(names)
-    saved = [head] if head else None
-    config = LoraConfig(
-        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=modules, modules_to_save=saved, task_type=task
+def lora_config(model: PreTrainedModel, lora: LoraParams, head: str | None = None) -> LoraConfig:
+    """The PEFT configuration for the shared LoRA section; no dropout, so that ratios start at exactly 1.
+
+    Raises:
+        ModelError: the model lacks a module that the section names; PEFT would adapt the others in silence.
+    """
+    names, key = (
+        (lora.reward_model_modules, "reward_model_modules") if head else (lora.target_modules, "target_modules")
     )
+    modules, known = names if isinstance(names, str) else list(names), linear_modules(model)
+    if unknown := [name for name in modules if name not in known and isinstance(modules, list)]:
+        raise ModelError(
+            f"lora.{key} names {', '.join(unknown)}, which {type(model).__name__} does not have; its linear modules "
+            f"are {', '.join(known)}"
+        )
+    transposed = any(isinstance(module, Conv1D) for module in model.modules())  # GPT-2's layers
+    saved, task = ([head], TaskType.SEQ_CLS) if head else (None, TaskType.CAUSAL_LM)
+    config = LoraConfig(
+        r=lora.r, lora_alpha=lora.alpha, lora_dropout=0.0, target_modules=modules, modules_to_save=saved,
+        task_type=task, fan_in_fan_out=transposed,
+    )  # fmt: skip
     return register_frozen_lora(config)
 
 
-def _linear_names(model: PreTrainedModel) -> set[str]:
-    """Names of the linear modules of the backbone's layers; PEFT takes no layer range with 'all-linear'."""
-    backbone = getattr(model, model.base_model_prefix)
-    return {
+def linear_modules(model: PreTrainedModel) -> list[str]:
+    """Names of the linear modules of the backbone's numbered layers, which LoRA can adapt."""
+    names = {
         name.rsplit(".", 1)[-1]
-        for name, module in backbone.named_modules()
-        if isinstance(module, torch.nn.Linear) and "layers." in name
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear | Conv1D) and any(part.isdigit() for part in name.split("."))
     }
+    return sorted(names)
 
 
 def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: int = 1) -> PreTrainedModel:

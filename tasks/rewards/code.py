@@ -10,11 +10,13 @@ itself and never rewarded: `evaluate.gold_rule` with `held_out: true` judges by 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from tqdm import tqdm
 
 from tasks.core.errors import DataError
 from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
@@ -24,8 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = ["CodeReward", "extract_program", "function_under_test", "select_tests"]
 
-# A block of any language opens: else the end of one in another language would be read as the program's beginning.
-_FENCE_RE = re.compile(r"^[ ]{0,3}```[ ]*([^\s`]*)[^\n`]*\n(.*?)^[ ]{0,3}```[ \t]*\r?$", re.DOTALL | re.MULTILINE)
+_FENCE, _MAX_FENCE_INDENT = "```", 3
 _LANGUAGES = ("", "python", "py", "python3")
 _ENTRY_POINT_RE = re.compile(r"^#\s*entry_point:\s*(\w+)\s*$", re.MULTILINE)
 _HELD_OUT_RE = re.compile(r"^#\s*held out\s*$", re.MULTILINE)
@@ -39,37 +40,54 @@ class CodeReward:
 
     Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
-    the function returned. The result itself is out of the program's reach. Against that: tests with many values that
-    the prompt does not show, `held_out` tests at evaluation, a second component for length (a table of cases is long),
-    and the KL penalty. Watch `failures/<status>`: where `refused` or `timeout` rises, the policy probes the sandbox.
+    the function returned, or `assert not abs(x - y) > eps` for NaN. The result itself is out of the program's reach.
+    Against that: the tests are tried on trivial answers before training, and those that accept one are named and
+    counted in `weak_tests`; tests with many values that the prompt does not show, `held_out` tests at evaluation, a
+    second component for length (a table of cases is long), and the KL penalty. Watch `failures/<status>`: where
+    `refused` or `timeout` rises, the policy probes the sandbox.
     """
 
     def __init__(self, options: CodeRule, answers: Mapping[str, str]) -> None:
-        """Test the sandbox once, before training; `answers` maps a prompt to its tests.
+        """Test the sandbox and all tests once, before training; `answers` maps a prompt to its tests.
 
         Raises:
             ConfigError: the sandbox cannot be built, or does not hold, on this machine.
+            DataError: tests cannot judge any program, or do not say which function they are of.
         """
         self._sandbox, self._options, self._answers = Sandbox(options), options, answers
+        trivial = self._sandbox.trivial_answers([self._job(prompt, "") for prompt in answers])
+        self._weak = {prompt: accepted for prompt, accepted in zip(answers, trivial, strict=True) if accepted}
+        if self._weak:
+            tqdm.write(self._weak_tests_warning(), file=sys.stderr)
+
+    def _weak_tests_warning(self) -> str:
+        names = {prompt: function_under_test(prompt, self._answers[prompt]) for prompt in self._weak}
+        lines = [f"  {names[prompt]} ({accepted}): {prompt[:100]!r}" for prompt, accepted in self._weak.items()]
+        return "\n".join([
+            f"reward: warning: the tests of {len(lines)} of {len(self._answers)} prompts pass where every call gives "
+            "None, NaN, [], '' or an exception; they pay for it. Add a test that it fails, such as `assert abs(x - y) "
+            "<= eps` in place of `assert not abs(x - y) > eps`. Function, what its tests accept, and prompt:", *lines,
+        ])  # fmt: skip
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 or 0 for each response [B], and an indicator of each way to fail [B].
+        """1 or 0 for each response [B], and indicators [B]: of each way to fail, and of weak tests.
 
         Raises:
-            DataError: a prompt has no tests, or tests that cannot judge any program.
+            DataError: a prompt has no tests.
         """
         results = self.results(prompts, responses)
         columns = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
         passed = columns.pop(Status.PASSED)
-        return passed, {f"failures/{status}": values for status, values in columns.items()}
+        weak = torch.tensor([float(prompt in self._weak) for prompt in prompts])
+        return passed, {f"failures/{status}": values for status, values in columns.items()} | {"weak_tests": weak}
 
     def results(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
         """Results of all responses [B], with reasons."""
         jobs = [self._job(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
-        found = iter(self._sandbox.run([job for job in jobs if job is not None]))
-        return [_NO_PROGRAM if job is None else next(found) for job in jobs]
+        found = iter(self._sandbox.run([job for job in jobs if job.program is not None]))
+        return [_NO_PROGRAM if job.program is None else next(found) for job in jobs]
 
-    def _job(self, prompt: str, response: str) -> Job | None:
+    def _job(self, prompt: str, response: str) -> Job:
         if prompt not in self._answers:
             raise DataError(
                 f"the rule 'code': no tests are known for the prompt {prompt[:200]!r}; give its rows an `answer`, or "
@@ -77,8 +95,6 @@ class CodeReward:
             )
         name = function_under_test(prompt, self._answers[prompt])
         program = extract_program(self._options, prompt, response, name)
-        if program is None:
-            return None
         preamble = _prompt_preamble(prompt) if self._options.program == "completion" else ""
         return Job(program, select_tests(self._options, self._answers[prompt]), name, preamble)
 
@@ -109,9 +125,30 @@ def extract_program(options: CodeRule, prompt: str, response: str, name: str) ->
     if options.program != "fenced":
         program = prompt + response if options.program == "completion" else response
         return program if response.strip() else None
-    blocks = [block for language, block in _FENCE_RE.findall(response) if language.lower() in _LANGUAGES]
+    blocks = [block for language, block in _fenced_blocks(response) if language.lower() in _LANGUAGES]
     defining = [block for block in blocks if name in _DEF_RE.findall(block)]
     return (defining or blocks)[-1] if blocks else None
+
+
+def _fenced_blocks(text: str) -> Iterator[tuple[str, str]]:
+    """Language and content of each fenced block that ends (CommonMark 0.31, section 4.5, backticks alone).
+
+    A block of any language opens: else the end of one in another language would be read as the program's beginning.
+    Line by line, as a regular expression over the whole text takes quadratic time where no block ends.
+    """
+    language, lines = None, list[str]()
+    for line in text.split("\n"):
+        bare = line.lstrip(" ")
+        is_fence = bare.startswith(_FENCE) and len(line) - len(bare) <= _MAX_FENCE_INDENT
+        info = bare.removeprefix(_FENCE).strip()
+        if language is None:
+            if is_fence and "`" not in info:
+                language, lines = (info.split() or [""])[0], []
+        elif is_fence and not info:
+            yield language, "".join(lines)
+            language = None
+        else:
+            lines.append(f"{line}\n")
 
 
 def _prompt_preamble(prompt: str) -> str:

@@ -1,6 +1,7 @@
 """Metrics of scores against human preferences, ratings and labels: accuracy, correlation, AUC, calibration."""
 
 import math
+import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
@@ -8,11 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from tasks.core.errors import TrainingError
+
 __all__ = [
     "CLEAR_MARGIN",
     "MARGIN_BUCKETS",
     "accuracy_by_margin",
     "calibration_table",
+    "check_above_chance",
     "classification_metrics",
     "correlation",
     "fraction_true",
@@ -26,6 +30,9 @@ MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0)
 MARGIN_BUCKETS = ("0-0.5", "0.5-1", "1-2", "2-3", "3+")
 CLEAR_MARGIN = 1.0
 """Buckets of the absolute difference of mean ratings, in points of the rating scale."""
+
+SIGNIFICANCE = 0.05
+"""Level of the one-sided tests of a reward model's accuracy."""
 
 # scipy.stats and sklearn.metrics take about a second to import, so they are imported where they are used.
 
@@ -61,6 +68,33 @@ def pair_metrics(score_differences: Tensor, margins: Tensor) -> dict[str, float]
         "accuracy_margin_1": fraction_true(score_differences[clear] > 0),
         "pairs_margin_1": int(clear.sum()),
     }
+
+
+def check_above_chance(score_differences: Tensor, min_accuracy: float) -> None:
+    """Check that a reward model is of use: its accuracy on held-out pairs [N], one of equal scores being wrong.
+
+    Both tests are binomial and one-sided, at 5 %. Where the pairs are too few to tell, a warning says so.
+
+    Raises:
+        TrainingError: the pairs do not show that accuracy is above ½, and show that it is below `min_accuracy`.
+    """
+    from scipy.stats import binom
+
+    count, right = len(score_differences), int((score_differences > 0).sum())
+    p_value = float(binom.sf(right - 1, count, 0.5))
+    if p_value <= SIGNIFICANCE:
+        return
+    found = f"the reward model is right on {right} of {count} held-out pairs, no better than chance (p = {p_value:.2g})"
+    if binom.cdf(right, count, min_accuracy) > SIGNIFICANCE:
+        print(f"reward_model: warning: {found}; raise preferences.heldout_pairs to know better", file=sys.stderr)
+        return
+    if ties := int((score_differences == 0).sum()):
+        found += f"; on {ties} both responses get the same score, so there it sees only the prompt"
+    raise TrainingError(
+        f"{found}: a policy that maximises it learns noise. Give it more pairs (preferences.train_pairs), more "
+        "reward_model.epochs, or a reward_model.max_length that reaches the responses; reward_model.min_accuracy 0 "
+        "goes on with it"
+    )
 
 
 def fraction_true(values: Tensor) -> float:

@@ -12,6 +12,7 @@ from tasks.core.rows import write_table
 from tasks.rewards.metrics import (
     accuracy_by_margin,
     calibration_table,
+    check_above_chance,
     classification_metrics,
     fraction_true,
     pair_metrics,
@@ -21,7 +22,7 @@ from tasks.rewards.metrics import (
 from tasks.rewards.reward_model import EnsembleMember
 from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
 
-__all__ = ["OBJECTIVES", "Objective", "ensemble_metrics", "evaluate_reward_model"]
+__all__ = ["OBJECTIVES", "Objective", "check_accuracy", "ensemble_metrics", "evaluate_reward_model"]
 
 Evaluation = tuple[dict[str, float], list[dict[str, Any]]]
 """Metrics, and the rows of the calibration table; none for a kind that states no probability."""
@@ -82,6 +83,22 @@ def evaluate_reward_model(
     write_table(out / "accuracy_by_margin.csv", by_margin, ("bucket", "pairs", "accuracy", "ceiling"))
     write_table(out / "calibration.csv", calibration, ("predicted", "observed", "count"))
     return member.normalisation_metrics() | metrics | member.length_bias(data.samples("test"), values)
+
+
+def check_accuracy(data: TrainingData, scores: Tensor, min_accuracy: float) -> None:
+    """Check scores [N, K] of `data.samples("test")` against chance; rated texts are compared two by two.
+
+    Raises:
+        TrainingError: they are no better than chance: see `check_above_chance`.
+    """
+    if not data.targets:
+        check_above_chance(_score_differences(data, scores), min_accuracy)
+        return
+    ratings, targets = _rated(data, scores)
+    even = len(targets) // 2 * 2
+    gaps = targets[0:even:2] - targets[1:even:2]
+    differences = (ratings[0:even:2] - ratings[1:even:2]) * gaps.sign()
+    check_above_chance(differences[gaps != 0], min_accuracy)
 
 
 def ensemble_metrics(kind: str, data: TrainingData, scores: Tensor) -> dict[str, float]:

@@ -92,5 +92,5 @@ def fit_ood_detector(
     scorer: TextScorer, training: Sequence[PromptResponse], validation: Sequence[PromptResponse]
 ) -> MahalanobisOOD:
     """Fit to training texts, each counted once; the threshold is set on validation texts."""
-    texts = (list(dict.fromkeys(scorer.format(samples))) for samples in (training, validation))
+    texts = (list(dict.fromkeys(samples)) for samples in (training, validation))
     return MahalanobisOOD.fit(*(scorer.scores_and_states(unique)[1] for unique in texts))

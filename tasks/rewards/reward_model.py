@@ -97,16 +97,16 @@ class EnsembleMember:
         cls, scorer: TextScorer, samples: Sequence[PromptResponse], weights: Mapping[str, float], *, length_debias: bool
     ) -> tuple[EnsembleMember, Tensor]:
         """Fit the normalisation of the heads on these responses of the SFT policy; also return the states."""
-        raw, states = scorer.scores_and_states(scorer.format(samples))
-        lengths = _response_lengths(scorer, samples) if length_debias else None
+        raw, states = scorer.scores_and_states(samples)
+        lengths = scorer.response_lengths(samples) if length_debias else None
         columns = zip(weights.items(), raw.reshape(len(raw), -1).unbind(1), strict=True)
         heads = {name: ScoreHead.fit(values, lengths, weight=weight) for (name, weight), values in columns}
         return cls(scorer, heads), states
 
     def raw_scores(self, samples: Sequence[PromptResponse]) -> tuple[Tensor, Tensor]:
         """Raw values [N, K] of the heads, debiased for length, and their input states [N, d]."""
-        raw, states = self.scorer.scores_and_states(self.scorer.format(samples))
-        lengths = _response_lengths(self.scorer, samples) if self._has_length_slope else None
+        raw, states = self.scorer.scores_and_states(samples)
+        lengths = self.scorer.response_lengths(samples) if self._has_length_slope else None
         columns = zip(self.heads.values(), raw.reshape(len(raw), -1).unbind(1), strict=True)
         return torch.stack([head.debias(values, lengths) for head, values in columns], dim=1), states
 
@@ -128,7 +128,7 @@ class EnsembleMember:
 
     def length_bias(self, samples: Sequence[PromptResponse], values: Tensor) -> dict[str, float]:
         """Correlation of raw values [N, K] and numbers of tokens, also before length debiasing."""
-        lengths = self.scorer.lengths(self.scorer.format(samples), untruncated=True)
+        lengths = self.scorer.text_lengths(samples)
         metrics = {"length_correlation": correlation(self._raw_score(values), lengths)}
         if self._has_length_slope:
             biased = replace(self, heads={name: replace(head, length_slope=0.0) for name, head in self.heads.items()})
@@ -149,12 +149,6 @@ class EnsembleMember:
         if "" in self.heads:
             return self.heads[""].to_dict()
         return {"objectives": {name: {**head.to_dict(), "weight": head.weight} for name, head in self.heads.items()}}
-
-
-def _response_lengths(scorer: TextScorer, samples: Sequence[PromptResponse]) -> Tensor:
-    """Number of response tokens of each sample [N], with the template's own, which are the same for all."""
-    prompts = [prompt for prompt, _ in samples]
-    return scorer.lengths(scorer.format(samples)) - scorer.lengths(prompts) + scorer.lengths([""])
 
 
 def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
@@ -239,7 +233,7 @@ def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[En
         if number:
             name = f"member_{number}"
             add_adapter(model, name, member_folder(reward_model, number))
-        scorer = TextScorer(model, tokenizer, max_length=normalisation["max_length"], adapter=name)
+        scorer = TextScorer(model, tokenizer, adapter=name)
         members.append(EnsembleMember(scorer, _parse_heads(normalisation)))
     return members
 
@@ -257,13 +251,12 @@ class GoldJudge:
         Raises:
             ModelError: the folder is incomplete.
         """
-        max_length = _read_normalisation(gold_judge)["max_length"]
         model = load_reward_model(base_model, None, gold_judge)
-        return cls(TextScorer(model, load_tokenizer(base_model), max_length=max_length))
+        return cls(TextScorer(model, load_tokenizer(base_model)))
 
     def __call__(self, prompts: Sequence[str], responses: Sequence[str]) -> Tensor:
         """Estimated mean ratings, [B]."""
-        return self.scorer([prompt + response for prompt, response in zip(prompts, responses, strict=True)])
+        return self.scorer(list(zip(prompts, responses, strict=True)))
 
 
 def _read_normalisation(folder: Path) -> dict[str, Any]:

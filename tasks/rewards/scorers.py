@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from operator import add
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,8 @@ from tasks.config.base import CHAT
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import project_root
 from tasks.core.rows import write_json
-from tasks.models.fetch import READERS, folder_origin, hub_folder, load_folder, save_model, set_padding
+from tasks.models.encoding import context_length, encode_prompt, encode_response
+from tasks.models.fetch import READERS, check_parts, folder_origin, hub_folder, load_folder, save_model, set_padding
 from tasks.models.loading import ADAPTER_DIR, device, dtype, pad_ids, position_ids
 from tasks.models.onednn_linear import freeze_for_onednn
 
@@ -30,7 +31,6 @@ __all__ = [
     "PRETRAINED_DIR",
     "PromptResponse",
     "TextScorer",
-    "encode",
     "fetch_backbone",
     "fetch_pretrained_scorer",
     "load_pretrained_scorer",
@@ -47,60 +47,54 @@ Formatter = Callable[[str, str], str]
 """(prompt, response) → the text that a model reads."""
 
 
-def encode(tokenizer: Any, text: str, max_length: int) -> list[int]:
-    """Tokenise a text, truncate it to max_length and append the end token, as every trained scorer reads it."""
-    return [*tokenizer(text, truncation=True, max_length=max_length - 1).input_ids, tokenizer.eos_token_id]
-
-
 class TextScorer:
-    """Scores texts by the linear head at each text's end token.
+    """Scores samples by the linear head at each one's end token.
 
     `adapter` is the one that is switched on, where the model has several.
     """
 
-    def __init__(
-        self,
-        model: Any,
-        tokenizer: Any,
-        *,
-        max_length: int,
-        batch_size: int = 32,
-        adapter: str | None = None,
-        formatter: Formatter = add,
-    ) -> None:
-        self._model, self._tokenizer, self._max_length = model, tokenizer, max_length
-        self._batch_size, self._adapter, self._formatter = batch_size, adapter, formatter
+    def __init__(self, model: Any, tokenizer: Any, *, batch_size: int = 32, adapter: str | None = None) -> None:
+        self._model, self._tokenizer = model, tokenizer
+        self._batch_size, self._adapter = batch_size, adapter
 
-    def __call__(self, texts: Sequence[str]) -> Tensor:
-        """Raw scores, [len(texts)] float32 on the CPU; [len(texts), K] of a model with K heads."""
-        return self.scores_and_states(texts)[0]
+    def __call__(self, samples: Sequence[PromptResponse]) -> Tensor:
+        """Raw scores, [N] float32 on the CPU; [N, K] of a model with K heads."""
+        return self.scores_and_states(samples)[0]
 
     @torch.no_grad()
-    def scores_and_states(self, texts: Sequence[str]) -> tuple[Tensor, Tensor]:
-        """Raw scores [N] or [N, K], and the head's input states [N, d], float32 on the CPU; reads equal texts once."""
+    def scores_and_states(self, samples: Sequence[PromptResponse]) -> tuple[Tensor, Tensor]:
+        """Raw scores [N] or [N, K], and the head's input states [N, d], float32 on the CPU; reads equal samples once.
+
+        What is longer than the model's context loses the first tokens of its prompt, then the last of its response.
+        """
         self._model.eval()
         if self._adapter is not None:
             self._model.set_adapter(self._adapter, inference_mode=True)
-        unique = {text: self._encode(text) for text in texts}
-        ordered = sorted(unique, key=lambda text: (len(unique[text]), text))
+        unique = {sample: self._encode(*sample) for sample in samples}
+        ordered = sorted(unique, key=lambda sample: (len(unique[sample]), add(*sample)))
         batches = (ordered[start : start + self._batch_size] for start in range(0, len(ordered), self._batch_size))
-        outputs = [self._forward([unique[text] for text in batch]) for batch in batches]
-        row_of = {text: row for row, text in enumerate(ordered)}
-        rows = [row_of[text] for text in texts]
+        outputs = [self._forward([unique[sample] for sample in batch]) for batch in batches]
+        row_of = {sample: row for row, sample in enumerate(ordered)}
+        rows = [row_of[sample] for sample in samples]
         scores, states = (torch.cat(parts)[rows] for parts in zip(*outputs, strict=True))
         return scores, states
 
-    def format(self, samples: Sequence[PromptResponse]) -> list[str]:
-        """The text of each sample as the model reads it."""
-        return [self._formatter(prompt, response) for prompt, response in samples]
+    def response_lengths(self, samples: Sequence[PromptResponse]) -> Tensor:
+        """Number of tokens of each response, the end token included; [N] float32."""
+        return torch.tensor([float(len(encode_response(self._tokenizer, response))) for _, response in samples])
 
-    def lengths(self, texts: Sequence[str], *, untruncated: bool = False) -> Tensor:
-        """Number of tokens of each text after truncation, or untruncated and without the end token; [N] float32."""
-        rows = [self._tokenizer(text).input_ids if untruncated else self._encode(text) for text in texts]
-        return torch.tensor([float(len(row)) for row in rows])
+    def text_lengths(self, samples: Sequence[PromptResponse]) -> Tensor:
+        """Number of tokens of each prompt and response, without the end token; [N] float32."""
+        prompts = torch.tensor([float(len(encode_prompt(self._tokenizer, prompt))) for prompt, _ in samples])
+        return prompts + self.response_lengths(samples) - 1
 
-    def _encode(self, text: str) -> list[int]:
-        return encode(self._tokenizer, text, self._max_length)
+    def _encode(self, prompt: str, response: str) -> list[int]:
+        prompt_ids, response_ids = encode_prompt(self._tokenizer, prompt), encode_response(self._tokenizer, response)
+        context = context_length(self._model.config)
+        if context is not None and len(prompt_ids) + len(response_ids) > context:
+            response_ids = [*response_ids[:-1][: context - 1], response_ids[-1]]
+            prompt_ids = prompt_ids[len(prompt_ids) - (context - len(response_ids)) :]
+        return prompt_ids + response_ids
 
     def _forward(self, rows: list[list[int]]) -> tuple[Tensor, Tensor]:
         """Scores [B], or [B, K], and states [B, d] of tokenised texts."""
@@ -126,10 +120,27 @@ class PretrainedScorer(TextScorer):
         # Without one, the model takes the last token of a batch as the end of the text: right for single ones alone.
         batch_size = 1 if padding is None else 32
         formatter = partial(_apply_chat, tokenizer) if chat else partial(_fill_template, template)
-        super().__init__(model, tokenizer, max_length=max_length, batch_size=batch_size, formatter=formatter)
+        super().__init__(model, tokenizer, batch_size=batch_size)
+        self._max_length, self._formatter = max_length, formatter
         self._padding, self._chat, self._head = padding or 0, chat, _last_layer(model)
 
-    def _encode(self, text: str) -> list[int]:
+    def format(self, prompt: str, response: str) -> str:
+        """The text as the model reads it."""
+        return self._formatter(prompt, response)
+
+    def response_lengths(self, samples: Sequence[PromptResponse]) -> Tensor:
+        """Number of tokens of each response, with the template's own, which are the same for all; [N] float32."""
+        lengths = [len(self._encode(*sample)) - len(self._tokenise(sample[0])) for sample in samples]
+        return torch.tensor(lengths).float() + len(self._tokenise(""))
+
+    def text_lengths(self, samples: Sequence[PromptResponse]) -> Tensor:
+        """Number of tokens of each text before truncation; [N] float32."""
+        return torch.tensor([float(len(self._tokenizer(self.format(*sample)).input_ids)) for sample in samples])
+
+    def _encode(self, prompt: str, response: str) -> list[int]:
+        return self._tokenise(self.format(prompt, response))
+
+    def _tokenise(self, text: str) -> list[int]:
         options = {"truncation": True, "max_length": self._max_length, "add_special_tokens": not self._chat}
         return list(self._tokenizer(text, **options).input_ids)
 
@@ -198,14 +209,17 @@ def fetch_backbone(params: BaseModelParams, seed: int, reward_model: Path) -> No
     try:
         model, tokenizer, origin = READERS[params.kind](params, seed)
         set_padding(model, tokenizer, params.pad_token)
+        check_parts(model.half(), tokenizer, params.id or params.kind)
     except (ModelError, SourceError) as error:
         raise type(error)(f"reward_model.backbone, whose keys are those of base_model: {error}") from error
-    save_model(model.half(), tokenizer, folder / "model")
+    save_model(model, tokenizer, folder / "model")
     write_json(folder / CARD, {"kind": params.kind, **origin, "licence": params.licence})
 
 
-def fetch_pretrained_scorer(params: PretrainedRewardParams, max_length: int, reward_model: Path) -> None:
-    """Copy a pretrained reward model into `adapter/scorer/`, in its own precision.
+def fetch_pretrained_scorer(
+    params: PretrainedRewardParams, max_length: int | Literal["auto"], reward_model: Path
+) -> None:
+    """Copy a pretrained reward model into `adapter/scorer/`, in its own precision; `auto` is all that it can read.
 
     Raises:
         ModelError: it is incomplete, or gives neither one score nor two classes.
@@ -224,6 +238,8 @@ def fetch_pretrained_scorer(params: PretrainedRewardParams, max_length: int, rew
         raise ModelError(f"{what} has {outputs} outputs; reward_model.pretrained takes one score, or two classes")
     if chat and tokenizer.chat_template is None:
         raise ModelError(f"{what} has no chat template; write reward_model.pretrained.template out")
+    if max_length == "auto":
+        max_length = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length)
     save_model(model, tokenizer, reward_model / PRETRAINED_DIR)
     scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": max_length}
     write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card})

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -18,8 +18,9 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from tasks.core.errors import DataError
 from tasks.core.rows import SPLITS, Preference, Rating, read_rows
+from tasks.models.encoding import EncodedRow, encode_row, fit_rows, start_ids
 from tasks.models.hf_training import trainer_arguments
-from tasks.rewards.scorers import PromptResponse, encode
+from tasks.rewards.scorers import PromptResponse
 
 if TYPE_CHECKING:
     from tasks.config.training import GoldJudgeParams, RewardModelParams
@@ -42,6 +43,7 @@ class TrainingData:
     weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})  # of each head; one alone has the name ""
     margin_scale: float | None = None  # log-odds per point of a pair's margin; None: margins do not count
     rater_ceiling: Mapping[str, float] = field(default_factory=dict)  # bucket → agreement of one rater with the others
+    encoded: Sequence[EncodedRow] = ()  # the training rows as token ids, from `fit`
 
     @property
     def objectives(self) -> list[str]:
@@ -53,6 +55,22 @@ class TrainingData:
         texts = [("", text) for text in self.texts.get(split, ())[:limit]]
         pairs = self.pairs.get(split, ())[: limit and limit // 2]
         return [*texts, *((row.prompt, row.chosen) for row in pairs), *((row.prompt, row.rejected) for row in pairs)]
+
+    def fit(
+        self, tokenizer: Any, params: TrainingParams, *, section: str, context: int | None
+    ) -> tuple[TrainingData, dict[str, float]]:
+        """Encode the training rows, keep those that fit `max_length`, and count; errors as `fit_rows`."""
+        if self.texts:
+            rows = [encode_row(tokenizer, "", text) for text in self.texts["train"]]
+        else:
+            rows = [encode_row(tokenizer, row.prompt, row.chosen, row.rejected) for row in self.pairs["train"]]
+        fitted = fit_rows(rows, params, section=section, context=context, start=len(start_ids(tokenizer)))
+        selected: dict[str, Any] = {
+            name: {**splits, "train": [splits["train"][position] for position in fitted.kept]}
+            for name, splits in (("pairs", self.pairs), ("texts", self.texts), ("targets", self.targets))
+            if "train" in splits
+        }
+        return replace(self, encoded=fitted.rows, **selected), fitted.metrics()
 
     def sizes(self) -> dict[str, float]:
         """Number of training rows."""
@@ -152,12 +170,12 @@ def pair_trainer(
         model.config.num_labels = 1
         collator = partial(_collate_with_heads, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id))
         trainer_class = ObjectivesTrainer
-    rows = [_encode_pair(row, tokenizer, params.max_length, data) for row in data.pairs["train"]]
+    rows = [_pair_columns(*row, data) for row in zip(data.pairs["train"], data.encoded, strict=True)]
     return trainer_class(
         model=model,
         args=RewardConfig(
             **_common_arguments(params, seed),
-            max_length=params.max_length,
+            max_length=None,  # the rows fit
             remove_unused_columns=False,  # TRL would drop the column `length`
         ),
         data_collator=collator,
@@ -167,9 +185,9 @@ def pair_trainer(
     )
 
 
-def _encode_pair(row: Preference, tokenizer: Any, max_length: int, data: TrainingData) -> dict[str, Any]:
-    chosen, rejected = (encode(tokenizer, row.prompt + text, max_length) for text in (row.chosen, row.rejected))
-    pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": max(len(chosen), len(rejected))}
+def _pair_columns(row: Preference, encoded: EncodedRow, data: TrainingData) -> dict[str, Any]:
+    chosen, rejected = (encoded.prompt + response for response in encoded.responses)
+    pair: dict[str, Any] = {"chosen_ids": chosen, "rejected_ids": rejected, "length": encoded.length}
     if data.margin_scale is not None:
         # Without a margin, or with one that contradicts the label, the margin is 0.
         pair["margin"] = data.margin_scale * max(row.margin or 0.0, 0.0)
@@ -212,8 +230,8 @@ def regression_trainer(
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
     model.config.problem_type = "multi_label_classification" if binary else "regression"
     rows = [
-        {"input_ids": encode(tokenizer, text, params.max_length), "labels": [target] if binary else target}
-        for text, target in zip(data.texts["train"], data.targets["train"], strict=True)
+        {"input_ids": row.prompt + row.responses[0], "labels": [target] if binary else target}
+        for row, target in zip(data.encoded, data.targets["train"], strict=True)
     ]
     return Trainer(
         model=model,

@@ -2,17 +2,18 @@
 
 import math
 import os
-import sys
-from collections.abc import Mapping, Sequence
+import pickle
+import zipfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
-from tqdm import tqdm
 
 from tasks.core import distributed, tracking
+from tasks.core.terminal import Progress, print_line
 from tasks.models.hf_training import PolicySnapshots
 from tasks.rl.algorithm import Metrics
 from tasks.rl.policy import Policy
@@ -44,26 +45,25 @@ class ProgressCallback(Callback):
 
     def __init__(self, stage: str, updates: int) -> None:
         self._stage, self._updates = stage, updates
-        self._bar: Any = None
+        self._progress: Progress | None = None
 
     def on_log(self, metrics: Metrics, update: int) -> None:
         tracking.log_metrics(metrics, step=update)
-        if self._bar is None:
+        if self._progress is None:
             hidden = distributed.rank() > 0
-            self._bar = tqdm(total=self._updates, initial=update - 1, desc=self._stage, unit="update", disable=hidden)
-        self._bar.update()
-        self._bar.set_postfix({name: f"{metrics[name]:.3g}" for name in ("reward", "kl", "entropy")})
+            self._progress = Progress(self._stage, self._updates, "update", done=update - 1, hidden=hidden)
+        self._progress.update(update, {name: metrics[name] for name in ("reward", "kl", "entropy")})
 
     def on_samples(self, rows: Sequence[dict[str, Any]], update: int) -> None:
         tracking.log_samples("samples", rows, step=update)
 
     def on_warning(self, message: str) -> None:
         if distributed.rank() == 0:
-            tqdm.write(f"{self._stage}: {message}", file=sys.stderr)
+            print_line(f"{self._stage}: {message}")
 
     def on_train_end(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
+        if self._progress is not None:
+            self._progress.close()
 
 
 class SnapshotCallback(Callback):
@@ -77,32 +77,64 @@ class SnapshotCallback(Callback):
 
 
 class Checkpoint:
-    """The newest checkpoint, a file that rank 0 writes and all read; without a folder nothing is saved."""
+    """The newest two checkpoints, files that rank 0 writes and all read; without a folder nothing is saved."""
 
     def __init__(self, folder: Path | None, stage: str) -> None:
-        self._file = None if folder is None else folder / f"{stage}.pt"
+        self._files = [] if folder is None else [folder / f"{stage}.pt", folder / f"{stage}.previous.pt"]
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state atomically."""
-        if self._file is None or distributed.rank() > 0:
+        """Write the state atomically, and keep the one before: a disk may lose what it has taken."""
+        if not self._files or distributed.rank() > 0:
             return
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        temporary = self._file.with_suffix(".tmp")
+        newest, previous = self._files
+        newest.parent.mkdir(parents=True, exist_ok=True)
+        temporary = newest.with_suffix(".tmp")
         with temporary.open("wb") as file:
             torch.save(dict(state), file)
             file.flush()
             os.fsync(file.fileno())
-        temporary.replace(self._file)
+        if newest.exists():
+            newest.replace(previous)
+        temporary.replace(newest)
 
-    def load(self) -> dict[str, Any]:
-        """Read the state; empty where there is none."""
-        if self._file is None or not self._file.is_file():
-            return {}
-        return dict(torch.load(self._file, weights_only=True))
+    def load(self, current: Mapping[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
+        """Read the newest state that is whole; empty where there is none.
+
+        Args:
+            current: the state of the run that is to go on, with the same keys and shapes of weights.
+            warn: called for each file that cannot be used.
+        """
+        found = [file for file in self._files if file.exists()]
+        for file in found:
+            try:
+                return _read_state(file, current)
+            except ValueError as problem:
+                warn(f"warning: the checkpoint {file} is passed over: {problem}")
+        if found:
+            warn("warning: no checkpoint is left, so the training begins anew")
+        return {}
 
     def remove(self) -> None:
-        if self._file is not None:
-            self._file.unlink(missing_ok=True)
+        for file in self._files:
+            file.unlink(missing_ok=True)
+
+
+def _read_state(file: Path, current: Mapping[str, Any]) -> dict[str, Any]:
+    """See `Checkpoint.load`; a ValueError says why it cannot be used."""
+    try:
+        with zipfile.ZipFile(file) as archive:  # torch does not check the sums
+            damaged = archive.testzip()
+        state: Any = None if damaged else torch.load(file, weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError("refused, since it holds more than numbers and tensors; none of it was executed") from error
+    except Exception as error:  # whatever bytes can make zipfile and torch raise
+        raise ValueError(f"it is damaged ({type(error).__name__})") from error
+    if not isinstance(state, dict) or state.keys() != current.keys():
+        raise ValueError("it is damaged")
+    shapes, expected = ({name: value.shape for name, value in of["weights"].items()} for of in (state, current))
+    if shapes != expected:
+        raise ValueError("its weights have other names or shapes")
+    return state
 
 
 class KLBudget:

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import pad_sequence
 from tasks.config.base import ENVIRONMENT
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
+from tasks.models.encoding import encode_prompt, encode_text
 from tasks.models.loading import pad_ids
 from tasks.rewards.rules.answers import exact_match
 from tasks.rl.advantages import turn_counts
@@ -150,7 +151,7 @@ class _Episode:
     def __init__(self, environment: Environment, row: Prompt, tokenizer: Any) -> None:
         self._environment, self._tokenizer = environment, tokenizer
         self.prompt = environment.reset(row)
-        self.prompt_ids: list[int] = list(tokenizer(self.prompt).input_ids)
+        self.prompt_ids: list[int] = encode_prompt(tokenizer, self.prompt)
         self.ids: list[int] = []
         self.policy_mask: list[bool] = []
         self.logprobs: list[float] = []
@@ -182,7 +183,7 @@ class _Episode:
             return
         text = user_turn(step.observation)
         self.transcript += self.turns[-1] + text
-        ids = self._tokenizer(text, add_special_tokens=False).input_ids
+        ids = encode_text(self._tokenizer, text)
         self._add(ids, [0.0] * len(ids), [0.0] * len(ids), is_policy=False)
 
     def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, is_policy: bool) -> None:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from tasks.core import distributed
 from tasks.core.errors import ConfigError
 from tasks.core.rows import Prompt
+from tasks.models.encoding import check_context, context_length, decode_response, encode_chat, encode_prompt
 from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer, pad_ids
 from tasks.models.onednn_linear import merged_weights
 from tasks.rl.decoding import Decoder, SampledTokens, sample_tokens
@@ -161,14 +162,21 @@ class LocalSampler:
         samples_per_prompt: int = 1,
         batch_rows: BatchRows | None = None,
     ) -> Rollout:
-        """See `Sampler.sample`; the rollout is on the model's device. Raises ConfigError for an empty prompt.
+        """See `Sampler.sample`; the rollout is on the model's device.
 
         One uniform number per row and step is drawn from the generator, for ended rows and those of other parts too, so
         that a row's sample does not depend on them. T is `max_new_tokens`, or less when every response ended earlier.
+
+        Raises:
+            ConfigError: a prompt is empty.
+            ModelError: prompt and response may be longer than the model's context.
         """
         texts = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
         token_ids = [self._tokenise(text) if isinstance(text, str) else text for text in texts]
         device, pad = next(self._model.parameters()).device, self.tokenizer.pad_token_id
+        longest, new = max(map(len, token_ids)), self._generation.max_new_tokens
+        reason = f"a prompt of {longest} tokens and generation.max_new_tokens {new}: lower one of them"
+        check_context(context_length(self._model.config), longest + new, reason)
         ids, mask = (
             tensor.to(device).repeat_interleave(samples_per_prompt, 0)
             for tensor in pad_ids(token_ids, pad, side="left")
@@ -179,8 +187,11 @@ class LocalSampler:
         responses, response_mask = columns.tokens[:, :width], columns.mask[:, :width]
         has_eos = ((responses == self.tokenizer.eos_token_id) & response_mask).any(1)
         lengths = (response_mask.sum(1) - has_eos.long()).tolist()
-        response_texts = [self._decode(row[:n].tolist()) for row, n in zip(responses, lengths, strict=True)]
-        prompt_texts = [text if isinstance(text, str) else self._decode(text) for text in texts]
+        response_texts = [
+            decode_response(self.tokenizer, token_ids[row // samples_per_prompt], responses[row, :length].tolist())
+            for row, length in enumerate(lengths)
+        ]
+        prompt_texts = [text if isinstance(text, str) else decode_response(self.tokenizer, [], text) for text in texts]
         return Rollout(
             prompts=ids,
             prompt_mask=mask,
@@ -214,17 +225,9 @@ class LocalSampler:
         return columns
 
     def _tokenise(self, prompt: str) -> list[int]:
-        text: str = prompt
-        if self._chat_template:
-            message = [{"role": "user", "content": prompt}]
-            text = self.tokenizer.apply_chat_template(message, tokenize=False, add_generation_prompt=True)
-        ids: list[int] = self.tokenizer(text, add_special_tokens=not self._chat_template).input_ids
-        if not ids:
+        if not prompt:
             raise ConfigError(f"prompt {prompt!r} is empty: write at least a word")
-        return ids
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return (encode_chat if self._chat_template else encode_prompt)(self.tokenizer, prompt)
 
 
 def load_sampler(

@@ -221,7 +221,7 @@ class RLTrainer:
 
     def _resume(self) -> None:
         """Load the checkpoint, if there is one, and log its curves and samples again."""
-        if not (state := self.checkpoint.load()):
+        if not (state := self.checkpoint.load(self._state(), self._warn)):
             return
         load_weights(self.policy, state["weights"])
         self.updater.optimizer.load_state_dict(state["optimizer"])

@@ -1,35 +1,36 @@
 """The DVC project: opening it, loading a stage, its data in cache and remote, and its errors in plain words."""
 
-import errno
 import logging
 import re
-import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from dvc.exceptions import DvcException
+from dvc.config import ConfigError as DvcConfigError
+from dvc.config import RemoteConfigError
+from dvc.exceptions import DvcException, NotDvcRepoError
 from dvc.repo import Repo
+from dvc.scm import SCMError
 from dvc.stage.exceptions import StageNotFound
+from dvc.utils.serialize import ParseError
+from dvc.utils.strictyaml import YAMLValidationError
 from dvc_data.hashfile import load
 from dvc_data.hashfile.checkout import checkout
 from dvc_data.hashfile.hash_info import HashInfo
 from dvc_objects.errors import ObjectFormatError
 from dvc_objects.fs import localfs
 
-from tasks.core.errors import StageError
+from tasks.core.errors import StageError, describe_disk_error
 from tasks.core.paths import project_root
 
 __all__ = [
     "check_remote", "data_md5", "describe_error", "dvc_errors", "error_chain", "load_stage", "open_repo", "pull_data",
-    "push", "quiet_logger", "remote_error", "restore", "use_cache",
+    "push", "quiet_logger", "remote_error", "restore", "unused_objects", "use_cache",
 ]  # fmt: skip
 
 DATA = "data"
 """The folder of what users bring along; what else enters the pipeline is named in params.yaml."""
-
-MIN_FREE_BYTES = 2**20  # below it a disk counts as full: DVC's own message may blame something else
 
 
 def open_repo() -> Repo:
@@ -53,7 +54,26 @@ def dvc_errors(where: str) -> Iterator[None]:
     try:
         yield
     except DvcException as error:
-        raise StageError(f"{where}: {describe_error(error)}") from error
+        raise StageError(_describe_project_error(error) or f"{where}: {describe_error(error)}") from error
+
+
+def _describe_project_error(error: DvcException) -> str | None:
+    """What is wrong with the project's own files for DVC, and the cure; None if it is something else."""
+    root = project_root()
+    match error:
+        case NotDvcRepoError():
+            return f"{root / '.dvc'} is missing: `git checkout .dvc`; where git does not have it either, `dvc init`"
+        case DvcConfigError() if not isinstance(error, RemoteConfigError):
+            return f"{root / '.dvc' / 'config'} or config.local beside it: {error}; mend it, or `git checkout .dvc`"
+        case SCMError() if not (root / ".git").exists():
+            return f"{root} is no git repository, which DVC needs: `git init` and commit, or `git clone` the project"
+        case YAMLValidationError(path=path) | ParseError(path=path):
+            name, reason = Path(path).name, " ".join(str(list(error_chain(error))[-1]).split())
+            cure = f"`git checkout {name}`"
+            if name == "dvc.lock":
+                cure += ", or delete it: `rlhf run` writes it again, with what the cache still has"
+            return f"{root / name} is damaged: {reason}; {cure}"
+    return None
 
 
 @contextmanager
@@ -70,7 +90,7 @@ def _remote_errors(what: str) -> Iterator[None]:
 def remote_error(what: str, error: Exception) -> StageError:
     """The StageError for an error of a remote's own library; `what`: read or written."""
     missing = re.search("requires '(dvc-[a-z0-9]+)'", str(error))
-    cure = f"; pip install -c requirements.lock {missing[1]}" if missing else ""
+    cure = f"; pip install {missing[1]}" if missing else ""
     return StageError(f"the DVC remote cannot be {what}: {type(error).__name__}: {error}{cure}")
 
 
@@ -84,9 +104,8 @@ def error_chain(error: BaseException) -> Iterator[BaseException]:
 def describe_error(error: BaseException) -> str:
     """The origin of an error of DVC, in words that say what to do."""
     last = list(error_chain(error))[-1]
-    full = isinstance(last, OSError) and last.errno in (errno.ENOSPC, errno.EDQUOT)
-    if full or shutil.disk_usage(project_root()).free < MIN_FREE_BYTES:
-        return "no space left on the disk for its outputs, so none were recorded: free some, then run again"
+    if problem := describe_disk_error(error):
+        return f"its outputs were not recorded: {problem}"
     if isinstance(last, FileNotFoundError) and last.filename:
         return f"{last.filename} does not exist; if the DVC remote has it, `rlhf run --pull` fetches it"
     return str(last)
@@ -155,6 +174,36 @@ def restore(md5: str, path: Path) -> None:
                 raise StageError(f"neither the DVC cache nor a DVC remote has {md5}, wanted for {path}") from error
         path.parent.mkdir(parents=True, exist_ok=True)
         checkout(str(path), localfs, found, cache, force=True, quiet=True)
+
+
+def unused_objects(keep: Collection[str], worktrees: Sequence[Path]) -> list[Path]:
+    """Files of the cache that neither the workspace, a branch, a tag, a worktree nor an md5 of `keep` refers to.
+
+    A cache outside of the project may serve others, so nothing in it counts as unused.
+    """
+    with dvc_errors("cache"):
+        repo = open_repo()
+        if not Path(repo.cache.local_cache_dir).resolve().is_relative_to(project_root().resolve()):
+            return []
+        used = set(keep)
+        logging.getLogger("dvc.output").setLevel(logging.ERROR)  # it warns of stages that have not run yet
+        with repo.lock:  # force: go on where a branch has a folder that was never here
+            found = [repo.used_objs(all_branches=True, all_tags=True, force=True)]
+            found += [Repo(str(tree)).used_objs(force=True) for tree in worktrees]
+        used |= {info.value for objects in found for infos in objects.values() for info in infos}
+        unused: list[Path] = []
+        for cache in {id(odb): odb for _, odb in repo.cache.by_scheme() if odb}.values():
+            parts = {info.value for md5 in used if md5.endswith(".dir") for info in _parts(cache, md5)}
+            unused += [Path(cache.oid_to_path(oid)) for oid in cache.all() if oid not in used | parts]
+        return unused
+
+
+def _parts(cache: Any, md5: str) -> list[HashInfo]:
+    """What a folder in the cache is made of; empty where the cache does not have it."""
+    try:
+        return [info for _, _, info in load(cache, HashInfo("md5", md5))]
+    except (FileNotFoundError, ObjectFormatError):
+        return []
 
 
 def use_cache(folder: Path, *, shared: bool) -> None:

@@ -30,7 +30,6 @@ from dvc_data.hashfile import load
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 from tasks.runtime.dvc_repo import (
-    describe_error,
     dvc_errors,
     error_chain,
     load_stage,
@@ -199,11 +198,14 @@ def _changed_inputs(stage: Any) -> list[str]:
 
 def _order(edges: Any) -> dict[str, tuple[str, ...]]:
     """Every stage with those that it reads from, in the order of `dvc repro`: so dvc.lock is the same, line by line."""
-    return {
+    stages = {
         stage.addressing: tuple(need.addressing for need in edges.successors(stage) if not need.is_data_source)
         for stage in plan_repro(edges)
         if not stage.is_data_source
     }
+    if not stages:
+        raise StageError(f"{project_root() / 'dvc.yaml'} has no stage: `git checkout dvc.yaml`")
+    return stages
 
 
 def _in_run_cache(stage: Any) -> bool:
@@ -277,10 +279,11 @@ def reproduce(
     token = _job.set(call)
     try:
         done = _retry_while_locked(lambda: _reproduce(name, call, force, pull), on_wait)
-    except DvcException as error:
+    except DvcException:
         if call.error is not None:
             raise call.error from call.error.__cause__
-        raise StageError(f"{name}: {describe_error(error)}") from error
+        with dvc_errors(name):
+            raise
     except Exception as error:
         if call.error is not None or not pull:
             raise

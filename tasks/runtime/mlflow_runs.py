@@ -38,10 +38,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "close_abandoned_runs", "connect",
-    "export_run_ids", "git_commit", "pipeline_run", "pipeline_tags", "stage_run",
+    "export_run_ids", "git_commit", "pipeline_run", "pipeline_tags", "recorded_md5s", "stage_run",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
+OUTPUT_TAG = "output."  # and the output's name: its md5
 
 # A run's own name, by which it is found again when MLflow's answer to its creation was lost.
 QUEUE_ID_TAG = "rlhf.queue_id"
@@ -260,7 +261,7 @@ class StageRun(OpenRun):
 
     def log_outputs(self, digests: Mapping[str, str]) -> None:
         """Record each output's md5, and a model reference for a folder of weights: the bytes stay with DVC."""
-        self.tag({f"output.{Path(path).name}": md5 for path, md5 in digests.items()})
+        self.tag({f"{OUTPUT_TAG}{Path(path).name}": md5 for path, md5 in digests.items()})
         for path, md5 in digests.items():
             if Path(path).name in WEIGHT_DIRS:
                 self._log_model(path, md5)
@@ -293,6 +294,20 @@ def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:
     for run in _pipeline_runs(flow_run_id):
         return run.info.run_id, dict(run.data.tags)
     raise StageError(f"MLflow at {store_uri()} does not know the pipeline run of {flow_run_id}: was it away?")
+
+
+def recorded_md5s() -> Iterator[str]:
+    """The md5s of inputs and outputs of all runs that have not been deleted (`….dir`: a folder)."""
+    client, experiment = open_store()
+    token = None
+    while True:
+        page = client.search_runs([experiment], page_token=token)
+        for run in page:
+            yield from (value for key, value in run.data.tags.items() if key.startswith(OUTPUT_TAG))
+            yield from (item.dataset.digest for item in (run.inputs.dataset_inputs if run.inputs else ()))
+        token = page.token
+        if not token:
+            return
 
 
 def git_commit() -> str:

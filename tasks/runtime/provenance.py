@@ -136,5 +136,5 @@ def _read_card(path: Path) -> dict[str, Any]:
 
 def _uncommitted() -> tuple[str, ...]:
     command = ["git", "status", "--porcelain", "--no-renames", "--", *TRACKED_PATHS]
-    done = subprocess.run(command, cwd=project_root(), capture_output=True, text=True, check=False)
-    return tuple(line[3:] for line in done.stdout.splitlines()[:MAX_LISTED_FILES])
+    done = subprocess.run(command, cwd=project_root(), capture_output=True, check=False)
+    return tuple(line[3:] for line in done.stdout.decode(errors="replace").splitlines()[:MAX_LISTED_FILES])

@@ -14,7 +14,7 @@ from tasks.runtime.mlflow_store import open_store
 
 __all__ = [
     "CHAMPION", "MODEL", "Version", "champion", "find", "mark_refused", "register", "roll_back", "set_champion",
-    "versions",
+    "versions", "withdraw",
 ]  # fmt: skip
 
 MODEL = "rlhf-policy"
@@ -44,11 +44,11 @@ class Version:
 
     @property
     def withdrawal(self) -> str | None:
-        """Record of the rollback: person, time and reason; None unless rolled back since the last promotion."""
+        """Record of the withdrawal: person, time and reason; None unless withdrawn since the last promotion."""
         if f"{WITHDRAWN}.by" not in self.tags:
             return None
         by, at, reason = (self.tags[f"{WITHDRAWN}.{field}"] for field in DECISION_FIELDS)
-        return f"{by} rolled it back at {at}" + (f": {reason}" if reason else "")
+        return f"{by} withdrew it at {at}" + (f": {reason}" if reason else "")
 
 
 def versions() -> list[Version]:
@@ -138,19 +138,35 @@ def set_champion(version: Version, *, by: str, reason: str = "") -> None:
 def roll_back(*, by: str, reason: str = "") -> tuple[Version, Version]:
     """Put the former champion in use again; returns the version withdrawn and this. A ConfigError if there is none."""
     known = {version.number: version for version in versions()}
-    withdrawn = champion()
-    if withdrawn is None:
-        raise ConfigError("there is no champion: `rlhf models` lists what is registered, `rlhf promote` promotes")
+    withdrawn = _champion_in_use()
     former = [number for number in _former_champions() if number in known]  # others were deleted in MLflow
     while former and former[-1] == withdrawn.number:  # a promotion was cut off
         former.pop()
     if not former:
-        raise ConfigError(f"no champion was before version {withdrawn.number}, so there is nothing to roll back to")
+        raise ConfigError(
+            f"no champion was before version {withdrawn.number}, so there is nothing to roll back to; `rlhf withdraw` "
+            "takes it out of use and leaves no champion"
+        )
     restored = known[former[-1]]
     _tag(withdrawn.number, _decision(WITHDRAWN, by, reason))
     _set_champion_alias(restored)
     _set_former_champions(former[:-1])
     return withdrawn, restored
+
+
+def withdraw(*, by: str, reason: str = "") -> Version:
+    """Take the champion out of use and leave none; a ConfigError if there is none."""
+    client, _ = open_store()
+    withdrawn = _champion_in_use()
+    _tag(withdrawn.number, _decision(WITHDRAWN, by, reason))
+    client.delete_registered_model_alias(MODEL, CHAMPION)
+    return withdrawn
+
+
+def _champion_in_use() -> Version:
+    if version := champion():
+        return version
+    raise ConfigError("there is no champion: `rlhf models` lists what is registered, `rlhf promote` promotes")
 
 
 def _set_champion_alias(version: Version) -> None:

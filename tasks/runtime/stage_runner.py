@@ -1,7 +1,6 @@
 """Runs one stage with the parameters and folders that its signature names, as one recorded run."""
 
 import contextlib
-import errno
 import gc
 import importlib
 import inspect
@@ -17,9 +16,10 @@ from typing import Any
 
 from tasks.config.params import Params, load_params
 from tasks.core import tracking
-from tasks.core.errors import RLHFError, StageError
+from tasks.core.errors import RLHFError, StageError, disk_errors
 from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
 from tasks.core.rows import flatten
+from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages, mlflow_runs
 
 __all__ = ["execute_stage", "is_off", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
@@ -39,12 +39,14 @@ CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resol
 
 def run_stage(name: str) -> None:
     """`python -m tasks.<name>`: run the stage; an error that the user can cure is one message and exit status 1."""
+    allow_all_characters()
     try:
-        execute_stage(name, dvc_stages.changes(name))
+        with disk_errors():
+            execute_stage(name, dvc_stages.changes(name))
         if is_off(name):
             print(f"{name} is off: its section in params.yaml is null")
     except RLHFError as error:
-        print(f"{name}: {error}", file=sys.stderr)
+        print(f"{name}: {str(error).removeprefix(f'{name}: ')}", file=sys.stderr)
         sys.exit(1)
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
@@ -64,7 +66,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
     root = project_root()
     for variable, value in ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
-    with contextlib.chdir(root), _disk_errors(name):
+    with contextlib.chdir(root), disk_errors(name):
         params = load_params(root / "params.yaml")
         if getattr(params, name, None) is None:
             write_empty_outputs(name)
@@ -167,15 +169,3 @@ def _check_inputs_unchanged(name: str, before: dvc_stages.Inputs) -> None:
             f"parameters, code or data of {name} changed while it ran, so its outputs belong to neither version and "
             "were not recorded: run again"
         )
-
-
-@contextlib.contextmanager
-def _disk_errors(name: str) -> Any:
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StageError(
-                f"{name}: no space left on the disk ({error.filename or project_root()}); free some, run again"
-            ) from error
-        raise

@@ -22,10 +22,12 @@ from packaging.utils import canonicalize_name
 from ruamel.yaml import YAML
 
 from tasks.config.params import Params
+from tests.conftest import SHIPPED_PARAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = list(PIPELINE["stages"])
+FILES = sorted(path.stem for path in ROOT.glob("tasks/*.py") if path.stem != "__init__")
 MODULES = sorted([*ROOT.glob("flows/**/*.py"), *ROOT.glob("tasks/**/*.py")])
 
 DOORS = {
@@ -35,7 +37,7 @@ DOORS = {
     },
     "mlflow": {f"tasks/runtime/{name}.py" for name in ("mlflow_runs", "mlflow_store", "registry")},
     "dvc": {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_stages")},
-    "ruamel": {"tasks/config/params.py"},
+    "ruamel": {"tasks/config/params.py", "tasks/config/yaml_text.py"},
     "openai": {"tasks/evals/llm_judge.py"},
     "yaml": set[str](),
 }
@@ -85,13 +87,23 @@ def room(name: str) -> str | None:
     return parts[1] if parts[1] in ROOMS else "stages"
 
 
+def part(stage: str, key: str) -> Any:
+    """A part of the stage's entry in dvc.yaml."""
+    entry = PIPELINE["stages"][stage]
+    assert key in entry, f"add `{key}` to the stage `{stage}` in dvc.yaml"
+    return entry[key]
+
+
 def stage_function(stage: str) -> Any:
-    return getattr(importlib.import_module(f"tasks.{stage}"), stage)
+    assert stage in FILES, f"add tasks/{stage}.py, for dvc.yaml has a stage `{stage}`"
+    function = getattr(importlib.import_module(f"tasks.{stage}"), stage, None)
+    assert function, f"add a function `{stage}` to tasks/{stage}.py"
+    return function
 
 
 def modules_read(stage: str) -> set[str]:
     """The Python files among the deps of the stage, those in its folders included."""
-    deps = [ROOT / dep for dep in PIPELINE["stages"][stage]["deps"] if dep.startswith("tasks/")]
+    deps = [ROOT / dep for dep in part(stage, "deps") if dep.startswith("tasks/")]
     found = chain.from_iterable(dep.rglob("*.py") if dep.is_dir() else [dep] for dep in deps)
     return {path.relative_to(ROOT).as_posix() for path in found if path.suffix == ".py"}
 
@@ -99,17 +111,19 @@ def modules_read(stage: str) -> set[str]:
 # -- law 1: one name, every place ------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize("stage", sorted({*FILES, *STAGES}))
 def test_a_stage_has_one_name_everywhere(stage: str) -> None:
-    entry = PIPELINE["stages"][stage]
+    assert callable(stage_function(stage))
+    assert stage in STAGES, f"add a stage `{stage}` to dvc.yaml, for there is tasks/{stage}.py"
+    assert stage in Params.model_fields, f"add `{stage}` to Params in tasks/config/params.py, and to params.yaml"
     camel = stage.title().replace("_", "").removesuffix("Params")
     section = Params.model_fields[stage].annotation
     section = next(kind for kind in get_args(section) or [section] if kind is not NoneType)
     assert section.__name__.lower() == f"{camel}Params".lower(), f"the section {stage!r} has class {section.__name__}"
-    assert (ROOT / "tasks" / f"{stage}.py").is_file()
-    assert callable(stage_function(stage))
-    assert entry["cmd"] == f"python -m tasks.{stage}", "DVC hashes cmd: launchers and options never go into it"
-    written = [*entry.get("outs", []), *entry.get("metrics", []), *entry.get("plots", [])]
+    cmd = part(stage, "cmd")
+    assert cmd == f"python -m tasks.{stage}", "DVC hashes cmd: launchers and options never go into it"
+    entry = PIPELINE["stages"][stage]
+    written = [*part(stage, "outs"), *entry.get("metrics", []), *entry.get("plots", [])]
     assert all(isinstance(path, str) for path in written), "persist or cache: false would turn the run-cache off"
     assert all(path.startswith(f"artifacts/{stage}/") for path in written)
 
@@ -217,15 +231,19 @@ def test_the_walk_follows_every_kind_of_import_and_skips_what_never_runs(tmp_pat
 def test_the_signature_names_the_sections_of_dvc_yaml(stage: str) -> None:
     *sections, artifacts = inspect.signature(stage_function(stage)).parameters
     assert artifacts == "artifacts"
-    assert set(PIPELINE["stages"][stage]["params"]) == {stage if name == "params" else name for name in sections}
+    wanted, listed = {stage if name == "params" else name for name in sections}, set(part(stage, "params"))
+    assert not wanted - listed, f"add {sorted(wanted - listed)} to params of the stage `{stage}` in dvc.yaml"
+    assert not listed - wanted, f"remove {sorted(listed - wanted)} there, or let {stage}() take them"
 
 
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_reads_the_folders_that_dvc_yaml_names(stage: str) -> None:
     """Whatever reads `artifacts.<stage>`, the stage's file or a library that it imports, counts."""
-    deps = PIPELINE["stages"][stage]["deps"]
-    read = {name for module in modules_read(stage) for name in artifacts_read(ROOT / module)}
-    assert read == {dep.split("/")[1] for dep in deps if dep.startswith("artifacts/")}
+    modules = {f"tasks/{stage}.py", *modules_read(stage)}
+    read = {name for module in modules for name in artifacts_read(ROOT / module)}
+    listed = {dep.split("/")[1] for dep in part(stage, "deps") if dep.startswith("artifacts/")}
+    assert not read - listed, f"add what it reads in artifacts/ of {sorted(read - listed)} to deps of `{stage}`"
+    assert not listed - read, f"remove artifacts/ of {sorted(listed - read)} from deps of `{stage}`"
 
 
 def artifacts_read(module: Path) -> set[str]:
@@ -235,16 +253,16 @@ def artifacts_read(module: Path) -> set[str]:
 
 
 def test_what_a_stage_reads_another_stage_writes() -> None:
-    written = [path for entry in PIPELINE["stages"].values() for path in [*entry["outs"], *entry.get("metrics", [])]]
-    for stage, entry in PIPELINE["stages"].items():
-        for dep in entry["deps"]:
+    written = [path for stage in STAGES for path in part(stage, "outs") + PIPELINE["stages"][stage].get("metrics", [])]
+    for stage in STAGES:
+        for dep in part(stage, "deps"):
             made = any(dep == path or dep.startswith(f"{path}/") for path in written)
             assert made == dep.startswith("artifacts/"), f"{stage} reads {dep}, which no stage writes"
 
 
 def test_what_scores_reads_the_folder_of_users_rewards() -> None:
     scores = {stage for stage in STAGES if "tasks/rewards/composition.py" in modules_read(stage)}
-    knows = {stage for stage in STAGES if "tasks/rewards/custom" in PIPELINE["stages"][stage]["deps"]}
+    knows = {stage for stage in STAGES if "tasks/rewards/custom" in part(stage, "deps")}
     assert scores == knows, "imported by name, so no walk over imports finds it: list it in dvc.yaml by hand"
     assert "__pycache__/" in (ROOT / ".dvcignore").read_text().split(), "else running a stage would change the folder"
 
@@ -254,6 +272,20 @@ def test_no_flow_lists_the_stages_a_second_time(module: Path) -> None:
     values = [node.value for node in ast.walk(parse(module)) if isinstance(node, ast.Constant)]
     named = {value for value in values if isinstance(value, str) and value in STAGES}
     assert named <= {"evaluate"}, f"{name_of(module)} names {named}; dvc.yaml is where stages are listed"
+
+
+def test_the_parameters_of_tests_are_the_shipped_ones() -> None:
+    """At the commit that changed them last; no test reads those at the root, which are the user's."""
+    copy = SHIPPED_PARAMS.relative_to(ROOT).as_posix()
+    if not (commit := git("log", "-1", "--format=%H", "--", copy).strip()):
+        pytest.skip("no history here")
+    assert git("show", f"{commit}:{copy}") == git("show", f"{commit}:params.yaml"), f"cp params.yaml {copy}"
+    tests = [path for path in ROOT.glob("tests/**/*.py") if path != Path(__file__)]
+    assert [path for path in tests if 'ROOT / "params.yaml"' in path.read_text(encoding="utf-8")] == []
+
+
+def git(*words: str) -> str:
+    return subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False).stdout
 
 
 # -- law 5: stages exchange files ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from prefect.client.orchestration import SyncPrefectClient
 
 from flows.prefect_runs import DEVICE_LIMIT
 from flows.services import free_port, prefect_client
+from tests.conftest import SHIPPED_PARAMS
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -424,9 +425,10 @@ def answers(url: str) -> bool:
 def make_project(root: Path, python: WarmPython, environment: dict[str, str] | None = None) -> Project:
     """A fresh project of toy stages that is a git repository without a commit."""
     root.mkdir(parents=True)
-    for folder in ("flows", "tasks/core", "tasks/config", "tasks/runtime", "tasks/evals"):
+    for folder in ("flows", "tasks/core", "tasks/config", "tasks/data", "tasks/runtime", "tasks/evals"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
-    for name in ("params.yaml", ".gitignore", ".dvcignore", "tasks/__init__.py", ".dvc/config", ".dvc/.gitignore"):
+    shutil.copy(SHIPPED_PARAMS, root)
+    for name in (".gitignore", ".dvcignore", "tasks/__init__.py", ".dvc/config", ".dvc/.gitignore"):
         (root / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, root / name)
     for name, (sections, reads) in STAGES.items():
@@ -510,13 +512,14 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> tuple[
     root = tmp_path_factory.mktemp("tiny") / "project"
     watch = tmp_path_factory.mktemp("watch")
     (watch / "sitecustomize.py").write_text(WATCH)
-    files = ["tasks", "flows", "infra", "data", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "params.yaml"]
-    for name in [*files, "requirements.lock"]:
+    (root / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "data" / "README.md", root / "data")  # all else there is the user's
+    shutil.copy(SHIPPED_PARAMS, root)
+    for name in ("tasks", "flows", "infra", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "requirements.lock"):
         if (ROOT / name).is_dir():
             skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
             shutil.copytree(ROOT / name, root / name, ignore=skipped)
         else:
-            root.mkdir(exist_ok=True)
             shutil.copy(ROOT / name, root / name)
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
     watched = python.environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}

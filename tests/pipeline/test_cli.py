@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from importlib.metadata import version
 from io import StringIO
@@ -111,6 +112,28 @@ def test_a_judge_of_pairs_has_columns_only_where_it_judged() -> None:
     assert cells.keys() - plain == {"LLM judge", "contradictions"}
     assert (cells["LLM judge"], cells["contradictions"]) == (["–", "62% (50%–75%)"], ["–", "20%"])
     assert cells["win rate v. SFT"] == ["–", "75% (70%–80%)"]
+
+
+PLAIN_LOCALE = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+
+
+@pytest.mark.parametrize("variables", [{"PYTHONIOENCODING": "ascii"}, PLAIN_LOCALE], ids=["ascii", "C"])
+def test_where_the_output_knows_no_tick_and_no_arrow_a_run_prints_others(
+    project: Project, variables: dict[str, str]
+) -> None:
+    """The commands, and a stage that is run alone; a person's files may have any name."""
+    project.edit("params.yaml", "epochs: 1", "epochs: 3")
+    (project.root / "donn\u00e9es.txt").touch()
+    plain = project.environment | variables
+    assert "sft.epochs: 1 -> 3" in rlhf(project, "status", env=plain)
+    output = rlhf(project, "run", env=plain)
+    assert re.search("^> sft +running +sft.epochs: 1 -> 3$", output, re.MULTILINE)
+    assert re.search("^ok sft +ran ", output, re.MULTILINE)
+    assert output.isascii()
+    failing = {**plain, "PYTHONPATH": str(project.root)}
+    (project.root / ".rlhf" / "sft.fails").touch()
+    shutil.rmtree(project.root / "artifacts" / "sft")
+    assert "sft: the toy was told to fail" in project.command(sys.executable, "-m", "tasks.sft", expect=1, env=failing)
 
 
 def test_it_works_from_a_folder_inside_the_project(finished: Project) -> None:

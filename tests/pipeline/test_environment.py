@@ -15,6 +15,7 @@ from tasks.core.rows import Demonstration, read_rows
 from tasks.evals.champion import compare_with_champion
 from tasks.evals.compare import ScoredResponse
 from tasks.runtime.stage_runner import stage_arguments
+from tests.conftest import SHIPPED_PARAMS
 from tests.pipeline.conftest import ROOT
 
 SMALL: dict[str, Any] = {
@@ -33,7 +34,7 @@ OFF_STAGES = ("reward_model", "gold_judge", "dpo", "overoptimisation", "lm_eval"
 
 
 def small(preset: str, folder: Path) -> Params:
-    file = Path(shutil.copy(ROOT / "params.yaml", folder))
+    file = Path(shutil.copy(SHIPPED_PARAMS, folder))
     write_overrides(file, [load_preset(ROOT, "tiny"), load_preset(ROOT, preset), SMALL])
     return load_params(file)
 

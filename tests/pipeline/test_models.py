@@ -120,6 +120,13 @@ def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
     assert found["stages"]["sft"]["run"] in output
 
 
+def test_a_champion_outlives_the_freeing_of_what_nothing_refers_to(promoted: Project) -> None:
+    """The tests below use the versions after it."""
+    promoted.rlhf("gc", "--yes")
+    assert "up to date" in promoted.rlhf("status")
+    assert "ended" in promoted.rlhf("generate", "the film is", "--model", "1", "--max-new-tokens", "2", "--json")
+
+
 def test_a_policy_goes_on_from_prompts(promoted: Project) -> None:
     words = ["generate", "the film is", "a plot", "--samples", "2", "--max-new-tokens", "3", "--json"]
     output = promoted.rlhf(*words)

@@ -9,6 +9,8 @@ something returns True once it has it. @NAME@ stands for something outside the s
 from dataclasses import dataclass
 from textwrap import dedent, indent
 
+from tests.support.swallowed import SWALLOWED
+
 __all__ = ["ATTACKS", "ENDLESS", "UNISOLATED", "Attack"]
 
 FORMULA = "assert answer(3) == 71\nassert answer(10) == 197"
@@ -196,7 +198,24 @@ def puppet(name: str, act: str, *statuses: str) -> Attack:
     return Attack(name, PUPPET.format(act=act), FORMULA, statuses)
 
 
+NAMELESS = "class M(type):\n    __name__ = property(lambda c: 10 ** 5000)\nclass E(Exception, metaclass=M): pass\n"
+
+FIRST_CALL = (
+    puppet("answer with a huge number", "codec.write_frame(4, codec.encode((ticket, 'returned', (10**5000, [])), 9999))", "failed", "error"),
+    puppet("name an exception by a huge number", "codec.write_frame(4, codec.encode((ticket, 'raised', 10**5000), 9999))", "error"),
+    puppet("name a type by a huge number", "codec.write_frame(4, codec.encode((ticket, 'not plain', 10**5000), 9999))", "refused"),
+    puppet("answer with sets of no text", "codec.write_frame(4, codec.encode((ticket, 'returned', ([set()] * 300_000, [])), 1 << 20))", "error", "failed", "memory"),
+    wrong("huge number as the name of an exception", NAMELESS + "def answer(x): raise E", "error"),
+    wrong("huge number as the name of an exception while loading", NAMELESS + "raise E", "error"),
+    returning("huge number as the name of a type", NAMELESS, "E()", "error", "refused"),
+    returning("huge number within the limit", "", "10 ** 50_000"),
+    returning("sets that take more memory than their text", "", "[set()] * 300_000", "failed", "memory"),
+    returning("keys of one hash", "", "{i * (2**61 - 1) for i in range(9000)}"),
+)  # fmt: skip
+
 VERDICT = (
+    *(raising(f"raises {kind} in: {name}", kind, tests) for name, (kind, tests) in SWALLOWED.items()),
+    *FIRST_CALL,
     wrong("sys.exit(0) while loading", "import sys\nsys.exit(0)", "error"),
     wrong("os._exit(0) while loading", "import os\nos._exit(0)", "error"),
     wrong("sys.exit(0) in the function", "import sys\ndef answer(x): sys.exit(0)", "error"),

@@ -16,7 +16,7 @@ def write_collected(folder: Path, row_type: str, rows: list[dict[str, Any]], nam
     """A source's card and envelopes; a row with `raw` is one that could not be parsed."""
     for part in ("cards", "rows"):
         (folder / part).mkdir(parents=True, exist_ok=True)
-    (folder / "cards" / f"{name}.json").write_text(json.dumps({"type": row_type}))
+    (folder / "cards" / f"{name}.json").write_text(json.dumps({"kind": "local", "type": row_type}))
     with (folder / "rows" / f"{name}.jsonl").open("w") as file:
         for line, row in enumerate(rows, start=1):
             content = row if "raw" in row else {"row": row}

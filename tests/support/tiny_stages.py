@@ -35,7 +35,9 @@ REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, rules={"length
 
 _COMMON = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "max_length": 32}
 _SFT = SFTParams(max_examples=ROWS, max_validation_examples=4, **_COMMON)
-_REWARD_MODEL = RewardModelParams(ensemble_size=1, lora_first_layer=0, normalisation_samples=4, **_COMMON)
+_REWARD_MODEL = RewardModelParams(
+    ensemble_size=1, lora_first_layer=0, normalisation_samples=4, min_accuracy=0.0, **_COMMON
+)
 _GOLD_JUDGE = GoldJudgeParams(lora_first_layer=0, max_examples=ROWS, **_COMMON)
 _DPO = DPOParams(max_pairs=ROWS - 2, beta=0.1, **_COMMON)
 """Nine steps an epoch: the last logged step is that of a checkpoint, and a run going on from there logs no other."""

@@ -38,9 +38,9 @@ PROMPTS = [Prompt(id=str(i), prompt=" ".join(map(str, [3 + i, *range(4, 4 + i % 
 class NumberTokenizer:
     """The text of tokens is their numbers."""
 
-    eos_token_id, pad_token_id = EOS, PAD
+    eos_token_id, pad_token_id, bos_token_id = EOS, PAD, None
 
-    def __call__(self, text: str, *, add_special_tokens: bool = True) -> SimpleNamespace:
+    def __call__(self, text: str, **options: Any) -> SimpleNamespace:
         return SimpleNamespace(input_ids=[int(word) for word in text.split()])
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:

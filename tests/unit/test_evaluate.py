@@ -73,7 +73,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
                 weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
         save_adapter(model, folders[name])
         if scorer:
-            write_json(folders[name] / NORMALISATION, {"mean": 0.5, "std": 2.0, "max_length": 32})
+            write_json(folders[name] / NORMALISATION, {"mean": 0.5, "std": 2.0})
     MahalanobisOOD(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / OOD_DETECTOR)
     (folders["ppo"] / "history.csv").write_text("step,reward,hacking/repetition\n1,0.1,0.0\n2,0.3,0.2\n")
     write_rows(folders["prepare"] / "prompts" / "test.jsonl", PROMPTS)

@@ -4,6 +4,7 @@ import gzip
 import itertools
 import json
 import random
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, R
 from tasks.data.cleaning import shingles, similarity
 from tasks.prepare import prepare
 from tests.support.collected import PREPARE, write_collected
+from tests.support.tokenizers import write_tokenizer
 
 
 def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
@@ -31,7 +33,11 @@ def corpus(count: int, rng: random.Random) -> list[dict[str, Any]]:
 def run(tmp_path: Path, rows: list[dict[str, Any]], row_type: str = "ratings", **changes: Any) -> tuple[Path, Any]:
     folder = write_collected(tmp_path / "collect", row_type, rows)
     out = tmp_path / "out"
-    prepare(PREPARE.model_copy(update=changes), 0, Artifacts(collect=folder, out=out))
+    prepare(
+        PREPARE.model_copy(update=changes),
+        0,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=folder, out=out),
+    )
     return out, json.loads((out / "metrics.json").read_text())
 
 
@@ -165,8 +171,48 @@ def test_preferences_give_pairs_prompts_and_where_nothing_else_does_demonstratio
     assert prompts_of(read(out / "prompts", Prompt)["test"]) == prompts_of(pairs["test"])
     rated = [{**row, "id": f"rated{row['id']}"} for row in corpus(60, random.Random(6))]
     write_collected(tmp_path / "collect", "ratings", rated, "rated")
-    prepare(PREPARE, 0, Artifacts(collect=tmp_path / "collect", out=out))
+    prepare(
+        PREPARE,
+        0,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=tmp_path / "collect", out=out),
+    )
     assert not any("good" in row.response for row in read(out / "demonstrations", Demonstration)["train"])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_a_group_is_in_one_split_and_one_half_whatever_its_rows_are(tmp_path: Path, seed: int) -> None:
+    """Texts of all row types; groups of six rows, and rows of another source that repeat a prompt without the group."""
+    rng = random.Random(seed)
+
+    def text(length: int = 7) -> str:
+        return " ".join(f"w{rng.randrange(500)}" for _ in range(length))
+
+    collect, groups = tmp_path / "collect", [f"g{number}" for number in range(40) for _ in range(6)]
+    asked = [{"id": f"a{n}", "group": group, "prompt": text()} for n, group in enumerate(groups)]
+    rated = [{"id": f"r{n}", "group": group, "text": text(), "ratings": [1]} for n, group in enumerate(groups)]
+    pairs = [{**row, "id": f"p{row['id']}", "chosen": text(3), "rejected": text(3)} for row in asked]
+    shown = [{"id": f"d{row['id']}", "prompt": row["prompt"], "response": text(3)} for row in asked]
+    for row_type, rows in {"prompts": asked, "ratings": rated, "preferences": pairs, "demonstrations": shown}.items():
+        write_collected(collect, row_type, rows, row_type)
+    prepare(
+        PREPARE.model_copy(update={"gold_pair_share": 0.5}),
+        seed,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=collect, out=tmp_path / "out"),
+    )
+    group_of = {row["prompt"]: row["group"] for row in asked}
+    found: dict[str, set[str]] = {}
+    halves: dict[str, set[str]] = {}
+    for path in (tmp_path / "out").rglob("*.jsonl"):
+        for row in map(json.loads, path.read_text().splitlines()):
+            group = row.get("group") or group_of[row["prompt"]]
+            found.setdefault(group, set()).add(path.stem)
+            if "preferences" in path.parts or "ratings" in path.parts:
+                halves.setdefault(group, set()).add("gold" if path.parent.name == "gold" else "proxy")
+    assert set(found) == set(groups)
+    assert all(len(splits) == 1 for splits in found.values())
+    assert len({*itertools.chain(*found.values())}) == 3
+    assert all(len(parts) == 1 for parts in halves.values())
+    assert len({*itertools.chain(*halves.values())}) == 2
 
 
 def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropped(tmp_path: Path) -> None:
@@ -190,6 +236,81 @@ def test_gold_pairs_are_a_share_that_no_other_stage_sees_and_long_ones_are_dropp
     shown = prompts_of(read(out / "demonstrations", Demonstration)["train"])
     assert unseen.isdisjoint(shown | prompts_of(asked["train"])), "training does without the gold judge's texts"
     assert prompts_of(asked["test"]) == prompts_of(ours["test"] + gold["test"])
+
+
+SYSTEM = " ".join(f"rule{number} says be helpful" for number in range(29))
+
+
+def test_pairs_that_share_a_system_prompt_are_no_near_duplicates(tmp_path: Path, caplog: Any) -> None:
+    rng = random.Random(0)
+    rows = [
+        {"id": str(n), "prompt": f"{SYSTEM} what is {rng.randrange(10**6)} plus {rng.randrange(10**6)} ?",
+         "chosen": f"it is {n}", "rejected": "no idea"}
+        for n in range(300)
+    ]  # fmt: skip
+    _, metrics = run(tmp_path, rows, "preferences", max_words=200)
+    assert metrics["rows"]["kept"] == 300
+    assert metrics["dropped"]["near_duplicate"] == metrics["dropped"]["same_prompt"] == 0
+    assert "dropped_share" not in metrics
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_a_prompt_of_several_rows_is_counted_once_for_each_row_after_the_first(tmp_path: Path) -> None:
+    rows = [
+        {"id": f"{n}-{way}", "prompt": f"say something {n}:", "chosen": f"good {way}", "rejected": "bad"}
+        for n in range(60) for way in "abc"
+    ]  # fmt: skip
+    _, metrics = run(tmp_path, rows, "preferences", near_duplicate_threshold=1.0)
+    assert (metrics["rows"]["kept"], metrics["dropped"]["same_prompt"]) == (180, 120)
+
+
+RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
+    "near_duplicate": (
+        "near_duplicate_threshold", lambda n: {"text": " ".join(f"w{n // 2}-{place}" for place in range(5 + n % 2))}
+    ),
+    "too_long": ("max_words", lambda n: {"text": f"a b c d {n}" + " x" * (n % 3) * 5}),
+    "too_short": ("min_words", lambda n: {"text": f"{'a b c ' * (n % 3)}{n} b"}),
+    "duplicate": ("nothing to set", lambda n: {"text": f"a b c d {n % 40}"}),
+    "identical_after_truncation": (
+        "max_words",
+        lambda n: {"prompt": f"{n}"} | {side: "a " * 11 * (n % 3) + side for side in ("chosen", "rejected")},
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_a_rule_that_drops_many_rows_is_a_warning_with_the_key_to_change(
+    tmp_path: Path, caplog: Any, rule: str
+) -> None:
+    key, make = RULES[rule]
+    rows = [{"id": str(number), **make(number)} for number in range(60)]
+    row_type = "ratings" if "text" in rows[0] else "preferences"
+    rows = [{**row, "ratings": [1]} if row_type == "ratings" else row for row in rows]
+    _, metrics = run(tmp_path, rows, row_type, near_duplicate_threshold=0.7 if rule == "near_duplicate" else 1.0)
+    count = metrics["dropped"][rule]
+    (line,) = caplog.messages
+    assert line.startswith(f"prepare: {count} of 60 rows (")
+    assert f" are dropped as {rule}; " in line
+    assert key in line
+    assert metrics["dropped_share"] == {rule: pytest.approx(count / 60, abs=1e-6)}
+    assert count >= 20
+
+
+def test_the_default_s_bounds_select_among_film_reviews_without_a_warning(tmp_path: Path, caplog: Any) -> None:
+    rows = corpus(120, random.Random(9))
+    run(tmp_path, rows)
+    assert "are dropped as too_short" in caplog.text
+    caplog.clear()
+    (tmp_path / "collect" / "cards" / "mine.json").write_text('{"kind": "film_reviews", "type": "ratings"}')
+    prepare(
+        PREPARE,
+        0,
+        Artifacts(
+            base_model=write_tokenizer(tmp_path / "base_model"), collect=tmp_path / "collect", out=tmp_path / "out"
+        ),
+    )
+    (line,) = caplog.messages
+    assert "are dropped as near_duplicate" in line
 
 
 def test_one_pair_about_two_objectives_is_two_rows(tmp_path: Path) -> None:

@@ -14,6 +14,8 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, read_rows
 from tasks.preferences import preferences
 from tasks.prepare import prepare
+from tests.conftest import SHIPPED_PARAMS
+from tests.support.tokenizers import write_tokenizer
 
 ROOT = Path(__file__).resolve().parents[2]
 DATA = ROOT.parent / "shared" / "data"
@@ -21,7 +23,7 @@ DATA = ROOT.parent / "shared" / "data"
 
 def with_preset(preset: str, folder: Path, *changes: dict[str, Any]) -> Params:
     """The shipped parameters as `rlhf run --preset` changes them."""
-    path = Path(shutil.copy(ROOT / "params.yaml", folder))
+    path = Path(shutil.copy(SHIPPED_PARAMS, folder))
     write_overrides(path, [load_preset(ROOT, preset), *changes])
     return load_params(path)
 
@@ -36,7 +38,9 @@ def settled(preset: str, file: Path, folder: Path) -> Params:
 
 def prepared(params: Params, folder: Path) -> Path:
     collect(params.collect, params.seed, Artifacts(out=folder / "collect"))
-    prepare(params.prepare, params.seed, Artifacts(collect=folder / "collect", out=folder / "prepare"))
+    base_model = write_tokenizer(folder / "base_model")
+    read = Artifacts(base_model=base_model, collect=folder / "collect", out=folder / "prepare")
+    prepare(params.prepare, params.seed, read)
     return folder / "prepare"
 
 

@@ -2,6 +2,8 @@
 
 import json
 import os
+import pickle
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -10,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from tasks.core import tracking
 from tasks.core.errors import TrainingError
@@ -93,7 +96,7 @@ def test_a_stage_interrupted_in_every_epoch_writes_the_same(
     assert third == sorted([f"checkpoint-{2 * EVERY}", f"checkpoint-{3 * EVERY}"]), "they must not pile up"
     capsys.readouterr()
     run(stage, inputs, tmp_path)
-    assert f"{stage}: goes on from step {3 * EVERY} of" in capsys.readouterr().out
+    assert f"{stage}: goes on from step {3 * EVERY} of" in capsys.readouterr().err
     result, expected = outputs(tmp_path / "out"), outputs(tmp_path / "whole")
     assert result.keys() == expected.keys()
     assert {"history.csv", "metrics.json", "adapter/adapter_model.safetensors"} <= result.keys()
@@ -151,8 +154,97 @@ def test_a_checkpoint_cut_short_is_passed_over(
     (newest / hf_training.COMPLETE_MARKER).unlink()  # as a kill in the middle of the last file would leave it
     (newest / "trainer_state.json").write_text((newest / "trainer_state.json").read_text()[:100])
     run("gold_judge", inputs, tmp_path)
-    assert f"goes on from step {EVERY} of 20" in capsys.readouterr().out
+    assert f"goes on from step {EVERY} of 20" in capsys.readouterr().err
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole" / "out")
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def flip(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.file,)
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "weights cut": lambda of: cut(of / "adapter_model.safetensors"),
+    "weights gone": lambda of: (of / "adapter_model.safetensors").unlink(),
+    "optimiser cut": lambda of: cut(of / "optimizer.pt"),
+    "optimiser changed": lambda of: flip(of / "optimizer.pt"),
+    "optimiser hostile": lambda of: (of / "optimizer.pt").write_bytes(pickle.dumps(Hostile(of.parent / "ran"))),
+    "random state empty": lambda of: (of / "rng_state.pth").write_bytes(b""),
+    "scheduler gone": lambda of: (of / "scheduler.pt").unlink(),
+    "state cut": lambda of: cut(of / "trainer_state.json"),
+    "mark cut": lambda of: cut(of / hf_training.COMPLETE_MARKER),
+    "all gone": lambda of: (shutil.rmtree(of), of.mkdir()),
+}
+
+
+@pytest.fixture(scope="module")
+def interrupted(inputs: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, bytes]]:
+    """A run that left two checkpoints, and the outputs of one that was not interrupted."""
+    folder = tmp_path_factory.mktemp("interrupted")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(hf_training, "CHECKPOINT_STEPS", EVERY)
+        run("gold_judge", inputs, folder / "whole")
+        assert len(run_until(2 * EVERY + 1, "gold_judge", inputs, folder / "part")) == 2
+    return folder / "part", outputs(folder / "whole" / "out")
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
+    damage: str, interrupted: tuple[Path, dict[str, bytes]], inputs: Path, tmp_path: Path, capsys: Any
+) -> None:
+    part, expected = interrupted
+    folder = Path(shutil.copytree(part, tmp_path / "run"))
+    newest = folder / "checkpoints" / f"checkpoint-{2 * EVERY}"
+    DAMAGES[damage](newest)
+    run("gold_judge", inputs, folder)
+    printed = capsys.readouterr().err
+    assert f"warning: the checkpoint {newest} is passed over: " in printed
+    assert f"goes on from step {EVERY} of 20" in printed
+    assert outputs(folder / "out") == expected
+    assert not (folder / "checkpoints" / "ran").exists(), "nothing in it may be executed"
+
+
+def test_without_a_whole_checkpoint_the_training_begins_anew(
+    interrupted: tuple[Path, dict[str, bytes]], inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part, expected = interrupted
+    folder = Path(shutil.copytree(part, tmp_path / "run"))
+    for checkpoint in (folder / "checkpoints").iterdir():
+        cut(checkpoint / "optimizer.pt")
+    run("gold_judge", inputs, folder)
+    printed = capsys.readouterr().err
+    assert "so the training begins anew" in printed
+    assert "goes on" not in printed
+    assert outputs(folder / "out") == expected
+
+
+def test_a_hostile_checkpoint_with_a_good_mark_is_refused_in_one_message(
+    interrupted: tuple[Path, dict[str, bytes]], inputs: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(interrupted[0], tmp_path / "run"))
+    newest = folder / "checkpoints" / f"checkpoint-{2 * EVERY}"
+    torch.save(Hostile(tmp_path / "ran"), newest / "optimizer.pt")
+    mark = newest / hf_training.COMPLETE_MARKER
+    digests = json.loads(mark.read_text()) | {"optimizer.pt": hf_training._sha256(newest / "optimizer.pt")}
+    mark.write_text(json.dumps(digests))
+    with pytest.raises(TrainingError, match=r"checkpoint-10 holds more than numbers and tensors.*delete it"):
+        run("gold_judge", inputs, folder)
+    assert not (tmp_path / "ran").exists()
 
 
 def test_weights_that_are_not_finite_are_never_saved(inputs: Path, tmp_path: Path) -> None:
@@ -209,7 +301,7 @@ def test_members_of_an_ensemble_go_on_each_from_its_own_checkpoint(
     assert [path.name for path in (folder / "member_1").glob("checkpoint-*")] == ["checkpoint-5"]
     capsys.readouterr()
     run("reward_model", inputs, tmp_path)
-    output = capsys.readouterr().out
+    output = capsys.readouterr().err
     assert "reward_model: goes on from step 15 of 20" in output
     assert "reward_model, member 1: goes on from step 5 of 20" in output
     assert "member 2: goes on" not in output

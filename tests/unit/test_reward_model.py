@@ -78,7 +78,7 @@ def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(in
 
     def states(part: str) -> torch.Tensor:
         pairs = read_rows(inputs / "preferences" / f"{part}.jsonl", Preference)
-        texts = {row.prompt + text for row in pairs for text in (row.chosen, row.rejected)}
+        texts = {(row.prompt, text) for row in pairs for text in (row.chosen, row.rejected)}
         return scorer.scores_and_states(sorted(texts))[1]
 
     torch.testing.assert_close(detector.mean, states("train").mean(0), rtol=1e-4, atol=1e-5)

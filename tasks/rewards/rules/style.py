@@ -15,10 +15,14 @@ from tasks.rewards.rules.base import Answers, PerSampleRule, import_extra
 if TYPE_CHECKING:
     from tasks.config.rules import LanguageRule, VaderRule
 
-__all__ = ["count_sentences", "count_syllables", "language_rule", "length", "readability", "repetition", "vader_rule"]
+__all__ = [
+    "VADER_CHARACTERS", "count_sentences", "count_syllables", "language_rule", "length", "readability", "repetition",
+    "vader_rule",
+]  # fmt: skip
 
-SENTENCE_END = re.compile(r"[.!?…]+[\"'”’)\]]*(?=\s|$)")
+SENTENCE_END = re.compile(r"(?<![.!?…])[.!?…]+[\"'”’)\]]*(?=\s|$)")
 VOWELS = re.compile(r"[aeiouyäöüàáâèéêìíîòóôùúû]+")
+VADER_CHARACTERS = 1000  # its time grows with the square of the words: a megabyte would take hours
 SILENT_E = re.compile(r"(?<=[bcdfghjklmnpqrstvwxz])(?<![bcdfgkpstz]l)(?:e|(?<![td])ed|(?<![szxcg])(?<![cs]h)es)$")
 """As in `like`, `jumped` and `makes`, not in `little`, `wanted`, `handled` or `wishes`."""
 
@@ -79,12 +83,18 @@ def readability(response: str, *, low: float, high: float, tolerance: float, min
 def vader_rule(options: VaderRule, _answers: Answers) -> PerSampleRule:
     """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; negated for negative sentiment.
 
+    It reads the first `VADER_CHARACTERS`.
+
     Gamed by: praise that says nothing ("great great great"), which saturates the score. Against that: a repetition
     weight, a length weight and the KL penalty. VADER is then no independent judge: `evaluate.vader` must be false.
     """
     lexicon: Any = SentimentIntensityAnalyzer()
     sign = 1.0 if options.sign == "positive" else -1.0
-    return PerSampleRule(lambda _prompt, response: sign * float(lexicon.polarity_scores(response)["compound"]))
+
+    def score(_prompt: str, response: str) -> float:
+        return sign * float(lexicon.polarity_scores(response[:VADER_CHARACTERS])["compound"])
+
+    return PerSampleRule(score)
 
 
 def language_rule(options: LanguageRule, _answers: Answers) -> PerSampleRule:

@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from types import ModuleType
 from typing import IO, TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 __all__ = ["Job", "Sandbox", "SandboxResult", "Status"]
 
 _MAX_MESSAGE_BYTES = 65536  # bytes of a result, and of a sandbox's error message
+_MAX_PROGRAM_CHARACTERS = 1 << 20  # the processes hold a few copies of it within `memory_mb`
 _EXIT_GRACE_SECONDS = 5.0  # seconds for a process that is known to be ending
 
 # Exit codes of a process killed by SIGKILL (the hard limit) or SIGXCPU (the soft one), also by way of bubblewrap.
@@ -69,7 +70,7 @@ class SandboxResult:
 class Job:
     """A program that should define the function `name`, and tests that call it, as `name` or `candidate`."""
 
-    program: str
+    program: str | None  # None: constants in its place, see `Sandbox.trivial_answers`
     tests: str
     name: str
     preamble: str = ""  # trusted code that runs before the tests: helpers that they use
@@ -101,6 +102,15 @@ class Sandbox:
             results = dict(zip(unique, pool.map(self._run_job, unique), strict=True))
         return [results[job] for job in jobs]
 
+    def trivial_answers(self, jobs: Sequence[Job]) -> list[str]:
+        """Name what each job's tests accept as the answer to every call, of None, NaN, …; "" where it is nothing.
+
+        Raises:
+            DataError, TrainingError: as `run`.
+        """
+        results = self.run([replace(job, program=None) for job in jobs])
+        return [result.reason if result.status is Status.PASSED else "" for result in results]
+
     def _probe(self) -> None:
         """Run a program that tries forbidden operations and reports those that worked."""
         try:
@@ -117,6 +127,8 @@ class Sandbox:
             raise ConfigError(f"the sandbox does not hold on this machine: {problem}; do not use it")
 
     def _run_job(self, job: Job) -> SandboxResult:
+        if job.program is not None and len(job.program) > _MAX_PROGRAM_CHARACTERS:
+            return SandboxResult(Status.REFUSED, f"a program of {len(job.program)} characters")
         with ExitStack() as stack:
             return _SandboxRun(job, self._options, stack).result()
 
@@ -130,9 +142,10 @@ class _SandboxRun:
         self._output_bytes, self._captured_output = 0, b""
         self._folder = stack.enter_context(tempfile.TemporaryDirectory(ignore_cleanup_errors=True))
         requests, answers, self._results, self._output = (_Pipe(stack) for _ in range(4))
-        self._program = self._start_process(
-            run_program, stdin=requests.read, stdout=answers.write, stderr=self._output.write
-        )
+        if job.program is not None:
+            self._program = self._start_process(
+                run_program, stdin=requests.read, stdout=answers.write, stderr=self._output.write
+            )
         channel = requests.write.fileno(), answers.read.fileno()
         self._tests = self._start_process(
             run_tests, channel, stdin=self._job_file(), stdout=self._results.write, stderr=subprocess.PIPE
@@ -211,7 +224,10 @@ class _SandboxRun:
 
     def _result_from_tests_exit(self) -> SandboxResult:
         """Derive the result from the exit status of the tests' process, which gave none."""
-        _, stderr = self._tests.communicate(timeout=_EXIT_GRACE_SECONDS)
+        try:
+            _, stderr = self._tests.communicate(timeout=_EXIT_GRACE_SECONDS)
+        except subprocess.TimeoutExpired:
+            return SandboxResult(Status.ERROR, "the tests' process closed its channel")
         if stderr:
             message = stderr.decode(errors="replace").strip()[:_MAX_MESSAGE_BYTES]
             raise TrainingError(f"a sandbox did not start: {message}")

@@ -13,13 +13,13 @@ token, which the text does not show, or is cut at `generation.max_new_tokens`.
 """
 
 import re
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tasks.core.rows import Demonstration, Prompt
+from tasks.models.encoding import EncodedRow, encode_prompt, encode_response, encode_text
 
-__all__ = ["Environment", "Step", "final_user_turn", "first_prompt", "tokenise_dialogue", "user_turn"]
+__all__ = ["Environment", "Step", "encode_dialogue", "final_user_turn", "first_prompt", "user_turn"]
 
 USER, BOT = "User:", "Bot:"
 
@@ -60,15 +60,14 @@ def user_turn(text: str) -> str:
     return f"{final_user_turn(text)}\n{BOT}"
 
 
-def tokenise_dialogue(row: Demonstration, tokenizer: Any) -> Mapping[str, list[int]]:
-    """Tokenise a dialogue: `input_ids`, and a `completion_mask` that is 1 on the bot's tokens and their end tokens.
+def encode_dialogue(row: Demonstration, tokenizer: Any) -> tuple[EncodedRow, list[int]]:
+    """Encode a dialogue, and a mask of the response that is 1 on the bot's tokens and their end tokens.
 
     Each piece is tokenised by itself, as a conversation with an environment is.
     """
-    prompt = list(tokenizer(row.prompt).input_ids)
-    ids, mask = prompt, [0] * len(prompt)
+    ids, mask = list[int](), list[int]()
     for index, text in enumerate(USER_TURN.split(row.response)):
         is_bot = index % 2 == 0
-        piece = [*tokenizer(text, add_special_tokens=False).input_ids, *([tokenizer.eos_token_id] if is_bot else [])]
+        piece = (encode_response if is_bot else encode_text)(tokenizer, text)
         ids, mask = ids + piece, mask + [int(is_bot)] * len(piece)
-    return {"input_ids": ids, "completion_mask": mask}
+    return EncodedRow(encode_prompt(tokenizer, row.prompt), [ids]), mask

@@ -14,6 +14,7 @@ from tasks.config.rules import RULE_OPTIONS, CodeRule
 from tasks.core.errors import ConfigError
 from tasks.rl.hacking import DETECTORS
 from tasks.runtime.stage_runner import stage_arguments
+from tests.conftest import SHIPPED_PARAMS
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = sorted(path.stem for path in (ROOT / "infra" / "presets").glob("*.yaml"))
@@ -55,14 +56,19 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
     [
         ("ppo.learning_rte=1", r"ppo\.learning_rte: unknown key \(value 1\); did you mean learning_rate\?"),
         ("ppo.gamma=1.5", r"ppo\.gamma: Input should be less than or equal to 1, got 1\.5"),
-        ("ppo.minibatches=7", "minibatches 7 must divide the 64 responses of an update"),
         ("sft=null", r"sft: Input should be a valid dictionary or instance of SFTParams, got None"),
-        ("preferences=null", "preferences is null, but reward_model and dpo learn from pairs"),
+        ("preferences=null", r"but reward_model and dpo learn from pairs: set to null, too, or reward_model.kind to"),
+        ("preferences=null; dpo=null", "preferences is null, but reward_model learns from pairs"),
+        ("preferences=null; reward_model=null", "preferences is null, but dpo learns from pairs: set to null, too$"),
         ("gold_judge.kind=preference", "prepare.gold_pair_share keeps no pairs for it"),
         ("reward_model.kind=classification", r"reward_model: .*kind classification needs a threshold"),
         ("collect.sources=[{name: a, kind: local, row_type: ratings, id: a, objective: kind}]", "objective says what"),
+        ("ppo=null; grpo=null; reward_model=null", "reward_model is null, but reward.weights names `learned`"),
+        ("gate.policy=grpo; grpo=null", "gate.policy is grpo, which is null: name another, or best"),
+        ("gate.policy=pop", "gate.policy: Input should be 'best', 'ppo', 'grpo' or 'dpo', got 'pop'"),
+        ("evaluate.llm_judge={prompts: 9}", "evaluate: llm_judge.rubric is missing: say in a sentence"),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
-        ("evaluate.llm_judge={prompts: 209}", "llm_judge.prompts is 209, but prompts is 208"),
+        ("evaluate.llm_judge={prompts: 209, rubric: a}", "llm_judge.prompts is 209, but prompts is 208"),
         ("evaluate.llm_judge={prompts: 9, model: m}", "kind 'local' is the pipeline's base model: model and base_url"),
         ("evaluate.llm_judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as"),
         (
@@ -74,15 +80,16 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("gate.margins.kl=-1", r"gate\.margins\.kl: Input should be greater than or equal to 0, got -1"),
         ("reward.weights.lenght=1", r"reward\.weights\.lenght: no such component; did you mean length"),
         ("reward.rules.brief={function: length}", "reward.rules names 'brief', which has no weight"),
-        ("reward.rules.length=3", r"reward\.rules\.length: Value error, needs `function: <rule or module:function>`"),
+        ("reward.rules.length=3", r"reward\.rules\.length: needs `function: <rule or module:function>`"),
         ("reward.gates={lenght: 1}", "reward.gates names 'lenght', which has no weight; there is: learned, repetition"),
         ("reward.composition=lexicographic", "priorities belong to lexicographic, which needs at least one"),
         ("evaluate.gold_rule={function: repetition}", "evaluate.gold_rule is repetition, which the reward has, too"),
         ("reward.weight_schedule={repetition: {1: 0.1, 4: 0.4}}", r"weight_schedule\.repetition ends at 0\.4, rew"),
         ("reward.weight_schedule={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
+        ("ppo.minibatches=7", r"ppo: minibatches 7 must divide the 64 responses of an update$"),
         ("environment={kind: service_bot, max_turns: 4, gamma: 0.9}", "environment is on, but reward.weights does not"),
-        ("reward.weights.environment=1", "reward.weights.environment and ppo.action turn need an environment"),
-        ("ppo.action=turn", "reward.weights.environment and ppo.action turn need an environment"),
+        ("reward.weights.environment=1", "reward.weights names `environment`, but environment is null"),
+        ("ppo.action=turn", r"\n  ppo.action is turn, but environment is null"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
         ("reward.weights.vader=1", r"evaluate\.vader is true, but the reward's component vader is VADER"),
         (
@@ -116,14 +123,14 @@ def test_a_file_in_another_encoding_is_named(params_yaml: Path) -> None:
 @pytest.mark.parametrize(
     ("rule", "problem"),
     [
-        ("{function: lenght}", r"rules\.mine: Value error, function: no rule is called 'lenght'; did you mean le"),
+        ("{function: lenght}", r"rules\.mine: function: no rule is called 'lenght'; did you mean le"),
         ("{function: length, target: 0}", r"reward\.rules\.mine\.target: Input should be greater than 0, got 0"),
         ("{function: length, goal: 3}", r"reward\.rules\.mine\.goal: unknown key \(value 3\); check the spelling"),
         ("{function: format}", r"reward\.rules\.mine\.pattern: missing; add it"),
-        ("{function: format, pattern: '('}", r"rules\.mine\.pattern: Value error, no regular expression: missing"),
-        ("{function: json_schema, json_schema: {type: thing}}", r"rules\.mine\.json_schema: Value.*no JSON schema"),
-        ("{function: instructions}", r"reward\.rules\.mine: Value error, no constraint is set"),
-        ("{function: poem, syllables: {C: [1, 2]}}", r"mine: Value error, syllables names \['C'\], which scheme 'AAB"),
+        ("{function: format, pattern: '('}", r"rules\.mine\.pattern: no regular expression: missing"),
+        ("{function: json_schema, json_schema: {type: thing}}", r"rules\.mine\.json_schema: no JSON schema"),
+        ("{function: instructions}", r"reward\.rules\.mine: no constraint is set"),
+        ("{function: poem, syllables: {C: [1, 2]}}", r"mine: syllables names \['C'\], which scheme 'AAB"),
         ("{function: 'exampel:shout'}", r"no tasks/rewards/custom/exampel\.py; did you mean example"),
         ("{function: 'example:shuot'}", r"example\.py defines no 'shuot'; did you mean shout"),
         ("{function: 'example:shout', most: 1}", r"takes no option 'most'; did you mean at_most"),
@@ -221,7 +228,7 @@ def defaults_in_use(value: object, location: str = "") -> list[str]:
 
 def test_the_shipped_file_spells_every_value_out(params_yaml: Path) -> None:
     """DVC hashes params.yaml, and most stages have no config code among their deps: a default would change unseen."""
-    params = load_params(ROOT / "params.yaml")
+    params = load_params(SHIPPED_PARAMS)
     # What a rule without an entry does is in tasks/config/rules.py, which every stage that scores depends on.
     assert [name for name in defaults_in_use(params) if not name.startswith(".reward.rules")] == []
     before = params_yaml.read_bytes()
@@ -233,7 +240,7 @@ def test_keys_that_are_missing_are_written_with_their_defaults(params_yaml: Path
     settings = [
         "base_model={kind: hub, id: owner/name}",
         "collect.sources=[{name: a, kind: local, row_type: ratings, id: a}]",
-        "evaluate.llm_judge={prompts: 9}",
+        "evaluate.llm_judge={prompts: 9, rubric: The better one is right.}",
         "gate.margins.win_rate_vader=0.1",
         "reward.weights.length=1",
         "reward.rules={length: {target: 3}}",
@@ -252,3 +259,15 @@ def test_keys_that_are_missing_are_written_with_their_defaults(params_yaml: Path
         "# Every number of the",
     )
     assert [line for line in expected if line not in text] == []
+
+
+def test_a_part_of_a_section_that_is_off_names_what_else_it_needs(params_yaml: Path) -> None:
+    change(params_yaml, "gold_judge=null", "grpo=null")
+    with pytest.raises(ConfigError) as caught:
+        write_overrides(params_yaml, [load_preset(ROOT, "tiny")])
+    problems = str(caught.value).splitlines()[1:]
+    assert [line.split(":")[0].strip() for line in problems] == ["gold_judge", "grpo"]
+    assert "was null, and the changes bring only a part of it; give the whole section, with epochs" in problems[0]
+    with pytest.raises(ConfigError, match="grpo: it was null"):
+        change(params_yaml, "grpo.kl_coef=0.1")
+    change(params_yaml, "overoptimisation={prompts: 4, samples_per_prompt: 2, batch_size: 1, bootstrap_samples: 9}")

@@ -21,8 +21,9 @@ from tasks.data.cleaning import (
     rater_half,
     shingles,
     similarity,
-    split_key,
+    split_keys,
     split_of,
+    text_key,
 )
 from tests.support.collected import PREPARE, write_collected
 
@@ -45,9 +46,9 @@ def test_each_malformed_row_is_quarantined_with_file_line_reason_and_text(tmp_pa
     assert [(row["source"], row["file"], row["line"]) for row in cleaned.quarantine] == places
     reasons = [str(row["reason"]) for row in cleaned.quarantine]
     assert reasons[0].startswith("ratings: Field required")
-    assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row"]
+    assert reasons[1:3] == ["not JSON", "id: '1' is taken by an earlier row: each needs its own, or none"]
     assert reasons[3].startswith("text: String should have at least 1 character")
-    assert reasons[4].startswith("ratings: they and their mean must be finite numbers")
+    assert reasons[4].startswith("ratings.0: Input should be a finite number")
     assert "text: Input should be a valid string (got '5')" in reasons[5]
     assert "ratings.0: Input should be a valid number" in reasons[5]
     assert cleaned.quarantine[1]["raw"] == "{broken"
@@ -103,10 +104,26 @@ def test_preferences_that_agree_as_far_as_is_read_are_dropped() -> None:
 def test_rows_that_share_a_prompt_share_a_key() -> None:
     one = Preference(id="1", prompt="p", chosen="a", rejected="b")
     other = Demonstration(id="2", prompt="p", response="c")
-    assert split_key(one) == split_key(other) == split_key(Prompt(id="3", prompt="p")) == "p"
-    assert split_key(one.model_copy(update={"prompt": ""})) == "a\nb"
-    assert split_key(other.model_copy(update={"prompt": ""})) == "c"
-    assert split_key(Rating(id="2", text="t", ratings=(1,))) == "t"
+    assert text_key(one) == text_key(other) == text_key(Prompt(id="3", prompt="p")) == "p"
+    assert text_key(one.model_copy(update={"prompt": ""})) == "a\nb"
+    assert text_key(other.model_copy(update={"prompt": ""})) == "c"
+    assert text_key(Rating(id="2", text="t", ratings=(1,))) == "t"
+
+
+def test_a_group_decides_the_split_of_its_rows_and_of_others_with_their_texts() -> None:
+    rows = [
+        Prompt(id="1", prompt="p", group="g"),
+        Prompt(id="2", prompt="q", group="g"),
+        Preference(id="3", prompt="p", chosen="a", rejected="b"),
+        Rating(id="4", text="t", ratings=(1,), group="h"),
+        Demonstration(id="5", prompt="alone", response="r"),
+        Demonstration(id="6", prompt="t", response="r", group="i"),
+        Rating(id="7", text="u", ratings=(1,), group="i"),
+    ]
+    key = split_keys(rows)
+    assert [key(row) for row in rows] == ["g", "g", "g", "h", "alone", "h", "h"], "t joins the groups h and i"
+    bridge = Prompt(id="8", prompt="q", group="i")
+    assert len({split_keys([*rows, bridge])(row) for row in rows}) == 2, "q joins g and i, so all but `alone` are one"
 
 
 def test_without_cards_or_rows_the_message_names_the_stage(tmp_path: Path) -> None:
@@ -170,6 +187,27 @@ def test_no_two_kept_texts_reach_the_threshold_and_every_dropped_one_does(thresh
     left = [sets[index] for index in range(len(texts)) if index not in repeated]
     assert all(similarity(*pair) < threshold for pair in itertools.combinations(left, 2)), "too few candidates"
     assert len(repeated) >= 60
+
+
+def words(count: int, rng: random.Random) -> str:
+    return " ".join(f"w{rng.randrange(2000)}" for _ in range(count))
+
+
+@pytest.mark.parametrize("templates", [1, 3, 8], ids="{} templates".format)
+def test_texts_of_a_template_are_compared_by_what_is_their_own(templates: int) -> None:
+    rng = random.Random(templates)
+    frames = [(words(60, rng), words(60, rng)) for _ in range(templates)]
+    owns = [words(12, rng) for _ in range(200)]
+    texts = [" ".join([*frames[n % templates][:1], own, *frames[n % templates][1:]]) for n, own in enumerate(owns)]
+    assert near_duplicates(texts, 0.7) == {}
+    again = [text.replace(own, f"{own} so") for text, own in zip(texts[:20], owns, strict=False)]
+    assert near_duplicates([*texts, *again], 0.7) == {200 + index: index for index in range(20)}
+
+
+def test_one_question_under_two_system_prompts_is_two_texts() -> None:
+    rng = random.Random(0)
+    prompts, questions = [words(100, rng) for _ in range(3)], [words(16, rng) for _ in range(30)]
+    assert not near_duplicates([f"{prompt} {question}" for prompt in prompts for question in questions], 0.7)
 
 
 # -- splits ------------------------------------------------------------------------------------------------------

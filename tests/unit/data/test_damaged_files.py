@@ -85,7 +85,7 @@ def read_and_clean(root: Path, name: str, row_type: str = "preferences") -> tupl
     """Valid rows and quarantine, by way of the files that stage collect writes."""
     collected = collect_source(SourceParams(name="a", kind="local", id=name, row_type=row_type), 0)
     write_rows(root / "collect" / "rows" / "a.jsonl", collected.rows)
-    write_json(root / "collect" / "cards" / "a.json", {"type": row_type})
+    write_json(root / "collect" / "cards" / "a.json", {"kind": "local", "type": row_type})
     cleaned = clean(root / "collect")
     assert len(cleaned.rows) + len(cleaned.quarantine) == len(collected.rows)
     return cleaned.rows, cleaned.quarantine
@@ -143,7 +143,9 @@ def test_what_json_and_utf8_cannot_hold_is_quarantined_and_decimals_are_numbers(
     kept, quarantine = read_and_clean(root, "a.jsonl", "ratings")
     assert [row.id for row in kept] == ["a-1", "a-6"]
     assert [row["line"] for row in quarantine] == [2, 3, 4, 5]
-    for reason, part in zip(quarantine, ("surrogates", "mean must be finite", "4300 digits", "recursion"), strict=True):
+    for reason, part in zip(
+        quarantine, ("surrogates", "less than or equal to 1000000", "4300 digits", "recursion"), strict=True
+    ):
         assert part in reason["reason"]
     table = pyarrow.table(
         {

@@ -1,6 +1,7 @@
 """From a source's own columns to envelopes with the fields of a row type; files line by line, broken lines kept."""
 
 import gzip
+import itertools
 import json
 import re
 import sys
@@ -20,6 +21,10 @@ def local(row_type: str = "prompts", id: str = "a.jsonl", **more: Any) -> Source
     return SourceParams(name="mine", kind="local", row_type=row_type, id=id, **more)
 
 
+def source(name: str) -> SourceParams:
+    return SourceParams(name=name, kind="local", row_type="prompts", id="a.jsonl")
+
+
 def collected(root: Path, content: list[Any], **more: Any) -> list[dict[str, Any]]:
     (root / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in content))
     return collect_source(local(**more), 0).rows
@@ -36,6 +41,88 @@ def test_columns_are_mapped_others_left_behind_and_ids_made_unique_to_the_source
         {"file": "a.jsonl", "line": 1, "row": {"id": "mine-7", "prompt": "Why?", "response": "So."}},
         {"file": "a.jsonl", "line": 2, "row": {"id": "mine-2", "prompt": "Who?"}},
     ]
+
+
+def test_a_group_has_a_column_like_any_field_and_numbers_are_labels(root: Path) -> None:
+    rows = collected(
+        root, [{"prompt": "a", "template": 3, "answer": 7}, {"prompt": "b"}], columns={"group": "template"}
+    )
+    assert [row["row"] for row in rows] == [
+        {"id": "mine-1", "group": "3", "prompt": "a", "answer": "7"},
+        {"id": "mine-2", "prompt": "b"},
+    ]
+
+
+def test_no_two_sources_share_an_id_and_names_without_a_dash_keep_theirs(root: Path) -> None:
+    (root / "a.jsonl").write_text("".join(json.dumps({"id": i, "prompt": "p"}) + "\n" for i in ("1", "b-1", "b.1")))
+    names = ("a", "a-b", "a--b", "a_b", "a-b-1", "-", "--")
+    ids = {name: [row["row"]["id"] for row in collect_source(source(name), 0).rows] for name in names}
+    assert ids["a"] == ["a-1", "a-b-1", "a-b.1"]
+    assert len({*itertools.chain(*ids.values())}) == 3 * len(names)
+
+
+@pytest.mark.parametrize("missing", [None, "", float("nan")])
+def test_rows_without_an_id_are_numbered_apart_from_ids_that_are_numbers(root: Path, missing: object) -> None:
+    rows = collected(root, [{"id": value, "prompt": "p"} for value in (3, missing, missing, "2", 2.5)])
+    assert [row["row"]["id"] for row in rows] == ["mine-3", "mine-2.line", "mine-3.line", "mine-2", "mine-2.5"]
+    rows = collected(root, [{"id": missing, "prompt": "p"}] * 2)
+    assert [row["row"]["id"] for row in rows] == ["mine-1", "mine-2"]
+
+
+def test_an_empty_cell_leaves_an_optional_field_out_and_a_null_prompt_is_none(root: Path) -> None:
+    (root / "a.csv").write_text("prompt,chosen,rejected,margin,group\np,a,b,,\np,a,c,1.5,g\n")
+    first, second = collect_source(local("preferences", "a.csv"), 0).rows
+    assert first["row"] == {"id": "mine-2", "prompt": "p", "chosen": "a", "rejected": "b"}
+    assert (second["row"]["margin"], second["row"]["group"]) == ("1.5", "g")
+    dialogue = {"prompt": None, "chosen": "\n\nAssistant: a", "rejected": "\n\nAssistant: b"}
+    assert collected(root, [dialogue], row_type="preferences")[0]["row"]["prompt"] == "\n\nAssistant:"
+    (row,) = collected(root, [{"prompt": "p", "answer": None, "group": float("nan")}])
+    assert row["row"] == {"id": "mine-1", "prompt": "p"}
+    (row,) = collected(root, [{"prompt": "p", "answer": None}], answer_pattern="(.+)")
+    assert row["error"] == "answer: '(.+)' is not in it", "null is no answer to be found"
+
+
+PAIR = {"Prompt": "p", "better": "a", "worse": "b"}
+
+
+@pytest.mark.parametrize("ending", ["jsonl", "csv", "parquet", "hub"])
+def test_wrong_columns_are_an_error_with_the_columns_there_are_and_the_mapping_to_write(
+    root: Path, ending: str
+) -> None:
+    frame = pandas.DataFrame([PAIR])
+    frame.to_csv(root / "a.csv", index=False)
+    frame.to_parquet(root / "a.parquet")
+    (root / "a.jsonl").write_text("{broken\n" + json.dumps(PAIR) + "\n")
+    readers = {"local": read_local, "hub": lambda source, seed: ([("hub", 1, PAIR)], {})}
+    kind, name = ("hub", "owner/pairs") if ending == "hub" else ("local", f"a.{ending}")
+
+    def message(row_type: str, **columns: str) -> str:
+        given = SourceParams(name="mine", kind=kind, id=name, row_type=row_type, columns=columns)  # type: ignore[arg-type]
+        with pytest.raises(DataError) as caught:
+            collect_source(given, 0, readers)
+        return str(caught.value)
+
+    text = message("preferences")
+    assert text.startswith(f"source 'mine' ({kind} {name}): no row has the column 'prompt' or 'chosen' or 'rejected'")
+    assert "its columns are 'Prompt', 'better', 'worse'." in text
+    assert text.endswith("\n  columns: {prompt: 'Prompt', chosen: 'COLUMN', rejected: 'COLUMN'}")
+    assert message("prompts").endswith("\n  columns: {prompt: 'Prompt'}"), "the nearest name is proposed"
+    text = message("preferences", chosen="beter", rejected="worse", margin="gap")
+    assert "no row has the column 'prompt' or 'beter' or 'gap'" in text
+    assert text.endswith("\n  columns: {prompt: 'Prompt', chosen: 'better', rejected: 'worse', margin: 'COLUMN'}")
+
+
+def test_two_csv_columns_of_one_name_are_an_error_unless_they_have_none(root: Path) -> None:
+    (root / "a.csv").write_text("prompt,prompt\na,b\n")
+    with pytest.raises(DataError, match=r"a\.csv has two columns 'prompt': rename one"):
+        collect_source(local(id="a.csv"), 0)
+    (root / "a.csv").write_text("prompt,,\na,,\n")
+    assert collect_source(local(id="a.csv"), 0).rows[0]["row"]["prompt"] == "a"
+
+
+def test_a_field_that_the_row_type_lacks_is_refused() -> None:
+    with pytest.raises(ValidationError, match="prompts have no field 'promt'; their fields are id, group, prompt, ans"):
+        local(columns={"promt": "question"})
 
 
 def test_a_template_is_put_around_each_prompt(root: Path) -> None:
@@ -102,6 +189,15 @@ def test_reasoning_gym_gives_the_same_tasks_for_the_same_seed() -> None:
         assert row["row"]["response"] == str(sum(map(int, re.findall(r"[+-]?\d+", expression.replace(" ", "")))))
 
 
+def test_a_task_of_many_right_answers_has_no_answer_that_reads_none() -> None:
+    pytest.importorskip("reasoning_gym")
+    cube: dict[str, Any] = {"name": "cube", "kind": "reasoning_gym", "id": "rubiks_cube", "limit": 2}
+    rows = collect_source(SourceParams(**cube, row_type="prompts"), 0).rows
+    assert [sorted(row["row"]) for row in rows] == [["id", "prompt"]] * 2
+    with pytest.raises(DataError, match="'rubiks_cube' has no one right answer to show; use row_type prompts"):
+        collect_source(SourceParams(**cube, row_type="demonstrations"), 0)
+
+
 def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: pytest.MonkeyPatch) -> None:
     source = SourceParams(name="sums", kind="reasoning_gym", id="no_such_task", row_type="prompts")
     pytest.importorskip("reasoning_gym")
@@ -112,8 +208,11 @@ def test_an_unknown_reasoning_task_and_a_missing_package_are_named(monkeypatch: 
         collect_source(source, 0)
 
 
-def test_the_hub_without_a_network_is_a_clear_error(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+@pytest.mark.parametrize(("constant", "value"), [("HF_HUB_OFFLINE", True), ("ENDPOINT", "http://127.0.0.1:9")])
+def test_the_hub_without_a_network_is_a_clear_error(
+    monkeypatch: pytest.MonkeyPatch, constant: str, value: object
+) -> None:
+    monkeypatch.setattr(f"huggingface_hub.constants.{constant}", value)
     source = SourceParams(name="hh", kind="hub", id="Anthropic/hh-rlhf", row_type="preferences")
     with pytest.raises(SourceError, match=r"dataset 'Anthropic/hh-rlhf' .* could not be fetched.*check the network"):
         collect_source(source, 0)

@@ -13,7 +13,11 @@ from tasks.evals.experiments import SeedResult, flat_metrics, summarise_seeds, w
 
 
 def row(win_rate: float, kl: float = 3.0) -> dict[str, float]:
-    interval = {"win_rate": win_rate, "win_rate_low": win_rate - 0.1, "win_rate_high": win_rate + 0.1}
+    interval = {
+        "win_rate": win_rate,
+        "win_rate_low": round(win_rate - 0.1, 6),
+        "win_rate_high": round(win_rate + 0.1, 6),
+    }
     return interval | {"gain_gold": 2 * win_rate - 1, "gain_proxy": 1.0, "kl": kl, "length": 9.0}
 
 
@@ -57,6 +61,24 @@ def test_one_seed_has_no_interval() -> None:
 )
 def test_what_counts_as_collapsed(high: float, degenerate_count: float, reason: str | None) -> None:
     assert experiments.collapse_reason({"win_rate_low": 0.3, "win_rate_high": high}, degenerate_count) == reason
+
+
+@pytest.mark.parametrize(
+    ("lows", "collapsed"),
+    [
+        ((0.7, 0.72), True),
+        ((0.7, 0.6), False),
+        ((0.7,), False),
+        ((0.7, 0.75, 0.7, 0.5), True),
+        ((0.62, 0.6, 0.6), False),
+    ],
+)
+def test_a_seed_that_is_far_below_the_others_has_collapsed_too(lows: tuple[float, ...], collapsed: bool) -> None:
+    """Its interval is 55–65 %: better than SFT. One other seed alone does not say which of the two is unusual."""
+    others = [{"win_rate_low": low} for low in lows]
+    reason = experiments.collapse_reason({"win_rate_low": 0.55, "win_rate_high": 0.65}, 0.0, others)
+    assert bool(reason) == collapsed, reason
+    assert reason is None or "55%–65%, lies below those of other seeds, which begin at " in reason
 
 
 def test_a_collapsed_seed_is_named_and_counts_in_the_mean() -> None:

@@ -31,6 +31,22 @@ def test_the_best_is_the_surest_of_those_that_were_trained() -> None:
     assert select_candidate(TABLE, PARAMS.model_copy(update={"policy": "ppo"})) == "ppo"
 
 
+@pytest.mark.parametrize(
+    ("better", "worse"),
+    [
+        ({"win_rate": 0.56}, {"win_rate": 0.5}),
+        ({"win_rate": 0.56, "kl": 9.0}, {"win_rate": 0.5, "kl": 1.0}),
+        ({"win_rate": 0.56, "kl": 1.0}, {"win_rate": 0.56, "kl": 1.5}),
+    ],
+)
+def test_of_two_that_are_as_sure_the_better_is_chosen_whatever_their_order(
+    better: dict[str, float], worse: dict[str, float]
+) -> None:
+    rows = {"one": row(0.5) | worse, "other": row(0.5) | better}
+    assert select_candidate(rows, PARAMS) == "other"
+    assert select_candidate(dict(reversed(rows.items())), PARAMS) == "other"
+
+
 def test_a_policy_that_was_not_evaluated_is_refused() -> None:
     for policy in ("dpo", "sft"):
         with pytest.raises(ConfigError, match=f"gate.policy is '{policy}'.*ppo, grpo"):

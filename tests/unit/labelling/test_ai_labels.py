@@ -189,7 +189,7 @@ def test_a_killed_run_goes_on_without_asking_again(chat: Chat, tmp_path: Path) -
 
 def test_a_constitution_is_known_by_its_text(tmp_path: Path) -> None:
     path = tmp_path / "c.md"
-    with pytest.raises(DataError, match="missing or empty"):
+    with pytest.raises(DataError, match="does not exist"):
         Constitution.read(path)
     path.write_text("Be kind.\n")
     first = Constitution.read(path)

@@ -10,7 +10,7 @@ from starlette.testclient import TestClient
 
 from tasks.labelling.app import create_app
 from tasks.labelling.auth import hash_password, load_secret, new_password, verify
-from tasks.labelling.labels import Label, show_swapped
+from tasks.labelling.labels import Label, pseudonym, show_swapped
 from tasks.labelling.store import LabelStore
 from tests.support.labels import insert_label, make_question
 
@@ -187,6 +187,12 @@ def test_texts_stay_texts_and_gold_stays_hidden(store: LabelStore, client: TestC
     assert "  two\n\n  lines </div>" in page
     assert "(an empty response)" in page
     assert not re.search("gold|teacher", page)
+
+
+def test_a_labeller_finds_herself_in_reports(client: TestClient) -> None:
+    assert "person-" not in client.get("/help").text
+    sign_in(client)
+    assert f"there you are <code>{pseudonym('ann')}</code>" in client.get("/help").text
 
 
 def test_with_nothing_to_ask_the_page_explains_what_to_do(store: LabelStore, client: TestClient) -> None:

@@ -17,10 +17,12 @@ from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, read_rows
 from tasks.data.sources import READERS, collect_source
 from tasks.evals.pairwise import Reply
-from tasks.labelling import ai_labels, quality
-from tasks.labelling.labels import Label, Question
+from tasks.labelling import ai_labels, pairs, quality
+from tasks.labelling.labels import Label, Question, pseudonym
+from tasks.labelling.pairs import PolicyResponse
 from tasks.labelling.quality import LabelSummary
 from tasks.labelling.store import LabelStore
+from tests.conftest import SHIPPED_PARAMS
 from tests.support.chat_server import longer, serving
 from tests.support.labels import insert_label, make_question
 
@@ -32,7 +34,7 @@ Run = Callable[..., str]
 def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A project with an SFT model, PPO and prompts; no server is up."""
     shutil.copytree(parts, tmp_path / "artifacts")
-    shutil.copy(ROOT / "params.yaml", tmp_path)
+    shutil.copy(SHIPPED_PARAMS, tmp_path)
     (tmp_path / "dvc.yaml").touch()
     monkeypatch.setenv("RLHF_ROOT", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
@@ -73,6 +75,52 @@ def test_pairs_of_policies_are_added_once(rlhf: Run, project: Path) -> None:
     with opened(project) as store:
         new = [item for item in store.questions() if item not in asked]
     assert {policy for item in new for policy in (item.policy_a, item.policy_b)} == {"ppo"}
+
+
+def test_a_response_with_a_nul_is_skipped_and_counted(
+    rlhf: Run, project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def sampled(*words: object, **options: object) -> dict[str, list[PolicyResponse]]:
+        responses = written(*words, **options)  # type: ignore[arg-type]
+        first = next(iter(responses))
+        responses[first] = [PolicyResponse("sft", " a\0"), *responses[first]]
+        return responses
+
+    written = pairs.sample_responses
+    monkeypatch.setattr(pairs, "sample_responses", sampled)
+    output = rlhf("sample", "--pairs", "4")
+    assert "1 responses skipped: response: holds a NUL character" in output
+    assert "4 pairs to label added" in output
+
+
+def test_a_destroyed_database_is_restored(rlhf: Run, project: Path) -> None:
+    rlhf("sample", "--pairs", "3")
+    label(project, ann="a")
+    assert "is whole, and lacks nothing that its copy holds; nothing was restored" in rlhf("restore")
+    before = rlhf("report", "--json")
+    file = project / ".rlhf" / "labels.db"
+    file.write_bytes(b"")
+    with pytest.raises(DataError, match=r"0 bytes.*`rlhf label restore`"):
+        rlhf("report")
+    with (project / ".rlhf" / "labels.db.jsonl").open("a") as copy:
+        copy.write("torn")
+    output = rlhf("restore")
+    assert "restored: events 3, guidelines 0, labellers 1, questions 3" in output
+    assert "1 lines of the copy could not be read" in output
+    assert f"the old database is in {project / '.rlhf' / 'labels.db.old-1'}" in " ".join(output.split())
+    assert rlhf("report", "--json") == before
+
+
+def test_the_report_explains_that_alpha_needs_two_and_names_its_labeller_as_the_page_does(
+    rlhf: Run, project: Path
+) -> None:
+    assert f"in reports and exports: {pseudonym('ann')}" in rlhf("add", "ann")
+    rlhf("sample", "--pairs", "2")
+    label(project, ann="a")
+    output = rlhf("report")
+    assert "alpha –, for it compares labellers, so it needs two, and there is one" in output
+    assert pseudonym("ann") in output
+    assert "The labelling page tells each labeller hers" in (project / ".rlhf" / "labels.html").read_text()
 
 
 def test_what_cannot_be_sampled_is_one_message(rlhf: Run, project: Path) -> None:

@@ -1,6 +1,7 @@
 """The database's migrations and the safety of its address."""
 
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -40,6 +41,23 @@ def test_labels_outlive_a_migration(url: str) -> None:
         assert store.labellers() == ["ann"]
 
 
+def test_labels_from_before_guidelines_have_none(tmp_path: Path) -> None:
+    url = f"sqlite:///{tmp_path / 'labels.db'}"
+    with begun(url) as connection:
+        migrate(connection, "0001")
+        for statement in (
+            "insert into labellers values ('ann', 'hash', '2026-01-01 00:00:00.000000')",
+            "insert into questions values ('one', 'p', 'x', 'y', 's', 't', null, 'random', 0, 1, '2026-01-01 00:00')",
+            "insert into events values (1, 't', 'one', 'ann', 0, 'label', 'a', 2, null, 4, 'so', 1, 2.5, '2026-01-01')",
+        ):
+            connection.execute(text(statement.replace("'2026-01-01')", "'2026-01-01 00:00:00.000000')")))
+    with closing(LabelStore(url)) as store:
+        assert store.current_labels() == [Label("one", "ann", "a", 2, None, 4, "so", swapped=True, seconds=2.5)]
+        store.add_guidelines("0" * 64, "Be kind.")
+        store.save_label(Label("one", "bob", "b", guidelines="0" * 64))
+        assert [label.guidelines for label in store.current_labels()] == [None, "0" * 64]
+
+
 def test_a_newer_database_is_left_alone(url: str) -> None:
     LabelStore(url).close()
     with begun(url) as connection:
@@ -61,7 +79,7 @@ def test_the_password_is_never_shown() -> None:
     for url in ("postgresql://ann:word@host/labels", "postgresql://ann@host/labels?password=word"):
         assert "word" not in redact_url(url)
         assert "host/labels" in redact_url(url)
-    with pytest.raises(SourceError, match="cannot open the labelling database") as caught:
+    with pytest.raises(SourceError, match="cannot use the labelling database") as caught:
         connect("postgresql://ann:sesame@127.0.0.1:1/labels")
     assert "sesame" not in str(caught.value)
 

@@ -13,6 +13,7 @@ from tasks.labelling.export import Aggregate, ExportResult, export_preferences
 from tasks.labelling.labels import Label, Question, hide_names, pseudonym
 from tasks.prepare import prepare
 from tests.support.labels import labels_of, pair
+from tests.support.tokenizers import write_tokenizer
 
 AGREED, SPLIT, ALIKE, GOLD, OPEN = pair(1), pair(2), pair(3), pair(4, gold="a"), pair(5)
 QUESTIONS = [AGREED, SPLIT, ALIKE, GOLD, OPEN]
@@ -114,10 +115,14 @@ def test_prepare_keeps_equal_labels_of_different_people(tmp_path: Path) -> None:
         envelopes = [{"file": "f", "line": line, "row": row} for line, row in enumerate(contents)]
         write_rows(tmp_path / "rows" / f"{name}.jsonl", envelopes)
         (tmp_path / "cards").mkdir(exist_ok=True)
-        (tmp_path / "cards" / f"{name}.json").write_text(json.dumps({"type": kind}))
+        (tmp_path / "cards" / f"{name}.json").write_text(json.dumps({"kind": "local", "type": kind}))
     params = PrepareParams(prompt_words=1, min_words=2, max_words=9, near_duplicate_threshold=1.0, validation_share=0,
                            test_share=0, gold_share=0, max_quarantine_share=0)  # fmt: skip
-    prepare(params, 0, Artifacts(collect=tmp_path, out=tmp_path / "out"))
+    prepare(
+        params,
+        0,
+        Artifacts(base_model=write_tokenizer(tmp_path / "base_model"), collect=tmp_path, out=tmp_path / "out"),
+    )
     kept = (tmp_path / "out" / "preferences" / "train.jsonl").read_text().splitlines()
     assert {json.loads(line)["id"] for line in kept} == {row.id for row in rows}
     assert json.loads((tmp_path / "out" / "metrics.json").read_text())["dropped"]["duplicate"] == 1

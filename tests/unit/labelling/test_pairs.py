@@ -23,6 +23,7 @@ from tasks.labelling.pairs import (
     sample_prompts,
     sample_responses,
     with_overlap,
+    without_unkeepable,
 )
 from tests.support.tiny_stages import GENERATION, run_reward_model, write_inputs
 
@@ -44,6 +45,16 @@ def test_pairs_come_prompt_by_prompt_and_never_two_alike() -> None:
     assert make_pairs(RESPONSES, 2, least=2, seed=0) == pairs[:2]
     with pytest.raises(DataError, match=r"there are 4 pairs to choose from, not 5 \(1 prompts had one response"):
         make_pairs(RESPONSES, 10, least=5, seed=0)
+
+
+def test_responses_that_no_database_keeps_are_left_out_and_counted() -> None:
+    written = RESPONSES | {"three": [PolicyResponse("sft", " x\0"), PolicyResponse("ppo", " y"), *RESPONSES["two"]]}
+    kept, skipped = without_unkeepable(written | {"p\0": RESPONSES["two"]})
+    assert kept == written | {"three": written["three"][1:], "p\0": []}
+    assert skipped == {
+        "response: holds a NUL character, which PostgreSQL cannot keep": 1,
+        "prompt: holds a NUL character, which PostgreSQL cannot keep": 2,
+    }
 
 
 def test_the_side_that_stands_first_is_random() -> None:

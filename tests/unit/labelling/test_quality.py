@@ -10,8 +10,10 @@ from typing import Any
 
 import numpy as np
 import pytest
+from nltk.metrics.agreement import AnnotationTask
 
 from tasks.core.errors import ConfigError
+from tasks.labelling import quality
 from tasks.labelling.export import export_preferences
 from tasks.labelling.labels import Label
 from tasks.labelling.quality import (
@@ -43,6 +45,32 @@ def test_alpha_by_hand() -> None:
     assert krippendorff_alpha(FOUR) == pytest.approx(8 / 15)
     skips = [*FOUR, *labels_of(pair(1), eve="skip"), *labels_of(pair(5), ann="tie", bob="skip")]
     assert krippendorff_alpha(skips) == pytest.approx(8 / 15), "a skip is missing, and one label compares with nothing"
+
+
+@pytest.mark.parametrize(
+    ("observers", "alpha"),
+    [
+        (["0100000010", "1110010000"], 0.095),
+        (["123321412   ", "1233224125 3", " 3332342251 ", "12332441251 "], 0.743),
+    ],
+    ids=["section A", "section C"],
+)
+def test_alpha_of_the_published_examples(observers: list[str], alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Krippendorff 2011: two observers and two values; four observers, five values, some of them missing."""
+    monkeypatch.setattr(quality, "VALUED_CHOICES", tuple("012345"))
+    labels = [
+        Label(str(unit), str(observer), value, None)
+        for observer, values in enumerate(observers)
+        for unit, value in enumerate(values)
+        if value != " "
+    ]
+    assert krippendorff_alpha(labels) == pytest.approx(alpha, abs=5e-4)
+
+
+def test_alpha_is_that_of_nltk() -> None:
+    labels, _ = crowd(30)
+    data = [(label.labeller, label.question_id, label.choice) for label in labels]
+    assert krippendorff_alpha(labels) == pytest.approx(AnnotationTask(data).alpha())
 
 
 def test_alpha_of_nothing_to_compare_is_none() -> None:
@@ -127,11 +155,8 @@ def test_known_answers_are_certain() -> None:
 
 
 def test_without_the_packages_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "krippendorff", None)
     monkeypatch.setitem(sys.modules, "crowdkit.aggregation", None)
-    with pytest.raises(ConfigError, match=r"needs the package krippendorff: pip install -e '\.\[label\]'"):
-        krippendorff_alpha(FOUR)
-    with pytest.raises(ConfigError, match="needs the package crowd-kit"):
+    with pytest.raises(ConfigError, match=r"needs the package crowd-kit: pip install -e '\.\[label\]'"):
         dawid_skene(FOUR, {})
 
 
@@ -194,6 +219,30 @@ def test_a_skip_leaves_a_question_waiting_as_it_does_for_the_page(store: LabelSt
     store.save_label(Label(pair(1).id, "ann", "skip"))
     found = label_summary(store.questions(), store.current_labels())
     assert (found.waiting, found.labelled) == (store.open_questions()[0], 0) == (1, 0)
+
+
+GAPS = [
+    ([], "it needs two, and there is none"),
+    (labels_of(pair(1), ann="a") + labels_of(pair(2), ann="b"), "it needs two, and there is one"),
+    (labels_of(pair(1), ann="a", bob="skip"), "it needs two, and there is one"),
+    (labels_of(pair(1), ann="a") + labels_of(pair(2), bob="b"), "no question has the labels of two labellers"),
+    (labels_of(pair(1), ann="a", bob="a") + labels_of(pair(2), bob="b"), "all labels that can be compared are equal"),
+]
+
+
+@pytest.mark.parametrize(("labels", "reason"), GAPS)
+def test_where_there_is_no_alpha_the_report_says_why(labels: list[Label], reason: str) -> None:
+    found = label_summary([pair(1), pair(2)], [*labels, *labels_of(pair(1), **{"model:m": "b"})])
+    assert found.alpha is None
+    assert found.alpha_gap is not None
+    assert reason in found.alpha_gap
+    assert f"There is no α of people: {found.alpha_gap}." in report_page(found)
+
+
+def test_where_there_is_an_alpha_there_is_no_reason_for_none() -> None:
+    found = label_summary([pair(number) for number in range(1, 5)], FOUR)
+    assert (found.alpha is None, found.alpha_gap) == (False, None)
+    assert "There is no α" not in report_page(found)
 
 
 def test_a_proportion_is_shown_with_its_interval() -> None:

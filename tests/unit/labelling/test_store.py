@@ -13,7 +13,8 @@ from sqlalchemy.exc import DBAPIError
 
 from tasks.core.errors import DataError, SourceError
 from tasks.labelling import database
-from tasks.labelling.labels import Label
+from tasks.labelling.export import export_preferences
+from tasks.labelling.labels import Label, hide_names, pseudonym
 from tasks.labelling.store import ConflictError, LabelStore, LabelTask, SaveResult
 from tests.support.labels import begun, make_question, pair, token
 
@@ -75,6 +76,23 @@ def test_what_is_on_a_screen_stays_there_and_is_nobody_elses(store: LabelStore) 
     assert [shown(store, "ann"), shown(store, "ann"), shown(store, "bob")] == ["one", "one", "two"]
     assert shown(store, "cat") is None
     assert (store.progress("cat").left, store.progress("cat").leased_to_others) == (2, 2)
+
+
+def test_a_pseudonym_and_its_name_are_one_labeller(store: LabelStore) -> None:
+    """Labels that came back under pseudonyms before their people were known here."""
+    store.add_questions([make_question("one", labels_wanted=3), make_question("two", labels_wanted=3)])
+    for question in ("one", "two"):
+        store.save_label(Label(question, pseudonym("eve"), "a"))
+    store.add_labeller("eve", "hash")
+    assert shown(store, "eve") is None, "she has answered both"
+    assert {label.labeller for label in store.current_labels()} == {"eve"}
+    save(store, "eve", "one", choice="b")
+    taken_back = save(store, "eve", "two", choice="tie").event_id
+    assert [(label.labeller, label.choice) for label in store.current_labels()] == [("eve", "b"), ("eve", "tie")]
+    exported = export_preferences(store.questions(), hide_names(store.current_labels()), aggregate="none")
+    assert [row.id for row in exported.rows] == [f"one/{pseudonym('eve')}"]
+    store.undo("eve", token=token(), event_id=taken_back)
+    assert [label.choice for label in store.current_labels()] == ["b"], "her last word on it was that she has none"
 
 
 def test_a_screen_takes_one_of_the_labels_that_a_question_wants(store: LabelStore) -> None:
@@ -203,7 +221,11 @@ def test_questions_are_added_once_and_never_change(store: LabelStore) -> None:
 
 @pytest.mark.parametrize(
     ("change", "reason"),
-    [({"response_b": "x\0"}, "response_b: holds a NUL character"), ({"policy_a": "x" * 65}, "policy_a: 65 characters")],
+    [
+        ({"response_b": "x\0"}, "response_b: holds a NUL character"),
+        ({"policy_a": "x" * 65}, "policy_a: 65 characters"),
+        ({"policy_a": "\ud800"}, "policy_a: surrogates not allowed"),
+    ],
 )
 def test_what_no_database_keeps_is_not_added(store: LabelStore, change: dict[str, str], reason: str) -> None:
     with pytest.raises(DataError, match=f"'prompt 2': {reason}.*nothing was added: leave it out"):

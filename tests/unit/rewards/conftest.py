@@ -1,9 +1,12 @@
 """Scores by name of a rule, and a sandbox for the tests that need one."""
 
+import shutil
+import subprocess
+from functools import cache
+
 import pytest
 
 from tasks.config.rules import RULE_OPTIONS, CodeRule
-from tasks.core.errors import ConfigError
 from tasks.rewards.rules import RULES
 from tasks.rewards.sandbox.sandbox import Sandbox
 
@@ -15,13 +18,24 @@ def score(rule: str, response: str, answer: str | None = None, **options: object
 
 
 def sandbox_or_skip(options: CodeRule) -> Sandbox:
-    """Skip where this machine has no sandbox, but never where it has one that does not hold."""
+    """Skip where this machine cannot have a sandbox; where it can, whatever is wrong with ours is a failure."""
+    if missing := _missing():
+        pytest.skip(missing)
+    return Sandbox(options)
+
+
+@cache
+def _missing() -> str:
+    """What this machine lacks for any sandbox: bubblewrap, seccomp, or the kernel's leave to unshare."""
+    if shutil.which("bwrap") is None:
+        return "no bubblewrap on this machine"
     try:
-        return Sandbox(options)
-    except ConfigError as error:
-        if "does not hold" in str(error):
-            raise
-        pytest.skip(str(error))
+        import pyseccomp  # noqa: F401
+    except (ImportError, RuntimeError, OSError) as error:
+        return f"no seccomp on this machine: {error}"
+    bare = ["bwrap", "--unshare-all", "--unshare-user", "--ro-bind", "/", "/", "true"]
+    run = subprocess.run(bare, capture_output=True, text=True, check=False)
+    return f"bubblewrap does not work on this machine: {run.stderr.strip()}" if run.returncode else ""
 
 
 @pytest.fixture

@@ -63,7 +63,7 @@ def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
     assert values.tolist() == [1, 0, 0, 0, 0, 0]
     assert {name.removeprefix("failures/"): column.tolist() for name, column in metrics.items()} == {
         "failed": [0, 1, 0, 0, 0, 0], "error": [0, 0, 1, 0, 0, 0], "timeout": [0] * 6, "memory": [0] * 6,
-        "output_limit": [0, 0, 0, 0, 0, 1], "refused": [0, 0, 0, 1, 1, 0],
+        "output_limit": [0, 0, 0, 0, 0, 1], "refused": [0, 0, 0, 1, 1, 0], "weak_tests": [0] * 6,
     }  # fmt: skip
 
 
@@ -93,6 +93,23 @@ def test_a_prompt_without_tests_is_an_error() -> None:
     reward = CodeReward(CodeRule(), {PROMPT: TESTS})
     with pytest.raises(DataError, match=r"the rule 'code': no tests are known for the prompt 'other'.*`answer`"):
         reward.score_with_metrics(["other"], ["x"])
+
+
+@needs_bubblewrap
+def test_weak_tests_are_named_and_counted(capsys: pytest.CaptureFixture[str]) -> None:
+    other = PROMPT.replace("add_3", "half")
+    reward = CodeReward(CodeRule(program="completion"), {PROMPT: TESTS, other: "assert not abs(half(4) - 2) > 1e-9"})
+    warning = capsys.readouterr().err
+    assert "warning: the tests of 1 of 2 prompts pass where every call gives None, NaN" in warning
+    assert "  half (NaN): 'def half(x):" in warning
+    _, metrics = reward.score_with_metrics([PROMPT, other, other], ["    return 0"] * 3)
+    assert metrics["weak_tests"].tolist() == [0, 1, 1]
+
+
+@needs_bubblewrap
+def test_tests_that_cannot_judge_are_an_error_before_training() -> None:
+    with pytest.raises(DataError, match="the tests of add_3 cannot judge any program: they never call add_3"):
+        CodeReward(CodeRule(), {PROMPT: "def test(): assert add_3(1) == 4"})
 
 
 @needs_bubblewrap

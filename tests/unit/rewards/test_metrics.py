@@ -1,20 +1,27 @@
 """Metrics of scores against ratings, labels and pairs, worked by hand."""
 
+import json
 import math
+from contextlib import nullcontext
 
 import pytest
 import torch
 
+from tasks.core.errors import TrainingError
 from tasks.rewards.metrics import (
     accuracy_by_margin,
     area_under_curve,
     calibration_table,
+    check_above_chance,
     classification_metrics,
     correlation,
     margin_bucket,
     rank_correlation,
     rating_metrics,
 )
+from tasks.rewards.objectives import check_accuracy
+from tasks.rewards.training import TrainingData
+from tests.support.tiny_stages import run_reward_model, write_inputs
 
 SCORES = torch.tensor([2.0, -1.0, 0.5, 0.5, 3.0])
 RATINGS = torch.tensor([1.0, -2.0, 0.5, 1.5, 2.0])
@@ -76,3 +83,49 @@ def test_expected_calibration_error_by_hand():
     assert error == pytest.approx(0.15, abs=1e-6)
     rows = [(round(row["predicted"], 6), row["observed"], row["count"]) for row in table]
     assert rows == [(0.75, 0.75, 4), (0.95, 0.5, 2)]
+
+
+def differences(right: int, ties: int, wrong: int) -> torch.Tensor:
+    return torch.tensor([1.0] * right + [0.0] * ties + [-1.0] * wrong)
+
+
+@pytest.mark.parametrize(
+    ("right", "ties", "wrong", "stops"),
+    [
+        (0, 226, 0, True),  # the score depends on the prompt alone
+        (0, 4, 0, True),  # 0.4⁴ = 0.026
+        (0, 3, 0, False),  # 0.4³ = 0.064: too few to rule 0.6 out
+        (113, 0, 113, True),
+        (9, 0, 9, False),  # P(X ≤ 9 | 18, 0.6) = 0.26
+        (8, 0, 0, False),
+        (1100, 0, 900, False),  # 0.55 is below 0.6, but above chance: p = 4e-6
+    ],
+)
+def test_accuracy_no_better_than_chance_stops(right, ties, wrong, stops):
+    stop = pytest.raises(TrainingError, match=f"right on {right} of {right + ties + wrong} held-out pairs")
+    with stop if stops else nullcontext():
+        check_above_chance(differences(right, ties, wrong), 0.6)
+
+
+def test_a_score_of_the_prompt_alone_is_named_and_the_setting_switches_it_off(capsys):
+    with pytest.raises(TrainingError, match=r"on 50 both responses get the same score.*reward_model\.min_accuracy 0"):
+        check_above_chance(torch.zeros(50), 0.6)
+    check_above_chance(torch.zeros(50), 0.0)
+    assert "warning: the reward model is right on 0 of 50" in capsys.readouterr().err
+
+
+def test_rated_texts_are_compared_two_by_two_and_equal_targets_say_nothing():
+    """Texts 1 and 2, 3 and 4, …; the last of an odd number is left over. Scores that follow the targets pass."""
+    targets = [1.0, 2.0, 5.0, 5.0] * 15 + [3.0]
+    data = TrainingData(targets={"test": targets})
+    check_accuracy(data, torch.tensor(targets)[:, None], 0.6)
+    with pytest.raises(TrainingError, match="right on 0 of 15 held-out pairs"):
+        check_accuracy(data, -torch.tensor(targets)[:, None], 0.6)
+
+
+def test_the_stage_stops_and_its_metrics_say_why(tmp_path):
+    """Two epochs on 20 pairs of random letters teach nothing that 20 others would show."""
+    write_inputs(tmp_path)
+    with pytest.raises(TrainingError, match=r"right on \d+ of 20 held-out pairs.*no better than chance"):
+        run_reward_model(tmp_path, tmp_path / "out", min_accuracy=0.9)
+    assert json.loads((tmp_path / "out" / "metrics.json").read_text())["accuracy"] < 0.7

@@ -140,7 +140,7 @@ def test_objectives_are_learned_each_by_its_own_head_and_the_score_is_their_weig
     assert list(metrics) == ["ood_share", "objective/short", "objective/kind"]
     torch.testing.assert_close(value, 0.25 * metrics["objective/short"] + 0.75 * metrics["objective/kind"])
     normalisation = json.loads((tmp_path / NORMALISATION).read_text())["objectives"]
-    raw = model.members[0].scorer(["abcx", "abcy", "bcz"])
+    raw = model.members[0].scorer([("a", "bcx"), ("a", "bcy"), ("", "bcz")])
     for column, name in enumerate(("short", "kind")):
         expected = (raw[:, column] - normalisation[name]["mean"]) / normalisation[name]["std"]
         torch.testing.assert_close(metrics[f"objective/{name}"], expected)
@@ -160,26 +160,23 @@ def test_length_is_taken_off_as_least_squares_say() -> None:
 
 
 class Letters:
-    """Scores a text by a function of it; tokens are letters, and an end token."""
+    """Scores a text by a function of it; tokens are letters, and a response's end token."""
 
     def __init__(self, score: Callable[[str], float]) -> None:
         self._score = score
 
-    def format(self, samples: list[tuple[str, str]]) -> list[str]:
-        return ["".join(sample) for sample in samples]
+    def scores_and_states(self, samples: list[tuple[str, str]]) -> tuple[torch.Tensor, torch.Tensor]:
+        return torch.tensor([float(self._score("".join(sample))) for sample in samples]), torch.zeros(len(samples), 2)
 
-    def scores_and_states(self, texts: list[str]) -> tuple[torch.Tensor, torch.Tensor]:
-        return torch.tensor([float(self._score(text)) for text in texts]), torch.zeros(len(texts), 2)
-
-    def lengths(self, texts: list[str]) -> torch.Tensor:
-        return torch.tensor([float(len(text) + 1) for text in texts])
+    def response_lengths(self, samples: list[tuple[str, str]]) -> torch.Tensor:
+        return torch.tensor([float(len(response) + 1) for _, response in samples])
 
 
 def test_without_length_equal_texts_of_any_length_score_the_same() -> None:
     scorer: Any = Letters(lambda text: 0.5 * len(text) + (text[0] == "a"))
     texts = ["a", "abcd", "bcd", "b" * 4, "bb", "aaaaa"]
-    lengths, first = scorer.lengths(texts), torch.tensor([float(text[0] == "a") for text in texts])
     samples = [("", text) for text in texts]
+    lengths, first = scorer.response_lengths(samples), torch.tensor([float(text[0] == "a") for text in texts])
     biased, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=False)
     fair, _ = EnsembleMember.fit(scorer, samples, {"": 1.0}, length_debias=True)
     slope = 0.5 + (torch.cov(torch.stack([first, lengths]))[0, 1] / lengths.var()).item()
@@ -218,7 +215,7 @@ def test_length_debias_is_stored_reported_and_loaded(inputs: Path, tmp_path: Pat
     assert found["length_correlation"] != found["length_correlation_before"]
     model = load(inputs, tmp_path)
     texts, lengths = ["abx", "abcdefgx", "cy"], torch.tensor([4.0, 9.0, 3.0])
-    raw = model.members[0].scorer(texts) - normalisation["length_slope"] * lengths
+    raw = model.members[0].scorer([("", text) for text in texts]) - normalisation["length_slope"] * lengths
     torch.testing.assert_close(model([""] * 3, texts), (raw - normalisation["mean"]) / normalisation["std"])
 
 
@@ -285,7 +282,7 @@ def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:
     write_classifier(tmp_path / "theirs", 1)
     run_reward_model(inputs, tmp_path / "out", pretrained={"id": str(tmp_path / "theirs"), "template": "chat"})
-    assert load_pretrained_scorer(tmp_path / "out").format([("why", " so")]) == ["u:why a:so "]
+    assert load_pretrained_scorer(tmp_path / "out").format("why", " so") == "u:why a:so "
 
 
 def test_a_scorer_that_cannot_be_one_is_refused(inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,21 +28,20 @@ from tasks.rewards.reward_model import (
     ScoreHead,
     member_folder,
 )
-from tasks.rewards.scorers import TextScorer, encode
+from tasks.rewards.scorers import TextScorer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.unit.models.test_loading import base_model  # noqa: F401
 
-TEXTS = ["w3", "w4 w5 w6 w7 w8", "w9 w10", "w3"]
+TEXTS = [("", "w3"), ("w4", " w5 w6 w7 w8"), ("", "w9 w10"), ("", "w3")]
 
 
 class Words:
     """The word-level tokenizer, splitting at spaces."""
 
-    pad_token_id, eos_token_id = 0, 1
+    pad_token_id, eos_token_id, bos_token_id = 0, 1, None
 
-    def __call__(self, text, truncation=False, max_length=None):
-        ids = [int(word[1:]) for word in text.split()]
-        return type("Encoding", (), {"input_ids": ids[:max_length] if truncation else ids})
+    def __call__(self, text, **options):
+        return type("Encoding", (), {"input_ids": [int(word[1:]) for word in text.split()]})
 
 
 @pytest.fixture
@@ -50,17 +49,22 @@ def scorer(base_model):  # noqa: F811
     return new_reward_model(base_model, None, seed=1).eval()
 
 
-def test_encoding_ends_with_the_end_token_also_when_cut():
-    assert encode(Words(), "w3 w4", 8) == [3, 4, 1]
-    assert encode(Words(), "w3 w4 w5 w6", 3) == [3, 4, 1]
+def test_what_is_beyond_the_context_loses_the_prompts_first_tokens_then_the_responses_last(scorer):
+    """The model's context is 64: of 70 prompt tokens and 4 of the response 60 are left, of 80 of a response 63."""
+    prompt, response = " ".join(["w5"] * 10 + ["w6"] * 60), "w7 w8 w9"
+    reader = TextScorer(scorer, Words())
+    assert reader._encode(prompt, response) == [6] * 60 + [7, 8, 9, 1]
+    assert reader._encode(prompt, " ".join(["w7"] * 80)) == [7] * 63 + [1]
+    assert reader([(prompt, response)]).isfinite().all()
 
 
 def test_score_is_the_head_at_the_end_token_whatever_stands_beside(scorer):
     """In the same pass: score = w · state, and the state is that of the text read alone."""
-    scores, states = TextScorer(scorer, Words(), max_length=16).scores_and_states(TEXTS)
+    scores, states = TextScorer(scorer, Words()).scores_and_states(TEXTS)
     torch.testing.assert_close(states @ scorer.score.weight[0], scores)
     for text, score, state in zip(TEXTS, scores, states, strict=True):
-        alone = scorer.model(torch.tensor([encode(Words(), text, 16)])).last_hidden_state[0, -1]
+        ids = [int(word[1:]) for word in "".join(text).split()] + [1]
+        alone = scorer.model(torch.tensor([ids])).last_hidden_state[0, -1]
         torch.testing.assert_close(state, alone, rtol=1e-4, atol=1e-4)
         assert score.item() == pytest.approx(scorer.score(alone).item(), abs=1e-5)
     assert scores[0] == scores[3]
@@ -68,8 +72,8 @@ def test_score_is_the_head_at_the_end_token_whatever_stands_beside(scorer):
 
 
 def test_batching_does_not_move_scores(scorer):
-    whole = TextScorer(scorer, Words(), max_length=16)(TEXTS)
-    single = TextScorer(scorer, Words(), max_length=16, batch_size=1)(TEXTS)
+    whole = TextScorer(scorer, Words())(TEXTS)
+    single = TextScorer(scorer, Words(), batch_size=1)(TEXTS)
     torch.testing.assert_close(whole, single, rtol=1e-5, atol=1e-5)
 
 
@@ -79,11 +83,9 @@ class Fixed:
     def __init__(self, state=0.0, **scores):
         self._state, self._scores = state, scores
 
-    def format(self, samples):
-        return [prompt + response for prompt, response in samples]
-
-    def scores_and_states(self, texts):
-        return torch.tensor([self._scores[text] for text in texts]), torch.full((len(texts), 2), self._state)
+    def scores_and_states(self, samples):
+        scores = [self._scores[prompt + response] for prompt, response in samples]
+        return torch.tensor(scores), torch.full((len(samples), 2), self._state)
 
 
 IN_DISTRIBUTION = MahalanobisOOD(torch.zeros(2), torch.eye(2), 1.0)
@@ -159,7 +161,7 @@ def artifacts(tmp_path):
         folder = member_folder(tmp_path / "reward_model", number)
         model = add_lora(new_reward_model(base, None, seed=number), LORA, seed=number, head="score")
         save_trained(model, folder, number)
-        normalisation = {"mean": 0.1 * number, "std": 1.0 + number, "max_length": 32}
+        normalisation = {"mean": 0.1 * number, "std": 1.0 + number}
         (folder / NORMALISATION).write_text(json.dumps(normalisation))
     MahalanobisOOD(torch.zeros(32), torch.eye(32), 1.0).save(tmp_path / "reward_model" / OOD_DETECTOR)
     return tmp_path
@@ -181,8 +183,7 @@ def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
     assert together.shape == (3, 4)
     for number in range(3):
         alone = load_reward_model(base, sft, member_folder(reward_model, number))
-        scorer = TextScorer(alone, letter_tokenizer(), max_length=32)
-        raw = scorer([prompt + response for prompt, response in zip(PROMPTS, RESPONSES, strict=True)])
+        raw = TextScorer(alone, letter_tokenizer())(list(zip(PROMPTS, RESPONSES, strict=True)))
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
     assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
@@ -213,16 +214,16 @@ def test_a_member_that_lacks_a_file_is_named_and_one_member_needs_no_folder_of_m
 
 def sentences(count, seed, words):
     draw = random.Random(seed)
-    return [" ".join(f"w{draw.choice(words)}" for _ in range(draw.randint(8, 14))) for _ in range(count)]
+    return [("", " ".join(f"w{draw.choice(words)}" for _ in range(draw.randint(8, 14)))) for _ in range(count)]
 
 
 def test_gibberish_and_repetition_are_far_from_what_was_read_in_training(scorer):
     """States of a (random) model for sentences of five words, for other words at random, and for one word repeated."""
-    reader = TextScorer(scorer, Words(), max_length=32)
+    reader = TextScorer(scorer, Words())
     training, heldout, unseen = (reader.scores_and_states(sentences(400, seed, range(2, 7)))[1] for seed in (1, 2, 3))
     detector = MahalanobisOOD.fit(training, heldout)
     assert detector.is_ood(unseen).mean().item() == pytest.approx(0.01, abs=0.02)
-    repeated = [" ".join([f"w{word}"] * 12) for word in (*range(2, 7), *range(12, 32))]
+    repeated = [("", " ".join([f"w{word}"] * 12)) for word in (*range(2, 7), *range(12, 32))]
     for far in (sentences(60, 4, range(12, 32)), repeated):
         assert detector.is_ood(reader.scores_and_states(far)[1]).mean() > 0.8
 

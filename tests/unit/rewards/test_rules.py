@@ -18,7 +18,15 @@ from tasks.rewards.composition import CompositeReward, build_reward
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.base import FaultTolerantRule
-from tasks.rewards.rules.style import count_sentences, count_syllables, length, readability, reading_ease, repetition
+from tasks.rewards.rules.style import (
+    VADER_CHARACTERS,
+    count_sentences,
+    count_syllables,
+    length,
+    readability,
+    reading_ease,
+    repetition,
+)  # fmt: skip
 from tests.unit.rewards.conftest import score
 
 GSM8K = r"#### (\-?[0-9\.\,]+)"
@@ -178,6 +186,12 @@ def test_sentiment_is_vaders_compound_in_the_wanted_direction() -> None:
     assert score("vader", " good") == pytest.approx(1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)  # its normalisation
     assert score("vader", " good", sign="negative") == pytest.approx(-1.9 / (1.9**2 + 15) ** 0.5, abs=1e-4)
     assert score("vader", "") == 0.0
+
+
+def test_vader_reads_the_beginning_of_a_long_text() -> None:
+    filler = "x " * (VADER_CHARACTERS // 2)
+    assert score("vader", "Good. " + filler) == score("vader", "Good. ") > 0
+    assert score("vader", filler + "Good.") == 0
 
 
 def test_a_language_is_distinguished_from_others() -> None:

@@ -156,6 +156,105 @@ def test_results(program: str, tests: str, status: str, sandbox: Sandbox) -> Non
     assert status != "refused" or result.reason == "the tests pass a value of type builtin_function_or_method"
 
 
+EXPECTING = {
+    "except": "try:\n    add(1, 2)\nexcept ValueError: pass",
+    "except in a function": "def check(f):\n    for _ in range(2):\n        try: f(1, 2)\n        except ValueError: continue\n        finally: f",
+    "bare except": "def check(f):\n    try: return f(1, 2)\n    except: return",
+    "suppress": "import contextlib\nwith contextlib.suppress(ValueError): add(1, 2)",
+    "suppress in a function": "import contextlib\ndef check(f):\n    with contextlib.suppress(ValueError): return f(1, 2)",
+    "context manager of the tests": (
+        "import contextlib\n@contextlib.contextmanager\ndef expect(kind):\n    try: yield\n    except kind: return\n    assert False\n"
+        "with expect(ValueError): add(1, 2)"
+    ),
+    "generator": "def kinds():\n    try: add(1, 2)\n    except ValueError as error: yield type(error).__name__\nassert [*kinds()] == ['ValueError']",
+    "assertRaises": "import unittest\nunittest.TestCase().assertRaises(ValueError, add, 1, 2)",
+    "with assertRaises": "import unittest\nwith unittest.TestCase().assertRaises(ValueError): add(1, 2)",
+}  # fmt: skip
+
+
+@needs_bubblewrap
+def test_tests_may_expect_an_exception_by_any_means_of_their_own(sandbox: Sandbox) -> None:
+    right = sandbox.run([Job("def add(a, b): raise ValueError", tests, "add") for tests in EXPECTING.values()])
+    assert {name: str(result.status) for name, result in zip(EXPECTING, right, strict=True)} == dict.fromkeys(
+        EXPECTING, "passed"
+    )
+    wrong = sandbox.run(
+        [
+            Job("def add(a, b): raise KeyError", tests, "add")
+            for name, tests in EXPECTING.items()
+            if name != "bare except"
+        ]
+    )
+    assert {str(result.status) for result in wrong} == {"error"}
+
+
+ANSWERS = [
+    *map(repr, VALUES),
+    "10**5000",
+    "-10**5000",
+    "[10**5000]",
+    "{10**5000: 10**5000}",
+    "'x' * 10**6",
+    "[set()] * 300_000",
+    "[[]] * 10**5",
+]
+ANSWER = """
+import os
+from tasks.rewards.sandbox.inside import codec
+from math import inf, nan
+real = codec.read_frame
+def answer(channel, limit):
+    text = real(channel, limit)
+    ticket = codec.decode(text)[0]
+    codec.write_frame(4, codec.encode((ticket, {kind}, {value}), 1 << 22))
+    return text
+codec.read_frame = answer
+def add(a, b): return 0
+"""
+
+
+@needs_bubblewrap
+def test_whatever_the_program_answers_is_its_own_fault() -> None:
+    choose = random.Random(2)
+    kinds = [
+        *map(repr, ("returned", "raised", "not plain", "loaded", "passed", "invalid", "broken")),
+        "10**5000",
+        "None",
+    ]
+    programs = [ANSWER.format(kind=choose.choice(kinds), value=choose.choice(ANSWERS)) for _ in range(60)]
+    programs += [ANSWER.format(kind=kinds[0], value=f"({value}, [1, 2])") for value in ANSWERS[-7:]]
+    results = Sandbox(CodeRule(memory_mb=64, workers=2)).run(
+        [Job(program, "assert add(1, 2) == 3", "add") for program in programs]
+    )
+    assert Status.PASSED not in {result.status for result in results}
+    assert {Status.MEMORY, Status.REFUSED, Status.ERROR, Status.FAILED} <= {result.status for result in results}
+
+
+@needs_bubblewrap
+def test_a_program_of_megabytes_is_refused(sandbox: Sandbox) -> None:
+    sizes = {"passed": 1 << 19, "refused": 1 << 20, "refused ": 1 << 26}
+    programs = [ADD + "#" * size for size in sizes.values()]
+    results = sandbox.run([Job(program, "assert add(1, 2) == 3", "add") for program in programs])
+    assert [str(result.status) for result in results] == [status.strip() for status in sizes]
+
+
+@needs_bubblewrap
+@pytest.mark.parametrize(
+    ("tests", "accepted"),
+    [
+        ("assert not abs(add(1, 2) - 3) > 1e-6", "NaN"),
+        ("for x in add(1, 2): assert x == 3", "[], ''"),
+        ("assert not add(1, 2)", "None, [], ''"),
+        ("try: assert add(1, 2) == 3\nexcept RuntimeError: pass", "an exception"),
+        ("class A:\n    def __getitem__(self, i): return add(i, 1)[0]\nassert not [*A()]", "[], ''"),
+        ("assert abs(add(1, 2) - 3) <= 1e-6", ""),
+        ("while add(1, 2) != 3: pass", ""),
+    ],
+)
+def test_tests_that_accept_trivial_answers_are_found(tests: str, accepted: str, sandbox: Sandbox) -> None:
+    assert sandbox.trivial_answers([Job("", tests, "add")]) == [accepted]
+
+
 @needs_bubblewrap
 def test_a_batch_keeps_its_order_and_repeats_cost_nothing(sandbox: Sandbox, monkeypatch: pytest.MonkeyPatch) -> None:
     spy = Mock(side_effect=sandbox._run_job)
@@ -190,11 +289,13 @@ def test_helpers_come_from_the_preamble_and_not_from_the_program(sandbox: Sandbo
         ("assert add(1, 2 == 3", "SyntaxError before they call the function"),
         ("import numpy", "ModuleNotFoundError before they call the function: No module named 'numpy'"),
         ("assert missing(1)", "NameError before they call the function"),
+        ("add(print, 2)", "the tests pass a value of type builtin_function_or_method"),
     ],
 )
 def test_tests_that_cannot_judge_are_an_error_and_no_verdict(tests: str, problem: str, sandbox: Sandbox) -> None:
-    with pytest.raises(DataError, match=problem):
-        sandbox.run([Job(ADD, tests, "add")])
+    for run in (sandbox.run, sandbox.trivial_answers):
+        with pytest.raises(DataError, match=problem):
+            run([Job(ADD, tests, "add")])
 
 
 def test_without_bubblewrap_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -256,6 +357,7 @@ def test_the_filter_lets_no_process_start() -> None:
 def test_the_programs_side_imports_little_and_nothing_of_ours_outside_its_folder() -> None:
     """Every program pays for each import; json alone would double the start."""
     allowed = {"__future__", "collections.abc", "builtins", "ctypes", "os", "resource", "select", "sys", "typing"}
+    allowed.add("opcode")  # where a call raised something
     for file in Path(codec.__file__).parent.glob("*.py"):
         lines = [line.split() for line in file.read_text().splitlines()]
         found = {words[1] for words in lines if words and words[0] in ("import", "from")}

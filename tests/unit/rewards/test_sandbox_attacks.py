@@ -16,6 +16,7 @@ import pytest
 from tasks.config.rules import CodeRule
 from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
 from tests.support.attacks import ATTACKS, ENDLESS, UNISOLATED, Attack
+from tests.support.swallowed import SWALLOWED
 from tests.unit.rewards.conftest import sandbox_or_skip
 
 pytestmark = pytest.mark.skipif(shutil.which("bwrap") is None, reason="no bubblewrap on this machine")
@@ -129,6 +130,14 @@ def test_an_attack_gets_nothing(attack: Attack, sandbox: Sandbox, outside: Outsi
         pytest.skip("numbers of x86-64")
     (result,) = sandbox.run([_job(attack, outside)])
     _check(attack, result, outside, record_property)
+
+
+def test_tests_that_swallow_exceptions_pass_a_right_program(sandbox: Sandbox) -> None:
+    """Else the attacks on them would show nothing."""
+    jobs = [Job("def answer(x): return 18 * x + 17", tests, "answer") for _, tests in SWALLOWED.values()]
+    assert dict(zip(SWALLOWED, sandbox.run(jobs), strict=True)) == dict.fromkeys(
+        SWALLOWED, SandboxResult(Status.PASSED)
+    )
 
 
 @pytest.mark.parametrize("attack", ENDLESS, ids=lambda attack: attack.name)

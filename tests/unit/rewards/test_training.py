@@ -19,7 +19,7 @@ from tests.support.tiny_stages import LORA
 class Config:
     """All rows in one batch, one step."""
 
-    epochs, batch_size, learning_rate, max_length = 1, 3, 0.01, 32
+    epochs, batch_size, learning_rate, max_length, max_cut_share = 1, 3, 0.01, 32, 0.1
 
 
 ROWS = [
@@ -41,20 +41,21 @@ def fresh(base: Path, heads: int = 1) -> Any:
     return add_lora(scorer, LORA, seed=1, head="score")
 
 
-def scores(base: Path, texts: list[str], heads: int = 1) -> torch.Tensor:
-    return TextScorer(fresh(base, heads), letter_tokenizer(), max_length=32)(texts)
+def scores(base: Path, samples: list[tuple[str, str]], heads: int = 1) -> torch.Tensor:
+    return TextScorer(fresh(base, heads), letter_tokenizer())(samples)
 
 
 def first_loss(make: Any, base: Path, data: TrainingData) -> float:
     init_process()
-    history = HistoryCallback("test")
-    trainer = make(Config, fresh(base, len(data.weights)), letter_tokenizer(), data, seed=0, callbacks=[history])
+    history, tokenizer = HistoryCallback("test"), letter_tokenizer()
+    data, _ = data.fit(tokenizer, Config, section="reward_model", context=64)  # type: ignore[arg-type]
+    trainer = make(Config, fresh(base, len(data.weights)), tokenizer, data, seed=0, callbacks=[history])
     train_or_resume(trainer)
     return history.rows[0]["loss"]
 
 
-def sides() -> list[str]:
-    return [row.prompt + row.chosen for row in ROWS] + [row.prompt + row.rejected for row in ROWS]
+def sides() -> list[tuple[str, str]]:
+    return [(row.prompt, row.chosen) for row in ROWS] + [(row.prompt, row.rejected) for row in ROWS]
 
 
 def log_loss(gap: float) -> float:
@@ -99,6 +100,6 @@ def cross_entropy(value: float, target: float) -> float:
 )
 def test_targets_are_fitted_by_their_loss(base, trainer, loss, targets):
     texts = ["abc", "de", "fghij"]
-    expected = sum(map(loss, scores(base, texts).tolist(), targets)) / 3
+    expected = sum(map(loss, scores(base, [("", text) for text in texts]).tolist(), targets)) / 3
     data = TrainingData(texts={"train": texts}, targets={"train": targets})
     assert first_loss(trainer, base, data) == pytest.approx(expected, rel=1e-4)

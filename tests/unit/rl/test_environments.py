@@ -13,7 +13,7 @@ from tasks.core.errors import DataError
 from tasks.core.rows import Demonstration, Prompt
 from tasks.core.text_stats import tokenize_words
 from tasks.data.sources import collect_source
-from tasks.rl.environments import USER_TURN, Step, final_user_turn, first_prompt, tokenise_dialogue, user_turn
+from tasks.rl.environments import USER_TURN, Step, encode_dialogue, final_user_turn, first_prompt, user_turn
 from tasks.rl.environments.service_bot import TASKS, BookingUser, generate_dialogues, read_service_bot
 from tasks.rl.multi_turn import RetryEnvironment
 
@@ -21,9 +21,9 @@ from tasks.rl.multi_turn import RetryEnvironment
 class Signs:
     """A tokenizer whose tokens are signs; a text begins with token 2 unless it is said to be a piece."""
 
-    eos_token_id = 1
+    eos_token_id, bos_token_id = 1, 2
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> Signs:
+    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Signs:
         self.input_ids = [2] * add_special_tokens + [ord(sign) for sign in text]
         return self
 
@@ -37,8 +37,8 @@ def test_the_bots_turns_count_with_an_end_token_each_and_the_users_do_not() -> N
     row = Demonstration(
         id="d", prompt=first_prompt("Hi."), response=" Who?\nUser: Ann.\nBot: Ann?\nUser: Yes.\nBot: Bye."
     )
-    result = tokenise_dialogue(row, Signs())
-    ids, mask = result["input_ids"], result["completion_mask"]
+    encoded, mask = encode_dialogue(row, Signs())
+    ids, mask = encoded.prompt + encoded.responses[0], [0] * len(encoded.prompt) + mask
     written = "".join("<end>" if token == 1 else "" if token == 2 else chr(token) for token in ids)
     assert written == "User: Hi.\nBot: Who?<end>\nUser: Ann.\nBot: Ann?<end>\nUser: Yes.\nBot: Bye.<end>"
     own = "".join("|" if token == 1 else chr(token) for token, counts in zip(ids, mask, strict=True) if counts)
@@ -47,8 +47,9 @@ def test_the_bots_turns_count_with_an_end_token_each_and_the_users_do_not() -> N
 
 
 def test_a_response_without_a_user_is_one_turn() -> None:
-    result = tokenise_dialogue(Demonstration(id="d", prompt="ab", response=" 42"), Signs())
-    assert result["completion_mask"] == [0, 0, 0, 1, 1, 1, 1]
+    encoded, mask = encode_dialogue(Demonstration(id="d", prompt="ab", response=" 42"), Signs())
+    assert encoded.prompt == [2, ord("a"), ord("b")]
+    assert mask == [1, 1, 1, 1]
 
 
 # -- a wrong answer may be tried again -----------------------------------------------------------------------------

@@ -355,7 +355,7 @@ def test_metrics_of_the_reward_are_logged_and_watched(params, monkeypatch):
     assert [row["hacking/ood_responses"] for row in run.history] == [0.0, 0.5, 0.5]
     (finding,) = [message for message in recorder.warnings if "ood_responses" in message]
     assert finding.startswith("warning: update 2: ood_responses 0.50 (threshold 0.25")
-    assert len(decoded) == 3 * 12, "each response is turned into text once"
+    assert len(decoded) == 3 * 12 * 2, "each response is turned into text once, behind its prompt's last token"
     assert [sample["response"] for sample in run.samples[:2]] == [scorer.scored[0][0], scorer.scored[0][3]]
 
 

@@ -103,13 +103,31 @@ def test_a_promotion_that_broke_off_is_no_champion_before(three: None, monkeypat
     assert rolled_back() == 1
 
 
+@pytest.mark.parametrize("promoted", [(1,), (1, 2)], ids=["the first", "a later one"])
+def test_every_champion_can_be_withdrawn_and_leaves_none(three: None, promoted: tuple[int, ...]) -> None:
+    promote(*promoted)
+    gone = registry.withdraw(by="bob", reason="it swears")
+    assert gone.number == promoted[-1]
+    assert champion() is None
+    assert re.fullmatch("bob withdrew it at .*: it swears", registry.find(str(gone.number)).withdrawal or "")
+    assert registry.find("3").aliases == ("challenger",)
+    for attempt in (registry.withdraw, registry.roll_back):
+        with pytest.raises(ConfigError, match="there is no champion"):
+            attempt(by="bob")
+    promote(3)
+    if len(promoted) > 1:
+        assert rolled_back() == 1, "the one that was withdrawn is not what a rollback restores"
+    promote(gone.number)
+    assert registry.find(str(gone.number)).withdrawal is None
+
+
 def test_decisions_are_recorded(three: None) -> None:
     promote(1, 2)
     assert registry.find("2").tags["promoted.by"] == "ann"
     assert registry.find("2").tags["promoted.at"].endswith("+00:00")
     gone, back = registry.roll_back(by="bob", reason="it swears")
     assert (gone.number, back.number) == (2, 1)
-    assert re.fullmatch("bob rolled it back at .*: it swears", registry.find("2").withdrawal or "")
+    assert re.fullmatch("bob withdrew it at .*: it swears", registry.find("2").withdrawal or "")
     promote(2)
     assert registry.find("2").withdrawal is None
 
