@@ -53,7 +53,7 @@ def test_what_a_killed_launcher_leaves_is_ended(standing: Project) -> None:
     wait_for(lambda: all(is_dead(pid) for pid in left))
     assert psutil.Process(standing.services()["mlflow"]["pid"]).is_running()
     left = kill_launcher(standing)
-    ports = [port_of(row) for row in standing.services().values()]
+    ports = [port_of(standing.services()[name]) for name in ("prefect", "mlflow")]
     assert "ended: worker, mlflow, prefect" in rlhf(standing, "down")
     assert all(is_dead(pid) for pid in left)
     rlhf(standing, "up", "--prefect-port", ports[0], "--mlflow-port", ports[1])
