@@ -104,4 +104,4 @@ def test_the_decision_and_who_made_it_and_how_to_make_it_again() -> None:
     assert "The gate refused it: it is good." in text
     assert "Promoted by ann at noon: we need one." in text
     withdrawn = card(**{"withdrawn.by": "bob", "withdrawn.at": "two", "withdrawn.reason": "it swears"})
-    assert "Withdrawn: bob rolled it back at two: it swears." in withdrawn
+    assert "Withdrawn: bob withdrew it at two: it swears." in withdrawn

@@ -23,7 +23,7 @@ class Signs:
 
     eos_token_id, bos_token_id = 1, 2
 
-    def __call__(self, text: str, add_special_tokens: bool = True, verbose: bool = True) -> Signs:
+    def __call__(self, text: str, add_special_tokens: bool = True, **options: bool) -> Signs:
         self.input_ids = [2] * add_special_tokens + [ord(sign) for sign in text]
         return self
 
