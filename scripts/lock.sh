@@ -13,7 +13,7 @@ trap 'rm -rf "$scratch"' EXIT
 # compile OPTIONS…: what these parts of the project need.
 compile() {
     uv --no-config --quiet pip compile pyproject.toml --universal --python-version 3.11 --generate-hashes \
-        --default-index https://pypi.org/simple --no-annotate --no-header "$@" >/dev/null
+        --no-annotate --no-header "$@" >/dev/null
 }
 
 # part PATTERN KNOWN FILE: the packages of FILE whose names fit the pattern and which KNOWN lacks.

@@ -76,7 +76,7 @@ def project_misfits() -> list[Misfit]:
 def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit]:
     """Compare params.yaml with what the stages base_model and prepare wrote to their folders."""
     card = json.loads((base_model / "card.json").read_text(encoding="utf-8"))
-    layers, tokens = card["layers"], TokenCounter(base_model / "model")
+    layers, tokens = card["layers"], TokenCounter(base_model / "model", card["context"])
     rows, too_long = _drop_long_pairs(params, prepare, tokens)
     return [
         *too_long,

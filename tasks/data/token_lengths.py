@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from math import ceil
 from pathlib import Path
@@ -17,14 +16,12 @@ __all__ = ["TokenCounter"]
 class TokenCounter:
     """Counts tokens as the stages that train do: prompt and response apart, start and end token included.
 
-    `context` is the longest sequence that the model can read; None where its configuration states none.
+    `context` is the longest sequence that the model can read, from its card; None where that states none.
     """
 
-    def __init__(self, model: Path) -> None:
+    def __init__(self, model: Path, context: int | None = None) -> None:
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
-        config = json.loads((model / "config.json").read_text(encoding="utf-8"))
-        length = config.get("text_config", config).get("max_position_embeddings")
-        self.context: int | None = None if length is None else int(length)
+        self.context = context
         plain, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
         self._start = whole.index(plain[0]) if plain and plain[0] in whole else 0
 

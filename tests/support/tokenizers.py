@@ -14,5 +14,5 @@ def write_tokenizer(base_model: Path) -> Path:
     backend.pre_tokenizer = pre_tokenizers.Whitespace()
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token="<end>")
     tokenizer.save_pretrained(base_model / "model")
-    (base_model / "model" / "config.json").write_text('{"max_position_embeddings": 4096}')
+    (base_model / "model" / "config.json").write_text('{"model_type": "llama", "max_position_embeddings": 4096}')
     return base_model

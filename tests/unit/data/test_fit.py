@@ -18,6 +18,7 @@ from tasks.data import fit
 from tasks.data.fit import Misfit, find_misfits, format_misfits
 from tasks.data.token_lengths import TokenCounter
 from tasks.models.encoding import encode_row
+from tasks.models.loading import load_context
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tasks.rewards.rules import base
@@ -68,13 +69,12 @@ def find(params_yaml: Path, tmp_path: Path) -> Find:
     return run
 
 
-def misfits_of(params_yaml: Path, folder: Path, layers: int, context: int = 2000) -> dict[str, Misfit]:
+def misfits_of(params_yaml: Path, folder: Path, layers: int) -> dict[str, Misfit]:
     params = load_params(params_yaml)
     prepared(params, folder)
-    write_json(
-        folder / "base_model" / "card.json",
-        {"layers": layers, "linear_modules": ["q_proj", "v_proj"], "context": context},
-    )
+    context = load_context(folder / "base_model")
+    card = {"layers": layers, "linear_modules": ["q_proj", "v_proj"], "context": context}
+    write_json(folder / "base_model" / "card.json", card)
     return {item.key: item for item in find_misfits(params, folder / "base_model", folder / "prepare")}
 
 
@@ -152,7 +152,9 @@ def test_a_judge_is_suggested_whole_where_there_is_none(find: Find) -> None:
 def write_model(folder: Path, context: int) -> None:
     """A token per letter, and a configuration that states a context."""
     letter_tokenizer().save_pretrained(folder / "base_model" / "model")
-    write_json(folder / "base_model" / "model" / "config.json", {"max_position_embeddings": context})
+    write_json(
+        folder / "base_model" / "model" / "config.json", {"model_type": "llama", "max_position_embeddings": context}
+    )
 
 
 @pytest.mark.parametrize(
@@ -182,7 +184,7 @@ def test_rows_longer_than_the_setting_or_the_context(
 def test_tokens_are_counted_as_the_stages_count_them(tmp_path: Path) -> None:
     """`ab` is two tokens, ` abc` four and ` d` two; the end token is one more."""
     write_model(tmp_path, 9)
-    tokens = TokenCounter(tmp_path / "base_model" / "model")
+    tokens = TokenCounter(tmp_path / "base_model" / "model", load_context(tmp_path / "base_model"))
     assert (tokens.context, tokens.prompts(["ab", ""]), tokens.rows(["ab"], [" abc"], [" d"])) == (9, [2, 0], [7])
     row = encode_row(letter_tokenizer(), "ab", " abc", " d")
     assert row.length == 7
