@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from tasks.config.base import CHAT
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import project_root
 from tasks.core.rows import write_json
-from tasks.models.encoding import context_length, cut_prompt, encode_prompt, encode_response, start_ids
+from tasks.models.encoding import check_context, context_length, cut_prompt, encode_prompt, encode_response, start_ids
 from tasks.models.fetch import READERS, check_parts, folder_origin, hub_folder, load_folder, save_model, set_padding
 from tasks.models.loading import ADAPTER_DIR, device, dtype, pad_ids, position_ids
 from tasks.models.onednn_linear import freeze_for_onednn
@@ -238,8 +239,25 @@ def fetch_pretrained_scorer(
         raise ModelError(f"{what} has {outputs} outputs; reward_model.pretrained takes one score, or two classes")
     if chat and tokenizer.chat_template is None:
         raise ModelError(f"{what} has no chat template; write reward_model.pretrained.template out")
+    context = _readable_tokens(model, tokenizer)
     if max_length == "auto":
-        max_length = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length)
+        if context is None:
+            raise ModelError(f"{what} does not state how many tokens it can read: set reward_model.max_length")
+        max_length = context
+    check_context(context, max_length, f"{what}: lower reward_model.max_length")
     save_model(model, tokenizer, reward_model / PRETRAINED_DIR)
     scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": max_length}
     write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card})
+
+
+def _readable_tokens(model: Any, tokenizer: Any) -> int | None:
+    """Most tokens that model and tokenizer can read; None where neither states it.
+
+    RoBERTa and its kin count positions from the one after the padding's, which their table of positions names.
+    """
+    tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    unused = max((1 + part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None), default=0)
+    limits = [] if (context := context_length(model.config)) is None else [context - unused]
+    if tokenizer.model_max_length < LARGE_INTEGER:  # a tokenizer without a limit states a number beyond it
+        limits.append(tokenizer.model_max_length)
+    return min(limits, default=None)
