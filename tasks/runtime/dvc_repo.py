@@ -189,7 +189,8 @@ def restore(md5: str, path: Path) -> None:
 def unused_objects(keep: Collection[str], worktrees: Sequence[Path]) -> list[Path]:
     """Files of the cache that neither the workspace, a branch, a tag, a worktree nor an md5 of `keep` refers to.
 
-    Call it, and free them, while `locked`. A cache outside of the project may serve others, so nothing in it counts as unused.
+    Call it, and free them, while `locked`. A cache outside of the project may serve others, so nothing in it counts as
+    unused.
     """
     with dvc_errors("cache"):
         repo = open_repo()
