@@ -239,25 +239,20 @@ def fetch_pretrained_scorer(
         raise ModelError(f"{what} has {outputs} outputs; reward_model.pretrained takes one score, or two classes")
     if chat and tokenizer.chat_template is None:
         raise ModelError(f"{what} has no chat template; write reward_model.pretrained.template out")
-    context = _readable_tokens(model, tokenizer)
-    if max_length == "auto":
-        if context is None:
-            raise ModelError(f"{what} does not state how many tokens it can read: set reward_model.max_length")
-        max_length = context
-    check_context(context, max_length, f"{what}: lower reward_model.max_length")
+    context = _usable_context(model)
+    auto = min(int(tokenizer.model_max_length), context or LARGE_INTEGER)
+    limit = auto if max_length == "auto" else max_length
+    if limit >= LARGE_INTEGER:  # a tokenizer without a limit states a number beyond it
+        raise ModelError(f"{what} does not state how many tokens it can read: set reward_model.max_length")
+    check_context(context, limit, f"{what}: lower reward_model.max_length")
     save_model(model, tokenizer, reward_model / PRETRAINED_DIR)
-    scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": max_length}
+    scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": limit}
     write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card})
 
 
-def _readable_tokens(model: Any, tokenizer: Any) -> int | None:
-    """Most tokens that model and tokenizer can read; None where neither states it.
-
-    RoBERTa and its kin count positions from the one after the padding's, which their table of positions names.
-    """
+def _usable_context(model: Any) -> int | None:
+    """See `context_length`; RoBERTa and its kin count from the position after the padding's, as their table says."""
     tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
-    unused = max((1 + part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None), default=0)
-    limits = [] if (context := context_length(model.config)) is None else [context - unused]
-    if tokenizer.model_max_length < LARGE_INTEGER:  # a tokenizer without a limit states a number beyond it
-        limits.append(tokenizer.model_max_length)
-    return min(limits, default=None)
+    unused = [1 + part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None]
+    context = context_length(model.config)
+    return None if context is None else context - max(unused, default=0)
