@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
 from tasks.core.rows import SPLITS, Preference, Rating, Split
+from tasks.core.text_stats import quantile_99
 from tasks.data.pairs import draw_pairs, label_by_all
 from tasks.data.prepared_rows import PreparedRows
 from tasks.data.token_lengths import TokenCounter
-from tasks.models.encoding import quantile_99
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions

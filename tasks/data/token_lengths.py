@@ -8,7 +8,7 @@ from pathlib import Path
 from tokenizers import Tokenizer
 
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row
-from tasks.models.encoding import quantile_99
+from tasks.core.text_stats import quantile_99
 
 __all__ = ["TokenCounter"]
 

@@ -12,17 +12,17 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
-from math import ceil
 from typing import TYPE_CHECKING, Any
 
 from tasks.core.errors import DataError, ModelError
+from tasks.core.text_stats import quantile_99
 
 if TYPE_CHECKING:
     from tasks.config.training import TrainerParams
 
 __all__ = [
     "EncodedRow", "FittedRows", "check_context", "context_length", "cut_prompt", "decode_response", "encode_chat",
-    "encode_prompt", "encode_response", "encode_row", "encode_text", "fit_rows", "quantile_99", "start_ids",
+    "encode_prompt", "encode_response", "encode_row", "encode_text", "fit_rows", "start_ids",
 ]  # fmt: skip
 
 logger = logging.getLogger(__name__)
@@ -75,11 +75,6 @@ def context_length(config: Any) -> int | None:
     """Longest sequence of tokens that a model with this configuration can read; None where it states none."""
     length = getattr(config.get_text_config(), "max_position_embeddings", None)
     return None if length is None else int(length)
-
-
-def quantile_99(lengths: Sequence[int]) -> int:
-    """The least of the lengths that 99 % of them do not exceed."""
-    return sorted(lengths)[ceil(0.99 * (len(lengths) - 1))]
 
 
 def check_context(context: int | None, tokens: int, what: str) -> None:
