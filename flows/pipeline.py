@@ -117,7 +117,8 @@ def pipeline(
     parameters: dict[str, object] = {"stages": stages or "all", "force": force, "pull": pull, "push": push}
     parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}
     outcomes = []
-    with limit_exit_time(), hold_flow_run(run_id), project_lock(console.print_run_waiting):
+    hold_flow_run(run_id)
+    with limit_exit_time(), project_lock(console.print_run_waiting):
         plan = resolve_plan(stages)
         bind = partial(_bind, forced=set(stages or plan) if force else set(), pull=pull, retries=retries)
         if pull:

@@ -44,11 +44,15 @@ FLOW_MARK, SLOT_MARK = "flow", "slot"  # kinds of marks, see `tasks.runtime.hold
 ACTIVE = ("PENDING", "RUNNING", "PAUSED", "CANCELLING")
 
 
-@contextmanager
-def hold_flow_run(flow_run_id: str) -> Iterator[None]:
-    """Mark a flow run as one of this process; whoever finds that it has ended removes the mark."""
-    with holding.hold(FLOW_MARK, flow_run_id):
-        yield
+_flow_marks = contextlib.ExitStack()
+
+
+def hold_flow_run(flow_run_id: str) -> None:
+    """Mark a flow run as one of this process until the process ends: Prefect reports its end after its function's.
+
+    Whoever finds that the process has ended removes the mark.
+    """
+    _flow_marks.enter_context(holding.hold(FLOW_MARK, flow_run_id))
 
 
 @contextmanager

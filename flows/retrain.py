@@ -73,31 +73,31 @@ def retrain(
     Raises:
         DataError: the data here is of another version.
     """
-    with hold_flow_run(str(flow_run.id)):
-        with project_lock(console.print_run_waiting):
-            if pull:
-                dvc_repo.pull_data()
-            if data_md5 and data_md5 != (actual := dvc_repo.data_md5()):
-                raise DataError(
-                    f"this run is for data of md5 {data_md5}, but data/ here is {actual}: bring that version here "
-                    "(git pull, then `rlhf run --pull`), or run without data_md5"
-                )
-            run: State[Any] = pipeline(
-                pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
+    hold_flow_run(str(flow_run.id))
+    with project_lock(console.print_run_waiting):
+        if pull:
+            dvc_repo.pull_data()
+        if data_md5 and data_md5 != (actual := dvc_repo.data_md5()):
+            raise DataError(
+                f"this run is for data of md5 {data_md5}, but data/ here is {actual}: bring that version here "
+                "(git pull, then `rlhf run --pull`), or run without data_md5"
             )
-            outcomes: list[Outcome] = run.result()
-            if not any(outcome.stage == "evaluate" for outcome in outcomes):
-                raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
-            run_id = str(run.state_details.flow_run_id)
-            gate_state: State[Any] = gate(run_id, return_state=True)
-            passed: GateResult | None = gate_state.result()
-        if passed is None:
-            return False
-        # Outside of the lock: others may work here while a person decides.
-        refusal = _ask_for_approval(passed.decision, approval_hours) if approval_hours else None
-        by = "a person, asked by the gate" if approval_hours else "the gate"
-        promote_state: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
-        return bool(promote_state.result())
+        run: State[Any] = pipeline(
+            pull=pull, push=push, retries=retries, timeout=timeout, ranks=ranks, return_state=True
+        )
+        outcomes: list[Outcome] = run.result()
+        if not any(outcome.stage == "evaluate" for outcome in outcomes):
+            raise StageError("dvc.yaml has no stage evaluate, so nothing can be promoted")
+        run_id = str(run.state_details.flow_run_id)
+        gate_state: State[Any] = gate(run_id, return_state=True)
+        passed: GateResult | None = gate_state.result()
+    if passed is None:
+        return False
+    # Outside of the lock: others may work here while a person decides.
+    refusal = _ask_for_approval(passed.decision, approval_hours) if approval_hours else None
+    by = "a person, asked by the gate" if approval_hours else "the gate"
+    promote_state: State[Any] = promote(run_id, passed, refusal, by, return_state=True)
+    return bool(promote_state.result())
 
 
 @dataclass(frozen=True)

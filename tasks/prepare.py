@@ -44,7 +44,6 @@ logger = logging.getLogger(__name__)
 CURES = {
     "too_short": "lower prepare.min_words",
     "too_long": "raise prepare.max_words, or for pairs prepare.max_preference_words",
-    "identical_after_truncation": "raise prepare.max_words, as far as the two sides of a pair are compared",
     "duplicate": "nothing to set, the sources hold them twice",
     "near_duplicate": "raise prepare.near_duplicate_threshold; at 1 only equal texts count",
 }
@@ -69,7 +68,7 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
             f"none of {cleaned.collected} collected rows is left{_drop_summary(cleaned)}; look at prepare's bounds"
         )
     split_key = split_keys(cleaned.rows)
-    splits = _split(rows, split_key, params, seed)
+    splits = _split([_with_group(row, split_key) for row in rows], split_key, params, seed)
     splits, gold_pairs = _hold_out_gold_pairs(splits, split_key, params, seed)
     ratings = {half: _ratings_of(splits, half, split_key, params, seed) for half in HALVES}
     demonstrations = _demonstrations(splits, ratings["proxy"], params)
@@ -80,23 +79,25 @@ def prepare(params: PrepareParams, seed: int, artifacts: Artifacts) -> None:
             f"no prompt to train on is left of {cleaned.collected} collected rows{_drop_summary(cleaned)}; if it is in "
             "another column, name that: collect.sources[].columns: {prompt: COLUMN}"
         )
-    written = {f"ratings_{half}": _write(artifacts.out / "ratings" / half, ratings[half]) for half in HALVES}
     del demonstrations["test"]
-    written["demonstrations"] = _write(artifacts.out / "demonstrations", demonstrations)
-    written["prompts"] = _write(artifacts.out / "prompts", prompts)
-    written["preferences"] = _write(artifacts.out / "preferences", _of_type(splits, Preference))
-    gold_written = _write(artifacts.out / "preferences" / "gold", gold_pairs)
-    if params.gold_pair_share:
-        written["preferences_gold"] = gold_written
     kinds: dict[str, Splits] = {
-        "prompts": prompts,
+        **{f"ratings_{half}": ratings[half] for half in HALVES},
         "demonstrations": demonstrations,
+        "prompts": prompts,
         "preferences": _of_type(splits, Preference),
         "preferences_gold": gold_pairs,
-        **{f"ratings_{half}": ratings[half] for half in HALVES},
     }
+    written = {kind: _write(artifacts.out / kind.replace("_", "/"), rows) for kind, rows in kinds.items()}
+    if not params.gold_pair_share:
+        del written["preferences_gold"]
     tokens = TokenCounter(artifacts.base_model / "model").summary({kind: kinds[kind]["train"] for kind in kinds})
     _write_metrics(artifacts.out, cleaned, len(rows), {**written, "tokens": tokens})
+
+
+def _with_group(row: Row, split_key: SplitKey) -> Row:
+    """A pair with the group that decides its split and half, by which `PreparedRows` decides as well."""
+    key = split_key(row)
+    return row.model_copy(update={"group": key}) if isinstance(row, Preference) and key != text_key(row) else row
 
 
 def _split(rows: list[Row], split_key: SplitKey, params: PrepareParams, seed: int) -> dict[Split, list[Row]]:

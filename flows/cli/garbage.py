@@ -1,5 +1,6 @@
 """The command `rlhf gc`: what nothing refers to any more, and freeing it."""
 
+from contextlib import ExitStack
 from typing import Annotated
 
 import typer
@@ -21,13 +22,15 @@ app = typer.Typer()
 def gc(yes: Annotated[bool, typer.Option("--yes", help="Free it; else nothing is changed.")] = False) -> None:
     """Show what nothing refers to any more, per kind, or free it; champions and what runs refer to are kept."""
     enter_project_with_services()
+    from tasks.runtime.dvc_repo import locked
     from tasks.runtime.garbage import Garbage, collect_garbage
 
-    with project_lock(print_run_waiting):
+    with project_lock(print_run_waiting), ExitStack() as held:
         stale = worktrees.stale_worktrees()
         others = [tree for tree in worktrees.worktrees() if tree not in stale]
         if busy := [tree for tree in others if tree.is_relative_to(state_dir())]:
             raise StageError(f"a sweep, seeds or a reproduction works in {busy[0]}: wait for its end")
+        held.enter_context(locked(others))  # till the end: what `dvc repro` would restore meanwhile is not freed
         found = [*collect_garbage(others), Garbage("worktrees", "runs of variants that go on", tuple(stale))]
         table, total = Table("kind", "files", "size", "kept is what belongs to"), sum(item.size for item in found)
         for item in found:

@@ -1,9 +1,10 @@
-"""Words, n-grams, and repetition statistics of texts."""
+"""Words, n-grams, and statistics of the repetition and length of texts."""
 
 import re
 from collections.abc import Sequence
+from math import ceil
 
-__all__ = ["REPETITION_NGRAM", "distinct_n", "ngrams", "repetition_rate", "tokenize_words", "word_count"]
+__all__ = ["REPETITION_NGRAM", "distinct_n", "ngrams", "quantile_99", "repetition_rate", "tokenize_words", "word_count"]
 
 WORD_RE = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -31,6 +32,11 @@ def word_count(text: str) -> int:
 def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:
     """All runs of n neighbours, in order; none when there are fewer than n items."""
     return [tuple(items[start : start + n]) for start in range(len(items) - n + 1)]
+
+
+def quantile_99(lengths: Sequence[int]) -> int:
+    """The least of the lengths that 99 % of them do not exceed."""
+    return sorted(lengths)[ceil(0.99 * (len(lengths) - 1))]
 
 
 def repetition_rate(text: str, n: int = REPETITION_NGRAM) -> float:

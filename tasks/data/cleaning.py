@@ -152,8 +152,7 @@ def filter_by_length(cleaned: CleanResult, params: PrepareParams) -> list[Row]:
     """Keep the rows whose length fits; count the others.
 
     Rated texts and demonstrations keep to both bounds, prompts to the upper one. A preference is kept at any length
-    (training cuts it by tokens) unless `max_preference_words` says otherwise, or its sides agree in their first
-    `max_words` words: what is compared must differ.
+    unless `max_preference_words` says otherwise.
     """
     kept = []
     for row in cleaned.rows:
@@ -166,11 +165,8 @@ def filter_by_length(cleaned: CleanResult, params: PrepareParams) -> list[Row]:
 
 def _length_problem(row: Row, params: PrepareParams) -> str | None:
     if isinstance(row, Preference):
-        longest = max(len(text.split()) for text in full_texts(row))
-        if params.max_preference_words is not None and longest > params.max_preference_words:
-            return "too_long"
-        chosen, rejected = (side.split()[: params.max_words] for side in (row.chosen, row.rejected))
-        return "identical_after_truncation" if chosen == rejected else None
+        longest, bound = max(len(text.split()) for text in full_texts(row)), params.max_preference_words
+        return "too_long" if bound is not None and longest > bound else None
     words = len(full_texts(row)[0].split())
     if words < params.min_words and not isinstance(row, Prompt):
         return "too_short"

@@ -18,6 +18,7 @@ __all__ = ["check_columns", "map_columns", "number_rows"]
 
 _SHOWN_COLUMNS = 40
 _LABELS = ("id", "group", "answer")
+_LISTS = ("ratings", "labelled_by", "guidelines")
 
 
 def check_columns(source: SourceParams, columns: Sequence[str]) -> None:
@@ -57,7 +58,12 @@ def map_columns(source: SourceParams, content: Mapping[str, Any]) -> dict[str, A
                 value = _plain(content[column])
             except (ValueError, RecursionError, ArithmeticError) as error:
                 raise ValueError(f"{column}: {error}") from error
-            value = _label(value) if name in _LABELS else value
+            if value != value:  # NaN is how tables leave a field out
+                value = None
+            if name in _LABELS and isinstance(value, int | float):
+                value = str(value)
+            elif name in _LISTS:
+                value = _list(name, value)
             if field.is_required() or value not in (None, ""):  # an empty cell is how CSV leaves a field out
                 row[name] = value
     row["id"] = None if row.get("id") in (None, "") else str(row["id"])
@@ -67,8 +73,6 @@ def map_columns(source: SourceParams, content: Mapping[str, Any]) -> dict[str, A
         row |= _split_dialogue(row)
     if isinstance(row.get("prompt"), str) and row["prompt"]:
         row["prompt"] = source.template.replace("{prompt}", row["prompt"])
-    if "ratings" in row:
-        row["ratings"] = _ratings(row["ratings"])
     return row
 
 
@@ -106,21 +110,15 @@ def _plain(value: object) -> Any:
     return value
 
 
-def _label(value: Any) -> Any:
-    """A label as text; NaN is how tables leave one out."""
-    if isinstance(value, int | float):
-        return None if value != value else str(value)
-    return value
-
-
-def _ratings(value: Any) -> Any:
-    """Parse ratings: a list, `[1, 2]` in a CSV cell, or one number."""
-    if isinstance(value, str):
+def _list(name: str, value: Any) -> Any:
+    """Parse a list: one, `[1, 2]` in a CSV cell, or its only item."""
+    if isinstance(value, str) and (name == "ratings" or value.startswith("[")):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return value
-    return [value] if isinstance(value, int | float) and not isinstance(value, bool) else value
+    single = isinstance(value, int | float) if name == "ratings" else value and isinstance(value, str)
+    return [value] if single and not isinstance(value, bool) else value
 
 
 _ASSISTANT = "\n\nAssistant:"

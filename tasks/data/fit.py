@@ -1,6 +1,8 @@
 """Comparison of params.yaml with the prepared data, the base model and this machine, before anything trains.
 
-Each stage finds its own misfits too, but one at a time and late. Here all are found together, with the values to set.
+Each stage finds its own misfits too, but one at a time and late. Here they are found together, with the values to set.
+Two things only the stages themselves find: conversations that are too long, and what does not fit another model than
+the base model (`reward_model.backbone` or `pretrained`).
 """
 
 from __future__ import annotations
@@ -18,13 +20,15 @@ from typing import TYPE_CHECKING
 
 from tasks.config.params import Params, load_params
 from tasks.core.paths import project_root, stage_dir
-from tasks.core.rows import SPLITS, Preference, Split
-from tasks.data.pairs import draw_pairs
+from tasks.core.rows import SPLITS, Preference, Rating, Split
+from tasks.core.text_stats import quantile_99
+from tasks.data.pairs import draw_pairs, label_by_all
 from tasks.data.prepared_rows import PreparedRows
 from tasks.data.token_lengths import TokenCounter
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
+    from tasks.config.training import RewardModelParams
 
 __all__ = ["READS", "Misfit", "find_misfits", "format_misfits", "project_misfits"]
 
@@ -152,7 +156,10 @@ def _length_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) ->
         if section.max_length != "auto" and tokens.context != limit:
             yield Misfit(stage, f"{stage}.max_length", section.max_length, "auto", reason)
             continue
-        reason += ": their prompts lose the first words; or leave them out by prepare.max_preference_words or max_words"
+        reason += (
+            ": their prompts lose the first words, or they are dropped; or leave them out by "
+            "prepare.max_preference_words or max_words"
+        )
         share = math.ceil(20 * cut / len(lengths) + 1) / 20  # and a little more: a stage may draw fewer rows
         suggestion = f"{share:g}" if share < 1 else ""
         yield Misfit(stage, f"{stage}.max_cut_share", section.max_cut_share, suggestion, reason)
@@ -169,7 +176,7 @@ def _response_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) 
         yield Misfit("reward_model", key, new, str(room) if room > 0 else "", reason + cure)
     elif shown := rows.demonstrations("train"):
         lengths = sorted(tokens.rows([""] * len(shown), [row.response for row in shown]))
-        median, most = lengths[len(lengths) // 2], lengths[int(0.99 * (len(lengths) - 1))]
+        median, most = lengths[len(lengths) // 2], quantile_99(lengths)
         suggestion = min(most, room) if tokens.context else most
         if min(median, suggestion) > new:
             reason = f"half of the demonstrated responses have {median} tokens or more, so most samples are cut off"
@@ -177,24 +184,37 @@ def _response_misfits(params: Params, rows: PreparedRows, tokens: TokenCounter) 
 
 
 def _row_lengths(params: Params, rows: PreparedRows, tokens: TokenCounter) -> dict[str, list[list[int]]]:
-    """Stage → lengths of the rows of each file that it trains on; conversations have a format of their own."""
+    """Stage → lengths of the rows of each file that it trains on."""
 
     def of_pairs(own: Sequence[Preference]) -> list[int]:
         return tokens.rows([r.prompt for r in own], [r.chosen for r in own], [r.rejected for r in own])
 
+    def of_texts(own: Sequence[Rating]) -> list[int]:
+        return tokens.rows([""] * len(own), [row.text for row in own])
+
+    pairs = _pairs(params, rows, "train") if params.preferences else []
+    if params.preferences and params.preferences.source_pairs == "prepend":
+        pairs += rows.pairs("train")
     found = {}
     if params.environment is None:
         shown = [rows.demonstrations("train")[: params.sft.max_examples]]
         shown.append(rows.demonstrations("validation")[: params.sft.max_validation_examples])
         found["sft"] = [tokens.rows([row.prompt for row in own], [row.response for row in own]) for own in shown]
-    model = params.reward_model
-    if model and model.pairwise and not (model.backbone or model.pretrained):
-        found["reward_model"] = [of_pairs(rows.pairs("train"))]
+    if model := _on_base_model(params):
+        rated = rows.ratings("proxy", "train")[: model.max_examples]
+        found["reward_model"] = [of_pairs(pairs) if model.pairwise else of_texts(rated)]
     if params.dpo:
-        found["dpo"] = [of_pairs(rows.pairs("train"))]
-    if params.gold_judge and rows.judge == "model of pairs":
-        found["gold_judge"] = [of_pairs(rows.gold_pairs("train"))]
+        found["dpo"] = [of_pairs(pairs)]
+    if judge := params.gold_judge:
+        by_pairs, rated = rows.judge == "model of pairs", rows.ratings("gold", "train")[: judge.max_examples]
+        found["gold_judge"] = [of_pairs(rows.gold_pairs("train")) if by_pairs else of_texts(rated)]
     return found
+
+
+def _on_base_model(params: Params) -> RewardModelParams | None:
+    """The section of the reward model, if that is trained on the SFT model and so fits what the base model fits."""
+    model = params.reward_model
+    return None if model is None or model.backbone or model.pretrained else model
 
 
 def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
@@ -204,7 +224,7 @@ def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
     splits_of: dict[str, tuple[Split, ...]] = {"train_pairs": ("train",), "heldout_pairs": ("validation", "test")}
     for key, splits in splits_of.items():
         target = getattr(wanted, key)
-        counts = {split: _count_pairs(params, rows, split, target) for split in splits}
+        counts = {split: min(len(_pairs(params, rows, split)), target) for split in splits}
         least = min(counts.values())
         if least < target:
             found = " and ".join(f"{count} pairs in {split}" for split, count in counts.items())
@@ -218,14 +238,16 @@ def _no_pairs_cure(key: str) -> str:
     return ": add a source of preferences or ratings, or set preferences, reward_model and dpo to null"
 
 
-def _count_pairs(params: Params, rows: PreparedRows, split: Split, target: int) -> int:
-    """Count pairs as stage preferences does, up to the target: those of the sources, or drawn from ratings."""
-    assert params.preferences is not None
-    if params.preferences.source_pairs == "only" and any(rows.pairs(name) for name in SPLITS):
-        return min(len(rows.pairs(split)), target)
-    margin = params.preferences.min_margin if split == "train" else 0.0
+def _pairs(params: Params, rows: PreparedRows, split: Split) -> list[Preference]:
+    """Pairs of which stage preferences takes some: all those of the sources, or as many as it draws from ratings."""
+    wanted = params.preferences
+    assert wanted is not None
+    if wanted.source_pairs == "only" and any(rows.pairs(name) for name in SPLITS):
+        return rows.pairs(split)
+    margin, count = (wanted.min_margin, wanted.train_pairs) if split == "train" else (0.0, wanted.heldout_pairs)
     rng = Random(f"{params.seed}/{split}/pairs")
-    return sum(1 for _ in islice(draw_pairs(rows.ratings("proxy", split), min_margin=margin, rng=rng), target))
+    drawn = islice(draw_pairs(rows.ratings("proxy", split), min_margin=margin, rng=rng), count)
+    return [label_by_all(pair) for pair in drawn]
 
 
 def _rating_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
@@ -240,17 +262,16 @@ def _rating_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
 
 def _module_misfits(params: Params, known: Sequence[str]) -> Iterator[Misfit]:
     """Modules that LoRA shall adapt and the base model lacks."""
-    for key in ("target_modules", "reward_model_modules"):
+    scorer = "reward_model" if _on_base_model(params) else "gold_judge" if params.gold_judge else None
+    for stage, key in (("sft", "target_modules"), (scorer, "reward_model_modules")):
         names = getattr(params.lora, key)
-        if not isinstance(names, str) and set(names) - set(known):
+        if stage and not isinstance(names, str) and set(names) - set(known):
             reason = f"the base model's linear modules are {', '.join(known)}"
-            yield Misfit("sft", f"lora.{key}", f"[{', '.join(names)}]", "all-linear", reason)
+            yield Misfit(stage, f"lora.{key}", f"[{', '.join(names)}]", "all-linear", reason)
 
 
 def _layer_misfits(params: Params, layers: int) -> Iterator[Misfit]:
-    model = params.reward_model
-    own = model if model and not (model.pretrained or model.backbone) else None
-    for stage, section in (("reward_model", own), ("gold_judge", params.gold_judge)):
+    for stage, section in (("reward_model", _on_base_model(params)), ("gold_judge", params.gold_judge)):
         if section and section.lora_first_layer >= layers:
             key, reason = f"{stage}.lora_first_layer", f"the base model has {layers} layers, counted from 0"
             yield Misfit(stage, key, section.lora_first_layer, str(layers // 2), reason)
@@ -327,12 +348,11 @@ def _answer_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
         for split, own in rows.prompts.items()
         if (missing := sum(row.answer is None for row in own))
     }
-    trained = next((section.stage for section in (params.ppo, params.grpo) if section), None)
     for key, rule in _rules(params).items():
         if rule.function not in ANSWER_RULES:
             continue
-        if trained and "train" in lacking and key != GOLD_RULE:
-            yield Misfit(trained, key, rule.function, "", lacking["train"])
+        if (stage := _scoring_stage(params, key)) != "evaluate" and "train" in lacking:
+            yield Misfit(stage, key, rule.function, "", lacking["train"])
         elif "test" in lacking:
             yield Misfit("evaluate", key, rule.function, "", lacking["test"])
 
@@ -346,6 +366,11 @@ def _rules(params: Params) -> dict[str, RuleOptions]:
     return rules | ({GOLD_RULE: params.evaluate.gold_rule} if params.evaluate.gold_rule else {})
 
 
+def _scoring_stage(params: Params, key: str) -> str:
+    """The first stage that scores by the rule of this key."""
+    return next((item.stage for item in (params.ppo, params.grpo) if item and key != GOLD_RULE), "evaluate")
+
+
 def _package_misfits(params: Params) -> Iterator[Misfit]:
     """Extras and programs that a stage will need and this machine lacks."""
     judge = params.evaluate.llm_judge
@@ -353,12 +378,12 @@ def _package_misfits(params: Params) -> Iterator[Misfit]:
     if judge and judge.kind == "endpoint":
         needed.append(("evaluate", "evaluate.llm_judge.kind", "openai", "judge"))
     for key, rule in _rules(params).items():
-        sandboxed = getattr(rule, "isolation", "bubblewrap") == "bubblewrap"
+        stage, sandboxed = _scoring_stage(params, key), getattr(rule, "isolation", "bubblewrap") == "bubblewrap"
         if rule.function in RULE_PACKAGES and sandboxed:
             extra = "code" if rule.function == "code" else "rules"
-            needed.append(("evaluate", key, RULE_PACKAGES[rule.function], extra))
+            needed.append((stage, key, RULE_PACKAGES[rule.function], extra))
         if rule.function == "code" and sandboxed and not shutil.which("bwrap"):
-            yield Misfit("evaluate", key, "code", "", "the program bwrap is missing: install bubblewrap")
+            yield Misfit(stage, key, "code", "", "the program bwrap is missing: install bubblewrap")
     for stage, key, module, extra in needed:
         if find_spec(module) is None:
             yield Misfit(stage, key, "on", "", f"the package of {module} is missing: `pip install -e '.[{extra}]'`")

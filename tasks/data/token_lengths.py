@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from math import ceil
 from pathlib import Path
 
 from tokenizers import Tokenizer
 
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, Row
+from tasks.core.text_stats import quantile_99
 
 __all__ = ["TokenCounter"]
 
@@ -22,8 +22,7 @@ class TokenCounter:
     def __init__(self, model: Path, context: int | None = None) -> None:
         self._tokenizer = Tokenizer.from_file(str(model / "tokenizer.json"))
         self.context = context
-        plain, whole = (self._tokenizer.encode("a", add_special_tokens=special).ids for special in (False, True))
-        self._start = whole.index(plain[0]) if plain and plain[0] in whole else 0
+        self._start = [*self._tokenizer.encode("a").special_tokens_mask, 0].index(0)  # as in `encoding.start_ids`
 
     def prompts(self, texts: Sequence[str]) -> list[int]:
         """Tokens of each prompt."""
@@ -39,12 +38,8 @@ class TokenCounter:
         found = {}
         for name, own in rows.items():
             if lengths := sorted(self._by_type(own)):
-                last = len(lengths) - 1
-                found[name] = {
-                    "median": lengths[last // 2],
-                    "99_percent": lengths[ceil(0.99 * last)],
-                    "max": lengths[-1],
-                }
+                median = lengths[(len(lengths) - 1) // 2]
+                found[name] = {"median": median, "99_percent": quantile_99(lengths), "max": lengths[-1]}
         return found
 
     def _by_type(self, rows: Sequence[Row]) -> list[int]:

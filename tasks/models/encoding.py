@@ -11,11 +11,11 @@ import logging
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from tasks.core.errors import DataError, ModelError
+from tasks.core.text_stats import quantile_99
 
 if TYPE_CHECKING:
     from tasks.config.training import TrainerParams
@@ -27,7 +27,6 @@ __all__ = [
 
 logger = logging.getLogger(__name__)
 
-QUANTILE = 0.99  # of the rows, whose length an error names as the one to set
 UNFIT = ("prompt_cut", "response_too_long", "sides_equal")
 
 
@@ -36,11 +35,11 @@ def encode_text(tokenizer: Any, text: str) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False, verbose=False).input_ids)
 
 
-def start_ids(tokenizer: Any) -> list[int]:
+@lru_cache(maxsize=8)
+def start_ids(tokenizer: Any) -> tuple[int, ...]:
     """The tokens, such as BOS, that the tokenizer puts before every text."""
-    plain, whole = encode_text(tokenizer, "a"), list(tokenizer("a").input_ids)
-    starts = (start for start in range(len(whole)) if whole[start : start + len(plain)] == plain)
-    return whole[: next(starts, 0)]
+    encoded = tokenizer("a", return_special_tokens_mask=True)
+    return tuple(encoded.input_ids[: [*encoded.special_tokens_mask, 0].index(0)])
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
@@ -172,7 +171,7 @@ def _report(
     if not (unfit := sum(fitted.unfit.values())):
         return
     lengths = [row.length for row in rows]
-    needed = int(np.quantile(lengths, QUANTILE, method="higher"))
+    needed = quantile_99(lengths)
     if needed <= fitted.max_length:
         needed = max(lengths)
     reasons = ", ".join(f"{name} {count}" for name, count in fitted.unfit.items() if count)
@@ -184,7 +183,7 @@ def _report(
         cure = f"set {section}.max_length to {needed}, or to auto"
     message = (
         f"{section}: {unfit} of {len(rows)} rows do not fit max_length {fitted.max_length} ({reasons}); "
-        f"{'all' if needed == max(lengths) else f'{QUANTILE:.0%}'} of the rows need at most {needed} tokens: {cure}"
+        f"{'all' if needed == max(lengths) else '99 %'} of the rows need at most {needed} tokens: {cure}"
     )
     if not fitted.rows or unfit > max_cut_share * len(rows):
         raise DataError(f"{message}; {section}.max_cut_share allows {max_cut_share:.0%}")

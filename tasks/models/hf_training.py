@@ -36,7 +36,7 @@ LOGGING_STEPS = 5
 CHECKPOINT_STEPS = 25
 
 SNAPSHOTS_DIR = "policies"
-COMPLETE_MARKER = "whole.json"  # written last: name of each file of a checkpoint → its SHA-256
+COMPLETE_MARKER = "whole.json"  # written last: name of each file of a checkpoint or snapshot → its SHA-256
 
 
 def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
@@ -87,7 +87,7 @@ def train_or_resume(trainer: Trainer) -> None:
         TrainingError: the loss or the gradient is not finite, the ranks have not trained the same model, or the
             checkpoint holds more than numbers and tensors.
     """
-    checkpoint = _find_checkpoint(_warn_of_checkpoint)
+    checkpoint = _find_checkpoint(_warn_of_damage)
     if checkpoint:
         logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history[-1]
         # TRL logs this count and saves it nowhere else.
@@ -126,21 +126,33 @@ def _find_damage(checkpoint: Path) -> str | None:
         digests = dict(json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return "it is not complete"
-    damaged = [name for name, digest in digests.items() if _sha256(checkpoint / name) != digest]
+    damaged = [name for name, digest in digests.items() if not _has_digest(checkpoint / name, digest)]
     return f"{', '.join(damaged)} in it is missing or damaged" if damaged else None
 
 
-def _sha256(path: Path) -> str | None:
-    """The SHA-256 of a file that is on the disk; None if there is none."""
+def _has_digest(path: Path, digest: str) -> bool:
     try:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return _sha256(path) == digest
     except OSError:
-        return None
+        return False
 
 
-def _warn_of_checkpoint(problem: str) -> None:
+def _sha256(path: Path, *, sync: bool = False) -> str:
+    """The SHA-256 of a file, once it is on the disk if so asked."""
+    with path.open("rb") as file:
+        if sync:
+            os.fsync(file.fileno())
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _mark_complete(folder: Path) -> None:
+    """Write the digests of the folder's files, all of which are then on the disk."""
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE_MARKER]
+    digests = {str(path.relative_to(folder)): _sha256(path, sync=True) for path in files}
+    (folder / COMPLETE_MARKER).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+
+
+def _warn_of_damage(problem: str) -> None:
     if distributed.rank() == 0:
         print_line(problem)
 
@@ -189,11 +201,8 @@ class HistoryCallback(TrainerCallback):
     def on_save(self, args: TrainingArguments, state: TrainerState, control: Any, **kwargs: Any) -> None:
         """Mark the checkpoint as complete once every rank's part is on the disk."""
         distributed.barrier()
-        if not state.is_world_process_zero:
-            return
-        checkpoint = Path(str(args.output_dir)) / f"checkpoint-{state.global_step}"
-        digests = {path.name: _sha256(path) for path in sorted(checkpoint.iterdir())}
-        (checkpoint / COMPLETE_MARKER).write_text(json.dumps(digests, indent=2), encoding="utf-8")
+        if state.is_world_process_zero:
+            _mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.close()
@@ -229,12 +238,18 @@ class PolicySnapshots:
         """Save a snapshot if this update is due."""
         if update % self._every == 0 and distributed.rank() == 0:
             save_adapter(model, self._folder / f"{update:04d}")
+            if self._folder != self._out:
+                _mark_complete(self._folder / f"{update:04d}")
 
     def publish(self) -> None:
-        """Copy the snapshots into the stage's output folder."""
-        self._folder.mkdir(parents=True, exist_ok=True)
-        if self._folder != self._out:
-            shutil.copytree(self._folder, self._out, dirs_exist_ok=True)
+        """Copy the snapshots into the stage's output folder; one that is not whole is left out, with a warning."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        for snapshot in sorted(self._folder.glob("*")) if self._folder != self._out else ():
+            if problem := _find_damage(snapshot):
+                _warn_of_damage(f"warning: the snapshot {snapshot} is left out: {problem}")
+                continue
+            ignored = shutil.ignore_patterns(COMPLETE_MARKER)
+            shutil.copytree(snapshot, self._out / snapshot.name, dirs_exist_ok=True, ignore=ignored)
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -1,7 +1,7 @@
 """Metrics of scores against human preferences, ratings and labels: accuracy, correlation, AUC, calibration."""
 
+import logging
 import math
-import sys
 from bisect import bisect_right
 from collections.abc import Mapping
 from typing import Any
@@ -25,6 +25,8 @@ __all__ = [
     "rank_correlation",
     "rating_metrics",
 ]
+
+logger = logging.getLogger(__name__)
 
 MARGIN_EDGES = (0.0, 0.5, 1.0, 2.0, 3.0)
 MARGIN_BUCKETS = ("0-0.5", "0.5-1", "1-2", "2-3", "3+")
@@ -86,7 +88,7 @@ def check_above_chance(score_differences: Tensor, min_accuracy: float) -> None:
         return
     found = f"the reward model is right on {right} of {count} held-out pairs, no better than chance (p = {p_value:.2g})"
     if binom.cdf(right, count, min_accuracy) > SIGNIFICANCE:
-        print(f"reward_model: warning: {found}; raise preferences.heldout_pairs to know better", file=sys.stderr)
+        logger.warning("reward_model: %s; raise preferences.heldout_pairs to know better", found)
         return
     if ties := int((score_differences == 0).sum()):
         found += f"; on {ties} both responses get the same score"

@@ -153,8 +153,7 @@ class EnsembleMember:
 
 def _parse_heads(normalisation: Mapping[str, Any]) -> dict[str, ScoreHead]:
     """Read what `EnsembleMember.to_dict` wrote."""
-    rest = {name: value for name, value in normalisation.items() if name != "max_length"}
-    return {name: ScoreHead(**row) for name, row in rest.get("objectives", {"": rest}).items()}
+    return {name: ScoreHead(**row) for name, row in normalisation.get("objectives", {"": normalisation}).items()}
 
 
 @dataclass(frozen=True)

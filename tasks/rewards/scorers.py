@@ -13,12 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers.tokenization_utils_base import LARGE_INTEGER
 
 from tasks.config.base import CHAT
 from tasks.core.errors import ModelError, SourceError
 from tasks.core.paths import project_root
 from tasks.core.rows import write_json
-from tasks.models.encoding import context_length, cut_prompt, encode_prompt, encode_response, start_ids
+from tasks.models.encoding import check_context, context_length, cut_prompt, encode_prompt, encode_response, start_ids
 from tasks.models.fetch import READERS, check_parts, folder_origin, hub_folder, load_folder, save_model, set_padding
 from tasks.models.loading import ADAPTER_DIR, device, dtype, pad_ids, position_ids
 from tasks.models.onednn_linear import freeze_for_onednn
@@ -238,8 +239,20 @@ def fetch_pretrained_scorer(
         raise ModelError(f"{what} has {outputs} outputs; reward_model.pretrained takes one score, or two classes")
     if chat and tokenizer.chat_template is None:
         raise ModelError(f"{what} has no chat template; write reward_model.pretrained.template out")
-    if max_length == "auto":
-        max_length = min(tokenizer.model_max_length, context_length(model.config) or tokenizer.model_max_length)
+    context = _usable_context(model)
+    auto = min(int(tokenizer.model_max_length), context or LARGE_INTEGER)
+    limit = auto if max_length == "auto" else max_length
+    if limit >= LARGE_INTEGER:  # a tokenizer without a limit states a number beyond it
+        raise ModelError(f"{what} does not state how many tokens it can read: set reward_model.max_length")
+    check_context(context, limit, f"{what}: lower reward_model.max_length")
     save_model(model, tokenizer, reward_model / PRETRAINED_DIR)
-    scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": max_length}
+    scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": limit}
     write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card})
+
+
+def _usable_context(model: Any) -> int | None:
+    """See `context_length`; RoBERTa and its kin count from the position after the padding's, as their table says."""
+    tables = [part for name, part in model.named_modules() if name.endswith("position_embeddings")]
+    unused = [1 + part.padding_idx for part in tables if getattr(part, "padding_idx", None) is not None]
+    context = context_length(model.config)
+    return None if context is None else context - max(unused, default=0)

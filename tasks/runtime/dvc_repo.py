@@ -3,7 +3,7 @@
 import logging
 import re
 from collections.abc import Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +25,8 @@ from tasks.core.errors import StageError, describe_disk_error
 from tasks.core.paths import project_root
 
 __all__ = [
-    "check_remote", "data_md5", "describe_error", "dvc_errors", "error_chain", "load_stage", "open_repo", "pull_data",
-    "push", "quiet_logger", "remote_error", "restore", "unused_objects", "use_cache",
+    "check_remote", "data_md5", "describe_error", "dvc_errors", "error_chain", "load_stage", "locked", "open_repo",
+    "pull_data", "push", "quiet_logger", "remote_error", "restore", "unused_objects", "use_cache",
 ]  # fmt: skip
 
 DATA = "data"
@@ -37,6 +37,16 @@ def open_repo() -> Repo:
     """The DVC project of the working directory; it takes no lock."""
     quiet_logger()
     return Repo(str(project_root()))
+
+
+@contextmanager
+def locked(worktrees: Sequence[Path]) -> Iterator[None]:
+    """Hold DVC's lock of the project and of these other working copies; a StageError where one is held for long."""
+    with ExitStack() as held:
+        for folder in (project_root(), *worktrees):
+            with dvc_errors(str(folder)):
+                held.enter_context(Repo(str(folder)).lock)
+        yield
 
 
 def load_stage(repo: Any, name: str) -> Any:
@@ -179,7 +189,8 @@ def restore(md5: str, path: Path) -> None:
 def unused_objects(keep: Collection[str], worktrees: Sequence[Path]) -> list[Path]:
     """Files of the cache that neither the workspace, a branch, a tag, a worktree nor an md5 of `keep` refers to.
 
-    A cache outside of the project may serve others, so nothing in it counts as unused.
+    Call it, and free them, while `locked`. A cache outside of the project may serve others, so nothing in it counts as
+    unused.
     """
     with dvc_errors("cache"):
         repo = open_repo()
@@ -187,9 +198,9 @@ def unused_objects(keep: Collection[str], worktrees: Sequence[Path]) -> list[Pat
             return []
         used = set(keep)
         logging.getLogger("dvc.output").setLevel(logging.ERROR)  # it warns of stages that have not run yet
-        with repo.lock:  # force: go on where a branch has a folder that was never here
-            found = [repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, force=True)]
-            found += [Repo(str(tree)).used_objs(force=True) for tree in worktrees]
+        # force: go on where a branch has a folder that was never here
+        found = [repo.used_objs(all_branches=True, all_tags=True, all_experiments=True, force=True)]
+        found += [Repo(str(tree)).used_objs(force=True) for tree in worktrees]
         used |= {info.value for objects in found for infos in objects.values() for info in infos}
         unused: list[Path] = []
         for cache in {id(odb): odb for _, odb in repo.cache.by_scheme() if odb}.values():

@@ -41,7 +41,7 @@ class Garbage:
 
 
 def collect_garbage(worktrees: Sequence[Path]) -> list[Garbage]:
-    """What could be freed, a row for each kind.
+    """What could be freed, a row for each kind; call it, and free them, under `dvc_repo.locked`.
 
     Args:
         worktrees: other working copies of the project, whose outputs may lie in the same cache.

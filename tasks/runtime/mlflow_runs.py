@@ -330,6 +330,7 @@ def _end_on_exit(run: OpenRun) -> Iterator[None]:
 
     try:
         yield
+        run.end("FINISHED")
     except Exception as error:
         with contextlib.suppress(MlflowException, StageError):
             run.end("FAILED", f"{type(error).__name__}: {error}")
@@ -339,9 +340,9 @@ def _end_on_exit(run: OpenRun) -> Iterator[None]:
             raise StageError(message) from error
         raise
     except BaseException:
-        run.end("KILLED")
+        with contextlib.suppress(MlflowException, StageError):
+            run.end("KILLED")
         raise
-    run.end("FINISHED")
 
 
 def _queues() -> Path:

@@ -93,6 +93,8 @@ def _open_experiment(uri: str) -> tuple[MlflowClient, str]:
 
     folder = (project_root() / "mlartifacts").as_uri() if uri.startswith("sqlite:") else None
     deadline, waiting = time.monotonic() + LOCKED_SECONDS, False
+    if Path(uri.removeprefix("sqlite:///")).is_dir():  # which MLflow would try to open for minutes
+        raise _store_error(uri, "it is a folder")
     while True:
         try:
             client = MlflowClient(uri)
@@ -100,14 +102,18 @@ def _open_experiment(uri: str) -> tuple[MlflowClient, str]:
             return client, str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, folder))
         except (MlflowException, SQLAlchemyError) as error:
             if LOCKED not in str(error) or time.monotonic() > deadline:
-                raise ConfigError(
-                    f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI, or move a file that is no "
-                    f"database out of the way: {_first_line(error)}"
-                ) from error
+                raise _store_error(uri, _first_line(error)) from error
             if not waiting:
                 _warn(f"another program has locked it; waiting up to {LOCKED_SECONDS:.0f} s")
             waiting = True
             time.sleep(1)
+
+
+def _store_error(uri: str, reason: str) -> ConfigError:
+    return ConfigError(
+        f"the MLflow store {uri} cannot be opened; check MLFLOW_TRACKING_URI, or move a file that is no database out "
+        f"of the way: {reason}"
+    )
 
 
 def is_unavailable(error: Exception) -> bool:
@@ -179,13 +185,19 @@ class QueuedRun:
             os.fsync(file.fileno())
 
     def flush(self) -> bool:
-        """Make the calls that wait; returns whether none is left."""
-        self._last_attempt = time.monotonic()
-        while self._waiting:
-            if self._try(self._waiting[0]) is not None:
-                return False
-            del self._waiting[0]
+        """Make the calls that wait; returns whether none is left.
+
+        The file is written once, at the end: a process that is killed meanwhile leaves all of them to be made again.
+        """
+        self._last_attempt, made = time.monotonic(), 0
+        try:
+            while made < len(self._waiting) and self._try(self._waiting[made]) is None:
+                made += 1
+        finally:
+            self._waiting = self._waiting[made:]
             self._save()
+        if self._waiting:
+            return False
         if self._lock.is_locked:
             self._lock.release()
             Path(self._lock.lock_file).unlink(missing_ok=True)

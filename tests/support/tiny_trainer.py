@@ -41,7 +41,8 @@ class NumberTokenizer:
     eos_token_id, pad_token_id, bos_token_id = EOS, PAD, None
 
     def __call__(self, text: str, **options: Any) -> SimpleNamespace:
-        return SimpleNamespace(input_ids=[int(word) for word in text.split() if word.isdigit()])
+        ids = [int(word) for word in text.split() if word.isdigit()]
+        return SimpleNamespace(input_ids=ids, special_tokens_mask=[0] * len(ids))
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
         return " ".join(map(str, ids))

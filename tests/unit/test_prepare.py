@@ -271,10 +271,6 @@ RULES: dict[str, tuple[str, Callable[[int], dict[str, Any]]]] = {
     "too_long": ("max_words", lambda n: {"text": f"a b c d {n}" + " x" * (n % 3) * 5}),
     "too_short": ("min_words", lambda n: {"text": f"{'a b c ' * (n % 3)}{n} b"}),
     "duplicate": ("nothing to set", lambda n: {"text": f"a b c d {n % 40}"}),
-    "identical_after_truncation": (
-        "max_words",
-        lambda n: {"prompt": f"{n}"} | {side: "a " * 11 * (n % 3) + side for side in ("chosen", "rejected")},
-    ),
 }  # fmt: skip
 
 
@@ -284,9 +280,8 @@ def test_a_rule_that_drops_many_rows_is_a_warning_with_the_key_to_change(
 ) -> None:
     key, make = RULES[rule]
     rows = [{"id": str(number), **make(number)} for number in range(60)]
-    row_type = "ratings" if "text" in rows[0] else "preferences"
-    rows = [{**row, "ratings": [1]} if row_type == "ratings" else row for row in rows]
-    _, metrics = run(tmp_path, rows, row_type, near_duplicate_threshold=0.7 if rule == "near_duplicate" else 1.0)
+    rows = [{**row, "ratings": [1]} for row in rows]
+    _, metrics = run(tmp_path, rows, near_duplicate_threshold=0.7 if rule == "near_duplicate" else 1.0)
     count = metrics["dropped"][rule]
     (line,) = caplog.messages
     assert line.startswith(f"prepare: {count} of 60 rows (")

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import regex
 from jsonschema import Draft202012Validator
 
 from tasks.core.text_stats import tokenize_words
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
 
 __all__ = ["instructions_rule", "json_schema_rule", "matches_pattern"]
 
+PATTERN_SECONDS = 1.0
 BULLET = re.compile(r"^[^\S\n]*[*-] +\S", re.MULTILINE)
 PARAGRAPHS = re.compile(r"\n\s*\n")
 
@@ -27,11 +29,13 @@ def matches_pattern(response: str, *, pattern: str, match: str) -> float:
 
     Gamed by: the format with nothing in it (`<answer></answer>`), and with `contains` by anything around it. Against
     that: a pattern that asks for content (`.{20,}`), and a component that reads the content; as a gate
-    (`reward.gates`) the form is a condition, and earns nothing by itself. Write patterns without nested repetition
-    (`(a+)+`): they take for ever on some texts.
+    (`reward.gates`) the form is a condition, and earns nothing by itself.
+
+    Raises:
+        TimeoutError: nested repetition (`(a|aa)+`) would take for ever on this text; counted as a failure of the rule.
     """
-    find = re.fullmatch if match == "whole" else re.search
-    return float(find(pattern, response.strip()) is not None)
+    find = regex.fullmatch if match == "whole" else regex.search
+    return float(find(pattern, response.strip(), timeout=PATTERN_SECONDS) is not None)
 
 
 def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRule:

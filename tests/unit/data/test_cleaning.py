@@ -94,11 +94,9 @@ def test_length_bounds_include_their_ends_and_count_what_they_drop() -> None:
     assert kept(whole) == ([], {"too_long": 1})
 
 
-def test_preferences_that_agree_as_far_as_is_read_are_dropped() -> None:
-    late = Preference(id="late", prompt="p", chosen="a b c d X", rejected="a b c d Y")
-    early = Preference(id="early", prompt="p", chosen="a b c X e", rejected="a b c Y e")
-    space = Preference(id="space", prompt="p", chosen="a  b", rejected="a b")
-    assert kept(late, early, space) == (["early"], {"identical_after_truncation": 2})
+def test_preferences_that_differ_only_at_their_end_are_kept() -> None:
+    late = Preference(id="late", prompt="p", chosen="a b c d e f X", rejected="a b c d e f Y")
+    assert kept(late) == (["late"], {})
 
 
 def test_rows_that_share_a_prompt_share_a_key() -> None:

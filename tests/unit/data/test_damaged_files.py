@@ -161,13 +161,13 @@ def test_what_json_and_utf8_cannot_hold_is_quarantined_and_decimals_are_numbers(
     assert [row["reason"] for row in quarantine] == ["id: a value of type bytes; texts and numbers can be read"] * 2
 
 
-def test_a_margin_that_is_not_finite_is_quarantined(root: Path) -> None:
+def test_a_margin_that_is_infinite_is_quarantined_and_nan_is_none(root: Path) -> None:
     lines = [
         json.dumps(PAIRS[0] | {"id": str(n), "margin": value}) for n, value in enumerate((1.0, math.nan, math.inf))
     ]
     (root / "a.jsonl").write_text("\n".join(lines))
     kept, quarantine = read_and_clean(root, "a.jsonl")
-    assert [row.margin for row in kept] == [1.0]
+    assert [row.margin for row in kept] == [1.0, None]
     assert [(row["line"], row["reason"].partition(" (")[0]) for row in quarantine] == [
-        (line, "margin: Input should be a finite number") for line in (2, 3)
+        (3, "margin: Input should be a finite number")
     ]

@@ -13,9 +13,10 @@ import pytest
 from tasks.collect import collect
 from tasks.config.params import Params, load_params, load_preset, parse_override, write_overrides
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Preference, Prompt, Rating, write_json, write_rows
+from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, Rating, write_json, write_rows
 from tasks.data import fit
 from tasks.data.fit import Misfit, find_misfits, format_misfits
+from tasks.data.prepared_rows import PreparedRows
 from tasks.data.token_lengths import TokenCounter
 from tasks.models.encoding import encode_row
 from tasks.models.loading import load_context
@@ -179,6 +180,50 @@ def test_rows_longer_than_the_setting_or_the_context(
     found = {key: item for key, item in found.items() if item.blocks and key.endswith(keys)}
     assert suggestions(found).items() >= suggested.items()
     assert not (suggested == {} and found), found
+
+
+@pytest.mark.parametrize("kind", ["rating", "preference"])
+def test_rated_texts_are_measured_too(kind: str, find: Find, tmp_path: Path) -> None:
+    """A token per letter: a text has eleven words of three letters or more."""
+    write_model(tmp_path, 20)
+    found = find(SOURCES, *SMALL, f"reward_model.kind={kind}")
+    for stage in ("reward_model", "gold_judge", *(["dpo"] if kind == "preference" else [])):
+        assert "rows are longer than 20 tokens" in found[f"{stage}.max_cut_share"].reason, stage
+    write_model(tmp_path, 1000)
+    cut = {"reward_model.max_cut_share", "gold_judge.max_cut_share", "dpo.max_cut_share"}
+    assert not cut & set(find(SOURCES, *SMALL, f"reward_model.kind={kind}"))
+
+
+def test_what_a_rule_or_module_lacks_is_reported_at_the_first_stage_that_needs_it(
+    find: Find, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fit, "find_spec", lambda name: None)
+    found = find(SOURCES, *SMALL, "reward.weights.language=1", "lora.reward_model_modules=[q_pro]")
+    assert found["reward.weights.language"].stage == "ppo"
+    assert found["lora.reward_model_modules"].stage == "reward_model"
+    backbone = "reward_model.backbone={kind: folder, id: a}"
+    assert find({}, backbone, "ppo=null")["lora.reward_model_modules"].stage == "gold_judge", "it has the base model"
+    found = find({}, "gold_judge=null", "grpo=null", "evaluate.gold_rule={function: poem}")
+    assert "lora.reward_model_modules" not in found, "its modules are the backbone's"
+    assert {found[key].stage for key in ("reward.weights.language", "evaluate.gold_rule")} == {"evaluate"}
+
+
+def test_the_judge_s_pairs_are_those_that_prepare_will_keep_for_it(
+    find: Find, params_yaml: Path, tmp_path: Path
+) -> None:
+    """The prompts' source alone knows the groups, ten prompts each; two of them share a prompt, so they are one."""
+    pairs = rows_of("preferences", 200)
+    asked = [{"id": f"p{n}", "prompt": row["prompt"], "group": f"g{n // 10}"} for n, row in enumerate(pairs)]
+    asked.append({"id": "both", "prompt": pairs[0]["prompt"], "group": "g1"})
+    sources = {"preferences": pairs, "prompts": asked}
+    find(sources, "gold_judge=null")
+    planned = PreparedRows(load_params(params_yaml), tmp_path / "prepare")
+    assert planned.gold_share == 0.3
+    gold = {split: {row.id for row in planned.gold_pairs(split)} for split in SPLITS}
+    find(sources, "prepare.gold_pair_share=0.3")
+    kept = PreparedRows(load_params(params_yaml), tmp_path / "prepare")
+    assert gold == {split: {row.id for row in kept.read("preferences/gold", split, Preference)} for split in SPLITS}
+    assert 20 < sum(map(len, gold.values())) < 120
 
 
 def test_tokens_are_counted_as_the_stages_count_them(tmp_path: Path) -> None:

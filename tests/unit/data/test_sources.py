@@ -82,6 +82,21 @@ def test_an_empty_cell_leaves_an_optional_field_out_and_a_null_prompt_is_none(ro
     assert row["error"] == "answer: '(.+)' is not in it", "null is no answer to be found"
 
 
+def test_nan_leaves_any_field_out_and_a_cell_can_hold_a_list(root: Path) -> None:
+    numbers, texts = ("margin", "confidence"), ("labelled_by", "guidelines", "objective")
+    pair = {"prompt": "p", "chosen": "a", "rejected": "b"}
+    (row,) = collected(root, [pair | dict.fromkeys((*numbers, *texts), float("nan"))], row_type="preferences")
+    assert row["row"] == {"id": "mine-1", **pair}
+    (root / "a.csv").write_text(
+        'prompt,chosen,rejected,labelled_by,guidelines\np,a,b,"[""ann"", ""bob""]",abc\np,a,c,[ann,\n'
+    )
+    first, second = (item["row"] for item in collect_source(local("preferences", "a.csv"), 0).rows)
+    assert (first["labelled_by"], first["guidelines"]) == (["ann", "bob"], ["abc"])
+    assert (second["labelled_by"], "guidelines" in second) == ("[ann", False), "no list, and so malformed"
+    (root / "a.csv").write_text('text,ratings\na,"[1, 2]"\nb,3\nc,x\n')
+    assert [item["row"]["ratings"] for item in collect_source(local("ratings", "a.csv"), 0).rows] == [[1, 2], [3], "x"]
+
+
 PAIR = {"Prompt": "p", "better": "a", "worse": "b"}
 
 

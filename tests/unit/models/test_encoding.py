@@ -2,10 +2,11 @@
 
 import logging
 import re
+from typing import Any
 
 import pytest
 from tokenizers import Tokenizer, decoders, normalizers, pre_tokenizers, processors
-from tokenizers.models import BPE
+from tokenizers.models import BPE, WordLevel
 from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from tasks.config.training import SFTParams
@@ -65,11 +66,29 @@ def test_prompt_and_response_are_tokenised_apart() -> None:
 def test_start_tokens_open_a_prompt_and_the_end_token_closes_a_response_alone(template: str, start: list[int]) -> None:
     tokenizer = with_template(template)
     a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
-    assert start_ids(tokenizer) == start
+    assert list(start_ids(tokenizer)) == start
     assert encode_prompt(tokenizer, "ab") == [*start, a, b]
     assert encode_prompt(tokenizer, "") == start
     assert encode_text(tokenizer, "ab") == [a, b]
     assert encode_response(tokenizer, "b") == [b, END]
+
+
+def test_start_tokens_are_found_once_and_whatever_a_tokenizer_makes_of_a_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = merging_tokenizer()
+    a, b = tokenizer.convert_tokens_to_ids(["a", "b"])
+    tokenizer.backend_tokenizer.post_processor = processors.TemplateProcessing("a $A", special_tokens=[("a", a)])
+    texts, call = list[str](), PreTrainedTokenizerFast.__call__
+
+    def spy(self: PreTrainedTokenizerFast, text: str, **options: Any) -> Any:
+        texts.append(text)
+        return call(self, text, **options)
+
+    monkeypatch.setattr(PreTrainedTokenizerFast, "__call__", spy)
+    assert [encode_prompt(tokenizer, "b") for _ in range(3)] == [[a, b]] * 3
+    assert texts == ["a", "b", "b", "b"]
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(WordLevel({"b": 0}, unk_token="b")))
+    words.backend_tokenizer.normalizer = normalizers.Replace("a", "")
+    assert start_ids(words) == ()
 
 
 def test_a_special_token_that_a_response_spells_out_is_plain_text() -> None:

@@ -6,6 +6,7 @@ from pydantic import ValidationError
 from tasks.config.rules import RULE_OPTIONS, InstructionsRule
 from tasks.core.errors import DataError
 from tasks.rewards.rules import RULES
+from tasks.rewards.rules.base import FaultTolerantRule
 from tasks.rewards.rules.format import check_constraints, matches_pattern
 from tests.unit.rewards.conftest import score
 
@@ -31,6 +32,15 @@ PERSON = {
 def test_a_form_is_matched_whole_or_somewhere(response: str, whole: float, contains: float) -> None:
     assert matches_pattern(response, pattern=TAGS, match="whole") == whole
     assert matches_pattern(response, pattern=TAGS, match="contains") == contains
+
+
+def test_a_pattern_that_would_take_for_ever_is_a_failure_of_the_rule() -> None:
+    rule = FaultTolerantRule(
+        "format", lambda _, response: matches_pattern(response, pattern="(a|aa)+", match="whole"), floor=-1.0
+    )
+    values, metrics = rule.score_with_metrics(["", ""], ["a" * 80 + "b", "aaa"])
+    assert values.tolist() == [-1.0, 1.0]
+    assert metrics["failures/format"].tolist() == [1.0, 0.0]
 
 
 @pytest.mark.parametrize(

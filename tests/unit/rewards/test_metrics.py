@@ -107,11 +107,18 @@ def test_accuracy_no_better_than_chance_stops(right, ties, wrong, stops):
         check_above_chance(differences(right, ties, wrong), 0.6)
 
 
-def test_a_score_of_the_prompt_alone_is_named_and_the_setting_switches_it_off(capsys):
+def test_too_few_pairs_are_a_warning(caplog, capsys):
+    check_above_chance(differences(0, 3, 0), 0.6)
+    (line,) = caplog.messages
+    assert line.startswith("reward_model: the reward model is right on 0 of 3 held-out pairs, no better than chance")
+    assert capsys.readouterr().err == ""
+
+
+def test_a_score_of_the_prompt_alone_is_named_and_the_setting_switches_it_off(caplog):
     with pytest.raises(TrainingError, match=r"on 50 both responses get the same score.*reward_model\.min_accuracy 0"):
         check_above_chance(torch.zeros(50), 0.6)
     check_above_chance(torch.zeros(50), 0.0)
-    assert not capsys.readouterr().err
+    assert not caplog.messages
 
 
 def test_rated_texts_are_compared_two_by_two_and_equal_targets_say_nothing():

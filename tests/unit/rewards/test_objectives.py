@@ -11,13 +11,23 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import BertConfig, BertForSequenceClassification, LlamaConfig, LlamaForSequenceClassification
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    BloomConfig,
+    BloomForSequenceClassification,
+    LlamaConfig,
+    LlamaForSequenceClassification,
+    RobertaConfig,
+    RobertaForSequenceClassification,
+)
 
+from tasks.config.training import PretrainedRewardParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, RewardModel, ScoreHead
-from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, load_pretrained_scorer
+from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, fetch_pretrained_scorer, load_pretrained_scorer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
@@ -277,6 +287,29 @@ def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: 
     assert (out / "history.csv").read_text() == "step\n"
     assert MahalanobisOOD.load(out / OOD_DETECTOR).mean.shape == (32,)
     assert filecmp.cmp(out / PRETRAINED_DIR / "model.safetensors", theirs / "model.safetensors", shallow=False)
+
+
+def test_a_scorer_s_limit_leaves_out_positions_that_it_cannot_use_and_must_be_known(tmp_path: Path) -> None:
+    """RoBERTa counts positions from the padding's, here 1, plus one: of twenty, eighteen are left."""
+
+    def fetch(model: Any, max_length: Any = "auto") -> int:
+        model.save_pretrained(tmp_path / "theirs")
+        letter_tokenizer().save_pretrained(tmp_path / "theirs")
+        fetch_pretrained_scorer(PretrainedRewardParams(id=str(tmp_path / "theirs")), max_length, tmp_path / "out")
+        return int(json.loads((tmp_path / "out" / PRETRAINED_DIR / "card.json").read_text())["max_length"])
+
+    size = {"vocab_size": 32, "hidden_size": 32, "num_hidden_layers": 1, "num_labels": 1}
+    roberta = RobertaForSequenceClassification(
+        RobertaConfig(**size, num_attention_heads=4, intermediate_size=32, max_position_embeddings=20, pad_token_id=1)
+    )
+    assert fetch(roberta) == 18
+    assert load_pretrained_scorer(tmp_path / "out")([("", "a" * 40)]).isfinite().all()
+    with pytest.raises(ModelError, match=r"lower reward_model\.max_length: that is 19 tokens, .* context is 18"):
+        fetch(roberta, 19)
+    bloom = BloomForSequenceClassification(BloomConfig(**size, n_head=4, pad_token_id=1))
+    assert fetch(bloom, 7) == 7
+    with pytest.raises(ModelError, match=r"does not state how many tokens it can read: set reward_model\.max_length"):
+        fetch(bloom)
 
 
 def test_a_chat_template_is_the_scorers_own(inputs: Path, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import get_args
 
 import numpy as np
@@ -41,7 +42,8 @@ class Words:
     pad_token_id, eos_token_id, bos_token_id = 0, 1, None
 
     def __call__(self, text, **options):
-        return type("Encoding", (), {"input_ids": [int(word[1:] or 2) for word in text.split()]})
+        ids = [int(word[1:] or 2) for word in text.split()]
+        return SimpleNamespace(input_ids=ids, special_tokens_mask=[0] * len(ids))
 
 
 @pytest.fixture

@@ -25,6 +25,7 @@ class Signs:
 
     def __call__(self, text: str, add_special_tokens: bool = True, **options: bool) -> Signs:
         self.input_ids = [2] * add_special_tokens + [ord(sign) for sign in text]
+        self.special_tokens_mask = [1] * add_special_tokens + [0] * len(text)
         return self
 
 

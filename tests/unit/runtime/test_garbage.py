@@ -5,7 +5,9 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from dvc.lock import LockError
 
+from flows.cli import garbage as garbage_command
 from tasks.core.errors import StageError
 from tasks.runtime import dvc_repo, dvc_stages, garbage
 
@@ -80,6 +82,25 @@ def test_a_cache_outside_of_the_project_may_serve_others(
     shutil.move(project / ".dvc" / "cache", outside)
     (project / ".dvc" / "config.local").write_text(f"[cache]\n    dir = {outside}\n")
     assert unused(set()) == set()
+
+
+def test_dvc_is_locked_from_the_listing_until_all_is_freed(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else `dvc repro` could restore meanwhile what is about to be deleted."""
+    refused = []
+
+    def lock_again(*_args: object) -> list[garbage.Garbage]:
+        with pytest.raises(LockError):
+            dvc_repo.open_repo().lock._do_lock()
+        refused.append(True)
+        return [garbage.Garbage("kind", "", ())]
+
+    monkeypatch.setattr(garbage_command, "enter_project_with_services", lambda: None)
+    monkeypatch.setattr(garbage, "collect_garbage", lock_again)
+    monkeypatch.setattr(garbage.Garbage, "remove", lock_again)
+    garbage_command.gc(yes=True)
+    assert len(refused) == 3, "the listing, one of its kinds, and the worktrees"
+    with dvc_repo.open_repo().lock:
+        pass
 
 
 def test_while_mlflow_has_not_recorded_all_runs_nothing_is_freed(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

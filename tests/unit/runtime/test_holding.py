@@ -29,6 +29,21 @@ def test_a_mark_is_abandoned_only_when_its_process_is_gone(root: Path) -> None:
     assert holding.abandoned("run") == []
 
 
+FLOW = """
+from flows.prefect_runs import FLOW_MARK, hold_flow_run
+from tasks.runtime import holding
+hold_flow_run("one")
+print(holding.abandoned(FLOW_MARK))
+"""
+
+
+def test_a_flow_run_is_held_beyond_its_function_until_the_process_ends(root: Path) -> None:
+    """Between the two Prefect reports that it has ended; another command must not call it crashed."""
+    done = subprocess.run([sys.executable, "-c", FLOW], capture_output=True, text=True, check=True)
+    assert (done.stdout, done.stderr) == ("[]\n", "")
+    assert holding.abandoned("flow") == ["one"]
+
+
 def test_a_mark_outlives_its_release_until_somebody_has_ended_what_it_names(root: Path) -> None:
     with holding.hold("run", "one"):
         assert holding.abandoned("run") == [], "this process is one that lives, too"

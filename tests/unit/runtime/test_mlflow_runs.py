@@ -75,6 +75,23 @@ def test_a_failed_and_an_interrupted_stage_are_recorded_as_such(project: Path) -
     assert interrupted.info.status == "KILLED"
 
 
+def test_an_interrupt_while_the_end_is_recorded_is_recorded_as_such(
+    project: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    set_status = OpenRun._set_status
+
+    def interrupt(run: OpenRun, status: str) -> None:
+        if status == "FINISHED":
+            raise KeyboardInterrupt
+        set_status(run, status)
+
+    monkeypatch.setattr(OpenRun, "_set_status", interrupt)
+    with pytest.raises(KeyboardInterrupt), mlflow_runs.stage_run("sft", Inputs("key"), {}, {}):
+        pass
+    assert statuses() == ["KILLED"]
+    assert list(holding.marks_dir().iterdir()) == []
+
+
 KILLED = """
 import os, signal
 from tasks.runtime import mlflow_runs

@@ -125,7 +125,46 @@ def test_a_run_that_ends_while_the_server_is_away_leaves_its_writes_to_others(se
     assert list(tmp_path.iterdir()) == []
 
 
-def test_writes_leave_the_file_one_by_one(server: Server) -> None:
+def test_a_flush_writes_the_file_once_and_keeps_what_was_not_taken(
+    server: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server.away = True
+    run = server.open()
+    for value in range(9):
+        run.log(value)
+    server.away = False
+    sizes, call, save = [], run._call, run._save
+    monkeypatch.setattr(run, "_save", lambda: (save(), sizes.append(len(run._waiting))))
+
+    def until_five(line: str) -> None:
+        server.away = len(server.written) == 5
+        call(line)
+
+    monkeypatch.setattr(run, "_call", until_five)
+    assert not run.flush()
+    assert [json.loads(line)[2] for line in server.file.read_text().splitlines()] == [[5], [6], [7], [8]]
+    assert sizes == [4], "once, and not once for each"
+    monkeypatch.setattr(run, "_call", call)
+    server.away = False
+    assert run.flush()
+    assert server.written == [*range(9)]
+
+
+def test_a_process_that_is_killed_while_it_flushes_loses_nothing(server: Server, tmp_path: Path) -> None:
+    server.away = True
+    run = server.open()
+    for value in range(3):
+        run.log(value)
+    before = server.file.read_text()
+    server.away = False
+    run._save = lambda: None  # killed before the end
+    run.flush()
+    assert server.file.read_text() == before
+    flush_stale(tmp_path, server.open)
+    assert server.written == [0, 1, 2, 0, 1, 2]
+
+
+def test_a_write_whose_answer_was_lost_stays(server: Server) -> None:
     server.away = True
     run = server.open()
     for value in range(3):
