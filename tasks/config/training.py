@@ -1,14 +1,14 @@
 """Sections of the stages that make and train models."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section
 
 __all__ = [
-    "BaseModelParams", "DPOParams", "EnvironmentParams", "GRPOParams", "GenerationParams", "GoldJudgeParams",
-    "LoraParams", "PPOParams", "PretrainedRewardParams", "RLParams", "RewardModelParams", "SFTParams",
+    "BaseModelParams", "DPOParams", "EnvironmentParams", "GenerationParams", "GoldJudgeParams", "LoraParams",
+    "PretrainedRewardParams", "RewardModelParams", "SFTParams", "TrainerParams",
 ]  # fmt: skip
 
 
@@ -212,96 +212,6 @@ class GoldJudgeParams(TrainerParams):
         if self.shuffled_share and self.kind != "rating":
             raise ValueError(f"shuffled_share {self.shuffled_share} needs kind rating, not {self.kind}; set it to 0")
         return self
-
-
-class RLParams(Section):
-    """Settings that the RL algorithms share."""
-
-    stage: ClassVar[str]  # also the name of the section
-
-    updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(description="Prompts per rollout; each pass over them is a new permutation.")
-    samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
-    epochs: Positive = Field(description="Passes over each rollout.")
-    minibatches: Positive = Field(description="Optimiser steps per pass.")
-    micro_batch_size: Positive = Field(description="Sequences per forward pass; never changes the gradient.")
-    learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
-    clip_range: float | None = Field(None, gt=0, lt=1, description="ε of the clipped objective; null: no clipping.")
-    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
-    kl_coef: float = Field(ge=0, description="β: weight of the KL penalty, in PPO's reward or in GRPO's loss.")
-    kl_budget: float | None = Field(
-        None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
-    )
-    target_kl: float | None = Field(None, gt=0, description="Ends an update's epochs beyond so many nats per action.")
-    missing_eos_penalty: float = Field(ge=0, description="Subtracted from the score of responses without an end token.")
-    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
-    snapshot_every: Positive = Field(description="Updates between policies kept for the over-optimisation curve.")
-
-    @model_validator(mode="after")
-    def _check_minibatches(self) -> Self:
-        batch = self.prompts_per_update * self.samples_per_prompt
-        if batch % self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} must divide the {batch} responses of an update")
-        return self
-
-
-class PPOParams(RLParams):
-    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
-
-    stage = "ppo"
-
-    action: Literal["token", "turn", "response"] = Field(
-        description="What counts as one action with a probability ratio of its own: each token, each turn of a "
-        "conversation, or the whole response."
-    )
-    advantage: Literal["gae", "leave_one_out"] = Field(
-        description="Generalised advantage estimation with a value function, or the return less the mean of the other "
-        "responses to the prompt."
-    )
-    gamma: float = Field(gt=0, le=1, description="Discount per token; 1 treats a response as one episode.")
-    lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
-    value_clip_range: float | None = Field(None, gt=0, description="Maximum change of a value in an update; null: any.")
-    value_coef: float = Field(ge=0, description="Weight of the value loss.")
-    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
-    adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
-    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> Self:
-        episodes = self.prompts_per_update * self.samples_per_prompt
-        if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
-            raise ValueError(
-                f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
-                f"the {episodes} responses of an update (got {self.kl_horizon})"
-            )
-        if self.action == "response" and self.gamma != 1:
-            raise ValueError(f"action: response is one step without discount, so gamma must be 1, got {self.gamma}")
-        if self.action == "turn" and (self.gamma != 1 or self.advantage != "gae"):
-            raise ValueError(
-                "action: turn is discounted by environment.gamma and estimates advantages turn by turn: set gamma to 1 "
-                f"and advantage to gae, got {self.gamma} and {self.advantage}"
-            )
-        leave_one_out = self.advantage == "leave_one_out"
-        if leave_one_out and self.samples_per_prompt < 2:
-            raise ValueError("advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1")
-        if leave_one_out and (self.gamma != 1 or self.value_coef != 0):
-            raise ValueError(
-                "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef to 0, "
-                f"got {self.gamma} and {self.value_coef}"
-            )
-        return self
-
-
-class GRPOParams(RLParams):
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
-
-    stage = "grpo"
-
-    samples_per_prompt: int = Field(ge=2, description="Responses per prompt: the group.")
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = Field(
-        description="How the losses of tokens are averaged: within each response first, over all tokens of the step "
-        "(bnpo and dapo are one), or by the constant number of tokens that the responses could have."
-    )
 
 
 class DPOParams(TrainerParams):

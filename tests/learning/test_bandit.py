@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from tasks.config.training import GenerationParams, RLParams
+from tasks.config.rl import RLParams
+from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rl.callbacks import Callback
 from tests.conftest import EOS, PAD, VOCABULARY, tiny_model

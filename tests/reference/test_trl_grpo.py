@@ -19,7 +19,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
-from tasks.rl.grpo import GRPOExperience
+from tasks.rl.algorithm import Experience
 from tasks.rl.rollout import Rollout
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_trainer import GRPO_PARAMS, gradients, trainer_of
@@ -118,7 +118,7 @@ class Sides:
         algorithm.params = algorithm.params.model_copy(update={"loss_type": loss_type})
         experience, _ = algorithm.compute_advantages(self.scored)
         values = vars(experience) | {"old_logprobs": self.old_logprobs}
-        whole = GRPOExperience(**values)
+        whole = Experience(**values)
         updater.optimizer.zero_grad()
         total = [updater._backward(part, whole) for part in whole.split(micro_batch_size)]
         metrics = total[0]
