@@ -77,7 +77,15 @@ class TrainerParams(Section):
 
     epochs: Positive = Field(description="Passes over the training rows.")
     batch_size: Positive = Field(description="Rows (demonstrations, pairs or rated texts) per optimiser step.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "linear",
+        description="How the learning rate falls after the warmup: to 0 along a line or a half cosine, or not.",
+    )
+    warmup_share: Fraction = Field(
+        0.0, description="Share of the steps in which the learning rate rises from 0 to its peak."
+    )
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="Weight decay of AdamW.")
     max_length: Positive | Literal["auto"] = Field(
         "auto",
         description="Tokens of prompt and response together: longer prompts lose their first ones, and rows whose "
@@ -86,11 +94,27 @@ class TrainerParams(Section):
     max_cut_share: Fraction = Field(
         0.1, description="The stage fails when more of its rows than this do not fit max_length."
     )
+    trl: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further options of the configuration of TRL's trainer (transformers' for rated texts), by its "
+        "names, for example {max_grad_norm: 0.3}; one that the stage sets itself is refused.",
+    )
+
+
+Patience = Annotated[
+    int | None,
+    Field(
+        gt=0,
+        description="Training ends after so many evaluations in a row without a lower held-out loss, one every 25 "
+        "steps and one at the end, with the weights of the lowest; null: it runs to the end, and keeps the last.",
+    ),
+]
 
 
 class SFTParams(TrainerParams):
     """Supervised fine-tuning on demonstrations."""
 
+    early_stopping_patience: Patience = None
     max_examples: Positive = Field(description="Train on at most this many demonstrations.")
     max_validation_examples: Positive = Field(description="Measure the held-out loss on at most this many.")
 
@@ -151,6 +175,7 @@ class RewardModelParams(TrainerParams):
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
         "four do as well as five there), whose cost in training and scoring is that many times one model's.",
     )
+    early_stopping_patience: Patience = None
     lora_first_layer: FirstLayer
     normalisation_samples: int = Field(ge=2, description="SFT responses that give the raw reward's mean and spread.")
     min_accuracy: Fraction = Field(
@@ -182,11 +207,11 @@ class RewardModelParams(TrainerParams):
         ):
             if wrong:
                 raise ValueError(f"{reason}; kind is {self.kind}")
-        untrained = (self.kind, self.margin, self.backbone, self.ensemble_size) == ("preference", "none", None, 1)
-        if self.pretrained and not untrained:
+        trained = (self.kind, self.margin, self.backbone, self.ensemble_size) != ("preference", "none", None, 1)
+        if self.pretrained and (trained or self.early_stopping_patience or self.trl):
             raise ValueError(
-                "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone at null "
-                "and ensemble_size at 1"
+                "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone and "
+                "early_stopping_patience at null, ensemble_size at 1 and trl empty"
             )
         return self
 
@@ -215,7 +240,29 @@ class GoldJudgeParams(TrainerParams):
 
 
 class DPOParams(TrainerParams):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its kin, by TRL."""
 
     max_pairs: Positive = Field(description="Train on at most this many pairs.")
-    beta: float = Field(gt=0, description="Strength of the pull to the reference.")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "kto", "orpo", "simpo"] = Field(
+        "sigmoid",
+        description="The loss of a pair: DPO's, or SLiC's hinge, IPO's square, robust DPO's; orpo and simpo need no "
+        "reference; kto learns from the two responses apart, so batch_size counts responses.",
+    )
+    beta: float = Field(
+        gt=0,
+        description="Strength of the pull to the reference; IPO's τ, the weight λ of ORPO's odds ratio, SimPO's scale "
+        "of the mean log-probability (2 there).",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong, for robust and simpo."
+    )
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.label_smoothing and self.loss_type not in ("robust", "simpo"):
+            raise ValueError(f"label_smoothing is for loss_type robust or simpo, got {self.loss_type}: set it to 0")
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise ValueError("loss_type: robust without label_smoothing is sigmoid: set it above 0, for example 0.1")
+        if self.loss_type == "kto" and self.batch_size < 2:
+            raise ValueError("loss_type: kto compares the responses of a batch: set batch_size above 1")
+        return self

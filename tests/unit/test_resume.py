@@ -18,6 +18,7 @@ from tasks.core import tracking
 from tasks.core.errors import TrainingError
 from tasks.models import hf_training
 from tasks.rl.trainer import RLTrainer
+from tests.support import tiny_stages
 from tests.support.tiny_stages import RUNS, run_reward_model, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,7 +262,7 @@ def test_weights_that_are_not_finite_are_never_saved(inputs: Path, tmp_path: Pat
 
 
 def test_a_plain_function_writes_no_checkpoint() -> None:
-    arguments = hf_training.trainer_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
+    arguments = hf_training.trainer_arguments(tiny_stages._SFT, seed=0)
     assert arguments["save_strategy"] == "no"
 
 

@@ -7,6 +7,7 @@ from transformers import Trainer, TrainingArguments
 
 from tasks.core.errors import TrainingError
 from tasks.models.hf_training import HistoryCallback, trainer_arguments
+from tests.support.tiny_stages import _SFT as SFT
 
 
 class InfiniteLoss(nn.Module):
@@ -22,7 +23,7 @@ class InfiniteLoss(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's default is on
 def test_a_loss_that_is_not_finite_stops_the_training_though_its_gradient_is() -> None:
-    arguments = TrainingArguments(**trainer_arguments(seed=0, batch_size=2, learning_rate=0.1, epochs=1))
+    arguments = TrainingArguments(**trainer_arguments(SFT.model_copy(update={"batch_size": 2}), seed=0))
     rows = [{"x": torch.ones(1)} for _ in range(20)]
     trainer = Trainer(InfiniteLoss(), arguments, train_dataset=rows, callbacks=[HistoryCallback("sft")])
     with pytest.raises(TrainingError, match=r"step 1: loss or gradient is not finite: .*inf.*; lower learning_rate"):
