@@ -8,7 +8,7 @@ from torch import Tensor
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.core import distributed
-from tasks.models.hf_training import CHECKPOINT_STEPS
+from tasks.models import hf_training
 
 __all__ = ["EarlyStopping", "early_stopping"]
 
@@ -17,7 +17,7 @@ def early_stopping(patience: int | None) -> tuple[dict[str, Any], list[TrainerCa
     """Trainer arguments and callbacks of early stopping; none without a patience."""
     if patience is None:
         return {}, []
-    return {"eval_strategy": "steps", "eval_steps": CHECKPOINT_STEPS}, [EarlyStopping(patience)]
+    return {"eval_strategy": "steps", "eval_steps": hf_training.CHECKPOINT_STEPS}, [EarlyStopping(patience)]
 
 
 class EarlyStopping(TrainerCallback):

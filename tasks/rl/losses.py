@@ -197,8 +197,9 @@ def cispo_loss(
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, response_mask).detach()
     ratio = log_ratio.exp()
-    terms = -advantages.detach() * ratio.clamp(max=max_ratio) * logprobs
-    return _with_statistics(masked_sum(terms * weights, response_mask), ratio > max_ratio, log_ratio, response_mask)
+    factors = zero_masked(-advantages.detach() * ratio.clamp(max=max_ratio) * weights, response_mask)
+    loss = (factors * zero_masked(logprobs, response_mask)).sum()
+    return _with_statistics(loss, ratio > max_ratio, log_ratio, response_mask)
 
 
 def _with_statistics(loss: Tensor, clipped: Tensor, log_ratio: Tensor, response_mask: Tensor) -> PolicyLoss:
