@@ -123,7 +123,7 @@ def unpaired(pairs: Dataset, seed: int, batch_size: int) -> Dataset:
     """Both responses of each pair as rows of their own for KTO, in random order.
 
     In each batch a prompt gets the response of the row before as well, from which KTO estimates its KL: TRL's way, for
-    token ids (Ethayarajh et al. 2024, arXiv 2402.01306, section 4.2).
+    token ids (Ethayarajh et al. 2024, arXiv 2402.01306).
     """
     rows: list[dict[str, Any]] = [
         {"prompt_ids": pair["prompt_ids"], "completion_ids": pair[f"{side}_ids"], "label": side == "chosen"}

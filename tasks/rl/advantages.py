@@ -207,7 +207,7 @@ def groups_without_signal(scores: Tensor, group: int) -> list[int]:
 def top_entropy_tokens(entropies: Tensor, response_mask: Tensor, share: float) -> Tensor:
     """True [B, T] at the tokens whose entropy is at least the (1 − share) quantile of those that count.
 
-    Source: Wang et al. 2025 (arXiv 2506.01939), section 4; the quantile as in TRL (`top_entropy_quantile`), but over
+    Source: Wang et al. 2025 (arXiv 2506.01939); the quantile as in TRL (`top_entropy_quantile`), but over
     the whole rollout, so that it does not depend on how that is split.
     """
     threshold = torch.quantile(entropies[response_mask], 1 - share)

@@ -158,8 +158,8 @@ def policy_loss(
     Args:
         clip_range: ε; None for no clipping: the plain policy gradient, which is A2C's where ρ = 1.
         clip_range_high: ε_high, Yu et al. 2025 (DAPO, arXiv 2503.14476), section 3.1; None for ε.
-        dual_clip: c > 1 + ε_high, Ye et al. 2020 (arXiv 1912.09729), equation 5, which is TRL's `delta` (INTELLECT-2,
-            arXiv 2505.07291, section 3.4); None for none.
+        dual_clip: c > 1 + ε_high, Ye et al. 2020 (arXiv 1912.09729), which is TRL's `delta` (INTELLECT-2, arXiv
+            2505.07291); None for none.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
         weights: w; None for 1. Those of `token_weights` hold the counts, so token_count is then 1.
 
@@ -192,7 +192,7 @@ def cispo_loss(
 ) -> PolicyLoss:
     """Σ w · −A · min(ρ, max_ratio) · log π, where the ratio is a constant: every token keeps its gradient.
 
-    Source: MiniMax 2025 (CISPO, arXiv 2506.13585), equations 4 and 5, without lower bound as there. Arguments as in
+    Source: MiniMax 2025 (CISPO, arXiv 2506.13585), without lower bound as there. Arguments as in
     `policy_loss`; `clipped` counts the tokens whose ratio was cut.
     """
     log_ratio = _log_ratio(logprobs, old_logprobs, response_mask).detach()

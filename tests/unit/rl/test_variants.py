@@ -165,7 +165,7 @@ def test_decoupled_lambda() -> None:
 
 
 def test_reinforce_plus_plus_advantages_are_the_whitened_returns() -> None:
-    """A_t = score − β · Σ_{s ≥ t} k1_s, centred and scaled over all tokens (arXiv 2501.03262, equations 5 and 8)."""
+    """A_t = score − β · Σ_{s ≥ t} k1_s, centred and scaled over all tokens (arXiv 2501.03262)."""
     run = trainer(PARAMS, **RETURN)
     run.train()
     experience, _ = experience_of(run)
