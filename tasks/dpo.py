@@ -93,19 +93,16 @@ def _reference_free_trainer(params: DPOParams, arguments: dict[str, Any], **comm
         from trl.experimental.cpo import CPOConfig, CPOTrainer
         from trl.experimental.orpo import ORPOConfig, ORPOTrainer
 
-    class EncodedORPOTrainer(ORPOTrainer):
-        tokenize_row = staticmethod(_tokenised)
-
-    class EncodedCPOTrainer(CPOTrainer):
-        tokenize_row = staticmethod(_tokenised)
-
-    longest = max(len(ids) for ids in common["train_dataset"]["prompt_ids"])
-    longest += max(len(ids) for side in ("chosen_ids", "rejected_ids") for ids in common["train_dataset"][side])
+    kind: Any = ORPOTrainer if params.loss_type == "orpo" else CPOTrainer
+    trainer_class = type(f"Encoded{kind.__name__}", (kind,), {"tokenize_row": staticmethod(_tokenised)})
+    rows = common["train_dataset"]
+    longest = max(map(len, rows["prompt_ids"])) + max(map(len, [*rows["chosen_ids"], *rows["rejected_ids"]]))
     arguments |= {"max_length": longest, "remove_unused_columns": False}
-    if params.loss_type == "orpo":
-        return EncodedORPOTrainer(args=trainer_config(ORPOConfig, params, "dpo", **arguments), **common)
-    arguments |= {"loss_type": "simpo", "cpo_alpha": 0.0, "label_smoothing": params.label_smoothing}
-    return EncodedCPOTrainer(args=trainer_config(CPOConfig, params, "dpo", **arguments), **common)
+    if params.loss_type == "simpo":
+        arguments |= {"loss_type": "simpo", "cpo_alpha": 0.0, "label_smoothing": params.label_smoothing}
+    config: Any = ORPOConfig if params.loss_type == "orpo" else CPOConfig
+    trainer: Trainer = trainer_class(args=trainer_config(config, params, "dpo", **arguments), **common)
+    return trainer
 
 
 def _tokenised(row: dict[str, Any]) -> dict[str, list[int]]:

@@ -58,14 +58,9 @@ class GRPO:
             tokens=max(1, int(minibatch.loss_mask.sum())),
             max_new_tokens=self.max_new_tokens,
         )
+        policy, kl_coef = self._policy_loss(output.logprobs, micro_batch, weights), self.kl_controller.kl_coef
         return regularised_loss(
-            self._policy_loss(output.logprobs, micro_batch, weights),
-            output,
-            micro_batch,
-            minibatch,
-            self.params,
-            kl_coef=self.kl_controller.kl_coef,
-            kl_weights=weights,
+            policy, output, micro_batch, minibatch, self.params, kl_coef=kl_coef, kl_weights=weights
         )
 
     def _policy_loss(self, logprobs: Tensor, batch: Experience, weights: Tensor) -> PolicyLoss:

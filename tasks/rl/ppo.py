@@ -102,14 +102,9 @@ class PPO:
             dual_clip=params.dual_clip,
             token_count=action_count,
         )
+        weights, kl_coef = torch.full_like(output.logprobs, 1 / action_count), self.kl_controller.kl_coef
         step_loss = regularised_loss(
-            policy,
-            output,
-            micro_batch,
-            minibatch,
-            params,
-            kl_coef=self.kl_controller.kl_coef,
-            kl_weights=torch.full_like(output.logprobs, 1 / action_count),
+            policy, output, micro_batch, minibatch, params, kl_coef=kl_coef, kl_weights=weights
         )
         if not params.has_values:
             return step_loss

@@ -11,6 +11,9 @@ from tasks.core.errors import ConfigError, TrainingError
 from tasks.models.hf_training import HistoryCallback, trainer_arguments, trainer_config
 from tests.support.tiny_stages import _SFT as SFT
 
+# TRL's default is on.
+pytestmark = pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")
+
 
 class InfiniteLoss(nn.Module):
     """Its loss is infinite, its gradient is 1, and so is the norm that the trainer logs."""
@@ -23,7 +26,6 @@ class InfiniteLoss(nn.Module):
         return {"loss": self.weight.sum() + float("inf") + 0 * x.sum()}
 
 
-@pytest.mark.filterwarnings("ignore:`gradient_checkpointing` is deprecated:FutureWarning")  # TRL's default is on
 def test_a_loss_that_is_not_finite_stops_the_training_though_its_gradient_is() -> None:
     arguments = TrainingArguments(**trainer_arguments(SFT.model_copy(update={"batch_size": 2}), seed=0))
     rows = [{"x": torch.ones(1)} for _ in range(20)]
