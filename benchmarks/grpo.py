@@ -20,7 +20,8 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, PrinterCallback, TrainerCallback
 from trl import GRPOConfig, GRPOTrainer
 
-from tasks.config.training import GenerationParams, GRPOParams
+from tasks.config.rl import GRPOParams
+from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.models.loading import init_process
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora

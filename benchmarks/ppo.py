@@ -111,7 +111,14 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     ids = dict(zip((row.prompt for row in rows), prompts(RESPONSES), strict=True))
     sampler._tokenise = ids.__getitem__  # type: ignore[method-assign]  # the peer's ids, not those of their texts
     trainer = RLTrainer(
-        policy, sampler, rows, reward, PPO(params), seed=0, checkpoint=Checkpoint(None, "ppo"), callbacks=[Timer()]
+        policy,
+        sampler,
+        rows,
+        reward,
+        PPO(params, max_new_tokens=RESPONSE_TOKENS),
+        seed=0,
+        checkpoint=Checkpoint(None, "ppo"),
+        callbacks=[Timer()],
     )
     if own_critic:
         critic = AutoModelForCausalLM.from_pretrained(MODEL, dtype=torch.float32).eval()

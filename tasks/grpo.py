@@ -19,7 +19,8 @@ from tasks.rl.trainer import RLTrainer
 
 if TYPE_CHECKING:
     from tasks.config.reward import RewardParams
-    from tasks.config.training import EnvironmentParams, GenerationParams, GRPOParams, LoraParams
+    from tasks.config.rl import GRPOParams
+    from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams
 
 __all__ = ["grpo"]
 

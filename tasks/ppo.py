@@ -19,7 +19,8 @@ from tasks.rl.trainer import RLTrainer
 
 if TYPE_CHECKING:
     from tasks.config.reward import RewardParams
-    from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams, PPOParams
+    from tasks.config.rl import PPOParams
+    from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams
 
 __all__ = ["ppo"]
 
@@ -42,7 +43,7 @@ def ppo(
     tokenizer = load_tokenizer(artifacts.base_model)
     prompts = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
     model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
-    policy = Policy(model, temperature=generation.temperature)
+    policy = Policy(model, temperature=generation.temperature, value_head=params.has_values)
     sampler = LocalSampler(model, tokenizer, generation, policy.value_head)
     snapshots = PolicySnapshots(params.snapshot_every, artifacts.out)
     trainer = RLTrainer(
@@ -50,7 +51,7 @@ def ppo(
         with_environment(sampler, environment),
         prompts,
         load_reward(reward, prompts, artifacts),
-        PPO(params, turn_gamma=environment.gamma if environment else 1.0),
+        PPO(params, max_new_tokens=generation.max_new_tokens, turn_gamma=environment.gamma if environment else 1.0),
         seed=policy_seed,
         checkpoint=Checkpoint(tracking.checkpoint_dir(), "ppo"),
         callbacks=[ProgressCallback("ppo", params.updates), SnapshotCallback(snapshots, model)],

@@ -13,8 +13,15 @@ from trl import SFTConfig, SFTTrainer
 
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
+from tasks.models.early_stopping import early_stopping
 from tasks.models.encoding import encode_row, fit_rows, start_ids
-from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, write_history
+from tasks.models.hf_training import (
+    HistoryCallback,
+    train_or_resume,
+    trainer_arguments,
+    trainer_config,
+    write_history,
+)
 from tasks.models.loading import add_lora, init_process, load_context, load_reference, load_tokenizer, save_adapter
 from tasks.rl.environments import encode_dialogue
 
@@ -45,12 +52,15 @@ def sft(
     train, counts = build(demonstrations / "train.jsonl", params.max_examples)
     heldout, heldout_counts = build(demonstrations / "validation.jsonl", params.max_validation_examples)
     history = HistoryCallback("sft")
+    stopping, stoppers = early_stopping(params.early_stopping_patience)
     trainer = SFTTrainer(
         model=add_lora(load_reference(artifacts.base_model, None), lora, seed=seed),
-        args=SFTConfig(
-            **trainer_arguments(
-                seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
-            ),
+        args=trainer_config(
+            SFTConfig,
+            params,
+            "sft",
+            **trainer_arguments(params, seed=seed),
+            **stopping,
             max_length=None,  # the rows fit
             completion_only_loss=True,
             train_sampling_strategy="group_by_length",
@@ -58,7 +68,7 @@ def sft(
         train_dataset=train,
         eval_dataset=heldout,
         processing_class=tokenizer,
-        callbacks=[history],
+        callbacks=[history, *stoppers],
     )
     trainer.remove_callback(PrinterCallback)
     before = trainer.evaluate()["eval_loss"]

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-from tasks.config import data, evaluation, training
+from tasks.config import data, evaluation, rl, training
 from tasks.config.base import LEARNED, Section
 from tasks.config.reward import RewardParams
 from tasks.config.rules import GROUND_TRUTH_RULES
@@ -72,8 +72,8 @@ class Params(Section):
     generation: training.GenerationParams
     environment: training.EnvironmentParams | None
     reward: RewardParams
-    ppo: training.PPOParams | None
-    grpo: training.GRPOParams | None
+    ppo: rl.PPOParams | None
+    grpo: rl.GRPOParams | None
     dpo: training.DPOParams | None
     overoptimisation: evaluation.OveroptimisationParams | None
     lm_eval: evaluation.LmEvalParams | None
@@ -129,6 +129,12 @@ class Params(Section):
     @model_validator(mode="after")
     def _check_environment(self) -> Self:
         rewarded, by_turns = "environment" in self.reward.weights, self.ppo is not None and self.ppo.action == "turn"
+        for section in (self.ppo, self.grpo):
+            if section and section.overlong_buffer > (0 if self.environment else self.generation.max_new_tokens):
+                raise ValueError(
+                    f"{section.stage}.overlong_buffer is {section.overlong_buffer}: it counts the last tokens of "
+                    "generation.max_new_tokens, so it is at most that; with an environment, which has no such length, 0"
+                )
         if self.environment is None and (rewarded or by_turns):
             key = "reward.weights names `environment`" if rewarded else "ppo.action is turn"
             raise ValueError(f"{key}, but environment is null: switch it on, or change that")

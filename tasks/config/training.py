@@ -1,14 +1,14 @@
 """Sections of the stages that make and train models."""
 
-from typing import Annotated, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
 from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section
 
 __all__ = [
-    "BaseModelParams", "DPOParams", "EnvironmentParams", "GRPOParams", "GenerationParams", "GoldJudgeParams",
-    "LoraParams", "PPOParams", "PretrainedRewardParams", "RLParams", "RewardModelParams", "SFTParams",
+    "BaseModelParams", "DPOParams", "EnvironmentParams", "GenerationParams", "GoldJudgeParams", "LoraParams",
+    "PretrainedRewardParams", "RewardModelParams", "SFTParams", "TrainerParams",
 ]  # fmt: skip
 
 
@@ -77,7 +77,15 @@ class TrainerParams(Section):
 
     epochs: Positive = Field(description="Passes over the training rows.")
     batch_size: Positive = Field(description="Rows (demonstrations, pairs or rated texts) per optimiser step.")
-    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW; linear decay.")
+    learning_rate: LearningRate = Field(description="Peak learning rate of AdamW.")
+    lr_scheduler: Literal["linear", "cosine", "constant"] = Field(
+        "linear",
+        description="How the learning rate falls after the warmup: to 0 along a line or a half cosine, or not.",
+    )
+    warmup_share: Fraction = Field(
+        0.0, description="Share of the steps in which the learning rate rises from 0 to its peak."
+    )
+    weight_decay: float = Field(0.0, ge=0, lt=1, description="Weight decay of AdamW.")
     max_length: Positive | Literal["auto"] = Field(
         "auto",
         description="Tokens of prompt and response together: longer prompts lose their first ones, and rows whose "
@@ -86,11 +94,27 @@ class TrainerParams(Section):
     max_cut_share: Fraction = Field(
         0.1, description="The stage fails when more of its rows than this do not fit max_length."
     )
+    trl: dict[str, Any] = Field(
+        default_factory=dict,
+        description="Further options of the configuration of TRL's trainer (transformers' for rated texts), by its "
+        "names, for example {max_grad_norm: 0.3}; one that the stage sets itself is refused.",
+    )
+
+
+Patience = Annotated[
+    int | None,
+    Field(
+        gt=0,
+        description="Training ends after so many evaluations in a row without a lower held-out loss, one every 25 "
+        "steps and one at the end, with the weights of the lowest; null: it runs to the end, and keeps the last.",
+    ),
+]
 
 
 class SFTParams(TrainerParams):
     """Supervised fine-tuning on demonstrations."""
 
+    early_stopping_patience: Patience = None
     max_examples: Positive = Field(description="Train on at most this many demonstrations.")
     max_validation_examples: Positive = Field(description="Measure the held-out loss on at most this many.")
 
@@ -151,6 +175,7 @@ class RewardModelParams(TrainerParams):
         description="How many models, each with a seed of its own: an ensemble (Coste et al. 2023, arXiv 2310.02743; "
         "four do as well as five there), whose cost in training and scoring is that many times one model's.",
     )
+    early_stopping_patience: Patience = None
     lora_first_layer: FirstLayer
     normalisation_samples: int = Field(ge=2, description="SFT responses that give the raw reward's mean and spread.")
     min_accuracy: Fraction = Field(
@@ -182,11 +207,11 @@ class RewardModelParams(TrainerParams):
         ):
             if wrong:
                 raise ValueError(f"{reason}; kind is {self.kind}")
-        untrained = (self.kind, self.margin, self.backbone, self.ensemble_size) == ("preference", "none", None, 1)
-        if self.pretrained and not untrained:
+        trained = (self.kind, self.margin, self.backbone, self.ensemble_size) != ("preference", "none", None, 1)
+        if self.pretrained and (trained or self.early_stopping_patience or self.trl):
             raise ValueError(
-                "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone at null "
-                "and ensemble_size at 1"
+                "pretrained is set, so nothing is trained: leave kind at preference, margin at none, backbone and "
+                "early_stopping_patience at null, ensemble_size at 1 and trl empty"
             )
         return self
 
@@ -214,98 +239,30 @@ class GoldJudgeParams(TrainerParams):
         return self
 
 
-class RLParams(Section):
-    """Settings that the RL algorithms share."""
-
-    stage: ClassVar[str]  # also the name of the section
-
-    updates: Positive = Field(description="Rollout–update rounds.")
-    prompts_per_update: Positive = Field(description="Prompts per rollout; each pass over them is a new permutation.")
-    samples_per_prompt: Positive = Field(description="Responses sampled for each prompt.")
-    epochs: Positive = Field(description="Passes over each rollout.")
-    minibatches: Positive = Field(description="Optimiser steps per pass.")
-    micro_batch_size: Positive = Field(description="Sequences per forward pass; never changes the gradient.")
-    learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
-    clip_range: float | None = Field(None, gt=0, lt=1, description="ε of the clipped objective; null: no clipping.")
-    max_grad_norm: float = Field(gt=0, description="Gradients are scaled down to this norm.")
-    kl_coef: float = Field(ge=0, description="β: weight of the KL penalty, in PPO's reward or in GRPO's loss.")
-    kl_budget: float | None = Field(
-        None, gt=0, description="Training ends with the last policy whose KL, nats per response, was within this."
-    )
-    target_kl: float | None = Field(None, gt=0, description="Ends an update's epochs beyond so many nats per action.")
-    missing_eos_penalty: float = Field(ge=0, description="Subtracted from the score of responses without an end token.")
-    checkpoint_every: Positive = Field(description="Updates between checkpoints from which an interrupted run goes on.")
-    snapshot_every: Positive = Field(description="Updates between policies kept for the over-optimisation curve.")
-
-    @model_validator(mode="after")
-    def _check_minibatches(self) -> Self:
-        batch = self.prompts_per_update * self.samples_per_prompt
-        if batch % self.minibatches:
-            raise ValueError(f"minibatches {self.minibatches} must divide the {batch} responses of an update")
-        return self
-
-
-class PPOParams(RLParams):
-    """Proximal policy optimisation (Schulman et al. 2017; Ziegler et al. 2019)."""
-
-    stage = "ppo"
-
-    action: Literal["token", "turn", "response"] = Field(
-        description="What counts as one action with a probability ratio of its own: each token, each turn of a "
-        "conversation, or the whole response."
-    )
-    advantage: Literal["gae", "leave_one_out"] = Field(
-        description="Generalised advantage estimation with a value function, or the return less the mean of the other "
-        "responses to the prompt."
-    )
-    gamma: float = Field(gt=0, le=1, description="Discount per token; 1 treats a response as one episode.")
-    lam: float = Field(ge=0, le=1, description="λ of generalised advantage estimation.")
-    value_clip_range: float | None = Field(None, gt=0, description="Maximum change of a value in an update; null: any.")
-    value_coef: float = Field(ge=0, description="Weight of the value loss.")
-    kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
-    adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
-    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
-
-    @model_validator(mode="after")
-    def _check_combination(self) -> Self:
-        episodes = self.prompts_per_update * self.samples_per_prompt
-        if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
-            raise ValueError(
-                f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
-                f"the {episodes} responses of an update (got {self.kl_horizon})"
-            )
-        if self.action == "response" and self.gamma != 1:
-            raise ValueError(f"action: response is one step without discount, so gamma must be 1, got {self.gamma}")
-        if self.action == "turn" and (self.gamma != 1 or self.advantage != "gae"):
-            raise ValueError(
-                "action: turn is discounted by environment.gamma and estimates advantages turn by turn: set gamma to 1 "
-                f"and advantage to gae, got {self.gamma} and {self.advantage}"
-            )
-        leave_one_out = self.advantage == "leave_one_out"
-        if leave_one_out and self.samples_per_prompt < 2:
-            raise ValueError("advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1")
-        if leave_one_out and (self.gamma != 1 or self.value_coef != 0):
-            raise ValueError(
-                "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef to 0, "
-                f"got {self.gamma} and {self.value_coef}"
-            )
-        return self
-
-
-class GRPOParams(RLParams):
-    """Group-relative policy optimisation (Shao et al. 2024, arXiv 2402.03300)."""
-
-    stage = "grpo"
-
-    samples_per_prompt: int = Field(ge=2, description="Responses per prompt: the group.")
-    loss_type: Literal["grpo", "bnpo", "dapo", "dr_grpo"] = Field(
-        description="How the losses of tokens are averaged: within each response first, over all tokens of the step "
-        "(bnpo and dapo are one), or by the constant number of tokens that the responses could have."
-    )
-
-
 class DPOParams(TrainerParams):
-    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290), by TRL."""
+    """Direct preference optimisation (Rafailov et al. 2023, arXiv 2305.18290) and its kin, by TRL."""
 
     max_pairs: Positive = Field(description="Train on at most this many pairs.")
-    beta: float = Field(gt=0, description="Strength of the pull to the reference.")
+    loss_type: Literal["sigmoid", "hinge", "ipo", "robust", "kto", "orpo", "simpo"] = Field(
+        "sigmoid",
+        description="The loss of a pair: DPO's, or SLiC's hinge, IPO's square, robust DPO's; orpo and simpo need no "
+        "reference; kto learns from the two responses apart, so batch_size counts responses.",
+    )
+    beta: float = Field(
+        gt=0,
+        description="Strength of the pull to the reference; IPO's τ, the weight λ of ORPO's odds ratio, SimPO's scale "
+        "of the mean log-probability (2 there).",
+    )
+    label_smoothing: float = Field(
+        0.0, ge=0, lt=0.5, description="Share of labels taken to be wrong, for robust and simpo."
+    )
+
+    @model_validator(mode="after")
+    def _check_loss(self) -> Self:
+        if self.label_smoothing and self.loss_type not in ("robust", "simpo"):
+            raise ValueError(f"label_smoothing is for loss_type robust or simpo, got {self.loss_type}: set it to 0")
+        if self.loss_type == "robust" and not self.label_smoothing:
+            raise ValueError("loss_type: robust without label_smoothing is sigmoid: set it above 0, for example 0.1")
+        if self.loss_type == "kto" and self.batch_size < 2:
+            raise ValueError("loss_type: kto compares the responses of a batch: set batch_size above 1")
+        return self

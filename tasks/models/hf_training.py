@@ -5,6 +5,9 @@ The checkpoints are transformers' own. Three things that they lack are added her
 of the data that follows from the epoch, and TRL's count of tokens.
 """
 
+from __future__ import annotations
+
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,21 +15,29 @@ import pickle
 import shutil
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
+from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.core import distributed, tracking
-from tasks.core.errors import TrainingError
+from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.rows import write_table
 from tasks.core.terminal import Progress, print_line
 from tasks.models.loading import device, save_adapter
 
-__all__ = ["HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "write_history"]
+if TYPE_CHECKING:
+    from tasks.config.training import TrainerParams
+
+__all__ = [
+    "HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "trainer_config", "write_history",
+]  # fmt: skip
+
+ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
 # Wall-clock figures differ between equal runs: they go to the tracker, never into a file that DVC hashes.
 TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
@@ -39,25 +50,26 @@ SNAPSHOTS_DIR = "policies"
 COMPLETE_MARKER = "whole.json"  # written last: name of each file of a checkpoint or snapshot → its SHA-256
 
 
-def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epochs: int) -> dict[str, Any]:
+def trainer_arguments(params: TrainerParams, *, seed: int) -> dict[str, Any]:
     """Trainer arguments shared by all stages: precision, checkpoint folder, no reporting.
 
     Several ranks share each batch, so that they take the steps of one process; ConfigError where they cannot.
     """
-    distributed.per_rank(batch_size, "batch_size")
+    distributed.per_rank(params.batch_size, "batch_size")
     on_gpu = device().type == "cuda"
     checkpoints = tracking.checkpoint_dir()
     return {
         "output_dir": str(checkpoints or _scratch_folder().name),
         "seed": seed,
         "data_seed": seed,
-        "per_device_train_batch_size": batch_size,
-        "per_device_eval_batch_size": 4 * batch_size,
-        "learning_rate": learning_rate,
-        "num_train_epochs": epochs,
-        "lr_scheduler_type": "linear",
-        "warmup_steps": 0,
-        "weight_decay": 0.0,
+        "per_device_train_batch_size": params.batch_size,
+        "per_device_eval_batch_size": 4 * params.batch_size,
+        "learning_rate": params.learning_rate,
+        "num_train_epochs": params.epochs,
+        # transformers' `constant` has no warmup; with none both are the same
+        "lr_scheduler_type": "constant_with_warmup" if params.lr_scheduler == "constant" else params.lr_scheduler,
+        "warmup_steps": params.warmup_share,
+        "weight_decay": params.weight_decay,
         "use_cpu": not on_gpu,
         "bf16": on_gpu,
         "gradient_checkpointing": False,
@@ -72,6 +84,28 @@ def trainer_arguments(*, seed: int, batch_size: int, learning_rate: float, epoch
         "dataloader_pin_memory": on_gpu,
         "accelerator_config": {"split_batches": True},
     }
+
+
+def trainer_config(kind: type[ConfigT], params: TrainerParams, section: str, **arguments: Any) -> ConfigT:
+    """Configuration of a trainer: the arguments of the stage, and the options of `params.trl`.
+
+    Raises:
+        ConfigError: an option is unknown, is one of the arguments, or has a value that the configuration refuses.
+    """
+    known = {item.name for item in dataclasses.fields(kind) if item.init}
+    for name in params.trl:
+        if name in arguments:
+            raise ConfigError(f"{section}.trl.{name}: the stage sets it itself, from its other keys; remove it")
+        if name not in known:
+            near = get_close_matches(name, known, n=1)
+            cure = f"did you mean {near[0]}?" if near else "remove it"
+            raise ConfigError(f"{section}.trl.{name}: {kind.__name__} has no such option; {cure}")
+    try:
+        return kind(**arguments, **params.trl)
+    except (TypeError, ValueError) as error:
+        if not params.trl:
+            raise
+        raise ConfigError(f"{section}.trl: {kind.__name__} refuses {params.trl}: {error}") from error
 
 
 @cache
@@ -89,9 +123,10 @@ def train_or_resume(trainer: Trainer) -> None:
     """
     checkpoint = _find_checkpoint(_warn_of_damage)
     if checkpoint:
-        logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history[-1]
+        logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
         # TRL logs this count and saves it nowhere else.
-        setattr(trainer, "_total_train_tokens", int(logged.get("num_tokens", 0)))  # noqa: B010
+        counts = [entry["num_tokens"] for entry in logged if "num_tokens" in entry]
+        setattr(trainer, "_total_train_tokens", int(counts[-1]) if counts else 0)  # noqa: B010
     assert trainer.model is not None
     # Accelerate takes a model that was only evaluated as prepared for training; each rank would then train alone.
     setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010

@@ -18,8 +18,9 @@ from trl.trainer.reward_trainer import DataCollatorForPreference
 
 from tasks.core.errors import DataError
 from tasks.core.rows import SPLITS, Preference, Rating, read_rows
+from tasks.models.early_stopping import early_stopping
 from tasks.models.encoding import EncodedRow, encode_row, fit_rows, start_ids
-from tasks.models.hf_training import trainer_arguments
+from tasks.models.hf_training import trainer_arguments, trainer_config
 from tasks.rewards.scorers import PromptResponse
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class TrainingData:
     weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})  # of each head; one alone has the name ""
     margin_scale: float | None = None  # log-odds per point of a pair's margin; None: margins do not count
     rater_ceiling: Mapping[str, float] = field(default_factory=dict)  # bucket → agreement of one rater with the others
-    encoded: Sequence[EncodedRow] = ()  # the training rows as token ids, from `fit`
+    encoded: Mapping[str, Sequence[EncodedRow]] = field(default_factory=dict)  # rows as token ids by split, from `fit`
 
     @property
     def objectives(self) -> list[str]:
@@ -59,18 +60,27 @@ class TrainingData:
     def fit(
         self, tokenizer: Any, params: TrainingParams, *, section: str, context: int | None
     ) -> tuple[TrainingData, dict[str, float]]:
-        """Encode the training rows, keep those that fit `max_length`, and count; errors as `fit_rows`."""
-        if self.texts:
-            rows = [encode_row(tokenizer, "", text) for text in self.texts["train"]]
-        else:
-            rows = [encode_row(tokenizer, row.prompt, row.chosen, row.rejected) for row in self.pairs["train"]]
-        fitted = fit_rows(rows, params, section=section, context=context, start=len(start_ids(tokenizer)))
+        """Encode the training rows, keep those that fit `max_length`, and count; errors as `fit_rows`.
+
+        For early stopping the validation rows as well.
+        """
+        start, fitted = len(start_ids(tokenizer)), {}
+        for split in ("train", "validation") if _patience(params) else ("train",):
+            if self.texts:
+                rows = [encode_row(tokenizer, "", text) for text in self.texts[split]]
+            else:
+                rows = [encode_row(tokenizer, row.prompt, row.chosen, row.rejected) for row in self.pairs[split]]
+            fitted[split] = fit_rows(rows, params, section=section, context=context, start=start)
         selected: dict[str, Any] = {
-            name: {**splits, "train": [splits["train"][position] for position in fitted.kept]}
+            name: {
+                **splits,
+                **{split: [splits[split][position] for position in rows.kept] for split, rows in fitted.items()},
+            }
             for name, splits in (("pairs", self.pairs), ("texts", self.texts), ("targets", self.targets))
             if "train" in splits
         }
-        return replace(self, encoded=fitted.rows, **selected), fitted.metrics()
+        encoded = {split: rows.rows for split, rows in fitted.items()}
+        return replace(self, encoded=encoded, **selected), fitted["train"].metrics()
 
     def sizes(self) -> dict[str, float]:
         """Number of training rows."""
@@ -170,18 +180,27 @@ def pair_trainer(
         model.config.num_labels = 1
         collator = partial(_collate_with_heads, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id))
         trainer_class = ObjectivesTrainer
-    rows = [_pair_columns(*row, data) for row in zip(data.pairs["train"], data.encoded, strict=True)]
+    datasets = {
+        split: Dataset.from_list([_pair_columns(*row, data) for row in zip(data.pairs[split], rows, strict=True)])
+        for split, rows in data.encoded.items()
+    }
+    stopping, stoppers = early_stopping(_patience(params))
     return trainer_class(
         model=model,
-        args=RewardConfig(
+        args=trainer_config(
+            RewardConfig,
+            params,
+            _section(params),
             **_common_arguments(params, seed),
+            **stopping,
             max_length=None,  # the rows fit
             remove_unused_columns=False,  # TRL would drop the column `length`
         ),
         data_collator=collator,
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
         processing_class=tokenizer,
-        callbacks=callbacks,
+        callbacks=[*callbacks, *stoppers],
     )
 
 
@@ -229,19 +248,30 @@ def regression_trainer(
     """Fit one head to the targets of the texts by squared error, or its log-odds to binary ones by cross-entropy."""
     # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
     model.config.problem_type = "multi_label_classification" if binary else "regression"
-    rows = [
-        {"input_ids": row.prompt + row.responses[0], "labels": [target] if binary else target}
-        for row, target in zip(data.encoded, data.targets["train"], strict=True)
-    ]
+    datasets = {
+        split: Dataset.from_list(
+            [
+                {"input_ids": row.prompt + row.responses[0], "labels": [target] if binary else target}
+                for row, target in zip(rows, data.targets[split], strict=True)
+            ]
+        )
+        for split, rows in data.encoded.items()
+    }
+    stopping, stoppers = early_stopping(_patience(params))
     return Trainer(
         model=model,
-        args=TrainingArguments(
+        args=trainer_config(
+            TrainingArguments,
+            params,
+            _section(params),
             **_common_arguments(params, seed),
+            **stopping,
             average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
         ),
-        train_dataset=Dataset.from_list(rows),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets.get("validation"),
         data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=callbacks,
+        callbacks=[*callbacks, *stoppers],
     )
 
 
@@ -249,7 +279,15 @@ classification_trainer = partial(regression_trainer, binary=True)
 
 
 def _common_arguments(params: TrainingParams, seed: int) -> dict[str, Any]:
-    arguments = trainer_arguments(
-        seed=seed, batch_size=params.batch_size, learning_rate=params.learning_rate, epochs=params.epochs
-    )
-    return arguments | {"train_sampling_strategy": "group_by_length"}  # batches of similar length pad less
+    # batches of similar length pad less
+    return trainer_arguments(params, seed=seed) | {"train_sampling_strategy": "group_by_length"}
+
+
+def _patience(params: TrainingParams) -> int | None:
+    """Evaluations without a lower loss that end training; the gold judge has no held-out texts to stop on."""
+    patience: int | None = getattr(params, "early_stopping_patience", None)
+    return patience
+
+
+def _section(params: TrainingParams) -> str:
+    return "reward_model" if hasattr(params, "early_stopping_patience") else "gold_judge"

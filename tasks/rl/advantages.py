@@ -1,4 +1,4 @@
-"""Rewards and advantages of actions: GAE, leave-one-out, and standardisation within a prompt's responses."""
+"""Rewards and advantages of actions: GAE, leave-one-out, and advantages within a prompt's responses."""
 
 from typing import Literal
 
@@ -13,14 +13,18 @@ __all__ = [
     "apply_missing_eos_penalty",
     "discount_by_turns",
     "gae",
-    "group_standardised",
+    "group_advantages",
+    "groups_without_signal",
     "leave_one_out",
+    "overlong_ramp",
     "to_actions",
     "token_rewards",
+    "top_entropy_tokens",
     "turn_counts",
 ]
 
 Action = Literal["token", "turn", "response"]
+Scale = Literal["group", "batch", "none"]
 
 STD_EPSILON = 1e-4
 
@@ -91,13 +95,29 @@ def token_rewards(scores: Tensor, kl_k1: Tensor, response_mask: Tensor, *, kl_co
     return zero_masked(-kl_coef * kl_k1, response_mask) + zero_masked(scores.unsqueeze(1).expand_as(kl_k1), is_last)
 
 
-def apply_missing_eos_penalty(scores: Tensor, has_eos: Tensor, penalty: float) -> Tensor:
+def apply_missing_eos_penalty(scores: Tensor, has_eos: Tensor, penalty: float, ramp: Tensor | float = 0.0) -> Tensor:
     """Scores [B], less the penalty where `has_eos` [B] is false: the response was cut off before its end token.
+
+    With an end token it costs the share `ramp` of the penalty, see `overlong_ramp`.
 
     Ziegler et al. 2019 and Huang et al. 2024 (arXiv 2403.17031, "EOS trick") *replace* the score by −1. Subtracting
     keeps the order among cut responses. It comes after discounting: a cut late in a conversation would else cost less.
     """
-    return torch.where(has_eos, scores, scores - penalty)
+    return torch.where(has_eos, scores - penalty * ramp, scores - penalty)
+
+
+def overlong_ramp(lengths: Tensor, *, longest: int, buffer: int) -> Tensor:
+    """min(1, max(0, (|y| − (longest − buffer)) / buffer)), [B]: 0 up to the buffer, 1 at the longest.
+
+    Source: Yu et al. 2025 (DAPO, arXiv 2503.14476), equation 13, with the sign turned.
+
+    Args:
+        lengths: [B] |y|, tokens of each response.
+        longest: L_max.
+        buffer: L_cache, 0 for none.
+    """
+    share = (lengths - (longest - buffer)) / buffer if buffer else torch.zeros(len(lengths), device=lengths.device)
+    return share.clamp(0, 1)
 
 
 def discount_by_turns(scores: Tensor, turns: Tensor, gamma: float) -> Tensor:
@@ -160,15 +180,38 @@ def leave_one_out(returns: Tensor, group: int) -> Tensor:
     return (grouped - others).reshape(-1)
 
 
-def group_standardised(scores: Tensor, group: int) -> Tensor:
-    """A_i = (r_i − mean r) / (std r + 1e-4), [B], mean and unbiased standard deviation over the prompt's responses.
+def group_advantages(scores: Tensor, group: int, scale: Scale = "group") -> Tensor:
+    """A_i = (r_i − mean r) / (std + 1e-4), [B], with the mean over the prompt's responses.
 
-    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; the 1e-4 is TRL's (`scale_rewards="group"`). Rows and
+    std is the unbiased standard deviation of the prompt's responses (`group`) or of all scores (`batch`); with `none`
+    nothing is divided.
+
+    Source: Shao et al. 2024 (arXiv 2402.03300), section 4.1.2; none: Liu et al. 2025 (arXiv 2503.20783), section 3.2;
+    batch: Hu et al. 2025 (REINFORCE++ with baseline, arXiv 2501.03262). The 1e-4 is TRL's (`scale_rewards`). Rows and
     errors are those of `leave_one_out`.
     """
     grouped = _grouped(scores, group)
-    deviation = grouped.std(1, keepdim=True)
-    return ((grouped - grouped.mean(1, keepdim=True)) / (deviation + STD_EPSILON)).reshape(-1)
+    centred = grouped - grouped.mean(1, keepdim=True)
+    if scale == "none":
+        return centred.reshape(-1)
+    deviation = grouped.std(1, keepdim=True) if scale == "group" else scores.std()
+    return (centred / (deviation + STD_EPSILON)).reshape(-1)
+
+
+def groups_without_signal(scores: Tensor, group: int) -> list[int]:
+    """Positions of the prompts whose responses all have one score; rows and errors are those of `leave_one_out`."""
+    grouped = _grouped(scores, group)
+    return [int(position) for position in (grouped == grouped[:, :1]).all(1).nonzero()]
+
+
+def top_entropy_tokens(entropies: Tensor, response_mask: Tensor, share: float) -> Tensor:
+    """True [B, T] at the tokens whose entropy is at least the (1 − share) quantile of those that count.
+
+    Source: Wang et al. 2025 (arXiv 2506.01939); the quantile as in TRL (`top_entropy_quantile`), but over
+    the whole rollout, so that it does not depend on how that is split.
+    """
+    threshold = torch.quantile(entropies[response_mask], 1 - share)
+    return (entropies >= threshold) & response_mask
 
 
 def _grouped(scores: Tensor, group: int) -> Tensor:

@@ -11,15 +11,17 @@ import torch
 from torch import Tensor
 
 from tasks.rewards.composition import RewardBatch
+from tasks.rl.advantages import top_entropy_tokens
 from tasks.rl.kl import KLController, KLEstimates, kl_estimates, per_sequence
-from tasks.rl.losses import StepLoss
+from tasks.rl.losses import PolicyLoss, StepLoss, entropy_sum, kl_loss
+from tasks.rl.masking import masked_sum, zero_masked
 from tasks.rl.policy import PolicyOutput
 from tasks.rl.rollout import Rollout, TokenBatch
 
 if TYPE_CHECKING:
-    from tasks.config.training import RLParams
+    from tasks.config.rl import RLParams
 
-__all__ = ["Algorithm", "Experience", "Metrics", "ScoredRollout"]
+__all__ = ["Algorithm", "Experience", "Metrics", "ScoredRollout", "regularised_loss"]
 
 Metrics = dict[str, float]
 
@@ -32,6 +34,7 @@ class ScoredRollout:
     reference_logprobs: Tensor  # [B, T]
     reward: RewardBatch
     scores: Tensor  # [B] the total reward, discounted over turns, less the penalty for a missing end token
+    entropies: Tensor | None = None  # [B, T] of the policy, where the tokens of the highest are chosen
 
     @cached_property
     def kl(self) -> KLEstimates:
@@ -43,14 +46,31 @@ class ScoredRollout:
         """KL to the reference (k1) of each response, [B], nats."""
         return per_sequence(self.kl.k1, self.rollout.response_mask)
 
+    def counted(self, action_mask: Tensor, params: RLParams) -> Tensor:
+        """Mask [B, A] of the actions that count in the losses: with `mask_truncated`, none of a cut response."""
+        return action_mask & self.rollout.has_eos.unsqueeze(1) if params.mask_truncated else action_mask
+
+    def focused(self, advantages: Tensor, params: RLParams) -> Tensor:
+        """Advantages [B, A], 0 at the tokens that `top_entropy_share` leaves without a policy gradient."""
+        if self.entropies is None:
+            return advantages
+        kept = top_entropy_tokens(self.entropies, self.rollout.response_mask, params.top_entropy_share)
+        return zero_masked(advantages, kept)
+
 
 @dataclass(frozen=True)
 class Experience(TokenBatch):
     """Inputs of an update. An action is a token or a turn (A = T), or the whole response (A = 1)."""
 
     action_mask: Tensor  # [B, A]
-    old_logprobs: Tensor  # [B, A]
+    old_logprobs: Tensor  # [B, T] of the policy that sampled
     advantages: Tensor  # [B, A]
+    reference_logprobs: Tensor  # [B, T]
+
+    @property
+    def loss_mask(self) -> Tensor:
+        """True [B, T] at the tokens that count in the losses."""
+        return self.response_mask & self.action_mask.any(1, keepdim=True)
 
     def __len__(self) -> int:
         return self.responses.shape[0]
@@ -77,6 +97,9 @@ class Algorithm(Protocol[ExperienceT]):
     return_gamma: float
     """Discount per turn of a conversation's score."""
 
+    max_new_tokens: int
+    """The longest that a response, or a turn of a conversation, can be."""
+
     @property
     def params(self) -> RLParams: ...
 
@@ -91,3 +114,28 @@ class Algorithm(Protocol[ExperienceT]):
 
     def learning_rate(self, update: int, step: int) -> float:
         """Learning rate of an optimiser step of an update, both from 0."""
+
+
+def regularised_loss(
+    policy: PolicyLoss,
+    output: PolicyOutput,
+    micro_batch: Experience,
+    minibatch: Experience,
+    params: RLParams,
+    *,
+    kl_coef: float,
+    kl_weights: Tensor,
+) -> StepLoss:
+    """Policy loss, plus β times the KL loss where it is the KL penalty, less the weighted mean entropy per token.
+
+    Args:
+        kl_weights: [B, T] of each token in the KL loss; its counts are those of the whole optimiser step.
+    """
+    mask, entropies = micro_batch.loss_mask, output.entropy
+    entropy = masked_sum(entropies, mask) / minibatch.loss_mask.sum().clamp_min(1)
+    total = policy.loss - params.entropy_coef * entropy
+    parts = (entropy_sum(entropies, micro_batch.response_mask), policy)
+    if params.kl_penalty == "reward":
+        return StepLoss(total, parts)
+    kl = kl_loss(output.logprobs, micro_batch.old_logprobs, micro_batch.reference_logprobs, mask, weights=kl_weights)
+    return StepLoss(total + kl_coef * kl.loss, (*parts, kl))

@@ -17,17 +17,20 @@ from tasks.rl.kl import kl_estimates
 from tasks.rl.masking import masked_sum, zero_masked
 
 __all__ = [
+    "PolicyLoss",
     "StepLoss",
+    "cispo_loss",
     "entropy_from_logits",
     "entropy_sum",
     "kl_loss",
     "logprobs_from_logits",
     "policy_loss",
+    "response_means",
     "token_weights",
     "value_loss",
 ]
 
-LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo"]
+LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"]
 
 MAX_LOG_RATIO = 20.0  # e^20 = 4.9e8: far beyond any use, and finite when squared in float32 (e^89 is not)
 
@@ -57,7 +60,7 @@ class PolicyLoss(Sums):
 
     loss: Tensor  # to differentiate; in a sum of two it is detached, so call backward on each part first
     tokens: Tensor  # how many tokens counted
-    clipped: Tensor  # number of them without gradient because of clipping
+    clipped: Tensor  # number of them without gradient because of clipping, or with a weight that was cut
     log_ratio_squares: Tensor
     ratio_minus_one: Tensor
     ratio_minus_one_squares: Tensor
@@ -70,13 +73,14 @@ class PolicyLoss(Sums):
         nats per token, which is k2 for KL(π_old ‖ π). `ratio_mean`: its expectation under π_old is 1, so a mean far
         from 1 says that the two policies hardly overlap. `ratio_var`: the biased variance.
         """
-        mean = self.ratio_minus_one / self.tokens
+        tokens = self.tokens.clamp_min(1)  # all responses may be masked
+        mean = self.ratio_minus_one / tokens
         return {
             "policy_loss": self.loss.item(),
-            "clip_fraction": (self.clipped / self.tokens).item(),
-            "approx_kl": (self.log_ratio_squares / self.tokens / 2).item(),
+            "clip_fraction": (self.clipped / tokens).item(),
+            "approx_kl": (self.log_ratio_squares / tokens / 2).item(),
             "ratio_mean": (1 + mean).item(),
-            "ratio_var": (self.ratio_minus_one_squares / self.tokens - mean**2).clamp_min(0).item(),
+            "ratio_var": (self.ratio_minus_one_squares / tokens - mean**2).clamp_min(0).item(),
             "ratio_max": self.ratio_max.item(),
         }
 
@@ -91,7 +95,7 @@ class ValueLoss(Sums):
     clipped: Tensor
 
     def metrics(self) -> dict[str, float]:
-        return {"value_loss": self.loss.item(), "value_clip_fraction": (self.clipped / self.tokens).item()}
+        return {"value_loss": self.loss.item(), "value_clip_fraction": (self.clipped / self.tokens.clamp_min(1)).item()}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,10 +142,14 @@ def policy_loss(
     response_mask: Tensor,
     *,
     clip_range: float | None,
+    clip_range_high: float | None = None,
+    dual_clip: float | None = None,
     token_count: int = 1,
     weights: Tensor | None = None,
 ) -> PolicyLoss:
-    """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε)) / token_count, with ρ = exp(logp − logp_old), |log ρ| cut at 20.
+    """Σ w · max(−A · ρ, −A · clip(ρ, 1 − ε, 1 + ε_high)) / token_count, with ρ = exp(logp − logp_old), |log ρ| ≤ 20.
+
+    With a dual clip c, the term is at most −A · c where A < 0: min(max(…), −A · c).
 
     Source: Schulman et al. 2017 (arXiv 1707.06347), equation 7, as a loss; per token as in Ziegler et al. 2019.
     The cut keeps the loss of a failed update finite, so that the cause is reported as a ratio and not as NaN. All
@@ -149,6 +157,9 @@ def policy_loss(
 
     Args:
         clip_range: ε; None for no clipping: the plain policy gradient, which is A2C's where ρ = 1.
+        clip_range_high: ε_high, Yu et al. 2025 (DAPO, arXiv 2503.14476), section 3.1; None for ε.
+        dual_clip: c > 1 + ε_high, Ye et al. 2020 (arXiv 1912.09729), which is TRL's `delta` (INTELLECT-2, arXiv
+            2505.07291); None for none.
         token_count: tokens that count in the whole optimiser step, all micro-batches and ranks together.
         weights: w; None for 1. Those of `token_weights` hold the counts, so token_count is then 1.
 
@@ -160,18 +171,60 @@ def policy_loss(
     ratio = log_ratio.exp()
     advantage = zero_masked(advantages.detach(), response_mask)
     unclipped = -advantage * ratio
-    clipped = unclipped if clip_range is None else -advantage * ratio.clamp(1 - clip_range, 1 + clip_range)
-    terms = torch.maximum(unclipped, clipped)
-    ratio_minus_one = ratio.detach() - 1
+    terms = unclipped
+    if clip_range is not None:
+        high = clip_range if clip_range_high is None else clip_range_high
+        terms = torch.maximum(unclipped, -advantage * ratio.clamp(1 - clip_range, 1 + high))
+    if dual_clip is not None:
+        terms = torch.where(advantage < 0, torch.minimum(terms, -advantage * dual_clip), terms)
+    total = (terms if weights is None else zero_masked(terms * weights, response_mask)).sum() / token_count
+    return _with_statistics(total, terms != unclipped, log_ratio.detach(), response_mask)
+
+
+def cispo_loss(
+    logprobs: Tensor,
+    old_logprobs: Tensor,
+    advantages: Tensor,
+    response_mask: Tensor,
+    *,
+    max_ratio: float,
+    weights: Tensor,
+) -> PolicyLoss:
+    """Σ w · −A · min(ρ, max_ratio) · log π, where the ratio is a constant: every token keeps its gradient.
+
+    Source: MiniMax 2025 (CISPO, arXiv 2506.13585), without lower bound as there. Arguments as in
+    `policy_loss`; `clipped` counts the tokens whose ratio was cut.
+    """
+    log_ratio = _log_ratio(logprobs, old_logprobs, response_mask).detach()
+    ratio = log_ratio.exp()
+    factors = zero_masked(-advantages.detach() * ratio.clamp(max=max_ratio) * weights, response_mask)
+    loss = (factors * zero_masked(logprobs, response_mask)).sum()
+    return _with_statistics(loss, ratio > max_ratio, log_ratio, response_mask)
+
+
+def _with_statistics(loss: Tensor, clipped: Tensor, log_ratio: Tensor, response_mask: Tensor) -> PolicyLoss:
+    ratio = log_ratio.exp()
+    ratio_minus_one = ratio - 1
     return PolicyLoss(
-        loss=(terms if weights is None else zero_masked(terms * weights, response_mask)).sum() / token_count,
+        loss=loss,
         tokens=response_mask.sum(),
-        clipped=masked_sum(clipped > unclipped, response_mask),
-        log_ratio_squares=masked_sum(log_ratio.detach() ** 2, response_mask),
+        clipped=masked_sum(clipped, response_mask),
+        log_ratio_squares=masked_sum(log_ratio**2, response_mask),
         ratio_minus_one=masked_sum(ratio_minus_one, response_mask),
         ratio_minus_one_squares=masked_sum(ratio_minus_one**2, response_mask),
-        ratio_max=zero_masked(ratio.detach(), response_mask).max(),
+        ratio_max=zero_masked(ratio, response_mask).max(),
     )
+
+
+def response_means(logprobs: Tensor, response_mask: Tensor) -> Tensor:
+    """Mean log-probability of each response's tokens, at each of them, [B, T], 0 where masked.
+
+    As log-probabilities of `policy_loss` they give all tokens of a response the ratio (π(y|x) / π_old(y|x))^(1/|y|).
+
+    Source: Zheng et al. 2025 (GSPO, arXiv 2507.18071), equation 7.
+    """
+    means = masked_sum(logprobs, response_mask, dim=1) / response_mask.sum(1).clamp_min(1)
+    return zero_masked(means.unsqueeze(1).expand(response_mask.shape), response_mask)
 
 
 def kl_loss(
@@ -195,8 +248,8 @@ def token_weights(
     """Weight w [B, T] of each token in the loss of an optimiser step, 0 where masked.
 
         grpo          1 / (|y| · responses)               mean within a response, then over responses
-        bnpo, dapo    1 / tokens                          mean over all tokens
         dr_grpo       1 / (responses · max_new_tokens)    no division by what the policy can change
+        the others    1 / tokens                          mean over all tokens
 
     Source: grpo: Shao et al. 2024 (arXiv 2402.03300), equation 3; dapo: Yu et al. 2025 (arXiv 2503.14476), equation 8;
     dr_grpo: Liu et al. 2025 (arXiv 2503.20783), section 3.2. TRL's bnpo is dapo over a micro-batch; here a split into
@@ -208,11 +261,10 @@ def token_weights(
     lengths = response_mask.sum(1, keepdim=True)
     totals = {
         "grpo": lengths * responses,
-        "bnpo": torch.full_like(lengths, tokens),
-        "dapo": torch.full_like(lengths, tokens),
         "dr_grpo": torch.full_like(lengths, responses * max_new_tokens),
     }
-    return zero_masked((1 / totals[loss_type]).expand(response_mask.shape), response_mask)
+    total = totals.get(loss_type, torch.full_like(lengths, tokens))
+    return zero_masked((1 / total).expand(response_mask.shape), response_mask)
 
 
 def entropy_sum(entropy: Tensor, response_mask: Tensor) -> EntropySum:
@@ -271,7 +323,7 @@ def entropy_from_logits(logits: Tensor, temperature: float = 1.0) -> Tensor:
     if logits.dim() > 2:
         return torch.stack([entropy_from_logits(row, temperature) for row in logits])
     logits = _scale_logits(logits, temperature)
-    shifted = logits - logits.amax(-1, keepdim=True)
+    shifted = logits - logits.detach().amax(-1, keepdim=True)
     weights = shifted.exp()
     total = weights.sum(-1)
     # With w = e^s and p = w / Σw: −Σ p·log p = log Σw − Σ w·s / Σw. In place, unless a gradient needs the factors.

@@ -30,17 +30,24 @@ class Policy(nn.Module):
         self.model, self.temperature = model, temperature
         self.value_head = _zero_head(model) if value_head else None
 
-    def forward(self, batch: TokenBatch) -> PolicyOutput:
-        """Log-probabilities, values and entropies of the response tokens."""
+    def forward(self, batch: TokenBatch, *, entropy_gradient: bool = False) -> PolicyOutput:
+        """Log-probabilities, values and entropies of the response tokens; the entropies with a gradient on request."""
         out = self.model(**model_inputs(batch), output_hidden_states=self.value_head is not None)
         logits = out.logits.float()
         values = logits.new_zeros(batch.responses.shape)
         if self.value_head is not None:
             values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
-        with torch.no_grad():
+        with torch.set_grad_enabled(entropy_gradient):
             entropy = entropy_from_logits(logits, self.temperature)
-        logprobs = logprobs_from_logits(logits, batch.responses, self.temperature, inplace_backward=True)
+        logprobs = logprobs_from_logits(
+            logits, batch.responses, self.temperature, inplace_backward=not entropy_gradient
+        )
         return PolicyOutput(logprobs, values, entropy)
+
+    @torch.no_grad()
+    def entropies(self, batch: TokenBatch) -> Tensor:
+        """Entropy [B, T] of the policy at each response token, nats."""
+        return self(batch).entropy
 
     @torch.no_grad()
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:

@@ -7,19 +7,21 @@ With an environment the policy's turns are parts of one episode. Sources of each
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from tasks.rl.advantages import action_mask, action_values, gae, leave_one_out, to_actions, token_rewards
-from tasks.rl.algorithm import Experience, Metrics, ScoredRollout
+from tasks.rl.algorithm import Experience, Metrics, ScoredRollout, regularised_loss
 from tasks.rl.kl import AdaptiveKL, FixedKL, KLController
-from tasks.rl.losses import StepLoss, entropy_sum, policy_loss, value_loss
+from tasks.rl.losses import StepLoss, policy_loss, value_loss
 from tasks.rl.masking import explained_variance, whiten, zero_masked
 from tasks.rl.policy import PolicyOutput
 
 if TYPE_CHECKING:
-    from tasks.config.training import PPOParams
+    from tasks.config.rl import PPOParams
 
 __all__ = ["PPO", "PPOExperience"]
 
@@ -28,16 +30,16 @@ __all__ = ["PPO", "PPOExperience"]
 class PPOExperience(Experience):
     """Advantages are whitened over the whole rollout; returns are taken before that."""
 
-    old_values: Tensor  # [B, A]
+    old_values: Tensor  # [B, A], 0 without a value function
     returns: Tensor  # [B, A]
 
 
 class PPO:
-    """Advantages by GAE or leave-one-out of rewards that hold the KL penalty; clipped policy and value losses."""
+    """Advantages by GAE, leave-one-out or the return, of rewards that hold the KL penalty; clipped losses."""
 
-    def __init__(self, params: PPOParams, *, turn_gamma: float = 1.0) -> None:
-        """Keep the parameters, and the discount per turn of an environment."""
-        self.params = params
+    def __init__(self, params: PPOParams, *, max_new_tokens: int, turn_gamma: float = 1.0) -> None:
+        """Keep the parameters, the longest that a response can be, and the discount per turn of an environment."""
+        self.params, self.max_new_tokens = params, max_new_tokens
         self.kl_controller: KLController = FixedKL(params.kl_coef)
         if params.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKL(params.kl_coef, params.adaptive_kl_target, params.kl_horizon)
@@ -47,46 +49,65 @@ class PPO:
 
     def compute_advantages(self, scored: ScoredRollout) -> tuple[PPOExperience, Metrics]:
         """Compute token rewards with the KL penalty, and advantages and returns per action."""
-        params, rollout, kl_coef = self.params, scored.rollout, self.kl_controller.kl_coef
-        mask = rollout.response_mask
-        assert rollout.values is not None, "PPO needs a sampler with a value head"
+        params, rollout, mask = self.params, scored.rollout, scored.rollout.response_mask
+        kl_coef = self.kl_controller.kl_coef if params.kl_penalty == "reward" else 0.0
         per_token = token_rewards(scored.scores, scored.kl.k1, mask, kl_coef=kl_coef)
         valid = action_mask(mask, params.action)
-        values = action_values(rollout.values, mask, params.action)
-        if params.advantage == "gae":
-            rewards = to_actions(per_token, mask, params.action)
-            advantages, returns = gae(rewards, values, valid, gamma=self._gamma, lam=params.lam)
-        else:
-            totals = per_token.sum(1)
-            returns = zero_masked(totals.unsqueeze(1).expand(valid.shape), valid)
-            baselined = leave_one_out(totals, params.samples_per_prompt)
-            advantages = zero_masked(baselined.unsqueeze(1).expand(valid.shape), valid)
+        rewards = to_actions(per_token, mask, params.action)
+        values = torch.zeros_like(rewards)
+        if params.has_values:
+            assert rollout.values is not None, "PPO needs a sampler with a value head"
+            values = action_values(rollout.values, mask, params.action)
+        counted = scored.counted(valid, params)
+        advantages, returns = self._advantages(rewards, values, valid)
         experience = PPOExperience(
             **rollout.tokens_and_texts(),
-            action_mask=valid,
-            old_logprobs=to_actions(rollout.logprobs, mask, params.action),
-            advantages=whiten(advantages, valid),
+            action_mask=counted,
+            old_logprobs=rollout.logprobs,
+            advantages=scored.focused(whiten(advantages, counted), params),
+            reference_logprobs=scored.reference_logprobs,
             old_values=values,
             returns=returns,
         )
-        return experience, {
+        metrics = {
             "non_score_reward": -kl_coef * scored.sequence_kl.mean().item(),
             "total_reward": per_token.sum(1).mean().item(),
-            "explained_variance": explained_variance(values, returns, valid).item(),
         }
+        if params.has_values:
+            metrics["explained_variance"] = explained_variance(values, returns, valid).item()
+        return experience, metrics
+
+    def _advantages(self, rewards: Tensor, values: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
+        """Advantages before whitening, and returns, each [B, A]; without a value function the values are 0."""
+        params = self.params
+        if params.advantage == "leave_one_out":
+            totals = rewards.sum(1)
+            baselined = leave_one_out(totals, params.samples_per_prompt).unsqueeze(1).expand(valid.shape)
+            return zero_masked(baselined, valid), zero_masked(totals.unsqueeze(1).expand(valid.shape), valid)
+        estimate = partial(gae, rewards, values, valid, gamma=self._gamma)
+        advantages, returns = estimate(lam=params.lam if params.has_values else 1.0)
+        return advantages, returns if params.value_lam is None else estimate(lam=params.value_lam)[1]
 
     def loss(self, output: PolicyOutput, micro_batch: PPOExperience, minibatch: PPOExperience) -> StepLoss:
-        """Clipped policy loss plus weighted value loss, per action."""
+        """Clipped policy loss per action, plus weighted value and KL losses, less weighted entropy."""
         params, response_mask, mask = self.params, micro_batch.response_mask, micro_batch.action_mask
-        action_count = int(minibatch.action_mask.sum())
+        action_count = max(1, int(minibatch.action_mask.sum()))
         policy = policy_loss(
             to_actions(output.logprobs, response_mask, params.action),
-            micro_batch.old_logprobs,
+            to_actions(micro_batch.old_logprobs, response_mask, params.action),
             micro_batch.advantages,
             mask,
             clip_range=params.clip_range,
+            clip_range_high=params.clip_range_high,
+            dual_clip=params.dual_clip,
             token_count=action_count,
         )
+        weights, kl_coef = torch.full_like(output.logprobs, 1 / action_count), self.kl_controller.kl_coef
+        step_loss = regularised_loss(
+            policy, output, micro_batch, minibatch, params, kl_coef=kl_coef, kl_weights=weights
+        )
+        if not params.has_values:
+            return step_loss
         value = value_loss(
             action_values(output.values, response_mask, params.action),
             micro_batch.old_values,
@@ -95,8 +116,7 @@ class PPO:
             value_clip_range=params.value_clip_range,
             token_count=action_count,
         )
-        parts = (entropy_sum(output.entropy, response_mask), policy, value)
-        return StepLoss(policy.loss + params.value_coef * value.loss, parts)
+        return StepLoss(step_loss.loss + params.value_coef * value.loss, (*step_loss.parts, value))
 
     def learning_rate(self, update: int, step: int) -> float:
         """Linear decay over updates, constant within one."""

@@ -98,12 +98,6 @@ class BatchRows:
     rows: Sequence[int]
     total: int
 
-    @classmethod
-    def of_this_rank(cls, count: int) -> BatchRows:
-        """Rows of this rank, where each rank samples `count` responses."""
-        start = distributed.rank() * count
-        return cls(range(start, start + count), distributed.world_size() * count)
-
     def select(self, positions: Sequence[int]) -> BatchRows:
         """The rows at these positions, of the same batch."""
         return BatchRows([self.rows[position] for position in positions], self.total)

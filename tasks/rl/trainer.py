@@ -11,15 +11,22 @@ from tasks.core import distributed
 from tasks.core.errors import TrainingError
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
-from tasks.rl.advantages import apply_missing_eos_penalty, discount_by_turns, turn_counts
+from tasks.rl.advantages import (
+    apply_missing_eos_penalty,
+    discount_by_turns,
+    groups_without_signal,
+    overlong_ramp,
+    turn_counts,
+)
 from tasks.rl.algorithm import Algorithm, Metrics, ScoredRollout
 from tasks.rl.callbacks import Callback, Checkpoint, KLBudget, load_weights
+from tasks.rl.dynamic_sampling import replace_groups
 from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.masking import masked_mean
 from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
-from tasks.rl.rollout import BatchRows, Rollout, Sampler, derive_generator
+from tasks.rl.rollout import BatchRows, Rollout, Sampler, derive_generator, extend_generator
 from tasks.rl.update import PolicyUpdate
 
 __all__ = ["RLTrainer"]
@@ -65,13 +72,13 @@ class RLTrainer:
                 clock = _Stopwatch()
                 rollout = self.sample()
                 clock.lap("rollout_s")
-                scored = self.score(rollout)
+                scored, sampling = self.resample(self.score(rollout))
                 kl = scored.sequence_kl.mean().item()
                 if self.kl_budget.exceeded(kl):
                     break
                 experience, metrics = self.algorithm.compute_advantages(scored)
                 clock.lap("experience_s")
-                metrics = self._rollout_metrics(scored) | metrics
+                metrics = self._rollout_metrics(scored) | sampling | metrics
                 self.kl_budget.keep_weights()
                 metrics |= self.updater(experience, self.updates_done, self._generator("permutation"))
                 clock.lap("optimise_s")
@@ -88,13 +95,47 @@ class RLTrainer:
 
     def sample(self) -> Rollout:
         """Sample responses to this rank's shard of the update's prompts; row b·G + g answers prompt b."""
-        indices = distributed.shard(self._prompt_indices(), f"{self.params.stage}.prompts_per_update")
+        return self._sample(list(enumerate(self._prompt_indices())), self._generator("rollout"))
+
+    def _sample(self, places: list[tuple[int, int]], generator: torch.Generator) -> Rollout:
+        """Sample responses to this rank's shard of (place in the batch, index of the prompt there)."""
+        group = self.params.samples_per_prompt
+        shard = distributed.shard(places, f"{self.params.stage}.prompts_per_update")
+        rows = [place * group + sample for place, _ in shard for sample in range(group)]
         return self.sampler.sample(
-            [self.prompts[index] for index in indices],
-            self._generator("rollout"),
-            samples_per_prompt=self.params.samples_per_prompt,
-            batch_rows=BatchRows.of_this_rank(len(indices) * self.params.samples_per_prompt),
+            [self.prompts[index] for _, index in shard],
+            generator,
+            samples_per_prompt=group,
+            batch_rows=BatchRows(rows, self.params.prompts_per_update * group),
         )
+
+    def resample(self, scored: ScoredRollout) -> tuple[ScoredRollout, Metrics]:
+        """Dynamic sampling: other prompts in place of those whose scores are all equal, in a bounded number of rounds.
+
+        The prompts come from a permutation of those that the update has not drawn, which follows from (seed, update).
+        """
+        group = self.params.samples_per_prompt
+        if group < 2:
+            return scored, {}
+        places, drawn = groups_without_signal(scored.scores, group), set(self._prompt_indices())
+        metrics: Metrics = {"no_signal_share": len(places) / self.params.prompts_per_update}
+        order = torch.randperm(len(self.prompts), generator=self._generator("other prompts")).tolist()
+        others = [index for index in order if index not in drawn]
+        used = 0
+        for number in range(self.params.resample_rounds):
+            fresh = list(zip(places, others[used:], strict=False))
+            if not fresh:
+                break
+            used += len(fresh)
+            padded = fresh + fresh[-1:] * (-len(fresh) % distributed.world_size())
+            extra = self.score(self._sample(padded, extend_generator(self._generator("other responses"), number)))
+            empty = set(groups_without_signal(extra.scores, group))
+            found = [position for position in range(len(fresh)) if position not in empty]
+            scored = replace_groups(scored, extra, group, dict(zip(places, found, strict=False)))
+            places = places[len(found) :]
+        if self.params.resample_rounds:
+            metrics |= {"no_signal_share_left": len(places) / self.params.prompts_per_update, "resampled_prompts": used}
+        return scored, metrics
 
     def score(self, rollout: Rollout) -> ScoredRollout:
         """Score this rank's responses, with their log-probabilities under the reference; gather those of all."""
@@ -102,15 +143,20 @@ class RLTrainer:
         check_finite("log-probability of the policy", rollout.logprobs, prompts, texts)
         reference_logprobs = self.policy.reference_logprobs(rollout)
         check_finite("log-probability of the reference", reference_logprobs, prompts, texts)
+        focused = self.params.top_entropy_share < 1
+        entropies = distributed.all_gather(self.policy.entropies(rollout)) if focused else None
         reward = self.reward(prompts, texts, self.updates_done + 1, rollout.external_rewards).gather()
         rollout = rollout.gather()
         total, turns = reward.total.to(rollout.logprobs.device), turn_counts(rollout.response_mask)
         discounted = discount_by_turns(total, turns, self.algorithm.return_gamma)
+        lengths, params = rollout.response_mask.sum(1), self.params
+        ramp = overlong_ramp(lengths, longest=self.algorithm.max_new_tokens, buffer=params.overlong_buffer)
         return ScoredRollout(
             rollout=rollout,
             reference_logprobs=distributed.all_gather(reference_logprobs),
             reward=reward,
-            scores=apply_missing_eos_penalty(discounted, rollout.has_eos, self.params.missing_eos_penalty),
+            scores=apply_missing_eos_penalty(discounted, rollout.has_eos, params.missing_eos_penalty, ramp),
+            entropies=entropies,
         )
 
     def _prompt_indices(self) -> list[int]:

@@ -76,7 +76,8 @@ class PolicyUpdate:
         return means
 
     def _backward(self, micro_batch: Experience, minibatch: Experience) -> StepLoss:
-        step_loss = self.algorithm.loss(self.policy(micro_batch), micro_batch, minibatch)
+        output = self.policy(micro_batch, entropy_gradient=self.params.entropy_coef > 0)
+        step_loss = self.algorithm.loss(output, micro_batch, minibatch)
         step_loss.loss.backward()  # type: ignore[no-untyped-call]
         return step_loss
 

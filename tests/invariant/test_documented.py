@@ -7,7 +7,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import pytest
 
-from tasks.config.training import GRPOParams, PPOParams, RLParams
+from tasks.config.rl import GRPOParams, PPOParams, RLParams
 from tests.conftest import ROOT
 from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, trainer
 

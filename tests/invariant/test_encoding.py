@@ -135,7 +135,7 @@ def test_pairs_are_learned_in_the_context_from_which_responses_are_sampled(prepa
         tokenizer, cast(Any, fits), section="reward_model", context=None
     )
     scorer = TextScorer(SimpleNamespace(config=LlamaConfig(max_position_embeddings=4096)), tokenizer)
-    for row, encoded, pair in zip(columns, data.encoded, data.pairs["train"], strict=True):
+    for row, encoded, pair in zip(columns, data.encoded["train"], data.pairs["train"], strict=True):
         prompt = LocalSampler(None, tokenizer, params.generation)._tokenise(pair.prompt)
         assert row["prompt_ids"] == encoded.prompt == prompt
         for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):

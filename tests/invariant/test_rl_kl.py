@@ -83,6 +83,16 @@ def test_k3_with_the_ratio_as_a_loss_has_the_gradient_of_the_divergence() -> Non
     torch.testing.assert_close(gradient(loss, logits), expected, rtol=1e-12, atol=1e-15)
 
 
+def test_k3_with_the_ratio_off_policy() -> None:
+    """On tokens of another policy, as after the first step of an update: still the value and gradient of the policy."""
+    logits, sampled = POLICY.clone().requires_grad_(), torch.tensor([-0.1, 0.6, -0.8], dtype=torch.float64)
+    logprobs, old = torch.log_softmax(logits, -1)[:, None], torch.log_softmax(sampled, -1)[:, None]
+    loss = kl_loss(logprobs, old, torch.log_softmax(REFERENCE, -1)[:, None], EACH, weights=old.exp()).loss
+    exact = divergence(logits, REFERENCE)
+    assert loss.item() == pytest.approx(exact.item(), rel=1e-12)
+    torch.testing.assert_close(gradient(loss, logits), gradient(exact, logits), rtol=1e-12, atol=1e-15)
+
+
 def test_k1_in_the_reward_has_the_gradient_of_the_divergence() -> None:
     """Through the product's own way: estimator → reward → policy loss at ratio 1."""
     logits = POLICY.clone().requires_grad_()

@@ -12,7 +12,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor
 
-from tasks.config.training import GenerationParams, RLParams
+from tasks.config.rl import RLParams
+from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rl.callbacks import Callback
 from tests.conftest import EOS, PAD, VOCABULARY, tiny_model
@@ -171,4 +172,56 @@ def test_grpo_reaches_the_optimum_of_its_own_beta_and_of_no_other(beta: float) -
     assert reached < CLOSE
     for other in (beta / 2, beta * 2):
         assert distance(policy, group_optimum(reference, other)) > 2 * reached, f"hardly closer than to {other}"
+    assert distance(policy, reference) > 2 * CLOSE
+
+
+def optimum_with_entropy(reference: Tensor, beta: float, alpha: float) -> Tensor:
+    """π* of E[r] − β · KL + α · H: ∝ π_ref^(β/(α+β)) · exp(r / (α + β))."""
+    weights = reference ** (beta / (alpha + beta)) * torch.exp(REWARDS.double() / (alpha + beta))
+    return weights / weights.sum()
+
+
+UNSCALED = {"scale_rewards": "none", "kl_coef": 1.0}
+GRPO_VARIANTS: dict[str, tuple[dict[str, object], Callable[[Tensor], Tensor]]] = {
+    "scale none": (UNSCALED, lambda reference: optimum(reference, 1.0)),
+    "KL in the reward": (UNSCALED | {"kl_penalty": "reward"}, lambda reference: optimum(reference, 1.0)),
+    "entropy": (UNSCALED | {"entropy_coef": 0.5}, lambda reference: optimum_with_entropy(reference, 1.0, 0.5)),
+    "scale batch": ({"scale_rewards": "batch"}, lambda reference: group_optimum(reference, 1.0)),
+    "dapo with clip-higher and dual clip": (
+        {"loss_type": "dapo", "epochs": 2, "clip_range_high": 0.28, "dual_clip": 3.0},
+        lambda reference: group_optimum(reference, 1.0),
+    ),
+    "cispo": (
+        {"loss_type": "cispo", "epochs": 2, "clip_range": None, "clip_range_high": 4.0},
+        lambda reference: group_optimum(reference, 1.0),
+    ),
+    "gspo": ({"importance_level": "sequence", "epochs": 2}, lambda reference: group_optimum(reference, 1.0)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("changes", "best"), GRPO_VARIANTS.values(), ids=GRPO_VARIANTS)
+def test_each_variant_of_grpo_reaches_its_optimum(changes: dict[str, object], best: Callable[[Tensor], Tensor]) -> None:
+    settings: dict[str, object] = BANDIT | {"epochs": 1, "kl_coef": 1.0} | changes
+    reference, policy = trained(GRPO_PARAMS.model_copy(update=settings))
+    print(f"{distance(policy, best(reference)):.4f} {distance(policy, reference):.3f}")
+    assert distance(policy, best(reference)) < CLOSE
+    assert distance(policy, reference) > 2 * CLOSE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("changes", "best"),
+    [
+        ({"advantage": "return", "value_coef": 0.0}, lambda reference: optimum(reference, 1.0)),
+        ({"value_lam": 1.0, "dual_clip": 3.0}, lambda reference: optimum(reference, 1.0)),
+        # Whitened advantages: the loss weighs KL against rewards of deviation 1, as GRPO's does.
+        ({"kl_penalty": "loss"}, lambda reference: group_optimum(reference, 1.0)),
+    ],
+    ids=["return", "decoupled λ", "KL in the loss"],
+)
+def test_each_variant_of_ppo_reaches_its_optimum(changes: dict[str, object], best: Callable[[Tensor], Tensor]) -> None:
+    reference, policy = trained_by_ppo(1.0, **changes)
+    print(f"{distance(policy, best(reference)):.4f} {distance(policy, reference):.3f}")
+    assert distance(policy, best(reference)) < CLOSE
     assert distance(policy, reference) > 2 * CLOSE

@@ -2,7 +2,7 @@
 
 import pytest
 
-from tasks.config.training import RLParams
+from tasks.config.rl import RLParams
 from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, trainer
 
 

@@ -85,7 +85,7 @@ def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeyp
     policy = Policy(model, temperature=1.0)
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)
     sampler = MultiTurnSampler(LocalSampler(model, TOKENIZER, generation, policy.value_head), Riddle, max_turns=2)
-    reward, algorithm = CompositeReward({}, {"environment": 1.0}), PPO(params, turn_gamma=gamma)
+    reward, algorithm = CompositeReward({}, {"environment": 1.0}), PPO(params, max_new_tokens=4, turn_gamma=gamma)
     RLTrainer(policy, sampler, [ROW], reward, algorithm, seed=0, checkpoint=Checkpoint(None, "ppo")).train()
     first, second = policy_of(model)
     learned, start = first.unsqueeze(1) * second, reference[0].unsqueeze(1) * reference[1]

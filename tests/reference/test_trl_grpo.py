@@ -7,6 +7,7 @@ that ratios leave the clip range. Its `bnpo` averages within a micro-batch, so t
 
 import warnings
 from collections import defaultdict
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
-from tasks.rl.grpo import GRPOExperience
+from tasks.rl.algorithm import Experience
 from tasks.rl.rollout import Rollout
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_trainer import GRPO_PARAMS, gradients, trainer_of
@@ -113,12 +114,16 @@ class Sides:
         trainer._compute_loss = record
         return trainer
 
-    def gradient_of_ours(self, loss_type: str, micro_batch_size: int) -> tuple[dict[str, Tensor], dict[str, float]]:
+    def gradient_of_ours(
+        self, loss_type: str, micro_batch_size: int, **changes: Any
+    ) -> tuple[dict[str, Tensor], dict[str, float]]:
         algorithm, updater = self.ours.algorithm, self.ours.updater
-        algorithm.params = algorithm.params.model_copy(update={"loss_type": loss_type})
-        experience, _ = algorithm.compute_advantages(self.scored)
+        algorithm.params = GRPO_PARAMS.model_copy(update=SETTINGS | {"loss_type": loss_type} | changes)
+        updater.params = algorithm.params
+        entropies = self.ours.policy.entropies(self.scored.rollout) if "top_entropy_share" in changes else None
+        experience, _ = algorithm.compute_advantages(replace(self.scored, entropies=entropies))
         values = vars(experience) | {"old_logprobs": self.old_logprobs}
-        whole = GRPOExperience(**values)
+        whole = Experience(**values)
         updater.optimizer.zero_grad()
         total = [updater._backward(part, whole) for part in whole.split(micro_batch_size)]
         metrics = total[0]
@@ -126,14 +131,20 @@ class Sides:
             metrics = metrics + part
         return gradients(self.ours), metrics.metrics()
 
-    def gradient_of_trl(self, loss_type: str) -> dict[str, Tensor]:
-        self.trl.loss_type = loss_type
+    def gradient_of_trl(self, loss_type: str, *, whole: bool = False, **settings: Any) -> dict[str, Tensor]:
+        """With these attributes of TRL's trainer, or of its configuration; `whole`: the step as one batch."""
+        with pytest.MonkeyPatch.context() as patch:
+            for name, value in {"loss_type": loss_type, **settings}.items():
+                patch.setattr(self.trl if hasattr(self.trl, name) else self.trl.args, name, value)
+            return self._gradient_of_trl(whole=whole or loss_type == "bnpo")
+
+    def _gradient_of_trl(self, *, whole: bool) -> dict[str, Tensor]:
         batches = self.micro_batches
-        if loss_type == "bnpo":
+        if whole:
             joined = ("prompt_ids", "prompt_mask", "completion_ids", "completion_mask", "advantages",
                       "old_per_token_logps", "ref_per_token_logps")  # fmt: skip
             batches = [batches[0] | {name: torch.cat([batch[name] for batch in batches]) for name in joined}]
-        self.trl.current_gradient_accumulation_steps = len(batches)
+        self.trl.current_gradient_accumulation_steps = self.trl.args.steps_per_generation = len(batches)
         self.trl.model.train()
         self.trl.model.zero_grad()
         for batch in batches:
@@ -171,5 +182,62 @@ def test_gradients(sides: Sides, loss_type: str, micro_batch_size: int) -> None:
     assert metrics["kl_loss"] > 0.01
     assert ours.keys() == theirs.keys()
     assert max(gradient.abs().max() for gradient in ours.values()) > 0.01
+    for name, gradient in theirs.items():
+        torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+VARIANTS: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "clip-higher": ("dapo", {"clip_range_high": 0.28}, {"epsilon_high": 0.28}),
+    "dual clip": ("dapo", {"dual_clip": 1.3}, {"delta": 1.3}),
+    "CISPO": ("cispo", {"clip_range": None, "clip_range_high": 0.25}, {"epsilon_high": 1.25}),
+    "GSPO": (
+        "grpo",
+        {"importance_level": "sequence", "clip_range": 0.03, "kl_coef": 0.0},
+        {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.03, "beta": 0.0},
+    ),
+    "GSPO averaged over tokens": (
+        "dapo",
+        {"importance_level": "sequence", "clip_range": 0.03, "kl_coef": 0.0},
+        {"importance_sampling_level": "sequence", "epsilon_low": 0.03, "epsilon_high": 0.03, "beta": 0.0},
+    ),
+    "top entropy": ("dapo", {"top_entropy_share": 0.3}, {"top_entropy_quantile": 0.3, "whole": True}),
+    "entropy": (
+        "dapo",
+        {"entropy_coef": 0.5},
+        {"_entropy_bonus_enabled": True, "use_adaptive_entropy": False, "entropy_coef": 0.5, "whole": True},
+    ),
+}
+
+
+@pytest.mark.parametrize("micro_batch_size", [12, 5])
+@pytest.mark.parametrize(("loss_type", "ours", "theirs"), VARIANTS.values(), ids=VARIANTS)
+def test_gradients_of_variants(
+    sides: Sides, loss_type: str, ours: dict[str, Any], theirs: dict[str, Any], micro_batch_size: int
+) -> None:
+    sides.ours.algorithm.kl_controller.kl_coef = ours.get("kl_coef", BETA)
+    found, metrics = sides.gradient_of_ours(loss_type, micro_batch_size, **ours)
+    sides.ours.algorithm.kl_controller.kl_coef = BETA
+    expected = sides.gradient_of_trl(loss_type, **theirs)
+    plain = sides.gradient_of_trl(loss_type)
+    assert 0 < metrics["clip_fraction"] < 0.9
+    assert any(not torch.allclose(plain[name], expected[name], rtol=1e-2, atol=1e-4) for name in plain), "no effect"
+    for name, gradient in expected.items():
+        torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("loss_type", ["grpo", "dapo", "dr_grpo"])
+def test_gradient_without_truncated_responses(sides: Sides, loss_type: str) -> None:
+    """TRL masks truncated completions when it generates: it zeroes their mask, and counts the tokens that are left."""
+    has_eos = sides.scored.rollout.has_eos
+    assert 0 < has_eos.sum() < len(has_eos)
+    ours, _ = sides.gradient_of_ours(loss_type, 5, mask_truncated=True)
+    kept = [batch["completion_mask"] * has_eos[sides.rows_of(batch)].unsqueeze(1) for batch in sides.micro_batches]
+    tokens = sum(mask.sum() for mask in kept)
+    full = sides.micro_batches
+    sides.micro_batches = [
+        batch | {"completion_mask": mask, "num_items_in_batch": tokens} for batch, mask in zip(full, kept, strict=True)
+    ]
+    theirs = sides.gradient_of_trl(loss_type)
+    sides.micro_batches = full
     for name, gradient in theirs.items():
         torch.testing.assert_close(ours[name], gradient, rtol=1e-4, atol=1e-5)

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tasks.config.training import RLParams
+from tasks.config.rl import RLParams
 from tests.support.tiny_trainer import GRPO_PARAMS, PARAMS, trainer, weights
 
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config.reward import RewardParams
+from tasks.config.rl import GRPOParams
 from tasks.config.training import (
     DPOParams,
     GenerationParams,
     GoldJudgeParams,
-    GRPOParams,
     LoraParams,
     RewardModelParams,
     SFTParams,

@@ -9,7 +9,8 @@ import torch
 from peft import PeftModel
 from torch import Tensor
 
-from tasks.config.training import GenerationParams, GRPOParams, PPOParams, RLParams
+from tasks.config.rl import GRPOParams, PPOParams, RLParams
+from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.algorithm import Algorithm, Experience, Metrics
@@ -84,7 +85,7 @@ def low_tokens(prompts: list[str], responses: list[str]) -> list[float]:
 
 def algorithm_of(params: RLParams, generation: GenerationParams = GENERATION, turn_gamma: float = 1.0) -> Algorithm:
     if isinstance(params, PPOParams):
-        return PPO(params, turn_gamma=turn_gamma)
+        return PPO(params, max_new_tokens=generation.max_new_tokens, turn_gamma=turn_gamma)
     assert isinstance(params, GRPOParams)
     return GRPO(params, max_new_tokens=generation.max_new_tokens, turn_gamma=turn_gamma)
 
@@ -102,7 +103,7 @@ def trainer_of(
     recorder: Callback | None = None,
 ) -> RLTrainer:
     """The trainer of a policy, by the algorithm of the parameters."""
-    policy = Policy(model, temperature=generation.temperature, value_head=isinstance(params, PPOParams))
+    policy = Policy(model, temperature=generation.temperature, value_head=getattr(params, "has_values", False))
     sampler = LocalSampler(model, tokenizer or NumberTokenizer(), generation, policy.value_head)
     return RLTrainer(
         policy, sampler, prompts, CompositeReward({"rule": reward}, {"rule": 1.0}), algorithm_of(params, generation),

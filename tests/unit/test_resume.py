@@ -18,6 +18,7 @@ from tasks.core import tracking
 from tasks.core.errors import TrainingError
 from tasks.models import hf_training
 from tasks.rl.trainer import RLTrainer
+from tests.support import tiny_stages
 from tests.support.tiny_stages import RUNS, run_reward_model, write_inputs
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -261,7 +262,7 @@ def test_weights_that_are_not_finite_are_never_saved(inputs: Path, tmp_path: Pat
 
 
 def test_a_plain_function_writes_no_checkpoint() -> None:
-    arguments = hf_training.trainer_arguments(seed=0, batch_size=1, learning_rate=0.1, epochs=1)
+    arguments = hf_training.trainer_arguments(tiny_stages._SFT, seed=0)
     assert arguments["save_strategy"] == "no"
 
 
@@ -313,3 +314,67 @@ def test_the_curves_of_members_stand_beside_each_other(inputs: Path, tmp_path: P
     with tracking.active_run(tracking.ActiveRun("reward_model", curves)):
         run_reward_model(inputs, tmp_path, ensemble_size=2)
     assert curves.steps["loss"] == curves.steps["member_1/loss"] == [1, 5, 10, 15, 20]
+
+
+class Values:
+    """A recorder that keeps the held-out losses of a training."""
+
+    def __init__(self) -> None:
+        self.losses: dict[int, float] = {}
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
+        if "eval_loss" in metrics and step:
+            self.losses.setdefault(step, metrics["eval_loss"])
+
+    def log_samples(self, name: str, rows: Sequence[Mapping[str, object]], step: int | None) -> None: ...
+
+    def log_file(self, path: Path, folder: str | None) -> None: ...
+
+
+STOPPING = {"early_stopping_patience": 2, "epochs": 10, "learning_rate": 0.1}
+
+
+@pytest.fixture
+def _stopping(monkeypatch: pytest.MonkeyPatch) -> None:
+    """SFT and the reward model learn their twenty rows by heart, and stop."""
+    monkeypatch.setattr(tiny_stages, "_SFT", tiny_stages._SFT.model_copy(update=STOPPING))
+    monkeypatch.setattr(tiny_stages, "_REWARD_MODEL", tiny_stages._REWARD_MODEL.model_copy(update=STOPPING))
+
+
+@pytest.mark.usefixtures("_stopping")
+@pytest.mark.parametrize("stage", ["sft", "reward_model"])
+def test_early_stopping_keeps_the_best_weights_and_goes_on_bit_for_bit(
+    stage: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    values = Values()
+    (tmp_path / "whole").mkdir()
+    with tracking.active_run(tracking.ActiveRun(stage, values)):
+        RUNS[stage](inputs, tmp_path / "whole")
+    steps, losses = list(values.losses), list(values.losses.values())
+    best = losses.index(min(losses))
+    assert best == len(losses) - 1 - 2, "two evaluations after the best one"
+    assert steps == list(range(EVERY, steps[-1] + 1, EVERY))
+    assert steps[-1] < 100, "it must stop before its tenth epoch"
+    if stage == "sft":
+        metrics = json.loads((tmp_path / "whole" / "metrics.json").read_text())
+        assert metrics["heldout_loss"] == pytest.approx(losses[best], rel=1e-6), "measured with the best weights"
+    for step in (steps[best] + 1, steps[-1] - 1):
+        run_until(step, stage, inputs, tmp_path)
+    capsys.readouterr()
+    run(stage, inputs, tmp_path)
+    assert "goes on from step" in capsys.readouterr().err
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("changes", [{"loss_type": "kto"}, {"loss_type": "orpo"}, {"loss_type": "simpo", "beta": 2.0}])
+def test_the_kin_of_dpo_go_on_bit_for_bit(
+    changes: dict[str, Any], inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tiny_stages, "_DPO", tiny_stages._DPO.model_copy(update=changes))
+    (tmp_path / "whole").mkdir()
+    RUNS["dpo"](inputs, tmp_path / "whole")
+    for step in (EVERY + 2, 2 * EVERY + 2):
+        run_until(step, "dpo", inputs, tmp_path)
+    run("dpo", inputs, tmp_path)
+    assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")

@@ -90,6 +90,11 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("environment={kind: service_bot, max_turns: 4, gamma: 0.9}", "environment is on, but reward.weights does not"),
         ("reward.weights.environment=1", "reward.weights names `environment`, but environment is null"),
         ("ppo.action=turn", r"\n  ppo.action is turn, but environment is null"),
+        ("ppo.overlong_buffer=21; ppo.missing_eos_penalty=1", r"ppo\.overlong_buffer is 21: it counts the last tokens"),
+        ("dpo.label_smoothing=0.1", r"dpo: label_smoothing is for loss_type robust or simpo, got sigmoid"),
+        ("dpo.loss_type=robust", r"dpo: loss_type: robust without label_smoothing is sigmoid"),
+        ("dpo.loss_type=kto; dpo.batch_size=1", r"dpo: loss_type: kto compares the responses of a batch"),
+        ("grpo.loss_type=cispo", r"grpo: loss_type: cispo bounds ratios from above alone: set clip_range to null"),
         ("collect.sources=[]", "collect.sources: Tuple should have at least 1 item"),
         ("reward.weights.vader=1", r"evaluate\.vader is true, but the reward's component vader is VADER"),
         (

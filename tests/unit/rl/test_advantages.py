@@ -12,7 +12,7 @@ from tasks.rl.advantages import (
     apply_missing_eos_penalty,
     discount_by_turns,
     gae,
-    group_standardised,
+    group_advantages,
     leave_one_out,
     to_actions,
     token_rewards,
@@ -217,18 +217,18 @@ def test_leave_one_out_by_hand():
     assert leave_one_out(torch.tensor([1.0, 4.0]), 2).tolist() == [-3.0, 3.0]
 
 
-def test_group_standardised_by_hand():
+def test_group_advantages_by_hand():
     # 1, 2, 6: mean 3, squares 4 + 1 + 9 over 2, deviation √7. Equal scores have no advantage.
     scores = torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0])
     scale = 7**0.5 + 1e-4
     expected = [-2 / scale, -1 / scale, 3 / scale, 0, 0, 0]
-    assert group_standardised(scores, 3).tolist() == pytest.approx(expected, rel=1e-6)
+    assert group_advantages(scores, 3).tolist() == pytest.approx(expected, rel=1e-6)
     # 0 and 2e-4: deviation √2 · 1e-4, so ±1e-4 / (2.414e-4).
-    assert group_standardised(torch.tensor([0.0, 2e-4]), 2).tolist() == pytest.approx([-0.41421, 0.41421], rel=1e-4)
+    assert group_advantages(torch.tensor([0.0, 2e-4]), 2).tolist() == pytest.approx([-0.41421, 0.41421], rel=1e-4)
 
 
 @pytest.mark.parametrize("group", [0, 1, 4])
-@pytest.mark.parametrize("advantages", [leave_one_out, group_standardised])
+@pytest.mark.parametrize("advantages", [leave_one_out, group_advantages])
 def test_groups_that_do_not_fit_are_refused(advantages, group):
     with pytest.raises(ValueError, match=f"groups of at least 2 that divide the 6 responses, got {group}"):
         advantages(torch.zeros(6), group)

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tasks.config.training import GenerationParams, RLParams
+from tasks.config.rl import RLParams
+from tasks.config.training import GenerationParams
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward
 from tasks.rl.callbacks import Checkpoint
