@@ -205,7 +205,7 @@ def render_report(data: ReportData) -> str:
         columns=columns,
         cells=cells(table, columns),
         control_cells=cells(data.controls, columns),
-        win_rate_columns=WIN_RATE_COLUMNS,
+        win_rate_columns=list(WIN_RATE_COLUMNS),
         win_rate_cells=cells({**table, **data.controls}, WIN_RATE_COLUMNS),
         best_of_n=data.params.best_of_n,
         draws=(data.params.samples_per_prompt, data.params.reference_samples),

@@ -82,10 +82,8 @@ def test_win_rates_of_pairs_that_finished_or_are_as_long(judged: Make) -> None:
     assert (row["win_rate_finished"], row["win_rate_finished_pairs"]) == (1.0, 3)
     assert (row["win_rate_same_length"], row["win_rate_same_length_pairs"]) == (0.5, 2)
     assert row["win_rate_length_controlled_pairs"] == 4
-    nothing = compare_policies(
-        [*sft, *(record.model_copy(update={"ended": False}) for record in own)], samples=9, seed=0
-    )
-    assert "win_rate_finished" not in nothing["ppo"]
+    all_cut = [record.model_copy(update={"ended": False}) for record in own]
+    assert "win_rate_finished" not in compare_policies([*sft, *all_cut], samples=9, seed=0)["ppo"]
 
 
 def test_the_bound_is_at_the_upper_end_of_the_kl(judged: Make) -> None:
@@ -109,7 +107,7 @@ def test_controls_are_compared_on_the_prompts_that_they_have_and_a_person_has_no
 
 
 def test_pass_at_k_is_unbiased_over_the_draws(judged: Make) -> None:
-    """Of four draws one is right: one of two drawn is right with probability 1 − C(3,2)/C(4,2) = ½; of prompt b none."""
+    """Of four draws one is right: one of two drawn is with probability 1 − C(3,2)/C(4,2) = ½; of prompt b none."""
     right, wrong = ({"strict": False, "flexible": flag} for flag in (True, False))
     records = [
         judged("sft", prompt, draw=draw, correct=right if (prompt, draw) == ("a", 2) else wrong)
@@ -179,7 +177,7 @@ def test_accuracy_is_the_share_of_right_answers_among_the_prompts_that_have_one(
 
 def test_every_policy_answers_every_prompt_once(judged: Make) -> None:
     records = _two_policies(judged)
-    with pytest.raises(DataError, match="ppo has 3 responses to 3 prompts; .* each of the 4 prompts of sft"):
+    with pytest.raises(DataError, match=r"ppo has 3 responses to 3 prompts; .* each of the 4 prompts of sft"):
         compare_policies(records[:-1], samples=10, seed=0)
     with pytest.raises(DataError, match="ppo has 4 responses to 3 prompts"):
         compare_policies([*records[:-1], records[-2]], samples=10, seed=0)
