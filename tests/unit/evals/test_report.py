@@ -163,7 +163,10 @@ def test_controls_stand_apart_at_the_end_and_every_win_rate_beside_its_controls(
     data: ReportData, judged: Callable[..., ScoredResponse]
 ) -> None:
     null = [judged("null", str(number), gold=number - 0.5) for number in range(3)]
-    human = [judged("human", str(number), gold=9.0, kl=None, kl_k3=None) for number in range(3)]
+    human = [
+        judged("human", str(number), gold=9.0, kl=None, kl_k3=None, response=" three short words")
+        for number in range(3)
+    ]
     controls = compare_controls(
         [row for row in data.records if row.policy == "sft"], [*null, *human], samples=9, seed=0
     )
