@@ -73,7 +73,7 @@ def test_no_policy_over_a_few_responses_passes_the_bound() -> None:
         kl = max(0.0, float((policy * np.log(policy / reference)).sum()))
         gap = win_rate_bound(kl) - _win_rate(policy, reference, scores)
         assert gap > -1e-9
-        assert win_rate_bound(kl) <= 0.5 + (kl / 2) ** 0.5 + 1e-9, "Pinsker's bound is never lower"
+        assert win_rate_bound(kl) <= 0.5 + (kl / 2) ** 0.5 + 1e-5, "Pinsker's bound is never lower"
         closest = min(closest, gap)
     assert closest < 0.005, "a bound that nothing comes near would accuse nobody"
 
