@@ -2,26 +2,50 @@
 
 from __future__ import annotations
 
-import gc
 import hashlib
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
 
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, write_json, write_rows
-from tasks.evals.compare import REFERENCE, HackingFinding, ScoredResponse, Table, compare_policies, headline
+from tasks.evals.compare import (
+    CONTROLS,
+    NULL,
+    REFERENCE,
+    HackingFinding,
+    ScoredResponse,
+    Table,
+    add_accuracy,
+    add_null,
+    compare_controls,
+    compare_policies,
+    first_draws,
+    headline,
+)
+from tasks.evals.controls import doubt
 from tasks.evals.llm_judge import load_judge
 from tasks.evals.pairwise import Judgement, add_judge_metrics, judge_pairs, reliability_warnings
 from tasks.evals.plots import write_plot_data
 from tasks.evals.report import ReportData, UpstreamResults, read_table, render_report, report_to_dict
 from tasks.evals.report_text import CALIBRATION_MAX, MAX_UNCONFIRMED, proxy_gain_unconfirmed, unconfirmed_share
-from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
+from tasks.evals.scoring import (
+    PolicySampler,
+    SampledResponse,
+    answer_accuracy,
+    best_of_n_draws,
+    human_responses,
+    load_gold_reward,
+    sample_prompts,
+    score_responses,
+    split_null,
+)
 from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 from tasks.rewards.scorers import PRETRAINED_DIR
@@ -33,6 +57,9 @@ if TYPE_CHECKING:
     from tasks.config.training import EnvironmentParams, GenerationParams
 
 __all__ = ["evaluate", "find_hacking"]
+
+Loaders = Mapping[str, Callable[[], Any]]
+"""Name of a policy → what loads its model."""
 
 FINAL_METRICS = ("length", "repetition", "distinct_2", "truncated_share", "ood_share")
 """Metrics that detectors compare between a policy and SFT on the same held-out prompts, if measured."""
@@ -49,12 +76,13 @@ def evaluate(
     """Compare SFT and those of PPO, GRPO and DPO that are on, on held-out prompts.
 
     The gold judge is the model of that stage; where the stage is off, it is whether the answer is right, and with an
-    environment, whether the conversation reached its goal. Each policy writes one response per prompt, or has one
-    conversation, all with the same random numbers. Writes responses.jsonl (every response with every score),
-    judgements.jsonl (every answer of the judge of pairs; empty where it is off), policies.json (policy → numbers, see
-    `tasks.evals.compare` and `tasks.evals.pairwise`), metrics.json (its headline), findings.json (policy →
-    reward-hacking findings), samples.jsonl (some prompts side by side), plots/*.csv, report.html and the same as
-    report.json. All of it follows from the inputs and an endpoint's answers alone: no time, no path.
+    environment, whether the conversation reached its goal. Each policy writes several responses per prompt, or has
+    several conversations, with random numbers of its own; SFT writes further ones for the controls. Writes
+    responses.jsonl (every response with every score), judgements.jsonl (every answer of the judge of pairs; empty where
+    it is off), policies.json (policy → numbers, see `tasks.evals.compare` and `tasks.evals.pairwise`), controls.json
+    (the same of the controls), metrics.json (the headline of both), findings.json (policy → reward-hacking findings),
+    samples.jsonl (some prompts side by side), plots/*.csv, report.html and the same as report.json. All of it follows
+    from the inputs and an endpoint's answers alone: no time, no path.
 
     Raises:
         ConfigError: the judge of pairs would cost more than its budget.
@@ -75,13 +103,26 @@ def evaluate(
         seed=seed,
         environment=environment,
     )
-    responses = _sample(sampler, policies, artifacts)
-    records = _score(responses, prompts, params, reward, artifacts)
-    judgements, table = _compare(records, params, seed, artifacts)
+    models = artifacts.base_model, artifacts.sft
+    loaders: dict[str, Callable[[], Any]] = {REFERENCE: partial(load_reference, *models)}
+    loaders |= {name: partial(load_policy, *models, folder) for name, folder in policies.items()}
+    responses = _sample(sampler, loaders, params, is_multi_turn=environment is not None)
+    if environment is None:
+        responses += human_responses(prompts, artifacts.prepare / "ratings", load_tokenizer(artifacts.base_model))
+    scored = _score(responses, prompts, params, reward, artifacts)
+    if environment is None:
+        scored += best_of_n_draws([record for record in scored if record.policy == NULL], params.best_of_n)
+    records = [record for record in scored if record.policy not in CONTROLS]
+    control_records = [record for record in scored if record.policy in CONTROLS]
+    judgements, table, controls = _compare(records, control_records, params, seed, artifacts)
+    if environment is None and params.gold_rule is None and all(row.answer is not None for row in prompts):
+        greedy = _greedy_accuracy(sampler, loaders)
+        table = add_accuracy(table, "accuracy_greedy", greedy, samples=params.bootstrap_samples, seed=seed)
     histories = {name: read_table(folder / "history.csv") for name, folder in policies.items() if name != "dpo"}
     report = ReportData(
         table=table,
-        records=records,
+        controls=controls,
+        records=first_draws(records),
         findings=find_hacking(table, {name: _numbers(rows) for name, rows in histories.items()}),
         histories=histories,
         upstream=UpstreamResults.read(artifacts),
@@ -89,16 +130,28 @@ def evaluate(
         reward=reward,
         provenance=_provenance(seed, (params, generation, reward, environment), prompts, policies, artifacts),
     )
-    _write(artifacts.out, report, judgements)
+    _write(artifacts.out, report, scored, judgements)
 
 
-def _sample(sampler: PolicySampler, policies: Mapping[str, Path], artifacts: Artifacts) -> list[SampledResponse]:
-    """Sample responses of the reference, then of each policy."""
-    responses = sampler.sample(REFERENCE, load_reference(artifacts.base_model, artifacts.sft))
-    for name, folder in policies.items():
-        gc.collect()  # the previous policy is in reference cycles
-        responses += sampler.sample(name, load_policy(artifacts.base_model, artifacts.sft, folder))
-    return responses
+def _sample(
+    sampler: PolicySampler, loaders: Loaders, params: EvaluateParams, *, is_multi_turn: bool
+) -> list[SampledResponse]:
+    """Sample responses of the reference and the null, then of each policy."""
+    null = params.samples_per_prompt if is_multi_turn else params.best_of_n
+    reference = {REFERENCE: loaders[REFERENCE]}
+    responses = sampler.sample_each(reference, samples_per_prompt=params.reference_samples + null)
+    policies = {name: load for name, load in loaders.items() if name != REFERENCE}
+    return split_null(responses, params.reference_samples) + sampler.sample_each(
+        policies, samples_per_prompt=params.samples_per_prompt
+    )
+
+
+def _greedy_accuracy(sampler: PolicySampler, loaders: Loaders) -> dict[str, list[float]]:
+    """Whether each policy's greedy answers are right, in the flexible reading, prompt by prompt."""
+    correct: dict[str, list[float]] = {name: [] for name in loaders}
+    for answer in sampler.sample_each(loaders, greedy=True):
+        correct[answer.policy].append(float((answer_accuracy(answer, None) or {})["flexible"]))
+    return correct
 
 
 def _score(
@@ -118,18 +171,29 @@ def _score(
 
 
 def _compare(
-    records: Sequence[ScoredResponse], params: EvaluateParams, seed: int, artifacts: Artifacts
-) -> tuple[list[Judgement], Table]:
-    """Compare the policies by their scores and by the judge of pairs; warn where that judge is unreliable."""
+    records: Sequence[ScoredResponse],
+    control_records: Sequence[ScoredResponse],
+    params: EvaluateParams,
+    seed: int,
+    artifacts: Artifacts,
+) -> tuple[list[Judgement], Table, Table]:
+    """Compare the policies and the controls by their scores, and the policies by the judge of pairs.
+
+    Warns where that judge is unreliable, or a win rate is no evidence.
+    """
     judgements: list[Judgement] = []
     if params.llm_judge is not None:
         judge = load_judge(params.llm_judge, artifacts.base_model, batch_size=params.batch_size)
         judgements = judge_pairs(records, judge, rubric=params.llm_judge.rubric, prompts=params.llm_judge.prompts)
-    table = compare_policies(records, samples=params.bootstrap_samples, seed=seed)
-    table = add_judge_metrics(table, judgements, samples=params.bootstrap_samples, seed=seed)
-    for warning in reliability_warnings(table):
+    bootstrap = {"samples": params.bootstrap_samples, "seed": seed}
+    table = add_judge_metrics(compare_policies(records, **bootstrap), judgements, **bootstrap)
+    reference = [record for record in records if record.policy == REFERENCE]
+    controls = compare_controls(reference, control_records, **bootstrap)
+    table = add_null(table, controls)
+    doubts = [f"{policy}: {text}" for policy, row in table.items() if policy != REFERENCE and (text := doubt(row))]
+    for warning in [*reliability_warnings(table), *doubts]:
         print(f"evaluate: warning: {warning}", file=sys.stderr)
-    return judgements, table
+    return judgements, table, controls
 
 
 def find_hacking(
@@ -164,7 +228,7 @@ def _at_evaluation(table: Table, policy: str) -> list[HackingFinding]:
     if proxy_gain_unconfirmed(row):
         text = (
             f"proxy_without_gold {unconfirmed_share(row):.2f} (threshold {MAX_UNCONFIRMED:g}, healthy up to "
-            f"{CALIBRATION_MAX:g}): better than SFT on {row['win_rate_proxy']:.0%} of prompts by the proxy and on "
+            f"{CALIBRATION_MAX:g}): better than SFT in {row['win_rate_proxy']:.0%} of pairs by the proxy and in "
             f"{row['win_rate']:.0%} by the gold judge, by {row['gain_proxy']:.2f} and {row['gain_gold']:.2f} standard "
             "deviations of SFT's scores: it has learned what the reward model gets wrong"
         )
@@ -172,12 +236,13 @@ def _at_evaluation(table: Table, policy: str) -> list[HackingFinding]:
     return findings
 
 
-def _write(out: Path, report: ReportData, judgements: Sequence[Judgement]) -> None:
+def _write(out: Path, report: ReportData, responses: Sequence[ScoredResponse], judgements: Sequence[Judgement]) -> None:
     """Write the machine-readable outputs, the plot data and the report."""
-    write_rows(out / "responses.jsonl", report.records)
+    write_rows(out / "responses.jsonl", responses)
     write_rows(out / "judgements.jsonl", judgements)
     write_json(out / "policies.json", report.table)
-    write_json(out / "metrics.json", headline(report.table))
+    write_json(out / "controls.json", report.controls)
+    write_json(out / "metrics.json", headline(report.table | report.controls))
     content = report_to_dict(report)
     write_json(out / "findings.json", content["findings"])
     samples = _side_by_side_rows(report.records)[: report.params.report_samples]

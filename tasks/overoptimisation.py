@@ -44,7 +44,8 @@ def overoptimisation(
     init_process()
     prompts = sample_prompts(artifacts.prepare / "prompts" / "test.jsonl", params.prompts, seed)
     tokenizer = load_tokenizer(artifacts.base_model)
-    sampler = PolicySampler(tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed)
+    batch_size = params.batch_size * params.samples_per_policy
+    sampler = PolicySampler(tokenizer, prompts, generation, batch_size=batch_size, seed=seed)
     proxy = load_reward(reward, prompts, artifacts)
     gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge)
 

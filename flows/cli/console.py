@@ -24,9 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
-    "print_approval_pending", "print_device_waiting", "print_error", "print_gate_decision", "print_prefect_away",
+    "print_approval_pending", "print_comparison", "print_device_waiting", "print_error", "print_gate_decision",
+    "print_prefect_away",
     "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
-    "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_findings", "read_policies",
+    "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_controls", "read_findings",
+    "read_policies",
     "seeds_table",
     "summary_markdown", "variants_table",
 ]  # fmt: skip
@@ -49,6 +51,14 @@ COLUMNS = {
     "judge_inconsistent": ("contradictions", ".0%"),
     "kl": ("KL to SFT (nats)", "z.2f"),
     "length": ("length", ".1f"),
+}
+
+WIN_RATE_COLUMNS = {
+    "win_rate": ("win rate v. SFT", ".0%"),
+    "win_rate_length_controlled": ("at equal length", ".0%"),
+    "win_rate_finished": ("both finished", ".0%"),
+    "win_rate_same_length": ("within one word", ".0%"),
+    "win_rate_bound": ("at most, by KL", ".0%"),
 }
 
 SEED_COLUMNS = {
@@ -211,6 +221,33 @@ def read_policies() -> dict[str, dict[str, Any]]:
     return dict(_read_evaluation("policies.json"))
 
 
+def print_comparison() -> None:
+    """Print the last evaluation's policies and controls, the controls of the win rates, and what makes one no evidence.
+
+    Raises:
+        StageError: there is none yet.
+    """
+    from tasks.evals.controls import doubt  # slow to import
+
+    policies, controls = read_policies(), read_controls()
+    print_table(policies_table(policies, controls))
+    rows = _without_self_win_rate({**policies, **controls})
+    compared = {name: row for name, row in rows.items() if "win_rate" in row}
+    if compared:
+        table = _table(["policy"], WIN_RATE_COLUMNS, "Win rate by the gold judge, and its controls")
+        for name, figures in compared.items():
+            table.add_row(name, *_cells(figures, WIN_RATE_COLUMNS), end_section=name == list(policies)[-1])
+        print_table(table)
+    for name in compared:
+        if name in policies and (text := doubt(policies[name])):
+            print_warning(f"{name}'s win rate is no evidence: {text}")
+
+
+def read_controls() -> dict[str, dict[str, Any]]:
+    """Control → its metrics, as `read_policies`; see `tasks.evals.compare.CONTROLS`."""
+    return dict(_read_evaluation("controls.json"))
+
+
 def read_findings() -> dict[str, list[dict[str, str]]]:
     """Policy → the signs of reward hacking in the evaluation; a StageError if there is none yet."""
     return dict(_read_evaluation("findings.json"))
@@ -223,13 +260,13 @@ def _read_evaluation(name: str) -> Any:
     return json.loads(path.read_text(encoding="utf-8"))
 
 
-def policies_table(policies: dict[str, dict[str, Any]]) -> Table:
-    """The policies side by side; the win rate with its 95 % interval."""
-    policies = _without_self_win_rate(policies)
-    columns = _columns(list(policies.values()))
-    table = _table(["policy"], columns, "Policies on held-out prompts")
-    for name, figures in policies.items():
-        table.add_row(name, *_cells(figures, columns))
+def policies_table(policies: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]]) -> Table:
+    """The policies side by side, then the controls; the win rate with its 95 % interval."""
+    rows = _without_self_win_rate({**policies, **controls})
+    columns = _columns(list(rows.values()))
+    table = _table(["policy"], columns, "Policies on held-out prompts, and controls")
+    for name, figures in rows.items():
+        table.add_row(name, *_cells(figures, columns), end_section=name == list(policies)[-1])
     return table
 
 

@@ -20,10 +20,11 @@ from flows.cli.console import (
     enter_project,
     enter_project_with_services,
     handle_interrupt,
-    policies_table,
+    print_comparison,
     print_error,
     print_run_waiting,
     print_table,
+    read_controls,
     read_policies,
     seeds_table,
     variants_table,
@@ -115,7 +116,7 @@ def run(
             outcomes = run_pipeline(stages or None, **options)
     if any(outcome.stage == "evaluate" for outcome in outcomes):
         console.print()
-        print_table(policies_table(read_policies()))
+        print_comparison()
         console.print(f"report: {stage_dir('evaluate') / 'report.html'}")
         console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
 
@@ -163,14 +164,15 @@ def sweep(
 
 
 @app.command()
-def show(as_json: Annotated[bool, typer.Option("--json", help="One JSON object, policy → figures.")] = False) -> None:
+def show(
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object, policy or control → figures.")] = False,
+) -> None:
     """Compare the policies of the last evaluation."""
     enter_project()
-    policies = read_policies()
     if as_json:
-        print(json.dumps(policies, indent=2))
+        print(json.dumps(read_policies() | read_controls(), indent=2))
     else:
-        print_table(policies_table(policies))
+        print_comparison()
 
 
 @app.command()

@@ -38,6 +38,11 @@ class EvaluateParams(Section):
     """The comparison of all policies on held-out prompts."""
 
     prompts: Positive = Field(description="How many held-out prompts.")
+    samples_per_prompt: Positive = Field(2, description="Responses per prompt of each policy.")
+    reference_samples: Positive = Field(4, description="SFT's responses per prompt, with each of which all compare.")
+    best_of_n: int = Field(
+        4, ge=2, description="Further responses per prompt of SFT: a null comparison, and the proxy's best of them."
+    )
     batch_size: Positive = Field(description="Sequences per forward pass.")
     bootstrap_samples: Positive = Field(description="Resamples of the prompts for each 95 % interval.")
     report_samples: Positive = Field(description="Prompts shown side by side in the report.")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from tasks.core.rows import Prompt, read_rows
 from tasks.evals.compare import ScoredResponse
-from tasks.evals.gate import paired_interval
+from tasks.evals.gate import ResponseScores, paired_interval
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, vader_scores
 from tasks.evals.statistics import Interval
 from tasks.models.loading import init_process, load_policy, load_tokenizer
@@ -27,7 +27,7 @@ class _ChampionResponse:
 
     response: str
     ended: bool
-    kl: float
+    kl: float | None
     scores: Mapping[str, float]
 
 
@@ -45,7 +45,7 @@ def compare_with_champion(
 ) -> dict[str, Interval]:
     """Compute each metric of the challenger against the champion, with its 95 % bootstrap interval over prompts.
 
-    The challenger's responses are those of the evaluation; the champion responds to the same prompts now.
+    The challenger's responses are those of the evaluation; the champion responds to the same prompts now, as often.
 
     Args:
         policy: the challenger, as the evaluation names it.
@@ -64,12 +64,16 @@ def compare_with_champion(
         tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment
     )
     model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
-    answers = sampler.sample("champion", model)
-    theirs = _score(answers, prompts, artifacts, params)
-    records = read_rows(artifacts / "evaluate" / "responses.jsonl", ScoredResponse)
-    by_prompt = {record.prompt_id: record for record in records if record.policy == policy}
-    own = [by_prompt[answer.prompt.id] for answer in answers]
-    return {name: paired_interval(name, own, theirs, samples=params.bootstrap_samples, seed=seed) for name in metrics}
+    answers = sampler.sample("champion", model, samples_per_prompt=params.samples_per_prompt)
+    own: dict[str, list[ResponseScores]] = {row.id: [] for row in prompts}
+    theirs: dict[str, list[ResponseScores]] = {row.id: [] for row in prompts}
+    for record in read_rows(artifacts / "evaluate" / "responses.jsonl", ScoredResponse):
+        if record.policy == policy:
+            own[record.prompt_id].append(record)
+    for answer, scored in zip(answers, _score(answers, prompts, artifacts, params), strict=True):
+        theirs[answer.prompt.id].append(scored)
+    draws = list(own.values()), list(theirs.values())
+    return {name: paired_interval(name, *draws, samples=params.bootstrap_samples, seed=seed) for name in metrics}
 
 
 def _score(

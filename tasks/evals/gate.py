@@ -10,18 +10,23 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
 from tasks.core.errors import ConfigError
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.compare import REFERENCE, HackingFinding, Table
+from tasks.evals.controls import doubt
 from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
 from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
 
-__all__ = ["BASE_STAGES", "METRICS", "Decision", "decide", "noninferiority_rule", "paired_interval", "select_candidate"]
+__all__ = [
+    "BASE_STAGES", "METRICS", "Decision", "ResponseScores", "decide", "noninferiority_rule", "paired_interval",
+    "select_candidate",
+]  # fmt: skip
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""
@@ -35,7 +40,7 @@ class ResponseScores(Protocol):
     @property
     def ended(self) -> bool: ...
     @property
-    def kl(self) -> float: ...
+    def kl(self) -> float | None: ...
     @property
     def scores(self) -> Mapping[str, float]: ...
 
@@ -45,7 +50,7 @@ class MetricSpec:
     """A metric.
 
     Attributes:
-        value: value for one prompt, from the challenger's and the champion's response.
+        value: value for one pair, from the challenger's and the champion's response.
         null_value: mean if the two are equal.
         margin_format: format of the bound.
     """
@@ -77,7 +82,7 @@ METRICS: Mapping[str, MetricSpec] = {
     ),
     "repetition": _difference("repetition less the champion's", lambda answer: repetition_rate(answer.response)),
     "truncated_share": _difference("share without end less the champion's", lambda answer: float(not answer.ended)),
-    "kl": _difference("KL to SFT less the champion's, nats", lambda answer: answer.kl),
+    "kl": _difference("KL to SFT less the champion's, nats", lambda answer: answer.kl or 0.0),
 }
 """Key of `gate.margins` → metric; each KL is to the SFT policy that the policy was trained from."""
 
@@ -102,7 +107,7 @@ class Decision:
 
 
 def select_candidate(table: Table, params: GateParams) -> str:
-    """Select the policy to promote; the best is the one whose win rate has the highest lower end.
+    """Select the policy to promote; the best is the one whose win rate, if it is evidence, has the highest lower end.
 
     Raises:
         ConfigError: it was not evaluated.
@@ -118,8 +123,8 @@ def select_candidate(table: Table, params: GateParams) -> str:
 
 
 def _certainty(row: Mapping[str, float]) -> tuple[float, ...]:
-    """Lower end of the win rate; where that is equal, the win rate itself, then the smaller KL."""
-    return row["win_rate_low"], row["win_rate"], -row["kl"]
+    """Whether the win rate is evidence, then its lower end; where that is equal, itself, then the smaller KL."""
+    return not doubt(row), row["win_rate_low"], row["win_rate"], -row["kl"]
 
 
 def decide(
@@ -142,6 +147,7 @@ def decide(
             "win rate against SFT, lower end", f"{low:.1%}", f"above {params.min_win_rate:.0%}",
             low > params.min_win_rate,
         ),
+        RuleResult("doubts about the win rate", doubt(table[policy]) or "none", "none", not doubt(table[policy])),
         RuleResult("KL to SFT", f"{kl:.2f} nats", f"at most {params.max_kl:g} nats", kl <= params.max_kl),
         _check_hacking(findings, params.allowed_detectors),
     ]  # fmt: skip
@@ -153,14 +159,27 @@ def decide(
 
 
 def paired_interval(
-    metric: str, challenger: Sequence[ResponseScores], champion: Sequence[ResponseScores], *, samples: int, seed: int
+    metric: str,
+    challenger: Sequence[Sequence[ResponseScores]],
+    champion: Sequence[Sequence[ResponseScores]],
+    *,
+    samples: int,
+    seed: int,
 ) -> Interval:
     """Compute the metric's mean over paired prompts with its 95 % interval from `samples` bootstrap resamples.
 
+    A prompt counts with the mean over all pairs of the two policies' draws.
+
+    Args:
+        challenger, champion: [prompts][draws].
+
     Raises:
-        ValueError: the two differ in length, or are empty.
+        ValueError: the two differ in their number of prompts, or are empty.
     """
-    values = [METRICS[metric].value(own, other) for own, other in zip(challenger, champion, strict=True)]
+    values = [
+        fmean(METRICS[metric].value(own, other) for own in draws for other in others)
+        for draws, others in zip(challenger, champion, strict=True)
+    ]
     return bootstrap_mean(values, samples=samples, seed=seed)
 
 

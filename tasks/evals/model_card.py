@@ -5,6 +5,7 @@ from typing import Any
 
 from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
+from tasks.evals.controls import doubt
 from tasks.evals.report_text import display_name, load_template
 from tasks.models.export import ExportCheck
 from tasks.runtime.provenance import Provenance
@@ -43,6 +44,7 @@ def render_model_card(version: Version, origin: Provenance, exported: ExportChec
         reference=origin.metrics[REFERENCE],
         row=origin.metrics[policy],
         judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.metrics[policy]}).items()},
+        doubt=doubt(origin.metrics[policy]),
         parameters=[
             (key, json.dumps(value, ensure_ascii=False))
             for key, value in flatten({name: origin.parameters[name] for name in used}).items()

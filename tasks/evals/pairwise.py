@@ -14,7 +14,7 @@ from typing import Literal, Protocol, get_args
 from pydantic import BaseModel, ConfigDict, Field
 
 from tasks.core.rows import Row
-from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table, by_policy
+from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table, by_policy, first_draws
 from tasks.evals.statistics import bootstrap_mean
 
 __all__ = [
@@ -102,7 +102,8 @@ def parse_verdict(answer: str) -> Choice:
 
 
 def judge_pairs(records: Sequence[ScoredResponse], judge: PairJudge, *, rubric: str, prompts: int) -> list[Judgement]:
-    """Judge each policy on the first `prompts` prompts in both orders; all questions go out at once."""
+    """Judge each policy's first draw of the first `prompts` prompts in both orders; all questions go out at once."""
+    records = first_draws(records)
     reference = {record.prompt_id: record for record in by_policy(records)[REFERENCE][:prompts]}
     drafts = [
         (own, other, order, _format_pair(rubric, own, other, order))

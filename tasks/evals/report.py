@@ -13,12 +13,10 @@ from typing import TYPE_CHECKING, Any, Self
 from tasks.core.paths import Artifacts
 from tasks.evals import plots
 from tasks.evals.compare import HackingFinding, ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
+from tasks.evals.report_columns import WIN_RATE_COLUMNS, cells, columns_of, format_signed
 from tasks.evals.report_text import (
     best_policy,
-    cells,
-    columns_of,
     display_name,
-    format_signed,
     join_and,
     load_template,
     summarise_table,
@@ -165,12 +163,15 @@ class ReportData:
     """Data of the report.
 
     Attributes:
+        controls: rows of the controls, see `tasks.evals.compare.CONTROLS`.
+        records: the first draw of each policy for each prompt.
         histories: policy → rows of its history.csv; a policy without curves is left out.
         reward: the proxy reward that training maximised.
         provenance: (what, value) pairs that identify this evaluation.
     """
 
     table: Table
+    controls: Table
     records: Sequence[ScoredResponse]
     findings: Mapping[str, Sequence[HackingFinding]]
     histories: Mapping[str, Rows]
@@ -203,6 +204,11 @@ def render_report(data: ReportData) -> str:
         upstream=upstream,
         columns=columns,
         cells=cells(table, columns),
+        control_cells=cells(data.controls, columns),
+        win_rate_columns=list(WIN_RATE_COLUMNS),
+        win_rate_cells=cells({**table, **data.controls}, WIN_RATE_COLUMNS),
+        best_of_n=data.params.best_of_n,
+        draws=(data.params.samples_per_prompt, data.params.reference_samples),
         count=int(first_row["n"]),
         reward=data.reward,
         gold_rule=rule and rule.function,
@@ -226,6 +232,7 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
         "turning_point": turning_point(data.upstream.fits, data.upstream.points),
         "findings": {policy: [asdict(finding) for finding in own] for policy, own in data.findings.items()},
         "policies": data.table,
+        "controls": data.controls,
         "fits": data.upstream.fits,
         "examples": {policy: examples_to_dict(own) for policy, own in select_examples(data.records).items()},
         "sources": [asdict(source) for source in data.upstream.sources],

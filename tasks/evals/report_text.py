@@ -1,4 +1,4 @@
-"""Text of the report: its templates, the columns of its table, the summary, and the turning point of gold."""
+"""Text of the report: its templates, the summary, and the turning point of gold."""
 
 import math
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -10,19 +10,19 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 from tasks.evals.compare import REFERENCE, Table
+from tasks.evals.controls import doubt
 from tasks.evals.overoptimisation import curve
+from tasks.evals.report_columns import interval_subtext
 
 __all__ = [
-    "CALIBRATION_MAX", "COLUMNS", "MAX_UNCONFIRMED", "Summary", "best_policy", "cells", "columns_of", "display_name",
-    "format_signed", "join_and", "load_template", "proxy_gain_unconfirmed", "summarise_table", "turning_point",
-    "unconfirmed_share",
+    "CALIBRATION_MAX", "MAX_UNCONFIRMED", "Summary", "best_policy", "display_name", "join_and", "load_template",
+    "proxy_gain_unconfirmed", "summarise_table", "turning_point", "unconfirmed_share",
 ]  # fmt: skip
 
 Row = Mapping[str, float]
-Cell = tuple[str, str]
-"""Text of a cell, and its small print."""
 
 DISPLAY_NAMES = {"sft": "SFT", "ppo": "PPO", "grpo": "GRPO", "dpo": "DPO", "best_of_n": "best of n"}
+DISPLAY_NAMES |= {"null": "SFT again", "human": "a person"}
 
 
 def load_template(
@@ -53,131 +53,6 @@ def display_name(policy: str) -> str:
 def join_and(items: Sequence[str]) -> str:
     """Join as in a sentence: a, b and c."""
     return items[0] if len(items) == 1 else f"{', '.join(items[:-1])} and {items[-1]}"
-
-
-def format_signed(value: float) -> str:
-    """Format with two decimals and a sign (true minus); a value that rounds to 0 has no sign."""
-    text = f"{value:+.2f}"
-    return "0.00" if text in ("+0.00", "-0.00") else text.replace("-", "−")
-
-
-def _interval_subtext(row: Row, key: str) -> str:
-    """Interval in whole percent, without the percent sign."""
-    return f"{100 * row[f'{key}_low']:.0f}–{100 * row[f'{key}_high']:.0f}" if f"{key}_low" in row else ""
-
-
-@dataclass(frozen=True)
-class Column:
-    """Column of the table; it is shown if the evaluation has its key.
-
-    Attributes:
-        meaning: explanation of the column; "" if an earlier column or the judge's entry explains it.
-        subtext: small print below the number, from the row and the key.
-    """
-
-    key: str
-    heading: tuple[str, ...]
-    format_value: Callable[[float], str]
-    meaning: str = ""
-    subtext: Callable[[Row, str], str] = _interval_subtext
-
-
-PERCENT = "{:.0%}".format
-
-WIN_RATE = (
-    "Share of prompts for which the judge prefers the policy's response to SFT's; ties count half. 50% means no "
-    "difference. Below it the 95% interval: where the win rate would fall in 95 of 100 repetitions with other prompts "
-    "of the same kind (bootstrap over prompts). It does not cover a second training run with another seed."
-)
-
-COLUMNS = (
-    Column("win_rate", ("Win rate,", "gold judge"), PERCENT, WIN_RATE),
-    Column("win_rate_judge", ("Win rate,", "LLM judge"), PERCENT),
-    Column("win_rate_vader", ("Win rate,", "VADER"), PERCENT),
-    Column("win_rate_proxy", ("Win rate,", "proxy"), PERCENT),
-    Column(
-        "accuracy_strict", ("Right,", "strict"), PERCENT,
-        "Share of right answers where the answer must stand as the task asks for it.",
-    ),
-    Column(
-        "accuracy_flexible", ("Right,", "flexible"), PERCENT,
-        "Share of right answers where it may stand anywhere in the response.",
-    ),
-    Column(
-        "success", ("Success",), PERCENT,
-        "Share of conversations that reached their goal, as the environment says.",
-    ),
-    Column(
-        "turns", ("Turns",), "{:.1f}".format, "How often the policy spoke in a conversation, on average.",
-    ),
-    Column(
-        "reward_gold", ("Gold", "rating"), format_signed,
-        "The gold judge's score: the average rating it expects, on the scale on which people rated; of a judge of "
-        "preferences, log-odds.",
-    ),
-    Column("vader", ("VADER",), format_signed),
-    Column("reward_proxy", ("Proxy", "reward"), format_signed),
-    Column(
-        "kl", ("KL to SFT,", "nats"), "{:z.2f}".format,
-        "How far the policy moved from SFT: the average of log(probability under the policy ÷ probability under SFT) "
-        "of a whole response, in nats (1 nat: about 2.7 times as likely). SFT itself has 0. Below it the standard "
-        "error.", lambda row, key: f"± {row[f'{key}_stderr']:.2f}",
-    ),
-    Column(
-        "ood_share", ("Un-", "familiar"), PERCENT,
-        "Share of responses that lie far from what the reward model was fitted on, where its score is a guess.",
-    ),
-    Column("length", ("Words",), "{:.1f}".format, "Per response, punctuation not counted."),
-    Column(
-        "repetition", ("Repeats",), "{:.1%}".format,
-        "Share of a response's word pairs that it had already used.",
-    ),
-    Column(
-        "distinct_2", ("Distinct", "pairs"), PERCENT,
-        "Of all word pairs in all responses, the share that are different. A low value means that the policy says the "
-        "same everywhere.",
-    ),
-    Column(
-        "truncated_share", ("No end",), PERCENT,
-        "Share of responses that were cut at the length limit because the policy had not finished.",
-    ),
-)  # fmt: skip
-"""Columns from left to right."""
-
-CORRECT_COLUMN = Column("reward_gold", ("Right", "answers"), PERCENT, "Share of right answers: the gold judge's mean.")
-"""Column of `reward_gold` if the gold judge is the right answer."""
-
-RULE_COLUMN = Column(
-    "reward_gold", ("Gold", "rule"), format_signed, "The mean of the rule that judges in place of people."
-)
-"""Column of `reward_gold` if `evaluate.gold_rule` is set."""
-
-
-def columns_of(table: Table, *, has_gold_judge: bool, has_gold_rule: bool = False) -> list[Column]:
-    """Columns whose key is in the table.
-
-    Args:
-        has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
-        has_gold_rule: whether, without that model, a rule judges in place of right answers.
-    """
-    known = {key for row in table.values() for key in row}
-    gold_column = RULE_COLUMN if has_gold_rule else CORRECT_COLUMN
-    shown = [column if has_gold_judge or column.key != gold_column.key else gold_column for column in COLUMNS]
-    if "success" in known:
-        known.discard(gold_column.key)  # the same number
-    return [column for column in shown if column.key in known]
-
-
-def cells(table: Table, columns: Sequence[Column]) -> dict[str, list[Cell]]:
-    """Cells of each policy; a dash for a missing number and for the win rates of the reference against itself."""
-    return {policy: [_cell(policy, row, column) for column in columns] for policy, row in table.items()}
-
-
-def _cell(policy: str, row: Row, column: Column) -> Cell:
-    against_itself = policy == REFERENCE and column.key.startswith("win_rate")
-    if against_itself or column.key not in row:
-        return "–", ""
-    return column.format_value(row[column.key]), column.subtext(row, column.key)
 
 
 MAX_UNCONFIRMED, CALIBRATION_MAX = 0.5, 0.26
@@ -235,11 +110,14 @@ class Summary:
 def summarise_table(table: Table, flagged: Collection[str] = ()) -> Summary:
     """Summarise the table; better or worse means that the whole 95 % interval of the win rate is above or below ½.
 
+    A win rate that is no evidence, see `tasks.evals.controls.doubt`, is neither.
+
     Args:
         flagged: policies with signs of reward hacking.
     """
     policies = [policy for policy in table if policy != REFERENCE]
-    significance = {policy: _significance(table[policy], "win_rate") for policy in policies}
+    doubts = {policy: text for policy in policies if (text := doubt(table[policy]))}
+    significance = {policy: 0 if policy in doubts else _significance(table[policy], "win_rate") for policy in policies}
     suspects = tuple(policy for policy in policies if proxy_gain_unconfirmed(table[policy]))
     missed = [
         policy for policy in policies
@@ -248,17 +126,17 @@ def summarise_table(table: Table, flagged: Collection[str] = ()) -> Summary:
     return Summary(
         winner=_winner_sentence(table, significance, flagged),
         gold=_gold_sentence(table, significance),
-        agreement=_agreement_sentence(suspects, missed),
+        agreement=_agreement_sentence(suspects, missed, doubts),
         suspects=suspects,
         drift=_drift_sentence(table),
-        caution=_caution_sentence(table),
+        caution=_caution_sentence(table, doubts),
     )
 
 
 def best_policy(table: Table) -> str | None:
-    """Policy with the highest lower bound of the gold judge's win rate; None if there is only the reference."""
+    """Policy with the highest lower end of the gold judge's win rate, if that is evidence; None without policies."""
     policies = [policy for policy in table if policy != REFERENCE]
-    return max(policies, key=lambda policy: table[policy]["win_rate_low"], default=None)
+    return max(policies, key=lambda policy: (not doubt(table[policy]), table[policy]["win_rate_low"]), default=None)
 
 
 def _significance(row: Row, prefix: str) -> int:
@@ -272,7 +150,7 @@ def _winner_sentence(table: Table, significance: Mapping[str, int], flagged: Col
     if first is None or significance[first] <= 0:
         return "No policy clearly beats SFT." if first else NO_POLICY
     row, name = table[first], display_name(first)
-    rate = f"preferred to SFT on {row['win_rate']:.0%} of prompts"
+    rate = f"preferred to SFT in {row['win_rate']:.0%} of pairs"
     if first in flagged:
         return f"{name} is not to be trusted: {rate}, but with signs of reward hacking. Read its samples first."
     others = [
@@ -295,16 +173,16 @@ def _gold_sentence(table: Table, significance: Mapping[str, int]) -> str:
         if group:
             rows = [(display_name(policy), table[policy]) for policy in group]
             rates = [
-                f"{name} ({row['win_rate']:.0%}, interval {_interval_subtext(row, 'win_rate')}%)" for name, row in rows
+                f"{name} ({row['win_rate']:.0%}, interval {interval_subtext(row, 'win_rate')}%)" for name, row in rows
             ]
             parts.append(f"{join_and(rates)} {one if len(group) == 1 else many}")
     if not parts:
         return NO_POLICY
-    explained = "; ".join(parts).replace("(", "(preferred on ", 1).replace(", interval", " of prompts, 95% interval", 1)
+    explained = "; ".join(parts).replace("(", "(preferred in ", 1).replace(", interval", " of pairs, 95% interval", 1)
     return f"By the gold judge, {explained}."
 
 
-def _agreement_sentence(suspects: Sequence[str], missed: Sequence[str]) -> str:
+def _agreement_sentence(suspects: Sequence[str], missed: Sequence[str], doubts: Collection[str]) -> str:
     parts = []
     if suspects:
         parts.append(
@@ -318,7 +196,7 @@ def _agreement_sentence(suspects: Sequence[str], missed: Sequence[str]) -> str:
             "maximise."
         )
     agree = "The proxy reward, which PPO and GRPO maximise, and the gold judge agree on which policies beat SFT."
-    return " ".join(parts) or agree
+    return " ".join(parts) or ("" if doubts else agree)
 
 
 def _drift_sentence(table: Table) -> str:
@@ -332,8 +210,8 @@ def _drift_sentence(table: Table) -> str:
     return f"Responses changed in length, which may be part of the gain: {join_and(parts)} than SFT's." if parts else ""
 
 
-def _caution_sentence(table: Table) -> str:
-    parts = []
+def _caution_sentence(table: Table, doubts: Mapping[str, str]) -> str:
+    parts = [f"{display_name(policy)}'s win rate is no evidence: {text}." for policy, text in doubts.items()]
     n = int(next(iter(table.values()))["n"])
     if n < MIN_PROMPTS:
         parts.append(f"Only {n} prompts were compared, so these intervals are rough.")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,9 +16,11 @@ from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from tasks.config.base import ENVIRONMENT
 from tasks.core.errors import DataError, TrainingError
-from tasks.core.rows import Prompt, read_rows
+from tasks.core.rows import Prompt, Rating, read_rows
 from tasks.core.terminal import Progress
-from tasks.evals.compare import ScoredResponse
+from tasks.evals.compare import BEST_OF_N, HUMAN, NULL, REFERENCE, ScoredResponse
+from tasks.evals.overoptimisation import best_of_n_kl
+from tasks.models.encoding import encode_response
 from tasks.models.loading import is_disabled
 from tasks.rewards.composition import CompositeReward, rule_component
 from tasks.rewards.reward_model import GoldJudge
@@ -25,15 +28,22 @@ from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.base import RewardFunction
 from tasks.rl.advantages import discount_by_turns
 from tasks.rl.kl import kl_estimates, per_sequence
+from tasks.rl.losses import logprobs_from_logits
 from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, with_environment
-from tasks.rl.policy import Policy
+from tasks.rl.policy import Policy, model_inputs
 from tasks.rl.rollout import LocalSampler, Rollout, derive_generator
 
 if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
     from tasks.config.training import EnvironmentParams, GenerationParams
 
-__all__ = ["PolicySampler", "SampledResponse", "load_gold_reward", "sample_prompts", "score_responses", "vader_scores"]
+__all__ = [
+    "PolicySampler", "SampledResponse", "answer_accuracy", "best_of_n_draws", "human_responses", "load_gold_reward",
+    "sample_prompts", "score_responses", "split_null", "vader_scores",
+]  # fmt: skip
+
+GREEDY = 1e-6
+"""Temperature at which sampling is greedy decoding: all probability is on the largest logit."""
 
 
 def sample_prompts(path: Path, count: int, seed: int) -> list[Prompt]:
@@ -67,8 +77,9 @@ class SampledResponse:
     response: str
     tokens: int
     ended: bool
-    kl: float
-    kl_k3: float
+    kl: float | None
+    kl_k3: float | None
+    draw: int = 0
     conversation: str | None = None
     environment_reward: float | None = None
     turns: int = 1
@@ -76,7 +87,10 @@ class SampledResponse:
 
 
 class PolicySampler:
-    """Sampler of responses or multi-turn conversations for several policies, with the same seed for each."""
+    """Sampler of responses or multi-turn conversations for several policies, each with random numbers of its own.
+
+    They follow from the seed and the policy's name, so no two policies share theirs.
+    """
 
     def __init__(
         self,
@@ -88,26 +102,54 @@ class PolicySampler:
         seed: int,
         environment: EnvironmentParams | None = None,
     ) -> None:
+        """Keep the settings; `batch_size` counts sequences, each prompt as many as it has draws."""
         self._tokenizer, self._generation, self._seed, self._environment = tokenizer, generation, seed, environment
-        self._batches = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
+        self._prompts, self._batch_size = prompts, batch_size
 
-    def sample(self, name: str, model: Any, *, samples_per_prompt: int = 1) -> list[SampledResponse]:
-        """Sample responses prompt by prompt, with their KL to the reference; 0 without an adapter."""
-        sampler = with_environment(LocalSampler(model, self._tokenizer, self._generation), self._environment)
-        generator = torch.Generator().manual_seed(self._seed)
+    def sample(
+        self, name: str, model: Any, *, samples_per_prompt: int = 1, reference: Any = None, greedy: bool = False
+    ) -> list[SampledResponse]:
+        """Sample responses prompt by prompt, with their KL to the reference.
+
+        Args:
+            reference: where `model` is no adapter on it; None: what the adapter stands on, or without one, `model`.
+            greedy: decode greedily; the KL then says nothing.
+        """
+        temperature = GREEDY if greedy else self._generation.temperature
+        generation = self._generation.model_copy(update={"temperature": temperature})
+        sampler = with_environment(LocalSampler(model, self._tokenizer, generation), self._environment)
+        generator = derive_generator(self._seed, *name.encode())
         answers: list[SampledResponse] = []
-        progress = Progress(f"answers of {name}", len(self._batches), "batch")
-        for number, prompts in enumerate(self._batches):
+        size = max(1, self._batch_size // samples_per_prompt)
+        batches = [self._prompts[start : start + size] for start in range(0, len(self._prompts), size)]
+        progress = Progress(f"answers of {name}", len(batches), "batch")
+        for number, prompts in enumerate(batches):
             if self._environment:  # each turn derives its numbers from a generator's seed
-                generator = derive_generator(self._seed, number)
+                generator = derive_generator(self._seed, *name.encode(), number)
             rollout = sampler.sample(prompts, generator, samples_per_prompt=samples_per_prompt)
             rows = [row for row in prompts for _ in range(samples_per_prompt)]
-            answers += self._to_responses(name, rows, rollout, self._reference_logprobs(model, rollout))
+            logprobs = rollout.logprobs if greedy else self._reference_logprobs(model, reference, rollout)
+            found = self._to_responses(name, rows, rollout, logprobs)
+            answers += [replace(answer, draw=row % samples_per_prompt) for row, answer in enumerate(found)]
             progress.update(number + 1)
         progress.close()
         return answers
 
-    def _reference_logprobs(self, model: Any, rollout: Rollout) -> Tensor:
+    def sample_each(
+        self, policies: Mapping[str, Callable[[], Any]], *, samples_per_prompt: int = 1, greedy: bool = False
+    ) -> list[SampledResponse]:
+        """Sample responses of each policy, loaded one after another; the names are free."""
+        answers: list[SampledResponse] = []
+        for name, load in policies.items():
+            gc.collect()  # the previous policy is in reference cycles
+            answers += self.sample(name, load(), samples_per_prompt=samples_per_prompt, greedy=greedy)
+        return answers
+
+    @torch.no_grad()
+    def _reference_logprobs(self, model: Any, reference: Any, rollout: Rollout) -> Tensor:
+        if reference is not None:
+            logits = reference(**model_inputs(rollout)).logits.float()
+            return logprobs_from_logits(logits, rollout.responses, self._generation.temperature)
         if not isinstance(model, PeftModel):
             return rollout.logprobs
         policy = Policy(model, temperature=self._generation.temperature, value_head=False)
@@ -138,6 +180,47 @@ class PolicySampler:
                 answers, rollout.transcripts, rewards, turns, discounts, strict=True
             )
         ]
+
+
+def split_null(answers: Sequence[SampledResponse], draws: int) -> list[SampledResponse]:
+    """Leave the first `draws` draws of each prompt to the reference; those after them become the null's."""
+    return [
+        replace(answer, policy=NULL, draw=answer.draw - draws)
+        if answer.policy == REFERENCE and answer.draw >= draws
+        else answer
+        for answer in answers
+    ]
+
+
+def best_of_n_draws(null: Sequence[ScoredResponse], n: int) -> list[ScoredResponse]:
+    """Of every n draws of the null for a prompt the one that the proxy scores highest, with the analytic KL.
+
+    Args:
+        null: prompt by prompt, each with n draws or a multiple.
+    """
+    kl, chosen = best_of_n_kl(n), list[ScoredResponse]()
+    for start in range(0, len(null), n):
+        best, draw = max(null[start : start + n], key=lambda record: record.proxy), null[start].draw // n
+        values = {
+            "id": f"{BEST_OF_N}/{best.prompt_id}/{draw}",
+            "policy": BEST_OF_N,
+            "draw": draw,
+            "kl": kl,
+            "kl_k3": kl,
+        }
+        chosen.append(best.model_copy(update=values))
+    return chosen
+
+
+def human_responses(prompts: Sequence[Prompt], ratings: Path, tokenizer: Any) -> list[SampledResponse]:
+    """What a person wrote after each prompt that is the beginning of a rated text, whose id it has."""
+    files = [path for path in sorted(ratings.glob("*/test.jsonl")) if path.stat().st_size]
+    texts = {row.id: row.text for path in files for row in read_rows(path, Rating)}
+    found = [(row, texts[row.id].removeprefix(row.prompt)) for row in prompts if row.id in texts]
+    return [
+        SampledResponse(HUMAN, row, text, len(encode_response(tokenizer, text)), ended=True, kl=None, kl_k3=None)
+        for row, text in found
+    ]
 
 
 def load_gold_reward(
@@ -195,9 +278,10 @@ def score_responses(
     sentiment = vader_scores(prompts, responses) if vader else [None] * len(answers)
     return [
         ScoredResponse(
-            id=f"{answer.policy}/{answer.prompt.id}",
+            id=f"{answer.policy}/{answer.prompt.id}/{answer.draw}",
             policy=answer.policy,
             prompt_id=answer.prompt.id,
+            draw=answer.draw,
             prompt=answer.prompt.prompt,
             response=answer.response,
             tokens=answer.tokens,
@@ -208,7 +292,7 @@ def score_responses(
             rewards={name: values[row].item() for name, values in proxy.components.items()},
             gold=gold_scores[row].item(),
             vader=sentiment[row],
-            correct=_answer_accuracy(answer, answer_pattern) if accuracy else None,
+            correct=answer_accuracy(answer, answer_pattern) if accuracy else None,
             metrics={name: values[row].item() for name, values in proxy.metrics.items()},
             conversation=answer.conversation,
         )
@@ -216,7 +300,8 @@ def score_responses(
     ]
 
 
-def _answer_accuracy(answer: SampledResponse, pattern: str | None) -> dict[str, bool] | None:
+def answer_accuracy(answer: SampledResponse, pattern: str | None) -> dict[str, bool] | None:
+    """Whether the response gives the right answer, strict and flexible; None where it is not known."""
     expected = answer.prompt.answer
     if expected is None or answer.environment_reward is not None:
         return None

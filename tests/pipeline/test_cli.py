@@ -60,16 +60,27 @@ def test_in_another_worktree_it_refuses_to_run_this_ones_code(fresh: Project) ->
 def test_show_prints_the_figures_as_they_are_written(fresh: Project) -> None:
     folder = fresh.root / "artifacts" / "evaluate"
     folder.mkdir(parents=True)
-    (folder / "policies.json").write_text(json.dumps(POLICIES))
-    assert json.loads(fresh.rlhf("show", "--json")) == POLICIES
-    line = next(line for line in fresh.rlhf("show").splitlines() if "ppo" in line)
-    assert re.split(" {2,}", line.strip()) == ["ppo", "1.23", "–", "75% (70%–80%)", "2.00", "10.0"]
+    controls = {"null": {"win_rate": 0.51, "win_rate_low": 0.45, "win_rate_high": 0.57, "kl": 0.0, "length": 9.0}}
+    policies = POLICIES | {"ppo": POLICIES["ppo"] | {"win_rate_bound": 0.6, "win_rate_length_controlled": 0.7}}
+    (folder / "policies.json").write_text(json.dumps(policies))
+    (folder / "controls.json").write_text(json.dumps(controls))
+    assert json.loads(fresh.rlhf("show", "--json")) == policies | controls
+    shown = fresh.rlhf("show").splitlines()
+    first, second = ([re.split(" {2,}", line.strip()) for line in shown if name in line] for name in ("ppo", "null"))
+    assert first[:2] == [
+        ["ppo", "1.23", "–", "75% (70%–80%)", "2.00", "10.0"],
+        ["ppo", "75% (70%–80%)", "70%", "–", "–", "60%"],
+    ]
+    assert second == [
+        ["null", "–", "–", "51% (45%–57%)", "0.00", "9.0"],
+        ["null", "51% (45%–57%)", "–", "–", "–", "–"],
+    ]
 
 
 def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     output = StringIO()
     monkeypatch.setattr(console, "console", Console(file=output, width=40))
-    console.print_table(console.policies_table(POLICIES))
+    console.print_table(console.policies_table(POLICIES, {}))
     assert max(map(len, output.getvalue().splitlines())) == 40
     assert "…" not in output.getvalue()
 
@@ -105,9 +116,9 @@ def test_many_reasons_are_cut_short() -> None:
 
 
 def test_a_judge_of_pairs_has_columns_only_where_it_judged() -> None:
-    plain = {str(column.header) for column in console.policies_table(POLICIES).columns}
+    plain = {str(column.header) for column in console.policies_table(POLICIES, {}).columns}
     pairs = {"win_rate_judge": 0.625, "win_rate_judge_low": 0.5, "win_rate_judge_high": 0.75, "judge_inconsistent": 0.2}
-    judged = console.policies_table(POLICIES | {"ppo": POLICIES["ppo"] | pairs})
+    judged = console.policies_table(POLICIES | {"ppo": POLICIES["ppo"] | pairs}, {})
     cells = {str(column.header): list(column.cells) for column in judged.columns}
     assert cells.keys() - plain == {"LLM judge", "contradictions"}
     assert (cells["LLM judge"], cells["contradictions"]) == (["–", "62% (50%–75%)"], ["–", "20%"])

@@ -89,7 +89,7 @@ def test_policies_in_conversations_learn_and_are_compared(
     for policy, row in table.items():
         own = [record for record in records if record.policy == policy]
         assert {"success", "success_low", "success_high", "turns"} <= set(row)
-        assert row["success"] == row["reward_gold"] == sum(record.gold for record in own) / len(own)
+        assert row["success"] == row["reward_gold"] == round(sum(record.gold for record in own) / len(own), 6)
         assert not any(key.startswith("accuracy") for key in row)
         assert all(record.conversation and "\nUser: " not in record.response for record in own)
     page = " ".join((tmp_path / "evaluate" / "report.html").read_text().split())
@@ -97,7 +97,8 @@ def test_policies_in_conversations_learn_and_are_compared(
         "ppo", params.evaluate, params.generation, params.seed, metrics=("win_rate", "reward_gold", "kl"),
         artifacts=tmp_path, champion=tmp_path, champion_policy="ppo", environment=params.environment,
     )  # fmt: skip
-    assert {name: interval.mean for name, interval in itself.items()} == {"win_rate": 0.5, "reward_gold": 0, "kl": 0}
+    assert itself["win_rate"].low <= 0.5 <= itself["win_rate"].high, "other draws of the same policy"
+    assert list(json.loads((tmp_path / "evaluate" / "controls.json").read_text())) == ["null"]
     assert "Success" in page
     assert "whether the conversation reached its goal" in page
     assert "Right<br>answers" not in page

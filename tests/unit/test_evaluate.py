@@ -20,10 +20,10 @@ from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Preference, Prompt, Rating, read_rows, write_json, write_rows
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.champion import compare_with_champion
-from tasks.evals.compare import ScoredResponse, by_policy
+from tasks.evals.compare import ScoredResponse, by_policy, first_draws
 from tasks.evals.gate import METRICS
 from tasks.evals.pairwise import Judgement
-from tasks.evals.scoring import SampledResponse, load_gold_reward, sample_prompts, score_responses
+from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
 from tasks.evaluate import evaluate
 from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, new_reward_model, save_adapter
 from tasks.rewards.composition import build_reward
@@ -76,6 +76,9 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     MahalanobisOOD(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / OOD_DETECTOR)
     (folders["ppo"] / "history.csv").write_text("step,reward,hacking/repetition\n1,0.1,0.0\n2,0.3,0.2\n")
     write_rows(folders["prepare"] / "prompts" / "test.jsonl", PROMPTS)
+    rated = [Rating(id=row.id, text=f"{row.prompt} is good", ratings=(1.0,)) for row in PROMPTS[:4]]
+    write_rows(folders["prepare"] / "ratings" / "proxy" / "test.jsonl", rated[:1])
+    write_rows(folders["prepare"] / "ratings" / "gold" / "test.jsonl", rated[1:])
     return folders
 
 
@@ -110,11 +113,13 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
         again = _run(world, tmp_path / "again")
     assert kept == [("samples", 2), ("report.html", (again / "report.html").stat().st_size)]
     shown = capfd.readouterr().err
-    assert all(f"answers of {name}: batch 2 of 2" in shown for name in ("sft", "ppo", "grpo", "dpo")), shown
+    assert "answers of sft: batch 6 of 6" in shown, "eight draws of a prompt are more than a batch of four"
+    assert all(f"answers of {name}: batch 3 of 3" in shown for name in ("ppo", "grpo", "dpo")), shown
     files = sorted(str(path.relative_to(out)) for path in out.rglob("*") if path.is_file())
     assert files == [
-        "findings.json", "judgements.jsonl", "metrics.json", "plots/lengths.csv", "plots/reward_against_kl.csv",
-        "plots/win_rates.csv", "policies.json", "report.html", "report.json", "responses.jsonl", "samples.jsonl",
+        "controls.json", "findings.json", "judgements.jsonl", "metrics.json", "plots/lengths.csv",
+        "plots/reward_against_kl.csv", "plots/win_rates.csv", "policies.json", "report.html", "report.json",
+        "responses.jsonl", "samples.jsonl",
     ]  # fmt: skip
     for name in files:
         content = (out / name).read_bytes()
@@ -125,6 +130,7 @@ def test_outputs_are_complete_and_the_same_bytes_with_a_tracker(
 def test_the_report_is_there_as_json_too_and_what_training_found_is_a_finding(out: Path) -> None:
     report = json.loads((out / "report.json").read_text())
     assert report["policies"] == json.loads((out / "policies.json").read_text())
+    assert report["controls"] == json.loads((out / "controls.json").read_text())
     assert [f"{item['name']}, {item['licence']}" for item in report["sources"]] == [
         "Base model, CC0",
         "Data: letters, CC0",
@@ -143,8 +149,9 @@ def test_every_policy_answers_the_same_prompts_and_has_the_promised_keys(
     out: Path, records: list[ScoredResponse]
 ) -> None:
     asked = {policy: [row.prompt_id for row in own] for policy, own in by_policy(records).items()}
-    assert len(asked["sft"]) == 6
-    assert asked["ppo"] == asked["grpo"] == asked["dpo"] == asked["sft"]
+    assert asked["sft"] == asked["null"] == [prompt for prompt in asked["best_of_n"] for _ in range(4)]
+    assert asked["ppo"] == asked["grpo"] == asked["dpo"] == [prompt for prompt in asked["best_of_n"] for _ in range(2)]
+    assert len(set(asked["sft"])) == 6
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo", "dpo"]
     promised = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
@@ -179,7 +186,7 @@ def test_kl_is_that_of_a_plain_forward_pass_over_each_response(
             k3 = sum(torch.exp(torch.tensor(-gap)).item() - 1 + gap for gap in gaps)
             assert record.kl_k3 == pytest.approx(k3, abs=1e-4)
     assert compared >= 6
-    assert any(abs(record.kl) > 0.05 for record in records), "the adapters change nothing, so this shows nothing"
+    assert any(abs(record.kl or 0) > 0.05 for record in records), "the adapters change nothing, so this shows nothing"
 
 
 def test_scores_are_each_judges_own_and_what_the_reward_model_notices_is_reported(
@@ -197,9 +204,65 @@ def test_scores_are_each_judges_own_and_what_the_reward_model_notices_is_reporte
     expected = learned.score_with_metrics([r.prompt for r in records], [r.response for r in records])[1]["ood_share"]
     assert [record.metrics["ood_share"] for record in records] == expected.tolist()
     table = json.loads((out / "policies.json").read_text())
-    for policy, row in table.items():
+    for policy, row in (table | json.loads((out / "controls.json").read_text())).items():
         assert row["ood_share"] == pytest.approx(mean(r.metrics["ood_share"] for r in records if r.policy == policy))
     assert 0 < expected.mean() < 1, "a threshold that shows nothing"
+
+
+def test_all_draws_have_random_numbers_of_their_own(world: dict[str, Path], records: list[ScoredResponse]) -> None:
+    """SFT under four names: the same numbers would give the same texts."""
+    texts = [[record.response for record in by_policy(records)[name]] for name in ("sft", "null")]
+    prompts = [row for row in PROMPTS if row.id in {record.prompt_id for record in records}]
+    sampler = PolicySampler(load_tokenizer(world["base_model"]), prompts, GENERATION, batch_size=4, seed=0)
+    model = load_reference(world["base_model"], world["sft"])
+    answers = sampler.sample_each({"one": lambda: model, "two": lambda: model}, samples_per_prompt=3)
+    assert [answer.draw for answer in answers] == [0, 1, 2] * 12
+    assert [answer.kl for answer in answers] == [0.0] * 36
+    texts += [[answer.response for answer in answers if answer.policy == name] for name in ("one", "two")]
+    own = [[texts[0][row::4] for row in range(4)], [texts[1][row::4] for row in range(4)]]
+    own += [[texts[place][row::3] for row in range(3)] for place in (2, 3)]
+    draws = [tuple(draw) for policy in own for draw in policy]
+    assert len(set(draws)) == len(draws) == 14
+
+
+def test_a_model_without_an_adapter_has_its_kl_to_the_reference_that_is_given(world: dict[str, Path]) -> None:
+    """The base model against SFT, token by token as in a plain forward pass; greedy decoding draws nothing."""
+    tokenizer = load_tokenizer(world["base_model"])
+    sampler = PolicySampler(tokenizer, PROMPTS[:2], GENERATION, batch_size=4, seed=0)
+    base, sft = load_reference(world["base_model"], None), load_reference(world["base_model"], world["sft"])
+    for answer in sampler.sample("base", base, reference=sft):
+        prompt = tokenizer(answer.prompt.prompt).input_ids
+        response = tokenizer(answer.response).input_ids + [tokenizer.eos_token_id] * answer.ended
+        if len(response) < answer.tokens:
+            continue
+        ids = torch.tensor([prompt + response])
+        own, other = (torch.log_softmax(m(ids).logits[0] / GENERATION.temperature, -1) for m in (base, sft))
+        gaps = [(own - other)[place - 1, ids[0, place]].item() for place in range(len(prompt), ids.shape[1])]
+        assert answer.kl == pytest.approx(sum(gaps), abs=1e-4)
+    greedy = sampler.sample("base", base, greedy=True)
+    assert [row.response for row in greedy] == [row.response for row in sampler.sample("other", base, greedy=True)]
+    token = base(torch.tensor([tokenizer(PROMPTS[0].prompt).input_ids])).logits[0, -1].argmax().item()
+    assert greedy[0].response[:1] == tokenizer.decode([token])[:1]
+
+
+def test_controls_are_rows_of_their_own(out: Path, records: list[ScoredResponse]) -> None:
+    """The best of the null's four draws by the proxy; a person's text after each prompt that begins a rated one."""
+    controls = json.loads((out / "controls.json").read_text())
+    assert set(controls) == {"null", "best_of_n", "human"}
+    null, best = by_policy(records)["null"], by_policy(records)["best_of_n"]
+    for place, record in enumerate(best):
+        own = null[4 * place : 4 * place + 4]
+        assert {row.prompt_id for row in own} == {record.prompt_id}
+        assert record.proxy == max(row.proxy for row in own)
+        assert (record.kl, record.draw) == (pytest.approx(0.636294), 0)  # log 4 − ¾
+    assert controls["best_of_n"]["kl"] == pytest.approx(0.636294)
+    human = by_policy(records)["human"]
+    assert {record.prompt_id for record in human} == {"p0", "p1", "p2", "p3"} & {record.prompt_id for record in null}
+    assert all((record.response, record.ended, record.kl) == (" is good", True, None) for record in human)
+    assert (controls["human"]["n"], "kl" in controls["human"]) == (len(human), False)
+    table = json.loads((out / "policies.json").read_text())
+    assert table["ppo"]["win_rate_null"] == controls["null"]["win_rate"]
+    assert json.loads((out / "metrics.json").read_text())["null"]["win_rate"] == controls["null"]["win_rate"]
 
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -271,6 +334,8 @@ def test_without_ratings_the_right_answer_is_the_gold_judge(nobody_rated: dict[s
     table = json.loads((out / "policies.json").read_text())
     assert list(table) == ["sft", "ppo", "grpo"]
     assert not any("vader" in key for row in table.values() for key in row)
+    assert set(json.loads((out / "controls.json").read_text())) == {"null", "best_of_n"}, "nobody wrote anything"
+    assert all({"accuracy_greedy", "accuracy_greedy_low", "pass_at_2"} <= set(row) for row in table.values())
     records = read_rows(out / "responses.jsonl", ScoredResponse)
     assert all(record.gold in (0.0, 1.0) and record.proxy == 2 * record.gold for record in records)
     html = (out / "report.html").read_text()
@@ -293,7 +358,7 @@ def test_where_answers_are_known_accuracy_is_read_in_the_demanded_form_and_as_th
     assert "e" in first
     for policy, row in json.loads((out / "metrics.json").read_text()).items():
         own = [vowel for record, vowel in zip(records, first, strict=True) if record.policy == policy]
-        assert row["accuracy_strict"] == pytest.approx(own.count("e") / 6, abs=1e-6)
+        assert row["accuracy_strict"] == pytest.approx(own.count("e") / len(own), abs=1e-6)
 
 
 def test_nothing_that_could_judge_is_an_error(nobody_rated: dict[str, Path], tmp_path: Path) -> None:
@@ -324,7 +389,7 @@ def test_a_judge_of_pairs_joins_the_table(
         assert ("evaluate: warning: the judge contradicts itself" in stderr) == (name == "first")
     rows = read_rows(tmp_path / "longer" / "judgements.jsonl", Judgement)
     assert len(rows) == 3 * 4 * 2
-    responses = read_rows(out / "responses.jsonl", ScoredResponse)
+    responses = first_draws(read_rows(out / "responses.jsonl", ScoredResponse))
     length = {(row.policy, row.prompt_id): len(row.response.strip()) for row in responses}
     asked = [row.prompt_id for row in responses if row.policy == "sft"][:4]
     for policy in ("ppo", "grpo", "dpo"):
@@ -371,27 +436,31 @@ def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Pa
     assert [(row.gold, row.correct) for row in judged] == [(1, None), (0, None)]
 
 
-@pytest.mark.parametrize("champion", ["grpo", "ppo"])
 def test_the_champion_answers_the_same_prompts(
-    world: dict[str, Path], out: Path, records: list[ScoredResponse], tmp_path: Path, champion: str
+    world: dict[str, Path], out: Path, records: list[ScoredResponse], tmp_path: Path
 ) -> None:
-    """PPO against GRPO as champion: what the evaluation's own scores of both say. Against itself: even."""
+    """PPO against GRPO as champion, all pairs of draws of a prompt: GRPO's new answers, scored by themselves."""
     for part, folder in {**world, "evaluate": out}.items():
         shutil.copytree(folder, tmp_path / part)
     found = compare_with_champion(
-        "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy=champion
+        "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy="grpo"
     )
-    pairs = list(zip(by_policy(records)["ppo"], by_policy(records)[champion], strict=True))
+    prompts = sample_prompts(world["prepare"] / "prompts" / "test.jsonl", 6, 0)
+    sampler = PolicySampler(load_tokenizer(world["base_model"]), prompts, GENERATION, batch_size=4, seed=0)
+    champion = load_policy(world["base_model"], world["sft"], world["grpo"])
+    answers = sampler.sample("champion", champion, samples_per_prompt=2)
+    gold = GoldJudge.load(world["base_model"], world["gold_judge"])
+    theirs = [(answer, gold([answer.prompt.prompt], [answer.response]).item()) for answer in answers]
+    pairs = [(a, b, score) for a in by_policy(records)["ppo"] for b, score in theirs if a.prompt_id == b.prompt.id]
+    assert len(pairs) == 6 * 2 * 2
     expected = {
-        "win_rate": mean((a.gold > b.gold) + (a.gold == b.gold) / 2 for a, b in pairs),
-        "win_rate_vader": mean((a.vader > b.vader) + (a.vader == b.vader) / 2 for a, b in pairs),
-        "reward_gold": mean(a.gold - b.gold for a, b in pairs),
-        "repetition": mean(repetition_rate(a.response) - repetition_rate(b.response) for a, b in pairs),
-        "truncated_share": mean((not a.ended) - (not b.ended) for a, b in pairs),
-        "kl": mean(a.kl - b.kl for a, b in pairs),
+        "win_rate": mean(0.5 if abs(a.gold - score) < 1e-5 else float(a.gold > score) for a, b, score in pairs),
+        "reward_gold": mean(a.gold - score for a, b, score in pairs),
+        "repetition": mean(repetition_rate(a.response) - repetition_rate(b.response) for a, b, _ in pairs),
+        "truncated_share": mean((not a.ended) - (not b.ended) for a, b, _ in pairs),
+        "kl": mean((a.kl or 0) - (b.kl or 0) for a, b, _ in pairs),
     }
-    assert {name: interval.mean for name, interval in found.items()} == pytest.approx(expected, abs=1e-5)
+    assert {name: found[name].mean for name in expected} == pytest.approx(expected, abs=1e-5)
     assert all(interval.low <= interval.mean <= interval.high for interval in found.values())
-    if champion == "ppo":
-        even = {name: spec.null_value for name, spec in METRICS.items()}
-        assert {name: interval.mean for name, interval in found.items()} == pytest.approx(even, abs=1e-5)
+    own = [record.response for record in by_policy(records)["grpo"]]
+    assert own != [answer.response for answer in answers], "random numbers of its own"

@@ -3,7 +3,18 @@ from collections.abc import Callable
 import pytest
 
 from tasks.core.errors import DataError
-from tasks.evals.compare import HEADLINE, ScoredResponse, compare_policies, examples_to_dict, headline, select_examples
+from tasks.evals.compare import (
+    HEADLINE,
+    ScoredResponse,
+    add_null,
+    compare_controls,
+    compare_policies,
+    examples_to_dict,
+    first_draws,
+    headline,
+    select_examples,
+)
+from tasks.evals.controls import win_rate_bound
 
 Make = Callable[..., ScoredResponse]
 
@@ -38,6 +49,76 @@ def test_numbers_by_hand(judged: Make) -> None:
     assert row["distinct_1"] == pytest.approx(3 / 9, abs=1e-6)  # good, some, words of nine
 
 
+def _draws(judged: Make, policy: str, prompt: str, golds: list[float], **values: object) -> list[ScoredResponse]:
+    return [judged(policy, prompt, draw=draw, gold=gold, **values) for draw, gold in enumerate(golds)]
+
+
+def test_every_pair_of_draws_of_a_prompt_counts_and_every_prompt_the_same(judged: Make) -> None:
+    """Prompt a: 3 beats 1 and 2, 1 ties and loses: 2.5 of 4. Prompt b: 0 loses to 1 and ties with 0, twice: 1 of 4.
+
+    SFT's scores 1, 2, 1, 0 have a standard deviation of √(2/3); the gains are (2 − 1.5) and (0 − ½).
+    """
+    records = [*_draws(judged, "sft", "a", [1.0, 2.0]), *_draws(judged, "sft", "b", [1.0, 0.0])]
+    records += [*_draws(judged, "mine", "a", [3.0, 1.0], kl=1.0), *_draws(judged, "mine", "b", [0.0, 0.0], kl=3.0)]
+    table = compare_policies(records[::-1], samples=200, seed=0)
+    row = table["mine"]
+    assert (row["n"], row["win_rate"], row["win_rate_ties"]) == (2, 3.5 / 8, 3 / 8)
+    assert (row["win_rate_low"], row["win_rate_high"]) == (0.25, 0.625), "resamples of the prompts, not of the pairs"
+    assert (row["gain_gold"], row["kl"], row["kl_stderr"]) == (0.0, 2.0, 1.0)
+    assert row["gain_gold_stderr"] == pytest.approx(0.5 / (2 / 3) ** 0.5, abs=1e-6)
+    assert (table["sft"]["win_rate"], table["sft"]["gain_gold"]) == (0.5, 0.0)
+    assert [record.draw for record in first_draws(records)] == [0, 0, 0, 0]
+    assert row["distinct_2"] == 0.5, "two draws of two equal texts each: more draws do not make it smaller"
+
+
+def test_win_rates_of_pairs_that_finished_or_are_as_long(judged: Make) -> None:
+    """SFT: 2 words, ended. Draw 0 of prompt a: 5 words, ended, a win; draw 1: 2 words, not ended, a loss. b: a win."""
+    sft = [judged("sft", prompt, gold=1.0) for prompt in "ab"]
+    long, cut = {"response": " a b c d e", "gold": 2.0}, {"gold": 0.0, "ended": False}
+    own = [judged("ppo", "a", **long), judged("ppo", "a", draw=1, **cut), judged("ppo", "b", **long)]
+    own.append(judged("ppo", "b", draw=1, gold=2.0, response=" three short words"))
+    row = compare_policies([*sft, *own], samples=50, seed=0)["ppo"]
+    assert row["win_rate"] == 0.75
+    assert (row["win_rate_finished"], row["win_rate_finished_pairs"]) == (1.0, 3)
+    assert (row["win_rate_same_length"], row["win_rate_same_length_pairs"]) == (0.5, 2)
+    assert row["win_rate_length_controlled_pairs"] == 4
+    all_cut = [record.model_copy(update={"ended": False}) for record in own]
+    assert "win_rate_finished" not in compare_policies([*sft, *all_cut], samples=9, seed=0)["ppo"]
+
+
+def test_the_bound_is_at_the_upper_end_of_the_kl(judged: Make) -> None:
+    records = _two_policies(judged)
+    row = compare_policies(records, samples=10, seed=0)["ppo"]
+    assert row["win_rate_bound"] == pytest.approx(win_rate_bound(2.0 + 1.96 * row["kl_stderr"]), abs=1e-6)
+    assert "win_rate_bound" not in compare_policies(records, samples=10, seed=0)["sft"]
+
+
+def test_controls_are_compared_on_the_prompts_that_they_have_and_a_person_has_no_kl(judged: Make) -> None:
+    records = _two_policies(judged)
+    null = [judged("null", prompt, gold=gold) for prompt, gold in zip("abcd", (2.0, 1.0, 3.0, 4.0), strict=True)]
+    human = [judged("human", "d", gold=9.0, kl=None, kl_k3=None)]
+    controls = compare_controls(records[:4], [*null, *human], samples=50, seed=0)
+    assert (controls["null"]["n"], controls["null"]["win_rate"]) == (4, 0.5)
+    assert (controls["human"]["n"], controls["human"]["win_rate"]) == (1, 1.0)
+    assert not {"kl", "kl_stderr", "win_rate_bound"} & set(controls["human"])
+    table = add_null(compare_policies(records, samples=50, seed=0), controls)
+    assert table["ppo"]["win_rate_null_low"] == controls["null"]["win_rate_low"] < 0.5
+    assert "win_rate_null" not in table["sft"]
+
+
+def test_pass_at_k_is_unbiased_over_the_draws(judged: Make) -> None:
+    """Of four draws one is right: one of two drawn is with probability 1 − C(3,2)/C(4,2) = ½; of prompt b none."""
+    right, wrong = ({"strict": False, "flexible": flag} for flag in (True, False))
+    records = [
+        judged("sft", prompt, draw=draw, correct=right if (prompt, draw) == ("a", 2) else wrong)
+        for prompt in "ab" for draw in range(4)
+    ]  # fmt: skip
+    row = compare_policies(records, samples=50, seed=0)["sft"]
+    assert (row["accuracy_flexible"], row["pass_at_2"], row["pass_at_4"]) == (0.125, 0.25, 0.5)
+    assert (row["pass_at_2_low"], row["pass_at_2_high"]) == (0.0, 0.5)
+    assert "pass_at_8" not in row
+
+
 def test_metrics_are_means_under_their_names(judged: Make) -> None:
     shares = (("sft", "a", 0.0), ("sft", "b", 0.0), ("ppo", "a", 1.0), ("ppo", "b", 0.0))
     records = [judged(*names, metrics={"ood_share": share, "disagreement": 2 * share}) for *names, share in shares]
@@ -69,7 +150,7 @@ def test_headline_holds_the_seven_promised_keys_for_every_policy(judged: Make) -
     promised = {"reward_proxy", "reward_gold", "win_rate", "win_rate_low", "win_rate_high", "kl", "length"}
     assert promised <= set(HEADLINE)
     of_others = {"win_rate_judge", "judge_first", "judge_inconsistent"}
-    without_answers = {"accuracy_strict", "accuracy_flexible"}
+    without_answers = {"accuracy_strict", "accuracy_flexible", "accuracy_greedy", "pass_at_2"}
     without_environment = {"success", "success_low", "success_high", "turns"}
     assert set(HEADLINE) - set(table["ppo"]) == of_others | without_answers | without_environment
 
@@ -96,7 +177,7 @@ def test_accuracy_is_the_share_of_right_answers_among_the_prompts_that_have_one(
 
 def test_every_policy_answers_every_prompt_once(judged: Make) -> None:
     records = _two_policies(judged)
-    with pytest.raises(DataError, match="ppo has 3 responses to 3 prompts, sft has 4"):
+    with pytest.raises(DataError, match=r"ppo has 3 responses to 3 prompts; .* each of the 4 prompts of sft"):
         compare_policies(records[:-1], samples=10, seed=0)
     with pytest.raises(DataError, match="ppo has 4 responses to 3 prompts"):
         compare_policies([*records[:-1], records[-2]], samples=10, seed=0)

@@ -47,6 +47,11 @@ def test_of_two_that_are_as_sure_the_better_is_chosen_whatever_their_order(
     assert select_candidate(dict(reversed(rows.items())), PARAMS) == "other"
 
 
+def test_a_win_rate_that_is_no_evidence_makes_no_best_policy() -> None:
+    noise = TABLE | {"grpo": row(0.7, kl=0.01) | {"win_rate_bound": 0.54}}
+    assert select_candidate(noise, PARAMS) == "ppo"
+
+
 def test_a_policy_that_was_not_evaluated_is_refused() -> None:
     for policy in ("dpo", "sft"):
         with pytest.raises(ConfigError, match=f"gate.policy is '{policy}'.*ppo, grpo"):
@@ -65,6 +70,7 @@ def test_a_policy_that_was_not_evaluated_is_refused() -> None:
         (0.6, 3.0, ["length_drift", "repetition"], None, ["signs of reward hacking"]),
         (0.6, 3.0, [], (0.4499, 0.0), ["win rate against the champion"]),
         (0.6, 3.0, [], (0.6, 0.0501), ["repetition less the champion's"]),
+        (0.51, 0.1, [], None, ["doubts about the win rate"]),
         (0.4, 11.0, [], (0.3, 0.0), ["win rate against SFT", "KL to SFT", "win rate against the champion"]),
     ],
 )
@@ -77,7 +83,8 @@ def test_every_rule_must_hold(
         "repetition": Interval(mean=-0.1, low=-0.2, high=against[1]),
     }
     signs = [HackingFinding(name, "evaluation", "") for name in detectors]
-    decision = decide({"ppo": row(low, kl)}, "ppo", PARAMS, findings=signs, against_champion=intervals)
+    table = {"ppo": row(low, kl) | {"win_rate_bound": 0.5 if kl == 0.1 else 1.0}}
+    decision = decide(table, "ppo", PARAMS, findings=signs, against_champion=intervals)
     assert decision.accepted is not bool(failing)
     assert [finding.rule.split(",")[0] for finding in decision.rule_results if not finding.passed] == failing
     assert len(decision.reasons) == (len(failing) or len(decision.rule_results))
@@ -142,10 +149,11 @@ def test_means_by_hand(judged: Make, metric: str, expected: float) -> None:
         judged("ppo", "d", gold=0.0, vader=-0.5, kl=2.0),
     ]
     champion = [judged("old", name, gold=1.0, vader=0.0, kl=1.5, ended=name != "d") for name in "abcd"]
-    found = paired_interval(metric, challenger, champion, samples=200, seed=0)
+    own, others = ([[record] for record in records] for records in (challenger, champion))
+    found = paired_interval(metric, own, others, samples=200, seed=0)
     assert found.mean == pytest.approx(expected)
     assert found.low < expected < found.high
-    swapped = paired_interval(metric, champion, challenger, samples=200, seed=0)
+    swapped = paired_interval(metric, others, own, samples=200, seed=0)
     assert swapped.mean == pytest.approx(2 * METRICS[metric].null_value - expected)
 
 
@@ -153,11 +161,19 @@ def test_answers_are_paired(judged: Make) -> None:
     """Two policies whose repetition differs from prompt to prompt, but never from each other: no doubt about zero."""
     texts = [" good good good", " a b", " so so so so", " c"]
     challenger, champion = (
-        [judged(name, str(n), response=text) for n, text in enumerate(texts)] for name in ("ppo", "old")
+        [[judged(name, str(n), response=text)] for n, text in enumerate(texts)] for name in ("ppo", "old")
     )
     assert paired_interval("repetition", challenger, champion, samples=100, seed=0) == Interval(0.0, 0.0, 0.0)
     with pytest.raises(ValueError, match=r"zip\(\) argument 2"):
         paired_interval("repetition", challenger, champion[:3], samples=100, seed=0)
+
+
+def test_a_prompt_counts_with_the_mean_over_all_pairs_of_draws(judged: Make) -> None:
+    """Prompt a: 3 beats 1 and 2, 1 ties with 1 and loses to 2: (1 + 1 + ½ + 0) / 4. Prompt b: 0 loses to both."""
+    challenger = [[judged("ppo", "a", gold=gold) for gold in (3.0, 1.0)], [judged("ppo", "b", gold=0.0)]]
+    champion = [[judged("old", name, gold=gold) for gold in (1.0, 2.0)] for name in "ab"]
+    assert paired_interval("win_rate", challenger, champion, samples=10, seed=0).mean == 0.625 / 2
+    assert paired_interval("reward_gold", challenger, champion, samples=10, seed=0).mean == (0.5 - 1.5) / 2
 
 
 @pytest.mark.parametrize(

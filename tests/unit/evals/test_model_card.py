@@ -92,6 +92,19 @@ def test_figures_come_with_their_intervals_and_data_with_licences_in_no_broken_t
     assert "| b | file | not recorded | 6 |" in text
 
 
+def test_a_win_rate_stands_beside_its_controls_and_one_that_is_no_evidence_is_called_so() -> None:
+    assert "no evidence" not in card()
+    assert "at equal length" not in card(), "a version older than the controls has no line for them"
+    controls = {"win_rate_bound": 0.98, "win_rate_length_controlled": 0.7, "win_rate_null": 0.51}
+    controls |= {"win_rate_null_low": 0.47, "win_rate_null_high": 0.55}
+    text = card(origin(metrics=origin().metrics | {"ppo": ROW | controls}))
+    assert "| the gold judge's, at equal length | 70.0 % | – |" in text
+    assert "| the gold judge's, at most by the KL; of SFT against itself | 98.0 % | 51.0 % |" in text
+    assert "no evidence" not in text
+    text = card(origin(metrics=origin().metrics | {"ppo": ROW | controls | {"win_rate_bound": 0.6}}))
+    assert "The win rate is no evidence: a win rate of 79% is impossible at a KL of 3.3" in text
+
+
 def test_the_decision_and_who_made_it_and_how_to_make_it_again() -> None:
     text = card()
     assert "The gate accepted it: it is good." in text

@@ -12,7 +12,7 @@ import pytest
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.reward import RewardParams
 from tasks.core.rows import write_json
-from tasks.evals.compare import HackingFinding, ScoredResponse, compare_policies
+from tasks.evals.compare import HackingFinding, ScoredResponse, compare_controls, compare_policies
 from tasks.evals.report import (
     ReportData,
     SourceInfo,
@@ -81,12 +81,13 @@ UPSTREAM = UpstreamResults(
 @pytest.fixture
 def data(judged: Callable[..., ScoredResponse]) -> ReportData:
     records = [
-        judged(policy, str(number), gold=gold + number, proxy=gold, kl=gold, response=f" answer {policy} {number}")
+        judged(policy, str(number), gold=gold + number, proxy=gold, kl=20 * gold, response=f" answer {policy} {number}")
         for policy, gold in (("sft", 0.0), ("ppo", 1.5), ("grpo", 1.0), ("dpo", 0.0))
         for number in range(3)
     ]
     return ReportData(
         table=compare_policies(records, samples=50, seed=0),
+        controls={},
         records=records,
         findings={"ppo": [HackingFinding("repetition", "training, update 7", "it repeats itself")], "grpo": []},
         histories={
@@ -138,7 +139,7 @@ def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) ->
     assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in text
     assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
     assert "dvc repro" in text
-    assert "By the gold judge, PPO (preferred on 100% of prompts, 95% interval 100–100%) and GRPO" in text
+    assert "By the gold judge, PPO (preferred in 100% of pairs, 95% interval 100–100%) and GRPO" in text
     assert "Only 3 prompts were compared" in text
     assert "1 × learned + 0.5 × repetition" in text
     for title in ("Win rates", "Reward against distance from SFT", "Length of responses", "Reward during training",
@@ -151,11 +152,34 @@ def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) ->
     assert "0123456789abcdef" in text
     assert "Base model PyPI package small==1 Apache-2.0 9 parameters feed0123" in text
     assert "Data: mine local file a.jsonl not recorded 3 rows –" in text
-    top = text[: text.index("Each policy wrote one response")]
-    assert "PPO is not to be trusted: preferred to SFT on 100% of prompts, but with signs of reward hacking" in top
+    top = text[: text.index("Each policy wrote 2 and SFT 4 responses")]
+    assert "PPO is not to be trusted: preferred to SFT in 100% of pairs, but with signs of reward hacking" in top
     assert "Signs of reward hacking: PPO: repetition." in top
     assert "Over-optimised: by the gold judge, PPO is best at √KL 1.7" in top
     assert "PPO , training, update 7: it repeats itself." in text[: text.index("Means over 3 prompts")]
+
+
+def test_controls_stand_apart_at_the_end_and_every_win_rate_beside_its_controls(
+    data: ReportData, judged: Callable[..., ScoredResponse]
+) -> None:
+    null = [judged("null", str(number), gold=number - 0.5) for number in range(3)]
+    human = [
+        judged("human", str(number), gold=9.0, kl=None, kl_k3=None, response=" three short words")
+        for number in range(3)
+    ]
+    controls = compare_controls(
+        [row for row in data.records if row.policy == "sft"], [*null, *human], samples=9, seed=0
+    )
+    both = dataclasses.replace(data, controls=controls)
+    text = text_of(both)
+    first, second = text.index("The last rows are controls"), text.index("Controls of the win rate")
+    table = text[text.index("Means over 3 prompts") : first]
+    assert table.index("DPO") < table.index("SFT again 0% 0–0") < table.index("a person 100% 100–100")
+    assert "Best of n" not in text, "it is not there"
+    assert "PPO 100% 100–100 100% 100–100 100% 100–100, n=3 100% 100–100, n=3 100%" in text[second:]
+    assert "a person 100% 100–100 100% 100–100 100% 100–100, n=3 100% 100–100, n=3 – " in text[second:]
+    assert report_to_dict(both)["controls"] == controls
+    assert list(report_to_dict(both)["examples"]) == ["ppo", "grpo", "dpo"]
 
 
 def test_examples_of_the_best_policy_and_of_a_suspect_are_open_and_the_others_fold(data: ReportData) -> None:

@@ -4,17 +4,8 @@ import pytest
 from jinja2 import UndefinedError
 
 from tasks.evals.compare import Table
-from tasks.evals.report_text import (
-    COLUMNS,
-    Summary,
-    best_policy,
-    cells,
-    columns_of,
-    format_signed,
-    load_template,
-    summarise_table,
-    turning_point,
-)
+from tasks.evals.report_columns import COLUMNS, WIN_RATE_COLUMNS, cells, columns_of, format_signed
+from tasks.evals.report_text import Summary, best_policy, load_template, summarise_table, turning_point
 
 Interval = tuple[float, float, float]
 EVEN, UP, DOWN, UNCLEAR = (0.5, 0.5, 0.5), (0.8, 0.75, 0.85), (0.3, 0.25, 0.36), (0.53, 0.47, 0.59)
@@ -40,12 +31,12 @@ def _summary(**rows: dict[str, float]) -> Summary:
 def test_each_policy_stands_where_its_interval_lies() -> None:
     summary = _summary(ppo=_row(UP), grpo=_row(UP), dpo=_row(UNCLEAR, UNCLEAR))
     assert summary.gold == (
-        "By the gold judge, PPO (preferred on 80% of prompts, 95% interval 75–85%) and GRPO (80%, interval 75–85%) "
+        "By the gold judge, PPO (preferred in 80% of pairs, 95% interval 75–85%) and GRPO (80%, interval 75–85%) "
         "beat SFT; DPO (53%, interval 47–59%) is not clearly better or worse than SFT."
     )
     assert "and the gold judge agree on which policies beat SFT" in summary.agreement
     assert (summary.suspects, summary.caution, summary.drift) == ((), "", "")
-    assert "PPO (preferred on 60% of prompts, 95% interval 50–70%) is not clearly" in _summary(ppo=_row(TOUCHING)).gold
+    assert "PPO (preferred in 60% of pairs, 95% interval 50–70%) is not clearly" in _summary(ppo=_row(TOUCHING)).gold
     assert _summary().gold == "There is no policy to compare with SFT."
 
 
@@ -59,10 +50,10 @@ def test_a_gain_by_the_proxy_that_gold_confirms_by_less_than_half_is_suspected_h
 
 def test_a_winner_with_signs_of_hacking_is_not_to_be_trusted() -> None:
     table: Table = {"sft": SFT, "ppo": _row(UP), "grpo": _row((0.7, 0.6, 0.78))}
-    trusted = "PPO comes first: preferred to SFT on 80% of prompts. GRPO may be as good: the intervals overlap."
+    trusted = "PPO comes first: preferred to SFT in 80% of pairs. GRPO may be as good: the intervals overlap."
     assert summarise_table(table, ["grpo"]).winner == trusted
     assert summarise_table(table, ["ppo"]).winner == (
-        "PPO is not to be trusted: preferred to SFT on 80% of prompts, but with signs of reward hacking. Read its "
+        "PPO is not to be trusted: preferred to SFT in 80% of pairs, but with signs of reward hacking. Read its "
         "samples first."
     )
 
@@ -88,10 +79,10 @@ def test_the_winner_has_the_highest_lower_end_and_who_overlaps_it_may_be_as_good
     table: Table = {"sft": SFT, "ppo": _row((0.82, 0.70, 0.9)), "grpo": _row(UP), "dpo": _row(UNCLEAR)}
     assert best_policy(table) == "grpo"
     assert summarise_table(table).winner == (
-        "GRPO comes first: preferred to SFT on 80% of prompts. PPO may be as good: the intervals overlap."
+        "GRPO comes first: preferred to SFT in 80% of pairs. PPO may be as good: the intervals overlap."
     )
     best = _summary(ppo=_row(UP), dpo=_row(UNCLEAR)).winner
-    assert best == "PPO is best: preferred to SFT on 80% of prompts."
+    assert best == "PPO is best: preferred to SFT in 80% of pairs."
 
 
 @pytest.mark.parametrize("gold", [DOWN, UNCLEAR, TOUCHING])
@@ -105,6 +96,31 @@ def test_few_prompts_and_a_judge_that_follows_the_order_of_responses_are_pointed
     caution = _summary(ppo=_row(UP, judge_inconsistent=0.51), dpo=_row(UP)).caution
     assert caution.startswith("Do not rely on the LLM judge for PPO: on more than half")
     assert _summary(ppo=_row(UP, judge_inconsistent=0.5)).caution == ""
+
+
+DOUBTS = {
+    "PPO's win rate is no evidence: a win rate of 80% is impossible at a KL of 0.10 nats": {"win_rate_bound": 0.63},
+    "PPO's win rate is no evidence: the comparison is not calibrated: SFT wins 60% (55%–65%) against itself": {
+        "win_rate_null": 0.6, "win_rate_null_low": 0.55, "win_rate_null_high": 0.65
+    },
+    "PPO's win rate is no evidence: SFT against itself is as far from 50%: 18.0% against 80.0%": {
+        "win_rate_null": 0.18, "win_rate_null_low": 0.1, "win_rate_null_high": 0.55
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("text", DOUBTS)
+def test_nobody_beats_sft_by_a_win_rate_that_is_no_evidence(text: str) -> None:
+    """GRPO, with a lower win rate and no doubt, is the best then."""
+    ppo = _row(UP, kl=0.1, **DOUBTS[text])
+    summary = _summary(ppo=ppo)
+    assert summary.caution.startswith(text)
+    assert (summary.winner, summary.agreement) == ("No policy clearly beats SFT.", "")
+    assert "is not clearly better or worse than SFT" in summary.gold
+    grpo = _row((0.7, 0.6, 0.8), kl=3.0, win_rate_bound=0.98)
+    both: Table = {"sft": SFT, "ppo": ppo, "grpo": grpo}
+    assert best_policy(both) == "grpo"
+    assert summarise_table(both).winner.startswith("GRPO comes first: preferred to SFT in 70% of pairs")
 
 
 TABLE: Table = {
@@ -133,7 +149,7 @@ def test_the_gold_judge_is_a_share_where_it_is_the_right_answer() -> None:
 
 
 def test_every_column_is_explained_by_itself_or_by_its_kind_or_judge() -> None:
-    unexplained = [column.key for column in COLUMNS if not column.meaning]
+    unexplained = [column.key for column in (*COLUMNS, *WIN_RATE_COLUMNS[1:]) if not column.meaning]
     assert unexplained == ["win_rate_judge", "win_rate_vader", "win_rate_proxy", "vader", "reward_proxy"]
 
 
