@@ -48,19 +48,23 @@ def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> Non
     """Texts of letters in alphabetical order, rated 1 or 5 at random: no rating is about word order."""
     write_inputs(tmp_path)
     gold, draw = tmp_path / "prepare" / "ratings" / "gold", random.Random(0)
-    for split in ("train", "test"):
+    for split in ("train", "test", "../proxy/test"):
         texts = [" ".join(sorted(draw.sample(ascii_lowercase, 8))) for _ in range(60)]
         rows = [Rating(id=text, text=text, ratings=(draw.choice((1.0, 5.0)),)) for text in texts]
         write_rows(gold / f"{split}.jsonl", rows)
     settings = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "max_examples": 60}
-    examples, gaps = [], []
+    examples, gaps, scrambled = [], [], []
     for share in (0.0, 0.9):
         (out := tmp_path / str(share)).mkdir()
         run_gold_judge(tmp_path, out, **settings, shuffled_share=share)
         found = json.loads((out / "metrics.json").read_text())
         examples.append(found["examples"])
         gaps.append(found["heldout_mean_score"] - found["shuffled_mean_score"])
+        scrambled.append(found["challenge/scrambled"])
+        table = (out / "challenge.csv").read_text().splitlines()
+        assert [row.split(",")[:2] for row in table[1:3]] == [["praise", "20"], ["scrambled", "20"]]
     assert examples == [60, 114]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
+    assert scrambled[0] < 0.8 < scrambled[1], "pairs made by rule of other texts see it, too"
     with pytest.raises(ValueError, match=r"shuffled_share 0\.5 needs kind rating"):
         run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)
