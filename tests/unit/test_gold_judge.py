@@ -6,9 +6,11 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import pytest
+import torch
 
 from tasks.core.errors import DataError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
+from tasks.evals.challenge import load_challenge
 from tasks.gold_judge import shuffle_words
 from tasks.rewards.reward_model import GoldJudge
 from tests.support.tiny_stages import run_gold_judge, write_inputs
@@ -53,18 +55,18 @@ def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> Non
         rows = [Rating(id=text, text=text, ratings=(draw.choice((1.0, 5.0)),)) for text in texts]
         write_rows(gold / f"{split}.jsonl", rows)
     settings = {"epochs": 6, "batch_size": 8, "learning_rate": 0.02, "max_examples": 60}
-    examples, gaps, scrambled = [], [], []
+    examples, gaps = [], []
     for share in (0.0, 0.9):
         (out := tmp_path / str(share)).mkdir()
         run_gold_judge(tmp_path, out, **settings, shuffled_share=share)
         found = json.loads((out / "metrics.json").read_text())
         examples.append(found["examples"])
         gaps.append(found["heldout_mean_score"] - found["shuffled_mean_score"])
-        scrambled.append(found["challenge/scrambled"])
-        table = (out / "challenge.csv").read_text().splitlines()
-        assert [row.split(",")[:2] for row in table[1:3]] == [["praise", "20"], ["scrambled", "20"]]
     assert examples == [60, 114]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
-    assert scrambled[0] < 0.8 < scrambled[1], "pairs made by rule of other texts see it, too"
-    with pytest.raises(ValueError, match=r"shuffled_share 0\.5 needs kind rating"):
-        run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)
+    made = load_challenge(tmp_path / "prepare" / "ratings" / "proxy" / "test.jsonl", tmp_path, 0)
+    scrambled = [pair for pair in made if pair.category == "scrambled"]
+    assert len(scrambled) == 20
+    judge = GoldJudge.load(tmp_path / "base_model", tmp_path / "0.9")
+    scores = (judge([""] * 20, [getattr(pair, side) for pair in scrambled]) for side in ("right", "wrong"))
+    assert found["challenge/scrambled"] == pytest.approx(torch.gt(*scores).float().mean().item())
