@@ -101,15 +101,12 @@ def load_challenge(ratings: Path, pairs: Path, seed: int) -> list[ChallengePair]
 
     Both are of the test split, on which nothing is trained.
     """
-    if _has_rows(ratings):
+    filled = [path for path in (ratings, pairs) if path.is_file() and path.stat().st_size]
+    if ratings in filled:
         rated = read_rows(ratings, Rating)
         return challenge_pairs([("", row.text) for row in rated], seed, [row.mean for row in rated])
-    rows = read_rows(pairs, Preference) if _has_rows(pairs) else []
+    rows = read_rows(pairs, Preference) if pairs in filled else []
     return challenge_pairs(list(dict.fromkeys((row.prompt, row.chosen) for row in rows)), seed)
-
-
-def _has_rows(path: Path) -> bool:
-    return path.is_file() and path.stat().st_size > 0
 
 
 def challenge_samples(pairs: Sequence[ChallengePair]) -> list[tuple[str, str]]:

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import combinations
 from pathlib import Path
 from statistics import median_low
@@ -10,14 +10,9 @@ from typing import Any
 
 from tasks.core.errors import RLHFError, TrainingError
 from tasks.core.rows import flatten, write_json, write_table
+from tasks.evals import seed_statistics
 from tasks.evals.compare import DIGITS, REFERENCE, Table, judges_of
-from tasks.evals.seed_statistics import (
-    SeedValues,
-    bootstrap_seeds,
-    detectable_difference,
-    variance_components,
-    wins_by_prompt,
-)
+from tasks.evals.seed_statistics import SeedValues, bootstrap_seeds, wins_by_prompt
 from tasks.evals.statistics import t_interval
 
 __all__ = [
@@ -176,25 +171,18 @@ def _subtract(one: SeedValues, other: SeedValues) -> list[dict[str, float]]:
     return [{prompt: a[prompt] - b[prompt] for prompt in a} for a, b in zip(one, other, strict=True)]
 
 
-def _over_prompts(values: SeedValues, *, null: float) -> dict[str, Any]:
+def _over_prompts(values: SeedValues, *, null: float) -> dict[str, float]:
     """Mean, interval and p-value over seeds and prompts.
 
-    Where each seed has its own prompts, also the standard deviations of the two variance components, and `detectable`:
-    the difference that a test sees with 80 % power, as it is, with twice the seeds, and with four times the prompts.
+    Where each seed has its own prompts, also the standard deviations of the two variance components, and `detectable`,
+    the difference that a test over so many seeds and prompts sees with 80 % power.
     """
-    found: dict[str, Any] = asdict(bootstrap_seeds(values, null=null))
+    found = bootstrap_seeds(values, null=null)
     if any(own.keys() != values[0].keys() for own in values) and min(map(len, values)) > 1:
-        components = variance_components(values)
-        seeds, prompts = len(values), min(map(len, values))
-        found |= {name: variance**0.5 for name, variance in zip(("seed_std", "prompt_std"), components, strict=True)}
-        found |= {
-            name: detectable_difference(*components, seeds=s, prompts=p)
-            for name, s, p in (
-                ("detectable", seeds, prompts),
-                ("detectable_twice_the_seeds", 2 * seeds, prompts),
-                ("detectable_four_times_the_prompts", seeds, 4 * prompts),
-            )
-        }
+        between, within = seed_statistics.variance_components(values)
+        size = {"seeds": len(values), "prompts": min(map(len, values))}
+        detectable = seed_statistics.detectable_difference(between, within, **size)
+        found |= {"seed_std": between**0.5, "prompt_std": within**0.5, "detectable": detectable}
     return {name: round(value, DIGITS) for name, value in found.items()}
 
 
@@ -228,9 +216,8 @@ def write_summary(folder: Path, results: Results) -> None:
         {"policy": policy, "seed": seed} | row
         for policy, own in summary["policies"].items() for seed, row in own["seeds"].items()
     ]  # fmt: skip
-    known = dict.fromkeys(("policy", "seed", *SEED_COLUMNS, *(name for row in rows for name in row)))
-    last = ("detectors", "collapsed")
-    write_table(folder / "seeds.csv", rows, (*(name for name in known if name not in last), *last))
+    columns = dict.fromkeys(("policy", "seed", *SEED_COLUMNS, *(name for row in rows for name in row)))
+    write_table(folder / "seeds.csv", rows, list(columns))
     _plot_seeds(folder / "seeds.svg", summary)
 
 

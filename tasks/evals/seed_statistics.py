@@ -2,7 +2,6 @@
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -10,7 +9,7 @@ import scipy  # scipy.stats takes a second to import, which scipy does at its fi
 
 from tasks.evals.statistics import LEVEL, pairwise_wins
 
-__all__ = ["Estimate", "bootstrap_seeds", "detectable_difference", "variance_components", "wins_by_prompt"]
+__all__ = ["SeedValues", "bootstrap_seeds", "detectable_difference", "variance_components", "wins_by_prompt"]
 
 SAMPLES, SEED = 2000, 0
 """Resamples of the bootstrap, and the seed that draws them."""
@@ -19,16 +18,6 @@ POWER = 0.8
 
 SeedValues = Sequence[Mapping[str, float]]
 """For each seed: prompt → a policy's win rate there, or the difference of two policies' win rates."""
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean over seeds and prompts, its 95 % interval, and the two-sided p-value of its being `null`."""
-
-    mean: float
-    low: float
-    high: float
-    p_value: float
 
 
 def wins_by_prompt(responses: Iterable[Mapping[str, Any]], reference: str) -> dict[str, dict[str, float]]:
@@ -51,47 +40,38 @@ def wins_by_prompt(responses: Iterable[Mapping[str, Any]], reference: str) -> di
     }
 
 
-def bootstrap_seeds(values: SeedValues, *, null: float) -> Estimate:
-    """Bootstrap the mean of the seeds' means: seeds are resampled, and within each its prompts.
+def bootstrap_seeds(values: SeedValues, *, null: float) -> dict[str, float]:
+    """`mean` of the seeds' means, `low` and `high` (95 %), and the two-sided `p_value` of a mean of `null`.
 
-    Source: Davison and Hinkley 1997, section 3.8 (hierarchical data). Where all seeds answered the same prompts, one
-    resample of these serves all seeds (two crossed factors: Owen 2007, arXiv 0712.1111). The noise of the prompts is in
-    the seeds' means already and counts once more, so the interval is up to √2 too wide where seeds hardly differ; where
-    they do, it is too narrow by √((n − 1)/n) for n seeds. Student's interval over seeds is neither.
-
-    Raises:
-        ValueError: there is no seed, or a seed without prompts.
+    Seeds are resampled, and within each its prompts (Davison and Hinkley 1997, section 3.8). Where all seeds answered
+    the same prompts, one resample of these serves all seeds (two crossed factors: Owen 2007, arXiv 0712.1111). The
+    noise of the prompts is in the seeds' means already and counts once more, so the interval is up to √2 too wide where
+    seeds hardly differ; where they do, it is too narrow by √((n − 1)/n) for n seeds. Student's interval is neither.
     """
     rng, count = np.random.default_rng(SEED), len(values)
     common = all(own.keys() == values[0].keys() for own in values)
     grid = [np.array([own[prompt] for prompt in (values[0] if common else own)]) for own in values]
-    mean = float(np.mean([own.mean() for own in grid]))
 
     def resampled_means() -> np.ndarray:
         """[seeds, resamples]."""
         picks = [rng.integers(len(own), size=(SAMPLES, len(own))) for own in grid[: 1 if common else None]]
         return np.stack([own[picks[0 if common else number]].mean(1) for number, own in enumerate(grid)])
 
-    first = resampled_means()
-    slots = [first if common or not slot else resampled_means() for slot in range(count)]
+    slots = [resampled_means()] * count if common else [resampled_means() for _ in range(count)]
     chosen = rng.integers(count, size=(count, SAMPLES))
     found = np.mean([own[seeds, range(SAMPLES)] for own, seeds in zip(slots, chosen, strict=True)], axis=0)
     low, high = np.quantile(found, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
     tail = min(np.sum(found <= null), np.sum(found >= null))
-    return Estimate(mean, float(low), float(high), min(1.0, 2 * (1 + float(tail)) / (1 + SAMPLES)))
+    p_value = min(1.0, 2 * (1 + float(tail)) / (1 + SAMPLES))
+    return {"mean": float(np.mean([own.mean() for own in grid])), "low": low, "high": high, "p_value": p_value}
 
 
 def variance_components(values: SeedValues) -> tuple[float, float]:
-    """Variance of the seeds' true means, and of prompts within a seed, where each seed has prompts of its own.
+    """Variance of the seeds' true means, and of prompts within a seed; two seeds at least, each with its own prompts.
 
     The first is the variance of the seeds' means less what their prompts explain, Σ s²/P / n, and at least 0 (one-way
     random effects: Searle, Casella and McCulloch 1992, "Variance Components").
-
-    Raises:
-        ValueError: fewer than two seeds, or a seed with fewer than two prompts.
     """
-    if len(values) < 2 or min(map(len, values)) < 2:
-        raise ValueError("variances need two seeds, and two prompts of each")
     variances = [np.var(list(own.values()), ddof=1) for own in values]
     between = np.var([np.mean(list(own.values())) for own in values], ddof=1)
     explained = np.mean([within / len(own) for within, own in zip(variances, values, strict=True)])
@@ -99,15 +79,10 @@ def variance_components(values: SeedValues) -> tuple[float, float]:
 
 
 def detectable_difference(seed_variance: float, prompt_variance: float, *, seeds: int, prompts: int) -> float:
-    """Smallest difference that a two-sided t-test over seeds at 5 % sees with 80 % power.
+    """Smallest difference that a two-sided t-test over two or more seeds at 5 % sees with 80 % power.
 
     (t₀.₉₇₅ + t₀.₈) · √(σ²_seed/S + σ²_prompt/(S·P)), Student's t with S − 1 degrees of freedom: an approximation of
     the noncentral t (Bloom 1995, "Minimum detectable effects", Evaluation Review 19). Each seed has its own prompts.
-
-    Raises:
-        ValueError: there are fewer than two seeds.
     """
-    if seeds < 2:
-        raise ValueError(f"a test over {seeds} seeds")
     quantiles = scipy.stats.t.ppf([(1 + LEVEL) / 2, POWER], seeds - 1).sum()
     return float(quantiles) * math.sqrt(seed_variance / seeds + prompt_variance / (seeds * prompts))

