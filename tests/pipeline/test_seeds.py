@@ -90,11 +90,11 @@ def test_every_seed_once_what_they_share_once_and_the_bad_ones_named(trainable: 
 
 
 @pytest.mark.slow
-def test_seeds_of_all_stages_share_the_collected_rows_alone(trainable: Project) -> None:
+def test_seeds_of_all_stages_run_every_stage_that_reads_a_seed(trainable: Project) -> None:
     output = trainable.rlhf("run", "--seeds", "2", "--seeds-of", "all")
     assert "variant 2 of 2: policy_seed=1 seed=1" in output
-    each = dict.fromkeys(("prepare", "sft", "gold_judge", "ppo", "evaluate"), 2)
-    assert runs(trainable) == each | {"collect": 1, "pipeline": 1, "policy_seed=1 seed=1": 1}
+    each = dict.fromkeys(("collect", "prepare", "sft", "gold_judge", "ppo", "evaluate"), 2)
+    assert runs(trainable) == each | {"pipeline": 1, "policy_seed=1 seed=1": 1}
     (found,) = written(trainable)
     # PPO beats SFT on 8 and on 3 of 10 prompts and ties on the others: (0.9 + 0.65) / 2.
     assert found["wins"]["ppo"]["mean"] == pytest.approx(0.775)
