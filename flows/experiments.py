@@ -97,12 +97,19 @@ def _split_values(values: str) -> list[str]:
 
 
 def run_seeds(
-    count: int, stages: Sequence[str], options: Mapping[str, Any], environment: Mapping[str, str]
+    count: int,
+    stages: Sequence[str],
+    options: Mapping[str, Any],
+    environment: Mapping[str, str],
+    *,
+    whole_chain: bool,
 ) -> tuple[Path, dict[str, Any]]:
-    """Run under so many seeds of the policies, from `policy_seed` upwards, one after another, and compare them.
+    """Run under so many seeds, from those of params.yaml upwards, one after another, and compare them.
 
-    The first is the project itself. Data, SFT, reward model, and the prompts and random numbers of the evaluation are
-    common to all. A seed that fails does not keep the others from running; its error is part of the summary.
+    The first is the project itself. `policy_seed` differs; data, SFT, reward model, and the prompts and random numbers
+    of the evaluation are common to all. For the whole chain `seed` differs, too: it splits the data, and SFT, reward
+    model and gold judge are trained anew. A seed that fails does not keep the others from running; its error is part of
+    the summary.
 
     Args:
         stages: to run, with what they need; empty for all.
@@ -119,23 +126,26 @@ def run_seeds(
     params = load_params(project_root() / "params.yaml")
     _check_seeds_apply(params, stages)
     folder = _new_series_folder("seeds")
-    first, flow_run = params.policy_seed, ""
+    starts = {"policy_seed": params.policy_seed} | ({"seed": params.seed} if whole_chain else {})
+    flow_run = ""
     flags = [f"--{name}" if value is True else f"--{name}={value}" for name, value in options.items() if value]
     results: dict[int, SeedResult | RLHFError] = {}
-    for seed in range(first, first + count):
-        override = f"policy_seed={seed}"
-        console.print_variant_start(seed - first + 1, count, [override])
-        if seed == first:
+    for number in range(count):
+        settings = [f"{name}={start + number}" for name, start in starts.items()]
+        seed = params.policy_seed + number
+        console.print_variant_start(number + 1, count, settings)
+        if number == 0:
             flow_run, results[seed] = _run_in_place(stages, options)
         else:
             try:
-                with _run_with_overrides(folder, [override], [*stages, *flags], environment) as written:
+                with _run_with_overrides(folder, settings, [*stages, *flags], environment) as written:
                     results[seed] = experiments.load_seed_result(written)
             except RLHFError as error:
                 results[seed] = error
         experiments.write_summary(folder, results)
     summary = experiments.summarise_seeds(results)
-    tags = {"rlhf.sweep": folder.name, "rlhf.variant": f"policy_seed={first}"}
+    variant = " ".join(f"{name}={start}" for name, start in starts.items())
+    tags = {"rlhf.sweep": folder.name, "rlhf.variant": variant}
     tags |= {f"seeds.{key}": "; ".join(summary[key]) for key in ("collapsed", "failed") if summary[key]}
     mlflow_runs.add_to_pipeline(flow_run, tags, experiments.flat_metrics(summary))
     return folder, summary

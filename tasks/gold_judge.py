@@ -11,6 +11,7 @@ import torch
 
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json
+from tasks.evals.challenge import challenge_samples, load_challenge, write_challenge
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
 from tasks.models.loading import add_lora, init_process, load_context, load_tokenizer, new_reward_model, save_adapter
 from tasks.rewards.metrics import fraction_true, rating_metrics
@@ -26,10 +27,11 @@ __all__ = ["gold_judge"]
 def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: Artifacts) -> None:
     """Fit a linear head on the base model to mean ratings by squared error, or to pairs by Bradley–Terry.
 
-    The judge starts from the base model, not from the SFT model, and reads only the gold half of the rated texts or
-    pairs, so that it shares neither texts nor mistakes with the reward model. Writes adapter/, history.csv and
+    The judge starts from the base model, not from the SFT model, and learns only from the gold half of the rated texts
+    or pairs, so that it shares neither texts nor mistakes with the reward model. Writes adapter/, history.csv,
     metrics.json (correlation with held-out mean ratings, the error in points, and what the held-out texts score on
-    average, as they are and with their words shuffled; or accuracy on held-out pairs).
+    average, as they are and with their words shuffled; or accuracy on held-out pairs), and challenge.csv: accuracy on
+    pairs made by rule from test sentences, where there are ratings the reward model's own, see `tasks.evals.challenge`.
     """
     init_process()
     rating = params.kind == "rating"
@@ -43,6 +45,13 @@ def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: 
     train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
     scorer = TextScorer(model, tokenizer)
     metrics = _evaluate_ratings(scorer, data, seed) if rating else _evaluate_pairs(scorer, data)
+    made = load_challenge(
+        artifacts.prepare / "ratings" / "proxy" / "test.jsonl",
+        artifacts.prepare / "preferences" / "gold" / "test.jsonl",
+        seed,
+    )
+    scores = scorer(challenge_samples(made)) if made else torch.empty(0)
+    metrics |= write_challenge(artifacts.out / "challenge.csv", made, scores)
     save_adapter(model, artifacts.out)
     write_history(artifacts.out / "history.csv", history.rows)
     write_json(artifacts.out / "metrics.json", metrics | counts)

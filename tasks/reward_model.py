@@ -13,6 +13,7 @@ import torch
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json
+from tasks.evals.challenge import challenge_samples, load_challenge, write_challenge
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
 from tasks.models.loading import (
     ADAPTER_DIR,
@@ -51,8 +52,9 @@ def reward_model(
     Writes adapter/ (with normalisation.json: μ and σ of each head's raw value on responses of the SFT policy;
     ood.safetensors: where the training texts lie; members/1, members/2, …: the further members of an ensemble, trained
     alike from the seeds that follow, each laid out like this folder; backbone/ or scorer/: a copy of the model that is
-    not the SFT model), history.csv, accuracy_by_margin.csv, calibration.csv and metrics.json. The tables and metrics
-    are those of the first member, but for `ensemble_…`, that of the members' mean, and `mean_member_…`.
+    not the SFT model), history.csv, accuracy_by_margin.csv, calibration.csv, challenge.csv (pairs made by rule, see
+    `tasks.evals.challenge`) and metrics.json. The tables and metrics are those of the first member, but for those of
+    the members' mean, `ensemble_…` and `challenge…`, and for `mean_member_…`.
 
     Raises:
         DataError: the rows that this kind learns from are missing, or lack a field.
@@ -72,7 +74,9 @@ def reward_model(
         data, counts = data.fit(
             load_tokenizer(backbone), params, section="reward_model", context=load_context(backbone)
         )
-    metrics, scores = data.sizes() | counts, []
+    ratings, pairs = artifacts.prepare / "ratings" / "proxy" / "test.jsonl", artifacts.preferences / "test.jsonl"
+    made = load_challenge(ratings, pairs, seed)
+    metrics, scores, made_scores = data.sizes() | counts, [], []
     for number in range(params.ensemble_size):
         folder = member_folder(artifacts.out, number)
         scorer = train_reward_model(params, lora, seed, data, artifacts, number)
@@ -80,6 +84,8 @@ def reward_model(
         write_json(folder / NORMALISATION, member.to_dict())
         values, states = member.raw_scores(data.samples("test"))
         scores.append(member.normalise(values))
+        if made:
+            made_scores.append(member.score(member.normalise(member.raw_scores(challenge_samples(made))[0])))
         if number == 0:
             metrics |= evaluate_reward_model(params.kind, data, member, values, artifacts.out)
             ood = fit_ood_detector(scorer, data.samples("train", FIT_TEXTS), data.samples("validation"))
@@ -87,6 +93,9 @@ def reward_model(
             metrics |= ood.metrics(sft=sample_states, heldout=states)
         del scorer, member
         gc.collect()  # a trained model is in reference cycles, and the next needs the memory
+    metrics |= write_challenge(
+        artifacts.out / "challenge.csv", made, torch.stack(made_scores).mean(0) if made else torch.empty(0)
+    )
     write_json(artifacts.out / "metrics.json", metrics | ensemble_metrics(params.kind, data, torch.stack(scores)))
     check_accuracy(data, torch.stack(scores).mean(0), params.min_accuracy)
 

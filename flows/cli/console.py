@@ -25,12 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
     "print_approval_pending", "print_comparison", "print_device_waiting", "print_error", "print_gate_decision",
-    "print_prefect_away",
-    "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
-    "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_controls", "read_findings",
-    "read_policies",
-    "seeds_table",
-    "summary_markdown", "variants_table",
+    "print_prefect_away", "print_push_done", "print_push_failed", "print_run_waiting", "print_seed_differences",
+    "print_stage_end", "print_stage_start", "print_stage_waiting", "print_table", "print_variant_start", "print_warning",
+    "read_controls", "read_findings", "read_policies", "seeds_table", "summary_markdown", "variants_table",
 ]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
@@ -163,6 +160,14 @@ def seeds_table(report: dict[str, Any]) -> Table:
         table.add_row(policy, "range", *(_range_cell(spread, form) for spread, form in spreads))
         table.add_section()
     return table
+
+
+def print_seed_differences(report: dict[str, Any]) -> None:
+    """Print each two policies' difference of win rates over seeds and prompts, and what difference would be seen."""
+    for policies, found in report["differences"].items():
+        mean, low, high = (format(100 * found[key], "+.1f") for key in ("mean", "low", "high"))
+        seen = f"; {100 * found['detectable']:.1f} would be seen at 80 % power" if "detectable" in found else ""
+        console.print(f"{policies}: {mean} points ({low} to {high}), p = {found['p_value']:.2g}{seen}")
 
 
 def print_approval_pending(policy: str, hours: float) -> None:

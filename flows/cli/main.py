@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.markup import escape
@@ -23,6 +23,7 @@ from flows.cli.console import (
     print_comparison,
     print_error,
     print_run_waiting,
+    print_seed_differences,
     print_table,
     read_controls,
     read_policies,
@@ -92,7 +93,10 @@ def run(
     parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Let so many processes share the training, a GPU each.")] = 1,
-    seeds: Annotated[int, typer.Option(min=1, help="Train the policies under so many seeds, and compare those.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Run under so many seeds, and compare those.")] = 1,
+    seeds_of: Annotated[
+        Literal["policy", "all"], typer.Option(help="What the seeds differ in: the policies' training, or all stages.")
+    ] = "policy",
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
     root = enter_project()
@@ -109,7 +113,7 @@ def run(
             if fit:
                 _fit(root, options)
             if seeds > 1:
-                _run_seeds(seeds, stages or [], options, environment)
+                _run_seeds(seeds, stages or [], options, environment, whole_chain=seeds_of == "all")
                 return
             from flows.pipeline import run_pipeline
 
@@ -263,12 +267,15 @@ def schedule(
     serve(cron, timezone, console.print)
 
 
-def _run_seeds(count: int, stages: list[str], options: dict[str, Any], environment: dict[str, str]) -> None:
+def _run_seeds(
+    count: int, stages: list[str], options: dict[str, Any], environment: dict[str, str], *, whole_chain: bool
+) -> None:
     from flows.experiments import run_seeds
 
-    folder, summary = run_seeds(count, stages, options, environment)
+    folder, summary = run_seeds(count, stages, options, environment, whole_chain=whole_chain)
     console.print()
     print_table(seeds_table(summary))
+    print_seed_differences(summary)
     for sentence in summary["collapsed"]:
         console.print(f"[red]collapsed:[/] {escape(sentence)}")
     console.print(f"table and plot: {folder}    curves and samples: rlhf ui")

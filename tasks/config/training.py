@@ -229,14 +229,8 @@ class GoldJudgeParams(TrainerParams):
     shuffled_share: Fraction = Field(
         0.0,
         description="For each rated text, so many more whose words stand in random order, rated as low as the lowest: "
-        "a judge trained only on people's texts scores word salad highly. Kind rating only.",
+        "a judge trained only on people's texts scores word salad highly. Does not count for pairs.",
     )
-
-    @model_validator(mode="after")
-    def _check_shuffled(self) -> Self:
-        if self.shuffled_share and self.kind != "rating":
-            raise ValueError(f"shuffled_share {self.shuffled_share} needs kind rating, not {self.kind}; set it to 0")
-        return self
 
 
 class DPOParams(TrainerParams):

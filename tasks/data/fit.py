@@ -304,8 +304,6 @@ def _judge_model_misfits(params: Params, rows: PreparedRows, layers: int, reason
         yield Misfit("evaluate", "gold_judge", None, _judge_section(params, kind, len(found), layers), reason)
     elif judge.kind != kind:
         yield Misfit("gold_judge", "gold_judge.kind", judge.kind, kind, reason)
-        if judge.shuffled_share:
-            yield Misfit("gold_judge", "gold_judge.shuffled_share", judge.shuffled_share, "0", "for kind rating only")
     if kind == "preference" and not share:
         text = f"keeps {len(rows.gold_pairs('train'))} training pairs for the judge"
         yield Misfit("gold_judge", "prepare.gold_pair_share", share, str(rows.gold_share), text)

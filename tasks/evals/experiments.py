@@ -2,14 +2,17 @@
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import combinations
 from pathlib import Path
 from statistics import median_low
 from typing import Any
 
 from tasks.core.errors import RLHFError, TrainingError
-from tasks.core.rows import write_json, write_table
+from tasks.core.rows import flatten, write_json, write_table
+from tasks.evals import seed_statistics
 from tasks.evals.compare import DIGITS, REFERENCE, Table, judges_of
+from tasks.evals.seed_statistics import SeedValues, bootstrap_seeds, wins_by_prompt
 from tasks.evals.statistics import t_interval
 
 __all__ = [
@@ -24,7 +27,7 @@ SEED_COLUMNS = (
     "win_rate", "win_rate_low", "win_rate_high", "gain_gold", "gain_gold_stderr", "gain_proxy", "gain_proxy_stderr",
     "kl", "kl_stderr", "reward_gold", "reward_proxy", "length", "repetition", "truncated_share",
 )  # fmt: skip
-"""Columns of one seed's policy."""
+"""First columns of one seed's policy; all others of policies.json follow."""
 
 METRICS = {
     "win_rate": "win rate against SFT",
@@ -32,7 +35,7 @@ METRICS = {
     "gain_proxy": "proxy gain, standard deviations",
     "kl": "KL to SFT, nats",
 }
-"""Metrics averaged over seeds, with their titles."""
+"""Metrics drawn over seeds, with their titles; averaged are all that have an interval or error of their own, too."""
 
 STEP, WIDTH = 0.05, 0.5
 """Distance of the dots of two seeds, and its maximum over all seeds; policies have distance 1."""
@@ -45,12 +48,14 @@ class SeedResult:
     Attributes:
         degenerate_count: policy → degenerate responses of its last update, see `tasks.rl.hacking.response_metrics`;
             0 for DPO, which samples nothing while it trains.
+        wins: policy → prompt → win rate, see `wins_by_prompt`.
         detectors: policy → the detectors of reward hacking that fired.
     """
 
     table: Table
     degenerate_count: Mapping[str, float]
     detectors: Mapping[str, Sequence[str]]
+    wins: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
 
 Results = Mapping[int, SeedResult | RLHFError]
@@ -64,6 +69,8 @@ def load_seed_result(artifacts: Path) -> SeedResult:
         return json.loads((artifacts / path).read_text(encoding="utf-8"))
 
     table: Table = read("evaluate/policies.json")
+    with (artifacts / "evaluate" / "responses.jsonl").open(encoding="utf-8") as file:
+        wins = wins_by_prompt(map(json.loads, file), REFERENCE)
     metrics = {policy: read(f"{policy}/metrics.json") for policy in table if policy != REFERENCE}
     return SeedResult(
         table,
@@ -72,6 +79,7 @@ def load_seed_result(artifacts: Path) -> SeedResult:
             policy: list(dict.fromkeys(finding["detector"] for finding in own))
             for policy, own in read("evaluate/findings.json").items()
         },
+        {policy: wins[policy] for policy in table if policy in wins},
     )
 
 
@@ -102,7 +110,8 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
 
     `policies` gives each policy a `summary`, metric → statistics over seeds (`low` and `high` are the 95 % interval of
     the mean, null for one seed), and its `seeds`, seed → metrics with `detectors`, those that fired, and `collapsed`,
-    the reason or null; `collapsed` and `failed` hold a sentence for each.
+    the reason or null; `collapsed` and `failed` hold a sentence for each. `wins` gives each policy, against ½, and
+    `differences` each two policies ("ppo-grpo"), against 0, the win rate over seeds and prompts: see `_over_prompts`.
 
     Means are over every evaluated seed, collapsed ones included: leaving those out would select seeds by their result.
     A training that failed with a TrainingError counts as collapsed, too.
@@ -115,11 +124,18 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
         f"{policy}, seed {seed}: {row['collapsed']}"
         for policy, own in rows.items() for seed, row in own.items() if row["collapsed"]
     ]  # fmt: skip
+    wins = {policy: [result.wins.get(policy, {}) for result in trained.values()] for policy in policies}
+    wins = {policy: own for policy, own in wins.items() if len(own) > 1 and all(own)}
     diverged = [seed for seed, error in errors.items() if isinstance(error, TrainingError)]
     return {
         "seeds": list(results),
         "policies": {
             policy: {"summary": _summarise_metrics(list(own.values())), "seeds": own} for policy, own in rows.items()
+        },
+        "wins": {policy: _over_prompts(own, null=0.5) for policy, own in wins.items()},
+        "differences": {
+            f"{one}-{other}": _over_prompts(_subtract(wins[one], wins[other]), null=0.0)
+            for one, other in combinations(wins, 2)
         },
         "collapsed": collapsed + [f"seed {seed}: its training failed" for seed in diverged],
         "failed": [f"seed {seed}: {error}" for seed, error in errors.items()],
@@ -129,14 +145,16 @@ def summarise_seeds(results: Results) -> dict[str, Any]:
 def _seed_row(trained: Mapping[int, SeedResult], seed: int, policy: str) -> dict[str, Any]:
     result = trained[seed]
     row, others = result.table[policy], [other.table[policy] for name, other in trained.items() if name != seed]
-    return {key: row[key] for key in SEED_COLUMNS if key in row} | {
+    return {key: row[key] for key in dict.fromkeys((*SEED_COLUMNS, *row)) if key in row} | {
         "detectors": " ".join(result.detectors[policy]),
         "collapsed": collapse_reason(row, result.degenerate_count[policy], others),
     }
 
 
 def _summarise_metrics(rows: Sequence[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    return {name: _summarise_values([row[name] for row in rows]) for name in METRICS if name in rows[0]}
+    own = [name for name in rows[0] if f"{name}_low" in rows[0] or f"{name}_stderr" in rows[0]]
+    names = [name for name in dict.fromkeys((*METRICS, *own)) if all(name in row for row in rows)]
+    return {name: _summarise_values([row[name] for row in rows]) for name in names}
 
 
 def _summarise_values(values: Sequence[float]) -> dict[str, Any]:
@@ -148,9 +166,30 @@ def _summarise_values(values: Sequence[float]) -> dict[str, Any]:
     return {"seeds": len(values), "mean": mean, "low": low, "high": high, "min": min(values), "max": max(values)}
 
 
+def _subtract(one: SeedValues, other: SeedValues) -> list[dict[str, float]]:
+    """Difference of two policies' win rates for each prompt of each seed."""
+    return [{prompt: a[prompt] - b[prompt] for prompt in a} for a, b in zip(one, other, strict=True)]
+
+
+def _over_prompts(values: SeedValues, *, null: float) -> dict[str, float]:
+    """Mean, interval and p-value over seeds and prompts.
+
+    Where each seed has its own prompts, also the standard deviations of the two variance components, and `detectable`,
+    the difference that a test over so many seeds and prompts sees with 80 % power.
+    """
+    found = bootstrap_seeds(values, null=null)
+    if any(own.keys() != values[0].keys() for own in values) and min(map(len, values)) > 1:
+        between, within = seed_statistics.variance_components(values)
+        size = {"seeds": len(values), "prompts": min(map(len, values))}
+        detectable = seed_statistics.detectable_difference(between, within, **size)
+        found |= {"seed_std": between**0.5, "prompt_std": within**0.5, "detectable": detectable}
+    return {name: round(value, DIGITS) for name, value in found.items()}
+
+
 def flat_metrics(summary: Mapping[str, Any]) -> dict[str, float]:
-    """Flatten the summary into metrics `seeds.<policy>.<metric>_<statistic>`."""
-    return {
+    """Flatten the summary: `seeds.<policy>.<metric>_<statistic>`, and `seeds.wins.…` and `seeds.differences.…`."""
+    over_prompts = flatten({f"seeds.{name}": summary[name] for name in ("wins", "differences")})
+    return over_prompts | {
         f"seeds.{policy}.{metric}_{statistic}": value
         for policy, own in summary["policies"].items()
         for metric, values in own["summary"].items()
@@ -173,10 +212,12 @@ def write_summary(folder: Path, results: Results) -> None:
     """Write seeds.json (see `summarise_seeds`), seeds.csv (a row per policy and seed) and seeds.svg."""
     summary = summarise_seeds(results)
     write_json(folder / "seeds.json", summary)
-    write_table(folder / "seeds.csv", [
+    rows = [
         {"policy": policy, "seed": seed} | row
         for policy, own in summary["policies"].items() for seed, row in own["seeds"].items()
-    ], columns=("policy", "seed", *SEED_COLUMNS, "detectors", "collapsed"))  # fmt: skip
+    ]  # fmt: skip
+    columns = dict.fromkeys(("policy", "seed", *SEED_COLUMNS, *(name for row in rows for name in row)))
+    write_table(folder / "seeds.csv", rows, list(columns))
     _plot_seeds(folder / "seeds.svg", summary)
 
 

@@ -133,6 +133,7 @@ class UpstreamResults:
         fits: method → judge → its fit, see `tasks.evals.overoptimisation`.
         benchmarks: policy → task → metric → [value, standard error or None]; none where stage lm_eval is off.
         accuracy, calibration: rows of the reward model's accuracy_by_margin.csv and calibration.csv.
+        challenge: judge → category → accuracy on pairs made by rule, with its interval; see `tasks.evals.challenge`.
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
     """
 
@@ -141,6 +142,7 @@ class UpstreamResults:
     benchmarks: Mapping[str, Any]
     accuracy: Rows
     calibration: Rows
+    challenge: Mapping[str, Mapping[str, Mapping[str, str]]]
     has_gold_judge: bool
     sources: Sequence[SourceInfo]
 
@@ -153,6 +155,7 @@ class UpstreamResults:
             benchmarks=_read_json(artifacts.lm_eval / "results.json"),
             accuracy=read_table(artifacts.reward_model / "accuracy_by_margin.csv"),
             calibration=read_table(artifacts.reward_model / "calibration.csv"),
+            challenge=_read_challenge({"Reward model": artifacts.reward_model, "Gold judge": artifacts.gold_judge}),
             has_gold_judge=not is_disabled(artifacts.gold_judge),
             sources=collect_sources(artifacts.base_model, artifacts.collect),
         )
@@ -262,6 +265,12 @@ def read_table(path: Path) -> list[dict[str, str]]:
         return []
     with path.open(encoding="utf-8", newline="") as file:
         return list(csv.DictReader(file))
+
+
+def _read_challenge(folders: Mapping[str, Path]) -> dict[str, dict[str, dict[str, str]]]:
+    """Judge → category → row of its challenge.csv, without judges that have no pairs."""
+    tables = {judge: read_table(folder / "challenge.csv") for judge, folder in folders.items()}
+    return {judge: {row["category"]: row for row in rows} for judge, rows in tables.items() if rows}
 
 
 def _read_json(path: Path) -> dict[str, Any]:

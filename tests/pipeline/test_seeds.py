@@ -11,7 +11,8 @@ import pytest
 
 from tests.pipeline.conftest import DVC_YAML, PATIENCE, PREPARED, STAGE, Project, dvc_stage, query, wait_for
 
-WRITTEN = ", artifacts/evaluate/policies.json, artifacts/evaluate/findings.json"
+NAMES = ("policies.json", "findings.json", "responses.jsonl")
+WRITTEN = "".join(f", artifacts/evaluate/{name}" for name in NAMES)
 MORE_STAGES = dvc_stage("ppo", PREPARED, "policy_seed, ppo")
 MORE_STAGES += dvc_stage("evaluate", "artifacts/ppo/metrics.json", "seed, evaluate", WRITTEN)
 
@@ -31,6 +32,11 @@ COMPARE = f"""
     row = {{"win_rate": won, "win_rate_low": won - 0.1, "win_rate_high": won + 0.1, "gain_gold": won, "kl": 2.0}}
     (out / "policies.json").write_text(json.dumps({{"sft": row, "ppo": row}}))
     (out / "findings.json").write_text(json.dumps({{"ppo": []}}))
+    answers = [
+        {{"policy": policy, "prompt_id": f"{{seed}}/{{n}}", "gold": float(policy == "ppo" and n < 10 * won)}}
+        for policy in ("sft", "ppo") for n in range(10)
+    ]
+    (out / "responses.jsonl").write_text("\\n".join(map(json.dumps, answers)))
 """
 
 
@@ -81,6 +87,19 @@ def test_every_seed_once_what_they_share_once_and_the_bad_ones_named(trainable: 
     variants = query(database, "select value from tags where key = 'rlhf.variant'")
     assert sorted(variants) == [(f"policy_seed={seed}",) for seed in range(4)]
     assert len(set(query(database, "select value from tags where key = 'rlhf.sweep'"))) == 1
+
+
+@pytest.mark.slow
+def test_seeds_of_all_stages_run_every_stage_that_reads_a_seed(trainable: Project) -> None:
+    output = trainable.rlhf("run", "--seeds", "2", "--seeds-of", "all")
+    assert "variant 2 of 2: policy_seed=1 seed=1" in output
+    each = dict.fromkeys(("collect", "prepare", "sft", "gold_judge", "ppo", "evaluate"), 2)
+    assert runs(trainable) == each | {"pipeline": 1, "policy_seed=1 seed=1": 1}
+    (found,) = written(trainable)
+    # PPO beats SFT on 8 and on 3 of 10 prompts and ties on the others: (0.9 + 0.65) / 2.
+    assert found["wins"]["ppo"]["mean"] == pytest.approx(0.775)
+    assert {"seed_std", "prompt_std", "detectable"} <= set(found["wins"]["ppo"])
+    assert "seed: 0" in (trainable.root / "params.yaml").read_text(), "the project itself keeps its seeds"
 
 
 @pytest.mark.slow

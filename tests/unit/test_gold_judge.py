@@ -6,9 +6,11 @@ from pathlib import Path
 from string import ascii_lowercase
 
 import pytest
+import torch
 
 from tasks.core.errors import DataError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
+from tasks.evals.challenge import load_challenge
 from tasks.gold_judge import shuffle_words
 from tasks.rewards.reward_model import GoldJudge
 from tests.support.tiny_stages import run_gold_judge, write_inputs
@@ -48,7 +50,7 @@ def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> Non
     """Texts of letters in alphabetical order, rated 1 or 5 at random: no rating is about word order."""
     write_inputs(tmp_path)
     gold, draw = tmp_path / "prepare" / "ratings" / "gold", random.Random(0)
-    for split in ("train", "test"):
+    for split in ("train", "test", "../proxy/test"):
         texts = [" ".join(sorted(draw.sample(ascii_lowercase, 8))) for _ in range(60)]
         rows = [Rating(id=text, text=text, ratings=(draw.choice((1.0, 5.0)),)) for text in texts]
         write_rows(gold / f"{split}.jsonl", rows)
@@ -62,5 +64,9 @@ def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> Non
         gaps.append(found["heldout_mean_score"] - found["shuffled_mean_score"])
     assert examples == [60, 114]
     assert gaps[0] < 0.1 < 0.3 < gaps[1]
-    with pytest.raises(ValueError, match=r"shuffled_share 0\.5 needs kind rating"):
-        run_gold_judge(tmp_path, tmp_path, kind="preference", shuffled_share=0.5)
+    made = load_challenge(tmp_path / "prepare" / "ratings" / "proxy" / "test.jsonl", tmp_path, 0)
+    scrambled = [pair for pair in made if pair.category == "scrambled"]
+    assert len(scrambled) == 20
+    judge = GoldJudge.load(tmp_path / "base_model", tmp_path / "0.9")
+    scores = (judge([""] * 20, [getattr(pair, side) for pair in scrambled]) for side in ("right", "wrong"))
+    assert found["challenge/scrambled"] == pytest.approx(torch.gt(*scores).float().mean().item())

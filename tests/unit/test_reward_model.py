@@ -11,6 +11,7 @@ from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, RewardModel, member_folder
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
+HEADER = "category,pairs,accuracy,low,high"
 WEIGHTS = "adapter/adapter_model.safetensors"
 
 
@@ -41,10 +42,11 @@ def figures(out: Path) -> dict[str, float]:
 
 def test_the_first_member_is_the_model_without_an_ensemble(alone: Path, ensemble: Path) -> None:
     files = sorted(path.relative_to(alone) for path in alone.rglob("*") if path.is_file())
-    assert len(files) == 8
+    assert len(files) == 9
     for file in files:
         if file.name != "metrics.json":
             assert (ensemble / file).read_bytes() == (alone / file).read_bytes(), file
+    assert (alone / "challenge.csv").read_text() == f"{HEADER}\n", "random letters are no sentences"
     assert figures(alone).items() <= figures(ensemble).items()
     assert figures(ensemble).keys() - figures(alone) == {"members", "ensemble_accuracy", "mean_member_accuracy"}
 

@@ -32,9 +32,16 @@ def test_texts_and_ratings_are_joined_whatever_their_encoding_and_line_ends(tmp_
     ratings = b"1\t1.5\t0.5\t[1, 2]\r\n2\t-2.0\t0.0\t[-2, -2, -2]\n"
     rows = list(read_film_reviews(sdist(tmp_path, texts, ratings)))
     assert rows == [
-        (1, {"id": "1", "text": "A café film.", "ratings": [1.0, 2.0]}),
-        (2, {"id": "2", "text": "No château.", "ratings": [-2.0, -2.0, -2.0]}),
+        (1, {"id": "1", "group": "batch-1", "text": "A café film.", "ratings": [1.0, 2.0]}),
+        (2, {"id": "2", "group": "batch-1", "text": "No château.", "ratings": [-2.0, -2.0, -2.0]}),
     ]
+
+
+def test_thirty_sentences_in_a_row_share_their_raters(tmp_path: Path) -> None:
+    texts = "".join(f"{number}\t1\tText {number}.\n" for number in range(61))
+    ratings = "".join(f"{number}\t1\t0\t[1, 1]\n" for number in range(61))
+    groups = [row["group"] for _, row in read_film_reviews(sdist(tmp_path, texts.encode(), ratings.encode()))]
+    assert groups == ["batch-1"] * 30 + ["batch-2"] * 30 + ["batch-3"]
 
 
 def test_a_member_that_would_leave_the_folder_is_never_written(tmp_path: Path) -> None:

@@ -2,12 +2,14 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from tasks.core.errors import RLHFError, StageError, TrainingError
+from tasks.core.rows import write_rows
 from tasks.evals import experiments
 from tasks.evals.experiments import SeedResult, flat_metrics, summarise_seeds, write_comparison, write_summary
 
@@ -40,6 +42,40 @@ def test_the_mean_and_its_interval_by_hand() -> None:
     assert (constant["low"], constant["mean"], constant["high"]) == (0.6, 0.6, 0.6)
     assert set(found["policies"]) == {"ppo", "dpo"}, "SFT has no seed of its own"
     assert (found["collapsed"], found["failed"]) == ([], [])
+
+
+def test_other_columns_are_kept_and_those_with_an_interval_are_averaged(tmp_path: Path) -> None:
+    results: dict[int, SeedResult | RLHFError] = {}
+    for seed, rate in enumerate((0.6, 0.8)):
+        more = {"win_rate_finished": rate, "win_rate_finished_low": 0.5, "win_rate_finished_high": 0.9, "new": seed}
+        results[seed] = SeedResult({"sft": row(0.5), "ppo": row(rate) | more}, {"ppo": 0.0}, {"ppo": []})
+    summary = summarise_seeds(results)["policies"]["ppo"]["summary"]
+    assert summary["win_rate_finished"]["mean"] == pytest.approx(0.7)
+    assert "new" not in summary
+    assert "win_rate_finished_low" not in summary
+    write_summary(tmp_path, results)
+    (first, second) = csv.DictReader((tmp_path / "seeds.csv").read_text(encoding="utf-8").splitlines())
+    assert (first["new"], second["new"], second["win_rate_finished"]) == ("0", "1", "0.8")
+
+
+def test_two_policies_are_compared_on_the_prompts_of_each_seed() -> None:
+    """PPO wins 1, 1, 1, 0 and 1, 1, 0, 0 of four prompts, DPO 1, 0, 0, 0 in both: means ¾, ½ and ¼."""
+    first = {"ppo": dict.fromkeys("abc", 1.0) | {"d": 0.0}, "dpo": {"a": 1.0} | dict.fromkeys("bcd", 0.0)}
+    second = {"ppo": {"e": 1.0, "f": 1.0, "g": 0.0, "h": 0.0}, "dpo": {"e": 1.0, "f": 0.0, "g": 0.0, "h": 0.0}}
+    results = {seed: replace(trained(0.6), wins=wins) for seed, wins in enumerate((first, second))}
+    found = summarise_seeds(results)
+    assert found["wins"]["ppo"]["mean"] == pytest.approx(0.625)
+    difference = found["differences"]["ppo-dpo"]
+    assert difference["mean"] == pytest.approx(0.375)
+    # Differences 0, 1, 1, 0 and 0, 1, 0, 0: s² = 1/3 and 1/4, mean 7/24; the means' variance 1/32 is less than 7/96.
+    assert difference["seed_std"] == 0.0
+    assert difference["prompt_std"] == pytest.approx((7 / 24) ** 0.5, abs=1e-6)
+    # t of one degree of freedom is 12.706205 (97.5 %) and 1.376382 (80 %).
+    assert difference["detectable"] == pytest.approx(14.082587 * (7 / 24 / 8) ** 0.5, rel=1e-5)
+    assert flat_metrics(found)["seeds.differences.ppo-dpo.mean"] == pytest.approx(0.375)
+    common = summarise_seeds({seed: replace(trained(0.6), wins=first) for seed in (0, 1)})["differences"]["ppo-dpo"]
+    assert set(common) == {"mean", "low", "high", "p_value"}, "seeds that share their prompts have no nested components"
+    assert summarise_seeds({0: results[0]})["differences"] == {}
 
 
 def test_one_seed_has_no_interval() -> None:
@@ -109,7 +145,11 @@ def test_what_the_stages_wrote_is_read(tmp_path: Path) -> None:
     }.items():
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / f"{name}.json").write_text(json.dumps(content))
+    answers = [("sft", "a", 0.0), ("ppo", "a", 1.0), ("dpo", "a", 0.0), ("null", "a", 2.0)]
+    rows = [{"policy": policy, "prompt_id": prompt, "gold": gold} for policy, prompt, gold in answers]
+    write_rows(tmp_path / "evaluate" / "responses.jsonl", rows)
     found = experiments.load_seed_result(tmp_path)
+    assert found.wins == {"ppo": {"a": 1.0}, "dpo": {"a": 0.5}}, "what the table does not have is no policy"
     assert found.degenerate_count == {"ppo": 1.0, "dpo": 0.0}
     assert found.table["ppo"]["win_rate"] == 0.7
     assert found.detectors == {"ppo": ["kl_spike"], "dpo": []}

@@ -70,6 +70,12 @@ UPSTREAM = UpstreamResults(
     },
     accuracy=[{"bucket": "1-2", "pairs": "5", "accuracy": "0.8", "ceiling": "0.9"}],
     calibration=[{"predicted": "0.7", "observed": "0.6", "count": "5"}],
+    challenge={
+        "Gold judge": {
+            "negation": {"pairs": "40", "accuracy": "0.9", "low": "0.76945", "high": "0.960425"},
+            "length": {"pairs": "50", "accuracy": "0.5", "low": "0.36645", "high": "0.63355"},
+        }
+    },
     has_gold_judge=True,
     sources=[
         SourceInfo("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
@@ -138,6 +144,7 @@ def test_verdict_table_figures_samples_and_origin_are_there(data: ReportData) ->
     text = text_of(data)
     assert "held_out word_perplexity 101.3 131.5 held_out acc 0.25 ± 0.031 0.25 ± 0.031" in text
     assert "PPO gold +1.20 +1.10 to +1.30 +0.50 +0.40 to +0.60 1.7 100% 0.98" in text
+    assert "negation 40 pairs length 50 pairs Gold judge 90% 77 to 96% 50% 37 to 63%" in text
     assert "dvc repro" in text
     assert "By the gold judge, PPO (preferred in 100% of pairs, 95% interval 100–100%) and GRPO" in text
     assert "Only 3 prompts were compared" in text
@@ -243,7 +250,7 @@ def test_the_json_says_what_the_page_says(data: ReportData) -> None:
 
 
 def test_what_does_not_exist_is_left_out(data: ReportData) -> None:
-    nothing = {"accuracy": [], "calibration": [], "points": [], "fits": {}, "benchmarks": {}}
+    nothing = {"accuracy": [], "calibration": [], "points": [], "fits": {}, "benchmarks": {}, "challenge": {}}
     less = dataclasses.replace(
         data,
         histories={"ppo": []},
@@ -253,7 +260,7 @@ def test_what_does_not_exist_is_left_out(data: ReportData) -> None:
     text, whole = text_of(less), text_of(data)
     assert "wrote no curves" in text
     assert "None of 10 detectors of reward hacking fired" in text
-    for heading in ("How good the reward model is", "Reward over-optimisation", "Benchmarks"):
+    for heading in ("How good the reward model is", "Reward over-optimisation", "Benchmarks", "on pairs made by rule"):
         assert heading not in text
         assert heading in whole
 
