@@ -25,10 +25,9 @@ if TYPE_CHECKING:
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
     "print_approval_pending", "print_device_waiting", "print_differences", "print_error", "print_gate_decision",
-    "print_prefect_away", "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end", "print_stage_start",
-    "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_findings", "read_policies",
-    "seeds_table",
-    "summary_markdown", "variants_table",
+    "print_prefect_away", "print_push_done", "print_push_failed", "print_run_waiting", "print_stage_end",
+    "print_stage_start", "print_stage_waiting", "print_table", "print_variant_start", "print_warning", "read_findings",
+    "read_policies", "seeds_table", "summary_markdown", "variants_table",
 ]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
