@@ -1,7 +1,7 @@
 """Results that do not depend on the kind of CPU, nor on the number of threads, and a record of both.
 
-docs/reproducibility.md says what is equal under what. `RLHF_DETERMINISM=native` leaves the choice of instructions to
-the libraries, which take the newest that the CPU knows.
+docs/reproducibility.md says what is equal under what. The default, `native`, leaves the choice of instructions to the
+libraries, which take the newest that the CPU knows. `RLHF_DETERMINISM=portable` fixes it.
 """
 
 import os
@@ -34,8 +34,8 @@ def fix_instructions() -> None:
 
 
 def determinism() -> str:
-    """`portable`, or `native`: where the variable says so, or the CPU has no AVX2; a ConfigError on other values."""
-    wanted = os.environ.get(DETERMINISM_VAR, "portable")
+    """`native`, or `portable` where the variable says so and the CPU has AVX2; a ConfigError on other values."""
+    wanted = os.environ.get(DETERMINISM_VAR, "native")
     if wanted not in ("portable", "native"):
         raise ConfigError(f"{DETERMINISM_VAR} is {wanted!r}: set it to portable or native")
     return wanted if "avx2" in _cpu_info("flags").split() else "native"
