@@ -19,6 +19,7 @@ from typing import Any
 from flows.cli import console
 from flows.worktrees import as_project_root, git, run_rlhf, worktree
 from tasks.config.params import Params, load_params, parse_override
+from tasks.core.determinism import describe_machine
 from tasks.core.errors import ConfigError, RLHFError, StageError, TrainingError
 from tasks.core.paths import project_root, stage_dir, state_dir
 from tasks.evals import experiments
@@ -27,7 +28,7 @@ from tasks.runtime import dvc_repo, dvc_stages, holding, mlflow_runs, mlflow_sto
 from tasks.runtime.provenance import Provenance, provenance_of
 from tasks.runtime.registry import Version
 
-__all__ = ["expand_grid", "reproduce", "run_seeds", "same_lock_file", "sweep"]
+__all__ = ["differences", "expand_grid", "reproduce", "run_seeds", "sweep"]
 
 
 # -- parameter sweeps ------------------------------------------------------------------------------------------
@@ -233,13 +234,15 @@ def _working_copy(folder: Path) -> Iterator[Path]:
 def reproduce(version: Version) -> dict[str, str]:
     """Compute a policy and all that it needs again, from its commit, parameters and data; return its weights' md5s.
 
-    That takes as long as it took: the worktree has an empty DVC cache and an MLflow store of its own.
+    That takes as long as it took: the worktree has an empty DVC cache and an MLflow store of its own. What differs here
+    from where it was made is printed first.
 
     Raises:
         StageError: what it was made from is not all known or not here, or a stage failed.
     """
     origin = provenance_of(version)
     _check_reproducible(version, origin)
+    console.print_differences(differences(origin))
     folder = state_dir() / "reproduce" / f"{version.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         with worktree(folder, origin.commit) as tree:
@@ -258,9 +261,13 @@ def reproduce(version: Version) -> dict[str, str]:
     return {path: reproduced[path] for path in version.weights}
 
 
-def same_lock_file(version: Version) -> bool:
-    """Whether requirements.lock is what it was: other versions of libraries may give other bytes."""
-    return not git("diff", "--name-only", provenance_of(version).commit, "--", "requirements.lock")
+def differences(origin: Provenance) -> list[str]:
+    """What is not as it was where the version was made, and may give other bytes."""
+    now, facts = describe_machine(), origin.machine_facts().items()
+    found = [f"{key} was {then}, here {now.get(key, 'none')}" for key, then in facts if then != now.get(key)]
+    if git("diff", "--name-only", origin.commit, "--", "requirements.lock"):
+        found.append("requirements.lock was another one: install that")
+    return found
 
 
 def _check_reproducible(version: Version, origin: Provenance) -> None:

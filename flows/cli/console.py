@@ -24,10 +24,11 @@ if TYPE_CHECKING:
 
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
-    "print_approval_pending", "print_comparison", "print_device_waiting", "print_error", "print_gate_decision",
-    "print_prefect_away", "print_push_done", "print_push_failed", "print_run_waiting", "print_seed_differences",
-    "print_stage_end", "print_stage_start", "print_stage_waiting", "print_table", "print_variant_start", "print_warning",
-    "read_controls", "read_findings", "read_policies", "seeds_table", "summary_markdown", "variants_table",
+    "print_approval_pending", "print_comparison", "print_device_waiting", "print_differences", "print_error",
+    "print_gate_decision", "print_prefect_away", "print_push_done", "print_push_failed", "print_run_waiting",
+    "print_seed_differences", "print_stage_end", "print_stage_start", "print_stage_waiting", "print_table",
+    "print_variant_start", "print_warning", "read_controls", "read_findings", "read_policies", "seeds_table",
+    "summary_markdown", "variants_table",
 ]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
@@ -128,6 +129,12 @@ def print_stage_waiting(blocker: str) -> None:
 def print_run_waiting(holder: str) -> None:
     """Print that a run waits for another one of this project."""
     console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
+
+
+def print_differences(differences: Sequence[str]) -> None:
+    """Print what may give other bytes than the registered ones."""
+    for difference in differences:
+        console.print(f"[yellow]differs:[/] {escape(difference)}")
 
 
 def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None:

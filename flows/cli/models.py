@@ -116,7 +116,6 @@ def reproduce(model: Model = "champion") -> None:
     """Compute a version again from its commit, parameters and data with an empty cache, and compare the weights."""
     enter_project_with_services()
     from flows.experiments import reproduce as compute
-    from flows.experiments import same_lock_file
 
     version = registry.find(model)
     with handle_interrupt("it begins anew, and this project is as it was"):
@@ -128,11 +127,7 @@ def reproduce(model: Model = "champion") -> None:
     print_table(table)
     if reproduced == version.weights:
         return
-    hint = "requirements.lock was another one then: install that, and try again"
-    if same_lock_file(version):
-        hint = "another kind of processor, or another number of threads (OMP_NUM_THREADS), rounds sums differently: "
-        hint += "try as it was made"
-    console.print(hint)
+    console.print("what may change the last bits: docs/reproducibility.md; `rlhf lineage` shows where it was made")
     raise typer.Exit(1)
 
 
@@ -278,6 +273,7 @@ def _print_lineage(version: Version) -> None:
         **{f"source {item['name']}": f"{item['source']}, {item['rows']} rows" for item in origin.sources},
         "base model": f"{base.get('source', 'unknown')}, {base.get('parameters', '?')} parameters",
         "pipeline run": origin.pipeline_run,
+        "made on": "  ".join(f"{key}={value}" for key, value in origin.machine_facts().items()) or "not recorded",
         "gate": f"{'accepted' if version.accepted else 'refused'}: {version.tags['reasons']}",
         **{key: value for key, value in _gate_decision(version).items() if "." in key and value},
     }

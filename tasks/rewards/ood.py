@@ -44,7 +44,10 @@ class MahalanobisOOD:
         from sklearn.covariance import ledoit_wolf  # takes a second
 
         rows = training.double()
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # LAPACK's result depends on their number
         factor, failed = torch.linalg.cholesky_ex(torch.from_numpy(ledoit_wolf(rows.numpy())[0]))
+        torch.set_num_threads(threads)
         if failed:
             raise TrainingError(
                 f"the reward model sees no difference between its {len(rows)} training texts, so no distance from them "

@@ -52,7 +52,9 @@ def through_last_true(response_mask: Tensor) -> Tensor:
 
 def masked_sum(values: Tensor, response_mask: Tensor, dim: int | None = None) -> Tensor:
     """Σ over the true positions of [B, T]: a scalar, or along one dimension. 0 where there is none."""
-    return zero_masked(values, response_mask).sum(dim)
+    kept = zero_masked(values, response_mask)
+    # In two steps: how torch splits one over all of a large tensor depends on the number of threads.
+    return kept.sum(1).sum() if dim is None else kept.sum(dim)
 
 
 def masked_mean(values: Tensor, response_mask: Tensor) -> Tensor:

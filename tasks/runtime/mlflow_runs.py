@@ -37,11 +37,12 @@ if TYPE_CHECKING:
     from tasks.runtime.dvc_stages import Inputs
 
 __all__ = [
-    "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "close_abandoned_runs", "connect",
-    "export_run_ids", "git_commit", "pipeline_run", "pipeline_tags", "recorded_md5s", "stage_run",
+    "MACHINE_TAG", "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "close_abandoned_runs",
+    "connect", "export_run_ids", "git_commit", "pipeline_run", "pipeline_tags", "recorded_md5s", "stage_run",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
+MACHINE_TAG = "rlhf.machine"  # JSON: what `describe_machine` gave where the stage was computed
 OUTPUT_TAG = "output."  # and the output's name: its md5
 
 # A run's own name, by which it is found again when MLflow's answer to its creation was lost.
@@ -205,6 +206,7 @@ class PipelineRun(OpenRun):
         """Copy a stage's final metrics from disk as `<stage>.<metric>`, and tag the run that they come from.
 
         The tag `<stage>.run` names the newest finished run of the same key, if this store has one: a cached stage's.
+        `<stage>.machine` is that run's `rlhf.machine`.
         """
         self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
         self.tag({f"{name}.key": key, f"{name}.result": result, f"{name}.reason": reason})
@@ -215,6 +217,7 @@ class PipelineRun(OpenRun):
         condition = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
         if runs := self.client.search_runs([self.experiment], condition, max_results=1):
             self.client.set_tag(self.run_id, f"{name}.run", runs[0].info.run_id)
+            self.client.set_tag(self.run_id, f"{name}.machine", runs[0].data.tags.get(MACHINE_TAG, "{}"))
 
 
 class StageRun(OpenRun):

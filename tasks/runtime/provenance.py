@@ -39,14 +39,15 @@ class _Frozen(BaseModel):
 
 
 class StageRecord(_Frozen):
-    """A stage when the version was registered: its DVC key, its MLflow run and its outputs' md5s.
+    """A stage when the version was registered: its DVC key, its MLflow run, its outputs' md5s, and where it ran.
 
-    `run` is empty where the store knows no run that computed it.
+    `run` and `machine` (see `describe_machine`) are empty where the store knows no run that computed it.
     """
 
     key: str
     run: str
     outputs: dict[str, str]
+    machine: dict[str, str] = {}
 
 
 @dataclass(frozen=True, config=ConfigDict(extra="forbid"))
@@ -90,6 +91,12 @@ class Provenance(_Frozen):
                 return stage.outputs[path]
         raise StageError(f"no stage wrote {path} when this version was made")
 
+    def machine_facts(self) -> dict[str, str]:
+        """What the stages' records of machines hold; where stages differ, each value once."""
+        records = [stage.machine for stage in self.stages.values()]
+        keys = dict.fromkeys(key for record in records for key in record)
+        return {key: ", ".join(sorted({record[key] for record in records if key in record})) for key in keys}
+
 
 def collect_provenance(
     flow_run: str, metrics: Mapping[str, Mapping[str, float]], rule_results: tuple[RuleResult, ...]
@@ -99,7 +106,9 @@ def collect_provenance(
     stages = {}
     for name in dvc_stages.graph():
         key, stage_run = (tags.get(f"{name}.{field}", "") for field in ("key", "run"))
-        stages[name] = StageRecord(key=key, run=stage_run, outputs=dvc_stages.output_digests(name))
+        machine = json.loads(tags.get(f"{name}.machine", "{}"))
+        outputs = dvc_stages.output_digests(name)
+        stages[name] = StageRecord(key=key, run=stage_run, outputs=outputs, machine=machine)
     cards = [_read_card(path) for path in sorted((stage_dir("collect") / "cards").glob("*.json"))]
     params = project_root() / "params.yaml"
     return Provenance(

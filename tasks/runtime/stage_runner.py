@@ -16,6 +16,7 @@ from typing import Any
 
 from tasks.config.params import Params, load_params
 from tasks.core import tracking
+from tasks.core.determinism import describe_machine
 from tasks.core.errors import RLHFError, StageError, disk_errors
 from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
 from tasks.core.rows import flatten
@@ -90,6 +91,8 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
                 started = time.monotonic()
                 function(*sections, Artifacts(out=stage_dir(name), **upstream))
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
+                if "torch" in sys.modules:  # else the stage has computed nothing that could differ
+                    recorder.tag({mlflow_runs.MACHINE_TAG: json.dumps(describe_machine())})
             # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
             recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
             _check_inputs_unchanged(name, inputs)

@@ -215,7 +215,7 @@ def test_weights_that_differ_are_reported(promoted: Project) -> None:
     output = promoted.rlhf("reproduce", "2", expect=1)
     table = {words[0]: words[-1] for words in map(str.split, output.splitlines()) if words[-1:] in (["yes"], ["no"])}
     assert table == {"base_model/model": "yes", "sft/adapter": "yes", f"{CHAMPION}/adapter": "no"}
-    assert "OMP_NUM_THREADS" in output
+    assert "docs/reproducibility.md" in output
     assert left_over(promoted) == []
 
 

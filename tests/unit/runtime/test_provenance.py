@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from flows import experiments
 from flows.experiments import reproduce
 from tasks.core.errors import StageError
 from tasks.runtime import provenance
@@ -82,3 +83,17 @@ def test_parameters_and_prose_may_be_as_they_like(project: Path) -> None:
 def test_what_cannot_be_made_again_is_refused(project: Path, changes: dict[str, object], message: str) -> None:
     with pytest.raises(StageError, match=message):
         reproduce(made(**changes))
+
+
+def test_what_differs_from_where_it_was_made_is_named(project: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def stage(**machine: str) -> StageRecord:
+        return StageRecord(key="k", run="r", outputs={}, machine=machine)
+
+    stages = {"a": stage(cpu="A", torch="2", mkl="1"), "b": stage(cpu="B", torch="2"), "c": stage()}
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=project, capture_output=True, text=True, check=True)
+    origin = provenance_of(made(stages=stages, commit=commit.stdout.strip()))
+    monkeypatch.setattr(experiments, "describe_machine", lambda: {"cpu": "A", "torch": "2", "new": "1"})
+    assert experiments.differences(origin) == ["cpu was A, B, here A", "mkl was 1, here none"]
+    (project / "requirements.lock").write_text("torch==2\n")
+    subprocess.run(["git", "add", "-A"], cwd=project, check=True)
+    assert experiments.differences(origin)[-1] == "requirements.lock was another one: install that"
