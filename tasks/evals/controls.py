@@ -122,14 +122,12 @@ def doubt(row: Mapping[str, float]) -> str:
     The row of an evaluation without controls has none.
     """
     rate, bound = row["win_rate"], row.get("win_rate_bound", 1.0)
-    null, low, high = (row.get(f"win_rate_null{end}", 0.5) for end in ("", "_low", "_high"))
+    null = row.get("win_rate_null", 0.5)
     if row["win_rate_low"] > bound or row["win_rate_high"] < 1 - bound:
         return (
             f"a win rate of {rate:.0%} is impossible at a KL of {row['kl']:.2f} nats, where it lies between "
             f"{1 - bound:.0%} and {bound:.0%}: it is noise"
         )
-    if not low <= 0.5 <= high:
-        return f"the comparison is not calibrated: SFT wins {null:.0%} ({low:.0%}–{high:.0%}) against itself"
     if null != 0.5 and abs(null - 0.5) >= abs(rate - 0.5):
         return f"SFT against itself is as far from 50%: {null:.1%} against {rate:.1%}"
     return ""
