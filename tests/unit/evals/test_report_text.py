@@ -100,8 +100,10 @@ def test_few_prompts_and_a_judge_that_follows_the_order_of_responses_are_pointed
 
 DOUBTS = {
     "PPO's win rate is no evidence: a win rate of 80% is impossible at a KL of 0.10 nats": {"win_rate_bound": 0.63},
-    "PPO's win rate is no evidence: SFT against itself is as far from 50%: 18.0% against 80.0%": {"win_rate_null": 0.18},
-}  # fmt: skip
+    "PPO's win rate is no evidence: SFT against itself is as far from 50%: 18.0% against 80.0%": {
+        "win_rate_null": 0.18
+    },
+}
 
 
 @pytest.mark.parametrize("text", DOUBTS)
