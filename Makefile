@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -84,6 +84,11 @@ bench-sandbox: $(VENV)/.installed-dev
 # PPO under eight seeds, after `make demo`.
 bench-seeds: $(VENV)/.installed
 	python benchmarks/seeds.py
+
+# The table of results with its controls, over four whole chains; hours, and a second call goes on.
+bench-results: $(VENV)/.installed
+	rlhf run base_model collect
+	python benchmarks/results.py
 
 # Changes tasks/rl in 1,073 small ways, each of which a test should notice; about 15 minutes.
 mutants: $(VENV)/.installed-dev

@@ -1,0 +1,217 @@
+"""The table of results with its controls, over whole chains: `make bench-results`.
+
+Needs `rlhf run base_model collect`. Each seed draws everything anew: split, SFT, reward model, gold judge, policies.
+Beside the policies of the pipeline stand what a user would try first: SFT on the best rated texts (filtered behaviour
+cloning), SFT on the best of several responses (RAFT: Dong et al. 2023, arXiv 2304.06767), best-of-n by the same reward
+model, and the snapshots of PPO and GRPO at the KL of best-of-8. DPO learns from all pairs. What is done is kept in
+.rlhf/bench-results, so a second call goes on. Writes benchmarks/results.csv, a line per seed and row; prints the means
+last.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import torch
+
+from tasks.config.params import Params, load_params
+from tasks.core.paths import Artifacts
+from tasks.core.rows import Demonstration, Prompt, Rating, read_rows, write_json, write_rows, write_table
+from tasks.evals.compare import NULL, REFERENCE, Table, compare_controls
+from tasks.evals.overoptimisation import best_of_n_kl
+from tasks.evals.report import read_table
+from tasks.evals.scoring import (
+    PolicySampler,
+    best_of_n_draws,
+    human_responses,
+    load_gold_reward,
+    sample_prompts,
+    score_responses,
+    split_null,
+)
+from tasks.evals.statistics import t_interval
+from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
+from tasks.rewards.composition import load_reward
+from tasks.runtime.dvc_stages import graph
+from tasks.runtime.stage_runner import stage_arguments
+
+ROOT = Path(__file__).resolve().parents[1]
+OUT, TABLE = ROOT / ".rlhf" / "bench-results", ROOT / "benchmarks" / "results.csv"
+CHAIN = ("prepare", "sft", "preferences", "reward_model", "gold_judge", "ppo", "grpo", "dpo")
+DRAWS, REFERENCE_DRAWS, RAFT_SAMPLES = 4, 16, 8
+MATCHED_KL = best_of_n_kl(8)
+COLUMNS = (
+    "win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "win_rate_finished",
+    "win_rate_same_length", "win_rate_bound", "win_rate_vader", "win_rate_proxy", "gain_gold", "gain_proxy", "kl",
+    "length", "truncated_share",
+)  # fmt: skip
+
+
+def run_stage(stage: str, params: Params, out: Path, folders: Mapping[str, Path]) -> None:
+    """Run the function of a stage, unless its outputs are there; a mark says that they are whole."""
+    if (out / "done").is_file():
+        return
+    print(f"{out.parent.name}: {out.name}", flush=True)
+    out.mkdir(parents=True, exist_ok=True)
+    function = getattr(importlib.import_module(f"tasks.{stage}"), stage)
+    function(*stage_arguments(function, stage, params), Artifacts(**folders, out=out))
+    (out / "done").touch()
+
+
+def train_chain(params: Params, folder: Path) -> dict[str, Path]:
+    """Train all stages of one seed; return their folders."""
+    folders = {name: ROOT / "artifacts" / name for name in ("base_model", "collect")}
+    for stage in CHAIN:
+        upstream = {name: folders[name] for name in graph()[stage]}
+        run_stage(stage, params, folder / stage, upstream)
+        folders[stage] = folder / stage
+    return folders
+
+
+def demonstrations_of(texts: Sequence[Demonstration], prepare: Path, folder: Path) -> Path:
+    """A folder like that of stage prepare, with these demonstrations to train on."""
+    write_rows(folder / "demonstrations" / "train.jsonl", texts)
+    validation = read_rows(prepare / "demonstrations" / "validation.jsonl", Demonstration)
+    write_rows(folder / "demonstrations" / "validation.jsonl", validation)
+    return folder
+
+
+def merged_sft(folders: Mapping[str, Path], folder: Path) -> Path:
+    """The SFT model as a base model of its own, so that an adapter trained on it stands on the reference."""
+    if not (folder / "done").is_file():
+        load_reference(folders["base_model"], folders["sft"]).save_pretrained(folder / "model")
+        load_tokenizer(folders["base_model"]).save_pretrained(folder / "model")
+        (folder / "done").touch()
+    return folder
+
+
+def top_rated(folders: Mapping[str, Path], count: int) -> list[Demonstration]:
+    """The demonstrations whose texts people rated best."""
+    means = {row.id: row.mean for row in read_rows(folders["prepare"] / "ratings" / "proxy" / "train.jsonl", Rating)}
+    rows = read_rows(folders["prepare"] / "demonstrations" / "train.jsonl", Demonstration)
+    rated = [row for row in rows if row.id in means]
+    return sorted(rated, key=lambda row: (-means[row.id], row.id))[:count]
+
+
+def best_responses(params: Params, folders: Mapping[str, Path], count: int) -> list[Demonstration]:
+    """SFT's own responses to training prompts, of several each the one that the reward prefers."""
+    prompts = read_rows(folders["prepare"] / "prompts" / "train.jsonl", Prompt)[:count]
+    sampler = _sampler(params, folders, prompts)
+    answers = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=RAFT_SAMPLES)
+    reward = load_reward(params.reward, prompts, Artifacts(**folders, out=OUT))
+    scores = reward([answer.prompt.prompt for answer in answers], [answer.response for answer in answers]).total
+    best = scores.reshape(-1, RAFT_SAMPLES).argmax(1) + torch.arange(len(prompts)) * RAFT_SAMPLES
+    chosen = [answers[row] for row in best.tolist()]
+    return [Demonstration(id=own.prompt.id, prompt=own.prompt.prompt, response=own.response) for own in chosen]
+
+
+def train_baselines(params: Params, folders: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """SFT on the best rated texts, and on the best of its own responses; both as adapters on the SFT model."""
+    base, count, trained = merged_sft(folders, folder / "merged"), params.sft.max_examples, {}
+    makers = {"top_rated": partial(top_rated, folders, count), "raft": partial(best_responses, params, folders, count)}
+    for name, make in makers.items():
+        data = folder / f"{name}_data"
+        if not data.is_dir():
+            demonstrations_of(make(), folders["prepare"], data)
+        run_stage("sft", params, folder / name, {"base_model": base, "prepare": data})
+        trained[name] = folder / name
+    return trained
+
+
+def matched_snapshot(stage: Path) -> Path:
+    """The snapshot whose KL in training was nearest to that of best-of-8."""
+    kl = {int(row["step"]): float(row["kl"]) for row in read_table(stage / "history.csv")}
+    snapshots = [path for path in sorted((stage / "policies").iterdir()) if int(path.name) + 1 in kl]
+    return min(snapshots, key=lambda path: abs(kl[int(path.name) + 1] - MATCHED_KL))  # a row has the KL before its step
+
+
+def evaluate_chain(params: Params, folders: Mapping[str, Path], baselines: Mapping[str, Path]) -> Table:
+    """Row → numbers, of all policies and controls on the same held-out prompts."""
+    prompts = sample_prompts(folders["prepare"] / "prompts" / "test.jsonl", params.evaluate.prompts, params.seed)
+    sampler, models = _sampler(params, folders, prompts), (folders["base_model"], folders["sft"])
+    responses = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=2 * REFERENCE_DRAWS)
+    responses = split_null(responses, REFERENCE_DRAWS)
+    base_model = partial(load_reference, folders["base_model"], None)
+    responses += sampler.sample("base", base_model(), samples_per_prompt=DRAWS, reference=_load_sft(folders))
+    policies = {name: folders[name] for name in ("ppo", "grpo", "dpo")} | dict(baselines)
+    policies |= {f"{name} at KL {MATCHED_KL:.1f}": matched_snapshot(folders[name]) for name in ("ppo", "grpo")}
+    loaders = {name: partial(load_policy, *models, folder) for name, folder in policies.items()}
+    responses += sampler.sample_each(loaders, samples_per_prompt=DRAWS)
+    responses += human_responses(prompts, folders["prepare"] / "ratings", load_tokenizer(folders["base_model"]))
+    artifacts = Artifacts(**folders, out=OUT)
+    proxy = load_reward(params.reward, prompts, artifacts)
+    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
+    scored = score_responses(responses, proxy, gold, vader=params.evaluate.vader)
+    null = [record for record in scored if record.policy == NULL]
+    for n in (2, 4, 8, 16):
+        chosen = best_of_n_draws(null, n)
+        scored += [record.model_copy(update={"policy": f"best of {n}"}) for record in chosen]
+    reference = [record for record in scored if record.policy == REFERENCE]
+    others = [record for record in scored if record.policy != REFERENCE]
+    return compare_controls(reference, others, samples=params.evaluate.bootstrap_samples, seed=params.seed)
+
+
+def _sampler(params: Params, folders: Mapping[str, Path], prompts: Sequence[Prompt]) -> PolicySampler:
+    tokenizer, size = load_tokenizer(folders["base_model"]), params.evaluate.batch_size
+    return PolicySampler(tokenizer, prompts, params.generation, batch_size=size, seed=params.seed)
+
+
+def _load_sft(folders: Mapping[str, Path]) -> Any:
+    return load_reference(folders["base_model"], folders["sft"])
+
+
+def run_seed(seed: int) -> Table:
+    """Row → numbers of one chain, computed or kept from an earlier call."""
+    folder = OUT / f"seed-{seed}"
+    kept = folder / "table.json"
+    if not kept.is_file():
+        params = load_params(ROOT / "params.yaml").model_copy(update={"seed": seed, "policy_seed": seed})
+        assert params.dpo is not None
+        assert params.preferences is not None
+        all_pairs = params.dpo.model_copy(update={"max_pairs": params.preferences.train_pairs})
+        params = params.model_copy(update={"dpo": all_pairs})
+        folders = train_chain(params, folder)
+        write_json(kept, evaluate_chain(params, folders, train_baselines(params, folders, folder)))
+    table: Table = json.loads(kept.read_text(encoding="utf-8"))
+    return table
+
+
+def print_means(tables: Sequence[Table]) -> None:
+    """Each row's means over seeds, the win rate with its 95 % interval over seeds (Student)."""
+    for name in tables[0]:
+        rows = [table[name] for table in tables]
+        rates = [row["win_rate"] for row in rows]
+        interval = t_interval(rates) if len(rates) > 1 else None
+        around = f" ({interval.low:.1%} to {interval.high:.1%})" if interval else ""
+        kl = f", KL {fmean(row['kl'] for row in rows):.2f}" if "kl" in rows[0] else ""
+        print(f"{name}: {fmean(rates):.1%}{around}{kl}, {fmean(row['length'] for row in rows):.1f} words")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=4)
+    seeds = range(parser.parse_args().seeds)
+    if not (ROOT / "artifacts" / "collect").is_dir():
+        sys.exit("run this first: rlhf run base_model collect")
+    init_process()
+    tables: list[Table] = []
+    for seed in seeds:
+        tables.append(run_seed(seed))
+        rows = [
+            {"seed": own_seed, "row": name} | {key: row.get(key, "") for key in COLUMNS}
+            for own_seed, table in zip(seeds, tables, strict=False) for name, row in table.items()
+        ]  # fmt: skip
+        write_table(TABLE, rows)
+    print_means(tables)
+
+
+if __name__ == "__main__":
+    main()
