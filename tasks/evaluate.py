@@ -103,15 +103,9 @@ def evaluate(
         seed=seed,
         environment=environment,
     )
-    models = artifacts.base_model, artifacts.sft
-    loaders: dict[str, Callable[[], Any]] = {REFERENCE: partial(load_reference, *models)}
-    loaders |= {name: partial(load_policy, *models, folder) for name, folder in policies.items()}
+    loaders = _loaders(policies, artifacts)
     responses = _sample(sampler, loaders, params, is_multi_turn=environment is not None)
-    if environment is None:
-        responses += human_responses(prompts, artifacts.prepare / "ratings", load_tokenizer(artifacts.base_model))
     scored = _score(responses, prompts, params, reward, artifacts)
-    if environment is None:
-        scored += best_of_n_draws([record for record in scored if record.policy == NULL], params.best_of_n)
     records = [record for record in scored if record.policy not in CONTROLS]
     control_records = [record for record in scored if record.policy in CONTROLS]
     judgements, table, controls = _compare(records, control_records, params, seed, artifacts)
@@ -131,6 +125,12 @@ def evaluate(
         provenance=_provenance(seed, (params, generation, reward, environment), prompts, policies, artifacts),
     )
     _write(artifacts.out, report, scored, judgements)
+
+
+def _loaders(policies: Mapping[str, Path], artifacts: Artifacts) -> Loaders:
+    models = artifacts.base_model, artifacts.sft
+    loaders: dict[str, Callable[[], Any]] = {REFERENCE: partial(load_reference, *models)}
+    return loaders | {name: partial(load_policy, *models, folder) for name, folder in policies.items()}
 
 
 def _sample(
@@ -161,13 +161,19 @@ def _score(
     reward: RewardParams,
     artifacts: Artifacts,
 ) -> list[ScoredResponse]:
-    """Score the responses by the proxy reward and by every judge; in an environment its reward is the gold score."""
+    """Score the responses, and what people wrote, by the proxy reward and by every judge; add the best of n.
+
+    In an environment its reward is the gold score, and there are neither people's texts nor best of n.
+    """
     proxy = load_reward(reward, prompts, artifacts)
-    gold = None
-    if responses[0].environment_reward is None:
-        gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge, params.gold_rule)
-    pattern, accuracy = params.answer_pattern, params.gold_rule is None
-    return score_responses(responses, proxy, gold, vader=params.vader, answer_pattern=pattern, accuracy=accuracy)
+    score = partial(score_responses, reward=proxy, vader=params.vader, answer_pattern=params.answer_pattern)
+    accuracy = params.gold_rule is None
+    if responses[0].environment_reward is not None:
+        return score(responses, gold_reward=None, accuracy=accuracy)
+    gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge, params.gold_rule)
+    human = human_responses(prompts, artifacts.prepare / "ratings", load_tokenizer(artifacts.base_model))
+    scored = score([*responses, *human], gold_reward=gold, accuracy=accuracy)
+    return scored + best_of_n_draws([record for record in scored if record.policy == NULL], params.best_of_n)
 
 
 def _compare(

@@ -29,7 +29,7 @@ def test_every_stage_runs_and_the_policies_are_compared(tiny: tuple[Project, str
     shown = json.loads(project.rlhf("show", "--json"))
     assert {"sft", "ppo", "grpo", "dpo"} <= set(shown)
     for policy, figures in shown.items():
-        assert set(figures) >= FIGURES, policy
+        assert set(figures) >= (FIGURES - {"kl"} if policy == "human" else FIGURES), policy
     assert "LLM judge" in output
     assert shown["ppo"]["judge_n"] == 4
 

@@ -68,7 +68,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("gate.policy=pop", "gate.policy: Input should be 'best', 'ppo', 'grpo' or 'dpo', got 'pop'"),
         ("evaluate.llm_judge={prompts: 9}", "evaluate: llm_judge.rubric is missing: say in a sentence"),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
-        ("evaluate.llm_judge={prompts: 209, rubric: a}", "llm_judge.prompts is 209, but prompts is 208"),
+        ("evaluate.llm_judge={prompts: 129, rubric: a}", "llm_judge.prompts is 129, but prompts is 128"),
         ("evaluate.llm_judge={prompts: 9, model: m}", "kind 'local' is the pipeline's base model: model and base_url"),
         ("evaluate.llm_judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as"),
         (
@@ -90,7 +90,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("environment={kind: service_bot, max_turns: 4, gamma: 0.9}", "environment is on, but reward.weights does not"),
         ("reward.weights.environment=1", "reward.weights names `environment`, but environment is null"),
         ("ppo.action=turn", r"\n  ppo.action is turn, but environment is null"),
-        ("ppo.overlong_buffer=21; ppo.missing_eos_penalty=1", r"ppo\.overlong_buffer is 21: it counts the last tokens"),
+        ("ppo.overlong_buffer=41; ppo.missing_eos_penalty=1", r"ppo\.overlong_buffer is 41: it counts the last tokens"),
         ("dpo.label_smoothing=0.1", r"dpo: label_smoothing is for loss_type robust or simpo, got sigmoid"),
         ("dpo.loss_type=robust", r"dpo: loss_type: robust without label_smoothing is sigmoid"),
         ("dpo.loss_type=kto; dpo.batch_size=1", r"dpo: loss_type: kto compares the responses of a batch"),

@@ -20,6 +20,7 @@ class Config:
     """All rows in one batch, one step."""
 
     epochs, batch_size, learning_rate, max_length, max_cut_share = 1, 3, 0.01, 32, 0.1
+    lr_scheduler, warmup_share, weight_decay, trl, early_stopping_patience = "linear", 0.0, 0.0, {}, None
 
 
 ROWS = [

@@ -253,8 +253,8 @@ def test_no_gradient_comes_from_the_environments_tokens(params: RLParams, monkey
         mask = experience.response_mask
         forward = trainer.policy.forward
 
-        def spoilt(piece: Any, forward: Any = forward, junk: Any = junk) -> PolicyOutput:
-            output = forward(piece)
+        def spoilt(piece: Any, forward: Any = forward, junk: Any = junk, **options: Any) -> PolicyOutput:
+            output = forward(piece, **options)
             if junk is None:
                 trained = [tensor for tensor in output if tensor.requires_grad]
                 for tensor in trained:

@@ -287,8 +287,8 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     run = trainer(action="response", advantage=advantage, value_coef=0.0, missing_eos_penalty=0.0)
     scored = run.score(run.sample())
     rollout, (experience, _) = scored.rollout, run.algorithm.compute_advantages(scored)
-    assert experience.advantages.shape == experience.old_logprobs.shape == experience.action_mask.shape == (12, 1)
-    torch.testing.assert_close(experience.old_logprobs[:, 0], rollout.logprobs.sum(1))
+    assert experience.advantages.shape == experience.action_mask.shape == (12, 1)
+    assert experience.old_logprobs is rollout.logprobs
     scores = torch.tensor(low_tokens(rollout.prompt_texts, rollout.texts))
     torch.testing.assert_close(experience.returns[:, 0], scores, atol=1e-4, rtol=0)  # the KL is 0 at the start
     gains = scores if advantage == "gae" else scores - scores.reshape(6, 2).flip(1).reshape(-1)
@@ -296,8 +296,9 @@ def test_a_response_as_one_action_has_one_ratio_that_starts_at_1(advantage):
     torch.testing.assert_close(experience.advantages[:, 0], whitened, atol=1e-3, rtol=0)
     step = run.updater.step(experience)
     assert step["ratio_max"] == pytest.approx(1, abs=1e-5)
-    errors = experience.old_values - experience.returns
-    assert step["value_loss"] == pytest.approx((errors**2).mean().item() / 2, rel=1e-4), "a mean over responses"
+    if advantage == "gae":
+        errors = experience.old_values - experience.returns
+        assert step["value_loss"] == pytest.approx((errors**2).mean().item() / 2, rel=1e-4), "a mean over responses"
 
 
 def test_grpo_learns_from_scores_standardised_within_a_prompts_responses():
