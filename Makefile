@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -89,6 +89,10 @@ bench-seeds: $(VENV)/.installed
 bench-results: $(VENV)/.installed
 	rlhf run base_model collect
 	python benchmarks/results.py
+
+# Win rate against KL of variants of PPO and GRPO, after `make demo`; hours, and a second call goes on.
+bench-frontier: $(VENV)/.installed
+	python benchmarks/frontier.py
 
 # Changes tasks/rl in 1,073 small ways, each of which a test should notice; about 15 minutes.
 mutants: $(VENV)/.installed-dev

@@ -47,6 +47,9 @@ ROOT = Path(__file__).resolve().parents[1]
 OUT, TABLE = ROOT / ".rlhf" / "bench-results", ROOT / "benchmarks" / "results.csv"
 CHAIN = ("prepare", "sft", "preferences", "reward_model", "gold_judge", "ppo", "grpo", "dpo")
 DRAWS, REFERENCE_DRAWS, RAFT_SAMPLES = 4, 16, 8
+Folders = Mapping[str, Path]
+"""Stage → the folder of its outputs."""
+
 MATCHED_KL = best_of_n_kl(8)
 COLUMNS = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "win_rate_finished",
@@ -55,7 +58,7 @@ COLUMNS = (
 )  # fmt: skip
 
 
-def run_stage(stage: str, params: Params, out: Path, folders: Mapping[str, Path]) -> None:
+def run_stage(stage: str, params: Params, out: Path, folders: Folders) -> None:
     """Run the function of a stage, unless its outputs are there; a mark says that they are whole."""
     if (out / "done").is_file():
         return
@@ -84,7 +87,7 @@ def demonstrations_of(texts: Sequence[Demonstration], prepare: Path, folder: Pat
     return folder
 
 
-def merged_sft(folders: Mapping[str, Path], folder: Path) -> Path:
+def merged_sft(folders: Folders, folder: Path) -> Path:
     """The SFT model as a base model of its own, so that an adapter trained on it stands on the reference."""
     if not (folder / "done").is_file():
         load_reference(folders["base_model"], folders["sft"]).save_pretrained(folder / "model")
@@ -93,7 +96,7 @@ def merged_sft(folders: Mapping[str, Path], folder: Path) -> Path:
     return folder
 
 
-def top_rated(folders: Mapping[str, Path], count: int) -> list[Demonstration]:
+def top_rated(folders: Folders, count: int) -> list[Demonstration]:
     """The demonstrations whose texts people rated best."""
     means = {row.id: row.mean for row in read_rows(folders["prepare"] / "ratings" / "proxy" / "train.jsonl", Rating)}
     rows = read_rows(folders["prepare"] / "demonstrations" / "train.jsonl", Demonstration)
@@ -101,10 +104,10 @@ def top_rated(folders: Mapping[str, Path], count: int) -> list[Demonstration]:
     return sorted(rated, key=lambda row: (-means[row.id], row.id))[:count]
 
 
-def best_responses(params: Params, folders: Mapping[str, Path], count: int) -> list[Demonstration]:
+def best_responses(params: Params, folders: Folders, count: int) -> list[Demonstration]:
     """SFT's own responses to training prompts, of several each the one that the reward prefers."""
     prompts = read_rows(folders["prepare"] / "prompts" / "train.jsonl", Prompt)[:count]
-    sampler = _sampler(params, folders, prompts)
+    sampler = make_sampler(params, folders, prompts)
     answers = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=RAFT_SAMPLES)
     reward = load_reward(params.reward, prompts, Artifacts(**folders, out=OUT))
     scores = reward([answer.prompt.prompt for answer in answers], [answer.response for answer in answers]).total
@@ -113,7 +116,7 @@ def best_responses(params: Params, folders: Mapping[str, Path], count: int) -> l
     return [Demonstration(id=own.prompt.id, prompt=own.prompt.prompt, response=own.response) for own in chosen]
 
 
-def train_baselines(params: Params, folders: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+def train_baselines(params: Params, folders: Folders, folder: Path) -> dict[str, Path]:
     """SFT on the best rated texts, and on the best of its own responses; both as adapters on the SFT model."""
     base, count, trained = merged_sft(folders, folder / "merged"), params.sft.max_examples, {}
     makers = {"top_rated": partial(top_rated, folders, count), "raft": partial(best_responses, params, folders, count)}
@@ -133,10 +136,10 @@ def matched_snapshot(stage: Path) -> Path:
     return min(snapshots, key=lambda path: abs(kl[int(path.name) + 1] - MATCHED_KL))  # a row has the KL before its step
 
 
-def evaluate_chain(params: Params, folders: Mapping[str, Path], baselines: Mapping[str, Path]) -> Table:
+def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Path]) -> Table:
     """Row → numbers, of all policies and controls on the same held-out prompts."""
     prompts = sample_prompts(folders["prepare"] / "prompts" / "test.jsonl", params.evaluate.prompts, params.seed)
-    sampler, models = _sampler(params, folders, prompts), (folders["base_model"], folders["sft"])
+    sampler, models = make_sampler(params, folders, prompts), (folders["base_model"], folders["sft"])
     responses = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=2 * REFERENCE_DRAWS)
     responses = split_null(responses, REFERENCE_DRAWS)
     base_model = partial(load_reference, folders["base_model"], None)
@@ -159,12 +162,12 @@ def evaluate_chain(params: Params, folders: Mapping[str, Path], baselines: Mappi
     return compare_controls(reference, others, samples=params.evaluate.bootstrap_samples, seed=params.seed)
 
 
-def _sampler(params: Params, folders: Mapping[str, Path], prompts: Sequence[Prompt]) -> PolicySampler:
+def make_sampler(params: Params, folders: Folders, prompts: Sequence[Prompt]) -> PolicySampler:
     tokenizer, size = load_tokenizer(folders["base_model"]), params.evaluate.batch_size
     return PolicySampler(tokenizer, prompts, params.generation, batch_size=size, seed=params.seed)
 
 
-def _load_sft(folders: Mapping[str, Path]) -> Any:
+def _load_sft(folders: Folders) -> Any:
     return load_reference(folders["base_model"], folders["sft"])
 
 
