@@ -1,4 +1,4 @@
-"""Makes infra/presets/reverse_words.jsonl: lists of three words, and the same words in reverse order.
+"""Makes infra/presets/reverse_words.jsonl: lists of four words, and the same words in reverse order.
 
     python scripts/reverse_words_rows.py
 
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 FILE = Path(__file__).resolve().parents[1] / "infra" / "presets" / "reverse_words.jsonl"
-BLOCK, ROWS, WORDS = 20, 20, 3  # words and rows of a block, words of a row
+BLOCK, ROWS, WORDS = 20, 20, 4  # words and rows of a block, words of a row
 
 # Frequent English words of one token in SmolLM2, in random order.
 LEXICON = """

@@ -62,7 +62,7 @@ def test_reversed_lists_are_those_that_the_script_makes_and_no_word_of_a_test_is
     text = (ROOT / "infra" / "presets" / "reverse_words.jsonl").read_text(encoding="utf-8")
     lines = [json.loads(line) for line in text.splitlines()]
     assert [*runpy.run_path(str(ROOT / "scripts" / "reverse_words_rows.py"))["rows"]()] == lines
-    assert all(len({*row["words"].split()}) == 3 for row in lines)
+    assert all(len({*row["words"].split()}) == 4 for row in lines)
     rows = prepared(with_preset("reverse_words", tmp_path), tmp_path)
     words = {}
     for split in SPLITS:
