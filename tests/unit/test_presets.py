@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import runpy
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 from tasks.collect import collect
 from tasks.config.params import Params, load_params, load_preset, write_overrides
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Preference, Prompt, read_rows
+from tasks.core.rows import SPLITS, Demonstration, Preference, Prompt, read_rows
 from tasks.preferences import preferences
 from tasks.prepare import prepare
 from tests.conftest import SHIPPED_PARAMS
@@ -49,12 +50,28 @@ def collected(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line)["row"] for line in file.read_bytes().splitlines()]
 
 
-@pytest.mark.parametrize("preset", ["code", "poem", "service_bot"])
+@pytest.mark.parametrize("preset", ["code", "poem", "reverse_words", "service_bot"])
 def test_presets_hold_out_as_many_prompts_as_their_evaluation_asks_for(preset: str, tmp_path: Path) -> None:
     params = with_preset(preset, tmp_path)
     rows = prepared(params, tmp_path)
     assert len(read_rows(rows / "prompts" / "test.jsonl", Prompt)) >= params.evaluate.prompts
     assert len(read_rows(rows / "demonstrations" / "train.jsonl", Demonstration)) > 0
+
+
+def test_reversed_lists_are_those_that_the_script_makes_and_no_word_of_a_test_is_in_training(tmp_path: Path) -> None:
+    text = (ROOT / "infra" / "presets" / "reverse_words.jsonl").read_text(encoding="utf-8")
+    lines = [json.loads(line) for line in text.splitlines()]
+    assert [*runpy.run_path(str(ROOT / "scripts" / "reverse_words_rows.py"))["rows"]()] == lines
+    assert all(len({*row["words"].split()}) == 4 for row in lines)
+    rows = prepared(with_preset("reverse_words", tmp_path), tmp_path)
+    words = {}
+    for split in SPLITS:
+        prompts = read_rows(rows / "prompts" / f"{split}.jsonl", Prompt)
+        asked = [row.prompt.splitlines()[0].removeprefix("Words: ").split() for row in prompts]
+        assert [[*reversed(row)] for row in asked] == [(prompt.answer or "").split() for prompt in prompts]
+        words[split] = {word for row in asked for word in row}
+    assert not words["train"] & words["test"]
+    assert not words["train"] & words["validation"]
 
 
 @pytest.mark.slow
