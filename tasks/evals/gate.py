@@ -135,22 +135,23 @@ def decide(
     findings: Sequence[HackingFinding],
     against_champion: Mapping[str, Interval] | None,
 ) -> Decision:
-    """Apply the rules; without a champion, the rules about it are skipped.
+    """Apply the rules; without a champion, the rules about it are skipped, and doubts where no win rate is asked for.
 
     Args:
         findings: signs of reward hacking in the candidate.
         against_champion: each metric that has a margin, see `tasks.evals.champion`.
     """
-    low, kl = table[policy]["win_rate_low"], table[policy]["kl"]
+    low, kl, reason = table[policy]["win_rate_low"], table[policy]["kl"], doubt(table[policy])
     rule_results = [
         RuleResult(
             "win rate against SFT, lower end", f"{low:.1%}", f"above {params.min_win_rate:.0%}",
             low > params.min_win_rate,
         ),
-        RuleResult("doubts about the win rate", doubt(table[policy]) or "none", "none", not doubt(table[policy])),
         RuleResult("KL to SFT", f"{kl:.2f} nats", f"at most {params.max_kl:g} nats", kl <= params.max_kl),
         _check_hacking(findings, params.allowed_detectors),
     ]  # fmt: skip
+    if params.min_win_rate:
+        rule_results.append(RuleResult("doubts about the win rate", reason or "none", "none", not reason))
     if against_champion is not None:
         rule_results += [
             noninferiority_rule(metric, against_champion[metric], margin) for metric, margin in params.margins.items()

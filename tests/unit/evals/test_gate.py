@@ -90,6 +90,13 @@ def test_every_rule_must_hold(
     assert len(decision.reasons) == (len(failing) or len(decision.rule_results))
 
 
+def test_a_doubt_counts_only_where_a_win_rate_is_asked_for() -> None:
+    table = {"ppo": row(0.4, 3.0) | {"win_rate_bound": 0.39}}
+    for least, passed in ((0.0, True), (0.1, False)):
+        params = PARAMS.model_copy(update={"min_win_rate": least})
+        assert decide(table, "ppo", params, findings=[], against_champion=None).accepted is passed
+
+
 def test_a_reason_has_both_numbers() -> None:
     signs = [HackingFinding("kl_spike", "training, update 3", "")]
     against = {"win_rate": Interval(0.5, 0.4321, 0.6), "repetition": Interval(0.1, 0.05, 0.1234)}
