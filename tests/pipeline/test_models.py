@@ -123,7 +123,8 @@ def test_the_lineage_of_a_version_is_complete(promoted: Project) -> None:
 def test_a_champion_outlives_the_freeing_of_what_nothing_refers_to(promoted: Project) -> None:
     """The tests below use the versions after it."""
     promoted.rlhf("gc", "--yes")
-    assert "up to date" in promoted.rlhf("status")
+    status = promoted.rlhf("status")
+    assert "up to date" in status, status
     assert "ended" in promoted.rlhf("generate", "the film is", "--model", "1", "--max-new-tokens", "2", "--json")
 
 
