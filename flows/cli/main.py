@@ -193,8 +193,9 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
         keys = ("stage", "action", "reasons")
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
         return
-    if not rows:
+    if not pending:
         console.print("Everything is up to date: `rlhf run` would compute nothing.")
+    if not rows:
         return
     table = Table("stage", "would", "why")
     for stage, action, reasons in rows:

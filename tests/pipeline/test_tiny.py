@@ -34,6 +34,12 @@ def test_every_stage_runs_and_the_policies_are_compared(tiny: tuple[Project, str
     assert shown["ppo"]["judge_n"] == 4
 
 
+def test_a_warning_does_not_hide_that_everything_is_up_to_date(tiny: tuple[Project, str]) -> None:
+    output = tiny[0].rlhf("status")
+    assert "Everything is up to date" in output
+    assert "generation.max_new_tokens: 8 → " in output
+
+
 def test_the_curve_has_every_kept_policy_and_best_of_n(tiny: tuple[Project, str]) -> None:
     folder = tiny[0].root / "artifacts"
     with (folder / "overoptimisation" / "points.csv").open() as file:
