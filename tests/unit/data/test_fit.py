@@ -105,7 +105,7 @@ def test_a_preset_fits_its_data(
 
 def test_own_pairs_are_listed_at_once_and_what_is_suggested_fits(find: Find, params_yaml: Path, tmp_path: Path) -> None:
     write_model(tmp_path, 125)
-    found = find({"preferences": rows_of("preferences", 300)}, layers=2)
+    found = find({"preferences": rows_of("preferences", 300)}, "generation.max_new_tokens=20", layers=2)
     cut = {f"{stage}.max_cut_share" for stage in ("sft", "reward_model", "dpo")}
     assert set(found) - {"gold_judge.max_cut_share", "generation.max_new_tokens"} == cut | {
         "preferences.train_pairs", "preferences.heldout_pairs", "reward_model.lora_first_layer", "evaluate.prompts",
@@ -131,7 +131,7 @@ def test_pairs_whose_prompt_fills_the_context_are_left_out_and_all_counts_are_of
     write_model(tmp_path, 170)
     rows = rows_of("preferences", 200)
     long = [row | {"prompt": " ".join([row["prompt"]] * 4)} for row in rows[:40]]
-    found = find({"preferences": [*long, *rows[40:]]})
+    found = find({"preferences": [*long, *rows[40:]]}, "generation.max_new_tokens=20")
     limit = int(found["prepare.max_preference_words"].suggestion)
     assert 25 <= limit < 40
     assert "of 200 prompts leave no room for 20 new tokens" in found["prepare.max_preference_words"].reason
