@@ -77,7 +77,7 @@ def run_variant(
     run_stage(stage, params, out, folders)
     seconds = round(time.process_time() - started)
     snapshots = sorted((out / "policies").iterdir())
-    chosen = [snapshots[len(snapshots) * part // 3 - 1] for part in (1, 2, 3)]
+    chosen = sorted({snapshots[-(-len(snapshots) * part // 3) - 1] for part in (1, 2, 3)})
     models = folders["base_model"], folders["sft"]
     scored = score(params, folders, {path.name: partial(load_policy, *models, path) for path in chosen}, DRAWS)
     table = compare_controls(reference, scored, samples=params.evaluate.bootstrap_samples, seed=params.seed)
