@@ -15,16 +15,14 @@ from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import Any
 
-from results import ROOT, Folders, make_sampler, run_stage
+from results import ROOT, Folders, make_sampler, run_stage, score_answers
 
 from tasks.config.params import Params, load_params, parse_override
-from tasks.core.paths import Artifacts
 from tasks.core.rows import write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse, compare_controls
 from tasks.evals.report import read_table
-from tasks.evals.scoring import load_gold_reward, sample_prompts, score_responses
+from tasks.evals.scoring import sample_prompts
 from tasks.models.loading import init_process, load_policy, load_reference
-from tasks.rewards.composition import load_reward
 
 OUT, TABLE = ROOT / ".rlhf" / "bench-frontier", ROOT / "benchmarks" / "frontier.csv"
 DRAWS, REFERENCE_DRAWS = 2, 8
@@ -61,9 +59,7 @@ def score(params: Params, folders: Folders, loaders: Mapping[str, Any], draws: i
     """Responses of each policy to the held-out prompts, with their scores."""
     prompts = sample_prompts(folders["prepare"] / "prompts" / "test.jsonl", params.evaluate.prompts, params.seed)
     answers = make_sampler(params, folders, prompts).sample_each(loaders, samples_per_prompt=draws)
-    proxy = load_reward(params.reward, prompts, Artifacts(**folders, out=OUT))
-    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
-    return score_responses(answers, proxy, gold, vader=False)
+    return score_answers(params, folders, prompts, answers)
 
 
 def run_variant(

@@ -25,11 +25,12 @@ import torch
 from tasks.config.params import Params, load_params
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Prompt, Rating, read_rows, write_json, write_rows, write_table
-from tasks.evals.compare import NULL, REFERENCE, Table, compare_controls
+from tasks.evals.compare import NULL, REFERENCE, ScoredResponse, Table, compare_controls
 from tasks.evals.overoptimisation import best_of_n_kl
 from tasks.evals.report import read_table
 from tasks.evals.scoring import (
     PolicySampler,
+    SampledResponse,
     best_of_n_draws,
     human_responses,
     load_gold_reward,
@@ -149,10 +150,7 @@ def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Pat
     loaders = {name: partial(load_policy, *models, folder) for name, folder in policies.items()}
     responses += sampler.sample_each(loaders, samples_per_prompt=DRAWS)
     responses += human_responses(prompts, folders["prepare"] / "ratings", load_tokenizer(folders["base_model"]))
-    artifacts = Artifacts(**folders, out=OUT)
-    proxy = load_reward(params.reward, prompts, artifacts)
-    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
-    scored = score_responses(responses, proxy, gold, vader=params.evaluate.vader)
+    scored = score_answers(params, folders, prompts, responses)
     null = [record for record in scored if record.policy == NULL]
     for n in (2, 4, 8, 16):
         chosen = best_of_n_draws(null, n)
@@ -165,6 +163,15 @@ def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Pat
 def make_sampler(params: Params, folders: Folders, prompts: Sequence[Prompt]) -> PolicySampler:
     tokenizer, size = load_tokenizer(folders["base_model"]), params.evaluate.batch_size
     return PolicySampler(tokenizer, prompts, params.generation, batch_size=size, seed=params.seed)
+
+
+def score_answers(
+    params: Params, folders: Folders, prompts: Sequence[Prompt], answers: Sequence[SampledResponse]
+) -> list[ScoredResponse]:
+    """Score the answers to the prompts by the reward and by every judge."""
+    proxy = load_reward(params.reward, prompts, Artifacts(**folders, out=OUT))
+    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
+    return score_responses(answers, proxy, gold, vader=params.evaluate.vader)
 
 
 def _load_sft(folders: Folders) -> Any:

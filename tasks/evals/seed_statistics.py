@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import scipy  # scipy.stats takes a second to import, which scipy does at its first use
 
-from tasks.evals.statistics import LEVEL, pairwise_wins
+from tasks.evals.controls import pair_wins
+from tasks.evals.statistics import LEVEL
 
 __all__ = ["SeedValues", "bootstrap_seeds", "detectable_difference", "variance_components", "wins_by_prompt"]
 
@@ -32,7 +33,7 @@ def wins_by_prompt(responses: Iterable[Mapping[str, Any]], reference: str) -> di
     base = scores.pop(reference, {})
     return {
         policy: {
-            prompt: float(np.mean([pairwise_wins([score] * len(base[prompt]), base[prompt]) for score in drawn]))
+            prompt: float(pair_wins(np.array([drawn]), np.array([base[prompt]])).mean())
             for prompt, drawn in own.items()
             if prompt in base
         }
