@@ -38,7 +38,7 @@ def determinism() -> str:
     wanted = os.environ.get(DETERMINISM_VAR, "native")
     if wanted not in ("portable", "native"):
         raise ConfigError(f"{DETERMINISM_VAR} is {wanted!r}: set it to portable or native")
-    return wanted if "avx2" in _cpu_info("flags").split() else "native"
+    return "portable" if wanted == "portable" and "avx2" in _cpu_info("flags").split() else "native"
 
 
 def describe_machine() -> dict[str, str]:

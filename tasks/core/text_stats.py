@@ -1,10 +1,17 @@
-"""Words, n-grams, and statistics of the repetition and length of texts."""
+"""Words, n-grams, patterns of users, and statistics of the repetition and length of texts."""
 
 import re
 from collections.abc import Sequence
 from math import ceil
 
-__all__ = ["REPETITION_NGRAM", "distinct_n", "ngrams", "quantile_99", "repetition_rate", "tokenize_words", "word_count"]
+import regex
+
+__all__ = [
+    "REPETITION_NGRAM", "distinct_n", "ngrams", "quantile_99", "repetition_rate", "search_pattern", "tokenize_words",
+    "word_count",
+]  # fmt: skip
+
+PATTERN_SECONDS = 1.0
 
 WORD_RE = re.compile(r"\w+(?:['’]\w+)*")
 
@@ -27,6 +34,16 @@ def tokenize_words(text: str) -> list[str]:
 def word_count(text: str) -> int:
     """Count the words of the text, without punctuation."""
     return len(tokenize_words(text))
+
+
+def search_pattern(pattern: str, text: str, *, whole: bool = False) -> "regex.Match[str] | None":
+    """Search a user's regular expression in the text; `whole`: it must match all of it.
+
+    Raises:
+        TimeoutError: nested repetition (`(a|aa)+`) would take for ever on this text.
+    """
+    find = regex.fullmatch if whole else regex.search
+    return find(pattern, text, timeout=PATTERN_SECONDS)
 
 
 def ngrams(items: Sequence[str], n: int) -> list[tuple[str, ...]]:

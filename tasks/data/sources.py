@@ -11,7 +11,6 @@ import gzip
 import importlib.metadata
 import io
 import json
-import re
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ from pyarrow import parquet
 from tasks.core.errors import DataError, SourceError
 from tasks.core.paths import project_root, state_dir
 from tasks.core.rows import format_json_error
+from tasks.core.text_stats import search_pattern
 from tasks.data.columns import check_columns, map_columns, number_rows
 from tasks.data.film_reviews import TEXTS, read_film_reviews
 from tasks.data.hub import HUB_ERRORS
@@ -266,7 +266,10 @@ def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> di
         return place | {"raw": _raw(content), "error": str(error)}
     if source.answer_pattern is None:
         return place | {"row": row}
-    found = re.search(source.answer_pattern, str(row.get("answer", "")))
+    try:
+        found = search_pattern(source.answer_pattern, str(row.get("answer", "")))
+    except TimeoutError:
+        return place | {"raw": _raw(content), "error": f"answer: {source.answer_pattern!r} takes too long on it"}
     if found is None:
         return place | {"raw": _raw(content), "error": f"answer: {source.answer_pattern!r} is not in it"}
     return place | {"row": row | {"answer": found[1].strip()}}

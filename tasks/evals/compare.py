@@ -153,20 +153,23 @@ def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: i
     groups = by_policy(records)
     if REFERENCE not in groups:
         raise DataError(f"no responses of {REFERENCE!r}, the policy that all are compared with; found {sorted(groups)}")
-    prompt_ids = list(dict.fromkeys(record.prompt_id for record in groups[REFERENCE]))
-    reference = _to_grid(groups[REFERENCE], prompt_ids)
-    table: Table = {}
-    for policy, group in groups.items():
-        grid = _to_grid(group, prompt_ids)
-        row = _policy_metrics(grid) | _shares(grid, samples, seed)
-        for judge in reference[0][0].scores:
-            row |= _win_rate_metrics(judge, grid, reference, samples, seed)
-        if policy != REFERENCE:
-            row |= _control_metrics(grid, reference, samples, seed)
-        if policy != REFERENCE and "kl" in row:
+    return {policy: _compare(group, groups[REFERENCE], samples, seed) for policy, group in groups.items()}
+
+
+def _compare(
+    group: Sequence[ScoredResponse], reference_group: Sequence[ScoredResponse], samples: int, seed: int
+) -> dict[str, float]:
+    """One policy's row, rounded."""
+    prompt_ids = list(dict.fromkeys(record.prompt_id for record in reference_group))
+    reference, grid = _to_grid(reference_group, prompt_ids), _to_grid(group, prompt_ids)
+    row = _policy_metrics(grid) | _shares(grid, samples, seed)
+    for judge in reference[0][0].scores:
+        row |= _win_rate_metrics(judge, grid, reference, samples, seed)
+    if group[0].policy != REFERENCE:
+        row |= _control_metrics(grid, reference, samples, seed)
+        if "kl" in row:
             row["win_rate_bound"] = win_rate_bound(row["kl"] + 1.96 * row["kl_stderr"])
-        table[policy] = {key: round(value, DIGITS) for key, value in row.items()}
-    return table
+    return {key: round(value, DIGITS) for key, value in row.items()}
 
 
 def compare_controls(
@@ -177,7 +180,7 @@ def compare_controls(
     for name, group in by_policy(controls).items():
         asked = {record.prompt_id for record in group}
         own = [record for record in reference if record.prompt_id in asked]
-        table[name] = compare_policies([*own, *group], samples=samples, seed=seed)[name]
+        table[name] = _compare(group, own, samples, seed)
     return table
 
 

@@ -13,11 +13,13 @@ from dataclasses import dataclass
 from statistics import fmean
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from tasks.core.errors import ConfigError
 from tasks.core.text_stats import repetition_rate
 from tasks.evals.compare import REFERENCE, HackingFinding, Table
-from tasks.evals.controls import doubt
-from tasks.evals.statistics import Interval, bootstrap_mean, pairwise_wins
+from tasks.evals.controls import doubt, pair_wins
+from tasks.evals.statistics import Interval, bootstrap_mean
 from tasks.runtime.provenance import RuleResult
 
 if TYPE_CHECKING:
@@ -65,7 +67,8 @@ class MetricSpec:
 
 def _win_rate(name: str, judge: str) -> MetricSpec:
     def win(challenger: ResponseScores, champion: ResponseScores) -> float:
-        return pairwise_wins([challenger.scores[judge]], [champion.scores[judge]])[0]
+        pair = np.array([[challenger.scores[judge]]]), np.array([[champion.scores[judge]]])
+        return float(pair_wins(*pair).item())
 
     return MetricSpec(name, win, True, null_value=0.5, value_format=".1%", margin_format=".0%")
 

@@ -1,4 +1,4 @@
-"""Means with confidence intervals: standard errors, bootstrap and t intervals, paired wins."""
+"""Means with confidence intervals: standard errors, bootstrap and t intervals."""
 
 import math
 from collections.abc import Sequence
@@ -9,8 +9,7 @@ import numpy as np
 import scipy  # scipy.stats takes a second to import, which scipy does at its first use
 
 __all__ = [
-    "LEVEL", "TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "pairwise_wins", "t_interval",
-    "wilson_interval",
+    "LEVEL", "TIE_TOLERANCE", "Interval", "bootstrap_mean", "mean_and_error", "t_interval", "wilson_interval",
 ]  # fmt: skip
 
 TIE_TOLERANCE = 1e-5
@@ -87,15 +86,3 @@ def t_interval(values: Sequence[float]) -> Interval:
     # scipy.stats.t.interval is NaN where the error is 0.
     half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(values) - 1)) * error
     return Interval(mean, mean - half, mean + half)
-
-
-def pairwise_wins(scores: Sequence[float], reference: Sequence[float]) -> list[float]:
-    """Compare per prompt: 1 for a win by more than TIE_TOLERANCE, ½ for a tie, 0 for a loss.
-
-    Raises:
-        ValueError: the two differ in length.
-    """
-    return [
-        0.5 if abs(score - other) <= TIE_TOLERANCE else float(score > other)
-        for score, other in zip(scores, reference, strict=True)
-    ]

@@ -9,7 +9,7 @@ from decimal import Decimal
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import DataError
-from tasks.core.text_stats import tokenize_words
+from tasks.core.text_stats import search_pattern, tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule
 
 if TYPE_CHECKING:
@@ -46,13 +46,16 @@ def strict_match(response: str, expected: str, pattern: str | None) -> float:
 
     Where the pattern matches first, its group is the answer (lm-eval 0.4.13, tasks/gsm8k/gsm8k.yaml, whose pattern is
     `#### (\\-?[0-9\\.\\,]+)`); without a pattern the whole response is. Compared as in `exact_match`; a full stop after
-    a number does not count.
+    a number does not count. A pattern that takes too long on a response does not match it.
 
     Gamed by: as `exact_match`; giving the form again and again does not help, for the first counts.
     """
     if pattern is None:
         return float(_answers_equal(response, expected))
-    found = re.search(pattern, response)
+    try:
+        found = search_pattern(pattern, response)
+    except TimeoutError:
+        return 0.0
     return float(found is not None and _answers_equal(found[1] or "", expected))
 
 

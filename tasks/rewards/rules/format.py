@@ -7,10 +7,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-import regex
 from jsonschema import Draft202012Validator
 
-from tasks.core.text_stats import tokenize_words
+from tasks.core.text_stats import search_pattern, tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule
 from tasks.rewards.rules.style import count_sentences
 
@@ -19,7 +18,6 @@ if TYPE_CHECKING:
 
 __all__ = ["instructions_rule", "json_schema_rule", "matches_pattern"]
 
-PATTERN_SECONDS = 1.0
 BULLET = re.compile(r"^[^\S\n]*[*-] +\S", re.MULTILINE)
 PARAGRAPHS = re.compile(r"\n\s*\n")
 
@@ -34,8 +32,7 @@ def matches_pattern(response: str, *, pattern: str, match: str) -> float:
     Raises:
         TimeoutError: nested repetition (`(a|aa)+`) would take for ever on this text; counted as a failure of the rule.
     """
-    find = regex.fullmatch if match == "whole" else regex.search
-    return float(find(pattern, response.strip(), timeout=PATTERN_SECONDS) is not None)
+    return float(search_pattern(pattern, response.strip(), whole=match == "whole") is not None)
 
 
 def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRule:

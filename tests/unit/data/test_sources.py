@@ -187,6 +187,13 @@ def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_s
     assert rows[1]["raw"] == '{"q": "2 + 2?", "a": "4"}'
 
 
+def test_a_row_on_which_the_pattern_would_search_for_ever_says_so(root: Path) -> None:
+    content = [{"prompt": "p", "answer": "a" * 60 + "!"}, {"prompt": "q", "answer": "aa"}]
+    slow, quick = collected(root, content, answer_pattern="^((?:a|aa)+)$")
+    assert slow["error"] == "answer: '^((?:a|aa)+)$' takes too long on it"
+    assert quick["row"]["answer"] == "aa"
+
+
 @pytest.mark.parametrize("pattern", ["####", "(#)(#)", "("])
 def test_a_pattern_without_exactly_one_group_is_refused(pattern: str) -> None:
     with pytest.raises(ValidationError, match=r"needs one group|no regular expression"):

@@ -115,6 +115,10 @@ def test_with_a_pattern_its_first_match_must_be_the_answer(response: str, value:
     assert strict_match("none", "42", r"none|it is (\d+)") == 0.0, "a group that takes no part in the match"
 
 
+def test_a_pattern_that_would_search_for_ever_does_not_match() -> None:
+    assert strict_match("a" * 60 + "!", "a", r"^((?:a|aa)+)$") == 0.0
+
+
 def test_real_solutions_are_right_in_form_and_without_their_mark_in_value_alone() -> None:
     """GSM8K's 1,319 worked solutions, each against the number after its own mark; without the mark the number stays."""
     file = Path(__file__).parents[4] / "shared" / "data" / "gsm8k" / "test.jsonl.gz"
