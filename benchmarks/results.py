@@ -3,16 +3,16 @@
 Needs `rlhf run base_model collect`. Each seed draws everything anew: split, SFT, reward model, gold judge, policies.
 Beside the policies of the pipeline stand what a user would try first: SFT on the best rated texts (filtered behaviour
 cloning), SFT on the best of several responses (RAFT: Dong et al. 2023, arXiv 2304.06767), best-of-n by the same reward
-model, and the snapshots of PPO and GRPO at the KL of best-of-8. DPO learns from all pairs. What is done is kept in
-.rlhf/bench-results, so a second call goes on. Writes benchmarks/results.csv, a line per seed and row; prints the means
-last.
+model, and the snapshots of PPO and GRPO at the KL of best-of-8. DPO learns from all pairs. Writes
+benchmarks/results.csv, a line per seed and row, and prints the means over seeds last. A second call goes on: it keeps
+the lines of the file that have its settings, and the trained stages of an interrupted chain in .rlhf/bench-results.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib
-import json
 import sys
 from collections.abc import Mapping, Sequence
 from functools import partial
@@ -20,12 +20,14 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+import numpy as np
 import torch
 
 from tasks.config.params import Params, load_params
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Prompt, Rating, read_rows, write_json, write_rows, write_table
-from tasks.evals.compare import NULL, REFERENCE, ScoredResponse, Table, compare_controls
+from tasks.core.rows import Demonstration, Prompt, Rating, read_rows, write_rows, write_table
+from tasks.evals.compare import NULL, REFERENCE, ScoredResponse, by_policy, compare_controls
+from tasks.evals.controls import pair_wins
 from tasks.evals.overoptimisation import best_of_n_kl
 from tasks.evals.report import read_table
 from tasks.evals.scoring import (
@@ -38,9 +40,10 @@ from tasks.evals.scoring import (
     score_responses,
     split_null,
 )
-from tasks.evals.statistics import t_interval
+from tasks.evals.seed_statistics import bootstrap_seeds, wins_by_prompt
 from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
+from tasks.rewards.rules.base import RewardFunction
 from tasks.runtime.dvc_stages import graph
 from tasks.runtime.stage_runner import stage_arguments
 
@@ -49,9 +52,16 @@ OUT, TABLE = ROOT / ".rlhf" / "bench-results", ROOT / "benchmarks" / "results.cs
 CHAIN = ("prepare", "sft", "preferences", "reward_model", "gold_judge", "ppo", "grpo", "dpo")
 DRAWS, REFERENCE_DRAWS, RAFT_SAMPLES = 4, 16, 8
 Folders = Mapping[str, Path]
+Line = dict[str, Any]
 """Stage → the folder of its outputs."""
 
 MATCHED_KL = best_of_n_kl(8)
+PAIRS = (
+    ("ppo", "best of 16"), ("grpo", "best of 16"), ("ppo", "grpo"), ("ppo", "dpo"), ("ppo", "raft"),
+    (f"ppo at KL {MATCHED_KL:.1f}", "best of 4"), (f"grpo at KL {MATCHED_KL:.1f}", "best of 4"),
+)  # fmt: skip
+"""Differences of win rates that are printed, paired by seed and prompt."""
+
 COLUMNS = (
     "win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "win_rate_finished",
     "win_rate_same_length", "win_rate_bound", "win_rate_vader", "win_rate_proxy", "gain_gold", "gain_proxy", "kl",
@@ -137,8 +147,8 @@ def matched_snapshot(stage: Path) -> Path:
     return min(snapshots, key=lambda path: abs(kl[int(path.name) + 1] - MATCHED_KL))  # a row has the KL before its step
 
 
-def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Path]) -> Table:
-    """Row → numbers, of all policies and controls on the same held-out prompts."""
+def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Path]) -> list[Line]:
+    """A line of each policy and control, on the same held-out prompts; `wins` are its win rates on each of these."""
     prompts = sample_prompts(folders["prepare"] / "prompts" / "test.jsonl", params.evaluate.prompts, params.seed)
     sampler, models = make_sampler(params, folders, prompts), (folders["base_model"], folders["sft"])
     responses = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=2 * REFERENCE_DRAWS)
@@ -157,7 +167,26 @@ def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Pat
         scored += [record.model_copy(update={"policy": f"best of {n}"}) for record in chosen]
     reference = [record for record in scored if record.policy == REFERENCE]
     others = [record for record in scored if record.policy != REFERENCE]
-    return compare_controls(reference, others, samples=params.evaluate.bootstrap_samples, seed=params.seed)
+    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
+    table = compare_controls(reference, others, samples=params.evaluate.bootstrap_samples, seed=params.seed)
+    groups = by_policy(others)
+    wins = wins_by_prompt([record.model_dump() for record in scored], REFERENCE)
+    return [
+        {"row": name} | {key: row.get(key, "") for key in COLUMNS}
+        | {"win_rate_cut": cut_win_rate(groups[name], reference, gold)}
+        | {"wins": " ".join(f"{rate:.4g}" for rate in wins[name].values())} for name, row in table.items()
+    ]  # fmt: skip
+
+
+def cut_win_rate(group: Sequence[ScoredResponse], reference: Sequence[ScoredResponse], gold: RewardFunction) -> float:
+    """Win rate of the first draws, where the longer of the two is cut to as many words as the other and judged anew."""
+    base = {record.prompt_id: record.response for record in reference if record.draw == 0}
+    first = [record for record in group if record.draw == 0]
+    pairs = [(record.response.split(), base[record.prompt_id].split()) for record in first]
+    cut = [[" " + " ".join(words[: min(map(len, pair))]) for words in pair] for pair in pairs]
+    scores = (gold([record.prompt for record in first], list(texts)) for texts in zip(*cut, strict=True))
+    own, others = (np.asarray(column, dtype=float)[:, None] for column in scores)
+    return round(float(pair_wins(own, others).mean()), 6)
 
 
 def make_sampler(params: Params, folders: Folders, prompts: Sequence[Prompt]) -> PolicySampler:
@@ -178,31 +207,40 @@ def _load_sft(folders: Folders) -> Any:
     return load_reference(folders["base_model"], folders["sft"])
 
 
-def run_seed(seed: int) -> Table:
-    """Row → numbers of one chain, computed or kept from an earlier call."""
-    folder = OUT / f"seed-{seed}"
-    kept = folder / "table.json"
-    if not kept.is_file():
-        params = load_params(ROOT / "params.yaml").model_copy(update={"seed": seed, "policy_seed": seed})
-        assert params.dpo is not None
-        assert params.preferences is not None
-        all_pairs = params.dpo.model_copy(update={"max_pairs": params.preferences.train_pairs})
-        params = params.model_copy(update={"dpo": all_pairs})
-        folders = train_chain(params, folder)
-        write_json(kept, evaluate_chain(params, folders, train_baselines(params, folders, folder)))
-    table: Table = json.loads(kept.read_text(encoding="utf-8"))
-    return table
+def run_seed(params: Params, folder: Path) -> list[Line]:
+    """Train and evaluate one chain."""
+    assert params.dpo is not None
+    assert params.preferences is not None
+    all_pairs = params.dpo.model_copy(update={"max_pairs": params.preferences.train_pairs})
+    params = params.model_copy(update={"dpo": all_pairs})
+    folders = train_chain(params, folder)
+    return evaluate_chain(params, folders, train_baselines(params, folders, folder))
 
 
-def print_means(tables: Sequence[Table]) -> None:
-    """Each row's means over seeds, the win rate with its 95 % interval over seeds (Student)."""
-    for name in tables[0]:
-        rows = [table[name] for table in tables]
-        rates = [row["win_rate"] for row in rows]
-        interval = t_interval(rates) if len(rates) > 1 else None
-        around = f" ({interval.low:.1%} to {interval.high:.1%})" if interval else ""
-        kl = f", KL {fmean(row['kl'] for row in rows):.2f}" if "kl" in rows[0] else ""
-        print(f"{name}: {fmean(rates):.1%}{around}{kl}, {fmean(row['length'] for row in rows):.1f} words")
+def settings_digest(params: Params) -> str:
+    """What says that two lines were measured with the same settings, seeds aside."""
+    settings = params.model_dump_json(exclude={"seed", "policy_seed"})
+    return hashlib.sha256(settings.encode()).hexdigest()[:8]
+
+
+def print_means(lines: Sequence[Line]) -> None:
+    """Each row's means over seeds: win rate (95 %, bootstrap over seeds and prompts), KL, words; then differences."""
+    wins: dict[str, list[dict[str, float]]] = {}
+    for line in lines:
+        rates = dict(enumerate(map(float, str(line["wins"]).split())))
+        wins.setdefault(line["row"], []).append({f"{line['seed']}/{place}": rate for place, rate in rates.items()})
+    for name, own in wins.items():
+        rows = [line for line in lines if line["row"] == name]
+        found = bootstrap_seeds(own, null=0.5)
+        kl = f", KL {fmean(float(row['kl']) for row in rows):.2f}" if rows[0]["kl"] != "" else ""
+        words = fmean(float(row["length"]) for row in rows)
+        print(f"{name}: {found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%}){kl}, {words:.1f} words")
+    for name, other in PAIRS:
+        pairs = zip(wins[name], wins[other], strict=True)
+        gaps = [{key: rate - others[key] for key, rate in own.items()} for own, others in pairs]
+        found = bootstrap_seeds(gaps, null=0.0)
+        interval = f"({100 * found['low']:+.1f} to {100 * found['high']:+.1f}; p = {found['p_value']:.3f})"
+        print(f"{name} less {other}: {100 * found['mean']:+.1f} points {interval}")
 
 
 def main() -> None:
@@ -212,15 +250,16 @@ def main() -> None:
     if not (ROOT / "artifacts" / "collect").is_dir():
         sys.exit("run this first: rlhf run base_model collect")
     init_process()
-    tables: list[Table] = []
+    params = load_params(ROOT / "params.yaml")
+    settings = settings_digest(params)
+    lines: list[Line] = [dict(line) for line in read_table(TABLE) if line["settings"] == settings]
     for seed in seeds:
-        tables.append(run_seed(seed))
-        rows = [
-            {"seed": own_seed, "row": name} | {key: row.get(key, "") for key in COLUMNS}
-            for own_seed, table in zip(seeds, tables, strict=False) for name, row in table.items()
-        ]  # fmt: skip
-        write_table(TABLE, rows)
-    print_means(tables)
+        if str(seed) not in {str(line["seed"]) for line in lines}:
+            own = params.model_copy(update={"seed": seed, "policy_seed": seed})
+            found = run_seed(own, OUT / settings / f"seed-{seed}")
+            lines += [{"settings": settings, "seed": seed} | line for line in found]
+            write_table(TABLE, lines)
+    print_means(lines)
 
 
 if __name__ == "__main__":

@@ -147,8 +147,8 @@ def add_metric(copy: Copy) -> None:
 
 
 def add_variant(copy: Copy) -> None:
-    copy.edit("tasks/rl/losses.py", '"bnpo": torch', '"squared": lengths**2 * responses,\n        "bnpo": torch')
-    for name in ("tasks/config/training.py", "tasks/rl/losses.py"):
+    copy.edit("tasks/rl/losses.py", '"dr_grpo": torch', '"squared": lengths**2 * responses,\n        "dr_grpo": torch')
+    for name in ("tasks/config/rl.py", "tasks/rl/losses.py"):
         copy.edit(name, 'Literal["grpo", ', 'Literal["grpo", "squared", ')
 
 

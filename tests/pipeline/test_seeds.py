@@ -11,7 +11,7 @@ import pytest
 
 from tests.pipeline.conftest import DVC_YAML, PATIENCE, PREPARED, STAGE, Project, dvc_stage, query, wait_for
 
-NAMES = ("policies.json", "findings.json", "responses.jsonl")
+NAMES = ("policies.json", "findings.json", "controls.json", "responses.jsonl")
 WRITTEN = "".join(f", artifacts/evaluate/{name}" for name in NAMES)
 MORE_STAGES = dvc_stage("ppo", PREPARED, "policy_seed, ppo")
 MORE_STAGES += dvc_stage("evaluate", "artifacts/ppo/metrics.json", "seed, evaluate", WRITTEN)
@@ -32,6 +32,7 @@ COMPARE = f"""
     row = {{"win_rate": won, "win_rate_low": won - 0.1, "win_rate_high": won + 0.1, "gain_gold": won, "kl": 2.0}}
     (out / "policies.json").write_text(json.dumps({{"sft": row, "ppo": row}}))
     (out / "findings.json").write_text(json.dumps({{"ppo": []}}))
+    (out / "controls.json").write_text("{{}}")
     answers = [
         {{"policy": policy, "prompt_id": f"{{seed}}/{{n}}", "gold": float(policy == "ppo" and n < 10 * won)}}
         for policy in ("sft", "ppo") for n in range(10)
