@@ -89,7 +89,7 @@ def params_yaml(tmp_path: Path) -> Path:
 
 EXPECTED = (
     "SequenceClassification LOAD REPORT",  # the weights that a language model has in place of a score's
-    "mtime may not be reliable",  # checkpoints of so small a model lie within a second: their order is that of the steps
+    "mtime may not be reliable",  # checkpoints lie within a second here: their order is that of the steps
 )
 
 
