@@ -14,11 +14,16 @@ MORE_STAGES = [
     dvc_stage("base_model"),
     dvc_stage("ppo", PREPARED, outs=", artifacts/ppo/adapter"),
     dvc_stage(
-        "evaluate", "artifacts/ppo/adapter", outs=", artifacts/evaluate/policies.json, artifacts/evaluate/findings.json"
+        "evaluate", "artifacts/ppo/adapter",
+        outs="".join(f", artifacts/evaluate/{name}.json" for name in ("policies", "findings", "controls")),
     ),
-]
+]  # fmt: skip
 FIGURES = {"win_rate": 0.8, "win_rate_low": 0.7, "win_rate_high": 0.9, "kl": 3.0}
-EVALUATED = {"policies.json": {"sft": {"kl": 0.0}, "ppo": FIGURES}, "findings.json": {"sft": [], "ppo": []}}
+EVALUATED = {
+    "policies.json": {"sft": {"kl": 0.0}, "ppo": FIGURES},
+    "findings.json": {"sft": [], "ppo": []},
+    "controls.json": {},
+}
 WRITES = {
     "base_model": "",
     "ppo": '(out / "adapter").mkdir(); (out / "adapter" / "weights").write_text("".join(read))',
