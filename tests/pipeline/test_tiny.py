@@ -4,12 +4,13 @@ import csv
 import json
 import math
 import shutil
+import sys
 from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from tests.pipeline.conftest import ROOT, Project
+from tests.pipeline.conftest import PATIENCE, ROOT, Project
 
 PIPELINE: dict[str, Any] = YAML(typ="safe").load(ROOT / "dvc.yaml")
 STAGES = list(PIPELINE["stages"])
@@ -80,6 +81,7 @@ def test_a_stage_opens_only_what_dvc_yaml_says_it_reads(tiny: tuple[Project, str
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1200)
 def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny_copy: Project) -> None:
     """Every stage in a process of its own, no cache: the same hashes in dvc.lock, weights included."""
     project = tiny_copy
@@ -87,5 +89,5 @@ def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny_copy: Project) -> None
     for path in ("artifacts", ".dvc/cache", ".rlhf", "dvc.lock"):
         shutil.rmtree(project.root / path, ignore_errors=True)
     (project.root / "dvc.lock").unlink(missing_ok=True)
-    project.dvc("repro")
+    project.command(sys.executable, "-m", "dvc", "repro", timeout=3 * PATIENCE)  # a Python and its imports per stage
     assert project.lock() == lock
