@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow test-exhaustive check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -15,7 +15,11 @@ test: $(VENV)/.installed-dev
 
 # What the first leaves out: real trainings, kills, services, browsers.
 test-slow: $(VENV)/.installed-dev
-	python -m pytest -m slow $(PROCESSES)
+	python -m pytest -m 'slow and not exhaustive' $(PROCESSES)
+
+# Every combination and every fault: an hour more.
+test-exhaustive: $(VENV)/.installed-dev
+	python -m pytest -m exhaustive $(PROCESSES)
 
 check: $(VENV)/.installed-dev
 	ruff format --check .

@@ -89,6 +89,7 @@ def direct_with(file: Path, content: bytes, name: str) -> dict[str, tuple[str, .
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_parameter(recorded: Project) -> None:
     """Also: the reason names the parameter, its old value and its new one."""
     yaml = YAML(typ="safe")
@@ -107,6 +108,7 @@ def test_every_parameter(recorded: Project) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_every_module(recorded: Project) -> None:
     """What a stage's process imports of ours is what it depends on; the flows and everything else runs nothing."""
     for file in sorted((recorded.root / "tasks").rglob("*.py")):
@@ -130,12 +132,14 @@ def test_every_module(recorded: Project) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> None:
     lock = recorded.root / "requirements.lock"
     assert set(direct_with(lock, lock.read_bytes().replace(b"torch==", b"torch==9"), lock.name)) == set(STAGES)
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("change", "expected"),
     [
@@ -167,6 +171,7 @@ def versioning_closure(stages: list[str]) -> set[str]:
 
 
 @pytest.mark.slow
+@pytest.mark.exhaustive
 def test_a_changed_byte_of_an_output_is_restored(tiny_copy: Project) -> None:
     """In the workspace; in the cache it is noticed, removed and computed again: see test_faults.py."""
     lock = tiny_copy.lock()
