@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow test-exhaustive check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow test-exhaustive check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-contamination bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -97,6 +97,11 @@ bench-results: $(VENV)/.installed
 # Win rate against KL of variants of PPO and GRPO, after `make demo`; hours, and a second call goes on.
 bench-frontier: $(VENV)/.installed
 	python benchmarks/frontier.py
+
+# Whether training texts or the base model know the held-out texts.
+bench-contamination: $(VENV)/.installed
+	rlhf run base_model prepare
+	python benchmarks/contamination.py
 
 # Changes tasks/rl in 1,073 small ways, each of which a test should notice; about 15 minutes.
 mutants: $(VENV)/.installed-dev

@@ -1,4 +1,4 @@
-"""Do training texts, or the base model, already know the held-out texts? `python benchmarks/contamination.py`.
+"""Do training texts, or the base model, already know the held-out texts? `make bench-contamination`.
 
 Needs `rlhf run base_model prepare`. What the base model was trained on is not public here, so it is asked: how well it
 predicts held-out texts beside training texts of the same source, and how often, from the first words of a text, it
@@ -25,8 +25,8 @@ TEXTS, RUN, GIVEN, CONTINUED = 256, 8, 8, 5
 """Texts of each kind; words of a shared run; words that are given, and that must follow word for word."""
 
 
-def held_texts(split: str) -> list[str]:
-    """The rated texts of a split, of both halves."""
+def rated_texts(split: str) -> list[str]:
+    """The rated texts of a split that are long enough, of both halves."""
     folders = [ROOT / "artifacts" / "prepare" / "ratings" / half for half in ("proxy", "gold")]
     texts = [row.text for folder in folders for row in read_rows(folder / f"{split}.jsonl", Rating)]
     return [text for text in dict.fromkeys(texts) if len(tokenize_words(text)) >= GIVEN + CONTINUED]
@@ -54,7 +54,9 @@ def main() -> None:
     if not (ROOT / "artifacts" / "prepare").is_dir():
         sys.exit("run this first: rlhf run base_model prepare")
     init_process()
-    train, test = held_texts("train"), held_texts("test")
+    train, test = rated_texts("train"), rated_texts("test")
+    if not train or not test:
+        sys.exit(f"no rated texts of {GIVEN + CONTINUED} words or more in artifacts/prepare/ratings")
     known = {run for text in train for run in ngrams(tokenize_words(text), RUN)}
     shared = sum(any(run in known for run in ngrams(tokenize_words(text), RUN)) for text in test)
     print(f"held-out texts that share {RUN} words in a row with a training text: {shared} of {len(test)}")

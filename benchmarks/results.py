@@ -2,10 +2,11 @@
 
 Needs `rlhf run base_model collect`. Each seed draws everything anew: split, SFT, reward model, gold judge, policies.
 Beside the policies of the pipeline stand what a user would try first: SFT on the best rated texts (filtered behaviour
-cloning), SFT on the best of several responses (RAFT: Dong et al. 2023, arXiv 2304.06767), best-of-n by the same reward
-model, and the snapshots of PPO and GRPO at the KL of best-of-8. DPO learns from all pairs. Writes
-benchmarks/results.csv, a line per seed and row, and prints the means over seeds last. A second call goes on: it keeps
-the lines of the file that have its settings, and the trained stages of an interrupted chain in .rlhf/bench-results.
+cloning), SFT on the best of several responses (RAFT: Dong et al. 2023, arXiv 2304.06767; with as many rollouts as PPO),
+best-of-n by the same reward model, and the snapshots of PPO and GRPO at the KL of best-of-8. DPO learns from all pairs.
+Writes benchmarks/results.csv, a line per seed and row, and prints the means over seeds last. A second call goes on: it
+keeps the lines of the file that have its settings, and the trained stages of an interrupted chain in
+.rlhf/bench-results.
 """
 
 from __future__ import annotations
@@ -50,7 +51,7 @@ from tasks.runtime.stage_runner import stage_arguments
 ROOT = Path(__file__).resolve().parents[1]
 OUT, TABLE = ROOT / ".rlhf" / "bench-results", ROOT / "benchmarks" / "results.csv"
 CHAIN = ("prepare", "sft", "preferences", "reward_model", "gold_judge", "ppo", "grpo", "dpo")
-DRAWS, REFERENCE_DRAWS, RAFT_SAMPLES = 4, 16, 8
+DRAWS, REFERENCE_DRAWS, NULL_DRAWS, RAFT_SAMPLES = 2, 8, 16, 4
 Folders = Mapping[str, Path]
 Line = dict[str, Any]
 """Stage → the folder of its outputs."""
@@ -129,8 +130,13 @@ def best_responses(params: Params, folders: Folders, count: int) -> list[Demonst
 
 def train_baselines(params: Params, folders: Folders, folder: Path) -> dict[str, Path]:
     """SFT on the best rated texts, and on the best of its own responses; both as adapters on the SFT model."""
-    base, count, trained = merged_sft(folders, folder / "merged"), params.sft.max_examples, {}
-    makers = {"top_rated": partial(top_rated, folders, count), "raft": partial(best_responses, params, folders, count)}
+    assert params.ppo is not None
+    base, trained = merged_sft(folders, folder / "merged"), {}
+    rollouts = params.ppo.updates * params.ppo.prompts_per_update * params.ppo.samples_per_prompt
+    makers = {
+        "top_rated": partial(top_rated, folders, params.sft.max_examples),
+        "raft": partial(best_responses, params, folders, rollouts // RAFT_SAMPLES),
+    }
     for name, make in makers.items():
         data = folder / f"{name}_data"
         if not data.is_dir():
@@ -151,7 +157,7 @@ def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Pat
     """A line of each policy and control, on the same held-out prompts; `wins` are its win rates on each of these."""
     prompts = sample_prompts(folders["prepare"] / "prompts" / "test.jsonl", params.evaluate.prompts, params.seed)
     sampler, models = make_sampler(params, folders, prompts), (folders["base_model"], folders["sft"])
-    responses = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=2 * REFERENCE_DRAWS)
+    responses = sampler.sample(REFERENCE, _load_sft(folders), samples_per_prompt=REFERENCE_DRAWS + NULL_DRAWS)
     responses = split_null(responses, REFERENCE_DRAWS)
     base_model = partial(load_reference, folders["base_model"], None)
     responses += sampler.sample("base", base_model(), samples_per_prompt=DRAWS, reference=_load_sft(folders))
@@ -173,7 +179,7 @@ def evaluate_chain(params: Params, folders: Folders, baselines: Mapping[str, Pat
     wins = wins_by_prompt([record.model_dump() for record in scored], REFERENCE)
     return [
         {"row": name} | {key: row.get(key, "") for key in COLUMNS}
-        | {"win_rate_cut": cut_win_rate(groups[name], reference, gold)}
+        | {"win_rate_cut": cut_win_rate(groups[name], reference, gold) if name in policies else ""}
         | {"wins": " ".join(f"{rate:.4g}" for rate in wins[name].values())} for name, row in table.items()
     ]  # fmt: skip
 
