@@ -125,7 +125,7 @@ def doubt(row: Mapping[str, float]) -> str:
     null = row.get("win_rate_null", 0.5)
     if row["win_rate_low"] > bound or row["win_rate_high"] < 1 - bound:
         return (
-            f"a win rate of {rate:.0%} is impossible at a KL of {row['kl']:.2f} nats, where it lies between "
+            f"a win rate of {rate:.0%} is impossible at a KL of {max(row['kl'], 0.0):.2f} nats, where it lies between "
             f"{1 - bound:.0%} and {bound:.0%}: it is noise"
         )
     if null != 0.5 and abs(null - 0.5) >= abs(rate - 0.5):

@@ -203,11 +203,17 @@ def _drift_sentence(table: Table) -> str:
     base = table[REFERENCE]["length"]
     changes = {policy: row["length"] / base - 1 for policy, row in table.items()} if base else {}
     parts = [
-        f"{display_name(policy)}'s are {abs(change):.0%} {'longer' if change > 0 else 'shorter'}"
+        f"{display_name(policy)}'s are {abs(change):.0%} {'longer' if change > 0 else 'shorter'} than SFT's"
+        f"{_at_equal_length(table[policy])}"
         for policy, change in changes.items()
         if abs(change) > MAX_LENGTH_DRIFT
     ]
-    return f"Responses changed in length, which may be part of the gain: {join_and(parts)} than SFT's." if parts else ""
+    return f"Responses changed in length: {join_and(parts)}." if parts else ""
+
+
+def _at_equal_length(row: Mapping[str, float]) -> str:
+    rate = row.get("win_rate_length_controlled")
+    return "" if rate is None else f" (its win rate is {row['win_rate']:.0%}, at equal length {rate:.0%})"
 
 
 def _caution_sentence(table: Table, doubts: Mapping[str, str]) -> str:

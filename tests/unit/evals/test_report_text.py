@@ -67,10 +67,13 @@ def test_gold_up_and_proxy_not_is_reported_without_suspicion() -> None:
 def test_a_length_that_moved_by_more_than_a_fifth_is_pointed_out() -> None:
     ppo = _row(UP, length=7.9)
     assert _summary(ppo=ppo, grpo=_row(UP, length=8.1)).drift == (
-        "Responses changed in length, which may be part of the gain: PPO's are 21% shorter than SFT's."
+        "Responses changed in length: PPO's are 21% shorter than SFT's."
     )
-    drift = _summary(ppo=ppo, grpo=_row(UP, length=13.0)).drift
-    assert "PPO's are 21% shorter and GRPO's are 30% longer than SFT's." in drift
+    grpo = _row(UP, length=13.0, win_rate_length_controlled=0.61)
+    assert _summary(ppo=ppo, grpo=grpo).drift == (
+        "Responses changed in length: PPO's are 21% shorter than SFT's and GRPO's are 30% longer than SFT's (its win "
+        "rate is 80%, at equal length 61%)."
+    )
     assert _summary(sft=SFT | {"length": 0.0}, ppo=_row(UP)).drift == ""
 
 
