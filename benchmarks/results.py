@@ -6,7 +6,7 @@ cloning), SFT on the best of several responses (RAFT: Dong et al. 2023, arXiv 23
 best-of-n by the same reward model, and the snapshots of PPO and GRPO at the KL of best-of-8. DPO learns from all pairs.
 Writes benchmarks/results.csv, a line per seed and row, and prints the means over seeds last. A second call goes on: it
 keeps the lines of the file that have its settings, and the trained stages of an interrupted chain in
-.rlhf/bench-results.
+.rlhf/bench-results. A chain takes about two hours of a core; lines of several machines can be put into one file.
 """
 
 from __future__ import annotations
@@ -251,8 +251,8 @@ def print_means(lines: Sequence[Line]) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--seeds", type=int, default=4)
-    seeds = range(parser.parse_args().seeds)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2, 3])
+    seeds = parser.parse_args().seeds
     if not (ROOT / "artifacts" / "collect").is_dir():
         sys.exit("run this first: rlhf run base_model collect")
     init_process()
