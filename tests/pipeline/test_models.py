@@ -16,7 +16,8 @@ from tasks.core.rows import Prompt, read_rows
 from tasks.models.loading import load_policy, load_reference, load_tokenizer
 from tests.pipeline.conftest import PATIENCE, Project, query, rlhf, wait_for
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(1800)]  # a fixture that runs the pipeline nine times counts, too
+# A fixture that runs the pipeline nine times counts for the timeout, too.
+pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1800)]
 
 CHAMPION, REFUSED = "dpo", "grpo"
 
