@@ -15,9 +15,9 @@ test: $(VENV)/.installed-dev
 
 # What the first leaves out: real trainings, kills, services, browsers.
 test-slow: $(VENV)/.installed-dev
-	python -m pytest -m 'slow and not exhaustive' $(PROCESSES)
+	python -m pytest -m slow $(PROCESSES)
 
-# Every combination and every fault: an hour more.
+# Every combination and every fault: more than an hour.
 test-exhaustive: $(VENV)/.installed-dev
 	python -m pytest -m exhaustive $(PROCESSES)
 

@@ -53,8 +53,10 @@ OUT, TABLE = ROOT / ".rlhf" / "bench-results", ROOT / "benchmarks" / "results.cs
 CHAIN = ("prepare", "sft", "preferences", "reward_model", "gold_judge", "ppo", "grpo", "dpo")
 DRAWS, REFERENCE_DRAWS, NULL_DRAWS, RAFT_SAMPLES = 2, 8, 16, 4
 Folders = Mapping[str, Path]
-Line = dict[str, Any]
 """Stage → the folder of its outputs."""
+
+Line = dict[str, Any]
+"""Column → value, of a seed and row."""
 
 MATCHED_KL = best_of_n_kl(8)
 PAIRS = (
@@ -233,8 +235,8 @@ def print_means(lines: Sequence[Line]) -> None:
     """Each row's means over seeds: win rate (95 %, bootstrap over seeds and prompts), KL, words; then differences."""
     wins: dict[str, list[dict[str, float]]] = {}
     for line in lines:
-        rates = dict(enumerate(map(float, str(line["wins"]).split())))
-        wins.setdefault(line["row"], []).append({f"{line['seed']}/{place}": rate for place, rate in rates.items()})
+        rates = {f"{line['seed']}/{place}": float(rate) for place, rate in enumerate(line["wins"].split())}
+        wins.setdefault(line["row"], []).append(rates)
     for name, own in wins.items():
         rows = [line for line in lines if line["row"] == name]
         found = bootstrap_seeds(own, null=0.5)

@@ -153,15 +153,13 @@ def compare_policies(records: Sequence[ScoredResponse], *, samples: int, seed: i
     groups = by_policy(records)
     if REFERENCE not in groups:
         raise DataError(f"no responses of {REFERENCE!r}, the policy that all are compared with; found {sorted(groups)}")
-    return {policy: _compare(group, groups[REFERENCE], samples, seed) for policy, group in groups.items()}
+    reference = _reference_grid(groups[REFERENCE])
+    return {policy: _compare(group, reference, samples, seed) for policy, group in groups.items()}
 
 
-def _compare(
-    group: Sequence[ScoredResponse], reference_group: Sequence[ScoredResponse], samples: int, seed: int
-) -> dict[str, float]:
+def _compare(group: Sequence[ScoredResponse], reference: Grid, samples: int, seed: int) -> dict[str, float]:
     """One policy's row, rounded."""
-    prompt_ids = list(dict.fromkeys(record.prompt_id for record in reference_group))
-    reference, grid = _to_grid(reference_group, prompt_ids), _to_grid(group, prompt_ids)
+    grid = _to_grid(group, [draws[0].prompt_id for draws in reference])
     row = _policy_metrics(grid) | _shares(grid, samples, seed)
     for judge in reference[0][0].scores:
         row |= _win_rate_metrics(judge, grid, reference, samples, seed)
@@ -177,9 +175,10 @@ def compare_controls(
 ) -> Table:
     """Compare each control with the reference, as `compare_policies` does, on the prompts that it has."""
     table: Table = {}
+    grid = _reference_grid(reference)
     for name, group in by_policy(controls).items():
         asked = {record.prompt_id for record in group}
-        own = [record for record in reference if record.prompt_id in asked]
+        own = [draws for draws in grid if draws[0].prompt_id in asked]
         table[name] = _compare(group, own, samples, seed)
     return table
 
@@ -214,6 +213,11 @@ def win_rates_of(table: Table) -> dict[str, str]:
     """Judges with a win rate in this table, with the prefix of their keys."""
     known = {judge: WIN_RATE_KEYS.get(judge, f"win_rate_{judge}") for judge in JUDGE_NAMES}
     return {judge: prefix for judge, prefix in known.items() if any(f"{prefix}_low" in row for row in table.values())}
+
+
+def _reference_grid(reference: Sequence[ScoredResponse]) -> Grid:
+    """The reference's records by prompt, in their order, and draw."""
+    return _to_grid(reference, list(dict.fromkeys(record.prompt_id for record in reference)))
 
 
 def _to_grid(group: Sequence[ScoredResponse], prompt_ids: Sequence[str]) -> Grid:

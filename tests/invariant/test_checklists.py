@@ -12,7 +12,7 @@ import pytest
 
 from tests.conftest import ROOT, SHIPPED_PARAMS
 
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+pytestmark = pytest.mark.exhaustive
 
 STAGE = '''"""Stage toy: count the training prompts."""
 

@@ -1,12 +1,11 @@
 """The measurements of hours, on the tiny project: they run to their end, and go on from what they have written."""
 
-import csv
 import shutil
 import sys
-from pathlib import Path
 
 import pytest
 
+from tasks.evals.report import read_table
 from tests.pipeline.conftest import ROOT, Project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]
@@ -25,16 +24,11 @@ def bench(project: Project, name: str, *words: str, expect: int = 0) -> str:
     return project.command(sys.executable, f"benchmarks/{name}.py", *words, expect=expect, timeout=900)
 
 
-def table(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
-
-
 def test_results_of_a_whole_chain(project: Project) -> None:
     first = bench(project, "results", "--seeds", "1")
     assert "ppo less best of 16: " in first
     path = project.root / "benchmarks" / "results.csv"
-    lines, text = table(path), path.read_text()
+    lines, text = read_table(path), path.read_text()
     assert {line["row"] for line in lines} == CONTROLS | TRAINED
     assert {line["row"] for line in lines if line["win_rate_cut"]} == TRAINED
     for line in lines:
@@ -45,15 +39,15 @@ def test_results_of_a_whole_chain(project: Project) -> None:
     project.edit("params.yaml", "  temperature: 1.0", "  temperature: 0.9")
     shutil.rmtree(project.root / ".rlhf" / "bench-results")
     bench(project, "results", "--seeds", "1")
-    assert not {line["settings"] for line in table(path)} & {line["settings"] for line in lines}
+    assert not {line["settings"] for line in read_table(path)} & {line["settings"] for line in lines}
 
 
 def test_the_frontier_of_a_variant(project: Project) -> None:
     assert "ppo, update 2: " in bench(project, "frontier", "ppo")
-    lines = table(project.root / "benchmarks" / "frontier.csv")
+    lines = read_table(project.root / "benchmarks" / "frontier.csv")
     assert [(line["variant"], line["update"]) for line in lines] == [("ppo", "1"), ("ppo", "2")]
     bench(project, "frontier", "ppo")
-    assert table(project.root / "benchmarks" / "frontier.csv") == lines
+    assert read_table(project.root / "benchmarks" / "frontier.csv") == lines
 
 
 def test_contamination_needs_texts_that_are_long_enough(project: Project) -> None:

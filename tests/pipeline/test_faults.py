@@ -25,7 +25,7 @@ from tests.pipeline.conftest import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive]
+pytestmark = pytest.mark.exhaustive
 
 
 def sound(project: Project) -> None:

@@ -88,7 +88,6 @@ def direct_with(file: Path, content: bytes, name: str) -> dict[str, tuple[str, .
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_every_parameter(recorded: Project) -> None:
     """Also: the reason names the parameter, its old value and its new one."""
@@ -107,7 +106,6 @@ def test_every_parameter(recorded: Project) -> None:
             assert why == (f"{name}: {brief(before)} → {brief(other(before))}",)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_every_module(recorded: Project) -> None:
     """What a stage's process imports of ours is what it depends on; the flows and everything else runs nothing."""
@@ -131,14 +129,12 @@ def test_every_module(recorded: Project) -> None:
             assert direct_with(file, file.read_bytes() + b"\n# changed\n", name) == {}
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_the_lock_of_the_libraries_is_read_by_every_stage(recorded: Project) -> None:
     lock = recorded.root / "requirements.lock"
     assert set(direct_with(lock, lock.read_bytes().replace(b"torch==", b"torch==9"), lock.name)) == set(STAGES)
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("change", "expected"),
@@ -170,7 +166,6 @@ def versioning_closure(stages: list[str]) -> set[str]:
     return found
 
 
-@pytest.mark.slow
 @pytest.mark.exhaustive
 def test_a_changed_byte_of_an_output_is_restored(tiny_copy: Project) -> None:
     """In the workspace; in the cache it is noticed, removed and computed again: see test_faults.py."""

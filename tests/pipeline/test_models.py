@@ -17,7 +17,7 @@ from tasks.models.loading import load_policy, load_reference, load_tokenizer
 from tests.pipeline.conftest import PATIENCE, Project, query, rlhf, wait_for
 
 # A fixture that runs the pipeline nine times counts for the timeout, too.
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1800)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(1800)]
 
 CHAMPION, REFUSED = "dpo", "grpo"
 

@@ -41,7 +41,7 @@ from tests.pipeline.conftest import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.slow, pytest.mark.exhaustive, pytest.mark.timeout(1200)]
+pytestmark = [pytest.mark.exhaustive, pytest.mark.timeout(1200)]
 
 ACTIVE = "('PENDING', 'RUNNING', 'PAUSED', 'CANCELLING')"
 LOSSES = """
