@@ -14,12 +14,12 @@ from tasks.rl.callbacks import Checkpoint, ProgressCallback, SnapshotCallback
 from tasks.rl.grpo import GRPO
 from tasks.rl.multi_turn import with_environment
 from tasks.rl.policy import Policy
-from tasks.rl.rollout import LocalSampler
 from tasks.rl.trainer import RLTrainer
+from tasks.rl.vllm_engine import open_sampler
 
 if TYPE_CHECKING:
     from tasks.config.reward import RewardParams
-    from tasks.config.rl import GRPOParams
+    from tasks.config.rl import GRPOParams, RolloutParams
     from tasks.config.training import EnvironmentParams, GenerationParams, LoraParams
 
 __all__ = ["grpo"]
@@ -31,6 +31,7 @@ def grpo(
     generation: GenerationParams,
     reward: RewardParams,
     environment: EnvironmentParams | None,
+    rollout: RolloutParams,
     policy_seed: int,
     artifacts: Artifacts,
 ) -> None:
@@ -43,19 +44,24 @@ def grpo(
     tokenizer = load_tokenizer(artifacts.base_model)
     prompts = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
     model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
+    policy = Policy(model, temperature=generation.temperature, value_head=False)
     snapshots = PolicySnapshots(params.snapshot_every, artifacts.out)
     turn_gamma = environment.gamma if environment else 1.0
-    trainer = RLTrainer(
-        Policy(model, temperature=generation.temperature, value_head=False),
-        with_environment(LocalSampler(model, tokenizer, generation), environment),
-        prompts,
-        load_reward(reward, prompts, artifacts),
-        GRPO(params, max_new_tokens=generation.max_new_tokens, turn_gamma=turn_gamma),
-        seed=policy_seed,
-        checkpoint=Checkpoint(tracking.checkpoint_dir(), "grpo"),
-        callbacks=[ProgressCallback("grpo", params.updates), SnapshotCallback(snapshots, model)],
-    )
-    trainer.train()
+    with open_sampler(
+        policy, tokenizer, generation, rollout, lora, artifacts, micro_batch_size=params.micro_batch_size
+    ) as sampler:
+        trainer = RLTrainer(
+            policy,
+            with_environment(sampler, environment),
+            prompts,
+            load_reward(reward, prompts, artifacts),
+            GRPO(params, max_new_tokens=generation.max_new_tokens, turn_gamma=turn_gamma),
+            seed=policy_seed,
+            checkpoint=Checkpoint(tracking.checkpoint_dir(), "grpo"),
+            callbacks=[ProgressCallback("grpo", params.updates), SnapshotCallback(snapshots, model)],
+            rollout_params=rollout,
+        )
+        trainer.train()
     save_adapter(model, artifacts.out)
     snapshots.publish()
     write_history(artifacts.out / "history.csv", trainer.history)

@@ -72,6 +72,7 @@ class Params(Section):
     generation: training.GenerationParams
     environment: training.EnvironmentParams | None
     reward: RewardParams
+    rollout: rl.RolloutParams = rl.RolloutParams.model_validate({})
     ppo: rl.PPOParams | None
     grpo: rl.GRPOParams | None
     dpo: training.DPOParams | None

@@ -1,4 +1,4 @@
-"""Sections of the stages that the RL trainer runs: PPO and GRPO."""
+"""Sections of the stages that the RL trainer runs, PPO and GRPO, and of the engine that samples for them."""
 
 from typing import ClassVar, Literal, Self
 
@@ -6,7 +6,7 @@ from pydantic import Field, model_validator
 
 from tasks.config.base import LearningRate, Positive, Section
 
-__all__ = ["GRPOParams", "PPOParams", "RLParams"]
+__all__ = ["GRPOParams", "PPOParams", "RLParams", "RolloutParams"]
 
 KLPenalty = Literal["reward", "loss"]
 KL_PENALTY = (
@@ -211,6 +211,32 @@ class GRPOParams(RLParams):
             (cispo and self.importance_level == "sequence", "loss_type: cispo needs importance_level: token"),
         )
         return self
+
+
+class RolloutParams(Section):
+    """What samples for PPO and GRPO, and how its log-probabilities may differ from the trainer's."""
+
+    engine: Literal["transformers", "vllm"] = Field(
+        "transformers", description="The trainer's own model, or vLLM servers in an environment of their own."
+    )
+    dtype: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="For vllm: the number format of its weights; auto: the trainer's."
+    )
+    is_level: Literal["token", "sequence"] = Field(
+        "token", description="Whether each token has an importance weight, or a response the product of its tokens'."
+    )
+    is_mode: Literal["truncate", "mask"] = Field(
+        "truncate", description="What happens to an importance weight above is_clip: it becomes is_clip, or 0."
+    )
+    is_clip: float = Field(
+        2.0,
+        ge=1,
+        description="Importance weights w = π_trainer / π_engine correct the policy gradient where the engine samples "
+        "from other probabilities than are trained; this is the largest.",
+    )
+    max_mismatch_kl: float = Field(
+        0.01, gt=0, description="Training stops where KL(engine ‖ trainer), nats per token, is above this."
+    )
 
 
 def _refuse(*checks: tuple[object, str]) -> None:

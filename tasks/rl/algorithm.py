@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypeVar
+from typing import TYPE_CHECKING, Protocol, TypeVar
 
-import torch
 from torch import Tensor
 
 from tasks.rewards.composition import RewardBatch
-from tasks.rl.advantages import top_entropy_tokens
+from tasks.rl.advantages import to_actions, top_entropy_tokens
 from tasks.rl.kl import KLController, KLEstimates, kl_estimates, per_sequence
 from tasks.rl.losses import PolicyLoss, StepLoss, entropy_sum, kl_loss
 from tasks.rl.masking import masked_sum, zero_masked
+from tasks.rl.mismatch import importance_weights
 from tasks.rl.policy import PolicyOutput
 from tasks.rl.rollout import Rollout, TokenBatch
 
 if TYPE_CHECKING:
-    from tasks.config.rl import RLParams
+    from tasks.config.rl import RLParams, RolloutParams
+    from tasks.rl.advantages import Action
 
 __all__ = ["Algorithm", "Experience", "Metrics", "ScoredRollout", "regularised_loss"]
 
@@ -35,6 +35,7 @@ class ScoredRollout:
     reward: RewardBatch
     scores: Tensor  # [B] the total reward, discounted over turns, less the penalty for a missing end token
     entropies: Tensor | None = None  # [B, T] of the policy, where the tokens of the highest are chosen
+    rollout_params: RolloutParams | None = None  # where an engine sampled
 
     @cached_property
     def kl(self) -> KLEstimates:
@@ -50,12 +51,21 @@ class ScoredRollout:
         """Mask [B, A] of the actions that count in the losses: with `mask_truncated`, none of a cut response."""
         return action_mask & self.rollout.has_eos.unsqueeze(1) if params.mask_truncated else action_mask
 
-    def focused(self, advantages: Tensor, params: RLParams) -> Tensor:
-        """Advantages [B, A], 0 at the tokens that `top_entropy_share` leaves without a policy gradient."""
+    def policy_advantages(
+        self, advantages: Tensor, action_mask: Tensor, params: RLParams, action: Action = "token"
+    ) -> Tensor:
+        """Advantages [B, A] in the policy gradient: times importance weights where an engine sampled.
+
+        0 at the tokens that `top_entropy_share` leaves without a policy gradient.
+        """
+        mask, engine_logprobs = self.rollout.response_mask, self.rollout.engine_logprobs
+        if engine_logprobs is not None:
+            assert self.rollout_params is not None, "an engine samples, so the trainer needs rollout_params"
+            own, engine = (to_actions(each, mask, action) for each in (self.rollout.logprobs, engine_logprobs))
+            advantages = advantages * importance_weights(own, engine, action_mask, self.rollout_params)
         if self.entropies is None:
             return advantages
-        kept = top_entropy_tokens(self.entropies, self.rollout.response_mask, params.top_entropy_share)
-        return zero_masked(advantages, kept)
+        return zero_masked(advantages, top_entropy_tokens(self.entropies, mask, params.top_entropy_share))
 
 
 @dataclass(frozen=True)
@@ -71,21 +81,6 @@ class Experience(TokenBatch):
     def loss_mask(self) -> Tensor:
         """True [B, T] at the tokens that count in the losses."""
         return self.response_mask & self.action_mask.any(1, keepdim=True)
-
-    def __len__(self) -> int:
-        return self.responses.shape[0]
-
-    def select(self, rows: Tensor) -> Self:
-        """The given rows, in the given order."""
-        values: dict[str, Any] = {}
-        for name, value in vars(self).items():
-            values[name] = value[rows] if isinstance(value, Tensor) else [value[row] for row in rows.tolist()]
-        return type(self)(**values)
-
-    def split(self, size: int) -> Iterator[Self]:
-        """Consecutive pieces of at most `size` rows."""
-        for rows in torch.split(torch.arange(len(self)), size):
-            yield self.select(rows)
 
 
 ExperienceT = TypeVar("ExperienceT", bound=Experience)

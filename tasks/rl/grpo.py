@@ -40,11 +40,12 @@ class GRPO:
         if params.kl_penalty == "reward":
             scores = scores - self.kl_controller.kl_coef * scored.sequence_kl
         advantages = group_advantages(scores, params.samples_per_prompt, params.scale_rewards)
+        per_token = zero_masked(advantages.unsqueeze(1).expand(mask.shape), mask)
         experience = Experience(
             **rollout.tokens_and_texts(),
             action_mask=scored.counted(mask, params),
             old_logprobs=rollout.logprobs,
-            advantages=scored.focused(zero_masked(advantages.unsqueeze(1).expand(mask.shape), mask), params),
+            advantages=scored.policy_advantages(per_token, mask, params),
             reference_logprobs=scored.reference_logprobs,
         )
         return experience, {}

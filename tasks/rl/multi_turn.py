@@ -103,6 +103,10 @@ class MultiTurnSampler:
     def __init__(self, sampler: Sampler, environment: Callable[[], Environment], *, max_turns: int) -> None:
         self._sampler, self._environment, self._max_turns = sampler, environment, max_turns
 
+    def update_weights(self) -> None:
+        """See `Sampler.update_weights`."""
+        self._sampler.update_weights()
+
     def sample(
         self,
         prompts: Sequence[Prompt],
@@ -156,6 +160,7 @@ class _Episode:
         self.policy_mask: list[bool] = []
         self.logprobs: list[float] = []
         self.values: list[float] = []
+        self.engine_logprobs: list[float] = []
         self.turns: list[str] = []
         self.transcript, self.reward, self.has_eos, self.done = "", 0.0, True, False
 
@@ -168,7 +173,10 @@ class _Episode:
         self._add(
             turns.responses[row, :length].tolist(),
             turns.logprobs[row, :length].tolist(),
-            [0.0] * length if turns.values is None else turns.values[row, :length].tolist(),
+            *(
+                [0.0] * length if column is None else column[row, :length].tolist()
+                for column in (turns.values, turns.engine_logprobs)
+            ),
             is_policy=True,
         )
         self.turns.append(turns.texts[row])
@@ -184,13 +192,22 @@ class _Episode:
         text = user_turn(step.observation)
         self.transcript += self.turns[-1] + text
         ids = encode_text(self._tokenizer, text)
-        self._add(ids, [0.0] * len(ids), [0.0] * len(ids), is_policy=False)
+        self._add(ids, *([0.0] * len(ids),) * 3, is_policy=False)
 
-    def _add(self, ids: list[int], logprobs: list[float], values: list[float], *, is_policy: bool) -> None:
+    def _add(
+        self,
+        ids: list[int],
+        logprobs: list[float],
+        values: list[float],
+        engine_logprobs: list[float],
+        *,
+        is_policy: bool,
+    ) -> None:
         self.ids += ids
         self.policy_mask += [is_policy] * len(ids)
         self.logprobs += logprobs
         self.values += values
+        self.engine_logprobs += engine_logprobs
 
 
 def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, last_turns: Rollout) -> MultiTurnRollout:
@@ -213,6 +230,7 @@ def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, last_turns: Rol
         texts=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
         pad_token_id=pad_token_id,
         values=None if last_turns.values is None else padded("values"),
+        engine_logprobs=None if last_turns.engine_logprobs is None else padded("engine_logprobs"),
         transcripts=[episode.transcript for episode in episodes],
         rewards=torch.tensor([episode.reward for episode in episodes]),
     )

@@ -64,7 +64,7 @@ class PPO:
             **rollout.tokens_and_texts(),
             action_mask=counted,
             old_logprobs=rollout.logprobs,
-            advantages=scored.focused(whiten(advantages, counted), params),
+            advantages=scored.policy_advantages(whiten(advantages, counted), valid, params, params.action),
             reference_logprobs=scored.reference_logprobs,
             old_values=values,
             returns=returns,

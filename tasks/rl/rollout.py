@@ -6,7 +6,7 @@ tokens are those of the very logits that they were sampled from.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
 __all__ = [
     "BatchRows",
     "LocalSampler",
+    "PromptBatch",
     "Rollout",
     "Sampler",
     "TokenBatch",
+    "check_length",
     "derive_generator",
     "extend_generator",
     "load_sampler",
@@ -54,6 +56,24 @@ class TokenBatch:
         """The fields of `TokenBatch`, by name."""
         return {field.name: getattr(self, field.name) for field in fields(TokenBatch)}
 
+    def __len__(self) -> int:
+        return self.responses.shape[0]
+
+    def select(self, rows: Tensor) -> Self:
+        """The given rows, in the given order."""
+        values: dict[str, Any] = dict(vars(self))
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                values[name] = value[rows]
+            elif isinstance(value, list):
+                values[name] = [value[row] for row in rows.tolist()]
+        return type(self)(**values)
+
+    def split(self, size: int) -> Iterator[Self]:
+        """Consecutive pieces of at most `size` rows."""
+        for rows in torch.split(torch.arange(len(self)), size):
+            yield self.select(rows)
+
 
 @dataclass(frozen=True)
 class Rollout(TokenBatch):
@@ -63,6 +83,8 @@ class Rollout(TokenBatch):
         logprobs: [B, T] log π(token) at the sampling temperature, 0 where masked.
         transcripts: all text after each of the B prompts, for people to read.
         values: [B, T] V(state in which the token was chosen), 0 where masked; only from a sampler with a value head.
+        engine_logprobs: [B, T] by the engine that sampled, where that is not the trainer's own model; see
+            `tasks.rl.mismatch`. `logprobs` are always those of the trainer's model.
     """
 
     logprobs: Tensor
@@ -70,6 +92,7 @@ class Rollout(TokenBatch):
     transcripts: list[str]
     pad_token_id: int
     values: Tensor | None = None
+    engine_logprobs: Tensor | None = None
 
     def gather(self) -> Self:
         """Gather the rollouts of all ranks, in order of rank."""
@@ -103,6 +126,59 @@ class BatchRows:
         return BatchRows([self.rows[position] for position in positions], self.total)
 
 
+@dataclass(frozen=True)
+class PromptBatch:
+    """Prompts as texts and token ids, each of which gets `samples` responses."""
+
+    texts: list[str]
+    token_ids: list[list[int]]
+    samples: int
+    ids: Tensor  # [B · samples, P] padded on the left
+    mask: Tensor  # [B · samples, P]
+
+    @classmethod
+    def encode(
+        cls,
+        prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
+        tokenizer: Any,
+        samples: int,
+        encode: Callable[[Any, str], list[int]] = encode_prompt,
+    ) -> Self:
+        """Encode prompts, which are rows, texts, or token ids; ConfigError where a text is empty."""
+        given = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
+        if "" in given:
+            raise ConfigError("prompt '' is empty: write at least a word")
+        token_ids = [encode(tokenizer, prompt) if isinstance(prompt, str) else list(prompt) for prompt in given]
+        texts = [prompt if isinstance(prompt, str) else decode_response(tokenizer, [], prompt) for prompt in given]
+        padded = pad_ids(token_ids, tokenizer.pad_token_id, side="left")
+        ids, mask = (tensor.repeat_interleave(samples, 0) for tensor in padded)
+        return cls(texts, token_ids, samples, ids, mask)
+
+    def to_rollout(self, columns: SampledTokens, tokenizer: Any, *, has_values: bool) -> Rollout:
+        """The rollout of the sampled tokens, on their device and as wide as the longest response."""
+        width = int(columns.mask.sum(1).max())
+        responses, response_mask = columns.tokens[:, :width], columns.mask[:, :width]
+        has_eos = ((responses == tokenizer.eos_token_id) & response_mask).any(1)
+        lengths = (response_mask.sum(1) - has_eos.long()).tolist()
+        texts = [
+            decode_response(tokenizer, self.token_ids[row // self.samples], responses[row, :length].tolist())
+            for row, length in enumerate(lengths)
+        ]
+        return Rollout(
+            prompts=self.ids.to(responses.device),
+            prompt_mask=self.mask.to(responses.device),
+            responses=responses,
+            response_mask=response_mask,
+            logprobs=columns.logprobs[:, :width],
+            has_eos=has_eos,
+            prompt_texts=[text for text in self.texts for _ in range(self.samples)],
+            texts=texts,
+            transcripts=texts,
+            pad_token_id=tokenizer.pad_token_id,
+            values=columns.values[:, :width] if has_values else None,
+        )
+
+
 class Sampler(Protocol):
     """Source of responses: a model in this process, or an engine elsewhere that takes and returns token ids."""
 
@@ -122,6 +198,9 @@ class Sampler(Protocol):
             generator: source of all random numbers; on the CPU.
             batch_rows: position of each response in a larger batch; None: these are all responses.
         """
+
+    def update_weights(self) -> None:
+        """Sample from the policy as it is now; called before each update's first sample."""
 
 
 class LocalSampler:
@@ -165,40 +244,16 @@ class LocalSampler:
             ConfigError: a prompt is empty.
             ModelError: prompt and response may be longer than the model's context.
         """
-        texts = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
-        token_ids = [self._tokenise(text) if isinstance(text, str) else text for text in texts]
-        device, pad = next(self._model.parameters()).device, self.tokenizer.pad_token_id
-        longest, new = max(map(len, token_ids)), self._generation.max_new_tokens
-        reason = f"a prompt of {longest} tokens and generation.max_new_tokens {new}: lower one of them"
-        check_context(context_length(self._model.config), longest + new, reason)
-        ids, mask = (
-            tensor.to(device).repeat_interleave(samples_per_prompt, 0)
-            for tensor in pad_ids(token_ids, pad, side="left")
-        )
+        encode = encode_chat if self._chat_template else encode_prompt
+        batch = PromptBatch.encode(prompts, self.tokenizer, samples_per_prompt, encode)
+        check_length(self._model.config, batch, self._generation)
+        ids, mask = (tensor.to(next(self._model.parameters()).device) for tensor in (batch.ids, batch.mask))
         rows = batch_rows or BatchRows(range(len(ids)), len(ids))
         columns = self._write(ids, mask, samples_per_prompt, generator, rows)
-        width = int(columns.mask.sum(1).max())
-        responses, response_mask = columns.tokens[:, :width], columns.mask[:, :width]
-        has_eos = ((responses == self.tokenizer.eos_token_id) & response_mask).any(1)
-        lengths = (response_mask.sum(1) - has_eos.long()).tolist()
-        response_texts = [
-            decode_response(self.tokenizer, token_ids[row // samples_per_prompt], responses[row, :length].tolist())
-            for row, length in enumerate(lengths)
-        ]
-        prompt_texts = [text if isinstance(text, str) else decode_response(self.tokenizer, [], text) for text in texts]
-        return Rollout(
-            prompts=ids,
-            prompt_mask=mask,
-            responses=responses,
-            response_mask=response_mask,
-            logprobs=columns.logprobs[:, :width],
-            has_eos=has_eos,
-            prompt_texts=[text for text in prompt_texts for _ in range(samples_per_prompt)],
-            texts=response_texts,
-            transcripts=response_texts,
-            pad_token_id=pad,
-            values=None if self._value_head is None else columns.values[:, :width],
-        )
+        return batch.to_rollout(columns, self.tokenizer, has_values=self._value_head is not None)
+
+    def update_weights(self) -> None:
+        """The model is the policy itself."""
 
     def _write(
         self, ids: Tensor, mask: Tensor, samples: int, generator: torch.Generator, rows: BatchRows
@@ -218,10 +273,12 @@ class LocalSampler:
                 decoder.feed(token, unfinished)
         return columns
 
-    def _tokenise(self, prompt: str) -> list[int]:
-        if not prompt:
-            raise ConfigError(f"prompt {prompt!r} is empty: write at least a word")
-        return (encode_chat if self._chat_template else encode_prompt)(self.tokenizer, prompt)
+
+def check_length(config: Any, batch: PromptBatch, generation: GenerationParams) -> None:
+    """ModelError where a prompt and a response may be longer than the model's context."""
+    longest, new = max(map(len, batch.token_ids)), generation.max_new_tokens
+    reason = f"a prompt of {longest} tokens and generation.max_new_tokens {new}: lower one of them"
+    check_context(context_length(config), longest + new, reason)
 
 
 def load_sampler(

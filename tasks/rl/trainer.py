@@ -1,9 +1,11 @@
 """RL trainer of a language model: sample, score, advantages, update, adapt the KL penalty; for PPO and GRPO alike."""
 
+from __future__ import annotations
+
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -24,10 +26,14 @@ from tasks.rl.dynamic_sampling import replace_groups
 from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.masking import masked_mean
+from tasks.rl.mismatch import mismatch_metrics
 from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import BatchRows, Rollout, Sampler, derive_generator, extend_generator
 from tasks.rl.update import PolicyUpdate
+
+if TYPE_CHECKING:
+    from tasks.config.rl import RolloutParams
 
 __all__ = ["RLTrainer"]
 
@@ -48,10 +54,12 @@ class RLTrainer:
         seed: int,
         checkpoint: Checkpoint,
         callbacks: Sequence[Callback] = (),
+        rollout_params: RolloutParams | None = None,
     ) -> None:
+        """Keep the parts; `rollout_params` are needed where an engine samples."""
         self.policy, self.sampler, self.prompts, self.reward = policy, sampler, prompts, reward
         self.algorithm, self.params, self.seed = algorithm, algorithm.params, seed
-        self.checkpoint, self.callbacks = checkpoint, callbacks
+        self.checkpoint, self.callbacks, self.rollout_params = checkpoint, callbacks, rollout_params
         self.updater = PolicyUpdate(policy, algorithm)
         self.kl_budget = KLBudget(policy, self.params.kl_budget)
         self.updates_done = 0
@@ -95,6 +103,7 @@ class RLTrainer:
 
     def sample(self) -> Rollout:
         """Sample responses to this rank's shard of the update's prompts; row b·G + g answers prompt b."""
+        self.sampler.update_weights()
         return self._sample(list(enumerate(self._prompt_indices())), self._generator("rollout"))
 
     def _sample(self, places: list[tuple[int, int]], generator: torch.Generator) -> Rollout:
@@ -156,6 +165,7 @@ class RLTrainer:
             reference_logprobs=distributed.all_gather(reference_logprobs),
             reward=reward,
             scores=apply_missing_eos_penalty(discounted, rollout.has_eos, params.missing_eos_penalty, ramp),
+            rollout_params=self.rollout_params,
             entropies=entropies,
         )
 
@@ -192,8 +202,11 @@ class RLTrainer:
 
     def _rollout_metrics(self, scored: ScoredRollout) -> Metrics:
         """Metrics of the responses; a few of them are recorded as samples."""
-        reward, kl, mask = scored.reward, scored.kl, scored.rollout.response_mask
+        reward, kl, rollout, mask = scored.reward, scored.kl, scored.rollout, scored.rollout.response_mask
         self._record_samples(scored)
+        mismatch: Metrics = {}
+        if rollout.engine_logprobs is not None and self.rollout_params:
+            mismatch = mismatch_metrics(rollout.logprobs, rollout.engine_logprobs, mask, self.rollout_params)
         return {
             "reward": reward.total.mean().item(),
             **{f"reward/{name}": values.mean().item() for name, values in reward.components.items()},
@@ -206,7 +219,8 @@ class RLTrainer:
             "kl_per_token": masked_mean(kl.k1, mask).item(),
             "kl_coef": self.algorithm.kl_controller.kl_coef,
             "length": mask.sum(1).float().mean().item(),
-            **self._monitor(scored.rollout.texts, scored.rollout.has_eos, self.updates_done + 1),
+            **mismatch,
+            **self._monitor(rollout.texts, rollout.has_eos, self.updates_done + 1),
         }
 
     def _record_samples(self, scored: ScoredRollout) -> None:

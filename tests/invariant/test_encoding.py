@@ -20,7 +20,7 @@ from tasks.prepare import prepare
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import TrainingData
 from tasks.rl.multi_turn import ENVIRONMENTS, _Episode
-from tasks.rl.rollout import LocalSampler
+from tasks.rl.rollout import PromptBatch
 from tasks.sft import _dataset
 from tests.conftest import SHIPPED_PARAMS
 from tests.support.tokenizers import write_tokenizer
@@ -103,7 +103,7 @@ def merging_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def sampled_prompt(rows: Prepared, demonstration: Demonstration) -> list[int]:
     """The ids from which a policy samples a response to this demonstration's prompt."""
     if rows.params.environment is None:
-        return LocalSampler(None, rows.tokenizer, rows.params.generation)._tokenise(demonstration.prompt)
+        return PromptBatch.encode([demonstration.prompt], rows.tokenizer, 1).token_ids[0]
     fields = {name: getattr(demonstration, name) for name in ("id", "prompt", "answer")}
     environment = ENVIRONMENTS[rows.params.environment.kind]()
     return _Episode(environment, Prompt(**fields), rows.tokenizer).prompt_ids
@@ -128,7 +128,7 @@ def test_sft_learns_responses_in_the_context_from_which_they_are_sampled(prepare
 
 def test_pairs_are_learned_in_the_context_from_which_responses_are_sampled(prepared: Prepared) -> None:
     """By DPO and by the reward model, which then reads a sampled response alike."""
-    tokenizer, params = prepared.tokenizer, prepared.params
+    tokenizer = prepared.tokenizer
     fits = SimpleNamespace(max_length="auto", max_cut_share=0.0)
     columns, _ = _fit_pairs(cast(Any, fits), prepared.pairs, tokenizer, None)
     data, _ = TrainingData({"train": prepared.pairs}).fit(
@@ -136,7 +136,7 @@ def test_pairs_are_learned_in_the_context_from_which_responses_are_sampled(prepa
     )
     scorer = TextScorer(SimpleNamespace(config=LlamaConfig(max_position_embeddings=4096)), tokenizer)
     for row, encoded, pair in zip(columns, data.encoded["train"], data.pairs["train"], strict=True):
-        prompt = LocalSampler(None, tokenizer, params.generation)._tokenise(pair.prompt)
+        prompt = PromptBatch.encode([pair.prompt], tokenizer, 1).token_ids[0]
         assert row["prompt_ids"] == encoded.prompt == prompt
         for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             response = [*tokenizer(side).input_ids, tokenizer.eos_token_id]
