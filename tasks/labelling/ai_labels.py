@@ -15,26 +15,44 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 from uuid import NAMESPACE_URL, uuid5
 
+from pydantic import ValidationError
+
+from tasks.config.evaluation import JudgeParams
+from tasks.config.params import parse_override
 from tasks.core.errors import ConfigError, DataError
+from tasks.core.rows import format_validation_error
 from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
 from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
 from tasks.labelling.formats import read_text
 from tasks.labelling.labels import MAX_NAME_LENGTH, MODEL_PREFIX, Label, Question
 from tasks.labelling.store import LabelStore
 
-if TYPE_CHECKING:
-    from tasks.config.evaluation import JudgeParams
-
 __all__ = [
     "AutoLabelResult", "Budget", "Constitution", "Cost", "CountingCache", "auto_label", "combine_orders",
-    "load_counting_judge",
+    "load_counting_judge", "parse_judge",
 ]  # fmt: skip
 
 CONTRADICTION = "the answer changes with the order of the two responses"
 UNCLEAR = "an answer is unclear"
+
+
+def parse_judge(text: str) -> JudgeParams:
+    """Parse the judge as params.yaml has it; how many prompts it is asked depends on the database alone.
+
+    Raises:
+        ConfigError: no such judge, or one with a rubric, whose place the constitution takes.
+    """
+    content = parse_override(f"judge={text}")["judge"]
+    if not isinstance(content, dict):
+        raise ConfigError(f"--judge: '{{kind: endpoint, base_url: …, model: …}}' expected, got {text!r}")
+    if "rubric" in content:
+        raise ConfigError("--judge: rubric has no meaning here, --constitution says what is better: leave it out")
+    try:
+        return JudgeParams.model_validate({"prompts": 1} | content)
+    except ValidationError as error:
+        raise ConfigError(f"--judge: {format_validation_error(error)}") from None
 
 
 @dataclass(frozen=True)

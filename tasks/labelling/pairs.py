@@ -30,7 +30,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "PolicyResponse", "by_disagreement", "check_policies", "gold_questions", "load_ensemble_scores", "make_pairs",
-    "preference_variance", "sample_prompts", "sample_responses", "select_pairs", "with_overlap", "without_unkeepable",
+    "make_ranking_pairs", "preference_variance", "sample_prompts", "sample_responses", "select_pairs", "with_overlap",
+    "without_unkeepable",
 ]  # fmt: skip
 
 CANDIDATES_PER_PAIR = 4
@@ -67,14 +68,14 @@ def select_pairs(
     seed: int,
     warn: Callable[[str], None],
 ) -> list[Question]:
-    """Sample responses to prompts of the split, and choose pairs of them, `by` random or disagreement.
+    """Sample responses to prompts of the split, and choose pairs of them, `by` random, disagreement or ranking.
 
     Args:
         warn: called with the number of responses that no database keeps, and why; they are left out.
 
     Raises:
         ConfigError: a policy is not there, or there are not several reward models to disagree.
-        DataError: there are fewer pairs.
+        DataError: there are fewer pairs, or one policy to rank.
     """
     scores = load_ensemble_scores(artifacts) if by == "disagreement" else None
     policies = check_policies(policies, artifacts)
@@ -85,7 +86,8 @@ def select_pairs(
     responses, skipped = without_unkeepable(responses)
     for reason, number in sorted(skipped.items()):
         warn(f"{number} responses skipped: {reason}")
-    pairs = make_pairs(responses, candidates, least=count, seed=seed)
+    make = make_ranking_pairs if by == "ranking" else make_pairs
+    pairs = make(responses, candidates, least=count, seed=seed)
     return by_disagreement(pairs, count, scores) if scores else pairs
 
 
@@ -174,6 +176,35 @@ def make_pairs(
             "empty): ask for fewer with --pairs, or for responses of more policies with --from"
         )
     return pairs
+
+
+def make_ranking_pairs(
+    responses: Mapping[str, Sequence[PolicyResponse]], most: int, *, least: int, seed: int
+) -> list[Question]:
+    """Make up to `most` pairs of two policies each, all pairs of policies as often as they can be; one of each prompt.
+
+    Raises:
+        DataError: there is one policy, or there are fewer than `least` pairs.
+    """
+    matches = list(combinations(sorted({item.policy for own in responses.values() for item in own}), 2))
+    if not matches:
+        raise DataError("--by ranking compares policies, and there is one: name several with --from")
+    counts, found = Counter(dict.fromkeys(matches, 0)), list[Question]()
+    for prompt, own in responses.items():
+        pairs = {
+            match: pair
+            for pair in _shuffled_pairs(prompt, own, random.Random(f"{seed}/{prompt}/pairs"))
+            if (match := (min(pair.policy_a, pair.policy_b), max(pair.policy_a, pair.policy_b))) in counts
+        }
+        if pairs and len(found) < most:
+            rarest = min(pairs, key=lambda match: (counts[match], match))
+            counts[rarest] += 1
+            found.append(replace(pairs[rarest], reason="ranking"))
+    if len(found) < least:
+        raise DataError(
+            f"{len(found)} of {len(responses)} prompts have different responses of two policies, not {least}"
+        )
+    return found
 
 
 def _shuffled_pairs(prompt: str, responses: Sequence[PolicyResponse], rng: random.Random) -> list[Question]:

@@ -18,11 +18,12 @@ from tasks.core.errors import ConfigError
 from tasks.evals.report_text import load_template
 from tasks.evals.statistics import Interval, wilson_interval
 from tasks.labelling.labels import CHOICES, VALUED_CHOICES, Label, Question, is_model
+from tasks.labelling.ranking import RankedPolicy, rank_policies
 
 __all__ = [
-    "LabelSummary", "Proportion", "alpha_gap", "count_votes", "dawid_skene", "first_position_rate", "format_number",
-    "format_proportion", "gold_accuracy", "krippendorff_alpha", "label_summary", "majority", "raw_agreement",
-    "report_page",
+    "LabelSummary", "Proportion", "alpha_gap", "count_votes", "dawid_skene", "first_position_rate", "format_interval",
+    "format_number", "format_proportion", "gold_accuracy", "krippendorff_alpha", "label_summary", "majority",
+    "raw_agreement", "report_page",
 ]  # fmt: skip
 
 EM_ITERATIONS = 30
@@ -189,6 +190,7 @@ class LabelSummary:
         alpha, alpha_all, agreement: over questions without a known answer; `alpha_all` counts models, too, and is None
             without any.
         alpha_gap: why there is no `alpha`.
+        ranking: of the policies that wrote the responses; see `tasks.labelling.ranking`.
         disputed: questions on which labellers differ and their posteriors, the least certain first.
     """
 
@@ -205,6 +207,7 @@ class LabelSummary:
     choices: dict[str, int]
     strengths: dict[str, int]
     seconds: dict[str, int]
+    ranking: tuple[RankedPolicy, ...]
     disputed: tuple[tuple[Question, Mapping[str, float]], ...]
 
 
@@ -239,6 +242,7 @@ def label_summary(questions: Sequence[Question], labels: Sequence[Label]) -> Lab
         choices={choice: sum(label.choice == choice for label in labels) for choice in CHOICES},
         strengths={word: sum(label.strength == size for label in labels) for size, word in STRENGTHS.items()},
         seconds=_histogram([label.seconds for label in people if label.seconds is not None]),
+        ranking=rank_policies(questions, labels),
         disputed=tuple((item, posterior.items[item.id]) for item in disputed[:MAX_DISPUTED]),
     )
 
@@ -246,6 +250,14 @@ def label_summary(questions: Sequence[Question], labels: Sequence[Label]) -> Lab
 def format_number(value: float | None) -> str:
     """Format with two digits, or as a dash."""
     return "–" if value is None else f"{value:.2f}"
+
+
+def format_interval(found: Interval | None, form: str) -> str:
+    """Format as `400 (210 – 650)`, or as a dash."""
+    if found is None:
+        return "–"
+    mean, low, high = (form.format(value).replace("inf", "∞") for value in (found.mean, found.low, found.high))
+    return f"{mean} ({low} – {high})"
 
 
 def format_proportion(found: Proportion) -> str:
@@ -259,7 +271,7 @@ def format_proportion(found: Proportion) -> str:
 def report_page(summary: LabelSummary) -> str:
     """Render the page."""
     filters: dict[str, Callable[..., str]] = {"percent": "{:.0%}".format, "share": format_proportion}
-    filters["number"] = format_number
+    filters |= {"number": format_number, "interval": format_interval}
     page = load_template("report.html.j2", filters, autoescape=True, folder=Path(__file__).parent)
     charts = {"Choices": summary.choices, "Strength": summary.strengths, "Seconds per label": summary.seconds}
     return page.render(report=summary, charts={name: bars for name, bars in charts.items() if sum(bars.values())})

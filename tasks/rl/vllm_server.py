@@ -29,7 +29,7 @@ __all__ = ["OwnServer", "VLLMServer"]
 PROGRAM = Path(".venv-vllm/bin/vllm")
 """In the project's folder, unless $RLHF_VLLM names another."""
 
-START_SECONDS, STOP_SECONDS, SHOW_SECONDS = 900.0, 30.0, 30.0
+START_SECONDS, STOP_SECONDS, GRACE_SECONDS, SHOW_SECONDS = 900.0, 30.0, 5.0, 30.0
 REQUEST_SECONDS = 600.0
 TAIL_LINES = 8
 PDEATHSIG = 1  # prctl(2)
@@ -104,22 +104,25 @@ class OwnServer(VLLMServer):
             *shlex.split(os.environ.get("RLHF_VLLM_ARGS", "")),
         ]  # fmt: skip
         self._log = log
-        self._process: subprocess.Popen[bytes] | None = None
         self._start()
 
     def restart(self) -> bool:
         """See `VLLMServer.restart`."""
-        if self._process is not None and self._process.poll() is None:
+        try:
+            self._process.wait(GRACE_SECONDS)  # it ends a moment after its engine
+        except subprocess.TimeoutExpired:
             return False
         print_line(f"the vLLM server has ended, and is started again; {self._tail()}")
+        self._end()  # what it has left behind: engine and workers are processes of their own
         self._start()
         return True
 
     def close(self) -> None:
         """End the server and all of its processes."""
         super().close()
-        if self._process is None:
-            return
+        self._end()
+
+    def _end(self) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
             try:
                 os.killpg(self._process.pid, number)

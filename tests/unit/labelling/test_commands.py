@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable, Sequence
 from contextlib import closing
@@ -121,6 +122,21 @@ def test_the_report_explains_that_alpha_needs_two_and_names_its_labeller_as_the_
     assert "alpha –, for it compares labellers, so it needs two, and there is one" in output
     assert pseudonym("ann") in output
     assert "The labelling page tells each labeller hers" in (project / ".rlhf" / "labels.html").read_text()
+
+
+def test_policies_are_ranked_by_people(rlhf: Run, project: Path) -> None:
+    """PPO wins every pair, so that no finite number of points says how much better it is."""
+    rlhf("sample", "--pairs", "3", "--by", "ranking")
+    with opened(project) as store:
+        for item in store.questions():
+            store.save_label(Label(item.id, "ann", "a" if item.policy_a == "ppo" else "b"))
+    table = rlhf("report").partition("Policies, by people")[2]
+    assert re.search(r"ppo +3 +100% \(100% – 100%\) +∞ \(∞ – ∞\)", table)
+    assert re.search(r"sft +3 +– +0 \(0 – 0\)", table)
+    best = json.loads(rlhf("report", "--json"), parse_constant=pytest.fail)["ranking"][0]
+    assert (best["policy"], best["elo"]["mean"]) == ("ppo", "Infinity")
+    page = (project / ".rlhf" / "labels.html").read_text()
+    assert "<td>100% (100% – 100%)</td><td>∞ (∞ – ∞)</td>" in page
 
 
 def test_what_cannot_be_sampled_is_one_message(rlhf: Run, project: Path) -> None:

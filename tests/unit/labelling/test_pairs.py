@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from tasks.labelling.pairs import (
     gold_questions,
     load_ensemble_scores,
     make_pairs,
+    make_ranking_pairs,
     preference_variance,
     sample_prompts,
     sample_responses,
@@ -45,6 +47,30 @@ def test_pairs_come_prompt_by_prompt_and_never_two_alike() -> None:
     assert make_pairs(RESPONSES, 2, least=2, seed=0) == pairs[:2]
     with pytest.raises(DataError, match=r"there are 4 pairs to choose from, not 5 \(1 prompts had one response"):
         make_pairs(RESPONSES, 10, least=5, seed=0)
+
+
+def test_every_pair_of_policies_is_asked_about_alike() -> None:
+    written = {
+        str(prompt): [
+            PolicyResponse(policy, f" {prompt} {policy} {draw}") for policy in ("a", "b", "c") for draw in "xy"
+        ]
+        for prompt in range(31)
+    }
+    pairs = make_ranking_pairs(written, 30, least=30, seed=0)
+    matches = Counter(frozenset((pair.policy_a, pair.policy_b)) for pair in pairs)
+    assert matches == {frozenset(match): 10 for match in ("ab", "ac", "bc")}
+    assert len({pair.prompt for pair in pairs}) == 30
+    assert {pair.reason for pair in pairs} == {"ranking"}
+    assert 0 < sum(pair.policy_a < pair.policy_b for pair in pairs) < 30, "either stands first"
+
+
+def test_ranking_needs_two_policies_and_different_responses() -> None:
+    assert [pair.prompt for pair in make_ranking_pairs(RESPONSES, 5, least=2, seed=0)] == ["one", "two"]
+    with pytest.raises(DataError, match="2 of 3 prompts have different responses of two policies, not 3"):
+        make_ranking_pairs(RESPONSES, 5, least=3, seed=0)
+    one = {"one": [PolicyResponse("sft", " x"), PolicyResponse("sft", " y")]}
+    with pytest.raises(DataError, match="--by ranking compares policies, and there is one: name several with --from"):
+        make_ranking_pairs(one, 5, least=1, seed=0)
 
 
 def test_responses_that_no_database_keeps_are_left_out_and_counted() -> None:

@@ -1,11 +1,13 @@
 """The sampler of vLLM servers against a stub that speaks their protocol, with plants that it must notice."""
 
+import re
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -278,12 +280,14 @@ def test_a_rank_that_vllm_does_not_take(policy, tmp_path, monkeypatch):
 
 
 SERVER = """#!{python}
-import http.server, sys
+import http.server, subprocess, sys
 sys.stdout.write(" ".join(sys.argv[1:]) + "\\n")
 sys.stdout.flush()
 if {fails}:
     sys.exit("no memory left")
 port = int(sys.argv[sys.argv.index("--port") + 1])
+child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+print("child", child.pid, flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         self.send_response(200); self.send_header("Content-Length", "0"); self.end_headers()
@@ -306,18 +310,29 @@ def test_a_server_of_ours_starts_and_ends_with_us(tmp_path, monkeypatch):
     server = own_server(tmp_path, monkeypatch, fails=False)
     process = server._process
     assert server.is_up()
+    monkeypatch.setattr(vllm_server, "GRACE_SECONDS", 0.1)
     assert not server.restart(), "it runs"
+    monkeypatch.undo()
     line = (tmp_path / "logs" / "vllm.log").read_text().splitlines()[0]
     assert line.startswith(f"serve {tmp_path / 'model'} --host 127.0.0.1 --port ")
     assert "--dtype float32 --enable-lora --max-lora-rank 32" in line
     assert line.endswith("--generation-config vllm --gpu-memory-utilization 0.4")
     process.kill()
-    process.wait()
     assert server.restart()
     assert server.is_up()
     again = server._process
     server.close()
     assert again.poll() is not None
+    children = re.findall(r"child (\d+)", (tmp_path / "logs" / "vllm.log").read_text())
+    assert len(children) == 2
+    assert not any(alive(int(pid)) for pid in children), "the processes of a server end with it, killed or not"
+
+
+def alive(pid: int) -> bool:
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def test_a_server_that_ends_at_once_shows_the_end_of_its_log(tmp_path, monkeypatch):
