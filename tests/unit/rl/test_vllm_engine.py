@@ -325,14 +325,9 @@ def test_a_server_of_ours_starts_and_ends_with_us(tmp_path, monkeypatch):
     assert again.poll() is not None
     children = re.findall(r"child (\d+)", (tmp_path / "logs" / "vllm.log").read_text())
     assert len(children) == 2
-    assert not any(alive(int(pid)) for pid in children), "the processes of a server end with it, killed or not"
-
-
-def alive(pid: int) -> bool:
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    left = [psutil.Process(int(pid)) for pid in children if psutil.pid_exists(int(pid))]
+    _, alive = psutil.wait_procs(left, timeout=30)
+    assert alive == [], "the processes of a server end with it, killed or not"
 
 
 def test_a_server_that_ends_at_once_shows_the_end_of_its_log(tmp_path, monkeypatch):
