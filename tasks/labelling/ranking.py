@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.sparse.csgraph import connected_components
-from sklearn.linear_model import LogisticRegression
 
 from tasks.evals.statistics import LEVEL, Interval
 from tasks.labelling.labels import Label, Question, is_model
@@ -55,7 +54,7 @@ def rank_policies(questions: Sequence[Question], labels: Sequence[Label]) -> tup
     ratings, spread = elo_ratings(total, base), np.array([elo_ratings(drawn, base) for drawn in resampled])
     rows = []
     for place, name in enumerate(names):
-        met = total[place, base] + total[base, place]
+        met = total[place, base] + total[base, place] if names[base] == REFERENCE else 0
         shares = [_share(drawn[place, base], drawn[base, place]) for drawn in resampled]
         rows.append(
             RankedPolicy(
@@ -92,6 +91,8 @@ def elo_ratings(wins: np.ndarray, base: int) -> np.ndarray:
 
 def _strengths(wins: np.ndarray) -> np.ndarray:
     """Log-strengths [K] up to a constant, by logistic regression on who played: +1 the winner, −1 the loser."""
+    from sklearn.linear_model import LogisticRegression  # its import takes a second, which other commands need not wait
+
     winners, losers = np.nonzero(wins)
     players = np.eye(len(wins))[winners] - np.eye(len(wins))[losers]
     weights = np.tile(wins[winners, losers], 2)

@@ -208,14 +208,14 @@ class VLLMSampler:
         places = [self._servers[row // samples % len(self._servers)] for row in range(len(requests))]
         with ThreadPoolExecutor(min(MAX_REQUESTS, len(requests))) as pool:
             try:
-                return list(pool.map(_complete, places, requests))
+                return list(pool.map(_post_completion, places, requests))
             except SourceError:
                 ended = [server for server in self._servers if server.restart()]
                 if not ended:
                     raise
             for server in ended:
                 self._load(server)
-            return list(pool.map(_complete, places, requests))
+            return list(pool.map(_post_completion, places, requests))
 
     @torch.no_grad()
     def _with_trainer_logprobs(self, rollout: Rollout) -> Rollout:
@@ -232,7 +232,7 @@ class VLLMSampler:
         )
 
 
-def _complete(server: VLLMServer, request: Mapping[str, Any]) -> tuple[list[int], list[float]]:
+def _post_completion(server: VLLMServer, request: Mapping[str, Any]) -> tuple[list[int], list[float]]:
     answer = server.post("/v1/completions", request)
     try:
         (choice,) = answer["choices"]

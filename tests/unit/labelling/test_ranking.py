@@ -58,6 +58,12 @@ def test_policies_that_nothing_connects_have_no_rank():
     assert points(rows) == {"ppo": 0.0, "sft": 0.0, "dpo": None, "grpo": None}
 
 
+def test_without_sft_there_is_no_win_rate_against_it():
+    rows = rank_policies(*labelled(*[("ppo", "dpo", "a")] * 10, ("ppo", "dpo", "b")))
+    assert points(rows) == {"ppo": 400.0, "dpo": 0.0}, "above the first by name"
+    assert [row.win_rate for row in rows] == [None, None]
+
+
 def test_a_policy_that_never_lost_has_no_finite_rank():
     rows = rank_policies(*labelled(("ppo", "sft", "a"), ("sft", "dpo", "a"), ("sft", "dpo", "a")))
     assert points(rows) == {"ppo": math.inf, "sft": 0.0, "dpo": -math.inf}
