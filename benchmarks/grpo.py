@@ -72,7 +72,7 @@ def train_ours(model: Any, tokenizer: Any, texts: list[str], timer: OurTimer) ->
         Policy(adapted, temperature=1.0, value_head=False), LocalSampler(adapted, tokenizer, generation),
         [Prompt(id=text, prompt=text) for text in texts],
         CompositeReward({"rule": lambda prompts, responses: rewards(responses)}, {"rule": 1.0}),
-        GRPO(params, max_new_tokens=RESPONSE_TOKENS), seed=0, checkpoint=Checkpoint(None, "grpo"), callbacks=[timer],
+        GRPO(params, max_new_tokens=RESPONSE_TOKENS), seed=0, checkpoint=Checkpoint(None), callbacks=[timer],
     ).train()  # fmt: skip
 
 

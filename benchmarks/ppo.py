@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +75,7 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     from tasks.rl.callbacks import Callback, Checkpoint
     from tasks.rl.policy import Policy
     from tasks.rl.ppo import PPO
-    from tasks.rl.rollout import LocalSampler
+    from tasks.rl.rollout import LocalSampler, Rollout
     from tasks.rl.trainer import RLTrainer
 
     watch = Stopwatch()
@@ -109,7 +110,12 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
     policy = Policy(get_peft_model(model, register_frozen_lora(lora_config())).eval(), temperature=1.0)
     sampler = LocalSampler(policy.model, tokenizer, generation, policy.value_head)
     ids = dict(zip((row.prompt for row in rows), prompts(RESPONSES), strict=True))
-    sampler._tokenise = ids.__getitem__  # type: ignore[method-assign]  # the peer's ids, not those of their texts
+    sample = sampler.sample
+
+    def sample_ids(rows: Sequence[Prompt], *arguments: Any, **options: Any) -> Rollout:
+        return sample([ids[row.prompt] for row in rows], *arguments, **options)
+
+    sampler.sample = sample_ids  # type: ignore[method-assign, assignment]  # the peer's ids, not those of their texts
     trainer = RLTrainer(
         policy,
         sampler,
@@ -117,7 +123,7 @@ def run_ours(*, own_critic: bool = False) -> dict[str, Any]:
         reward,
         PPO(params, max_new_tokens=RESPONSE_TOKENS),
         seed=0,
-        checkpoint=Checkpoint(None, "ppo"),
+        checkpoint=Checkpoint(None),
         callbacks=[Timer()],
     )
     if own_critic:

@@ -121,7 +121,8 @@ def visible_gpus() -> list[str]:
     if not shutil.which("nvidia-smi"):
         return []
     listed = subprocess.run(["nvidia-smi", "--list-gpus"], capture_output=True, text=True, check=False)
-    return [str(number) for number in range(len(listed.stdout.splitlines()))]
+    gpus = [line for line in listed.stdout.splitlines() if line.startswith("GPU ")]  # their MIG parts are indented
+    return [str(number) for number in range(len(gpus))]
 
 
 @contextmanager

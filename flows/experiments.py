@@ -98,12 +98,7 @@ def _split_values(values: str) -> list[str]:
 
 
 def run_seeds(
-    count: int,
-    stages: Sequence[str],
-    options: Mapping[str, Any],
-    environment: Mapping[str, str],
-    *,
-    whole_chain: bool,
+    count: int, stages: Sequence[str], options: Mapping[str, Any], environment: Mapping[str, str], *, whole_chain: bool
 ) -> tuple[Path, dict[str, Any]]:
     """Run under so many seeds, from those of params.yaml upwards, one after another, and compare them.
 

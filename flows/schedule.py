@@ -34,7 +34,7 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
     """
     next_fire_times(cron, timezone, count=1)
     are_up = bool(services.running_services())
-    before: list[tuple[SCHEDULE_TYPES, bool]] = []
+    before: list[tuple[SCHEDULE_TYPES, bool]] | None = None
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.default_int_handler)
     try:
@@ -52,7 +52,8 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         # The next `rlhf up` must find neither this schedule nor runs that it has planned.
-        if prefect := services.running_services().get("prefect"):
+        prefect = services.running_services().get("prefect")
+        if prefect and before is not None:
             with contextlib.suppress(httpx.HTTPError, ObjectNotFound):
                 _set_schedule(prefect.address, before if are_up else [])
         if not are_up:

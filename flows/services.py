@@ -86,25 +86,23 @@ def start(prefect_port: int, mlflow_port: int, log: Callable[[str], None]) -> di
         raise ConfigError("MLFLOW_TRACKING_URI names an MLflow server; unset it: `rlhf up` starts the project's own")
     with _services_lock():
         command = [sys.executable, "-m", "prefect", "server", "start", "--host", HOST, "--port", str(prefect_port)]
-        is_new = _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, command, LEASES_ON_DISK)
+        known = running_services().get("prefect")
+        prefect = known or _start("prefect", f"http://{HOST}:{prefect_port}/api", prefect_port, command, LEASES_ON_DISK)
         mlflow_runs.connect()  # an experiment made through a server could not be used without it
         command, environment = mlflow_store.server_command(mlflow_port)
-        _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment)
-        services = running_services()
-        api, store = services["prefect"].address, services["mlflow"].address
+        mlflow = running_services().get("mlflow")
+        mlflow = mlflow or _start("mlflow", f"http://{HOST}:{mlflow_port}", mlflow_port, command, environment)
+        api, store = prefect.address, mlflow.address
         log(f"Prefect {api.removesuffix('/api')} and MLflow {store} are starting …")
-        _wait(services["prefect"], lambda: is_healthy(f"{api}/health"))
+        _wait(prefect, lambda: is_healthy(f"{api}/health"))
         clients = {"PREFECT_API_URL": api, "MLFLOW_TRACKING_URI": store}
         _deploy(clients)
         _end_abandoned_runs(api)
-        if is_new:
+        if not known:
             _free_leaked_slots(api)
         command = [sys.executable, "-m", "prefect", "worker", "start", "--pool", POOL, "--limit", "1"]
-        _start("worker", api, None, command, clients)
-        _wait(services["mlflow"], lambda: is_healthy(f"{store}/health"))
-        worker = running_services().get("worker")
-        if worker is None:
-            raise StageError(f"the worker ended while it started: {processes.tail(log_path('worker'))}")
+        worker = running_services().get("worker") or _start("worker", api, None, command, clients)
+        _wait(mlflow, lambda: is_healthy(f"{store}/health"))
         _wait(worker, lambda: _has_worker(api))
         return running_services()
 
@@ -214,11 +212,8 @@ def _has_id(process: psutil.Process, service_id: str) -> bool:
     return (process.info["environ"] or {}).get(SERVICE_VAR) == service_id
 
 
-def _start(name: str, address: str, port: int | None, command: list[str], variables: Mapping[str, str] = {}) -> bool:
-    """Start a service unless it runs; returns whether it was started."""
-    services = running_services()
-    if name in services:
-        return False
+def _start(name: str, address: str, port: int | None, command: list[str], variables: Mapping[str, str] = {}) -> Service:
+    """Start a service that does not run."""
     if name != "worker":  # a run that a worker has left may end by itself
         processes.terminate_family(_family(name), STOP_SECONDS)
     with socket.socket() as probe:
@@ -239,9 +234,9 @@ def _start(name: str, address: str, port: int | None, command: list[str], variab
             # A shell's background job ignores it, children inherit that, and the worker ends by it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-    services[name] = Service(name, address, process.pid, psutil.Process(process.pid).create_time())
-    _write_state(services)
-    return True
+    service = Service(name, address, process.pid, psutil.Process(process.pid).create_time())
+    _write_state(running_services() | {name: service})
+    return service
 
 
 def _deploy(variables: Mapping[str, str]) -> None:

@@ -16,21 +16,8 @@ from trl.import_utils import TRLExperimentalWarning
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, read_rows, write_json
 from tasks.models.encoding import encode_row, fit_rows, start_ids
-from tasks.models.hf_training import (
-    HistoryCallback,
-    train_or_resume,
-    trainer_arguments,
-    trainer_config,
-    write_history,
-)
-from tasks.models.loading import (
-    init_process,
-    load_context,
-    load_reference,
-    load_tokenizer,
-    lora_config,
-    save_adapter,
-)
+from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, trainer_config, write_history
+from tasks.models.loading import init_process, load_context, load_reference, load_tokenizer, lora_config, save_adapter
 
 if TYPE_CHECKING:
     from tasks.config.training import DPOParams, LoraParams

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -288,25 +288,29 @@ def _provenance(
     folders = {REFERENCE: artifacts.sft, **policies, **judges}
     return [
         ("Seed", str(seed)),
-        ("Parameters of evaluate, generation and reward", _digest(content.encode())),
-        (f"The {len(prompts)} prompts", _digest("\n".join(row.prompt for row in prompts).encode())),
+        ("Parameters of evaluate, generation and reward", _digest([content.encode()])),
+        (f"The {len(prompts)} prompts", _digest(["\n".join(row.prompt for row in prompts).encode()])),
         *(
-            (f"Weights: {name}", _digest(*_weights(folder)))
+            (f"Weights: {name}", _digest(_weights(folder)))
             for name, folder in folders.items()
             if not is_disabled(folder)
         ),
     ]
 
 
-def _weights(folder: Path) -> list[bytes]:
-    """The bytes of the adapter that a stage trained, or of the pretrained reward model."""
+def _weights(folder: Path) -> Iterator[bytes]:
+    """The files of the adapter that a stage trained, or of the pretrained reward model, one at a time."""
     adapter = folder / ADAPTER_DIR / "adapter_model.safetensors"
     files = [adapter] if adapter.is_file() else sorted((folder / PRETRAINED_DIR).glob("*.safetensors"))
-    return [file.read_bytes() for file in files]
+    return (file.read_bytes() for file in files)
 
 
-def _digest(*parts: bytes) -> str:
-    return hashlib.sha256(b"".join(parts)).hexdigest()[:16]
+def _digest(parts: Iterable[bytes]) -> str:
+    """The digest of the parts, one behind the other."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part)
+    return digest.hexdigest()[:16]
 
 
 if __name__ == "__main__":

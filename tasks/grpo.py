@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json, write_rows
-from tasks.models.hf_training import PolicySnapshots, write_history
+from tasks.models.hf_training import write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
 from tasks.rewards.composition import load_reward
 from tasks.rl.callbacks import Checkpoint, ProgressCallback, SnapshotCallback
@@ -45,7 +45,6 @@ def grpo(
     prompts = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
     model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
     policy = Policy(model, temperature=generation.temperature, value_head=False)
-    snapshots = PolicySnapshots(params.snapshot_every, artifacts.out)
     turn_gamma = environment.gamma if environment else 1.0
     with open_sampler(
         policy, tokenizer, generation, rollout, lora, artifacts, micro_batch_size=params.micro_batch_size
@@ -57,13 +56,15 @@ def grpo(
             load_reward(reward, prompts, artifacts),
             GRPO(params, max_new_tokens=generation.max_new_tokens, turn_gamma=turn_gamma),
             seed=policy_seed,
-            checkpoint=Checkpoint(tracking.checkpoint_dir(), "grpo"),
-            callbacks=[ProgressCallback("grpo", params.updates), SnapshotCallback(snapshots, model)],
+            checkpoint=Checkpoint(tracking.checkpoint_dir()),
+            callbacks=[
+                ProgressCallback("grpo", params.updates),
+                SnapshotCallback(model, params.snapshot_every, artifacts.out),
+            ],
             rollout_params=rollout,
         )
         trainer.train()
     save_adapter(model, artifacts.out)
-    snapshots.publish()
     write_history(artifacts.out / "history.csv", trainer.history)
     write_rows(artifacts.out / "samples.jsonl", trainer.samples)
     write_json(artifacts.out / "metrics.json", trainer.history[-1])

@@ -15,13 +15,7 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, read_rows, write_json
 from tasks.models.early_stopping import early_stopping
 from tasks.models.encoding import encode_row, fit_rows, start_ids
-from tasks.models.hf_training import (
-    HistoryCallback,
-    train_or_resume,
-    trainer_arguments,
-    trainer_config,
-    write_history,
-)
+from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, trainer_config, write_history
 from tasks.models.loading import add_lora, init_process, load_context, load_reference, load_tokenizer, save_adapter
 from tasks.rl.environments import encode_dialogue
 
@@ -32,11 +26,7 @@ __all__ = ["sft"]
 
 
 def sft(
-    params: SFTParams,
-    lora: LoraParams,
-    environment: EnvironmentParams | None,
-    seed: int,
-    artifacts: Artifacts,
+    params: SFTParams, lora: LoraParams, environment: EnvironmentParams | None, seed: int, artifacts: Artifacts
 ) -> None:
     """Fine-tune with TRL's SFTTrainer on the responses of the demonstrations, the end token included.
 

@@ -106,12 +106,14 @@ def restore(database: Database = None) -> None:
     """Rebuild a database that is damaged or lost from its copy; what is left of the old one is kept beside it."""
     enter_project()
     from tasks.labelling import backup
-    from tasks.labelling.database import database_url
+    from tasks.labelling.database import database_file, database_url
 
-    with suppress(DataError, SourceError), closing(_open_store(database)) as store:
-        _print(f"{escape(store.address)} is whole, and lacks nothing that its copy holds; nothing was restored")
-        return
-    result = backup.restore(database_url(database))
+    url = database_url(database)
+    if database_file(url):  # another has no copy
+        with suppress(DataError, SourceError), closing(_open_store(database)) as store:
+            _print(f"{escape(store.address)} is whole, and lacks nothing that its copy holds; nothing was restored")
+            return
+    result = backup.restore(url)
     _print(f"restored: {_format_counts(result.rows)}")
     if result.unreadable:
         _print(f"[yellow]{result.unreadable} lines of the copy could not be read[/]")

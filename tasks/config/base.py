@@ -21,9 +21,9 @@ LearningRate = Annotated[float, Field(gt=0, le=1)]
 
 
 class Section(BaseModel):
-    """A section of params.yaml: an unknown key is an error, and values never change after loading."""
+    """A section of params.yaml: an unknown key and a number that is not finite are errors; values never change."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
 
 def _check_regex(pattern: str) -> str:

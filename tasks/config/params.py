@@ -1,7 +1,7 @@
 """Read, check and change params.yaml; its sections are in the other modules of `tasks.config`."""
 
+import copy
 import json
-import re
 from collections.abc import Container, Iterator, Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
@@ -18,42 +18,9 @@ from tasks.config.rules import GROUND_TRUTH_RULES
 from tasks.config.yaml_text import edit_yaml
 from tasks.core.errors import ConfigError
 
-__all__ = ["RENAMED", "Params", "load_params", "load_preset", "parse_override", "write_overrides"]
+__all__ = ["Params", "load_params", "load_preset", "parse_override", "write_overrides"]
 
 PRESETS = Path("infra/presets")
-
-RENAMED = {
-    "collect.sources.*.rows": "row_type",
-    "evaluate.judge": "llm_judge",
-    "gate.allowed_detectors.*=one_component_pays": "component_tradeoff",
-    "gate.allowed_detectors.*=unfamiliar_responses": "ood_responses",
-    "gate.allowed_findings": "allowed_detectors",
-    "gate.margins.no_end_share": "truncated_share",
-    "gold_judge.first_layer": "lora_first_layer",
-    "gold_judge.scrambled_share": "shuffled_share",
-    "grpo.keep_every": "snapshot_every",
-    "lora.scorer_modules": "reward_model_modules",
-    "overoptimisation.policy_samples": "samples_per_policy",
-    "ppo.keep_every": "snapshot_every",
-    "ppo.kl_target": "adaptive_kl_target",
-    "ppo.max_approx_kl": "target_kl",
-    "preferences.given": "source_pairs",
-    "preferences.source_pairs=add": "prepend",
-    "reward.combine": "ensemble_reduction",
-    "reward.curriculum": "weight_schedule",
-    "reward.normalise": "normalisation",
-    "reward_model.first_layer": "lora_first_layer",
-    "reward_model.members": "ensemble_size",
-    "reward_model.scorer": "pretrained",
-    **{
-        f"{place}{old}": new
-        for old, new in {"facts": "contains_facts", "mathematics": "math", "sentiment": "vader"}.items()
-        for place in ("evaluate.gold_rule.function=", "reward.rules.*.function=", "reward.rules.", "reward.weights.")
-    },
-    "evaluate.gold_rule.isolation=none_i_accept_the_risk": "unsafe_no_isolation",
-    "reward.rules.*.isolation=none_i_accept_the_risk": "unsafe_no_isolation",
-}
-"""Key, or key=value, of an earlier version → what its last part, or the value, is called now; `*` is any one part."""
 
 
 class Params(Section):
@@ -207,9 +174,11 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
     before, document = _read(path), _read(path, YAML())
     where = f"{path} with the requested changes" if overrides else str(path)
     off = {key for override in overrides for key in override if before.get(key, key) is None}
+    with_nulls = copy.deepcopy(document)
     for override in overrides:
         _merge(document, override)
-    _check_renamed(where, document, *overrides)  # a merge drops keys that are set to null
+        _merge(with_nulls, override, remove=False)
+    _check_removed_known(with_nulls, where)
     _write_defaults(document, _validate(document, where, off).model_dump())
     lines = list(_differences(before, document))
     if document != before:
@@ -224,15 +193,25 @@ class _ReplaceMapping(dict[str, Any]):
     """A mapping that replaces instead of merging."""
 
 
-def _merge(target: Any, override: dict[str, Any], depth: int = 0) -> None:
-    """Merge mappings and replace everything else; null switches a section off, and removes any other key."""
+def _merge(target: Any, override: dict[str, Any], depth: int = 0, *, remove: bool = True) -> None:
+    """Merge mappings, replace everything else; null switches a section off, and may remove any other key."""
     for key, value in override.items():
         if isinstance(value, dict) and not isinstance(value, _ReplaceMapping) and isinstance(target.get(key), dict):
-            _merge(target[key], value, depth + 1)
-        elif value is None and depth and not isinstance(target.get(key), dict):
+            _merge(target[key], value, depth + 1, remove=remove)
+        elif remove and value is None and depth and not isinstance(target.get(key), dict):
             target.pop(key, None)
         else:
             target[key] = dict(value) if isinstance(value, _ReplaceMapping) else value
+
+
+def _check_removed_known(content: Any, where: str) -> None:
+    """Check that no section lacks a key that is set to null, which removes it."""
+    try:
+        Params.model_validate(content)
+    except ValidationError as error:
+        unknown = [item for item in error.errors() if item["type"] == "extra_forbidden" and item["input"] is None]
+        if unknown:
+            raise _not_valid(where, [_format_error(item) for item in unknown]) from error
 
 
 def _write_defaults(document: Any, values: Any) -> None:
@@ -284,34 +263,8 @@ def _read(path: Path, yaml: YAML | None = None) -> Any:
     return content
 
 
-def _check_renamed(where: str, *contents: Any) -> None:
-    """Check that no key or value has a name of an earlier version."""
-    items, problems = {key: value for content in contents for key, value in _items(content)}, []
-    for location, value in items.items():
-        parent, _, name = location.rpartition(".")
-        if parent in ("reward.weights", "reward.rules") and f"reward.rules.{name}.function" in items:
-            continue  # the component's own name, whatever its rule is called
-        for old, new in RENAMED.items():
-            pattern = re.escape(old).replace(r"\*", "[^.]+")
-            if re.fullmatch(pattern, location):
-                problems.append(f"  {location}: renamed to {parent}.{new}")
-            elif re.fullmatch(pattern, f"{location}={value}"):
-                problems.append(f"  {location}: {value} is renamed to {new}")
-    if problems:
-        raise ConfigError("\n".join([f"{where} is not valid:", *problems]))
-
-
-def _items(value: Any, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Every key of nested mappings and lists, with its value."""
-    pairs = value.items() if isinstance(value, Mapping) else enumerate(value) if isinstance(value, list) else ()
-    for key, inner in pairs:
-        yield f"{prefix}{key}", inner
-        yield from _items(inner, f"{prefix}{key}.")
-
-
 def _validate(content: Any, where: str, off: Container[object] = ()) -> Params:
     """Validate; `off` are the sections that were null before the changes."""
-    _check_renamed(where, content)
     try:
         return Params.model_validate(content)
     except ValidationError as error:
@@ -319,7 +272,11 @@ def _validate(content: Any, where: str, off: Container[object] = ()) -> Params:
         partial = dict.fromkeys(item["loc"][0] for item in items if item["type"] == "missing" and item["loc"][0] in off)
         problems = [_format_error(item) for item in items if item["type"] != "missing" or item["loc"][0] not in partial]
         problems += [_format_partial(str(name), items) for name in partial]
-        raise ConfigError("\n".join([f"{where} is not valid:", *(f"  {line}" for line in problems)])) from error
+        raise _not_valid(where, problems) from error
+
+
+def _not_valid(where: str, problems: Sequence[str]) -> ConfigError:
+    return ConfigError("\n".join([f"{where} is not valid:", *(f"  {line}" for line in problems)]))
 
 
 def _format_partial(section: str, items: Sequence[Any]) -> str:

@@ -129,7 +129,7 @@ class PPOParams(RLParams):
     kl_penalty: KLPenalty = Field("reward", description=KL_PENALTY)
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
     adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
-    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a factor of about e.")
+    kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a fifth.")
 
     @property
     def has_values(self) -> bool:

@@ -38,8 +38,11 @@ READS = ("base_model", "prepare")
 ANSWER_RULES = ("answer", "code", "contains_facts", "math")
 """Rules that need the right answer of each prompt."""
 
-RULE_PACKAGES = {"code": "pyseccomp", "language": "py3langid", "math": "math_verify", "poem": "pronouncing"}
-"""Rule → the module of an extra without which it scores nothing."""
+RULE_PACKAGES = {
+    "code": ("pyseccomp", "code"), "language": ("py3langid", "rules"), "math": ("math_verify", "rules"),
+    "poem": ("pronouncing", "poem"),
+}  # fmt: skip
+"""Rule → the module without which it scores nothing, and the extra that brings it."""
 
 
 @dataclass(frozen=True)
@@ -378,8 +381,7 @@ def _package_misfits(params: Params) -> Iterator[Misfit]:
     for key, rule in _rules(params).items():
         stage, sandboxed = _scoring_stage(params, key), getattr(rule, "isolation", "bubblewrap") == "bubblewrap"
         if rule.function in RULE_PACKAGES and sandboxed:
-            extra = "code" if rule.function == "code" else "rules"
-            needed.append((stage, key, RULE_PACKAGES[rule.function], extra))
+            needed.append((stage, key, *RULE_PACKAGES[rule.function]))
         if rule.function == "code" and sandboxed and not shutil.which("bwrap"):
             yield Misfit(stage, key, "code", "", "the program bwrap is missing: install bubblewrap")
     for stage, key, module, extra in needed:

@@ -270,9 +270,9 @@ def _wrap_row(source: SourceParams, file: str, line: int, content: object) -> di
         found = search_pattern(source.answer_pattern, str(row.get("answer", "")))
     except TimeoutError:
         return place | {"raw": _raw(content), "error": f"answer: {source.answer_pattern!r} takes too long on it"}
-    if found is None:
+    if found is None or not (answer := (found[1] or "").strip()):
         return place | {"raw": _raw(content), "error": f"answer: {source.answer_pattern!r} is not in it"}
-    return place | {"row": row | {"answer": found[1].strip()}}
+    return place | {"row": row | {"answer": answer}}
 
 
 def _raw(content: object) -> str:

@@ -204,7 +204,7 @@ def write_comparison(folder: Path, variants: Mapping[str, Table]) -> None:
     write_table(folder / "variants.csv", [
         {"variant": variant, "policy": policy} | {key: row[key] for key in VARIANT_COLUMNS if key in row}
         for variant, table in variants.items() for policy, row in table.items() if policy != REFERENCE
-    ])  # fmt: skip
+    ], ["variant", "policy", *VARIANT_COLUMNS])  # fmt: skip
     _plot_variants(folder / "reward_against_kl.svg", variants)
 
 

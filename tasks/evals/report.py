@@ -14,14 +14,7 @@ from tasks.core.paths import Artifacts
 from tasks.evals import plots
 from tasks.evals.compare import HackingFinding, ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
 from tasks.evals.report_columns import WIN_RATE_COLUMNS, cells, columns_of, format_signed
-from tasks.evals.report_text import (
-    best_policy,
-    display_name,
-    join_and,
-    load_template,
-    summarise_table,
-    turning_point,
-)
+from tasks.evals.report_text import best_policy, display_name, join_and, load_template, summarise_table, turning_point
 from tasks.models.loading import is_disabled
 from tasks.rl.hacking import DETECTORS
 

@@ -8,34 +8,27 @@ of the data that follows from the epoch, and TRL's count of tokens.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-import json
-import os
-import pickle
-import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
-from peft import PeftModel
 from transformers import PrinterCallback, Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
 from tasks.core import distributed, tracking
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.rows import write_table
 from tasks.core.terminal import Progress, print_line
-from tasks.models.loading import device, save_adapter
+from tasks.models.checkpoints import find_checkpoint, mark_complete, refuse_hostile, step_of
+from tasks.models.loading import device
 
 if TYPE_CHECKING:
     from tasks.config.training import TrainerParams
 
-__all__ = [
-    "HistoryCallback", "PolicySnapshots", "train_or_resume", "trainer_arguments", "trainer_config", "write_history",
-]  # fmt: skip
+__all__ = ["HistoryCallback", "train_or_resume", "trainer_arguments", "trainer_config", "write_history"]
 
 ConfigT = TypeVar("ConfigT", bound=TrainingArguments)
 
@@ -45,9 +38,6 @@ TIMINGS = ("_runtime", "_per_second", "step_time", "profiling/")
 LOGGING_STEPS = 5
 # A multiple of LOGGING_STEPS: no logged mean then spans a checkpoint, and what is saved has just passed `on_log`.
 CHECKPOINT_STEPS = 25
-
-SNAPSHOTS_DIR = "policies"
-COMPLETE_MARKER = "whole.json"  # written last: name of each file of a checkpoint or snapshot → its SHA-256
 
 
 def trainer_arguments(params: TrainerParams, *, seed: int) -> dict[str, Any]:
@@ -121,7 +111,7 @@ def train_or_resume(trainer: Trainer) -> None:
         TrainingError: the loss or the gradient is not finite, the ranks have not trained the same model, or the
             checkpoint holds more than numbers and tensors.
     """
-    checkpoint = _find_checkpoint(_warn_of_damage)
+    checkpoint = find_checkpoint(tracking.checkpoint_dir(), _warn_of_damage)
     if checkpoint:
         logged = TrainerState.load_from_json(str(checkpoint / "trainer_state.json")).log_history
         # TRL logs this count and saves it nowhere else.
@@ -131,69 +121,14 @@ def train_or_resume(trainer: Trainer) -> None:
     # Accelerate takes a model that was only evaluated as prepared for training; each rank would then train alone.
     setattr(trainer.model, "_is_accelerate_prepared", False)  # noqa: B010
     trainer.remove_callback(PrinterCallback)  # `HistoryCallback` shows progress
-    try:
+    with refuse_hostile(checkpoint):
         trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-    except pickle.UnpicklingError as error:
-        message = f"{checkpoint} holds more than numbers and tensors, so it was not loaded: delete it, and run again"
-        raise TrainingError(message) from error
     distributed.check_in_sync(weight for weight in trainer.model.parameters() if weight.requires_grad)
-
-
-def _find_checkpoint(on_problem: Callable[[str], None] = lambda _problem: None) -> Path | None:
-    """The newest whole checkpoint; transformers' get_last_checkpoint gives one that a kill cut short as well.
-
-    `on_problem` is called for each newer one, and where none is left.
-    """
-    folder = tracking.checkpoint_dir()
-    found = sorted(folder.glob("checkpoint-[0-9]*"), key=_step, reverse=True) if folder else []
-    for checkpoint in found:
-        if (problem := _find_damage(checkpoint)) is None:
-            return checkpoint
-        on_problem(f"warning: the checkpoint {checkpoint} is passed over: {problem}")
-    if found:
-        on_problem(f"warning: no checkpoint is left in {folder}, so the training begins anew")
-    return None
-
-
-def _find_damage(checkpoint: Path) -> str | None:
-    """Why the checkpoint cannot be used; None if it is whole."""
-    try:
-        digests = dict(json.loads((checkpoint / COMPLETE_MARKER).read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return "it is not complete"
-    damaged = [name for name, digest in digests.items() if not _has_digest(checkpoint / name, digest)]
-    return f"{', '.join(damaged)} in it is missing or damaged" if damaged else None
-
-
-def _has_digest(path: Path, digest: str) -> bool:
-    try:
-        return _sha256(path) == digest
-    except OSError:
-        return False
-
-
-def _sha256(path: Path, *, sync: bool = False) -> str:
-    """The SHA-256 of a file, once it is on the disk if so asked."""
-    with path.open("rb") as file:
-        if sync:
-            os.fsync(file.fileno())
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _mark_complete(folder: Path) -> None:
-    """Write the digests of the folder's files, all of which are then on the disk."""
-    files = [path for path in sorted(folder.rglob("*")) if path.is_file() and path.name != COMPLETE_MARKER]
-    digests = {str(path.relative_to(folder)): _sha256(path, sync=True) for path in files}
-    (folder / COMPLETE_MARKER).write_text(json.dumps(digests, indent=2), encoding="utf-8")
 
 
 def _warn_of_damage(problem: str) -> None:
     if distributed.rank() == 0:
         print_line(problem)
-
-
-def _step(checkpoint: Path) -> int:
-    return int(checkpoint.name.removeprefix("checkpoint-"))
 
 
 class HistoryCallback(TrainerCallback):
@@ -237,7 +172,7 @@ class HistoryCallback(TrainerCallback):
         """Mark the checkpoint as complete once every rank's part is on the disk."""
         distributed.barrier()
         if state.is_world_process_zero:
-            _mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
+            mark_complete(Path(str(args.output_dir)) / f"checkpoint-{state.global_step}")
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._progress.close()
@@ -248,8 +183,8 @@ class HistoryCallback(TrainerCallback):
         """Log; stop on a loss that is not finite, before the checkpoint of that step is saved."""
         numbers = _numeric(logs or {})
         if not all(abs(numbers.get(key, 0.0)) < float("inf") for key in ("loss", "grad_norm")):
-            checkpoint = _find_checkpoint()
-            kept = f"; the checkpoint of step {_step(checkpoint)} is kept" if checkpoint else ""
+            checkpoint = find_checkpoint(tracking.checkpoint_dir())
+            kept = f"; the checkpoint of step {step_of(checkpoint)} is kept" if checkpoint else ""
             raise TrainingError(
                 f"step {state.global_step}: loss or gradient is not finite: {numbers}; lower learning_rate{kept}"
             )
@@ -257,34 +192,6 @@ class HistoryCallback(TrainerCallback):
         if "loss" in numbers:
             self.rows.append(_row(state.log_history[-1]))
             self._progress.update(state.global_step, {"loss": numbers["loss"]})
-
-
-class PolicySnapshots:
-    """Snapshots of a policy during training, in `policies/<update>/adapter` of the stage's folder.
-
-    Until the end they lie with the run's checkpoints, so that a resumed run still has them.
-    """
-
-    def __init__(self, every: int, out: Path) -> None:
-        self._every, self._out = every, out / SNAPSHOTS_DIR
-        self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
-
-    def save(self, update: int, model: PeftModel) -> None:
-        """Save a snapshot if this update is due."""
-        if update % self._every == 0 and distributed.rank() == 0:
-            save_adapter(model, self._folder / f"{update:04d}")
-            if self._folder != self._out:
-                _mark_complete(self._folder / f"{update:04d}")
-
-    def publish(self) -> None:
-        """Copy the snapshots into the stage's output folder; one that is not whole is left out, with a warning."""
-        self._out.mkdir(parents=True, exist_ok=True)
-        for snapshot in sorted(self._folder.glob("*")) if self._folder != self._out else ():
-            if problem := _find_damage(snapshot):
-                _warn_of_damage(f"warning: the snapshot {snapshot} is left out: {problem}")
-                continue
-            ignored = shutil.ignore_patterns(COMPLETE_MARKER)
-            shutil.copytree(snapshot, self._out / snapshot.name, dirs_exist_ok=True, ignore=ignored)
 
 
 def _row(entry: Mapping[str, Any]) -> dict[str, float]:

@@ -1,5 +1,6 @@
 """Rewards and advantages of actions: GAE, leave-one-out, and advantages within a prompt's responses."""
 
+import math
 from typing import Literal
 
 import torch
@@ -210,7 +211,10 @@ def top_entropy_tokens(entropies: Tensor, response_mask: Tensor, share: float) -
     Source: Wang et al. 2025 (arXiv 2506.01939); the quantile as in TRL (`top_entropy_quantile`), but over
     the whole rollout, so that it does not depend on how that is split.
     """
-    threshold = torch.quantile(entropies[response_mask], 1 - share)
+    counted = entropies[response_mask]
+    # The least at or above the quantile, whose place is rounded at 1e-9. torch.quantile refuses more than 2^24 numbers.
+    place = math.ceil((len(counted) - 1) * (1 - share) - 1e-9)
+    threshold = counted.kthvalue(place + 1).values
     return (entropies >= threshold) & response_mask
 
 

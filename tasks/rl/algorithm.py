@@ -10,7 +10,7 @@ from torch import Tensor
 
 from tasks.rewards.composition import RewardBatch
 from tasks.rl.advantages import to_actions, top_entropy_tokens
-from tasks.rl.kl import KLController, KLEstimates, kl_estimates, per_sequence
+from tasks.rl.kl import FixedKL, KLEstimates, kl_estimates, per_sequence
 from tasks.rl.losses import PolicyLoss, StepLoss, entropy_sum, kl_loss
 from tasks.rl.masking import masked_sum, zero_masked
 from tasks.rl.mismatch import importance_weights
@@ -99,7 +99,7 @@ class Algorithm(Protocol[ExperienceT]):
     def params(self) -> RLParams: ...
 
     @property
-    def kl_controller(self) -> KLController: ...
+    def kl_controller(self) -> FixedKL: ...
 
     def compute_advantages(self, scored: ScoredRollout) -> tuple[ExperienceT, Metrics]:
         """Compute advantages, and metrics of the rollout."""

@@ -1,9 +1,7 @@
 """Observers of RL training, the checkpoint of an interrupted run, and the weights before an update."""
 
 import math
-import os
-import pickle
-import zipfile
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,11 +12,21 @@ from torch import Tensor
 
 from tasks.core import distributed, tracking
 from tasks.core.terminal import Progress, print_line
-from tasks.models.hf_training import PolicySnapshots
+from tasks.models.checkpoints import (
+    COMPLETE_MARKER,
+    find_checkpoint,
+    find_damage,
+    list_checkpoints,
+    mark_complete,
+    refuse_hostile,
+)  # fmt: skip
+from tasks.models.loading import save_adapter
 from tasks.rl.algorithm import Metrics
 from tasks.rl.policy import Policy
 
 __all__ = ["Callback", "Checkpoint", "KLBudget", "ProgressCallback", "SnapshotCallback", "load_weights"]
+
+SNAPSHOTS_DIR, STATE_FILE = "policies", "state.pt"
 
 
 class Callback:
@@ -67,74 +75,64 @@ class ProgressCallback(Callback):
 
 
 class SnapshotCallback(Callback):
-    """Saves a snapshot of the policy after each update that is due."""
+    """Saves the policy every so many updates, in `policies/<update>/adapter` of the stage's folder.
 
-    def __init__(self, snapshots: PolicySnapshots, model: PeftModel) -> None:
-        self._snapshots, self._model = snapshots, model
+    Until the end the snapshots lie with the run's checkpoints, so that a resumed run still has them.
+    """
+
+    def __init__(self, model: PeftModel, every: int, out: Path) -> None:
+        self._model, self._every, self._out = model, every, out / SNAPSHOTS_DIR
+        self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
 
     def on_update_end(self, update: int) -> None:
-        self._snapshots.save(update, self._model)
+        if update % self._every == 0 and distributed.rank() == 0:
+            save_adapter(self._model, self._folder / f"{update:04d}")
+            if self._folder != self._out:
+                mark_complete(self._folder / f"{update:04d}")
+
+    def on_train_end(self) -> None:
+        """Copy the snapshots into the stage's output folder; one that is not whole is left out, with a warning."""
+        self._out.mkdir(parents=True, exist_ok=True)
+        for snapshot in sorted(self._folder.glob("*")) if self._folder != self._out else ():
+            if (problem := find_damage(snapshot)) is None:
+                ignored = shutil.ignore_patterns(COMPLETE_MARKER)
+                shutil.copytree(snapshot, self._out / snapshot.name, dirs_exist_ok=True, ignore=ignored)
+            elif distributed.rank() == 0:
+                print_line(f"warning: the snapshot {snapshot} is left out: {problem}")
 
 
 class Checkpoint:
-    """The newest two checkpoints, files that rank 0 writes and all read; without a folder nothing is saved."""
+    """The newest two checkpoints of a folder, which rank 0 writes and all read; without a folder nothing is saved."""
 
-    def __init__(self, folder: Path | None, stage: str) -> None:
-        self._files = [] if folder is None else [folder / f"{stage}.pt", folder / f"{stage}.previous.pt"]
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._last: Path | None = None
 
     def save(self, state: Mapping[str, Any]) -> None:
-        """Write the state atomically, and keep the one before: a disk may lose what it has taken."""
-        if not self._files or distributed.rank() > 0:
+        """Write the state of an update, and keep the one before: a disk may lose what it has taken."""
+        if self._folder is None or distributed.rank() > 0:
             return
-        newest, previous = self._files
-        newest.parent.mkdir(parents=True, exist_ok=True)
-        temporary = newest.with_suffix(".tmp")
-        with temporary.open("wb") as file:
-            torch.save(dict(state), file)
-            file.flush()
-            os.fsync(file.fileno())
-        if newest.exists():
-            newest.replace(previous)
-        temporary.replace(newest)
+        checkpoint = self._folder / f"checkpoint-{state['update']}"
+        shutil.rmtree(checkpoint, ignore_errors=True)  # a damaged one of an interrupted run
+        checkpoint.mkdir(parents=True)
+        torch.save(dict(state), checkpoint / STATE_FILE)
+        mark_complete(checkpoint)
+        for other in set(list_checkpoints(self._folder)) - {checkpoint, self._last}:
+            shutil.rmtree(other)
+        self._last = checkpoint
 
-    def load(self, current: Mapping[str, Any], warn: Callable[[str], None]) -> dict[str, Any]:
-        """Read the newest state that is whole; empty where there is none.
+    def load(self, warn: Callable[[str], None]) -> dict[str, Any]:
+        """Read the newest state that is whole; empty where there is none. `warn` is called for each that is not.
 
-        Args:
-            current: the state of the run that is to go on, with the same keys and shapes of weights.
-            warn: called for each file that cannot be used.
+        Raises:
+            TrainingError: it holds more than numbers and tensors.
         """
-        found = [file for file in self._files if file.exists()]
-        for file in found:
-            try:
-                return _read_state(file, current)
-            except ValueError as problem:
-                warn(f"warning: the checkpoint {file} is passed over: {problem}")
-        if found:
-            warn("warning: no checkpoint is left, so the training begins anew")
-        return {}
-
-    def remove(self) -> None:
-        for file in self._files:
-            file.unlink(missing_ok=True)
-
-
-def _read_state(file: Path, current: Mapping[str, Any]) -> dict[str, Any]:
-    """See `Checkpoint.load`; a ValueError says why it cannot be used."""
-    try:
-        with zipfile.ZipFile(file) as archive:  # torch does not check the sums
-            damaged = archive.testzip()
-        state: Any = None if damaged else torch.load(file, weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise ValueError("refused, since it holds more than numbers and tensors; none of it was executed") from error
-    except Exception as error:  # whatever bytes can make zipfile and torch raise
-        raise ValueError(f"it is damaged ({type(error).__name__})") from error
-    if not isinstance(state, dict) or state.keys() != current.keys():
-        raise ValueError("it is damaged")
-    shapes, expected = ({name: value.shape for name, value in of["weights"].items()} for of in (state, current))
-    if shapes != expected:
-        raise ValueError("its weights have other names or shapes")
-    return state
+        self._last = find_checkpoint(self._folder, warn)
+        if self._last is None:
+            return {}
+        with refuse_hostile(self._last):
+            state: dict[str, Any] = torch.load(self._last / STATE_FILE, map_location="cpu", weights_only=True)
+        return state
 
 
 class KLBudget:

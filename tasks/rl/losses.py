@@ -259,10 +259,7 @@ def token_weights(
         responses: in the whole optimiser step, all micro-batches and ranks together, as are `tokens`.
     """
     lengths = response_mask.sum(1, keepdim=True)
-    totals = {
-        "grpo": lengths * responses,
-        "dr_grpo": torch.full_like(lengths, responses * max_new_tokens),
-    }
+    totals = {"grpo": lengths * responses, "dr_grpo": torch.full_like(lengths, responses * max_new_tokens)}
     total = totals.get(loss_type, torch.full_like(lengths, tokens))
     return zero_masked((1 / total).expand(response_mask.shape), response_mask)
 

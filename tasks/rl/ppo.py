@@ -15,7 +15,7 @@ from torch import Tensor
 
 from tasks.rl.advantages import action_mask, action_values, gae, leave_one_out, to_actions, token_rewards
 from tasks.rl.algorithm import Experience, Metrics, ScoredRollout, regularised_loss
-from tasks.rl.kl import AdaptiveKL, FixedKL, KLController
+from tasks.rl.kl import AdaptiveKL, FixedKL
 from tasks.rl.losses import StepLoss, policy_loss, value_loss
 from tasks.rl.masking import explained_variance, whiten, zero_masked
 from tasks.rl.policy import PolicyOutput
@@ -40,7 +40,7 @@ class PPO:
     def __init__(self, params: PPOParams, *, max_new_tokens: int, turn_gamma: float = 1.0) -> None:
         """Keep the parameters, the longest that a response can be, and the discount per turn of an environment."""
         self.params, self.max_new_tokens = params, max_new_tokens
-        self.kl_controller: KLController = FixedKL(params.kl_coef)
+        self.kl_controller = FixedKL(params.kl_coef)
         if params.kl_controller == "adaptive":
             self.kl_controller = AdaptiveKL(params.kl_coef, params.adaptive_kl_target, params.kl_horizon)
         over_turns = params.action == "turn"

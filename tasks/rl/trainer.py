@@ -71,8 +71,8 @@ class RLTrainer:
     def train(self) -> None:
         """Run the updates that are left since the last checkpoint, as many as the KL budget allows.
 
-        The checkpoint is removed at the end, and kept where training fails: TrainingError where a number is not finite,
-        or the policy has moved out of reach.
+        Raises:
+            TrainingError: a number is not finite, or the policy has moved out of reach.
         """
         self._resume()
         while self.updates_done < self.params.updates:
@@ -97,7 +97,6 @@ class RLTrainer:
         if self.kl_budget.exceeded(kl):
             self._return_to_budget(kl)
         distributed.check_in_sync(self.policy.trainable_parameters().values())
-        self.checkpoint.remove()
         for callback in self.callbacks:
             callback.on_train_end()
 
@@ -273,7 +272,7 @@ class RLTrainer:
             "update": self.updates_done,
             "weights": {name: value.detach() for name, value in self.policy.trainable_parameters().items()},
             "optimizer": self.updater.optimizer.state_dict(),
-            "controller": self.algorithm.kl_controller.state_dict(),
+            "kl_coef": self.algorithm.kl_controller.kl_coef,
             "history": self.history,
             "samples": self.samples,
             "budget_weights": self.kl_budget.weights,
@@ -281,11 +280,11 @@ class RLTrainer:
 
     def _resume(self) -> None:
         """Load the checkpoint, if there is one, and log its curves and samples again."""
-        if not (state := self.checkpoint.load(self._state(), self._warn)):
+        if not (state := self.checkpoint.load(self._warn)):
             return
         load_weights(self.policy, state["weights"])
         self.updater.optimizer.load_state_dict(state["optimizer"])
-        self.algorithm.kl_controller.load_state_dict(state["controller"])
+        self.algorithm.kl_controller.kl_coef = state["kl_coef"]
         self.kl_budget.weights = state["budget_weights"]
         self.updates_done = self._last_checkpoint = state["update"]
         self.history, self.samples = state["history"], state["samples"]

@@ -29,14 +29,7 @@ from dvc_data.hashfile import load
 
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
-from tasks.runtime.dvc_repo import (
-    dvc_errors,
-    error_chain,
-    load_stage,
-    open_repo,
-    quiet_logger,
-    remote_error,
-)
+from tasks.runtime.dvc_repo import dvc_errors, error_chain, load_stage, open_repo, quiet_logger, remote_error
 
 __all__ = [
     "Inputs", "Result", "StaleStage", "changes", "check_names", "graph", "inputs", "meta", "output_digests", "outputs",

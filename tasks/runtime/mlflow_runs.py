@@ -29,7 +29,8 @@ from tasks.runtime.mlflow_store import (
     open_store,
     queued,
     store_uri,
-)
+    warn,
+)  # fmt: skip
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, Run, RunTag
@@ -285,11 +286,16 @@ class StageRun(OpenRun):
 
 
 def add_to_pipeline(flow_run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
-    """Add tags and final numbers to a pipeline run that has ended."""
+    """Add tags and final numbers to a pipeline run that has ended; a warning where MLflow is away."""
     client, _ = open_store()
-    for run in _pipeline_runs(flow_run_id):
-        final = _entities(metrics, int(time.time() * 1000), 0)
-        client.log_batch(run.info.run_id, metrics=final, tags=_tag_entities(tags))
+    final = _entities(metrics, int(time.time() * 1000), 0)
+    try:
+        for run in _pipeline_runs(flow_run_id):
+            client.log_batch(run.info.run_id, metrics=final, tags=_tag_entities(tags))
+    except Exception as error:
+        if not is_unavailable(error):
+            raise
+        warn(f"away or locked, so its pipeline run lacks {', '.join([*tags, *metrics])}")
 
 
 def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "EXPERIMENT_ID_VAR", "QueuedRun", "flush_stale", "is_unavailable", "open_store", "queued", "server_command",
-    "store_uri",
+    "store_uri", "warn",
 ]  # fmt: skip
 
 EXPERIMENT = "rlhf"
@@ -70,7 +70,7 @@ def open_store() -> tuple[MlflowClient, str]:
         os.environ.setdefault(variable, value)
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.CRITICAL)  # it prints what it then raises
-    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry; `_warn` says it once
+    logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)  # each retry; `warn` says it once
     from mlflow import MlflowClient, set_tracking_uri
 
     uri = store_uri()
@@ -104,7 +104,7 @@ def _open_experiment(uri: str) -> tuple[MlflowClient, str]:
             if LOCKED not in str(error) or time.monotonic() > deadline:
                 raise _store_error(uri, _first_line(error)) from error
             if not waiting:
-                _warn(f"another program has locked it; waiting up to {LOCKED_SECONDS:.0f} s")
+                warn(f"another program has locked it; waiting up to {LOCKED_SECONDS:.0f} s")
             waiting = True
             time.sleep(1)
 
@@ -230,7 +230,7 @@ class QueuedRun:
         self._lock.acquire()
         folder = self._file.parent
         if folder not in _warned:  # once for all runs of this process
-            _warn(
+            warn(
                 f"away or locked, so what it should record is kept in {folder} until it is back ({_first_line(error)})"
             )
         _warned.add(folder)
@@ -258,7 +258,7 @@ def flush_stale(folder: Path, open_run: Callable[[Path], QueuedRun]) -> None:
             return
         except Exception as error:
             aside = file.rename(file.with_suffix(".refused"))
-            _warn(f"refuses what an earlier run left in {aside} ({_first_line(error)})")
+            warn(f"refuses what an earlier run left in {aside} ({_first_line(error)})")
         lock.unlink(missing_ok=True)
 
 
@@ -266,5 +266,5 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:SHOWN]
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
     print(f"warning: MLflow at {store_uri()}: {text}", file=sys.stderr)

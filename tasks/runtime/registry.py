@@ -107,7 +107,7 @@ def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -
             MODEL, f"models:/{model.model_id}", run_id=model.source_run_id, model_id=model.model_id
         )
         number = str(created.version)
-    _tag(number, {"policy": policy, "weights": text, **tags})
+    _tag(number, {**tags, "policy": policy, "weights": text})
     client.set_registered_model_alias(MODEL, CHALLENGER, number)
     return find(number)
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tasks.rl.advantages import gae, token_rewards
-from tasks.rl.kl import AdaptiveKL, FixedKL, KLController, KLEstimates, kl_estimates, per_sequence
+from tasks.rl.kl import AdaptiveKL, FixedKL, KLEstimates, kl_estimates, per_sequence
 from tasks.rl.losses import kl_loss, policy_loss
 
 V = 3
@@ -167,7 +167,7 @@ def test_the_penalty_on_a_whole_response_has_the_gradient_of_its_divergence() ->
 TARGET = 6.0
 
 
-def run(controller: KLController, updates: int = 6000, episodes: int = 64) -> list[float]:
+def run(controller: FixedKL, updates: int = 6000, episodes: int = 64) -> list[float]:
     """KL after each update.
 
     For small β the policy that is best for reward − β · KL has a KL that goes as 1 / β² (rewards near normal); the
@@ -194,7 +194,7 @@ def test_it_settles_within_five_per_cent(kl_coef: float) -> None:
 
 
 @pytest.mark.parametrize("make", [lambda: FixedKL(0.8), lambda: AdaptiveKL(0.8, target=0.6, horizon=10_000)])
-def test_the_plant_alone_does_not_settle_there(make: Callable[[], KLController]) -> None:
+def test_the_plant_alone_does_not_settle_there(make: Callable[[], FixedKL]) -> None:
     """A fixed weight stays at the KL of its own optimum, and another target leads elsewhere: 0.375 / 0.64 = 0.59."""
     late = run(make())[-1000:]
     assert sum(late) / len(late) == pytest.approx(0.59, rel=0.1)

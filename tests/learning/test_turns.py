@@ -86,7 +86,7 @@ def test_ppo_reaches_the_optimum_of_two_turns(action: str, gamma: float, monkeyp
     generation = GenerationParams(max_new_tokens=1, temperature=1.0)
     sampler = MultiTurnSampler(LocalSampler(model, TOKENIZER, generation, policy.value_head), Riddle, max_turns=2)
     reward, algorithm = CompositeReward({}, {"environment": 1.0}), PPO(params, max_new_tokens=4, turn_gamma=gamma)
-    RLTrainer(policy, sampler, [ROW], reward, algorithm, seed=0, checkpoint=Checkpoint(None, "ppo")).train()
+    RLTrainer(policy, sampler, [ROW], reward, algorithm, seed=0, checkpoint=Checkpoint(None)).train()
     first, second = policy_of(model)
     learned, start = first.unsqueeze(1) * second, reference[0].unsqueeze(1) * reference[1]
     reached = distance(learned, optimum(*reference, beta, gamma))

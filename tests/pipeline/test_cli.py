@@ -71,10 +71,7 @@ def test_show_prints_the_figures_as_they_are_written(fresh: Project) -> None:
         ["ppo", "1.23", "–", "75% (70%–80%)", "2.00", "10.0"],
         ["ppo", "75% (70%–80%)", "70%", "–", "–", "60%"],
     ]
-    assert second == [
-        ["null", "–", "–", "51% (45%–57%)", "0.00", "9.0"],
-        ["null", "51% (45%–57%)", "–", "–", "–", "–"],
-    ]
+    assert second == [["null", "–", "–", "51% (45%–57%)", "0.00", "9.0"], ["null", "51% (45%–57%)", "–", "–", "–", "–"]]
 
 
 def test_a_narrow_terminal_loses_nothing_of_a_table(monkeypatch: pytest.MonkeyPatch) -> None:

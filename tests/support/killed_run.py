@@ -4,7 +4,6 @@ A moment is before or after a rollout, its scoring, an optimiser step, or half-w
 Without N it goes on to the end and writes what it has become to FOLDER/result.pt.
 """
 
-import io
 import itertools
 import os
 import signal
@@ -45,14 +44,12 @@ def between(moment: Callable[[], None], function: Callable[..., Any]) -> Callabl
 def main(params: RLParams, folder: Path, last: int | None) -> None:
     moment = kill_at(last)
 
-    def slow_save(state: Any, file: io.BufferedWriter) -> None:
-        buffer = io.BytesIO()
-        save(state, buffer)
-        content = buffer.getvalue()
-        file.write(content[: len(content) // 2])
-        file.flush()
+    def slow_save(state: Any, path: Path) -> None:
+        save(state, path)
+        content = path.read_bytes()
+        path.write_bytes(content[: len(content) // 2])
         moment()
-        file.write(content[len(content) // 2 :])
+        path.write_bytes(content)
 
     run = trainer(params, checkpoints=folder / "checkpoints", updates=6, checkpoint_every=1)
     for part, name in ((run, "sample"), (run, "score"), (run.updater, "step")):

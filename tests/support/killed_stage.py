@@ -19,6 +19,7 @@ from transformers import TrainerState
 
 from tasks.core import tracking
 from tasks.models import hf_training
+from tasks.models.checkpoints import COMPLETE_MARKER
 from tasks.models.hf_training import HistoryCallback
 from tests.support.killed_run import between, kill_at
 from tests.support.tiny_stages import RUNS
@@ -72,7 +73,7 @@ def main(inputs: Path, folder: Path) -> None:
     for number, moment in enumerate([*moments, checkpoint + draw.randint(1, steps)], start=1):
         assert run("sft", inputs, folder / "sft", moment) == -signal.SIGKILL, f"it ended before moment {moment}"
         newest = folder / "sft" / "checkpoints" / f"checkpoint-{number * every}"
-        assert (newest / hf_training.COMPLETE_MARKER).is_file(), f"run {number} did not go on from the one before"
+        assert (newest / COMPLETE_MARKER).is_file(), f"run {number} did not go on from the one before"
     assert run("sft", inputs, folder / "sft", None) == 0
     assert run("sft", inputs, folder / "sft" / "whole", None) == 0
 

@@ -10,14 +10,7 @@ from typing import Any
 
 from tasks.config.reward import RewardParams
 from tasks.config.rl import GRPOParams, RolloutParams
-from tasks.config.training import (
-    DPOParams,
-    GenerationParams,
-    GoldJudgeParams,
-    LoraParams,
-    RewardModelParams,
-    SFTParams,
-)
+from tasks.config.training import DPOParams, GenerationParams, GoldJudgeParams, LoraParams, RewardModelParams, SFTParams
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Preference, Prompt, Rating, write_rows
 from tasks.dpo import dpo

@@ -107,7 +107,7 @@ def trainer_of(
     sampler = LocalSampler(model, tokenizer or NumberTokenizer(), generation, policy.value_head)
     return RLTrainer(
         policy, sampler, prompts, CompositeReward({"rule": reward}, {"rule": 1.0}), algorithm_of(params, generation),
-        seed=seed, checkpoint=Checkpoint(checkpoints, params.stage), callbacks=[recorder or Recorder()],
+        seed=seed, checkpoint=Checkpoint(checkpoints), callbacks=[recorder or Recorder()],
     )  # fmt: skip
 
 

@@ -7,7 +7,8 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from jsonschema import Draft202012Validator
+from jsonschema import Draft202012Validator, ValidationError
+from jsonschema.validators import extend
 
 from tasks.core.text_stats import search_pattern, tokenize_words
 from tasks.rewards.rules.base import Answers, PerSampleRule
@@ -41,8 +42,11 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRul
     Gamed by: the least that fits: `{}` where nothing is required, empty strings, one constant object for every prompt.
     Against that: `required`, `minLength`, `enum`, `additionalProperties: false` in the schema, and a component that
     reads the content. NaN and Infinity do not count as JSON.
+
+    Raises:
+        TimeoutError: nested repetition in a `pattern` would take for ever; counted as a failure of the rule.
     """
-    validator = Draft202012Validator(options.json_schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
+    validator = _Validator(options.json_schema, format_checker=Draft202012Validator.FORMAT_CHECKER)
 
     def score(_prompt: str, response: str) -> float:
         try:
@@ -52,6 +56,14 @@ def json_schema_rule(options: JsonSchemaRule, _answers: Answers) -> PerSampleRul
             return 0.0
 
     return PerSampleRule(score)
+
+
+def _check_pattern(validator: Any, pattern: str, value: Any, _schema: Any) -> Iterator[ValidationError]:
+    if validator.is_type(value, "string") and not search_pattern(pattern, value):
+        yield ValidationError(f"{value!r} does not match {pattern!r}")
+
+
+_Validator: Any = extend(Draft202012Validator, {"pattern": _check_pattern})  # jsonschema's own has no time limit
 
 
 def instructions_rule(options: InstructionsRule, _answers: Answers) -> PerSampleRule:

@@ -2,17 +2,13 @@
 
 import importlib
 import inspect
-import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from tasks.config.base import Section
-from tasks.config.params import RENAMED, Params, load_params, load_preset, parse_override, write_overrides
-from tasks.config.rules import RULE_OPTIONS, CodeRule
+from tasks.config.params import Params, load_params, load_preset, parse_override, write_overrides
 from tasks.core.errors import ConfigError
-from tasks.rl.hacking import DETECTORS
 from tasks.runtime.stage_runner import stage_arguments
 from tests.conftest import SHIPPED_PARAMS
 
@@ -75,6 +71,8 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
             "evaluate.llm_judge={prompts: 9, kind: endpoint, model: m, base_url: 'https://me:secret@host/v1'}",
             "base_url must hold no password or key",
         ),
+        ("grpo.learning_rat=null", r"grpo\.learning_rat: unknown key \(value None\); did you mean learning_rate"),
+        ("grpo.learning_rate=.inf", r"grpo\.learning_rate: Input should be .*finite.*, got inf"),
         ("gate.margins={}", "gate.margins: Dictionary should have at least 1 item"),
         ("gate.margins.length=1", r"gate\.margins\.length\S*: Input should be 'win_rate', .* or 'kl', got 'length'"),
         ("gate.margins.kl=-1", r"gate\.margins\.kl: Input should be greater than or equal to 0, got -1"),
@@ -191,34 +189,6 @@ def test_an_unknown_preset_names_the_known_ones() -> None:
         ConfigError, match="no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gs"
     ):
         load_preset(ROOT, "large")
-
-
-def nested(location: str, value: object) -> dict[str, Any]:
-    """The keys of a row of `RENAMED` as an override; `*` is the first item of a list, or a component."""
-    content: Any = value
-    for part in reversed(location.split(".")):
-        content = [content] if part == "*" and ("sources" in location or "gate" in location) else {part: content}
-    return dict(content)
-
-
-@pytest.mark.parametrize("old", RENAMED)
-def test_a_name_of_an_earlier_version_gets_an_error_with_the_new_one(old: str, params_yaml: Path) -> None:
-    location, sign, value = old.partition("=")
-    expected = f": {value} is renamed to " if sign else r": renamed to \S+\."
-    for given in [value] if sign else [1, None]:
-        with pytest.raises(ConfigError, match=f"{expected}{RENAMED[old]}(\n|$)"):
-            write_overrides(params_yaml, [nested(location, given)])
-
-
-def test_every_new_name_is_one_that_params_yaml_can_have() -> None:
-    known = json.dumps(Params.model_json_schema()) + " ".join(RULE_OPTIONS) + json.dumps(CodeRule.model_json_schema())
-    detectors = {detector.name for detector in DETECTORS}
-    assert [new for new in RENAMED.values() if new not in known and new not in detectors] == []
-
-
-def test_a_component_may_be_called_what_a_rule_was_called(params_yaml: Path) -> None:
-    change(params_yaml, "reward.weights.facts=1", "reward.rules={facts: {function: contains_facts}}")
-    assert load_params(params_yaml).reward.rules["facts"].function == "contains_facts"
 
 
 def defaults_in_use(value: object, location: str = "") -> list[str]:

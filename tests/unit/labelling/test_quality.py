@@ -49,10 +49,7 @@ def test_alpha_by_hand() -> None:
 
 @pytest.mark.parametrize(
     ("observers", "alpha"),
-    [
-        (["0100000010", "1110010000"], 0.095),
-        (["123321412   ", "1233224125 3", " 3332342251 ", "12332441251 "], 0.743),
-    ],
+    [(["0100000010", "1110010000"], 0.095), (["123321412   ", "1233224125 3", " 3332342251 ", "12332441251 "], 0.743)],
     ids=["section A", "section C"],
 )
 def test_alpha_of_the_published_examples(observers: list[str], alpha: float, monkeypatch: pytest.MonkeyPatch) -> None:

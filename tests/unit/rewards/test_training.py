@@ -94,10 +94,7 @@ def cross_entropy(value: float, target: float) -> float:
 
 @pytest.mark.parametrize(
     ("trainer", "loss", "targets"),
-    [
-        (regression_trainer, squared_error, [1.0, -2.0, 0.5]),
-        (classification_trainer, cross_entropy, [1.0, 0.0, 1.0]),
-    ],
+    [(regression_trainer, squared_error, [1.0, -2.0, 0.5]), (classification_trainer, cross_entropy, [1.0, 0.0, 1.0])],
 )
 def test_targets_are_fitted_by_their_loss(base, trainer, loss, targets):
     texts = ["abc", "de", "fghij"]

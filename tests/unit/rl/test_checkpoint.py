@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tasks.core.errors import TrainingError
+from tasks.models.checkpoints import COMPLETE_MARKER, find_damage, mark_complete
 from tests.support.tiny_trainer import Recorder, assert_same_weights, trainer, weights
 
 BEFORE, LAST = 2, 3
@@ -33,31 +35,12 @@ def flip(file: Path) -> None:
     file.write_bytes(content)
 
 
-def without_optimiser(file: Path) -> None:
-    state = torch.load(file)
-    del state["optimizer"]
-    torch.save(state, file)
-
-
-def other_weights(file: Path) -> None:
-    state = torch.load(file)
-    state["weights"] = {name: value[:1] for name, value in state["weights"].items()}
-    torch.save(state, file)
-
-
 DAMAGES: dict[str, tuple[Callable[[Path], object], str]] = {
-    "cut in half": (cut, "it is damaged"),
-    "empty": (lambda file: file.write_bytes(b""), "it is damaged"),
-    "no archive": (lambda file: file.write_bytes(b"cos\nsystem\n(S'touch ran'\ntR."), "it is damaged"),
-    "a bit changed": (flip, "it is damaged"),
-    "another thing": (lambda file: torch.save([1], file), "it is damaged"),
-    "a part missing": (without_optimiser, "it is damaged"),
-    "another model": (other_weights, "its weights have other names or shapes"),
-    "hostile": (lambda file: torch.save(Hostile(), file), "refused, since it holds more than numbers and tensors"),
-    "hostile inside": (
-        lambda file: torch.save(torch.load(file) | {"history": Hostile()}, file),
-        "refused, since it holds more than numbers and tensors",
-    ),
+    "cut in half": (lambda folder: cut(folder / "state.pt"), "state.pt in it is missing or damaged"),
+    "gone": (lambda folder: (folder / "state.pt").unlink(), "state.pt in it is missing or damaged"),
+    "a bit changed": (lambda folder: flip(folder / "state.pt"), "state.pt in it is missing or damaged"),
+    "hostile": (lambda folder: torch.save(Hostile(), folder / "state.pt"), "state.pt in it is missing or damaged"),
+    "killed while it was written": (lambda folder: (folder / COMPLETE_MARKER).unlink(), "it is not complete"),
 }
 
 
@@ -106,31 +89,39 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_one_before(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(interrupted, tmp_path / "checkpoints"))
+    newest = folder / f"checkpoint-{LAST}"
     change, problem = DAMAGES[damage]
-    change(folder / "ppo.pt")
+    change(newest)
     run, warnings = go_on(folder)
-    assert warnings[0].startswith(f"warning: the checkpoint {folder / 'ppo.pt'} is passed over: {problem}")
+    assert warnings[0] == f"warning: the checkpoint {newest} is passed over: {problem}"
     assert warnings[1] == f"goes on from update {BEFORE} of 4 (checkpoint of an interrupted run)"
     assert_same_run(run, whole)
     assert not (tmp_path / "ran").exists(), "nothing in it may be executed"
 
 
-def test_a_checkpoint_that_is_gone_is_no_loss_while_there_is_the_one_before(
+def test_without_a_whole_checkpoint_the_training_begins_anew_and_keeps_its_own(
     interrupted: Path, whole: Any, tmp_path: Path
 ) -> None:
-    """As a kill between the renaming of the two leaves them."""
     folder = Path(shutil.copytree(interrupted, tmp_path / "checkpoints"))
-    (folder / "ppo.pt").unlink()
-    run, warnings = go_on(folder)
-    assert warnings[0] == f"goes on from update {BEFORE} of 4 (checkpoint of an interrupted run)"
+    for checkpoint in folder.iterdir():
+        cut(checkpoint / "state.pt")
+    recorder = Recorder()
+    run = trainer(checkpoints=folder, recorder=recorder, checkpoint_every=1)
+    run.train()
+    assert recorder.warnings[2] == f"warning: no checkpoint is left in {folder}, so the training begins anew"
     assert_same_run(run, whole)
-    assert list(folder.iterdir()) == [], "a finished run leaves no checkpoint behind"
+    assert [find_damage(folder / f"checkpoint-{update}") for update in (BEFORE, LAST)] == [None, None]
+    assert len(list(folder.iterdir())) == 2
 
 
-def test_without_a_whole_checkpoint_the_training_begins_anew(interrupted: Path, whole: Any, tmp_path: Path) -> None:
+def test_a_hostile_checkpoint_with_a_good_mark_is_refused_in_one_message(
+    interrupted: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     folder = Path(shutil.copytree(interrupted, tmp_path / "checkpoints"))
-    for file in folder.iterdir():
-        cut(file)
-    run, warnings = go_on(folder)
-    assert warnings[2] == "warning: no checkpoint is left, so the training begins anew"
-    assert_same_run(run, whole)
+    newest = folder / f"checkpoint-{LAST}"
+    torch.save(torch.load(newest / "state.pt") | {"history": Hostile()}, newest / "state.pt")
+    mark_complete(newest)
+    with pytest.raises(TrainingError, match=r"checkpoint-3 holds more than numbers and tensors.*delete it"):
+        go_on(folder)
+    assert not (tmp_path / "ran").exists()

@@ -35,4 +35,4 @@ def test_killed_three_times_and_still_the_same_run(algorithm: str, tmp_path: Pat
     assert result["samples"] == expected["samples"]
     for name, value in expected["weights"].items():
         assert torch.equal(result["weights"][name], value), name
-    assert list((tmp_path / "checkpoints").iterdir()) == [], "a finished run leaves no checkpoint behind"
+    assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "they must not pile up"

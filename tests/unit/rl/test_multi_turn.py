@@ -188,7 +188,7 @@ def run_of(params: RLParams = PARAMS, **changes: Any) -> RLTrainer:
     return RLTrainer(
         policy, multi_turn_sampler(model, value_head=policy.value_head), ROWS,
         CompositeReward({}, {"environment": 1.0}), algorithm_of(params, turn_gamma=0.5),
-        seed=0, checkpoint=Checkpoint(None, params.stage),
+        seed=0, checkpoint=Checkpoint(None),
     )  # fmt: skip
 
 

@@ -134,7 +134,7 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params,
     assert resumed.history == whole.history
     assert resumed.samples == whole.samples
     assert_same_weights(resumed, weights(whole))
-    assert list(tmp_path.iterdir()) == [], "a finished run leaves no checkpoint behind"
+    assert (tmp_path / "checkpoint-2").is_dir(), "it goes only when the outputs of the stage are written"
 
 
 @BOTH

@@ -308,8 +308,7 @@ def test_replaced_groups_are_padded_to_one_width() -> None:
     short, long = trainer(GRPO_PARAMS), trainer(GRPO_PARAMS, prompts_per_update=4)
     one, other = (run.score(run.sample()) for run in (short, long))
     cut = dataclasses.replace(
-        one.rollout,
-        **{name: getattr(one.rollout, name)[:, :3] for name in ("responses", "response_mask", "logprobs")},
+        one.rollout, **{name: getattr(one.rollout, name)[:, :3] for name in ("responses", "response_mask", "logprobs")}
     )
     one = dataclasses.replace(one, rollout=cut, reference_logprobs=one.reference_logprobs[:, :3])
     merged = replace_groups(one, other, 2, {1: 3})
