@@ -282,28 +282,28 @@ def test_what_does_not_fit(
 
 
 @pytest.mark.parametrize(
-    ("setting", "key"),
+    ("setting", "key", "extra"),
     [
-        ("lm_eval={tasks: [a], batch_size: 1}", "lm_eval"),
+        ("lm_eval={tasks: [a], batch_size: 1}", "lm_eval", "lm-eval"),
         ("evaluate.llm_judge={prompts: 1, kind: endpoint, base_url: http://a, model: m, rubric: b}",
-         "evaluate.llm_judge.kind"),
-        ("reward.weights.language=1", "reward.weights.language"),
-        ("evaluate.gold_rule={function: poem}", "evaluate.gold_rule"),
+         "evaluate.llm_judge.kind", "judge"),
+        ("reward.weights.language=1", "reward.weights.language", "rules"),
+        ("evaluate.gold_rule={function: poem}", "evaluate.gold_rule", "poem"),
     ],
 )  # fmt: skip
 def test_an_extra_that_is_not_installed_is_named_with_its_command(
-    setting: str, key: str, find: Find, monkeypatch: pytest.MonkeyPatch
+    setting: str, key: str, extra: str, find: Find, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(fit, "find_spec", lambda name: None)
     found = find(SOURCES, *SMALL, setting)
-    assert "`pip install -e '.[" in found[key].reason
+    assert f"`pip install -e '.[{extra}]'`" in found[key].reason
     monkeypatch.setattr(fit, "find_spec", util.find_spec)
     assert find(SOURCES) == {}
 
 
 def test_the_packages_of_rules_are_those_that_they_import() -> None:
     source = "".join(path.read_text() for path in Path(base.__file__).parent.glob("*.py"))
-    for rule, module in fit.RULE_PACKAGES.items():
+    for rule, (module, _) in fit.RULE_PACKAGES.items():
         assert rule == "code" or f'import_extra("{module}' in source, rule
     assert source.count('import_extra("') == 4, "a new one belongs into RULE_PACKAGES"
 

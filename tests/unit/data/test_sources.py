@@ -185,6 +185,8 @@ def test_a_pattern_cuts_the_answer_out_of_its_column_and_a_row_without_it_says_s
     assert rows[0]["row"] == first
     assert [row["error"] for row in rows[1:]] == ["answer: '#### (.+)' is not in it"] * 2
     assert rows[1]["raw"] == '{"q": "2 + 2?", "a": "4"}'
+    empty = collected(root, [{"prompt": "p", "answer": "####"}], answer_pattern="#### ?(.+)?")
+    assert [row["error"] for row in empty] == ["answer: '#### ?(.+)?' is not in it"]
 
 
 def test_a_row_on_which_the_pattern_would_search_for_ever_says_so(root: Path) -> None:

@@ -196,3 +196,6 @@ def test_a_row_per_variant_and_policy_without_the_reference(tmp_path: Path) -> N
     assert all(name in plot for name in ("β=0.1", "β=0.2", "ppo", "dpo", "by gold", "by proxy"))
     write_comparison(tmp_path, variants)
     assert (tmp_path / "reward_against_kl.svg").read_text(encoding="utf-8") == plot
+    write_comparison(tmp_path, {"β=0.1": {"sft": variant_row(0, 0)}})
+    (header,) = (tmp_path / "variants.csv").read_text(encoding="utf-8").splitlines()
+    assert header.startswith("variant,policy,"), "a sweep of SFT alone has no policy"

@@ -112,6 +112,11 @@ def test_a_destroyed_database_is_restored(rlhf: Run, project: Path) -> None:
     assert rlhf("report", "--json") == before
 
 
+def test_a_server_has_no_copy_to_restore_from(rlhf: Run) -> None:
+    with pytest.raises(ConfigError, match="PostgreSQL has backups of its own"):
+        rlhf("restore", "--database", "postgresql://localhost/labels")
+
+
 def test_the_report_explains_that_alpha_needs_two_and_names_its_labeller_as_the_page_does(
     rlhf: Run, project: Path
 ) -> None:

@@ -7,7 +7,7 @@ from tasks.config.rules import RULE_OPTIONS, InstructionsRule
 from tasks.core.errors import DataError
 from tasks.rewards.rules import RULES
 from tasks.rewards.rules.base import FaultTolerantRule
-from tasks.rewards.rules.format import check_constraints, matches_pattern
+from tasks.rewards.rules.format import check_constraints, json_schema_rule, matches_pattern
 from tests.unit.rewards.conftest import score
 
 TAGS = r"(?s)<think>.{3,}</think>\s*<answer>\d+</answer>"
@@ -41,6 +41,14 @@ def test_a_pattern_that_would_take_for_ever_is_a_failure_of_the_rule() -> None:
     values, metrics = rule.score_with_metrics(["", ""], ["a" * 80 + "b", "aaa"])
     assert values.tolist() == [-1.0, 1.0]
     assert metrics["failures/format"].tolist() == [1.0, 0.0]
+
+
+def test_so_is_one_in_a_schema() -> None:
+    options = RULE_OPTIONS["json_schema"](function="json_schema", json_schema={"items": {"pattern": "^(a|aa)+$"}})
+    rule = json_schema_rule(options, {})
+    assert [rule.score("", text) for text in ('["aaa", 1]', '["aab"]')] == [1.0, 0.0]
+    with pytest.raises(TimeoutError):
+        rule.score("", '["' + "a" * 80 + 'b"]')
 
 
 @pytest.mark.parametrize(

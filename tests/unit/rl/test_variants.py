@@ -142,6 +142,8 @@ def test_top_entropy_tokens_by_hand() -> None:
     mask = torch.tensor([[True, True, True], [True, True, False]])
     kept = top_entropy_tokens(entropies, mask, 0.4)
     assert kept.tolist() == [[False, True, False], [False, True, False]]
+    many = torch.arange(2.0**24 + 1)[None]
+    assert top_entropy_tokens(many, torch.ones_like(many, dtype=torch.bool), 0.5).sum() == 2**23 + 1
 
 
 def test_decoupled_lambda() -> None:

@@ -70,6 +70,23 @@ def test_the_same_weights_are_the_same_version_and_keep_what_was_decided(three: 
     assert len(registry.versions()) == 3
 
 
+def test_a_registration_that_was_cut_off_is_no_version_and_is_taken_up_again(
+    three: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tag, tags = registry._tag, {"accepted": "True", "win_rate": "0.7"}
+
+    def cut_off(number: int | str, written: dict[str, str]) -> None:
+        tag(number, dict(list(written.items())[: len(tags)]))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(registry, "_tag", cut_off)
+    with pytest.raises(KeyboardInterrupt):
+        registry.register("ppo", {"ppo/adapter": "d"}, tags)
+    monkeypatch.setattr(registry, "_tag", tag)
+    assert [version.number for version in registry.versions()] == [1, 2, 3]
+    assert registry.register("ppo", {"ppo/adapter": "d"}, tags).tags["win_rate"] == "0.7"
+
+
 @pytest.mark.parametrize("promoted", [(1, 2, 3), (1, 2, 1)], ids=["each once", "one twice"])
 def test_rollback_walks_back_over_every_promotion_and_ends(three: None, promoted: tuple[int, ...]) -> None:
     promote(*promoted)
