@@ -18,9 +18,8 @@ from typing import Any
 from results import ROOT, Folders, make_sampler, run_stage, score_answers
 
 from tasks.config.params import Params, load_params, parse_override
-from tasks.core.rows import write_table
+from tasks.core.rows import read_table, write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse, compare_controls
-from tasks.evals.report import read_table
 from tasks.evals.scoring import sample_prompts
 from tasks.models.loading import init_process, load_policy, load_reference
 

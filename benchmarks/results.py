@@ -26,11 +26,10 @@ import torch
 
 from tasks.config.params import Params, load_params
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Demonstration, Prompt, Rating, read_rows, write_rows, write_table
+from tasks.core.rows import Demonstration, Prompt, Rating, read_rows, read_table, write_rows, write_table
 from tasks.evals.compare import NULL, REFERENCE, ScoredResponse, by_policy, compare_controls
 from tasks.evals.controls import pair_wins
 from tasks.evals.overoptimisation import best_of_n_kl
-from tasks.evals.report import read_table
 from tasks.evals.scoring import (
     PolicySampler,
     SampledResponse,
@@ -41,7 +40,7 @@ from tasks.evals.scoring import (
     score_responses,
     split_null,
 )
-from tasks.evals.seed_statistics import bootstrap_seeds, wins_by_prompt
+from tasks.evals.seed_statistics import bootstrap_seeds, detectable_difference, variance_components, wins_by_prompt
 from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 from tasks.rewards.rules.base import RewardFunction
@@ -252,7 +251,16 @@ def print_means(lines: Sequence[Line]) -> None:
         gaps = [{key: rate - others[key] for key, rate in own.items()} for own, others in pairs]
         found = bootstrap_seeds(gaps, null=0.0)
         interval = f"({100 * found['low']:+.1f} to {100 * found['high']:+.1f}; p = {found['p_value']:.3f})"
-        print(f"{name} less {other}: {100 * found['mean']:+.1f} points {interval}")
+        each = " ".join(f"{100 * fmean(own.values()):+.1f}" for own in gaps)
+        print(f"{name} less {other}: {100 * found['mean']:+.1f} points {interval}, each seed {each}{_power(gaps)}")
+
+
+def _power(gaps: Sequence[Mapping[str, float]]) -> str:
+    """The least true difference that so many seeds and prompts show with a power of 80 %."""
+    if len(gaps) < 2:
+        return ""
+    seen = detectable_difference(*variance_components(gaps), seeds=len(gaps), prompts=len(gaps[0]))
+    return f", {100 * seen:.1f} would be seen at 80 % power"
 
 
 def main() -> None:

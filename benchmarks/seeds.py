@@ -14,8 +14,8 @@ from pathlib import Path
 
 from tasks.config.params import load_params
 from tasks.core.paths import DISABLED_MARKER, Artifacts
+from tasks.core.rows import read_table
 from tasks.evals.experiments import collapse_reason
-from tasks.evals.report import read_table
 from tasks.evaluate import evaluate
 from tasks.ppo import ppo
 

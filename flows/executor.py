@@ -25,7 +25,7 @@ from flows import processes
 from tasks.core.paths import state_dir
 from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages
-from tasks.runtime.stage_runner import execute_stage, is_off, read_metrics
+from tasks.runtime.stage_runner import execute_stage, is_off, read_history, read_metrics
 
 __all__ = ["Execution", "Outcome", "ensure_stage", "stage_log_path", "visible_gpus"]
 
@@ -52,7 +52,7 @@ class Execution:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Result of the execution of a stage. `key` is DVC's hash of all its inputs."""
+    """Result of the execution of a stage. `key` is DVC's hash of all its inputs, `curves` has a row per step."""
 
     stage: str
     result: dvc_stages.Result | Literal["off"]
@@ -60,6 +60,7 @@ class Outcome:
     reasons: tuple[str, ...]
     seconds: float
     metrics: dict[str, float]
+    curves: list[dict[str, float]]
 
     @property
     def reason(self) -> str:
@@ -76,16 +77,13 @@ def ensure_stage(
     on_start: Callable[[Sequence[str], bool], None],
     on_wait: Callable[[str], None],
 ) -> Outcome:
-    """Run the stage if DVC finds that it must.
+    """Run the stage if DVC finds that it must; where one of them fails, an RLHFError, and dvc.lock is left alone.
 
     Args:
         force: run it even if nothing changed.
         pull: fetch missing results from the DVC remote before running.
         on_start: called with the reasons and whether the stage needs a device, before the stage computes.
         on_wait: called with the blocking process, where another one works on the same files.
-
-    Raises:
-        RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
     """
     started = time.monotonic()
 
@@ -106,7 +104,8 @@ def ensure_stage(
         reasons = tuple(dvc_stages.status(name) or (["forced"] if force else []))
         result = dvc_stages.reproduce(name, work, force=force, pull=pull, on_wait=on_wait)
         key = dvc_stages.stage_key(name) or ""
-    return Outcome(name, "off" if off else result, key, reasons, time.monotonic() - started, read_metrics(name))
+    seconds = time.monotonic() - started
+    return Outcome(name, "off" if off else result, key, reasons, seconds, read_metrics(name), read_history(name))
 
 
 def stage_log_path(name: str) -> Path:

@@ -16,6 +16,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from rich.markup import escape
+
 from flows.cli import console
 from flows.worktrees import as_project_root, git, run_rlhf, worktree
 from tasks.config.params import Params, load_params, parse_override
@@ -24,7 +26,7 @@ from tasks.core.errors import ConfigError, RLHFError, StageError, TrainingError
 from tasks.core.paths import project_root, stage_dir, state_dir
 from tasks.evals import experiments
 from tasks.evals.experiments import SeedResult
-from tasks.runtime import dvc_repo, dvc_stages, holding, mlflow_runs, mlflow_store
+from tasks.runtime import dvc_repo, dvc_stages, holding, mlflow_pipeline, mlflow_runs, mlflow_store
 from tasks.runtime.provenance import Provenance, provenance_of
 from tasks.runtime.registry import Version
 
@@ -64,12 +66,9 @@ def sweep(settings: Sequence[str], args: Sequence[str]) -> Path:
 
 
 def expand_grid(settings: Sequence[str]) -> list[tuple[str, ...]]:
-    """Every combination of the values, each as `key=value` arguments.
+    """Every combination of the values, each as `key=value` arguments; a ConfigError if a setting lacks key or value.
 
     A list or mapping counts as one value: commas within brackets do not separate. Values are YAML, as in params.yaml.
-
-    Raises:
-        ConfigError: a setting has no key or no value.
     """
     choices = []
     for setting in settings:
@@ -143,7 +142,7 @@ def run_seeds(
     variant = " ".join(f"{name}={start}" for name, start in starts.items())
     tags = {"rlhf.sweep": folder.name, "rlhf.variant": variant}
     tags |= {f"seeds.{key}": "; ".join(summary[key]) for key in ("collapsed", "failed") if summary[key]}
-    mlflow_runs.add_to_pipeline(flow_run, tags, experiments.flat_metrics(summary))
+    mlflow_pipeline.add_to_pipeline(flow_run, tags, experiments.flat_metrics(summary))
     return folder, summary
 
 
@@ -194,7 +193,7 @@ def _run_with_overrides(
         environment: variables beside this process's.
     """
     tags = json.dumps({"sweep": folder.name, "variant": " ".join(settings)})
-    own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_runs.SWEEP_VAR: tags}
+    own = {"MLFLOW_TRACKING_URI": mlflow_store.store_uri(), mlflow_pipeline.SWEEP_VAR: tags}
     own[holding.MARKS_VAR] = str(holding.marks_dir())
     with _working_copy(folder / "worktree") as tree:
         flags = [flag for setting in settings for flag in ("-S", setting)]
@@ -230,14 +229,12 @@ def reproduce(version: Version) -> dict[str, str]:
     """Compute a policy and all that it needs again, from its commit, parameters and data; return its weights' md5s.
 
     That takes as long as it took: the worktree has an empty DVC cache and an MLflow store of its own. What differs here
-    from where it was made is printed first.
-
-    Raises:
-        StageError: what it was made from is not all known or not here, or a stage failed.
+    from where it was made is printed first. A StageError if that is not all known or not here, or if a stage failed.
     """
     origin = provenance_of(version)
     _check_reproducible(version, origin)
-    console.print_differences(differences(origin))
+    for difference in differences(origin):
+        console.console.print(f"[yellow]differs:[/] {escape(difference)}")
     folder = state_dir() / "reproduce" / f"{version.number}-{datetime.now(UTC):%Y%m%d-%H%M%S}"
     try:
         with worktree(folder, origin.commit) as tree:

@@ -26,7 +26,7 @@ from flows.prefect_runs import device_slot, hold_flow_run, reporting
 from flows.processes import children_terminated, limit_exit_time, project_lock
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.terminal import allow_all_characters
-from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_pipeline
 
 __all__ = ["pipeline", "resolve_plan", "run_pipeline", "stage"]
 
@@ -39,20 +39,17 @@ Bind = Callable[[str, Execution], tuple[Task[..., State[Outcome]], dict[str, Any
 
 @task(cache_policy=NO_CACHE)
 def stage(name: str, execution: Execution, *, force: bool = False, pull: bool = False) -> State[Outcome]:
-    """Bring a stage up to date; the state is `Cached` where nothing had to be computed.
-
-    Raises:
-        RLHFError: whatever the stage or DVC finds wrong; dvc.lock is left alone.
-    """
+    """Bring a stage up to date; the state is `Cached` where nothing had to be computed; errors as of `ensure_stage`."""
     with ExitStack() as held:
 
         def on_start(reasons: Sequence[str], needs_device: bool) -> None:
             if needs_device:
-                held.enter_context(device_slot(console.print_device_waiting))
+                waits = "[yellow]  waiting for the device: another run computes on it[/]"
+                held.enter_context(device_slot(partial(console.console.print, waits)))
             console.print_stage_start(name, reasons, stage_log_path(name) if execution.own_process else None)
 
         outcome = ensure_stage(
-            name, execution, force=force, pull=pull, on_start=on_start, on_wait=console.print_stage_waiting
+            name, execution, force=force, pull=pull, on_start=on_start, on_wait=console.print_waiting
         )
     console.print_stage_end(name, outcome.result, outcome.seconds, outcome.reasons)
     details = StateDetails(cache_key=outcome.key)
@@ -94,7 +91,8 @@ def pipeline(
     """Bring the named stages and what they need up to date; all of them by default.
 
     Stages run one after another on this thread: torch's random state is global, and a direct call can be cancelled.
-    With `parallel` or `timeout` each runs in a process of its own instead; what they write is the same.
+    With `parallel` or `timeout` each runs in a process of its own instead; what they write is the same. A ConfigError
+    if both `parallel` and `ranks` ask for several processes, or params.yaml does not fit: see `tasks.data.fit`.
 
     Args:
         stages: names in dvc.yaml; None for all.
@@ -105,10 +103,6 @@ def pipeline(
         parallel: run up to so many stages at once, where none needs another; 0 for one after another.
         timeout: seconds after which a stage counts as hung and is ended; `retries` may try it again.
         ranks: how many processes of this machine share the work of each stage that trains, a GPU each where there are.
-
-    Raises:
-        ConfigError: both `parallel` and `ranks` ask for several processes, or params.yaml does not fit what a stage
-            of the plan needs: see `tasks.data.fit`.
     """
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
@@ -118,15 +112,17 @@ def pipeline(
     parameters |= {"retries": retries, "parallel": parallel, "timeout": timeout, "ranks": ranks}
     outcomes = []
     hold_flow_run(run_id)
-    with limit_exit_time(), project_lock(console.print_run_waiting):
+    with limit_exit_time(), project_lock(console.print_waiting):
         plan = resolve_plan(stages)
         bind = partial(_bind, forced=set(stages or plan) if force else set(), pull=pull, retries=retries)
         if pull:
             dvc_repo.check_remote()
             dvc_repo.pull_data()
-        with mlflow_runs.pipeline_run(run_id, parameters) as record, mlflow_runs.export_run_ids(record, run_id):
+        with mlflow_pipeline.pipeline_run(run_id, parameters) as record, mlflow_pipeline.export_run_ids(record, run_id):
             for outcome in _run_checked(plan, _runner(bind, parallel=parallel, timeout=timeout, ranks=ranks)):
-                record.log_stage(outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics)
+                record.log_stage(
+                    outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics, outcome.curves
+                )
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
                     _push_outputs(outcome.stage)
@@ -135,7 +131,7 @@ def pipeline(
                     console.summary_markdown(outcomes), key="rlhf-pipeline", description="Stages and policies"
                 )
         if push:
-            console.print_push_done(dvc_repo.push())
+            console.console.print(f"[dim]the DVC remote has everything; {dvc_repo.push()} files were new[/]")
     _finished.set(outcomes)
     return outcomes
 
@@ -149,11 +145,7 @@ def _runner(bind: Bind, *, parallel: int, timeout: float | None, ranks: int) -> 
 
 
 def resolve_plan(stages: list[str] | None) -> Plan:
-    """The named stages and everything they need, each with its needs, in the order of dvc.yaml's graph.
-
-    Raises:
-        StageError: dvc.yaml has no stage of that name.
-    """
+    """The named stages and what they need, each with its needs, in dvc.yaml's order; a StageError for unknown names."""
     needs = dvc_stages.graph()
     dvc_stages.check_names(stages or (), needs)
     plan = set(stages or needs)
@@ -175,7 +167,7 @@ def _push_outputs(name: str) -> None:
     try:
         dvc_repo.push(name)
     except StageError as error:
-        console.print_push_failed(error)
+        console.print_warning(f"not sent to the DVC remote, tried again at the end: {error}")
 
 
 def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterator[Outcome]:

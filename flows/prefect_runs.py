@@ -171,11 +171,7 @@ def reporting() -> Iterator[None]:
 
 @contextmanager
 def server_may_leave() -> Iterator[None]:
-    """Let what ended the work be the error, and not that Prefect could not report it.
-
-    Raises:
-        StageError: Prefect's server went away when it was needed.
-    """
+    """Let what ended the work be the error, not that Prefect could not report it; a StageError where it was needed."""
     try:
         yield
     except httpx.TransportError as error:

@@ -25,15 +25,15 @@ from filelock import FileLock, Timeout
 from tasks.core import errors
 from tasks.core.errors import RLHFError, StageError
 from tasks.core.paths import project_root, state_dir
+from tasks.core.terminal import tail
 
 __all__ = [
     "ERROR_VARIABLE", "children_terminated", "die_with_parent", "end_soon", "limit_exit_time", "project_lock",
-    "report_errors", "run_python", "spawn", "tail", "terminate_family", "use_writable_home", "write_error",
+    "report_errors", "run_python", "spawn", "terminate_family", "use_writable_home", "write_error",
 ]  # fmt: skip
 
 ERROR_VARIABLE = "RLHF_ERROR_FILE"
 STOP_SECONDS = 30.0
-TAIL_LINES = 15
 EXIT_SECONDS = 7.0
 
 # What libraries keep in the home folder, and the variables that name another place for it.
@@ -56,15 +56,14 @@ def run_python(
 ) -> None:
     """Run `python args…`, which must call `die_with_parent`, until it ends; on any error or signal here, end it.
 
+    The error that it wrote is raised here, or a StageError where it was ended or failed without one.
+
     Args:
         label: names the process in errors.
         cwd: None for the project's folder.
         environment: None for this process's.
         log: where what it prints goes; None for where this process prints.
         timeout: seconds after which it is ended.
-
-    Raises:
-        RLHFError: the error that it wrote, or a StageError where it was ended or failed without one.
     """
     with tempfile.TemporaryDirectory(prefix="rlhf-") as folder, _open_log(log) as output:
         error_file = Path(folder) / "error.json"
@@ -224,12 +223,6 @@ def _read_error(path: Path, label: str, log: Path | None) -> RLHFError:
         return error
     rank = f", rank {content['rank']}" if content.get("rank") else ""
     return StageError(f"{label}{rank}: {content['error']}" + (f"; see {log}" if log else ""))
-
-
-def tail(log: Path) -> str:
-    """The path of a log and its last lines, for an error message."""
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return "\n".join([f"see {log}", *lines[-TAIL_LINES:]])
 
 
 def _open_log(log: Path | None) -> contextlib.AbstractContextManager[IO[bytes] | None]:

@@ -32,7 +32,7 @@ from tasks.core.paths import project_root, stage_dir
 from tasks.evals.compare import REFERENCE, HackingFinding, Table
 from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
 from tasks.evals.statistics import Interval
-from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs, provenance, registry
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_pipeline, mlflow_runs, provenance, registry
 
 __all__ = ["announce_data", "gate", "promote", "retrain"]
 
@@ -63,18 +63,15 @@ def retrain(
     """Bring the pipeline up to date with the data, and promote the best policy if the gate lets it pass.
 
     Args:
-        data_md5: the version of `data/` that is meant, as DVC hashes it; None for whatever is there.
+        data_md5: the version of `data/` that is meant, as DVC hashes it, else a DataError; None for whatever is there.
         pull, push, retries, timeout, ranks: see `flows.pipeline.pipeline`.
         approval_hours: how long to wait for a person to approve in Prefect's page; 0 for no person.
 
     Returns:
         Whether there is a new champion.
-
-    Raises:
-        DataError: the data here is of another version.
     """
     hold_flow_run(str(flow_run.id))
-    with project_lock(console.print_run_waiting):
+    with project_lock(console.print_waiting):
         if pull:
             dvc_repo.pull_data()
         if data_md5 and data_md5 != (actual := dvc_repo.data_md5()):
@@ -114,14 +111,14 @@ def gate(flow_run: str) -> State[GateResult | None]:
     params = load_params(project_root() / "params.yaml")
     if params.gate is None:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
-    table: Table = console.read_policies()
+    table: Table = console.read_evaluation("policies")
     policy = select_candidate(table, params.gate)
     weights = _weights(policy)
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
         return _end(flow_run, Decision(policy, ()), "unchanged", (ALREADY_CHAMPION,), None)
     against = _compare_with_champion(policy, params, params.gate.margins, champion) if champion else None
-    findings = [HackingFinding(**row) for row in console.read_findings()[policy]]
+    findings = [HackingFinding(**row) for row in console.read_evaluation("findings")[policy]]
     decision = decide(table, policy, params.gate, findings=findings, against_champion=against)
     version = registry.register(policy, weights, _version_tags(flow_run, table, decision))
     if not decision.accepted:
@@ -208,7 +205,8 @@ def _withdrawal_reason(version: registry.Version) -> str:
 def _ask_for_approval(decision: Decision, hours: float) -> str | None:
     """Ask a person for approval; return the reason of a refusal, or None."""
     text = "\n".join([f"Promote {decision.policy}?", *decision.reasons])
-    console.print_approval_pending(decision.policy, hours)
+    waits = f"{decision.policy} waits up to {hours:g} hours for approval in Prefect's page of this run"
+    console.console.print(f"[yellow]{waits}[/]")
     seconds = round(hours * 3600)
     form = Approval.with_initial_data(description=text)
     try:
@@ -237,7 +235,7 @@ def _end(flow_run: str, decision: Decision, verdict: str, reasons: tuple[str, ..
     """Report the decision at the terminal, in MLflow and in Prefect; return the task's state with `data`."""
     console.print_gate_decision(decision.policy, verdict, reasons)
     tags = {"gate": verdict, "gate.policy": decision.policy, "gate.reasons": "; ".join(reasons)}
-    mlflow_runs.add_to_pipeline(flow_run, tags)
+    mlflow_pipeline.add_to_pipeline(flow_run, tags)
     lines = [f"## {decision.policy}: {verdict}", "", *(f"- {reason}" for reason in reasons), ""]
     lines += ["| rule | measured | required | passed |", "|---|---|---|---|"] if decision.rule_results else []
     lines += [

@@ -62,11 +62,7 @@ def serve(cron: str, timezone: str, log: Callable[[str], None]) -> None:
 
 
 def next_fire_times(cron: str, timezone: str, *, count: int) -> list[datetime]:
-    """The next times at which Prefect's scheduler will start a run.
-
-    Raises:
-        ConfigError: the expression or the time zone is wrong, or never comes true.
-    """
+    """The next times at which Prefect will start a run; a ConfigError if there are none, or an argument is wrong."""
     from prefect.server.schemas import schedules  # with get_dates, which the client's has not
 
     try:

@@ -29,6 +29,7 @@ from filelock import FileLock
 from flows import processes
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
+from tasks.core.terminal import tail
 
 if TYPE_CHECKING:
     from prefect.client.orchestration import SyncPrefectClient
@@ -278,7 +279,7 @@ def prefect_client(api: str) -> Iterator[SyncPrefectClient]:
 def _wait(service: Service, is_ready: Callable[[], bool]) -> None:
     if not wait_until_ready(is_ready, lambda: service.process() is not None):
         ended = "does not answer" if service.process() else "ended while it started"
-        raise StageError(f"{service.name} {ended}: {processes.tail(log_path(service.name))}")
+        raise StageError(f"{service.name} {ended}: {tail(log_path(service.name))}")
 
 
 def wait_until_ready(is_ready: Callable[[], bool], is_alive: Callable[[], bool]) -> bool:

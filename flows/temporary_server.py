@@ -5,21 +5,20 @@ from __future__ import annotations
 import atexit
 import contextlib
 import os
-import subprocess
 import sys
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from flows import processes
 from flows.services import HOST, TELEMETRY_OFF, free_port, is_healthy, wait_until_ready
 from tasks.core.errors import StageError
 from tasks.core.paths import state_dir
+from tasks.core.terminal import tail
 
-__all__ = ["TemporaryServer", "temporary_server"]
+__all__ = ["temporary_server"]
 
 # It has no need of what these switch off.
 TEMPORARY = TELEMETRY_OFF | {"PREFECT_API_BLOCKS_REGISTER_ON_START": "false", "PREFECT_UI_ENABLED": "false"}
@@ -27,27 +26,6 @@ TEMPORARY |= {"PREFECT_SERVER_LOGGING_LEVEL": "CRITICAL"}
 
 # For the process that runs the flow: a server that is gone is not waited for, and what Prefect says of that is hidden.
 CLIENT = {"DO_NOT_TRACK": "1", "PREFECT_CLIENT_MAX_RETRIES": "1", "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL"}
-
-
-@dataclass(frozen=True)
-class TemporaryServer:
-    """The server process; both are None where a standing server is configured instead."""
-
-    address: str | None = None
-    process: subprocess.Popen[bytes] | None = None
-
-    def wait(self) -> None:
-        """Return as soon as the server answers; a StageError if it ended, or did not answer in time."""
-        server = self.process
-        if server is None:
-            _check_standing_server()
-            return
-        health = f"{self.address}/health"
-        if not wait_until_ready(lambda: is_healthy(health), lambda: server.poll() is None):
-            raise StageError(
-                "the temporary Prefect server did not start; set PREFECT_API_URL to a server that runs, or "
-                + processes.tail(_log_path())
-            )
 
 
 def _check_standing_server() -> None:
@@ -66,8 +44,10 @@ def _check_standing_server() -> None:
 
 
 @contextmanager
-def temporary_server() -> Iterator[TemporaryServer]:
+def temporary_server() -> Iterator[tuple[str | None, Callable[[], None]]]:
     """Start a server unless PREFECT_API_URL or Prefect's profile names one, and make this process use it.
+
+    Yields its address, None for a standing server, and what waits until it answers, or raises a StageError.
 
     Prefect's own begins late, dies of the same Ctrl-C as the flow before the flow can report to it, and stays behind if
     the flow is killed. This one starts while other libraries are imported, and always ends with this process.
@@ -76,18 +56,26 @@ def temporary_server() -> Iterator[TemporaryServer]:
     from prefect.settings import PREFECT_API_URL, temporary_settings
 
     if PREFECT_API_URL.value():
-        yield TemporaryServer()
+        yield None, _check_standing_server
         return
     port = free_port()
     address = f"http://{HOST}:{port}/api"
     _log_path().parent.mkdir(parents=True, exist_ok=True)
     with _log_path().open("wb") as log:
         process = processes.spawn(["-m", "flows.temporary_server", str(port)], output=log)
+
+    def wait() -> None:
+        if not wait_until_ready(lambda: is_healthy(f"{address}/health"), lambda: process.poll() is None):
+            raise StageError(
+                "the temporary Prefect server did not start; set PREFECT_API_URL to a server that runs, or "
+                + tail(_log_path())
+            )
+
     assert process.stdin
     # Registered before Prefect's own exit handlers, so called after them: they still send logs and events.
     atexit.register(process.stdin.close)
     with temporary_settings({PREFECT_API_URL: address}):
-        yield TemporaryServer(address, process)
+        yield address, wait
 
 
 def _log_path() -> Path:

@@ -23,10 +23,7 @@ ROOT_VARIABLE = "RLHF_ROOT"  # see `tasks.core.paths`
 def worktree(folder: Path, commit: str) -> Iterator[Path]:
     """The project at that commit in another folder, with this one's DVC settings; it is removed at the end.
 
-    Those that a killed process has left are removed first.
-
-    Raises:
-        StageError: git refuses, for example because there is no such commit.
+    Those that a killed process has left are removed first. A StageError if git refuses, as for an unknown commit.
     """
     root = project_root()
     remove_stale()

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Prompt, write_json, write_rows
+from tasks.core.rows import Prompt, read_table, write_json, write_rows
 from tasks.evals.compare import (
     CONTROLS,
     NULL,
@@ -33,7 +33,7 @@ from tasks.evals.controls import doubt
 from tasks.evals.llm_judge import load_judge
 from tasks.evals.pairwise import Judgement, add_judge_metrics, judge_pairs, reliability_warnings
 from tasks.evals.plots import write_plot_data
-from tasks.evals.report import ReportData, UpstreamResults, read_table, render_report, report_to_dict
+from tasks.evals.report import ReportData, UpstreamResults, render_report, report_to_dict
 from tasks.evals.report_text import CALIBRATION_MAX, MAX_UNCONFIRMED, proxy_gain_unconfirmed, unconfirmed_share
 from tasks.evals.scoring import (
     PolicySampler,

@@ -16,7 +16,7 @@ from tasks.models.hf_training import HistoryCallback, train_or_resume, write_his
 from tasks.models.loading import add_lora, init_process, load_context, load_tokenizer, new_reward_model, save_adapter
 from tasks.rewards.metrics import fraction_true, rating_metrics
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import TrainingData, pair_trainer, regression_trainer
+from tasks.rewards.training import TrainingData, make_trainer
 
 if TYPE_CHECKING:
     from tasks.config.training import GoldJudgeParams, LoraParams
@@ -41,7 +41,6 @@ def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: 
     history = HistoryCallback("gold_judge")
     fresh = new_reward_model(artifacts.base_model, None, seed=seed)
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
-    make_trainer = regression_trainer if rating else pair_trainer
     train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
     scorer = TextScorer(model, tokenizer)
     metrics = _evaluate_ratings(scorer, data, seed) if rating else _evaluate_pairs(scorer, data)

@@ -21,7 +21,7 @@ import datasets
 from datasets.exceptions import DatasetsError
 from transformers import set_seed
 
-from tasks.core.errors import ConfigError, SourceError
+from tasks.core.errors import ConfigError, SourceError, first_line
 from tasks.core.paths import Artifacts, project_root
 from tasks.core.rows import flatten, write_json
 from tasks.data.hub import HUB_ERRORS
@@ -140,9 +140,10 @@ def _load_task_objects(params: LmEvalParams, include: Path) -> Any:
         return manager.load(list(params.tasks))
     except ImportError as error:
         raise ConfigError(f"lm_eval.tasks: a task of {list(params.tasks)} needs another package: {error}") from error
-    except (*HUB_ERRORS, DatasetsError, StopIteration) as error:
+    except (*HUB_ERRORS, DatasetsError, StopIteration) as error:  # the last: datasets 5, of an empty JSON file
+        reason = "a file is empty" if isinstance(error, StopIteration) else first_line(error)
         raise SourceError(
-            f"lm_eval.tasks: the data of a task of {list(params.tasks)} cannot be read: {_short_reason(error)}; check "
+            f"lm_eval.tasks: the data of a task of {list(params.tasks)} cannot be read: {reason}; check "
             f"the network, whether the stages that write it are on, or the task files in {params.include}"
         ) from error
 
@@ -174,12 +175,6 @@ def _silence_lm_eval() -> Iterator[None]:
     os.environ["DISABLE_MULTIPROC"] = "1"
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         yield
-
-
-def _short_reason(error: Exception) -> str:
-    if isinstance(error, StopIteration):  # datasets 5 raises it for an empty JSON file
-        return "a file is empty"
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 if __name__ == "__main__":

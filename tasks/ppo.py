@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from tasks.core import tracking
 from tasks.core.paths import Artifacts
-from tasks.core.rows import Prompt, read_rows, write_json, write_rows
+from tasks.core.rows import Demonstration, Prompt, read_rows, write_json, write_rows
 from tasks.models.hf_training import write_history
 from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
 from tasks.rewards.composition import load_reward
@@ -14,6 +14,7 @@ from tasks.rl.callbacks import Checkpoint, ProgressCallback, SnapshotCallback
 from tasks.rl.multi_turn import with_environment
 from tasks.rl.policy import Policy
 from tasks.rl.ppo import PPO
+from tasks.rl.ptx import Demonstrations
 from tasks.rl.trainer import RLTrainer
 from tasks.rl.vllm_engine import open_sampler
 
@@ -46,6 +47,10 @@ def ppo(
     model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
     policy = Policy(model, temperature=generation.temperature, value_head=params.has_values)
     turn_gamma = environment.gamma if environment else 1.0
+    demonstrations = None
+    if params.ptx_coef:
+        rows = read_rows(artifacts.prepare / "demonstrations" / "train.jsonl", Demonstration)
+        demonstrations = Demonstrations(rows, tokenizer, model, params.ptx_coef)
     with open_sampler(
         policy, tokenizer, generation, rollout, lora, artifacts, micro_batch_size=params.micro_batch_size
     ) as sampler:
@@ -62,6 +67,7 @@ def ppo(
                 SnapshotCallback(model, params.snapshot_every, artifacts.out),
             ],
             rollout_params=rollout,
+            demonstrations=demonstrations,
         )
         trainer.train()
     save_adapter(model, artifacts.out)

@@ -25,9 +25,16 @@ from tasks.models.loading import (
     new_reward_model,
     save_adapter,
 )
-from tasks.rewards.objectives import OBJECTIVES, check_accuracy, ensemble_metrics, evaluate_reward_model
-from tasks.rewards.ood import FIT_TEXTS, fit_ood_detector
-from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, backbone_of, member_folder
+from tasks.rewards.objectives import check_accuracy, ensemble_metrics, evaluate_reward_model
+from tasks.rewards.reward_model import (
+    FIT_TEXTS,
+    NORMALISATION,
+    OOD_DETECTOR,
+    EnsembleMember,
+    backbone_of,
+    fit_ood_detector,
+    member_folder,
+)
 from tasks.rewards.scorers import (
     PromptResponse,
     TextScorer,
@@ -35,7 +42,7 @@ from tasks.rewards.scorers import (
     fetch_pretrained_scorer,
     load_pretrained_scorer,
 )
-from tasks.rewards.training import TrainingData, load_training_data
+from tasks.rewards.training import TrainingData, load_training_data, make_trainer
 from tasks.rl.rollout import LocalSampler
 
 if TYPE_CHECKING:
@@ -115,8 +122,7 @@ def train_reward_model(
     fresh = new_reward_model(backbone, sft, seed=seed, heads=len(data.weights))
     model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     with tracking.prefixed(f"member_{number}") if number else nullcontext():
-        trainer = OBJECTIVES[params.kind].trainer(params, model, tokenizer, data, seed=seed, callbacks=[history])
-        train_or_resume(trainer)
+        train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
     save_adapter(model, folder)
     write_history(folder / "history.csv", history.rows)
     return TextScorer(model, tokenizer)

@@ -8,7 +8,7 @@ import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import typer
 from rich import box
@@ -23,16 +23,17 @@ if TYPE_CHECKING:
     from flows.executor import Outcome
 
 __all__ = [
-    "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table",
-    "print_approval_pending", "print_comparison", "print_device_waiting", "print_differences", "print_error",
-    "print_gate_decision", "print_prefect_away", "print_push_done", "print_push_failed", "print_run_waiting",
-    "print_seed_differences", "print_stage_end", "print_stage_start", "print_stage_waiting", "print_table",
-    "print_variant_start", "print_warning", "read_controls", "read_findings", "read_policies", "seeds_table",
-    "summary_markdown", "variants_table",
+    "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table", "print_comparison",
+    "print_error", "print_gate_decision", "print_prefect_away", "print_seed_differences", "print_stage_end",
+    "print_stage_start", "print_table", "print_variant_start", "print_waiting", "print_warning", "read_evaluation",
+    "seeds_table", "summary_markdown", "variants_table",
 ]  # fmt: skip
 
 console = Console(highlight=False, soft_wrap=True)
 error_console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+Columns = dict[str, tuple[str, str]]  # key of a figure → heading, format
+Rows = dict[tuple[str, ...], dict[str, Any]]  # what the row is called, a cell each → figures
 
 RESULT_LABELS = {"executed": "[green]ran[/]", "restored": "[cyan]restored[/]"}
 RESULT_LABELS |= {"unchanged": "[dim]cached[/]", "off": "[dim]off[/]"}
@@ -121,20 +122,9 @@ def print_stage_start(name: str, reasons: Sequence[str], log: Path | None = None
         console.print(f"[dim]  {escape(str(log))}[/]")
 
 
-def print_stage_waiting(blocker: str) -> None:
-    """Print that a stage waits for another process."""
-    console.print(f"[yellow]  waiting for another run of this project[/] [dim]{escape(blocker)}[/]")
-
-
-def print_run_waiting(holder: str) -> None:
-    """Print that a run waits for another one of this project."""
+def print_waiting(holder: str) -> None:
+    """Print that a run or a stage waits for another run of this project."""
     console.print(f"[yellow]waiting for another run of this project[/] [dim]{escape(holder)}[/]")
-
-
-def print_differences(differences: Sequence[str]) -> None:
-    """Print what may give other bytes than the registered ones."""
-    for difference in differences:
-        console.print(f"[yellow]differs:[/] {escape(difference)}")
 
 
 def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None:
@@ -144,19 +134,14 @@ def print_variant_start(number: int, count: int, variant: Sequence[str]) -> None
 
 def variants_table(results: dict[str, dict[str, dict[str, Any]]]) -> Table:
     """Every policy of every variant, a row each."""
-    results = {variant: _without_self_win_rate(policies) for variant, policies in results.items()}
-    columns = _columns([figures for policies in results.values() for figures in policies.values()])
-    table = _table(["variant", "policy"], columns, "Variants on held-out prompts")
-    for variant, policies in results.items():
-        for name, figures in policies.items():
-            table.add_row(variant, name, *_cells(figures, columns))
-    return table
+    rows = {names: row for variant, policies in results.items() for names, row in _rows(policies, variant).items()}
+    return _table("Variants on held-out prompts", ["variant", "policy"], _columns(rows), rows)
 
 
 def seeds_table(report: dict[str, Any]) -> Table:
     """Table of the policies per seed, and means with 95 % intervals: see `tasks.evals.experiments.summarise_seeds`."""
     title = f"Policies under {len(report['seeds'])} seeds, on held-out prompts"
-    table = _table(["policy", "seed"], SEED_COLUMNS, title)
+    table = _table(title, ["policy", "seed"], SEED_COLUMNS)
     table.add_column("signs of hacking")
     for policy, own in report["policies"].items():
         for seed, row in own["seeds"].items():
@@ -177,11 +162,6 @@ def print_seed_differences(report: dict[str, Any]) -> None:
         console.print(f"{policies}: {mean} points ({low} to {high}), p = {found['p_value']:.2g}{seen}")
 
 
-def print_approval_pending(policy: str, hours: float) -> None:
-    """Print that the run waits for a person's approval."""
-    console.print(f"[yellow]{policy} waits up to {hours:g} hours for approval in Prefect's page of this run[/]")
-
-
 def print_gate_decision(policy: str, verdict: str, reasons: Sequence[str]) -> None:
     """Print what the gate decided, and why."""
     colour = {"promoted": "green", "refused": "red"}.get(verdict, "dim")
@@ -190,25 +170,10 @@ def print_gate_decision(policy: str, verdict: str, reasons: Sequence[str]) -> No
         console.print(f"  {escape(reason)}")
 
 
-def print_push_failed(error: Exception) -> None:
-    """Print that a stage's results could not be sent yet."""
-    error_console.print(f"[yellow]warning:[/] not sent to the DVC remote, tried again at the end: {escape(str(error))}")
-
-
-def print_push_done(files: int) -> None:
-    """Print that all results are at the DVC remote."""
-    console.print(f"[dim]the DVC remote has everything; {files} files were new[/]")
-
-
 @functools.cache
 def print_prefect_away() -> None:
     """Print that the run goes on without Prefect; the cache sees that it is printed once."""
     error_console.print("[yellow]warning:[/] Prefect's server does not answer: the run goes on without it")
-
-
-def print_device_waiting() -> None:
-    """Print that a stage waits until another run has done its computing."""
-    console.print("[yellow]  waiting for the device: another run computes on it[/]")
 
 
 def print_table(table: Table) -> None:
@@ -228,58 +193,33 @@ def print_stage_end(name: str, result: str, seconds: float, reasons: Sequence[st
     )
 
 
-def read_policies() -> dict[str, dict[str, Any]]:
-    """Policy → its metrics, as the evaluation wrote them; a StageError if there is none yet."""
-    return dict(_read_evaluation("policies.json"))
-
-
 def print_comparison() -> None:
-    """Print the last evaluation's policies and controls, the controls of the win rates, and what makes one no evidence.
-
-    Raises:
-        StageError: there is none yet.
-    """
+    """Print the last evaluation's tables, and which win rate is no evidence; a StageError if there is none yet."""
     from tasks.evals.controls import doubt  # slow to import
 
-    policies, controls = read_policies(), read_controls()
+    policies, controls = read_evaluation("policies"), read_evaluation("controls")
     print_table(policies_table(policies, controls))
-    rows = _without_self_win_rate({**policies, **controls})
-    compared = {name: row for name, row in rows.items() if "win_rate" in row}
+    compared = {names: row for names, row in _rows({**policies, **controls}).items() if "win_rate" in row}
     if compared:
-        table = _table(["policy"], WIN_RATE_COLUMNS, "Win rate by the gold judge, and its controls")
-        for name, figures in compared.items():
-            table.add_row(name, *_cells(figures, WIN_RATE_COLUMNS), end_section=name == list(policies)[-1])
-        print_table(table)
-    for name in compared:
+        title = "Win rate by the gold judge, and its controls"
+        print_table(_table(title, ["policy"], WIN_RATE_COLUMNS, compared, last=list(policies)[-1]))
+    for (name,) in compared:
         if name in policies and (text := doubt(policies[name])):
             print_warning(f"{name}'s win rate is no evidence: {text}")
 
 
-def read_controls() -> dict[str, dict[str, Any]]:
-    """Control → its metrics, as `read_policies`; see `tasks.evals.compare.CONTROLS`."""
-    return dict(_read_evaluation("controls.json"))
-
-
-def read_findings() -> dict[str, list[dict[str, str]]]:
-    """Policy → the signs of reward hacking in the evaluation; a StageError if there is none yet."""
-    return dict(_read_evaluation("findings.json"))
-
-
-def _read_evaluation(name: str) -> Any:
-    path = stage_dir("evaluate") / name
+def read_evaluation(name: Literal["policies", "controls", "findings"]) -> dict[str, Any]:
+    """Policy or control → its metrics, or policy → its signs of reward hacking; a StageError if there is none yet."""
+    path = stage_dir("evaluate") / f"{name}.json"
     if not path.is_file():
         raise StageError(f"{path} does not exist: no evaluation has finished yet; run `rlhf run`")
-    return json.loads(path.read_text(encoding="utf-8"))
+    return dict(json.loads(path.read_text(encoding="utf-8")))
 
 
 def policies_table(policies: dict[str, dict[str, Any]], controls: dict[str, dict[str, Any]]) -> Table:
     """The policies side by side, then the controls; the win rate with its 95 % interval."""
-    rows = _without_self_win_rate({**policies, **controls})
-    columns = _columns(list(rows.values()))
-    table = _table(["policy"], columns, "Policies on held-out prompts, and controls")
-    for name, figures in rows.items():
-        table.add_row(name, *_cells(figures, columns), end_section=name == list(policies)[-1])
-    return table
+    rows, title = _rows({**policies, **controls}), "Policies on held-out prompts, and controls"
+    return _table(title, ["policy"], _columns(rows), rows, last=list(policies)[-1])
 
 
 def summary_markdown(outcomes: Sequence[Outcome]) -> str:
@@ -287,36 +227,39 @@ def summary_markdown(outcomes: Sequence[Outcome]) -> str:
     lines = ["| stage | result | seconds | why |", "|---|---|---:|---|"]
     lines += [f"| {item.stage} | {item.result} | {item.seconds:.1f} | {item.reason} |" for item in outcomes]
     if any(item.stage == "evaluate" for item in outcomes):
-        policies = _without_self_win_rate(read_policies())
-        columns = _columns(list(policies.values()))
+        rows = _rows(read_evaluation("policies"))
+        columns = _columns(rows)
         headings = [heading for heading, _ in columns.values()]
         lines += ["", f"| policy | {' | '.join(headings)} |", f"|---|{'---:|' * len(headings)}"]
-        lines += [f"| {name} | {' | '.join(_cells(figures, columns))} |" for name, figures in policies.items()]
+        lines += [f"| {name} | {' | '.join(_cells(figures, columns))} |" for (name,), figures in rows.items()]
     return "\n".join(lines)
 
 
-def _without_self_win_rate(policies: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+def _rows(policies: dict[str, dict[str, Any]], *before: str) -> Rows:
     """The figures without the win rates of the policy that all are compared with against itself."""
     from tasks.evals.compare import REFERENCE  # slow to import
 
     return {
-        name: {key: value for key, value in figures.items() if name != REFERENCE or not key.startswith("win_rate")}
+        (*before, name): {key: figures[key] for key in figures if name != REFERENCE or not key.startswith("win_rate")}
         for name, figures in policies.items()
     }
 
 
-def _table(keys: Sequence[str], columns: dict[str, tuple[str, str]], title: str) -> Table:
+def _table(title: str, keys: Sequence[str], columns: Columns, rows: Rows | None = None, last: str = "") -> Table:
+    """A row each under its names; a section ends after the policy `last`."""
     table = Table(*keys, title=title, title_justify="left")
     for heading, _ in columns.values():
         table.add_column(heading, justify="right")
+    for names, figures in (rows or {}).items():
+        table.add_row(*names, *_cells(figures, columns), end_section=names[-1] == last)
     return table
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[str, str]]:
-    return {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows)}
+def _columns(rows: Rows) -> Columns:
+    return {key: column for key, column in COLUMNS.items() if any(row.get(key) is not None for row in rows.values())}
 
 
-def _cells(figures: dict[str, Any], columns: dict[str, tuple[str, str]]) -> list[str]:
+def _cells(figures: dict[str, Any], columns: Columns) -> list[str]:
     cells = []
     for key, (_, form) in columns.items():
         value = figures.get(key)

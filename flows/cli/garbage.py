@@ -8,7 +8,7 @@ from rich.filesize import decimal
 from rich.table import Table
 
 from flows import worktrees
-from flows.cli.console import console, enter_project_with_services, print_run_waiting, print_table
+from flows.cli.console import console, enter_project_with_services, print_table, print_waiting
 from flows.processes import project_lock
 from tasks.core.errors import StageError
 from tasks.core.paths import state_dir
@@ -25,7 +25,7 @@ def gc(yes: Annotated[bool, typer.Option("--yes", help="Free it; else nothing is
     from tasks.runtime.dvc_repo import locked
     from tasks.runtime.garbage import Garbage, collect_garbage
 
-    with project_lock(print_run_waiting), ExitStack() as held:
+    with project_lock(print_waiting), ExitStack() as held:
         stale = worktrees.stale_worktrees()
         others = [tree for tree in worktrees.worktrees() if tree not in stale]
         if busy := [tree for tree in others if tree.is_relative_to(state_dir())]:

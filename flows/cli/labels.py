@@ -19,7 +19,8 @@ from tasks.core.errors import ConfigError, DataError, RLHFError, SourceError
 from tasks.core.paths import project_root, stage_dir, state_dir
 
 if TYPE_CHECKING:
-    from tasks.labelling.ai_labels import AutoLabelResult, Cost
+    from tasks.evals.pairwise import Cost
+    from tasks.labelling.ai_labels import AutoLabelResult
     from tasks.labelling.export import ExportResult
     from tasks.labelling.formats import Format
     from tasks.labelling.labels import Label, Question
@@ -169,22 +170,14 @@ def auto(
     """Let a language model label what it has not labelled yet, by a written constitution; it can be interrupted."""
     constitution = constitution.absolute()
     enter_project()
-    from tasks.labelling.ai_labels import (
-        Budget,
-        Constitution,
-        CountingCache,
-        auto_label,
-        load_counting_judge,
-        parse_judge,
-    )
+    from tasks.labelling.ai_labels import Budget, Constitution, auto_label, load_labeller, parse_judge
 
-    params = parse_judge(judge)
-    text, cache = Constitution.read(constitution), CountingCache(state_dir() / "judge" / "answers.jsonl")
-    model = load_counting_judge(params, cache, stage_dir("evaluate").parent)
+    params, text = parse_judge(judge), Constitution.read(constitution)
+    model, weights = load_labeller(params, stage_dir("evaluate").parent)
     budget = Budget(max_requests or params.max_requests, params.max_tokens, rate)
     with handle_interrupt("it goes on from there, and asks nothing twice"), closing(_open_store(database)) as store:
-        result = auto_label(store, model, text, cost=cache.cost, budget=budget)
-    _print_auto_result(result, cache.cost)
+        result = auto_label(store, model, text, budget=budget, weights=weights)
+    _print_auto_result(result, model.cost)
 
 
 @app.command()
@@ -288,7 +281,7 @@ def _listen(host: str, port: int) -> socket.socket:
 
 
 def _print_banner(store: LabelStore, host: str, port: int) -> None:
-    from tasks.labelling.access import LOOPBACK
+    from tasks.labelling.auth import LOOPBACK
 
     (unlabelled, count), labellers = store.open_questions(), store.labellers()
     _print(f"page       http://{f'[{host}]' if ':' in host else host}:{port}   (Ctrl-C ends it)")

@@ -14,22 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import garbage, labels, models
-from flows.cli.console import (
-    console,
-    enter_project,
-    enter_project_with_services,
-    handle_interrupt,
-    print_comparison,
-    print_error,
-    print_run_waiting,
-    print_seed_differences,
-    print_table,
-    read_controls,
-    read_policies,
-    seeds_table,
-    variants_table,
-)  # fmt: skip
+from flows.cli import console, garbage, labels, models
 from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
@@ -71,7 +56,7 @@ def main() -> None:
         with disk_errors():
             app()
     except RLHFError as error:
-        print_error(error)
+        console.print_error(error)
         write_error(error)
     except SystemExit as end:
         status = int(end.code or 0)
@@ -99,7 +84,7 @@ def run(
     ] = "policy",
 ) -> None:
     """Bring the pipeline up to date and compare the policies."""
-    root = enter_project()
+    root = console.enter_project()
     if stages:  # checked before params.yaml is changed and a server started
         from tasks.runtime import dvc_stages
 
@@ -107,7 +92,7 @@ def run(
     options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
     options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
     resume_hint = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"
-    with handle_interrupt(resume_hint), project_lock(print_run_waiting):
+    with console.handle_interrupt(resume_hint), project_lock(console.print_waiting):
         _apply_overrides(root, preset, setting or [])
         with _prefect_server() as environment:
             if fit:
@@ -119,10 +104,10 @@ def run(
 
             outcomes = run_pipeline(stages or None, **options)
     if any(outcome.stage == "evaluate" for outcome in outcomes):
-        console.print()
-        print_comparison()
-        console.print(f"report: {stage_dir('evaluate') / 'report.html'}")
-        console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
+        console.console.print()
+        console.print_comparison()
+        console.console.print(f"report: {stage_dir('evaluate') / 'report.html'}")
+        console.console.print("curves and samples: rlhf ui    this table: rlhf show    what would run: rlhf status")
 
 
 @app.command()
@@ -132,10 +117,10 @@ def retrain(
     approval_hours: Annotated[float, typer.Option(min=0, help="Wait so long for a person's approval.")] = 0,
 ) -> None:
     """Bring the pipeline up to date with the data, and let the gate decide whether the best policy is promoted."""
-    enter_project_with_services()
+    console.enter_project_with_services()
     if approval_hours and not os.environ.get("PREFECT_API_URL"):
         raise ConfigError("--approval-hours: no Prefect server is up whose page could ask somebody; `rlhf up` first")
-    with handle_interrupt("it goes on from the last checkpoint"), _prefect_server():
+    with console.handle_interrupt("it goes on from the last checkpoint"), _prefect_server():
         from flows.retrain import retrain as flow
 
         flow(pull=pull, push=push, approval_hours=approval_hours)
@@ -144,10 +129,10 @@ def retrain(
 @data.command()
 def announce() -> None:
     """Announce a new version of data/ to the standing Prefect server, which starts rlhf-retrain/retrain."""
-    enter_project_with_services()
+    console.enter_project_with_services()
     from flows.retrain import announce_data
 
-    console.print(f"announced data of md5 {announce_data()}")
+    console.console.print(f"announced data of md5 {announce_data()}")
 
 
 @app.command()
@@ -156,15 +141,15 @@ def sweep(
     stages: Annotated[list[str] | None, typer.Argument(help="Stages, with all that they need; default: all.")] = None,
 ) -> None:
     """Run the pipeline with every combination of some values, without changing this folder, and compare them."""
-    enter_project_with_services()
+    console.enter_project_with_services()
     from flows.experiments import sweep as run_all
 
-    with handle_interrupt("what was computed is restored"):
+    with console.handle_interrupt("what was computed is restored"):
         folder = run_all(setting, stages or [])
     path = folder / "variants.json"
     if path.is_file():
-        print_table(variants_table(json.loads(path.read_text(encoding="utf-8"))))
-        console.print(f"table and plot: {folder}")
+        console.print_table(console.variants_table(json.loads(path.read_text(encoding="utf-8"))))
+        console.console.print(f"table and plot: {folder}")
 
 
 @app.command()
@@ -172,17 +157,17 @@ def show(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object, policy or control → figures.")] = False,
 ) -> None:
     """Compare the policies of the last evaluation."""
-    enter_project()
+    console.enter_project()
     if as_json:
-        print(json.dumps(read_policies() | read_controls(), indent=2))
+        print(json.dumps(console.read_evaluation("policies") | console.read_evaluation("controls"), indent=2))
     else:
-        print_comparison()
+        console.print_comparison()
 
 
 @app.command()
 def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list.")] = False) -> None:
     """List the stages that would run, and which parameter or file made it so."""
-    enter_project()
+    console.enter_project()
     from tasks.runtime import dvc_stages
 
     pending = dvc_stages.stale_stages()
@@ -194,16 +179,16 @@ def status(as_json: Annotated[bool, typer.Option("--json", help="One JSON list."
         print(json.dumps([dict(zip(keys, row, strict=True)) for row in rows], indent=2, ensure_ascii=False))
         return
     if not pending:
-        console.print("Everything is up to date: `rlhf run` would compute nothing.")
+        console.console.print("Everything is up to date: `rlhf run` would compute nothing.")
     if not rows:
         return
     table = Table("stage", "would", "why")
     for stage, action, reasons in rows:
         words = {"restore": "be restored", "refuse": "[red]be refused[/]", "warn": "[yellow]warn[/]"}
         table.add_row(stage, words.get(action, action), escape("\n".join(reasons)))
-    print_table(table)
+    console.print_table(table)
     if misfits:
-        console.print("`rlhf run --fit` sets what stands after an arrow.")
+        console.console.print("`rlhf run --fit` sets what stands after an arrow.")
 
 
 def _misfits_of_status(pending: set[str]) -> "list[Misfit]":
@@ -218,17 +203,21 @@ def _misfits_of_status(pending: set[str]) -> "list[Misfit]":
 @app.command()
 def ui(port: Annotated[int, typer.Option(help="On 127.0.0.1.")] = 5000) -> None:
     """Look at curves, samples and models in MLflow; stop it with Ctrl-C."""
-    enter_project()
+    console.enter_project()
     from flows.services import running_services
-    from tasks.runtime import mlflow_store
+    from tasks.runtime import mlflow_store, mlflow_view
 
-    if running := running_services().get("mlflow"):
-        console.print(f"MLflow is up at {running.address}")
-        return
-
-    command, environment = mlflow_store.server_command(port)
-    console.print(f"MLflow is starting at http://127.0.0.1:{port} (about 20 s); stop it with Ctrl-C")
-    os.execve(command[0], command, environment)
+    running = running_services().get("mlflow")
+    _, experiment = mlflow_store.open_store()
+    address = running.address if running else f"http://127.0.0.1:{port}"
+    if running:
+        console.console.print(f"MLflow is up at {address}")
+    else:
+        console.console.print(f"MLflow is starting at {address} (about 20 s); stop it with Ctrl-C")
+    console.console.print(f"pipelines side by side: {address}{mlflow_view.view_path(experiment)}", soft_wrap=True)
+    if not running:
+        command, environment = mlflow_store.server_command(port)
+        os.execve(command[0], command, environment)
 
 
 @app.command()
@@ -237,23 +226,23 @@ def up(
     mlflow_port: Annotated[int, typer.Option(help="MLflow's server, on 127.0.0.1.")] = 5000,
 ) -> None:
     """Start Prefect's server and worker and MLflow, and deploy what prefect.yaml lists; `rlhf down` ends them."""
-    enter_project()
+    console.enter_project()
     from flows import services
 
-    running = services.start(prefect_port, mlflow_port, console.print)
-    console.print(f"Prefect   {running['prefect'].address.removesuffix('/api')}   runs, schedules, deployments")
-    console.print(f"MLflow    {running['mlflow'].address}   curves, samples, models")
-    console.print("`rlhf run` now uses them; `rlhf down` ends them")
+    running = services.start(prefect_port, mlflow_port, console.console.print)
+    console.console.print(f"Prefect   {running['prefect'].address.removesuffix('/api')}   runs, schedules, deployments")
+    console.console.print(f"MLflow    {running['mlflow'].address}   curves, samples, models")
+    console.console.print("`rlhf run` now uses them; `rlhf down` ends them")
 
 
 @app.command()
 def down() -> None:
     """End what `rlhf up` started, and the run that it may be doing."""
-    enter_project()
+    console.enter_project()
     from flows import services
 
     ended = services.stop()
-    console.print(f"ended: {', '.join(ended)}" if ended else "nothing was up")
+    console.console.print(f"ended: {', '.join(ended)}" if ended else "nothing was up")
 
 
 @app.command()
@@ -262,10 +251,10 @@ def schedule(
     timezone: Annotated[str, typer.Option(help="Where that is the time, like Europe/Vienna.")] = "UTC",
 ) -> None:
     """Run the pipeline at set times, for as long as this command runs; stop it with Ctrl-C."""
-    enter_project()
+    console.enter_project()
     from flows.schedule import serve
 
-    serve(cron, timezone, console.print)
+    serve(cron, timezone, console.console.print)
 
 
 def _run_seeds(
@@ -274,12 +263,12 @@ def _run_seeds(
     from flows.experiments import run_seeds
 
     folder, summary = run_seeds(count, stages, options, environment, whole_chain=whole_chain)
-    console.print()
-    print_table(seeds_table(summary))
-    print_seed_differences(summary)
+    console.console.print()
+    console.print_table(console.seeds_table(summary))
+    console.print_seed_differences(summary)
     for sentence in summary["collapsed"]:
-        console.print(f"[red]collapsed:[/] {escape(sentence)}")
-    console.print(f"table and plot: {folder}    curves and samples: rlhf ui")
+        console.console.print(f"[red]collapsed:[/] {escape(sentence)}")
+    console.console.print(f"table and plot: {folder}    curves and samples: rlhf ui")
     if summary["failed"]:
         failed = "\n".join(["", *summary["failed"]])
         raise StageError(f"{len(summary['failed'])} of {count} seeds failed; those done are restored next time{failed}")
@@ -295,9 +284,9 @@ def _prefect_server() -> Iterator[dict[str, str]]:
     from flows.temporary_server import temporary_server
 
     use_services()
-    with temporary_server() as server:
-        if server.address:
-            console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
+    with temporary_server() as (address, wait):
+        if address:
+            console.console.print("[dim]starting a temporary Prefect server (set PREFECT_API_URL to use your own)[/]")
         import flows.pipeline  # noqa: F401
         from tasks.runtime import mlflow_runs
 
@@ -305,12 +294,12 @@ def _prefect_server() -> Iterator[dict[str, str]]:
             handler.addFilter(lambda record: not record.name.startswith("prefect"))
         logging.raiseExceptions = False  # nor what becomes of those when the server is gone
         mlflow_runs.connect()
-        server.wait()
+        wait()
         from flows import prefect_runs
 
         with prefect_runs.server_may_leave():
             prefect_runs.release_abandoned()
-            yield {"PREFECT_API_URL": server.address} if server.address else {}
+            yield {"PREFECT_API_URL": address} if address else {}
 
 
 def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> None:
@@ -319,9 +308,9 @@ def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> Non
     changes = [load_preset(root, preset)] if preset else []
     changes += [parse_override(setting) for setting in settings]
     if lines := write_overrides(root / "params.yaml", changes):
-        console.print("params.yaml changed (undo: git checkout params.yaml)")
+        console.console.print("params.yaml changed (undo: git checkout params.yaml)")
         for line in lines:
-            console.print(f"  {escape(line)}")
+            console.console.print(f"  {escape(line)}")
 
 
 def _fit(root: Path, options: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from tasks.config.rules import GROUND_TRUTH_RULES
 from tasks.config.yaml_text import edit_yaml
 from tasks.core.errors import ConfigError
 
-__all__ = ["Params", "load_params", "load_preset", "parse_override", "write_overrides"]
+__all__ = ["Params", "differences", "load_params", "load_preset", "parse_override", "write_overrides"]
 
 PRESETS = Path("infra/presets")
 
@@ -112,6 +112,7 @@ class Params(Section):
             raise ValueError("environment is on, but reward.weights does not name it: add environment: 1.0 there")
         one_text = ("preferences", "reward_model", "gold_judge", "dpo", "overoptimisation")
         on = [name for name in one_text if getattr(self, name)]
+        on += ["ppo.ptx_coef"] if self.ppo and self.ppo.ptx_coef else []
         on += [f"evaluate.{name}" for name in ("llm_judge", "vader") if getattr(self.evaluate, name)]
         if on:
             raise ValueError(f"environment is on, and {', '.join(on)} can read no conversations: switch off")
@@ -119,20 +120,12 @@ class Params(Section):
 
 
 def load_params(path: Path) -> Params:
-    """Read and check params.yaml.
-
-    Raises:
-        ConfigError: the file is missing or no YAML, a key is unknown or missing, or a value is out of bounds.
-    """
+    """Read and check params.yaml; a ConfigError if it is missing or no YAML, or a key or value is wrong."""
     return _validate(_read(path), str(path))
 
 
 def load_preset(root: Path, name: str) -> dict[str, Any]:
-    """Load a preset's overlay, as nested keys.
-
-    Raises:
-        ConfigError: there is no such preset.
-    """
+    """Load a preset's overlay, as nested keys; a ConfigError if there is no such preset."""
     path = root / PRESETS / f"{name}.yaml"
     if not path.is_file():
         known = ", ".join(sorted(file.stem for file in (root / PRESETS).glob("*.yaml"))) or "none"
@@ -141,11 +134,7 @@ def load_preset(root: Path, name: str) -> dict[str, Any]:
 
 
 def parse_override(text: str) -> dict[str, Any]:
-    """Parse `ppo.kl_coef=0.1` into nested keys; the value is YAML, and a mapping replaces the old one.
-
-    Raises:
-        ConfigError: there is no `=`, or the value is no YAML.
-    """
+    """Parse `ppo.kl_coef=0.1` into nested keys; a mapping replaces the old one; a ConfigError for no `=` or no YAML."""
     key, sign, value = text.partition("=")
     if not sign or not key.strip():
         raise ConfigError(f"-S {text!r}: write it as section.key=value, for example -S ppo.kl_coef=0.1")
@@ -161,15 +150,12 @@ def parse_override(text: str) -> dict[str, Any]:
 
 
 def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
-    """Write overrides into params.yaml and keep the rest byte for byte; nothing is written if the result is invalid.
+    """Write overrides into params.yaml and keep the rest byte for byte; a ConfigError, and no change, if invalid.
 
     Keys that are missing are written with their defaults: DVC hashes the file, so it must hold every value.
 
     Returns:
         One line per value that changed: `ppo.kl_coef: 0.05 → 0.1`.
-
-    Raises:
-        ConfigError: as `load_params`, for the file with the changes applied.
     """
     before, document = _read(path), _read(path, YAML())
     where = f"{path} with the requested changes" if overrides else str(path)
@@ -180,7 +166,7 @@ def write_overrides(path: Path, overrides: list[dict[str, Any]]) -> list[str]:
         _merge(with_nulls, override, remove=False)
     _check_removed_known(with_nulls, where)
     _write_defaults(document, _validate(document, where, off).model_dump())
-    lines = list(_differences(before, document))
+    lines = list(differences(before, document))
     if document != before:
         text = edit_yaml(path.read_bytes().decode("utf-8"), before, document)
         temporary = path.with_suffix(".tmp")
@@ -231,11 +217,14 @@ def _as_yaml(value: Any) -> Any:
     return [_as_yaml(inner) for inner in value] if isinstance(value, tuple | list) else value
 
 
-def _differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
+def differences(before: Any, after: Any, prefix: str = "") -> Iterator[str]:
+    """Compare nested keys, a line per value that differs: `lora.target_modules.1: "v_proj" → "k_proj"`."""
     for key in {**before, **after}:
         old, new, name = before.get(key), after.get(key), f"{prefix}{key}"
+        if isinstance(old, list) and isinstance(new, list) and len(old) == len(new):
+            old, new = dict(enumerate(old)), dict(enumerate(new))
         if isinstance(old, dict) and isinstance(new, dict):
-            yield from _differences(old, new, f"{name}.")
+            yield from differences(old, new, f"{name}.")
         elif key not in after:
             yield f"{name}: {_format_value(old)} → removed"
         elif old != new:

@@ -128,6 +128,12 @@ class PPOParams(RLParams):
     value_coef: float = Field(ge=0, description="Weight of the value loss.")
     kl_penalty: KLPenalty = Field("reward", description=KL_PENALTY)
     kl_controller: Literal["fixed", "adaptive"] = Field(description="Whether β is fixed or adaptive.")
+    ptx_coef: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the mean loss per token of as many demonstrations as an optimiser step has responses "
+        "(PPO-ptx); 0: none.",
+    )
     adaptive_kl_target: float = Field(gt=0, description="Adaptive: nats per sequence to steer to.")
     kl_horizon: Positive = Field(description="Adaptive: episodes over which β can change by a fifth.")
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 __all__ = [
     "ConfigError", "DataError", "ModelError", "RLHFError", "SourceError", "StageError", "TrainingError",
-    "describe_disk_error", "disk_errors",
+    "describe_disk_error", "disk_errors", "first_line",
 ]  # fmt: skip
 
 FULL, FORBIDDEN = (errno.ENOSPC, errno.EDQUOT), (errno.EROFS, errno.EACCES, errno.EPERM)
@@ -42,6 +42,11 @@ class TrainingError(RLHFError):
 
 class StageError(RLHFError):
     """A stage failed, or dvc.yaml and the code disagree about it."""
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of a library's message, or the error's type where it has none."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @contextmanager

@@ -53,6 +53,14 @@ def write_table(path: Path, rows: Sequence[Mapping[str, object]], columns: Seque
         writer.writerows(rows)
 
 
+def read_table(path: Path) -> list[dict[str, str]]:
+    """Read the rows of a CSV file; none if it does not exist."""
+    if not path.is_file():
+        return []
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
 # Beyond any scale that people rate on; squared errors of such numbers are finite in 32 bits.
 MAX_RATING = 1e6
 Score = Annotated[FiniteFloat, Field(ge=-MAX_RATING, le=MAX_RATING)]

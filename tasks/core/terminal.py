@@ -1,4 +1,4 @@
-"""What a stage or a command shows while it runs: characters that every terminal and file can take, and progress."""
+"""What a stage or a command shows while it runs: characters that every terminal and file can take, progress, logs."""
 
 import codecs
 import io
@@ -6,17 +6,19 @@ import json
 import os
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-__all__ = ["Progress", "allow_all_characters", "print_line"]
+__all__ = ["Progress", "allow_all_characters", "print_line", "tail"]
 
 PLAIN = str.maketrans(
     {"✓": "ok", "▸": ">", "→": "->", "–": "-", "—": "-", "−": "-", "…": "...", "─": "-", "√": "sqrt ", "±": "+-"}
 )
 """What stands for a character of ours where the output's encoding has none for it; any other is escaped."""
 
+TAIL_LINES = 15
 LINES = 4  # of progress at most, where no terminal shows a bar
 
 
@@ -39,6 +41,12 @@ def _encode_plainly(error: UnicodeError) -> tuple[str, int]:
 def print_line(text: str) -> None:
     """Print a line to standard error, above a progress bar."""
     tqdm.write(text, file=sys.stderr)
+
+
+def tail(log: Path) -> str:
+    """The path of a log and its last lines, for an error message."""
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return "\n".join([f"see {log}", *lines[-TAIL_LINES:]])
 
 
 class Progress:

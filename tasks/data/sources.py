@@ -25,7 +25,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from pyarrow import parquet
 
-from tasks.core.errors import DataError, SourceError
+from tasks.core.errors import DataError, SourceError, first_line
 from tasks.core.paths import project_root, state_dir
 from tasks.core.rows import format_json_error
 from tasks.core.text_stats import search_pattern
@@ -75,11 +75,10 @@ def read_hub(source: SourceParams, seed: int) -> ReaderResult:
             source.id, source.subset, data_dir=source.data_dir, split=source.split, revision=commit
         )
     except (*HUB_ERRORS, DatasetsError) as error:
-        first = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise SourceError(
             f"source {source.name!r}: dataset {source.id!r} (subset {source.subset}, split {source.split}, revision "
-            f"{source.revision}) could not be fetched from the Hugging Face hub: {first}; check the network, the names "
-            "and your access, or use a source of kind local"
+            f"{source.revision}) could not be fetched from the Hugging Face hub: {first_line(error)}; check the "
+            "network, the names and your access, or use a source of kind local"
         ) from error
     settings = source.model_dump(include={"subset", "data_dir", "split"})
     lines = ((f"{source.id}/{source.split}", line, row) for line, row in enumerate(rows, start=1))
@@ -197,7 +196,7 @@ def _parquet(path: Path) -> Iterator[tuple[int, object]]:
     try:
         batches = parquet.read_table(path).to_batches()
     except (pyarrow.ArrowException, OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read as Parquet: {str(error).splitlines()[0]}; write it again") from error
+        raise DataError(f"{path} cannot be read as Parquet: {first_line(error)}; write it again") from error
     yield from enumerate(chain.from_iterable(map(_batch_rows, batches)), start=1)
 
 
@@ -207,7 +206,7 @@ def _batch_rows(batch: pyarrow.RecordBatch) -> list[object]:
         return list(batch.to_pylist())
     except (pyarrow.ArrowException, ValueError, OverflowError) as error:  # not UTF-8, a date beyond Python's
         if len(batch) == 1:
-            return [f"not readable: {str(error).splitlines()[0]}\n"]
+            return [f"not readable: {first_line(error)}\n"]
         return list(chain.from_iterable(_batch_rows(batch.slice(row, 1)) for row in range(len(batch))))
 
 

@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import attrgetter
 from statistics import fmean
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from tasks.core.errors import ConfigError
 from tasks.core.text_stats import repetition_rate
-from tasks.evals.compare import REFERENCE, HackingFinding, Table
+from tasks.evals.compare import REFERENCE, HackingFinding, ScoredResponse, Table
 from tasks.evals.controls import doubt, pair_wins
 from tasks.evals.statistics import Interval, bootstrap_mean
 from tasks.runtime.provenance import RuleResult
@@ -26,66 +27,35 @@ if TYPE_CHECKING:
     from tasks.config.evaluation import GateParams
 
 __all__ = [
-    "BASE_STAGES", "METRICS", "Decision", "ResponseScores", "decide", "noninferiority_rule", "paired_interval",
-    "select_candidate",
+    "BASE_STAGES", "METRICS", "Decision", "decide", "noninferiority_rule", "paired_interval", "select_candidate",
 ]  # fmt: skip
 
 BASE_STAGES = ("base_model", "sft")
 """Stages whose weights a policy's adapter builds on: the base model, then SFT."""
 
 
-class ResponseScores(Protocol):
-    """Fields of a response that metrics need; `tasks.evals.compare.ScoredResponse` has them."""
-
-    @property
-    def response(self) -> str: ...
-    @property
-    def ended(self) -> bool: ...
-    @property
-    def kl(self) -> float | None: ...
-    @property
-    def scores(self) -> Mapping[str, float]: ...
-
-
 @dataclass(frozen=True)
 class MetricSpec:
-    """A metric.
-
-    Attributes:
-        value: value for one pair, from the challenger's and the champion's response.
-        null_value: mean if the two are equal.
-        margin_format: format of the bound.
-    """
+    """A metric of a response; the two policies are compared by its difference, or by whose is higher."""
 
     name: str
-    value: Callable[[ResponseScores, ResponseScores], float]
-    more_is_better: bool
-    null_value: float = 0.0
-    value_format: str = "+.3f"
-    margin_format: str = "+g"
+    score: Callable[[ScoredResponse], float]
+    more_is_better: bool = False
+    win: bool = False
 
-
-def _win_rate(name: str, judge: str) -> MetricSpec:
-    def win(challenger: ResponseScores, champion: ResponseScores) -> float:
-        pair = np.array([[challenger.scores[judge]]]), np.array([[champion.scores[judge]]])
-        return float(pair_wins(*pair).item())
-
-    return MetricSpec(name, win, True, null_value=0.5, value_format=".1%", margin_format=".0%")
-
-
-def _difference(name: str, value: Callable[[ResponseScores], float], *, more_is_better: bool = False) -> MetricSpec:
-    return MetricSpec(name, lambda challenger, champion: value(challenger) - value(champion), more_is_better)
+    @property
+    def null_value(self) -> float:
+        """Mean if the two are equal."""
+        return 0.5 if self.win else 0.0
 
 
 METRICS: Mapping[str, MetricSpec] = {
-    "win_rate": _win_rate("win rate against the champion", "gold"),
-    "win_rate_vader": _win_rate("VADER's win rate against the champion", "vader"),
-    "reward_gold": _difference(
-        "gold reward less the champion's", lambda answer: answer.scores["gold"], more_is_better=True
-    ),
-    "repetition": _difference("repetition less the champion's", lambda answer: repetition_rate(answer.response)),
-    "truncated_share": _difference("share without end less the champion's", lambda answer: float(not answer.ended)),
-    "kl": _difference("KL to SFT less the champion's, nats", lambda answer: answer.kl or 0.0),
+    "win_rate": MetricSpec("win rate against the champion", attrgetter("gold"), True, win=True),
+    "win_rate_vader": MetricSpec("VADER's win rate against the champion", attrgetter("vader"), True, win=True),
+    "reward_gold": MetricSpec("gold reward less the champion's", attrgetter("gold"), True),
+    "repetition": MetricSpec("repetition less the champion's", lambda answer: repetition_rate(answer.response)),
+    "truncated_share": MetricSpec("share without end less the champion's", lambda answer: float(not answer.ended)),
+    "kl": MetricSpec("KL to SFT less the champion's, nats", lambda answer: answer.kl or 0.0),
 }
 """Key of `gate.margins` → metric; each KL is to the SFT policy that the policy was trained from."""
 
@@ -164,8 +134,8 @@ def decide(
 
 def paired_interval(
     metric: str,
-    challenger: Sequence[Sequence[ResponseScores]],
-    champion: Sequence[Sequence[ResponseScores]],
+    challenger: Sequence[Sequence[ScoredResponse]],
+    champion: Sequence[Sequence[ScoredResponse]],
     *,
     samples: int,
     seed: int,
@@ -180,10 +150,11 @@ def paired_interval(
     Raises:
         ValueError: the two differ in their number of prompts, or are empty.
     """
-    values = [
-        fmean(METRICS[metric].value(own, other) for own in draws for other in others)
-        for draws, others in zip(challenger, champion, strict=True)
-    ]
+    spec, values = METRICS[metric], []
+    for draws in zip(challenger, champion, strict=True):
+        own, theirs = (np.array([[spec.score(answer) for answer in answers]]) for answers in draws)
+        pairs = pair_wins(own, theirs) if spec.win else own[:, :, None] - theirs[:, None, :]
+        values.append(fmean(pairs.flat))
     return bootstrap_mean(values, samples=samples, seed=seed)
 
 
@@ -196,8 +167,8 @@ def noninferiority_rule(metric: str, interval: Interval, margin: float) -> RuleR
     else:
         end, side, bound, relation = interval.high, "upper", spec.null_value + margin, "at most"
         passed = end <= bound
-    measured, required = format(end, spec.value_format), f"{relation} {format(bound, spec.margin_format)}"
-    return RuleResult(f"{spec.name}, {side} end", measured, required, passed)
+    measured, required = (f"{end:.1%}", f"{bound:.0%}") if spec.win else (f"{end:+.3f}", f"{bound:+g}")
+    return RuleResult(f"{spec.name}, {side} end", measured, f"{relation} {required}", passed)
 
 
 def _check_hacking(findings: Sequence[HackingFinding], allowed: Sequence[str]) -> RuleResult:

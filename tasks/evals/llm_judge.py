@@ -15,7 +15,7 @@ import torch
 from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import state_dir
 from tasks.core.rows import Row, read_rows
-from tasks.evals.pairwise import PairJudge, Reply
+from tasks.evals.pairwise import Cost, PairJudge, Reply
 from tasks.models.encoding import encode_chat, encode_prompt, encode_text
 from tasks.models.loading import load_reference, load_tokenizer, pad_ids, position_ids
 
@@ -49,11 +49,7 @@ class CacheEntry(Row):
 
 
 class JudgeCache(dict[str, Reply]):
-    """Append-only file of replies, so that no request is paid for twice; a killed run loses one reply at most.
-
-    Raises:
-        DataError: a line is malformed; the message names the file and the line.
-    """
+    """Append-only file of replies, so that no request is paid for twice; a killed run loses one reply at most."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -80,7 +76,7 @@ class EndpointJudge:
     """Judge behind an endpoint, one request per question, cached; the client retries on 429 and 5xx."""
 
     def __init__(self, params: JudgeParams, cache: JudgeCache) -> None:
-        self._params, self._cache = params, cache
+        self._params, self._cache, self.cost = params, cache, Cost()
         self.judge_id = {"kind": "endpoint", "model": params.model, "base_url": params.base_url}
 
     def judge(self, questions: Sequence[str]) -> list[Reply]:
@@ -120,6 +116,7 @@ class EndpointJudge:
                     )
                 reply = self._reply(client, request)
                 self._cache.add(key, self.judge_id, reply)
+                self.cost.add(reply)
                 tokens_used += reply.tokens
 
     def _client(self) -> openai.OpenAI:
@@ -172,7 +169,7 @@ class LocalJudge:
         self.judge_id = {"kind": "local", "model": "base_model", "base_url": ""}
         self._tokenizer: Any = load_tokenizer(base_model)
         self._model: Any = load_reference(base_model, None)
-        self._batch_size = batch_size
+        self._batch_size, self.cost = batch_size, Cost()
         self._prefix_ids, self._letter_ids = _letter_tokens(self._tokenizer)
 
     def judge(self, questions: Sequence[str]) -> list[Reply]:
@@ -184,6 +181,7 @@ class LocalJudge:
             batch = order[start : start + self._batch_size]
             probs = self._prob_a([rows[row] for row in batch])
             replies |= {row: self._reply(prob, len(rows[row])) for row, prob in zip(batch, probs, strict=True)}
+        self.cost.add(*replies.values())
         return [replies[row] for row in range(len(rows))]
 
     def _ids(self, text: str) -> list[int]:

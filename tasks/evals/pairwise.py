@@ -8,6 +8,7 @@ et al. 2023, arXiv 2306.05685, section 3.4). How often they do, and how often th
 import hashlib
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from statistics import fmean
 from typing import Literal, Protocol, get_args
 
@@ -18,8 +19,8 @@ from tasks.evals.compare import DIGITS, REFERENCE, ScoredResponse, Table, by_pol
 from tasks.evals.statistics import bootstrap_mean
 
 __all__ = [
-    "Choice", "Judgement", "PairJudge", "Reply", "add_judge_metrics", "format_question", "judge_pairs", "parse_verdict",
-    "reliability_warnings",
+    "Choice", "Cost", "Judgement", "PairJudge", "Reply", "add_judge_metrics", "format_question", "judge_pairs",
+    "parse_verdict", "reliability_warnings",
 ]  # fmt: skip
 
 Order = Literal["policy first", "reference first"]
@@ -58,8 +59,23 @@ class Reply(BaseModel):
     tokens: int = Field(ge=0, description="Of question and answer.")
 
 
+@dataclass
+class Cost:
+    """New requests, and their tokens by the server's own count; cached answers cost nothing."""
+
+    requests: int = 0
+    tokens: int = 0
+
+    def add(self, *replies: Reply) -> None:
+        """Count one request for each reply."""
+        self.requests += len(replies)
+        self.tokens += sum(reply.tokens for reply in replies)
+
+
 class PairJudge(Protocol):
-    """Judge that answers each question independently."""
+    """Judge that answers each question independently, and counts what its answers cost."""
+
+    cost: Cost
 
     @property
     def judge_id(self) -> Mapping[str, str]: ...

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import csv
 import json
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 from tasks.core.paths import Artifacts
+from tasks.core.rows import read_table
 from tasks.evals import plots
 from tasks.evals.compare import HackingFinding, ScoredResponse, Table, examples_to_dict, select_examples, win_rates_of
 from tasks.evals.report_columns import WIN_RATE_COLUMNS, cells, columns_of, format_signed
@@ -22,9 +22,7 @@ if TYPE_CHECKING:
     from tasks.config.evaluation import EvaluateParams
     from tasks.config.reward import RewardParams
 
-__all__ = [
-    "ReportData", "SourceInfo", "UpstreamResults", "collect_sources", "read_table", "render_report", "report_to_dict",
-]  # fmt: skip
+__all__ = ["ReportData", "UpstreamResults", "collect_sources", "render_report", "report_to_dict"]
 
 Rows = Sequence[Mapping[str, str]]
 
@@ -101,23 +99,6 @@ SIDE_BY_SIDE = 3
 
 
 @dataclass(frozen=True)
-class SourceInfo:
-    """Base model or data source.
-
-    Attributes:
-        licence: "" if it was not recorded.
-        size: parameters or rows, with the unit.
-        digest: first 16 characters of a hash of this version; "" if there is none.
-    """
-
-    name: str
-    source: str
-    licence: str
-    size: str
-    digest: str
-
-
-@dataclass(frozen=True)
 class UpstreamResults:
     """Results of earlier stages.
 
@@ -127,6 +108,7 @@ class UpstreamResults:
         benchmarks: policy → task → metric → [value, standard error or None]; none where stage lm_eval is off.
         accuracy, calibration: rows of the reward model's accuracy_by_margin.csv and calibration.csv.
         challenge: judge → category → accuracy on pairs made by rule, with its interval; see `tasks.evals.challenge`.
+        sources: see `collect_sources`.
         has_gold_judge: whether the gold judge is a model of people's ratings; else it is whether the answer is right.
     """
 
@@ -137,7 +119,7 @@ class UpstreamResults:
     calibration: Rows
     challenge: Mapping[str, Mapping[str, Mapping[str, str]]]
     has_gold_judge: bool
-    sources: Sequence[SourceInfo]
+    sources: Sequence[Mapping[str, str]]
 
     @classmethod
     def read(cls, artifacts: Artifacts) -> Self:
@@ -187,38 +169,23 @@ def render_report(data: ReportData) -> str:
     table, upstream, rule = data.table, data.upstream, data.params.gold_rule
     columns = columns_of(table, has_gold_judge=upstream.has_gold_judge, has_gold_rule=rule is not None)
     filters: dict[str, Callable[..., str]] = {
-        "escape_control_chars": escape_control_chars,
-        "format_signed": format_signed,
-        "name": display_name,
-    }
+        "escape_control_chars": escape_control_chars, "format_signed": format_signed, "name": display_name,
+    }  # fmt: skip
     first_row = next(iter(table.values()))
     return load_template("report.html.j2", filters, autoescape=True).render(
-        summary=summarise_table(table, data.flagged),
-        turning=turning_point(upstream.fits, upstream.points),
-        hacking_summary=_hacking_summary(data.findings),
+        summary=summarise_table(table, data.flagged), turning=turning_point(upstream.fits, upstream.points),
+        hacking_summary=_hacking_summary(data.findings), upstream=upstream,
         findings=[(policy, finding) for policy, own in data.findings.items() for finding in own],
-        upstream=upstream,
-        columns=columns,
-        cells=cells(table, columns),
-        control_cells=cells(data.controls, columns),
-        win_rate_columns=list(WIN_RATE_COLUMNS),
-        win_rate_cells=cells({**table, **data.controls}, WIN_RATE_COLUMNS),
-        best_of_n=data.params.best_of_n,
-        draws=(data.params.samples_per_prompt, data.params.reference_samples),
-        count=int(first_row["n"]),
-        reward=data.reward,
-        gold_rule=rule and rule.function,
-        is_multi_turn="success" in first_row,
-        judges=win_rates_of(table),
-        result_figures=_result_figures(data),
-        curve_figures=_curve_figures(upstream),
-        training_figures=_training_figures(data.histories),
-        reward_model_figures=_reward_model_figures(upstream),
-        examples=_example_sections(data),
-        samples=_side_by_side(data),
-        side_by_side=SIDE_BY_SIDE,
+        columns=columns, cells=cells(table, columns), control_cells=cells(data.controls, columns),
+        win_rate_columns=list(WIN_RATE_COLUMNS), win_rate_cells=cells({**table, **data.controls}, WIN_RATE_COLUMNS),
+        best_of_n=data.params.best_of_n, draws=(data.params.samples_per_prompt, data.params.reference_samples),
+        count=int(first_row["n"]), is_multi_turn="success" in first_row, judges=win_rates_of(table),
+        reward=data.reward, gold_rule=rule and rule.function,
+        result_figures=_result_figures(data), curve_figures=_curve_figures(upstream),
+        training_figures=_training_figures(data.histories), reward_model_figures=_reward_model_figures(upstream),
+        examples=_example_sections(data), samples=_side_by_side(data), side_by_side=SIDE_BY_SIDE,
         provenance=data.provenance,
-    )
+    )  # fmt: skip
 
 
 def report_to_dict(data: ReportData) -> dict[str, Any]:
@@ -231,13 +198,17 @@ def report_to_dict(data: ReportData) -> dict[str, Any]:
         "controls": data.controls,
         "fits": data.upstream.fits,
         "examples": {policy: examples_to_dict(own) for policy, own in select_examples(data.records).items()},
-        "sources": [asdict(source) for source in data.upstream.sources],
+        "sources": data.upstream.sources,
         "provenance": dict(data.provenance),
     }
 
 
-def collect_sources(base_model: Path, collect: Path) -> list[SourceInfo]:
-    """Collect the base model, then the data sources by name; the arguments are the folders of those stages."""
+def collect_sources(base_model: Path, collect: Path) -> list[dict[str, str]]:
+    """Collect the base model, then the data sources by name; the arguments are the folders of those stages.
+
+    Keys: `name`, `source`; `licence`, "" if it was not recorded; `size`, parameters or rows, with the unit; `digest`,
+    the first 16 characters of a hash of this version, "" if there is none.
+    """
     card = _read_json(base_model / "card.json")
     digests = (card[key] for key in ("sha256", "sha256_of_weights", "commit") if key in card)
     model = _source("Base model", card, f"{card['parameters']:,} parameters", next(digests, ""))
@@ -247,17 +218,9 @@ def collect_sources(base_model: Path, collect: Path) -> list[SourceInfo]:
     ]
 
 
-def _source(name: str, card: Mapping[str, Any], size: str, digest: str) -> SourceInfo:
-    licence = str(card["licence"])
-    return SourceInfo(name, card["source"], "" if licence == "unknown" else licence, size, digest[:16])
-
-
-def read_table(path: Path) -> list[dict[str, str]]:
-    """Read the rows of a CSV file; empty if it does not exist, and the report then omits the figure."""
-    if not path.is_file():
-        return []
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
+def _source(name: str, card: Mapping[str, Any], size: str, digest: str) -> dict[str, str]:
+    licence = "" if card["licence"] == "unknown" else str(card["licence"])
+    return {"name": name, "source": card["source"], "licence": licence, "size": size, "digest": digest[:16]}
 
 
 def _read_challenge(folders: Mapping[str, Path]) -> dict[str, dict[str, dict[str, str]]]:
@@ -353,14 +316,8 @@ def _side_by_side(data: ReportData) -> list[dict[str, Any]]:
 def _example_sections(data: ReportData) -> list[dict[str, Any]]:
     """Example sections per policy; open for the best policy and for those with findings."""
     shown = {best_policy(data.table), *data.flagged}
-    return [
-        {
-            "policy": policy,
-            "shown": policy in shown,
-            "kinds": [
-                {"kind": kind, "title": title, "note": note, "examples": own[kind]}
-                for kind, (title, note) in EXAMPLE_KINDS.items()
-            ],
-        }
-        for policy, own in select_examples(data.records).items()
-    ]
+    sections = []
+    for policy, own in select_examples(data.records).items():
+        kinds = [{"kind": kind, "title": t, "note": n, "examples": own[kind]} for kind, (t, n) in EXAMPLE_KINDS.items()]
+        sections.append({"policy": policy, "shown": policy in shown, "kinds": kinds})
+    return sections

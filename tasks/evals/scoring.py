@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import math
 import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -22,10 +23,10 @@ from tasks.evals.compare import BEST_OF_N, HUMAN, NULL, REFERENCE, ScoredRespons
 from tasks.evals.overoptimisation import best_of_n_kl
 from tasks.models.encoding import encode_response
 from tasks.models.loading import is_disabled
-from tasks.rewards.composition import CompositeReward, rule_component
-from tasks.rewards.reward_model import GoldJudge
+from tasks.rewards.composition import CompositeReward, RewardBatch, rule_component
+from tasks.rewards.reward_model import load_gold_judge
 from tasks.rewards.rules.answers import exact_match, strict_match
-from tasks.rewards.rules.base import RewardFunction
+from tasks.rewards.rules.base import Component, RewardFunction
 from tasks.rl.advantages import discount_by_turns
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.losses import logprobs_from_logits
@@ -161,14 +162,9 @@ class PolicySampler:
         mask = rollout.response_mask
         kl = kl_estimates(rollout.logprobs, reference_logprobs, mask)
         columns = zip(
-            prompts,
-            rollout.texts,
-            mask.sum(1).tolist(),
-            rollout.has_eos.tolist(),
-            per_sequence(kl.k1, mask).tolist(),
-            per_sequence(kl.k3, mask).tolist(),
-            strict=True,
-        )
+            prompts, rollout.texts, mask.sum(1).tolist(), rollout.has_eos.tolist(),
+            per_sequence(kl.k1, mask).tolist(), per_sequence(kl.k3, mask).tolist(), strict=True,
+        )  # fmt: skip
         answers = [SampledResponse(name, *values) for values in columns]
         if self._environment is None or not isinstance(rollout, MultiTurnRollout):
             return answers
@@ -201,14 +197,8 @@ def best_of_n_draws(null: Sequence[ScoredResponse], n: int) -> list[ScoredRespon
     kl, chosen = best_of_n_kl(n), list[ScoredResponse]()
     for start in range(0, len(null), n):
         best, draw = max(null[start : start + n], key=lambda record: record.proxy), null[start].draw // n
-        values = {
-            "id": f"{BEST_OF_N}/{best.prompt_id}/{draw}",
-            "policy": BEST_OF_N,
-            "draw": draw,
-            "kl": kl,
-            "kl_k3": kl,
-        }
-        chosen.append(best.model_copy(update=values))
+        values = {"id": f"{BEST_OF_N}/{best.prompt_id}/{draw}", "policy": BEST_OF_N, "draw": draw}
+        chosen.append(best.model_copy(update=values | {"kl": kl, "kl_k3": kl}))
     return chosen
 
 
@@ -232,7 +222,7 @@ def load_gold_reward(
         DataError: none of them is available.
     """
     if not is_disabled(gold_judge):
-        return GoldJudge.load(base_model, gold_judge)
+        return load_gold_judge(base_model, gold_judge)
     answers = {row.prompt: row.answer for row in prompts if row.answer is not None}
     if rule is not None:
         reward = CompositeReward({"gold": rule_component("gold", rule, answers)}, {"gold": 1.0})
@@ -250,7 +240,7 @@ def load_gold_reward(
 
 def score_responses(
     answers: Sequence[SampledResponse],
-    reward: CompositeReward,
+    reward: CompositeReward | None,
     gold_reward: RewardFunction | None,
     *,
     vader: bool,
@@ -260,44 +250,37 @@ def score_responses(
     """Score every response by every judge, and its accuracy, strict and flexible, if the right answer is known.
 
     Args:
+        reward: None if nobody asks for the proxy's scores, which are then NaN.
         gold_reward: None if an environment judged: then its reward is the gold score.
         answer_pattern: see `strict_match`.
         accuracy: whether right answers are texts to compare with, and not input of a rule.
     """
-    prompts = [answer.prompt.prompt for answer in answers]
-    responses = [answer.response for answer in answers]
+    prompts, responses = [answer.prompt.prompt for answer in answers], [answer.response for answer in answers]
+    external: dict[str, Component] = {}
     if gold_reward is None:
         gold_scores = torch.tensor([answer.environment_reward or 0.0 for answer in answers])
-        turns = torch.tensor([answer.turns for answer in answers])
-        proxy = reward(prompts, responses, external={ENVIRONMENT: EnvironmentReward(gold_scores, turns)})
+        external[ENVIRONMENT] = EnvironmentReward(gold_scores, torch.tensor([answer.turns for answer in answers]))
     else:
-        proxy = reward(prompts, responses)
         gold_scores = torch.as_tensor(gold_reward(prompts, responses))
+    proxy = RewardBatch(torch.full((len(answers),), math.nan), {})
+    if reward is not None:
+        proxy = reward(prompts, responses, external=external)
     if not torch.isfinite(gold_scores).all():
         raise TrainingError("the gold judge gives a score that is not finite: retrain it with a lower learning_rate")
     sentiment = vader_scores(prompts, responses) if vader else [None] * len(answers)
     return [
         ScoredResponse(
             id=f"{answer.policy}/{answer.prompt.id}/{answer.draw}",
-            policy=answer.policy,
-            prompt_id=answer.prompt.id,
-            draw=answer.draw,
-            prompt=answer.prompt.prompt,
-            response=answer.response,
-            tokens=answer.tokens,
-            ended=answer.ended,
-            kl=answer.kl,
-            kl_k3=answer.kl_k3,
+            policy=answer.policy, prompt_id=answer.prompt.id, draw=answer.draw, prompt=answer.prompt.prompt,
+            response=answer.response, tokens=answer.tokens, ended=answer.ended, kl=answer.kl, kl_k3=answer.kl_k3,
             proxy=proxy.total[row].item() * answer.turn_discount,
             rewards={name: values[row].item() for name, values in proxy.components.items()},
-            gold=gold_scores[row].item(),
-            vader=sentiment[row],
+            gold=gold_scores[row].item(), vader=sentiment[row], conversation=answer.conversation,
             correct=answer_accuracy(answer, answer_pattern) if accuracy else None,
             metrics={name: values[row].item() for name, values in proxy.metrics.items()},
-            conversation=answer.conversation,
         )
         for row, answer in enumerate(answers)
-    ]
+    ]  # fmt: skip
 
 
 def answer_accuracy(answer: SampledResponse, pattern: str | None) -> dict[str, bool] | None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import hashlib
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from uuid import NAMESPACE_URL, uuid5
@@ -23,15 +23,14 @@ from tasks.config.evaluation import JudgeParams
 from tasks.config.params import parse_override
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import format_validation_error
-from tasks.evals.llm_judge import EndpointJudge, JudgeCache, LocalJudge
-from tasks.evals.pairwise import Choice, PairJudge, Reply, format_question, parse_verdict
+from tasks.evals.llm_judge import load_judge
+from tasks.evals.pairwise import Choice, Cost, PairJudge, Reply, format_question, parse_verdict
 from tasks.labelling.formats import read_text
 from tasks.labelling.labels import MAX_NAME_LENGTH, MODEL_PREFIX, Label, Question
 from tasks.labelling.store import LabelStore
 
 __all__ = [
-    "AutoLabelResult", "Budget", "Constitution", "Cost", "CountingCache", "auto_label", "combine_orders",
-    "load_counting_judge", "parse_judge",
+    "AutoLabelResult", "Budget", "Constitution", "auto_label", "combine_orders", "load_labeller", "parse_judge",
 ]  # fmt: skip
 
 CONTRADICTION = "the answer changes with the order of the two responses"
@@ -75,47 +74,6 @@ class Constitution:
         return cls(text, hashlib.sha256(text.encode()).hexdigest()[:12])
 
 
-@dataclass
-class Cost:
-    """New requests, and their tokens by the server's own count; cached answers cost nothing."""
-
-    requests: int = 0
-    tokens: int = 0
-
-    def add(self, reply: Reply) -> None:
-        """Count one request."""
-        self.requests += 1
-        self.tokens += reply.tokens
-
-
-class CountingJudge:
-    """A judge in this process whose every answer counts as a request; its id holds the digest of its weights."""
-
-    def __init__(self, judge: PairJudge, cost: Cost, digest: str) -> None:
-        self.judge_id = {**judge.judge_id, "digest": digest}
-        self._judge, self._cost = judge, cost
-
-    def judge(self, questions: Sequence[str]) -> list[Reply]:
-        """Ask the judge, and count the cost."""
-        replies = self._judge.judge(questions)
-        for reply in replies:
-            self._cost.add(reply)
-        return replies
-
-
-class CountingCache(JudgeCache):
-    """A judge's cache that counts what this run added to it."""
-
-    def __init__(self, path: Path) -> None:
-        super().__init__(path)
-        self.cost = Cost()
-
-    def add(self, key: str, judge_id: Mapping[str, str], reply: Reply) -> None:
-        """Add the reply, and count its cost."""
-        super().add(key, judge_id, reply)
-        self.cost.add(reply)
-
-
 @dataclass(frozen=True)
 class Budget:
     """Limits at which a run stops before its next pair; `per_minute` spreads requests out."""
@@ -149,20 +107,15 @@ def combine_orders(one: Choice, other: Choice) -> tuple[str, str | None]:
     return (first, None) if first == second else ("skip", CONTRADICTION)
 
 
-def load_counting_judge(params: JudgeParams, cache: CountingCache, artifacts: Path) -> PairJudge:
-    """Load a judge whose requests the cache counts; the local one is the base model among the artifacts.
-
-    Raises:
-        ModelError: the base model's folder is incomplete.
-    """
-    if params.kind == "local":
-        base_model = artifacts / "base_model"
-        return CountingJudge(LocalJudge(base_model, batch_size=1), cache.cost, _digest(base_model / "model"))
-    return EndpointJudge(params, cache)
+def load_labeller(params: JudgeParams, artifacts: Path) -> tuple[PairJudge, str | None]:
+    """Load the judge, and of the base model among the artifacts the digest of its weights."""
+    base_model = artifacts / "base_model"
+    judge = load_judge(params, base_model, batch_size=1)
+    return judge, _digest(base_model / "model") if params.kind == "local" else None
 
 
 def auto_label(
-    store: LabelStore, judge: PairJudge, constitution: Constitution, *, cost: Cost, budget: Budget
+    store: LabelStore, judge: PairJudge, constitution: Constitution, *, budget: Budget, weights: str | None = None
 ) -> AutoLabelResult:
     """Label every question that this model has not labelled by this constitution; each label is stored before the next.
 
@@ -171,24 +124,22 @@ def auto_label(
     are in the database, answers in the judge's cache.
 
     Args:
-        cost: what the judge or its cache counts, see `load_counting_judge`.
+        weights: see `load_labeller`.
 
     Raises:
         ConfigError: the model's name is too long for a labeller.
-        SourceError: the server is not there, or refuses; what was labelled is kept.
     """
     labeller = MODEL_PREFIX + judge.judge_id["model"]
     if len(labeller) > MAX_NAME_LENGTH:
         most = f"longer than a labeller's name may be ({MAX_NAME_LENGTH})"
         raise ConfigError(f"{labeller!r} is {most}: serve it under another")
-    digest = judge.judge_id.get("digest")
-    source = f"constitution {constitution.digest}" + (f", weights {digest}" if digest else "")
+    source = f"constitution {constitution.digest}" + (f", weights {weights}" if weights else "")
     own = [label for label in store.recorded_labels(labeller) if (label.comment or "").split(";")[0] == source]
     labelled = {label.question_id for label in own}
     waiting = [item for item in store.questions() if item.id not in labelled]
-    ask, result = _rate_limited(judge, budget.per_minute, cost), AutoLabelResult()
+    ask, result = _rate_limited(judge, budget.per_minute), AutoLabelResult()
     for number, item in enumerate(waiting):
-        if budget.spent(cost):
+        if budget.spent(judge.cost):
             result.left = len(waiting) - number
             break
         choice, reason = _judge_both_orders(item, ask, constitution, result)
@@ -224,16 +175,16 @@ def _judge_both_orders(
     return choice, reason
 
 
-def _rate_limited(judge: PairJudge, per_minute: float | None, cost: Cost) -> Callable[[str], Reply]:
+def _rate_limited(judge: PairJudge, per_minute: float | None) -> Callable[[str], Reply]:
     """Return a function that asks one question when the last request is old enough; cached answers do not wait."""
     free = time.monotonic()
 
     def ask(text: str) -> Reply:
         nonlocal free
         time.sleep(max(0.0, free - time.monotonic()))
-        start, before = time.monotonic(), cost.requests
+        start, before = time.monotonic(), judge.cost.requests
         (reply,) = judge.judge([text])
-        if per_minute and cost.requests > before:
+        if per_minute and judge.cost.requests > before:
             free = start + 60 / per_minute
         return reply
 

@@ -24,7 +24,7 @@ from starlette.staticfiles import StaticFiles
 
 from tasks.core.errors import DataError, SourceError
 from tasks.labelling import auth
-from tasks.labelling.access import HostCheck, SignInLimits
+from tasks.labelling.auth import HostCheck, SignInLimits
 from tasks.labelling.guidelines import Guidelines
 from tasks.labelling.labels import MAX_COMMENT_LENGTH, MAX_NAME_LENGTH, Label, flip, pseudonym, show_swapped, text_error
 from tasks.labelling.store import ConflictError, LabelStore
@@ -85,7 +85,7 @@ def create_app(
 
     Args:
         secret: signs session cookies.
-        hosts: names under which the page is served, besides those that `tasks.labelling.access.HostCheck` knows.
+        hosts: names under which the page is served, besides those that `tasks.labelling.auth.HostCheck` knows.
         guidelines: shown beside each question; the store keeps them.
     """
     if guidelines:
@@ -270,12 +270,7 @@ def _form_route(function: Callable[[Request, Fields], Response]) -> Callable[[Re
 
 
 async def _read_form(request: Request) -> Fields:
-    """Return the fields of a form of ours.
-
-    Raises:
-        HTTPException: it is too large, or no page of this session has made it.
-        DataError: a field holds what no database keeps.
-    """
+    """Return the fields of a form of ours."""
     length = request.headers.get("content-length", "")
     if not (length.isascii() and length.isdigit() and len(length) < 10 and int(length) <= MAX_FORM_BYTES):
         raise HTTPException(413, f"This form is too large: {MAX_FORM_BYTES} bytes at most.")
@@ -311,11 +306,7 @@ def _label_text(label: Label) -> str:
 
 
 def _read_label(fields: Fields, labeller: str) -> Label:
-    """Return the label in the form, in the order shown; the store refuses values that the page does not offer.
-
-    Raises:
-        DataError: no button was pressed, or a rating is no number.
-    """
+    """Return the label in the form, in the order shown; the store refuses values that the page does not offer."""
     button = next((button for button in BUTTONS if button.value == fields.get("answer")), None)
     if button is None:
         raise DataError(f"answer: got {fields.get('answer', '')!r}; go back and choose one of the buttons")

@@ -38,6 +38,9 @@ BUSY_SECONDS = 30
 MIGRATION_LOCK = 0x524C4846
 """Of PostgreSQL's advisory locks: two programs that open a new database at once migrate it one after the other."""
 
+BEFORE_RELEASE = {"0001"}
+"""Revisions of which no release was made, and from which nothing migrates."""
+
 FIRST_TABLES = {"questions", "labellers", "events"}
 """Those that every version has."""
 
@@ -110,6 +113,22 @@ events = Table(
     sa.CheckConstraint("(kind = 'label') = (choice is not null)"),
 )
 """The fields of `labels.Label`, or their undoing; `previous_event` makes a second vote on the same state impossible."""
+
+TRIGGERS = (
+    ("sqlite", "CREATE TRIGGER events_no_update BEFORE UPDATE ON events "
+               "BEGIN SELECT RAISE(ABORT, 'events are only ever added'); END"),
+    ("sqlite", "CREATE TRIGGER events_no_delete BEFORE DELETE ON events "
+               "BEGIN SELECT RAISE(ABORT, 'events are only ever added'); END"),
+    ("postgresql", "CREATE FUNCTION events_only_added() RETURNS trigger LANGUAGE plpgsql AS "
+                   "$$ BEGIN RAISE EXCEPTION 'events are only ever added'; END $$"),
+    ("postgresql", "CREATE TRIGGER events_only_added BEFORE UPDATE OR DELETE OR TRUNCATE ON events "
+                   "FOR EACH STATEMENT EXECUTE FUNCTION events_only_added()"),
+)  # fmt: skip
+"""By which the database itself refuses to change or delete an event."""
+
+for _dialect, _statement in TRIGGERS:
+    _ddl = sa.DDL(_statement)  # type: ignore[no-untyped-call]
+    sa.event.listen(events, "after_create", _ddl.execute_if(dialect=_dialect))
 
 EVENT, QUESTION = events.c, questions.c
 
@@ -244,28 +263,35 @@ def migrations() -> ScriptDirectory:
     return ScriptDirectory(folder, version_locations=[folder])
 
 
-def migrate(connection: Connection, revision: str = "head") -> None:
-    """Bring the tables to a revision, within the transaction of this connection.
+def migrate(connection: Connection) -> None:
+    """Create the tables or bring them to the newest revision, within the transaction of this connection.
 
     Raises:
-        DataError: the database was written by a newer version of this code.
+        DataError: the database was written by a newer version of this code, or before the first release.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
     scripts = migrations()
     known = {script.revision for script in scripts.walk_revisions()}
-    unknown = set(MigrationContext.configure(connection).get_current_heads()) - known
-    if unknown:
-        raise DataError(
-            f"the labelling database {redact_url(connection.engine.url)} is at revision {', '.join(sorted(unknown))}, "
-            "which this code does not know: a newer version wrote it. Update the project, or name another with "
-            "--database"
-        )
+    context = MigrationContext.configure(connection)
+    found = set(context.get_current_heads())
+    if unknown := found - known:
+        advice = "which this code does not know: a newer version wrote it. Update the project, or name another with "
+        advice += "--database"
+        if unknown == BEFORE_RELEASE:
+            advice = "from before the first release: `rlhf label export --format argilla --names` with the code that "
+            advice += "wrote it, move it away, and `rlhf label import` that file"
+        address = redact_url(connection.engine.url)
+        raise DataError(f"the labelling database {address} is at revision {', '.join(sorted(unknown))}, {advice}")
+    if not found:
+        metadata.create_all(connection, checkfirst=False)
+        context.stamp(scripts, "head")
+        return
 
     def upgrade(current: Any, _: MigrationContext) -> Any:
-        return scripts._upgrade_revs(revision, current)
+        return scripts._upgrade_revs("head", current)
 
-    with EnvironmentContext(Config(), scripts, fn=upgrade, destination_rev=revision) as environment:
+    with EnvironmentContext(Config(), scripts, fn=upgrade, destination_rev="head") as environment:
         environment.configure(connection=connection, target_metadata=metadata, render_as_batch=True)
         environment.run_migrations()
 

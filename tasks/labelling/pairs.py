@@ -72,10 +72,6 @@ def select_pairs(
 
     Args:
         warn: called with the number of responses that no database keeps, and why; they are left out.
-
-    Raises:
-        ConfigError: a policy is not there, or there are not several reward models to disagree.
-        DataError: there are fewer pairs, or one policy to rank.
     """
     scores = load_ensemble_scores(artifacts) if by == "disagreement" else None
     policies = check_policies(policies, artifacts)

@@ -129,9 +129,6 @@ def dawid_skene(labels: Sequence[Label], known: Mapping[str, str]) -> DawidSkene
 
     Args:
         known: question → right choice, where it is known.
-
-    Raises:
-        ConfigError: the package crowd-kit is missing.
     """
     rows = sorted((label.question_id, label.labeller, label.choice) for label in labels if label.choice != "skip")
     items = _posterior(rows, known) if rows else {}
@@ -212,11 +209,7 @@ class LabelSummary:
 
 
 def label_summary(questions: Sequence[Question], labels: Sequence[Label]) -> LabelSummary:
-    """Compute the summary; agreement and order bias are those of people.
-
-    Raises:
-        ConfigError: a package of the extra `label` is missing.
-    """
+    """Compute the summary; agreement and order bias are those of people."""
     people = [label for label in labels if not is_model(label.labeller)]
     wanted = {item.id: item.labels_wanted for item in questions if item.gold is None}
     compared = [label for label in labels if label.question_id in wanted]

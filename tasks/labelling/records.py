@@ -314,13 +314,8 @@ def _parse_question(texts: dict[str, Any], metadata: dict[str, Any], *keys: str)
         raise ValueError(f"labels_wanted: {wanted} should be from 0 to {MAX_LABELS_WANTED}")
     return Question(
         id=metadata.get("question_id") or question_id(prompt, response_a, response_b),
-        prompt=prompt,
-        response_a=response_a,
-        response_b=response_b,
-        policy_a=_get(metadata, "policy_a", str, "unknown"),
-        policy_b=_get(metadata, "policy_b", str, "unknown"),
-        reason=_get(metadata, "reason", str, "imported"),
-        gold=gold,
+        prompt=prompt, response_a=response_a, response_b=response_b, gold=gold,
+        policy_a=_get(metadata, "policy_a", str, "unknown"), policy_b=_get(metadata, "policy_b", str, "unknown"),
+        reason=_get(metadata, "reason", str, "imported"), labels_wanted=1 if wanted is None else wanted,
         priority=_optional_float(metadata.get("priority"), "priority") or 0.0,
-        labels_wanted=1 if wanted is None else wanted,
-    )
+    )  # fmt: skip

@@ -91,11 +91,7 @@ class LabelStore:
     """The labelling database; safe to use from several threads at once."""
 
     def __init__(self, url: str, *, lease_seconds: float = LEASE_SECONDS) -> None:
-        """Open it, and bring its tables and its copy up to date.
-
-        Raises:
-            RLHFError: see `tasks.labelling.database.connect` and `tasks.labelling.backup.LabelCopy`.
-        """
+        """Open it, and bring its tables and its copy up to date."""
         file = db.database_file(url)
         self.address = db.redact_url(url)
         self._copy = LabelCopy(file) if file else None
@@ -143,11 +139,7 @@ class LabelStore:
         return self._names(db.labellers.c.password_hash.is_not(None))
 
     def add_questions(self, questions: Sequence[Question]) -> ImportResult:
-        """Add the questions whose id is new, all or none.
-
-        Raises:
-            DataError: a question cannot be kept, or its id belongs to other texts; nothing was added.
-        """
+        """Add the questions whose id is new, all or none."""
         return self.import_records([(question, ()) for question in questions])
 
     def import_records(self, records: Sequence[tuple[Question, Sequence[Label]]]) -> ImportResult:
@@ -293,11 +285,7 @@ def _label_event(label: Label, token: str | None) -> Event:
 
 
 def _save(connection: Connection, event: Event, previous_event: int | None) -> SaveResult:
-    """Add the event unless it is there; without a previous event it follows the last one.
-
-    Raises:
-        ConflictError: another click was faster.
-    """
+    """Add the event unless it is there; without a previous event it follows the last one."""
     question_id, labeller = event["question_id"], event["labeller"]
     if not _exists(connection, db.QUESTION.id == question_id):
         raise DataError(f"no question {question_id!r} is in the database")
@@ -363,11 +351,7 @@ def _import_label(connection: Connection, label: Label) -> bool:
 
 
 def _conflicts(question: Question, known: Question) -> bool:
-    """Return whether a known question has another gold choice, or wants another number of labels.
-
-    Raises:
-        DataError: the known question has other texts.
-    """
+    """Return whether a known question has another gold choice, or wants another number of labels."""
     sides, known_sides = ((item.response_a, item.response_b) for item in (question, known))
     if question.prompt != known.prompt or sorted(sides) != sorted(known_sides):
         raise DataError(f"question {question.id!r} is in the database with other texts; give the new one its own id")

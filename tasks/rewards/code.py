@@ -70,11 +70,7 @@ class CodeReward:
         ])  # fmt: skip
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 or 0 for each response [B], and indicators [B]: of each way to fail, and of weak tests.
-
-        Raises:
-            DataError: a prompt has no tests.
-        """
+        """1 or 0 for each response [B], and indicators [B]: of each way to fail, and of weak tests."""
         results = self.results(prompts, responses)
         columns = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
         passed = columns.pop(Status.PASSED)

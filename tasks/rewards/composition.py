@@ -176,12 +176,7 @@ class CompositeReward:
 
 
 def load_reward(params: RewardParams, prompts: Sequence[Prompt], artifacts: Artifacts) -> CompositeReward:
-    """Load the reward that the `reward` section describes; the reward model only if it has a weight.
-
-    Raises:
-        ConfigError: a rule's package is not installed, or a user's module cannot be imported.
-        ModelError: the reward model is needed and its folder is incomplete.
-    """
+    """Load the reward that the `reward` section describes; the reward model only if it has a weight."""
     learned = None
     if LEARNED in params.weights:
         folders = artifacts.base_model, artifacts.sft, artifacts.reward_model

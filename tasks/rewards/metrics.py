@@ -12,19 +12,10 @@ from torch import Tensor
 from tasks.core.errors import TrainingError
 
 __all__ = [
-    "CLEAR_MARGIN",
-    "MARGIN_BUCKETS",
-    "accuracy_by_margin",
-    "calibration_table",
-    "check_above_chance",
-    "classification_metrics",
-    "correlation",
-    "fraction_true",
-    "margin_bucket",
-    "pair_metrics",
-    "rank_correlation",
+    "CLEAR_MARGIN", "MARGIN_BUCKETS", "accuracy_by_margin", "calibration_table", "check_above_chance",
+    "classification_metrics", "correlation", "fraction_true", "margin_bucket", "pair_metrics", "rank_correlation",
     "rating_metrics",
-]
+]  # fmt: skip
 
 logger = logging.getLogger(__name__)
 

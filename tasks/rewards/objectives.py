@@ -1,4 +1,4 @@
-"""Kinds of reward models: the trainer and the held-out metrics of each."""
+"""Kinds of reward models: the held-out metrics of each."""
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -6,7 +6,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import Trainer
 
 from tasks.core.rows import write_table
 from tasks.rewards.metrics import (
@@ -20,7 +19,7 @@ from tasks.rewards.metrics import (
     rating_metrics,
 )
 from tasks.rewards.reward_model import EnsembleMember
-from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
+from tasks.rewards.training import TrainingData
 
 __all__ = ["OBJECTIVES", "Objective", "check_accuracy", "ensemble_metrics", "evaluate_reward_model"]
 
@@ -31,7 +30,6 @@ Evaluation = tuple[dict[str, float], list[dict[str, Any]]]
 class Objective(NamedTuple):
     """One kind of reward model."""
 
-    trainer: Callable[..., Trainer]
     metrics: Callable[[TrainingData, Tensor], Evaluation]  # of the values [N, K] of `data.samples("test")`
     headline: str  # the metric that compares an ensemble with its members
 
@@ -63,13 +61,13 @@ def _rated(data: TrainingData, values: Tensor) -> tuple[Tensor, Tensor]:
     return values[: len(targets), 0], targets
 
 
-_PREFERENCES = Objective(pair_trainer, _evaluate_preferences, "accuracy")
+_PREFERENCES = Objective(_evaluate_preferences, "accuracy")
 
 OBJECTIVES: Mapping[str, Objective] = {
     "preference": _PREFERENCES,
     "multi_objective": _PREFERENCES,
-    "rating": Objective(regression_trainer, _evaluate_ratings, "heldout_correlation"),
-    "classification": Objective(classification_trainer, _evaluate_classes, "heldout_auc"),
+    "rating": Objective(_evaluate_ratings, "heldout_correlation"),
+    "classification": Objective(_evaluate_classes, "heldout_auc"),
 }
 """`reward_model.kind` → objective."""
 
@@ -86,11 +84,7 @@ def evaluate_reward_model(
 
 
 def check_accuracy(data: TrainingData, scores: Tensor, min_accuracy: float) -> None:
-    """Check scores [N, K] of `data.samples("test")` against chance; rated texts are compared two by two.
-
-    Raises:
-        TrainingError: they are no better than chance: see `check_above_chance`.
-    """
+    """Check scores [N, K] of `data.samples("test")` against chance; rated texts are compared two by two."""
     if not data.targets:
         check_above_chance(_score_differences(data, scores), min_accuracy)
         return

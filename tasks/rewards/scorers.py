@@ -28,14 +28,9 @@ if TYPE_CHECKING:
     from tasks.config.training import BaseModelParams, PretrainedRewardParams
 
 __all__ = [
-    "BACKBONE",
-    "PRETRAINED_DIR",
-    "PromptResponse",
-    "TextScorer",
-    "fetch_backbone",
-    "fetch_pretrained_scorer",
+    "BACKBONE", "PRETRAINED_DIR", "PromptResponse", "TextScorer", "fetch_backbone", "fetch_pretrained_scorer",
     "load_pretrained_scorer",
-]
+]  # fmt: skip
 
 BACKBONE = f"{ADAPTER_DIR}/backbone"
 PRETRAINED_DIR = f"{ADAPTER_DIR}/scorer"

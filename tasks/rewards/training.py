@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
     TrainingParams: TypeAlias = RewardModelParams | GoldJudgeParams
 
-__all__ = ["TrainingData", "classification_trainer", "load_training_data", "pair_trainer", "regression_trainer"]
+__all__ = ["TrainingData", "load_training_data", "make_trainer"]
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,7 @@ class TrainingData:
     pairs: Mapping[str, Sequence[Preference]] = field(default_factory=dict)
     texts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     targets: Mapping[str, Sequence[float]] = field(default_factory=dict)
+    binary: bool = False  # whether the targets are two classes
     weights: Mapping[str, float] = field(default_factory=lambda: {"": 1.0})  # of each head; one alone has the name ""
     margin_scale: float | None = None  # log-odds per point of a pair's margin; None: margins do not count
     rater_ceiling: Mapping[str, float] = field(default_factory=dict)  # bucket → agreement of one rater with the others
@@ -128,7 +129,7 @@ def load_training_data(params: RewardModelParams, prepare: Path, preferences: Pa
                 f"{folder / 'train.jsonl'} are of one class; choose a rating between theirs"
             )
     test = read_rows(heldout, Preference) if heldout.is_file() and heldout.stat().st_size else []
-    return TrainingData({"test": test}, texts, targets, rater_ceiling=ceiling)
+    return TrainingData({"test": test}, texts, targets, params.threshold is not None, rater_ceiling=ceiling)
 
 
 def _read_ratings(folder: Path, kind: str) -> dict[str, list[Rating]]:
@@ -160,7 +161,7 @@ def _read_rater_ceiling(path: Path) -> dict[str, float]:
         return {row["bucket"]: float(row["agreement"]) for row in csv.DictReader(file) if row["agreement"]}
 
 
-def pair_trainer(
+def make_trainer(
     params: TrainingParams,
     model: PeftModel,
     tokenizer: Any,
@@ -168,40 +169,50 @@ def pair_trainer(
     *,
     seed: int,
     callbacks: list[TrainerCallback],
-) -> RewardTrainer:
-    """Bradley–Terry: P(chosen ≻ rejected) = σ(r(chosen) − r(rejected)).
+) -> Trainer:
+    """Trainer on pairs, by Bradley–Terry: P(chosen ≻ rejected) = σ(r(chosen) − r(rejected)); or on targets of texts.
 
     A pair's margin, times `data.margin_scale`, is taken off the difference. Where there are several objectives, a pair
-    trains the head of its own.
+    trains the head of its own. To targets one head is fitted by squared error, or its log-odds to binary ones by
+    cross-entropy.
     """
-    trainer_class, collator = RewardTrainer, None
+    trainer_class: type[Trainer] = Trainer
+    stopping, stoppers = early_stopping(_patience(params))
+    # batches of similar length pad less
+    arguments = trainer_arguments(params, seed=seed) | {"train_sampling_strategy": "group_by_length"} | stopping
+    options: dict[str, Any] = {}
+    if data.texts:
+        # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
+        model.config.problem_type = "multi_label_classification" if data.binary else "regression"
+        arguments["average_tokens_across_devices"] = False  # the loss is a mean over texts; it would grow by the ranks
+        options["data_collator"] = DataCollatorWithPadding(tokenizer)
+    else:
+        trainer_class, options["processing_class"] = RewardTrainer, tokenizer
+        arguments |= {"max_length": None, "remove_unused_columns": False}  # the rows fit; TRL would drop `length`
     if data.objectives:
         # TRL refuses a model with several labels; the configuration shows one, and the layer keeps all.
-        model.config.num_labels = 1
-        collator = partial(_collate_with_heads, DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id))
-        trainer_class = ObjectivesTrainer
-    datasets = {
-        split: Dataset.from_list([_pair_columns(*row, data) for row in zip(data.pairs[split], rows, strict=True)])
-        for split, rows in data.encoded.items()
-    }
-    stopping, stoppers = early_stopping(_patience(params))
+        trainer_class, model.config.num_labels = ObjectivesTrainer, 1
+        collate = DataCollatorForPreference(pad_token_id=tokenizer.pad_token_id)
+        options["data_collator"] = partial(_collate_with_heads, collate)
+    datasets = {split: Dataset.from_list(_columns(data, split)) for split in data.encoded}
+    config: type[TrainingArguments] = TrainingArguments if data.texts else RewardConfig
     return trainer_class(
         model=model,
-        args=trainer_config(
-            RewardConfig,
-            params,
-            _section(params),
-            **_common_arguments(params, seed),
-            **stopping,
-            max_length=None,  # the rows fit
-            remove_unused_columns=False,  # TRL would drop the column `length`
-        ),
-        data_collator=collator,
+        args=trainer_config(config, params, _section(params), **arguments),
         train_dataset=datasets["train"],
         eval_dataset=datasets.get("validation"),
-        processing_class=tokenizer,
         callbacks=[*callbacks, *stoppers],
+        **options,
     )
+
+
+def _columns(data: TrainingData, split: str) -> list[dict[str, Any]]:
+    if not data.texts:
+        return [_pair_columns(*row, data) for row in zip(data.pairs[split], data.encoded[split], strict=True)]
+    return [
+        {"input_ids": row.prompt + row.responses[0], "labels": [target] if data.binary else target}
+        for row, target in zip(data.encoded[split], data.targets[split], strict=True)
+    ]
 
 
 def _pair_columns(row: Preference, encoded: EncodedRow, data: TrainingData) -> dict[str, Any]:
@@ -233,54 +244,6 @@ class ObjectivesTrainer(RewardTrainer):
             return outputs
 
         return super().compute_loss(select_head, inputs, *args, **kwargs)
-
-
-def regression_trainer(
-    params: TrainingParams,
-    model: PeftModel,
-    tokenizer: Any,
-    data: TrainingData,
-    *,
-    seed: int,
-    callbacks: list[TrainerCallback],
-    binary: bool = False,
-) -> Trainer:
-    """Fit one head to the targets of the texts by squared error, or its log-odds to binary ones by cross-entropy."""
-    # A loss with a sigmoid for each output is what transformers calls by this name; here there is one output.
-    model.config.problem_type = "multi_label_classification" if binary else "regression"
-    datasets = {
-        split: Dataset.from_list(
-            [
-                {"input_ids": row.prompt + row.responses[0], "labels": [target] if binary else target}
-                for row, target in zip(rows, data.targets[split], strict=True)
-            ]
-        )
-        for split, rows in data.encoded.items()
-    }
-    stopping, stoppers = early_stopping(_patience(params))
-    return Trainer(
-        model=model,
-        args=trainer_config(
-            TrainingArguments,
-            params,
-            _section(params),
-            **_common_arguments(params, seed),
-            **stopping,
-            average_tokens_across_devices=False,  # the loss is a mean over texts; this would multiply it by the ranks
-        ),
-        train_dataset=datasets["train"],
-        eval_dataset=datasets.get("validation"),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        callbacks=[*callbacks, *stoppers],
-    )
-
-
-classification_trainer = partial(regression_trainer, binary=True)
-
-
-def _common_arguments(params: TrainingParams, seed: int) -> dict[str, Any]:
-    # batches of similar length pad less
-    return trainer_arguments(params, seed=seed) | {"train_sampling_strategy": "group_by_length"}
 
 
 def _patience(params: TrainingParams) -> int | None:

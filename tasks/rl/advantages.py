@@ -9,20 +9,10 @@ from torch import Tensor
 from tasks.rl.masking import check_left_aligned, masked_sum, through_last_true, zero_masked
 
 __all__ = [
-    "action_mask",
-    "action_values",
-    "apply_missing_eos_penalty",
-    "discount_by_turns",
-    "gae",
-    "group_advantages",
-    "groups_without_signal",
-    "leave_one_out",
-    "overlong_ramp",
-    "to_actions",
-    "token_rewards",
-    "top_entropy_tokens",
+    "action_mask", "action_values", "apply_missing_eos_penalty", "discount_by_turns", "gae", "group_advantages",
+    "groups_without_signal", "leave_one_out", "overlong_ramp", "to_actions", "token_rewards", "top_entropy_tokens",
     "turn_counts",
-]
+]  # fmt: skip
 
 Action = Literal["token", "turn", "response"]
 Scale = Literal["group", "batch", "none"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, is_dataclass, replace
 from functools import cached_property
-from typing import TYPE_CHECKING, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
+import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from tasks.rewards.composition import RewardBatch
 from tasks.rl.advantages import to_actions, top_entropy_tokens
@@ -21,7 +24,7 @@ if TYPE_CHECKING:
     from tasks.config.rl import RLParams, RolloutParams
     from tasks.rl.advantages import Action
 
-__all__ = ["Algorithm", "Experience", "Metrics", "ScoredRollout", "regularised_loss"]
+__all__ = ["Algorithm", "Experience", "Metrics", "ScoredRollout", "regularised_loss", "replace_groups"]
 
 Metrics = dict[str, float]
 
@@ -66,6 +69,41 @@ class ScoredRollout:
         if self.entropies is None:
             return advantages
         return zero_masked(advantages, top_entropy_tokens(self.entropies, mask, params.top_entropy_share))
+
+
+def replace_groups(scored: ScoredRollout, extra: ScoredRollout, group: int, places: Mapping[int, int]) -> ScoredRollout:
+    """The scored rollout with the responses to some prompts replaced (DAPO, arXiv 2503.14476, section 3.2).
+
+    Args:
+        group: responses to each prompt.
+        places: position of a prompt → position of the prompt of `extra` that takes its place.
+    """
+    count = len(scored.scores)
+    rows = torch.arange(count)
+    for place, position in places.items():
+        rows[place * group : (place + 1) * group] = torch.arange(group) + count + position * group
+    merged: ScoredRollout = _merge(scored, extra, rows, scored.rollout.pad_token_id)
+    return merged
+
+
+def _merge(one: Any, other: Any, rows: Tensor, pad_id: int, name: str = "") -> Any:
+    """These rows of one followed by the other: of tensors and lists, wherever they are in dicts and dataclasses."""
+    if isinstance(one, Tensor):
+        if one.dim() == 1:
+            return torch.cat([one, other])[rows.to(one.device)]
+        side = "left" if name in ("prompts", "prompt_mask") else "right"
+        pad = pad_id if name in ("prompts", "responses") else 0
+        widened = pad_sequence([*one, *other], batch_first=True, padding_value=pad, padding_side=side)
+        return widened[rows.to(one.device)]
+    if isinstance(one, list):
+        return [(one + other)[row] for row in rows.tolist()]
+    if isinstance(one, dict):
+        return {key: _merge(value, other[key], rows, pad_id) for key, value in one.items()}
+    if is_dataclass(one) and not isinstance(one, type):
+        names = [field.name for field in fields(one)]
+        merged = {name: _merge(getattr(one, name), getattr(other, name), rows, pad_id, name) for name in names}
+        return replace(one, **merged)
+    return one
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,7 @@ from tasks.models.checkpoints import (
     list_checkpoints,
     mark_complete,
     refuse_hostile,
-)  # fmt: skip
+)
 from tasks.models.loading import save_adapter
 from tasks.rl.algorithm import Metrics
 from tasks.rl.policy import Policy

@@ -72,15 +72,9 @@ class GRPO:
         if params.importance_level == "sequence":
             logprobs, old_logprobs = response_means(logprobs, mask), response_means(old_logprobs, mask)
         return policy_loss(
-            logprobs,
-            old_logprobs,
-            batch.advantages,
-            mask,
-            clip_range=params.clip_range,
-            clip_range_high=params.clip_range_high,
-            dual_clip=params.dual_clip,
-            weights=weights,
-        )
+            logprobs, old_logprobs, batch.advantages, mask, clip_range=params.clip_range,
+            clip_range_high=params.clip_range_high, dual_clip=params.dual_clip, weights=weights,
+        )  # fmt: skip
 
     def learning_rate(self, update: int, step: int) -> float:
         """Linear decay over optimiser steps, as by transformers' trainers."""

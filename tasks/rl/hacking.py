@@ -12,14 +12,9 @@ from tasks.core.errors import TrainingError
 from tasks.core.text_stats import distinct_n, repetition_rate
 
 __all__ = [
-    "DETECTORS",
-    "DegenerateResponseMonitor",
-    "check_finite",
-    "detectors_fired",
-    "format_samples",
-    "response_metrics",
+    "DETECTORS", "DegenerateResponseMonitor", "check_finite", "detectors_fired", "format_samples", "response_metrics",
     "run_detectors",
-]
+]  # fmt: skip
 
 SHOWN_ROWS, SHOWN_CHARACTERS = 3, 200
 
@@ -196,67 +191,23 @@ def _kl_jump(rows: Rows, _weights: Mapping[str, float]) -> float | None:
 
 
 DETECTORS = (
-    Detector(
-        "length_drift",
-        _sustained(_against_first("length", _ratio_change)),
-        threshold=2.0,
-        calibration_max=1.83,
-        finding="responses are half or twice as long as SFT's; judges and reward models are swayed by length",
-    ),
-    Detector(
-        "repetition",
-        _against_first("repetition", _increase),
-        threshold=0.1,
-        calibration_max=0.01,
-        finding="responses repeat themselves; a repetition weight or a higher ppo.kl_coef stands against it",
-    ),
-    Detector(
-        "ngram_collapse",
-        _against_first("distinct_2", _shrink_ratio),
-        threshold=2.0,
-        calibration_max=1.07,
-        finding="responses to different prompts share their word pairs: the policy says the same to everybody",
-    ),
-    Detector(
-        "entropy_collapse",
-        _against_first("entropy", _shrink_ratio),
-        threshold=2.0,
-        calibration_max=1.37,
-        finding="the policy has become twice as sure of every token; it will hardly try anything else",
-    ),
-    Detector(
-        "reward_variance_collapse",
-        _sustained(_against_first("score_std", _shrink_ratio)),
-        threshold=2.0,
-        calibration_max=1.65,
-        finding="all responses earn nearly the same, so there is little left to learn from but noise",
-    ),
-    Detector(
-        "component_tradeoff",
-        _component_loss,
-        threshold=0.5,
-        calibration_max=0.01,
-        finding="one component of the reward rises at the expense of another: lower its weight",
-    ),
-    Detector(
-        "truncation",
-        _against_first("truncated_share", _increase),
-        threshold=0.25,
-        calibration_max=0.14,
-        finding="more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens",
-    ),
-    Detector(
-        "ood_responses",
-        _against_first("ood_share", _increase),
-        threshold=0.25,
-        calibration_max=0.16,
-        finding="more responses than SFT's are unlike all that people compared: there the reward model only guesses",
-    ),
-    Detector(
-        "kl_spike",
-        _kl_jump,
-        threshold=5.0,
-        calibration_max=3.92,
-        finding="the policy has moved away from SFT in one update as it did before in many; lower the learning rate",
-    ),
-)
+    # name, value, threshold, calibration_max; below them the finding
+    Detector("length_drift", _sustained(_against_first("length", _ratio_change)), 2.0, 1.83,
+             "responses are half or twice as long as SFT's; judges and reward models are swayed by length"),
+    Detector("repetition", _against_first("repetition", _increase), 0.1, 0.01,
+             "responses repeat themselves; a repetition weight or a higher ppo.kl_coef stands against it"),
+    Detector("ngram_collapse", _against_first("distinct_2", _shrink_ratio), 2.0, 1.07,
+             "responses to different prompts share their word pairs: the policy says the same to everybody"),
+    Detector("entropy_collapse", _against_first("entropy", _shrink_ratio), 2.0, 1.37,
+             "the policy has become twice as sure of every token; it will hardly try anything else"),
+    Detector("reward_variance_collapse", _sustained(_against_first("score_std", _shrink_ratio)), 2.0, 1.65,
+             "all responses earn nearly the same, so there is little left to learn from but noise"),
+    Detector("component_tradeoff", _component_loss, 0.5, 0.01,
+             "one component of the reward rises at the expense of another: lower its weight"),
+    Detector("truncation", _against_first("truncated_share", _increase), 0.25, 0.14,
+             "more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens"),
+    Detector("ood_responses", _against_first("ood_share", _increase), 0.25, 0.16,
+             "more responses than SFT's are unlike all that people compared: there the reward model only guesses"),
+    Detector("kl_spike", _kl_jump, 5.0, 3.92,
+             "the policy has moved away from SFT in one update as it did before in many; lower the learning rate"),
+)  # fmt: skip

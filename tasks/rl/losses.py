@@ -17,18 +17,9 @@ from tasks.rl.kl import kl_estimates
 from tasks.rl.masking import masked_sum, zero_masked
 
 __all__ = [
-    "PolicyLoss",
-    "StepLoss",
-    "cispo_loss",
-    "entropy_from_logits",
-    "entropy_sum",
-    "kl_loss",
-    "logprobs_from_logits",
-    "policy_loss",
-    "response_means",
-    "token_weights",
-    "value_loss",
-]
+    "PolicyLoss", "StepLoss", "cispo_loss", "entropy_from_logits", "entropy_sum", "kl_loss", "logprobs_from_logits",
+    "policy_loss", "response_means", "token_weights", "value_loss",
+]  # fmt: skip
 
 LossType = Literal["grpo", "bnpo", "dapo", "dr_grpo", "cispo"]
 

@@ -11,15 +11,9 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "check_left_aligned",
-    "explained_variance",
-    "masked_mean",
-    "masked_sum",
-    "masked_var",
-    "through_last_true",
-    "whiten",
-    "zero_masked",
-]
+    "check_left_aligned", "explained_variance", "masked_mean", "masked_sum", "masked_var", "through_last_true",
+    "whiten", "zero_masked",
+]  # fmt: skip
 
 WHITEN_EPSILON = 1e-8  # openai/lm-human-preferences, utils/core.py::whiten
 

@@ -150,35 +150,25 @@ def with_environment(sampler: Sampler, params: EnvironmentParams | None) -> Samp
 
 
 class _Episode:
-    """State of one conversation: ids after the prompt, the policy mask, log-probabilities and values."""
+    """State of one conversation; `tokens` follow its prompt."""
 
     def __init__(self, environment: Environment, row: Prompt, tokenizer: Any) -> None:
         self._environment, self._tokenizer = environment, tokenizer
         self.prompt = environment.reset(row)
         self.prompt_ids: list[int] = encode_prompt(tokenizer, self.prompt)
-        self.ids: list[int] = []
-        self.policy_mask: list[bool] = []
-        self.logprobs: list[float] = []
-        self.values: list[float] = []
-        self.engine_logprobs: list[float] = []
+        self.tokens: list[tuple[Any, ...]] = []  # id, is_policy, log-probability, value, the engine's log-probability
         self.turns: list[str] = []
         self.transcript, self.reward, self.has_eos, self.done = "", 0.0, True, False
 
     @property
     def context(self) -> list[int]:
-        return self.prompt_ids + self.ids
+        return self.prompt_ids + [token[0] for token in self.tokens]
 
     def add_policy_turn(self, turns: Rollout, row: int) -> None:
         length = int(turns.response_mask[row].sum())
-        self._add(
-            turns.responses[row, :length].tolist(),
-            turns.logprobs[row, :length].tolist(),
-            *(
-                [0.0] * length if column is None else column[row, :length].tolist()
-                for column in (turns.values, turns.engine_logprobs)
-            ),
-            is_policy=True,
-        )
+        columns = (turns.responses, turns.response_mask, turns.logprobs, turns.values, turns.engine_logprobs)
+        cut = ([0.0] * length if column is None else column[row, :length].tolist() for column in columns)
+        self.tokens += zip(*cut, strict=True)
         self.turns.append(turns.texts[row])
         self.has_eos = self.has_eos and bool(turns.has_eos[row])
 
@@ -191,46 +181,31 @@ class _Episode:
             return
         text = user_turn(step.observation)
         self.transcript += self.turns[-1] + text
-        ids = encode_text(self._tokenizer, text)
-        self._add(ids, *([0.0] * len(ids),) * 3, is_policy=False)
-
-    def _add(
-        self,
-        ids: list[int],
-        logprobs: list[float],
-        values: list[float],
-        engine_logprobs: list[float],
-        *,
-        is_policy: bool,
-    ) -> None:
-        self.ids += ids
-        self.policy_mask += [is_policy] * len(ids)
-        self.logprobs += logprobs
-        self.values += values
-        self.engine_logprobs += engine_logprobs
+        self.tokens += [(token, False, 0.0, 0.0, 0.0) for token in encode_text(self._tokenizer, text)]
 
 
 def _to_rollout(episodes: Sequence[_Episode], pad_token_id: int, last_turns: Rollout) -> MultiTurnRollout:
     device = last_turns.responses.device
 
-    def padded(name: str, fill: float = 0) -> Tensor:
-        rows = [torch.tensor(getattr(episode, name)) for episode in episodes]
-        return pad_sequence(rows, batch_first=True, padding_value=fill).to(device)
+    def padded(column: int) -> Tensor:
+        rows = [torch.tensor([token[column] for token in episode.tokens]) for episode in episodes]
+        return pad_sequence(rows, batch_first=True, padding_value=0 if column else pad_token_id).to(device)
 
+    responses, response_mask, logprobs, values, engine_logprobs = map(padded, range(5))
     prompt_ids = [episode.prompt_ids for episode in episodes]
     prompts, prompt_mask = (tensor.to(device) for tensor in pad_ids(prompt_ids, pad_token_id, side="left"))
     return MultiTurnRollout(
         prompts=prompts,
         prompt_mask=prompt_mask,
-        responses=padded("ids", pad_token_id),
-        response_mask=padded("policy_mask"),
-        logprobs=padded("logprobs"),
+        responses=responses,
+        response_mask=response_mask,
+        logprobs=logprobs,
         has_eos=torch.tensor([episode.has_eos for episode in episodes], device=device),
         prompt_texts=[episode.prompt for episode in episodes],
         texts=["\n".join(turn.strip() for turn in episode.turns) for episode in episodes],
         pad_token_id=pad_token_id,
-        values=None if last_turns.values is None else padded("values"),
-        engine_logprobs=None if last_turns.engine_logprobs is None else padded("engine_logprobs"),
+        values=None if last_turns.values is None else values,
+        engine_logprobs=None if last_turns.engine_logprobs is None else engine_logprobs,
         transcripts=[episode.transcript for episode in episodes],
         rewards=torch.tensor([episode.reward for episode in episodes]),
     )

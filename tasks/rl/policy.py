@@ -32,17 +32,31 @@ class Policy(nn.Module):
 
     def forward(self, batch: TokenBatch, *, entropy_gradient: bool = False) -> PolicyOutput:
         """Log-probabilities, values and entropies of the response tokens; the entropies with a gradient on request."""
-        out = self.model(**model_inputs(batch), output_hidden_states=self.value_head is not None)
-        logits = out.logits.float()
-        values = logits.new_zeros(batch.responses.shape)
-        if self.value_head is not None:
-            values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
+        logits, values = self._logits_and_values(batch)
         with torch.set_grad_enabled(entropy_gradient):
             entropy = entropy_from_logits(logits, self.temperature)
         logprobs = logprobs_from_logits(
             logits, batch.responses, self.temperature, inplace_backward=not entropy_gradient
         )
         return PolicyOutput(logprobs, values, entropy)
+
+    def _logits_and_values(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        out = self.model(**model_inputs(batch), output_hidden_states=self.value_head is not None)
+        logits = out.logits.float()
+        values = logits.new_zeros(batch.responses.shape)
+        if self.value_head is not None:
+            values = self.value_head(out.hidden_states[-1][:, batch.prompts.shape[1] - 1 :].float()).squeeze(-1)
+        return logits, values
+
+    def demonstration_logprobs(self, batch: TokenBatch) -> Tensor:
+        """Log-probabilities [B, T] of the response tokens at temperature 1, as in SFT, with a gradient."""
+        return logprobs_from_logits(self._logits_and_values(batch)[0], batch.responses, 1.0)
+
+    @torch.no_grad()
+    def logprobs_and_values(self, batch: TokenBatch) -> tuple[Tensor, Tensor]:
+        """Log-probabilities and values [B, T] of the response tokens, without gradients and entropies."""
+        logits, values = self._logits_and_values(batch)
+        return logprobs_from_logits(logits, batch.responses, self.temperature), values
 
     @torch.no_grad()
     def entropies(self, batch: TokenBatch) -> Tensor:

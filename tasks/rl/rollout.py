@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -27,18 +27,9 @@ if TYPE_CHECKING:
     from tasks.config.training import GenerationParams
 
 __all__ = [
-    "BatchRows",
-    "LocalSampler",
-    "PromptBatch",
-    "Rollout",
-    "Sampler",
-    "TokenBatch",
-    "check_length",
-    "derive_generator",
-    "extend_generator",
-    "load_sampler",
-    "sample_in_batches",
-]
+    "BatchRows", "LocalSampler", "PromptBatch", "Rollout", "Sampler", "TokenBatch", "derive_generator",
+    "extend_generator", "load_sampler", "sample_in_batches",
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -142,7 +133,7 @@ class PromptBatch:
         prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
         tokenizer: Any,
         samples: int,
-        encode: Callable[[Any, str], list[int]] = encode_prompt,
+        encode: Callable[[Any, str], list[int]],
     ) -> Self:
         """Encode prompts, which are rows, texts, or token ids; ConfigError where a text is empty."""
         given = [prompt.prompt if isinstance(prompt, Prompt) else prompt for prompt in prompts]
@@ -179,11 +170,14 @@ class PromptBatch:
         )
 
 
-class Sampler(Protocol):
+class Sampler:
     """Source of responses: a model in this process, or an engine elsewhere that takes and returns token ids."""
 
-    tokenizer: Any
+    def __init__(self, model: Any, tokenizer: Any, generation: GenerationParams) -> None:
+        self.tokenizer, self._model, self._generation = tokenizer, model, generation
+        self._encode: Callable[[Any, str], list[int]] = encode_prompt
 
+    @torch.no_grad()
     def sample(
         self,
         prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
@@ -192,18 +186,33 @@ class Sampler(Protocol):
         samples_per_prompt: int = 1,
         batch_rows: BatchRows | None = None,
     ) -> Rollout:
-        """Sample responses to prompts, which are rows, texts, or token ids.
+        """Sample responses to prompts, which are rows, texts, or token ids; the rollout is on the model's device.
+
+        T is `max_new_tokens`, or less when every response ended earlier.
 
         Args:
             generator: source of all random numbers; on the CPU.
             batch_rows: position of each response in a larger batch; None: these are all responses.
+
+        Raises:
+            ConfigError: a prompt is empty.
+            ModelError: prompt and response may be longer than the model's context.
         """
+        batch = PromptBatch.encode(prompts, self.tokenizer, samples_per_prompt, self._encode)
+        longest, new = max(map(len, batch.token_ids)), self._generation.max_new_tokens
+        reason = f"a prompt of {longest} tokens and generation.max_new_tokens {new}: lower one of them"
+        check_context(context_length(self._model.config), longest + new, reason)
+        return self._generate(batch, batch_rows or BatchRows(range(len(batch.ids)), len(batch.ids)), generator)
+
+    def _generate(self, batch: PromptBatch, rows: BatchRows, generator: torch.Generator) -> Rollout:
+        """Sample the responses at these rows of a larger batch."""
+        raise NotImplementedError
 
     def update_weights(self) -> None:
-        """Sample from the policy as it is now; called before each update's first sample."""
+        """Take up the policy as it is now, where it is a copy; called before each update's first sample."""
 
 
-class LocalSampler:
+class LocalSampler(Sampler):
     """Sampler of softmax(logits / temperature) of a model in this process, with or without adapters."""
 
     def __init__(
@@ -223,62 +232,29 @@ class LocalSampler:
         """
         if chat_template and not tokenizer.chat_template:
             raise ConfigError("the model's tokenizer has no chat template: leave --chat-template out")
-        self.tokenizer, self._chat_template = tokenizer, chat_template
-        self._model, self._generation, self._value_head = model, generation, value_head
+        super().__init__(model, tokenizer, generation)
+        self._value_head, self._encode = value_head, encode_chat if chat_template else encode_prompt
 
-    @torch.no_grad()
-    def sample(
-        self,
-        prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
-        generator: torch.Generator,
-        *,
-        samples_per_prompt: int = 1,
-        batch_rows: BatchRows | None = None,
-    ) -> Rollout:
-        """See `Sampler.sample`; the rollout is on the model's device.
+    def _generate(self, batch: PromptBatch, rows: BatchRows, generator: torch.Generator) -> Rollout:
+        """Sample a token of every row that has not ended, step by step.
 
         One uniform number per row and step is drawn from the generator, for ended rows and those of other parts too, so
-        that a row's sample does not depend on them. T is `max_new_tokens`, or less when every response ended earlier.
-
-        Raises:
-            ConfigError: a prompt is empty.
-            ModelError: prompt and response may be longer than the model's context.
+        that a row's sample does not depend on them.
         """
-        encode = encode_chat if self._chat_template else encode_prompt
-        batch = PromptBatch.encode(prompts, self.tokenizer, samples_per_prompt, encode)
-        check_length(self._model.config, batch, self._generation)
         ids, mask = (tensor.to(next(self._model.parameters()).device) for tensor in (batch.ids, batch.mask))
-        rows = batch_rows or BatchRows(range(len(ids)), len(ids))
-        columns = self._write(ids, mask, samples_per_prompt, generator, rows)
-        return batch.to_rollout(columns, self.tokenizer, has_values=self._value_head is not None)
-
-    def update_weights(self) -> None:
-        """The model is the policy itself."""
-
-    def _write(
-        self, ids: Tensor, mask: Tensor, samples: int, generator: torch.Generator, rows: BatchRows
-    ) -> SampledTokens:
-        """Sample a token of every row that has not ended, step by step."""
-        columns = SampledTokens(len(ids), self._generation.max_new_tokens, self.tokenizer.pad_token_id, ids.device)
-        row_numbers = torch.tensor(rows.rows)
+        length, row_numbers = self._generation.max_new_tokens, torch.tensor(rows.rows)
+        columns = SampledTokens(len(ids), length, self.tokenizer.pad_token_id, ids.device)
         with merged_weights(self._model):
-            decoder = Decoder(self._model, self._value_head, ids, mask, samples, self._generation.max_new_tokens)
-            for step in range(self._generation.max_new_tokens):
+            decoder = Decoder(self._model, self._value_head, ids, mask, batch.samples, length)
+            for step in range(length):
                 uniform = torch.rand(rows.total, generator=generator)[row_numbers].to(ids.device)[decoder.rows]
                 token, logprob = sample_tokens(decoder.logits, self._generation.temperature, uniform)
                 columns.write(step, decoder, token, logprob)
                 unfinished = (token != self.tokenizer.eos_token_id).nonzero().squeeze(1)
-                if unfinished.numel() == 0 or step + 1 == self._generation.max_new_tokens:
+                if unfinished.numel() == 0 or step + 1 == length:
                     break
                 decoder.feed(token, unfinished)
-        return columns
-
-
-def check_length(config: Any, batch: PromptBatch, generation: GenerationParams) -> None:
-    """ModelError where a prompt and a response may be longer than the model's context."""
-    longest, new = max(map(len, batch.token_ids)), generation.max_new_tokens
-    reason = f"a prompt of {longest} tokens and generation.max_new_tokens {new}: lower one of them"
-    check_context(context_length(config), longest + new, reason)
+        return batch.to_rollout(columns, self.tokenizer, has_values=self._value_head is not None)
 
 
 def load_sampler(

@@ -20,9 +20,8 @@ from tasks.rl.advantages import (
     overlong_ramp,
     turn_counts,
 )
-from tasks.rl.algorithm import Algorithm, Metrics, ScoredRollout
+from tasks.rl.algorithm import Algorithm, Metrics, ScoredRollout, replace_groups
 from tasks.rl.callbacks import Callback, Checkpoint, KLBudget, load_weights
-from tasks.rl.dynamic_sampling import replace_groups
 from tasks.rl.hacking import DegenerateResponseMonitor, check_finite, run_detectors
 from tasks.rl.kl import kl_estimates, per_sequence
 from tasks.rl.masking import masked_mean
@@ -34,6 +33,7 @@ from tasks.rl.update import PolicyUpdate
 
 if TYPE_CHECKING:
     from tasks.config.rl import RolloutParams
+    from tasks.rl.ptx import Demonstrations
 
 __all__ = ["RLTrainer"]
 
@@ -55,12 +55,13 @@ class RLTrainer:
         checkpoint: Checkpoint,
         callbacks: Sequence[Callback] = (),
         rollout_params: RolloutParams | None = None,
+        demonstrations: Demonstrations | None = None,
     ) -> None:
-        """Keep the parts; `rollout_params` are needed where an engine samples."""
+        """Keep the parts; `rollout_params` are needed where an engine samples, `demonstrations` for PPO-ptx."""
         self.policy, self.sampler, self.prompts, self.reward = policy, sampler, prompts, reward
         self.algorithm, self.params, self.seed = algorithm, algorithm.params, seed
         self.checkpoint, self.callbacks, self.rollout_params = checkpoint, callbacks, rollout_params
-        self.updater = PolicyUpdate(policy, algorithm)
+        self.updater = PolicyUpdate(policy, algorithm, demonstrations)
         self.kl_budget = KLBudget(policy, self.params.kl_budget)
         self.updates_done = 0
         self.history: list[Metrics] = []
@@ -308,6 +309,7 @@ class _Stopwatch:
         self._laps[phase], self._last = now - self._last, now
 
     def metrics(self, rollout: Rollout) -> Metrics:
-        tokens_per_s = float(rollout.response_mask.sum()) / self._laps["rollout_s"]
+        tokens = float(distributed.all_gather(rollout.response_mask.sum(1)).sum())  # of all ranks
+        tokens_per_s = tokens / self._laps["rollout_s"]
         timings = {**self._laps, "rollout_tokens_per_s": tokens_per_s, "update_s": time.perf_counter() - self._started}
         return {f"time/{name}": value for name, value in timings.items()}

@@ -2,8 +2,9 @@
 
 import math
 import operator
+from collections.abc import Iterator
 from functools import reduce
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -12,19 +13,25 @@ from tasks.core.errors import TrainingError
 from tasks.rl.algorithm import Algorithm, Experience, Metrics
 from tasks.rl.hacking import format_samples
 from tasks.rl.losses import StepLoss
+from tasks.rl.masking import masked_sum
 from tasks.rl.policy import Policy
+from tasks.rl.ptx import Demonstrations
+from tasks.rl.rollout import TokenBatch
 
 __all__ = ["PolicyUpdate"]
+
+TokenBatchT = TypeVar("TokenBatchT", bound=TokenBatch)
 
 ADAM_EPSILON = 1e-5  # Huang et al., detail on Adam: PyTorch's default differs from the original's in effect
 MAX_MEAN_RATIO = 10.0  # a rollout whose policy has moved this far cannot be corrected by importance weights
 
 
 class PolicyUpdate:
-    """Update of the trainable parameters by Adam and the algorithm's loss."""
+    """Update of the trainable parameters by Adam and the algorithm's loss, with that of demonstrations where given."""
 
-    def __init__(self, policy: Policy, algorithm: Algorithm[Any]) -> None:
+    def __init__(self, policy: Policy, algorithm: Algorithm[Any], demonstrations: Demonstrations | None = None) -> None:
         self.policy, self.algorithm, self.params = policy, algorithm, algorithm.params
+        self.demonstrations = demonstrations
         self._max_kl = math.inf if self.params.target_kl is None else self.params.target_kl
         self.optimizer = torch.optim.Adam(
             policy.trainable_parameters().values(), lr=self.params.learning_rate, eps=ADAM_EPSILON
@@ -43,19 +50,21 @@ class PolicyUpdate:
             for rows in torch.split(order, size):
                 for group in self.optimizer.param_groups:
                     group["lr"] = self.algorithm.learning_rate(update, len(steps))
-                steps.append(self.step(experience.select(rows)))
+                drawn = self.demonstrations.draw(len(rows), generator) if self.demonstrations else None
+                steps.append(self.step(experience.select(rows), drawn))
                 if steps[-1]["approx_kl"] > self._max_kl:
                     return self._summary(steps, update)
         return self._summary(steps, update)
 
-    def step(self, minibatch: Experience) -> Metrics:
+    def step(self, minibatch: Experience, demonstrations: TokenBatch | None = None) -> Metrics:
         """Take one step on the minibatch unless the KL is over its target; micro-batches only bound the memory."""
         self.optimizer.zero_grad()
-        shard = distributed.shard(range(len(minibatch)), f"the size of {self.params.stage}'s minibatches")
-        micro_batches = minibatch.select(torch.tensor(shard)).split(self.params.micro_batch_size)
+        micro_batches = self._micro_batches(minibatch)
         total = reduce(operator.add, (self._backward(micro_batch, minibatch) for micro_batch in micro_batches))
+        ptx_loss = self._backward_demonstrations(demonstrations) if demonstrations else {}
         distributed.all_reduce_gradients(self.policy.trainable_parameters().values())
         metrics = StepLoss(total.loss, tuple(distributed.all_reduce_sum(part) for part in total.parts)).metrics()
+        metrics |= ptx_loss
         if metrics["ratio_mean"] > MAX_MEAN_RATIO:
             raise TrainingError(
                 f"the mean probability ratio is {metrics['ratio_mean']:.1f} (limit {MAX_MEAN_RATIO}): the policy has "
@@ -74,6 +83,21 @@ class PolicyUpdate:
         means["learning_rate"] = self.algorithm.learning_rate(update, 0)
         means["optimiser_steps"] = sum(step["approx_kl"] <= self._max_kl for step in steps)
         return means
+
+    def _micro_batches(self, batch: TokenBatchT) -> Iterator[TokenBatchT]:
+        """Pieces of this rank's part of a batch."""
+        shard = distributed.shard(range(len(batch)), f"the size of {self.params.stage}'s minibatches")
+        return batch.select(torch.tensor(shard)).split(self.params.micro_batch_size)
+
+    def _backward_demonstrations(self, batch: TokenBatch) -> Metrics:
+        """Add the gradient of the weighted mean negative log-probability of the demonstrations' tokens."""
+        assert self.demonstrations is not None
+        count, losses = batch.response_mask.sum(), []
+        for part in self._micro_batches(batch):
+            loss = -masked_sum(self.policy.demonstration_logprobs(part), part.response_mask) / count
+            (self.demonstrations.coef * loss).backward()  # type: ignore[no-untyped-call]
+            losses.append(loss.detach())
+        return {"ptx_loss": distributed.all_gather(torch.stack(losses)).sum().item()}
 
     def _backward(self, micro_batch: Experience, minibatch: Experience) -> StepLoss:
         output = self.policy(micro_batch, entropy_gradient=self.params.entropy_coef > 0)

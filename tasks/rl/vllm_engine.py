@@ -24,13 +24,12 @@ from safetensors.torch import load_file, save_file
 from tasks.core import distributed
 from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import Artifacts, state_dir
-from tasks.core.rows import Prompt
 from tasks.models.loading import ADAPTER_DIR, MODEL_DIR, dtype, save_adapter
 from tasks.rl.decoding import SampledTokens
 from tasks.rl.masking import zero_masked
 from tasks.rl.mismatch import check_mismatch
 from tasks.rl.policy import Policy
-from tasks.rl.rollout import BatchRows, LocalSampler, PromptBatch, Rollout, Sampler, check_length
+from tasks.rl.rollout import BatchRows, LocalSampler, PromptBatch, Rollout, Sampler
 from tasks.rl.vllm_server import OwnServer, VLLMServer
 
 if TYPE_CHECKING:
@@ -73,15 +72,9 @@ def open_sampler(
             stack.callback(server.close)
         folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="rlhf-adapters-"))
         sampler = VLLMSampler(
-            policy,
-            tokenizer,
-            generation,
-            params,
-            servers,
-            sft=artifacts.sft,
-            folder=Path(folder),
-            micro_batch_size=micro_batch_size,
-        )
+            policy, tokenizer, generation, params, servers,
+            sft=artifacts.sft, folder=Path(folder), micro_batch_size=micro_batch_size,
+        )  # fmt: skip
         stack.callback(sampler.unload)
         sampler.update_weights()
         sampler.sample([PROBE], torch.Generator().manual_seed(0))  # a wrong model or server is found before training
@@ -107,7 +100,7 @@ def _open_servers(params: RolloutParams, lora: LoraParams, base_model: Path) -> 
     return [OwnServer(base_model / MODEL_DIR, dtype=number, max_lora_rank=rank, log=log)]
 
 
-class VLLMSampler:
+class VLLMSampler(Sampler):
     """Sampler of softmax(logits / temperature) of the policy, on servers that hold the base model.
 
     The trainer's model reads every response once, for its own log-probabilities and values.
@@ -132,8 +125,9 @@ class VLLMSampler:
             folder: where adapters are written; every server must see it.
             micro_batch_size: sequences per forward pass of the trainer's model.
         """
-        self.tokenizer, self._generation, self._servers = tokenizer, generation, servers
-        self._policy, self._params, self._micro_batch_size = policy, params, micro_batch_size
+        super().__init__(policy.model, tokenizer, generation)
+        self._policy, self._params, self._servers = policy, params, servers
+        self._micro_batch_size = micro_batch_size
         self._sft, self._folder, self._names = sft, folder, f"policy-{uuid4().hex[:8]}"
         self._version = 0
 
@@ -161,32 +155,20 @@ class VLLMSampler:
     def _load(self, server: VLLMServer) -> None:
         server.post("/v1/load_lora_adapter", {"lora_name": self._name, "lora_path": str(self._folder / self._name)})
 
-    def sample(
-        self,
-        prompts: Sequence[Prompt] | Sequence[str] | Sequence[Sequence[int]],
-        generator: torch.Generator,
-        *,
-        samples_per_prompt: int = 1,
-        batch_rows: BatchRows | None = None,
-    ) -> Rollout:
-        """See `Sampler.sample`. A response has a seed of its own, which does not depend on the other rows.
+    def _generate(self, batch: PromptBatch, rows: BatchRows, generator: torch.Generator) -> Rollout:
+        """Sample responses, each with a seed of its own, which does not depend on the other rows.
 
         A server of ours that ends is started again, and the update's responses are sampled anew.
 
         Raises:
-            ConfigError: a prompt is empty.
-            ModelError: prompt and response may be longer than the model's context.
             SourceError: a server does not answer, or not as vLLM does.
             TrainingError: it samples from something else than the policy; see `check_mismatch`.
         """
-        batch = PromptBatch.encode(prompts, self.tokenizer, samples_per_prompt)
-        check_length(self._policy.model.config, batch, self._generation)
-        rows = batch_rows or BatchRows(range(len(batch.ids)), len(batch.ids))
         seeds = torch.randint(2**62, (rows.total,), generator=generator)[torch.tensor(rows.rows)].tolist()
-        requests = [self._request(batch.token_ids[row // samples_per_prompt], seed) for row, seed in enumerate(seeds)]
+        requests = [self._request(batch.token_ids[row // batch.samples], seed) for row, seed in enumerate(seeds)]
         device, width = next(self._policy.parameters()).device, self._generation.max_new_tokens
         columns = SampledTokens(len(requests), width, self.tokenizer.pad_token_id, device)
-        for row, (tokens, logprobs) in enumerate(self._complete(requests, samples_per_prompt)):
+        for row, (tokens, logprobs) in enumerate(self._complete(requests, batch.samples)):
             columns.tokens[row, : len(tokens)], columns.mask[row, : len(tokens)] = torch.tensor(tokens), True
             columns.logprobs[row, : len(tokens)] = torch.tensor(logprobs)
         return self._with_trainer_logprobs(batch.to_rollout(columns, self.tokenizer, has_values=False))
@@ -217,12 +199,9 @@ class VLLMSampler:
                 self._load(server)
             return list(pool.map(_post_completion, places, requests))
 
-    @torch.no_grad()
     def _with_trainer_logprobs(self, rollout: Rollout) -> Rollout:
-        outputs = [self._policy(part) for part in rollout.split(self._micro_batch_size)]
-        logprobs, values = (
-            zero_masked(torch.cat(parts), rollout.response_mask) for parts in list(zip(*outputs, strict=True))[:2]
-        )
+        parts = [self._policy.logprobs_and_values(part) for part in rollout.split(self._micro_batch_size)]
+        logprobs, values = (zero_masked(torch.cat(each), rollout.response_mask) for each in zip(*parts, strict=True))
         check_mismatch(logprobs, rollout.logprobs, rollout.response_mask, rollout.texts, self._params)
         return replace(
             rollout,

@@ -13,7 +13,6 @@ import signal
 import socket
 import subprocess
 import time
-from collections import deque
 from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -22,7 +21,7 @@ import httpx
 
 from tasks.core.errors import ConfigError, SourceError
 from tasks.core.paths import project_root
-from tasks.core.terminal import print_line
+from tasks.core.terminal import print_line, tail
 
 __all__ = ["OwnServer", "VLLMServer"]
 
@@ -31,7 +30,6 @@ PROGRAM = Path(".venv-vllm/bin/vllm")
 
 START_SECONDS, STOP_SECONDS, GRACE_SECONDS, SHOW_SECONDS = 900.0, 30.0, 5.0, 30.0
 REQUEST_SECONDS = 600.0
-TAIL_LINES = 8
 PDEATHSIG = 1  # prctl(2)
 
 ENVIRONMENT = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "HF_HUB_OFFLINE": "1"}
@@ -112,7 +110,7 @@ class OwnServer(VLLMServer):
             self._process.wait(GRACE_SECONDS)  # it ends a moment after its engine
         except subprocess.TimeoutExpired:
             return False
-        print_line(f"the vLLM server has ended, and is started again; {self._tail()}")
+        print_line(f"the vLLM server has ended, and is started again; {tail(self._log)}")
         self._end()  # what it has left behind: engine and workers are processes of their own
         self._start()
         return True
@@ -137,11 +135,11 @@ class OwnServer(VLLMServer):
         started = shown = time.monotonic()
         try:
             while not self.is_up():
-                if self._process.poll() is not None:
-                    raise SourceError(f"the vLLM server ended with status {self._process.returncode}; {self._tail()}")
+                if (status := self._process.poll()) is not None:
+                    raise SourceError(f"the vLLM server ended with status {status}; {tail(self._log)}")
                 now = time.monotonic()
                 if now - started > START_SECONDS:
-                    raise SourceError(f"the vLLM server does not answer after {START_SECONDS:.0f} s; {self._tail()}")
+                    raise SourceError(f"the vLLM server does not answer after {START_SECONDS:.0f} s; {tail(self._log)}")
                 if now - shown > SHOW_SECONDS:
                     shown = now
                     print_line(f"the vLLM server starts, {now - started:.0f} s so far (log: {self._log})")
@@ -149,11 +147,6 @@ class OwnServer(VLLMServer):
         except BaseException:
             self.close()
             raise
-
-    def _tail(self) -> str:
-        with self._log.open(encoding="utf-8", errors="replace") as file:
-            lines = [line.rstrip() for line in deque(file, TAIL_LINES)]
-        return "\n".join([f"the end of {self._log}:", *lines])
 
 
 def _spawn(command: list[str], log: IO[bytes]) -> subprocess.Popen[bytes]:

@@ -143,11 +143,7 @@ def check_remote() -> None:
 
 
 def pull_data() -> None:
-    """Fetch missing data that `dvc add` tracks, from the cache or the DVC remote.
-
-    Raises:
-        StageError: there is no remote, it does not answer, or it does not have the data.
-    """
+    """Fetch missing data that `dvc add` tracks, from the cache or the DVC remote; a StageError if neither has it."""
     with dvc_errors("data"):
         repo = open_repo()
         sources = [stage for stage in repo.index.stages if stage.is_data_source]
@@ -157,11 +153,7 @@ def pull_data() -> None:
 
 
 def push(name: str | None = None) -> int:
-    """Send a stage's outputs, or everything's, and the run-cache to the DVC remote; how many files went.
-
-    Raises:
-        StageError: there is no remote, or it does not answer.
-    """
+    """Send a stage's outputs, or all, and the run-cache to the remote, else a StageError; how many files went."""
     with dvc_errors(name or "push"), _remote_errors("written"):
         return int(open_repo().push(targets=[name] if name else None, run_cache=True))
 

@@ -27,6 +27,7 @@ from dvc.repo import Repo
 from dvc.repo.reproduce import plan_repro
 from dvc_data.hashfile import load
 
+from tasks.config.params import differences
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root
 from tasks.runtime.dvc_repo import dvc_errors, error_chain, load_stage, open_repo, quiet_logger, remote_error
@@ -40,7 +41,7 @@ Result = Literal["executed", "restored", "unchanged"]
 Job = Callable[[], None]
 
 LOCK_POLL_SECONDS = 1.0
-MAX_VALUE, MAX_HASH = 60, 8  # characters of a value, and of a file's md5
+MAX_HASH = 8  # characters of a file's md5
 STATUS_TEXT = {
     "modified": "changed",
     "deleted": "is missing",
@@ -72,11 +73,7 @@ class StaleStage:
 
 
 def graph() -> dict[str, tuple[str, ...]]:
-    """Every stage of dvc.yaml with the stages whose outputs it reads, in an order in which they can run.
-
-    Raises:
-        StageError: dvc.yaml is not valid, or there is no DVC project.
-    """
+    """Every stage of dvc.yaml with those that it reads from, in an order of running; a StageError if it is invalid."""
     with dvc_errors("dvc.yaml"):
         return _order(open_repo().index.graph)
 
@@ -230,22 +227,8 @@ def _changed_params(dep: Any) -> list[str]:
         if section not in before:
             why.append(f"{section} is a new parameter")
         else:
-            why += _diff_values(section, before[section], now.get(section))
+            why += differences({section: before[section]}, {section: now.get(section)})
     return why
-
-
-def _diff_values(key: str, before: Any, now: Any) -> list[str]:
-    if isinstance(before, list) and isinstance(now, list) and len(before) == len(now):
-        before, now = dict(enumerate(before)), dict(enumerate(now))
-    if isinstance(before, dict) and isinstance(now, dict):
-        names = [*before, *(name for name in now if name not in before)]
-        return [line for name in names for line in _diff_values(f"{key}.{name}", before.get(name), now.get(name))]
-    return [] if before == now else [f"{key}: {_shorten(before)} → {_shorten(now)}"]
-
-
-def _shorten(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= MAX_VALUE else f"{text[: MAX_VALUE - 1]}…"
 
 
 # -- running a stage -------------------------------------------------------------------------------------------
@@ -258,14 +241,12 @@ def reproduce(
 ) -> Result:
     """Bring one stage up to date by calling `job`, unless DVC finds that it is, or restores it from its run-cache.
 
-    Another process that holds the stage or its inputs is waited for.
+    Another process that holds the stage or its inputs is waited for. A StageError if DVC refuses. What `job` raises
+    comes unchanged, and leaves dvc.lock alone.
 
     Args:
         job: writes the stage's outputs; called at most once, in this thread.
         on_wait: called once, before a wait.
-
-    Raises:
-        StageError: DVC refuses; or whatever `job` raises, unchanged, in which case dvc.lock is left alone.
     """
     _patch_dvc()
     call = _RecordedCall(job)

@@ -1,4 +1,4 @@
-"""Runs of MLflow: one per executed stage, one parent run per flow.
+"""Runs of MLflow: what all have in common, and one per executed stage.
 
 Run ids are explicit: MLflow's active run belongs to a thread, and a trainer's threads are not ours.
 """
@@ -7,11 +7,9 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import re
 import subprocess
-import time
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -22,24 +20,23 @@ from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
 from tasks.runtime import holding
 from tasks.runtime.mlflow_store import (
-    EXPERIMENT_ID_VAR,
     QueuedRun,
     flush_stale,
     is_unavailable,
     open_store,
     queued,
     store_uri,
-    warn,
 )  # fmt: skip
 
 if TYPE_CHECKING:
-    from mlflow.entities import Metric, Run, RunTag
+    from mlflow.entities import Metric, RunTag
 
     from tasks.runtime.dvc_stages import Inputs
 
 __all__ = [
-    "MACHINE_TAG", "SWEEP_VAR", "WEIGHT_DIRS", "PipelineRun", "StageRun", "add_to_pipeline", "close_abandoned_runs",
-    "connect", "export_run_ids", "git_commit", "pipeline_run", "pipeline_tags", "recorded_md5s", "stage_run",
+    "FLOW_TAG", "FLOW_VAR", "KEY_TAG", "MACHINE_TAG", "MARK", "PIPELINE_VAR", "STAGE_TAG", "WEIGHT_DIRS", "OpenRun",
+    "StageRun", "close_abandoned_runs", "connect", "end_on_exit", "git_commit", "metric_entities", "queues_dir",
+    "recorded_md5s", "source_tags", "stage_run", "tag_entities",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
@@ -54,9 +51,6 @@ MARK = "mlflow"  # the kind of mark by which a process holds its runs
 # How a flow names the runs that its stages belong to, in this process or in a child.
 PIPELINE_VAR, FLOW_VAR = "RLHF_PIPELINE_RUN_ID", "RLHF_FLOW_RUN_ID"
 
-SWEEP_VAR = "RLHF_SWEEP"
-"""A JSON object with `sweep` and `variant`: the series of runs that a sweep's pipeline runs belong to."""
-
 WEIGHT_DIRS = ("adapter", "model")
 """Names of the folders of weights among a stage's outputs."""
 
@@ -69,13 +63,11 @@ TABLES_TAG = "mlflow.loggedArtifacts"  # how MLflow's page knows that a file is 
 
 
 def connect() -> None:
-    """Open MLflow's store, write what earlier runs could not write, and close those whose process was killed.
-
-    Raises:
-        ConfigError: it cannot be opened.
-    """
+    """Open the store, write what earlier runs could not, close killed ones; a ConfigError if it cannot be opened."""
     client, experiment = open_store()
-    flush_stale(_queues(), OpenRun)
+    from tasks.runtime import mlflow_pipeline  # noqa: F401  # its writes may be among those that wait
+
+    flush_stale(queues_dir(), OpenRun)
     try:
         for queue_id in holding.abandoned(MARK):
             for run in client.search_runs([experiment], f"tags.`{QUEUE_ID_TAG}` = '{queue_id}'"):
@@ -95,43 +87,15 @@ def close_abandoned_runs() -> None:
 
 
 @contextmanager
-def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator[PipelineRun]:
-    """The parent run of everything that one flow executes."""
-    swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VAR, "{}")).items()}
-    tags = {**_source_tags("pipeline"), FLOW_TAG: flow_run_id, **swept}
-    pipeline = PipelineRun(_queues() / f"{uuid.uuid4().hex}.jsonl")
-    try:
-        with holding.hold(MARK, pipeline.queue_id), _end_on_exit(pipeline):
-            pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
-            pipeline.log_params(parameters)
-            yield pipeline
-    finally:
-        with contextlib.suppress(ConfigError):  # still away
-            connect()
-
-
-@contextmanager
-def export_run_ids(pipeline: PipelineRun, flow_run_id: str) -> Iterator[None]:
-    """While this lasts, stages that run here or in a child become children of the pipeline run."""
-    variables = {PIPELINE_VAR: pipeline.run_id, FLOW_VAR: flow_run_id, EXPERIMENT_ID_VAR: pipeline.experiment}
-    os.environ.update(variables)
-    try:
-        yield
-    finally:
-        for variable in variables:
-            del os.environ[variable]
-
-
-@contextmanager
 def stage_run(
     name: str, inputs: Inputs, parameters: Mapping[str, object], tags: Mapping[str, str]
 ) -> Iterator[StageRun]:
     """The run of one executed stage: FINISHED, or FAILED after an error, or KILLED when it was interrupted."""
-    tags = {**_source_tags(name), STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
+    tags = {**source_tags(name), STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
     if parent := os.environ.get(PIPELINE_VAR):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VAR, "")}
-    stage = StageRun(_queues() / f"{uuid.uuid4().hex}.jsonl")
-    with holding.hold(MARK, stage.queue_id), _end_on_exit(stage):
+    stage = StageRun(queues_dir() / f"{uuid.uuid4().hex}.jsonl")
+    with holding.hold(MARK, stage.queue_id), end_on_exit(stage):
         stage.create(name, tags)
         stage.log_params(parameters)
         stage.log_inputs(inputs.data)
@@ -173,12 +137,12 @@ class OpenRun(QueuedRun):
     @queued
     def log_metrics(self, metrics: Mapping[str, float], step: int | None) -> None:
         """Record numbers; without a step they are final values."""
-        self.client.log_batch(self.run_id, metrics=_entities(metrics, self.time, step or 0))
+        self.client.log_batch(self.run_id, metrics=metric_entities(metrics, self.time, step or 0))
 
     @queued
     def tag(self, tags: Mapping[str, str]) -> None:
         """Set tags, by which runs can be searched; the end of a long value is cut off."""
-        self.client.log_batch(self.run_id, tags=_tag_entities(tags))
+        self.client.log_batch(self.run_id, tags=tag_entities(tags))
 
     def end(self, status: str, error: str | None = None) -> None:
         """End the run; what could not be written so far is written now if the server is back."""
@@ -198,27 +162,6 @@ class OpenRun(QueuedRun):
             runs = self.client.search_runs([self.experiment], condition, max_results=1)
             self._id = str(runs[0].info.run_id) if runs else ""
         return bool(self._id)
-
-
-class PipelineRun(OpenRun):
-    """The parent run: one row that compares whole pipelines."""
-
-    def log_stage(self, name: str, key: str, result: str, reason: str, metrics: Mapping[str, float]) -> None:
-        """Copy a stage's final metrics from disk as `<stage>.<metric>`, and tag the run that they come from.
-
-        The tag `<stage>.run` names the newest finished run of the same key, if this store has one: a cached stage's.
-        `<stage>.machine` is that run's `rlhf.machine`.
-        """
-        self.log_metrics({f"{name}.{metric}": value for metric, value in metrics.items() if math.isfinite(value)}, None)
-        self.tag({f"{name}.key": key, f"{name}.result": result, f"{name}.reason": reason})
-        self._link_stage(name, key)
-
-    @queued
-    def _link_stage(self, name: str, key: str) -> None:
-        condition = f"tags.`{KEY_TAG}` = '{key}' and attributes.status = 'FINISHED'"
-        if runs := self.client.search_runs([self.experiment], condition, max_results=1):
-            self.client.set_tag(self.run_id, f"{name}.run", runs[0].info.run_id)
-            self.client.set_tag(self.run_id, f"{name}.machine", runs[0].data.tags.get(MACHINE_TAG, "{}"))
 
 
 class StageRun(OpenRun):
@@ -285,26 +228,6 @@ class StageRun(OpenRun):
         self.client.log_outputs(self.run_id, [LoggedModelOutput(model.model_id, step=0)])
 
 
-def add_to_pipeline(flow_run_id: str, tags: Mapping[str, str], metrics: Mapping[str, float] = {}) -> None:
-    """Add tags and final numbers to a pipeline run that has ended; a warning where MLflow is away."""
-    client, _ = open_store()
-    final = _entities(metrics, int(time.time() * 1000), 0)
-    try:
-        for run in _pipeline_runs(flow_run_id):
-            client.log_batch(run.info.run_id, metrics=final, tags=_tag_entities(tags))
-    except Exception as error:
-        if not is_unavailable(error):
-            raise
-        warn(f"away or locked, so its pipeline run lacks {', '.join([*tags, *metrics])}")
-
-
-def pipeline_tags(flow_run_id: str) -> tuple[str, dict[str, str]]:
-    """MLflow's id and tags of a flow's pipeline run (see `PipelineRun.log_stage`); a StageError if it is not there."""
-    for run in _pipeline_runs(flow_run_id):
-        return run.info.run_id, dict(run.data.tags)
-    raise StageError(f"MLflow at {store_uri()} does not know the pipeline run of {flow_run_id}: was it away?")
-
-
 def recorded_md5s() -> Iterator[str]:
     """The md5s of inputs and outputs of all runs that have not been deleted (`….dir`: a folder)."""
     client, experiment = open_store()
@@ -326,14 +249,8 @@ def git_commit() -> str:
     return commit.stdout.strip() if commit.returncode == 0 else ""
 
 
-def _pipeline_runs(flow_run_id: str) -> list[Run]:
-    client, experiment = open_store()
-    runs = client.search_runs([experiment], f"tags.`{FLOW_TAG}` = '{flow_run_id}'")
-    return [run for run in runs if STAGE_TAG not in run.data.tags]
-
-
 @contextmanager
-def _end_on_exit(run: OpenRun) -> Iterator[None]:
+def end_on_exit(run: OpenRun) -> Iterator[None]:
     """End the run with its status; an error while writing that must not hide the one that ended the run."""
     from mlflow.exceptions import MlflowException
 
@@ -354,11 +271,11 @@ def _end_on_exit(run: OpenRun) -> Iterator[None]:
         raise
 
 
-def _queues() -> Path:
+def queues_dir() -> Path:
     return state_dir() / "mlflow_queue"
 
 
-def _source_tags(name: str) -> dict[str, str]:
+def source_tags(name: str) -> dict[str, str]:
     tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", "mlflow.user": os.environ.get("USER", "unknown")}
     commit = git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})
@@ -368,13 +285,13 @@ def _cut(tags: Mapping[str, str]) -> dict[str, str]:
     return {key: value[:TAG_LENGTH] for key, value in tags.items()}
 
 
-def _tag_entities(tags: Mapping[str, str]) -> list[RunTag]:
+def tag_entities(tags: Mapping[str, str]) -> list[RunTag]:
     from mlflow.entities import RunTag
 
     return [RunTag(key, value) for key, value in _cut(tags).items()]
 
 
-def _entities(metrics: Mapping[str, float], time: int, step: int) -> list[Metric]:
+def metric_entities(metrics: Mapping[str, float], time: int, step: int) -> list[Metric]:
     from mlflow.entities import Metric
 
     return [Metric(FORBIDDEN.sub("_", key), float(value), time, step) for key, value in metrics.items()]

@@ -18,8 +18,9 @@ from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec, TypeVar
 
 from filelock import FileLock, Timeout
 
-from tasks.core.errors import ConfigError
+from tasks.core.errors import ConfigError, first_line
 from tasks.core.paths import project_root, state_dir
+from tasks.runtime.mlflow_view import VIEW_TAG, pipelines_view
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -98,11 +99,14 @@ def _open_experiment(uri: str) -> tuple[MlflowClient, str]:
     while True:
         try:
             client = MlflowClient(uri)
-            experiment = client.get_experiment_by_name(EXPERIMENT)
-            return client, str(experiment.experiment_id if experiment else client.create_experiment(EXPERIMENT, folder))
+            found = client.get_experiment_by_name(EXPERIMENT)
+            experiment = str(found.experiment_id if found else client.create_experiment(EXPERIMENT, folder))
+            if not found or found.tags.get(VIEW_TAG) != pipelines_view():
+                client.set_experiment_tag(experiment, VIEW_TAG, pipelines_view())
+            return client, experiment
         except (MlflowException, SQLAlchemyError) as error:
             if LOCKED not in str(error) or time.monotonic() > deadline:
-                raise _store_error(uri, _first_line(error)) from error
+                raise _store_error(uri, first_line(error)[:SHOWN]) from error
             if not waiting:
                 warn(f"another program has locked it; waiting up to {LOCKED_SECONDS:.0f} s")
             waiting = True
@@ -230,9 +234,8 @@ class QueuedRun:
         self._lock.acquire()
         folder = self._file.parent
         if folder not in _warned:  # once for all runs of this process
-            warn(
-                f"away or locked, so what it should record is kept in {folder} until it is back ({_first_line(error)})"
-            )
+            why = first_line(error)[:SHOWN]
+            warn(f"away or locked, so what it should record is kept in {folder} until it is back ({why})")
         _warned.add(folder)
 
     def _save(self) -> None:
@@ -258,12 +261,8 @@ def flush_stale(folder: Path, open_run: Callable[[Path], QueuedRun]) -> None:
             return
         except Exception as error:
             aside = file.rename(file.with_suffix(".refused"))
-            warn(f"refuses what an earlier run left in {aside} ({_first_line(error)})")
+            warn(f"refuses what an earlier run left in {aside} ({first_line(error)[:SHOWN]})")
         lock.unlink(missing_ok=True)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0][:SHOWN]
 
 
 def warn(text: str) -> None:

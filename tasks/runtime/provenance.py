@@ -16,7 +16,7 @@ from pydantic.dataclasses import dataclass
 from tasks.config.params import load_params
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root, stage_dir
-from tasks.runtime import dvc_repo, dvc_stages, mlflow_runs
+from tasks.runtime import dvc_repo, dvc_stages, mlflow_pipeline, mlflow_runs
 from tasks.runtime.registry import Version
 
 __all__ = [
@@ -102,7 +102,7 @@ def collect_provenance(
     flow_run: str, metrics: Mapping[str, Mapping[str, float]], rule_results: tuple[RuleResult, ...]
 ) -> Provenance:
     """Collect the provenance of artifacts, which this flow run wrote; a StageError if MLflow does not know the run."""
-    run, tags = mlflow_runs.pipeline_tags(flow_run)
+    run, tags = mlflow_pipeline.pipeline_tags(flow_run)
     stages = {}
     for name in dvc_stages.graph():
         key, stage_run = (tags.get(f"{name}.{field}", "") for field in ("key", "run"))

@@ -118,11 +118,7 @@ def mark_refused(version: Version, reason: str) -> None:
 
 
 def set_champion(version: Version, *, by: str, reason: str = "") -> None:
-    """Make this the policy in use; it is no challenger any more, and an earlier withdrawal of it is removed.
-
-    Raises:
-        ConfigError: it is the champion already.
-    """
+    """Make this the policy in use: no challenger, nor withdrawn, any more; a ConfigError if it is in use already."""
     client, _ = open_store()
     former = champion()
     if former and former.number == version.number:

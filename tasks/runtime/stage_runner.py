@@ -19,7 +19,7 @@ from tasks.core import tracking
 from tasks.core.determinism import describe_machine
 from tasks.core.errors import RLHFError, StageError, disk_errors
 from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
-from tasks.core.rows import flatten
+from tasks.core.rows import flatten, read_table
 from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages, mlflow_runs
 
@@ -93,8 +93,9 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
                 if "torch" in sys.modules:  # else the stage has computed nothing that could differ
                     recorder.tag({mlflow_runs.MACHINE_TAG: json.dumps(describe_machine())})
-            # Under names of their own: without a step they would stand at step 0 of the curves of the same name.
-            recorder.log_metrics({f"final/{metric}": value for metric, value in read_metrics(name).items()}, None)
+            drawn = {column for row in read_history(name) for column in row}
+            final = {f"final/{key}": value for key, value in read_metrics(name).items() if key not in drawn}
+            recorder.log_metrics(final, None)
             _check_inputs_unchanged(name, inputs)
             recorder.log_outputs(dvc_stages.output_digests(name))
         shutil.rmtree(folder, ignore_errors=True)
@@ -107,11 +108,7 @@ def is_off(name: str) -> bool:
 
 
 def stage_arguments(function: Callable[..., None], name: str, params: Params) -> list[Any]:
-    """The sections of params.yaml that a stage's signature names before `artifacts`; `params` is the stage's own.
-
-    Raises:
-        StageError: the signature names a section that does not exist.
-    """
+    """The sections that a stage's signature names before `artifacts`; `params` is its own; a StageError if unknown."""
     sections = []
     for argument in list(inspect.signature(function).parameters)[:-1]:
         section = name if argument == "params" else argument
@@ -128,6 +125,12 @@ def read_metrics(name: str) -> dict[str, float]:
         return {}
     metrics = flatten(json.loads(path.read_text(encoding="utf-8")))
     return {name: float(value) for name, value in metrics.items() if isinstance(value, int | float)}
+
+
+def read_history(name: str) -> list[dict[str, float]]:
+    """The stage's curves, a row per logged step; empty if it writes none."""
+    rows = read_table(stage_dir(name) / "history.csv")
+    return [{column: float(value) for column, value in row.items() if value} for row in rows]
 
 
 def write_empty_outputs(name: str) -> None:

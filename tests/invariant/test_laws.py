@@ -35,7 +35,7 @@ DOORS = {
         f"flows/{name}.py"
         for name in ("pipeline", "prefect_runs", "retrain", "schedule", "services", "temporary_server")
     },
-    "mlflow": {f"tasks/runtime/{name}.py" for name in ("mlflow_runs", "mlflow_store", "registry")},
+    "mlflow": {f"tasks/runtime/{name}.py" for name in ("mlflow_pipeline", "mlflow_runs", "mlflow_store", "registry")},
     "dvc": {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_stages")},
     "ruamel": {"tasks/config/params.py", "tasks/config/yaml_text.py"},
     "openai": {"tasks/evals/llm_judge.py"},

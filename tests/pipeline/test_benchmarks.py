@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from tasks.evals.report import read_table
+from tasks.core.rows import read_table
 from tests.pipeline.conftest import ROOT, Project
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(1200)]

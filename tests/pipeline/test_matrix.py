@@ -6,6 +6,7 @@ What a stage reads is found without dvc.yaml: from the signature of its function
 
 import ast
 import hashlib
+import json
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -59,8 +60,8 @@ def other(value: Any) -> Any:
 
 
 def brief(value: Any) -> str:
-    text = str(value)
-    return text if len(text) <= 60 else f"{text[:59]}…"
+    text = json.dumps(value, ensure_ascii=False)
+    return text if len(text) <= 60 else f"{text[:57]}…"
 
 
 @pytest.fixture(scope="module")

@@ -70,7 +70,7 @@ def test_status_names_an_input_that_is_new_and_the_one_item_of_a_list_that_chang
     project.edit("params.yaml", "target_modules: [q_proj, v_proj]", "target_modules: [q_proj, k_proj]")
     (found,) = status(project)
     assert (found["stage"], found["action"]) == ("sft", "run")
-    assert set(found["reasons"]) == {"tasks/more.py is a new input", "lora.target_modules.1: v_proj → k_proj"}
+    assert set(found["reasons"]) == {"tasks/more.py is a new input", 'lora.target_modules.1: "v_proj" → "k_proj"'}
     project.rlhf("run")
     assert project.ran() == ["sft"]
 

@@ -38,7 +38,7 @@ def test_a_cached_stage_lends_the_parent_its_numbers_and_its_run(project: Projec
     first = project.runs()
     project.rlhf("run")
     new = project.runs()[len(first) :]
-    assert [run["name"] for run in new] == ["pipeline"]
+    assert [run["name"] for run in new] == ["pipeline, cached"]
     assert new[0]["metrics"]["sft.inner.one"] == 1
     assert new[0]["tags"]["sft.run"] == first[3]["id"]
     assert new[0]["tags"]["sft.result"] == "unchanged"

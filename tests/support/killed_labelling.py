@@ -4,16 +4,15 @@ import sys
 from pathlib import Path
 
 from tasks.config.evaluation import JudgeParams
-from tasks.evals.llm_judge import EndpointJudge
-from tasks.labelling.ai_labels import Budget, Constitution, CountingCache, auto_label
+from tasks.evals.llm_judge import EndpointJudge, JudgeCache
+from tasks.labelling.ai_labels import Budget, Constitution, auto_label
 from tasks.labelling.store import LabelStore
 
 
 def main(database: str, base_url: str, folder: Path) -> None:
     params = JudgeParams(kind="endpoint", model="strong", base_url=base_url, prompts=1)
-    cache = CountingCache(folder / "answers.jsonl")
-    judge, constitution = EndpointJudge(params, cache), Constitution("Be kind.", "kind")
-    auto_label(LabelStore(database), judge, constitution, cost=cache.cost, budget=Budget(1000, 10**6))
+    judge = EndpointJudge(params, JudgeCache(folder / "answers.jsonl"))
+    auto_label(LabelStore(database), judge, Constitution("Be kind.", "kind"), budget=Budget(1000, 10**6))
 
 
 if __name__ == "__main__":

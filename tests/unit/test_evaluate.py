@@ -1,6 +1,7 @@
 """The whole stage on models of two layers, and each of its numbers against a second, plainer computation."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from statistics import mean
@@ -27,8 +28,7 @@ from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward
 from tasks.evaluate import evaluate
 from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, new_reward_model, save_adapter
 from tasks.rewards.composition import build_reward
-from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, GoldJudge, RewardModel
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, MahalanobisOOD, RewardModel, load_gold_judge
 from tests.conftest import LETTERS, letter_tokenizer, tiny_model
 from tests.support.chat_server import longer, serving
 from tests.support.tiny_stages import run_reward_model, write_inputs
@@ -193,7 +193,7 @@ def test_scores_are_each_judges_own_and_what_the_reward_model_notices_is_reporte
     world: dict[str, Path], out: Path, records: list[ScoredResponse]
 ) -> None:
     learned = RewardModel.load(world["base_model"], world["sft"], world["reward_model"])
-    gold = GoldJudge.load(world["base_model"], world["gold_judge"])
+    gold = load_gold_judge(world["base_model"], world["gold_judge"])
     for record in records:
         prompt, response = [record.prompt], [record.response]
         assert record.rewards["learned"] == pytest.approx(learned(prompt, response).item(), abs=1e-5)
@@ -436,6 +436,14 @@ def test_where_answers_are_tests_the_truth_is_whether_programs_pass(tmp_path: Pa
     assert [(row.gold, row.correct) for row in judged] == [(1, None), (0, None)]
 
 
+def test_without_a_reward_only_the_judges_score() -> None:
+    prompt = Prompt(id="1", prompt="hello")
+    answers = [SampledResponse("champion", prompt, " yes", 1, True, 0.0, 0.0, environment_reward=0.5)]
+    (scored,) = score_responses(answers, None, None, vader=False)
+    assert (scored.gold, scored.rewards) == (0.5, {})
+    assert math.isnan(scored.proxy)
+
+
 def test_the_champion_answers_the_same_prompts(
     world: dict[str, Path], out: Path, records: list[ScoredResponse], tmp_path: Path
 ) -> None:
@@ -449,7 +457,7 @@ def test_the_champion_answers_the_same_prompts(
     sampler = PolicySampler(load_tokenizer(world["base_model"]), prompts, GENERATION, batch_size=4, seed=0)
     champion = load_policy(world["base_model"], world["sft"], world["grpo"])
     answers = sampler.sample("champion", champion, samples_per_prompt=2)
-    gold = GoldJudge.load(world["base_model"], world["gold_judge"])
+    gold = load_gold_judge(world["base_model"], world["gold_judge"])
     theirs = [(answer, gold([answer.prompt.prompt], [answer.response]).item()) for answer in answers]
     pairs = [(a, b, score) for a in by_policy(records)["ppo"] for b, score in theirs if a.prompt_id == b.prompt.id]
     assert len(pairs) == 6 * 2 * 2

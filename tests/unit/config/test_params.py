@@ -86,6 +86,10 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("reward.weight_schedule={repetition: {4: 0.1, 1: 0.5}}", "must name updates in rising order, got"),
         ("ppo.minibatches=7", r"ppo: minibatches 7 must divide the 64 responses of an update$"),
         ("environment={kind: service_bot, max_turns: 4, gamma: 0.9}", "environment is on, but reward.weights does not"),
+        (
+            "environment={kind: service_bot, max_turns: 4, gamma: 0.9}; reward.weights.environment=1; ppo.ptx_coef=1",
+            r"environment is on, and .*ppo\.ptx_coef.* can read no conversations",
+        ),
         ("reward.weights.environment=1", "reward.weights names `environment`, but environment is null"),
         ("ppo.action=turn", r"\n  ppo.action is turn, but environment is null"),
         ("ppo.overlong_buffer=41; ppo.missing_eos_penalty=1", r"ppo\.overlong_buffer is 41: it counts the last tokens"),

@@ -19,7 +19,7 @@ import tasks
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
-from tasks.rewards.ood import MahalanobisOOD
+from tasks.rewards.reward_model import MahalanobisOOD
 from tasks.rl.masking import whiten
 from peft import LoraConfig, get_peft_model
 

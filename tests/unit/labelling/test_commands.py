@@ -17,8 +17,9 @@ from tasks.config.data import SourceParams
 from tasks.core.errors import ConfigError, DataError
 from tasks.core.rows import Preference, read_rows
 from tasks.data.sources import READERS, collect_source
-from tasks.evals.pairwise import Reply
-from tasks.labelling import ai_labels, pairs, quality
+from tasks.evals import llm_judge
+from tasks.evals.pairwise import Cost, Reply
+from tasks.labelling import pairs, quality
 from tasks.labelling.labels import Label, Question, pseudonym
 from tasks.labelling.pairs import PolicyResponse
 from tasks.labelling.quality import LabelSummary
@@ -250,15 +251,18 @@ class Letters:
 
     def __init__(self, base_model: Path, *, batch_size: int) -> None:
         assert (base_model / "model").is_dir()
+        self.cost = Cost()
 
     def judge(self, questions: Sequence[str]) -> list[Reply]:
-        return [Reply(text=longer(text), model="base_model", tokens=9) for text in questions]
+        replies = [Reply(text=longer(text), model="base_model", tokens=9) for text in questions]
+        self.cost.add(*replies)
+        return replies
 
 
 def test_the_base_model_has_a_budget_and_is_known_by_its_weights(
     auto: Run, project: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ai_labels, "LocalJudge", Letters)
+    monkeypatch.setattr(llm_judge, "LocalJudge", Letters)
     output = auto("{kind: local}", "--max-requests", "4")
     assert "4 requests, 36 tokens" in output
     assert "1 questions are left: the budget is spent" in output

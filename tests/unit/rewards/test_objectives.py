@@ -25,8 +25,14 @@ from transformers import (
 from tasks.config.training import PretrainedRewardParams
 from tasks.core.errors import DataError, ModelError, SourceError, TrainingError
 from tasks.core.rows import Preference, Rating, read_rows, write_rows
-from tasks.rewards.ood import MahalanobisOOD
-from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, EnsembleMember, RewardModel, ScoreHead
+from tasks.rewards.reward_model import (
+    NORMALISATION,
+    OOD_DETECTOR,
+    EnsembleMember,
+    MahalanobisOOD,
+    RewardModel,
+    ScoreHead,
+)
 from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, fetch_pretrained_scorer, load_pretrained_scorer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import run_reward_model, write_inputs

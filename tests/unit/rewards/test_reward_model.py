@@ -18,13 +18,13 @@ from tasks.config.training import LoraParams
 from tasks.core.errors import ModelError, TrainingError
 from tasks.models.loading import add_adapter, add_lora, load_reward_model, new_reward_model, save_adapter
 from tasks.models.onednn_linear import FrozenLora
-from tasks.rewards.ood import MahalanobisOOD
 from tasks.rewards.reward_model import (
     ENSEMBLE_REDUCTIONS,
     MEMBERS,
     NORMALISATION,
     OOD_DETECTOR,
     EnsembleMember,
+    MahalanobisOOD,
     RewardModel,
     ScoreHead,
     member_folder,

@@ -11,7 +11,7 @@ from tasks.core.rows import Preference
 from tasks.models.hf_training import HistoryCallback, train_or_resume
 from tasks.models.loading import add_lora, init_process, new_reward_model
 from tasks.rewards.scorers import TextScorer
-from tasks.rewards.training import TrainingData, classification_trainer, pair_trainer, regression_trainer
+from tasks.rewards.training import TrainingData, make_trainer
 from tests.conftest import letter_tokenizer, tiny_model
 from tests.support.tiny_stages import LORA
 
@@ -46,11 +46,11 @@ def scores(base: Path, samples: list[tuple[str, str]], heads: int = 1) -> torch.
     return TextScorer(fresh(base, heads), letter_tokenizer())(samples)
 
 
-def first_loss(make: Any, base: Path, data: TrainingData) -> float:
+def first_loss(base: Path, data: TrainingData) -> float:
     init_process()
     history, tokenizer = HistoryCallback("test"), letter_tokenizer()
     data, _ = data.fit(tokenizer, Config, section="reward_model", context=64)  # type: ignore[arg-type]
-    trainer = make(Config, fresh(base, len(data.weights)), tokenizer, data, seed=0, callbacks=[history])
+    trainer = make_trainer(Config, fresh(base, len(data.weights)), tokenizer, data, seed=0, callbacks=[history])
     train_or_resume(trainer)
     return history.rows[0]["loss"]
 
@@ -70,7 +70,7 @@ def test_a_margin_is_taken_off_the_gap_where_it_is_known_and_agrees(base, scale,
     gaps = (values[:3] - values[3:]).tolist()
     expected = sum(log_loss(gap - margin) for gap, margin in zip(gaps, margins, strict=True)) / 3
     data = TrainingData({"train": ROWS}, margin_scale=scale)
-    assert first_loss(pair_trainer, base, data) == pytest.approx(expected, rel=1e-4)
+    assert first_loss(base, data) == pytest.approx(expected, rel=1e-4)
 
 
 def test_a_pair_trains_the_head_that_it_is_about(base):
@@ -80,7 +80,7 @@ def test_a_pair_trains_the_head_that_it_is_about(base):
     gaps = (values[:3] - values[3:]).tolist()
     expected = (log_loss(gaps[0][1]) + log_loss(gaps[1][0]) + log_loss(gaps[2][1])) / 3
     data = TrainingData({"train": ROWS}, weights={"short": 0.5, "kind": 0.5})
-    assert first_loss(pair_trainer, base, data) == pytest.approx(expected, rel=1e-4)
+    assert first_loss(base, data) == pytest.approx(expected, rel=1e-4)
 
 
 def squared_error(value: float, target: float) -> float:
@@ -93,11 +93,10 @@ def cross_entropy(value: float, target: float) -> float:
 
 
 @pytest.mark.parametrize(
-    ("trainer", "loss", "targets"),
-    [(regression_trainer, squared_error, [1.0, -2.0, 0.5]), (classification_trainer, cross_entropy, [1.0, 0.0, 1.0])],
+    ("loss", "targets", "binary"), [(squared_error, [1.0, -2.0, 0.5], False), (cross_entropy, [1.0, 0.0, 1.0], True)]
 )
-def test_targets_are_fitted_by_their_loss(base, trainer, loss, targets):
+def test_targets_are_fitted_by_their_loss(base, loss, targets, binary):
     texts = ["abc", "de", "fghij"]
     expected = sum(map(loss, scores(base, [("", text) for text in texts]).tolist(), targets)) / 3
-    data = TrainingData(texts={"train": texts}, targets={"train": targets})
-    assert first_loss(trainer, base, data) == pytest.approx(expected, rel=1e-4)
+    data = TrainingData(texts={"train": texts}, targets={"train": targets}, binary=binary)
+    assert first_loss(base, data) == pytest.approx(expected, rel=1e-4)

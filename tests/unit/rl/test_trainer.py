@@ -5,8 +5,10 @@ import dataclasses
 import pytest
 import torch
 
+from tasks.core import distributed
 from tasks.core.errors import TrainingError
 from tasks.rewards.composition import CompositeReward
+from tasks.rl.trainer import _Stopwatch
 from tests.support.tiny_trainer import (
     GRPO_PARAMS,
     PARAMS,
@@ -380,3 +382,12 @@ def test_every_update_is_reported_and_has_its_detectors(params):
         "warning: update 3: reward_variance_collapse 2.50 (threshold 2, healthy up to 1.65): all responses earn nearly "
         "the same, so there is little left to learn from but noise"
     ]
+
+
+def test_the_speed_of_a_rollout_counts_the_tokens_of_all_ranks(monkeypatch):
+    rollout, clock = trainer().sample(), _Stopwatch()
+    clock.lap("rollout_s")
+    own = clock.metrics(rollout)["time/rollout_tokens_per_s"]
+    assert own == rollout.response_mask.sum().item() / clock.metrics(rollout)["time/rollout_s"]
+    monkeypatch.setattr(distributed, "all_gather", lambda tensor: torch.cat([tensor, tensor]))
+    assert clock.metrics(rollout)["time/rollout_tokens_per_s"] == 2 * own

@@ -17,7 +17,7 @@ from tasks.rl.advantages import (
     overlong_ramp,
     top_entropy_tokens,
 )
-from tasks.rl.dynamic_sampling import replace_groups
+from tasks.rl.algorithm import replace_groups
 from tasks.rl.losses import cispo_loss, entropy_from_logits, policy_loss, response_means
 from tests.support.tiny_trainer import (
     GRPO_PARAMS,
@@ -296,6 +296,7 @@ def test_other_prompts_take_the_places_of_those_without_signal() -> None:
             assert scored.rollout.prompt_texts[2 * place] not in before
     # Every row is one whole response: its text, tokens, score and reward are of each other.
     assert scored.scores.tolist() == even_first_token([], scored.rollout.texts) == scored.reward.total.tolist()
+    assert scored.reward.components["rule"].tolist() == scored.scores.tolist()
     for row, text in enumerate(scored.rollout.texts):
         ids = scored.rollout.responses[row][scored.rollout.response_mask[row]].tolist()
         assert [word for word in ids if word > 2] == [int(word) for word in text.split() if int(word) > 2]

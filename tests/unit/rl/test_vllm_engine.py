@@ -331,5 +331,5 @@ def test_a_server_of_ours_starts_and_ends_with_us(tmp_path, monkeypatch):
 
 
 def test_a_server_that_ends_at_once_shows_the_end_of_its_log(tmp_path, monkeypatch):
-    with pytest.raises(SourceError, match=r"ended with status 1; the end of .*vllm.log:\n.*serve(.|\n)*no memory left"):
+    with pytest.raises(SourceError, match=r"ended with status 1; see .*vllm.log\n.*serve(.|\n)*no memory left"):
         own_server(tmp_path, monkeypatch, fails=True)

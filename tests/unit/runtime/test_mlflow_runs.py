@@ -11,7 +11,7 @@ import pytest
 
 from flows.services import free_port
 from tasks.core.errors import ConfigError
-from tasks.runtime import holding, mlflow_runs, mlflow_store
+from tasks.runtime import holding, mlflow_pipeline, mlflow_runs, mlflow_store
 from tasks.runtime.dvc_stages import Inputs
 from tasks.runtime.mlflow_runs import OpenRun
 from tasks.runtime.mlflow_store import open_store
@@ -133,7 +133,7 @@ def test_a_locked_database_is_waited_for(project: Path, monkeypatch: pytest.Monk
         waits.set()
         print(text)
 
-    monkeypatch.setattr(mlflow_store, "_warn", warn)
+    monkeypatch.setattr(mlflow_store, "warn", warn)
     threading.Thread(target=lambda: waits.wait() and connection.rollback()).start()
     mlflow_runs.connect()
     assert capsys.readouterr().out.count("another program has locked it") == 1
@@ -167,3 +167,30 @@ def test_a_server_that_is_away_is_one_warning(project: Path, monkeypatch: pytest
             run.log_metrics({"loss": 0.5}, step)
     assert capfd.readouterr().err.count("\n") == 1
     assert [record for record in caplog.records if record.levelno >= logging.WARNING] == []
+
+
+HISTORY = [{"step": 1.0, "kl": 0.5, "reward": 1.0, "grad_norm": 9.0}, {"step": 2.0, "kl": 0.7}]
+
+
+@pytest.mark.parametrize(
+    ("result", "reason", "name", "why"),
+    [
+        ("executed", "ppo.kl_coef: 0.05 → 0.2; tasks/ppo.py changed: 1 → 2", "kl_coef=0.2", "kl_coef=0.2"),
+        ("executed", "tasks/ppo.py changed: 1 → 2", "pipeline", "code or data changed"),
+        ("executed", "a: 1 → 2; b.c: 3 → [4, 5]; d: 6 → 7; e: 8 → 9", "a=2 c=[4, 5] d=7 +1", "a=2, c=[4, 5], d=7, e=9"),
+        ("restored", "seed: 1 → 0", "seed=0, cached", "seed=0"),
+        ("unchanged", "nothing that it reads has changed", "pipeline, cached", "nothing changed"),
+    ],
+)
+def test_a_pipelines_run_is_named_by_what_changed_and_has_the_curves(
+    result: str, reason: str, name: str, why: str, project: Path
+) -> None:
+    metrics = {"kl": 0.7, "accuracy": 0.25}
+    with mlflow_pipeline.pipeline_run("flow", {}) as run:
+        run.log_stage("ppo", "key", result, reason, metrics, HISTORY)
+    client, experiment = open_store()
+    (found,) = client.search_runs([experiment])
+    assert (found.info.run_name, found.data.tags["rlhf.why"]) == (name, why)
+    assert found.data.metrics == {"ppo/kl": 0.7, "ppo/reward": 1.0, "ppo.accuracy": 0.25}
+    points = client.get_metric_history(found.info.run_id, "ppo/kl")
+    assert sorted((point.step, point.value) for point in points) == [(1, 0.5), (2, 0.7)]
