@@ -35,5 +35,5 @@ class Demonstrations:
         rows = [self._rows[place] for place in places]
         prompts = pad_ids([row.prompt for row in rows], self._pad_token_id, side="left")
         responses = pad_ids([row.responses[0] for row in rows], self._pad_token_id, side="right")
-        tensors = (tensor.to(self._device) for tensor in (*prompts, *responses))
-        return TokenBatch(*tensors, prompt_texts=[""] * count, texts=[""] * count)
+        ids, mask, response_ids, response_mask = (tensor.to(self._device) for tensor in (*prompts, *responses))
+        return TokenBatch(ids, mask, response_ids, response_mask, prompt_texts=[""] * count, texts=[""] * count)
