@@ -116,7 +116,7 @@ def test_after_an_interrupt_what_was_computed_is_restored(trainable: Project) ->
     before = runs(trainable)
     hold.unlink()
     output = trainable.rlhf("run", "--seeds", "2")
-    assert runs(trainable) - before == Counter({"ppo": 1, "evaluate": 1, "pipeline": 1, "policy_seed=1": 1})
+    assert runs(trainable) - before == Counter({"ppo": 1, "evaluate": 1, "pipeline, cached": 1, "policy_seed=1": 1})
     assert [found["seeds"] for found in written(trainable)] == [[0], [0, 1]]
     assert "60%" not in output.partition("mean")[2].partition("\n")[0]
     assert "55%" in output.partition("mean")[2].partition("\n")[0], "the mean of 80 % and 30 %"
