@@ -41,6 +41,7 @@ from tasks.evals.scoring import (
     split_null,
 )
 from tasks.evals.seed_statistics import bootstrap_seeds, detectable_difference, variance_components, wins_by_prompt
+from tasks.evals.statistics import t_interval
 from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 from tasks.rewards.rules.base import RewardFunction
@@ -251,16 +252,18 @@ def print_means(lines: Sequence[Line]) -> None:
         gaps = [{key: rate - others[key] for key, rate in own.items()} for own, others in pairs]
         found = bootstrap_seeds(gaps, null=0.0)
         interval = f"({100 * found['low']:+.1f} to {100 * found['high']:+.1f}; p = {found['p_value']:.3f})"
-        each = " ".join(f"{100 * fmean(own.values()):+.1f}" for own in gaps)
-        print(f"{name} less {other}: {100 * found['mean']:+.1f} points {interval}, each seed {each}{_power(gaps)}")
+        print(f"{name} less {other}: {100 * found['mean']:+.1f} points {interval}{_over_seeds(gaps)}")
 
 
-def _power(gaps: Sequence[Mapping[str, float]]) -> str:
-    """The least true difference that so many seeds and prompts show with a power of 80 %."""
+def _over_seeds(gaps: Sequence[Mapping[str, float]]) -> str:
+    """Each seed's difference, Student's interval over them, and the least difference seen with a power of 80 %."""
     if len(gaps) < 2:
         return ""
+    means = [100 * fmean(own.values()) for own in gaps]
+    student = t_interval(means)
     seen = detectable_difference(*variance_components(gaps), seeds=len(gaps), prompts=len(gaps[0]))
-    return f", {100 * seen:.1f} would be seen at 80 % power"
+    each = " ".join(f"{mean:+.1f}" for mean in means)
+    return f"; Student {student.low:+.1f} to {student.high:+.1f}; seeds {each}; {100 * seen:.1f} seen at 80 % power"
 
 
 def main() -> None:
