@@ -20,7 +20,7 @@ from tasks.prepare import prepare
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import TrainingData
 from tasks.rl.multi_turn import ENVIRONMENTS, _Episode
-from tasks.rl.rollout import PromptBatch
+from tasks.rl.rollout import PromptBatch, Sampler
 from tasks.sft import _dataset
 from tests.conftest import SHIPPED_PARAMS
 from tests.support.tokenizers import write_tokenizer
@@ -103,7 +103,8 @@ def merging_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
 def sampled_prompt(rows: Prepared, demonstration: Demonstration) -> list[int]:
     """The ids from which a policy samples a response to this demonstration's prompt."""
     if rows.params.environment is None:
-        return PromptBatch.encode([demonstration.prompt], rows.tokenizer, 1).token_ids[0]
+        encode = Sampler(None, rows.tokenizer, rows.params.generation)._encode
+        return PromptBatch.encode([demonstration.prompt], rows.tokenizer, 1, encode).token_ids[0]
     fields = {name: getattr(demonstration, name) for name in ("id", "prompt", "answer")}
     environment = ENVIRONMENTS[rows.params.environment.kind]()
     return _Episode(environment, Prompt(**fields), rows.tokenizer).prompt_ids
