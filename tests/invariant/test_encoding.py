@@ -100,11 +100,16 @@ def merging_tokenizer(texts: Sequence[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=backend, pad_token="<pad>", eos_token=END)
 
 
+def sampler_ids(rows: Prepared, prompt: str) -> list[int]:
+    """The ids of a prompt as a sampler reads it."""
+    sampler = Sampler(None, rows.tokenizer, rows.params.generation)
+    return PromptBatch.encode([prompt], rows.tokenizer, 1, sampler._encode).token_ids[0]
+
+
 def sampled_prompt(rows: Prepared, demonstration: Demonstration) -> list[int]:
     """The ids from which a policy samples a response to this demonstration's prompt."""
     if rows.params.environment is None:
-        encode = Sampler(None, rows.tokenizer, rows.params.generation)._encode
-        return PromptBatch.encode([demonstration.prompt], rows.tokenizer, 1, encode).token_ids[0]
+        return sampler_ids(rows, demonstration.prompt)
     fields = {name: getattr(demonstration, name) for name in ("id", "prompt", "answer")}
     environment = ENVIRONMENTS[rows.params.environment.kind]()
     return _Episode(environment, Prompt(**fields), rows.tokenizer).prompt_ids
@@ -137,7 +142,7 @@ def test_pairs_are_learned_in_the_context_from_which_responses_are_sampled(prepa
     )
     scorer = TextScorer(SimpleNamespace(config=LlamaConfig(max_position_embeddings=4096)), tokenizer)
     for row, encoded, pair in zip(columns, data.encoded["train"], data.pairs["train"], strict=True):
-        prompt = PromptBatch.encode([pair.prompt], tokenizer, 1).token_ids[0]
+        prompt = sampler_ids(prepared, pair.prompt)
         assert row["prompt_ids"] == encoded.prompt == prompt
         for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
             response = [*tokenizer(side).input_ids, tokenizer.eos_token_id]
