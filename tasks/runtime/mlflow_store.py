@@ -101,7 +101,7 @@ def _open_experiment(uri: str) -> tuple[MlflowClient, str]:
             client = MlflowClient(uri)
             found = client.get_experiment_by_name(EXPERIMENT)
             experiment = str(found.experiment_id if found else client.create_experiment(EXPERIMENT, folder))
-            if not found or found.tags.get(VIEW_TAG) != pipelines_view():
+            if not found or VIEW_TAG not in found.tags:  # a view that somebody has changed stays
                 client.set_experiment_tag(experiment, VIEW_TAG, pipelines_view())
             return client, experiment
         except (MlflowException, SQLAlchemyError) as error:

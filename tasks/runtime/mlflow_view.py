@@ -1,6 +1,7 @@
 """The saved view in which MLflow's page compares pipelines: a column or a chart for each number that matters.
 
-MLflow's page keeps such views in tags of the experiment; the format is that of its version 3.17.
+MLflow's page keeps such views in tags of the experiment; the format is that of its version 3.17. People can change the
+view there, so a new version of it needs a new key.
 """
 
 import json
