@@ -37,7 +37,7 @@ select id, parameters from flow_run where json_extract(created_by, '$.type') = '
 ASKED = "select id from flow_run_input where flow_run_id = ? and key like '%-schema'"
 GATE = """
 select tags.key, tags.value from tags join runs using (run_uuid) where tags.key like 'gate%' and runs.start_time = (
-    select max(start_time) from runs where name = 'pipeline')
+    select max(start_time) from runs where run_uuid not in (select run_uuid from tags where key = 'rlhf.stage'))
 """
 CHAMPION = "select version from registered_model_aliases where alias = 'champion'"
 
