@@ -70,6 +70,7 @@ COLUMNS = (
     "win_rate_same_length", "win_rate_bound", "win_rate_vader", "win_rate_proxy", "gain_gold", "gain_proxy", "kl",
     "length", "truncated_share",
 )  # fmt: skip
+WIN_RATE = COLUMNS[:3]
 
 
 def run_stage(stage: str, params: Params, out: Path, folders: Folders) -> None:
@@ -236,7 +237,7 @@ def settings_digest(params: Params) -> str:
 
 
 def print_means(lines: Sequence[Line]) -> None:
-    """Each row's means over seeds: win rate (95 %, bootstrap over seeds and prompts), KL, words; then differences."""
+    """Each row's means over seeds, the win rate's with its bootstrap over seeds and prompts; then differences."""
     wins: dict[str, list[dict[str, float]]] = {}
     for line in lines:
         rates = {f"{line['seed']}/{place}": float(rate) for place, rate in enumerate(line["wins"].split())}
@@ -244,15 +245,21 @@ def print_means(lines: Sequence[Line]) -> None:
     for name, own in wins.items():
         rows = [line for line in lines if line["row"] == name]
         found = bootstrap_seeds(own, null=0.5)
-        kl = f", KL {fmean(float(row['kl']) for row in rows):.2f}" if rows[0]["kl"] != "" else ""
-        words = fmean(float(row["length"]) for row in rows)
-        print(f"{name}: {found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%}){kl}, {words:.1f} words")
+        print(f"{name}: {found['mean']:.1%} ({found['low']:.1%} to {found['high']:.1%}){_other_means(rows)}")
     for name, other in PAIRS:
         pairs = zip(wins[name], wins[other], strict=True)
         gaps = [{key: rate - others[key] for key, rate in own.items()} for own, others in pairs]
         found = bootstrap_seeds(gaps, null=0.0)
         interval = f"({100 * found['low']:+.1f} to {100 * found['high']:+.1f}; p = {found['p_value']:.3f})"
         print(f"{name} less {other}: {100 * found['mean']:+.1f} points {interval}{_over_seeds(gaps)}")
+
+
+def _other_means(rows: Sequence[Line]) -> str:
+    """Means over seeds of the other columns that the row has, and each seed's win rate."""
+    names = [*(name for name in COLUMNS if name not in WIN_RATE), "win_rate_cut"]
+    found = {name: [float(row[name]) for row in rows if row[name] != ""] for name in names}
+    each = " ".join(f"{float(row['win_rate']):.0%}" for row in rows)
+    return f", seeds {each}" + "".join(f", {name} {fmean(own):.3g}" for name, own in found.items() if own)
 
 
 def _over_seeds(gaps: Sequence[Mapping[str, float]]) -> str:
