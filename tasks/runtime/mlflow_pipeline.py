@@ -31,6 +31,7 @@ from tasks.runtime.mlflow_runs import (
     queues_dir,
     source_tags,
     tag_entities,
+    without_curves,
 )
 from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, is_unavailable, open_store, queued, store_uri, warn
 
@@ -103,8 +104,7 @@ class PipelineRun(OpenRun):
         The tag `<stage>.run` names the newest finished run of the same key, if this store has one: a cached stage's.
         `<stage>.machine` is that run's `rlhf.machine`.
         """
-        drawn = {column for row in curves for column in row}
-        final = {metric: value for metric, value in metrics.items() if metric not in drawn and math.isfinite(value)}
+        final = {key: value for key, value in without_curves(metrics, curves).items() if math.isfinite(value)}
         self.log_metrics({f"{name}.{metric}": value for metric, value in final.items()}, None)
         self._log_curves(
             name, [{column: row[column] for column in ("step", *CURVES) if column in row} for row in curves]

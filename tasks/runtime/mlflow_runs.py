@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 __all__ = [
     "FLOW_TAG", "FLOW_VAR", "KEY_TAG", "MACHINE_TAG", "MARK", "PIPELINE_VAR", "STAGE_TAG", "WEIGHT_DIRS", "OpenRun",
     "StageRun", "close_abandoned_runs", "connect", "end_on_exit", "git_commit", "metric_entities", "queues_dir",
-    "recorded_md5s", "source_tags", "stage_run", "tag_entities",
+    "recorded_md5s", "source_tags", "stage_run", "tag_entities", "without_curves",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
@@ -240,6 +240,12 @@ def recorded_md5s() -> Iterator[str]:
         token = page.token
         if not token:
             return
+
+
+def without_curves(metrics: Mapping[str, float], curves: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The final metrics that are not the last point of a curve."""
+    drawn = {column for row in curves for column in row}
+    return {metric: value for metric, value in metrics.items() if metric not in drawn}
 
 
 def git_commit() -> str:

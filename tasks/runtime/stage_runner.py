@@ -93,9 +93,8 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
                 recorder.log_metrics({"seconds": time.monotonic() - started}, None)
                 if "torch" in sys.modules:  # else the stage has computed nothing that could differ
                     recorder.tag({mlflow_runs.MACHINE_TAG: json.dumps(describe_machine())})
-            drawn = {column for row in read_history(name) for column in row}
-            final = {f"final/{key}": value for key, value in read_metrics(name).items() if key not in drawn}
-            recorder.log_metrics(final, None)
+            final = mlflow_runs.without_curves(read_metrics(name), read_history(name))
+            recorder.log_metrics({f"final/{metric}": value for metric, value in final.items()}, None)
             _check_inputs_unchanged(name, inputs)
             recorder.log_outputs(dvc_stages.output_digests(name))
         shutil.rmtree(folder, ignore_errors=True)
