@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-contamination bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-inference bench-contamination bench-flow bench-sandbox mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -101,9 +101,13 @@ bench-results: $(VENV)/.installed
 	rlhf run base_model collect
 	python benchmarks/results.py
 
-# Win rate against KL of variants of PPO and GRPO, after `make demo`; hours, and a second call goes on.
+# Win rate against KL of variants of PPO, GRPO and DPO over three seeds, after `make demo`; hours, and a second call goes on.
 bench-frontier: $(VENV)/.installed
 	python benchmarks/frontier.py
+
+# One sample of PPO beside the best of 16 of SFT, in seconds, after `make demo`.
+bench-inference: $(VENV)/.installed
+	python benchmarks/inference.py
 
 # Whether training texts or the base model know the held-out texts.
 bench-contamination: $(VENV)/.installed

@@ -1,9 +1,10 @@
-"""Win rate against KL of variants of PPO and GRPO at equal rollouts: `make bench-frontier`.
+"""Win rate against KL of variants of PPO, GRPO and DPO at equal rollouts, over seeds: `make bench-frontier`.
 
-Needs a finished pipeline (`rlhf run`): all variants share its SFT policy, reward model and gold judge, and each trains
-with `policy_seed`. Their snapshots answer the same held-out prompts. Writes benchmarks/frontier.csv, a line per
-snapshot with the settings, the CPU time of the training and columns of `tasks.evals.compare`; what is there is not
-computed again.
+Needs a finished pipeline (`rlhf run`, with a preset or without): all variants share its SFT policy, reward model and
+gold judge. Each trains with several values of `policy_seed`, and its snapshots answer the same held-out prompts. Writes
+benchmarks/frontier.csv, a line per snapshot with the CPU time of the training and columns of `tasks.evals.compare`;
+what is there is not computed again. Prints the last snapshots' means over seeds, and the differences to the stage
+without changes, paired by seed.
 """
 
 from __future__ import annotations
@@ -11,47 +12,75 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
+from pathlib import Path
+from statistics import fmean
 from typing import Any
 
-from results import ROOT, Folders, make_sampler, run_stage, score_answers
+from results import ROOT, Folders, make_sampler, run_stage, score_answers, settings_digest
 
 from tasks.config.params import Params, load_params, parse_override
 from tasks.core.rows import read_table, write_table
 from tasks.evals.compare import REFERENCE, ScoredResponse, compare_controls
 from tasks.evals.scoring import sample_prompts
+from tasks.evals.statistics import t_interval
 from tasks.models.loading import init_process, load_policy, load_reference
+from tasks.runtime.dvc_stages import graph
 
 OUT, TABLE = ROOT / ".rlhf" / "bench-frontier", ROOT / "benchmarks" / "frontier.csv"
 DRAWS, REFERENCE_DRAWS = 2, 8
-COLUMNS = ("win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "kl", "gain_proxy", "length")
+COLUMNS = (
+    "win_rate", "win_rate_low", "win_rate_high", "win_rate_length_controlled", "reward_gold", "gain_gold", "gain_proxy",
+    "kl", "length", "truncated_share",
+)  # fmt: skip
+PRINTED = ("win_rate", "win_rate_length_controlled", "reward_gold", "gain_proxy", "kl", "length", "truncated_share")
+
+Line = Mapping[str, Any]
 
 LEAVE_ONE_OUT = (
     "ppo.advantage=leave_one_out", "ppo.samples_per_prompt=4", "ppo.prompts_per_update=16", "ppo.value_coef=0",
 )  # fmt: skip
 ALL_LINEAR = ("lora.target_modules=all-linear",)
+ALL_PAIRS = ("dpo.max_pairs=800",)
 VARIANTS: Mapping[str, tuple[str, ...]] = {
     "ppo": (),
-    "ppo, half the learning rate": ("ppo.learning_rate=1.0e-3",),
-    "ppo, two epochs": ("ppo.epochs=2", "ppo.learning_rate=1.0e-3"),
-    "ppo, KL coefficient 0.02": ("ppo.kl_coef=0.02",),
-    "ppo, KL coefficient 0.1": ("ppo.kl_coef=0.1",),
-    "ppo, all linear layers": (*ALL_LINEAR, "ppo.learning_rate=1.0e-3"),
+    "ppo, half the learning rate": ("ppo.learning_rate*=0.5",),
+    "ppo, two epochs": ("ppo.epochs=2", "ppo.learning_rate*=0.5"),
+    "ppo, one step an update": ("ppo.minibatches=1", "ppo.learning_rate*=2"),
+    "ppo, twice the KL coefficient": ("ppo.kl_coef*=2",),
+    "ppo, KL in the loss": ("ppo.kl_penalty=loss",),
+    "ppo, all linear layers": (*ALL_LINEAR, "ppo.learning_rate*=0.5"),
     "ppo, rank 4": ("lora.r=4", "lora.alpha=8"),
     "ppo, leave one out": LEAVE_ONE_OUT,
-    "ppo, leave one out, half the learning rate": (*LEAVE_ONE_OUT, "ppo.learning_rate=1.0e-3"),
-    "ppo, leave one out, all linear layers": (*LEAVE_ONE_OUT, *ALL_LINEAR, "ppo.learning_rate=1.0e-3"),
     "ppo, leave one out of eight": (*LEAVE_ONE_OUT, "ppo.samples_per_prompt=8", "ppo.prompts_per_update=8"),
+    "ppo, REINFORCE++": ("ppo.advantage=return", "ppo.value_coef=0"),
+    "ppo, two updates of warmup": ("ppo.warmup_updates=2",),
+    "ppo, values by lambda 1": ("ppo.value_lam=1.0",),
+    "ppo, entropy bonus": ("ppo.entropy_coef=0.01",),
+    "ppo, clip higher": ("ppo.clip_range_high=0.28",),
+    "ppo, demonstrations": ("ppo.ptx_coef=0.1",),
     "ppo, six updates of 128": ("ppo.updates=6", "ppo.prompts_per_update=128", "ppo.minibatches=8"),
     "grpo": (),
-    "grpo, half the learning rate": ("grpo.learning_rate=1.0e-3",),
-    "grpo, all linear layers": (*ALL_LINEAR, "grpo.learning_rate=1.0e-3"),
+    "grpo, half the learning rate": ("grpo.learning_rate*=0.5",),
+    "grpo, two updates of warmup": ("grpo.warmup_updates=2",),
+    "grpo, DAPO's loss": ("grpo.loss_type=dapo",),
+    "grpo, Dr. GRPO": ("grpo.loss_type=dr_grpo", "grpo.scale_rewards=none"),
+    "grpo, CISPO": ("grpo.loss_type=cispo", "grpo.clip_range=null", "grpo.clip_range_high=5.0"),
+    "grpo, GSPO": ("grpo.importance_level=sequence",),
     "grpo, rewards not scaled": ("grpo.scale_rewards=none",),
     "grpo, clip higher": ("grpo.clip_range_high=0.28",),
-    "grpo, KL coefficient 0.02": ("grpo.kl_coef=0.02",),
+    "grpo, dynamic sampling": ("grpo.resample_rounds=2",),
+    "grpo, top fifth of entropies": ("grpo.top_entropy_share=0.2",),
+    "grpo, twice the KL coefficient": ("grpo.kl_coef*=2",),
+    "dpo": (),
+    "dpo, all pairs": ALL_PAIRS,
+    "dpo, all pairs, a quarter of the learning rate": (*ALL_PAIRS, "dpo.learning_rate*=0.25"),
+    "dpo, all pairs, beta 0.5": (*ALL_PAIRS, "dpo.beta=0.5"),
+    "dpo, all pairs, robust": (*ALL_PAIRS, "dpo.loss_type=robust", "dpo.label_smoothing=0.2"),
+    "dpo, all pairs, IPO": (*ALL_PAIRS, "dpo.loss_type=ipo"),
 }
-"""Name, whose first word is the stage → settings."""
+"""Name, whose first word is the stage → settings; `*=` multiplies what params.yaml has."""
 
 
 def score(params: Params, folders: Folders, loaders: Mapping[str, Any], draws: int) -> list[ScoredResponse]:
@@ -62,54 +91,89 @@ def score(params: Params, folders: Folders, loaders: Mapping[str, Any], draws: i
 
 
 def run_variant(
-    name: str, base: Params, folders: Folders, reference: list[ScoredResponse]
+    name: str, base: Params, folders: Folders, reference: list[ScoredResponse], out: Path
 ) -> Iterator[dict[str, object]]:
-    """Train a variant, and compare a third, two thirds and all of its updates with SFT."""
+    """Train a variant, and compare a third, two thirds and all of its updates with SFT; of DPO the end alone."""
     stage, params = name.split(",")[0], base
     for setting in VARIANTS[name]:
         params = override(params, setting)
-    out, started = OUT / name.replace(", ", "-").replace(" ", "_"), time.process_time()
-    run_stage(stage, params, out, folders)
+    started = time.process_time()
+    run_stage(stage, params, out, {need: folders[need] for need in graph()[stage]})
     seconds = round(time.process_time() - started)
-    snapshots = sorted((out / "policies").iterdir())
-    chosen = sorted({snapshots[-(-len(snapshots) * part // 3) - 1] for part in (1, 2, 3)})
     models = folders["base_model"], folders["sft"]
-    scored = score(params, folders, {path.name: partial(load_policy, *models, path) for path in chosen}, DRAWS)
+    scored = score(params, folders, {key: partial(load_policy, *models, path) for key, path in policies(out)}, DRAWS)
     table = compare_controls(reference, scored, samples=params.evaluate.bootstrap_samples, seed=params.seed)
     for update, row in table.items():
-        settings = " ".join(VARIANTS[name])
-        yield {"variant": name, "settings": settings, "cpu_s": seconds, "update": int(update)} | {
+        yield {"variant": name, "policy_seed": base.policy_seed, "cpu_s": seconds, "update": update} | {
             key: row[key] for key in COLUMNS
         }
 
 
+def policies(out: Path) -> list[tuple[str, Path]]:
+    """Update and folder of the snapshots at a third, two thirds and the end; `end` where a stage takes none."""
+    snapshots = sorted(out.glob("policies/*"))
+    if not snapshots:
+        return [("end", out)]
+    chosen = sorted({snapshots[-(-len(snapshots) * part // 3) - 1] for part in (1, 2, 3)})
+    return [(str(int(path.name)), path) for path in chosen]
+
+
 def override(params: Params, setting: str) -> Params:
-    """The parameters with one setting, `section.key=value`."""
+    """The parameters with one setting, `section.key=value` or `section.key*=factor`."""
+    key, times, factor = setting.partition("*=")
+    if times:
+        section, _, name = key.partition(".")
+        setting = f"{key}={getattr(getattr(params, section), name) * float(factor)}"
     ((section, values),) = parse_override(setting).items()
     own = getattr(params, section)
     return params.model_copy(update={section: type(own)(**(own.model_dump() | values))})
 
 
+def print_means(lines: Sequence[Line]) -> None:
+    """Means over seeds of each variant's last snapshot, and its difference to the stage without changes."""
+    last: dict[str, dict[int, Line]] = {}
+    for line in lines:  # of a variant and seed the last line is the end
+        last.setdefault(line["variant"], {})[int(line["policy_seed"])] = line
+    for name, own in last.items():
+        means = ", ".join(f"{key} {fmean(float(line[key]) for line in own.values()):.3g}" for key in PRINTED)
+        print(f"{name}: {len(own)} seeds, {means}{_difference(own, last.get(name.split(',')[0], {}))}")
+
+
+def _difference(own: Mapping[int, Line], plain: Mapping[int, Line]) -> str:
+    gaps = [100 * (float(own[seed]["win_rate"]) - float(plain[seed]["win_rate"])) for seed in own if seed in plain]
+    if own is plain or len(gaps) < 2:
+        return ""
+    student = t_interval(gaps)
+    return f"; {fmean(gaps):+.1f} points of win rate (Student {student.low:+.1f} to {student.high:+.1f})"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("variants", nargs="*", help=f"of: {'; '.join(VARIANTS)}; none: all")
-    names = parser.parse_args().variants or list(VARIANTS)
-    if not (ROOT / "artifacts" / "gold_judge" / "adapter").is_dir():
+    parser.add_argument("variants", nargs="*", help=f"of: {'; '.join(VARIANTS)}; none: all whose stage is on")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2], help="values of policy_seed")
+    arguments = parser.parse_args()
+    if not (ROOT / "artifacts" / "evaluate" / "policies.json").is_file():
         sys.exit("the pipeline has not run yet: `rlhf run` first")
     init_process()
     params = load_params(ROOT / "params.yaml")
-    stages = ("base_model", "prepare", "sft", "reward_model", "gold_judge")
-    folders = {stage: ROOT / "artifacts" / stage for stage in stages}
-    rows: list[dict[str, object]] = list(read_table(TABLE)) if TABLE.is_file() else []
-    done = {row["variant"] for row in rows}
+    settings = settings_digest(params)
+    folders = {stage: ROOT / "artifacts" / stage for stage in graph()}
+    earlier = [dict(line) for line in read_table(TABLE)] if TABLE.is_file() else []
+    rows: list[dict[str, object]] = [line for line in earlier if line["settings"] == settings]
+    others = [line for line in earlier if line["settings"] != settings]
+    done = {(row["variant"], int(str(row["policy_seed"]))) for row in rows}
     sft = {REFERENCE: partial(load_reference, folders["base_model"], folders["sft"])}
     reference = score(params, folders, sft, REFERENCE_DRAWS)
-    for name in names:
-        if name not in done:
-            rows += run_variant(name, params, folders, reference)
-            write_table(TABLE, rows)
-            print(*(f"{name}, update {row['update']}: {row['win_rate']:.1%} at KL {row['kl']:.2f}"
-                    for row in rows if row["variant"] == name), sep="\n", flush=True)  # fmt: skip
+    names = arguments.variants or [name for name in VARIANTS if getattr(params, name.split(",")[0])]
+    for name, seed in ((name, seed) for name in names for seed in arguments.seeds if (name, seed) not in done):
+        own = params.model_copy(update={"policy_seed": seed})
+        out = OUT / settings / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
+        found = [{"settings": settings} | line for line in run_variant(name, own, folders, reference, out)]
+        rows += found
+        write_table(TABLE, others + rows)
+        print(*(f"{name}, seed {seed}, update {row['update']}: {row['win_rate']:.1%} at KL {row['kl']:.2f}"
+                for row in found), sep="\n", flush=True)  # fmt: skip
+    print_means([row for row in rows if row["variant"] in names])
 
 
 if __name__ == "__main__":

@@ -33,6 +33,9 @@ class RLParams(Section):
     minibatches: Positive = Field(description="Optimiser steps per pass.")
     micro_batch_size: Positive = Field(description="Sequences per forward pass; never changes the gradient.")
     learning_rate: LearningRate = Field(description="Initial learning rate of Adam; annealed linearly to 0.")
+    warmup_updates: int = Field(
+        0, ge=0, description="Updates in which the learning rate rises, from step to step, to what it then is."
+    )
     clip_range: float | None = Field(None, gt=0, lt=1, description="ε of the clipped objective; null: no clipping.")
     clip_range_high: float | None = Field(
         None, gt=0, description="ε above a ratio of 1 (DAPO's clip-higher: 0.28); null: that of clip_range."

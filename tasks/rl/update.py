@@ -49,12 +49,19 @@ class PolicyUpdate:
             order = torch.randperm(len(experience), generator=generator)
             for rows in torch.split(order, size):
                 for group in self.optimizer.param_groups:
-                    group["lr"] = self.algorithm.learning_rate(update, len(steps))
+                    group["lr"] = self._learning_rate(update, len(steps))
                 drawn = self.demonstrations.draw(len(rows), generator) if self.demonstrations else None
                 steps.append(self.step(experience.select(rows), drawn))
                 if steps[-1]["approx_kl"] > self._max_kl:
                     return self._summary(steps, update)
         return self._summary(steps, update)
+
+    def _learning_rate(self, update: int, step: int) -> float:
+        """The algorithm's, after the warmup; Adam's first steps are as large for noise as for signal."""
+        per_update = self.params.epochs * self.params.minibatches
+        warmup = self.params.warmup_updates * per_update
+        risen = (update * per_update + step + 1) / warmup if warmup else 1.0
+        return self.algorithm.learning_rate(update, step) * min(1.0, risen)
 
     def step(self, minibatch: Experience, demonstrations: TokenBatch | None = None) -> Metrics:
         """Take one step on the minibatch unless the KL is over its target; micro-batches only bound the memory."""
@@ -80,7 +87,7 @@ class PolicyUpdate:
     def _summary(self, steps: list[Metrics], update: int) -> Metrics:
         means = {name: sum(step[name] for step in steps) / len(steps) for name in steps[0]}
         means["ratio_max"] = max(step["ratio_max"] for step in steps)
-        means["learning_rate"] = self.algorithm.learning_rate(update, 0)
+        means["learning_rate"] = self._learning_rate(update, 0)
         means["optimiser_steps"] = sum(step["approx_kl"] <= self._max_kl for step in steps)
         return means
 

@@ -42,12 +42,22 @@ def test_results_of_a_whole_chain(project: Project) -> None:
     assert not {line["settings"] for line in read_table(path)} & {line["settings"] for line in lines}
 
 
-def test_the_frontier_of_a_variant(project: Project) -> None:
-    assert "ppo, update 2: " in bench(project, "frontier", "ppo")
-    lines = read_table(project.root / "benchmarks" / "frontier.csv")
-    assert [(line["variant"], line["update"]) for line in lines] == [("ppo", "1"), ("ppo", "2")]
-    bench(project, "frontier", "ppo")
-    assert read_table(project.root / "benchmarks" / "frontier.csv") == lines
+def test_the_frontier_of_variants_over_seeds(project: Project) -> None:
+    words = ("ppo", "ppo, half the learning rate", "dpo", "--seeds", "0", "1")
+    first = bench(project, "frontier", *words)
+    assert "ppo, seed 1, update 2: " in first
+    path = project.root / "benchmarks" / "frontier.csv"
+    lines = read_table(path)
+    assert [(line["variant"], line["policy_seed"], line["update"]) for line in lines] == [
+        *((name, seed, update) for name in words[:2] for seed in "01" for update in "12"),
+        ("dpo", "0", "end"), ("dpo", "1", "end"),
+    ]  # fmt: skip
+    last = {(line["variant"], line["policy_seed"]): float(line["win_rate"]) for line in lines}
+    mean_gap = 50 * sum(last[words[1], seed] - last[words[0], seed] for seed in "01")
+    assert f"{words[1]}: 2 seeds, " in first
+    assert f"; {mean_gap:+.1f} points of win rate (Student " in first
+    assert bench(project, "frontier", *words) in first
+    assert read_table(path) == lines, "nothing is measured again"
 
 
 def test_contamination_needs_texts_that_are_long_enough(project: Project) -> None:

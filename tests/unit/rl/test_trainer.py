@@ -177,6 +177,24 @@ def test_ppo_anneals_the_learning_rate_by_update_and_grpo_by_optimiser_step():
 
 
 @BOTH
+def test_the_learning_rate_rises_over_the_steps_of_the_warmup(params):
+    run, taken = trainer(params, updates=4, epochs=1, minibatches=2, warmup_updates=2, target_kl=None), []
+    original = run.updater.optimizer.step
+
+    def step(*args):
+        taken.append(run.updater.optimizer.param_groups[0]["lr"])
+        return original(*args)
+
+    run.updater.optimizer.step = step
+    run.train()
+    annealed = [0.01, 0.01, 0.0075, 0.0075, 0.005, 0.005, 0.0025, 0.0025]
+    if params is GRPO_PARAMS:
+        annealed = [0.01 * (8 - done) / 8 for done in range(8)]
+    assert taken == pytest.approx([annealed[0] / 4, annealed[1] / 2, annealed[2] * 3 / 4, *annealed[3:]])
+    assert run.history[1]["learning_rate"] == taken[2]
+
+
+@BOTH
 def test_a_failure_names_update_quantity_and_sample_and_keeps_the_last_checkpoint(params, tmp_path):
     whole = trainer(params)
     whole.train()
