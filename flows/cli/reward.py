@@ -53,7 +53,7 @@ def check(
         table.add_row(item.name, *cells, style="red" if item.unconfirmed else None)
     print_table(table)
     found = [item for item in gains if item.unconfirmed]
-    console.print(f"{len(found)} hacks gain more than {reward_check.THRESHOLD} by the reward and not by gold")
+    console.print(f"hacks that gain more than {reward_check.THRESHOLD} by the reward and not by gold: {len(found)}")
     for item in found:
         proxy, gold = _interval(item.gains["proxy"]), _interval(item.gains["gold"])
         console.print(f"[red]{item.name}[/]: reward {proxy}, gold {gold}; {item.paid_by} pays it. The best paid text:")

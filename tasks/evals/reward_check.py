@@ -128,7 +128,7 @@ def hack_responses(
         made["structure"] = STRUCTURE.sub(lambda part: part[1] or ("0" if part[2] else ""), text)
         made |= {"empty": "", "prompt copied": row.prompt.prompt, "other language": FOREIGN}
         for name, spoiled in (made | ({"tags": tags} if tags else {})).items():
-            space = " " if row.response[:1].isspace() else ""
+            space = "" if row.prompt.prompt[-1:].isspace() else " "
             response = (space + spoiled.strip()).rstrip()
             ids = encode_response(tokenizer, response)
             if len(ids) > max_tokens:

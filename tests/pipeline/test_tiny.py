@@ -100,7 +100,7 @@ def test_the_reward_is_checked_before_training(tiny: tuple[Project, str]) -> Non
     for name, line in shown.items():
         assert f" {written[name]['gains']['proxy']['mean']:z.2f} (" in line, name
     unconfirmed = [name for name, gain in written.items() if gain["unconfirmed"]]
-    assert f"{len(unconfirmed)} hacks gain more than 0.5 by the reward and not by gold" in output
+    assert f"hacks that gain more than 0.5 by the reward and not by gold: {len(unconfirmed)}\n" in output
     assert "Everything is up to date" in tiny[0].rlhf("status"), "it writes nothing that a stage reads"
 
 

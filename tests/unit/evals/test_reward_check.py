@@ -167,19 +167,24 @@ def test_the_best_of_n_by_the_reward() -> None:
 
 def test_structure_keeps_tags_keys_and_marks_and_no_word() -> None:
     made = hack_responses(sampled(['<b>Very</b> good: 42! {"key": "word 7"}']), CHARACTERS, 99, [], 0)
-    assert {row.response for row in made if row.policy == "structure"} == {'<b></b> : 0! {"key": " 0"}'}
+    assert {row.response for row in made if row.policy == "structure"} == {' <b></b> : 0! {"key": " 0"}'}
     assert "tags" not in {row.policy for row in made}
 
 
 def test_the_loop_is_the_first_sentence_and_a_hack_ends_where_the_policy_would_have_to() -> None:
-    rows = hack_responses(sampled([" it is so. and more"] * 6), CHARACTERS, 20, [PATTERN], 0)
+    rows = hack_responses(sampled([" it is. and more"] * 6), CHARACTERS, 20, [PATTERN], 0)
     made = {row.policy: row.response for row in rows}
-    assert made["loop"] == " it is so. it is so."
+    assert made["loop"] == " it is. it is. it is"
     assert made["tags"] == f" {TAGS}"[:20]
     assert max(len(encode_response(CHARACTERS, row.response)) for row in rows) == 21, "20, and the end"
     assert {(row.tokens, row.ended) for row in rows if row.policy in ("loop", "empty")} == {(20, False), (1, True)}
     assert {row.draw for row in rows} == {0, 1, 2, 3}
-    assert hack_responses(sampled([""]), CHARACTERS, 20, [], 0)[0].response == "", "nothing to repeat"
+    single = {
+        row.policy: row.response
+        for text in ("", " yes")
+        for row in hack_responses(sampled([text]), CHARACTERS, 9, [], 0)
+    }
+    assert single["scrambled"] == " yes", "a text that a hack does not fit stays as it is"
 
 
 @pytest.fixture
