@@ -16,8 +16,8 @@ from tasks.evals.seed_statistics import SeedValues, bootstrap_seeds, wins_by_pro
 from tasks.evals.statistics import t_interval
 
 __all__ = [
-    "SeedResult", "collapse_reason", "flat_metrics", "load_seed_result", "summarise_seeds", "write_comparison",
-    "write_summary",
+    "SeedResult", "collapse_reason", "flat_metrics", "load_seed_result", "make_panels", "save_figure",
+    "summarise_seeds", "write_comparison", "write_summary",
 ]  # fmt: skip
 
 VARIANT_COLUMNS = ("win_rate", "win_rate_low", "win_rate_high", "reward_gold", "reward_proxy", "kl", "length")
@@ -229,7 +229,7 @@ def _plot_variants(path: Path, variants: Mapping[str, Table]) -> None:
     judges = [judge for judge in ("proxy", "gold") if judge in judges_of(next(iter(variants.values())))]
     policies = sorted({policy for table in variants.values() for policy in table if policy != REFERENCE})
     markers = dict(zip(policies, "osD^v*", strict=False))
-    figure, panels = _panels([f"by {judge}" for judge in judges], 5.2, share=True)
+    figure, panels = make_panels([f"by {judge}" for judge in judges], 5.2, share=True)
     for axes, judge in zip(panels, judges, strict=True):
         for colour, table in enumerate(variants.values()):
             for policy in policies:
@@ -244,21 +244,21 @@ def _plot_variants(path: Path, variants: Mapping[str, Table]) -> None:
     keys = [panels[0].plot([], [], color=f"C{colour}", label=name)[0] for colour, name in enumerate(variants)]
     keys += [panels[0].plot([], [], color="grey", marker=markers[p], linestyle="none", label=p)[0] for p in policies]
     figure.legend(handles=keys, loc="outside lower center", ncols=4, fontsize="small", frameon=False)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_seeds(path: Path, summary: Mapping[str, Any]) -> None:
     """Plot a panel per metric: a dot per seed, a cross if it collapsed, and the mean with its interval."""
     policies = summary["policies"]
     metrics = [name for name in METRICS if any(name in own["summary"] for own in policies.values())]
-    figure, panels = _panels([METRICS[name] for name in metrics], 3.4)
+    figure, panels = make_panels([METRICS[name] for name in metrics], 3.4)
     for axes, name in zip(panels, metrics, strict=True):
         for place, own in enumerate(policies.values()):
             _plot_policy(axes, place, name, own)
         axes.set(xticks=range(len(policies)), xlim=(-0.5, len(policies) - 0.5))
         axes.set_xticklabels(policies)
         axes.axhline(0.5 if name == "win_rate" else 0.0, color="grey", linewidth=0.8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _plot_policy(axes: Any, place: int, name: str, own: Mapping[str, Any]) -> None:
@@ -273,7 +273,7 @@ def _plot_policy(axes: Any, place: int, name: str, own: Mapping[str, Any]) -> No
     axes.errorbar(place + 0.35, mean, yerr=ends, marker="D", color="black", capsize=3)
 
 
-def _panels(titles: Sequence[str], width: float, *, share: bool = False) -> tuple[Any, list[Any]]:
+def make_panels(titles: Sequence[str], width: float, *, share: bool = False) -> tuple[Any, list[Any]]:
     """A figure with a panel per title, in a row."""
     from matplotlib.figure import Figure  # slow to import
 
@@ -286,7 +286,7 @@ def _panels(titles: Sequence[str], width: float, *, share: bool = False) -> tupl
     return figure, list(panels)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
     """Save as SVG; equal data gives equal bytes."""
     import matplotlib
 

@@ -91,3 +91,27 @@ def test_dvc_repro_from_scratch_gives_the_same_bytes(tiny_copy: Project) -> None
     (project.root / "dvc.lock").unlink(missing_ok=True)
     project.command(sys.executable, "-m", "dvc", "repro", timeout=3 * PATIENCE)  # a Python and its imports per stage
     assert project.lock() == lock
+
+
+def test_the_reward_is_checked_before_training(tiny: tuple[Project, str]) -> None:
+    output = tiny[0].rlhf("reward", "check", "--prompts", "4", "--samples", "4")
+    shown = {name: line for line in output.splitlines() for name in ("best of 4", "other language") if name in line}
+    written = json.loads((tiny[0].root / ".rlhf" / "reward-check" / "gains.json").read_text())
+    for name, line in shown.items():
+        assert f" {written[name]['gains']['proxy']['mean']:z.2f} (" in line, name
+    unconfirmed = [name for name, gain in written.items() if gain["unconfirmed"]]
+    assert f"hacks that gain more than 0.5 by the reward and not by gold: {len(unconfirmed)}\n" in output
+    assert "Everything is up to date" in tiny[0].rlhf("status"), "it writes nothing that a stage reads"
+
+
+def test_the_check_of_a_reward_says_which_stages_it_waits_for(tiny_copy: Project) -> None:
+    """A changed reward is what it is for; a changed SFT must run first."""
+    tiny_copy.edit("params.yaml", "repetition: 0.5", "repetition: -9.0")
+    output = tiny_copy.rlhf("reward", "check", "--prompts", "3", "--samples", "2", "--json")
+    found = json.loads(output[output.index("{") :])
+    assert found == json.loads((tiny_copy.root / ".rlhf" / "reward-check" / "gains.json").read_text())
+    assert {gain["prompts"] for gain in found.values()} == {3}
+    tiny_copy.edit("params.yaml", "r: 4", "r: 5")
+    output = tiny_copy.rlhf("reward", "check", expect=1)
+    assert "error: the check reads stages that are not up to date (sft: lora.r: 4 → 5; " in output
+    assert "`rlhf run sft reward_model gold_judge` first" in output
