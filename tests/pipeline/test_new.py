@@ -80,7 +80,7 @@ def test_own_code_and_installed_code_are_inputs(command: Command, packages: Path
     assert directly_stale(command, demo) == dict.fromkeys(("ppo", "grpo", "evaluate"), "custom/environments")
     own.write_text("import no_such_package\n" + text)
     message = command(demo, "run", expect=1)
-    assert "ppo: 'example:HigherLower' cannot be imported: ModuleNotFoundError: No module named 'no_such_" in message
+    assert "'example:HigherLower' cannot be imported: ModuleNotFoundError: No module named 'no_such_" in message
     own.write_text(text.replace("class HigherLower", "class LowerHigher"))
     assert "custom/environments/example.py defines no 'HigherLower'; there is: " in command(demo, "run", expect=1)
     own.write_text(text)
@@ -90,7 +90,7 @@ def test_own_code_and_installed_code_are_inputs(command: Command, packages: Path
         assert directly_stale(command, demo) == {"grpo": "tasks/grpo.py"}
     finally:
         code.write_text(installed)
-    assert "Everything is up to date" in command(demo, "status")
+    assert directly_stale(command, demo) == {}
     assert "demo exists and is not empty" in command(tmp_path, "new", "demo", expect=1)
 
 
