@@ -16,6 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from flows.new import INSTALLED, link_code
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, stage_dir
 
@@ -71,10 +72,10 @@ SEED_COLUMNS = {
 def enter_project() -> Path:
     """Change to the project's root; a ConfigError if there is none here, or this code belongs to another one."""
     root = project_root()
-    installed = Path(__file__).resolve().parents[2]
-    if installed != root:
+    link_code(root)
+    if (root / "tasks").resolve() != INSTALLED / "tasks":
         raise ConfigError(
-            f"this is the rlhf command of {installed}, but the project here is {root}: use `python -m flows.cli.main` "
+            f"this is the rlhf command of {INSTALLED}, but the project here is {root}: use `python -m flows.cli.main` "
             "here, or install the package here"
         )
     os.chdir(root)

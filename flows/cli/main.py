@@ -112,6 +112,21 @@ def run(
 
 
 @app.command()
+def new(
+    folder: Annotated[Path, typer.Argument(help="A folder that does not exist, or is empty.")],
+    start: Annotated[
+        Literal["film", "pairs", "answers", "conversation"],
+        typer.Option("--from", help="Film reviews, or a few rows of your kind: pairs, right answers, conversations."),
+    ] = "film",
+) -> None:
+    """Make a project of your own, with parameters, example rows and a folder custom/ for your own code."""
+    from flows.new import new_project
+
+    new_project(folder, start)
+    console.console.print(f"{folder} is ready: `cd {folder}`, read README.md, then `rlhf run --fit`")
+
+
+@app.command()
 def retrain(
     pull: Annotated[bool, typer.Option(help="Fetch data and results from the DVC remote first.")] = False,
     push: Annotated[bool, typer.Option(help="Send each stage's results to the DVC remote.")] = False,

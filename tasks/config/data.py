@@ -1,21 +1,24 @@
 """Sections of the stages that make the data: collect, prepare and preferences."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tasks.config.base import AnswerPattern, Fraction, Positive, Section
+from tasks.core.custom import check_kind
 from tasks.core.rows import ROW_TYPES
 
 __all__ = ["CollectParams", "PreferencesParams", "PrepareParams", "SourceParams"]
+
+KINDS = ("film_reviews", "hub", "local", "reasoning_gym", "service_bot")
 
 
 class SourceParams(Section):
     """One source of rows."""
 
     name: str = Field(pattern=r"^[a-z0-9_-]+$", description="Names the data card.")
-    kind: Literal["film_reviews", "hub", "local", "reasoning_gym", "service_bot"] = Field(
-        description="Which reader to use."
+    kind: Annotated[str, AfterValidator(lambda name: check_kind("readers", name, KINDS))] = Field(
+        description="Which reader to use; `module:function`: your own, in custom/readers."
     )
     row_type: Literal["prompts", "demonstrations", "preferences", "ratings"] = Field(
         description="The row type it yields."
@@ -31,7 +34,9 @@ class SourceParams(Section):
         None, description="For hub: the folder of the dataset to read (Anthropic/hh-rlhf: harmless-base); null: all."
     )
     split: str = Field("train", description="For hub: the split.")
-    options: dict[str, int | float | str | bool] = Field({}, description="For reasoning_gym: the task's settings.")
+    options: dict[str, int | float | str | bool] = Field(
+        {}, description="Of reasoning_gym's task, or of your own reader."
+    )
     columns: dict[str, str] = Field(default_factory=dict, description="Row field → column name, where they differ.")
     template: str = Field("{prompt}", pattern=r"\{prompt\}", description="What the policy sees of a prompt.")
     answer_pattern: AnswerPattern | None = Field(

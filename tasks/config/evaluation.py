@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.config.base import AnswerPattern, Fraction, Positive, Section
-from tasks.config.rules import Rule
+from tasks.config.rules import Judge
 
 __all__ = ["EvaluateParams", "GateParams", "JudgeParams", "LmEvalParams", "Metric", "OveroptimisationParams"]
 
@@ -53,7 +53,7 @@ class EvaluateParams(Section):
         description="Where prompts have right answers: the form in which one must stand to be strictly right, as a "
         "regular expression with one group (GSM8K: `#### (\\-?[0-9\\.\\,]+)`); null: it is the whole response.",
     )
-    gold_rule: Rule | None = Field(
+    gold_rule: Judge | None = Field(
         None,
         description="Where neither people's ratings nor the right answer as a text can judge: a rule that does; one "
         "that the reward does not have, such as `{function: language}`, or `code`, whose answers are tests.",

@@ -124,12 +124,12 @@ def load_params(path: Path) -> Params:
     return _validate(_read(path), str(path))
 
 
-def load_preset(root: Path, name: str) -> dict[str, Any]:
+def load_preset(root: Path, name: str, folder: Path = PRESETS) -> dict[str, Any]:
     """Load a preset's overlay, as nested keys; a ConfigError if there is no such preset."""
-    path = root / PRESETS / f"{name}.yaml"
+    path = root / folder / f"{name}.yaml"
     if not path.is_file():
-        known = ", ".join(sorted(file.stem for file in (root / PRESETS).glob("*.yaml"))) or "none"
-        raise ConfigError(f"no preset {name!r} in {PRESETS}; known presets: {known}")
+        known = ", ".join(sorted(file.stem for file in (root / folder).glob("*.yaml"))) or "none"
+        raise ConfigError(f"no preset {name!r} in {folder}; known presets: {known}")
     return dict(_read(path))
 
 

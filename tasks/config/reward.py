@@ -7,7 +7,8 @@ from typing import Any, Literal, Self
 from pydantic import Field, model_validator
 
 from tasks.config.base import EXTERNAL_COMPONENTS, LEARNED, Positive, Section
-from tasks.config.rules import RULE_OPTIONS, Rule, did_you_mean
+from tasks.config.rules import RULE_OPTIONS, Rule
+from tasks.core.custom import did_you_mean
 
 __all__ = ["Normaliser", "Priority", "RewardParams"]
 
@@ -146,6 +147,6 @@ def _check_weighted(key: str, names: Iterable[str], weights: dict[str, float]) -
     for name in names:
         if name not in weights:
             raise ValueError(
-                f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, sorted(weights))} Give it a "
+                f"reward.{key} names {name!r}, which has no weight; {did_you_mean(name, weights)} Give it a "
                 "weight (0: computed and reported alone), or remove it"
             )

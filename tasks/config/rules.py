@@ -2,9 +2,8 @@
 
 import ast
 from collections.abc import Mapping
-from difflib import get_close_matches
-from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from functools import partial
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from jsonschema import Draft202012Validator, SchemaError
 from pydantic import AfterValidator, ConfigDict, Field, PlainValidator, SerializeAsAny, model_validator
@@ -12,18 +11,19 @@ from referencing.exceptions import Unresolvable
 from referencing.jsonschema import DRAFT202012, EMPTY_REGISTRY
 
 from tasks.config.base import AnswerPattern, Positive, Regex, Section
+from tasks.core.custom import did_you_mean, find_custom
 
 __all__ = [
-    "CUSTOM_DIR", "GROUND_TRUTH_RULES", "RULE_OPTIONS", "CodeRule", "ContainsFactsRule", "CustomRule", "FormatRule",
-    "InstructionsRule", "JsonSchemaRule", "LanguageRule", "LengthRule", "MathRule", "PoemRule", "ReadabilityRule",
-    "RepetitionRule", "Rule", "RuleOptions", "VaderRule", "check_custom_rule", "did_you_mean",
+    "GROUND_TRUTH_RULES", "RULE_OPTIONS", "CodeRule", "ContainsFactsRule", "CustomJudge", "CustomRule", "FormatRule",
+    "InstructionsRule", "JsonSchemaRule", "Judge", "LanguageRule", "LengthRule", "MathRule", "PoemRule",
+    "ReadabilityRule", "RepetitionRule", "Rule", "RuleOptions", "VaderRule", "check_custom_rule",
 ]  # fmt: skip
 
 
 class RuleOptions(Section):
     """Options that all rules share: function and floor."""
 
-    function: str = Field(description="A rule's name, or `module:function` of a file in tasks/rewards/custom.")
+    function: str = Field(description="A rule's name, or `module:function` of a file in custom/rewards.")
     floor: float = Field(0.0, description="What a response earns on which the function fails; such are counted.")
 
 
@@ -224,37 +224,19 @@ class PoemRule(RuleOptions):
         return self
 
 
-CUSTOM_DIR = Path(__file__).resolve().parents[1] / "rewards" / "custom"
 SAMPLE_ARGS = 3  # that every function has: prompt, response, answer
 
 
-def check_custom_rule(function: str, options: Mapping[str, object]) -> None:
-    """Check that `module:function` exists and accepts these options.
+def check_custom_rule(function: str, options: Mapping[str, object], kind: str = "rewards") -> None:
+    """Check that `module:function` of custom/<kind>/ exists and accepts these options.
 
     Raises:
         ValueError: it does not; the message names what there is.
     """
-    module, _, name = function.partition(":")
-    modules = sorted(path.stem for path in CUSTOM_DIR.glob("*.py") if path.stem != "__init__")
-    if module not in modules:
-        raise ValueError(
-            f"function {function!r}: there is no tasks/rewards/custom/{module}.py; {did_you_mean(module, modules)}"
-        )
-    functions = _functions(CUSTOM_DIR / f"{module}.py")
-    if name not in functions:
-        raise ValueError(
-            f"function {function!r}: tasks/rewards/custom/{module}.py defines no {name!r}; "
-            f"{did_you_mean(name, [*functions])}"
-        )
-    _check_arguments(function, functions[name].args, options)
-
-
-def _functions(path: Path) -> dict[str, ast.FunctionDef]:
-    try:
-        body = ast.parse(path.read_text(encoding="utf-8"), str(path)).body
-    except SyntaxError as error:
-        raise ValueError(f"tasks/rewards/custom/{path.name}:{error.lineno} is no Python: {error.msg}") from error
-    return {node.name: node for node in body if isinstance(node, ast.FunctionDef)}
+    definition = find_custom(kind, function)
+    if isinstance(definition, ast.ClassDef):
+        raise ValueError(f"{function!r} is a class; name a function")
+    _check_arguments(function, definition.args, options)
 
 
 def _check_arguments(function: str, arguments: ast.arguments, options: Mapping[str, object]) -> None:
@@ -265,30 +247,32 @@ def _check_arguments(function: str, arguments: ast.arguments, options: Mapping[s
     known = dict(zip(names[SAMPLE_ARGS:], defaults[SAMPLE_ARGS:], strict=True))
     known |= {item.arg: default for item, default in zip(arguments.kwonlyargs, arguments.kw_defaults, strict=True)}
     if arguments.kwarg is None and (unknown := [name for name in options if name not in known]):
-        raise ValueError(f"function {function!r} takes no option {unknown[0]!r}; {did_you_mean(unknown[0], [*known])}")
+        raise ValueError(f"function {function!r} takes no option {unknown[0]!r}; {did_you_mean(unknown[0], known)}")
     if missing := [name for name, default in known.items() if default is None and name not in options]:
         raise ValueError(f"function {function!r} needs the option {missing[0]!r}; add it beside `function`")
-
-
-def did_you_mean(name: str, known: list[str]) -> str:
-    """Suggest the closest known names for an unknown one, or list all."""
-    close = get_close_matches(name, known)
-    return f"did you mean {' or '.join(close)}?" if close else f"there is: {', '.join(sorted(known)) or 'nothing'}"
 
 
 class CustomRule(RuleOptions):
     """A user's own function; its options are the arguments after `prompt, response, answer`."""
 
     model_config = ConfigDict(extra="allow", frozen=True)
+    kind: ClassVar = "rewards"
 
     @model_validator(mode="after")
     def _check_exists(self) -> Self:
-        check_custom_rule(self.function, self.options)
+        check_custom_rule(self.function, self.options, self.kind)
         return self
 
     @property
     def options(self) -> dict[str, Any]:
         return dict(self.model_extra or {})
+
+
+class CustomJudge(CustomRule):
+    """A user's own function that judges and never trains."""
+
+    function: str = Field(description="A rule's name, or `module:function` of a file in custom/judges.")
+    kind: ClassVar = "judges"
 
 
 RULE_OPTIONS: dict[str, type[RuleOptions]] = {
@@ -312,7 +296,7 @@ GROUND_TRUTH_RULES = ("answer", "code", "math")
 """Rules that check the row's ground-truth answer: they may be both reward and judge."""
 
 
-def _parse_rule(value: Any) -> RuleOptions:
+def _parse_rule(value: Any, custom: type[CustomRule] = CustomRule) -> RuleOptions:
     """Parse the options of the rule that `function` names."""
     if isinstance(value, RuleOptions):
         return value
@@ -320,9 +304,12 @@ def _parse_rule(value: Any) -> RuleOptions:
         raise ValueError("needs `function: <rule or module:function>` and that function's options")
     name = value["function"]
     if name not in RULE_OPTIONS and ":" not in name:
-        raise ValueError(f"function: no rule is called {name!r}; {did_you_mean(name, list(RULE_OPTIONS))}")
-    return RULE_OPTIONS.get(name, CustomRule).model_validate(dict(value))
+        raise ValueError(f"function: no rule is called {name!r}; {did_you_mean(name, RULE_OPTIONS)}")
+    return RULE_OPTIONS.get(name, custom).model_validate(dict(value))
 
 
 Rule = Annotated[SerializeAsAny[RuleOptions], PlainValidator(_parse_rule)]
 """A rule with its validated options."""
+
+Judge = Annotated[SerializeAsAny[RuleOptions], PlainValidator(partial(_parse_rule, custom=CustomJudge))]
+"""The same for a rule that judges; of the user's own functions it takes those of custom/judges."""

@@ -2,14 +2,17 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from tasks.config.base import CHAT, Fraction, LearningRate, Positive, Section
+from tasks.core.custom import check_kind
 
 __all__ = [
     "BaseModelParams", "DPOParams", "EnvironmentParams", "GenerationParams", "GoldJudgeParams", "LoraParams",
     "PretrainedRewardParams", "RewardModelParams", "SFTParams", "TrainerParams",
 ]  # fmt: skip
+
+ENVIRONMENT_KINDS = ("service_bot", "reasoning_gym")
 
 
 class BaseModelParams(Section):
@@ -57,7 +60,9 @@ class GenerationParams(Section):
 class EnvironmentParams(Section):
     """Multi-turn environment; without this section a response is a single text."""
 
-    kind: Literal["service_bot", "reasoning_gym"] = Field(description="A scripted user, or a question with a retry.")
+    kind: Annotated[str, AfterValidator(lambda name: check_kind("environments", name, ENVIRONMENT_KINDS))] = Field(
+        description="A scripted user, a question with a retry, or `module:Class`: your own, in custom/environments."
+    )
     max_turns: Positive = Field(description="A conversation ends after so many turns of the policy.")
     gamma: float = Field(
         gt=0,

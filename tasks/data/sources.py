@@ -25,6 +25,7 @@ from datasets.exceptions import DatasetsError
 from huggingface_hub import HfApi
 from pyarrow import parquet
 
+from tasks.core.custom import load_custom
 from tasks.core.errors import DataError, SourceError, first_line
 from tasks.core.paths import project_root, state_dir
 from tasks.core.rows import format_json_error
@@ -118,6 +119,22 @@ def _task_row(source: SourceParams, task: Mapping[str, Any]) -> dict[str, object
         )
     answer = None if task["answer"] is None else str(task["answer"])
     return {"prompt": task["question"], "answer": answer, "response": answer}
+
+
+def read_custom(source: SourceParams, seed: int) -> ReaderResult:
+    """The rows that the user's function yields for the source's `id` and `options`; see `load_custom`.
+
+    Raises:
+        DataError: it fails.
+    """
+    function = load_custom("readers", source.kind)
+    try:
+        rows = list(islice(function(source.id, **source.options), source.limit))
+    except Exception as error:
+        problem = f"{type(error).__name__}: {error}"
+        raise DataError(f"source {source.name!r}: {source.kind} fails on {source.id!r}: {problem}") from error
+    lines = ((source.id, line, row) for line, row in enumerate(rows, start=1))
+    return lines, {"source": f"{source.kind} of custom/readers", "id": source.id, "options": source.options}
 
 
 def read_local(source: SourceParams, seed: int) -> ReaderResult:
@@ -236,7 +253,7 @@ def collect_source(source: SourceParams, seed: int, readers: Mapping[str, Reader
         SourceError: it cannot be reached, or is not what its checksum promises.
         DataError: it is empty, or lacks a column.
     """
-    lines, origin = readers[source.kind](source, seed)
+    lines, origin = readers.get(source.kind, read_custom)(source, seed)
     rows: list[dict[str, Any]] = []
     columns: dict[str, None] = {}
     for file, line, content in islice(lines, source.limit):

@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from tasks.config.base import ENVIRONMENT
+from tasks.core.custom import load_custom
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
 from tasks.models.encoding import encode_prompt, encode_text
@@ -146,7 +147,8 @@ def with_environment(sampler: Sampler, params: EnvironmentParams | None) -> Samp
     """The sampler itself, or one of conversations with the environment of the `environment` section."""
     if params is None:
         return sampler
-    return MultiTurnSampler(sampler, ENVIRONMENTS[params.kind], max_turns=params.max_turns)
+    environment = ENVIRONMENTS.get(params.kind) or load_custom("environments", params.kind)
+    return MultiTurnSampler(sampler, environment, max_turns=params.max_turns)
 
 
 class _Episode:

@@ -26,7 +26,7 @@ __all__ = [
 
 PROVENANCE_TAG = "provenance"
 
-TRACKED_PATHS = ("data", "data.dvc", "dvc.yaml", "flows", "infra/presets", "requirements.lock", "tasks")
+TRACKED_PATHS = ("custom", "data", "data.dvc", "dvc.yaml", "flows", "infra/presets", "requirements.lock", "tasks")
 """What decides about results and is kept by git; the text of params.yaml is part of the provenance itself."""
 
 MAX_LISTED_FILES = 20  # changed files that are named; one is enough to know that the commit is not all

@@ -16,6 +16,7 @@ from typing import Any
 
 from tasks.config.params import Params, load_params
 from tasks.core import tracking
+from tasks.core.custom import forget_custom
 from tasks.core.determinism import describe_machine
 from tasks.core.errors import RLHFError, StageError, disk_errors
 from tasks.core.paths import DISABLED_MARKER, Artifacts, checkpoint_dir, project_root, stage_dir
@@ -74,6 +75,7 @@ def execute_stage(name: str, reasons: Sequence[str]) -> None:
             return
         inputs = dvc_stages.inputs(name)
         _check_code_unchanged(name, inputs)
+        forget_custom()
         function = _load_stage_function(name)
         sections = stage_arguments(function, name, params)
         upstream = {stage: stage_dir(stage) for stage in dvc_stages.graph()[name]}

@@ -64,7 +64,7 @@ class Copy:
     def __init__(self, root: Path) -> None:
         self.root = root
         skipped = shutil.ignore_patterns("__pycache__", "pipeline", "*.pyc")
-        for name in ("tasks", "flows", "tests", "scripts", "benchmarks", "docs", "infra"):
+        for name in ("tasks", "flows", "tests", "scripts", "benchmarks", "custom", "docs", "infra"):
             shutil.copytree(ROOT / name, root / name, ignore=skipped)
         for name in ("dvc.yaml", "pyproject.toml", ".dvcignore", "requirements.lock", "requirements-dev.lock"):
             shutil.copy(ROOT / name, root)

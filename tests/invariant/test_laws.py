@@ -260,10 +260,19 @@ def test_what_a_stage_reads_another_stage_writes() -> None:
             assert made == dep.startswith("artifacts/"), f"{stage} reads {dep}, which no stage writes"
 
 
-def test_what_scores_reads_the_folder_of_users_rewards() -> None:
-    scores = {stage for stage in STAGES if "tasks/rewards/composition.py" in modules_read(stage)}
-    knows = {stage for stage in STAGES if "tasks/rewards/custom" in part(stage, "deps")}
-    assert scores == knows, "imported by name, so no walk over imports finds it: list it in dvc.yaml by hand"
+@pytest.mark.parametrize(
+    ("kind", "module", "section"),
+    [
+        ("readers", "tasks/data/sources.py", "collect"),
+        ("rewards", "tasks/rewards/composition.py", "reward"),
+        ("environments", "tasks/rl/multi_turn.py", "environment"),
+        ("judges", "tasks/rewards/composition.py", "evaluate"),
+    ],
+)
+def test_what_calls_users_code_reads_its_folder(kind: str, module: str, section: str) -> None:
+    calls = {stage for stage in STAGES if module in modules_read(stage) and section in part(stage, "params")}
+    knows = {stage for stage in STAGES if f"custom/{kind}" in part(stage, "deps")}
+    assert calls == knows, "imported by name, so no walk over imports finds it: list it in dvc.yaml by hand"
     assert "__pycache__/" in (ROOT / ".dvcignore").read_text().split(), "else running a stage would change the folder"
 
 

@@ -500,6 +500,20 @@ def device_limit(project: Project) -> Iterator[None]:
             client.delete_global_concurrency_limit_by_name(DEVICE_LIMIT)
 
 
+def copy_shipped(root: Path, *more: str) -> None:
+    """What the project is made of, without the user's parameters and data, and these further files."""
+    (root / "data").mkdir(parents=True)
+    shutil.copy(ROOT / "data" / "README.md", root / "data")  # all else there is the user's
+    shutil.copy(SHIPPED_PARAMS, root)
+    folders = ("tasks", "flows", "infra", "custom", ".dvc")
+    for name in (*folders, ".dvcignore", ".gitignore", "dvc.yaml", "requirements.lock", *more):
+        if (ROOT / name).is_dir():
+            skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
+            shutil.copytree(ROOT / name, root / name, ignore=skipped)
+        else:
+            shutil.copy(ROOT / name, root / name)
+
+
 @pytest.fixture
 def tiny_copy(tiny: tuple[Project, str], tmp_path: Path) -> Project:
     """A copy of the finished tiny project that a test may change."""
@@ -512,15 +526,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, python: WarmPython) -> tuple[
     root = tmp_path_factory.mktemp("tiny") / "project"
     watch = tmp_path_factory.mktemp("watch")
     (watch / "sitecustomize.py").write_text(WATCH)
-    (root / "data").mkdir(parents=True)
-    shutil.copy(ROOT / "data" / "README.md", root / "data")  # all else there is the user's
-    shutil.copy(SHIPPED_PARAMS, root)
-    for name in ("tasks", "flows", "infra", ".dvc", ".dvcignore", ".gitignore", "dvc.yaml", "requirements.lock"):
-        if (ROOT / name).is_dir():
-            skipped = shutil.ignore_patterns("__pycache__", "cache", "tmp", "config.local")
-            shutil.copytree(ROOT / name, root / name, ignore=skipped)
-        else:
-            shutil.copy(ROOT / name, root / name)
+    copy_shipped(root)
     subprocess.run(["git", "init", "--quiet", "."], cwd=root, check=True)
     watched = python.environment | {"PYTHONPATH": str(watch), "RLHF_OPENED": str(watch / "opened")}
     project = Project(root, python, watched)

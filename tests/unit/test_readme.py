@@ -14,7 +14,7 @@ from flows.cli.main import app
 from tasks.config.params import Params, load_preset, parse_override, write_overrides
 
 ROOT = Path(__file__).resolve().parents[2]
-FOLDERS = ("benchmarks", "data", "infra", "infra/compose", "scripts", "tests")
+FOLDERS = ("benchmarks", "custom", "data", "infra", "infra/compose", "infra/new", "scripts", "tests")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/**/*.md"))]
 PAGES += [ROOT / folder / "README.md" for folder in FOLDERS]
 TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
@@ -31,7 +31,7 @@ SPANS = [
 
 COMMANDS = [pair for pair in LINES if pair[1].startswith("rlhf ")]
 MENTIONS = [pair for pair in SPANS if pair[1].startswith(("rlhf ", "-S ", "--preset "))]
-OURS = "benchmarks|docs|flows|infra|scripts|tasks|tests"
+OURS = "benchmarks|custom|docs|flows|infra|scripts|tasks|tests"
 FILE_TYPES = {"csv", "html", "json", "jsonl", "lock", "md", "py", "yaml"}
 
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 import torch
 from torch import Tensor
 
+from tasks.core.custom import load_custom
 from tasks.core.errors import ConfigError, RLHFError, TrainingError
 from tasks.core.terminal import print_line
 
@@ -62,19 +63,8 @@ def response_rule(function: Callable[..., float], *names: str) -> RuleFactory:
 
 
 def custom_rule(options: CustomRule, answers: Answers) -> PerSampleRule:
-    """Import the user's function, which is called with the sample and its options.
-
-    Raises:
-        ConfigError: its module cannot be imported.
-    """
-    module, _, name = options.function.partition(":")
-    try:
-        function: Any = getattr(import_module(f"tasks.rewards.custom.{module}"), name)
-    except Exception as error:
-        raise ConfigError(
-            f"reward.rules: {options.function!r} cannot be imported: {type(error).__name__}: {error}; see "
-            f"tasks/rewards/custom/{module}.py"
-        ) from error
+    """The user's function, which is called with the sample and its options; see `load_custom`."""
+    function = load_custom(options.kind, options.function)
     return PerSampleRule(lambda prompt, response: function(prompt, response, answers.get(prompt), **options.options))
 
 

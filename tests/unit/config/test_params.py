@@ -138,7 +138,7 @@ def test_a_file_in_another_encoding_is_named(params_yaml: Path) -> None:
         ("{function: json_schema, json_schema: {type: thing}}", r"rules\.mine\.json_schema: no JSON schema"),
         ("{function: instructions}", r"reward\.rules\.mine: no constraint is set"),
         ("{function: poem, syllables: {C: [1, 2]}}", r"mine: syllables names \['C'\], which scheme 'AAB"),
-        ("{function: 'exampel:shout'}", r"no tasks/rewards/custom/exampel\.py; did you mean example"),
+        ("{function: 'exampel:shout'}", r"no custom/rewards/exampel\.py; did you mean example"),
         ("{function: 'example:shuot'}", r"example\.py defines no 'shuot'; did you mean shout"),
         ("{function: 'example:shout', most: 1}", r"takes no option 'most'; did you mean at_most"),
     ],

@@ -4,14 +4,14 @@ import gzip
 import json
 import math
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
-import tasks.rewards.custom
-from tasks.config import rules
 from tasks.config.reward import RewardParams
 from tasks.config.rules import RULE_OPTIONS, check_custom_rule
+from tasks.core.custom import forget_custom
 from tasks.core.errors import ConfigError, TrainingError
 from tasks.core.rows import Prompt
 from tasks.rewards.composition import CompositeReward, build_reward
@@ -262,6 +262,7 @@ def test_each_rule_has_its_own_floor() -> None:
 MODULE = """
 import math
 LIMIT = 3
+class Kept: ...
 def near(prompt: str, response: str, answer: str | None, scale: float, *, sign: int = 1) -> float:
     return sign * scale * (len(response) if answer is None else abs(len(response) - len(answer)))
 def free(prompt, response, answer, **options):
@@ -272,16 +273,16 @@ def short(prompt, response):
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def folder(root: Path) -> Iterator[Path]:
     """A folder of users' modules, known to params and importable, and nothing of it left behind."""
-    (tmp_path / "mine.py").write_text(MODULE)
-    (tmp_path / "broken.py").write_text("import no_such_package\ndef f(prompt, response, answer): ...")
-    (tmp_path / "crooked.py").write_text("def f(:")
-    monkeypatch.setattr(rules, "CUSTOM_DIR", tmp_path)
-    monkeypatch.setattr(tasks.rewards.custom, "__path__", [str(tmp_path)])
-    for name in ("mine", "broken"):
-        monkeypatch.delitem(sys.modules, f"tasks.rewards.custom.{name}", raising=False)
-    return tmp_path
+    rewards = root / "custom" / "rewards"
+    rewards.mkdir(parents=True)
+    (rewards / "mine.py").write_text(MODULE)
+    (rewards / "broken.py").write_text("import no_such_package\ndef f(prompt, response, answer): ...")
+    (rewards / "crooked.py").write_text("def f(:")
+    forget_custom()
+    yield rewards
+    forget_custom()
 
 
 def test_the_example_scores_by_its_options() -> None:
@@ -301,11 +302,12 @@ def test_a_function_gets_the_sample_its_answer_and_its_options(folder: Path) -> 
 @pytest.mark.parametrize(
     ("function", "options", "problem"),
     [
-        ("mien:near", {}, r"there is no tasks/rewards/custom/mien\.py; did you mean mine"),
+        ("mien:near", {}, r"there is no custom/rewards/mien\.py; did you mean mine"),
         ("mine:nera", {"scale": 1}, r"mine\.py defines no 'nera'; did you mean near"),
-        ("mine:LIMIT", {}, r"mine\.py defines no 'LIMIT'; there is: free, near, short"),
+        ("mine:LIMIT", {}, r"mine\.py defines no 'LIMIT'; there is: Kept, free, near, short"),
         ("mine:near", {}, r"'mine:near' needs the option 'scale'; add it beside `function`"),
         ("mine:near", {"scale": 1, "sing": 1}, r"takes no option 'sing'; did you mean sign"),
+        ("mine:Kept", {}, r"'mine:Kept' is a class; name a function"),
         ("mine:short", {}, r"must take \(prompt, response, answer, …\), it takes \('prompt', 'response'\)"),
         ("crooked:f", {}, r"crooked\.py:1 is no Python"),
     ],
