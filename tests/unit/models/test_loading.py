@@ -17,7 +17,7 @@ from tasks.models.loading import (
     new_reward_model,
     pad_ids,
     position_ids,
-    save_adapter,
+    save_weights,
 )
 from tests.conftest import letter_tokenizer, tiny_model
 
@@ -39,7 +39,7 @@ def trained_adapter(base_model: Path, out: Path, seed: int = 0) -> Path:
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
                 parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(seed)) * 0.1)
-    save_adapter(model, out)
+    save_weights(model, out)
     return out
 
 
@@ -75,7 +75,7 @@ def test_scorer_comes_back_as_it_was_saved(base_model, tmp_path):
             if parameter.requires_grad:
                 parameter.add_(0.05)
     expected = scorer.eval()(IDS).logits
-    save_adapter(scorer, tmp_path / "scorer")
+    save_weights(scorer, tmp_path / "scorer")
     torch.testing.assert_close(load_reward_model(base_model, None, tmp_path / "scorer")(IDS).logits, expected)
 
 

@@ -16,7 +16,7 @@ from sklearn.covariance import LedoitWolf
 from tasks.config.reward import RewardParams
 from tasks.config.training import LoraParams
 from tasks.core.errors import ModelError, TrainingError
-from tasks.models.loading import add_adapter, add_lora, load_reward_model, new_reward_model, save_adapter
+from tasks.models.loading import add_adapter, add_lora, load_reward_model, new_reward_model, save_weights
 from tasks.models.onednn_linear import FrozenLora
 from tasks.rewards.reward_model import (
     ENSEMBLE_REDUCTIONS,
@@ -149,7 +149,7 @@ def save_trained(model, folder, seed):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    save_adapter(model, folder)
+    save_weights(model, folder)
 
 
 @pytest.fixture
