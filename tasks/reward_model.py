@@ -123,6 +123,7 @@ def train_reward_model(
     model = make_trainable(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     with tracking.prefixed(f"member_{number}") if number else nullcontext():
         train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
+    model.config.num_labels = len(data.weights)  # a trainer of several heads shows one
     save_weights(model, folder)
     write_history(folder / "history.csv", history.rows)
     return TextScorer(model, tokenizer)

@@ -26,7 +26,7 @@ from tasks.evals.compare import ScoredResponse, by_policy, first_draws
 from tasks.evals.gate import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
-from tasks.evaluate import evaluate
+from tasks.evaluate import _weights, evaluate
 from tasks.models.loading import (
     add_lora,
     load_beside,
@@ -242,7 +242,10 @@ def test_a_model_without_an_adapter_has_its_kl_to_the_reference_that_is_given(wo
     beside = partial(load_beside, world["base_model"], world["sft"])
     sampler = PolicySampler(tokenizer, PROMPTS[:2], GENERATION, batch_size=4, seed=0, load_beside=beside)
     base, sft = load_reference(world["base_model"], None), load_reference(world["base_model"], world["sft"])
-    for answer in sampler.sample("base", base, reference=sft):
+    answers = sampler.sample("base", base, reference=sft)
+    assert sampler.sample("base", base) == answers, "it is loaded beside a policy without an adapter"
+    assert [answer.kl for answer in sampler.sample("sft", sft)] == [0.0] * 2, "it is itself"
+    for answer in answers:
         prompt = tokenizer(answer.prompt.prompt).input_ids
         response = tokenizer(answer.response).input_ids + [tokenizer.eos_token_id] * answer.ended
         if len(response) < answer.tokens:
@@ -255,6 +258,17 @@ def test_a_model_without_an_adapter_has_its_kl_to_the_reference_that_is_given(wo
     assert [row.response for row in greedy] == [row.response for row in sampler.sample("other", base, greedy=True)]
     token = base(torch.tensor([tokenizer(PROMPTS[0].prompt).input_ids])).logits[0, -1].argmax().item()
     assert greedy[0].response[:1] == tokenizer.decode([token])[:1]
+
+
+def test_the_digest_of_a_stages_weights_is_that_of_either_kind(world: dict[str, Path], tmp_path: Path) -> None:
+    """One file, or shards in their order; what else lies in the folder is no weight."""
+    assert [*_weights(world["reward_model"])] == [
+        (world["reward_model"] / "adapter/adapter_model.safetensors").read_bytes()
+    ]
+    (tmp_path / "adapter").mkdir()
+    for name in ("model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors", "ood.safetensors"):
+        (tmp_path / "adapter" / name).write_text(name)
+    assert [part[:11] for part in _weights(tmp_path)] == [b"model-00001", b"model-00002"]
 
 
 def test_controls_are_rows_of_their_own(out: Path, records: list[ScoredResponse]) -> None:
