@@ -104,14 +104,9 @@ def evaluate(
     policies = {name: folder for name, folder in trained.items() if not is_disabled(folder)}
     prompts = sample_prompts(artifacts.prepare / "prompts" / "test.jsonl", params.prompts, seed)
     sampler = PolicySampler(
-        load_tokenizer(artifacts.base_model),
-        prompts,
-        generation,
-        batch_size=params.batch_size,
-        seed=seed,
-        environment=environment,
-        load_beside=partial(load_beside, artifacts.base_model, artifacts.sft),
-    )
+        load_tokenizer(artifacts.base_model), prompts, generation, batch_size=params.batch_size, seed=seed,
+        environment=environment, load_beside=partial(load_beside, artifacts.base_model, artifacts.sft),
+    )  # fmt: skip
     loaders = _loaders(policies, artifacts)
     responses = _sample(sampler, loaders, params, is_multi_turn=environment is not None)
     scored = _score(responses, prompts, params, reward, artifacts)

@@ -47,14 +47,9 @@ def compare_with_champion(
     prompts = sample_prompts(artifacts / "prepare" / "prompts" / "test.jsonl", params.prompts, seed)
     models = champion / "base_model", champion / "sft"
     sampler = PolicySampler(
-        load_tokenizer(models[0]),
-        prompts,
-        generation,
-        batch_size=params.batch_size,
-        seed=seed,
-        environment=environment,
-        load_beside=partial(load_beside, *models),
-    )
+        load_tokenizer(models[0]), prompts, generation, batch_size=params.batch_size, seed=seed,
+        environment=environment, load_beside=partial(load_beside, *models),
+    )  # fmt: skip
     model = load_policy(*models, champion / champion_policy)
     answers = sampler.sample("champion", model, samples_per_prompt=params.samples_per_prompt)
     gold = None

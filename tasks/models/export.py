@@ -84,8 +84,11 @@ def export(
     tokenizer, trained = load_tokenizer(base_model), cast(Any, load_policy(base_model, sft, artifacts / policy))
     batches = [torch.tensor([encode_prompt(tokenizer, prompt)], device=device()) for prompt in prompts]
     expected = _logits(trained, batches)
-    merged = trained.merge_and_unload if isinstance(trained, PeftModel) else lambda: trained
-    exported: Any = load_reference(base_model, sft) if adapter else merged()
+    exported: Any = trained
+    if adapter:
+        exported = load_reference(base_model, sft)
+    elif isinstance(trained, PeftModel):
+        exported = trained.merge_and_unload()
     exported.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
