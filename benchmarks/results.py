@@ -42,7 +42,7 @@ from tasks.evals.scoring import (
 )
 from tasks.evals.seed_statistics import bootstrap_seeds, detectable_difference, variance_components, wins_by_prompt
 from tasks.evals.statistics import t_interval
-from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
+from tasks.models.loading import init_process, load_beside, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 from tasks.rewards.rules.base import RewardFunction
 from tasks.runtime.dvc_stages import graph
@@ -204,7 +204,8 @@ def cut_win_rate(group: Sequence[ScoredResponse], reference: Sequence[ScoredResp
 
 def make_sampler(params: Params, folders: Folders, prompts: Sequence[Prompt]) -> PolicySampler:
     tokenizer, size = load_tokenizer(folders["base_model"]), params.evaluate.batch_size
-    return PolicySampler(tokenizer, prompts, params.generation, batch_size=size, seed=params.seed)
+    beside = partial(load_beside, folders["base_model"], folders["sft"])
+    return PolicySampler(tokenizer, prompts, params.generation, batch_size=size, seed=params.seed, load_beside=beside)
 
 
 def score_answers(

@@ -17,15 +17,26 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, read_rows, write_json
 from tasks.models.encoding import encode_row, fit_rows, start_ids
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, trainer_config, write_history
-from tasks.models.loading import init_process, load_context, load_reference, load_tokenizer, lora_config, save_adapter
+from tasks.models.loading import (
+    init_process,
+    load_beside,
+    load_context,
+    load_reference,
+    load_tokenizer,
+    lora_config,
+    make_trainable,
+    save_weights,
+)
 
 if TYPE_CHECKING:
     from tasks.config.training import DPOParams, LoraParams
 
 __all__ = ["dpo"]
 
+REFERENCE_FREE = ("orpo", "simpo")
 
-def dpo(params: DPOParams, lora: LoraParams, policy_seed: int, artifacts: Artifacts) -> None:
+
+def dpo(params: DPOParams, lora: LoraParams | None, policy_seed: int, artifacts: Artifacts) -> None:
     """Train the policy with TRL's trainer of the loss type, the SFT policy as reference where there is one.
 
     Pairs without a shared prompt get the start token as theirs, or the end token where there is none. Writes adapter/,
@@ -37,18 +48,18 @@ def dpo(params: DPOParams, lora: LoraParams, policy_seed: int, artifacts: Artifa
     history = HistoryCallback("dpo")
     torch.manual_seed(policy_seed)
     rows, counts = _fit_pairs(params, train, tokenizer, load_context(artifacts.base_model))
-    model = load_reference(artifacts.base_model, artifacts.sft)
+    model: Any = load_reference(artifacts.base_model, artifacts.sft)
+    if lora:
+        options = {"peft_config": lora_config(model, lora)}
+    else:
+        model = make_trainable(model, None, seed=policy_seed)
+        reference = load_beside(artifacts.base_model, artifacts.sft, model)
+        options = {} if params.loss_type in REFERENCE_FREE else {"ref_model": reference}
     trainer = make_trainer(
-        params,
-        policy_seed,
-        rows,
-        model=model,
-        peft_config=lora_config(model, lora),
-        processing_class=tokenizer,
-        callbacks=[history],
+        params, policy_seed, rows, model=model, processing_class=tokenizer, callbacks=[history], **options
     )
     train_or_resume(trainer)
-    save_adapter(trainer.model, artifacts.out)
+    save_weights(trainer.model, artifacts.out)
     write_history(artifacts.out / "history.csv", history.rows)
     last = {key: value for key, value in history.rows[-1].items() if key != "step"}
     write_json(artifacts.out / "metrics.json", {"pairs": len(rows), **counts, **last})
@@ -58,14 +69,14 @@ def make_trainer(params: DPOParams, seed: int, rows: Dataset, **common: Any) -> 
     """TRL's trainer of the loss type, for pairs that are token ids; ConfigError as `trainer_config`.
 
     Args:
-        common: model, adapter, tokenizer and callbacks, which all trainers take.
+        common: model, adapter or reference, tokenizer and callbacks, which all trainers take.
     """
     arguments = {**trainer_arguments(params, seed=seed), "beta": params.beta, "max_length": None}  # the rows fit
     if params.loss_type == "kto":
         arguments |= {"loss_type": "kto", "train_sampling_strategy": "sequential"}
         config = trainer_config(KTOConfig, params, "dpo", **arguments)
         return EncodedKTOTrainer(args=config, train_dataset=unpaired(rows, seed, params.batch_size), **common)
-    if params.loss_type in ("orpo", "simpo"):
+    if params.loss_type in REFERENCE_FREE:
         return _reference_free_trainer(params, arguments, train_dataset=rows, **common)
     if params.loss_type == "robust":
         arguments["label_smoothing"] = params.label_smoothing

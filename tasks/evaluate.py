@@ -46,7 +46,15 @@ from tasks.evals.scoring import (
     score_responses,
     split_null,
 )
-from tasks.models.loading import ADAPTER_DIR, init_process, is_disabled, load_policy, load_reference, load_tokenizer
+from tasks.models.loading import (
+    ADAPTER_DIR,
+    init_process,
+    is_disabled,
+    load_beside,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+)
 from tasks.rewards.composition import load_reward
 from tasks.rewards.scorers import PRETRAINED_DIR
 from tasks.rl.hacking import detectors_fired, run_detectors
@@ -96,13 +104,9 @@ def evaluate(
     policies = {name: folder for name, folder in trained.items() if not is_disabled(folder)}
     prompts = sample_prompts(artifacts.prepare / "prompts" / "test.jsonl", params.prompts, seed)
     sampler = PolicySampler(
-        load_tokenizer(artifacts.base_model),
-        prompts,
-        generation,
-        batch_size=params.batch_size,
-        seed=seed,
-        environment=environment,
-    )
+        load_tokenizer(artifacts.base_model), prompts, generation, batch_size=params.batch_size, seed=seed,
+        environment=environment, load_beside=partial(load_beside, artifacts.base_model, artifacts.sft),
+    )  # fmt: skip
     loaders = _loaders(policies, artifacts)
     responses = _sample(sampler, loaders, params, is_multi_turn=environment is not None)
     scored = _score(responses, prompts, params, reward, artifacts)
@@ -299,10 +303,9 @@ def _provenance(
 
 
 def _weights(folder: Path) -> Iterator[bytes]:
-    """The files of the adapter that a stage trained, or of the pretrained reward model, one at a time."""
-    adapter = folder / ADAPTER_DIR / "adapter_model.safetensors"
-    files = [adapter] if adapter.is_file() else sorted((folder / PRETRAINED_DIR).glob("*.safetensors"))
-    return (file.read_bytes() for file in files)
+    """The files of the weights that a stage trained, or of the pretrained reward model, one at a time."""
+    trained = sorted((folder / ADAPTER_DIR).glob("*model*.safetensors"))
+    return (file.read_bytes() for file in trained or sorted((folder / PRETRAINED_DIR).glob("*.safetensors")))
 
 
 def _digest(parts: Iterable[bytes]) -> str:

@@ -13,7 +13,14 @@ from tasks.core.paths import Artifacts
 from tasks.core.rows import Preference, Rating, read_rows, write_json
 from tasks.evals.challenge import challenge_samples, load_challenge, write_challenge
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
-from tasks.models.loading import add_lora, init_process, load_context, load_tokenizer, new_reward_model, save_adapter
+from tasks.models.loading import (
+    init_process,
+    load_context,
+    load_tokenizer,
+    make_trainable,
+    new_reward_model,
+    save_weights,
+)
 from tasks.rewards.metrics import fraction_true, rating_metrics
 from tasks.rewards.scorers import TextScorer
 from tasks.rewards.training import TrainingData, make_trainer
@@ -24,7 +31,7 @@ if TYPE_CHECKING:
 __all__ = ["gold_judge"]
 
 
-def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: Artifacts) -> None:
+def gold_judge(params: GoldJudgeParams, lora: LoraParams | None, seed: int, artifacts: Artifacts) -> None:
     """Fit a linear head on the base model to mean ratings by squared error, or to pairs by Bradley–Terry.
 
     The judge starts from the base model, not from the SFT model, and learns only from the gold half of the rated texts
@@ -40,7 +47,7 @@ def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: 
     data, counts = rows.fit(tokenizer, params, section="gold_judge", context=load_context(artifacts.base_model))
     history = HistoryCallback("gold_judge")
     fresh = new_reward_model(artifacts.base_model, None, seed=seed)
-    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
+    model = make_trainable(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
     scorer = TextScorer(model, tokenizer)
     metrics = _evaluate_ratings(scorer, data, seed) if rating else _evaluate_pairs(scorer, data)
@@ -51,7 +58,7 @@ def gold_judge(params: GoldJudgeParams, lora: LoraParams, seed: int, artifacts: 
     )
     scores = scorer(challenge_samples(made)) if made else torch.empty(0)
     metrics |= write_challenge(artifacts.out / "challenge.csv", made, scores)
-    save_adapter(model, artifacts.out)
+    save_weights(model, artifacts.out)
     write_history(artifacts.out / "history.csv", history.rows)
     write_json(artifacts.out / "metrics.json", metrics | counts)
 

@@ -8,7 +8,7 @@ from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, read_rows, write_json, write_rows
 from tasks.models.hf_training import write_history
-from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
+from tasks.models.loading import init_process, load_beside, load_reference, load_tokenizer, make_trainable, save_weights
 from tasks.rewards.composition import load_reward
 from tasks.rl.callbacks import Checkpoint, ProgressCallback, SnapshotCallback
 from tasks.rl.grpo import GRPO
@@ -27,7 +27,7 @@ __all__ = ["grpo"]
 
 def grpo(
     params: GRPOParams,
-    lora: LoraParams,
+    lora: LoraParams | None,
     generation: GenerationParams,
     reward: RewardParams,
     environment: EnvironmentParams | None,
@@ -37,14 +37,15 @@ def grpo(
 ) -> None:
     """Train the policy by GRPO.
 
-    Writes adapter/, policies/ (the adapter of every `snapshot_every` updates), history.csv (one row per update),
+    Writes adapter/, policies/ (the weights of every `snapshot_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
     init_process()
     tokenizer = load_tokenizer(artifacts.base_model)
     prompts = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
-    model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
-    policy = Policy(model, temperature=generation.temperature, value_head=False)
+    model = make_trainable(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
+    reference = load_beside(artifacts.base_model, artifacts.sft, model)
+    policy = Policy(model, temperature=generation.temperature, value_head=False, reference=reference)
     turn_gamma = environment.gamma if environment else 1.0
     with open_sampler(
         policy, tokenizer, generation, rollout, lora, artifacts, micro_batch_size=params.micro_batch_size
@@ -64,7 +65,7 @@ def grpo(
             rollout_params=rollout,
         )
         trainer.train()
-    save_adapter(model, artifacts.out)
+    save_weights(model, artifacts.out)
     write_history(artifacts.out / "history.csv", trainer.history)
     write_rows(artifacts.out / "samples.jsonl", trainer.samples)
     write_json(artifacts.out / "metrics.json", trainer.history[-1])

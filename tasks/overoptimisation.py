@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +23,7 @@ from tasks.evals.overoptimisation import (
     to_row,
 )
 from tasks.evals.scoring import PolicySampler, load_gold_reward, sample_prompts, score_responses
-from tasks.models.loading import init_process, is_disabled, load_policy, load_reference, load_tokenizer
+from tasks.models.loading import init_process, is_disabled, load_beside, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
 
 if TYPE_CHECKING:
@@ -45,7 +46,8 @@ def overoptimisation(
     prompts = sample_prompts(artifacts.prepare / "prompts" / "test.jsonl", params.prompts, seed)
     tokenizer = load_tokenizer(artifacts.base_model)
     batch_size = params.batch_size * params.samples_per_policy
-    sampler = PolicySampler(tokenizer, prompts, generation, batch_size=batch_size, seed=seed)
+    beside = partial(load_beside, artifacts.base_model, artifacts.sft)
+    sampler = PolicySampler(tokenizer, prompts, generation, batch_size=batch_size, seed=seed, load_beside=beside)
     proxy = load_reward(reward, prompts, artifacts)
     gold = load_gold_reward(prompts, artifacts.base_model, artifacts.gold_judge)
 

@@ -8,7 +8,7 @@ from tasks.core import tracking
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Demonstration, Prompt, read_rows, write_json, write_rows
 from tasks.models.hf_training import write_history
-from tasks.models.loading import add_lora, init_process, load_reference, load_tokenizer, save_adapter
+from tasks.models.loading import init_process, load_beside, load_reference, load_tokenizer, make_trainable, save_weights
 from tasks.rewards.composition import load_reward
 from tasks.rl.callbacks import Checkpoint, ProgressCallback, SnapshotCallback
 from tasks.rl.multi_turn import with_environment
@@ -28,7 +28,7 @@ __all__ = ["ppo"]
 
 def ppo(
     params: PPOParams,
-    lora: LoraParams,
+    lora: LoraParams | None,
     generation: GenerationParams,
     reward: RewardParams,
     environment: EnvironmentParams | None,
@@ -38,14 +38,15 @@ def ppo(
 ) -> None:
     """Train the policy by PPO.
 
-    Writes adapter/, policies/ (the adapter of every `snapshot_every` updates), history.csv (one row per update),
+    Writes adapter/, policies/ (the weights of every `snapshot_every` updates), history.csv (one row per update),
     samples.jsonl and metrics.json (the last update's figures).
     """
     init_process()
     tokenizer = load_tokenizer(artifacts.base_model)
     prompts = read_rows(artifacts.prepare / "prompts" / "train.jsonl", Prompt)
-    model = add_lora(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
-    policy = Policy(model, temperature=generation.temperature, value_head=params.has_values)
+    model = make_trainable(load_reference(artifacts.base_model, artifacts.sft), lora, seed=policy_seed).eval()
+    reference = load_beside(artifacts.base_model, artifacts.sft, model)
+    policy = Policy(model, temperature=generation.temperature, value_head=params.has_values, reference=reference)
     turn_gamma = environment.gamma if environment else 1.0
     demonstrations = None
     if params.ptx_coef:
@@ -70,7 +71,7 @@ def ppo(
             demonstrations=demonstrations,
         )
         trainer.train()
-    save_adapter(model, artifacts.out)
+    save_weights(model, artifacts.out)
     write_history(artifacts.out / "history.csv", trainer.history)
     write_rows(artifacts.out / "samples.jsonl", trainer.samples)
     write_json(artifacts.out / "metrics.json", trainer.history[-1])

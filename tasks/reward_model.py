@@ -17,13 +17,13 @@ from tasks.evals.challenge import challenge_samples, load_challenge, write_chall
 from tasks.models.hf_training import HistoryCallback, train_or_resume, write_history
 from tasks.models.loading import (
     ADAPTER_DIR,
-    add_lora,
     init_process,
     load_context,
     load_reference,
     load_tokenizer,
+    make_trainable,
     new_reward_model,
-    save_adapter,
+    save_weights,
 )
 from tasks.rewards.objectives import check_accuracy, ensemble_metrics, evaluate_reward_model
 from tasks.rewards.reward_model import (
@@ -52,7 +52,7 @@ __all__ = ["reward_model"]
 
 
 def reward_model(
-    params: RewardModelParams, lora: LoraParams, generation: GenerationParams, seed: int, artifacts: Artifacts
+    params: RewardModelParams, lora: LoraParams | None, generation: GenerationParams, seed: int, artifacts: Artifacts
 ) -> None:
     """Train a reward model, or load a pretrained one; normalise and evaluate it.
 
@@ -108,7 +108,7 @@ def reward_model(
 
 
 def train_reward_model(
-    params: RewardModelParams, lora: LoraParams, seed: int, data: TrainingData, artifacts: Artifacts, number: int
+    params: RewardModelParams, lora: LoraParams | None, seed: int, data: TrainingData, artifacts: Artifacts, number: int
 ) -> TextScorer:
     """Train a member of the ensemble, or fetch a pretrained model; write its weights and history."""
     folder = member_folder(artifacts.out, number)
@@ -120,10 +120,11 @@ def train_reward_model(
     seed, tokenizer = seed + number, load_tokenizer(backbone)
     history = HistoryCallback(f"reward_model, member {number}" if number else "reward_model")
     fresh = new_reward_model(backbone, sft, seed=seed, heads=len(data.weights))
-    model = add_lora(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
+    model = make_trainable(fresh, lora, seed=seed, head="score", first_layer=params.lora_first_layer)
     with tracking.prefixed(f"member_{number}") if number else nullcontext():
         train_or_resume(make_trainer(params, model, tokenizer, data, seed=seed, callbacks=[history]))
-    save_adapter(model, folder)
+    model.config.num_labels = len(data.weights)  # a trainer of several heads shows one
+    save_weights(model, folder)
     write_history(folder / "history.csv", history.rows)
     return TextScorer(model, tokenizer)
 

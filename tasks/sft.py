@@ -16,7 +16,14 @@ from tasks.core.rows import Demonstration, read_rows, write_json
 from tasks.models.early_stopping import early_stopping
 from tasks.models.encoding import encode_row, fit_rows, start_ids
 from tasks.models.hf_training import HistoryCallback, train_or_resume, trainer_arguments, trainer_config, write_history
-from tasks.models.loading import add_lora, init_process, load_context, load_reference, load_tokenizer, save_adapter
+from tasks.models.loading import (
+    init_process,
+    load_context,
+    load_reference,
+    load_tokenizer,
+    make_trainable,
+    save_weights,
+)
 from tasks.rl.environments import encode_dialogue
 
 if TYPE_CHECKING:
@@ -26,7 +33,7 @@ __all__ = ["sft"]
 
 
 def sft(
-    params: SFTParams, lora: LoraParams, environment: EnvironmentParams | None, seed: int, artifacts: Artifacts
+    params: SFTParams, lora: LoraParams | None, environment: EnvironmentParams | None, seed: int, artifacts: Artifacts
 ) -> None:
     """Fine-tune with TRL's SFTTrainer on the responses of the demonstrations, the end token included.
 
@@ -44,7 +51,7 @@ def sft(
     history = HistoryCallback("sft")
     stopping, stoppers = early_stopping(params.early_stopping_patience)
     trainer = SFTTrainer(
-        model=add_lora(load_reference(artifacts.base_model, None), lora, seed=seed),
+        model=make_trainable(load_reference(artifacts.base_model, None), lora, seed=seed),
         args=trainer_config(
             SFTConfig,
             params,
@@ -64,7 +71,7 @@ def sft(
     before = trainer.evaluate()["eval_loss"]
     train_or_resume(trainer)
     after = trainer.evaluate()["eval_loss"]
-    save_adapter(trainer.model, artifacts.out)
+    save_weights(trainer.model, artifacts.out)
     write_history(artifacts.out / "history.csv", history.rows)
     metrics = {
         "examples": len(train),

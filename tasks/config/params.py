@@ -24,14 +24,17 @@ PRESETS = Path("infra/presets")
 
 
 class Params(Section):
-    """The whole of params.yaml. A stage whose section is null is off: it writes empty outputs, and nothing needs it."""
+    """The whole of params.yaml. A stage whose section is null is off: it writes empty outputs, and nothing needs it.
+
+    Where `lora` is null, the stages train all parameters.
+    """
 
     seed: int = Field(ge=0, description="Every random choice follows from it, but for those of `policy_seed`.")
     policy_seed: int = Field(ge=0, description="Random choices of PPO, GRPO and DPO, which share all else.")
     base_model: training.BaseModelParams
     collect: data.CollectParams
     prepare: data.PrepareParams
-    lora: training.LoraParams
+    lora: training.LoraParams | None
     sft: training.SFTParams
     preferences: data.PreferencesParams | None
     reward_model: training.RewardModelParams | None
@@ -66,6 +69,15 @@ class Params(Section):
         if self.gold_judge and self.gold_judge.kind == "preference" and not self.prepare.gold_pair_share:
             raise ValueError(
                 "gold_judge.kind is preference, but prepare.gold_pair_share keeps no pairs for it: raise it"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _check_engine(self) -> Self:
+        if self.lora is None and self.rollout.engine == "vllm":
+            raise ValueError(
+                "lora is null, so all parameters are trained, but rollout.engine is vllm, which takes up nothing but "
+                "adapters: set rollout.engine to transformers, or give the section lora"
             )
         return self
 

@@ -73,7 +73,12 @@ class EnvironmentParams(Section):
 
 
 FirstLayer = Annotated[
-    int, Field(ge=0, description="Layers below it stay as they are: no adapters, so no gradient is computed for them.")
+    int,
+    Field(
+        ge=0,
+        description="Layers below it stay as they are: no adapters, so no gradient is computed for them. Where lora is "
+        "null, these layers and the embeddings; 0: none.",
+    ),
 ]
 
 

@@ -265,6 +265,8 @@ def _rating_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
 
 def _module_misfits(params: Params, known: Sequence[str]) -> Iterator[Misfit]:
     """Modules that LoRA shall adapt and the base model lacks."""
+    if params.lora is None:
+        return
     scorer = "reward_model" if _on_base_model(params) else "gold_judge" if params.gold_judge else None
     for stage, key in (("sft", "target_modules"), (scorer, "reward_model_modules")):
         names = getattr(params.lora, key)

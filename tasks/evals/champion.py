@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,7 +12,7 @@ from tasks.evals.compare import ScoredResponse
 from tasks.evals.gate import paired_interval
 from tasks.evals.scoring import PolicySampler, load_gold_reward, sample_prompts, score_responses
 from tasks.evals.statistics import Interval
-from tasks.models.loading import init_process, load_policy, load_tokenizer
+from tasks.models.loading import init_process, load_beside, load_policy, load_tokenizer
 
 if TYPE_CHECKING:
     from tasks.config.evaluation import EvaluateParams
@@ -44,11 +45,12 @@ def compare_with_champion(
     """
     init_process()
     prompts = sample_prompts(artifacts / "prepare" / "prompts" / "test.jsonl", params.prompts, seed)
-    tokenizer = load_tokenizer(champion / "base_model")
+    models = champion / "base_model", champion / "sft"
     sampler = PolicySampler(
-        tokenizer, prompts, generation, batch_size=params.batch_size, seed=seed, environment=environment
-    )
-    model = load_policy(champion / "base_model", champion / "sft", champion / champion_policy)
+        load_tokenizer(models[0]), prompts, generation, batch_size=params.batch_size, seed=seed,
+        environment=environment, load_beside=partial(load_beside, *models),
+    )  # fmt: skip
+    model = load_policy(*models, champion / champion_policy)
     answers = sampler.sample("champion", model, samples_per_prompt=params.samples_per_prompt)
     gold = None
     if answers[0].environment_reward is None:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from peft import PeftModel
 from torch import Tensor
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
@@ -29,9 +28,8 @@ from tasks.rewards.rules.answers import exact_match, strict_match
 from tasks.rewards.rules.base import Component, RewardFunction
 from tasks.rl.advantages import discount_by_turns
 from tasks.rl.kl import kl_estimates, per_sequence
-from tasks.rl.losses import logprobs_from_logits
 from tasks.rl.multi_turn import EnvironmentReward, MultiTurnRollout, with_environment
-from tasks.rl.policy import Policy, model_inputs
+from tasks.rl.policy import Policy
 from tasks.rl.rollout import LocalSampler, Rollout, derive_generator
 
 if TYPE_CHECKING:
@@ -101,11 +99,17 @@ class PolicySampler:
         *,
         batch_size: int,
         seed: int,
+        load_beside: Callable[[Any], Any],
         environment: EnvironmentParams | None = None,
     ) -> None:
-        """Keep the settings; `batch_size` counts sequences, each prompt as many as it has draws."""
+        """Keep the settings.
+
+        Args:
+            batch_size: sequences, each prompt as many as it has draws.
+            load_beside: loads the reference of a policy; None of one that is an adapter on it.
+        """
         self._tokenizer, self._generation, self._seed, self._environment = tokenizer, generation, seed, environment
-        self._prompts, self._batch_size = prompts, batch_size
+        self._prompts, self._batch_size, self._load_beside = prompts, batch_size, load_beside
 
     def sample(
         self, name: str, model: Any, *, samples_per_prompt: int = 1, reference: Any = None, greedy: bool = False
@@ -113,12 +117,16 @@ class PolicySampler:
         """Sample responses prompt by prompt, with their KL to the reference.
 
         Args:
-            reference: where `model` is no adapter on it; None: what the adapter stands on, or without one, `model`.
+            reference: if it is another than the policy's own; that of the policy REFERENCE is itself.
             greedy: decode greedily; the KL then says nothing.
         """
         temperature = GREEDY if greedy else self._generation.temperature
         generation = self._generation.model_copy(update={"temperature": temperature})
         sampler = with_environment(LocalSampler(model, self._tokenizer, generation), self._environment)
+        policy = None
+        if not (greedy or name == REFERENCE):
+            beside = self._load_beside(model) if reference is None else reference
+            policy = Policy(model, temperature=temperature, value_head=False, reference=beside)
         generator = derive_generator(self._seed, *name.encode())
         answers: list[SampledResponse] = []
         size = max(1, self._batch_size // samples_per_prompt)
@@ -129,7 +137,7 @@ class PolicySampler:
                 generator = derive_generator(self._seed, *name.encode(), number)
             rollout = sampler.sample(prompts, generator, samples_per_prompt=samples_per_prompt)
             rows = [row for row in prompts for _ in range(samples_per_prompt)]
-            logprobs = rollout.logprobs if greedy else self._reference_logprobs(model, reference, rollout)
+            logprobs = policy.reference_logprobs(rollout) if policy else rollout.logprobs
             found = self._to_responses(name, rows, rollout, logprobs)
             answers += [replace(answer, draw=row % samples_per_prompt) for row, answer in enumerate(found)]
             progress.update(number + 1)
@@ -145,16 +153,6 @@ class PolicySampler:
             gc.collect()  # the previous policy is in reference cycles
             answers += self.sample(name, load(), samples_per_prompt=samples_per_prompt, greedy=greedy)
         return answers
-
-    @torch.no_grad()
-    def _reference_logprobs(self, model: Any, reference: Any, rollout: Rollout) -> Tensor:
-        if reference is not None:
-            logits = reference(**model_inputs(rollout)).logits.float()
-            return logprobs_from_logits(logits, rollout.responses, self._generation.temperature)
-        if not isinstance(model, PeftModel):
-            return rollout.logprobs
-        policy = Policy(model, temperature=self._generation.temperature, value_head=False)
-        return policy.reference_logprobs(rollout)
 
     def _to_responses(
         self, name: str, prompts: Sequence[Prompt], rollout: Rollout, reference_logprobs: Tensor

@@ -16,7 +16,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 from tasks.core.errors import ConfigError, ModelError
 from tasks.models.encoding import encode_prompt
-from tasks.models.loading import ADAPTER_DIR, device, init_process, load_policy, load_reference, load_tokenizer
+from tasks.models.loading import (
+    ADAPTER_DIR,
+    device,
+    has_all_parameters,
+    init_process,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+)
 
 __all__ = ["ExportCheck", "atomic_folder", "export"]
 
@@ -58,7 +66,7 @@ def export(
     max_new_tokens: int,
     temperature: float,
 ) -> ExportCheck:
-    """Write the policy as one merged model, or as the merged SFT model and the adapter on it; then load and compare.
+    """Write the policy as one model, or as the merged SFT model and the adapter on it; then load and compare.
 
     Args:
         artifacts: base model, SFT and policy, laid out as in artifacts.
@@ -66,14 +74,21 @@ def export(
         max_new_tokens, temperature: of the policy's training, for `generate` of transformers.
 
     Raises:
+        ConfigError: an adapter is asked for, but all parameters were trained.
         ModelError: a part is incomplete, or the exported model does not compute what the policy does.
     """
     init_process()
     base_model, sft = artifacts / "base_model", artifacts / "sft"
+    if adapter and has_all_parameters(artifacts / policy):
+        raise ConfigError(f"{policy} was trained in all parameters, so it has no adapter: export without --adapter")
     tokenizer, trained = load_tokenizer(base_model), cast(Any, load_policy(base_model, sft, artifacts / policy))
     batches = [torch.tensor([encode_prompt(tokenizer, prompt)], device=device()) for prompt in prompts]
     expected = _logits(trained, batches)
-    exported: Any = load_reference(base_model, sft) if adapter else trained.merge_and_unload()
+    exported: Any = trained
+    if adapter:
+        exported = load_reference(base_model, sft)
+    elif isinstance(trained, PeftModel):
+        exported = trained.merge_and_unload()
     exported.generation_config = GenerationConfig(  # type: ignore[no-untyped-call]
         do_sample=True, temperature=temperature, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens,
         eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,

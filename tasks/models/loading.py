@@ -1,13 +1,15 @@
-"""Load and save models: the base model, LoRA adapters, and linear heads; pad their inputs.
+"""Load and save models: the base model, LoRA adapters or all parameters, and linear heads; pad their inputs.
 
-A policy is always base model + SFT adapter, merged in memory (that sum is the *reference*), plus one adapter on top;
-switching that adapter off gives back the reference.
+The *reference* is the base model with the SFT adapter merged, and a policy one adapter on top; switching that off gives
+back the reference. Where all parameters are trained, SFT and policies are models of their own. A stage's folder of
+weights holds the one or the other, and loading goes by what is there.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
+import re
 import sys
 import warnings
 from collections.abc import Sequence
@@ -33,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 from tasks.core import distributed
 from tasks.core.errors import ModelError
 from tasks.core.paths import DISABLED_MARKER
+from tasks.core.terminal import print_line
 from tasks.models.encoding import context_length
 from tasks.models.onednn_linear import freeze_for_onednn, register_frozen_lora
 
@@ -40,12 +43,12 @@ if TYPE_CHECKING:
     from tasks.config.training import LoraParams
 
 __all__ = [
-    "add_adapter", "add_lora", "device", "dtype", "init_process", "is_disabled", "linear_modules", "load_context",
-    "load_policy", "load_reference", "load_reward_model", "load_tokenizer", "new_reward_model", "pad_ids",
-    "policy_stages", "position_ids", "save_adapter",
+    "add_adapter", "add_lora", "device", "dtype", "has_all_parameters", "init_process", "is_disabled", "linear_modules",
+    "load_beside", "load_context", "load_policy", "load_reference", "load_reward_model", "load_tokenizer",
+    "make_trainable", "new_reward_model", "pad_ids", "policy_stages", "position_ids", "save_weights",
 ]  # fmt: skip
 
-ADAPTER_DIR = "adapter"
+ADAPTER_DIR = "adapter"  # of a stage's weights: an adapter, or all parameters
 MODEL_DIR = "model"
 
 
@@ -55,8 +58,13 @@ def device() -> torch.device:
 
 
 def is_disabled(stage: Path) -> bool:
-    """Whether the stage that wrote this folder is switched off, so that there is no adapter to load."""
+    """Whether the stage that wrote this folder is switched off, so that there are no weights to load."""
     return (stage / ADAPTER_DIR / DISABLED_MARKER).is_file()
+
+
+def has_all_parameters(stage: Path) -> bool:
+    """Whether the stage that wrote this folder trained all parameters, and no adapter."""
+    return (stage / ADAPTER_DIR / "config.json").is_file()
 
 
 def init_process() -> None:
@@ -99,8 +107,13 @@ def load_context(base_model: Path) -> int | None:
 
 
 def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
-    """The base model with the SFT adapter merged, in evaluation mode and frozen: float32 on CPU, bfloat16 on a GPU."""
+    """The base model with the SFT adapter merged, or the model that SFT wrote.
+
+    It is in evaluation mode and frozen: float32 on CPU, bfloat16 on a GPU.
+    """
     folder = _require_file(base_model / MODEL_DIR, "config.json")
+    if sft is not None and has_all_parameters(sft):
+        folder, sft = sft / ADAPTER_DIR, None
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype())
     if sft is not None:
         adapter = _require_file(sft / ADAPTER_DIR, "adapter_config.json")
@@ -110,16 +123,52 @@ def load_reference(base_model: Path, sft: Path | None) -> PreTrainedModel:
     return model.eval()
 
 
-def load_policy(base_model: Path, sft: Path, stage: Path) -> PeftModel:
-    """The reference with the adapter that a policy stage trained, switched on."""
+def load_policy(base_model: Path, sft: Path, stage: Path) -> PeftModel | PreTrainedModel:
+    """The reference with the adapter that a policy stage trained, switched on; or the model that it wrote."""
+    if has_all_parameters(stage):
+        return load_reference(base_model, stage)
     return _load_adapter(load_reference(base_model, sft), stage)
 
 
+def load_beside(base_model: Path, sft: Path, policy: Any) -> PreTrainedModel | None:
+    """The reference beside a policy of all parameters, in its precision; None: the policy is an adapter on it."""
+    return None if isinstance(policy, PeftModel) else load_reference(base_model, sft).to(policy.dtype)
+
+
 def policy_stages(folder: Path) -> list[str]:
-    """Stages whose adapter is a causal language model, in a folder laid out as the artifacts."""
-    configs = sorted(folder.glob(f"*/{ADAPTER_DIR}/adapter_config.json"))
-    kinds = {file.parts[-3]: json.loads(file.read_text(encoding="utf-8"))["task_type"] for file in configs}
-    return [stage for stage, kind in kinds.items() if kind == "CAUSAL_LM"]
+    """Stages whose weights are a causal language model, in a folder laid out as the artifacts."""
+    kinds: dict[str, str] = {}
+    for name, key in (("adapter_config.json", "task_type"), ("config.json", "architectures")):
+        for file in folder.glob(f"*/{ADAPTER_DIR}/{name}"):
+            kinds[file.parts[-3]] = str(json.loads(file.read_text(encoding="utf-8"))[key])
+    return sorted(stage for stage, kind in kinds.items() if not re.search("SEQ_CLS|SequenceClassification", kind))
+
+
+def make_trainable(
+    model: PreTrainedModel, lora: LoraParams | None, *, seed: int, head: str | None = None, first_layer: int = 0
+) -> PeftModel | PreTrainedModel:
+    """The model with a fresh adapter, see `add_lora`; without `lora` the model itself, all of it trained in float32.
+
+    Its embeddings and the layers below `first_layer`, if that is not 0, stay as they are. A line says how many
+    parameters are trained, and the bytes that a snapshot and Adam's moments take.
+    """
+    if lora:
+        return add_lora(model, lora, seed=seed, head=head, first_layer=first_layer)
+    model.float().requires_grad_(True)  # type: ignore[no-untyped-call]
+    if first_layer:
+        trained_layers = _layers_from(model, first_layer)
+        for name, module in model.named_modules():
+            layer = next((int(part) for part in name.split(".") if part.isdigit()), first_layer)
+            if layer not in trained_layers or isinstance(module, torch.nn.Embedding):
+                module.requires_grad_(False)
+    sizes = [(weight.numel(), weight.requires_grad) for weight in model.parameters()]
+    total, trained = sum(size for size, _ in sizes), sum(size for size, is_trained in sizes if is_trained)
+    if distributed.rank() == 0:
+        print_line(
+            f"{type(model).__name__}: {trained:,} of {total:,} parameters are trained; {4 * total / 1e6:,.1f} MB for "
+            f"each copy of the weights on the disk, {8 * trained / 1e6:,.1f} MB for the optimiser, there and in memory"
+        )
+    return model
 
 
 def add_lora(
@@ -134,13 +183,18 @@ def add_lora(
     torch.manual_seed(seed)
     config = lora_config(model, lora, head)
     if first_layer:
-        layers = int(model.config.num_hidden_layers)
-        if first_layer >= layers:
-            raise ModelError(f"lora_first_layer is {first_layer}, but the model has {layers} layers; choose one below")
         if config.target_modules == "all-linear":
             config.target_modules = set(linear_modules(model))
-        config.layers_to_transform = list(range(first_layer, layers))
+        config.layers_to_transform = _layers_from(model, first_layer)
     return get_peft_model(model, config)
+
+
+def _layers_from(model: PreTrainedModel, first_layer: int) -> list[int]:
+    """Numbers of the layers from this one on; ModelError if there is none."""
+    layers = int(model.config.num_hidden_layers)
+    if first_layer >= layers:
+        raise ModelError(f"lora_first_layer is {first_layer}, but the model has {layers} layers; choose one below")
+    return list(range(first_layer, layers))
 
 
 def lora_config(model: PreTrainedModel, lora: LoraParams, head: str | None = None) -> LoraConfig:
@@ -181,7 +235,7 @@ def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: in
     """The reference's backbone with fresh linear heads `score`, N(0, 1/√(d+1)) (Ziegler et al. 2019, section 2.1)."""
     reference = load_reference(base_model, sft)
     backbone_name = reference.base_model_prefix
-    model = _load_classifier(base_model, heads)
+    model = _load_classifier(base_model / MODEL_DIR, heads)
     setattr(model, backbone_name, getattr(reference, backbone_name))
     model.config.pad_token_id = load_tokenizer(base_model).pad_token_id
     generator = torch.Generator().manual_seed(seed)
@@ -190,8 +244,7 @@ def new_reward_model(base_model: Path, sft: Path | None, *, seed: int, heads: in
     return model.to(device())
 
 
-def _load_classifier(base_model: Path, heads: int) -> Any:
-    folder = base_model / MODEL_DIR
+def _load_classifier(folder: Path, heads: int) -> Any:
     try:
         model: Any = AutoModelForSequenceClassification.from_pretrained(
             folder, num_labels=heads, dtype=dtype(), ignore_mismatched_sizes=True
@@ -203,8 +256,14 @@ def _load_classifier(base_model: Path, heads: int) -> Any:
     return model
 
 
-def load_reward_model(base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1) -> PeftModel:
-    """Load a trained reward model (backbone, adapter and heads) in evaluation mode."""
+def load_reward_model(
+    base_model: Path, sft: Path | None, stage: Path, *, heads: int = 1
+) -> PeftModel | PreTrainedModel:
+    """Load a trained reward model (backbone, adapter and heads, or the model as a whole) in evaluation mode."""
+    if has_all_parameters(stage):
+        model = _load_classifier(stage / ADAPTER_DIR, heads).to(device())
+        freeze_for_onednn(model)
+        return model.eval()
     return _load_adapter(new_reward_model(base_model, sft, seed=0, heads=heads), stage)
 
 
@@ -219,15 +278,19 @@ def _load_adapter(model: PreTrainedModel, stage: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, folder, config=config).eval()
 
 
-def save_adapter(model: PeftModel, out: Path) -> None:
-    """Write the adapter so that equal weights are equal bytes on every machine: no paths, no set in random order.
+def save_weights(model: PeftModel | PreTrainedModel, out: Path) -> None:
+    """Write what was trained so that equal weights are equal bytes on every machine: no paths, no set in random order.
 
-    Files of an earlier adapter go; folders beside them stay.
+    An adapter; or the model with all parameters as transformers lays it out. Files of earlier weights go; folders
+    beside them stay.
     """
     folder = out / ADAPTER_DIR
     for file in folder.glob("*"):
         if file.is_file():
             file.unlink()
+    if not isinstance(model, PeftModel):
+        model.save_pretrained(folder)
+        return
     model.save_pretrained(str(folder), save_embedding_layers=False)
     (folder / "README.md").unlink(missing_ok=True)
     file = folder / "adapter_config.json"

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -296,17 +297,19 @@ def backbone_of(base_model: Path, sft: Path, reward_model: Path) -> tuple[Path, 
 
 
 def _trained_members(base_model: Path, sft: Path, reward_model: Path) -> list[EnsembleMember]:
-    """Load every member, on one backbone."""
+    """Load every member: adapters on one backbone, or models of their own."""
     count = 1 + len(list((reward_model / MEMBERS).glob("*")))
     normalisations = [_read_normalisation(member_folder(reward_model, number)) for number in range(count)]
-    base, sft_adapter = backbone_of(base_model, sft, reward_model)
-    model = load_reward_model(base, sft_adapter, reward_model, heads=len(_parse_heads(normalisations[0])))
-    tokenizer, name, members = load_tokenizer(base), model.active_adapter, []
+    backbone, heads = backbone_of(base_model, sft, reward_model), len(_parse_heads(normalisations[0]))
+    model: Any = None
+    tokenizer, members = load_tokenizer(backbone[0]), []
     for number, normalisation in enumerate(normalisations):
-        if number:
-            name = f"member_{number}"
-            add_adapter(model, name, member_folder(reward_model, number))
-        scorer = TextScorer(model, tokenizer, adapter=name)
+        folder, name = member_folder(reward_model, number), f"member_{number}" if number else "default"
+        if isinstance(model, PeftModel):
+            add_adapter(model, name, folder)
+        else:
+            model = load_reward_model(*backbone, folder, heads=heads)
+        scorer = TextScorer(model, tokenizer, adapter=name if isinstance(model, PeftModel) else None)
         members.append(EnsembleMember(scorer, _parse_heads(normalisation)))
     return members
 

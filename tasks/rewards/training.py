@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import torch
 from datasets import Dataset
 from peft import PeftModel
-from transformers import DataCollatorWithPadding, Trainer, TrainerCallback, TrainingArguments
+from transformers import DataCollatorWithPadding, PreTrainedModel, Trainer, TrainerCallback, TrainingArguments
 from trl import RewardConfig, RewardTrainer
 from trl.trainer.reward_trainer import DataCollatorForPreference
 
@@ -163,7 +163,7 @@ def _read_rater_ceiling(path: Path) -> dict[str, float]:
 
 def make_trainer(
     params: TrainingParams,
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     tokenizer: Any,
     data: TrainingData,
     *,

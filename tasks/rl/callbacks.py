@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from peft import PeftModel
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from tasks.core import distributed, tracking
 from tasks.core.terminal import Progress, print_line
@@ -20,7 +21,7 @@ from tasks.models.checkpoints import (
     mark_complete,
     refuse_hostile,
 )
-from tasks.models.loading import save_adapter
+from tasks.models.loading import save_weights
 from tasks.rl.algorithm import Metrics
 from tasks.rl.policy import Policy
 
@@ -80,13 +81,13 @@ class SnapshotCallback(Callback):
     Until the end the snapshots lie with the run's checkpoints, so that a resumed run still has them.
     """
 
-    def __init__(self, model: PeftModel, every: int, out: Path) -> None:
+    def __init__(self, model: PeftModel | PreTrainedModel, every: int, out: Path) -> None:
         self._model, self._every, self._out = model, every, out / SNAPSHOTS_DIR
         self._folder = (tracking.checkpoint_dir() or out) / SNAPSHOTS_DIR
 
     def on_update_end(self, update: int) -> None:
         if update % self._every == 0 and distributed.rank() == 0:
-            save_adapter(self._model, self._folder / f"{update:04d}")
+            save_weights(self._model, self._folder / f"{update:04d}")
             if self._folder != self._out:
                 mark_complete(self._folder / f"{update:04d}")
 

@@ -1,10 +1,15 @@
-"""Policy (adapter on), reference (adapter off) and value function (a linear head) on one shared backbone."""
+"""Policy (adapter on), reference (adapter off) and value function (a linear head) on one shared backbone.
 
+Where all parameters are trained, the reference is a model of its own.
+"""
+
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from tasks.models.loading import position_ids
 from tasks.rl.losses import entropy_from_logits, logprobs_from_logits
@@ -23,11 +28,21 @@ class PolicyOutput(NamedTuple):
 
 
 class Policy(nn.Module):
-    """A LoRA policy, with a value head or without, over one shared backbone."""
+    """A policy, with a value head or without, over one shared backbone.
 
-    def __init__(self, model: PeftModel, *, temperature: float, value_head: bool = True) -> None:
+    `reference` is frozen; None: `model` is an adapter, and the reference what it lies on.
+    """
+
+    def __init__(
+        self,
+        model: PeftModel | PreTrainedModel,
+        *,
+        temperature: float,
+        value_head: bool = True,
+        reference: PreTrainedModel | None = None,
+    ) -> None:
         super().__init__()
-        self.model, self.temperature = model, temperature
+        self.model, self.temperature, self.reference = model, temperature, reference
         self.value_head = _zero_head(model) if value_head else None
 
     def forward(self, batch: TokenBatch, *, entropy_gradient: bool = False) -> PolicyOutput:
@@ -65,13 +80,14 @@ class Policy(nn.Module):
 
     @torch.no_grad()
     def reference_logprobs(self, batch: TokenBatch) -> Tensor:
-        """Log-probabilities [B, T] of the response tokens under the reference: the backbone with the adapter off."""
-        with self.model.disable_adapter():
-            logits = self.model(**model_inputs(batch)).logits.float()
+        """Log-probabilities [B, T] of the response tokens under the reference: a model, or the backbone's own."""
+        model: Any = self.reference or self.model
+        with model.disable_adapter() if self.reference is None else nullcontext():
+            logits = model(**model_inputs(batch)).logits.float()
         return logprobs_from_logits(logits, batch.responses, self.temperature)
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
-        """Adapter and value head, by name."""
+        """What is trained by name: adapter, or all of the model, and value head."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
 
@@ -90,7 +106,7 @@ def model_inputs(batch: TokenBatch) -> dict[str, Any]:
     }
 
 
-def _zero_head(model: PeftModel) -> nn.Linear:
+def _zero_head(model: PeftModel | PreTrainedModel) -> nn.Linear:
     """A value head of zeros (Huang et al., detail 4)."""
     embeddings: Any = model.get_input_embeddings()
     head = nn.Linear(int(embeddings.embedding_dim), 1)

@@ -24,7 +24,7 @@ from safetensors.torch import load_file, save_file
 from tasks.core import distributed
 from tasks.core.errors import ConfigError, ModelError, SourceError
 from tasks.core.paths import Artifacts, state_dir
-from tasks.models.loading import ADAPTER_DIR, MODEL_DIR, dtype, save_adapter
+from tasks.models.loading import ADAPTER_DIR, MODEL_DIR, dtype, save_weights
 from tasks.rl.decoding import SampledTokens
 from tasks.rl.masking import zero_masked
 from tasks.rl.mismatch import check_mismatch
@@ -51,7 +51,7 @@ def open_sampler(
     tokenizer: Any,
     generation: GenerationParams,
     params: RolloutParams,
-    lora: LoraParams,
+    lora: LoraParams | None,
     artifacts: Artifacts,
     *,
     micro_batch_size: int,
@@ -66,6 +66,7 @@ def open_sampler(
     if params.engine == "transformers":
         yield LocalSampler(policy.model, tokenizer, generation, policy.value_head)
         return
+    assert lora is not None, "params.yaml is refused if vllm has no adapter to take"
     with ExitStack() as stack:
         servers = _open_servers(params, lora, artifacts.base_model)
         for server in servers:
@@ -138,7 +139,7 @@ class VLLMSampler(Sampler):
     def update_weights(self) -> None:
         """Write the policy's adapter, load it on every server under a new name, and unload the one before."""
         old, self._version = self._name, self._version + 1
-        save_adapter(self._policy.model, self._folder)
+        save_weights(self._policy.model, self._folder)
         sum_adapters([self._sft / ADAPTER_DIR, self._folder / ADAPTER_DIR], self._folder / self._name)
         for server in self._servers:
             self._load(server)

@@ -81,6 +81,10 @@ BANDIT = {
 }  # fmt: skip
 
 
+ALL_PARAMETERS_RATE = 0.002
+"""Of an adapter's, a fifth: every parameter moves by the rate in a step of Adam."""
+
+
 def trained(params: RLParams, tokens: int = 1, recorder: Callback | None = None) -> tuple[Tensor, Tensor]:
     """The distributions of the reference and of the policy after training, over responses of so many tokens."""
     torch.manual_seed(0)
@@ -96,8 +100,12 @@ def trained(params: RLParams, tokens: int = 1, recorder: Callback | None = None)
 def trained_by_ppo(
     beta: float, tokens: int = 1, recorder: Callback | None = None, **changes: object
 ) -> tuple[Tensor, Tensor]:
+    return trained(ppo_params(beta, **changes), tokens, recorder)
+
+
+def ppo_params(beta: float, **changes: object) -> RLParams:
     settings = BANDIT | {"epochs": 2, "kl_controller": "fixed", "kl_coef": beta} | changes
-    return trained(PARAMS.model_copy(update=settings), tokens, recorder)
+    return PARAMS.model_copy(update=settings)
 
 
 @pytest.mark.parametrize("beta", [0.5, 1.0, 2.0])
@@ -108,6 +116,23 @@ def test_ppo_reaches_the_optimum_of_its_own_beta_and_of_no_other(beta: float) ->
     for other in (beta / 2, beta * 2):
         assert distance(policy, optimum(reference, other)) > 2 * reached, f"hardly closer to β = {beta} than to {other}"
     assert distance(policy, reference) > 3 * CLOSE
+
+
+@pytest.mark.parametrize("beta", [1.0, *(pytest.param(beta, marks=pytest.mark.slow) for beta in (0.5, 2.0))])
+def test_ppo_in_all_parameters_reaches_the_same_optimum(beta: float) -> None:
+    """The reference is a second model; were it the policy itself, there would be no KL, and all weight on one token."""
+    params = ppo_params(beta, learning_rate=ALL_PARAMETERS_RATE)
+    model, frozen = tiny_model().requires_grad_(True), tiny_model()
+    reference, start = distribution(frozen), {name: weight.clone() for name, weight in frozen.named_parameters()}
+    prompts = [Prompt(id="p", prompt=" ".join(map(str, PROMPT)))]
+    generation = GenerationParams(max_new_tokens=1, temperature=1.0)
+    trainer_of(params, model, paid(1), prompts=prompts, generation=generation, reference=frozen).train()
+    reached = distance(distribution(model), optimum(reference, beta))
+    assert reached < CLOSE
+    for other in (beta / 2, beta * 2):
+        assert distance(distribution(model), optimum(reference, other)) > 2 * reached
+    assert all(torch.equal(weight, start[name]) for name, weight in frozen.named_parameters()), "it must not learn"
+    assert not any(torch.equal(weight, start[name]) for name, weight in model.named_parameters()), "all must learn"
 
 
 LEAVE_ONE_OUT = {"advantage": "leave_one_out", "value_coef": 0.0}

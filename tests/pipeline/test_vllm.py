@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tasks.config.rl import RolloutParams
 from tasks.config.training import GenerationParams
 from tasks.core.paths import Artifacts, project_root
-from tasks.models.loading import add_lora, load_reference, save_adapter
+from tasks.models.loading import add_lora, load_reference, save_weights
 from tasks.rl.mismatch import mismatch_metrics
 from tasks.rl.policy import Policy
 from tasks.rl.vllm_engine import VLLMSampler, open_sampler
@@ -54,7 +54,7 @@ def stages(tmp_path_factory) -> Path:
     model = LlamaForCausalLM(config)
     model.save_pretrained(folder / "base_model" / "model")
     tokenizer.save_pretrained(folder / "base_model" / "model")
-    save_adapter(moved(model, seed=1), folder / "sft")
+    save_weights(moved(model, seed=1), folder / "sft")
     return folder
 
 

@@ -16,7 +16,7 @@ from tasks.core.rows import Demonstration, Preference, Prompt, Rating, write_row
 from tasks.dpo import dpo
 from tasks.gold_judge import gold_judge
 from tasks.grpo import grpo
-from tasks.models.loading import add_lora, save_adapter
+from tasks.models.loading import add_lora, save_weights
 from tasks.reward_model import reward_model
 from tasks.sft import sft
 from tests.conftest import letter_tokenizer, tiny_model
@@ -85,14 +85,14 @@ def write_parts(of: Path) -> Path:
         for name, weight in adapter.named_parameters():
             if "lora_B" in name:
                 weight.data.fill_(0.05 * (seed + 1))
-        save_adapter(adapter, of / stage)
+        save_weights(adapter, of / stage)
     return of
 
 
 def write_inputs(of: Path) -> None:
     """A random model, an SFT adapter that changes nothing, and rows of random letters."""
     write_base_model(of)
-    save_adapter(add_lora(tiny_model(), LORA, seed=0), of / "sft")
+    save_weights(add_lora(tiny_model(), LORA, seed=0), of / "sft")
     draw = random.Random(0)
 
     def text() -> str:

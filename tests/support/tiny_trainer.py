@@ -101,9 +101,11 @@ def trainer_of(
     seed: int = 0,
     checkpoints: Path | None = None,
     recorder: Callback | None = None,
+    reference: Any = None,
 ) -> RLTrainer:
     """The trainer of a policy, by the algorithm of the parameters."""
-    policy = Policy(model, temperature=generation.temperature, value_head=getattr(params, "has_values", False))
+    has_values = getattr(params, "has_values", False)
+    policy = Policy(model, temperature=generation.temperature, value_head=has_values, reference=reference)
     sampler = LocalSampler(model, tokenizer or NumberTokenizer(), generation, policy.value_head)
     return RLTrainer(
         policy, sampler, prompts, CompositeReward({"rule": reward}, {"rule": 1.0}), algorithm_of(params, generation),

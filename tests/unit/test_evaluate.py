@@ -3,6 +3,7 @@
 import json
 import math
 import shutil
+from functools import partial
 from pathlib import Path
 from statistics import mean
 from types import SimpleNamespace
@@ -25,8 +26,16 @@ from tasks.evals.compare import ScoredResponse, by_policy, first_draws
 from tasks.evals.gate import METRICS
 from tasks.evals.pairwise import Judgement
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, sample_prompts, score_responses
-from tasks.evaluate import evaluate
-from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, new_reward_model, save_adapter
+from tasks.evaluate import _weights, evaluate
+from tasks.models.loading import (
+    add_lora,
+    load_beside,
+    load_policy,
+    load_reference,
+    load_tokenizer,
+    new_reward_model,
+    save_weights,
+)
 from tasks.rewards.composition import build_reward
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, MahalanobisOOD, RewardModel, load_gold_judge
 from tests.conftest import LETTERS, letter_tokenizer, tiny_model
@@ -70,7 +79,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
         for key, weight in model.named_parameters():
             if "lora_B" in key:
                 weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-        save_adapter(model, folders[name])
+        save_weights(model, folders[name])
         if scorer:
             write_json(folders[name] / NORMALISATION, {"mean": 0.5, "std": 2.0})
     MahalanobisOOD(torch.ones(32), torch.eye(32), 8.0).save(folders["reward_model"] / OOD_DETECTOR)
@@ -213,11 +222,13 @@ def test_all_draws_have_random_numbers_of_their_own(world: dict[str, Path], reco
     """SFT under four names: the same numbers would give the same texts."""
     texts = [[record.response for record in by_policy(records)[name]] for name in ("sft", "null")]
     prompts = [row for row in PROMPTS if row.id in {record.prompt_id for record in records}]
-    sampler = PolicySampler(load_tokenizer(world["base_model"]), prompts, GENERATION, batch_size=4, seed=0)
+    beside = partial(load_beside, world["base_model"], world["sft"])
+    tokenizer = load_tokenizer(world["base_model"])
+    sampler = PolicySampler(tokenizer, prompts, GENERATION, batch_size=4, seed=0, load_beside=beside)
     model = load_reference(world["base_model"], world["sft"])
     answers = sampler.sample_each({"one": lambda: model, "two": lambda: model}, samples_per_prompt=3)
     assert [answer.draw for answer in answers] == [0, 1, 2] * 12
-    assert [answer.kl for answer in answers] == [0.0] * 36
+    assert [answer.kl for answer in answers] == pytest.approx([0.0] * 36, abs=1e-5)
     texts += [[answer.response for answer in answers if answer.policy == name] for name in ("one", "two")]
     own = [[texts[0][row::4] for row in range(4)], [texts[1][row::4] for row in range(4)]]
     own += [[texts[place][row::3] for row in range(3)] for place in (2, 3)]
@@ -228,9 +239,13 @@ def test_all_draws_have_random_numbers_of_their_own(world: dict[str, Path], reco
 def test_a_model_without_an_adapter_has_its_kl_to_the_reference_that_is_given(world: dict[str, Path]) -> None:
     """The base model against SFT, token by token as in a plain forward pass; greedy decoding draws nothing."""
     tokenizer = load_tokenizer(world["base_model"])
-    sampler = PolicySampler(tokenizer, PROMPTS[:2], GENERATION, batch_size=4, seed=0)
+    beside = partial(load_beside, world["base_model"], world["sft"])
+    sampler = PolicySampler(tokenizer, PROMPTS[:2], GENERATION, batch_size=4, seed=0, load_beside=beside)
     base, sft = load_reference(world["base_model"], None), load_reference(world["base_model"], world["sft"])
-    for answer in sampler.sample("base", base, reference=sft):
+    answers = sampler.sample("base", base, reference=sft)
+    assert sampler.sample("base", base) == answers, "it is loaded beside a policy without an adapter"
+    assert [answer.kl for answer in sampler.sample("sft", sft)] == [0.0] * 2, "it is itself"
+    for answer in answers:
         prompt = tokenizer(answer.prompt.prompt).input_ids
         response = tokenizer(answer.response).input_ids + [tokenizer.eos_token_id] * answer.ended
         if len(response) < answer.tokens:
@@ -243,6 +258,17 @@ def test_a_model_without_an_adapter_has_its_kl_to_the_reference_that_is_given(wo
     assert [row.response for row in greedy] == [row.response for row in sampler.sample("other", base, greedy=True)]
     token = base(torch.tensor([tokenizer(PROMPTS[0].prompt).input_ids])).logits[0, -1].argmax().item()
     assert greedy[0].response[:1] == tokenizer.decode([token])[:1]
+
+
+def test_the_digest_of_a_stages_weights_is_that_of_either_kind(world: dict[str, Path], tmp_path: Path) -> None:
+    """One file, or shards in their order; what else lies in the folder is no weight."""
+    assert [*_weights(world["reward_model"])] == [
+        (world["reward_model"] / "adapter/adapter_model.safetensors").read_bytes()
+    ]
+    (tmp_path / "adapter").mkdir()
+    for name in ("model-00002-of-00002.safetensors", "model-00001-of-00002.safetensors", "ood.safetensors"):
+        (tmp_path / "adapter" / name).write_text(name)
+    assert [part[:11] for part in _weights(tmp_path)] == [b"model-00001", b"model-00002"]
 
 
 def test_controls_are_rows_of_their_own(out: Path, records: list[ScoredResponse]) -> None:
@@ -454,7 +480,9 @@ def test_the_champion_answers_the_same_prompts(
         "ppo", PARAMS, GENERATION, 0, metrics=METRICS, artifacts=tmp_path, champion=tmp_path, champion_policy="grpo"
     )
     prompts = sample_prompts(world["prepare"] / "prompts" / "test.jsonl", 6, 0)
-    sampler = PolicySampler(load_tokenizer(world["base_model"]), prompts, GENERATION, batch_size=4, seed=0)
+    beside = partial(load_beside, world["base_model"], world["sft"])
+    tokenizer = load_tokenizer(world["base_model"])
+    sampler = PolicySampler(tokenizer, prompts, GENERATION, batch_size=4, seed=0, load_beside=beside)
     champion = load_policy(world["base_model"], world["sft"], world["grpo"])
     answers = sampler.sample("champion", champion, samples_per_prompt=2)
     gold = load_gold_judge(world["base_model"], world["gold_judge"])

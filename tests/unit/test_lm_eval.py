@@ -17,7 +17,7 @@ from tasks.core.errors import ConfigError, SourceError
 from tasks.core.paths import DISABLED_MARKER, Artifacts
 from tasks.core.rows import Demonstration, Preference, read_rows
 from tasks.lm_eval import lm_eval, load_tasks
-from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, save_adapter
+from tasks.models.loading import add_lora, load_policy, load_reference, load_tokenizer, save_weights
 from tests.conftest import EOS, tiny_model
 from tests.support.tiny_stages import LORA, write_inputs
 
@@ -56,7 +56,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     for name, weight in policy.named_parameters():
         if "lora_B" in name:
             weight.data.copy_(torch.randn(weight.shape, generator=draw))
-    save_adapter(policy, root / "ppo")
+    save_weights(policy, root / "ppo")
     for name in ("grpo", "dpo"):
         (root / name / "adapter").mkdir(parents=True)
         (root / name / "adapter" / DISABLED_MARKER).touch()

@@ -84,10 +84,19 @@ def checkpoints(folder: Path) -> list[str]:
     return sorted(path.name for path in (folder / "checkpoints").glob("checkpoint-*"))
 
 
+@pytest.mark.parametrize("weights", ["adapter_model", "model"])
 @pytest.mark.parametrize("stage", [stage for stage in RUNS if stage != "grpo"])
 def test_a_stage_interrupted_in_every_epoch_writes_the_same(
-    stage: str, inputs: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    stage: str,
+    weights: str,
+    inputs: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """With an adapter, and with all parameters."""
+    if weights == "model":
+        monkeypatch.setattr(tiny_stages, "LORA", None)
     (tmp_path / "whole").mkdir()
     RUNS[stage](inputs, tmp_path / "whole")
     first = run_until(EVERY + 2, stage, inputs, tmp_path)
@@ -101,16 +110,19 @@ def test_a_stage_interrupted_in_every_epoch_writes_the_same(
     assert f"{stage}: goes on from step {3 * EVERY} of" in capsys.readouterr().err
     result, expected = outputs(tmp_path / "out"), outputs(tmp_path / "whole")
     assert result.keys() == expected.keys()
-    assert {"history.csv", "metrics.json", "adapter/adapter_model.safetensors"} <= result.keys()
+    assert {"history.csv", "metrics.json", f"adapter/{weights}.safetensors"} <= result.keys()
     for name, content in expected.items():
         assert result[name] == content, name
     assert checkpoints(tmp_path) == third, "the last step is not saved: it need not have been checked"
 
 
+@pytest.mark.parametrize("weights", ["adapter_model", "model"])
 def test_an_rl_stage_interrupted_between_updates_writes_the_same(
-    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    weights: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Interrupted in the third of four updates, after its snapshots: their policies are part of the outputs."""
+    if weights == "model":
+        monkeypatch.setattr(tiny_stages, "LORA", None)
     (tmp_path / "whole").mkdir()
     RUNS["grpo"](inputs, tmp_path / "whole")
     score = RLTrainer.score
@@ -129,7 +141,7 @@ def test_an_rl_stage_interrupted_between_updates_writes_the_same(
         RUNS["grpo"](inputs, tmp_path / "out")
     assert "grpo: goes on from update 2 of 4" in capsys.readouterr().err
     assert outputs(tmp_path / "out") == outputs(tmp_path / "whole")
-    assert {"policies/0002/adapter/adapter_model.safetensors", "history.csv"} <= outputs(tmp_path / "out").keys()
+    assert {f"policies/0002/adapter/{weights}.safetensors", "history.csv"} <= outputs(tmp_path / "out").keys()
     assert curves.steps["reward/length"] == curves.steps["kl_loss"] == [1, 2, 3, 4], "its curves are whole"
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4

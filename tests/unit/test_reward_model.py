@@ -8,6 +8,7 @@ import torch
 
 from tasks.core.rows import Preference, read_rows
 from tasks.rewards.reward_model import NORMALISATION, OOD_DETECTOR, MahalanobisOOD, RewardModel, member_folder
+from tests.support import tiny_stages
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
 HEADER = "category,pairs,accuracy,low,high"
@@ -91,3 +92,19 @@ def test_the_distance_is_measured_on_training_texts_and_bounded_by_validation(in
     assert found["ood_threshold"] == detector.threshold
     assert found["ood_share_heldout"] == pytest.approx(detector.is_ood(states("test")).mean().item(), abs=0.05)
     assert 0 <= found["ood_share_sft"] <= 1
+
+
+def test_all_parameters_are_trained_in_each_member(
+    inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stage later the members score the held-out pairs as they did when they were trained."""
+    monkeypatch.setattr(tiny_stages, "LORA", None)
+    run_reward_model(inputs, tmp_path, ensemble_size=2)
+    assert (member_folder(tmp_path, 1) / "adapter" / "model.safetensors").is_file()
+    model = RewardModel.load(inputs / "base_model", inputs / "sft", tmp_path)
+    pairs = read_rows(inputs / "preferences" / "test.jsonl", Preference)
+    prompts = [row.prompt for row in pairs]
+    chosen, rejected = [row.chosen for row in pairs], [row.rejected for row in pairs]
+    gaps = model.member_scores(prompts, chosen) - model.member_scores(prompts, rejected)
+    assert figures(tmp_path)["mean_member_accuracy"] == pytest.approx((gaps > 0).float().mean().item())
+    assert (gaps[0] - gaps[1]).abs().max() > 1e-3

@@ -64,6 +64,7 @@ def test_every_preset_resolves(preset: str, params_yaml: Path) -> None:
         ("gate.policy=pop", "gate.policy: Input should be 'best', 'ppo', 'grpo' or 'dpo', got 'pop'"),
         ("evaluate.llm_judge={prompts: 9}", "evaluate: llm_judge.rubric is missing: say in a sentence"),
         ("reward_model=null", "reward_model is null, but reward.weights names `learned`"),
+        ("lora=null; rollout.engine=vllm", "lora is null, so all parameters are trained, but rollout.engine is vllm"),
         ("evaluate.llm_judge={prompts: 129, rubric: a}", "llm_judge.prompts is 129, but prompts is 128"),
         ("evaluate.llm_judge={prompts: 9, model: m}", "kind 'local' is the pipeline's base model: model and base_url"),
         ("evaluate.llm_judge={prompts: 9, kind: endpoint, model: m}", "kind 'endpoint' needs model, and base_url as"),

@@ -77,6 +77,15 @@ def test_every_policy_has_its_method_and_parameters(policy: str) -> None:
     assert "| `policy_seed` | 5 |" in text
 
 
+def test_a_policy_without_adapters_is_called_so() -> None:
+    assert "all parameters" not in card()
+    text = card(origin(parameters=origin().parameters | {"lora": None}))
+    assert "adapter" not in text.replace("artifacts/ppo/adapter", "")
+    assert "1. SFT on demonstrations, all parameters of the base model." in text
+    assert "; all parameters of the SFT model." in text
+    assert "| `lora` | null |" in text
+
+
 def test_a_version_older_than_a_parameter_has_no_line_for_it() -> None:
     older = {key: value for key, value in origin().parameters.items() if key != "policy_seed"}
     assert "policy_seed" not in card(origin(parameters=older))

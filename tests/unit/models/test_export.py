@@ -1,6 +1,7 @@
 """A policy as a plain folder, on a small model; without the project around: tests/pipeline/test_models.py."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -11,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from tasks.core.errors import ConfigError, ModelError
 from tasks.models import export as export_module
 from tasks.models.export import ExportCheck, atomic_folder, export
-from tasks.models.loading import load_policy, load_reference
+from tasks.models.loading import load_policy, load_reference, save_weights
 from tests.conftest import tiny_model
 from tests.support.tiny_stages import write_parts
 
@@ -59,6 +60,18 @@ def test_the_adapter_lies_on_the_merged_sft_model(parts: Path, tmp_path: Path) -
     torch.testing.assert_close(logits(base), reference, rtol=0, atol=1e-5)
     found = logits(PeftModel.from_pretrained(base, tmp_path / "out" / "adapter"))
     torch.testing.assert_close(found, logits(policy(parts)), rtol=0, atol=1e-5)
+
+
+def test_all_parameters_are_exported_as_they_are_and_have_no_adapter(parts: Path, tmp_path: Path) -> None:
+    shutil.copytree(parts / "base_model", tmp_path / "base_model")
+    for seed, stage in enumerate(("sft", "ppo"), start=1):
+        save_weights(tiny_model(seed), tmp_path / stage)
+    measured = exported(tmp_path, tmp_path / "out")
+    assert measured.max_logit_difference < 1e-5 < measured.max_logit
+    found, wanted = AutoModelForCausalLM.from_pretrained(tmp_path / "out").state_dict(), tiny_model(2).state_dict()
+    assert all(torch.equal(found[name], wanted[name]) for name in wanted)
+    with pytest.raises(ConfigError, match="ppo was trained in all parameters, so it has no adapter"):
+        exported(tmp_path, tmp_path / "with adapter", adapter=True)
 
 
 def test_an_export_that_computes_something_else_is_refused(

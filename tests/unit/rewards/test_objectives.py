@@ -35,6 +35,7 @@ from tasks.rewards.reward_model import (
 )
 from tasks.rewards.scorers import BACKBONE, PRETRAINED_DIR, fetch_pretrained_scorer, load_pretrained_scorer
 from tests.conftest import letter_tokenizer, tiny_model
+from tests.support import tiny_stages
 from tests.support.tiny_stages import run_reward_model, write_inputs
 
 PAIRS, TEXTS = 40, 64
@@ -142,14 +143,18 @@ def test_ratings_need_no_pairs(inputs: Path, tmp_path: Path) -> None:
         run_reward_model(of, tmp_path / "pairs")
 
 
+@pytest.mark.parametrize("file", ["adapter_model.safetensors", "model.safetensors"])
 def test_objectives_are_learned_each_by_its_own_head_and_the_score_is_their_weighted_sum(
-    inputs: Path, tmp_path: Path
+    file: str, inputs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """By an adapter, and in all parameters."""
+    if file == "model.safetensors":
+        monkeypatch.setattr(tiny_stages, "LORA", None)
     run_reward_model(inputs, tmp_path, **LEARN, kind="multi_objective", objectives={"short": 0.25, "kind": 0.75})
     found, rows = figures(tmp_path), read_rows(inputs / "preferences" / "train.jsonl", Preference)
     assert min(found["accuracy/short"], found["accuracy/kind"], found["accuracy"]) > 0.9
     assert found["pairs/kind"] == sum(row.objective == "kind" for row in rows)
-    weights = load_file(tmp_path / "adapter" / "adapter_model.safetensors")
+    weights = load_file(tmp_path / "adapter" / file)
     assert [weight.shape for name, weight in weights.items() if "score" in name] == [(2, 32)]
     model, prompts, responses = load(inputs, tmp_path), ["a", "a", ""], ["bcx", "bcy", "bcz"]
     value, metrics = model.score_with_metrics(prompts, responses)

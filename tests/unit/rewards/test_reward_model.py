@@ -16,7 +16,14 @@ from sklearn.covariance import LedoitWolf
 from tasks.config.reward import RewardParams
 from tasks.config.training import LoraParams
 from tasks.core.errors import ModelError, TrainingError
-from tasks.models.loading import add_adapter, add_lora, load_reward_model, new_reward_model, save_adapter
+from tasks.models.loading import (
+    add_adapter,
+    add_lora,
+    load_reward_model,
+    make_trainable,
+    new_reward_model,
+    save_weights,
+)
 from tasks.models.onednn_linear import FrozenLora
 from tasks.rewards.reward_model import (
     ENSEMBLE_REDUCTIONS,
@@ -149,7 +156,7 @@ def save_trained(model, folder, seed):
     for name, weight in model.named_parameters():
         if "lora_B" in name:
             weight.data.copy_(0.1 * torch.randn(weight.shape, generator=draw))
-    save_adapter(model, folder)
+    save_weights(model, folder)
 
 
 @pytest.fixture
@@ -191,6 +198,30 @@ def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
     assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
     assert torch.equal(model(PROMPTS, RESPONSES), together.mean(0))
     assert not any(weight.requires_grad for weight in model.members[0].scorer._model.parameters())
+
+
+def test_members_of_all_parameters_are_those_loaded_alone(artifacts):
+    base, sft, reward_model = folders(artifacts)
+    for number in range(3):
+        model = make_trainable(new_reward_model(base, sft, seed=number), None, seed=number, head="score")
+        draw = torch.Generator().manual_seed(number)
+        for weight in model.parameters():
+            weight.data += 0.05 * torch.randn(weight.shape, generator=draw)
+        normalisation = (member_folder(reward_model, number) / NORMALISATION).read_bytes()
+        save_weights(model, member_folder(reward_model, number))
+        (member_folder(reward_model, number) / NORMALISATION).write_bytes(normalisation)
+        if number == 0:
+            raw = TextScorer(model.eval(), letter_tokenizer())(list(zip(PROMPTS, RESPONSES, strict=True)))
+    MahalanobisOOD(torch.zeros(32), torch.eye(32), 1.0).save(reward_model / OOD_DETECTOR)
+    model = RewardModel.load(base, sft, reward_model)
+    together = model.member_scores(PROMPTS, RESPONSES)
+    torch.testing.assert_close(together[0], raw, rtol=0, atol=1e-5)
+    for number in range(3):
+        alone = load_reward_model(base, sft, member_folder(reward_model, number))
+        own = TextScorer(alone, letter_tokenizer())(list(zip(PROMPTS, RESPONSES, strict=True)))
+        torch.testing.assert_close(together[number], (own - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
+    assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
+    assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
 
 
 def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):

@@ -21,7 +21,7 @@ def toy_snapshots(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SnapshotCa
 
     model: Any = SimpleNamespace()
 
-    monkeypatch.setattr(callbacks, "save_adapter", save)
+    monkeypatch.setattr(callbacks, "save_weights", save)
     with tracking.active_run(tracking.ActiveRun("ppo", checkpoints=tmp_path / "checkpoints")):
         snapshots = SnapshotCallback(model, 2, tmp_path / "out")
     for model.update in range(1, 6):

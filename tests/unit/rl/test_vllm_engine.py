@@ -16,7 +16,7 @@ from tasks.config.rl import RolloutParams
 from tasks.config.training import GenerationParams, LoraParams
 from tasks.core.errors import ConfigError, ModelError, SourceError, TrainingError
 from tasks.core.paths import Artifacts
-from tasks.models.loading import ADAPTER_DIR, save_adapter
+from tasks.models.loading import ADAPTER_DIR, save_weights
 from tasks.rl import vllm_engine, vllm_server
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import BatchRows
@@ -43,7 +43,7 @@ def with_adapter(model, r: int, seed: int, *, modules=MODULES) -> PeftModel:
 @pytest.fixture
 def sft(tmp_path) -> Path:
     """Folder of the SFT stage of the tiny model."""
-    save_adapter(with_adapter(tiny_model(), 4, 1), tmp_path / "sft")
+    save_weights(with_adapter(tiny_model(), 4, 1), tmp_path / "sft")
     return tmp_path / "sft"
 
 
@@ -91,7 +91,7 @@ def prompts_asked(stub) -> list[list[int]]:
 
 @torch.no_grad()
 def test_the_sum_of_two_adapters_is_the_policy_on_the_merged_model(policy, sft, tmp_path):
-    save_adapter(policy.model, tmp_path)
+    save_weights(policy.model, tmp_path)
     sum_adapters([sft / ADAPTER_DIR, tmp_path / ADAPTER_DIR], tmp_path / "sum")
     summed, ids = PeftModel.from_pretrained(tiny_model(), tmp_path / "sum"), torch.tensor([[5, 6, 7, 20, 3]])
     assert summed.peft_config["default"].r == 6
@@ -100,7 +100,7 @@ def test_the_sum_of_two_adapters_is_the_policy_on_the_merged_model(policy, sft, 
 
 
 def test_adapters_of_different_modules_have_no_sum(sft, tmp_path):
-    save_adapter(with_adapter(tiny_model(), 4, 1, modules=["q_proj"]), tmp_path)
+    save_weights(with_adapter(tiny_model(), 4, 1, modules=["q_proj"]), tmp_path)
     with pytest.raises(ModelError, match="adapt different modules: run sft again"):
         sum_adapters([sft / ADAPTER_DIR, tmp_path / ADAPTER_DIR], tmp_path / "sum")
 
