@@ -7,17 +7,20 @@ turns, and the median over the repetitions is printed, in seconds of wall time p
 import json
 import statistics
 import time
+from collections.abc import Sequence
 from functools import partial
+from typing import Any
 
-from results import ROOT, make_sampler
+from results import ROOT
 
 from tasks.config.params import load_params
 from tasks.core.paths import Artifacts
 from tasks.evals.scoring import sample_prompts
-from tasks.models.loading import init_process, load_policy, load_reference
+from tasks.models.loading import init_process, load_policy, load_reference, load_tokenizer
 from tasks.rewards.composition import load_reward
+from tasks.rl.rollout import LocalSampler, derive_generator
 
-PROMPTS, REPETITIONS, N = 64, 3, 16
+PROMPTS, REPETITIONS, N, BATCH = 64, 3, 16, 64
 STAGES = ("base_model", "sft", "reward_model", "ppo")
 
 
@@ -25,22 +28,31 @@ def main() -> None:
     init_process()
     params = load_params(ROOT / "params.yaml")
     folders = {stage: ROOT / "artifacts" / stage for stage in STAGES}
-    models = folders["base_model"], folders["sft"]
+    models, tokenizer = (folders["base_model"], folders["sft"]), load_tokenizer(folders["base_model"])
     prompts = sample_prompts(ROOT / "artifacts" / "prepare" / "prompts" / "test.jsonl", PROMPTS, params.seed)
-    sampler = make_sampler(params, folders, prompts)
     reward = load_reward(params.reward, prompts, Artifacts(**folders, out=ROOT))
-    policy, sft = load_policy(*models, folders["ppo"]).merge_and_unload(), load_reference(*models)
+    policy: Any = load_policy(*models, folders["ppo"])
+    ppo, sft = (
+        LocalSampler(model, tokenizer, params.generation)
+        for model in (policy.merge_and_unload(), load_reference(*models))
+    )
+
+    def answer(sampler: LocalSampler, samples: int) -> Sequence[str]:
+        texts, size = list[str](), BATCH // samples
+        for start in range(0, PROMPTS, size):
+            batch, generator = prompts[start : start + size], derive_generator(params.seed, start)
+            texts += sampler.sample(batch, generator, samples_per_prompt=samples).texts
+        return texts
 
     def best_of_n() -> None:
-        answers = sampler.sample("sft", sft, samples_per_prompt=N)
-        reward([answer.prompt.prompt for answer in answers], [answer.response for answer in answers])
+        reward([row.prompt for row in prompts for _ in range(N)], answer(sft, N))
 
-    ways = {"ppo": partial(sampler.sample, "ppo", policy), f"best of {N}": best_of_n}
+    ways = {"ppo": partial(answer, ppo, 1), f"best of {N}": best_of_n}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(REPETITIONS):
-        for name, answer in ways.items():
+        for name, way in ways.items():
             started = time.perf_counter()
-            answer()
+            way()
             seconds[name].append((time.perf_counter() - started) / PROMPTS)
     medians = {name: round(statistics.median(own), 4) for name, own in seconds.items()}
     print(json.dumps(medians | {"ratio": round(medians[f"best of {N}"] / medians["ppo"], 1)}))

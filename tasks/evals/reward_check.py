@@ -6,6 +6,7 @@ import re
 from collections.abc import Sequence
 from copy import copy
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from random import Random
 from typing import TYPE_CHECKING, Any
@@ -23,7 +24,7 @@ from tasks.evals.overoptimisation import Numbers, best_of_n
 from tasks.evals.scoring import PolicySampler, SampledResponse, load_gold_reward, score_responses
 from tasks.evals.statistics import TIE_TOLERANCE, Interval, bootstrap_mean
 from tasks.models.encoding import decode_response, encode_prompt, encode_response
-from tasks.models.loading import init_process, load_reference, load_tokenizer
+from tasks.models.loading import init_process, load_beside, load_reference, load_tokenizer
 from tasks.rewards.composition import CompositeReward, load_reward
 
 if TYPE_CHECKING:
@@ -93,7 +94,10 @@ def check_reward(params: Params, artifacts: Artifacts, *, prompts: int, samples:
     seed, evaluate = params.seed, params.evaluate
     rows = read_rows(artifacts.prepare / "prompts" / "validation.jsonl", Prompt)
     asked, tokenizer = Random(seed).sample(rows, min(prompts, len(rows))), load_tokenizer(artifacts.base_model)
-    sampler = PolicySampler(tokenizer, asked, params.generation, batch_size=evaluate.batch_size, seed=seed)
+    sampler = PolicySampler(
+        tokenizer, asked, params.generation, batch_size=evaluate.batch_size, seed=seed,
+        load_beside=partial(load_beside, artifacts.base_model, artifacts.sft),
+    )  # fmt: skip
     model = load_reference(artifacts.base_model, artifacts.sft)
     responses = sampler.sample(REFERENCE, model, samples_per_prompt=samples)
     patterns = [str(getattr(rule, "pattern", "")) for rule in params.reward.rules.values()]

@@ -20,7 +20,7 @@ from tasks.evals.compare import ScoredResponse
 from tasks.evals.reward_check import FOREIGN, Gain, check_reward, hack_responses, measure_gains, stages_read
 from tasks.evals.scoring import SampledResponse, score_responses
 from tasks.models.encoding import encode_response
-from tasks.models.loading import add_lora, load_reference, save_adapter
+from tasks.models.loading import add_lora, load_reference, save_weights
 from tasks.rewards.composition import CompositeReward
 from tests.conftest import LETTERS, letter_tokenizer, tiny_model
 
@@ -194,7 +194,7 @@ def world(tmp_path: Path) -> Artifacts:
     letter_tokenizer().save_pretrained(folders["base_model"] / "model")
     tiny_model().save_pretrained(folders["base_model"] / "model")
     lora = LoraParams(r=4, alpha=8, target_modules="all-linear", reward_model_modules="all-linear")
-    save_adapter(add_lora(load_reference(folders["base_model"], None), lora, seed=0), folders["sft"])
+    save_weights(add_lora(load_reference(folders["base_model"], None), lora, seed=0), folders["sft"])
     (folders["gold_judge"] / "adapter").mkdir(parents=True)
     (folders["gold_judge"] / "adapter" / DISABLED_MARKER).touch()
     rows = [Prompt(id=f"p{number}", prompt=prompt, answer="b") for number, prompt in enumerate(("b", "ab", "so"))]
