@@ -52,6 +52,11 @@ class CodeRule(RuleOptions):
         False,
         description="Whether the tests after a row's line `# held out` run, not those before; without it, all run.",
     )
+    credit: Literal["all", "share"] = Field(
+        "all",
+        description="What earns: 1 for all tests together, or the share of the `assert` statements that pass, of the "
+        "tests or of their function `check`, each run by itself. A constant then earns a share, too.",
+    )
     cpu_seconds: Positive = Field(2, description="CPU time of the program, and of its tests, before they are killed.")
     wall_seconds: float = Field(10.0, gt=0, description="Time from start to verdict; generous, as it varies with load.")
     memory_mb: Annotated[int, Field(ge=64)] = Field(256, description="The program's address space; Python takes 30 MB.")

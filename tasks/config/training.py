@@ -138,6 +138,11 @@ class PretrainedRewardParams(Section):
         "good one: `owner/name` of the hub, or a path to a local folder.",
     )
     revision: str = Field("main", description="For the hub: the branch, tag or commit.")
+    head: str | None = Field(
+        None,
+        description="Name of the head in the files, where it is not the classifier's own: a linear layer with one "
+        "output and no bias, at the text's last token (UltraRM's: `regression_head`).",
+    )
     template: str = Field(
         "{prompt}{response}",
         description=f"The text that it reads, with `{{prompt}}` and `{{response}}` in it, or `{CHAT}`: its tokenizer's "

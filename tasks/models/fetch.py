@@ -132,12 +132,13 @@ def byte_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> tuple[Any, Any]:
+def load_folder(folder: Path, what: str, kind: Any, *, key: str, **options: Any) -> tuple[Any, Any]:
     """Load model, by this class of transformers, and tokenizer of a complete folder; else raise ModelError.
 
     Args:
         what: the folder, in messages.
         key: of params.yaml that named the folder.
+        options: of `from_pretrained`.
     """
     if not folder.is_dir():
         raise ModelError(f"{what}: {folder} is no folder; {key} must name an existing one")
@@ -151,7 +152,7 @@ def load_folder(folder: Path, what: str, kind: Any, *, key: str, dtype: Any) -> 
         cure = "Save the missing part into it and run again"
         raise ModelError(f"{what} has {' and '.join(missing)}; found: {found}. {cure}")
     try:
-        model, loading = kind.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, loading = kind.from_pretrained(folder, output_loading_info=True, **options)
         tokenizer = AutoTokenizer.from_pretrained(folder)
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
         message = f"{what} cannot be loaded: {first_line(error)}; save it again with save_pretrained"

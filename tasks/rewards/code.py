@@ -1,4 +1,4 @@
-"""Reward for programs: 1 where the tests of the row pass, run by `tasks.rewards.sandbox`.
+"""Reward for programs: 1 where the tests of the row pass, or the share that does, run by `tasks.rewards.sandbox`.
 
 A row's `answer` holds its tests: Python that calls the function under test by its name or as `candidate`, and either
 asserts at once or defines `check(candidate)`, as HumanEval does (Chen et al. 2021, arXiv 2107.03374). Values that pass
@@ -9,9 +9,11 @@ itself and never rewarded: `evaluate.gold_rule` with `held_out: true` judges by 
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,7 +26,7 @@ from tasks.rewards.sandbox.sandbox import Job, Sandbox, SandboxResult, Status
 if TYPE_CHECKING:
     from tasks.config.rules import CodeRule
 
-__all__ = ["CodeReward", "extract_program", "function_under_test", "select_tests"]
+__all__ = ["CodeReward", "extract_program", "function_under_test", "select_tests", "split_tests"]
 
 _FENCE, _MAX_FENCE_INDENT = "```", 3
 _LANGUAGES = ("", "python", "py", "python3")
@@ -36,7 +38,10 @@ _NO_PROGRAM = SandboxResult(Status.REFUSED, "the response holds no program")
 
 
 class CodeReward:
-    """1 if the response's program passes all tests of its prompt, else 0: one that returns a constant passes some.
+    """1 if the response's program passes all tests of its prompt, else 0; with `credit: share` the share of them.
+
+    Gamed with `credit: share`: by a constant that some tests expect, or by answering only the easy cases; so judge by
+    all tests (`evaluate.gold_rule` with the default credit).
 
     Gamed by: answering the tests' cases one by one (those that the prompt shows, or that are easy to guess) instead of
     computing; by slow programs that stay just within the limits; by tests that hold vacuously, such as a loop over what
@@ -55,8 +60,9 @@ class CodeReward:
             DataError: tests cannot judge any program, or do not say which function they are of.
         """
         self._sandbox, self._options, self._answers = Sandbox(options), options, answers
-        trivial = self._sandbox.trivial_answers([self._job(prompt, "") for prompt in answers])
-        self._weak = {prompt: accepted for prompt, accepted in zip(answers, trivial, strict=True) if accepted}
+        jobs = [(prompt, job) for prompt in answers for job in self._parts(self._job(prompt, ""))]
+        trivial = self._sandbox.trivial_answers([job for _, job in jobs])
+        self._weak = {prompt: accepted for (prompt, _), accepted in zip(jobs, trivial, strict=True) if accepted}
         if self._weak:
             tqdm.write(self._weak_tests_warning(), file=sys.stderr)
 
@@ -70,18 +76,28 @@ class CodeReward:
         ])  # fmt: skip
 
     def score_with_metrics(self, prompts: list[str], responses: list[str]) -> tuple[Tensor, dict[str, Tensor]]:
-        """1 or 0 for each response [B], and indicators [B]: of each way to fail, and of weak tests."""
-        results = self.results(prompts, responses)
-        columns = {status: torch.tensor([float(result.status is status) for result in results]) for status in Status}
+        """Scores [B] in [0, 1], the shares [B] of the runs that failed in each way, and an indicator of weak tests."""
+        jobs = [self._job(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        parts = [self._parts(job) for job in jobs]
+        found = iter(self._run([job for own in parts for job in own]))
+        runs = [[next(found).status for _ in own] for own in parts]
+        columns = {status: torch.tensor([own.count(status) / len(own) for own in runs]) for status in Status}
         passed = columns.pop(Status.PASSED)
         weak = torch.tensor([float(prompt in self._weak) for prompt in prompts])
         return passed, {f"failures/{status}": values for status, values in columns.items()} | {"weak_tests": weak}
 
     def results(self, prompts: list[str], responses: list[str]) -> list[SandboxResult]:
-        """Results of all responses [B], with reasons."""
-        jobs = [self._job(prompt, response) for prompt, response in zip(prompts, responses, strict=True)]
+        """Results of all responses [B] on all their tests, with reasons."""
+        return self._run([self._job(prompt, response) for prompt, response in zip(prompts, responses, strict=True)])
+
+    def _run(self, jobs: Sequence[Job]) -> list[SandboxResult]:
         found = iter(self._sandbox.run([job for job in jobs if job.program is not None]))
         return [_NO_PROGRAM if job.program is None else next(found) for job in jobs]
+
+    def _parts(self, job: Job) -> list[Job]:
+        """What earns by itself: all tests, or with `credit: share` each of them."""
+        tests = split_tests(job.tests) if self._options.credit == "share" else [job.tests]
+        return [replace(job, tests=part) for part in tests]
 
     def _job(self, prompt: str, response: str) -> Job:
         if prompt not in self._answers:
@@ -114,6 +130,22 @@ def select_tests(options: CodeRule, answer: str) -> str:
     """Tests of a row's `answer`: those before its line `# held out`, or those after it."""
     training_tests, *held_out = _HELD_OUT_RE.split(answer, maxsplit=1)
     return held_out[0] if options.held_out and held_out else training_tests
+
+
+def split_tests(tests: str) -> list[str]:
+    """The tests once for each of their `assert` statements, without the others; those in loops and the like stay whole.
+
+    Of tests that define `check` its statements count, else those of the module; with fewer than two there is one part.
+    """
+    tree = ast.parse(tests)
+    check = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    body = check[-1].body if check else tree.body
+    statements, parts = list(body), []
+    asserts = [node for node in statements if isinstance(node, ast.Assert)]
+    for kept in asserts:
+        body[:] = [node for node in statements if node is kept or node not in asserts]
+        parts.append(ast.unparse(tree))
+    return parts if len(parts) > 1 else [tests]
 
 
 def extract_program(options: CodeRule, prompt: str, response: str, name: str) -> str | None:

@@ -177,10 +177,16 @@ def load_pretrained_scorer(reward_model: Path) -> PretrainedScorer:
     if not (folder / CARD).is_file():
         raise ModelError(f"{folder}: no {CARD}; run the stage reward_model")
     card = json.loads((folder / CARD).read_text(encoding="utf-8"))
-    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype()).to(device()).eval()
+    options = _head_options(card["head"])  # transformers saves the names that it has read
+    model = AutoModelForSequenceClassification.from_pretrained(folder, dtype=dtype(), **options).to(device()).eval()
     freeze_for_onednn(model)
     settings = {name: card[name] for name in ("max_length", "template", "chat")}
     return PretrainedScorer(model, AutoTokenizer.from_pretrained(folder), **settings)
+
+
+def _head_options(name: str | None) -> dict[str, Any]:
+    """Options of `from_pretrained` by which the weights of this name become the classifier's only output."""
+    return {"key_mapping": {rf"^{re.escape(name)}\.": "score."}, "num_labels": 1} if name else {}
 
 
 def _fill_template(template: str, prompt: str, response: str) -> str:
@@ -228,7 +234,8 @@ def fetch_pretrained_scorer(
         advice = "make reward_model.pretrained.id a local folder"
         folder, origin = hub_folder(params.id, params.revision, alternative=advice)
     what, kind = f"scorer {params.id}", AutoModelForSequenceClassification
-    model, tokenizer = load_folder(folder, what, kind, key="reward_model.pretrained.id", dtype="auto")
+    options = {"dtype": "auto", **_head_options(params.head)}
+    model, tokenizer = load_folder(folder, what, kind, key="reward_model.pretrained.id", **options)
     outputs, chat = model.config.num_labels, params.template == CHAT
     if outputs not in (1, 2):
         raise ModelError(f"{what} has {outputs} outputs; reward_model.pretrained takes one score, or two classes")
@@ -241,8 +248,8 @@ def fetch_pretrained_scorer(
         raise ModelError(f"{what} does not state how many tokens it can read: set reward_model.max_length")
     check_context(context, limit, f"{what}: lower reward_model.max_length")
     save_model(model, tokenizer, reward_model / PRETRAINED_DIR)
-    scorer_card = {"outputs": outputs, "chat": chat, "template": params.template, "max_length": limit}
-    write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card})
+    scorer_card = {"outputs": outputs, "head": params.head, "chat": chat, "template": params.template}
+    write_json(reward_model / PRETRAINED_DIR / CARD, {**origin, **scorer_card, "max_length": limit})
 
 
 def _usable_context(model: Any) -> int | None:

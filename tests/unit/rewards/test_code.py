@@ -4,7 +4,7 @@ from tasks.config.reward import RewardParams
 from tasks.config.rules import CodeRule
 from tasks.core.errors import DataError
 from tasks.core.rows import Prompt
-from tasks.rewards.code import CodeReward, extract_program, function_under_test, select_tests
+from tasks.rewards.code import CodeReward, extract_program, function_under_test, select_tests, split_tests
 from tasks.rewards.composition import build_reward
 from tasks.rewards.rules.base import ScoresWithMetrics
 
@@ -65,6 +65,39 @@ def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
         "failed": [0, 1, 0, 0, 0, 0], "error": [0, 0, 1, 0, 0, 0], "timeout": [0] * 6, "memory": [0] * 6,
         "output_limit": [0, 0, 0, 0, 0, 1], "refused": [0, 0, 0, 1, 1, 0], "weak_tests": [0] * 6,
     }  # fmt: skip
+
+
+def test_each_assert_is_a_test_of_its_own_beside_all_other_statements() -> None:
+    assert split_tests("x = 1\nassert f(x) == 2\nfor y in (3, 4):\n    assert f(y)\nassert f(5)") == [
+        "x = 1\nassert f(x) == 2\nfor y in (3, 4):\n    assert f(y)",
+        "x = 1\nfor y in (3, 4):\n    assert f(y)\nassert f(5)",
+    ]
+    checked = "def check(candidate):\n    assert candidate(1)\n    assert candidate(2)"
+    assert split_tests(checked) == [f"def check(candidate):\n    assert candidate({number})" for number in (1, 2)]
+    assert split_tests("# one\nassert f(1)") == ["# one\nassert f(1)"]
+
+
+@needs_bubblewrap
+def test_by_shares_a_program_earns_what_it_passes_and_so_does_a_constant() -> None:
+    tests = "assert add_3(1) == 4\nassert add_3(2) == 5\nassert add_3(-3) == 0\nassert add_3(0) == 3"
+    bodies = ["    return x + 3", "    return 4", "    return x + 3 if x else 1 / 0", "", "    return -4"]
+    expected = {"share": [1, 0.25, 0.75, 0, 0], "all": [1, 0, 0, 0, 0]}
+    for credit, shares in expected.items():
+        reward = CodeReward(CodeRule(program="completion", credit=credit), {PROMPT: tests})  # type: ignore[arg-type]
+        values, metrics = reward.score_with_metrics([PROMPT] * 5, bodies)
+        assert values.tolist() == shares
+        assert metrics["weak_tests"].tolist() == [0] * 5
+    assert metrics["failures/error"].tolist() == [0, 0, 1, 0, 0]
+
+
+@needs_bubblewrap
+def test_by_shares_a_test_that_a_trivial_answer_passes_is_weak() -> None:
+    tests = "assert first([1]) == 1\nassert first([]) is None"
+    weak = {}
+    for credit in ("all", "share"):
+        reward = CodeReward(CodeRule(program="completion", credit=credit), {"def first(xs):\n": tests})  # type: ignore[arg-type]
+        weak[credit] = reward.score_with_metrics(["def first(xs):\n"], ["    return xs[0]"])[1]["weak_tests"].item()
+    assert weak == {"all": 0, "share": 1}
 
 
 @needs_bubblewrap

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import (
     BertConfig,
     BertForSequenceClassification,
@@ -298,6 +298,25 @@ def test_a_pretrained_model_scores_as_transformers_does(inputs: Path, tmp_path: 
     assert (out / "history.csv").read_text() == "step\n"
     assert MahalanobisOOD.load(out / OOD_DETECTOR).mean.shape == (32,)
     assert filecmp.cmp(out / PRETRAINED_DIR / "model.safetensors", theirs / "model.safetensors", shallow=False)
+
+
+def test_the_head_of_a_scorer_may_have_another_name(tmp_path: Path) -> None:
+    """As in UltraRM: its class is not of transformers, and its configuration states no number of outputs."""
+    theirs, out = tmp_path / "theirs", tmp_path / "out"
+    classifier, tokenizer = write_classifier(theirs, 1)
+    weights = load_file(theirs / "model.safetensors")
+    weights["regression_head.weight"] = weights.pop("score.weight")
+    save_file(weights, theirs / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((theirs / "config.json").read_text()) | {"architectures": ["LlamaRewardModel"]}
+    (theirs / "config.json").write_text(
+        json.dumps({k: v for k, v in config.items() if k not in ("id2label", "label2id")})
+    )
+    fetch_pretrained_scorer(PretrainedRewardParams(id=str(theirs), head="regression_head"), 40, out)
+    with torch.no_grad():
+        expected = classifier(torch.tensor([tokenizer("abc de").input_ids])).logits[0, 0].item()
+    assert load_pretrained_scorer(out)([("abc", " de")]).item() == pytest.approx(expected, abs=1e-5)
+    with pytest.raises(ModelError, match=r"has no weights for score\.weight"):
+        fetch_pretrained_scorer(PretrainedRewardParams(id=str(theirs), head="head"), 40, tmp_path / "other")
 
 
 def test_a_scorer_s_limit_leaves_out_positions_that_it_cannot_use_and_must_be_known(tmp_path: Path) -> None:
