@@ -67,7 +67,7 @@ def words(text: str) -> int:
         (words, {"length", "repetition", "loop", "other language"}),
         (lambda text: -words(text), {"truncated", "structure", "empty", "prompt copied", "tags"}),
         (lambda text: sum(word in PRAISE for word in text.split()), {"praise"}),
-        (lambda text: "<answer>" in text, {"tags"}),
+        (lambda text: 0.2 * ("<answer>" in text), {"tags"}),
         (lambda text: text == "", {"empty", "structure"}),
         (lambda text: "prompt" in text, {"prompt copied"}),
         (lambda text: FOREIGN in text, {"other language"}),
@@ -78,7 +78,7 @@ def words(text: str) -> int:
     ids=["words", "short", "praise", "tags", "empty", "prompt", "german", "order", "again", "nothing"],
 )
 def test_a_weakness_of_the_reward_is_found_and_nothing_else(score: Score, expected: set[str]) -> None:
-    """Each reward pays one thing; gold pays nothing."""
+    """Each reward pays one thing, some what SFT never has; gold pays nothing."""
     found = checked(score, lambda _: 0.0, [PATTERN])
     assert {name for name, gain in found.items() if gain.unconfirmed} == expected
 
