@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
-from datasketch import MinHash, MinHashLSH
 from pydantic import ValidationError
 
 from tasks.core.errors import DataError
@@ -272,6 +271,8 @@ def near_duplicates(texts: Sequence[str], threshold: float) -> dict[int, int]:
     if threshold >= 1:
         first: dict[str, int] = {}
         return {index: first[text] for index, text in enumerate(texts) if first.setdefault(text, index) != index}
+    from datasketch import MinHash, MinHashLSH  # slow to import, and every run compares data with params.yaml
+
     whole = [shingles(text) for text in texts]
     shared = shared_shingles(whole)
     own = [grams - shared or grams for grams in whole]
