@@ -1,15 +1,16 @@
 """Win rate against KL of variants of PPO, GRPO and DPO at equal rollouts, over seeds: `make bench-frontier`.
 
-Needs a finished pipeline (`rlhf run`, with a preset or without): all variants share its SFT policy, reward model and
-gold judge. Each trains with several values of `policy_seed`, and its snapshots answer the same held-out prompts. Writes
-benchmarks/frontier.csv, a line per snapshot with the CPU time of the training and columns of `tasks.evals.compare`;
-what is there is not computed again. Prints the last snapshots' means over seeds, and the differences to the stage
-without changes, paired by seed.
+Needs a finished pipeline (`rlhf run`) whose responses are single texts: all variants share its SFT policy, reward model
+and gold judge. Each trains with several values of `policy_seed`, and its snapshots answer the same held-out prompts.
+Writes benchmarks/frontier.csv, a line per snapshot with a digest of all settings, the CPU time of the training and
+columns of `tasks.evals.compare`; what is there is not computed again. Prints the last snapshots' means over seeds, and
+the differences to the stage without changes, paired by seed.
 """
 
 from __future__ import annotations
 
 import argparse
+import hashlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from results import ROOT, Folders, make_sampler, run_stage, score_answers, settings_digest
+from results import ROOT, Folders, make_sampler, run_stage, score_answers
 
 from tasks.config.params import Params, load_params, parse_override
 from tasks.core.rows import read_table, write_table
@@ -91,22 +92,25 @@ def score(params: Params, folders: Folders, loaders: Mapping[str, Any], draws: i
 
 
 def run_variant(
-    name: str, base: Params, folders: Folders, reference: list[ScoredResponse], out: Path
+    name: str, params: Params, folders: Folders, reference: list[ScoredResponse], out: Path
 ) -> Iterator[dict[str, object]]:
     """Train a variant, and compare a third, two thirds and all of its updates with SFT; of DPO the end alone."""
-    stage, params = name.split(",")[0], base
-    for setting in VARIANTS[name]:
-        params = override(params, setting)
-    started = time.process_time()
+    stage, started, timed = stage_of(name), time.process_time(), out / "cpu_s"
     run_stage(stage, params, out, {need: folders[need] for need in graph()[stage]})
-    seconds = round(time.process_time() - started)
+    if not timed.is_file():
+        timed.write_text(str(round(time.process_time() - started)), encoding="utf-8")
     models = folders["base_model"], folders["sft"]
     scored = score(params, folders, {key: partial(load_policy, *models, path) for key, path in policies(out)}, DRAWS)
     table = compare_controls(reference, scored, samples=params.evaluate.bootstrap_samples, seed=params.seed)
     for update, row in table.items():
-        yield {"variant": name, "policy_seed": base.policy_seed, "cpu_s": seconds, "update": update} | {
-            key: row[key] for key in COLUMNS
-        }
+        yield {"variant": name, "policy_seed": params.policy_seed, "changes": " ".join(VARIANTS[name])} | {
+            "cpu_s": timed.read_text(encoding="utf-8"), "update": update, **{key: row[key] for key in COLUMNS}
+        }  # fmt: skip
+
+
+def stage_of(name: str) -> str:
+    """The stage that a variant changes."""
+    return name.partition(",")[0]
 
 
 def policies(out: Path) -> list[tuple[str, Path]]:
@@ -118,25 +122,34 @@ def policies(out: Path) -> list[tuple[str, Path]]:
     return [(str(int(path.name)), path) for path in chosen]
 
 
-def override(params: Params, setting: str) -> Params:
-    """The parameters with one setting, `section.key=value` or `section.key*=factor`."""
-    key, times, factor = setting.partition("*=")
-    if times:
+def override(params: Params, settings: Sequence[str]) -> Params:
+    """The parameters with these settings, `section.key=value` or `section.key*=factor`, each section checked once."""
+    values: dict[str, dict[str, Any]] = {}
+    for setting in settings:
+        key, times, factor = setting.partition("*=")
         section, _, name = key.partition(".")
-        setting = f"{key}={getattr(getattr(params, section), name) * float(factor)}"
-    ((section, values),) = parse_override(setting).items()
-    own = getattr(params, section)
-    return params.model_copy(update={section: type(own)(**(own.model_dump() | values))})
+        scaled = f"{key}={getattr(getattr(params, section), name) * float(factor)}" if times else setting
+        ((section, found),) = parse_override(scaled).items()
+        values[section] = values.get(section, {}) | found
+    own = {section: getattr(params, section) for section in values}
+    changed = {section: type(part)(**(part.model_dump() | values[section])) for section, part in own.items()}
+    return params.model_copy(update=changed)
 
 
-def print_means(lines: Sequence[Line]) -> None:
+def digest(params: Params) -> str:
+    """What says that two lines were measured with the same settings, `policy_seed` aside."""
+    return hashlib.sha256(params.model_dump_json(exclude={"policy_seed"}).encode()).hexdigest()[:8]
+
+
+def print_means(lines: Sequence[Line], names: Sequence[str]) -> None:
     """Means over seeds of each variant's last snapshot, and its difference to the stage without changes."""
     last: dict[str, dict[int, Line]] = {}
     for line in lines:  # of a variant and seed the last line is the end
         last.setdefault(line["variant"], {})[int(line["policy_seed"])] = line
-    for name, own in last.items():
+    for name in names:
+        own = last[name]
         means = ", ".join(f"{key} {fmean(float(line[key]) for line in own.values()):.3g}" for key in PRINTED)
-        print(f"{name}: {len(own)} seeds, {means}{_difference(own, last.get(name.split(',')[0], {}))}")
+        print(f"{name}: {len(own)} seeds, {means}{_difference(own, last.get(stage_of(name), {}))}")
 
 
 def _difference(own: Mapping[int, Line], plain: Mapping[int, Line]) -> str:
@@ -145,6 +158,15 @@ def _difference(own: Mapping[int, Line], plain: Mapping[int, Line]) -> str:
         return ""
     student = t_interval(gaps)
     return f"; {fmean(gaps):+.1f} points of win rate (Student {student.low:+.1f} to {student.high:+.1f})"
+
+
+def variants_of(params: Params) -> dict[str, Params]:
+    """Name → parameters of the variants whose stage is on, and whose sections are there to be changed."""
+    return {
+        name: override(params, settings)
+        for name, settings in VARIANTS.items()
+        if getattr(params, stage_of(name)) and all(getattr(params, key.partition(".")[0]) for key in settings)
+    }
 
 
 def main() -> None:
@@ -156,24 +178,25 @@ def main() -> None:
         sys.exit("the pipeline has not run yet: `rlhf run` first")
     init_process()
     params = load_params(ROOT / "params.yaml")
-    settings = settings_digest(params)
+    if params.environment:
+        sys.exit("environment is on (params.yaml), so responses are conversations; this compares single texts")
     folders = {stage: ROOT / "artifacts" / stage for stage in graph()}
-    earlier = [dict(line) for line in read_table(TABLE)] if TABLE.is_file() else []
-    rows: list[dict[str, object]] = [line for line in earlier if line["settings"] == settings]
-    others = [line for line in earlier if line["settings"] != settings]
-    done = {(row["variant"], int(str(row["policy_seed"]))) for row in rows}
+    rows: list[dict[str, object]] = [dict(line) for line in read_table(TABLE)] if TABLE.is_file() else []
+    variants = {(name, digest(own)): own for name, own in variants_of(params).items()}
+    names = arguments.variants or [name for name, _ in variants]
     sft = {REFERENCE: partial(load_reference, folders["base_model"], folders["sft"])}
     reference = score(params, folders, sft, REFERENCE_DRAWS)
-    names = arguments.variants or [name for name in VARIANTS if getattr(params, name.split(",")[0])]
-    for name, seed in ((name, seed) for name in names for seed in arguments.seeds if (name, seed) not in done):
-        own = params.model_copy(update={"policy_seed": seed})
-        out = OUT / settings / f"{name.replace(', ', '-').replace(' ', '_')}-{seed}"
-        found = [{"settings": settings} | line for line in run_variant(name, own, folders, reference, out)]
-        rows += found
-        write_table(TABLE, others + rows)
-        print(*(f"{name}, seed {seed}, update {row['update']}: {row['win_rate']:.1%} at KL {row['kl']:.2f}"
-                for row in found), sep="\n", flush=True)  # fmt: skip
-    print_means([row for row in rows if row["variant"] in names])
+    for (name, settings), changed in variants.items():
+        done = {row["policy_seed"] for row in rows if (row["variant"], row["settings"]) == (name, settings)}
+        for seed in [seed for seed in arguments.seeds if name in names and str(seed) not in map(str, done)]:
+            own = changed.model_copy(update={"policy_seed": seed})
+            out = OUT / f"{settings}-{seed}"
+            found = [{"settings": settings} | line for line in run_variant(name, own, folders, reference, out)]
+            rows += found
+            write_table(TABLE, rows)
+            print(*(f"{name}, seed {seed}, update {row['update']}: {row['win_rate']:.1%} at KL {row['kl']:.2f}"
+                    for row in found), sep="\n", flush=True)  # fmt: skip
+    print_means([row for row in rows if (row["variant"], row["settings"]) in variants], names)
 
 
 if __name__ == "__main__":

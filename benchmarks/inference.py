@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from typing import Any
 
+from peft import PeftModel
 from results import ROOT
 
 from tasks.config.params import load_params
@@ -32,10 +33,9 @@ def main() -> None:
     prompts = sample_prompts(ROOT / "artifacts" / "prepare" / "prompts" / "test.jsonl", PROMPTS, params.seed)
     reward = load_reward(params.reward, prompts, Artifacts(**folders, out=ROOT))
     policy: Any = load_policy(*models, folders["ppo"])
-    ppo, sft = (
-        LocalSampler(model, tokenizer, params.generation)
-        for model in (policy.merge_and_unload(), load_reference(*models))
-    )
+    if isinstance(policy, PeftModel):
+        policy = policy.merge_and_unload()
+    ppo, sft = (LocalSampler(model, tokenizer, params.generation) for model in (policy, load_reference(*models)))
 
     def answer(sampler: LocalSampler, samples: int) -> Sequence[str]:
         texts, size = list[str](), BATCH // samples

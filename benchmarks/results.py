@@ -213,7 +213,7 @@ def score_answers(
 ) -> list[ScoredResponse]:
     """Score the answers to the prompts by the reward and by every judge."""
     proxy = load_reward(params.reward, prompts, Artifacts(**folders, out=OUT))
-    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
+    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"], params.evaluate.gold_rule)
     return score_responses(answers, proxy, gold, vader=params.evaluate.vader)
 
 

@@ -49,12 +49,13 @@ def dpo(params: DPOParams, lora: LoraParams | None, policy_seed: int, artifacts:
     torch.manual_seed(policy_seed)
     rows, counts = _fit_pairs(params, train, tokenizer, load_context(artifacts.base_model))
     model: Any = load_reference(artifacts.base_model, artifacts.sft)
+    options: dict[str, Any] = {}
     if lora:
-        options = {"peft_config": lora_config(model, lora)}
+        options["peft_config"] = lora_config(model, lora)
     else:
         model = make_trainable(model, None, seed=policy_seed)
-        reference = load_beside(artifacts.base_model, artifacts.sft, model)
-        options = {} if params.loss_type in REFERENCE_FREE else {"ref_model": reference}
+        if params.loss_type not in REFERENCE_FREE:
+            options["ref_model"] = load_beside(artifacts.base_model, artifacts.sft, model)
     trainer = make_trainer(
         params, policy_seed, rows, model=model, processing_class=tokenizer, callbacks=[history], **options
     )

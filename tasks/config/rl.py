@@ -95,6 +95,11 @@ class RLParams(Section):
                 "clip_range is null, so nothing is clipped: set clip_range_high to null",
             ),
             (
+                self.warmup_updates >= self.updates,
+                f"warmup_updates {self.warmup_updates} must be less than updates {self.updates}, or learning_rate is "
+                "never reached",
+            ),
+            (
                 self.resample_rounds and self.samples_per_prompt < 2,
                 "resample_rounds compares a prompt's responses: set samples_per_prompt above 1",
             ),

@@ -54,8 +54,8 @@ class CodeRule(RuleOptions):
     )
     credit: Literal["all", "share"] = Field(
         "all",
-        description="What earns: 1 for all tests together, or the share of the `assert` statements that pass, of the "
-        "tests or of their function `check`, each run by itself. A constant then earns a share, too.",
+        description="What earns: 1 for all tests together, or the share of those `assert` statements that pass which "
+        "call the function, each run with all other statements. A constant then earns a share, too.",
     )
     cpu_seconds: Positive = Field(2, description="CPU time of the program, and of its tests, before they are killed.")
     wall_seconds: float = Field(10.0, gt=0, description="Time from start to verdict; generous, as it varies with load.")

@@ -31,7 +31,7 @@ __all__ = [
 ]  # fmt: skip
 
 BASE_STAGES = ("base_model", "sft")
-"""Stages whose weights a policy's adapter builds on: the base model, then SFT."""
+"""Stages whose weights a policy needs beside its own: base model and SFT, its reference."""
 
 
 @dataclass(frozen=True)

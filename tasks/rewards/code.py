@@ -60,9 +60,10 @@ class CodeReward:
             DataError: tests cannot judge any program, or do not say which function they are of.
         """
         self._sandbox, self._options, self._answers = Sandbox(options), options, answers
-        jobs = [(prompt, job) for prompt in answers for job in self._parts(self._job(prompt, ""))]
-        trivial = self._sandbox.trivial_answers([job for _, job in jobs])
-        self._weak = {prompt: accepted for (prompt, _), accepted in zip(jobs, trivial, strict=True) if accepted}
+        jobs = [self._job(prompt, "") for prompt in answers]
+        trivial = self._sandbox.trivial_answers(jobs)
+        self._sandbox.trivial_answers([part for job in jobs for part in self._parts(job)])  # each can judge a program
+        self._weak = {prompt: accepted for prompt, accepted in zip(answers, trivial, strict=True) if accepted}
         if self._weak:
             tqdm.write(self._weak_tests_warning(), file=sys.stderr)
 
@@ -96,7 +97,7 @@ class CodeReward:
 
     def _parts(self, job: Job) -> list[Job]:
         """What earns by itself: all tests, or with `credit: share` each of them."""
-        tests = split_tests(job.tests) if self._options.credit == "share" else [job.tests]
+        tests = split_tests(job.tests, job.name) if self._options.credit == "share" else [job.tests]
         return [replace(job, tests=part) for part in tests]
 
     def _job(self, prompt: str, response: str) -> Job:
@@ -132,20 +133,29 @@ def select_tests(options: CodeRule, answer: str) -> str:
     return held_out[0] if options.held_out and held_out else training_tests
 
 
-def split_tests(tests: str) -> list[str]:
-    """The tests once for each of their `assert` statements, without the others; those in loops and the like stay whole.
+def split_tests(tests: str, name: str) -> list[str]:
+    """The tests once for each `assert` statement that names the function, beside all other statements.
 
-    Of tests that define `check` its statements count, else those of the module; with fewer than two there is one part.
+    Of tests that define `check` its statements count, else those of the module; those in loops and the like belong to
+    the others. With fewer than two there is one part, and of tests that are no Python.
     """
-    tree = ast.parse(tests)
+    try:
+        tree = ast.parse(tests)
+    except (SyntaxError, ValueError):
+        return [tests]
     check = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name == "check"]
+    names = {name, "candidate", *(argument.arg for node in check for argument in node.args.args)}
     body = check[-1].body if check else tree.body
     statements, parts = list(body), []
-    asserts = [node for node in statements if isinstance(node, ast.Assert)]
-    for kept in asserts:
-        body[:] = [node for node in statements if node is kept or node not in asserts]
+    own = [node for node in statements if isinstance(node, ast.Assert) and names & _names(node)]
+    for kept in own:
+        body[:] = [node for node in statements if node is kept or node not in own]
         parts.append(ast.unparse(tree))
     return parts if len(parts) > 1 else [tests]
+
+
+def _names(node: ast.AST) -> set[str]:
+    return {part.id for part in ast.walk(node) if isinstance(part, ast.Name)}
 
 
 def extract_program(options: CodeRule, prompt: str, response: str, name: str) -> str | None:

@@ -67,14 +67,21 @@ def test_right_programs_earn_1_and_ways_to_fail_are_counted() -> None:
     }  # fmt: skip
 
 
-def test_each_assert_is_a_test_of_its_own_beside_all_other_statements() -> None:
-    assert split_tests("x = 1\nassert f(x) == 2\nfor y in (3, 4):\n    assert f(y)\nassert f(5)") == [
+def test_each_assert_of_the_function_is_a_test_of_its_own_beside_all_other_statements() -> None:
+    assert split_tests("x = 1\nassert f(x) == 2\nfor y in (3, 4):\n    assert f(y)\nassert f(5)", "f") == [
         "x = 1\nassert f(x) == 2\nfor y in (3, 4):\n    assert f(y)",
         "x = 1\nfor y in (3, 4):\n    assert f(y)\nassert f(5)",
     ]
-    checked = "def check(candidate):\n    assert candidate(1)\n    assert candidate(2)"
-    assert split_tests(checked) == [f"def check(candidate):\n    assert candidate({number})" for number in (1, 2)]
-    assert split_tests("# one\nassert f(1)") == ["# one\nassert f(1)"]
+    checked = "def check(it):\n    assert it(1)\n    assert True, 'as HumanEval writes'\n    assert it(2)"
+    assert split_tests(checked, "f") == [
+        f"def check(it):\n    {tests}"
+        for tests in (
+            "assert it(1)\n    assert True, 'as HumanEval writes'",
+            "assert True, 'as HumanEval writes'\n    assert it(2)",
+        )
+    ]
+    for whole in ("# one\nassert f(1)", "```\nassert f(1)\nassert f(2)\n```"):
+        assert split_tests(whole, "f") == [whole]
 
 
 @needs_bubblewrap
@@ -91,13 +98,15 @@ def test_by_shares_a_program_earns_what_it_passes_and_so_does_a_constant() -> No
 
 
 @needs_bubblewrap
-def test_by_shares_a_test_that_a_trivial_answer_passes_is_weak() -> None:
+@pytest.mark.parametrize("credit", ["all", "share"])
+def test_tests_that_cannot_judge_are_refused_and_a_case_that_is_easy_is_not_weak(credit: str) -> None:
+    options, prompt = CodeRule(program="completion", credit=credit), "def first(xs):\n"  # type: ignore[arg-type]
     tests = "assert first([1]) == 1\nassert first([]) is None"
-    weak = {}
-    for credit in ("all", "share"):
-        reward = CodeReward(CodeRule(program="completion", credit=credit), {"def first(xs):\n": tests})  # type: ignore[arg-type]
-        weak[credit] = reward.score_with_metrics(["def first(xs):\n"], ["    return xs[0]"])[1]["weak_tests"].item()
-    assert weak == {"all": 0, "share": 1}
+    reward = CodeReward(options, {prompt: tests})
+    values, metrics = reward.score_with_metrics([prompt], ["    return xs[0] if xs else None"])
+    assert (values.item(), metrics["weak_tests"].item()) == (1, 0)
+    with pytest.raises(DataError, match="first"):
+        CodeReward(options, {prompt: "```\nassert first([1]) == 1\nassert first([2]) == 2\n```"})
 
 
 @needs_bubblewrap
