@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from flows.new import INSTALLED, link_code
+from flows.installed import INSTALLED, link_code
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, stage_dir
 

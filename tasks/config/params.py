@@ -14,7 +14,7 @@ from ruamel.yaml.error import YAMLError
 from tasks.config import data, evaluation, rl, training
 from tasks.config.base import LEARNED, Section
 from tasks.config.reward import RewardParams
-from tasks.config.rules import GROUND_TRUTH_RULES
+from tasks.config.rules import GROUND_TRUTH_RULES, CustomJudge
 from tasks.config.yaml_text import edit_yaml
 from tasks.core.errors import ConfigError
 
@@ -90,7 +90,8 @@ class Params(Section):
                 f"evaluate.vader is true, but the reward's component {rewarded[0]} is VADER itself: set evaluate.vader "
                 "to false, for a judge must be one that training never saw"
             )
-        if gold and gold.function in {rule.function for rule in rules.values()} - set(GROUND_TRUTH_RULES):
+        own = isinstance(gold, CustomJudge)  # of custom/judges, so another function whatever its name
+        if gold and not own and gold.function in {rule.function for rule in rules.values()} - set(GROUND_TRUTH_RULES):
             raise ValueError(
                 f"evaluate.gold_rule is {gold.function}, which the reward has, too: a judge must be one that training "
                 "never saw; choose another rule"

@@ -4,6 +4,7 @@ docs/reproducibility.md says what is equal under what. The default, `native`, le
 libraries, which take the newest that the CPU knows. `RLHF_DETERMINISM=portable` fixes it.
 """
 
+import hashlib
 import os
 import platform
 import re
@@ -11,6 +12,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from tasks.core.errors import ConfigError
+from tasks.core.paths import project_root
 
 __all__ = ["DETERMINISM_VAR", "describe_machine", "determinism", "fix_instructions"]
 
@@ -55,7 +57,17 @@ def describe_machine() -> dict[str, str]:
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "none",
         **{name: version(name) for name in ("torch", "transformers", "numpy")},
         **{name: match[1] for name, pattern in backends.items() if (match := re.search(pattern, build))},
+        **_linked_code(),
     }
+
+
+def _linked_code() -> dict[str, str]:
+    """A digest of the installed code, where the project has links to it in place of files that git knows."""
+    code = project_root() / "tasks"
+    if not code.is_symlink():
+        return {}
+    files = sorted(path for folder in ("flows", "tasks") for path in (code.resolve().parent / folder).rglob("*.py"))
+    return {"code": hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()[:8]}
 
 
 def _cpu_info(key: str) -> str:

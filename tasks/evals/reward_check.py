@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from tasks.config.base import LEARNED
-from tasks.core.errors import ConfigError
+from tasks.core.errors import ConfigError, DataError
 from tasks.core.paths import Artifacts
 from tasks.core.rows import Prompt, flatten, read_rows, write_json, write_rows, write_table
 from tasks.evals.challenge import CATEGORIES
@@ -87,12 +87,14 @@ def check_reward(params: Params, artifacts: Artifacts, *, prompts: int, samples:
 
     Raises:
         ConfigError: a package that a rule needs is not installed.
-        DataError: there are no validation prompts, or nothing but the reward can judge.
+        DataError: there are fewer than two validation prompts, or nothing but the reward can judge.
         TrainingError: a score is not finite.
     """
     init_process()
     seed, evaluate = params.seed, params.evaluate
-    rows = read_rows(artifacts.prepare / "prompts" / "validation.jsonl", Prompt)
+    rows = read_rows(path := artifacts.prepare / "prompts" / "validation.jsonl", Prompt)
+    if len(rows) < 2:
+        raise DataError(f"{path} holds {len(rows)} prompts, and an interval needs two: raise prepare.validation_share")
     asked, tokenizer = Random(seed).sample(rows, min(prompts, len(rows))), load_tokenizer(artifacts.base_model)
     sampler = PolicySampler(
         tokenizer, asked, params.generation, batch_size=evaluate.batch_size, seed=seed,

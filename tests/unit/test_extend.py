@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import yaml
 from pydantic import ValidationError
 
 from tasks.config.data import SourceParams
 from tasks.config.evaluation import EvaluateParams
+from tasks.config.params import Params
 from tasks.config.reward import RewardParams
 from tasks.config.training import EnvironmentParams, GenerationParams
 from tasks.core.custom import forget_custom, load_custom
@@ -22,7 +24,7 @@ from tasks.rewards.composition import build_reward
 from tasks.rl.environments import Step
 from tasks.rl.multi_turn import MultiTurnSampler, with_environment
 from tasks.rl.rollout import LocalSampler
-from tests.conftest import ROOT, letter_tokenizer, tiny_model
+from tests.conftest import ROOT, SHIPPED_PARAMS, letter_tokenizer, tiny_model
 
 PAGE = (ROOT / "docs" / "extend.md").read_text(encoding="utf-8")
 BLOCKS = dict(re.findall(r"```python\n# (\S+)\n(.*?)```", PAGE, re.DOTALL))
@@ -93,6 +95,17 @@ def test_a_judge_is_no_reward(folder: Path) -> None:
         RewardParams(weights={"a": 1.0}, rules={"a": {"function": "mine:ends"}})
     with pytest.raises(ValidationError, match=r"custom/judges/example\.py defines no 'shout'; there is: ends"):
         EvaluateParams.model_validate(EVALUATE | {"gold_rule": {"function": "example:shout"}})
+
+
+def test_a_judge_may_have_the_name_of_a_reward(folder: Path) -> None:
+    for kind, name in (("judges", "ends"), ("rewards", "shout")):
+        text = BLOCKS[f"custom/{kind}/example.py"].replace(f"def {name}(", "def score(")
+        (folder / kind / "mine.py").write_text(text)
+    content = yaml.safe_load(SHIPPED_PARAMS.read_text(encoding="utf-8"))
+    content["gold_judge"], content["reward"]["weights"]["mine"] = None, 1.0
+    content["reward"]["rules"] = {"mine": {"function": "mine:score"}}
+    content["evaluate"]["gold_rule"] = {"function": "mine:score"}
+    assert Params.model_validate(content).evaluate.gold_rule is not None
 
 
 def test_the_environment() -> None:

@@ -1,11 +1,13 @@
 """`rlhf new`: what stands in the folder, that its example rows are enough for its settings, and what it refuses."""
 
+import itertools
 import json
 import shutil
 import subprocess
 from pathlib import Path
 
 import pytest
+import yaml
 from typer.testing import CliRunner
 
 from flows import new
@@ -17,6 +19,7 @@ from tasks.core.errors import ConfigError
 from tasks.core.paths import Artifacts
 from tasks.data.fit import find_misfits
 from tasks.prepare import prepare
+from tasks.runtime.dvc_stages import graph
 from tests.conftest import ROOT, SHIPPED_PARAMS
 from tests.support.tokenizers import write_tokenizer
 
@@ -33,8 +36,8 @@ def template(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
             shutil.copy(ROOT / name, source / name)
     shutil.copy(SHIPPED_PARAMS, source)
     (tmp_path / "site-packages" / "tasks").mkdir()
-    monkeypatch.setattr(new, "INSTALLED", tmp_path / "site-packages")
-    monkeypatch.setattr("flows.cli.console.INSTALLED", tmp_path / "site-packages")
+    for module in ("flows.installed", "flows.new", "flows.cli.console"):
+        monkeypatch.setattr(f"{module}.INSTALLED", tmp_path / "site-packages")
     monkeypatch.chdir(tmp_path)
 
 
@@ -51,7 +54,7 @@ def test_the_default_is_a_clone_without_its_code(tmp_path: Path) -> None:
     assert {"params.yaml", "dvc.yaml", ".dvc/config", "README.md", "custom/rewards/example.py"} <= set(tracked)
     assert not [name for name in tracked if name.startswith(("tasks", "flows", "infra/new"))]
     versions = (tmp_path / "demo" / "requirements.lock").read_text().splitlines()
-    assert "rlhf-pipeline==0.1.0" in versions
+    assert not [line for line in versions if line.startswith("rlhf")], "an upgrade would make every stage stale"
     assert [line for line in versions if line.startswith("torch==")]
 
 
@@ -102,8 +105,39 @@ def test_a_clone_keeps_its_code_and_a_strange_folder_gets_none(tmp_path: Path, m
         if folder != "custom":
             with pytest.raises(ConfigError, match="but the project here is"):
                 enter_project()
-    assert not (tmp_path / "clone" / "tasks").is_symlink()
-    assert not (tmp_path / "strange" / "tasks").is_symlink()
+    for folder, name in itertools.product(("clone", "strange"), ("tasks", "flows")):
+        assert not (tmp_path / folder / name).is_symlink()
+
+
+def test_an_environment_inside_the_project_adds_no_stages(tmp_path: Path) -> None:
+    new.new_project(tmp_path / "demo", "film")
+    own = tmp_path / "demo" / "venv" / "lib" / "python3.11" / "site-packages" / "flows" / "template"
+    own.mkdir(parents=True)
+    shutil.copy(ROOT / "dvc.yaml", own)
+    with new.as_project_root(tmp_path / "demo"):
+        assert set(graph()) == set(yaml.safe_load((ROOT / "dvc.yaml").read_text(encoding="utf-8"))["stages"])
+
+
+def test_a_clone_of_the_project_has_every_folder_that_stages_read_though_the_examples_are_deleted(
+    tmp_path: Path,
+) -> None:
+    new.new_project(tmp_path / "demo", "film")
+    for example in (tmp_path / "demo" / "custom").glob("*/example.py"):
+        example.unlink()
+    tracked = git(tmp_path / "demo", "ls-files", "custom").split()
+    deleted = git(tmp_path / "demo", "ls-files", "--deleted", "custom").split()
+    kept = {Path(name).parent.name for name in set(tracked) - set(deleted)}
+    assert kept >= {"rewards", "judges", "readers", "environments"}
+
+
+def test_nothing_is_left_of_a_project_that_could_not_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: object) -> None:
+        raise ConfigError("params.yaml is wrong")
+
+    monkeypatch.setattr(new, "write_overrides", fail)
+    with pytest.raises(ConfigError, match="is wrong"):
+        new.new_project(tmp_path / "demo", "film")
+    assert not (tmp_path / "demo").exists()
 
 
 def test_what_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

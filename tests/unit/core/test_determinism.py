@@ -1,5 +1,6 @@
 """Determinism: what is set for the libraries, what is recorded of a machine, and equal bits of trained weights."""
 
+import hashlib
 import json
 import os
 import subprocess
@@ -119,3 +120,16 @@ def test_the_record_names_what_this_process_computes_with() -> None:
     assert found["threads"] == str(torch.get_num_threads())
     assert found["torch"] == torch.__version__
     assert found["instructions"] == torch.backends.cpu.get_cpu_capability()
+
+
+def test_the_record_has_a_digest_of_code_that_a_project_links(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    assert "code" not in determinism.describe_machine()
+    for name in ("flows", "tasks"):
+        (tmp_path / "installed" / name).mkdir(parents=True)
+        (tmp_path / name).symlink_to(tmp_path / "installed" / name)
+    monkeypatch.setattr(determinism, "project_root", lambda: tmp_path)
+    digests = []
+    for text in ("x = 1", "x = 2"):
+        (tmp_path / "installed" / "tasks" / "ppo.py").write_text(text)
+        digests.append(determinism.describe_machine()["code"])
+    assert digests == [hashlib.sha256(text.encode()).hexdigest()[:8] for text in ("x = 1", "x = 2")]

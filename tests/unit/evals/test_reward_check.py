@@ -237,8 +237,11 @@ def test_a_reward_of_rules_whose_gold_is_the_right_answer(world: Artifacts, para
 
 def test_where_nothing_but_the_reward_can_judge_it_says_so(world: Artifacts, params_yaml: Path) -> None:
     path = world.prepare / "prompts" / "validation.jsonl"
-    write_rows(path, [Prompt(id="p", prompt="b")])
+    write_rows(path, [Prompt(id="p", prompt="b"), Prompt(id="q", prompt="c")])
     with pytest.raises(DataError, match="nothing independent can judge"):
+        check_reward(verifiable(params_yaml, repetition=1.0), world, prompts=2, samples=2)
+    write_rows(path, [Prompt(id="p", prompt="b")])
+    with pytest.raises(DataError, match=r"holds 1 prompts, and an interval needs two: raise prepare\.validation_share"):
         check_reward(verifiable(params_yaml, repetition=1.0), world, prompts=2, samples=2)
     path.write_text("")
     with pytest.raises(DataError, match=r"validation\.jsonl holds no rows"):
