@@ -109,6 +109,7 @@ def test_a_clone_keeps_its_code_and_a_strange_folder_gets_none(tmp_path: Path, m
         assert not (tmp_path / folder / name).is_symlink()
 
 
+@pytest.mark.filterwarnings("ignore:_NoneStep.value:DeprecationWarning")  # DVC 3.67 with pygtrie 2.6
 def test_an_environment_inside_the_project_adds_no_stages(tmp_path: Path) -> None:
     new.new_project(tmp_path / "demo", "film")
     own = tmp_path / "demo" / "venv" / "lib" / "python3.11" / "site-packages" / "flows" / "template"
