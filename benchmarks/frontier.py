@@ -13,7 +13,7 @@ import argparse
 import hashlib
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -160,13 +160,16 @@ def _difference(own: Mapping[int, Line], plain: Mapping[int, Line]) -> str:
     return f"; {fmean(gaps):+.1f} points of win rate (Student {student.low:+.1f} to {student.high:+.1f})"
 
 
-def variants_of(params: Params) -> dict[str, Params]:
-    """Name → parameters of the variants whose stage is on, and whose sections are there to be changed."""
-    return {
-        name: override(params, settings)
+def variants_of(params: Params, names: Collection[str] = ()) -> dict[str, Params]:
+    """Name → parameters of these variants, or of all whose stage is on and whose sections are there to be changed."""
+    possible = [
+        name
         for name, settings in VARIANTS.items()
         if getattr(params, stage_of(name)) and all(getattr(params, key.partition(".")[0]) for key in settings)
-    }
+    ]
+    if unknown := set(names) - set(possible):
+        sys.exit(f"no variant {', '.join(sorted(unknown))} of these parameters; there is: {'; '.join(possible)}")
+    return {name: override(params, VARIANTS[name]) for name in possible if not names or name in names}
 
 
 def main() -> None:
@@ -182,13 +185,13 @@ def main() -> None:
         sys.exit("environment is on (params.yaml), so responses are conversations; this compares single texts")
     folders = {stage: ROOT / "artifacts" / stage for stage in graph()}
     rows: list[dict[str, object]] = [dict(line) for line in read_table(TABLE)] if TABLE.is_file() else []
-    variants = {(name, digest(own)): own for name, own in variants_of(params).items()}
-    names = arguments.variants or [name for name, _ in variants]
+    asked = variants_of(params, arguments.variants)
+    variants = {(name, digest(own)): own for name, own in asked.items()}
     sft = {REFERENCE: partial(load_reference, folders["base_model"], folders["sft"])}
     reference = score(params, folders, sft, REFERENCE_DRAWS)
     for (name, settings), changed in variants.items():
         done = {row["policy_seed"] for row in rows if (row["variant"], row["settings"]) == (name, settings)}
-        for seed in [seed for seed in arguments.seeds if name in names and str(seed) not in map(str, done)]:
+        for seed in [seed for seed in arguments.seeds if str(seed) not in map(str, done)]:
             own = changed.model_copy(update={"policy_seed": seed})
             out = OUT / f"{settings}-{seed}"
             found = [{"settings": settings} | line for line in run_variant(name, own, folders, reference, out)]
@@ -196,7 +199,9 @@ def main() -> None:
             write_table(TABLE, rows)
             print(*(f"{name}, seed {seed}, update {row['update']}: {row['win_rate']:.1%} at KL {row['kl']:.2f}"
                     for row in found), sep="\n", flush=True)  # fmt: skip
-    print_means([row for row in rows if (row["variant"], row["settings"]) in variants], names)
+    stages = {stage_of(name): params for name in asked}
+    known = {(name, digest(own)) for name, own in (stages | asked).items()}
+    print_means([row for row in rows if (row["variant"], row["settings"]) in known], list(asked))
 
 
 if __name__ == "__main__":
