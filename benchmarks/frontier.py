@@ -193,7 +193,7 @@ def main() -> None:
         done = {row["policy_seed"] for row in rows if (row["variant"], row["settings"]) == (name, settings)}
         for seed in [seed for seed in arguments.seeds if str(seed) not in map(str, done)]:
             own = changed.model_copy(update={"policy_seed": seed})
-            out = OUT / f"{settings}-{seed}"
+            out = OUT / f"{stage_of(name)}-{settings}-{seed}"
             found = [{"settings": settings} | line for line in run_variant(name, own, folders, reference, out)]
             rows += found
             write_table(TABLE, rows)
