@@ -10,7 +10,6 @@ the differences to the stage without changes, paired by seed.
 from __future__ import annotations
 
 import argparse
-import hashlib
 import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -19,7 +18,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from results import ROOT, Folders, make_sampler, run_stage, score_answers
+from results import ROOT, Folders, make_sampler, run_stage, score_answers, settings_digest
 
 from tasks.config.params import Params, load_params, parse_override
 from tasks.core.rows import read_table, write_table
@@ -137,8 +136,8 @@ def override(params: Params, settings: Sequence[str]) -> Params:
 
 
 def digest(params: Params) -> str:
-    """What says that two lines were measured with the same settings, `policy_seed` aside."""
-    return hashlib.sha256(params.model_dump_json(exclude={"policy_seed"}).encode()).hexdigest()[:8]
+    """A digest of all settings but `policy_seed`: all variants of one `seed` share what that draws."""
+    return settings_digest(params, frozenset({"policy_seed"}))
 
 
 def print_means(lines: Sequence[Line], names: Sequence[str]) -> None:
@@ -190,8 +189,8 @@ def main() -> None:
     sft = {REFERENCE: partial(load_reference, folders["base_model"], folders["sft"])}
     reference = score(params, folders, sft, REFERENCE_DRAWS)
     for (name, settings), changed in variants.items():
-        done = {row["policy_seed"] for row in rows if (row["variant"], row["settings"]) == (name, settings)}
-        for seed in [seed for seed in arguments.seeds if str(seed) not in map(str, done)]:
+        done = {str(row["policy_seed"]) for row in rows if (row["variant"], row["settings"]) == (name, settings)}
+        for seed in [seed for seed in arguments.seeds if str(seed) not in done]:
             own = changed.model_copy(update={"policy_seed": seed})
             out = OUT / f"{stage_of(name)}-{settings}-{seed}"
             found = [{"settings": settings} | line for line in run_variant(name, own, folders, reference, out)]

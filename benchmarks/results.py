@@ -15,7 +15,7 @@ import argparse
 import hashlib
 import importlib
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from functools import partial
 from pathlib import Path
 from statistics import fmean
@@ -71,6 +71,7 @@ COLUMNS = (
     "length", "truncated_share",
 )  # fmt: skip
 WIN_RATE = COLUMNS[:3]
+SEEDS = frozenset({"seed", "policy_seed"})
 
 
 def run_stage(stage: str, params: Params, out: Path, folders: Folders) -> None:
@@ -231,9 +232,9 @@ def run_seed(params: Params, folder: Path) -> list[Line]:
     return evaluate_chain(params, folders, train_baselines(params, folders, folder))
 
 
-def settings_digest(params: Params) -> str:
-    """What says that two lines were measured with the same settings, seeds aside."""
-    settings = params.model_dump_json(exclude={"seed", "policy_seed"})
+def settings_digest(params: Params, apart_from: Set[str] = SEEDS) -> str:
+    """What says that two lines were measured with the same settings, apart from these keys."""
+    settings = params.model_dump_json(exclude=set(apart_from))
     return hashlib.sha256(settings.encode()).hexdigest()[:8]
 
 

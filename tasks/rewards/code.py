@@ -62,7 +62,8 @@ class CodeReward:
         self._sandbox, self._options, self._answers = Sandbox(options), options, answers
         jobs = [self._job(prompt, "") for prompt in answers]
         trivial = self._sandbox.trivial_answers(jobs)
-        self._sandbox.trivial_answers([part for job in jobs for part in self._parts(job)])  # each can judge a program
+        parts = [part for job in jobs for part in self._parts(job) if part != job]
+        self._sandbox.trivial_answers(parts)  # raises where one cannot judge a program
         self._weak = {prompt: accepted for prompt, accepted in zip(answers, trivial, strict=True) if accepted}
         if self._weak:
             tqdm.write(self._weak_tests_warning(), file=sys.stderr)

@@ -184,18 +184,23 @@ PROMPTS = ["a film", "the end", "so", "is it"]
 RESPONSES = [" so so", " is near", "", " good good good good"]
 
 
-def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
-    """In any order, again and again: switching changes nothing and makes nothing trainable."""
+def assert_members_are_those_loaded_alone(artifacts, model, together):
     base, sft, reward_model = folders(artifacts)
-    model = RewardModel.load(base, sft, reward_model)
-    together = model.member_scores(PROMPTS, RESPONSES)
-    assert together.shape == (3, 4)
     for number in range(3):
         alone = load_reward_model(base, sft, member_folder(reward_model, number))
         raw = TextScorer(alone, letter_tokenizer())(list(zip(PROMPTS, RESPONSES, strict=True)))
         torch.testing.assert_close(together[number], (raw - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
     assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
     assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
+
+
+def test_members_on_one_backbone_are_those_loaded_alone(artifacts):
+    """In any order, again and again: switching changes nothing and makes nothing trainable."""
+    base, sft, reward_model = folders(artifacts)
+    model = RewardModel.load(base, sft, reward_model)
+    together = model.member_scores(PROMPTS, RESPONSES)
+    assert together.shape == (3, 4)
+    assert_members_are_those_loaded_alone(artifacts, model, together)
     assert torch.equal(model(PROMPTS, RESPONSES), together.mean(0))
     assert not any(weight.requires_grad for weight in model.members[0].scorer._model.parameters())
 
@@ -216,12 +221,7 @@ def test_members_of_all_parameters_are_those_loaded_alone(artifacts):
     model = RewardModel.load(base, sft, reward_model)
     together = model.member_scores(PROMPTS, RESPONSES)
     torch.testing.assert_close(together[0], raw, rtol=0, atol=1e-5)
-    for number in range(3):
-        alone = load_reward_model(base, sft, member_folder(reward_model, number))
-        own = TextScorer(alone, letter_tokenizer())(list(zip(PROMPTS, RESPONSES, strict=True)))
-        torch.testing.assert_close(together[number], (own - 0.1 * number) / (1 + number), rtol=0, atol=1e-6)
-    assert (together[0] - together[1]).abs().min() > 1e-3, "members that are equal show nothing"
-    assert torch.equal(model.member_scores(PROMPTS, RESPONSES), together)
+    assert_members_are_those_loaded_alone(artifacts, model, together)
 
 
 def test_every_member_has_its_own_head_and_the_fast_layers(artifacts):
