@@ -64,9 +64,8 @@ CURVES = {
     ),
     "kl": (
         "Distance from SFT during training", "KL to SFT, nats per response",
-        "How far the policy moved from SFT: the average log-ratio of the two models' probabilities of a whole response "
-        "(for GRPO another estimate of the same quantity, k3). It rises as the policy learns; a sudden jump is a "
-        "warning.",
+        "How far the policy moved from SFT: the average log-ratio of the two models' probabilities of a whole "
+        "response. It rises as the policy learns; a sudden jump is a warning.",
     ),
     "kl_coef": (
         "Weight of the KL penalty", "KL coefficient β",
