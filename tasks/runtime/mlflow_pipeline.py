@@ -8,28 +8,24 @@ import math
 import os
 import re
 import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import ConfigError, StageError
-from tasks.runtime import holding
 from tasks.runtime.mlflow_runs import (
     FLOW_TAG,
     FLOW_VAR,
     KEY_TAG,
     MACHINE_TAG,
-    MARK,
     PIPELINE_VAR,
     STAGE_TAG,
     OpenRun,
     connect,
-    end_on_exit,
     metric_entities,
-    queues_dir,
-    source_tags,
+    new_queue,
+    recorded,
     tag_entities,
     without_curves,
 )
@@ -58,12 +54,9 @@ NAMED = 3  # changes in the name of a pipeline's run
 def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator[PipelineRun]:
     """The parent run of everything that one flow executes."""
     swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VAR, "{}")).items()}
-    tags = {**source_tags("pipeline"), FLOW_TAG: flow_run_id, **swept}
-    pipeline = PipelineRun(queues_dir() / f"{uuid.uuid4().hex}.jsonl")
+    pipeline, name = PipelineRun(new_queue()), swept.get("rlhf.variant", "pipeline")
     try:
-        with holding.hold(MARK, pipeline.queue_id), end_on_exit(pipeline):
-            pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
-            pipeline.log_params(parameters)
+        with recorded(pipeline, name, "pipeline", {FLOW_TAG: flow_run_id, **swept}, parameters):
             yield pipeline
             pipeline.name_by_changes()
     finally:
