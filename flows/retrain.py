@@ -21,7 +21,6 @@ from prefect.states import Completed
 from prefect.utilities.timeout import timeout as time_limit
 
 from flows.cli import console
-from flows.executor import Outcome
 from flows.pipeline import pipeline
 from flows.prefect_runs import hold_flow_run
 from flows.processes import project_lock
@@ -33,6 +32,7 @@ from tasks.evals.compare import REFERENCE, HackingFinding, Table
 from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
 from tasks.evals.statistics import Interval
 from tasks.runtime import dvc_repo, mlflow_pipeline, provenance, registry
+from tasks.runtime.stage_runner import Outcome
 
 __all__ = ["announce_data", "gate", "promote", "retrain"]
 

@@ -8,7 +8,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -33,6 +33,8 @@ from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, is_unavailable, open_s
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+    from tasks.runtime.stage_runner import Outcome
 
 __all__ = ["SWEEP_VAR", "PipelineRun", "add_to_pipeline", "export_run_ids", "pipeline_run", "pipeline_tags"]
 
@@ -83,29 +85,22 @@ class PipelineRun(OpenRun):
         super().__init__(queue)
         self._executed, self._changes = False, dict[str, str]()
 
-    def log_stage(
-        self,
-        name: str,
-        key: str,
-        result: str,
-        reason: str,
-        metrics: Mapping[str, float],
-        curves: Sequence[Mapping[str, float]],
-    ) -> None:
+    def log_stage(self, outcome: Outcome) -> None:
         """Copy a stage's curves as `<stage>/<metric>`, other final metrics as `<stage>.<metric>`, and tag their run.
 
         The tag `<stage>.run` names the newest finished run of the same key, if this store has one: a cached stage's.
         `<stage>.machine` is that run's `rlhf.machine`.
         """
-        final = {key: value for key, value in without_curves(metrics, curves).items() if math.isfinite(value)}
-        self.log_metrics({f"{name}.{metric}": value for metric, value in final.items()}, None)
+        name, curves = outcome.stage, outcome.curves
+        final = without_curves(outcome.metrics, curves).items()
+        self.log_metrics({f"{name}.{metric}": value for metric, value in final if math.isfinite(value)}, None)
         self._log_curves(
             name, [{column: row[column] for column in ("step", *CURVES) if column in row} for row in curves]
         )
-        self.tag({f"{name}.key": key, f"{name}.result": result, f"{name}.reason": reason})
-        self._link_stage(name, key)
-        self._executed |= result == "executed"
-        self._changes |= {key.rpartition(".")[2]: value.strip('"') for key, value in CHANGED.findall(reason)}
+        self.tag({f"{name}.{key}": getattr(outcome, key) for key in ("key", "result", "reason")})
+        self._link_stage(name, outcome.key)
+        self._executed |= outcome.result == "executed"
+        self._changes |= {key.rpartition(".")[2]: value.strip('"') for key, value in CHANGED.findall(outcome.reason)}
 
     def name_by_changes(self) -> None:
         """Name the run by the parameters that made its stages run, and say so in the tag `rlhf.why`."""
