@@ -17,8 +17,8 @@ without parts gets an empty comment for it. The data hold the texts, in `swapped
 `guidelines` the sha256 of what each labeller was shown.
 """
 
-import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
@@ -262,13 +262,10 @@ def _optional_float(found: Any, name: str) -> float | None:
     """Return a finite number or None."""
     if found is None:
         return None
-    try:
-        size = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
-    except OverflowError:  # a whole number of hundreds of digits
-        size = math.inf
-    if not math.isfinite(size):
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not (is_number and abs(found) <= sys.float_info.max):  # nan, infinite, or whole with hundreds of digits
         raise ValueError(f"{name}: a number expected, got {str(found)[:80]!r}")
-    return size
+    return float(found)
 
 
 def _optional_int(found: Any, name: str) -> int | None:
