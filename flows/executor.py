@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 from filelock import FileLock
 
@@ -25,9 +24,9 @@ from flows import processes
 from tasks.core.paths import state_dir
 from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages
-from tasks.runtime.stage_runner import execute_stage, is_off, read_history, read_metrics
+from tasks.runtime.stage_runner import Outcome, execute_stage, is_off, read_history, read_metrics
 
-__all__ = ["Execution", "Outcome", "ensure_stage", "stage_log_path", "visible_gpus"]
+__all__ = ["Execution", "ensure_stage", "stage_log_path", "visible_gpus"]
 
 # DVC's locks are per process: in one process only one thread at a time may be in DVC's code.
 _dvc_lock = threading.Lock()
@@ -48,24 +47,6 @@ class Execution:
     ranks: int = 1
     device: str | None = None
     timeout: float | None = None
-
-
-@dataclass(frozen=True)
-class Outcome:
-    """Result of the execution of a stage. `key` is DVC's hash of all its inputs, `curves` has a row per step."""
-
-    stage: str
-    result: dvc_stages.Result | Literal["off"]
-    key: str
-    reasons: tuple[str, ...]
-    seconds: float
-    metrics: dict[str, float]
-    curves: list[dict[str, float]]
-
-    @property
-    def reason(self) -> str:
-        """The reasons in one line."""
-        return "; ".join(self.reasons) or "nothing that it reads has changed"
 
 
 def ensure_stage(

@@ -26,8 +26,8 @@ from tasks.core.errors import ConfigError, RLHFError, StageError, TrainingError
 from tasks.core.paths import project_root, stage_dir, state_dir
 from tasks.evals import experiments
 from tasks.evals.experiments import SeedResult
-from tasks.runtime import dvc_repo, dvc_stages, holding, mlflow_pipeline, mlflow_runs, mlflow_store
-from tasks.runtime.provenance import Provenance, provenance_of
+from tasks.runtime import dvc_repo, holding, mlflow_pipeline, mlflow_runs, mlflow_store
+from tasks.runtime.provenance import Provenance, provenance_of, weight_digests
 from tasks.runtime.registry import Version
 
 __all__ = ["differences", "expand_grid", "reproduce", "run_seeds", "sweep"]
@@ -246,7 +246,8 @@ def reproduce(version: Version) -> dict[str, str]:
                 run_rlhf(tree, [version.policy], environment)
             except RLHFError as error:
                 raise StageError(f"version {version.number} could not be computed again: {error}") from error
-            reproduced = _weights(tree, version)
+            with as_project_root(tree):
+                reproduced = weight_digests({path.partition("/")[0] for path in version.weights})
     finally:
         with contextlib.suppress(OSError):
             folder.parent.rmdir()
@@ -283,12 +284,3 @@ def _fetch_data(tree: Path) -> None:
     dvc_repo.use_cache(tree, shared=True)
     with as_project_root(tree):
         dvc_repo.pull_data()
-
-
-def _weights(tree: Path, version: Version) -> dict[str, str]:
-    with as_project_root(tree):
-        return {
-            f"{stage}/{Path(path).name}": md5
-            for stage in {path.partition("/")[0] for path in version.weights}
-            for path, md5 in dvc_stages.output_digests(stage).items()
-        }

@@ -21,12 +21,13 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.cli import console
-from flows.executor import Execution, Outcome, ensure_stage, stage_log_path, visible_gpus
+from flows.executor import Execution, ensure_stage, stage_log_path, visible_gpus
 from flows.prefect_runs import device_slot, hold_flow_run, reporting
 from flows.processes import children_terminated, limit_exit_time, project_lock
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_repo, dvc_stages, mlflow_pipeline
+from tasks.runtime.stage_runner import Outcome
 
 __all__ = ["pipeline", "resolve_plan", "run_pipeline", "stage"]
 
@@ -120,9 +121,7 @@ def pipeline(
             dvc_repo.pull_data()
         with mlflow_pipeline.pipeline_run(run_id, parameters) as record, mlflow_pipeline.export_run_ids(record, run_id):
             for outcome in _run_checked(plan, _runner(bind, parallel=parallel, timeout=timeout, ranks=ranks)):
-                record.log_stage(
-                    outcome.stage, outcome.key, outcome.result, outcome.reason, outcome.metrics, outcome.curves
-                )
+                record.log_stage(outcome)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
                     _push_outputs(outcome.stage)

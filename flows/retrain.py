@@ -21,7 +21,6 @@ from prefect.states import Completed
 from prefect.utilities.timeout import timeout as time_limit
 
 from flows.cli import console
-from flows.executor import Outcome
 from flows.pipeline import pipeline
 from flows.prefect_runs import hold_flow_run
 from flows.processes import project_lock
@@ -32,7 +31,8 @@ from tasks.core.paths import project_root, stage_dir
 from tasks.evals.compare import REFERENCE, HackingFinding, Table
 from tasks.evals.gate import BASE_STAGES, Decision, decide, select_candidate
 from tasks.evals.statistics import Interval
-from tasks.runtime import dvc_repo, dvc_stages, mlflow_pipeline, mlflow_runs, provenance, registry
+from tasks.runtime import dvc_repo, mlflow_pipeline, provenance, registry
+from tasks.runtime.stage_runner import Outcome
 
 __all__ = ["announce_data", "gate", "promote", "retrain"]
 
@@ -113,7 +113,7 @@ def gate(flow_run: str) -> State[GateResult | None]:
         raise ConfigError("gate is null in params.yaml: without rules nothing can be promoted")
     table: Table = console.read_evaluation("policies")
     policy = select_candidate(table, params.gate)
-    weights = _weights(policy)
+    weights = provenance.weight_digests((*BASE_STAGES, policy))
     champion = registry.champion()
     if champion and dict(champion.weights) == weights:
         return _end(flow_run, Decision(policy, ()), "unchanged", (ALREADY_CHAMPION,), None)
@@ -165,16 +165,6 @@ def announce_data() -> str:
     except httpx.HTTPError as error:
         raise StageError(f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer: {error}") from error
     return md5
-
-
-def _weights(policy: str) -> dict[str, str]:
-    """Every folder of weights that makes up the policy, as `stage/folder`, with its md5."""
-    return {
-        f"{stage}/{Path(path).name}": md5
-        for stage in (*BASE_STAGES, policy)
-        for path, md5 in dvc_stages.output_digests(stage).items()
-        if Path(path).name in mlflow_runs.WEIGHT_DIRS
-    }
 
 
 def _compare_with_champion(

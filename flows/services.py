@@ -200,17 +200,13 @@ def _environment(more: Mapping[str, str]) -> dict[str, str]:
 
 def _family(name: str) -> list[psutil.Process]:
     """A service's processes, the oldest first, also where the first is gone, and in sessions of their own."""
-    own = _service_id(name)
-    found = [process for process in psutil.process_iter(["environ", "create_time"]) if _has_id(process, own)]
+    own, everything = _service_id(name), psutil.process_iter(["environ", "create_time"])
+    found = [process for process in everything if (process.info["environ"] or {}).get(SERVICE_VAR) == own]
     return sorted(found, key=lambda process: process.info["create_time"])
 
 
 def _service_id(name: str) -> str:
     return f"{_folder()}:{name}"
-
-
-def _has_id(process: psutil.Process, service_id: str) -> bool:
-    return (process.info["environ"] or {}).get(SERVICE_VAR) == service_id
 
 
 def _start(name: str, address: str, port: int | None, command: list[str], variables: Mapping[str, str] = {}) -> Service:

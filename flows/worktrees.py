@@ -8,11 +8,12 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import FileLock
 
 from flows.processes import run_python
 from tasks.core.errors import StageError
 from tasks.core.paths import project_root, state_dir
+from tasks.runtime import holding
 
 __all__ = ["as_project_root", "git", "remove_stale", "run_rlhf", "stale_worktrees", "worktree", "worktrees"]
 
@@ -110,11 +111,7 @@ def worktrees() -> list[Path]:
 
 def _is_locked(tree: Path) -> bool:
     """Whether the process that made the worktree still lives, or a run in it."""
-    try:
-        for path in (_lock_file(tree), tree / ".rlhf" / "run.lock"):
-            path.parent.mkdir(exist_ok=True)
-            with FileLock(path, timeout=0):
-                pass
-    except Timeout:
-        return True
-    return False
+    paths = (_lock_file(tree), tree / ".rlhf" / "run.lock")
+    for path in paths:
+        path.parent.mkdir(exist_ok=True)
+    return any(map(holding.is_locked, paths))

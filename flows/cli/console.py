@@ -21,7 +21,7 @@ from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, stage_dir
 
 if TYPE_CHECKING:
-    from flows.executor import Outcome
+    from tasks.runtime.stage_runner import Outcome
 
 __all__ = [
     "console", "enter_project", "enter_project_with_services", "handle_interrupt", "policies_table", "print_comparison",

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal
 import typer
 from pydantic import ConfigDict, TypeAdapter
 from rich.markup import escape
-from rich.table import Table
+from rich.table import Column, Table
 
 from flows.cli.console import console, enter_project, enter_project_with_services, handle_interrupt, print_table
 from tasks.core.errors import ConfigError, DataError, RLHFError, SourceError
@@ -318,10 +318,8 @@ def _print_conflicts(count: int) -> None:
 def _print_report(summary: LabelSummary) -> None:
     from tasks.labelling.quality import format_number, format_proportion
 
-    table = Table(title="Labellers", title_justify="left")
-    table.add_column("labeller", no_wrap=True)
-    for column in ("labels", "skips", "right on known answers", "quality", "first shown", "seconds"):
-        table.add_column(column)
+    headings = ("labels", "skips", "right on known answers", "quality", "first shown", "seconds")
+    table = Table(Column("labeller", no_wrap=True), *headings, title="Labellers", title_justify="left")
     for row in summary.labellers:
         table.add_row(
             row.name, str(row.labels), str(row.skips), format_proportion(row.gold), format_number(row.quality),
@@ -342,9 +340,8 @@ def _print_ranking(summary: LabelSummary) -> None:
 
     if not summary.ranking:
         return
-    table = Table(title="Policies, by people", title_justify="left")
-    for column in ("policy", "comparisons", "wins against sft", "Elo"):
-        table.add_column(column)
+    headings = ("policy", "comparisons", "wins against sft", "Elo")
+    table = Table(*headings, title="Policies, by people", title_justify="left")
     for row in summary.ranking:
         shown = format_interval(row.win_rate, "{:.0%}"), format_interval(row.elo, "{:.0f}")
         table.add_row(row.policy, str(row.comparisons), *shown)

@@ -80,34 +80,26 @@ class RLParams(Section):
     def _check_shared(self) -> Self:
         batch = self.prompts_per_update * self.samples_per_prompt
         high = self.clip_range if self.clip_range_high is None else self.clip_range_high
-        _refuse(
-            (
-                batch % self.minibatches,
-                f"minibatches {self.minibatches} must divide the {batch} responses of an update",
-            ),
-            (
-                self.dual_clip and (self.clip_range is None or self.dual_clip <= 1 + (high or 0)),
+        if batch % self.minibatches:
+            raise ValueError(f"minibatches {self.minibatches} must divide the {batch} responses of an update")
+        if self.dual_clip and (self.clip_range is None or self.dual_clip <= 1 + (high or 0)):
+            raise ValueError(
                 f"dual_clip {self.dual_clip} bounds ratios that clip_range leaves: set clip_range, and dual_clip above "
-                "1 + clip_range_high",
-            ),
-            (
-                self.clip_range is None and self.clip_range_high and getattr(self, "loss_type", "") != "cispo",
-                "clip_range is null, so nothing is clipped: set clip_range_high to null",
-            ),
-            (
-                self.warmup_updates >= self.updates,
+                "1 + clip_range_high"
+            )
+        if self.clip_range is None and self.clip_range_high and getattr(self, "loss_type", "") != "cispo":
+            raise ValueError("clip_range is null, so nothing is clipped: set clip_range_high to null")
+        if self.warmup_updates >= self.updates:
+            raise ValueError(
                 f"warmup_updates {self.warmup_updates} must be less than updates {self.updates}, or learning_rate is "
-                "never reached",
-            ),
-            (
-                self.resample_rounds and self.samples_per_prompt < 2,
-                "resample_rounds compares a prompt's responses: set samples_per_prompt above 1",
-            ),
-            (
-                self.overlong_buffer and not self.missing_eos_penalty,
-                "overlong_buffer needs the penalty that it rises to: set missing_eos_penalty above 0 (DAPO: 1)",
-            ),
-        )
+                "never reached"
+            )
+        if self.resample_rounds and self.samples_per_prompt < 2:
+            raise ValueError("resample_rounds compares a prompt's responses: set samples_per_prompt above 1")
+        if self.overlong_buffer and not self.missing_eos_penalty:
+            raise ValueError(
+                "overlong_buffer needs the penalty that it rises to: set missing_eos_penalty above 0 (DAPO: 1)"
+            )
         return self
 
 
@@ -153,39 +145,31 @@ class PPOParams(RLParams):
     @model_validator(mode="after")
     def _check_combination(self) -> Self:
         episodes, leave_one_out = self.prompts_per_update * self.samples_per_prompt, self.advantage == "leave_one_out"
-        _refuse(
-            (
-                self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon),
+        if self.kl_controller == "adaptive" and not (self.kl_coef > 0 and 0.2 * episodes < self.kl_horizon):
+            raise ValueError(
                 f"the adaptive controller needs kl_coef above 0 (got {self.kl_coef}) and kl_horizon above a fifth of "
-                f"the {episodes} responses of an update (got {self.kl_horizon})",
-            ),
-            (
-                self.action == "response" and self.gamma != 1,
-                f"action: response is one step without discount, so gamma must be 1, got {self.gamma}",
-            ),
-            (
-                self.action == "turn" and (self.gamma != 1 or self.advantage != "gae"),
+                f"the {episodes} responses of an update (got {self.kl_horizon})"
+            )
+        if self.action == "response" and self.gamma != 1:
+            raise ValueError(f"action: response is one step without discount, so gamma must be 1, got {self.gamma}")
+        if self.action == "turn" and (self.gamma != 1 or self.advantage != "gae"):
+            raise ValueError(
                 "action: turn is discounted by environment.gamma and estimates advantages turn by turn: set gamma to 1 "
-                f"and advantage to gae, got {self.gamma} and {self.advantage}",
-            ),
-            (
-                leave_one_out and self.samples_per_prompt < 2,
-                "advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1",
-            ),
-            (
-                leave_one_out and (self.gamma != 1 or self.value_coef != 0),
+                f"and advantage to gae, got {self.gamma} and {self.advantage}"
+            )
+        if leave_one_out and self.samples_per_prompt < 2:
+            raise ValueError("advantage: leave_one_out compares a prompt's responses: set samples_per_prompt above 1")
+        if leave_one_out and (self.gamma != 1 or self.value_coef != 0):
+            raise ValueError(
                 "advantage: leave_one_out has no value function and no discount: set gamma to 1 and value_coef to 0, "
-                f"got {self.gamma} and {self.value_coef}",
-            ),
-            (
-                not self.has_values and (self.value_coef != 0 or self.value_lam is not None),
-                f"advantage: {self.advantage} has no value function: set value_coef to 0 and value_lam to null",
-            ),
-            (
-                self.top_entropy_share < 1 and self.action != "token",
-                f"top_entropy_share chooses tokens, so action must be token, got {self.action}",
-            ),
-        )
+                f"got {self.gamma} and {self.value_coef}"
+            )
+        if not self.has_values and (self.value_coef != 0 or self.value_lam is not None):
+            raise ValueError(
+                f"advantage: {self.advantage} has no value function: set value_coef to 0 and value_lam to null"
+            )
+        if self.top_entropy_share < 1 and self.action != "token":
+            raise ValueError(f"top_entropy_share chooses tokens, so action must be token, got {self.action}")
         return self
 
 
@@ -216,14 +200,13 @@ class GRPOParams(RLParams):
     @model_validator(mode="after")
     def _check_clipping(self) -> Self:
         cispo, high = self.loss_type == "cispo", self.clip_range_high
-        _refuse(
-            (
-                cispo and (self.clip_range is not None or high is None),
+        if cispo and (self.clip_range is not None or high is None):
+            raise ValueError(
                 "loss_type: cispo bounds ratios from above alone: set clip_range to null, and clip_range_high to the "
-                "bound less 1, for example 4",
-            ),
-            (cispo and self.importance_level == "sequence", "loss_type: cispo needs importance_level: token"),
-        )
+                "bound less 1, for example 4"
+            )
+        if cispo and self.importance_level == "sequence":
+            raise ValueError("loss_type: cispo needs importance_level: token")
         return self
 
 
@@ -251,10 +234,3 @@ class RolloutParams(Section):
     max_mismatch_kl: float = Field(
         0.01, gt=0, description="Training stops where KL(engine ‖ trainer), nats per token, is above this."
     )
-
-
-def _refuse(*checks: tuple[object, str]) -> None:
-    """Raise ValueError with the reason of the first check that is true."""
-    for wrong, reason in checks:
-        if wrong:
-            raise ValueError(reason)

@@ -32,9 +32,11 @@ def edit_yaml(text: str, before: Any, document: Any) -> str:
     unless ruamel cannot keep those.
     """
     newline = "\r\n" if "\r\n" in text else "\n"
+    edited = text
     try:
-        edits = list(_inner_edits(text, YAML().compose(text), before, document))
-        edited = _apply(text, [(start, end, new.replace("\n", newline)) for start, end, new in edits])
+        edits = sorted(_inner_edits(text, YAML().compose(text), before, document), key=lambda edit: edit[0])
+        for start, end, new in reversed(edits):  # those at one place stay in their order
+            edited = edited[:start] + new.replace("\n", newline) + edited[end:]
     except (LookupError, ValueError):
         edited = ""
     written = (edited, _dump(document).replace("\n", newline))
@@ -46,14 +48,6 @@ def _means(text: str, document: Any) -> bool:
         return bool(YAML(typ="safe").load(text) == document)
     except YAMLError:
         return False
-
-
-def _apply(text: str, edits: list[Edit]) -> str:
-    """Apply edits that do not overlap; those at one place in their order."""
-    in_order = sorted(edits, key=lambda edit: edit[0])
-    for start, end, new in reversed(in_order):
-        text = text[:start] + new + text[end:]
-    return text
 
 
 def _inner_edits(text: str, node: Any, before: Any, after: Any) -> Iterator[Edit]:

@@ -220,6 +220,13 @@ def _on_base_model(params: Params) -> RewardModelParams | None:
     return None if model is None or model.backbone or model.pretrained else model
 
 
+NO_PAIRS = {
+    "train_pairs": ": add a source of preferences or ratings, or set preferences, reward_model and dpo to null",
+    "heldout_pairs": ": raise prepare.validation_share and prepare.test_share, or collect more",
+}
+"""Key of `preferences` → what to do where there are none."""
+
+
 def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
     wanted = params.preferences
     if wanted is None:
@@ -231,14 +238,8 @@ def _pair_misfits(params: Params, rows: PreparedRows) -> Iterator[Misfit]:
         least = min(counts.values())
         if least < target:
             found = " and ".join(f"{count} pairs in {split}" for split, count in counts.items())
-            cure = "" if least else _no_pairs_cure(key)
+            cure = "" if least else NO_PAIRS[key]
             yield Misfit("preferences", f"preferences.{key}", target, str(least or ""), f"there are {found}{cure}")
-
-
-def _no_pairs_cure(key: str) -> str:
-    if key == "heldout_pairs":
-        return ": raise prepare.validation_share and prepare.test_share, or collect more"
-    return ": add a source of preferences or ratings, or set preferences, reward_model and dpo to null"
 
 
 def _pairs(params: Params, rows: PreparedRows, split: Split) -> list[Preference]:

@@ -1,7 +1,8 @@
 """Model card of a registered policy: training, data, evaluation, gate decision and limits."""
 
 import json
-from typing import Any
+from collections.abc import Callable
+from functools import partial
 
 from tasks.core.rows import flatten
 from tasks.evals.compare import JUDGE_NAMES, REFERENCE, win_rates_of
@@ -32,42 +33,21 @@ def render_model_card(version: Version, origin: Provenance, exported: ExportChec
     method, sections = METHODS[policy]
     # A version may be older than one of them.
     used = [name for name in (REFERENCE, policy, *sections, "lora", "seed", "policy_seed") if name in origin.parameters]
-    return load_template("card.md.j2", {"cell": _escape_cell}, autoescape=False).render(
+    filters: dict[str, Callable[..., str]] = {"cell": _escape_cell, "json": partial(json.dumps, ensure_ascii=False)}
+    return load_template("card.md.j2", filters, autoescape=False).render(
         version=version,
         origin=origin,
         exported=exported,
         adapter=adapter,
-        front=_front_matter(policy, origin, "peft" if adapter else "transformers"),
-        licence=_licence(origin),
+        licence=str(origin.base_model.get("licence") or "unknown").lower(),  # in the hub's spelling
         name=display_name(policy),
         method=method,
         reference=origin.metrics[REFERENCE],
         row=origin.metrics[policy],
         judges={JUDGE_NAMES[judge]: key for judge, key in win_rates_of({policy: origin.metrics[policy]}).items()},
         doubt=doubt(origin.metrics[policy]),
-        parameters=[
-            (key, json.dumps(value, ensure_ascii=False))
-            for key, value in flatten({name: origin.parameters[name] for name in used}).items()
-        ],
+        parameters=flatten({name: origin.parameters[name] for name in used}),
     )
-
-
-def _front_matter(policy: str, origin: Provenance, library: str) -> list[str]:
-    """Lines `key: JSON`, which is valid YAML."""
-    fields: dict[str, Any] = {
-        "license": _licence(origin),
-        "library_name": library,
-        "pipeline_tag": "text-generation",
-        "tags": ["rlhf", policy],
-    }
-    if origin.base_model.get("kind") == "hub":
-        fields["base_model"] = origin.parameters["base_model"]["id"]
-    return [f"{key}: {json.dumps(value, ensure_ascii=False)}" for key, value in fields.items()]
-
-
-def _licence(origin: Provenance) -> str:
-    """Licence of the base model in the hub's spelling."""
-    return str(origin.base_model.get("licence") or "unknown").lower()
 
 
 def _escape_cell(value: object) -> str:

@@ -38,9 +38,6 @@ BUSY_SECONDS = 30
 MIGRATION_LOCK = 0x524C4846
 """Of PostgreSQL's advisory locks: two programs that open a new database at once migrate it one after the other."""
 
-BEFORE_RELEASE = {"0001"}
-"""Revisions of which no release was made, and from which nothing migrates."""
-
 FIRST_TABLES = {"questions", "labellers", "events"}
 """Those that every version has."""
 
@@ -267,7 +264,7 @@ def migrate(connection: Connection) -> None:
     """Create the tables or bring them to the newest revision, within the transaction of this connection.
 
     Raises:
-        DataError: the database was written by a newer version of this code, or before the first release.
+        DataError: the database was written by a newer version of this code.
     """
     if connection.dialect.name == "postgresql":
         connection.execute(sa.text("select pg_advisory_xact_lock(:key)"), {"key": MIGRATION_LOCK})
@@ -276,13 +273,11 @@ def migrate(connection: Connection) -> None:
     context = MigrationContext.configure(connection)
     found = set(context.get_current_heads())
     if unknown := found - known:
-        advice = "which this code does not know: a newer version wrote it. Update the project, or name another with "
-        advice += "--database"
-        if unknown == BEFORE_RELEASE:
-            advice = "from before the first release: `rlhf label export --format argilla --names` with the code that "
-            advice += "wrote it, move it away, and `rlhf label import` that file"
         address = redact_url(connection.engine.url)
-        raise DataError(f"the labelling database {address} is at revision {', '.join(sorted(unknown))}, {advice}")
+        raise DataError(
+            f"the labelling database {address} is at revision {', '.join(sorted(unknown))}, which this code does not "
+            "know: a newer version wrote it. Update the project, or name another with --database"
+        )
     if not found:
         metadata.create_all(connection, checkfirst=False)
         context.stamp(scripts, "head")

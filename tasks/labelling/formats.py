@@ -1,6 +1,7 @@
 """Files of Argilla 2 and Label Studio, both ways: read as a whole before anything is kept, errors with their lines."""
 
 import json
+import re
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +25,9 @@ FORMATS: Mapping[str, tuple[Callable[[Question, Sequence[Label]], dict[str, Any]
 """Format → (a question and its labels → a record; a record → a question and its labels, or ValueError)."""
 
 MAX_LISTED_ERRORS = 5
+
+NO_SEPARATOR = re.compile(r"[^ \t\r\n,]")
+"""Where the next record of a list begins, or the list ends."""
 
 NO_STATUS = "drafts and discarded answers cannot be distinguished from submitted ones; export submitted responses only"
 
@@ -91,10 +95,10 @@ def _records(text: str) -> Iterator[tuple[int, Any]]:
         yield from ((number, _json(content)) for number, content in lines if content.strip())
         return
     decoder, place = json.JSONDecoder(), text.index("[") + 1
-    while (place := _skip_separators(text, place)) < len(text) and text[place] != "]":
-        line = text.count("\n", 0, place) + 1
+    while (start := NO_SEPARATOR.search(text, place)) and start[0] != "]":
+        line = text.count("\n", 0, start.start()) + 1
         try:
-            record, place = decoder.raw_decode(text, place)
+            record, place = decoder.raw_decode(text, start.start())
         except json.JSONDecodeError as error:
             yield error.lineno, ValueError(f"not JSON: {error.msg}")
             return
@@ -102,14 +106,8 @@ def _records(text: str) -> Iterator[tuple[int, Any]]:
             yield line, ValueError(format_json_error(error))
             return
         yield line, record
-    if place >= len(text):
+    if start is None:
         yield text.count("\n") + 1, ValueError("the list has no end: the file was cut")
-
-
-def _skip_separators(text: str, place: int) -> int:
-    while place < len(text) and text[place] in " \t\r\n,":
-        place += 1
-    return place
 
 
 def _json(line: str) -> Any:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from markdown_it import MarkdownIt
-from markdown_it.token import Token
 
 from tasks.core.errors import DataError
 from tasks.labelling.formats import read_text
@@ -54,11 +53,6 @@ def render(text: str) -> str:
         if token.type in ("heading_open", "heading_close"):
             token.tag = f"h{min(6, int(token.tag[1:]) + HEADING_SHIFT)}"
         for inner in token.children or ():
-            _open_elsewhere(inner)
+            if inner.type == "link_open":  # which leaves the question where it is
+                inner.attrs |= {"target": "_blank", "rel": "noopener noreferrer"}
     return markdown.renderer.render(tokens, markdown.options, {})
-
-
-def _open_elsewhere(token: Token) -> None:
-    """Let a link leave the question where it is."""
-    if token.type == "link_open":
-        token.attrs |= {"target": "_blank", "rel": "noopener noreferrer"}

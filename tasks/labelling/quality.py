@@ -29,8 +29,6 @@ __all__ = [
 EM_ITERATIONS = 30
 """Of expectation–maximisation; with few labels for each question more of them only raise its confidence."""
 
-EXTRA = "needs the package {}: pip install -e '.[label]'"
-
 SECONDS_EDGES = (2, 5, 10, 20, 40, 80)
 """Upper ends of the histogram's bars; what takes longer has a bar of its own."""
 
@@ -143,7 +141,8 @@ def _posterior(rows: Sequence[tuple[str, str, str]], known: Mapping[str, str]) -
         import pandas
         from crowdkit.aggregation import DawidSkene
     except ImportError as error:
-        raise ConfigError(f"Dawid and Skene's aggregation {EXTRA.format('crowd-kit')}") from error
+        message = "Dawid and Skene's aggregation needs the package crowd-kit: pip install -e '.[label]'"
+        raise ConfigError(message) from error
     data = pandas.DataFrame(rows, columns=["task", "worker", "label"])
     given = {choice for _, _, choice in rows}
     truth = {item: choice for item, choice in sorted(known.items()) if choice in given}

@@ -17,11 +17,11 @@ without parts gets an empty comment for it. The data hold the texts, in `swapped
 `guidelines` the sha256 of what each labeller was shown.
 """
 
-import math
 import re
+import sys
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import replace
+from pathlib import Path
 from typing import Any
 from uuid import NAMESPACE_URL, UUID, uuid5
 
@@ -43,23 +43,7 @@ __all__ = [
 
 ARGILLA_LABELLER = re.compile(ARGILLA_PREFIX + "[0-9a-f]{8}(-[0-9a-f]{4}){3}-[0-9a-f]{12}")
 
-LABEL_STUDIO_CONFIG = """<View>
-  <Text name="prompt" value="$prompt"/>
-  <Pairwise name="preference" toName="answer1,answer2" selectionStyle="outline: 3px solid #0b62c4"/>
-  <View style="display: grid; grid-template-columns: 1fr 1fr; gap: 1rem">
-    <Text name="answer1" value="$answer1"/>
-    <Text name="answer2" value="$answer2"/>
-  </View>
-  <Choices name="alike" toName="prompt" choice="single" showInline="true">
-    <Choice value="tie"/>
-    <Choice value="both_bad"/>
-  </Choices>
-  <Rating name="strength" toName="prompt" maxRating="3"/>
-  <Rating name="rating_a" toName="answer1" maxRating="5"/>
-  <Rating name="rating_b" toName="answer2" maxRating="5"/>
-  <TextArea name="comment" toName="prompt"/>
-</View>
-"""
+LABEL_STUDIO_CONFIG = (Path(__file__).parent / "label_studio.xml").read_text(encoding="utf-8")
 """The labelling interface: choose one of two, tie or both bad; a skipped task is a skip."""
 
 SIDES = {"a": "left", "b": "right"}
@@ -115,9 +99,8 @@ def read_argilla(record: Any) -> tuple[Question, list[Label]]:
             if status != "draft":
                 by_user[user][name] = value
     labels = [
-        replace(
-            _argilla_label(question.id, names.get(user, f"{ARGILLA_PREFIX}{user}"), values, user in swapped),
-            guidelines=shown.get(user),
+        _argilla_label(
+            question.id, names.get(user, f"{ARGILLA_PREFIX}{user}"), values, user in swapped, shown.get(user)
         )
         for user, values in by_user.items()
     ]
@@ -130,13 +113,15 @@ def without_status(record: dict[str, Any]) -> bool:
     return any("status" not in response for name in QUESTIONS for response in responses.get(name) or ())
 
 
-def _argilla_label(question_id: str, labeller: str, values: dict[str, Any], swapped: bool) -> Label:
+def _argilla_label(
+    question_id: str, labeller: str, values: dict[str, Any], swapped: bool, guidelines: str | None
+) -> Label:
     if "preference" not in values:
         raise ValueError(f"responses: {labeller} has answered {', '.join(values)}, and not preference")
     strength, rating_a, rating_b = (_optional_int(values.get(name), name) for name in RATINGS)
     comment = None if values.get("comment") is None else _get(values, "comment", str)
     choice = _get(values, "preference", str)
-    return Label(question_id, labeller, choice, strength, rating_a, rating_b, comment, swapped)
+    return Label(question_id, labeller, choice, strength, rating_a, rating_b, comment, swapped, guidelines=guidelines)
 
 
 def _uuid_of(labeller: str) -> str:
@@ -181,10 +166,7 @@ def read_label_studio(record: Any) -> tuple[Question, list[Label]]:
     given = [(_studio_labeller(own), own) for own in _get(record, "annotations", list, [])]
     given += [(MODEL_PREFIX + _get(own, "model_version", str), own) for own in _get(record, "predictions", list, [])]
     shown = _get(data, "guidelines", dict, {})
-    return question, [
-        replace(_studio_label(question.id, name, own, name in swapped), guidelines=shown.get(name))
-        for name, own in given
-    ]
+    return question, [_studio_label(question.id, name, own, name in swapped, shown.get(name)) for name, own in given]
 
 
 def _studio_annotation(label: Label) -> dict[str, Any]:
@@ -230,13 +212,13 @@ def _studio_labeller(annotation: dict[str, Any]) -> str:
     return f"{LABEL_STUDIO_PREFIX}{user}"
 
 
-def _studio_label(question_id: str, labeller: str, own: Any, swapped: bool) -> Label:
+def _studio_label(question_id: str, labeller: str, own: Any, swapped: bool, guidelines: str | None) -> Label:
     parts = {_get(part, "from_name", str): _get(part, "value", dict) for part in _get(own, "result", list, [])}
     strength, rating_a, rating_b = (_optional_int(parts.get(name, {}).get("rating"), name) for name in RATINGS)
     comment = "\n".join(map(str, _get(parts.get("comment", {}), "text", list, []))) or None
     seconds = _optional_float(own.get("lead_time"), "lead_time")
     choice = _studio_choice(own, parts)
-    return Label(question_id, labeller, choice, strength, rating_a, rating_b, comment, swapped, seconds)
+    return Label(question_id, labeller, choice, strength, rating_a, rating_b, comment, swapped, seconds, guidelines)
 
 
 def _studio_choice(own: dict[str, Any], parts: dict[str, dict[str, Any]]) -> str:
@@ -280,13 +262,10 @@ def _optional_float(found: Any, name: str) -> float | None:
     """Return a finite number or None."""
     if found is None:
         return None
-    try:
-        size = float(found) if isinstance(found, int | float) and not isinstance(found, bool) else math.nan
-    except OverflowError:  # a whole number of hundreds of digits
-        size = math.inf
-    if not math.isfinite(size):
+    is_number = isinstance(found, int | float) and not isinstance(found, bool)
+    if not (is_number and abs(found) <= sys.float_info.max):  # nan, infinite, or whole with hundreds of digits
         raise ValueError(f"{name}: a number expected, got {str(found)[:80]!r}")
-    return size
+    return float(found)
 
 
 def _optional_int(found: Any, name: str) -> int | None:

@@ -13,7 +13,7 @@ from filelock import FileLock, Timeout
 
 from tasks.core.paths import state_dir
 
-__all__ = ["MARKS_VAR", "abandoned", "forget", "hold", "marks_dir"]
+__all__ = ["MARKS_VAR", "abandoned", "forget", "hold", "is_locked", "marks_dir"]
 
 MARKS_VAR = "RLHF_MARKS"
 """Where the marks of a run in a worktree are, which may be removed before they are looked at."""
@@ -38,7 +38,7 @@ def hold(kind: str, name: str) -> Iterator[None]:
 def abandoned(kind: str) -> list[str]:
     """Names of that kind that no living process holds."""
     marks = sorted(marks_dir().glob(f"{kind}.*"))
-    return [path.name.removeprefix(f"{kind}.") for path in marks if not _is_locked(path)]
+    return [path.name.removeprefix(f"{kind}.") for path in marks if not is_locked(path)]
 
 
 def forget(kind: str, name: str) -> None:
@@ -50,7 +50,8 @@ def _mark(kind: str, name: str) -> Path:
     return marks_dir() / f"{kind}.{name}"
 
 
-def _is_locked(path: Path) -> bool:
+def is_locked(path: Path) -> bool:
+    """Whether some process holds the lock of this file."""
     try:
         with FileLock(path, timeout=0):
             return False

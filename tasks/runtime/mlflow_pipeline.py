@@ -8,28 +8,24 @@ import math
 import os
 import re
 import time
-import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from tasks.core.errors import ConfigError, StageError
-from tasks.runtime import holding
 from tasks.runtime.mlflow_runs import (
     FLOW_TAG,
     FLOW_VAR,
     KEY_TAG,
     MACHINE_TAG,
-    MARK,
     PIPELINE_VAR,
     STAGE_TAG,
     OpenRun,
     connect,
-    end_on_exit,
     metric_entities,
-    queues_dir,
-    source_tags,
+    new_queue,
+    recorded,
     tag_entities,
     without_curves,
 )
@@ -37,6 +33,8 @@ from tasks.runtime.mlflow_store import EXPERIMENT_ID_VAR, is_unavailable, open_s
 
 if TYPE_CHECKING:
     from mlflow.entities import Run
+
+    from tasks.runtime.stage_runner import Outcome
 
 __all__ = ["SWEEP_VAR", "PipelineRun", "add_to_pipeline", "export_run_ids", "pipeline_run", "pipeline_tags"]
 
@@ -58,12 +56,9 @@ NAMED = 3  # changes in the name of a pipeline's run
 def pipeline_run(flow_run_id: str, parameters: Mapping[str, object]) -> Iterator[PipelineRun]:
     """The parent run of everything that one flow executes."""
     swept = {f"rlhf.{key}": value for key, value in json.loads(os.environ.get(SWEEP_VAR, "{}")).items()}
-    tags = {**source_tags("pipeline"), FLOW_TAG: flow_run_id, **swept}
-    pipeline = PipelineRun(queues_dir() / f"{uuid.uuid4().hex}.jsonl")
+    pipeline, name = PipelineRun(new_queue()), swept.get("rlhf.variant", "pipeline")
     try:
-        with holding.hold(MARK, pipeline.queue_id), end_on_exit(pipeline):
-            pipeline.create(swept.get("rlhf.variant", "pipeline"), tags)
-            pipeline.log_params(parameters)
+        with recorded(pipeline, name, "pipeline", {FLOW_TAG: flow_run_id, **swept}, parameters):
             yield pipeline
             pipeline.name_by_changes()
     finally:
@@ -90,29 +85,22 @@ class PipelineRun(OpenRun):
         super().__init__(queue)
         self._executed, self._changes = False, dict[str, str]()
 
-    def log_stage(
-        self,
-        name: str,
-        key: str,
-        result: str,
-        reason: str,
-        metrics: Mapping[str, float],
-        curves: Sequence[Mapping[str, float]],
-    ) -> None:
+    def log_stage(self, outcome: Outcome) -> None:
         """Copy a stage's curves as `<stage>/<metric>`, other final metrics as `<stage>.<metric>`, and tag their run.
 
         The tag `<stage>.run` names the newest finished run of the same key, if this store has one: a cached stage's.
         `<stage>.machine` is that run's `rlhf.machine`.
         """
-        final = {key: value for key, value in without_curves(metrics, curves).items() if math.isfinite(value)}
-        self.log_metrics({f"{name}.{metric}": value for metric, value in final.items()}, None)
+        name, curves = outcome.stage, outcome.curves
+        final = without_curves(outcome.metrics, curves).items()
+        self.log_metrics({f"{name}.{metric}": value for metric, value in final if math.isfinite(value)}, None)
         self._log_curves(
             name, [{column: row[column] for column in ("step", *CURVES) if column in row} for row in curves]
         )
-        self.tag({f"{name}.key": key, f"{name}.result": result, f"{name}.reason": reason})
-        self._link_stage(name, key)
-        self._executed |= result == "executed"
-        self._changes |= {key.rpartition(".")[2]: value.strip('"') for key, value in CHANGED.findall(reason)}
+        self.tag({f"{name}.{key}": getattr(outcome, key) for key in ("key", "result", "reason")})
+        self._link_stage(name, outcome.key)
+        self._executed |= outcome.result == "executed"
+        self._changes |= {key.rpartition(".")[2]: value.strip('"') for key, value in CHANGED.findall(outcome.reason)}
 
     def name_by_changes(self) -> None:
         """Name the run by the parameters that made its stages run, and say so in the tag `rlhf.why`."""

@@ -19,14 +19,7 @@ from typing import TYPE_CHECKING, Any
 from tasks.core.errors import ConfigError, StageError
 from tasks.core.paths import project_root, state_dir
 from tasks.runtime import holding
-from tasks.runtime.mlflow_store import (
-    QueuedRun,
-    flush_stale,
-    is_unavailable,
-    open_store,
-    queued,
-    store_uri,
-)  # fmt: skip
+from tasks.runtime.mlflow_store import QueuedRun, flush_stale, is_unavailable, open_store, queued, store_uri
 
 if TYPE_CHECKING:
     from mlflow.entities import Metric, RunTag
@@ -34,9 +27,9 @@ if TYPE_CHECKING:
     from tasks.runtime.dvc_stages import Inputs
 
 __all__ = [
-    "FLOW_TAG", "FLOW_VAR", "KEY_TAG", "MACHINE_TAG", "MARK", "PIPELINE_VAR", "STAGE_TAG", "WEIGHT_DIRS", "OpenRun",
-    "StageRun", "close_abandoned_runs", "connect", "end_on_exit", "git_commit", "metric_entities", "queues_dir",
-    "recorded_md5s", "source_tags", "stage_run", "tag_entities", "without_curves",
+    "FLOW_TAG", "FLOW_VAR", "KEY_TAG", "MACHINE_TAG", "PIPELINE_VAR", "STAGE_TAG", "WEIGHT_DIRS", "OpenRun", "StageRun",
+    "close_abandoned_runs", "connect", "git_commit", "metric_entities", "new_queue", "recorded", "recorded_md5s",
+    "stage_run", "tag_entities", "without_curves",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
@@ -67,7 +60,7 @@ def connect() -> None:
     client, experiment = open_store()
     from tasks.runtime import mlflow_pipeline  # noqa: F401  # its writes may be among those that wait
 
-    flush_stale(queues_dir(), OpenRun)
+    flush_stale(_queues_dir(), OpenRun)
     try:
         for queue_id in holding.abandoned(MARK):
             for run in client.search_runs([experiment], f"tags.`{QUEUE_ID_TAG}` = '{queue_id}'"):
@@ -90,16 +83,44 @@ def close_abandoned_runs() -> None:
 def stage_run(
     name: str, inputs: Inputs, parameters: Mapping[str, object], tags: Mapping[str, str]
 ) -> Iterator[StageRun]:
-    """The run of one executed stage: FINISHED, or FAILED after an error, or KILLED when it was interrupted."""
-    tags = {**source_tags(name), STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
+    """The run of one executed stage; it ends as `recorded` says."""
+    tags = {STAGE_TAG: name, KEY_TAG: inputs.key, **tags}
     if parent := os.environ.get(PIPELINE_VAR):
         tags |= {"mlflow.parentRunId": parent, FLOW_TAG: os.environ.get(FLOW_VAR, "")}
-    stage = StageRun(queues_dir() / f"{uuid.uuid4().hex}.jsonl")
-    with holding.hold(MARK, stage.queue_id), end_on_exit(stage):
-        stage.create(name, tags)
-        stage.log_params(parameters)
+    stage = StageRun(new_queue())
+    with recorded(stage, name, name, tags, parameters):
         stage.log_inputs(inputs.data)
         yield stage
+
+
+@contextmanager
+def recorded(
+    run: OpenRun, name: str, source: str, tags: Mapping[str, str], parameters: Mapping[str, object]
+) -> Iterator[None]:
+    """Create a run, and end it: FINISHED, or FAILED after an error, or KILLED when it was interrupted.
+
+    An error while writing that must not hide the one that ended the run.
+    """
+    from mlflow.exceptions import MlflowException
+
+    with holding.hold(MARK, run.queue_id):
+        try:
+            run.create(name, {**_source_tags(source), **tags})
+            run.log_params(parameters)
+            yield
+            run.end("FINISHED")
+        except Exception as error:
+            with contextlib.suppress(MlflowException, StageError):
+                run.end("FAILED", f"{type(error).__name__}: {error}")
+            if isinstance(error, MlflowException):
+                reason = next((line for line in str(error).splitlines() if "rror)" in line), str(error))
+                message = f"MLflow cannot write to {store_uri()}: {reason}; is the disk full? Then run again"
+                raise StageError(message) from error
+            raise
+        except BaseException:
+            with contextlib.suppress(MlflowException, StageError):
+                run.end("KILLED")
+            raise
 
 
 class OpenRun(QueuedRun):
@@ -255,33 +276,16 @@ def git_commit() -> str:
     return commit.stdout.strip() if commit.returncode == 0 else ""
 
 
-@contextmanager
-def end_on_exit(run: OpenRun) -> Iterator[None]:
-    """End the run with its status; an error while writing that must not hide the one that ended the run."""
-    from mlflow.exceptions import MlflowException
-
-    try:
-        yield
-        run.end("FINISHED")
-    except Exception as error:
-        with contextlib.suppress(MlflowException, StageError):
-            run.end("FAILED", f"{type(error).__name__}: {error}")
-        if isinstance(error, MlflowException):
-            reason = next((line for line in str(error).splitlines() if "rror)" in line), str(error))
-            message = f"MLflow cannot write to {store_uri()}: {reason}; is the disk full? Then run again"
-            raise StageError(message) from error
-        raise
-    except BaseException:
-        with contextlib.suppress(MlflowException, StageError):
-            run.end("KILLED")
-        raise
+def new_queue() -> Path:
+    """The file of a new run's queue."""
+    return _queues_dir() / f"{uuid.uuid4().hex}.jsonl"
 
 
-def queues_dir() -> Path:
+def _queues_dir() -> Path:
     return state_dir() / "mlflow_queue"
 
 
-def source_tags(name: str) -> dict[str, str]:
+def _source_tags(name: str) -> dict[str, str]:
     tags = {"mlflow.source.name": name, "mlflow.source.type": "LOCAL", "mlflow.user": os.environ.get("USER", "unknown")}
     commit = git_commit()
     return tags | ({"mlflow.source.git.commit": commit} if commit else {})

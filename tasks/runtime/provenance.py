@@ -6,7 +6,7 @@ a MySQL store); the default pipeline needs 12,000.
 
 import json
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from tasks.runtime.registry import Version
 
 __all__ = [
     "PROVENANCE_TAG", "Provenance", "RuleResult", "StageRecord", "collect_provenance", "provenance_of",
-    "restore_weights",
+    "restore_weights", "weight_digests",
 ]  # fmt: skip
 
 PROVENANCE_TAG = "provenance"
@@ -130,6 +130,16 @@ def provenance_of(version: Version) -> Provenance:
     if PROVENANCE_TAG not in version.tags:
         raise StageError(f"version {version.number} has no provenance, only tags; `rlhf retrain` registers with one")
     return Provenance.model_validate_json(version.tags[PROVENANCE_TAG])
+
+
+def weight_digests(stages: Iterable[str]) -> dict[str, str]:
+    """Map every folder of weights that these stages wrote, as `stage/folder`, to its md5."""
+    return {
+        f"{stage}/{Path(path).name}": md5
+        for stage in stages
+        for path, md5 in dvc_stages.output_digests(stage).items()
+        if Path(path).name in mlflow_runs.WEIGHT_DIRS
+    }
 
 
 def restore_weights(version: Version, folder: Path) -> None:

@@ -11,8 +11,9 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from tasks.config.params import Params, load_params
 from tasks.core import tracking
@@ -24,7 +25,9 @@ from tasks.core.rows import flatten, read_table
 from tasks.core.terminal import allow_all_characters
 from tasks.runtime import dvc_stages, mlflow_runs
 
-__all__ = ["execute_stage", "is_off", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs"]
+__all__ = [
+    "Outcome", "execute_stage", "is_off", "read_metrics", "run_stage", "stage_arguments", "write_empty_outputs",
+]  # fmt: skip
 
 # No library may call home, and forked data loaders must not deadlock in the tokenizers' thread pool.
 ENVIRONMENT = {"HF_HUB_DISABLE_TELEMETRY": "1", "DO_NOT_TRACK": "1", "TOKENIZERS_PARALLELISM": "false"}
@@ -37,6 +40,24 @@ def _file_state(path: Path) -> tuple[int, int, int]:
 
 
 CODE_STATE_AT_IMPORT = {path: _file_state(path) for path in Path(__file__).resolve().parents[1].rglob("*.py")}
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Result of the execution of a stage. `key` is DVC's hash of all its inputs, `curves` has a row per step."""
+
+    stage: str
+    result: dvc_stages.Result | Literal["off"]
+    key: str
+    reasons: tuple[str, ...]
+    seconds: float
+    metrics: dict[str, float]
+    curves: list[dict[str, float]]
+
+    @property
+    def reason(self) -> str:
+        """The reasons in one line."""
+        return "; ".join(self.reasons) or "nothing that it reads has changed"
 
 
 def run_stage(name: str) -> None:

@@ -9,6 +9,7 @@ import pytest
 
 from flows.services import free_port
 from tasks.runtime import mlflow_pipeline
+from tasks.runtime.stage_runner import Outcome
 from tests.pipeline.conftest import PATIENCE, Project, answers, wait_for
 
 sync_api = pytest.importorskip("playwright.sync_api")
@@ -20,8 +21,8 @@ def write_pipelines(*names: str) -> None:
     for number, name in enumerate(names, 1):
         history = [{"step": step, "kl": step * number, "reward": step + number} for step in (1.0, 2.0, 3.0)]
         with mlflow_pipeline.pipeline_run(name, {}) as run:
-            run.log_stage("ppo", "key", "executed", f"ppo.kl_coef: 0 → {number}", {}, history)
-            run.log_stage("evaluate", "key", "executed", "", {"ppo.win_rate": 0.5 + number / 10}, [])
+            run.log_stage(Outcome("ppo", "executed", "key", (f"ppo.kl_coef: 0 → {number}",), 1.0, {}, history))
+            run.log_stage(Outcome("evaluate", "executed", "key", (), 1.0, {"ppo.win_rate": 0.5 + number / 10}, []))
 
 
 def test_two_pipelines_are_side_by_side_behind_the_link(fresh: Project, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -50,14 +50,6 @@ def test_labels_outlive_a_migration(url: str, tmp_path: Path, monkeypatch: pytes
         assert MigrationContext.configure(connection).get_current_revision() == "9998"
 
 
-def test_a_database_from_before_the_release_says_how_to_go_on(url: str) -> None:
-    LabelStore(url).close()
-    with begun(url) as connection:
-        connection.execute(text("update alembic_version set version_num = '0001'"))
-    with pytest.raises(DataError, match=r"from before the first release: `rlhf label export --format argilla --names`"):
-        LabelStore(url)
-
-
 def test_a_newer_database_is_left_alone(url: str) -> None:
     LabelStore(url).close()
     with begun(url) as connection:

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,6 +16,7 @@ from tasks.runtime import holding, mlflow_pipeline, mlflow_runs, mlflow_store
 from tasks.runtime.dvc_stages import Inputs
 from tasks.runtime.mlflow_runs import OpenRun
 from tasks.runtime.mlflow_store import open_store
+from tasks.runtime.stage_runner import Outcome
 
 
 @pytest.fixture
@@ -183,11 +185,11 @@ HISTORY = [{"step": 1.0, "kl": 0.5, "reward": 1.0, "grad_norm": 9.0}, {"step": 2
     ],
 )
 def test_a_pipelines_run_is_named_by_what_changed_and_has_the_curves(
-    result: str, reason: str, name: str, why: str, project: Path
+    result: Any, reason: str, name: str, why: str, project: Path
 ) -> None:
     metrics = {"kl": 0.7, "accuracy": 0.25}
     with mlflow_pipeline.pipeline_run("flow", {}) as run:
-        run.log_stage("ppo", "key", result, reason, metrics, HISTORY)
+        run.log_stage(Outcome("ppo", result, "key", (reason,), 1.0, metrics, HISTORY))
     client, experiment = open_store()
     (found,) = client.search_runs([experiment])
     assert (found.info.run_name, found.data.tags["rlhf.why"]) == (name, why)
