@@ -118,17 +118,17 @@ def test_ten_thousand_responses_are_shown_filtered_and_turned_over(browser: Any,
     assert page.inner_text("#place").startswith("page 2 of ")
     assert shown(page)[0] != first[0]
     page.get_by_label("Search").fill("NEEDLE")
-    assert shown(page) == ["needle‹end›"]
+    assert shown(page) == [" needle‹end›"]
     page.get_by_label("Ending").select_option("ended by itself")
     assert shown(page) == []
     assert page.inner_text("#place") == "nothing matches"
     page.get_by_label("Ending").select_option("all")
     page.get_by_label("Search").fill("")
     page.get_by_label("Reward to").fill("-10")
-    assert shown(page) == ["needle‹end›"]
+    assert shown(page) == [" needle‹end›"]
     page.get_by_label("Reward to").fill("")
     page.get_by_label("Order").select_option("lowest reward")
-    assert shown(page)[0] == "needle‹end›"
+    assert shown(page)[0] == " needle‹end›"
     page.get_by_label("Detector fired").select_option("truncation")
     assert page.inner_text("#count").startswith("1,000 of 10,000 responses"), "updates 21 to 25 of PPO"
     page.get_by_label("Update").select_option("21")
