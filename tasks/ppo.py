@@ -15,6 +15,7 @@ from tasks.rl.multi_turn import with_environment
 from tasks.rl.policy import Policy
 from tasks.rl.ppo import PPO
 from tasks.rl.ptx import Demonstrations
+from tasks.rl.rollout_records import with_texts
 from tasks.rl.trainer import RLTrainer
 from tasks.rl.vllm_engine import open_sampler
 
@@ -39,7 +40,7 @@ def ppo(
     """Train the policy by PPO.
 
     Writes adapter/, policies/ (the weights of every `snapshot_every` updates), history.csv (one row per update),
-    samples.jsonl and metrics.json (the last update's figures).
+    samples.jsonl, rollouts.jsonl (groups of responses, token by token) and metrics.json (the last update's figures).
     """
     init_process()
     tokenizer = load_tokenizer(artifacts.base_model)
@@ -74,6 +75,7 @@ def ppo(
     save_weights(model, artifacts.out)
     write_history(artifacts.out / "history.csv", trainer.history)
     write_rows(artifacts.out / "samples.jsonl", trainer.samples)
+    write_rows(artifacts.out / "rollouts.jsonl", with_texts(trainer.rollouts, tokenizer))
     write_json(artifacts.out / "metrics.json", trainer.history[-1])
 
 

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import console, garbage, labels, models, reward
+from flows.cli import console, garbage, labels, models, reward, rollouts
 from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
@@ -29,6 +29,7 @@ app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False)
 data = typer.Typer(help="The data from which the pipeline starts.", no_args_is_help=True)
 app.add_typer(data, name="data")
 app.add_typer(models.app)
+app.add_typer(rollouts.app)
 app.add_typer(garbage.app)
 app.add_typer(labels.app, name="label")
 app.add_typer(reward.app, name="reward")

@@ -29,6 +29,7 @@ from tasks.rl.mismatch import mismatch_metrics
 from tasks.rl.multi_turn import MultiTurnSampler
 from tasks.rl.policy import Policy
 from tasks.rl.rollout import BatchRows, Rollout, Sampler, derive_generator, extend_generator
+from tasks.rl.rollout_records import record_groups
 from tasks.rl.update import PolicyUpdate
 
 if TYPE_CHECKING:
@@ -66,6 +67,7 @@ class RLTrainer:
         self.updates_done = 0
         self.history: list[Metrics] = []
         self.samples: list[dict[str, Any]] = []
+        self.rollouts: list[dict[str, Any]] = []
         self._last_checkpoint = 0
         self._monitor = DegenerateResponseMonitor(self._warn)
 
@@ -86,6 +88,10 @@ class RLTrainer:
                 if self.kl_budget.exceeded(kl):
                     break
                 experience, metrics = self.algorithm.compute_advantages(scored)
+                kl_coef, update = self.algorithm.kl_controller.kl_coef, self.updates_done + 1
+                self.rollouts += record_groups(
+                    scored, experience, self.params, update=update, kl_coef=kl_coef, recorded=self.rollouts
+                )
                 clock.lap("experience_s")
                 metrics = self._rollout_metrics(scored) | sampling | metrics
                 self.kl_budget.keep_weights()
@@ -276,6 +282,7 @@ class RLTrainer:
             "kl_coef": self.algorithm.kl_controller.kl_coef,
             "history": self.history,
             "samples": self.samples,
+            "rollouts": self.rollouts,
             "budget_weights": self.kl_budget.weights,
         }
 
@@ -288,7 +295,7 @@ class RLTrainer:
         self.algorithm.kl_controller.kl_coef = state["kl_coef"]
         self.kl_budget.weights = state["budget_weights"]
         self.updates_done = self._last_checkpoint = state["update"]
-        self.history, self.samples = state["history"], state["samples"]
+        self.history, self.samples, self.rollouts = state["history"], state["samples"], state["rollouts"]
         for callback in self.callbacks:
             for row in self.history:
                 callback.on_log(row, int(row["step"]))

@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 
 __all__ = [
     "FLOW_TAG", "FLOW_VAR", "KEY_TAG", "MACHINE_TAG", "PIPELINE_VAR", "STAGE_TAG", "WEIGHT_DIRS", "OpenRun", "StageRun",
-    "close_abandoned_runs", "connect", "git_commit", "metric_entities", "new_queue", "recorded", "recorded_md5s",
-    "stage_run", "tag_entities", "without_curves",
+    "close_abandoned_runs", "connect", "git_commit", "metric_entities", "new_queue", "output_md5s", "recorded",
+    "recorded_md5s", "stage_run", "tag_entities", "without_curves",
 ]  # fmt: skip
 
 STAGE_TAG, KEY_TAG, FLOW_TAG = "rlhf.stage", "rlhf.key", "prefect.flow_run_id"
@@ -261,6 +261,22 @@ def recorded_md5s() -> Iterator[str]:
         token = page.token
         if not token:
             return
+
+
+def output_md5s(run_id: str) -> dict[str, dict[str, str]]:
+    """Stage → name of its output → md5, of a stage's run, or of a pipeline's; a ConfigError if there is no such run."""
+    from mlflow.exceptions import MlflowException
+
+    client, _ = open_store()
+    try:
+        tags = client.get_run(run_id).data.tags
+    except MlflowException as error:
+        raise ConfigError(f"MLflow at {store_uri()} has no run {run_id!r}") from error
+    if STAGE_TAG in tags:
+        md5s = {key.removeprefix(OUTPUT_TAG): md5 for key, md5 in tags.items() if key.startswith(OUTPUT_TAG)}
+        return {tags[STAGE_TAG]: md5s}
+    runs = [run for key, run in tags.items() if key.endswith(".run")]
+    return {stage: md5s for run in runs for stage, md5s in output_md5s(run).items()}
 
 
 def without_curves(metrics: Mapping[str, float], curves: Sequence[Mapping[str, float]]) -> dict[str, float]:

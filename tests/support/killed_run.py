@@ -57,7 +57,8 @@ def main(params: RLParams, folder: Path, last: int | None) -> None:
     save, torch.save = torch.save, slow_save
     run.train()
     folder.mkdir(exist_ok=True)
-    save({"history": run.history, "samples": run.samples, "weights": weights(run)}, folder / "result.pt")
+    records = {"history": run.history, "samples": run.samples, "rollouts": run.rollouts}
+    save({**records, "weights": weights(run)}, folder / "result.pt")
 
 
 if __name__ == "__main__":

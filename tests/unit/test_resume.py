@@ -145,6 +145,9 @@ def test_an_rl_stage_interrupted_between_updates_writes_the_same(
     assert curves.steps["reward/length"] == curves.steps["kl_loss"] == [1, 2, 3, 4], "its curves are whole"
     samples = [json.loads(line) for line in (tmp_path / "out" / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [1] * 4 + [2] * 4 + [3] * 4 + [4] * 4
+    rollouts = [json.loads(line) for line in (tmp_path / "out" / "rollouts.jsonl").read_text().splitlines()]
+    assert [row["update"] for row in rollouts] == [1] * 8 + [2] * 8 + [3] * 8 + [4] * 8
+    assert all("".join(row["tokens"]) == row["response"] for row in rollouts)
 
 
 @pytest.mark.slow

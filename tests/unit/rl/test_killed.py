@@ -33,6 +33,7 @@ def test_killed_three_times_and_still_the_same_run(algorithm: str, tmp_path: Pat
     assert len(expected["history"]) == 6
     assert result["history"] == expected["history"]
     assert result["samples"] == expected["samples"]
+    assert result["rollouts"] == expected["rollouts"]
     for name, value in expected["weights"].items():
         assert torch.equal(result["weights"][name], value), name
     assert len(list((tmp_path / "checkpoints").iterdir())) == 2, "they must not pile up"

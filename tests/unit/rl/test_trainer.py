@@ -135,6 +135,8 @@ def test_a_run_that_goes_on_from_its_checkpoint_is_the_uninterrupted_run(params,
     assert recorder.ended == [3, 4], "snapshots of updates before are there"
     assert resumed.history == whole.history
     assert resumed.samples == whole.samples
+    assert resumed.rollouts == whole.rollouts
+    assert len(whole.rollouts) == 4 * 12
     assert_same_weights(resumed, weights(whole))
     assert (tmp_path / "checkpoint-2").is_dir(), "it goes only when the outputs of the stage are written"
 
