@@ -68,10 +68,17 @@ class Server:
 
     def app(self) -> FastAPI:
         return create_app(
-            self.versions, self.journal, self.access, self.recording, keys=self.keys, refresh_seconds=60  # type: ignore[arg-type]
+            self.versions,
+            self.journal,
+            self.access,
+            self.recording,
+            keys=self.keys,
+            refresh_seconds=60,  # type: ignore[arg-type]
         )
 
-    def run(self, *requests: tuple[str, Mapping[str, Any]], headers: Mapping[str, str] | None = None) -> list[httpx.Response]:
+    def run(
+        self, *requests: tuple[str, Mapping[str, Any]], headers: Mapping[str, str] | None = None
+    ) -> list[httpx.Response]:
         """Load the versions and send these (path, body) at once; a GET where the body is empty."""
 
         async def send() -> list[httpx.Response]:

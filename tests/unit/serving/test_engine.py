@@ -84,9 +84,7 @@ def test_a_full_queue_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
     assert engine.waiting == 2
 
 
-def test_an_error_reaches_whoever_waits_and_the_next_is_served(
-    engine: Engine, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_error_reaches_whoever_waits_and_the_next_is_served(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     found: queue.SimpleQueue[Token | Exception] = queue.SimpleQueue()
     monkeypatch.setattr(engine_module, "Decoder", lambda *_: (_ for _ in ()).throw(MemoryError("none left")))
     engine.submit(Job(PROMPTS[0], 8, 1.0, 0, found.put))
