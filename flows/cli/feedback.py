@@ -7,7 +7,7 @@ import typer
 from flows.cli.console import console, enter_project_with_services, print_warning
 from flows.cli.labels import announce_labels
 from tasks.core.errors import StageError
-from tasks.core.paths import project_root, stage_dir, state_dir
+from tasks.core.paths import project_root, state_dir
 
 __all__ = ["app"]
 
@@ -44,29 +44,26 @@ def delete(
     console.print(f"{count} answers and remarks of {name} are deleted")
     _pull(announce_from)
     for version in registry.versions():
-        if rows := trained_rows(version, name):
+        try:
+            rows = trained_rows(version, name)
+        except StageError as error:
+            print_warning(f"whether version {version.number} was trained on them is not known: {error}")
+            continue
+        if rows:
             registry.mark_deleted(version, name)
-            print_warning(
-                f"version {version.number} was trained on {rows} rows of {name}; `rlhf retrain` trains without"
-            )
+            text = f"version {version.number} was trained on {rows} rows of {name}; `rlhf retrain` trains without them"
+            print_warning(text)
     console.print("[dim]git and the DVC cache keep earlier versions of data/feedback[/]")
 
 
 def _pull(threshold: int) -> None:
-    from tasks.core.rows import Prompt, read_rows, write_json, write_rows
+    from tasks.core.rows import write_json, write_rows
     from tasks.runtime.mlflow_traces import read_feedback
     from tasks.serving import journal
-    from tasks.serving.feedback import feedback_rows, prompt_key
+    from tasks.serving.feedback import feedback_rows, held_out_prompts
 
     journal.deliver()
-    prompts = stage_dir("prepare") / "prompts"
-    files = [
-        file
-        for file in (prompts / "validation.jsonl", prompts / "test.jsonl")
-        if file.is_file() and file.stat().st_size
-    ]
-    held_out = {prompt_key(row.prompt) for file in files for row in read_rows(file, Prompt)}
-    result = feedback_rows(read_feedback(), held_out)
+    result = feedback_rows(read_feedback(), held_out_prompts())
     folder = project_root() / "data" / "feedback"
     for name, rows in result.rows.items():
         file = folder / f"{name}.jsonl"

@@ -7,7 +7,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from fastapi import FastAPI, HTTPException, Request
@@ -15,15 +15,16 @@ from fastapi.middleware.trustedhost import TrustedHostMiddleware
 from fastapi.responses import JSONResponse, Response, StreamingResponse
 from pydantic import ValidationError
 
-from tasks.core.errors import ConfigError, RLHFError, StageError, first_line
+from tasks.core.errors import ConfigError, RLHFError, StageError
 from tasks.core.rows import format_validation_error
 from tasks.labelling.labels import pseudonym
-from tasks.models.encoding import context_length, decode_response, encode_prompt, encode_text
+from tasks.models.encoding import context_length, encode_prompt, encode_text
 from tasks.runtime.mlflow_traces import TraceQueue
 from tasks.serving.access import RECORDED, Access, AccessError
+from tasks.serving.answer import Answer, TokenLogprob
 from tasks.serving.engine import Job, OverloadError, Token
 from tasks.serving.journal import Journal
-from tasks.serving.protocol import ChatRequest, CompletionRequest, FeedbackRequest, GenerationRequest, reply
+from tasks.serving.protocol import ChatRequest, CompletionRequest, FeedbackRequest, GenerationRequest
 from tasks.serving.versions import Served, Versions
 
 __all__ = ["LOOPBACK", "Recording", "create_app"]
@@ -31,7 +32,6 @@ __all__ = ["LOOPBACK", "Recording", "create_app"]
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_BODY = 2**20  # bytes
 STATUS = {OverloadError: 429, ConfigError: 503, StageError: 503}
-NOT_A_CHARACTER = "\ufffd"  # what the first tokens of a longer character decode to
 
 
 @dataclass(frozen=True)
@@ -204,7 +204,7 @@ class Front:
             watcher.cancel()
         return JSONResponse(answer.reply(answer.text, answer.logprobs, chunk=False))
 
-    async def _generate(self, answer: "Answer", user: str | None) -> AsyncIterator[tuple[str, list[tuple[str, float]]]]:
+    async def _generate(self, answer: Answer, user: str | None) -> AsyncIterator[tuple[str, list[TokenLogprob]]]:
         """New text and log-probabilities as they come; the answer is recorded before the last of them is sent."""
         self._active += 1
         try:
@@ -220,7 +220,7 @@ class Front:
                 answer.finish = "aborted"
                 self._record(answer, user)
 
-    def _record(self, answer: "Answer", user: str) -> None:
+    def _record(self, answer: Answer, user: str) -> None:
         content = {
             "id": answer.id,
             "time": answer.started,
@@ -237,60 +237,7 @@ class Front:
             self._journal.append(TraceQueue.log_answer, content, durable=False)
 
 
-@dataclass
-class Answer:
-    """An answer that is being generated: whole characters only, and nothing of a stop text."""
-
-    id: str
-    body: GenerationRequest
-    served: Served
-    prompt: str
-    job: Job
-    tokens: asyncio.Queue[Token | Exception]
-    text: str = ""
-    finish: str = ""
-    count: int = 0
-    logprobs: list[tuple[str, float]] = field(default_factory=list)
-    started: int = field(default_factory=lambda: int(time.time() * 1000))
-    _ids: list[int] = field(default_factory=list)
-
-    def add(self, token: Token | Exception) -> tuple[str, list[tuple[str, float]]]:
-        """Take up a token; return the text and log-probabilities that are new."""
-        if isinstance(token, HTTPException):
-            raise token
-        if isinstance(token, Exception):
-            raise HTTPException(500, f"generation failed: {first_line(token)}") from token
-        tokenizer, self.count = self.served.engine.tokenizer, self.count + 1
-        self._ids += [] if token.finish == "stop" else [token.id]
-        text, self.finish = decode_response(tokenizer, self.job.ids, self._ids), token.finish or ""
-        found = [text.index(stop) for stop in self.body.stops if stop in text]
-        if found:
-            text, self.finish = text[: min(found)], "stop"
-        elif not self.finish:
-            text = text[: len(text) - max((len(stop) - 1 for stop in self.body.stops), default=0)]
-            text = text.rstrip(NOT_A_CHARACTER)
-        new, self.text = text[len(self.text) :], max(text, self.text, key=len)
-        logprob = [(tokenizer.decode([token.id]), token.logprob)] if self.body.wants_logprobs else []
-        self.logprobs += logprob
-        return new, logprob
-
-    def reply(self, text: str, logprobs: list[tuple[str, float]], *, chunk: bool) -> dict[str, Any]:
-        """The whole answer, or a chunk of it."""
-        total = len(self.job.ids) + self.count
-        usage = {"prompt_tokens": len(self.job.ids), "completion_tokens": self.count, "total_tokens": total}
-        return reply(
-            chat=isinstance(self.body, ChatRequest),
-            chunk=chunk,
-            answer_id=self.id,
-            model=str(self.served.number),
-            text=text,
-            finish=self.finish or None,
-            logprobs=logprobs if self.body.wants_logprobs else None,
-            usage=usage if self.finish else None,
-        )
-
-
-async def _sse(answer: Answer, events: AsyncIterator[tuple[str, list[tuple[str, float]]]]) -> AsyncIterator[str]:
+async def _sse(answer: Answer, events: AsyncIterator[tuple[str, list[TokenLogprob]]]) -> AsyncIterator[str]:
     """Server-sent events; an error after the first of them is one more event."""
     try:
         async for text, logprobs in events:

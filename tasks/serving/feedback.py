@@ -7,14 +7,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from tasks.core.rows import Demonstration, Preference, Rating, SourceRow
+from tasks.core.paths import stage_dir
+from tasks.core.rows import Demonstration, Preference, Prompt, Rating, SourceRow, read_rows
 from tasks.labelling.labels import pseudonym
 from tasks.runtime import dvc_repo
 from tasks.runtime.mlflow_traces import Feedback
 from tasks.runtime.provenance import provenance_of
 from tasks.runtime.registry import Version
 
-__all__ = ["FeedbackRows", "feedback_rows", "prompt_key", "trained_rows"]
+__all__ = ["FeedbackRows", "feedback_rows", "held_out_prompts", "trained_rows"]
 
 
 @dataclass(frozen=True)
@@ -25,9 +26,16 @@ class FeedbackRows:
     dropped: Mapping[str, int]
 
 
-def prompt_key(prompt: str) -> str:
+def _prompt_key(prompt: str) -> str:
     """The prompt as it is compared with held-out ones: case and spaces do not count."""
     return " ".join(prompt.split()).casefold()
+
+
+def held_out_prompts() -> set[str]:
+    """Keys of the prompts that the last run held out; none before the first."""
+    files = [stage_dir("prepare") / "prompts" / f"{split}.jsonl" for split in ("validation", "test")]
+    found = [file for file in files if file.is_file() and file.stat().st_size]
+    return {_prompt_key(row.prompt) for file in found for row in read_rows(file, Prompt)}
 
 
 def feedback_rows(feedback: Iterable[Feedback], held_out: Collection[str]) -> FeedbackRows:
@@ -37,7 +45,7 @@ def feedback_rows(feedback: Iterable[Feedback], held_out: Collection[str]) -> Fe
     who gave it.
 
     Args:
-        held_out: keys of prompts that nothing is trained on; see `prompt_key`.
+        held_out: see `held_out_prompts`.
     """
     dropped: Counter[str] = Counter()
     last: dict[tuple[str, ...], Feedback] = {}
@@ -63,7 +71,7 @@ def _objection(item: Feedback, held_out: Collection[str]) -> str | None:
     """Reason to make no row of it."""
     if item.prompt is None or item.answer is None:
         return "no_content"
-    if prompt_key(item.prompt) in held_out:
+    if _prompt_key(item.prompt) in held_out:
         return "held_out"
     if item.kind == "rating":
         return None if isinstance(item.value, float) and -1 <= item.value <= 1 else "out_of_scale"

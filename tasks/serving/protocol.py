@@ -1,11 +1,10 @@
-"""Requests and replies of OpenAI's protocol, as far as this project serves it, and of feedback."""
+"""Requests of OpenAI's protocol, as far as this project serves it, and of feedback."""
 
-import time
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-__all__ = ["ChatRequest", "CompletionRequest", "FeedbackRequest", "GenerationRequest", "reply"]
+__all__ = ["ChatRequest", "CompletionRequest", "FeedbackRequest", "GenerationRequest"]
 
 Text = Annotated[str, StringConstraints(min_length=1)]
 User = Annotated[str, StringConstraints(max_length=200)]
@@ -86,31 +85,3 @@ class FeedbackRequest(_Request):
         values = {"thumb": self.thumb and self.thumb == "up", "rating": self.rating, "correction": self.correction}
         values["preferred_over"] = self.rejected
         return {kind: value for kind, value in values.items() if value is not None}
-
-
-def reply(
-    *,
-    chat: bool,
-    chunk: bool,
-    answer_id: str,
-    model: str,
-    text: str,
-    finish: str | None,
-    logprobs: list[tuple[str, float]] | None,
-    usage: dict[str, int] | None,
-) -> dict[str, Any]:
-    """A completion, or a chunk of a stream of one; `logprobs`: each token's text and log-probability."""
-    choice: dict[str, Any] = {"index": 0, "finish_reason": finish, "logprobs": None}
-    if chat:
-        choice["delta" if chunk else "message"] = {"role": "assistant", "content": text}
-        if logprobs is not None:
-            content = [{"token": token, "logprob": value, "top_logprobs": []} for token, value in logprobs]
-            choice["logprobs"] = {"content": content}
-    else:
-        choice["text"] = text
-        if logprobs is not None:
-            tokens, values = [token for token, _ in logprobs], [value for _, value in logprobs]
-            choice["logprobs"] = {"tokens": tokens, "token_logprobs": values, "top_logprobs": None}
-    kind = "chat.completion" + (".chunk" if chunk else "") if chat else "text_completion"
-    content = {"id": answer_id, "object": kind, "created": int(time.time()), "model": model, "choices": [choice]}
-    return content | ({"usage": usage} if usage else {})

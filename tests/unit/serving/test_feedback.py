@@ -51,7 +51,8 @@ def test_what_gives_no_row_is_counted() -> None:
     ]
     result = feedback_rows(given, {"this film is"})
     assert result.dropped == {
-        "no_content": 1, "out_of_scale": 1, "held_out": 1, "other_prompt": 1, "no_difference": 1, "duplicate": 1, "repeated": 1,
+        "no_content": 1, "out_of_scale": 1, "held_out": 1, "other_prompt": 1, "no_difference": 1, "duplicate": 1,
+        "repeated": 1,
     }  # fmt: skip
     (rating,) = result.rows["ratings"]
     assert isinstance(rating, Rating)
