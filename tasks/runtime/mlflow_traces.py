@@ -144,12 +144,13 @@ def _texts(trace_id: str) -> tuple[str | None, str | None]:
     from mlflow.exceptions import MlflowException
 
     try:
-        (span,) = client.get_trace(trace_id, display=False).data.spans
+        spans = client.get_trace(trace_id, display=False).data.spans
     except MlflowException as error:
         if error.error_code != GONE:
             raise
         return None, None
-    return (span.inputs or {}).get("prompt"), span.outputs
+    texts = [((span.inputs or {}).get("prompt"), span.outputs) for span in spans]
+    return texts[0] if texts else (None, None)
 
 
 def delete_feedback(users: set[str]) -> int:

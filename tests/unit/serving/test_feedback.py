@@ -11,17 +11,17 @@ ANN, BOB = pseudonym("ann"), pseudonym("bob")
 NOTHING = frozenset[str]()
 
 
-def said(kind: str, value: object, *, user: str = "ann", answer_id: str = "tr-1", answer: str | None = " was good",
+def feedback(kind: str, value: object, *, user: str = "ann", answer_id: str = "tr-1", answer: str | None = " was good",
          prompt: str | None = "This film") -> Feedback:  # fmt: skip
     return Feedback(answer_id, prompt, answer, user, kind, value)  # type: ignore[arg-type]
 
 
 def test_each_kind_of_feedback_gives_its_row() -> None:
     given = [
-        said("demonstration", "was bad"),
-        said("preference", " was"),
-        said("rating", 1.0),
-        said("rating", 0.5, user=BOB),
+        feedback("demonstration", "was bad"),
+        feedback("preference", " was"),
+        feedback("rating", 1.0),
+        feedback("rating", 0.5, user=BOB),
     ]
     result = feedback_rows(given, NOTHING)
     (demonstration,), (preference,), (rating,) = (
@@ -39,15 +39,15 @@ def test_each_kind_of_feedback_gives_its_row() -> None:
 
 def test_what_gives_no_row_is_counted() -> None:
     given = [
-        said("rating", 1.0, answer=None, answer_id="tr-2"),
-        said("rating", 5.0, answer_id="tr-3"),
-        said("demonstration", " x", prompt="this  FILM is", answer_id="tr-4"),
-        said("preference", None, answer_id="tr-5"),
-        said("preference", " was good", answer_id="tr-6"),
-        said("demonstration", "twice"),
-        said("demonstration", "twice", user="bob"),
-        said("rating", -1.0),
-        said("rating", 1.0),
+        feedback("rating", 1.0, answer=None, answer_id="tr-2"),
+        feedback("rating", 5.0, answer_id="tr-3"),
+        feedback("demonstration", " x", prompt="this  FILM is", answer_id="tr-4"),
+        feedback("preference", None, answer_id="tr-5"),
+        feedback("preference", " was good", answer_id="tr-6"),
+        feedback("demonstration", "twice"),
+        feedback("demonstration", "twice", user="bob"),
+        feedback("rating", -1.0),
+        feedback("rating", 1.0),
     ]
     result = feedback_rows(given, {"this film is"})
     assert result.dropped == {
@@ -61,7 +61,7 @@ def test_what_gives_no_row_is_counted() -> None:
 
 def test_the_order_of_answers_changes_nothing() -> None:
     given = [
-        said("demonstration", f"text {number}", user=user, answer_id=f"tr-{number}")
+        feedback("demonstration", f"text {number}", user=user, answer_id=f"tr-{number}")
         for number, user in itertools.product(range(3), ["ann", "bob"])
     ]
     assert feedback_rows(given, NOTHING) == feedback_rows(given[::-1], NOTHING)
