@@ -120,22 +120,25 @@ def _span(answer: dict[str, Any], usage: dict[str, int]) -> dict[str, Any]:
 def read_feedback() -> Iterator[Feedback]:
     """Every person's feedback on served answers, the oldest answer first; what models say of them is left out."""
     for trace in _served_traces("timestamp_ms ASC"):
-        given = [
-            item for item in trace.info.assessments if item.source.source_type == "HUMAN" and item.valid is not False
-        ]
+        assessments: list[Any] = trace.info.assessments
+        given = [item for item in assessments if item.source.source_type == "HUMAN" and item.valid is not False]
         prompt, text = _texts(trace.info.trace_id) if given else (None, None)
         for item in sorted(given, key=lambda item: item.create_time_ms or 0):
-            if item.name == REJECTED:
-                other_prompt, other = _texts(str(item.value))
-                kind, value = "preference", other if other_prompt == prompt else None
-            elif isinstance(item.value, str) and item.expectation is not None:
-                kind, value = "demonstration", item.value
-            elif isinstance(item.value, bool | int | float):
-                kind = "rating"
-                value = float(item.value) if not isinstance(item.value, bool) else 1.0 if item.value else -1.0
-            else:  # words, from which no row can be made
-                continue
-            yield Feedback(trace.info.trace_id, prompt, text, str(item.source.source_id), kind, value)
+            if meaning := _meaning(item, prompt):
+                yield Feedback(trace.info.trace_id, prompt, text, str(item.source.source_id), *meaning)
+
+
+def _meaning(item: Any, prompt: str | None) -> tuple[Kind, float | str | None] | None:
+    """Kind and value of `Feedback` by an assessment's name and type; None: words, from which no row can be made."""
+    value = item.value
+    if item.name == REJECTED:
+        other_prompt, other = _texts(str(value))
+        return "preference", other if other_prompt == prompt else None
+    if isinstance(value, str):
+        return ("demonstration", value) if item.expectation is not None else None
+    if isinstance(value, bool):
+        return "rating", 1.0 if value else -1.0
+    return ("rating", float(value)) if isinstance(value, int | float) else None
 
 
 def _texts(trace_id: str) -> tuple[str | None, str | None]:
@@ -162,7 +165,7 @@ def delete_feedback(users: set[str]) -> int:
     for trace in traces:
         for item in trace.info.assessments:
             if item.source.source_id in users:
-                tracing.delete_assessment(trace.info.trace_id, item.assessment_id)
+                tracing.delete_assessment(trace.info.trace_id, str(item.assessment_id))
                 count += 1
     own = [trace.info.trace_id for trace in traces if trace.info.trace_metadata.get(USER_KEY) in users]
     for start in range(0, len(own), 100):

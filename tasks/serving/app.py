@@ -31,7 +31,7 @@ __all__ = ["LOOPBACK", "Recording", "create_app"]
 
 LOOPBACK = ("127.0.0.1", "localhost")
 MAX_BODY = 2**20  # bytes
-STATUS = {OverloadError: 429, ConfigError: 503, StageError: 503}
+STATUS: dict[type[Exception], int] = {OverloadError: 429, ConfigError: 503, StageError: 503}
 
 
 @dataclass(frozen=True)
@@ -184,12 +184,16 @@ class Front:
         recorded = random.random() < self._recording.sample
         tokens: asyncio.Queue[Token | Exception] = asyncio.Queue()
         loop = asyncio.get_running_loop()
+
+        def emit(token: Token | Exception) -> None:
+            loop.call_soon_threadsafe(tokens.put_nowait, token)
+
         job = Job(
             ids,
             wanted,
             served.generation.temperature if body.temperature is None else body.temperature,
             secrets.randbits(63) if body.seed is None else body.seed,
-            lambda token: loop.call_soon_threadsafe(tokens.put_nowait, token),
+            emit,
         )
         answer = Answer(self._access.new_id(recorded=recorded), body, served, prompt, job, tokens)
         served.engine.submit(job)
@@ -208,9 +212,11 @@ class Front:
         """New text and log-probabilities as they come; the answer is recorded before the last of them is sent."""
         self._active += 1
         try:
-            while not answer.finish:
+            done = False
+            while not done:
                 new = answer.add(await answer.tokens.get())
-                if answer.finish and user:
+                done = bool(answer.finish)
+                if done and user:
                     self._record(answer, user)
                 yield new
         finally:

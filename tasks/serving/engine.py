@@ -23,6 +23,9 @@ MAX_ROWS = 64  # jobs that are generated for at once
 POLL_SECONDS = 0.2
 
 
+Finish = Literal["stop", "length"] | None
+
+
 class OverloadError(RLHFError):
     """As many requests wait as may."""
 
@@ -32,7 +35,7 @@ class Token(NamedTuple):
 
     id: int
     logprob: float
-    finish: Literal["stop", "length"] | None
+    finish: Finish
 
 
 @dataclass(eq=False)
@@ -133,7 +136,7 @@ class _Batch:
         unfinished = []
         for position, (job, chosen, value) in enumerate(zip(jobs, token.tolist(), logprob.tolist(), strict=True)):
             last = self._steps + 1 == job.max_tokens
-            finish = "stop" if chosen == self._tokenizer.eos_token_id else "length" if last else None
+            finish: Finish = "stop" if chosen == self._tokenizer.eos_token_id else "length" if last else None
             if not job.cancelled:
                 job.emit(Token(chosen, value, finish))
                 unfinished += [] if finish else [position]
