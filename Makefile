@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-inference bench-contamination bench-flow bench-sandbox mutants clean
+.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-inference bench-contamination bench-flow bench-sandbox bench-serve mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -91,6 +91,10 @@ bench-flow: $(VENV)/.installed
 # Programs judged per second, and what the walls cost.
 bench-sandbox: $(VENV)/.installed-dev
 	python benchmarks/sandbox.py
+
+# Latency of `rlhf serve` for 1,000 requests from 32 clients to a two-layer model.
+bench-serve: $(VENV)/.installed-dev
+	python -m benchmarks.serve
 
 # PPO under eight seeds, after `make demo`.
 bench-seeds: $(VENV)/.installed

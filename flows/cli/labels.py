@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from tasks.labelling.quality import LabelSummary
     from tasks.labelling.store import LabelStore
 
-__all__ = ["app"]
+__all__ = ["announce_labels", "app", "listen"]
 
 NO_QUESTIONS = "none yet: `rlhf label sample` chooses pairs to compare"
 NO_LABELLERS = "none yet: `rlhf label add NAME` adds one, and prints a password"
@@ -74,7 +74,7 @@ def serve(
     from tasks.labelling.guidelines import Guidelines
 
     shown = Guidelines.read(guidelines) if guidelines else None
-    listener = _listen(host, port)
+    listener = listen(host, port)
     store = _open_store(database)
     state_dir().mkdir(exist_ok=True)
     app = create_app(store, load_secret(state_dir() / "label-secret"), hosts=[host, *allow_host], guidelines=shown)
@@ -227,7 +227,7 @@ def export(
     file = file or root / "data" / "labels" / "preferences.jsonl"
     changed = _write_preferences(file, export_preferences(questions, labels, aggregate=aggregate))
     if announce and changed and file.is_relative_to(root / "data"):
-        _announce_labels()
+        announce_labels()
 
 
 @app.command("import")
@@ -272,7 +272,8 @@ def _read_labels(database: str | None, names: bool) -> tuple[list[Question], lis
         return store.questions(), labels if names else hide_names(labels)
 
 
-def _listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int) -> socket.socket:
+    """Listen there; a ConfigError where another program does."""
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
         return socket.create_server((host, port), family=family)
@@ -377,11 +378,13 @@ def _write_preferences(file: Path, result: ExportResult) -> bool:
     return file.read_bytes() != before
 
 
-def _announce_labels() -> None:
-    """Announce the new data to Prefect; a missing server is no error."""
+def announce_labels() -> bool:
+    """Announce the new data to Prefect and return whether that succeeded; a missing server is no error."""
     from flows.retrain import announce_data
 
     try:
         _print(f"announced data of md5 {announce_data()}")
     except RLHFError as error:
         _print(f"not announced: {error}; `rlhf retrain` trains with these labels")
+        return False
+    return True

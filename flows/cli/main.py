@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import console, garbage, labels, models, reward, rollouts
+from flows.cli import console, feedback, garbage, labels, models, reward, rollouts, serve
 from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
@@ -33,6 +33,8 @@ app.add_typer(rollouts.app)
 app.add_typer(garbage.app)
 app.add_typer(labels.app, name="label")
 app.add_typer(reward.app, name="reward")
+app.add_typer(serve.app)
+app.add_typer(feedback.app, name="feedback")
 
 
 def _print_version(asked: bool) -> None:

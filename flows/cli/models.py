@@ -74,6 +74,10 @@ def promote(model: Model = "challenger", reason: Reason = "") -> None:
     objection = version.withdrawal or (None if version.accepted else f"the gate refused it: {version.tags['reasons']}")
     if objection and not reason.strip():
         raise ConfigError(f"version {version.number}: {objection}. Promote it all the same with --reason TEXT")
+    from tasks.runtime.provenance import restore_weights
+
+    with TemporaryDirectory(prefix="rlhf-model-") as folder:
+        restore_weights(version, Path(folder))  # else nobody could serve it
     registry.set_champion(version, by=_user(), reason=reason.strip())
     console.print(f"version {version.number} ({version.policy}) is the champion; `rlhf rollback` undoes it")
 
@@ -250,6 +254,7 @@ def _lineage_dict(version: Version) -> dict[str, Any]:
         "weights": dict(version.weights),
         "data_md5": version.tags["data.md5"],
         "decision": _gate_decision(version),
+        "deleted_feedback": dict(version.deleted_users),
         **provenance_of(version).model_dump(mode="json"),
     }
 
@@ -276,6 +281,10 @@ def _print_lineage(version: Version) -> None:
         "made on": "  ".join(f"{key}={value}" for key, value in origin.machine_facts().items()) or "not recorded",
         "gate": f"{'accepted' if version.accepted else 'refused'}: {version.tags['reasons']}",
         **{key: value for key, value in _gate_decision(version).items() if "." in key and value},
+        **{
+            f"feedback of {user}": f"deleted {at}, after this version was trained on it"
+            for user, at in version.deleted_users.items()
+        },
     }
     for key, value in facts.items():
         console.print(f"[bold]{key:<14}[/] {escape(str(value))}")

@@ -13,8 +13,8 @@ from tasks.core.errors import ConfigError
 from tasks.runtime.mlflow_store import open_store
 
 __all__ = [
-    "CHAMPION", "MODEL", "Version", "champion", "find", "mark_refused", "register", "roll_back", "set_champion",
-    "versions", "withdraw",
+    "CHAMPION", "MODEL", "Version", "champion", "find", "mark_deleted", "mark_refused", "register", "roll_back",
+    "set_champion", "versions", "withdraw",
 ]  # fmt: skip
 
 MODEL = "rlhf-policy"
@@ -23,6 +23,7 @@ CHAMPION, CHALLENGER = "champion", "challenger"
 FORMER_CHAMPIONS_TAG = "former_champions"  # the model's: numbers of versions, the latest last; a rollback removes it
 
 PROMOTED, WITHDRAWN = "promoted", "withdrawn"
+DELETED = "deleted_feedback."  # and a user's pseudonym: a tag of versions that were trained on her feedback
 DECISION_FIELDS = ("by", "at", "reason")  # of a decision's tags of a version: `promoted.by`, …
 
 
@@ -49,6 +50,11 @@ class Version:
             return None
         by, at, reason = (self.tags[f"{WITHDRAWN}.{field}"] for field in DECISION_FIELDS)
         return f"{by} withdrew it at {at}" + (f": {reason}" if reason else "")
+
+    @property
+    def deleted_users(self) -> Mapping[str, str]:
+        """Pseudonyms of users whose feedback it was trained on, with the time when that was deleted."""
+        return {key.removeprefix(DELETED): at for key, at in self.tags.items() if key.startswith(DELETED)}
 
 
 def versions() -> list[Version]:
@@ -115,6 +121,11 @@ def register(policy: str, weights: Mapping[str, str], tags: Mapping[str, str]) -
 def mark_refused(version: Version, reason: str) -> None:
     """Mark a version that the gate had accepted as refused for this reason."""
     _tag(version.number, {"accepted": str(False), "reasons": reason})
+
+
+def mark_deleted(version: Version, user: str) -> None:
+    """Record that feedback of this user, which the version was trained on, has been deleted."""
+    _tag(version.number, {f"{DELETED}{user}": datetime.now(UTC).isoformat(timespec="seconds")})
 
 
 def set_champion(version: Version, *, by: str, reason: str = "") -> None:

@@ -35,7 +35,10 @@ DOORS = {
         f"flows/{name}.py"
         for name in ("pipeline", "prefect_runs", "retrain", "schedule", "services", "temporary_server")
     },
-    "mlflow": {f"tasks/runtime/{name}.py" for name in ("mlflow_pipeline", "mlflow_runs", "mlflow_store", "registry")},
+    "mlflow": {
+        f"tasks/runtime/{name}.py"
+        for name in ("mlflow_pipeline", "mlflow_runs", "mlflow_store", "mlflow_traces", "registry")
+    },
     "dvc": {f"tasks/runtime/{name}.py" for name in ("dvc_repo", "dvc_stages")},
     "ruamel": {"tasks/config/params.py", "tasks/config/yaml_text.py"},
     "openai": {"tasks/evals/llm_judge.py"},
@@ -46,7 +49,20 @@ DOORS = {
 PURE = ["advantages", "hacking", "kl", "losses", "masking"]
 
 # Packages from the lowest to the highest. A module imports from its own package and from lower ones.
-ROOMS = ["core", "config", "data", "runtime", "models", "rewards", "rl", "evals", "labelling", "stages", "flows"]
+ROOMS = [
+    "core",
+    "config",
+    "data",
+    "runtime",
+    "models",
+    "rewards",
+    "rl",
+    "evals",
+    "labelling",
+    "serving",
+    "stages",
+    "flows",
+]
 
 # Config modules that are inputs of stages: names that libraries share, and the defaults of rules, which need no entry
 # in params.yaml. Every other default is written there, so what the other modules hold changes no result.
