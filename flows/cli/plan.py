@@ -51,7 +51,7 @@ def plan(
     )
     if None in folders:
         console.print("Lengths of rows are assumed: `rlhf run prepare`, and they are counted.")
-    for item in memory_misfits(plans, {found.stage for found in plans}, blocks=True):
+    for item in memory_misfits(plans, {found.stage for found in plans}, hardware, blocks=True):
         print_warning(f"does not fit: {item}")
 
 
@@ -69,7 +69,7 @@ def check_memory(stages: Collection[str], *, ranks: int, blocks: bool) -> "list[
         minutes = sum(item.seconds for item in plans) / 60
         needs = f"{most.memory.total / 1e9:.1f} of {hardware.memory / 1e9:.1f} GB ({most.stage})"
         console.print(f"[dim]plan: at most {needs}, about {minutes:.0f} min on {hardware.name} (rlhf plan)[/]")
-    return list(memory_misfits(plans, stages, blocks=blocks))
+    return list(memory_misfits(plans, stages, hardware, blocks=blocks))
 
 
 def _fresh_folders() -> tuple[Path | None, Path | None]:

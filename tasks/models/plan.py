@@ -6,6 +6,7 @@ any architecture. The rest are formulas. Python itself, a CUDA context and the a
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from contextlib import nullcontext, redirect_stdout
 from copy import deepcopy
@@ -172,11 +173,16 @@ def tiled_logits(size: ModelSize, tokens: float, *, backward: bool) -> float:
     return rows * TILE_WIDTH * size.itemsize + copies + 2 * tokens * size.config.hidden_size * 4
 
 
-def policy_logits(size: ModelSize, rows: float, length: float, *, copies: float) -> float:
-    """Bytes of the logits of responses in `tasks.rl.policy`: float32, on a GPU the bfloat16 ones too; and per row of
-    the batch three temporary ones."""
+def policy_logits(size: ModelSize, rows: float, length: float, *, copies: float, temporary: float) -> float:
+    """Bytes of the logits of responses in `tasks.rl.policy`: float32, on a GPU the bfloat16 ones too; and `temporary`
+    tensors of a row of the batch."""
     own = length * size.config.vocab_size
-    return rows * own * (4 * copies + 2 * size.on_gpu) + 3 * own * 4
+    return rows * own * (4 * copies + 2 * size.on_gpu) + temporary * own * 4
+
+
+def not_at_once(work: float, logits: float) -> float:
+    """What intermediate results need beyond the memory of the logits, which are not there at the same time."""
+    return max(work - logits, 0.0)
 
 
 def head_gradient(size: ModelSize) -> float:
@@ -186,7 +192,7 @@ def head_gradient(size: ModelSize) -> float:
 
 def trainer_phases(
     size: ModelSize, key: str, batch: int, length: int, *, devices: int = 1, rows: int = 1, head: str = "tiled",
-    beside: float = 0, evaluates: bool = False,
+    beside: float = 0, examples: float = math.inf, heldout: int = 0,
 ) -> list[Phase]:  # fmt: skip
     """Phases of a step of a trainer of Hugging Face.
 
@@ -194,7 +200,8 @@ def trainer_phases(
         rows: sequences of an example, 2 of a pair.
         head: `tiled` logits, all at once (`full`: ORPO and SimPO), or a `score`.
         beside: bytes of other models, as the reference of all parameters.
-        evaluates: whether held-out rows are read as well, four batches at once.
+        examples: how many there are, which a batch can hold at most.
+        heldout: how many held-out ones are read as well, four batches at once.
     """
     kept, logits_of = size.activations(length, autocast=True), {"tiled": tiled_logits, "score": lambda *_, **__: 0.0}
     weights, moments = size.weights + beside, 8.0 * size.trained
@@ -208,16 +215,17 @@ def trainer_phases(
     own = 0.0 if head == "score" else head_gradient(size)
 
     def backward(batch: int) -> Memory:
-        count = batch * rows / devices
-        work = size.workspace(count * length, backward=True)
-        return Memory(weights, own, moments, kept(count) + work, logits(count * length, backward=True))
+        count = min(batch, examples) * rows / devices
+        work, own_logits = size.workspace(count * length, backward=True), logits(count * length, backward=True)
+        return Memory(weights, own, moments, kept(count) + not_at_once(work, own_logits), own_logits)
 
     def evaluation(batch: int) -> Memory:
-        tokens = 4 * batch * rows / devices * length
-        return Memory(weights, 0, moments, size.workspace(tokens), logits(tokens, backward=False))
+        tokens = min(4 * batch, heldout) * rows / devices * length
+        own_logits = logits(tokens, backward=False)
+        return Memory(weights, 0, moments, not_at_once(size.workspace(tokens), own_logits), own_logits)
 
     step = Phase(key, batch, lambda batch: Memory(weights, gradients + own, moments))
-    return [Phase(key, batch, backward), step, *([Phase(key, batch, evaluation)] if evaluates else [])]
+    return [Phase(key, batch, backward), step, *([Phase(key, batch, evaluation)] if heldout else [])]
 
 
 def sampling_phases(
@@ -243,12 +251,18 @@ def sampling_phases(
         tokens, rows = prompts / devices * prompt, prompts * samples / devices
         states = values * (size.depth + 1) * tokens * width * size.itemsize
         weights, cache = size.weights + beside + packed, size.cache(rows * (prompt + response))
-        return Memory(weights, gradients, optimiser, size.workspace(tokens) + states, 4 * rows * vocabulary * 4, cache)
+        logits = 4 * rows * vocabulary * 4
+        return Memory(
+            weights, gradients, optimiser, not_at_once(size.workspace(tokens) + states, logits), logits, cache
+        )
 
     def scoring(prompts: int) -> Memory:
         rows = prompts * samples / devices
-        work, logits = size.workspace(rows * (prompt + response)), policy_logits(size, rows, response, copies=1)
-        return Memory(size.weights + beside, gradients, optimiser, work, logits)
+        tokens, logits = rows * (prompt + response), policy_logits(size, rows, response, copies=1, temporary=1)
+        work = 2 * tokens * width * size.itemsize
+        return Memory(
+            size.weights + beside, gradients, optimiser, work + not_at_once(size.workspace(tokens), logits), logits
+        )
 
     return [*([Phase(key, prompts, sampling)] if own_engine else []), Phase(key, prompts, scoring)]
 
@@ -271,10 +285,10 @@ def update_phases(
 
     def backward(rows: int) -> Memory:
         read = min(rows, step_rows)
-        logits = policy_logits(size, read, length, copies=copies)
+        logits = policy_logits(size, read, length, copies=copies, temporary=2)
         work = size.workspace(read * (prompt + length), backward=True)
         earlier = gradients if rows < step_rows else head_gradient(size)
-        return Memory(weights, earlier, moments, kept(read) + work, logits)
+        return Memory(weights, earlier, moments, kept(read) + not_at_once(work, logits), logits)
 
     sampling = sampling_phases(
         size, f"{stage}.prompts_per_update", params.prompts_per_update, prompt, length, own_engine=own_engine,

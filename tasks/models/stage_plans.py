@@ -169,7 +169,8 @@ class _Planner:
         phases = trainer_phases(
             size, f"{stage}.batch_size", section.batch_size, max(own), devices=self.hardware.count, rows=rows,
             head="score" if kind else "tiled" if reference or not loss else "full",
-            beside=size.weights if reference and params.lora is None else 0, evaluates=stage == "sft",
+            beside=size.weights if reference and params.lora is None else 0, examples=len(own),
+            heldout=getattr(section, "max_validation_examples", 0),
         )  # fmt: skip
         tokens = section.epochs * rows * sum(own)
         flops = size.training_flops(tokens, max(own)) + reference * size.forward_flops(tokens, max(own))
@@ -240,10 +241,12 @@ def plan_stages(
     return [planner.plan(name, mfu or MFU[hardware.on_gpu]) for name in names]
 
 
-def memory_misfits(plans: Sequence[StagePlan], stages: Collection[str], *, blocks: bool) -> Iterator[Misfit]:
+def memory_misfits(
+    plans: Sequence[StagePlan], stages: Collection[str], hardware: Hardware, *, blocks: bool
+) -> Iterator[Misfit]:
     """The settings of those of these stages that do not fit into memory."""
     for plan in plans:
         if plan.stage in stages and not plan.fits:
-            reason = f"needs {plan.memory.total / 1e9:.1f} GB of memory"
+            reason = f"needs {plan.memory.total / 1e9:.1f} of {hardware.memory / 1e9:.1f} GB; --anyway runs it"
             cure = "" if plan.largest else ": a smaller base_model, or lora in place of all parameters"
             yield Misfit(plan.stage, plan.key, plan.value, str(plan.largest or ""), reason + cure, blocks)

@@ -24,7 +24,7 @@ from tasks.core.rows import Preference, Prompt
 from tasks.dpo import make_trainer as make_dpo_trainer
 from tasks.models.encoding import EncodedRow
 from tasks.models.hf_training import trainer_arguments, trainer_config
-from tasks.models.loading import freeze_for_onednn, lora_config, make_trainable
+from tasks.models.loading import freeze_for_onednn, init_process, lora_config, make_trainable
 from tasks.models.plan import Memory, ModelSize, Phase, trainer_phases, update_phases
 from tasks.models.stage_plans import GPUS, Hardware, known_gpu, memory_misfits, plan_stages
 from tasks.rewards.training import TrainingData
@@ -106,7 +106,7 @@ def sft(of: LlamaConfig, lora: LoraParams | None, batch: int, length: int, *, ev
         if evaluates:
             trainer.evaluate()
     size = ModelSize(of, lora, on_gpu=False)
-    return measured.peak, worst(trainer_phases(size, "batch", batch, length, evaluates=evaluates))
+    return measured.peak, worst(trainer_phases(size, "batch", batch, length, heldout=len(rows) if evaluates else 0))
 
 
 def trained_peak(trainer: Trainer, *beside: Any) -> float:
@@ -199,6 +199,7 @@ SHAPES: dict[str, Callable[[], tuple[float, float]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("shape", SHAPES)
 def test_planned_memory_is_within_15_percent_of_what_lives_at_once(shape: str) -> None:
+    init_process()
     measured, planned = SHAPES[shape]()
     print(f"{shape}: measured {measured / 1e6:.2f} MB, planned {planned / 1e6:.2f} MB, {planned / measured - 1:+.1%}")
     assert planned == pytest.approx(measured, rel=0.15)
@@ -263,10 +264,10 @@ def test_what_does_not_fit_names_the_setting_and_the_value_that_fits() -> None:
     room = Hardware("test", 8e9, 1e12, 1e11, on_gpu=False)
     plans = plan_stages(params, None, None, room)
     assert all(plan.fits for plan in plans)
-    assert not list(memory_misfits(plans, {"sft", "ppo"}, blocks=True))
+    assert not list(memory_misfits(plans, {"sft", "ppo"}, room, blocks=True))
     sft_plan = plans[0]
     half = Hardware("test", sft_plan.memory.total / 2, 1e12, 1e11, on_gpu=False)
-    (found,) = memory_misfits(plan_stages(params, None, None, half)[:1], {"sft"}, blocks=True)
+    (found,) = memory_misfits(plan_stages(params, None, None, half)[:1], {"sft"}, half, blocks=True)
     assert (found.key, found.value) == ("sft.batch_size", 8)
     assert 1 <= int(found.suggestion) < 8
     lower = params.model_copy(update={"sft": params.sft.model_copy(update={"batch_size": int(found.suggestion)})})
