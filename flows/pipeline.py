@@ -21,6 +21,7 @@ from prefect.runtime import flow_run
 from prefect.states import Completed
 
 from flows.cli import console
+from flows.cli.plan import check_memory
 from flows.executor import Execution, ensure_stage, stage_log_path, visible_gpus
 from flows.prefect_runs import device_slot, hold_flow_run, reporting
 from flows.processes import children_terminated, limit_exit_time, project_lock
@@ -88,12 +89,14 @@ def pipeline(
     parallel: int = 0,
     timeout: float | None = None,
     ranks: int = 1,
+    anyway: bool = False,
 ) -> list[Outcome]:
     """Bring the named stages and what they need up to date; all of them by default.
 
     Stages run one after another on this thread: torch's random state is global, and a direct call can be cancelled.
     With `parallel` or `timeout` each runs in a process of its own instead; what they write is the same. A ConfigError
-    if both `parallel` and `ranks` ask for several processes, or params.yaml does not fit: see `tasks.data.fit`.
+    if both `parallel` and `ranks` ask for several processes, or params.yaml does not fit: see `tasks.data.fit` and
+    `tasks.models.stage_plans`.
 
     Args:
         stages: names in dvc.yaml; None for all.
@@ -104,6 +107,7 @@ def pipeline(
         parallel: run up to so many stages at once, where none needs another; 0 for one after another.
         timeout: seconds after which a stage counts as hung and is ended; `retries` may try it again.
         ranks: how many processes of this machine share the work of each stage that trains, a GPU each where there are.
+        anyway: run also what does not fit into memory.
     """
     if parallel > 1 and ranks > 1:
         raise ConfigError(f"--parallel {parallel} and --ranks {ranks}: both share out the machine; choose one")
@@ -120,7 +124,8 @@ def pipeline(
             dvc_repo.check_remote()
             dvc_repo.pull_data()
         with mlflow_pipeline.pipeline_run(run_id, parameters) as record, mlflow_pipeline.export_run_ids(record, run_id):
-            for outcome in _run_checked(plan, _runner(bind, parallel=parallel, timeout=timeout, ranks=ranks)):
+            runner = _runner(bind, parallel=parallel, timeout=timeout, ranks=ranks)
+            for outcome in _run_checked(plan, runner, anyway=anyway, ranks=ranks):
                 record.log_stage(outcome)
                 outcomes.append(outcome)
                 if push and outcome.result == "executed":
@@ -169,8 +174,10 @@ def _push_outputs(name: str) -> None:
         console.print_warning(f"not sent to the DVC remote, tried again at the end: {error}")
 
 
-def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterator[Outcome]:
-    """Run the plan; before the stages that train, compare params.yaml with the data and the base model."""
+def _run_checked(
+    plan: Plan, run: Callable[[Plan], Iterator[Outcome]], *, anyway: bool, ranks: int
+) -> Iterator[Outcome]:
+    """Run the plan; before the stages that train, compare params.yaml with the data, the base model and the memory."""
     from tasks.data.fit import READS, format_misfits, project_misfits
 
     if not set(READS) <= set(plan):
@@ -179,8 +186,10 @@ def _run_checked(plan: Plan, run: Callable[[Plan], Iterator[Outcome]]) -> Iterat
     first = resolve_plan(list(READS))
     yield from run(first)
     rest = {name: tuple(need for need in plan[name] if need not in first) for name in plan if name not in first}
-    runs = any(item.stage in rest and not item.in_run_cache for item in dvc_stages.stale_stages())
+    runs = {item.stage for item in dvc_stages.stale_stages() if item.stage in rest and not item.in_run_cache}
     found = [item for item in project_misfits() if item.stage in rest] if runs else []
+    if not any(item.blocks for item in found):
+        found += check_memory(runs, ranks=ranks, blocks=not anyway)
     if blocking := [item for item in found if item.blocks]:
         raise ConfigError(format_misfits(blocking))
     for item in found:

@@ -14,7 +14,7 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from flows.cli import console, feedback, garbage, labels, models, reward, rollouts, serve
+from flows.cli import console, feedback, garbage, labels, models, plan, reward, rollouts, serve
 from flows.processes import ERROR_VARIABLE, die_with_parent, end_soon, project_lock, write_error
 from tasks.core.errors import ConfigError, RLHFError, StageError, disk_errors
 from tasks.core.paths import stage_dir
@@ -31,6 +31,7 @@ app.add_typer(data, name="data")
 app.add_typer(models.app)
 app.add_typer(rollouts.app)
 app.add_typer(garbage.app)
+app.add_typer(plan.app)
 app.add_typer(labels.app, name="label")
 app.add_typer(reward.app, name="reward")
 app.add_typer(serve.app)
@@ -82,6 +83,7 @@ def run(
     parallel: Annotated[int, typer.Option(min=0, help="Run up to so many stages at once, each its own process.")] = 0,
     timeout: Annotated[float | None, typer.Option(min=1, help="Seconds after which a stage is ended as hung.")] = None,
     ranks: Annotated[int, typer.Option(min=1, help="Let so many processes share the training, a GPU each.")] = 1,
+    anyway: Annotated[bool, typer.Option(help="Run also what does not fit into memory, by `rlhf plan`.")] = False,
     seeds: Annotated[int, typer.Option(min=1, help="Run under so many seeds, and compare those.")] = 1,
     seeds_of: Annotated[
         Literal["policy", "all"], typer.Option(help="What the seeds differ in: the policies' training, or all stages.")
@@ -94,7 +96,7 @@ def run(
 
         dvc_stages.check_names(stages, dvc_stages.graph())
     options: dict[str, Any] = {"force": force, "pull": pull, "push": push, "retries": retries}
-    options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks}
+    options |= {"parallel": parallel, "timeout": timeout, "ranks": ranks, "anyway": anyway}
     resume_hint = "it goes on from the last checkpoint" if seeds == 1 else "what was computed is restored"
     with console.handle_interrupt(resume_hint), project_lock(console.print_waiting):
         _apply_overrides(root, preset, setting or [])
@@ -333,13 +335,15 @@ def _apply_overrides(root: Path, preset: str | None, settings: list[str]) -> Non
 
 
 def _fit(root: Path, options: dict[str, Any]) -> None:
-    """Write every suggestion of the comparison with data and model into params.yaml; one may uncover another."""
+    """Write every suggestion, by data, model and memory, into params.yaml; one may uncover another."""
     from flows.pipeline import pipeline
     from tasks.data.fit import READS, project_misfits
+    from tasks.runtime import dvc_stages
 
     for _ in range(3):
         pipeline(list(READS), **options | {"force": False})
-        settings = [f"{item.key}={item.suggestion}" for item in project_misfits() if item.suggestion]
+        found = project_misfits() or plan.check_memory(dvc_stages.graph(), ranks=options["ranks"], blocks=True)
+        settings = [f"{item.key}={item.suggestion}" for item in found if item.suggestion]
         if not settings:
             return
         _apply_overrides(root, None, settings)

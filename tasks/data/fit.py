@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from tasks.config.rules import RuleOptions
     from tasks.config.training import RewardModelParams
 
-__all__ = ["READS", "Misfit", "find_misfits", "format_misfits", "project_misfits"]
+__all__ = ["READS", "Misfit", "find_misfits", "format_misfits", "project_misfits", "row_lengths"]
 
 READS = ("base_model", "prepare")
 """The stages whose outputs are compared with params.yaml."""
@@ -98,6 +98,13 @@ def find_misfits(params: Params, base_model: Path, prepare: Path) -> list[Misfit
         *_answer_misfits(params, rows),
         *_package_misfits(params),
     ]
+
+
+def row_lengths(params: Params, base_model: Path, prepare: Path) -> dict[str, list[int]]:
+    """Stage → tokens of each row that it trains on, before any limit; and those of the training `prompts`."""
+    tokens, rows = TokenCounter(base_model / "model"), PreparedRows(params, prepare)
+    found = {stage: files[0] for stage, files in _row_lengths(params, rows, tokens).items()}
+    return found | {"prompts": tokens.prompts([row.prompt for row in rows.prompts["train"]])}
 
 
 def format_misfits(found: Sequence[Misfit]) -> str:

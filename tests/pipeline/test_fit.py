@@ -32,3 +32,11 @@ def test_a_run_is_refused_whole_and_fit_mends_it(tiny_copy: Project) -> None:
     assert "evaluate.prompts: 99 → " in output
     assert "✓ preferences      ran" in output
     assert [row for row in json.loads(tiny_copy.rlhf("status", "--json")) if row["action"] == "refuse"] == []
+
+
+def test_what_cannot_fit_into_memory_is_refused_before_anything_trains(tiny_copy: Project) -> None:
+    refused = tiny_copy.rlhf("run", "ppo", "-S", "ppo.samples_per_prompt=10000000", expect=1)
+    assert "plan: at most" in refused
+    assert "  ppo.prompts_per_update: 4  (needs " in refused
+    assert "--anyway runs it" in refused
+    assert "sft" not in [line.split()[1] for line in refused.splitlines() if line[:1] in "✓▸"]
