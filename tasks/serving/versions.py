@@ -106,17 +106,21 @@ class Versions:
                 self.problems[name] = f"the registry does not answer: {first_line(error)}"
                 continue
             if name in self.served and self.served[name].number == version.number:
-                self.problems.pop(name, None)
+                self._clear(name)
             elif self._failed.get(name) != version.number:
                 await self._replace(name, version)
 
     async def _replace(self, name: str, version: Version) -> None:
         try:
             self._switch(name, await asyncio.to_thread(self._load, version))
-            self.problems.pop(name, None)
+            self._clear(name)
         except Exception as error:  # of whatever kind: a bad version must not end the good one
             self._failed[name] = version.number
             self.problems[name] = f"version {version.number} is not served: {first_line(error)}"
+
+    def _clear(self, name: str) -> None:
+        self.problems.pop(name, None)
+        self._failed.pop(name, None)
 
     def _switch(self, name: str, new: Served | None) -> None:
         old = self.served.pop(name, None)

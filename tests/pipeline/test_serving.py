@@ -6,6 +6,7 @@ import shutil
 import signal
 import sqlite3
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -14,6 +15,7 @@ from typing import Any
 
 import httpx
 import pytest
+from ruamel.yaml import YAML
 
 from tests.pipeline.conftest import PATIENCE, Project, wait_for
 
@@ -21,6 +23,12 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(3600)]
 
 CLIENTS = 20
 ASK = {"prompt": "the film", "max_tokens": 8}
+CORRECTIONS = [
+    "was so good that I would see it again with all of my friends",
+    "bored everybody in the room until the lights came on at last",
+    "has three actors who carry a thin plot to its very happy end",
+    "looks cheap but its jokes are quick and most of them are new",
+]
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +105,7 @@ def test_a_switch_of_the_champion_drops_no_request(champions: Project) -> None:
             return bool(switched) and time.monotonic() > switched[0] + 2
 
         with concurrent.futures.ThreadPoolExecutor(1) as person:
-            undone = person.submit(champions.command, "python", "-m", "flows.cli.main", "rollback")
+            undone = person.submit(champions.command, sys.executable, "-m", "flows.cli.main", "rollback")
             answers = hammer(server, done)
             undone.result()
     assert {version for _, version in answers} == {"1", "2"}
@@ -107,8 +115,8 @@ def test_a_switch_of_the_champion_drops_no_request(champions: Project) -> None:
 
 def test_a_terminated_server_answers_first_what_it_was_asked(champions: Project) -> None:
     with serving(champions) as server, concurrent.futures.ThreadPoolExecutor(1) as client:
-        asked = client.submit(server.answer, max_tokens=100, temperature=0)
-        wait_for(lambda: server.client.get("/health").json()["active"] == 1)
+        asked = client.submit(server.answer, max_tokens=450, temperature=0)
+        wait_for(lambda: server.client.get("/health").json()["active"] == 1 or asked.done())
         server.process.send_signal(signal.SIGTERM)
         assert asked.result()["usage"]["completion_tokens"] > 0
         server.process.wait(PATIENCE)
@@ -137,18 +145,15 @@ def test_acknowledged_feedback_survives_a_kill_and_an_mlflow_that_is_away(champi
 def test_a_version_says_that_it_was_trained_on_what_was_deleted(champions: Project, tmp_path: Path) -> None:
     project = champions.copy(tmp_path / "project")
     with serving(project) as server:
-        for number in range(3):
+        for number, text in enumerate(CORRECTIONS):
             answer = server.answer(user="ann", prompt=f"the film {number}")
-            server.post("feedback", {"id": answer["id"], "user": "ann", "correction": f"was good {number}"})
+            server.post("feedback", {"id": answer["id"], "user": "ann", "correction": text})
     project.rlhf("feedback", "pull")
-    assert len(rows(project, "demonstrations")) >= 3
-    source = "{name: feedback, kind: local, row_type: demonstrations, id: data/feedback/demonstrations.jsonl}"
-    given = project.command(
-        "python",
-        "-c",
-        "import yaml, json; print(json.dumps(yaml.safe_load(open('params.yaml'))['collect']['sources']))",
-    )
-    sources = f"{given.strip()[:-1]}, {source}]"
+    assert len(rows(project, "demonstrations")) >= len(CORRECTIONS)
+    source = {"name": "feedback", "kind": "local", "row_type": "demonstrations"}
+    source["id"] = "data/feedback/demonstrations.jsonl"
+    given = YAML(typ="safe").load(project.root / "params.yaml")["collect"]["sources"]
+    sources = json.dumps([*given, source])
     project.rlhf("run", "-S", f"collect.sources={sources}")
     project.rlhf("retrain")
     output = project.rlhf("feedback", "delete", "ann")

@@ -152,6 +152,10 @@ def test_a_new_champion_takes_over_and_a_broken_one_does_not(server: Server) -> 
     reply, health = server.run((COMPLETE, ASK), ("/health", {}))
     assert reply.json()["model"] == "2"
     assert "neither the DVC cache nor a DVC remote has version 3" in health.json()["problems"]["champion"]
+    server.aliases["champion"] = 2
+    assert server.run(("/health", {}))[0].json()["problems"] == {}
+    server.broken, server.aliases["champion"] = set(), 3
+    assert server.run((COMPLETE, ASK))[0].json()["model"] == "3", "it is tried again once it could be had"
 
 
 def test_a_share_of_the_users_stays_with_the_canary(tmp_path: Path) -> None:
