@@ -148,7 +148,7 @@ class _Planner:
         if own := self._lengths.get(stage, [])[:limit]:
             return own
         words = self.params.prepare.prompt_words if stage == "prompts" else self.params.prepare.max_words
-        setting = getattr(getattr(self.params, stage, None), "max_length", "auto")
+        setting: Any = getattr(getattr(self.params, stage, None), "max_length", "auto")
         return [int(TOKENS_PER_WORD * words) + 2 if setting == "auto" else setting] * limit
 
     def size(self, *, score: bool = False, first_layer: int = 0) -> ModelSize:
