@@ -16,7 +16,7 @@ from tasks.config.base import LEARNED
 from tasks.core.errors import ConfigError
 from tasks.data.fit import Misfit, row_lengths
 from tasks.models.fetch import READERS
-from tasks.models.loading import MODEL_DIR
+from tasks.models.loading import MODEL_DIR, init_process
 from tasks.models.plan import Memory, ModelSize, Phase, sampling_phases, trainer_phases, update_phases
 
 if TYPE_CHECKING:
@@ -233,6 +233,7 @@ def plan_stages(
     Raises:
         ConfigError: the base model's configuration is not on this machine.
     """
+    init_process()  # which silences the libraries
     lengths = row_lengths(params, base_model, prepare) if base_model and prepare else {}
     planner = _Planner(params, base_config(params, base_model), lengths, hardware)
     names = [name for name in STAGES if getattr(params, name) is not None]
