@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -20,7 +20,13 @@ __all__ = ["app", "check_memory"]
 
 app = typer.Typer()
 
-PARTS = ("weights", "gradients", "optimiser", "activations", "logits", "cache")
+ANY = 1_000_000  # batches are smaller, so a larger one fits whatever it is
+
+PARTS = {
+    "weights": "weights", "gradients": "gradients", "optimiser": "Adam", "activations": "activations",
+    "logits": "logits", "cache": "keys, values",
+}  # fmt: skip
+"""Part of the memory → heading."""
 
 
 @app.command()
@@ -83,21 +89,21 @@ def _fresh_folders() -> tuple[Path | None, Path | None]:
 
 
 def _print_plans(plans: "Sequence[StagePlan]", hardware: "Hardware", price: float | None) -> None:
-    """Print the memory of the stages in GB by part, then their batches and time."""
+    """Print the memory of the stages by part, then their batches and time."""
     table = Table("stage", title="Memory at the worst moment, GB", title_justify="left")
-    for heading in ("trained", *PARTS, "sum", "fits"):
+    for heading in (*PARTS.values(), "sum", "fits"):
         table.add_column(heading, justify="right")
     for item in plans:
-        cells = [f"{getattr(item.memory, part) / 1e9:.2f}" for part in PARTS]
+        sizes = [getattr(item.memory, part) for part in PARTS]
         fits = "yes" if item.fits else "[red]no[/]"
-        table.add_row(item.stage, f"{item.trained / 1e6:,.2f} M", *cells, f"{item.memory.total / 1e9:.2f}", fits)
+        table.add_row(item.stage, *(f"{size / 1e9:.3g}" for size in (*sizes, sum(sizes))), fits)
     print_table(table)
-    table = Table("stage", "setting", title="Batches and time", title_justify="left")
-    for heading in ("set", "largest", "tokens", "TFLOPs", "hours", *(["cost"] if price is not None else [])):
+    table = Table("stage", "setting", title="Largest batch that fits, and time", title_justify="left")
+    for heading in ("set", "largest", "trained", "tokens", "TFLOPs", "hours", *(["cost"] if price is not None else [])):
         table.add_column(heading, justify="right")
     for item in plans:
-        row: list[Any] = [item.stage, item.key, str(item.value), f"{item.largest:,}", f"{item.tokens:,.0f}"]
-        hours = item.seconds / 3600
-        row += [f"{item.flops / 1e12:,.0f}", f"{hours:.2f}"]
+        hours, largest = item.seconds / 3600, f"{item.largest:,}" if item.largest < ANY else "any"
+        row = [item.stage, item.key.partition(".")[2], f"{item.value}", largest, f"{item.trained / 1e6:.3g} M"]
+        row += [f"{item.tokens:,.0f}", f"{item.flops / 1e12:,.0f}", f"{hours:.3g}"]
         table.add_row(*row, *([f"{hours * hardware.count * price:,.2f}"] if price is not None else []))
     print_table(table)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import nullcontext, redirect_stdout
+from contextlib import nullcontext, redirect_stderr
 from copy import deepcopy
 from dataclasses import dataclass, fields
 from io import StringIO
@@ -99,7 +99,7 @@ class ModelSize:
         kind: Any = AutoModelForSequenceClassification if self._score else AutoModelForCausalLM
         if self._score:
             config.num_labels, config.pad_token_id = 1, 0
-        with torch.random.fork_rng(devices=[]), torch.device("meta"), redirect_stdout(StringIO()):
+        with torch.random.fork_rng(devices=[]), torch.device("meta"), redirect_stderr(StringIO()):
             base = kind.from_config(config, dtype=torch.bfloat16 if self.on_gpu else torch.float32)
             head = "score" if self._score else None
             base.requires_grad_(False)

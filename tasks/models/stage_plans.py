@@ -16,7 +16,7 @@ from tasks.config.base import LEARNED
 from tasks.core.errors import ConfigError
 from tasks.data.fit import Misfit, row_lengths
 from tasks.models.fetch import READERS
-from tasks.models.loading import MODEL_DIR
+from tasks.models.loading import MODEL_DIR, init_process
 from tasks.models.plan import Memory, ModelSize, Phase, sampling_phases, trainer_phases, update_phases
 
 if TYPE_CHECKING:
@@ -148,7 +148,7 @@ class _Planner:
         if own := self._lengths.get(stage, [])[:limit]:
             return own
         words = self.params.prepare.prompt_words if stage == "prompts" else self.params.prepare.max_words
-        setting = getattr(getattr(self.params, stage, None), "max_length", "auto")
+        setting: Any = getattr(getattr(self.params, stage, None), "max_length", "auto")
         return [int(TOKENS_PER_WORD * words) + 2 if setting == "auto" else setting] * limit
 
     def size(self, *, score: bool = False, first_layer: int = 0) -> ModelSize:
@@ -233,6 +233,7 @@ def plan_stages(
     Raises:
         ConfigError: the base model's configuration is not on this machine.
     """
+    init_process()  # which silences the libraries
     lengths = row_lengths(params, base_model, prepare) if base_model and prepare else {}
     planner = _Planner(params, base_config(params, base_model), lengths, hardware)
     names = [name for name in STAGES if getattr(params, name) is not None]

@@ -58,7 +58,7 @@ def family_tokenizer(family: str) -> PreTrainedTokenizerFast:
     start, turn, answer = MARKS[family]
     if start:
         tokenizer.add_special_tokens({"bos_token": start})
-    tokenizer.chat_template = f"{start}{turn}{{{{ messages[0]['content'] }}}}{answer}"
+    tokenizer.chat_template = f"{start}{turn}{{{{ messages[0]['content'] }}}}{{{{ {answer!r} }}}}"
     return tokenizer
 
 
@@ -66,10 +66,10 @@ def small(preset: str, folder: Path) -> Params:
     """The preset over the shipped parameters, a step of everything."""
     path = folder / "params.yaml"
     path.write_bytes((ROOT / "tests" / "support" / "params.yaml").read_bytes())
-    rl = {"updates": 1, "prompts_per_update": 2, "micro_batch_size": 2, "minibatches": 1}
+    rl = {"updates": 1, "prompts_per_update": 4, "micro_batch_size": 8, "minibatches": 1, "samples_per_prompt": 4}
     changes = {
         "sft": {"max_examples": 4, "max_validation_examples": 2, "batch_size": 4},
-        "ppo": rl, "grpo": {**rl, "samples_per_prompt": 2}, "generation": {"max_new_tokens": 4},
+        "ppo": rl, "grpo": rl, "generation": {"max_new_tokens": 24},
     }  # fmt: skip
     write_overrides(path, [load_preset(ROOT, preset), changes])
     return load_params(path)
@@ -81,6 +81,7 @@ def inputs(family: str, folder: Path) -> Path:
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(CONFIGS[family])
     tokenizer = family_tokenizer(family)
+    model.config.bos_token_id = model.generation_config.bos_token_id = tokenizer.bos_token_id
     set_padding(model, tokenizer, "")
     check_parts(model, tokenizer, family)
     save_model(model, tokenizer, folder / "base_model" / "model")
@@ -107,7 +108,7 @@ def test_adapters_lie_on_every_linear_layer(preset: str, family: str, tmp_path: 
     assert lora
     model = AutoModelForCausalLM.from_config(CONFIGS[family])
     adapted = get_peft_model(model, lora_config(model, lora))
-    found = {name.split(".")[-3] for name, _ in adapted.named_parameters() if "lora_A" in name}
+    found = {name.split(".")[-4] for name, _ in adapted.named_parameters() if "lora_A" in name}
     assert found == LINEAR
 
 
