@@ -35,7 +35,7 @@ def rollouts(run: Run = None) -> None:
         page = render_page(_find_folders(run, Path(temporary)), run or "", has_report=has_report)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(page, encoding="utf-8", newline="\n")
-    console.print(f"page: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    console.print(f"page: {path} ({path.stat().st_size / 1e6:.2f} MB)")
 
 
 def _find_folders(run: str | None, temporary: Path) -> dict[str, Path]:
