@@ -42,7 +42,7 @@ def project(parts: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.setattr(labels, "enter_project", lambda: tmp_path)
     monkeypatch.setattr(labels, "enter_project_with_services", lambda: tmp_path)
-    monkeypatch.setattr(labels, "_announce_labels", lambda: console.console.print("it would be announced"))
+    monkeypatch.setattr(labels, "announce_labels", lambda: console.console.print("it would be announced"))
     return tmp_path
 
 
@@ -308,6 +308,6 @@ def test_without_a_server_the_announcement_says_so(
     monkeypatch.chdir(ROOT)
     if "PREFECT_API_URL" in os.environ:
         pytest.skip("a server is configured here")
-    labels._announce_labels()
+    labels.announce_labels()
     output = capsys.readouterr().out
     assert output.startswith("not announced: no Prefect server that could start a run")
