@@ -136,7 +136,7 @@ def test_without_keys_another_name_of_this_machine_is_refused(server: Server) ->
     assert reply.status_code == 400
 
 
-def test_without_a_champion_answers_stop(server: Server) -> None:
+def test_without_a_champion_answers_stop_and_say_why(server: Server) -> None:
     assert server.run(("/health", {}))[0].json()["served"] == {"champion": 1}
     server.aliases = {}
     health, reply = server.run(("/health", {}), (COMPLETE, ASK))
