@@ -13,6 +13,7 @@ from tasks.core.errors import ConfigError
 from tasks.evals.rollouts_page import render_page
 from tasks.runtime import dvc_repo, mlflow_pipeline, mlflow_runs, provenance, registry
 from tasks.runtime.dvc_stages import Inputs
+from tasks.runtime.stage_runner import Outcome
 from tests.support.rollouts import many, record, write_stage
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
@@ -54,7 +55,7 @@ def test_the_rollouts_of_an_mlflow_run_of_a_stage_and_of_a_pipeline(restored: Pa
             ids[stage] = run.run_id
     with mlflow_pipeline.pipeline_run("flow", {}) as pipeline:
         for stage in ids:
-            pipeline.log_stage(stage, f"key of {stage}", "executed", "", {}, [])
+            pipeline.log_stage(Outcome(stage, "executed", f"key of {stage}", (), 1.0, {}, []))
         ids["pipeline"] = pipeline.run_id
     expected = {stage: (f"rollouts of {stage}", f"history of {stage}") for stage in ("ppo", "grpo")}
     assert texts(rollouts._find_folders(ids["ppo"], tmp_path / "one")) == {"ppo": expected["ppo"]}

@@ -201,6 +201,6 @@ def test_a_curve_that_ends_below_sft_is_no_gain() -> None:
 
 @pytest.mark.parametrize("name", ["report.html.j2", "card.md.j2"])
 def test_a_name_that_nothing_defines_is_an_error(name: str) -> None:
-    filters = dict.fromkeys(("escape_control_chars", "format_signed", "cell", "name"), str)
+    filters = dict.fromkeys(("escape_control_chars", "format_signed", "cell", "json", "name"), str)
     with pytest.raises(UndefinedError):
         load_template(name, filters, autoescape=True).render()
