@@ -185,10 +185,8 @@ class _Planner:
         params, section, devices = self.params, getattr(self.params, stage), self.hardware.count
         prompts = self.lengths("prompts", 1000)
         turns = params.environment.max_turns if params.environment else 1
-        prompt = max(prompts)
-        response = min(
-            params.generation.max_new_tokens * (2 * turns - 1), self._context - prompt
-        )  # turns of both sides
+        prompt, new = max(prompts), params.generation.max_new_tokens
+        response = min(new * (2 * turns - 1), self._context - prompt)  # turns of both sides
         size = self.size()
         learned = size.weights if params.reward_model and LEARNED in params.reward.weights else 0
         own_engine = params.rollout.engine == "transformers"
