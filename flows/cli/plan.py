@@ -68,7 +68,9 @@ def check_memory(stages: Collection[str], *, ranks: int, blocks: bool) -> "list[
     from tasks.config.params import load_params
     from tasks.models.stage_plans import detect_hardware, memory_misfits, plan_stages
 
-    hardware = replace(detect_hardware(), count=ranks)
+    hardware = detect_hardware()
+    shared = 1 if hardware.on_gpu else ranks  # a GPU each, or all in one memory
+    hardware = replace(hardware, count=ranks, memory=hardware.memory / shared)
     found = plan_stages(load_params(project_root() / "params.yaml"), *_fresh_folders(), hardware)
     if plans := [item for item in found if item.stage in stages]:
         most = max(plans, key=lambda item: item.memory.total)

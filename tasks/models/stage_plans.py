@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ from transformers import AutoConfig
 from tasks.config.base import LEARNED
 from tasks.core.errors import ConfigError
 from tasks.data.fit import Misfit, row_lengths
+from tasks.models.encoding import context_length
 from tasks.models.fetch import READERS
 from tasks.models.loading import MODEL_DIR, init_process
 from tasks.models.plan import Memory, ModelSize, Phase, sampling_phases, trainer_phases, update_phases
@@ -142,14 +144,16 @@ class _Planner:
 
     def __init__(self, params: Params, config: Any, lengths: Mapping[str, list[int]], hardware: Hardware) -> None:
         self.params, self.config, self.hardware, self._lengths = params, config, hardware, lengths
+        self._context = context_length(config) or sys.maxsize
 
     def lengths(self, stage: str, limit: int) -> list[int]:
         """Tokens of the rows, at most so many, that a stage reads; assumed where they are not known."""
-        if own := self._lengths.get(stage, [])[:limit]:
-            return own
-        words = self.params.prepare.prompt_words if stage == "prompts" else self.params.prepare.max_words
         setting: Any = getattr(getattr(self.params, stage, None), "max_length", "auto")
-        return [int(TOKENS_PER_WORD * words) + 2 if setting == "auto" else setting] * limit
+        most = self._context if setting == "auto" else setting
+        if own := self._lengths.get(stage, [])[:limit]:
+            return [min(length, most) for length in own]
+        words = self.params.prepare.prompt_words if stage == "prompts" else self.params.prepare.max_words
+        return [min(int(TOKENS_PER_WORD * words) + 2, most) if setting == "auto" else setting] * limit
 
     def size(self, *, score: bool = False, first_layer: int = 0) -> ModelSize:
         return ModelSize(
@@ -181,7 +185,8 @@ class _Planner:
         params, section, devices = self.params, getattr(self.params, stage), self.hardware.count
         prompts = self.lengths("prompts", 1000)
         turns = params.environment.max_turns if params.environment else 1
-        response, prompt = params.generation.max_new_tokens * (2 * turns - 1), max(prompts)  # turns of both sides
+        prompt, new = max(prompts), params.generation.max_new_tokens
+        response = min(new * (2 * turns - 1), self._context - prompt)  # turns of both sides
         size = self.size()
         learned = size.weights if params.reward_model and LEARNED in params.reward.weights else 0
         own_engine = params.rollout.engine == "transformers"

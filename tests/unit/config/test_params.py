@@ -191,7 +191,7 @@ def test_a_value_that_is_set_to_null_is_removed(params_yaml: Path) -> None:
 
 def test_an_unknown_preset_names_the_known_ones() -> None:
     with pytest.raises(
-        ConfigError, match="no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gpu_"
+        ConfigError, match="no preset 'large' in infra/presets; known presets: arithmetic, code, gpu, gpu_0"
     ):
         load_preset(ROOT, "large")
 
