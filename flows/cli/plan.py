@@ -75,8 +75,8 @@ def check_memory(stages: Collection[str], *, ranks: int, blocks: bool) -> "list[
     if plans := [item for item in found if item.stage in stages]:
         most = max(plans, key=lambda item: item.memory.total)
         minutes = sum(item.seconds for item in plans) / 60
-        needs = f"{most.memory.total / 1e9:.1f} of {hardware.memory / 1e9:.1f} GB ({most.stage})"
-        console.print(f"[dim]plan: at most {needs}, about {minutes:.0f} min on {hardware.name} (rlhf plan)[/]")
+        needs = f"{most.memory.total / 1e9:.2f} of {hardware.memory / 1e9:.1f} GB ({most.stage})"
+        console.print(f"[dim]plan: at most {needs}, about {minutes:.1f} min on {hardware.name} (rlhf plan)[/]")
     return list(memory_misfits(plans, stages, hardware, blocks=blocks))
 
 

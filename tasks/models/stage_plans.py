@@ -253,6 +253,6 @@ def memory_misfits(
     """The settings of those of these stages that do not fit into memory."""
     for plan in plans:
         if plan.stage in stages and not plan.fits:
-            reason = f"needs {plan.memory.total / 1e9:.1f} of {hardware.memory / 1e9:.1f} GB; --anyway runs it"
-            cure = "" if plan.largest else ": a smaller base_model, or lora in place of all parameters"
-            yield Misfit(plan.stage, plan.key, plan.value, str(plan.largest or ""), reason + cure, blocks)
+            cure = "" if plan.largest else "even 1 is too many: shorter rows, a smaller base_model, or adapters; "
+            reason = f"needs {plan.memory.total / 1e9:.1f} of {hardware.memory / 1e9:.1f} GB; {cure}--anyway runs it"
+            yield Misfit(plan.stage, plan.key, plan.value, str(plan.largest or ""), reason, blocks)
