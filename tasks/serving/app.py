@@ -157,7 +157,7 @@ class Front:
                 raise HTTPException(409, f"the answer {given} was not recorded (rlhf serve --sample)")
         ((kind, value),) = body.given.items()
         content = {"id": secrets.token_hex(16), "answer_id": body.id, "kind": kind, "value": value}
-        content["user"] = pseudonym(body.user or caller or "anonymous")
+        content["user"] = _pseudonym(body.user, caller)
         await asyncio.to_thread(self._journal.append, TraceQueue.log_feedback, content, durable=True)
         return {"id": content["id"], "status": "stored"}
 
@@ -197,7 +197,7 @@ class Front:
         )
         answer = Answer(self._access.new_id(recorded=recorded), body, served, prompt, job, tokens)
         served.engine.submit(job)
-        events = self._generate(answer, pseudonym(body.user or caller or "anonymous") if recorded else None)
+        events = self._generate(answer, _pseudonym(body.user, caller) if recorded else None)
         if body.stream:
             return StreamingResponse(_sse(answer, events), media_type="text/event-stream")
         watcher = asyncio.create_task(_cancel_on_hangup(request, tokens))
@@ -241,6 +241,11 @@ class Front:
             content |= {"prompt": answer.prompt, "answer": answer.text}
         with suppress(StageError):  # the journal is full, which it counts
             self._journal.append(TraceQueue.log_answer, content, durable=False)
+
+
+def _pseudonym(user: str, caller: str) -> str:
+    """Of the request's user, or else of the key's name, or else of nobody in particular."""
+    return pseudonym(user or caller or "anonymous")
 
 
 async def _sse(answer: Answer, events: AsyncIterator[tuple[str, list[TokenLogprob]]]) -> AsyncIterator[str]:
