@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 PROCESSES := -n logical --maxprocesses 4 --dist loadfile
 
-.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-inference bench-contamination bench-flow bench-sandbox bench-serve mutants clean
+.PHONY: demo extras test test-slow test-exhaustive check repro vllm ui up down lock bench-ppo bench-rollout bench-grpo bench-seeds bench-results bench-frontier bench-overoptimisation bench-inference bench-contamination bench-flow bench-sandbox bench-serve mutants clean
 
 demo: $(VENV)/.installed
 	rlhf run
@@ -108,6 +108,10 @@ bench-results: $(VENV)/.installed
 # Win rate against KL of variants of PPO, GRPO and DPO over three seeds, after `make demo`; hours, and a second call goes on.
 bench-frontier: $(VENV)/.installed
 	python benchmarks/frontier.py
+
+# Where gold turns down under a reward that can be gamed, over three seeds, and cures, after `make demo`; an hour.
+bench-overoptimisation: $(VENV)/.installed
+	python benchmarks/overoptimisation.py
 
 # One sample of PPO beside the best of 16 of SFT, in seconds, after `make demo`.
 bench-inference: $(VENV)/.installed

@@ -168,6 +168,11 @@ class VaderRule(RuleOptions):
     """Sentiment that is rewarded, by VADER."""
 
     sign: Literal["positive", "negative"] = Field("positive", description="The rewarded sentiment.")
+    form: Literal["compound", "sum"] = Field(
+        "compound",
+        description="VADER's compound score, in [−1, 1]; or the plain sum of the words' valences, each from −4 to 4, "
+        "without a bound and without VADER's rules for negation and emphasis.",
+    )
     floor: float = Field(-1.0, description="As everywhere; the least that the rule gives.")
 
 

@@ -156,7 +156,8 @@ def _sustained(signal: Signal) -> Signal:
     """The smaller of the last two updates' values, for signals that are noisy in a single update.
 
     PPO on its way to shorter sentences has one update of half the length among its neighbours; where few responses earn
-    a reward, an update in which none does has a standard deviation of 0.
+    a reward, an update in which none does has a standard deviation of 0; where the whole reward has gained next to
+    nothing yet, any loss of a component is many times the gain.
     """
 
     def value(rows: Rows, weights: Mapping[str, float]) -> float | None:
@@ -202,7 +203,7 @@ DETECTORS = (
              "the policy has become twice as sure of every token; it will hardly try anything else"),
     Detector("reward_variance_collapse", _sustained(_against_first("score_std", _shrink_ratio)), 2.0, 1.65,
              "all responses earn nearly the same, so there is little left to learn from but noise"),
-    Detector("component_tradeoff", _component_loss, 0.5, 0.01,
+    Detector("component_tradeoff", _sustained(_component_loss), 0.5, 0.01,
              "one component of the reward rises at the expense of another: lower its weight"),
     Detector("truncation", _against_first("truncated_share", _increase), 0.25, 0.14,
              "more responses are cut before their end than SFT's; raise missing_eos_penalty or max_new_tokens"),

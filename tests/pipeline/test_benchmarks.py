@@ -14,6 +14,14 @@ CONTROLS = {"null", "base", "human", "best of 2", "best of 4", "best of 8", "bes
 TRAINED = {"ppo", "grpo", "dpo", "top_rated", "raft", "ppo at KL 1.2", "grpo at KL 1.2"}
 
 
+SHORT_PRESET = """
+ppo: {updates: 3, kl_coef: 0.0}
+reward: {weights: {praise: 0.1}, rules: {praise: {function: vader, form: sum}}}
+evaluate: {vader: false}
+overoptimisation: {prompts: 4, samples_per_prompt: 2, samples_per_policy: 1, batch_size: 4, bootstrap_samples: 10}
+"""
+
+
 @pytest.fixture
 def project(tiny_copy: Project) -> Project:
     shutil.copytree(ROOT / "benchmarks", tiny_copy.root / "benchmarks", ignore=shutil.ignore_patterns("*.csv"))
@@ -58,6 +66,27 @@ def test_the_frontier_of_variants_over_seeds(project: Project) -> None:
     assert f"; {mean_gap:+.1f} points of win rate (Student " in first
     assert bench(project, "frontier", *words) in first
     assert read_table(path) == lines, "nothing is measured again"
+
+
+def test_over_optimisation_over_seeds_with_a_cure(project: Project) -> None:
+    path = project.root / "infra" / "presets" / "overoptimised.yaml"
+    path.write_text(SHORT_PRESET)
+    words = ("none", "KL penalty", "--seeds", "0", "1")
+    (project.root / "docs").mkdir(exist_ok=True)
+    first = bench(project, "overoptimisation", *words)
+    table, plot = project.root / "benchmarks" / "overoptimisation.csv", project.root / "docs" / "overoptimisation.svg"
+    lines = read_table(table)
+    assert [(line["cure"], line["seed"], line["update"]) for line in lines] == [
+        (cure, seed, update) for cure in words[:2] for seed in "01" for update in "123"
+    ]
+    for cure in words[:2]:
+        ends = [float(line["gain_proxy"]) for line in lines if (line["cure"], line["update"]) == (cure, "3")]
+        assert f"{cure}, 2 seeds: proxy at the end {sum(ends) / 2:.2f} (" in first
+    penalty = [line["kl"] for line in lines if line["cure"] == "KL penalty"]
+    assert penalty != [line["kl"] for line in lines if line["cure"] == "none"]
+    drawn = plot.read_text()
+    assert bench(project, "overoptimisation", *words) in first
+    assert (read_table(table), plot.read_text()) == (lines, drawn), "nothing is measured again"
 
 
 def test_contamination_needs_texts_that_are_long_enough(project: Project) -> None:

@@ -83,16 +83,20 @@ def readability(response: str, *, low: float, high: float, tolerance: float, min
 def vader_rule(options: VaderRule, _answers: Answers) -> PerSampleRule:
     """VADER's compound score of the response (Hutto & Gilbert 2014, ICWSM), in [−1, 1]; negated for negative sentiment.
 
-    It reads the first `VADER_CHARACTERS`.
+    It reads the first `VADER_CHARACTERS`. `form: sum` adds up the valences of the words in its lexicon.
 
-    Gamed by: praise that says nothing ("great great great"), which saturates the score. Against that: a repetition
-    weight, a length weight and the KL penalty. VADER is then no independent judge: `evaluate.vader` must be false.
+    Gamed by: praise that says nothing ("great great great"), which saturates the score; the sum pays every further word
+    of it. Against that: a repetition weight, a length weight and the KL penalty. VADER is then no independent judge:
+    `evaluate.vader` must be false.
     """
-    lexicon: Any = SentimentIntensityAnalyzer()
+    vader: Any = SentimentIntensityAnalyzer()
     sign = 1.0 if options.sign == "positive" else -1.0
 
     def score(_prompt: str, response: str) -> float:
-        return sign * float(lexicon.polarity_scores(response[:VADER_CHARACTERS])["compound"])
+        text = response[:VADER_CHARACTERS]
+        if options.form == "sum":
+            return sign * sum(vader.lexicon.get(word, 0.0) for word in tokenize_words(text))
+        return sign * float(vader.polarity_scores(text)["compound"])
 
     return PerSampleRule(score)
 

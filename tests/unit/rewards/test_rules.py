@@ -192,6 +192,12 @@ def test_sentiment_is_vaders_compound_in_the_wanted_direction() -> None:
     assert score("vader", "") == 0.0
 
 
+def test_the_sum_of_valences_has_no_bound_and_no_rules() -> None:
+    assert score("vader", " Good, not GOOD and very good", form="sum") == pytest.approx(3 * 1.9)
+    assert score("vader", " good bad", form="sum", sign="negative") == pytest.approx(2.5 - 1.9)
+    assert score("vader", " the table", form="sum") == 0.0
+
+
 def test_vader_reads_the_beginning_of_a_long_text() -> None:
     filler = "x " * (VADER_CHARACTERS // 2)
     assert score("vader", "Good. " + filler) == score("vader", "Good. ") > 0

@@ -153,6 +153,15 @@ def test_one_noisy_update_is_no_finding(detector, metric, values, expected):
     assert seen == pytest.approx(expected)
 
 
+def test_a_loss_beside_a_gain_of_nothing_is_noise_unless_it_stays():
+    """The whole gains 0.02 and one component has lost 0.1, five times as much; in the next update all is well."""
+    noise, well = {"reward/learned": -0.1, "reward/brevity": 0.56}, {"reward/learned": 0.3, "reward/brevity": 0.6}
+    assert run_detectors([START, START | noise], WEIGHTS)[1] == []
+    assert run_detectors([START, START | noise, START | well], WEIGHTS)[0][PREFIX + "component_tradeoff"] == 0
+    (found,) = run_detectors([START, START | noise, START | noise], WEIGHTS)[1]
+    assert (found[0].name, found[1]) == ("component_tradeoff", pytest.approx(5.0))
+
+
 def test_a_spread_of_nothing_is_a_factor_of_a_thousand():
     assert last({"score_std": 0.0})[0][PREFIX + "reward_variance_collapse"] == 1000
 
