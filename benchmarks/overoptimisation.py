@@ -3,8 +3,8 @@
 Needs a finished pipeline (`rlhf run`): SFT and the gold judge are its own. The preset `overoptimised` is trained on
 them under several seeds, each with pairs, reward model and policy of its own, and then with a cure. Writes
 benchmarks/overoptimisation.csv, a line per snapshot, and a plot of all of them; what is there is not computed again.
-Prints each run's peak and end by the gold judge, what a KL budget and a stop at the first detector would have kept,
-the turn by the fit of Gao et al. 2022 (arXiv 2210.10760), and Student's intervals over the seeds.
+Prints each run's peak and end by the gold judge, what a KL budget and a stop at a detector would have kept, the turn by
+the fit of Gao et al. 2022 (arXiv 2210.10760), the same with every text closed, and Student's intervals over the seeds.
 """
 
 from __future__ import annotations
@@ -13,20 +13,23 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
+from functools import partial
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from frontier import override
-from results import ROOT, run_stage, settings_digest
+from results import DRAWS, ROOT, Folders, make_sampler, run_stage, settings_digest
 
 from tasks.config.params import Params, load_params, load_preset, write_overrides
 from tasks.core.paths import DISABLED_MARKER
 from tasks.core.rows import read_table, write_table
+from tasks.evals.compare import REFERENCE
 from tasks.evals.overoptimisation import fit_curve
+from tasks.evals.scoring import load_gold_reward, sample_prompts
 from tasks.evals.statistics import t_interval
-from tasks.models.loading import init_process
+from tasks.models.loading import init_process, load_policy, load_reference
 from tasks.rl.hacking import detectors_fired
 from tasks.runtime.dvc_stages import graph
 
@@ -67,10 +70,35 @@ def run_seed(params: Params, cure: str, seed: int) -> list[dict[str, Any]]:
     fired = detectors_fired([{key: float(value) for key, value in row.items() if value} for row in rows])
     found = "; ".join(f"{detector.name} {update}" for detector, update, _ in sorted(fired, key=itemgetter(1)))
     points = [row for row in read_table(folders["overoptimisation"] / "points.csv") if row["method"] == "ppo"]
+    ends = [max(points, key=lambda row: float(row["gain_gold"]))["level"], points[-1]["level"]]
+    closed = gain_when_closed(own, folders, ends)
     return [
         {"cure": cure, "seed": seed, "update": point["level"], "detectors": found}
-        | {key: point[key] for key in ("kl", "gain_proxy", "gain_gold", "gain_gold_stderr")} for point in points
+        | {key: point[key] for key in ("kl", "gain_proxy", "gain_gold", "gain_gold_stderr")}
+        | {"gain_gold_closed": closed.get(point["level"], "")} for point in points
     ]  # fmt: skip
+
+
+def gain_when_closed(params: Params, folders: Folders, updates: Sequence[str]) -> dict[str, float]:
+    """Gold gain over SFT of the snapshots after these updates, where each text is closed with a full stop.
+
+    A policy that is paid by the word does not end its texts, and the judge holds that against them. This is the gain
+    without it: fresh draws, SFT's closed as well.
+    """
+    assert params.overoptimisation is not None
+    prompts_file = folders["prepare"] / "prompts" / "test.jsonl"
+    prompts = sample_prompts(prompts_file, params.overoptimisation.prompts, params.seed)
+    models, snapshots = (folders["base_model"], folders["sft"]), sorted((folders["ppo"] / "policies").iterdir())
+    loaders: dict[str, Any] = {REFERENCE: partial(load_reference, *models)}
+    kept = {str(int(path.name)): path for path in snapshots}
+    loaders |= {update: partial(load_policy, *models, kept[update]) for update in updates}
+    answers = make_sampler(params, folders, prompts).sample_each(loaders, samples_per_prompt=DRAWS)
+    gold = load_gold_reward(prompts, folders["base_model"], folders["gold_judge"])
+    texts = [answer.response.rstrip(" ,;:-") + ("" if answer.ended else ".") for answer in answers]
+    scores = np.asarray(gold([answer.prompt.prompt for answer in answers], texts), dtype=float)
+    own = {name: scores[[answer.policy == name for answer in answers]] for name in loaders}
+    base = own.pop(REFERENCE)
+    return {name: round(float((values.mean() - base.mean()) / base.std(ddof=1)), 6) for name, values in own.items()}
 
 
 def disabled_stage() -> Path:
@@ -117,6 +145,8 @@ def describe(run: Sequence[Line]) -> dict[str, float]:
     gold = {f"gold {place}": float(line["gain_gold"]) for place, line in places.items() if line}
     kl, gains = (np.array([[float(line[key])] for line in run]) for key in ("kl", "gain_gold"))
     turn = fit_curve("rl", kl, gains, samples=1, seed=0).peak
+    closed = {"gold at the peak, closed": peak["gain_gold_closed"], "gold at the end, closed": end["gain_gold_closed"]}
+    gold |= {name: float(value) for name, value in closed.items() if value != ""}
     return {
         **gold, "gold's fall": float(peak["gain_gold"]) - float(end["gain_gold"]), "KL at the peak": float(peak["kl"]),
         "KL at the end": float(end["kl"]), "proxy at the peak": float(peak["gain_proxy"]),
@@ -166,6 +196,7 @@ def main() -> None:
         done = {str(line["seed"]) for line in lines if line["cure"] == cure}
         for seed in [seed for seed in arguments.seeds if str(seed) not in done]:
             lines += [{"settings": settings} | line for line in run_seed(params, cure, seed)]
+            lines.sort(key=lambda line: (list(CURES).index(line["cure"]), int(line["seed"]), int(line["update"])))
             write_table(TABLE, lines)
     plot(lines)
     print_summary(lines)
