@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import takewhile
 from operator import itemgetter
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ CURES: Mapping[str, tuple[str, ...]] = {
     "KL penalty": ("ppo.kl_coef=0.05",),
     "ensemble": ("reward_model.ensemble_size=4", "reward.ensemble_reduction=uncertainty"),
 }
-"""What holds the policy back → settings; the ensemble has reward models of other seeds."""
+"""What holds the policy back → settings."""
 
 Line = Mapping[str, Any]
 
@@ -108,16 +109,10 @@ def disabled_stage() -> Path:
     return OUT / "off"
 
 
-def kept_by_stop(lines: Sequence[Line], update: int) -> Line | None:
-    """The last snapshot before this update; None where the first one comes after."""
-    return next((line for line in reversed(lines) if int(line["update"]) < update), None)
-
-
-def kept_by_budget(lines: Sequence[Line]) -> Line | None:
-    """The last snapshot before the KL passed the budget; None where the first one comes after."""
-    past = [float(line["kl"]) > KL_BUDGET for line in lines]
-    count = past.index(True) if any(past) else len(lines)
-    return lines[count - 1] if count else None
+def last_while(lines: Sequence[Line], holds: Callable[[Line], bool]) -> Line | None:
+    """The last of the first snapshots for which this holds; None where it does not hold for the first."""
+    kept = list(takewhile(holds, lines))
+    return kept[-1] if kept else None
 
 
 def print_summary(lines: Sequence[Line]) -> None:
@@ -138,10 +133,11 @@ def print_summary(lines: Sequence[Line]) -> None:
 def describe(run: Sequence[Line]) -> dict[str, float]:
     """Gains over SFT in its standard deviations, where there is such a snapshot, and where gold turns."""
     peak, end = max(run, key=lambda line: float(line["gain_gold"])), run[-1]
-    places = {"at the peak": peak, "at the end": end, f"within {KL_BUDGET:g} nats": kept_by_budget(run)}
+    places = {"at the peak": peak, "at the end": end}
+    places[f"within {KL_BUDGET:g} nats"] = last_while(run, lambda line: float(line["kl"]) <= KL_BUDGET)
     for found in filter(None, end["detectors"].split("; ")):
         name, update = found.split()
-        places[f"before {name}"] = kept_by_stop(run, int(update))
+        places[f"before {name}"] = last_while(run, lambda line, stop=int(update): int(line["update"]) < stop)
     gold = {f"gold {place}": float(line["gain_gold"]) for place, line in places.items() if line}
     kl, gains = (np.array([[float(line[key])] for line in run]) for key in ("kl", "gain_gold"))
     turn = fit_curve("rl", kl, gains, samples=1, seed=0).peak
